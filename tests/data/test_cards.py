@@ -1,0 +1,101 @@
+"""Cards: strict reading, near names, and what every shipped card must say."""
+
+from __future__ import annotations
+
+import pytest
+
+from vismt.data.cards import FolderSource, TorchvisionSource, list_cards, load_card
+from vismt.data.torchvision_door import door_of
+from vismt.errors import UserError
+from vismt.paths import shipped
+
+FOLDER = '  - {kind: folder, root: pets, layout: "{class}", splits: {all: 3}}'
+
+
+def test_no_init_py_under_datasets():
+    # It would make the folder importable as `datasets` and hide the Hugging Face package of that name.
+    assert not list(shipped("datasets").rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("name", list_cards())
+def test_shipped_card_is_complete(name):
+    card = load_card(name)
+    assert card.name == name
+    assert card.citation and card.how_to_get and card.notes and card.tasks and card.images
+    for source in card.sources:
+        if source.manifest:
+            assert (card.folder / source.manifest).is_file()
+        if isinstance(source, TorchvisionSource):
+            door_of(card, source)
+    last = card.sources[-1]
+    if isinstance(last, TorchvisionSource):
+        assert sum(last.splits.values()) == card.images
+
+
+def test_every_required_set_has_a_card():
+    wanted = {"cifar10", "cifar100", "grocery", "flowers102", "dtd10", "gtsrb", "blood_cells", "fashion_mnist", "mnist"}
+    wanted |= {"omniglot", "camvid", "rgbd_7scenes", "digits", "photo_crops", "eurosat", "fgvc_aircraft", "svhn"}
+    wanted |= {"food101", "stanford_cars", "pcam", "dtd"}
+    assert wanted <= set(list_cards())
+
+
+def test_card_by_file_and_by_folder(write_card):
+    path = write_card(FOLDER)
+    assert load_card(path) == load_card(str(path.parent))
+    source = load_card(path).sources[0]
+    assert isinstance(source, FolderSource) and source.splits == {"all": 3} and load_card(path).splits == ["all"]
+
+
+@pytest.mark.parametrize(
+    ("sources", "extra", "message"),
+    [
+        (FOLDER, "license: mine", "unknown key 'license'. Near: 'licence'"),
+        (FOLDER, "notes: 3", "'notes' must be str, is 3 (int)"),
+        (FOLDER, "images: true", "'images' must be int | None, is True"),
+        (FOLDER, "tasks: [1]", r"'tasks' must be list[str], is [1]"),
+        (FOLDER, "title: again", "key 'title' is given twice"),
+        (FOLDER, "path: elsewhere", "unknown key 'path'"),
+        (FOLDER, "names: ../x.json", "without '..'"),
+        (FOLDER.replace("folder", "foldr"), "", "kind 'foldr' is not known. Near: 'folder'"),
+        (FOLDER.replace("pets", "../pets"), "", "'../pets' must be a relative path"),
+        (FOLDER.replace("pets", "/pets"), "", "'/pets' must be a relative path"),
+        (FOLDER.replace("layout", "lay_out"), "", "unknown key 'lay_out'. Near: 'layout'"),
+        (FOLDER.replace('layout: "{class}", ', ""), "", "key 'layout' is missing"),
+        (FOLDER.replace("{class}", "{klass}"), "", "layout '{klass}' is not known. Near: '{class}'"),
+        (FOLDER.replace("all: 3", "train: 3"), "", "has no {split}: name one split 'all'"),
+        (FOLDER.replace("all: 3", "all: 3, train: 3"), "", "'all' cannot name a split beside others"),
+        (FOLDER.replace("all: 3", "all: 0"), "", "a count is at least 1"),
+        (FOLDER.replace("{all: 3}", "{}"), "", "'splits' is empty"),
+        ("  - {kind: arrays, root: x, file: ../../x.npz, splits: {all: 1}}", "", "'../../x.npz' must be a relative path"),
+        ("  []", "", "'sources' must be a list with at least one entry"),
+        ("  - [", "", "not readable as YAML"),
+    ],
+)
+def test_bad_card_names_its_path_and_the_key(write_card, sources, extra, message):
+    path = write_card(sources, extra=extra)
+    with pytest.raises(UserError) as caught:
+        load_card(path)
+    assert message in str(caught.value) and "card.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_key_and_not_a_mapping(write_card):
+    path = write_card(FOLDER)
+    path.write_text(path.read_text().replace("licence: own\n", ""))
+    with pytest.raises(UserError, match=r"card.yaml: key 'licence' is missing"):
+        load_card(path)
+    path.write_text("- a list")
+    with pytest.raises(UserError, match="holds list"):
+        load_card(path)
+
+
+def test_unknown_name_gives_the_near_one(home):
+    with pytest.raises(UserError, match=r"data 'cifar1000': no card.*Near: 'cifar100'"):
+        load_card("cifar1000")
+
+
+def test_manifest_that_is_no_json_names_the_file(write_card):
+    path = write_card(FOLDER)
+    (path.parent / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"manifest.json: cannot be read"):
+        load_card(path).read_json("manifest.json")

@@ -1,0 +1,89 @@
+"""Per-pixel maps: values, masks, pairing, and damaged files."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vismt.data.dense import open_dense
+from vismt.data.images import open_images
+from vismt.errors import UserError
+
+SOURCE = """  - kind: dense
+    root: d
+    image: "{split}/rgb"
+    maps: {label: "{split}/label", depth_mm: "{split}/depth", normal: "{split}/normal"}
+    splits: {train: 1}
+    void: 11
+"""
+
+
+@pytest.fixture
+def room(home, write_card):
+    """One 3 x 2 image with its three maps."""
+    base = home / "data" / "d" / "train"
+    for name in ("rgb", "label", "depth", "normal"):
+        (base / name).mkdir(parents=True)
+    Image.new("RGB", (3, 2), (1, 2, 3)).save(base / "rgb" / "7.jpg")
+    Image.fromarray(np.array([[0, 1, 11], [1, 1, 0]], np.uint8)).save(base / "label" / "7.png")
+    Image.fromarray(np.array([[0, 1000, 2500], [1, 1, 1]], np.uint16)).save(base / "depth" / "7.png")
+    # (n + 1) * 127 + 1: n = (0, 0, -1) -> (128, 128, 1); n = (1, 0, 0) -> (255, 128, 128); (0, 0, 0) is none.
+    normal = np.zeros((2, 3, 3), np.uint8)
+    normal[0, 1], normal[0, 2] = (128, 128, 1), (255, 128, 128)
+    Image.fromarray(normal).save(base / "normal" / "7.png")
+    return write_card(SOURCE)
+
+
+def test_values_and_masks(room):
+    data = open_dense(room, "train")
+    assert len(data) == 1 and data.ids == ["train/rgb/7.jpg"] and data.void == 11 and data.maps == ["label", "depth_mm", "normal"]
+    sample = data.read(0)
+    assert sample["image"].shape == (3, 2, 3) and sample["image"].dtype == torch.uint8
+    assert sample["label"].tolist() == [[0, 1, 11], [1, 1, 0]] and sample["label"].dtype == torch.uint8
+    assert sample["depth"].shape == (1, 2, 3) and sample["depth"].dtype == torch.float32
+    assert sample["depth"][0, 0].tolist() == [0.0, 1.0, 2.5] and sample["depth_mask"][0, 0].tolist() == [False, True, True]
+    assert sample["normal"][:, 0, 1].tolist() == [0, 0, -1] and sample["normal"][:, 0, 2].tolist() == [1, 0, 0]
+    assert sample["normal"][:, 0, 0].tolist() == [0, 0, 0]
+    assert sample["normal_mask"][0].tolist() == [[False, True, True], [False] * 3]
+
+
+def test_label_outside_the_classes(room, home):
+    path = home / "data" / "d" / "train" / "label" / "7.png"
+    Image.fromarray(np.full((2, 3), 5, np.uint8)).save(path)
+    with pytest.raises(UserError, match=r"label/7.png: label 5 found, but there are 2 classes \(void 11\)"):
+        open_dense(room).read(0)
+
+
+def test_map_of_another_size_or_kind(room, home):
+    base = home / "data" / "d" / "train"
+    Image.fromarray(np.zeros((2, 2), np.uint8)).save(base / "label" / "7.png")
+    with pytest.raises(UserError, match=r"label/7.png: the map is \(2, 2\), its image is \(2, 3\)"):
+        open_dense(room).read(0)
+    Image.new("RGB", (3, 2)).save(base / "label" / "7.png")
+    with pytest.raises(UserError, match="a label map must be one 8-bit channel"):
+        open_dense(room).read(0)
+    Image.fromarray(np.zeros((2, 3), np.uint8)).save(base / "label" / "7.png")
+    (base / "depth" / "7.png").write_bytes(b"no")
+    with pytest.raises(UserError, match=r"depth/7.png: cannot be decoded"):
+        open_dense(room).read(0)
+
+
+def test_image_without_its_map(room, home):
+    (home / "data" / "d" / "train" / "depth" / "7.png").unlink()
+    with pytest.raises(UserError, match=r"'7' of split 'train' has no depth_mm file under \$VISMT_DATA/d/train/depth"):
+        open_dense(room)
+
+
+def test_wrong_door_absent_set_and_strange_map(room, home, pets, write_card):
+    with pytest.raises(UserError, match="open it with open_dense"):
+        open_images(room)
+    with pytest.raises(UserError, match="open it with open_images"):
+        open_dense(str(pets))
+    with pytest.raises(UserError, match=r"no split 'tran'. Near: 'train'"):
+        open_dense(room, "tran")
+    with pytest.raises(UserError, match=r"datasets/camvid: nothing found under \$VISMT_DATA/camvid"):
+        open_dense("camvid")
+    with pytest.raises(UserError, match=r"map 'depth' is not known. Near: 'depth_mm'"):
+        open_dense(str(write_card(SOURCE.replace("depth_mm:", "depth:"), name="odd")))

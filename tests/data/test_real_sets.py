@@ -1,0 +1,126 @@
+"""The real sets found through VISMT_DATA: counts, one decode, and hashes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from vismt.data.check import check
+from vismt.data.dense import open_dense
+from vismt.data.images import open_images
+from vismt.errors import UserError
+from vismt.paths import data_root
+
+ROOT = data_root()
+LABELLED = {  # name: (split, images, classes)
+    "cifar10": ("test", 1000, 10),
+    "cifar100": ("all", 8000, 100),
+    "grocery": ("all", 5421, 81),
+    "flowers102": ("all", 2843, 89),
+    "dtd10": ("all", 1000, 10),
+    "gtsrb": ("all", 2140, 43),
+    "blood_cells": ("all", 1200, 12),
+    "fashion_mnist": ("all", 6000, 10),
+    "mnist": ("train", 3000, 10),
+    "omniglot": ("all", 4840, 242),
+}
+DENSE = {"camvid": (367, 101, 233), "rgbd_7scenes": (170, 56)}
+
+
+def need(name: str) -> None:
+    if ROOT is None or not (ROOT / name).is_dir():
+        pytest.skip(f"'{name}' is not under VISMT_DATA")
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("name", LABELLED)
+def test_counts_and_one_decode(name):
+    need(name)
+    split, count, classes = LABELLED[name]
+    images = open_images(name, split)
+    assert (len(images), len(images.classes)) == (count, classes)
+    assert set(images.labels.tolist()) == set(range(classes)) and len(set(images.ids)) == count
+    image = images.read(count // 2)
+    assert image.dtype == torch.uint8 and image.shape[0] == 3 and 28 <= max(image.shape[1:]) <= 84 and image.float().std() > 1
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("name", [*LABELLED, *DENSE])
+def test_check_passes(name):
+    need(name)
+    report = check(name)
+    assert report.ok, str(report)
+    assert report.groups
+
+
+@pytest.mark.parametrize("name", ["digits", "photo_crops"])
+def test_check_passes_on_embedded_sets(name):
+    pytest.importorskip("sklearn" if name == "digits" else "skimage")
+    assert check(name).ok
+
+
+@pytest.mark.realdata
+def test_a_split_that_the_copy_lacks(monkeypatch, tmp_path):
+    need("flowers102")
+    monkeypatch.setenv("VISMT_CACHE", str(tmp_path))
+    with pytest.raises(UserError) as caught:
+        open_images("flowers102", "test")
+    assert str(caught.value) == (
+        "datasets/flowers102: 2,843 of 8,189 images found under $VISMT_DATA/flowers102; missing split file 'test'."
+        " `vismt data prepare flowers102` downloads it, or see datasets/flowers102/card.yaml."
+    )
+
+
+@pytest.mark.realdata
+def test_grocery_superclasses_are_the_publisher_s():
+    need("grocery")
+    published = json.loads((ROOT / "grocery" / "classes.json").read_text())
+    images = open_images("grocery", "val")
+    assert {c: images.superclass_names[images.superclass[k]] for k, c in enumerate(images.classes)} == {
+        name: entry["coarse"] for name, entry in published.items()
+    }
+    assert len(images.superclass_names) == 43 and len(set(images.labels.tolist())) == 60
+
+
+@pytest.mark.realdata
+def test_cifar100_and_omniglot_hierarchies():
+    need("cifar100")
+    need("omniglot")
+    cifar = open_images("cifar100")
+    assert torch.bincount(cifar.superclass).tolist() == [5] * 20
+    assert cifar.superclass_names[cifar.superclass[cifar.classes.index("maple_tree")]] == "trees"
+    omniglot = open_images("omniglot")
+    alphabet = omniglot.superclass_names[omniglot.superclass[0]]
+    assert omniglot.classes[0].startswith(alphabet + "/")
+    # Published drawings are black ink on white paper: most of an image is 255.
+    assert omniglot.read(0).float().mean() > 200
+
+
+@pytest.mark.realdata
+def test_camvid_maps():
+    need("camvid")
+    assert [len(open_dense("camvid", split)) for split in ("train", "val", "test")] == list(DENSE["camvid"])
+    data = open_dense("camvid", "train")
+    sample = data.read(0)
+    assert sample["image"].shape == (3, 180, 240) and sample["label"].shape == (180, 240)
+    # In a street scene the sky is bright and lies above the road: wrong class names would break one of the two.
+    sky, road = (sample["label"] == data.classes.index(name) for name in ("sky", "road"))
+    rows = torch.arange(180.0)[:, None].expand(180, 240)
+    assert rows[sky].mean() + 60 < rows[road].mean()
+    assert sample["image"][:, sky].float().mean() > 2 * sample["image"][:, road].float().mean()
+    assert int(sample["label"].max()) == data.void == 11
+
+
+@pytest.mark.realdata
+def test_rgbd_maps():
+    need("rgbd_7scenes")
+    assert [len(open_dense("rgbd_7scenes", split)) for split in ("train", "test")] == list(DENSE["rgbd_7scenes"])
+    sample = open_dense("rgbd_7scenes", "train").read(0)
+    depth, mask = sample["depth"], sample["depth_mask"]
+    assert depth.shape == (1, 120, 160) and depth[mask].min() > 0.5 and depth[mask].max() < 5 and (depth[~mask] == 0).all()
+    lengths = sample["normal"].norm(dim=0, keepdim=True)
+    good = sample["normal_mask"]
+    assert 0.3 < good.float().mean() < 1 and (lengths[~good] == 0).all()
+    assert torch.allclose(lengths[good], torch.ones(()), atol=1e-5)

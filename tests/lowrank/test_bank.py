@@ -1,0 +1,178 @@
+"""The bank against a loop over experts and samples, with gates of every kind."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vismt.errors import UserError
+from vismt.lowrank.bank import FactorBank
+from vismt.lowrank.factors import LowRank
+
+
+def filled(seed=0, inp=5, out=4, experts=3, rank=2, scale=0.5):
+    bank = FactorBank(inp, out, experts, rank, scale=scale, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in (bank.A, bank.B):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return bank
+
+
+def looped(bank, x, gates):
+    """One sample, one expert at a time; x (b, n, i), gates (b, n, e)."""
+    rows = []
+    for sample, gate in zip(x, gates):
+        for token, weights in zip(sample, gate):
+            rows.append(sum(w * bank.scale * (b @ (a @ token)) for w, a, b in zip(weights, bank.A, bank.B)))
+    return torch.stack(rows).reshape(*x.shape[:-1], bank.B.shape[1])
+
+
+def test_by_hand():
+    # two experts of rank 1 on 2 -> 2: A_0 = (1, 0), B_0 = (1, 0)^T; A_1 = (0, 1), B_1 = (0, 1)^T; scale 2.
+    bank = FactorBank(2, 2, 2, 1, scale=2.0)
+    with torch.no_grad():
+        bank.A.copy_(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))
+        bank.B.copy_(torch.tensor([[[1.0], [0.0]], [[0.0], [1.0]]]))
+    x = torch.tensor([[3.0, 5.0], [3.0, 5.0]])
+    gates = torch.tensor([[0.25, 0.75], [1.0, 0.0]])
+    # sample 0: 2 * (.25 * 3, .75 * 5) = (1.5, 7.5); sample 1: (6, 0); base adds 1
+    assert bank(x, gates, torch.ones(2, 2)).tolist() == [[2.5, 8.5], [7.0, 1.0]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 999), st.integers(1, 4), st.integers(1, 3), st.sampled_from(["static", "sample", "token"]))
+def test_equals_the_loop(seed, experts, rank, kind):
+    bank = filled(seed, 5, 4, experts, rank)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, 2, 5, generator=generator, dtype=torch.float64)
+    base = torch.randn(3, 2, 4, generator=generator, dtype=torch.float64)
+    shape = {"static": (experts,), "sample": (3, experts), "token": (3, 2, experts)}[kind]
+    gates = torch.randn(shape, generator=generator, dtype=torch.float64)
+    full = {"static": gates, "sample": gates[:, None] if kind == "sample" else gates, "token": gates}[kind]
+    expected = looped(bank, x, full.expand(3, 2, experts))
+    assert torch.allclose(bank(x, gates), expected, atol=1e-12)
+    assert torch.allclose(bank(x, gates, base), base + expected, atol=1e-12)
+
+
+def test_gradients_equal_the_loop():
+    bank, twin = filled(1), filled(1)
+    x = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    gates = torch.rand(3, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    ours, theirs = gates.clone().requires_grad_(), gates.clone().requires_grad_()
+    bank(x, ours).square().sum().backward()
+    looped(twin, x, theirs[:, None].expand(3, 2, 3)).square().sum().backward()
+    for mine, reference in ((ours.grad, theirs.grad), (bank.A.grad, twin.A.grad), (bank.B.grad, twin.B.grad)):
+        assert torch.allclose(mine, reference, atol=1e-11) and mine.abs().max() > 0
+
+
+def test_uniform_gates_are_one_lora_and_one_hot_is_one_expert():
+    bank = filled(4)
+    x = torch.randn(2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    together = LowRank(torch.cat(list(bank.B), 1), torch.cat(list(bank.A), 0), None, bank.scale / 3)
+    assert torch.allclose(bank(x, torch.full((3,), 1 / 3, dtype=x.dtype)), together.apply(x), atol=1e-12)
+    one_hot = torch.tensor([0.0, 1.0, 0.0], dtype=x.dtype)
+    assert torch.allclose(bank(x, one_hot), bank.expert(1).apply(x), atol=1e-12)
+
+
+def test_samples_do_not_leak():
+    bank = filled(5)
+    x = torch.randn(4, 2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gates = torch.rand(4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    order = torch.tensor([2, 0, 3, 1])
+    assert torch.allclose(bank(x[order], gates[order]), bank(x, gates)[order], atol=1e-13)
+
+
+def test_delta_of_a_mixture_is_the_forward():
+    bank = filled(6)
+    gates = torch.tensor([0.2, -0.5, 1.3], dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mixture = bank.delta(gates)
+    assert mixture.shape == (4, 5) and mixture.rank == 6
+    assert torch.allclose(x @ mixture.delta().T, bank(x, gates), atol=1e-12)
+    mixture.delta().sum().backward()
+    # d/dgate_e = scale * sum of B_e A_e
+    expected = torch.stack([(bank.scale * b @ a).sum() for a, b in zip(bank.A, bank.B)])
+    assert torch.allclose(gates.grad, expected, atol=1e-12)
+
+
+def test_no_output_per_expert_and_no_loop():
+    seen, calls = [], []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                seen.append(result.numel())
+                calls.append(func)
+            return result
+
+    def run(experts):
+        seen.clear(), calls.clear()
+        bank = FactorBank(64, 96, experts, 1)
+        with Watch():
+            bank(torch.ones(4, 50, 64), torch.ones(4, experts), torch.ones(4, 50, 96))
+        return max(seen), len(calls)
+
+    few, many = run(2), run(16)
+    # the largest tensor stays (b n, o) = 4 * 50 * 96 = 19,200 and the number of operations does not grow with E
+    assert few == many and few[0] == 19_200
+
+
+def test_initial_values():
+    a, b = FactorBank(100, 8, 4, 2), FactorBank(100, 8, 4, 2)
+    torch.manual_seed(123)
+    state = torch.random.get_rng_state()
+    c = FactorBank(100, 8, 4, 2, generator=torch.Generator().manual_seed(1), dtype=torch.bfloat16)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert torch.equal(a.A, b.A) and not torch.equal(a.A, c.A.float())
+    assert a.B.abs().max() == 0 and c.A.dtype == torch.bfloat16
+    # U(-1/sqrt(100), 1/sqrt(100)): bound 0.1, standard deviation 0.1 / sqrt(3) = 0.0577
+    assert a.A.abs().max() <= 0.1 and float(a.A.detach().std()) == pytest.approx(0.0577, abs=0.004)
+    assert not torch.equal(a.A[0], a.A[1])
+    assert FactorBank(4, 4, 2, 1, device="meta").A.is_meta
+
+
+def test_stack():
+    parts = [LowRank(torch.randn(4, 2), torch.randn(2, 5), None, 2.0) for _ in range(3)]
+    bank = FactorBank.stack(parts)
+    assert bank.scale == 2.0 and torch.equal(bank.B[1], parts[1].L) and torch.equal(bank.A[2], parts[2].R)
+    assert bank.A.requires_grad
+    mixed = [LowRank(p.L, p.R, core, scale) for p, core, scale in
+             zip(parts, (None, torch.tensor([2.0, 3.0]), torch.tensor([[0.0, 1.0], [2.0, 0.0]])), (1.0, 2.0, 3.0))]
+    bank = FactorBank.stack(mixed)
+    for index, part in enumerate(mixed):
+        assert torch.allclose(bank.expert(index).delta(), part.delta(), atol=1e-6)
+
+
+def test_dtypes():
+    bank = FactorBank(8, 6, 2, 2)
+    with torch.no_grad():
+        bank.B.fill_(0.5)
+    x, base = torch.ones(2, 3, 8, dtype=torch.bfloat16), torch.ones(2, 3, 6, dtype=torch.bfloat16)
+    assert bank(x, torch.ones(2), base).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(bank(x.float(), torch.ones(2, 2), base.float())).all()
+    bank(x[:0], torch.ones(2)).sum().backward()
+    assert "experts=2" in repr(bank)
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (2, 3), (1, 3), (4, 2), (4, 5, 3), (4, 2, 1, 3)])
+def test_gates_of_the_wrong_shape(shape):
+    with pytest.raises(UserError, match=r"gates are \(.*\) for x \(4, 2, 5\)"):
+        filled()(torch.ones(4, 2, 5, dtype=torch.float64), torch.ones(shape, dtype=torch.float64))
+
+
+def test_other_errors():
+    bank = filled()
+    with pytest.raises(UserError, match=r"gates are \(4, 3\), one weight needs \(3,\)"):
+        bank.delta(torch.ones(4, 3))
+    with pytest.raises(UserError, match=r"no expert 3, it has 0\.\.2"):
+        bank.expert(3)
+    with pytest.raises(UserError, match=r"rank 5 on a \(4, 5\) weight"):
+        FactorBank(5, 4, 2, 5)
+    with pytest.raises(UserError, match="at least one"):
+        FactorBank.stack([])
+    with pytest.raises(UserError, match="expert 1 is"):
+        FactorBank.stack([LowRank(torch.ones(4, 2), torch.ones(2, 4)), LowRank(torch.ones(4, 1), torch.ones(1, 4))])

@@ -1,0 +1,211 @@
+"""The protocol: the same episodes for every model, records that resume, a panel that can be drawn."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from vismt.errors import UserError
+from vismt.metatune import EpisodeSampler, ProtoNet, run_protocol
+
+LABELS = torch.arange(6).repeat_interleave(20)
+
+
+class Backbone(nn.Module):
+    """Counts what it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+        self.weight = nn.Parameter(torch.ones(3))
+        self.seen = 0
+
+    def forward(self, images):
+        self.seen += len(images)
+        return self.drop(images.mean((2, 3)) * self.weight - 0.5)
+
+
+class Pixels:
+    """One colour per class with noise; reads are counted."""
+
+    classes = tuple("abcdef")
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        colours = torch.rand(6, 3, 1, 1, generator=generator)
+        noise = torch.randn(120, 3, 4, 4, generator=generator)
+        self.images = (colours[LABELS] + 0.4 * noise).clamp(0, 1)
+
+    def __getitem__(self, index):
+        return self.images[index]
+
+
+class Darken:
+    """An "attack" that shows what it was given."""
+
+    def __init__(self, amount=0.9, seed=0, name="dark"):
+        self.amount, self.seed, self.name, self.calls = amount, seed, name, []
+
+    def describe(self, num_classes=None):
+        return self.name
+
+    def settings(self):
+        return {"amount": self.amount}
+
+    def perturb(self, model, images, labels, *, num_classes, seed):
+        self.calls.append((len(images), num_classes, seed, bool(model.training)))
+        return images * (1 - self.amount)
+
+
+def run(records=None, episodes=6, **changes):
+    options = {"attacks": [Darken()], "fingerprint": "w1", "data": "fake"} | changes
+    net = options.pop("net", None) or ProtoNet(Backbone())
+    sampler = options.pop("sampler", None) or EpisodeSampler(LABELS, ways=4, shots=2, queries=5, seed=1)
+    return run_protocol(net, Pixels(), sampler, episodes=episodes, records=records, **options)
+
+
+def test_accuracies_equal_a_plain_loop():
+    net = ProtoNet(Backbone()).train()
+    sampler, pixels = EpisodeSampler(LABELS, ways=4, shots=2, queries=5, seed=1), Pixels()
+    result = run(net=net)
+    assert list(result) == ["clean", "dark"] and result["clean"].dtype == torch.float64
+    assert net.training and net.backbone.drop.training  # modes are as before, though it was scored in eval mode
+    net.eval()
+    for i in range(6):
+        e = sampler[i]
+        logits = net(pixels[e.support], e.support_labels, pixels[e.query] * 0.1)
+        assert float(result["dark"][i]) == pytest.approx(float((logits.argmax(1) == e.query_labels).double().mean()))
+    assert result["dark"].mean() < result["clean"].mean()
+
+
+def test_pieces_do_not_change_the_result_and_seeds_differ():
+    attack = Darken()
+    whole, pieces = run(), run(batch=7, attacks=[attack])
+    assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+    # 4 ways x 5 queries = 20 = 7 + 7 + 6, six episodes; each piece has a seed of its own; the model is in eval mode.
+    assert [call[0] for call in attack.calls[:3]] == [7, 7, 6] and len({call[2] for call in attack.calls}) == 18
+    assert all(call[1] == 4 and not call[3] for call in attack.calls)
+
+
+def test_resume_continues_at_the_episode_where_it_stopped(tmp_path):
+    records = tmp_path / "sub" / "fake.jsonl"
+    whole = run(records)
+    lines = records.read_text().splitlines(keepends=True)
+    header, rows = json.loads(lines[0]), [json.loads(line) for line in lines[1:]]
+    assert len(header["protocol"]) == 16 and header["settings"]["data"] == "fake"
+    assert [row["episode"] for row in rows] == list(range(6)) and rows[2]["clean"] == float(whole["clean"][2])
+    # Killed in the middle of writing episode 3.
+    records.write_text("".join(lines[:4]) + lines[4][:9])
+    attack = Darken()
+    again = run(records, attacks=[attack])
+    assert len(attack.calls) == 3 and records.read_text() == "".join(lines)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    # Nothing is left to do, then two episodes more, then fewer.
+    net = ProtoNet(Backbone())
+    assert torch.equal(run(records, net=net)["clean"], whole["clean"]) and net.backbone.seen == 0
+    assert len(run(records, episodes=8)["clean"]) == 8
+    assert torch.equal(run(records, episodes=3)["clean"], whole["clean"][:3])
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"fingerprint": "w2"}, "fingerprint"),
+        ({"data": "other"}, "data"),
+        ({"attacks": [Darken(0.5)]}, "attacks"),
+        ({"attacks": []}, "conditions, attacks"),
+        ({"sampler": EpisodeSampler(LABELS, ways=4, shots=2, queries=5, seed=2)}, "sampler"),
+    ],
+)
+def test_another_protocol_is_refused_and_nothing_lost(tmp_path, changes, key):
+    records = tmp_path / "fake.jsonl"
+    run(records)
+    before = records.read_text()
+    with pytest.raises(UserError, match=rf"of another run \(different: {key}\)"):
+        run(records, **changes)
+    assert records.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda lines: [lines[0], "garbage\n", *lines[2:]], "a line is no JSON"),
+        (lambda lines: [lines[0], '{"episode": 0}\n'], "line 2 is not a record"),
+        (lambda lines: ["[1]\n", *lines[1:]], "of another run"),
+        (lambda lines: ["\x00\n"], "no JSON"),
+    ],
+)
+def test_broken_records_are_named(tmp_path, damage, message):
+    records = tmp_path / "fake.jsonl"
+    run(records)
+    records.write_text("".join(damage(records.read_text().splitlines(keepends=True))))
+    with pytest.raises(UserError, match=message):
+        run(records)
+
+
+def test_unwritable_records(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        run(tmp_path / "file" / "fake.jsonl")
+
+
+def test_full_disk_keeps_earlier_episodes(tmp_path, monkeypatch):
+    from vismt.metatune import records as module
+
+    path = tmp_path / "fake.jsonl"
+    real, rows = module._append, []
+
+    def fails_at_third(log, row):
+        rows.append(row)
+        if len(rows) == 3:
+            class Full:
+                name = str(path)
+
+                def write(self, line):
+                    raise OSError(28, "No space left on device")
+            log = Full()
+        real(log, row)
+
+    monkeypatch.setattr(module, "_append", fails_at_third)
+    with pytest.raises(UserError, match=r"No space left on device. Earlier records are kept"):
+        run(path)
+    monkeypatch.undo()
+    assert len(path.read_text().splitlines()) == 3  # header and two episodes
+    assert len(run(path)["clean"]) == 6
+
+
+def test_panel_holds_one_episode(tmp_path):
+    panel = tmp_path / "panels" / "fake.npz"
+    sampler = EpisodeSampler(LABELS, ways=4, shots=2, queries=9, seed=1)
+    run(panel=panel, sampler=sampler)
+    with np.load(panel, allow_pickle=False) as stored:
+        arrays = dict(stored)
+    assert arrays["support"].shape == (8, 3, 4, 4) and arrays["support"].dtype == np.uint8
+    assert arrays["query"].shape == (20, 3, 4, 4)  # 5 of 9 per class
+    assert np.bincount(arrays["query_labels"]).tolist() == [5] * 4
+    episode = sampler[0]
+    assert arrays["classes"].tolist() == ["abcdef"[c] for c in episode.classes]
+    assert str(arrays["condition"]) == "dark"
+    first = Pixels()[episode.query[:1]]
+    assert np.array_equal(arrays["query"][0], (first[0] * 255).round().numpy().astype(np.uint8))
+    assert np.array_equal(arrays["adversarial"][0], (first[0] * 0.1 * 255).round().numpy().astype(np.uint8))
+    assert arrays["predictions"].shape == arrays["adversarial_predictions"].shape == (20,)
+
+
+def test_panel_is_made_up_for_on_resume(tmp_path):
+    records, panel = tmp_path / "fake.jsonl", tmp_path / "fake.npz"
+    run(records)
+    run(records, panel=panel)
+    assert panel.exists()
+    clean = tmp_path / "clean.npz"
+    run(panel=clean, attacks=[])
+    assert "adversarial" not in np.load(clean)
+
+
+def test_what_has_no_interval_or_no_name_is_refused():
+    with pytest.raises(UserError, match="1 episodes have no confidence interval"):
+        run(episodes=1)
+    with pytest.raises(UserError, match="two attacks are called alike"):
+        run(attacks=[Darken(), Darken(0.2)])

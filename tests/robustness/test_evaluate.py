@@ -1,0 +1,152 @@
+"""Robust accuracy of any classifier: the numbers by hand, records that resume, and a check that catches masked gradients."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from vismt.errors import UserError
+from vismt.robustness.attacks import AttackSpec
+from vismt.robustness.corruptions import CorruptionSpec
+from vismt.robustness.evaluate import check_masking, evaluate_classifier, summarise, wilson
+
+PGD = AttackSpec(epsilon=8 / 255, step_size=2 / 255, steps=20)  # enough steps to reach the boundary from any start
+
+
+class Linear(nn.Module):
+    """Class = the brightest of 3 channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(3))
+        self.drop = nn.Dropout(0.5)
+        self.calls = 0
+
+    def forward(self, images):
+        self.calls += 1
+        return self.drop(images.mean((2, 3)) * self.gain) * 20
+
+
+class Rounded(Linear):
+    """The same through 16 grey values: no gradient, so an attack by gradient finds nothing."""
+
+    def forward(self, images):
+        return super().forward((images * 15).round() / 15)
+
+
+def batches(n=60, size=20, ids=True):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(n) % 3
+    images = 0.45 + 0.02 * torch.randn(n, 3, 10, 10, generator=generator)
+    margins = 0.02 + 0.1 * torch.rand(n, generator=generator)
+    images[torch.arange(n), labels] += margins[:, None, None]
+    wrong = torch.arange(0, n, 10)
+    labels[wrong] = (labels[wrong] + 1) % 3
+    names = [f"image/{i}.png" for i in range(n)]
+    parts = [slice(i, i + size) for i in range(0, n, size)]
+    return [(images[p], labels[p], names[p]) if ids else (images[p], labels[p]) for p in parts]
+
+
+def test_wilson_by_hand():
+    # 8 of 10: z = 1.959964, centre (0.8 + z^2 / 20) / (1 + z^2 / 10) = 0.716740,
+    # half z / (1 + z^2 / 10) sqrt(0.8 * 0.2 / 10 + z^2 / 400) = 0.226575
+    low, high = wilson(8, 10)
+    assert (low, high) == pytest.approx((0.490165, 0.943315), abs=2e-5)
+    assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == 1
+
+
+def test_robust_means_right_before_and_after():
+    rows = [
+        {"label": 0, "clean": 0, "a": 0, "c": 0}, {"label": 0, "clean": 0, "a": 1, "c": 1},
+        {"label": 0, "clean": 1, "a": 0, "c": 0}, {"label": 1, "clean": 0, "a": 0, "c": 0},
+    ]
+    clean, attacked, corrupted = summarise(rows, {"a": True, "c": False}, 2)
+    # The third was wrong when clean: luck under attack does not make it robust; under a corruption it counts.
+    assert (clean.value, attacked.value, corrupted.value) == (0.5, 0.25, 0.5)
+    assert clean.n == 4 and clean.chance == 0.5 and clean.ci95 == pytest.approx((clean.high - clean.low) / 2)
+
+
+def test_rows_and_records(tmp_path):
+    path = tmp_path / "a" / "records.jsonl"
+    net = Linear().train()
+    clean, robust, fog = evaluate_classifier(net, batches(), [PGD, CorruptionSpec("fog", 1)], num_classes=3, records=path)
+    assert net.training and net.drop.training and net.gain.requires_grad and net.gain.grad is None
+    # 6 of 60 labels are wrong; a linear model with margin m falls when m < 2 * 8/255 = 0.0627.
+    assert (clean.condition, clean.value, clean.n) == ("clean", 0.9, 60)
+    margins = [m for images, labels, _ in batches() for m in
+               (images.mean((2, 3)).gather(1, labels[:, None])[:, 0]
+                - images.mean((2, 3)).scatter(1, labels[:, None], -1).amax(1)).tolist()]
+    assert robust.condition == "PGD-20 linf 8/255 step 2/255" and robust.value == sum(m > 2 * 8 / 255 for m in margins) / 60
+    assert fog.condition == "fog 1"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == 61 and lines[1]["id"] == "image/0.png" and lines[1]["label"] == 1 and lines[1]["clean"] == 0
+    key = "PGD-20 linf 8/255 step 2/255"
+    assert lines[2][f"{key} linf"] == pytest.approx(8 / 255, abs=1e-6)
+    assert lines[2][f"{key} l2"] <= 8 / 255 * 300**0.5 + 1e-6
+    # A record's attacked prediction is that of the attacked image: count them again.
+    assert sum(row["clean"] == row["label"] == row[key] for row in lines[1:]) / 60 == robust.value
+
+
+def test_resume_by_example(tmp_path):
+    path = tmp_path / "records.jsonl"
+    whole = evaluate_classifier(Linear(), batches(), [PGD], num_classes=3, records=path)
+    lines = path.read_text().splitlines(keepends=True)
+    full = Linear()
+    evaluate_classifier(full, batches(), [PGD], num_classes=3)
+    # Killed within the second batch, in the middle of a line.
+    path.write_text("".join(lines[:31]) + lines[31][:20])
+    rest = Linear()
+    again = evaluate_classifier(rest, batches(), [PGD], num_classes=3, records=path)
+    assert again == whole and path.read_text() == "".join(lines)
+    assert rest.calls * 3 == full.calls * 2  # two of three batches
+    done = Linear()
+    assert evaluate_classifier(done, batches(), [PGD], num_classes=3, records=path) == whole and done.calls == 0
+
+
+def test_foreign_records_are_refused(tmp_path):
+    path = tmp_path / "records.jsonl"
+    evaluate_classifier(Linear(), batches(), [PGD], num_classes=3, records=path, fingerprint="a")
+    with pytest.raises(UserError, match="different: fingerprint"):
+        evaluate_classifier(Linear(), batches(), [PGD], num_classes=3, records=path, fingerprint="b")
+    moved = [(images, (labels + 1) % 3, ids) for images, labels, ids in batches()]
+    with pytest.raises(UserError, match=r"'image/0.png' is on record with label 1, now it has 2"):
+        evaluate_classifier(Linear(), moved, [PGD], num_classes=3, records=path, fingerprint="a")
+
+
+@pytest.mark.parametrize(
+    ("given", "classes", "message"),
+    [
+        ([], 3, "no example"),
+        ([(torch.rand(2, 3, 4, 4), torch.tensor([0, 3]))], 3, "labels 0 to 3 for 3 classes"),
+        ([(torch.rand(2, 3, 4, 4), torch.tensor([0, 1]))], 4, r"logits \(2, 3\) for 4 classes"),
+        ([(torch.rand(2, 3, 4, 4), torch.tensor([0, 1]), ["a", "a"])], 3, "'a' comes twice"),
+        ([(torch.rand(1, 3, 4, 4), torch.tensor([0]), ["a"])] * 2, 3, "'a' comes twice"),
+        ([(torch.rand(2, 3, 4, 4), torch.tensor([0]))], 3, "2 images, 1 labels"),
+        ([(torch.rand(2, 3, 4, 4) * 255, torch.tensor([0, 1]))], 3, r"need \[0, 1\]"),
+    ],
+)
+def test_errors(given, classes, message):
+    with pytest.raises(UserError, match=message):
+        evaluate_classifier(Linear(), given, [PGD], num_classes=classes)
+
+
+def test_equal_attacks_are_refused():
+    with pytest.raises(UserError, match="called alike"):
+        evaluate_classifier(Linear(), batches(), [PGD, PGD], num_classes=3)
+
+
+def test_ids_default_to_running_numbers(tmp_path):
+    path = tmp_path / "records.jsonl"
+    evaluate_classifier(Linear(), batches(ids=False), [], num_classes=3, records=path)
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()[1:]] == [str(i) for i in range(60)]
+
+
+def test_honest_gradients_pass_and_masked_ones_are_caught():
+    honest = check_masking(Linear(), batches(), PGD, num_classes=3)
+    assert honest.passed and honest.epsilons[0] == 0 and honest.epsilons[-1] == 64 / 255 and honest.n == 60
+    assert honest.accuracies[0] == 0.9 and honest.accuracies[-1] == 0
+    masked = check_masking(Rounded(), batches(), PGD, num_classes=3)
+    assert not masked.reaches_chance and not masked.passed
+    rising = check_masking(Linear(), batches(), PGD, num_classes=3, epsilons=[0.0, 64 / 255], slack=-1.0)
+    assert not rising.monotone

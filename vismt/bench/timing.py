@@ -1,0 +1,73 @@
+"""Interleaved timing: every candidate once a round, in rotating order, and ratios taken inside a round.
+
+CPU time of the process on one intra-op thread is the clock on a CPU (a busy neighbour does not enter it); with CUDA the
+wall clock around a synchronised call.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from vismt import console
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each round by candidate."""
+
+    seconds: dict[str, list[float]]
+
+    def ratio(self, name: str, base: str) -> tuple[float, float, float]:
+        """Median, smallest and largest ratio of `name` to `base`, taken round by round."""
+        ratios = [a / b for a, b in zip(self.seconds[name], self.seconds[base])]
+        return statistics.median(ratios), min(ratios), max(ratios)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One intra-op thread inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def interleave(
+    candidates: Mapping[str, Callable[[], object]], rounds: int, *, label: str, device: torch.device | None = None,
+    warmup: int = 1,
+) -> Timing:
+    """Time every candidate `rounds` times after `warmup` uncounted rounds."""
+    names = list(candidates)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    with one_thread():
+        for turn in console.track(range(warmup + rounds), "bench", label):
+            for name in _rotated(names, turn):
+                elapsed = _clock(candidates[name], device)
+                if turn >= warmup:
+                    seconds[name].append(elapsed)
+    return Timing(seconds)
+
+
+def _rotated(names: Sequence[str], turn: int) -> list[str]:
+    start = turn % len(names)
+    return [*names[start:], *names[:start]]
+
+
+def _clock(call: Callable[[], object], device: torch.device | None) -> float:
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+    start = time.process_time()
+    call()
+    return time.process_time() - start

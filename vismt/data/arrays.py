@@ -1,0 +1,85 @@
+"""Images in one npz file: uint8 arrays, or bits packed eight to a byte. Nothing in it may be a pickle."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vismt.data.cards import ArraysSource, Card
+from vismt.data.manifest import digest
+from vismt.data.sources import Loaded, fix, shown_path, verify_classes, verify_counts
+from vismt.errors import UserError
+
+
+def files(source: ArraysSource, base: Path) -> dict[str, list[tuple[str, Path]]]:
+    """The one file, as the group of its own name."""
+    path = base / source.file
+    return {source.file: [(source.file, path)] if path.is_file() else []}
+
+
+def _open(card: Card, path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise UserError(f"{card.shown}: no file '{shown_path(path)}'. {fix(card)}")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{shown_path(path)}: cannot be read as npz: {error}. {fix(card)}") from error
+
+
+def _images(arrays: Mapping[str, np.ndarray], key: str, shown: str) -> np.ndarray:
+    """uint8 (n, h, w) or (n, h, w, 3) under `key`, unpacked from `key_packed` and `shape` (bits become 0 and 255)."""
+    if key in arrays:
+        images = arrays[key]
+    elif f"{key}_packed" in arrays and "shape" in arrays:
+        shape = tuple(int(size) for size in arrays["shape"])
+        rows, bits = arrays[f"{key}_packed"], int(np.prod(shape[1:]))
+        if rows.dtype != np.uint8 or rows.shape != (shape[0], -(-bits // 8)):
+            raise UserError(f"{shown}: '{key}_packed' is {rows.dtype} {rows.shape}, which does not hold images of shape {shape}.")
+        images = np.unpackbits(rows, axis=1, count=bits).reshape(shape) * np.uint8(255)
+    else:
+        raise UserError(f"{shown}: no array '{key}' or '{key}_packed' with 'shape'; it holds {sorted(arrays)}.")
+    if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 3)):
+        raise UserError(f"{shown}: '{key}' is {images.dtype} {images.shape}, must be uint8 (n, h, w) or (n, h, w, 3).")
+    return images
+
+
+def _labels(arrays: Mapping[str, np.ndarray], key: str, n: int, shown: str) -> list[int]:
+    labels = arrays.get(key)
+    if labels is None or labels.shape != (n,) or labels.dtype.kind not in "iu":
+        seen = "is missing" if labels is None else f"is {labels.dtype} {labels.shape}"
+        raise UserError(f"{shown}: '{key}' {seen}, must be whole numbers of shape ({n},).")
+    return [int(label) for label in labels]
+
+
+def load(card: Card, source: ArraysSource, base: Path, split: str) -> Loaded:
+    """The images of `split`; grey images get three equal channels; ids are `<split>/<row>`."""
+    path = base / source.file
+    arrays, shown = _open(card, path), shown_path(path)
+    parts: dict[str, tuple[np.ndarray, list[int]]] = {}
+    for name in source.splits if split == "all" else [split]:
+        suffix = "" if name == "all" else f"_{name}"
+        images = _images(arrays, f"x{suffix}", shown)
+        parts[name] = images, _labels(arrays, f"y{suffix}", len(images), shown)
+    verify_counts(card, source, base, {name: len(images) for name, (images, _) in parts.items()}, {})
+    labels = [label for _, part in parts.values() for label in part]
+    classes = [str(name) for name in arrays["classes"]] if "classes" in arrays else [str(k) for k in range(card.classes)]
+    verify_classes(card, source, base, len(classes))
+    if labels and not 0 <= min(labels) <= max(labels) < len(classes):
+        raise UserError(f"{shown}: labels run from {min(labels)} to {max(labels)}, but there are {len(classes)} classes.")
+    rows = [(images, row) for images, _ in parts.values() for row in range(len(images))]
+
+    def read(i: int) -> Tensor:
+        images, row = rows[i]
+        image = 255 - images[row] if source.invert else images[row]
+        tensor = torch.from_numpy(np.array(image))
+        return tensor.expand(3, -1, -1).contiguous() if tensor.ndim == 2 else tensor.permute(2, 0, 1).contiguous()
+
+    ids = [f"{name}/{row:06d}" for name, (images, _) in parts.items() for row in range(len(images))]
+    return Loaded(classes, labels, ids, read, lambda: f"{digest([(source.file, path)]).sha256}:{source.invert}")

@@ -1,0 +1,115 @@
+"""Images of one size, decoded once: a uint8 store in memory, or a file in the cache when it is large."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as vision
+
+from vismt import console
+from vismt.data.images import ImageSet
+from vismt.errors import UserError
+from vismt.paths import cache_root
+
+RECIPE = "bilinear-antialias-shorter-side-centre-crop-1"
+MEMORY_BYTES = 512 * 2**20
+CHUNK = 64
+
+
+def square(image: Tensor, size: int) -> Tensor:
+    """uint8 (3, h, w) -> uint8 (3, size, size): shorter side to `size` (bilinear, antialiased), then the centre."""
+    if tuple(image.shape[-2:]) == (size, size):
+        return image
+    height, width = image.shape[-2:]
+    # The longer side is rounded, not cut down as torchvision would: no side becomes 0 and thin images keep their shape.
+    scale = size / min(height, width)
+    resized = vision.resize(image, [max(size, round(height * scale)), max(size, round(width * scale))], antialias=True)
+    return vision.center_crop(resized, [size, size])
+
+
+class Pixels:
+    """`images` as a uint8 store (n, 3, size, size), built once with a progress bar.
+
+    Up to 512 MiB it is kept in memory. A larger store is a file under the cache folder, named by the content of the
+    images and the size, and is found again by the next run; `cache=False` keeps it in memory whatever its size.
+    `pixels[index]` is float32 (b, 3, size, size) in [0, 1] for an int64 index (b,).
+    Raises UserError for a damaged image and for a cache folder that is full or cannot be written.
+    """
+
+    def __init__(self, images: ImageSet, size: int, *, cache: bool = True) -> None:
+        if size < 1:
+            raise UserError(f"data '{images.name}': image size {size} must be at least 1.")
+        self.images, self.size = images, size
+        self.name, self.split, self.classes = images.name, images.split, images.classes
+        self.labels, self.ids = images.labels, images.ids
+        large = len(images) * 3 * size * size > MEMORY_BYTES
+        self.store: np.ndarray = self._on_disk() if cache and large else self._in_memory()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return self.raw(index).to(torch.float32).div_(255)
+
+    def raw(self, index: Tensor) -> Tensor:
+        """The same images as stored: uint8 (b, 3, size, size)."""
+        if index.dtype not in (torch.int64, torch.int32) or index.ndim != 1:
+            raise TypeError(f"index must be whole numbers (b,), is {index.dtype} {tuple(index.shape)}")
+        return torch.from_numpy(self.store[index.cpu().numpy()])
+
+    def _rows(self) -> Iterator[np.ndarray]:
+        def row(i: int) -> np.ndarray:
+            return square(self.images.read(i), self.size).numpy()
+
+        text = f"{self.name} ({self.split}) at {self.size} px"
+        with (
+            ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool,
+            console.bar("data", text, len(self)) as bar,
+        ):
+            for start in range(0, len(self), CHUNK):
+                stop = min(start + CHUNK, len(self))
+                yield np.stack(list(pool.map(row, range(start, stop))))
+                bar.advance(stop - start)
+
+    def _in_memory(self) -> np.ndarray:
+        store = np.empty((len(self), 3, self.size, self.size), dtype=np.uint8)
+        done = 0
+        for rows in self._rows():
+            store[done : done + len(rows)] = rows
+            done += len(rows)
+        return store
+
+    def _on_disk(self) -> np.ndarray:
+        key = hashlib.sha256(f"{RECIPE}:{self.size}:{self.images.content()}:{self.ids}".encode()).hexdigest()[:20]
+        path = cache_root() / "pixels" / f"{self.name}-{self.split}-{self.size}-{key}.npy"
+        if not path.is_file():
+            self._write(path)
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+    def _write(self, path: Path) -> None:
+        """Write the rows in order to a file beside `path` and rename it: no half store, and a full disk is an OSError."""
+        part = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
+            with os.fdopen(handle, "wb") as file:
+                shape = (len(self), 3, self.size, self.size)
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for rows in self._rows():
+                    file.write(rows.tobytes())
+            os.replace(part, path)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"pixel store '{path}': {reason}. Free space, set VISMT_CACHE, or use cache=False.") from error
+        finally:
+            if part is not None and os.path.exists(part):
+                os.unlink(part)

@@ -1,0 +1,37 @@
+"""Training augmentation on a batch in [0, 1]: random resized crop, colour jitter, flip; a pure function of its seed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+
+def augment(
+    images: Tensor,
+    seed: int,
+    *,
+    crop: tuple[float, float] | None = (0.35, 1.0),
+    jitter: float = 0.4,
+    flip: bool = True,
+) -> Tensor:
+    """float (b, 3, h, w) in [0, 1] -> the same shape, dtype, device and range; every image gets its own draw.
+
+    `crop` is the range of the cropped area (aspect 3/4 to 4/3, resized back, bilinear, antialiased), None for no crop;
+    `jitter` the strength of brightness, contrast and saturation; `flip` mirrors left and right with probability 1/2.
+    Two calls with one seed agree bit for bit; no random state outside is read or moved.
+    """
+    steps: list[torch.nn.Module] = []
+    if crop is not None:
+        steps.append(v2.RandomResizedCrop(tuple(images.shape[-2:]), scale=crop, antialias=True))
+    if jitter > 0:
+        steps.append(v2.ColorJitter(brightness=jitter, contrast=jitter, saturation=jitter))
+    if flip:
+        steps.append(v2.RandomHorizontalFlip())
+    if not steps or len(images) == 0:
+        return images.clone()
+    pipeline = v2.Compose(steps)
+    # v2 draws from the CPU generator only. torch.manual_seed would also seed every GPU's, which fork_rng does not undo here.
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        return torch.stack([pipeline(image) for image in images]).clamp_(0, 1)

@@ -1,0 +1,75 @@
+"""The state of an interrupted training, whole or absent: trainable tensors, optimiser, schedule, random state, step.
+
+What a run starts from, in this order: 1. its own checkpoint.pt, 2. nothing but the adapter's start values. Batches are a
+function of the step number, so the step is all that is needed to go on with the data.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vismt.errors import UserError
+from vismt.lowrank.store import atomic_write
+
+NAME = "checkpoint.pt"
+
+
+def trainable_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters that require a gradient, and the buffers of a module that asks for it by `checkpoint_buffers = True`."""
+    state = {name: value.detach().cpu() for name, value in module.named_parameters() if value.requires_grad}
+    for path, part in module.named_modules():
+        if getattr(part, "checkpoint_buffers", False):
+            state.update({f"{path}.{name}" if path else name: value.cpu() for name, value in part.named_buffers(recurse=False)})
+    return state
+
+
+def save(
+    folder: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, config_hash: str
+) -> None:
+    """Write the checkpoint of `step` finished steps; the one before stands until the new one is whole."""
+    state = {
+        "step": step,
+        "config_hash": config_hash,
+        "tensors": trainable_state(module),
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "random": torch.get_rng_state(),
+        "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    atomic_write(folder / NAME, buffer.getvalue())
+
+
+def load(
+    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, config_hash: str
+) -> int:
+    """Restore a checkpoint if there is one; returns the number of finished steps (0 without)."""
+    path = folder / NAME
+    if not path.exists():
+        return 0
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"checkpoint '{path}' is damaged ({type(error).__name__}); delete it to train from the start.") from error
+    if state["config_hash"] != config_hash:
+        raise UserError(f"checkpoint '{path}' is of configuration {state['config_hash']}, this is {config_hash}; use another run folder.")
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    wanted = trainable_state(module)
+    for name in sorted(set(wanted) ^ set(state["tensors"])):
+        raise UserError(f"checkpoint '{path}': '{name}' is {'missing' if name in wanted else 'unexpected'}; was the method changed?")
+    with torch.no_grad():
+        for name, value in state["tensors"].items():
+            own[name].copy_(value)
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    torch.set_rng_state(state["random"])
+    if state["cuda_random"] and len(state["cuda_random"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda_random"])
+    return int(state["step"])

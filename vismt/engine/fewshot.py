@@ -1,0 +1,266 @@
+"""The few-shot job: meta-tune an adapted ViT on episodes, evaluate it frozen and adapted on other domains, clean and robust."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from vismt import console
+from vismt.backbones import vit
+from vismt.config import RunConfig, fraction
+from vismt.data.images import ImageSet, open_images
+from vismt.data.pixels import Pixels
+from vismt.data.transforms import augment
+from vismt.engine import loop, runtime
+from vismt.errors import UserError, near
+from vismt.lowrank.inject import merge
+from vismt.lowrank.store import atomic_write, fingerprint, load_adapter, read_tensors, save_adapter
+from vismt.metatune.episodes import EpisodeSampler, VariableSampler
+from vismt.metatune.objective import EpisodeBatches, EpisodeObjective
+from vismt.metatune.protocol import mean_interval, run_protocol
+from vismt.metatune.protonet import ProtoNet
+from vismt.registry import adapt
+from vismt.robustness.attacks import AttackSpec
+
+EXTRA = "classifier.safetensors"
+MODELS = ("frozen", "adapted")
+
+
+@dataclass
+class SourceConfig:
+    """Training episodes. data: cards as 'name' or 'name:split'; hierarchy: draw the ways within one superclass."""
+
+    data: list[str] = field(default_factory=list)
+    ways: int = 5
+    shots: int = 5
+    queries: int = 15
+    augment: bool = True
+    crop: float = 0.35
+    jitter: float = 0.4
+    flip: bool = True
+    hierarchy: bool = False
+
+
+@dataclass
+class AttackConfig:
+    """See robustness.attacks.AttackSpec; epsilon and step_size in pixels of [0, 1], also as '4.5/255'."""
+
+    name: str = "pgd"
+    epsilon: float | str = "4.5/255"
+    step_size: float | str | None = None
+    steps: int | None = None
+    norm: str = "linf"
+    random_start: bool = True
+
+    def spec(self, seed: int) -> AttackSpec:
+        """The attack with its numbers."""
+        step = None if self.step_size is None else fraction(self.step_size, "attack.step_size")
+        epsilon = fraction(self.epsilon, "attack.epsilon")
+        return AttackSpec(self.name, epsilon, step, self.steps, self.norm, self.random_start, seed)
+
+
+@dataclass
+class EvaluateConfig:
+    """Test episodes. rule: 'uniform' (ways, shots) or 'variable' (Meta-Dataset); seed: of the episodes, apart from training's."""
+
+    data: list[str] = field(default_factory=list)
+    models: list[str] = field(default_factory=lambda: list(MODELS))
+    rule: str = "uniform"
+    ways: int = 5
+    shots: list[int] = field(default_factory=lambda: [1, 5])
+    queries: int = 15
+    episodes: int = 600
+    seed: int = 1
+    hierarchy: bool = False
+    attacks: list[AttackConfig] = field(default_factory=list)
+
+
+@dataclass
+class FewShotConfig(RunConfig):
+    """One few-shot experiment. on_bad_sample: 'error' or 'skip' for images that cannot be decoded."""
+
+    source: SourceConfig = field(default_factory=SourceConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    on_bad_sample: str = "error"
+    download: bool = False
+
+
+class FewShotJob:
+    """Train, evaluate and merge for one run folder."""
+
+    def __init__(self, config: FewShotConfig, folder: Path, config_hash: str) -> None:
+        self.config, self.folder, self.hash = config, folder, config_hash
+        _check(config)
+        self._pixels: dict[str, Pixels] = {}
+        self._backbones: dict[str, ProtoNet] = {}
+
+    def train(self) -> dict[str, Any]:
+        """Meta-tune and write adapter/ and the classifier's scale; what run.json says of the adaptation."""
+        config = self.config
+        if config.adapt is None or config.train is None:
+            return {}
+        accelerator = runtime.accelerator(config.train.precision, config.train.trackers, self.folder)
+        backbone = self._backbone()
+        options = dict(config.adapt.options)
+        unused = [re.escape(name) + r"\..*" for name in backbone.unused_modules()]
+        options["exclude"] = [*options.get("exclude", ()), *unused]
+        told = adapt(
+            backbone.vit, config.adapt.method, config.adapt.targets, config.adapt.rank, config.adapt.alpha, config.seed,
+            **options,
+        )
+        console.stage("adapt", told.summary())
+        for remark in told.skipped:
+            console.stage("adapt", f"left out: {remark}")
+        objective = EpisodeObjective(ProtoNet(backbone))
+        if config.train.trackers:
+            accelerator.init_trackers("vismt")
+        loop.train(objective, self._batches(), config.train, self.folder, self.hash, accelerator)
+        if config.train.trackers:
+            accelerator.end_training()
+        if accelerator.is_main_process:
+            save_adapter(backbone.vit, self.folder / "adapter")
+            atomic_write(self.folder / EXTRA, safetensors.torch.save({"scale": objective.proto.scale.detach().cpu()}))
+        accelerator.wait_for_everyone()
+        return {"method": told.method, "rank": config.adapt.rank, "trainable": told.trainable, "total": told.total}
+
+    def evaluate(self, attacks: list[AttackConfig] | None = None) -> list[dict[str, Any]]:
+        """Rows of every domain, protocol, model and condition; interrupted evaluations go on at their episode."""
+        settings = self.config.evaluate
+        specs = [attack.spec(settings.seed) for attack in (settings.attacks if attacks is None else attacks)]
+        rows = []
+        for name in settings.data:
+            pixels = self._open(name)
+            for sampler in self._samplers(pixels):
+                for model in self._models():
+                    rows += self._evaluate_one(name, pixels, sampler, model, specs)
+        return rows
+
+    def stock(self) -> nn.Module:
+        """The timm model before adaptation."""
+        return self._backbone().vit
+
+    def merged(self) -> nn.Module:
+        """The stock timm model with the adapter folded in."""
+        return merge(load_adapter(self.stock(), self.folder / "adapter"))
+
+    def _evaluate_one(
+        self, name: str, pixels: Pixels, sampler: EpisodeSampler | VariableSampler, model: str, specs: list[AttackSpec]
+    ) -> list[dict[str, Any]]:
+        proto, settings = self._proto(model), self.config.evaluate
+        shown, protocol = name.replace(":", "-").replace("/", "-"), str(sampler)
+        stem = f"{shown}-{protocol.replace(' ', '-')}"
+        attacked = "".join(f"-{spec.name}{i}" for i, spec in enumerate(specs)) if specs != self._own_specs() else ""
+        found = run_protocol(
+            proto, pixels, sampler, episodes=settings.episodes, attacks=specs,
+            records=self.folder / "records" / f"{stem}-{model}{attacked}.jsonl",
+            panel=self.folder / "panels" / f"{stem}.npz" if model == self._models()[-1] and not attacked else None,
+            data=name, fingerprint=self._fingerprint(proto), label=f"{shown} {protocol} {model}",
+        )
+        rows = []
+        for condition, values in found.items():
+            value, half = mean_interval(values)
+            rows.append({
+                "data": shown, "protocol": protocol, "condition": condition, "metric": "accuracy", "model": model,
+                "value": value, "ci95": half, "n": len(values), "unit": "episodes", "seed": settings.seed,
+                "config_hash": self.hash,
+            })
+        text = "   ".join(f"{row['condition']} {100 * row['value']:.1f} ± {100 * row['ci95']:.1f}" for row in rows)
+        console.stage("eval", f"{shown}  {protocol}  {model}   {text}   (n = {settings.episodes} episodes)")
+        return rows
+
+    def _own_specs(self) -> list[AttackSpec]:
+        return [attack.spec(self.config.evaluate.seed) for attack in self.config.evaluate.attacks]
+
+    def _models(self) -> list[str]:
+        trained = self.config.adapt is not None and self.config.train is not None
+        return [model for model in self.config.evaluate.models if model == "frozen" or trained]
+
+    def _proto(self, model: str) -> ProtoNet:
+        """The prototype classifier of the frozen or of the merged adapted backbone, on the device that is there."""
+        if model not in self._backbones:
+            backbone = self._backbone()
+            proto = ProtoNet(backbone)
+            if model == "adapted":
+                load_adapter(backbone.vit, self.folder / "adapter")
+                merge(backbone.vit)
+                tensors = read_tensors(self.folder / EXTRA, f"run '{self.folder}'")[1]
+                with torch.no_grad():
+                    proto.scale.copy_(tensors["scale"])
+            self._backbones[model] = proto.requires_grad_(False).eval().to(runtime.accelerator().device)
+        return self._backbones[model]
+
+    def _fingerprint(self, proto: ProtoNet) -> str:
+        model = proto.backbone.vit
+        linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+        return f"{fingerprint(model, linears)}-{float(proto.scale):.6g}"
+
+    def _backbone(self) -> vit.Backbone:
+        model = self.config.model
+        return vit.create(
+            model.name, model.img_size, model.pretrained, block=model.block, position=model.position, pool=model.pool
+        )
+
+    def _batches(self) -> EpisodeBatches:
+        source, seed = self.config.source, self.config.seed
+        sets = [self._open(name) for name in source.data]
+        samplers = [
+            EpisodeSampler(
+                pixels.labels, ways=source.ways, shots=source.shots, queries=source.queries, seed=seed,
+                superclass=pixels.images.superclass if source.hierarchy else None, names=pixels.classes,
+            )
+            for pixels in sets
+        ]
+        change = None
+        if source.augment:
+            def change(images: torch.Tensor, number: int) -> torch.Tensor:
+                return augment(images, number, crop=(source.crop, 1.0), jitter=source.jitter, flip=source.flip)
+        return EpisodeBatches(
+            [(pixels.__getitem__, sampler.__getitem__) for pixels, sampler in zip(sets, samplers)], seed=seed, augment=change
+        )
+
+    def _samplers(self, pixels: Pixels) -> list[EpisodeSampler | VariableSampler]:
+        settings = self.config.evaluate
+        common = {
+            "seed": settings.seed, "names": pixels.classes, "superclass": pixels.images.superclass if settings.hierarchy else None,
+        }
+        if settings.rule == "variable":
+            return [VariableSampler(pixels.labels, **common)]
+        return [
+            EpisodeSampler(pixels.labels, ways=settings.ways, shots=shots, queries=settings.queries, **common)
+            for shots in settings.shots
+        ]
+
+    def _open(self, name: str) -> Pixels:
+        """The set 'name' or 'name:split' at the backbone's resolution."""
+        if name not in self._pixels:
+            card, _, split = name.partition(":")
+            images: ImageSet = open_images(
+                card, split or "all", on_bad_sample=self.config.on_bad_sample, download=self.config.download
+            )
+            size = self.config.model.img_size or self._backbone().img_size[0]
+            self._pixels[name] = Pixels(images, size)
+            console.stage("data", f"{name}   {len(images.classes)} classes   {len(images):,} images")
+        return self._pixels[name]
+
+
+def _check(config: FewShotConfig) -> None:
+    if config.train is not None and config.adapt is not None and not config.source.data:
+        raise UserError("source.data: names no set to train on; add a card, or set train to null to evaluate only.")
+    if not config.evaluate.data:
+        raise UserError("evaluate.data: names no set to evaluate on.")
+    for model in config.evaluate.models:
+        if model not in MODELS:
+            raise UserError(f"evaluate.models: '{model}'.{near(model, MODELS)}")
+    if config.evaluate.rule not in ("uniform", "variable"):
+        raise UserError(f"evaluate.rule: '{config.evaluate.rule}'.{near(config.evaluate.rule, ('uniform', 'variable'))}")
+    if config.on_bad_sample not in ("error", "skip"):
+        raise UserError(f"on_bad_sample: '{config.on_bad_sample}'.{near(config.on_bad_sample, ('error', 'skip'))}")
+
+
+CONFIG, JOB = FewShotConfig, FewShotJob

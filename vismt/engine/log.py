@@ -1,0 +1,59 @@
+"""metrics.jsonl: one line a logged step, readable with `cat`; accelerate's trackers beside it when asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from vismt.lowrank.store import atomic_write
+from vismt.errors import UserError
+
+METRICS = "metrics.jsonl"
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file; a torn last line is dropped, a missing file has none."""
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf8").split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"'{path}' line {number} is no JSON; the file was changed by hand.") from error
+    return rows
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The whole file anew, at once."""
+    atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+class MetricsLog:
+    """Appends rows to metrics.jsonl; opening it for a resumed run drops what came after the checkpoint."""
+
+    def __init__(self, folder: Path, finished_steps: int, enabled: bool) -> None:
+        self.path, self.enabled = folder / METRICS, enabled
+        if enabled:
+            write_lines(self.path, [row for row in read_lines(self.path) if row["step"] <= finished_steps])
+
+    def elapsed(self) -> float:
+        """Seconds of training that earlier sessions of this run have logged."""
+        rows = read_lines(self.path) if self.enabled else []
+        return float(rows[-1]["elapsed_s"]) if rows else 0.0
+
+    def add(self, row: dict[str, float]) -> None:
+        """One line, flushed; values that are not finite are written as null."""
+        if not self.enabled:
+            return
+        clean = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        try:
+            with self.path.open("a", encoding="utf8") as file:
+                file.write(json.dumps(clean) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write '{self.path}': {error.strerror}. Free space, then run again: it resumes.") from error

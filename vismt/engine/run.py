@@ -1,0 +1,146 @@
+"""A run folder from start to report: what `vismt run`, `train`, `evaluate`, `attack`, `merge` and `export` do.
+
+The folder is named by the configuration and its hash, so the same command on the same configuration goes on where it
+stopped: training at its checkpoint, evaluation at its episode.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import yaml
+
+from vismt import console
+from vismt.config import RunConfig, config_hash, read_yaml, resolved, typed
+from vismt.engine import jobs, log, report, runtime
+from vismt.errors import UserError, near
+from vismt.lowrank.peft_folder import export_peft
+from vismt.lowrank.store import atomic_write, load_adapter, read_json
+
+RESOLVED, FACTS, RESULTS = "config.resolved.yaml", "run.json", "results.jsonl"
+FORMATS = ("timm", "transformers", "peft")
+
+
+class Run:
+    """One run folder with its configuration and job."""
+
+    def __init__(self, folder: Path, config: RunConfig) -> None:
+        self.folder, self.config, self.hash = folder, config, config_hash(config)
+        self.job = jobs.make_job(config, folder)
+        self.started = time.monotonic()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """run.json, empty before the first stage."""
+        path = self.folder / FACTS
+        return read_json(path, f"run '{self.folder}'") if path.exists() else {}
+
+    def train(self) -> None:
+        """Train unless this folder holds the finished adapter."""
+        self._note(started=self.facts.get("started") or _now())
+        if self.config.train is None or self.config.adapt is None:
+            console.stage("train", "nothing to train: the configuration evaluates the frozen model")
+        elif "adapt" in self.facts and (self.folder / "adapter").is_dir():
+            console.stage("train", f"done before: {self.folder / 'adapter'}")
+        else:
+            self._note(adapt=self.job.train())
+
+    def on_main(self, stage: Callable[[], None]) -> None:
+        """Run a stage on the first process only; the others wait for it."""
+        accelerator = runtime.accelerator()
+        if accelerator.is_main_process:
+            stage()
+        accelerator.wait_for_everyone()
+
+    def evaluate(self, attacks: list[Any] | None = None) -> None:
+        """Evaluate and write results.jsonl; rows of other conditions (an earlier attack) stay."""
+        rows = self.job.evaluate(attacks)
+        key = lambda row: tuple(row[name] for name in ("data", "protocol", "condition", "model"))  # noqa: E731
+        fresh = {key(row) for row in rows}
+        kept = [row for row in log.read_lines(self.folder / RESULTS) if key(row) not in fresh]
+        log.write_lines(self.folder / RESULTS, kept + rows)
+        self._note(finished=_now())
+
+    def report(self) -> None:
+        """Write report.md and report.html and say where."""
+        console.stage("report", str(report.write_report(self.folder)))
+
+    def merge(self) -> Path:
+        """Write merged/model.safetensors: the stock state dict with the update folded in."""
+        return self._write_merged(self.folder / "merged")
+
+    def export(self, form: str, target: Path | None) -> Path:
+        """timm: model.safetensors and config.json; transformers: save_pretrained; peft: an adapter folder."""
+        if form not in FORMATS:
+            raise UserError(f"export: format '{form}'.{near(form, FORMATS)}")
+        target = target or self.folder / f"export-{form}"
+        if form == "timm":
+            return self._write_merged(target)
+        if form == "peft":
+            model = self.job.stock()
+            load_adapter(model, self.folder / "adapter")
+            return export_peft(model, target)
+        model = self.job.merged()
+        if not hasattr(model, "save_pretrained"):
+            raise UserError(f"export: {type(model).__name__} is no transformers model; use --format timm or peft.")
+        model.save_pretrained(target)
+        return target
+
+    def _write_merged(self, target: Path) -> Path:
+        model = self.job.merged()
+        state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+        atomic_write(target / "model.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
+        about = {"architecture": self.config.model.name, "img_size": self.config.model.img_size, "merged_from": self.folder.name}
+        known = getattr(model, "pretrained_cfg", None)
+        if known:
+            about["architecture"] = known.get("architecture", about["architecture"])
+            about["pretrained_cfg"] = {name: known[name] for name in ("mean", "std", "interpolation") if name in known}
+        atomic_write(target / "config.json", json.dumps(about, indent=1))
+        return target
+
+    def _note(self, **changes: Any) -> None:
+        """Update run.json; the wall time adds up over the sessions of a run."""
+        now = time.monotonic()
+        before = self.facts
+        accelerator = runtime.accelerator()
+        facts = {
+            "title": self.config.title or self.folder.name, "command": before.get("command") or _command(),
+            "git_revision": runtime.git_revision(), "config_hash": self.hash, "seed": self.config.seed,
+            "hardware": runtime.hardware(accelerator.device, accelerator.num_processes), "versions": runtime.versions(),
+            "wall_time_s": before.get("wall_time_s", 0.0) + now - self.started,
+        }
+        self.started = now
+        if accelerator.is_main_process:
+            atomic_write(self.folder / FACTS, json.dumps({**before, **facts, **changes}, indent=1))
+
+
+def start(path: Path, overrides: list[str], out: Path) -> Run:
+    """The run folder of a configuration: <out>/<file stem>-<hash>, made or found again."""
+    config = jobs.load_config(path, overrides)
+    run = Run(out / f"{path.stem}-{config_hash(config)}", config)
+    if not (run.folder / RESOLVED).exists():
+        atomic_write(run.folder / RESOLVED, yaml.safe_dump(resolved(config), sort_keys=False))
+    return run
+
+
+def open_run(folder: Path) -> Run:
+    """A run folder made before."""
+    if not (folder / RESOLVED).exists():
+        raise UserError(f"run '{folder}': no {RESOLVED}; give a folder that `vismt run` or `vismt train` made.")
+    raw = read_yaml(folder / RESOLVED)
+    return Run(folder, typed(raw, jobs.config_type(raw, str(folder)), str(folder / RESOLVED)))
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _command() -> str:
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -1,0 +1,70 @@
+"""Where a run runs: accelerate's view of the machine, and what the report says of it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from vismt.errors import UserError, near
+from vismt.paths import CHECKOUT
+
+PRECISIONS = ("no", "bf16", "fp16")
+
+
+def accelerator(precision: str = "no", trackers: list[str] | None = None, folder: Path | None = None) -> Accelerator:
+    """CPU, one GPU or several processes (torchrun, accelerate launch), as the environment says."""
+    if precision not in PRECISIONS:
+        raise UserError(f"train.precision: '{precision}'.{near(precision, PRECISIONS)}")
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("train.precision: fp16 needs a GPU; use bf16 or no on a CPU.")
+    try:
+        return Accelerator(
+            mixed_precision=precision, log_with=list(trackers) if trackers else None, project_dir=str(folder) if folder else None
+        )
+    except (ValueError, ImportError) as error:
+        raise UserError(f"train.trackers: {trackers}: {' '.join(str(error).split())}") from error
+
+
+def hardware(device: torch.device, processes: int) -> str:
+    """One line: processor or GPU, threads, processes."""
+    if device.type == "cuda":
+        return f"{processes} x {torch.cuda.get_device_name(device)}"
+    return f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {processes} process(es)"
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that a number depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "torchvision", "timm", "numpy", "torchattacks", "transformers", "peft"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_revision() -> str:
+    """Commit of the checkout, with '+' when tracked files differ; empty outside one."""
+    try:
+        call = {"cwd": CHECKOUT, "capture_output": True, "text": True, "timeout": 10, "check": True}
+        revision = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **call).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **call).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return revision + ("+" if changed else "")
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return platform.processor() or platform.machine()

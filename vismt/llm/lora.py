@@ -1,0 +1,32 @@
+"""LoRA: W x + (alpha / r) B A x with A kaiming-uniform and B zero (Hu et al., arXiv 2106.09685).
+
+The paper draws A from a Gaussian; its released code and every library since use kaiming_uniform(a=sqrt(5)), which is
+followed here. rslora divides alpha by sqrt(r) instead of r (Kalajdzievski, arXiv 2312.03732). Left out: trained biases
+(name them in also_train) and DoRA.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from vismt.lowrank.init import kaiming
+from vismt.lowrank.inject import AdaptReport, inject
+from vismt.lowrank.targets import Targets
+from vismt.registry import register_method
+
+
+@register_method("lora")
+def lora(
+    model: nn.Module, *, targets: Targets, rank: int, alpha: float | None, seed: int, exclude: Any = (),
+    rank_pattern: Any = None, alpha_pattern: Any = None, rslora: bool = False, clamp_rank: bool = False,
+    split_qkv: bool = False, dropout: float = 0.0, also_train: Any = (), dtype: Any = None,
+) -> AdaptReport:
+    """Kaiming A, zero B: the model computes what it computed, until the first step. Options: see `inject`."""
+    return inject(
+        model, "lora", lambda weight, rank, scale, generator: kaiming(weight, rank, generator), offset=False,
+        targets=targets, rank=rank, alpha=alpha, seed=seed, exclude=exclude, rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern, rslora=rslora, clamp_rank=clamp_rank, split_qkv=split_qkv, dropout=dropout,
+        also_train=also_train, dtype=dtype,
+    )

@@ -1,0 +1,6 @@
+"""The low-rank core: factors, initialisers, hosts, banks, combination, storage. Imports torch, einops and safetensors."""
+
+from vismt.lowrank.combining import combine
+from vismt.lowrank.factors import LowRank
+
+__all__ = ["LowRank", "combine"]

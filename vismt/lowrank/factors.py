@@ -1,0 +1,144 @@
+"""A matrix of low rank, held as its factors: `delta = scale * L @ C @ R`.
+
+C is the identity (LoRA, PiSSA, CorDA, an AMT expert), a diagonal (singular values, gates over rank groups) or a full
+matrix (PoLAR's Theta). Everything that asks for the spectrum of the (out, in) matrix goes through a QR of the two
+factors and an SVD of the small matrix between them: O((o + i) k^2) time, and the (out, in) matrix is never formed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vismt.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """`scale * L @ core @ R`, the weight of a linear map from `i` to `o` features.
+
+    Args:
+        L: (o, k), floating point.
+        R: (k, i), floating point, on the device of `L`.
+        core: (k, k), or (k,) for a diagonal, or None for the identity.
+        scale: finite factor, for LoRA `alpha / rank`.
+
+    Raises UserError when the shapes do not fit; the message names both.
+    """
+
+    L: Tensor
+    R: Tensor
+    core: Tensor | None = None
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        left, right = tuple(self.L.shape), tuple(self.R.shape)
+        if len(left) != 2 or len(right) != 2 or left[1] != right[0] or left[1] == 0:
+            raise UserError(
+                f"low-rank factors: L is {left} and R is {right}, needed (out, rank) and (rank, in) with rank >= 1."
+            )
+        if self.core is not None and tuple(self.core.shape) not in ((self.rank,), (self.rank, self.rank)):
+            raise UserError(
+                f"low-rank core: core is {tuple(self.core.shape)} between L {left} and R {right}, "
+                f"needed ({self.rank},) or ({self.rank}, {self.rank})."
+            )
+        if not -float("inf") < self.scale < float("inf"):
+            raise UserError(f"low-rank scale: {self.scale} is not finite, give a finite number.")
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of `L`: an upper bound of the rank of the matrix."""
+        return self.L.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(o, i), the shape of the weight this stands for."""
+        return self.L.shape[0], self.R.shape[1]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LowRank:
+        """The same factors on another device, in another dtype, or both."""
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device=device, dtype=dtype)
+
+        core = None if self.core is None else move(self.core)
+        return replace(self, L=move(self.L), R=move(self.R), core=core)
+
+    def delta(self) -> Tensor:
+        """The matrix itself, (o, i), computed and returned in fp32, or in fp64 when a factor is fp64."""
+        work = self._in_working_precision()
+        return work.scale * (_times_core(work.L, work.core) @ work.R)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """`x @ delta().T` without forming it: x (..., i) -> (..., o). Runs in the factors' dtype, returns x's."""
+        hidden = F.linear(x.to(self.R.dtype), self.R)
+        if self.core is not None:
+            hidden = hidden * self.core if self.core.ndim == 1 else F.linear(hidden, self.core)
+        return (self.scale * F.linear(hidden, self.L)).to(x.dtype)
+
+    def svd(self) -> LowRank:
+        """The singular value decomposition of the matrix, as factors.
+
+        Returns `L` = U (o, m) and `R` = Vh (m, i), both orthonormal, `core` = the singular values (m,) in descending
+        order and scale 1, where m = min(k, o, i). Computed and returned in fp32, or fp64 for fp64 factors.
+        """
+        left, small, right = self._small()
+        u, values, vh = torch.linalg.svd(small, full_matrices=False)
+        return LowRank(left @ u, vh @ right, values)
+
+    def truncate(self, rank: int) -> LowRank:
+        """The best approximation of at most `rank` in both the Frobenius and the spectral norm (Eckart-Young)."""
+        if not 1 <= rank <= self.rank:
+            raise UserError(f"truncate: rank {rank} is outside 1..{self.rank}, the rank of these factors.")
+        return _leading(self.svd(), rank)
+
+    def stable_rank(self) -> float:
+        """`||delta||_F^2 / ||delta||_2^2`, in [1, rank]; 0.0 for a zero matrix."""
+        values = torch.linalg.svdvals(self._small()[1])
+        if values[0] == 0:
+            return 0.0
+        return float(((values / values[0]) ** 2).sum())
+
+    def compact(self, tolerance: float | None = None) -> LowRank:
+        """The same matrix with its vanishing singular values left out; at least one is kept.
+
+        Args:
+            tolerance: a singular value at most `tolerance` times the largest counts as zero; the default is
+                `max(o, i)` times the machine epsilon of the dtype the SVD runs in.
+        """
+        decomposed = self.svd()
+        values = decomposed.core
+        if tolerance is None:
+            tolerance = max(self.shape) * torch.finfo(values.dtype).eps
+        return _leading(decomposed, max(1, int((values > tolerance * values[0]).sum())))
+
+    def balanced(self) -> LowRank:
+        """The same matrix as plain `L @ R`: core None, scale 1, square roots of the singular values on both sides."""
+        decomposed = self.svd()
+        root = decomposed.core.sqrt()
+        return LowRank(decomposed.L * root, root[:, None] * decomposed.R)
+
+    def _in_working_precision(self) -> LowRank:
+        dtype = torch.promote_types(torch.promote_types(self.L.dtype, self.R.dtype), torch.float32)
+        if self.core is not None:
+            dtype = torch.promote_types(dtype, self.core.dtype)
+        return self.to(dtype=dtype)
+
+    def _small(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Q_L (o, p), the small matrix (p, q) and Q_R (q, i) with delta = Q_L @ small @ Q_R and orthonormal Q."""
+        work = self._in_working_precision()
+        left, upper_left = torch.linalg.qr(work.L)
+        right, upper_right = torch.linalg.qr(work.R.mT)
+        return left, work.scale * (_times_core(upper_left, work.core) @ upper_right.mT), right.mT
+
+
+def _times_core(left: Tensor, core: Tensor | None) -> Tensor:
+    if core is None:
+        return left
+    return left * core if core.ndim == 1 else left @ core
+
+
+def _leading(decomposed: LowRank, rank: int) -> LowRank:
+    return LowRank(decomposed.L[:, :rank].contiguous(), decomposed.R[:rank].contiguous(), decomposed.core[:rank])

@@ -1,0 +1,253 @@
+"""Adapted modules in place of stock ones, and back: one plan (Site) a module, one record a model.
+
+`inject` is what every method with factors calls: targets -> sites -> hosts -> start values -> freezing. It either
+changes the model as a whole or, on a UserError, not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vismt.errors import UserError
+from vismt.lowrank.linear import Adapted, AdaptedConv2d, AdaptedLinear
+from vismt.lowrank.targets import Targets, check_patterns, find_targets, kind_of, matches, matrix_shape, pattern_value
+
+# (weight (o, i), rank, scale, generator) -> (A (r, i), B (o, r)), called once per output block.
+Initialiser = Callable[[Tensor, int, float, torch.Generator], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One adapted module: what is needed to build it again on a stock model."""
+
+    path: str
+    kind: str
+    shape: tuple[int, int]
+    rank: int
+    scale: float
+    blocks: tuple[int, ...]
+
+    @property
+    def parameters(self) -> int:
+        return self.rank * (self.shape[0] + len(self.blocks) * self.shape[1])
+
+
+@dataclass
+class AdaptReport:
+    """What `adapt` did. Printing it gives a table, one row for each group of like modules."""
+
+    method: str
+    sites: list[Site]
+    trainable: int
+    total: int
+    skipped: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        groups: dict[tuple, list[Site]] = {}
+        for site in self.sites:
+            key = (re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", site.path), site.kind, site.shape, site.rank, site.scale, len(site.blocks))
+            groups.setdefault(key, []).append(site)
+        rows = [("module", "count", "kind", "out x in", "rank", "scale", "parameters")]
+        for (path, kind, shape, rank, scale, blocks), sites in groups.items():
+            ranks = f"{blocks} x {rank}" if blocks > 1 else str(rank)
+            count = sum(site.parameters for site in sites)
+            rows.append((path, str(len(sites)), kind, f"{shape[0]} x {shape[1]}", ranks, f"{scale:g}", f"{count:,}"))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        lines.append(self.summary())
+        lines.extend(f"left out: {text}" for text in self.skipped)
+        return "\n".join(lines)
+
+    def summary(self) -> str:
+        share = 100 * self.trainable / max(self.total, 1)
+        return f"{self.method}   {len(self.sites)} modules   {self.trainable:,} trainable of {self.total:,} ({share:.2f} %)"
+
+
+@dataclass
+class AdaptRecord:
+    """What an adapted model remembers of its adaptation: enough to save it, to undo it and to refuse a second one."""
+
+    method: str
+    sites: list[Site]
+    options: dict[str, Any]
+    required_grad: dict[str, bool]
+    also_train: dict[str, Tensor]  # parameter name -> its value before adaptation
+
+
+def inject(
+    model: nn.Module, method: str, init: Initialiser, *, offset: bool, targets: Targets, rank: int, alpha: float | None,
+    seed: int, exclude: Sequence[str] = (), rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None, rslora: bool = False, clamp_rank: bool = False,
+    split_qkv: bool = False, dropout: float = 0.0, also_train: Sequence[str] = (), dtype: torch.dtype | None = None,
+) -> AdaptReport:
+    """Adapt `model` in place; only the factors and `also_train` keep a gradient.
+
+    alpha: numerator of the scale alpha / rank (alpha / sqrt(rank) with rslora); None means alpha = rank.
+    rank_pattern, alpha_pattern: {full-path regex or suffix: value}, first match wins.
+    also_train: module paths, parameter names, suffixes or full-path regexes that stay trainable and are saved along.
+    dtype: of the factors; None means the weight's own, fp32 where that is bf16 or fp16.
+    """
+    if record_of(model) is not None:
+        raise UserError(f"adapt: the model already carries '{record_of(model).method}'; merge or unadapt it first.")
+    if not 0 <= dropout < 1:
+        raise UserError(f"adapt.dropout: {dropout}; it must lie in [0, 1).")
+    found, remarks = find_targets(model, targets, exclude)
+    check_patterns("rank_pattern", rank_pattern or {}, list(found))
+    check_patterns("alpha_pattern", alpha_pattern or {}, list(found))
+    plan = []
+    for path, module in found.items():
+        own_rank = int(pattern_value(path, rank_pattern or {}, rank))
+        own_alpha = pattern_value(path, alpha_pattern or {}, alpha)
+        plan.append(plan_site(path, module, own_rank, own_alpha, rslora=rslora, clamp_rank=clamp_rank, split_qkv=split_qkv))
+    kept = _also_trained(model, also_train)
+    hosts = install(model, method, plan, {"dropout": dropout, "seed": seed}, kept, dtype=dtype)
+    for site, host in zip(plan, hosts):
+        initialise(host, site, init, seed, offset=offset)
+    parameters = list(model.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    return AdaptReport(method, plan, trainable, sum(p.numel() for p in parameters), remarks)
+
+
+def install(
+    model: nn.Module, method: str, sites: Sequence[Site], options: dict[str, Any], also_train: Sequence[str],
+    *, dtype: torch.dtype | None = None,
+) -> list[Adapted]:
+    """Place a host at every site, freeze the rest but `also_train` (parameter names), and leave the record."""
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    originals = {name: model.get_parameter(name).detach().clone() for name in also_train}
+    hosts = [place(model, site, dropout=options.get("dropout", 0.0), dtype=dtype) for site in sites]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in originals or name not in required)
+    model.vismt_record = AdaptRecord(method, list(sites), options, required, originals)
+    return hosts
+
+
+def record_of(model: nn.Module) -> AdaptRecord | None:
+    """The record of an adapted model, None for a stock one."""
+    return getattr(model, "vismt_record", None)
+
+
+def need_record(model: nn.Module, what: str) -> AdaptRecord:
+    """The record, or a UserError that says that there is nothing to `what`."""
+    record = record_of(model)
+    if record is None:
+        raise UserError(f"{what}: this model is not adapted; call vismt.adapt or vismt.load_adapter on it first.")
+    return record
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Fold every update into its weight: stock classes, stock keys, the same function. Returns the model."""
+    record = need_record(model, "merge")
+    _replace_hosts(model, lambda host: host.merged())
+    _forget(model, record)
+    return model
+
+
+def unadapt(model: nn.Module) -> nn.Module:
+    """Give back the original modules, weights (bit for bit) and gradient flags. Returns the model."""
+    record = need_record(model, "unadapt")
+    _replace_hosts(model, lambda host: host.restored())
+    with torch.no_grad():
+        for name, value in record.also_train.items():
+            model.get_parameter(name).copy_(value)
+    _forget(model, record)
+    return model
+
+
+def _forget(model: nn.Module, record: AdaptRecord) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(record.required_grad.get(name, True))
+    del model.vismt_record
+
+
+def _also_trained(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Names of the parameters that `patterns` keep trainable; every pattern must match one."""
+    owners = {name: [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)] for name, _ in model.named_parameters()}
+    check_patterns("also_train", patterns, sorted({path for paths in owners.values() for path in paths}))
+    return [name for name, paths in owners.items() if any(matches(p, path) for p in patterns for path in paths)]
+
+
+def qkv_blocks(path: str, out_features: int, in_features: int) -> tuple[int, ...]:
+    """Three equal output blocks for a fused timm projection named qkv."""
+    if path.split(".")[-1] == "qkv" and out_features % 3 == 0:
+        return (out_features // 3,) * 3
+    return (out_features,)
+
+
+def site_generator(seed: int, path: str) -> torch.Generator:
+    """A CPU generator that depends on (seed, path) alone, so the start of a module does not depend on the others."""
+    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def plan_site(
+    path: str, module: nn.Module, rank: int, alpha: float | None, *, rslora: bool, clamp_rank: bool, split_qkv: bool
+) -> Site:
+    """Shape, rank, scale and blocks of one module; UserError for a rank that does not fit."""
+    kind = kind_of(module)
+    out_features, in_features = matrix_shape(module)
+    blocks = qkv_blocks(path, out_features, in_features) if split_qkv else (out_features,)
+    largest = min(*blocks, in_features)
+    if rank < 1:
+        raise UserError(f"adapt.rank: {rank} for '{path}'; it must be at least 1.")
+    if rank > largest:
+        if not clamp_rank:
+            raise UserError(
+                f"adapt.rank: {rank} for '{path}' ({out_features} x {in_features}) is larger than {largest}. "
+                "Lower it, give rank_pattern, or set clamp_rank=True."
+            )
+        rank = largest
+    numerator = float(rank if alpha is None else alpha)
+    scale = numerator / (rank**0.5 if rslora else rank)
+    return Site(path, str(kind), (out_features, in_features), rank, scale, blocks)
+
+
+def place(model: nn.Module, site: Site, *, dropout: float = 0.0, dtype: torch.dtype | None = None) -> Adapted:
+    """Put the host of `site` where the stock module stands, under every name it has; factors are left unset."""
+    base = model.get_submodule(site.path)
+    host_type = AdaptedConv2d if site.kind == "conv2d" else AdaptedLinear
+    names = [name for name, module in model.named_modules(remove_duplicate=False) if module is base]
+    host = host_type(base, site.rank, site.scale, blocks=site.blocks, dropout=dropout, dtype=dtype)
+    for name in names:
+        _set(model, name, host)
+    return host
+
+
+@torch.no_grad()
+def initialise(host: Adapted, site: Site, init: Initialiser, seed: int, *, offset: bool) -> None:
+    """Fill a host's factors block by block; on the meta device there is nothing to fill."""
+    if host.weight.is_meta:
+        if offset:
+            host.set_factors(host.lora_A, host.lora_B, True)
+        return
+    generator = site_generator(seed, site.path)
+    pairs = [init(rows, site.rank, site.scale, generator) for rows in host.matrix(host.weight).split(site.blocks, 0)]
+    host.set_factors(torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs]), offset)
+
+
+def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
+    """Every host of the model by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, Adapted)}
+
+
+def _replace_hosts(model: nn.Module, stock: Callable[[Adapted], nn.Module]) -> None:
+    """Replace each host by `stock(host)` under every name it has."""
+    hosts = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, Adapted)]
+    made: dict[int, nn.Module] = {}
+    for name, host in hosts:
+        if id(host) not in made:
+            made[id(host)] = stock(host)
+        _set(model, name, made[id(host)])
+
+
+def _set(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

@@ -1,0 +1,164 @@
+"""Which modules a target pattern names, and a clear no where it names none.
+
+targets     'all-linear'            every nn.Linear and transformers Conv1D but the task head
+            a string                a regular expression that must match the full module path
+            a list of strings       full paths or suffixes after a dot; an entry that matches linears leaves the
+                                    convolutions of the same suffix alone ('proj' does not take patch_embed.proj)
+The head is what get_classifier (timm) or get_output_embeddings (transformers) returns, or a top-level module named
+head, fc, classifier, score or lm_head.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+from vismt.errors import UserError, near
+
+HEAD_NAMES = {"head", "fc", "classifier", "score", "lm_head"}
+
+Targets = str | Sequence[str] | None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D, told by name so that transformers need not be installed."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """'linear', 'conv1d' or 'conv2d' for what can carry an update, else None."""
+    if is_conv1d(module):
+        return "conv1d"
+    if isinstance(module, nn.Linear):
+        return "linear"
+    return "conv2d" if isinstance(module, nn.Conv2d) else None
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """(o, i) of a linear, Conv1D or convolution."""
+    weight = module.weight
+    shape = (weight.shape[0], weight[0].numel())
+    return shape[::-1] if is_conv1d(module) else shape
+
+
+def head_paths(model: nn.Module) -> set[str]:
+    """Paths of the task head, see the header."""
+    heads: list[nn.Module] = []
+    for getter in ("get_classifier", "get_output_embeddings"):
+        found = getattr(model, getter, None)
+        head = found() if callable(found) else None
+        heads.extend(head if isinstance(head, tuple) else [head])
+    inside = {id(part) for head in heads if isinstance(head, nn.Module) for part in head.modules()}
+    return {
+        path for path, module in model.named_modules() if id(module) in inside or path.split(".")[0] in HEAD_NAMES
+    }
+
+
+def _refusal(path: str, module: nn.Module, owners: Mapping[int, list[str]], inside_mha: bool) -> str | None:
+    """Why this module cannot carry an update, or None."""
+    weight = getattr(module, "weight", None)
+    if inside_mha:
+        return f"'{path}' lies inside nn.MultiheadAttention, which reads its weight without calling it"
+    if not isinstance(weight, nn.Parameter) or hasattr(module, "parametrizations"):
+        return f"'{path}' has no plain weight parameter (parametrised or lazy)"
+    if not weight.is_floating_point():
+        return f"'{path}' is quantised (weight dtype {weight.dtype}); load the model in a floating dtype"
+    if isinstance(module, nn.Conv2d) and module.groups != 1:
+        return f"'{path}' is a grouped convolution (groups={module.groups}); only groups=1 has a low-rank matrix form"
+    sharers = [name for name in owners.get(id(weight), []) if name != f"{path}.weight"]
+    if sharers:
+        return f"'{path}' shares its weight with '{sharers[0]}'; merging would change both: untie them first"
+    return None
+
+
+def find_targets(
+    model: nn.Module, targets: Targets, exclude: Sequence[str] = ()
+) -> tuple[dict[str, nn.Module], list[str]]:
+    """Modules to adapt by path, in model order, and remarks on what 'all-linear' left out.
+
+    exclude: full-path regular expressions or suffixes. Raises UserError for a pattern that matches nothing and for a
+    named module that cannot carry an update.
+    """
+    candidates = {path: module for path, module in model.named_modules() if path and kind_of(module)}
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():  # a module that has two names comes once, so two owners are two modules
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(f"{path}.{name}")
+    mha = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    wanted = targets if targets is not None else "all-linear"
+    everything = wanted == "all-linear"
+    if everything:
+        heads = head_paths(model)
+        chosen = {p for p, m in candidates.items() if kind_of(m) != "conv2d" and p not in heads}
+    elif isinstance(wanted, str):
+        chosen = _select_regex(wanted, candidates)
+    else:
+        chosen = set().union(*(_select_suffix(entry, candidates) for entry in wanted))
+    chosen -= {path for path in chosen for pattern in exclude if matches(pattern, path)}
+    remarks = []
+    for path in sorted(chosen):
+        module = candidates[path]
+        reason = _refusal(path, module, owners, any(path.startswith(f"{owner}.") for owner in mha))
+        if reason and everything:
+            remarks.append(reason)
+            chosen.discard(path)
+        elif reason:
+            raise UserError(f"adapt.targets: {reason}.")
+    if not chosen:
+        raise UserError(f"adapt.targets: nothing to adapt for {wanted!r}{' after exclude' if exclude else ''}.{_nearest(wanted, candidates)}")
+    return {path: module for path, module in candidates.items() if path in chosen}, remarks
+
+
+def matches(pattern: str, path: str) -> bool:
+    """A full-path regular expression, the path itself, or a suffix of it after a dot."""
+    if path == pattern or path.endswith(f".{pattern}"):
+        return True
+    try:
+        return re.fullmatch(pattern, path) is not None
+    except re.error as error:
+        raise UserError(f"adapt: '{pattern}' is no regular expression: {error}.") from error
+
+
+def _select_regex(pattern: str, candidates: Mapping[str, nn.Module]) -> set[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"adapt.targets: '{pattern}' is no regular expression: {error}.") from error
+    found = {path for path in candidates if compiled.fullmatch(path)}
+    if not found:
+        suffixed = any(path.endswith(f".{pattern}") for path in candidates)
+        hint = f" A string must match the full path; as a suffix write ['{pattern}']." if suffixed else ""
+        raise UserError(f"adapt.targets: no module matches '{pattern}'.{hint or _nearest(pattern, candidates)}")
+    return found
+
+
+def _select_suffix(entry: str, candidates: Mapping[str, nn.Module]) -> set[str]:
+    found = {path for path in candidates if path == entry or path.endswith(f".{entry}")}
+    linears = {path for path in found if path == entry or kind_of(candidates[path]) != "conv2d"}
+    if not found:
+        raise UserError(f"adapt.targets: no module matches '{entry}'.{_nearest(entry, candidates)}")
+    return linears or found
+
+
+def _nearest(pattern: object, candidates: Iterable[str]) -> str:
+    """" Near: 'attn.qkv' (12 modules)" among the suffixes that follow the last number of each path."""
+    suffixes = Counter(re.split(r"(?:^|\.)\d+\.", path)[-1] for path in candidates)
+    text = near(str(pattern), suffixes, limit=2)
+    for suffix, count in suffixes.items():
+        text = text.replace(f"'{suffix}'", f"'{suffix}' ({count} module{'s' if count > 1 else ''})")
+    return text
+
+
+def pattern_value(path: str, table: Mapping[str, float], default: float | None) -> float | None:
+    """First entry of `table` whose pattern matches `path`, else `default`."""
+    return next((value for pattern, value in table.items() if matches(pattern, path)), default)
+
+
+def check_patterns(name: str, table: Mapping[str, object] | Sequence[str], paths: Sequence[str]) -> None:
+    """Every pattern must match one of `paths`."""
+    for pattern in table:
+        if not any(matches(pattern, path) for path in paths):
+            raise UserError(f"adapt.{name}: no adapted module matches '{pattern}'.{_nearest(pattern, paths)}")

@@ -1,0 +1,98 @@
+"""Cosine prototypes: p_c is the mean feature of class c, a query's logit is s * cos(f(x), p_c).
+
+Snell et al., arXiv 1703.05175, with the cosine classifier of Hu et al. (P>M>F), arXiv 2204.07305, as AMT uses it:
+features are averaged as they come and normalised only inside the cosine. The additive bias of the released classifier
+shifts every logit equally and is left out.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vismt.errors import UserError
+
+
+def prototypes(features: Tensor, labels: Tensor) -> Tensor:
+    """Mean feature of each class.
+
+    features (s, d) floating; labels (s,) integers 0..N-1, every class present. Returns (N, d) in the features' dtype;
+    half precision is averaged in float32, also under autocast. Raises UserError for a class without a feature.
+    """
+    if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
+        raise UserError(
+            f"prototypes: features {tuple(features.shape)}, labels {tuple(labels.shape)}: need (s, d) and (s,), s > 0."
+        )
+    if int(labels.min()) < 0:
+        raise UserError(f"prototypes: label {int(labels.min())}: labels run from 0 to ways - 1.")
+    wide = features if features.dtype == torch.float64 else features.float()
+    members = F.one_hot(labels.long()).to(wide.dtype)
+    counts = members.sum(0)
+    if not bool(counts.all()):
+        missing = int((counts == 0).nonzero()[0])
+        raise UserError(f"prototypes: no support image of class {missing} of {len(counts)}: every way needs one.")
+    with torch.autocast(features.device.type, enabled=False):
+        means = members.T @ wide / counts[:, None]
+    return means.to(features.dtype)
+
+
+def cosine_logits(features: Tensor, prototypes: Tensor, scale: float | Tensor = 10.0) -> Tensor:
+    """scale * cos(feature, prototype): features (M, d), prototypes (N, d) -> (M, N) within [-scale, scale].
+
+    Norms below 1e-12 are taken as 1e-12, so a zero feature has zero logits.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        wide = features if features.dtype == torch.float64 else features.float()
+        directions = F.normalize(prototypes.to(wide.dtype), dim=1, eps=1e-12)
+        return scale * (F.normalize(wide, dim=1, eps=1e-12) @ directions.T)
+
+
+class PrototypeClassifier(nn.Module):
+    """Images (b, 3, h, w) in [0, 1] -> logits (b, N) against fixed prototypes: what is scored and what is attacked."""
+
+    def __init__(self, backbone: nn.Module, prototypes: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.register_buffer("prototypes", prototypes.detach().clone(), persistent=False)
+        self.register_buffer("scale", scale.detach().clone(), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return cosine_logits(self.backbone(images), self.prototypes, self.scale)
+
+
+class ProtoNet(nn.Module):
+    """A backbone, images (b, 3, h, w) in [0, 1] -> features (b, d), with a cosine prototype classifier on top.
+
+    `scale` is a trainable Parameter, shape (), init 10 (the authors train it with the adapters). Queries never enter
+    the prototypes, so a query's logits do not depend on the other queries.
+    """
+
+    def __init__(self, backbone: nn.Module, scale: float = 10.0) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.initial_scale = float(scale)
+        reference = next(backbone.parameters(), None)
+        device = reference.device if reference is not None else None
+        self.scale = nn.Parameter(torch.empty((), device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the scale to its initial value."""
+        nn.init.constant_(self.scale, self.initial_scale)
+
+    def forward(self, support_images: Tensor, support_labels: Tensor, query_images: Tensor) -> Tensor:
+        """(s, 3, h, w), (s,) and (M, 3, h, w) -> logits (M, N); gradients reach both image sets and the scale."""
+        centres = prototypes(self.backbone(support_images), support_labels)
+        return cosine_logits(self.backbone(query_images), centres, self.scale)
+
+    def classifier(self, support_images: Tensor, support_labels: Tensor, *, batch: int = 256) -> PrototypeClassifier:
+        """The query classifier of one task. It shares the backbone; prototypes and scale are frozen copies.
+
+        The support runs in pieces of `batch` images, without gradients.
+        """
+        with torch.no_grad():
+            features = torch.cat([self.backbone(piece) for piece in support_images.split(batch)])
+            task = PrototypeClassifier(self.backbone, prototypes(features, support_labels), self.scale)
+        task.training = self.training  # its own flag alone: the backbone is shared
+        return task

@@ -1,0 +1,71 @@
+"""Methods by name: a plain dict that a decorator fills, each method in its own file, loaded when first asked for."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from vismt.errors import UserError, near
+from vismt.lowrank.inject import AdaptReport
+
+Method = Callable[..., AdaptReport]
+
+METHOD_FILES = ("vismt.llm.lora", "vismt.llm.pissa")
+
+_methods: dict[str, Method] = {}
+
+
+def register_method(name: str) -> Callable[[Method], Method]:
+    """Decorator: `method(model, *, targets, rank, alpha, seed, **options) -> AdaptReport` is known as `name`."""
+
+    def keep(method: Method) -> Method:
+        _methods[name] = method
+        return method
+
+    return keep
+
+
+def methods() -> dict[str, Method]:
+    """Every registered method by name."""
+    for path in METHOD_FILES:
+        importlib.import_module(path)
+    return dict(sorted(_methods.items()))
+
+
+def list_methods() -> list[str]:
+    """Names that `vismt.adapt` takes."""
+    return list(methods())
+
+
+def adapt(
+    model: nn.Module, name: str | None = None, /, targets: Any = None, rank: int = 8, alpha: float | None = None,
+    seed: int = 0, **options: Any,
+) -> AdaptReport:
+    """Adapt `model` in place with a published method and freeze the rest: `adapt(model, method, targets, rank, ...)`.
+
+    The method's name is the second argument, by position or as `method=`; a method may have an option `method` of its own
+    (adapt(model, 'pissa', method='randomized')), which is why the name is positional here.
+    targets: 'all-linear' (None), a full-path regex, or a list of paths and suffixes. alpha: None means alpha = rank.
+    seed: the start values depend on it and on each module's path alone. options: see the method's own signature.
+    Raises UserError for an unknown method or option, a pattern without a match, a rank that does not fit.
+    """
+    if name is None:
+        name = options.pop("method", None)
+    known = methods()
+    if name not in known:
+        raise UserError(f"adapt: no method {name!r}.{near(str(name), known)}")
+    accepted = method_options(known[name])
+    for option in options:
+        if option not in accepted:
+            raise UserError(f"adapt: '{name}' has no option '{option}'.{near(option, accepted)}")
+    return known[name](model, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)
+
+
+def method_options(method: Method) -> list[str]:
+    """Names of the keyword options of a method beyond targets, rank, alpha and seed."""
+    fixed = {"model", "targets", "rank", "alpha", "seed"}
+    return [name for name in inspect.signature(method).parameters if name not in fixed]

@@ -1,0 +1,213 @@
+"""Adversarial images of any classifier, through torchattacks (Kim, arXiv 2010.01950) and nothing else.
+
+The model takes pixels in [0, 1] and normalises them itself. While an attack runs the model is frozen, in eval mode and
+outside autocast; afterwards its flags and the random state are as before. FAB, a minimal-norm attack, keeps only what
+lies within the budget. AutoAttack (Croce & Hein, arXiv 2003.01690) is APGD-CE, APGD-T, FAB-T and Square at their
+published lengths (100 steps, 5000 queries; torchattacks' own bundle takes 10 steps); below 4 classes, where its targeted
+loss is not defined, it is APGD-CE, FAB and Square, and the condition's text says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vismt.errors import UserError, near
+from vismt.robustness.checks import check_input, within_budget
+
+TEXTS = {
+    "pgd": "PGD", "pgd_l2": "PGD", "fgsm": "FGSM", "mifgsm": "MI-FGSM", "difgsm": "DI-FGSM", "tifgsm": "TI-FGSM",
+    "apgd_ce": "APGD-CE", "apgd_t": "APGD-T", "fab": "FAB", "square": "Square", "autoattack": "AutoAttack",
+}
+NORMS = {"linf": "Linf", "l2": "L2"}
+EITHER_NORM = {"apgd_ce", "apgd_t", "fab", "square", "autoattack"}
+# Steps when none are given (10 else); AutoAttack's Square always has AUTO_QUERIES.
+STEPS = {"fgsm": 1, "square": 5000, "autoattack": 100}
+AUTO_QUERIES = 5000
+
+
+@dataclass(frozen=True)
+class AttackSpec:
+    """One attack and its budget.
+
+    name: pgd, pgd_l2, fgsm, mifgsm, difgsm, tifgsm (transfer), apgd_ce, apgd_t, fab, square, autoattack. epsilon: radius
+    in pixel units of [0, 1]. step_size: None = epsilon / 10; attacks that choose their own steps do not use it. steps:
+    None = 10 (FGSM 1, Square 5000 queries, AutoAttack 100). norm: "linf" or "l2"; pgd with "l2" is pgd_l2. random_start:
+    PGD only. Raises UserError for an unknown name or norm, one without the other, a negative radius, no step.
+    """
+
+    name: str = "pgd"
+    epsilon: float = 4.5 / 255
+    step_size: float | None = None
+    steps: int | None = None
+    norm: str = "linf"
+    random_start: bool = True
+    seed: int = 0
+    # The clean image is inside every budget, so an example that is wrong there is not robust.
+    worst_case: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.name not in TEXTS:
+            raise UserError(f"attack '{self.name}' is not known.{near(self.name, TEXTS)}")
+        if self.norm not in NORMS:
+            raise UserError(f"attack {self.name}: norm '{self.norm}' is not known.{near(self.norm, NORMS)}")
+        if self.name == "pgd" and self.norm == "l2":
+            object.__setattr__(self, "name", "pgd_l2")
+        if self.name == "pgd_l2":
+            object.__setattr__(self, "norm", "l2")
+        elif self.norm == "l2" and self.name not in EITHER_NORM:
+            raise UserError(f"attack {self.name}: no l2 form; take one of {', '.join(sorted(EITHER_NORM))}, pgd_l2.")
+        if self.steps is None:
+            object.__setattr__(self, "steps", STEPS.get(self.name, 10))
+        if not (math.isfinite(self.epsilon) and self.epsilon >= 0) or self.steps < 1 or self.step <= 0 < self.epsilon:
+            raise UserError(
+                f"attack {self.name}: epsilon {self.epsilon}, steps {self.steps}, step_size {self.step_size}: "
+                "need epsilon >= 0 (in pixel units of [0, 1]), steps >= 1, step_size > 0."
+            )
+
+    @property
+    def step(self) -> float:
+        """Step size in pixel units."""
+        return self.epsilon / 10 if self.step_size is None else self.step_size
+
+    def describe(self, num_classes: int | None = None) -> str:
+        """The condition's text in tables, "PGD-10 linf 4.5/255"; what is not default is said behind it."""
+        text = TEXTS[self.name]
+        if self.name != "fgsm" and self.steps != STEPS.get(self.name):
+            text += f"-{self.steps}"
+        if self.name == "autoattack" and num_classes is not None and num_classes < 4:
+            text += " (APGD-CE+FAB+Square)"
+        text += f" {self.norm} " + (f"{self.epsilon * 255:.6g}/255" if self.norm == "linf" else f"{self.epsilon:.6g}")
+        if self.step_size is not None and not math.isclose(self.step_size, self.epsilon / 10):
+            text += f" step {self.step_size * 255:.4g}/255" if self.norm == "linf" else f" step {self.step_size:.4g}"
+        if not self.random_start and self.name in ("pgd", "pgd_l2"):
+            text += " no random start"
+        return text + (f" seed {self.seed}" if self.seed else "")
+
+    def __str__(self) -> str:
+        return self.describe()
+
+    def settings(self) -> dict[str, object]:
+        """Every field, for a protocol's hash."""
+        return asdict(self)
+
+    def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, *, num_classes: int, seed: int) -> Tensor:
+        """`attack` with `seed` in the place of the spec's own."""
+        return _attack(model, images, labels, self, num_classes, seed)
+
+
+def attack(model: nn.Module, images: Tensor, labels: Tensor, spec: AttackSpec, *, num_classes: int) -> Tensor:
+    """Adversarial images float32 (b, 3, h, w) in [0, 1] on the images' device, within spec.epsilon of `images`.
+
+    model: maps such images to logits (b, num_classes) and owns its normalisation; it is left as it was found. labels
+    (b,) integers 0..num_classes-1. epsilon = 0 returns the images. Deterministic in spec.seed; the global random state
+    is not touched. Raises UserError for pixels outside [0, 1], labels or logits that do not fit num_classes, logits that
+    are not finite, fewer than 2 classes, apgd_t below 4, and image sides that l2 Square cannot tile.
+    """
+    return _attack(model, images, labels, spec, num_classes, spec.seed)
+
+
+def _attack(
+    model: nn.Module, images: Tensor, labels: Tensor, spec: AttackSpec, num_classes: int, seed: int,
+) -> Tensor:
+    clean = images.detach().float().clone()
+    check_input(clean, labels, spec, num_classes)
+    device = next((p.device for p in model.parameters()), clean.device)
+    with _frozen(model), torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        victim = _Victim(model, device).eval()
+        start, truth = clean.to(device), labels.detach().to(device).long()
+        with torch.no_grad():
+            logits = victim(start[:1])
+        if logits.shape[1:] != (num_classes,) or not bool(logits.isfinite().all()):
+            seen = f"logits of shape {tuple(logits.shape)}, finite: {bool(logits.isfinite().all())}"
+            raise UserError(f"attack {spec}: the model gives {seen}; need finite (b, {num_classes}).")
+        if spec.epsilon == 0:
+            return clean.to(images.device)
+        with _seeded(seed):
+            found = _build(spec, victim, num_classes, seed)(start, truth).detach().float()
+    return within_budget(start, found, spec).to(images.device)
+
+
+class _Victim(nn.Module):
+    """The model as torchattacks wants it: a Module with a parameter on the right device, float32 in and out."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.marker = nn.Parameter(torch.zeros((), device=device), requires_grad=False)
+        floating = (p.dtype for p in model.parameters() if p.is_floating_point())
+        self.dtype = next(floating, torch.float32)
+        self.inner = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.inner(images.to(self.dtype)).float()
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no trainable parameter inside (FAB would leave gradients on them); every flag as before outside."""
+    modes = [(part, part.training) for part in model.modules()]
+    parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval()
+    try:
+        for parameter, _ in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, trainable in parameters:
+            parameter.requires_grad_(trainable)
+        for part, training in modes:
+            part.training = training
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Forked torch generators, seeded inside: some attacks reset the global seed, that of every CUDA device too."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def _build(spec: AttackSpec, victim: _Victim, num_classes: int, seed: int) -> Any:
+    library = _torchattacks()
+    radius, steps = spec.epsilon, spec.steps
+    stepped = {"eps": radius, "alpha": spec.step, "steps": steps}
+    own = {"eps": radius, "norm": NORMS[spec.norm], "seed": seed % 2**31}
+    if spec.name == "pgd":
+        return library.PGD(victim, **stepped, random_start=spec.random_start)
+    if spec.name == "pgd_l2":
+        return library.PGDL2(victim, **stepped, random_start=spec.random_start)
+    if spec.name == "fgsm":
+        return library.FGSM(victim, eps=radius)
+    if spec.name in ("mifgsm", "difgsm", "tifgsm"):
+        return getattr(library, spec.name.upper())(victim, **stepped)
+    if spec.name == "square":
+        return library.Square(victim, **own, n_queries=steps)
+    cross_entropy = library.APGD(victim, **own, steps=steps, loss="ce")
+    if spec.name == "apgd_ce":
+        return cross_entropy
+    few, targets = num_classes < 4, min(num_classes, 10)  # AutoAttack targets the 9 nearest classes
+    nearest = spec.name == "autoattack" and not few
+    boundary = library.FAB(victim, **own, steps=steps, n_classes=targets, multi_targeted=nearest)
+    if spec.name == "fab":
+        return boundary
+    targeted = None if few else library.APGDT(victim, **own, steps=steps, n_classes=targets)
+    if spec.name == "apgd_t":
+        return targeted
+    square = library.Square(victim, **own, n_queries=AUTO_QUERIES)
+    return library.MultiAttack([part for part in (cross_entropy, targeted, boundary, square) if part is not None])
+
+
+def _torchattacks() -> ModuleType:
+    try:
+        import torchattacks
+    except ImportError as error:
+        raise UserError('attacks need torchattacks: pip install "torchattacks>=3.5.1".') from error
+    return torchattacks
