@@ -119,7 +119,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _attack(options: argparse.Namespace) -> None:
-    from vismt.engine.fewshot import AttackConfig
+    from vismt.engine.fewshot_config import AttackConfig
     from vismt.engine.run import open_run
 
     if (options.run is None) == (options.model is None):

@@ -26,7 +26,10 @@ from vismt.errors import UserError, near
 
 @dataclass
 class ModelConfig:
-    """name: asset or timm model; img_size: pixels; pretrained: true, false or a checkpoint; block, position, pool: see backbones.vit."""
+    """name: asset or timm model; img_size: pixels; pretrained: true, false or a checkpoint file.
+
+    block, position, pool: see vismt.backbones.vit.create.
+    """
 
     name: str = "vit_small_patch14_imgfocus"
     img_size: int | None = None
@@ -49,7 +52,10 @@ class AdaptConfig:
 
 @dataclass
 class TrainConfig:
-    """steps: optimiser steps; lr: peak, after `warmup` steps, then cosine to min_lr; accumulate: batches a step; clip: gradient norm."""
+    """steps: of the optimiser; lr: the peak, after `warmup` steps, then a cosine to min_lr; accumulate: batches a step.
+
+    clip: largest gradient norm, null for none; precision: no, bf16 or fp16; trackers: accelerate's (tensorboard, wandb).
+    """
 
     steps: int = 100
     optimizer: str = "adamw"

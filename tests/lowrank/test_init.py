@@ -31,7 +31,8 @@ def test_product_is_the_top_part_for_any_scale(shape: tuple[int, int], scale: fl
 def test_golden_diagonal() -> None:
     A, B = principal(torch.diag(torch.tensor([4.0, 9.0, 1.0])), 1, 1.0, generator=generator())
     # The largest singular value is 9 at index 1: |A| = |B| = sqrt(9) = 3 there.
-    assert torch.allclose(A.abs(), torch.tensor([[0.0, 3.0, 0.0]])) and torch.allclose(B.abs(), torch.tensor([[0.0], [3.0], [0.0]]))
+    assert torch.allclose(A.abs(), torch.tensor([[0.0, 3.0, 0.0]]))
+    assert torch.allclose(B.abs(), torch.tensor([[0.0], [3.0], [0.0]]))
 
 
 def test_randomised_range_finder_is_seeded_and_accurate() -> None:

@@ -61,9 +61,9 @@ def test_a_wrong_target_is_one_clear_line_and_changes_nothing(targets, options, 
 
 
 def test_unknown_method_and_option_name_the_near_ones() -> None:
-    with pytest.raises(UserError, match="'lroa'.*'lora'"):
+    with pytest.raises(UserError, match=r"'lroa'.*'lora'"):
         vismt.adapt(tiny_vit(), "lroa")
-    with pytest.raises(UserError, match="'dropuot'.*'dropout'"):
+    with pytest.raises(UserError, match=r"'dropuot'.*'dropout'"):
         vismt.adapt(tiny_vit(), "lora", dropuot=0.1)
     with pytest.raises(UserError, match="solver 'svd'"):
         vismt.adapt(tiny_vit(), "pissa", method="svd")

@@ -62,7 +62,7 @@ def test_adapter_of_another_model_says_both_shapes(saved) -> None:
 
 
 def test_another_base_is_refused_or_warned_of(saved) -> None:
-    model, folder = saved
+    _, folder = saved
     refused(folder, r"weights [0-9a-f]{12}\), this is VisionTransformer \(weights", tiny_vit(seed=9))
     other = tiny_vit(seed=9)
     with pytest.warns(UserWarning, match="was made for"):

@@ -7,7 +7,6 @@ function of the step number, so the step is all that is needed to go on with the
 from __future__ import annotations
 
 import io
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +55,16 @@ def load(
         return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a torn file makes the reader raise whatever its bytes spell
         raise UserError(f"checkpoint '{path}' is damaged ({type(error).__name__}); delete it to train from the start.") from error
     if state["config_hash"] != config_hash:
-        raise UserError(f"checkpoint '{path}' is of configuration {state['config_hash']}, this is {config_hash}; use another run folder.")
+        seen = state["config_hash"]
+        raise UserError(f"checkpoint '{path}' is of configuration {seen}, this is {config_hash}; use another run folder.")
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     wanted = trainable_state(module)
     for name in sorted(set(wanted) ^ set(state["tensors"])):
-        raise UserError(f"checkpoint '{path}': '{name}' is {'missing' if name in wanted else 'unexpected'}; was the method changed?")
+        state_of = "missing" if name in wanted else "unexpected"
+        raise UserError(f"checkpoint '{path}': '{name}' is {state_of}; was the method changed?")
     with torch.no_grad():
         for name, value in state["tensors"].items():
             own[name].copy_(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,11 @@ from torch import nn
 
 from vismt import console
 from vismt.backbones import vit
-from vismt.config import RunConfig, fraction
 from vismt.data.images import ImageSet, open_images
 from vismt.data.pixels import Pixels
 from vismt.data.transforms import augment
 from vismt.engine import loop, runtime
-from vismt.errors import UserError, near
+from vismt.engine.fewshot_config import AttackConfig, FewShotConfig, check
 from vismt.lowrank.inject import merge
 from vismt.lowrank.store import atomic_write, fingerprint, load_adapter, read_tensors, save_adapter
 from vismt.metatune.episodes import EpisodeSampler, VariableSampler
@@ -29,66 +27,6 @@ from vismt.registry import adapt
 from vismt.robustness.attacks import AttackSpec
 
 EXTRA = "classifier.safetensors"
-MODELS = ("frozen", "adapted")
-
-
-@dataclass
-class SourceConfig:
-    """Training episodes. data: cards as 'name' or 'name:split'; hierarchy: draw the ways within one superclass."""
-
-    data: list[str] = field(default_factory=list)
-    ways: int = 5
-    shots: int = 5
-    queries: int = 15
-    augment: bool = True
-    crop: float = 0.35
-    jitter: float = 0.4
-    flip: bool = True
-    hierarchy: bool = False
-
-
-@dataclass
-class AttackConfig:
-    """See robustness.attacks.AttackSpec; epsilon and step_size in pixels of [0, 1], also as '4.5/255'."""
-
-    name: str = "pgd"
-    epsilon: float | str = "4.5/255"
-    step_size: float | str | None = None
-    steps: int | None = None
-    norm: str = "linf"
-    random_start: bool = True
-
-    def spec(self, seed: int) -> AttackSpec:
-        """The attack with its numbers."""
-        step = None if self.step_size is None else fraction(self.step_size, "attack.step_size")
-        epsilon = fraction(self.epsilon, "attack.epsilon")
-        return AttackSpec(self.name, epsilon, step, self.steps, self.norm, self.random_start, seed)
-
-
-@dataclass
-class EvaluateConfig:
-    """Test episodes. rule: 'uniform' (ways, shots) or 'variable' (Meta-Dataset); seed: of the episodes, apart from training's."""
-
-    data: list[str] = field(default_factory=list)
-    models: list[str] = field(default_factory=lambda: list(MODELS))
-    rule: str = "uniform"
-    ways: int = 5
-    shots: list[int] = field(default_factory=lambda: [1, 5])
-    queries: int = 15
-    episodes: int = 600
-    seed: int = 1
-    hierarchy: bool = False
-    attacks: list[AttackConfig] = field(default_factory=list)
-
-
-@dataclass
-class FewShotConfig(RunConfig):
-    """One few-shot experiment. on_bad_sample: 'error' or 'skip' for images that cannot be decoded."""
-
-    source: SourceConfig = field(default_factory=SourceConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    on_bad_sample: str = "error"
-    download: bool = False
 
 
 class FewShotJob:
@@ -96,7 +34,7 @@ class FewShotJob:
 
     def __init__(self, config: FewShotConfig, folder: Path, config_hash: str) -> None:
         self.config, self.folder, self.hash = config, folder, config_hash
-        _check(config)
+        check(config)
         self._pixels: dict[str, Pixels] = {}
         self._backbones: dict[str, ProtoNet] = {}
 
@@ -226,9 +164,8 @@ class FewShotJob:
 
     def _samplers(self, pixels: Pixels) -> list[EpisodeSampler | VariableSampler]:
         settings = self.config.evaluate
-        common = {
-            "seed": settings.seed, "names": pixels.classes, "superclass": pixels.images.superclass if settings.hierarchy else None,
-        }
+        superclass = pixels.images.superclass if settings.hierarchy else None
+        common = {"seed": settings.seed, "names": pixels.classes, "superclass": superclass}
         if settings.rule == "variable":
             return [VariableSampler(pixels.labels, **common)]
         return [
@@ -247,20 +184,6 @@ class FewShotJob:
             self._pixels[name] = Pixels(images, size)
             console.stage("data", f"{name}   {len(images.classes)} classes   {len(images):,} images")
         return self._pixels[name]
-
-
-def _check(config: FewShotConfig) -> None:
-    if config.train is not None and config.adapt is not None and not config.source.data:
-        raise UserError("source.data: names no set to train on; add a card, or set train to null to evaluate only.")
-    if not config.evaluate.data:
-        raise UserError("evaluate.data: names no set to evaluate on.")
-    for model in config.evaluate.models:
-        if model not in MODELS:
-            raise UserError(f"evaluate.models: '{model}'.{near(model, MODELS)}")
-    if config.evaluate.rule not in ("uniform", "variable"):
-        raise UserError(f"evaluate.rule: '{config.evaluate.rule}'.{near(config.evaluate.rule, ('uniform', 'variable'))}")
-    if config.on_bad_sample not in ("error", "skip"):
-        raise UserError(f"on_bad_sample: '{config.on_bad_sample}'.{near(config.on_bad_sample, ('error', 'skip'))}")
 
 
 CONFIG, JOB = FewShotConfig, FewShotJob

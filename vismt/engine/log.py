@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from vismt.lowrank.store import atomic_write
 from vismt.errors import UserError
+from vismt.lowrank.store import atomic_write
 
 METRICS = "metrics.jsonl"
 

@@ -124,7 +124,9 @@ def _stream(batches: Batches, config: TrainConfig, finished: int, accelerator: A
     """This process's batches from the first unfinished step on, on its device."""
     world, rank = accelerator.num_processes, accelerator.process_index
     numbers = range(finished * config.accumulate * world + rank, config.steps * config.accumulate * world, world)
-    loader = DataLoader(_Numbered(batches), batch_size=None, sampler=numbers, num_workers=config.workers)
+    # A generator of its own: the loader draws a seed when it starts, which would move the state a resumed run restored.
+    own = torch.Generator().manual_seed(0)
+    loader = DataLoader(_Numbered(batches), batch_size=None, sampler=numbers, num_workers=config.workers, generator=own)
     return (_to(batch, accelerator.device) for batch in loader)
 
 

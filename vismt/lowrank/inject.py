@@ -52,7 +52,8 @@ class AdaptReport:
     def __str__(self) -> str:
         groups: dict[tuple, list[Site]] = {}
         for site in self.sites:
-            key = (re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", site.path), site.kind, site.shape, site.rank, site.scale, len(site.blocks))
+            path = re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", site.path)
+            key = (path, site.kind, site.shape, site.rank, site.scale, len(site.blocks))
             groups.setdefault(key, []).append(site)
         rows = [("module", "count", "kind", "out x in", "rank", "scale", "parameters")]
         for (path, kind, shape, rank, scale, blocks), sites in groups.items():

@@ -27,7 +27,10 @@ from vismt.lowrank.targets import kind_of, matrix_shape
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 REPLAYED = ("pissa", "corda", "olora", "lora_ga", "loftq")
-UNREADABLE = ("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "trainable_token_indices", "target_parameters", "use_qalora", "use_bdlora")
+UNREADABLE = (
+    "use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "trainable_token_indices",
+    "target_parameters", "use_qalora", "use_bdlora",
+)
 
 
 def export_peft(model: nn.Module, folder: str | Path, *, compact: bool = False) -> Path:
@@ -110,7 +113,9 @@ def _refuse(what: str, config: Mapping[str, Any]) -> None:
         raise UserError(f"{what}: peft_type {config.get('peft_type')!r}; only LORA can be read.")
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(REPLAYED):
-        raise UserError(f"{what}: init_lora_weights '{start}' changed the base it was trained on; convert it to a plain LoRA with peft first.")
+        raise UserError(
+            f"{what}: init_lora_weights '{start}' changed the base it was trained on; convert it to a plain LoRA with peft first."
+        )
     for key in UNREADABLE:
         if config.get(key):
             raise UserError(f"{what}: '{key}' is set; that variant is not a plain LoRA and cannot be read.")

@@ -66,9 +66,10 @@ def load_adapter(model: nn.Module, folder: str | Path, *, on_other_base: str = "
     if record is not None and (record.method, record.sites) != (description["method"], sites):
         raise UserError(f"adapter '{folder}': the model already carries another '{record.method}'; unadapt it first.")
     _check_sites(model, folder, description, sites, tensors)
-    print_ = fingerprint(model, [site.path for site in sites])
-    if print_ != description["base"]:
-        told = f"adapter '{folder}' was made for {description['model']} (weights {description['base']}), this is {type(model).__name__} (weights {print_})"
+    own = fingerprint(model, [site.path for site in sites])
+    if own != description["base"]:
+        made_for = f"{description['model']} (weights {description['base']})"
+        told = f"adapter '{folder}' was made for {made_for}, this is {type(model).__name__} (weights {own})"
         if on_other_base != "warn":
             raise UserError(f"{told}. Load the base it was trained on, or pass on_other_base='warn'.")
         warnings.warn(told, stacklevel=2)
@@ -196,7 +197,8 @@ def check_tensors(what: str, wanted: Mapping[str, tuple[int, ...]], tensors: Map
             raise UserError(f"{what}: {name}: saved {tuple(tensors[name].shape)}, needed {tuple(shape)}.")
     extra = sorted(set(tensors) - set(wanted))
     if extra:
-        raise UserError(f"{what}: unexpected '{extra[0]}' {tuple(tensors[extra[0]].shape)}{f' and {len(extra) - 1} more' if len(extra) > 1 else ''}.")
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        raise UserError(f"{what}: unexpected '{extra[0]}' {tuple(tensors[extra[0]].shape)}{more}.")
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:

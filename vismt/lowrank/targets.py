@@ -108,7 +108,8 @@ def find_targets(
         elif reason:
             raise UserError(f"adapt.targets: {reason}.")
     if not chosen:
-        raise UserError(f"adapt.targets: nothing to adapt for {wanted!r}{' after exclude' if exclude else ''}.{_nearest(wanted, candidates)}")
+        left = " after exclude" if exclude else ""
+        raise UserError(f"adapt.targets: nothing to adapt for {wanted!r}{left}.{_nearest(wanted, candidates)}")
     return {path: module for path, module in candidates.items() if path in chosen}, remarks
 
 

@@ -121,7 +121,8 @@ def _attack(
     check_input(clean, labels, spec, num_classes)
     device = next((p.device for p in model.parameters()), clean.device)
     with _frozen(model), torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        victim = _Victim(model, device).eval()
+        victim = _Victim(model, device)
+        victim.training = False  # what torchattacks goes back to; else it would end in training mode
         start, truth = clean.to(device), labels.detach().to(device).long()
         with torch.no_grad():
             logits = victim(start[:1])
@@ -154,8 +155,8 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     """Eval mode and no trainable parameter inside (FAB would leave gradients on them); every flag as before outside."""
     modes = [(part, part.training) for part in model.modules()]
     parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
     try:
+        model.eval()
         for parameter, _ in parameters:
             parameter.requires_grad_(False)
         yield

@@ -1,0 +1,245 @@
+"""The command line from configuration to report on a tiny random ViT and real digits; every user error ends with code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import yaml
+
+from vismt.cli import main
+from vismt.data.images import open_images
+from vismt.engine.log import read_lines
+
+pytest.importorskip("sklearn")
+
+SMALL = {
+    "model": {"name": "test_vit", "img_size": 32, "pretrained": False, "block": 4},
+    "adapt": {"method": "lora", "rank": 2},
+    "source": {"data": ["digits"], "ways": 3, "shots": 2, "queries": 2, "augment": False},
+    "train": {"steps": 4, "lr": 1e-3, "checkpoint_every": 2},
+    "evaluate": {
+        "data": ["digits"], "ways": 3, "shots": [1], "queries": 2, "episodes": 3,
+        "attacks": [{"name": "pgd", "epsilon": "4/255", "steps": 2}],
+    },
+}
+
+
+def write(folder: Path, **changes: object) -> Path:
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, **changes}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("e2e")
+    assert main(["run", str(write(folder)), "--out", str(folder / "runs"), "--quiet"]) == 0
+    return next((folder / "runs").iterdir())
+
+
+def test_a_run_leaves_everything_a_number_needs(run_folder: Path) -> None:
+    assert run_folder.name.startswith("small-")
+    rows = read_lines(run_folder / "results.jsonl")
+    assert {(row["model"], row["condition"]) for row in rows} == {
+        (model, condition) for model in ("frozen", "adapted") for condition in ("clean", rows[1]["condition"])
+    }
+    facts = json.loads((run_folder / "run.json").read_text())
+    for row in rows:
+        assert row["n"] == 3 and row["ci95"] >= 0 and row["config_hash"] == facts["config_hash"] == run_folder.name[-8:]
+    assert facts["adapt"]["method"] == "lora" and facts["finished"] and facts["wall_time_s"] > 0
+    assert [row["step"] for row in read_lines(run_folder / "metrics.jsonl")] == [1, 2, 3, 4]
+    for name in ("report.md", "report.html", "config.resolved.yaml", "checkpoint.pt", "adapter/adapter.json"):
+        assert (run_folder / name).stat().st_size > 0
+    assert list((run_folder / "figures").glob("*.png")) and list((run_folder / "panels").glob("*.npz"))
+    # 2 records of a header and 3 episodes each
+    assert [len(read_lines(path)) for path in sorted((run_folder / "records").iterdir())] == [4, 4]
+
+
+def test_the_same_command_again_does_nothing_twice(run_folder: Path, capsys) -> None:
+    before = {path: path.read_text() for path in (run_folder / "records").iterdir()}
+    assert main(["run", str(write(run_folder.parent.parent)), "--out", str(run_folder.parent)]) == 0
+    assert {path: path.read_text() for path in (run_folder / "records").iterdir()} == before
+    out = capsys.readouterr().out
+    assert "done before" in out and out.strip().splitlines()[-1].endswith("report.html")
+
+
+def test_merged_export_is_a_stock_timm_checkpoint(run_folder: Path, tmp_path: Path) -> None:
+    assert main(["merge", str(run_folder), "--quiet"]) == 0
+    assert main(["export", str(run_folder), "--format", "timm", "--to", str(tmp_path / "timm"), "--quiet"]) == 0
+    file = tmp_path / "timm" / "model.safetensors"
+    state = safetensors.torch.load_file(file)
+    model = timm.create_model("test_vit", img_size=32, num_classes=0, checkpoint_path=str(file))
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+    assert (run_folder / "merged" / "model.safetensors").read_bytes() == file.read_bytes()
+
+
+def test_peft_export_is_read_by_peft(run_folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from vismt.backbones.vit import create
+
+    assert main(["export", str(run_folder), "--format", "peft", "--to", str(tmp_path), "--quiet"]) == 0
+    stock = create("test_vit", 32, False).vit
+    images = torch.rand(2, 3, 32, 32)
+    before = stock(images)
+    theirs = peft.PeftModel.from_pretrained(stock, str(tmp_path)).eval()
+    merged = safetensors.torch.load_file(run_folder / "merged" / "model.safetensors")
+    ours = timm.create_model("test_vit", img_size=32, num_classes=0).eval()
+    ours.load_state_dict(merged)
+    assert torch.allclose(theirs(images), ours(images), atol=1e-5) and not torch.equal(theirs(images), before)
+
+
+def test_attacking_a_run_adds_rows_and_keeps_the_others(run_folder: Path) -> None:
+    before = read_lines(run_folder / "results.jsonl")
+    assert main(["attack", str(run_folder), "--attack", "fgsm", "--epsilon", "8/255", "--quiet"]) == 0
+    after = read_lines(run_folder / "results.jsonl")
+    assert len(after) == len(before) + 2 and any("FGSM" in row["condition"] for row in after)
+    clean = [[row["value"] for row in rows if row["condition"] == "clean"] for rows in (before, after)]
+    assert sorted(clean[0]) == sorted(clean[1])
+
+
+def test_interrupted_training_and_evaluation_go_on(tmp_path: Path, monkeypatch, capsys) -> None:
+    from vismt.engine import checkpoint
+    from vismt.metatune import protocol
+
+    path, out = write(tmp_path), tmp_path / "runs"
+    save, once = checkpoint.save, []
+
+    def interrupted(*arguments: object) -> None:
+        save(*arguments)
+        if not once:
+            once.append(1)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", interrupted)
+    assert main(["run", str(path), "--out", str(out)]) == 130
+    assert "goes on from here" in capsys.readouterr().err
+    calls = []
+    whole = protocol._Run.__call__
+
+    def second_fails(self, index: int):
+        calls.append(index)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(self, index)
+
+    monkeypatch.setattr(protocol._Run, "__call__", second_fails)
+    assert main(["run", str(path), "--out", str(out)]) == 130
+    assert "at step 2 of 4" in capsys.readouterr().out
+    monkeypatch.setattr(protocol._Run, "__call__", whole)
+    assert main(["run", str(path), "--out", str(out)]) == 0
+    assert "1 of 3 are on record" in capsys.readouterr().out
+
+
+def test_evaluation_of_frozen_features_needs_no_training(tmp_path: Path) -> None:
+    path = write(tmp_path, adapt=None, train=None, source={})
+    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
+    rows = read_lines(next((tmp_path / "runs").iterdir()) / "results.jsonl")
+    assert {row["model"] for row in rows} == {"frozen"}
+
+
+def test_an_image_classifier_from_elsewhere_is_attacked(tmp_path: Path, capsys) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", img_size=32, num_classes=10)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_vit", "img_size": 32, "num_classes": 10}))
+    command = [
+        "attack", "--model", str(tmp_path / "model.safetensors"), "--data", "digits", "--images", "12", "--out", str(tmp_path / "out"),
+        "--steps", "2",
+    ]
+    code = main(command)
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    assert captured.out.count("n = 12 images") == 2
+    assert len(read_lines(tmp_path / "out" / "records.jsonl")) == 13
+    rows = json.loads((tmp_path / "out" / "rows.json").read_text())["rows"]
+    assert [row["n"] for row in rows] == [12, 12] and rows[1]["value"] <= rows[0]["value"]
+
+
+@pytest.mark.parametrize(
+    "command,words",
+    [
+        (["run", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["run", "{config}", "train.stepz=3"], ["train.stepz", "'steps'"]),
+        (["run", "{config}", "adapt.method=lroa"], ["'lroa'", "'lora'"]),
+        (["run", "{config}", "adapt.targets=[attn.qvk]"], ["'attn.qvk'", "'attn.qkv'"]),
+        (["run", "{config}", "model.name=vit_smal_patch16_224"], ["vit_small_patch16_224"]),
+        (["run", "{config}", "source.data=[digitz]"], ["digitz", "'digits'"]),
+        (["run", "{config}", "source.shots=500"], ["500 shots", "too few"]),
+        (["run", "{config}", "source.data=[]"], ["source.data"]),
+        (["run", "{config}", "evaluate.attacks=[{{name: pdg}}]"], ["'pdg'", "'pgd'"]),
+        (["run", "{config}", "evaluate.models=[frosen]"], ["'frosen'", "'frozen'"]),
+        (["run", "{config}", "train.lr=.nan"], ["train.lr"]),
+        (["evaluate", "nowhere"], ["nowhere", "config.resolved.yaml"]),
+        (["attack"], ["run folder or --model"]),
+        (["attack", "--model", "test_vit"], ["--data"]),
+        (["attack", "--model", "test_vit", "--random-weights", "--data", "digits"], ["1000 outputs", "10 classes"]),
+        (["export", "{run}", "--format", "onnx"], ["'onnx'", "'timm'"]),
+        (["export", "{run}", "--format", "transformers"], ["no transformers model"]),
+        (["data", "check", "digitz"], ["digitz"]),
+        (["data", "prepare"], ["name a card"]),
+        (["assets", "get", "vit_small_patch14_imgfocs"], ["vit_small_patch14_imgfocus"]),
+    ],
+)
+def test_user_errors_are_one_line_and_code_2(command, words, run_folder: Path, tmp_path: Path, capsys) -> None:
+    path = write(tmp_path)
+    filled = [part.format(config=path, run=run_folder) for part in command]
+    if command[0] == "run":
+        filled += ["--out", str(tmp_path / "runs")]
+    assert main(filled) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words), error
+
+
+def test_a_divergent_run_says_so_and_keeps_its_folder(tmp_path: Path, capsys) -> None:
+    path = write(tmp_path, train={"steps": 6, "lr": 1e30, "checkpoint_every": 1, "clip": None, "optimizer": "sgd"})
+    assert main(["train", str(path), "--out", str(tmp_path / "runs")]) == 2
+    assert "not finite at step" in capsys.readouterr().err
+
+
+def test_an_unwritable_run_folder_is_code_2(tmp_path: Path, capsys) -> None:
+    (tmp_path / "runs").write_text("a file")
+    assert main(["run", str(write(tmp_path)), "--out", str(tmp_path / "runs")]) == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_lists(capsys) -> None:
+    assert main(["list"]) == 0 and main(["data", "list"]) == 0 and main(["assets", "list"]) == 0
+    out = capsys.readouterr().out
+    for word in ("lora", "pissa", "split_qkv", "fewshot", "photo_crops", "vit_small_patch14_imgfocus"):
+        assert word in out
+
+
+def test_data_check_of_an_embedded_set(capsys) -> None:
+    assert main(["data", "check", "digits"]) == 0
+    assert "1,797" in capsys.readouterr().out
+    assert len(open_images("digits").classes) == 10
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(tmp_path: Path) -> None:
+    """torchrun on two CPU processes: both see their own episodes, the gradients are averaged, one adapter is written."""
+    path = write(tmp_path, evaluate={**SMALL["evaluate"], "attacks": []})
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611", "-m", "vismt.cli",
+        "run", str(path), "--out", str(tmp_path / "runs"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder = next((tmp_path / "runs").iterdir())
+    assert len(read_lines(folder / "metrics.jsonl")) == 4 and (folder / "report.html").exists()
+    assert done.stdout.count("report  ") == 1
+
+
+@pytest.mark.slow
+def test_the_list_answers_quickly() -> None:
+    """Two seconds beyond importing torch is the promise; counted in imports of heavy packages rather than in time."""
+    code = "import sys; from vismt.cli import main; main(['list']); print([n for n in ('transformers', 'torchattacks', 'matplotlib', 'accelerate', 'torchvision') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "[]"

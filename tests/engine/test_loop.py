@@ -1,0 +1,164 @@
+"""The training loop: exact resume, schedule, accumulation, and the stop on a loss that is not finite."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vismt.config import TrainConfig
+from vismt.engine import checkpoint, loop, runtime
+from vismt.engine.log import MetricsLog, read_lines
+from vismt.errors import UserError
+
+
+class Toy(nn.Module):
+    """A regression with dropout, so that the random state matters."""
+
+    def __init__(self, bad_at: int | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.frozen = nn.Linear(4, 1), nn.Linear(4, 4).requires_grad_(False)
+        self.calls, self.bad_at = 0, bad_at
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.calls += 1
+        hidden = nn.functional.dropout(self.frozen(batch["x"]), 0.3, self.training)
+        loss = (self.layer(hidden) - batch["y"]).square().mean()
+        if self.calls == self.bad_at:
+            loss = loss * float("nan")
+        return {"loss": loss, "size": torch.tensor(float(len(batch["x"])))}
+
+
+def batches(number: int) -> dict[str, Tensor]:
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(number))
+    return {"x": x, "y": x.sum(1, keepdim=True)}
+
+
+def run(folder: Path, objective: Toy | None = None, stop_after: int | None = None, **settings: object) -> Toy:
+    objective = objective or Toy()
+    config = TrainConfig(**{"steps": 8, "lr": 0.05, "warmup": 2, "checkpoint_every": 3, **settings})
+    torch.manual_seed(1)
+
+    def after(step: int) -> None:
+        if step == stop_after:
+            raise KeyboardInterrupt
+
+    loop.train(objective, batches, config, folder, "hash", runtime.accelerator(), after_step=after)
+    return objective
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, optimizer: str, workers: int) -> None:
+    whole = run(tmp_path / "whole", optimizer=optimizer)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", stop_after=5, optimizer=optimizer, workers=workers)
+    torch.manual_seed(99)
+    cut = run(tmp_path / "cut", optimizer=optimizer, workers=workers)
+    assert cut.calls == 8 - 3
+    for one, two in zip(whole.parameters(), cut.parameters()):
+        assert torch.equal(one, two)
+    rows = [read_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut")]
+    for row in rows[0] + rows[1]:
+        del row["elapsed_s"]
+    assert rows[0] == rows[1] and [row["step"] for row in rows[1]] == list(range(1, 9))
+    assert set(rows[0][0]) == {"step", "loss", "size", "lr", "grad_norm"}
+
+
+def test_a_finished_run_trains_no_further(tmp_path: Path) -> None:
+    first = run(tmp_path)
+    again = run(tmp_path)
+    assert again.calls == 0 and torch.equal(first.layer.weight, again.layer.weight)
+
+
+def test_learning_rate_golden_numbers() -> None:
+    config = TrainConfig(steps=10, lr=1.0, min_lr=0.2, warmup=2)
+    # warm-up: 1/2, 2/2. Cosine over the 8 steps that remain: step 6 is half way, 0.2 + 0.8 * 0.5 * (1 + cos(pi / 2)) = 0.6.
+    assert [loop.rate(step, config) for step in (0, 1, 2)] == [0.5, 1.0, 1.0]
+    assert loop.rate(6, config) == pytest.approx(0.6) and loop.rate(10, config) == pytest.approx(0.2)
+
+
+def test_accumulation_is_the_mean_over_its_batches(tmp_path: Path) -> None:
+    class Plain(Toy):
+        def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {"loss": (self.layer(batch["x"]) - batch["y"]).square().mean()}
+
+    one = run(tmp_path, Plain(), steps=1, accumulate=2, optimizer="sgd", momentum=0.0, clip=None, warmup=0)
+    model = Plain()
+    losses = [model(batches(number))["loss"] for number in (0, 1)]
+    (sum(losses) / 2).backward()
+    assert torch.allclose(one.layer.weight, model.layer.weight - 0.05 * model.layer.weight.grad)
+
+
+def test_clipping_bounds_the_step_and_logs_the_norm_before(tmp_path: Path) -> None:
+    start = Toy().layer.weight.detach().clone()
+    moved = run(tmp_path, steps=1, optimizer="sgd", momentum=0.0, clip=1e-3, warmup=0)
+    # lr 0.05 times a gradient of norm at most 1e-3
+    assert (moved.layer.weight - start).norm() <= 0.05 * 1e-3 + 1e-7
+    assert read_lines(tmp_path / "metrics.jsonl")[0]["grad_norm"] > 1e-2
+
+
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_a_loss_that_is_not_finite_stops_at_its_step_and_keeps_the_checkpoint(tmp_path: Path, log_every: int) -> None:
+    with pytest.raises(UserError, match=r"not finite at step 5; the last good checkpoint is kept in .*checkpoint\.pt"):
+        run(tmp_path, Toy(bad_at=5), log_every=log_every)
+    state = torch.load(tmp_path / checkpoint.NAME, weights_only=True)
+    assert state["step"] == 3 and all(torch.isfinite(value).all() for value in state["tensors"].values())
+    with pytest.raises(UserError, match="no checkpoint had been written"):
+        run(tmp_path / "early", Toy(bad_at=1))
+
+
+def test_checkpoints_that_do_not_belong_are_refused(tmp_path: Path) -> None:
+    model = run(tmp_path)
+    optimizer = torch.optim.AdamW(model.layer.parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    with pytest.raises(UserError, match="configuration hash, this is other"):
+        checkpoint.load(tmp_path, model, optimizer, schedule, "other")
+    model.frozen.requires_grad_(True)
+    with pytest.raises(UserError, match=r"'frozen\.bias' is missing"):
+        checkpoint.load(tmp_path, model, optimizer, schedule, "hash")
+    (tmp_path / checkpoint.NAME).write_bytes(b"torn")
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint.load(tmp_path, model, optimizer, schedule, "hash")
+
+
+@pytest.mark.parametrize(
+    "settings,match",
+    [
+        ({"optimizer": "adam"}, "'adam'.*'adamw'"), ({"steps": 0}, r"train\.steps: 0"), ({"lr": 0.0}, r"train\.lr"),
+        ({"clip": -1.0}, r"train\.clip"), ({"accumulate": 0}, r"train\.accumulate"),
+    ],
+)
+def test_impossible_settings_are_named(tmp_path: Path, settings: dict, match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        run(tmp_path, **settings)
+
+
+def test_precision_that_the_machine_lacks_is_named() -> None:
+    with pytest.raises(UserError, match=r"fp16 needs a GPU|^$"):
+        if torch.cuda.is_available():
+            raise UserError("")
+        runtime.accelerator("fp16")
+    with pytest.raises(UserError, match=r"'bf61'.*'bf16'"):
+        runtime.accelerator("bf61")
+
+
+def test_nothing_to_train_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing is trainable"):
+        run(tmp_path, Toy().requires_grad_(False))
+
+
+def test_log_drops_a_torn_line_and_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": s, "elapsed_s": 2.0 * s}) + "\n" for s in (1, 2, 3)) + '{"step": 4, "el')
+    log = MetricsLog(tmp_path, 2, True)
+    assert [row["step"] for row in read_lines(path)] == [1, 2] and log.elapsed() == 4.0
+    log.add({"step": 3, "loss": float("inf")})
+    assert read_lines(path)[-1] == {"step": 3, "loss": None}
+    path.write_text("nonsense\n{}\n")
+    with pytest.raises(UserError, match="line 1 is no JSON"):
+        read_lines(path)

@@ -1,0 +1,76 @@
+"""Configuration: types, near names, overrides, hash."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vismt.config import config_hash, fraction, override, read_yaml, resolved, typed
+from vismt.engine.fewshot import FewShotConfig
+from vismt.engine.jobs import load_config
+from vismt.errors import UserError
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    "text,words",
+    [
+        ("train: {stepz: 3}", ["unknown key 'train.stepz'", "'steps'"]),
+        ("evaluate: {attacks: [{epsilom: 1}]}", ["'evaluate.attacks[0].epsilom'", "'epsilon'"]),
+        ("train: {steps: many}", ["train.steps", "expected int", "many"]),
+        ("train: {lr: [1]}", ["train.lr", "expected float"]),
+        ("train: 3", ["train is 3, not a section"]),
+        ("model: {img_size: 3.5}", ["model.img_size", "expected int", "3.5"]),
+        ("task: fewshots", ["'fewshots'", "'fewshot'"]),
+        ("- a", ["holds list"]),
+        ("a: [", ["is no YAML"]),
+    ],
+)
+def test_a_wrong_file_is_one_line_that_names_the_key(tmp_path: Path, text: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        load_config(write(tmp_path, text), [])
+    message = str(error.value)
+    assert all(word in message for word in [*words, "mine.yaml"]) and "\n" not in message, message
+
+
+def test_missing_file_names_the_near_one(tmp_path: Path) -> None:
+    write(tmp_path, "seed: 1")
+    with pytest.raises(UserError, match=r"no file .*mime\.yaml'.*Near: .*mine\.yaml"):
+        load_config(tmp_path / "mime.yaml", [])
+
+
+def test_overrides_reach_any_depth_and_are_typed(tmp_path: Path) -> None:
+    path = write(tmp_path, "train: {steps: 3}\nevaluate: {data: [a]}")
+    config = load_config(path, ["train.lr=1e-3", "train.steps=5", "evaluate.data=[b, 'c:test']", "adapt.options.split_qkv=true"])
+    assert (config.train.lr, config.train.steps) == (1e-3, 5)
+    assert config.evaluate.data == ["b", "c:test"] and config.adapt.options == {"split_qkv": True}
+    assert load_config(path, ["adapt=null"]).adapt is None
+    for wrong, match in (("train.steps", "write key=value"), ("train.steps.x=1", "'steps' is a value"), ("seed=[", "no YAML")):
+        with pytest.raises(UserError, match=match):
+            override(read_yaml(path), [wrong])
+
+
+def test_resolved_round_trips_and_the_hash_moves_with_values_only(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "seed: 4\nevaluate: {attacks: [{epsilon: 8/255}]}"), [])
+    again = typed(resolved(config), FewShotConfig, "x")
+    assert again == config and config_hash(again) == config_hash(config)
+    assert config_hash(load_config(write(tmp_path, "seed: 5"), [])) != config_hash(load_config(write(tmp_path, "seed: 4"), []))
+    assert config_hash(load_config(write(tmp_path, "title: a"), [])) == config_hash(load_config(write(tmp_path, "title: b"), []))
+
+
+def test_fractions() -> None:
+    assert fraction("4.5/255", "e") == 4.5 / 255 and fraction("0.25", "e") == 0.25 and fraction(2, "e") == 2.0
+    for wrong in ("a/b", "1/0", "1/2/3", ""):
+        with pytest.raises(UserError, match="e: "):
+            fraction(wrong, "e")
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").rglob("*.yaml")) or [None])
+def test_every_shipped_config_is_valid(path: Path) -> None:
+    assert load_config(Path(__file__).parent.parent / path, []).task

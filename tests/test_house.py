@@ -1,0 +1,94 @@
+"""The rules of the house: who imports whom, what is imported when, what must not lie where."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "vismt"
+# package -> packages it may import; vismt/*.py modules without a package are listed apart.
+ALLOWED = {
+    "lowrank": {"lowrank"},
+    "backbones": {"backbones", "lowrank"},
+    "data": {"data", "lowrank"},
+    "multitask": {"multitask", "lowrank", "backbones", "data"},
+    "metatune": {"metatune", "lowrank", "backbones", "data"},
+    "llm": {"llm", "lowrank", "backbones", "data"},
+    "robustness": {"robustness", "lowrank", "backbones", "data", "metatune", "multitask", "llm"},
+    "bench": {"bench", "lowrank", "backbones", "data", "metatune", "multitask", "llm", "robustness"},
+    "engine": {"engine", "lowrank", "backbones", "data", "metatune", "multitask", "llm", "robustness"},
+}
+CORE_LIBRARIES = {"torch", "einops", "safetensors"}
+LAZY = ("learn2learn", "torchattacks", "transformers", "peft", "matplotlib", "sklearn", "skimage", "onnx", "accelerate", "wandb")
+ONLY_IN = {"torchattacks": {"robustness/attacks.py"}, "learn2learn": {"metatune/maml.py"}}
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names that a file imports, at any depth of it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def test_import_direction() -> None:
+    for path in files():
+        parts = path.relative_to(PACKAGE).parts
+        if len(parts) < 2:
+            continue
+        for name in imports(path):
+            pieces = name.split(".")
+            if pieces[0] == "vismt" and len(pieces) > 1 and (PACKAGE / pieces[1]).is_dir():
+                assert pieces[1] in ALLOWED[parts[0]], f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_the_core_imports_torch_einops_and_safetensors_only() -> None:
+    for path in (PACKAGE / "lowrank").rglob("*.py"):
+        for name in imports(path):
+            top, *rest = name.split(".")
+            if top == "vismt":
+                assert rest[0] in ("lowrank", "errors"), f"{path.name} imports {name}"
+            else:
+                assert top in CORE_LIBRARIES or top in sys.stdlib_module_names, f"{path.name} imports {name}"
+
+
+def test_one_file_each_for_the_attack_and_meta_learning_libraries() -> None:
+    for path in files():
+        for library, places in ONLY_IN.items():
+            if any(name.split(".")[0] == library for name in imports(path)):
+                assert path.relative_to(PACKAGE).as_posix() in places
+
+
+@pytest.mark.parametrize("module", ["vismt", "vismt.cli", "vismt.metatune", "vismt.backbones.vit", "vismt.data.images"])
+def test_heavy_libraries_are_imported_when_needed_only(module: str) -> None:
+    code = f"import sys, {module}; print([name for name in {LAZY!r} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_no_init_in_datasets_nor_pickle_nor_paths_of_a_machine() -> None:
+    # An __init__.py there would make the folder shadow Hugging Face's `datasets`.
+    assert not list((ROOT / "datasets").rglob("__init__.py"))
+    for path in files():
+        text = path.read_text(encoding="utf8")
+        assert "allow_pickle=True" not in text and "weights_only=False" not in text, path
+        assert not any(line.strip().startswith("print(") for line in text.splitlines()) or path.name == "console.py", path
+
+
+def test_files_stay_small() -> None:
+    for path in files():
+        assert path.read_text(encoding="utf8").count("\n") <= 270, path
+    for path in (ROOT / "scripts").glob("*.py"):
+        assert path.read_text(encoding="utf8").count("\n") < 80, path
