@@ -21,6 +21,7 @@ pytest.importorskip("sklearn")
 
 SMALL = {
     "model": {"name": "test_vit", "img_size": 32, "pretrained": False, "block": 4},
+    "on_bad_sample": "error",
     "adapt": {"method": "lora", "rank": 2},
     "source": {"data": ["digits"], "ways": 3, "shots": 2, "queries": 2, "augment": False},
     "train": {"steps": 4, "lr": 1e-3, "checkpoint_every": 2},
@@ -201,6 +202,16 @@ def test_a_divergent_run_says_so_and_keeps_its_folder(tmp_path: Path, capsys) ->
     path = write(tmp_path, train={"steps": 6, "lr": 1e30, "checkpoint_every": 1, "clip": None, "optimizer": "sgd"})
     assert main(["train", str(path), "--out", str(tmp_path / "runs")]) == 2
     assert "not finite at step" in capsys.readouterr().err
+
+
+def test_bf16_trains_beside_a_full_precision_run(tmp_path: Path) -> None:
+    """Two runs of different precision in one process; accelerate would keep the first one's."""
+    train = {"steps": 2, "lr": 1e-3}
+    for precision in ("no", "bf16", "no"):
+        path = write(tmp_path, train={**train, "precision": precision})
+        assert main(["train", str(path), "--out", str(tmp_path / precision), "--quiet"]) == 0
+    losses = [read_lines(next((tmp_path / name).iterdir()) / "metrics.jsonl")[0]["loss"] for name in ("no", "bf16")]
+    assert losses[0] != losses[1] and abs(losses[0] - losses[1]) < 0.1 * losses[0]
 
 
 def test_an_unwritable_run_folder_is_code_2(tmp_path: Path, capsys) -> None:

@@ -101,7 +101,8 @@ def test_retractions():
     for coarse, fine in zip(*gaps):
         assert coarse / fine == pytest.approx(100, rel=0.1)
     # a bare QR flips signs and would move at a zero step
-    assert torch.allclose(qr_retraction(z, torch.zeros_like(z)), z, atol=1e-12)
+    for signed in (z, -z, z * torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=z.dtype)):
+        assert torch.allclose(qr_retraction(signed, torch.zeros_like(z)), signed, atol=1e-12)
     assert torch.allclose(polar_retraction(z, torch.zeros_like(z)), z, atol=1e-12)
 
 

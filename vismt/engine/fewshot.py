@@ -130,7 +130,7 @@ class FewShotJob:
                 tensors = read_tensors(self.folder / EXTRA, f"run '{self.folder}'")[1]
                 with torch.no_grad():
                     proto.scale.copy_(tensors["scale"])
-            self._backbones[model] = proto.requires_grad_(False).eval().to(runtime.accelerator().device)
+            self._backbones[model] = proto.requires_grad_(False).eval().to(runtime.processes().device)
         return self._backbones[model]
 
     def _fingerprint(self, proto: ProtoNet) -> str:

@@ -54,10 +54,10 @@ class Run:
 
     def on_main(self, stage: Callable[[], None]) -> None:
         """Run a stage on the first process only; the others wait for it."""
-        accelerator = runtime.accelerator()
-        if accelerator.is_main_process:
+        state = runtime.processes()
+        if state.is_main_process:
             stage()
-        accelerator.wait_for_everyone()
+        state.wait_for_everyone()
 
     def evaluate(self, attacks: list[Any] | None = None) -> None:
         """Evaluate and write results.jsonl; rows of other conditions (an earlier attack) stay."""
@@ -109,15 +109,14 @@ class Run:
         """Update run.json; the wall time adds up over the sessions of a run."""
         now = time.monotonic()
         before = self.facts
-        accelerator = runtime.accelerator()
         facts = {
             "title": self.config.title or self.folder.name, "command": before.get("command") or _command(),
             "git_revision": runtime.git_revision(), "config_hash": self.hash, "seed": self.config.seed,
-            "hardware": runtime.hardware(accelerator.device, accelerator.num_processes), "versions": runtime.versions(),
+            "hardware": runtime.hardware(), "versions": runtime.versions(),
             "wall_time_s": before.get("wall_time_s", 0.0) + now - self.started,
         }
         self.started = now
-        if accelerator.is_main_process:
+        if runtime.processes().is_main_process:
             atomic_write(self.folder / FACTS, json.dumps({**before, **facts, **changes}, indent=1))
 
 

@@ -9,12 +9,18 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 
 from vismt.errors import UserError, near
 from vismt.paths import CHECKOUT
 
 PRECISIONS = ("no", "bf16", "fp16")
+
+
+def processes() -> PartialState:
+    """This process among its fellows (torchrun, accelerate launch), and its device."""
+    return PartialState(cpu=_cpu_only())
 
 
 def accelerator(precision: str = "no", trackers: list[str] | None = None, folder: Path | None = None) -> Accelerator:
@@ -23,19 +29,23 @@ def accelerator(precision: str = "no", trackers: list[str] | None = None, folder
         raise UserError(f"train.precision: '{precision}'.{near(precision, PRECISIONS)}")
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision: fp16 needs a GPU; use bf16 or no on a CPU.")
+    # accelerate keeps the first precision for the life of the process; a second run may want another.
+    AcceleratorState._reset_state()
     try:
         return Accelerator(
-            mixed_precision=precision, log_with=list(trackers) if trackers else None, project_dir=str(folder) if folder else None
+            cpu=_cpu_only(), mixed_precision=precision, log_with=list(trackers) if trackers else None,
+            project_dir=str(folder) if folder else None,
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"train.trackers: {trackers}: {' '.join(str(error).split())}") from error
 
 
-def hardware(device: torch.device, processes: int) -> str:
+def hardware() -> str:
     """One line: processor or GPU, threads, processes."""
-    if device.type == "cuda":
-        return f"{processes} x {torch.cuda.get_device_name(device)}"
-    return f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {processes} process(es)"
+    state = processes()
+    if state.device.type == "cuda":
+        return f"{state.num_processes} x {torch.cuda.get_device_name(state.device)}"
+    return f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {state.num_processes} process(es)"
 
 
 def versions() -> dict[str, str]:
@@ -58,6 +68,12 @@ def git_revision() -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return revision + ("+" if changed else "")
+
+
+def _cpu_only() -> bool:
+    """Without an accelerator, several processes must be told to talk over the CPU."""
+    others = (torch.backends.mps.is_available(), hasattr(torch, "xpu") and torch.xpu.is_available())
+    return not (torch.cuda.is_available() or any(others))
 
 
 def _processor() -> str:

@@ -37,7 +37,7 @@ def load_classifier(
 
     name_or_checkpoint: a timm name, whose weights timm fetches unless pretrained is False; or a .safetensors / .pt / .pth
     file of timm's keys (at the top, or under state_dict or model), or a folder with model.safetensors. The architecture of
-    a file is `architecture`, else what config.json beside it says. num_classes: None = the weights' own; another number
+    a file is `architecture`, else what config.json beside it says, and so is img_size. num_classes: None = the weights' own; another number
     than theirs is refused, as a fresh head classifies nothing.
     Raises UserError for an unknown name, a missing or unreadable file and weights that do not fit.
     """
@@ -45,7 +45,7 @@ def load_classifier(
     if path.is_dir():
         path = path / "model.safetensors"
     if path.suffix in SUFFIXES:
-        net = _from_file(path, architecture or _architecture_beside(path), num_classes)
+        net = _from_file(path, architecture, num_classes)
     else:
         net = _create(str(name_or_checkpoint), num_classes, pretrained)
     config = net.pretrained_cfg
@@ -53,7 +53,7 @@ def load_classifier(
     return PixelClassifier(net, size, config["mean"], config["std"]).eval()
 
 
-def _create(name: str, num_classes: int | None, pretrained: bool) -> nn.Module:
+def _create(name: str, num_classes: int | None, pretrained: bool, **options: int) -> nn.Module:
     import timm
 
     base = name.split(".")[0].removeprefix("hf_hub:").removeprefix("hf-hub:")
@@ -61,8 +61,8 @@ def _create(name: str, num_classes: int | None, pretrained: bool) -> nn.Module:
         raise UserError(f"model '{name}' is neither a timm name nor a checkpoint file.{near(base, timm.list_models())}")
     fresh = {"num_classes": num_classes} if num_classes and not pretrained else {}
     try:
-        net = timm.create_model(name, pretrained=pretrained, **fresh)
-    except (OSError, RuntimeError, ValueError) as error:
+        net = timm.create_model(name, pretrained=pretrained, **fresh, **options)
+    except (OSError, RuntimeError, ValueError, TypeError) as error:  # TypeError: an img_size that the model does not take
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model '{name}': timm cannot build it or get its weights ({reason}).") from error
     if num_classes is not None and net.num_classes != num_classes:
@@ -70,22 +70,28 @@ def _create(name: str, num_classes: int | None, pretrained: bool) -> nn.Module:
     return net
 
 
-def _architecture_beside(path: Path) -> str:
+def _beside(path: Path) -> dict:
+    """config.json next to a checkpoint, as `vismt merge` writes it; empty without one."""
     config = path.parent / "config.json"
-    if config.is_file():
-        named = json.loads(config.read_text(encoding="utf8")).get("architecture")
-        if named:
-            return named
-    raise UserError(f"checkpoint '{path}': which timm model is it? Give architecture, or a config.json beside it.")
+    try:
+        return json.loads(config.read_text(encoding="utf8")) if config.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"checkpoint '{path}': the config.json beside it is no JSON ({error}).") from error
 
 
-def _from_file(path: Path, architecture: str, num_classes: int | None) -> nn.Module:
+def _from_file(path: Path, architecture: str | None, num_classes: int | None) -> nn.Module:
+    about = _beside(path)
+    architecture = architecture or about.get("architecture")
+    if not architecture:
+        raise UserError(f"checkpoint '{path}': which timm model is it? Give architecture, or a config.json beside it.")
+    size = about.get("img_size")
     state = _read_state(path)
     net = _create(architecture, None, pretrained=False)
     head = next((state[f"{name}.weight"] for name in _heads(net) if f"{name}.weight" in state), None)
     if head is not None and num_classes not in (None, len(head)):
         raise UserError(f"checkpoint '{path}': its head has {len(head)} classes, {num_classes} are asked for.")
-    net = _create(architecture, len(head) if head is not None else num_classes, pretrained=False)
+    classes = len(head) if head is not None else num_classes
+    net = _create(architecture, classes, pretrained=False, **({"img_size": size} if size else {}))
     try:
         net.load_state_dict(state, strict=True)
     except RuntimeError as error:

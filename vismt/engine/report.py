@@ -1,0 +1,236 @@
+"""report.md and report.html of a run, from the files of its folder alone.
+
+Reads run.json and results.jsonl, and where they are there metrics.jsonl, records/, panels/ and config.resolved.yaml.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vismt.engine import figures
+from vismt.engine.comparison import AVERAGE, Cell, Comparison, compare, is_share, read_results
+from vismt.engine.log import read_lines
+from vismt.engine.page import render_html, render_markdown
+from vismt.errors import UserError
+from vismt.lowrank.store import atomic_write
+
+MARKS = {"best": "★", "tie": "≈", "": ""}
+LEGEND = (
+    "Mean ± half width of the 95 % confidence interval over n. ★ best of the models, ≈ statistical tie with the best: "
+    "the 95 % interval of the paired difference contains zero, or, where a row has no records of the same episodes "
+    "(marked “unpaired”), the two intervals overlap. Every set weighs the same in the average."
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Texts of one protocol: `heads`, then rows of as many texts; `best` are the (row, column) of the best numbers."""
+
+    title: str
+    heads: list[str]
+    rows: list[list[str]]
+    best: set[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG inside the run folder and what to say of it."""
+
+    path: Path
+    title: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything both formats show, as plain texts that are not yet escaped."""
+
+    title: str
+    facts: list[tuple[str, str]]
+    tables: list[Table]
+    legend: str
+    curves: list[Picture]
+    panels: list[Picture]
+    citation: list[str]
+    config: str
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write report.md, report.html and figures/*.png into a run folder; returns the path of report.html.
+
+    Sections whose files are missing are left out. Raises UserError when run.json or results.jsonl is missing or broken,
+    and when a number lacks its n, confidence interval or config hash.
+    """
+    folder = Path(run_folder)
+    about = _read_facts(folder)
+    comparisons = compare(read_results(folder, str(about["config_hash"])), folder)
+    config = folder / "config.resolved.yaml"
+    report = Report(
+        title=str(about.get("title") or folder.name),
+        facts=_facts(about, comparisons),
+        tables=_tables(comparisons),
+        legend=LEGEND,
+        curves=_curves(folder, comparisons),
+        panels=_panels(folder),
+        citation=_citation(about, comparisons),
+        config=config.read_text(encoding="utf8", errors="replace") if config.exists() else "",
+    )
+    atomic_write(folder / "report.md", render_markdown(report, folder))
+    atomic_write(folder / "report.html", render_html(report))
+    return folder / "report.html"
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
+    if not path.exists():
+        raise UserError(f"report: no run.json in '{folder}'; give a run folder, `vismt run CONFIG` makes one.")
+    try:
+        about = json.loads(path.read_text(encoding="utf8"))
+    except ValueError as error:
+        raise UserError(f"report: '{path}' is no JSON ({error}); `vismt evaluate {folder}` writes it anew.") from error
+    if not isinstance(about, dict) or not about.get("config_hash"):
+        raise UserError(f"report: '{path}' has no config_hash; `vismt evaluate {folder}` writes it anew.")
+    return about
+
+
+def _facts(about: dict[str, Any], comparisons: Sequence[Comparison]) -> list[tuple[str, str]]:
+    """What a reader needs to judge and repeat the numbers."""
+    adapted = about.get("adapt") or {}
+    seeds = ", ".join(str(seed) for seed in sorted({c.seed for c in comparisons}))
+    training = "" if about.get("seed") is None else f"{about['seed']} (run), "
+    method = ""
+    if adapted:
+        share = f", {100 * adapted['trainable'] / adapted['total']:.2f} %" if adapted.get("total") else ""
+        method = f"{adapted.get('method')}, rank {adapted.get('rank')}"
+        if "trainable" in adapted and "total" in adapted:
+            method += f", {adapted['trainable']:,} trainable of {adapted['total']:,} parameters{share}"
+    versions = "  ".join(f"{name} {version}" for name, version in (about.get("versions") or {}).items())
+    times = " to ".join(
+        str(about[name]).replace("T", " ").replace("+00:00", " UTC") for name in ("started", "finished") if about.get(name)
+    )
+    pairs = [
+        ("Command", about.get("command")), ("Git revision", about.get("git_revision")),
+        ("Config hash", about["config_hash"]), ("Adaptation", method), ("Hardware", about.get("hardware")),
+        ("Seeds", f"{training}{seeds} (evaluation)"), ("Wall time", _duration(about.get("wall_time_s"))),
+        ("Run", times), ("Versions", versions),
+    ]
+    return [(name, str(value)) for name, value in pairs if value]
+
+
+def _tables(comparisons: Sequence[Comparison]) -> list[Table]:
+    """One table for each protocol, metric and seed, with a row for each set and condition."""
+    seeds = {c.seed for c in comparisons}
+    metrics = {c.metric for c in comparisons}
+    tables = []
+    for (protocol, metric, seed, unit), group in groupby(comparisons, key=lambda c: (c.protocol, c.metric, c.seed, c.unit)):
+        group = list(group)
+        models = list(dict.fromkeys(model for c in group for model in c.cells))
+        title = protocol + (f", {metric}" if len(metrics) > 1 else "") + (f", seed {seed}" if len(seeds) > 1 else "")
+        show_difference = any(c.difference for c in group)
+        heads = ["Data", "Condition", *models, *["Difference"] * show_difference, f"n ({unit})"]
+        rows, best = [], set()
+        for number, c in enumerate(group):
+            note = "" if c.paired or len(c.cells) < 2 else " (unpaired)"
+            texts = [c.data, c.condition + note, *(_cell_text(c.cells.get(model), metric) for model in models)]
+            best |= {(number, 2 + i) for i, model in enumerate(models) if model in c.cells and c.cells[model].mark == "best"}
+            texts += [_difference_text(c)] * show_difference
+            rows.append([*texts, " / ".join(f"{n:,}" for n in dict.fromkeys(cell.n for cell in c.cells.values()))])
+        tables.append(Table(title + (f", {metric} in %" if is_share(metric) else f", {metric}"), heads, rows, best))
+    return tables
+
+
+def _cell_text(cell: Cell | None, metric: str) -> str:
+    if cell is None:
+        return "–"
+    return f"{_number(cell.value, metric)} ± {_number(cell.ci95, metric)} {MARKS[cell.mark]}".rstrip()
+
+
+def _difference_text(c: Comparison) -> str:
+    if c.difference is None:
+        return "–"
+    middle, low, high = (_number(value, c.metric, sign=True) for value in c.difference)
+    return f"{middle} [{low}, {high}]"
+
+
+def _number(value: float, metric: str, sign: bool = False) -> str:
+    text = f"{100 * value:+.1f}" if is_share(metric) else f"{value:+.4g}"
+    return text.replace("-", "−") if sign else text.lstrip("+")
+
+
+def _curves(folder: Path, comparisons: Sequence[Comparison]) -> list[Picture]:
+    pictures = []
+    logged = read_lines(folder / "metrics.jsonl")
+    if any(row.get("loss") is not None or row.get("accuracy") is not None for row in logged):
+        path = figures.training_curve(logged, folder / "figures" / "training.png")
+        text = f"{len(logged):,} logged steps. Thin: as logged. Thick: running mean over a twentieth of the run."
+        pictures.append(Picture(path, "Training", text))
+    for metric in dict.fromkeys(c.metric for c in comparisons):
+        chosen = [c for c in comparisons if c.metric == metric]
+        name = "domains.png" if metric == "accuracy" else f"domains-{'-'.join(metric.split()).replace('/', '-')}.png"
+        path = figures.domain_bars(chosen, folder / "figures" / name)
+        text = "Whiskers are 95 % confidence intervals; the dashed line, where there is one, is chance."
+        pictures.append(Picture(path, f"{metric[:1].upper()}{metric[1:]} per data set", text))
+    return pictures
+
+
+def _panels(folder: Path) -> list[Picture]:
+    pictures = []
+    for path in sorted((folder / "panels").glob("*.npz")):
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                panel = {name: file[name] for name in file.files}
+            drawn = figures.episode_grid(panel, folder / "figures" / f"episode-{path.stem}.png")
+        except (ValueError, KeyError, IndexError, EOFError, OSError, zipfile.BadZipFile) as error:
+            raise UserError(
+                f"report: '{path}' is no panel of an episode ({error}); delete it and run `vismt evaluate {folder}`."
+            ) from error
+        pictures.append(Picture(drawn, path.stem, _panel_caption(panel)))
+    return pictures
+
+
+def _panel_caption(panel: dict[str, np.ndarray]) -> str:
+    truth, count = panel["query_labels"], len(panel["query_labels"])
+    text = f"One episode. Of {count} query images in the panel file, {int((panel['predictions'] == truth).sum())} are right"
+    if "adversarial_predictions" not in panel:
+        return text + "."
+    attack = str(panel["condition"]) if "condition" in panel else "attack"
+    return f"{text}, {int((panel['adversarial_predictions'] == truth).sum())} under {attack}. ✓ right, ✗ wrong."
+
+
+def _citation(about: dict[str, Any], comparisons: Sequence[Comparison]) -> list[str]:
+    """Sentences that carry n, interval and protocol; over many sets only the averages are put into words."""
+    averages = [c for c in comparisons if c.data == AVERAGE]
+    sentences = []
+    for c in averages or comparisons:
+        within = {d.data for d in comparisons if (d.protocol, d.condition) == (c.protocol, c.condition)} - {AVERAGE}
+        where = f"on average over {len(within)} data sets ({', '.join(sorted(within))})" if averages else f"on {c.data}"
+        unit = " %" if is_share(c.metric) else ""
+        values = "; ".join(
+            f"{model} {_number(cell.value, c.metric)} ± {_number(cell.ci95, c.metric)}{unit} (n = {cell.n:,} {c.unit})"
+            for model, cell in c.cells.items()
+        )
+        difference = f"; paired difference {_difference_text(c)}" if c.difference else ""
+        sentences.append(f"{c.protocol}, {c.condition}, {c.metric} {where}: {values}{difference}.")
+    revision = f", git revision {about['git_revision']}" if about.get("git_revision") else ""
+    seeds = ", ".join(str(seed) for seed in sorted({c.seed for c in comparisons}))
+    sentences.append(
+        f"± is the half width of the 95 % confidence interval. vismt config {about['config_hash']}{revision}, evaluation "
+        f"seed {seeds}; intervals cover the drawn test units, not the spread over training seeds."
+    )
+    return sentences
+
+
+def _duration(seconds: float | None) -> str:
+    if not seconds:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
