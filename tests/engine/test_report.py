@@ -237,6 +237,14 @@ def test_it_writes_nothing_but_its_own_files_and_the_same_twice(folder):
     assert write_report(folder).read_bytes() == first
 
 
+def test_a_width_of_zero_is_explained(folder):
+    write_report(folder)
+    assert "width of 0.0" not in (folder / "report.md").read_text()
+    add(folder, "third", "frozen", [0.0, 0.0], [0.0, 0.0])
+    write_report(folder)
+    assert "A width of 0.0 says" in (folder / "report.md").read_text()
+
+
 def test_two_seeds_are_two_tables(folder):
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     write_rows(folder / "results.jsonl", [{**row, "seed": 2} for row in rows], "a")

@@ -70,7 +70,7 @@ class FewShotJob:
     def evaluate(self, attacks: list[AttackConfig] | None = None) -> list[dict[str, Any]]:
         """Rows of every domain, protocol, model and condition; interrupted evaluations go on at their episode."""
         settings = self.config.evaluate
-        specs = [attack.spec(settings.seed) for attack in (settings.attacks if attacks is None else attacks)]
+        specs = [attack.spec() for attack in (settings.attacks if attacks is None else attacks)]
         rows = []
         for name in settings.data:
             pixels = self._open(name)
@@ -113,7 +113,7 @@ class FewShotJob:
         return rows
 
     def _own_specs(self) -> list[AttackSpec]:
-        return [attack.spec(self.config.evaluate.seed) for attack in self.config.evaluate.attacks]
+        return [attack.spec() for attack in self.config.evaluate.attacks]
 
     def _models(self) -> list[str]:
         trained = self.config.adapt is not None and self.config.train is not None

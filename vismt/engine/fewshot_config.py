@@ -37,7 +37,7 @@ class AttackConfig:
     norm: str = "linf"
     random_start: bool = True
 
-    def spec(self, seed: int) -> AttackSpec:
+    def spec(self, seed: int = 0) -> AttackSpec:
         """The attack with its numbers."""
         step = None if self.step_size is None else fraction(self.step_size, "attack.step_size")
         epsilon = fraction(self.epsilon, "attack.epsilon")

@@ -51,6 +51,7 @@ def training_curve(metrics: Sequence[Mapping[str, Any]], path: Path) -> Path:
         )
         dress(axes, "Training loss" if name == "loss" else "Training accuracy (%)")
         axes.grid(axis="y", color=GRID, linewidth=0.8)
+        axes.locator_params(axis="x", integer=True)
         if place == len(names) - 1:
             axes.set_xlabel("step", color=MUTED, fontsize=9)
         else:

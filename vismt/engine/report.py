@@ -30,6 +30,9 @@ LEGEND = (
 )
 
 
+FLAT = " A width of 0.0 says that all n gave the same value, not that the number is certain."
+
+
 @dataclass(frozen=True)
 class Table:
     """Texts of one protocol: `heads`, then rows of as many texts; `best` are the (row, column) of the best numbers."""
@@ -77,7 +80,7 @@ def write_report(run_folder: Path) -> Path:
         title=str(about.get("title") or folder.name),
         facts=_facts(about, comparisons),
         tables=_tables(comparisons),
-        legend=LEGEND,
+        legend=LEGEND + FLAT * any(cell.ci95 == 0 for c in comparisons for cell in c.cells.values()),
         curves=_curves(folder, comparisons),
         panels=_panels(folder),
         citation=_citation(about, comparisons),
