@@ -6,8 +6,8 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
-QUICKSTART = ["scikit-image>=0.22", "scikit-learn>=1.3", "onnx>=1.15"]
 REPORT = ["matplotlib>=3.8"]
+QUICKSTART = ["scikit-image>=0.22", "scikit-learn>=1.3", "onnx>=1.15", *REPORT]
 LLM = ["transformers>=4.46", "peft>=0.13", "gguf>=0.10", "tokenizers"]
 LOG = ["tensorboard>=2.14", "wandb"]
 TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "onnxruntime>=1.17", *QUICKSTART, *LLM]
@@ -52,7 +52,6 @@ setup(
         "torchattacks>=3.5.1",
         "pillow>=10",
         "filelock>=3.12",
-        *REPORT,
     ],
     extras_require={
         "meta": META,

@@ -15,7 +15,14 @@ from vismt.errors import UserError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 done, 1 a check failed, 2 a user error, 130 interrupted."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse does not take positionals after an option: `run CONFIG --out runs train.steps=2` leaves the last one over.
+    late = [word for word in rest if "=" in word and not word.startswith("-")]
+    if late != rest or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognised arguments: {' '.join(word for word in rest if word not in late) or ' '.join(rest)}")
+    if late:
+        options.overrides = [*options.overrides, *late]
     console.set_quiet(options.quiet or int(os.environ.get("RANK", "0")) > 0)
     if not options.verbose:
         # What dependencies warn of is for developers; the user can act on none of it.

@@ -151,8 +151,8 @@ def test_an_image_classifier_from_elsewhere_is_attacked(tmp_path: Path, capsys) 
     safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_vit", "img_size": 32, "num_classes": 10}))
     command = [
-        "attack", "--model", str(tmp_path / "model.safetensors"), "--data", "digits", "--images", "12", "--out", str(tmp_path / "out"),
-        "--steps", "2",
+        "attack", "--model", str(tmp_path / "model.safetensors"), "--data", "digits", "--images", "12", "--steps", "2",
+        "--out", str(tmp_path / "out"),
     ]
     code = main(command)
     captured = capsys.readouterr()
@@ -204,6 +204,39 @@ def test_a_divergent_run_says_so_and_keeps_its_folder(tmp_path: Path, capsys) ->
     assert "not finite at step" in capsys.readouterr().err
 
 
+@pytest.fixture
+def own_card(tmp_path: Path) -> Path:
+    """A card of three classes with one file that is no image."""
+    from torchvision.io import write_png
+
+    generator = torch.Generator().manual_seed(0)
+    for name in "abc":
+        (tmp_path / "set" / "images" / name).mkdir(parents=True)
+        for number in range(5):
+            image = torch.randint(0, 256, (3, 20, 24), generator=generator, dtype=torch.uint8)
+            write_png(image, str(tmp_path / "set" / "images" / name / f"{number}.png"))
+    (tmp_path / "set" / "images" / "b" / "9.png").write_bytes(b"this is no image")
+    source = {"kind": "folder", "root": "images", "layout": "{class}", "splits": {"all": None}}
+    card = {"name": "own", "title": "t", "source": "s", "licence": "l", "classes": 3, "sources": [source]}
+    (tmp_path / "set" / "card.yaml").write_text(yaml.safe_dump(card))
+    return tmp_path / "set" / "card.yaml"
+
+
+def test_a_file_that_is_no_image_stops_the_run_or_is_counted(own_card: Path, tmp_path: Path, capsys) -> None:
+    evaluate = {**SMALL["evaluate"], "data": [str(own_card)], "attacks": []}
+    path = write(tmp_path, adapt=None, train=None, source={}, evaluate=evaluate)
+    command = ["run", str(path), "--out", str(tmp_path / "runs")]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "9.png" in error and error.count("\n") == 1
+    assert main([*command, "on_bad_sample=skip"]) == 0
+    out = capsys.readouterr().out
+    assert "15 images" in out and "9.png" in out
+    (own_card.parent / "images" / "d").mkdir()
+    assert main(command) == 2
+    assert "'d'" in capsys.readouterr().err
+
+
 def test_bf16_trains_beside_a_full_precision_run(tmp_path: Path) -> None:
     """Two runs of different precision in one process; accelerate would keep the first one's."""
     train = {"steps": 2, "lr": 1e-3}
@@ -251,6 +284,7 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_list_answers_quickly() -> None:
     """Two seconds beyond importing torch is the promise; counted in imports of heavy packages rather than in time."""
-    code = "import sys; from vismt.cli import main; main(['list']); print([n for n in ('transformers', 'torchattacks', 'matplotlib', 'accelerate', 'torchvision') if n in sys.modules])"
+    heavy = ("transformers", "torchattacks", "matplotlib", "accelerate", "sklearn", "skimage", "onnx")
+    code = f"import sys; from vismt.cli import main; main(['list']); print([n for n in {heavy} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().splitlines()[-1] == "[]"

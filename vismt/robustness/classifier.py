@@ -37,8 +37,8 @@ def load_classifier(
 
     name_or_checkpoint: a timm name, whose weights timm fetches unless pretrained is False; or a .safetensors / .pt / .pth
     file of timm's keys (at the top, or under state_dict or model), or a folder with model.safetensors. The architecture of
-    a file is `architecture`, else what config.json beside it says, and so is img_size. num_classes: None = the weights' own; another number
-    than theirs is refused, as a fresh head classifies nothing.
+    a file is `architecture`, else what config.json beside it says, and so is img_size. num_classes: None = the weights'
+    own; another number than theirs is refused, as a fresh head classifies nothing.
     Raises UserError for an unknown name, a missing or unreadable file and weights that do not fit.
     """
     path = Path(name_or_checkpoint)
