@@ -234,7 +234,7 @@ def test_a_file_that_is_no_image_stops_the_run_or_is_counted(own_card: Path, tmp
     assert "15 images" in out and "9.png" in out
     (own_card.parent / "images" / "d").mkdir()
     assert main(command) == 2
-    assert "'d'" in capsys.readouterr().err
+    assert "images/d' holds no image" in capsys.readouterr().err
 
 
 def test_bf16_trains_beside_a_full_precision_run(tmp_path: Path) -> None:
