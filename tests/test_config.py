@@ -71,6 +71,9 @@ def test_fractions() -> None:
             fraction(wrong, "e")
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs").rglob("*.yaml")) or [None])
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_config_is_valid(path: Path) -> None:
-    assert load_config(Path(__file__).parent.parent / path, []).task
+    assert load_config(path, []).task

@@ -8,10 +8,10 @@ import pickle
 
 import pytest
 import torch
+from tiny import images, shake, snapshot, tiny_vit
 from torch import nn
 
 import vismt
-from tests.tiny import images, shake, snapshot, tiny_vit
 from vismt.lowrank.inject import adapted_modules
 from vismt.lowrank.linear import Adapted
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import snapshot, tiny_vit
 from torch import nn
 
 import vismt
-from tests.tiny import snapshot, tiny_vit
 from vismt.errors import UserError
 from vismt.lowrank.inject import adapted_modules
 

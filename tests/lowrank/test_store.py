@@ -9,10 +9,10 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import images, shake, snapshot, tiny_vit
 from torch import nn
 
 import vismt
-from tests.tiny import images, shake, snapshot, tiny_vit
 from vismt.errors import UserError
 from vismt.lowrank import store
 
