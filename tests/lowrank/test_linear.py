@@ -71,6 +71,7 @@ def test_first_and_second_derivatives(method: str, split: bool, train_base: bool
     assert torch.autograd.gradgradcheck(call, (x, *values))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch.func falls back to a loop for addmm_
 def test_functional_gradient_and_vmap_agree_with_autograd() -> None:
     model = single("pissa")
     x = torch.randn(4, 5, dtype=torch.double)

@@ -36,7 +36,7 @@ def rewrite(folder, change) -> None:
     (folder / store.DESCRIPTION).write_text(json.dumps(description))
 
 
-def refused(folder, match: str, model: nn.Module | None = None) -> None:
+def check_refused(folder, match: str, model: nn.Module | None = None) -> None:
     model = tiny_vit() if model is None else model
     before = snapshot(model)
     with pytest.raises(UserError, match=match):
@@ -48,22 +48,22 @@ def refused(folder, match: str, model: nn.Module | None = None) -> None:
 def test_missing_unexpected_and_misshapen_tensors_are_named(saved) -> None:
     _, folder = saved
     rewrite(folder, lambda t: t.pop("blocks.0.attn.qkv.lora_A"))
-    refused(folder, r"'blocks\.0\.attn\.qkv\.lora_A' is missing \(needed \(2, 32\)\)")
+    check_refused(folder, r"'blocks\.0\.attn\.qkv\.lora_A' is missing \(needed \(2, 32\)\)")
     rewrite(folder, lambda t: t.update({"blocks.0.attn.qkv.lora_A": torch.zeros(3, 32)}))
-    refused(folder, r"blocks\.0\.attn\.qkv\.lora_A: saved \(3, 32\), needed \(2, 32\)")
+    check_refused(folder, r"blocks\.0\.attn\.qkv\.lora_A: saved \(3, 32\), needed \(2, 32\)")
     rewrite(folder, lambda t: t.update({"blocks.0.attn.qkv.lora_A": torch.zeros(2, 32), "nobody": torch.zeros(1)}))
-    refused(folder, "unexpected 'nobody'")
+    check_refused(folder, "unexpected 'nobody'")
 
 
 def test_adapter_of_another_model_says_both_shapes(saved) -> None:
     _, folder = saved
-    refused(folder, r"made for VisionTransformer.*lora_A: saved \(2, 32\), needed \(2, 64\)", tiny_vit(embed_dim=64))
-    refused(folder, r"no linear or convolution 'blocks\.1", tiny_vit(depth=1))
+    check_refused(folder, r"made for VisionTransformer.*lora_A: saved \(2, 32\), needed \(2, 64\)", tiny_vit(embed_dim=64))
+    check_refused(folder, r"no linear or convolution 'blocks\.1", tiny_vit(depth=1))
 
 
 def test_another_base_is_refused_or_warned_of(saved) -> None:
     _, folder = saved
-    refused(folder, r"weights [0-9a-f]{12}\), this is VisionTransformer \(weights", tiny_vit(seed=9))
+    check_refused(folder, r"weights [0-9a-f]{12}\), this is VisionTransformer \(weights", tiny_vit(seed=9))
     other = tiny_vit(seed=9)
     with pytest.warns(UserWarning, match="was made for"):
         vismt.load_adapter(other, folder, on_other_base="warn")
@@ -73,25 +73,25 @@ def test_another_base_is_refused_or_warned_of(saved) -> None:
 
 def test_files_of_two_saves_damaged_and_missing_files(saved, tmp_path) -> None:
     model, folder = saved
-    refused(tmp_path / "nowhere", "no file")
+    check_refused(tmp_path / "nowhere", "no file")
     good = (folder / store.TENSORS).read_bytes()
     shake(model)
     other = vismt.save_adapter(model, tmp_path / "other")
     (folder / store.TENSORS).write_bytes((other / store.TENSORS).read_bytes())
-    refused(folder, "different saves")
+    check_refused(folder, "different saves")
     (folder / store.TENSORS).write_bytes(good[:100])
-    refused(folder, "damaged")
+    check_refused(folder, "damaged")
     (folder / store.DESCRIPTION).write_text("{")
-    refused(folder, "JSON")
+    check_refused(folder, "JSON")
     (folder / store.DESCRIPTION).write_text("{}")
-    refused(folder, "save_adapter wrote")
+    check_refused(folder, "save_adapter wrote")
 
 
 def test_loading_over_another_method_is_refused(saved) -> None:
     _, folder = saved
     model = tiny_vit()
     vismt.adapt(model, "lora", rank=2)
-    refused(folder, "already carries another 'lora'", model)
+    check_refused(folder, "already carries another 'lora'", model)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch) -> None:
@@ -212,3 +212,36 @@ def test_half_a_module_cannot_be_exported(tmp_path) -> None:
     vismt.adapt(model, "lora", rank=2, also_train=["head.bias"])
     with pytest.raises(UserError, match=r"'head\.bias' is trained without the rest"):
         vismt.export_peft(model, tmp_path)
+
+
+@pytest.mark.parametrize("method", vismt.list_methods())
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_language_models_go_to_peft_and_back(tmp_path, method, family) -> None:
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    if family == "llama":
+        config = transformers.LlamaConfig(
+            hidden_size=16, num_hidden_layers=2, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=30,
+        )
+    else:
+        config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=30, n_positions=8)
+
+    def fresh() -> nn.Module:
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+    tokens = torch.arange(6)[None]
+    model = fresh()
+    vismt.adapt(model, method, rank=2, alpha=5, rank_pattern={"mlp.c_proj" if family == "gpt2" else "v_proj": 3})
+    shake(model)
+    expected = model(tokens).logits
+    vismt.export_peft(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(fresh(), str(tmp_path)).eval()
+    assert torch.allclose(theirs(tokens).logits, expected, atol=1e-5)
+    ours = vismt.import_peft(fresh(), tmp_path)
+    assert torch.allclose(ours(tokens).logits, expected, atol=1e-5)
+    stock = fresh()
+    assert not torch.allclose(stock(tokens).logits, expected, atol=1e-3)
+    vismt.merge(model)
+    stock.load_state_dict(model.state_dict(), strict=True)
+    assert torch.allclose(stock(tokens).logits, expected, atol=1e-5)
