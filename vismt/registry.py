@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from vismt.errors import UserError, near
-from vismt.lowrank.inject import AdaptReport
+from vismt.lowrank.inject import AdaptReport, inject
 
 Method = Callable[..., AdaptReport]
 
@@ -66,6 +66,11 @@ def adapt(
 
 
 def method_options(method: Method) -> list[str]:
-    """Names of the keyword options of a method beyond targets, rank, alpha and seed."""
-    fixed = {"model", "targets", "rank", "alpha", "seed"}
-    return [name for name in inspect.signature(method).parameters if name not in fixed]
+    """Names of the keyword options of a method beyond targets, rank, alpha and seed; `**options` stands for `inject`'s."""
+    fixed = {"model", "method", "init", "offset", "targets", "rank", "alpha", "seed"}
+    own = inspect.signature(method).parameters.values()
+    names = [parameter.name for parameter in own if parameter.name not in fixed - {"method"}]
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in own):
+        names = [name for name in names if name != "options"]
+        names += [name for name in inspect.signature(inject).parameters if name not in fixed]
+    return names

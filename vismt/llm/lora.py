@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vismt.lowrank.init import kaiming
 from vismt.lowrank.inject import AdaptReport, inject
@@ -19,14 +19,11 @@ from vismt.registry import register_method
 
 @register_method("lora")
 def lora(
-    model: nn.Module, *, targets: Targets, rank: int, alpha: float | None, seed: int, exclude: Any = (),
-    rank_pattern: Any = None, alpha_pattern: Any = None, rslora: bool = False, clamp_rank: bool = False,
-    split_qkv: bool = False, dropout: float = 0.0, also_train: Any = (), dtype: Any = None,
+    model: nn.Module, *, targets: Targets, rank: int, alpha: float | None, seed: int, **options: Any
 ) -> AdaptReport:
-    """Kaiming A, zero B: the model computes what it computed, until the first step. Options: see `inject`."""
-    return inject(
-        model, "lora", lambda weight, rank, scale, generator: kaiming(weight, rank, generator), offset=False,
-        targets=targets, rank=rank, alpha=alpha, seed=seed, exclude=exclude, rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern, rslora=rslora, clamp_rank=clamp_rank, split_qkv=split_qkv, dropout=dropout,
-        also_train=also_train, dtype=dtype,
-    )
+    """Kaiming A, zero B: the model computes what it computed until the first step. Options: those of `inject`."""
+
+    def start(weight: Tensor, rank: int, scale: float, generator: Any) -> tuple[Tensor, Tensor]:
+        return kaiming(weight, rank, generator)
+
+    return inject(model, "lora", start, offset=False, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)

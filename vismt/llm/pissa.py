@@ -2,7 +2,7 @@
 
 The paper freezes W_res = W - s B0 A0 and trains s B A; that is the same function of A and B. Here W stays whole and the
 start is subtracted as two thin products (2r columns instead of r): the user's weights are never changed, unadapting is
-exact, and there is no rounding of W_res in bf16. An adapter file carries A0 and B0, so nothing is recomputed on loading.
+exact, and W_res is not rounded in bf16. An adapter file carries A0 and B0, so nothing is recomputed on loading.
 Dropout is refused: it would act on the principal part of W, not on a perturbation of zero.
 Left out: the quantised variant (QPiSSA).
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vismt.errors import UserError, near
 from vismt.lowrank.init import principal
@@ -24,18 +24,15 @@ SOLVERS = ("exact", "randomized")
 
 @register_method("pissa")
 def pissa(
-    model: nn.Module, *, targets: Targets, rank: int, alpha: float | None, seed: int, method: str = "exact",
-    exclude: Any = (), rank_pattern: Any = None, alpha_pattern: Any = None, rslora: bool = False,
-    clamp_rank: bool = False, split_qkv: bool = False, dropout: float = 0.0, also_train: Any = (), dtype: Any = None,
+    model: nn.Module, *, targets: Targets, rank: int, alpha: float | None, seed: int, method: str = "exact", **options: Any
 ) -> AdaptReport:
-    """Principal factors of each weight (of each q, k, v block with split_qkv). method: 'exact' or 'randomized'."""
-    if dropout:
-        raise UserError(f"adapt.dropout: {dropout} with 'pissa', whose factors carry most of W; set it to 0.")
+    """Principal factors of each weight (each q, k, v block with split_qkv). method: exact or randomized; and `inject`'s."""
+    if options.get("dropout"):
+        raise UserError(f"adapt.dropout: {options['dropout']} with 'pissa', whose factors carry most of W; set it to 0.")
     if method not in SOLVERS:
-        raise UserError(f"adapt.method: no solver '{method}' for 'pissa'.{near(method, SOLVERS)}")
-    return inject(
-        model, "pissa", lambda weight, rank, scale, generator: principal(weight, rank, scale, method=method, generator=generator),
-        offset=True, targets=targets, rank=rank, alpha=alpha, seed=seed, exclude=exclude, rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern, rslora=rslora, clamp_rank=clamp_rank, split_qkv=split_qkv, also_train=also_train,
-        dtype=dtype,
-    )
+        raise UserError(f"adapt.method: no solver '{method}' for 'pissa'.{near(str(method), SOLVERS)}")
+
+    def start(weight: Tensor, rank: int, scale: float, generator: Any) -> tuple[Tensor, Tensor]:
+        return principal(weight, rank, scale, method=method, generator=generator)
+
+    return inject(model, "pissa", start, offset=True, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)

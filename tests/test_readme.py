@@ -1,0 +1,74 @@
+"""What README shows in Python runs as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import images, shake, tiny_vit
+
+import vismt
+from vismt import registry
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf8")
+
+
+def block(word: str) -> str:
+    return next(code for code in re.findall(r"```python\n(.*?)```", README, flags=re.S) if word in code)
+
+
+def test_own_method(capsys) -> None:
+    model = tiny_vit()
+    before = model(images())
+    try:
+        exec(block("register_method"), {"model": model})
+        assert "orthogonal" in capsys.readouterr().out
+        assert model.blocks[0].attn.qkv.blocks == (32, 32, 32)
+        assert torch.allclose(model(images()), before, atol=1e-6)
+        factor = model.blocks[0].mlp.fc1.lora_A
+        assert torch.allclose(factor @ factor.T, torch.eye(4), atol=1e-5)
+        moved = shake(model)(images())
+        assert torch.allclose(vismt.merge(model)(images()), moved, atol=1e-5)
+    finally:
+        registry._methods.pop("orthogonal", None)
+
+
+def test_timm_example(tmp_path, monkeypatch, capsys) -> None:
+    import timm
+
+    monkeypatch.chdir(tmp_path)
+    stock = tiny_vit()
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: stock)
+    names: dict = {}
+    exec(block("timm.create_model"), names)
+    assert "pissa" in capsys.readouterr().out and (tmp_path / "adapter" / "adapter.json").exists()
+    assert type(names["model"].blocks[0].attn.qkv) is torch.nn.Linear
+
+
+def test_transformers_example(tmp_path, monkeypatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=32, num_hidden_layers=1, intermediate_size=48, num_attention_heads=2, vocab_size=30
+    )
+    monkeypatch.chdir(tmp_path)
+    stock = transformers.AutoModelForCausalLM.from_config(config)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: stock)
+    names: dict = {}
+    exec(block("AutoModelForCausalLM"), names)
+    assert (tmp_path / "my-adapter" / "adapter_config.json").exists()
+    assert not any(".lora_" in name for name in names["model"].state_dict())
+
+
+def test_own_card_is_valid(tmp_path) -> None:
+    from torchvision.io import write_png
+
+    from vismt.data.images import open_images
+
+    text = next(code for code in re.findall(r"```yaml\n(.*?)```", README, flags=re.S) if "kind: folder" in code)
+    (tmp_path / "card.yaml").write_text(text)
+    for name in "abc":
+        (tmp_path / "images" / name).mkdir(parents=True)
+        write_png(torch.zeros(3, 8, 8, dtype=torch.uint8), str(tmp_path / "images" / name / "0.png"))
+    assert len(open_images(str(tmp_path / "card.yaml"))) == 3
