@@ -62,6 +62,8 @@ def adapt(
     for option in options:
         if option not in accepted:
             raise UserError(f"adapt: '{name}' has no option '{option}'.{near(option, accepted)}")
+    if not isinstance(seed, int):
+        raise UserError(f"adapt.seed: {seed!r}; it must be a whole number.")
     return known[name](model, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)
 
 

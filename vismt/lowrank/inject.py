@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError
 from vismt.lowrank.linear import Adapted, AdaptedConv2d, AdaptedLinear
+from vismt.lowrank.options import checked
 from vismt.lowrank.targets import Targets, check_patterns, find_targets, kind_of, matches, matrix_shape, pattern_value
 
 # (weight (o, i), rank, scale, generator) -> (A (r, i), B (o, r)), called once per output block.
@@ -87,34 +88,49 @@ def inject(
     model: nn.Module, method: str, init: Initialiser, *, offset: bool, targets: Targets, rank: int, alpha: float | None,
     seed: int, exclude: Sequence[str] = (), rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None, rslora: bool = False, clamp_rank: bool = False,
-    split_qkv: bool = False, dropout: float = 0.0, also_train: Sequence[str] = (), dtype: torch.dtype | None = None,
+    split_qkv: bool = False, dropout: float = 0.0, also_train: Sequence[str] = (), dtype: torch.dtype | str | None = None,
 ) -> AdaptReport:
     """Adapt `model` in place; only the factors and `also_train` keep a gradient.
 
     alpha: numerator of the scale alpha / rank (alpha / sqrt(rank) with rslora); None means alpha = rank.
     rank_pattern, alpha_pattern: {full-path regex or suffix: value}, first match wins.
-    also_train: module paths, parameter names, suffixes or full-path regexes that stay trainable and are saved along.
-    dtype: of the factors; None means the weight's own, fp32 where that is bf16 or fp16.
+    exclude, also_train: module paths, parameter names, suffixes or full-path regexes, one text or a list; what
+    also_train names stays trainable and is saved along.
+    dtype: of the factors, also by name; None means the weight's own, fp32 where that is bf16 or fp16.
     """
-    if record_of(model) is not None:
-        raise UserError(f"adapt: the model already carries '{record_of(model).method}'; merge or unadapt it first.")
-    if not 0 <= dropout < 1:
-        raise UserError(f"adapt.dropout: {dropout}; it must lie in [0, 1).")
-    found, remarks = find_targets(model, targets, exclude)
-    check_patterns("rank_pattern", rank_pattern or {}, list(found))
-    check_patterns("alpha_pattern", alpha_pattern or {}, list(found))
-    plan = []
-    for path, module in found.items():
-        own_rank = int(pattern_value(path, rank_pattern or {}, rank))
-        own_alpha = pattern_value(path, alpha_pattern or {}, alpha)
-        plan.append(plan_site(path, module, own_rank, own_alpha, rslora=rslora, clamp_rank=clamp_rank, split_qkv=split_qkv))
-    kept = _also_trained(model, also_train)
-    hosts = install(model, method, plan, {"dropout": dropout, "seed": seed}, kept, dtype=dtype)
+    given = checked({
+        "targets": targets, "rank": rank, "alpha": alpha, "exclude": exclude, "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern, "rslora": rslora, "clamp_rank": clamp_rank, "split_qkv": split_qkv,
+        "dropout": dropout, "also_train": also_train, "dtype": dtype,
+    })
+    _refuse_adapted(model)
+    found, remarks = find_targets(model, given["targets"], given["exclude"])
+    check_patterns("rank_pattern", given["rank_pattern"], list(found))
+    check_patterns("alpha_pattern", given["alpha_pattern"], list(found))
+    plan = [
+        plan_site(
+            path, module, pattern_value(path, given["rank_pattern"], given["rank"]),
+            pattern_value(path, given["alpha_pattern"], given["alpha"]), rslora=rslora, clamp_rank=clamp_rank,
+            split_qkv=split_qkv,
+        )
+        for path, module in found.items()
+    ]
+    kept = _also_trained(model, given["also_train"], list(found))
+    hosts = install(model, method, plan, {"dropout": dropout, "seed": seed}, kept, dtype=given["dtype"])
     for site, host in zip(plan, hosts):
         initialise(host, site, init, seed, offset=offset)
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     return AdaptReport(method, plan, trainable, sum(p.numel() for p in parameters), remarks)
+
+
+def _refuse_adapted(model: nn.Module) -> None:
+    """Neither the model nor a part of it may be adapted already."""
+    for path, module in model.named_modules():
+        record = record_of(module)
+        if record is not None or isinstance(module, Adapted):
+            where = f"its part '{path}' already carries" if path else "the model already carries"
+            raise UserError(f"adapt: {where} '{record.method if record else 'an update'}'; merge or unadapt it first.")
 
 
 def install(
@@ -169,11 +185,17 @@ def _forget(model: nn.Module, record: AdaptRecord) -> None:
     del model.vismt_record
 
 
-def _also_trained(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Names of the parameters that `patterns` keep trainable; every pattern must match one."""
-    owners = {name: [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)] for name, _ in model.named_parameters()}
+def _also_trained(model: nn.Module, patterns: Sequence[str], adapted: Sequence[str]) -> list[str]:
+    """Names of the parameters that `patterns` keep trainable; every pattern must match one, none may be adapted."""
+    owners = {
+        name: [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)] for name, _ in model.named_parameters()
+    }
     check_patterns("also_train", patterns, sorted({path for paths in owners.values() for path in paths}))
-    return [name for name, paths in owners.items() if any(matches(p, path) for p in patterns for path in paths)]
+    names = [name for name, paths in owners.items() if any(matches(p, path) for p in patterns for path in paths)]
+    for name in names:
+        if name in {f"{path}.weight" for path in adapted}:
+            raise UserError(f"adapt.also_train: '{name}' is adapted; train the update or the weight, not both.")
+    return names
 
 
 def qkv_blocks(path: str, out_features: int, in_features: int) -> tuple[int, ...]:
@@ -197,8 +219,6 @@ def plan_site(
     out_features, in_features = matrix_shape(module)
     blocks = qkv_blocks(path, out_features, in_features) if split_qkv else (out_features,)
     largest = min(*blocks, in_features)
-    if rank < 1:
-        raise UserError(f"adapt.rank: {rank} for '{path}'; it must be at least 1.")
     if rank > largest:
         if not clamp_rank:
             raise UserError(

@@ -98,6 +98,10 @@ class _FusedLowRank(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None, None
 
 
+HOOKS = [name for name in nn.Module().__dict__ if "hooks" in name and "state_dict" not in name]
+GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+
+
 class Adapted(nn.Module):
     """A module that stands in for a stock one: it can give back the original, or the stock module with the update in.
 
@@ -116,6 +120,8 @@ class Adapted(nn.Module):
         shell = copy.copy(base)
         shell._parameters = {name: None for name in base._parameters}
         self.__dict__["shell"] = shell
+        for name in HOOKS:  # one table for both, so that hooks fire while adapted and stay when it is undone
+            self.__dict__[name] = base.__dict__[name]
         out_features, in_features = self.matrix(self.weight).shape
         self.blocks = blocks or (out_features,)
         kind = dtype or (torch.float32 if self.weight.dtype in (torch.bfloat16, torch.float16) else self.weight.dtype)
@@ -209,7 +215,7 @@ class AdaptedLinear(Adapted):
         return self.matrix(self.weight).shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         flat = x.reshape(-1, x.shape[-1])
         weight = self.matrix(self.weight)
@@ -230,6 +236,11 @@ class AdaptedConv2d(Adapted):
 
     forward: x (b, c, h, w) -> (b, o, h', w'). The matrix form is the weight reshaped to (o, c*kh*kw).
     """
+
+    def __init__(self, base: nn.Module, rank: int, scale: float, **options: Any) -> None:
+        super().__init__(base, rank, scale, **options)
+        for name in GEOMETRY:
+            setattr(self, name, getattr(base, name))
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)

@@ -60,6 +60,10 @@ def head_paths(model: nn.Module) -> set[str]:
 def _refusal(path: str, module: nn.Module, owners: Mapping[int, list[str]], inside_mha: bool) -> str | None:
     """Why this module cannot carry an update, or None."""
     weight = getattr(module, "weight", None)
+    stock = {"conv1d": None, "linear": nn.Linear.forward, "conv2d": nn.Conv2d.forward}[str(kind_of(module))]
+    own = {name for name, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}
+    if (stock is not None and type(module).forward is not stock) or own:
+        return f"'{path}' is a {type(module).__name__} with a computation of its own, which an update would bypass"
     if inside_mha:
         return f"'{path}' lies inside nn.MultiheadAttention, which reads its weight without calling it"
     if not isinstance(weight, nn.Parameter) or hasattr(module, "parametrizations"):
@@ -97,6 +101,7 @@ def find_targets(
         chosen = _select_regex(wanted, candidates)
     else:
         chosen = set().union(*(_select_suffix(entry, candidates) for entry in wanted))
+    check_patterns("exclude", exclude, list(candidates))
     chosen -= {path for path in chosen for pattern in exclude if matches(pattern, path)}
     remarks = []
     for path in sorted(chosen):
@@ -162,4 +167,4 @@ def check_patterns(name: str, table: Mapping[str, object] | Sequence[str], paths
     """Every pattern must match one of `paths`."""
     for pattern in table:
         if not any(matches(pattern, path) for path in paths):
-            raise UserError(f"adapt.{name}: no adapted module matches '{pattern}'.{_nearest(pattern, paths)}")
+            raise UserError(f"adapt.{name}: no module matches '{pattern}'.{_nearest(pattern, paths)}")
