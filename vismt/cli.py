@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -95,7 +96,7 @@ def _attack_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--step-size", default=None, help="step (epsilon / 10)")
     made.add_argument("--steps", type=int, default=None, help="steps (the attack's own number)")
     made.add_argument("--norm", default="linf", help="linf or l2")
-    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--seed", type=int, default=0, help="of the drawn images and the attack, with --model")
     made.add_argument("--masking", action="store_true", help="also check the accuracy at growing radii")
     made.add_argument("--out", type=Path, default=None, help="where records are written with --model (runs/attack-...)")
 
@@ -135,6 +136,10 @@ def _attack(options: argparse.Namespace) -> None:
         AttackConfig(name, options.epsilon, options.step_size, options.steps, options.norm) for name in options.attack or ["pgd"]
     ]
     if options.run is not None:
+        alone = {"data": None, "images": None, "architecture": None, "out": None, "random_weights": False, "masking": False}
+        for name, unset in alone.items():
+            if getattr(options, name) != unset:
+                raise UserError(f"attack: --{name.replace('_', '-')} goes with --model; a run has its own in its configuration.")
         run = open_run(options.run)
         run.on_main(lambda: run.evaluate(attacks))
         run.on_main(run.report)
@@ -143,10 +148,12 @@ def _attack(options: argparse.Namespace) -> None:
 
     if not options.data:
         raise UserError("attack: --model needs --data, a card such as cifar10:test; `vismt data list` shows them.")
-    stem = f"attack-{Path(options.model).stem}-{options.data.replace(':', '-').replace('/', '-')}"
+    specs = [attack.spec(options.seed) for attack in attacks]
+    how = "-".join(str(spec) for spec in specs)
+    stem = re.sub(r"[^\w.]+", "-", f"attack-{Path(options.model).stem}-{options.data}-{how}-{options.images or 'all'}")
     folder = options.out or Path("runs") / stem
     rows = audit(
-        options.model, options.data, [attack.spec(options.seed) for attack in attacks], folder=folder,
+        options.model, options.data, specs, folder=folder,
         architecture=options.architecture, pretrained=not options.random_weights, images=options.images,
         batch=options.batch, seed=options.seed, masking=options.masking,
     )

@@ -6,6 +6,7 @@ RunConfig (vismt/engine/jobs.py lists them).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -103,7 +104,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """A copy of `raw` with dotted `key=value` assignments applied; values are read as YAML."""
-    result = json.loads(json.dumps(raw))
+    result = copy.deepcopy(raw)
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
         if not equals or not key:
@@ -130,7 +131,7 @@ def typed(raw: Mapping[str, Any], kind: type, source: str) -> Any:
     try:
         parsed = parser.parse_object({"run": dict(raw)})
         made = parser.instantiate(parsed) if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed)
-    except ArgumentError as error:
+    except (ArgumentError, TypeError, ValueError) as error:
         raise UserError(f"{source}: {_shorten(str(error))}") from error
     return made.run
 
@@ -163,9 +164,12 @@ def fraction(value: float | str, name: str) -> float:
 
 def _check_keys(raw: Any, kind: Any, source: str, prefix: str) -> None:
     """Every key of `raw` is a field of the dataclass, at every depth."""
+    optional = type(None) in typing.get_args(kind)
     kind = _dataclass_in(kind)
-    if kind is None or raw is None:
+    if kind is None or (raw is None and optional):
         return
+    if raw is None:
+        raise UserError(f"{source}: {prefix.rstrip('.')} is null; it is a section that every run has.")
     if isinstance(raw, list):
         for index, item in enumerate(raw):
             _check_keys(item, kind, source, f"{prefix.rstrip('.')}[{index}].")

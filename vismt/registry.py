@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from vismt.errors import UserError, near
-from vismt.lowrank.inject import AdaptReport, inject
+from vismt.lowrank.inject import inject
+from vismt.lowrank.sites import AdaptReport
 
 Method = Callable[..., AdaptReport]
 

@@ -105,6 +105,40 @@ def test_attacking_a_run_adds_rows_and_keeps_the_others(run_folder: Path) -> Non
     assert sorted(clean[0]) == sorted(clean[1])
 
 
+def test_two_radii_of_one_attack_stand_side_by_side(run_folder: Path) -> None:
+    for epsilon in ("2/255", "16/255"):
+        assert main(["attack", str(run_folder), "--attack", "fgsm", "--epsilon", epsilon, "--quiet"]) == 0
+    conditions = {row["condition"] for row in read_lines(run_folder / "results.jsonl")}
+    assert sum("FGSM" in condition and "2/255" in condition for condition in conditions) == 1
+    assert sum("FGSM" in condition and "16/255" in condition for condition in conditions) == 1
+
+
+def test_damaged_run_folders_are_named(run_folder: Path, tmp_path: Path, capsys) -> None:
+    import shutil
+
+    changed = (run_folder / "config.resolved.yaml").read_text().replace("rank: 2", "rank: 3")
+    for name, text, words in (
+        ("run.json", "[]", "run.json"), ("run.json", '{"wall_time_s": "a"}', "run.json"),
+        ("results.jsonl", "5\n{}\n", "results.jsonl"), ("results.jsonl", "{}\n", "results.jsonl"),
+        ("classifier.safetensors", "x", "classifier.safetensors"), ("config.resolved.yaml", changed, "changed after"),
+    ):
+        folder = tmp_path / "copy"
+        shutil.copytree(run_folder, folder)
+        (folder / name).write_text(text)
+        assert main(["evaluate", str(folder)]) == 2, name
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1, error
+        shutil.rmtree(folder)
+
+
+def test_merging_before_training_says_what_to_do(tmp_path: Path, capsys) -> None:
+    assert main(["run", str(write(tmp_path, adapt=None, train=None, source={})), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
+    folder = next((tmp_path / "runs").iterdir())
+    for command in (["merge", str(folder)], ["export", str(folder), "--format", "peft"]):
+        assert main(command) == 2
+        assert "no trained adapter" in capsys.readouterr().err
+
+
 def test_interrupted_training_and_evaluation_go_on(tmp_path: Path, monkeypatch, capsys) -> None:
     from vismt.engine import checkpoint
     from vismt.metatune import protocol
@@ -177,6 +211,21 @@ def test_an_image_classifier_from_elsewhere_is_attacked(tmp_path: Path, capsys) 
         (["run", "{config}", "evaluate.attacks=[{{name: pdg}}]"], ["'pdg'", "'pgd'"]),
         (["run", "{config}", "evaluate.models=[frosen]"], ["'frosen'", "'frozen'"]),
         (["run", "{config}", "train.lr=.nan"], ["train.lr"]),
+        (["run", "{config}", "evaluate.episodes=1"], ["evaluate.episodes: 1"]),
+        (["run", "{config}", "evaluate.shots=[]"], ["evaluate.shots"]),
+        (["run", "{config}", "evaluate.shots=[1,1]"], ["evaluate.shots", "each once"]),
+        (["run", "{config}", "evaluate.ways=11"], ["11"]),
+        (["run", "{config}", "evaluate.attacks=[{{epsilon: 5}}]"], ["epsilon 5", "'5/255'"]),
+        (["run", "{config}", "adapt=null", "evaluate.models=[adapted]"], ["without an adapt"]),
+        (["run", "{config}", "adapt.options={{dropout: abc}}"], ["adapt.dropout", "'abc'"]),
+        (["run", "{config}", "adapt.options={{rank: 3}}"], ["adapt.options", "adapt.rank"]),
+        (["run", "{config}", "adapt.options={{nope: 3}}"], ["'nope'"]),
+        (["run", "{config}", "model=null"], ["model"]),
+        (["run", "{config}", "source.crop=0"], ["crop"]),
+        (["run", "{config}", "train.trackers=[nothing]"], ["train.trackers"]),
+        (["run", "{config}", "model.name=resnet18"], ["resnet18"]),
+        (["attack", "{run}", "--images", "3"], ["--images", "--model"]),
+        (["attack", "--model", "test_vit", "--random-weights", "--data", "digits", "--images", "0"], ["images is 0"]),
         (["evaluate", "nowhere"], ["nowhere", "config.resolved.yaml"]),
         (["attack"], ["run folder or --model"]),
         (["attack", "--model", "test_vit"], ["--data"]),

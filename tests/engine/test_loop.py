@@ -38,16 +38,15 @@ def batches(number: int) -> dict[str, Tensor]:
     return {"x": x, "y": x.sum(1, keepdim=True)}
 
 
-def run(folder: Path, objective: Toy | None = None, stop_after: int | None = None, **settings: object) -> Toy:
+def run(folder: Path, objective: Toy | None = None, stop_after: int | None = None, seed: int = 1, **settings: object) -> Toy:
     objective = objective or Toy()
     config = TrainConfig(**{"steps": 8, "lr": 0.05, "warmup": 2, "checkpoint_every": 3, **settings})
-    torch.manual_seed(1)
 
     def after(step: int) -> None:
         if step == stop_after:
             raise KeyboardInterrupt
 
-    loop.train(objective, batches, config, folder, "hash", runtime.accelerator(), after_step=after)
+    loop.train(objective, batches, config, folder, "hash", runtime.accelerator(), seed=seed, after_step=after)
     return objective
 
 
@@ -67,6 +66,15 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, optimi
         del row["elapsed_s"]
     assert rows[0] == rows[1] and [row["step"] for row in rows[1]] == list(range(1, 9))
     assert set(rows[0][0]) == {"step", "loss", "size", "lr", "grad_norm"}
+
+
+def test_dropout_follows_the_seed_and_leaves_the_random_state_alone(tmp_path: Path) -> None:
+    one, two, other = (run(tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    assert torch.equal(one.layer.weight, two.layer.weight) and not torch.equal(one.layer.weight, other.layer.weight)
+    toy = Toy()
+    state = torch.get_rng_state()
+    loop.train(toy, batches, TrainConfig(steps=2), tmp_path / "d", "hash", runtime.accelerator(), seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_finished_run_trains_no_further(tmp_path: Path) -> None:
@@ -117,20 +125,29 @@ def test_checkpoints_that_do_not_belong_are_refused(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(model.layer.parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     with pytest.raises(UserError, match="configuration hash, this is other"):
-        checkpoint.load(tmp_path, model, optimizer, schedule, "other")
+        checkpoint.load(tmp_path, model, optimizer, schedule, None, "other")
     model.frozen.requires_grad_(True)
-    with pytest.raises(UserError, match=r"'frozen\.bias' is missing"):
-        checkpoint.load(tmp_path, model, optimizer, schedule, "hash")
+    with pytest.raises(UserError, match=r"'frozen\.weight' is missing"):
+        checkpoint.load(tmp_path, model, optimizer, schedule, None, "hash")
+    model.frozen.requires_grad_(False)
+    other = torch.optim.AdamW([{"params": [model.layer.weight]}, {"params": [model.layer.bias]}])
+    with pytest.raises(UserError, match="does not fit this training"):
+        checkpoint.load(tmp_path, model, other, schedule, None, "hash")
+    torch.save([1], tmp_path / checkpoint.NAME)
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint.load(tmp_path, model, optimizer, schedule, None, "hash")
     (tmp_path / checkpoint.NAME).write_bytes(b"torn")
     with pytest.raises(UserError, match="is damaged"):
-        checkpoint.load(tmp_path, model, optimizer, schedule, "hash")
+        checkpoint.load(tmp_path, model, optimizer, schedule, None, "hash")
 
 
 @pytest.mark.parametrize(
     "settings,match",
     [
         ({"optimizer": "adam"}, "'adam'.*'adamw'"), ({"steps": 0}, r"train\.steps: 0"), ({"lr": 0.0}, r"train\.lr"),
-        ({"clip": -1.0}, r"train\.clip"), ({"accumulate": 0}, r"train\.accumulate"),
+        ({"clip": -1.0}, r"train\.clip"), ({"momentum": -1.0}, r"train\.momentum"),
+        ({"weight_decay": -1.0}, r"train\.weight_decay"),
+        ({"accumulate": 0}, r"train\.accumulate"),
     ],
 )
 def test_impossible_settings_are_named(tmp_path: Path, settings: dict, match: str) -> None:

@@ -48,6 +48,21 @@ def test_a_suffix_does_not_take_the_patch_embedding_along() -> None:
         (None, {"rank_pattern": {"attn.kqv": 4}}, ["rank_pattern", "'attn.kqv'", "'attn.qkv' (2 modules)"]),
         (None, {"also_train": ["haed"]}, ["also_train", "'haed'", "'head'"]),
         (None, {"dropout": 1.5}, ["dropout", "1.5"]),
+        (None, {"dropout": "abc"}, ["dropout", "'abc'"]),
+        (None, {"rank": 2.7}, ["rank", "2.7", "whole number"]),
+        (None, {"alpha": 0}, ["alpha", "positive"]),
+        (None, {"alpha": -1.0}, ["alpha", "positive"]),
+        (None, {"rslora": "maybe"}, ["rslora", "'maybe'", "true or false"]),
+        (None, {"rank_pattern": {"qkv": "abc"}}, ["rank_pattern['qkv']", "'abc'"]),
+        (None, {"rank_pattern": [1]}, ["rank_pattern", "mapping"]),
+        (None, {"alpha_pattern": {"qkv": -2}}, ["alpha_pattern['qkv']", "positive"]),
+        (None, {"exclude": 5}, ["exclude", "5"]),
+        (None, {"exclude": ["atn.qkv"]}, ["exclude", "'atn.qkv'", "'attn.qkv'"]),
+        (None, {"also_train": [5]}, ["also_train", "[5]"]),
+        (None, {"also_train": "attn.qkv"}, ["also_train", "is adapted"]),
+        (None, {"dtype": "bfloat61"}, ["dtype", "'bfloat61'", "'bfloat16'"]),
+        (None, {"dtype": torch.int8}, ["dtype", "floating"]),
+        (5, {}, ["targets", "5"]),
     ],
 )
 def test_a_wrong_target_is_one_clear_line_and_changes_nothing(targets, options, words) -> None:
@@ -113,6 +128,55 @@ def test_refused_modules_are_named_or_left_out_with_a_reason() -> None:
     frozen_int["q"].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
     with pytest.raises(UserError, match="quantised"):
         vismt.adapt(frozen_int, "lora", ["q"], rank=2)
+
+
+def test_a_module_with_its_own_computation_is_never_bypassed() -> None:
+    class Standardised(nn.Conv2d):
+        def forward(self, x):
+            return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+    class Gained(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.gain = nn.Parameter(torch.ones(1))
+
+    model = nn.ModuleDict({"conv": Standardised(3, 4, 1), "gained": Gained(), "plain": nn.Linear(4, 4)})
+    with pytest.raises(UserError, match=r"'conv' is a Standardised with a computation of its own"):
+        vismt.adapt(model, "lora", ["conv"], rank=1)
+    report = vismt.adapt(model, "lora", rank=1)
+    assert [site.path for site in report.sites] == ["plain"] and "Gained" in report.skipped[0]
+
+
+def test_hooks_fire_while_adapted_and_after() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    calls: list[int] = []
+    handle = model[0].register_forward_hook(lambda *_: calls.append(1))
+    x = torch.ones(1, 4)
+    model(x)
+    vismt.adapt(model, "lora", rank=1)
+    model(x)
+    vismt.merge(model)
+    model(x)
+    assert len(calls) == 3
+    handle.remove()
+    model(x)
+    assert len(calls) == 3
+
+
+def test_a_part_that_is_adapted_blocks_the_whole() -> None:
+    model = nn.Sequential(tiny_vit())
+    vismt.adapt(model[0], "lora", rank=1)
+    with pytest.raises(UserError, match=r"its part '0' already carries 'lora'"):
+        vismt.adapt(model, "lora", rank=1)
+    vismt.merge(model[0])
+    vismt.adapt(model, "lora", rank=1)
+
+
+def test_dtype_of_the_factors_by_name() -> None:
+    model = tiny_vit()
+    vismt.adapt(model, "lora", rank=2, dtype="float64", exclude="mlp.fc1")
+    assert {host.lora_A.dtype for host in adapted_modules(model).values()} == {torch.float64}
+    assert not any(path.endswith("fc1") for path in adapted_modules(model))
 
 
 def test_report_prints_a_table_with_totals() -> None:

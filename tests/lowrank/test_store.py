@@ -14,7 +14,7 @@ from torch import nn
 
 import vismt
 from vismt.errors import UserError
-from vismt.lowrank import store
+from vismt.lowrank import files, store
 
 
 @pytest.fixture
@@ -27,11 +27,11 @@ def saved(tmp_path):
 
 def rewrite(folder, change) -> None:
     """Change the tensors and keep the two files of one save."""
-    tensors = safetensors.torch.load_file(folder / store.TENSORS)
+    description = json.loads((folder / store.DESCRIPTION).read_text())
+    tensors = safetensors.torch.load_file(folder / description["tensors"])
     change(tensors)
     payload = safetensors.torch.save(tensors)
-    (folder / store.TENSORS).write_bytes(payload)
-    description = json.loads((folder / store.DESCRIPTION).read_text())
+    (folder / description["tensors"]).write_bytes(payload)
     description["tensors_sha256"] = store.hashlib.sha256(payload).hexdigest()
     (folder / store.DESCRIPTION).write_text(json.dumps(description))
 
@@ -69,22 +69,58 @@ def test_another_base_is_refused_or_warned_of(saved) -> None:
         vismt.load_adapter(other, folder, on_other_base="warn")
     # A cast of the same checkpoint is the same base.
     vismt.load_adapter(tiny_vit().to(torch.bfloat16), folder)
+    vismt.load_adapter(tiny_vit().to(torch.float16), folder)
 
 
-def test_files_of_two_saves_damaged_and_missing_files(saved, tmp_path) -> None:
+def test_other_trained_modules_are_another_adapter(saved) -> None:
+    _, folder = saved
+    model = tiny_vit()
+    vismt.adapt(model, "pissa", rank=2)
+    check_refused(folder, "already carries another 'pissa'", model)
+
+
+def test_damaged_foreign_and_missing_files(saved, tmp_path) -> None:
     model, folder = saved
     check_refused(tmp_path / "nowhere", "no file")
-    good = (folder / store.TENSORS).read_bytes()
+    path = folder / store.DESCRIPTION
+    description = json.loads(path.read_text())
+    file = folder / description["tensors"]
+    good = file.read_bytes()
+    file.write_bytes(good[:100])
+    check_refused(folder, "damaged")
     shake(model)
     other = vismt.save_adapter(model, tmp_path / "other")
-    (folder / store.TENSORS).write_bytes((other / store.TENSORS).read_bytes())
-    check_refused(folder, "different saves")
-    (folder / store.TENSORS).write_bytes(good[:100])
-    check_refused(folder, "damaged")
-    (folder / store.DESCRIPTION).write_text("{")
+    file.write_bytes(next(other.glob("*.safetensors")).read_bytes())
+    check_refused(folder, "is not the file that")
+    for wrong in ("{}", "5", '{"format": 1, "sites": [{}]}', json.dumps({**description, "options": 5})):
+        path.write_text(wrong)
+        check_refused(folder, "is not what vismt.save_adapter writes")
+    path.write_text(json.dumps({**description, "tensors": "../other/adapter-000000000000.safetensors"}))
+    check_refused(folder, "is not what vismt.save_adapter writes")
+    path.write_text("{")
     check_refused(folder, "JSON")
-    (folder / store.DESCRIPTION).write_text("{}")
-    check_refused(folder, "save_adapter wrote")
+    path.write_text(json.dumps({**description, "format": 99}))
+    check_refused(folder, "format 99")
+
+
+def test_a_save_that_is_cut_short_leaves_the_one_before(saved, monkeypatch) -> None:
+    model, folder = saved
+    before = model(images())
+    shake(model)
+    write = files.atomic_write
+
+    def cut(path, data) -> None:
+        if path.name == store.DESCRIPTION:
+            raise KeyboardInterrupt
+        write(path, data)
+
+    monkeypatch.setattr(store, "atomic_write", cut)
+    with pytest.raises(KeyboardInterrupt):
+        vismt.save_adapter(model, folder)
+    assert torch.equal(vismt.load_adapter(tiny_vit(), folder)(images()), before)
+    monkeypatch.setattr(store, "atomic_write", write)
+    vismt.save_adapter(model, folder)
+    assert len(list(folder.glob("*.safetensors"))) == 1
 
 
 def test_loading_over_another_method_is_refused(saved) -> None:
@@ -96,21 +132,21 @@ def test_loading_over_another_method_is_refused(saved) -> None:
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch) -> None:
     target = tmp_path / "file"
-    store.atomic_write(target, "old")
+    files.atomic_write(target, "old")
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(UserError, match="No space left on device"):
-        store.atomic_write(target, "new and longer")
+        files.atomic_write(target, "new and longer")
     assert target.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_unwritable_folder_is_named(tmp_path) -> None:
     (tmp_path / "taken").write_text("a file, not a folder")
     with pytest.raises(UserError, match="cannot write"):
-        store.atomic_write(tmp_path / "taken" / "file", "x")
+        files.atomic_write(tmp_path / "taken" / "file", "x")
 
 
 SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6))
@@ -180,6 +216,8 @@ def test_a_trained_head_goes_both_ways(tmp_path) -> None:
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ({"use_dora": True}, "use_dora"),
         ({"bias": "all"}, "bias 'all'"),
+        ({"r": None}, "cannot be read"),
+        ({"rank_pattern": [3]}, "cannot be read"),
         ({"r": 5}, r"saved \(2, 32\), needed \(5, 32\)"),
     ],
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 from vismt.data.cards import Card, Source
 from vismt.data.decode import read_bytes
 from vismt.errors import UserError
-from vismt.lowrank.store import atomic_write
+from vismt.lowrank.files import atomic_write
 
 Files = Mapping[str, Sequence[tuple[str, Path]]]  # group -> (name inside the set, file)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vismt.errors import UserError
-from vismt.lowrank.store import atomic_write
+from vismt.lowrank.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

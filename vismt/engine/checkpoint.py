@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from vismt.errors import UserError
-from vismt.lowrank.store import atomic_write
+from vismt.lowrank.files import atomic_write
+from vismt.lowrank.store import check_tensors
 
 NAME = "checkpoint.pt"
 
@@ -29,15 +30,20 @@ def trainable_state(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save(
-    folder: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, config_hash: str
+    folder: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, scaler: Any,
+    config_hash: str,
 ) -> None:
-    """Write the checkpoint of `step` finished steps; the one before stands until the new one is whole."""
+    """Write the checkpoint of `step` finished steps; the one before stands until the new one is whole.
+
+    scaler: fp16's gradient scaler, None in other precisions.
+    """
     state = {
         "step": step,
         "config_hash": config_hash,
         "tensors": trainable_state(module),
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else {},
         "random": torch.get_rng_state(),
         "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -47,7 +53,7 @@ def save(
 
 
 def load(
-    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, config_hash: str
+    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, scaler: Any, config_hash: str
 ) -> int:
     """Restore a checkpoint if there is one; returns the number of finished steps (0 without)."""
     path = folder / NAME
@@ -55,22 +61,26 @@ def load(
         return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        seen, tensors = state["config_hash"], dict(state["tensors"])
     except Exception as error:  # a torn file makes the reader raise whatever its bytes spell
         raise UserError(f"checkpoint '{path}' is damaged ({type(error).__name__}); delete it to train from the start.") from error
-    if state["config_hash"] != config_hash:
-        seen = state["config_hash"]
+    if seen != config_hash:
         raise UserError(f"checkpoint '{path}' is of configuration {seen}, this is {config_hash}; use another run folder.")
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    wanted = trainable_state(module)
-    for name in sorted(set(wanted) ^ set(state["tensors"])):
-        state_of = "missing" if name in wanted else "unexpected"
-        raise UserError(f"checkpoint '{path}': '{name}' is {state_of}; was the method changed?")
+    wanted = {name: tuple(value.shape) for name, value in trainable_state(module).items()}
+    check_tensors(f"checkpoint '{path}'", wanted, tensors)
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        if scaler is not None and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["random"])
+        step = int(state["step"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"checkpoint '{path}' does not fit this training ({error}); delete it to start again.") from error
     with torch.no_grad():
-        for name, value in state["tensors"].items():
+        for name, value in tensors.items():
             own[name].copy_(value)
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    torch.set_rng_state(state["random"])
     if state["cuda_random"] and len(state["cuda_random"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda_random"])
-    return int(state["step"])
+    return step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from vismt.data.pixels import Pixels
 from vismt.data.transforms import augment
 from vismt.engine import loop, runtime
 from vismt.engine.fewshot_config import AttackConfig, FewShotConfig, check
+from vismt.lowrank.files import atomic_write, read_tensors
 from vismt.lowrank.inject import merge
-from vismt.lowrank.store import atomic_write, fingerprint, load_adapter, read_tensors, save_adapter
+from vismt.lowrank.store import check_tensors, fingerprint, load_adapter, save_adapter
 from vismt.metatune.episodes import EpisodeSampler, VariableSampler
+from vismt.metatune.labelled import digest
 from vismt.metatune.objective import EpisodeBatches, EpisodeObjective
 from vismt.metatune.protocol import mean_interval, run_protocol
 from vismt.metatune.protonet import ProtoNet
@@ -43,6 +46,8 @@ class FewShotJob:
         config = self.config
         if config.adapt is None or config.train is None:
             return {}
+        for name in config.evaluate.data:  # a set that is not here, or too small, is said before the training, not after
+            self._samplers(self._open(name))
         accelerator = runtime.accelerator(config.train.precision, config.train.trackers, self.folder)
         backbone = self._backbone()
         options = dict(config.adapt.options)
@@ -58,7 +63,7 @@ class FewShotJob:
         objective = EpisodeObjective(ProtoNet(backbone))
         if config.train.trackers:
             accelerator.init_trackers("vismt")
-        loop.train(objective, self._batches(), config.train, self.folder, self.hash, accelerator)
+        loop.train(objective, self._batches(), config.train, self.folder, self.hash, accelerator, seed=config.seed)
         if config.train.trackers:
             accelerator.end_training()
         if accelerator.is_main_process:
@@ -93,7 +98,9 @@ class FewShotJob:
         proto, settings = self._proto(model), self.config.evaluate
         shown, protocol = name.replace(":", "-").replace("/", "-"), str(sampler)
         stem = f"{shown}-{protocol.replace(' ', '-')}"
-        attacked = "".join(f"-{spec.name}{i}" for i, spec in enumerate(specs)) if specs != self._own_specs() else ""
+        # Other attacks than the configuration's keep records of their own, named by all of their settings.
+        apart = json.dumps([dict(spec.settings()) for spec in specs], sort_keys=True, default=str)
+        attacked = f"-{digest(apart.encode())[:8]}" if specs != self._own_specs() else ""
         found = run_protocol(
             proto, pixels, sampler, episodes=settings.episodes, attacks=specs,
             records=self.folder / "records" / f"{stem}-{model}{attacked}.jsonl",
@@ -128,6 +135,7 @@ class FewShotJob:
                 load_adapter(backbone.vit, self.folder / "adapter")
                 merge(backbone.vit)
                 tensors = read_tensors(self.folder / EXTRA, f"run '{self.folder}'")[1]
+                check_tensors(f"run '{self.folder}': {EXTRA}", {"scale": tuple(proto.scale.shape)}, tensors)
                 with torch.no_grad():
                     proto.scale.copy_(tensors["scale"])
             self._backbones[model] = proto.requires_grad_(False).eval().to(runtime.processes().device)

@@ -71,15 +71,32 @@ class FewShotConfig(RunConfig):
 
 
 def check(config: FewShotConfig) -> None:
-    """Values that no type can exclude."""
-    if config.train is not None and config.adapt is not None and not config.source.data:
+    """Values that no type can exclude, before any work is done."""
+    settings, source = config.evaluate, config.source
+    trains = config.train is not None and config.adapt is not None
+    if trains and not source.data:
         raise UserError("source.data: names no set to train on; add a card, or set train to null to evaluate only.")
-    if not config.evaluate.data:
+    if not settings.data:
         raise UserError("evaluate.data: names no set to evaluate on.")
-    for model in config.evaluate.models:
+    for name in ("data", "models", "shots"):
+        values = getattr(settings, name)
+        if not values or len(set(values)) < len(values):
+            raise UserError(f"evaluate.{name}: {values}; name at least one, each once.")
+    for model in settings.models:
         if model not in MODELS:
             raise UserError(f"evaluate.models: '{model}'.{near(model, MODELS)}")
-    if config.evaluate.rule not in ("uniform", "variable"):
-        raise UserError(f"evaluate.rule: '{config.evaluate.rule}'.{near(config.evaluate.rule, ('uniform', 'variable'))}")
+    if not trains and "frozen" not in settings.models:
+        raise UserError("evaluate.models: ['adapted'] without an adapt and a train section; add them, or evaluate 'frozen'.")
+    if settings.rule not in ("uniform", "variable"):
+        raise UserError(f"evaluate.rule: '{settings.rule}'.{near(settings.rule, ('uniform', 'variable'))}")
     if config.on_bad_sample not in ("error", "skip"):
         raise UserError(f"on_bad_sample: '{config.on_bad_sample}'.{near(config.on_bad_sample, ('error', 'skip'))}")
+    if settings.episodes < 2:
+        raise UserError(f"evaluate.episodes: {settings.episodes}; an interval needs 2 or more.")
+    if not 0 < source.crop <= 1 or source.jitter < 0:
+        raise UserError(f"source: crop {source.crop}, jitter {source.jitter}; crop lies in (0, 1], jitter is not negative.")
+    own = {"targets", "rank", "alpha", "seed"} & set(config.adapt.options if config.adapt else {})
+    if own:
+        raise UserError(f"adapt.options: '{min(own)}' has a key of its own: adapt.{min(own)} (seed: at the top).")
+    for attack in settings.attacks:
+        attack.spec()

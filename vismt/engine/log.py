@@ -8,21 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from vismt.errors import UserError
-from vismt.lowrank.store import atomic_write
+from vismt.lowrank.files import atomic_write
 
 METRICS = "metrics.jsonl"
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; a torn last line is dropped, a missing file has none."""
+def read_lines(path: Path, needed: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file; a torn last line is dropped, a missing file has none.
+
+    Raises UserError for a file that cannot be read, a line that is no JSON object and a row without a `needed` key.
+    """
     if not path.exists():
         return []
     rows = []
-    lines = path.read_text(encoding="utf8").split("\n")
+    try:
+        lines = path.read_text(encoding="utf8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' cannot be read ({error}).") from error
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
                 rows.append(json.loads(line))
+                if not isinstance(rows[-1], dict) or not set(needed) <= set(rows[-1]):
+                    raise UserError(f"'{path}' line {number} lacks {', '.join(needed) or 'keys'}; the file was changed by hand.")
+        except UserError:
+            raise
         except ValueError as error:
             if number < len(lines):
                 raise UserError(f"'{path}' line {number} is no JSON; the file was changed by hand.") from error
@@ -40,11 +50,11 @@ class MetricsLog:
     def __init__(self, folder: Path, finished_steps: int, enabled: bool) -> None:
         self.path, self.enabled = folder / METRICS, enabled
         if enabled:
-            write_lines(self.path, [row for row in read_lines(self.path) if row["step"] <= finished_steps])
+            write_lines(self.path, [row for row in read_lines(self.path, ("step",)) if row["step"] <= finished_steps])
 
     def elapsed(self) -> float:
         """Seconds of training that earlier sessions of this run have logged."""
-        rows = read_lines(self.path) if self.enabled else []
+        rows = read_lines(self.path, ("elapsed_s",)) if self.enabled else []
         return float(rows[-1]["elapsed_s"]) if rows else 0.0
 
     def add(self, row: dict[str, float]) -> None:

@@ -41,13 +41,23 @@ class _Numbered(Dataset):
 
 def train(
     objective: nn.Module, batches: Batches, config: TrainConfig, folder: Path, config_hash: str, accelerator: Accelerator,
-    *, after_step: Callable[[int], None] | None = None,
+    *, seed: int, after_step: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """Train the objective's parameters that require a gradient; resumes from the run folder. Returns the last metrics.
 
-    after_step(step) is called after every optimiser step (schedules of a method). Raises UserError on a loss that is not
-    finite: the checkpoint before it stays.
+    seed: of dropout and the like, one stream a process; the random state outside is left as it was. after_step(step) is
+    called after every optimiser step (schedules of a method). Raises UserError on a loss that is not finite: the
+    checkpoint before it stays.
     """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed + accelerator.process_index)
+        return _train(objective, batches, config, folder, config_hash, accelerator, after_step)
+
+
+def _train(
+    objective: nn.Module, batches: Batches, config: TrainConfig, folder: Path, config_hash: str, accelerator: Accelerator,
+    after_step: Callable[[int], None] | None,
+) -> dict[str, float]:
     # ---- objective, optimiser, schedule -------------------------------------------------------------------------------
     check(config)
     objective.to(accelerator.device).train()
@@ -58,7 +68,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, config) / config.lr)
 
     # ---- resume: 1. the run folder's own checkpoint, 2. the start values --------------------------------------------------
-    finished = checkpoint.load(folder, objective, optimizer, schedule, config_hash)
+    finished = checkpoint.load(folder, objective, optimizer, schedule, accelerator.scaler, config_hash)
     log = MetricsLog(folder, finished, accelerator.is_main_process)
     if finished:
         console.stage("resume", f"{folder} at step {finished} of {config.steps}")
@@ -72,10 +82,13 @@ def train(
     with console.bar("train", "steps", config.steps, finished) as progress:
         for step in range(finished + 1, config.steps + 1):
             logged, norm = _step(wrapped, stream, config, optimizer, parameters, accelerator)
-            bad = ~(torch.isfinite(logged["loss"]) & torch.isfinite(norm).to(first_bad.device))
+            # fp16's scaler finds its scale by overflowing: it skips that step, which is no fault and moves no schedule.
+            skipped = optimizer.step_was_skipped
+            bad = ~torch.isfinite(logged["loss"]) | (~torch.isfinite(norm).to(first_bad.device) & (not skipped))
             first_bad = torch.where(bad & (first_bad == 0), float(step), first_bad)
             now = schedule.get_last_lr()[0]
-            schedule.step()
+            if not skipped:
+                schedule.step()
             if after_step is not None:
                 after_step(step)
             due = step % config.checkpoint_every == 0 or step == config.steps
@@ -94,7 +107,7 @@ def train(
                 progress.note("  ".join(f"{name} {last[name]:.3g}" for name in means))
             # ---- checkpoint: only what was found finite
             if due and accelerator.is_main_process:
-                checkpoint.save(folder, step, objective, optimizer, schedule, config_hash)
+                checkpoint.save(folder, step, objective, optimizer, schedule, accelerator.scaler, config_hash)
             progress.advance()
     return last
 
@@ -160,6 +173,9 @@ def check(config: TrainConfig) -> None:
     for name, low in (("steps", 1), ("accumulate", 1), ("log_every", 1), ("checkpoint_every", 1), ("warmup", 0), ("workers", 0)):
         if getattr(config, name) < low:
             raise UserError(f"train.{name}: {getattr(config, name)}; it must be at least {low}.")
+    for name in ("momentum", "weight_decay", "min_lr"):
+        if not getattr(config, name) >= 0:
+            raise UserError(f"train.{name}: {getattr(config, name)}; it must not be negative.")
     if not config.lr > 0:
         raise UserError(f"train.lr: {config.lr}; it must be positive.")
     if config.clip is not None and not config.clip > 0:

@@ -20,7 +20,7 @@ from vismt.engine.comparison import AVERAGE, Cell, Comparison, compare, is_share
 from vismt.engine.log import read_lines
 from vismt.engine.page import render_html, render_markdown
 from vismt.errors import UserError
-from vismt.lowrank.store import atomic_write
+from vismt.lowrank.files import atomic_write
 
 MARKS = {"best": "★", "tie": "≈", "": ""}
 LEGEND = (

@@ -21,8 +21,9 @@ from vismt import console
 from vismt.config import RunConfig, config_hash, read_yaml, resolved, typed
 from vismt.engine import jobs, log, report, runtime
 from vismt.errors import UserError, near
+from vismt.lowrank.files import atomic_write, read_json
 from vismt.lowrank.peft_folder import export_peft
-from vismt.lowrank.store import atomic_write, load_adapter, read_json
+from vismt.lowrank.store import load_adapter
 
 RESOLVED, FACTS, RESULTS = "config.resolved.yaml", "run.json", "results.jsonl"
 FORMATS = ("timm", "transformers", "peft")
@@ -40,7 +41,12 @@ class Run:
     def facts(self) -> dict[str, Any]:
         """run.json, empty before the first stage."""
         path = self.folder / FACTS
-        return read_json(path, f"run '{self.folder}'") if path.exists() else {}
+        facts = read_json(path, f"run '{self.folder}'") if path.exists() else {}
+        if not isinstance(facts, dict) or not isinstance(facts.get("wall_time_s", 0.0), int | float):
+            raise UserError(f"run '{self.folder}': {FACTS} is not what a run writes; the file was changed by hand.")
+        if facts.get("config_hash", self.hash) != self.hash:
+            raise UserError(f"run '{self.folder}': {RESOLVED} was changed after the run; start a run of its own instead.")
+        return facts
 
     def train(self) -> None:
         """Train unless this folder holds the finished adapter."""
@@ -61,10 +67,13 @@ class Run:
 
     def evaluate(self, attacks: list[Any] | None = None) -> None:
         """Evaluate and write results.jsonl; rows of other conditions (an earlier attack) stay."""
+        if not self.facts:  # also refuses a folder whose configuration was changed after the run
+            self._note(started=_now())
         rows = self.job.evaluate(attacks)
-        key = lambda row: tuple(row[name] for name in ("data", "protocol", "condition", "model"))  # noqa: E731
-        fresh = {key(row) for row in rows}
-        kept = [row for row in log.read_lines(self.folder / RESULTS) if key(row) not in fresh]
+        names = ("data", "protocol", "condition", "model")
+        fresh = {tuple(row[name] for name in names) for row in rows}
+        known = log.read_lines(self.folder / RESULTS, names)
+        kept = [row for row in known if tuple(row[name] for name in names) not in fresh]
         log.write_lines(self.folder / RESULTS, kept + rows)
         self._note(finished=_now())
 
@@ -72,14 +81,20 @@ class Run:
         """Write report.md and report.html and say where."""
         console.stage("report", str(report.write_report(self.folder)))
 
+    def _need_adapter(self) -> None:
+        if not (self.folder / "adapter").is_dir():
+            raise UserError(f"run '{self.folder}': it holds no trained adapter; `vismt train` or `vismt run` makes one.")
+
     def merge(self) -> Path:
         """Write merged/model.safetensors: the stock state dict with the update folded in."""
+        self._need_adapter()
         return self._write_merged(self.folder / "merged")
 
     def export(self, form: str, target: Path | None) -> Path:
         """timm: model.safetensors and config.json; transformers: save_pretrained; peft: an adapter folder."""
         if form not in FORMATS:
             raise UserError(f"export: format '{form}'.{near(form, FORMATS)}")
+        self._need_adapter()
         target = target or self.folder / f"export-{form}"
         if form == "timm":
             return self._write_merged(target)

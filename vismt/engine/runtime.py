@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 import subprocess
@@ -16,11 +17,13 @@ from vismt.errors import UserError, near
 from vismt.paths import CHECKOUT
 
 PRECISIONS = ("no", "bf16", "fp16")
+# The other processes wait at a barrier while the first one evaluates.
+WAIT = datetime.timedelta(days=2)
 
 
 def processes() -> PartialState:
     """This process among its fellows (torchrun, accelerate launch), and its device."""
-    return PartialState(cpu=_cpu_only())
+    return PartialState(cpu=_cpu_only(), **({"timeout": WAIT} if int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}))
 
 
 def accelerator(precision: str = "no", trackers: list[str] | None = None, folder: Path | None = None) -> Accelerator:
@@ -29,15 +32,19 @@ def accelerator(precision: str = "no", trackers: list[str] | None = None, folder
         raise UserError(f"train.precision: '{precision}'.{near(precision, PRECISIONS)}")
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision: fp16 needs a GPU; use bf16 or no on a CPU.")
+    processes()
     # accelerate keeps the first precision for the life of the process; a second run may want another.
     AcceleratorState._reset_state()
     try:
-        return Accelerator(
+        made = Accelerator(
             cpu=_cpu_only(), mixed_precision=precision, log_with=list(trackers) if trackers else None,
             project_dir=str(folder) if folder else None,
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"train.trackers: {trackers}: {' '.join(str(error).split())}") from error
+    if trackers and len(made.log_with) < len(trackers):
+        raise UserError(f"train.trackers: {trackers}: not all are installed; pip install \"vismt[log]\".")
+    return made
 
 
 def hardware() -> str:

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from vismt.lowrank.init import kaiming
-from vismt.lowrank.inject import AdaptReport, inject
+from vismt.lowrank.inject import inject
+from vismt.lowrank.sites import AdaptReport
 from vismt.lowrank.targets import Targets
 from vismt.registry import register_method
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError, near
 from vismt.lowrank.init import principal
-from vismt.lowrank.inject import AdaptReport, inject
+from vismt.lowrank.inject import inject
+from vismt.lowrank.sites import AdaptReport
 from vismt.lowrank.targets import Targets
 from vismt.registry import register_method
 

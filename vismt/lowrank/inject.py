@@ -7,9 +7,8 @@ changes the model as a whole or, on a UserError, not at all.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,59 +17,11 @@ from torch import Tensor, nn
 from vismt.errors import UserError
 from vismt.lowrank.linear import Adapted, AdaptedConv2d, AdaptedLinear
 from vismt.lowrank.options import checked
-from vismt.lowrank.targets import Targets, check_patterns, find_targets, kind_of, matches, matrix_shape, pattern_value
+from vismt.lowrank.sites import AdaptReport, Site, plan_site
+from vismt.lowrank.targets import Targets, check_patterns, find_targets, matches, pattern_value
 
 # (weight (o, i), rank, scale, generator) -> (A (r, i), B (o, r)), called once per output block.
 Initialiser = Callable[[Tensor, int, float, torch.Generator], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Site:
-    """One adapted module: what is needed to build it again on a stock model."""
-
-    path: str
-    kind: str
-    shape: tuple[int, int]
-    rank: int
-    scale: float
-    blocks: tuple[int, ...]
-
-    @property
-    def parameters(self) -> int:
-        return self.rank * (self.shape[0] + len(self.blocks) * self.shape[1])
-
-
-@dataclass
-class AdaptReport:
-    """What `adapt` did. Printing it gives a table, one row for each group of like modules."""
-
-    method: str
-    sites: list[Site]
-    trainable: int
-    total: int
-    skipped: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        groups: dict[tuple, list[Site]] = {}
-        for site in self.sites:
-            path = re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", site.path)
-            key = (path, site.kind, site.shape, site.rank, site.scale, len(site.blocks))
-            groups.setdefault(key, []).append(site)
-        rows = [("module", "count", "kind", "out x in", "rank", "scale", "parameters")]
-        for (path, kind, shape, rank, scale, blocks), sites in groups.items():
-            ranks = f"{blocks} x {rank}" if blocks > 1 else str(rank)
-            count = sum(site.parameters for site in sites)
-            rows.append((path, str(len(sites)), kind, f"{shape[0]} x {shape[1]}", ranks, f"{scale:g}", f"{count:,}"))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        lines.append(self.summary())
-        lines.extend(f"left out: {text}" for text in self.skipped)
-        return "\n".join(lines)
-
-    def summary(self) -> str:
-        share = 100 * self.trainable / max(self.total, 1)
-        return f"{self.method}   {len(self.sites)} modules   {self.trainable:,} trainable of {self.total:,} ({share:.2f} %)"
 
 
 @dataclass
@@ -198,37 +149,10 @@ def _also_trained(model: nn.Module, patterns: Sequence[str], adapted: Sequence[s
     return names
 
 
-def qkv_blocks(path: str, out_features: int, in_features: int) -> tuple[int, ...]:
-    """Three equal output blocks for a fused timm projection named qkv."""
-    if path.split(".")[-1] == "qkv" and out_features % 3 == 0:
-        return (out_features // 3,) * 3
-    return (out_features,)
-
-
 def site_generator(seed: int, path: str) -> torch.Generator:
     """A CPU generator that depends on (seed, path) alone, so the start of a module does not depend on the others."""
     digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def plan_site(
-    path: str, module: nn.Module, rank: int, alpha: float | None, *, rslora: bool, clamp_rank: bool, split_qkv: bool
-) -> Site:
-    """Shape, rank, scale and blocks of one module; UserError for a rank that does not fit."""
-    kind = kind_of(module)
-    out_features, in_features = matrix_shape(module)
-    blocks = qkv_blocks(path, out_features, in_features) if split_qkv else (out_features,)
-    largest = min(*blocks, in_features)
-    if rank > largest:
-        if not clamp_rank:
-            raise UserError(
-                f"adapt.rank: {rank} for '{path}' ({out_features} x {in_features}) is larger than {largest}. "
-                "Lower it, give rank_pattern, or set clamp_rank=True."
-            )
-        rank = largest
-    numerator = float(rank if alpha is None else alpha)
-    scale = numerator / (rank**0.5 if rslora else rank)
-    return Site(path, str(kind), (out_features, in_features), rank, scale, blocks)
 
 
 def place(model: nn.Module, site: Site, *, dropout: float = 0.0, dtype: torch.dtype | None = None) -> Adapted:

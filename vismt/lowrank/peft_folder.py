@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError
-from vismt.lowrank.inject import AdaptRecord, Site, adapted_modules, install, need_record, record_of
+from vismt.lowrank.files import atomic_write, read_json, read_tensors
+from vismt.lowrank.inject import AdaptRecord, adapted_modules, install, need_record, record_of
 from vismt.lowrank.linear import AdaptedConv2d
-from vismt.lowrank.store import atomic_write, fill, read_json, read_tensors
+from vismt.lowrank.sites import Site
+from vismt.lowrank.store import fill
 from vismt.lowrank.targets import kind_of, matrix_shape
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -81,6 +83,8 @@ def import_peft(model: nn.Module, folder: str | Path) -> nn.Module:
     if record_of(model) is not None:
         raise UserError(f"{what}: the model already carries '{record_of(model).method}'; merge or unadapt it first.")
     config = read_json(folder / CONFIG, what)
+    if not isinstance(config, dict):
+        raise UserError(f"{what}: {CONFIG} holds no settings.")
     _refuse(what, config)
     tensors = _load(folder, what)
     pairs, extras = _sort(what, tensors)
@@ -126,7 +130,10 @@ def _refuse(what: str, config: Mapping[str, Any]) -> None:
 def _load(folder: Path, what: str) -> dict[str, Tensor]:
     legacy = folder / "adapter_model.bin"
     if not (folder / TENSORS).exists() and legacy.exists():
-        return torch.load(legacy, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(legacy, map_location="cpu", weights_only=True)
+        except Exception as error:  # a torn file makes the reader raise whatever its bytes spell
+            raise UserError(f"{what}: '{legacy}' is damaged ({type(error).__name__}).") from error
     return read_tensors(folder / TENSORS, what)[1]
 
 
@@ -157,8 +164,11 @@ def _site(what: str, model: nn.Module, config: Mapping[str, Any], path: str, pai
     modules = dict(model.named_modules())
     if path not in modules or kind_of(modules[path]) is None:
         raise UserError(f"{what}: {type(model).__name__} has no linear or convolution '{path}'.")
-    rank = int(_pattern(config.get("rank_pattern"), path, config["r"]))
-    alpha = float(_pattern(config.get("alpha_pattern"), path, config["lora_alpha"]))
+    try:
+        rank = int(_pattern(config.get("rank_pattern"), path, config["r"]))
+        alpha = float(_pattern(config.get("alpha_pattern"), path, config["lora_alpha"]))
+    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+        raise UserError(f"{what}: {CONFIG}: r, lora_alpha or their patterns cannot be read ({error}).") from error
     shape = matrix_shape(modules[path])
     for side, wanted in (("A", (rank, shape[1])), ("B", (shape[0], rank))):
         saved = tuple(pair[side].flatten(1).shape)

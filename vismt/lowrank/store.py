@@ -1,16 +1,16 @@
-"""Adapters on disk: adapter.safetensors holds the tensors, adapter.json what is needed to build the hosts again.
+"""Adapters on disk: adapter.json says how to build the hosts again and names the safetensors file that holds the tensors.
 
-Loading is strict: a missing or unexpected tensor, another shape, another base model or files of two different saves are
-errors that leave the model as it was. The base is told by a fingerprint of sampled weights, rounded to bf16 so that a
-cast of the same checkpoint is still the same base.
+The tensors are written first, under a name of their own, and the JSON that names them last: a save that is cut short
+leaves the one before. Loading is strict: a missing or unexpected tensor, another shape or another base model are errors
+that leave the model as it was. The base is told by samples of the adapted weights, compared within half-precision
+rounding, so that a cast of the same checkpoint is still the same base; what is not adapted is not compared.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -19,16 +19,18 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vismt.errors import UserError
-from vismt.lowrank.inject import Site, adapted_modules, install, need_record, record_of
+from vismt.lowrank.files import atomic_write, read_json, read_tensors
+from vismt.lowrank.inject import adapted_modules, install, need_record, record_of
 from vismt.lowrank.linear import Adapted
+from vismt.lowrank.sites import Site
 from vismt.lowrank.targets import kind_of, matrix_shape
 
 FORMAT = 1
-TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
+DESCRIPTION = "adapter.json"
+SAMPLES = 16
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> Path:
@@ -38,6 +40,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     if any(value.is_meta for value in tensors.values()):
         raise UserError("save_adapter: the model lies on the meta device; there are no values to save.")
     payload = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    digest = hashlib.sha256(payload).hexdigest()
+    paths = [site.path for site in record.sites]
     description = {
         "format": FORMAT,
         "method": record.method,
@@ -45,12 +49,16 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         "options": record.options,
         "sites": [asdict(site) for site in record.sites],
         "also_train": sorted(record.also_train),
-        "base": fingerprint(model, [site.path for site in record.sites]),
-        "tensors_sha256": hashlib.sha256(payload).hexdigest(),
+        "base": fingerprint(model, paths),
+        "base_samples": base_samples(model, paths),
+        "tensors": f"adapter-{digest[:12]}.safetensors",
+        "tensors_sha256": digest,
     }
     folder = Path(folder)
-    atomic_write(folder / TENSORS, payload)
-    atomic_write(folder / DESCRIPTION, json.dumps(description, indent=1))
+    atomic_write(folder / description["tensors"], payload)
+    atomic_write(folder / DESCRIPTION, json.dumps(description))
+    for stale in set(folder.glob("adapter-*.safetensors")) - {folder / description["tensors"]}:
+        stale.unlink()
     return folder
 
 
@@ -60,14 +68,14 @@ def load_adapter(model: nn.Module, folder: str | Path, *, on_other_base: str = "
     on_other_base: "error" refuses a base whose fingerprint differs, "warn" goes on with a warning.
     """
     folder = Path(folder)
-    description, tensors = _read(folder)
-    sites = [Site(**{**site, "shape": tuple(site["shape"]), "blocks": tuple(site["blocks"])}) for site in description["sites"]]
+    description, sites, tensors = _read(folder)
     record = record_of(model)
-    if record is not None and (record.method, record.sites) != (description["method"], sites):
+    saved = (description["method"], sites, sorted(description["also_train"]))
+    if record is not None and (record.method, record.sites, sorted(record.also_train)) != saved:
         raise UserError(f"adapter '{folder}': the model already carries another '{record.method}'; unadapt it first.")
     _check_sites(model, folder, description, sites, tensors)
-    own = fingerprint(model, [site.path for site in sites])
-    if own != description["base"]:
+    if not _same_base(base_samples(model, [site.path for site in sites]), description["base_samples"]):
+        own = fingerprint(model, [site.path for site in sites])
         made_for = f"{description['model']} (weights {description['base']})"
         told = f"adapter '{folder}' was made for {made_for}, this is {type(model).__name__} (weights {own})"
         if on_other_base != "warn":
@@ -103,52 +111,56 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             getattr(module, leaf).copy_(value)
 
 
-def fingerprint(model: nn.Module, paths: Iterable[str], samples: int = 1024) -> str:
-    """Twelve hex digits over shapes and up to `samples` evenly spaced values, rounded to bf16, of each base weight."""
-    digest = hashlib.sha256()
+def base_samples(model: nn.Module, paths: Iterable[str]) -> dict[str, list[float]]:
+    """Up to 16 values of each adapted base weight at places that depend on its path; none on the meta device."""
+    samples = {}
     for path in sorted(paths):
-        weight = model.get_submodule(path).weight.detach()
-        digest.update(f"{path}{tuple(weight.shape)}".encode())
-        if not weight.is_meta:
-            flat = weight.flatten()
-            picked = flat[:: max(1, flat.numel() // samples)].to(torch.bfloat16).view(torch.int16).cpu()
-            digest.update(picked.numpy().tobytes())
-    return digest.hexdigest()[:12]
+        flat = model.get_submodule(path).weight.detach().flatten()
+        if flat.is_meta:
+            samples[path] = []
+            continue
+        seed = int.from_bytes(hashlib.sha256(path.encode()).digest()[:7], "big")
+        places = torch.randint(flat.numel(), (SAMPLES,), generator=torch.Generator().manual_seed(seed))
+        samples[path] = flat[places.to(flat.device)].double().tolist()
+    return samples
 
 
-def read_json(path: Path, what: str) -> Any:
-    """A JSON file, or a UserError that names it."""
-    try:
-        return json.loads(path.read_text(encoding="utf8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{what}: no file '{path}'.") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{what}: '{path}' cannot be read as JSON ({error}).") from error
+def _same_base(own: Mapping[str, list[float]], saved: Mapping[str, list[float]]) -> bool:
+    """Equal within 1 % of each weight's largest sample: bf16 rounds by at most 0.4 % of a value."""
+    for path, values in own.items():
+        others = saved.get(path, [])
+        largest = max((abs(value) for value in others), default=0.0)
+        if values and others and any(abs(a - b) > 0.01 * largest for a, b in zip(values, others, strict=True)):
+            return False
+    return True
 
 
-def read_tensors(path: Path, what: str) -> tuple[bytes, dict[str, Tensor]]:
-    """A safetensors file as bytes and tensors, or a UserError that names it."""
-    try:
-        payload = path.read_bytes()
-        return payload, safetensors.torch.load(payload)
-    except FileNotFoundError as error:
-        raise UserError(f"{what}: no file '{path}'.") from error
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{what}: '{path}' is damaged or no safetensors file ({error}).") from error
+def fingerprint(model: nn.Module, paths: Iterable[str]) -> str:
+    """Twelve hex digits that name the base weights at `paths` in messages and records (exact values, sampled)."""
+    return hashlib.sha256(json.dumps(base_samples(model, paths)).encode()).hexdigest()[:12]
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(folder: Path) -> tuple[dict[str, Any], list[Site], dict[str, Tensor]]:
     what = f"adapter '{folder}'"
     description = read_json(folder / DESCRIPTION, what)
-    needed = {"format", "method", "model", "options", "sites", "also_train", "base", "tensors_sha256"}
-    if not isinstance(description, dict) or not needed <= set(description):
-        raise UserError(f"{what}: {DESCRIPTION} is not a description that vismt.save_adapter wrote.")
-    if description["format"] != FORMAT:
-        raise UserError(f"{what}: format {description['format']}, this version reads {FORMAT}; use a matching vismt.")
-    payload, tensors = read_tensors(folder / TENSORS, what)
+    try:
+        if description["format"] != FORMAT:
+            raise UserError(f"{what}: format {description['format']}, this version reads {FORMAT}; use a matching vismt.")
+        sites = [
+            Site(**{**site, "shape": tuple(site["shape"]), "blocks": tuple(site["blocks"])}) for site in description["sites"]
+        ]
+        name = str(description["tensors"])
+        texts = [description[key] for key in ("method", "model", "base", "tensors_sha256")]
+        shaped = isinstance(description["options"], dict) and isinstance(description["also_train"], list)
+        shaped = shaped and isinstance(description["base_samples"], dict) and all(isinstance(text, str) for text in texts)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{what}: {DESCRIPTION} is not what vismt.save_adapter writes ({error!r}).") from error
+    if not shaped or not re.fullmatch(r"adapter-[0-9a-f]{12}\.safetensors", name):
+        raise UserError(f"{what}: {DESCRIPTION} is not what vismt.save_adapter writes.")
+    payload, tensors = read_tensors(folder / name, what)
     if hashlib.sha256(payload).hexdigest() != description["tensors_sha256"]:
-        raise UserError(f"{what}: {TENSORS} and {DESCRIPTION} are of different saves; save the adapter again.")
-    return description, tensors
+        raise UserError(f"{what}: '{name}' is not the file that {DESCRIPTION} describes; save the adapter again.")
+    return description, sites, tensors
 
 
 def _check_sites(
@@ -199,34 +211,3 @@ def check_tensors(what: str, wanted: Mapping[str, tuple[int, ...]], tensors: Map
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise UserError(f"{what}: unexpected '{extra[0]}' {tuple(tensors[extra[0]].shape)}{more}.")
-
-
-def atomic_write(path: Path, data: bytes | str) -> None:
-    """Write `data` to `path` so that a reader sees the old file or the whole new one, never a part.
-
-    Raises UserError when the folder cannot be written or the disk is full; the old file then stands.
-    """
-    path = Path(path)
-    payload = data.encode("utf8") if isinstance(data, str) else data
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-        reason = error.strerror or str(error)
-        raise UserError(f"cannot write '{path}': {reason}. Free space or choose a folder that can be written.") from error
-
-
-def _umask() -> int:
-    """The process's umask; reading it needs setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 from vismt.errors import UserError
-from vismt.lowrank.store import atomic_write
+from vismt.lowrank.files import atomic_write
 from vismt.metatune.labelled import digest
 
 

@@ -66,6 +66,9 @@ class AttackSpec:
             raise UserError(f"attack {self.name}: no l2 form; take one of {', '.join(sorted(EITHER_NORM))}, pgd_l2.")
         if self.steps is None:
             object.__setattr__(self, "steps", STEPS.get(self.name, 10))
+        if self.norm == "linf" and self.epsilon > 1:
+            meant = f"{self.epsilon:g}/255"
+            raise UserError(f"attack {self.name}: epsilon {self.epsilon:g} is more than all of [0, 1]; do you mean '{meant}'?")
         if not (math.isfinite(self.epsilon) and self.epsilon >= 0) or self.steps < 1 or self.step <= 0 < self.epsilon:
             raise UserError(
                 f"attack {self.name}: epsilon {self.epsilon}, steps {self.steps}, step_size {self.step_size}: "

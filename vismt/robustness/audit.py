@@ -13,7 +13,7 @@ from vismt import console
 from vismt.data.images import open_images
 from vismt.data.pixels import Pixels
 from vismt.errors import UserError
-from vismt.lowrank.store import atomic_write
+from vismt.lowrank.files import atomic_write
 from vismt.metatune.labelled import digest
 from vismt.robustness.attacks import AttackSpec
 from vismt.robustness.classifier import load_classifier
@@ -45,6 +45,9 @@ def audit(
     images: how many (a seeded draw), None for all. masking: also run the first attack at growing radii and say whether
     its numbers can be believed. Raises UserError when the model's classes are not the card's.
     """
+    for label, value in (("images", images), ("batch", batch)):
+        if value is not None and value < 1:
+            raise UserError(f"attack: {label} is {value}; it must be at least 1.")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     classifier = load_classifier(model, architecture=architecture, pretrained=pretrained).to(where)
     name, _, split = data.partition(":")
