@@ -27,6 +27,8 @@ def write(folder: Path, text: str) -> Path:
         ("train: {lr: [1]}", ["train.lr", "expected float"]),
         ("train: 3", ["train is 3, not a section"]),
         ("model: {img_size: 3.5}", ["model.img_size", "expected int", "3.5"]),
+        ("model: {name: null}", ["model.name is null"]),
+        ("evaluate: null", ["evaluate is null"]),
         ("task: fewshots", ["'fewshots'", "'fewshot'"]),
         ("- a", ["holds list"]),
         ("a: [", ["is no YAML"]),

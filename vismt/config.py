@@ -164,12 +164,11 @@ def fraction(value: float | str, name: str) -> float:
 
 def _check_keys(raw: Any, kind: Any, source: str, prefix: str) -> None:
     """Every key of `raw` is a field of the dataclass, at every depth."""
-    optional = type(None) in typing.get_args(kind)
+    if raw is None and type(None) not in typing.get_args(kind):
+        raise UserError(f"{source}: {prefix.rstrip('.')} is null; it needs a value.")
     kind = _dataclass_in(kind)
-    if kind is None or (raw is None and optional):
+    if kind is None or raw is None:
         return
-    if raw is None:
-        raise UserError(f"{source}: {prefix.rstrip('.')} is null; it is a section that every run has.")
     if isinstance(raw, list):
         for index, item in enumerate(raw):
             _check_keys(item, kind, source, f"{prefix.rstrip('.')}[{index}].")

@@ -116,10 +116,14 @@ def test_two_radii_of_one_attack_stand_side_by_side(run_folder: Path) -> None:
 def test_damaged_run_folders_are_named(run_folder: Path, tmp_path: Path, capsys) -> None:
     import shutil
 
+    records = next((run_folder / "records").glob("*frozen.jsonl"))
+    lines = records.read_text().splitlines()
+    lines[1] = json.dumps({**json.loads(lines[1]), "clean": "abc"})
     changed = (run_folder / "config.resolved.yaml").read_text().replace("rank: 2", "rank: 3")
     for name, text, words in (
         ("run.json", "[]", "run.json"), ("run.json", '{"wall_time_s": "a"}', "run.json"),
         ("results.jsonl", "5\n{}\n", "results.jsonl"), ("results.jsonl", "{}\n", "results.jsonl"),
+        (f"records/{records.name}", "\n".join(lines) + "\n", "line 2 is not a record"),
         ("classifier.safetensors", "x", "classifier.safetensors"), ("config.resolved.yaml", changed, "changed after"),
     ):
         folder = tmp_path / "copy"

@@ -144,7 +144,7 @@ def open_images(
     if card.dense:
         raise UserError(f"{card.shown}: is a dense set; open it with open_dense.")
     if split != "all" and split not in card.splits:
-        raise UserError(f"{card.shown}: no split '{split}'.{near(split, [*card.splits, 'all'])}")
+        raise UserError(f"{card.shown}: no split '{split}'.{near(split, dict.fromkeys([*card.splits, 'all']))}")
     usable = [s for s in card.sources if not isinstance(s, DenseSource) and (split == "all" or split in s.splits)]
     found = next(((s, base) for s in usable if (base := place(card, s, root)) is not None), None)
     if found is None and download:

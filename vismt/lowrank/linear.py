@@ -98,7 +98,7 @@ class _FusedLowRank(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None, None
 
 
-HOOKS = [name for name in nn.Module().__dict__ if "hooks" in name and "state_dict" not in name]
+HOOKS = [name for name in nn.Module().__dict__ if "hook" in name and "state_dict" not in name]
 GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 

@@ -28,7 +28,7 @@ class Records:
         self._log: BinaryIO | None = None
         if path is not None:
             plain = json.loads(json.dumps(settings))  # tuples as lists, as the file gives them back
-            self._rows = {row[key]: row for row in _read(path, plain, {key, *fields})}
+            self._rows = {row[key]: row for row in _read(path, plain, key, fields)}
 
     def __contains__(self, name: object) -> bool:
         return name in self._rows
@@ -72,7 +72,7 @@ def _append(log: BinaryIO, row: Mapping[str, object]) -> None:
         raise UserError(f"cannot write '{log.name}': the disk is full. Earlier records are kept.")
 
 
-def _read(path: Path, settings: dict, fields: set[str]) -> list[dict]:
+def _read(path: Path, settings: dict, key: str, fields: Sequence[str]) -> list[dict]:
     """The complete rows of the file, which afterwards holds its header and exactly these; a new file is begun."""
     lines = path.read_text(encoding="utf8", errors="replace").splitlines(keepends=True) if path.exists() else []
     whole = [line for line in lines if line.endswith("\n")]
@@ -92,7 +92,8 @@ def _read(path: Path, settings: dict, fields: set[str]) -> list[dict]:
             "choose another run folder, or move the file away to start anew."
         )
     for number, row in enumerate(rows, start=2):
-        if not isinstance(row, dict) or not row.keys() >= fields:
+        whole_row = isinstance(row, dict) and isinstance(row.get(key), int | str)
+        if not whole_row or not all(isinstance(row.get(name), int | float) for name in fields):
             raise UserError(f"records '{path}': line {number} is not a record: move the file away to start anew.")
     atomic_write(path, "".join(whole))
     return rows
