@@ -21,12 +21,8 @@ NAME = "checkpoint.pt"
 
 
 def trainable_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters that require a gradient, and the buffers of a module that asks for it by `checkpoint_buffers = True`."""
-    state = {name: value.detach().cpu() for name, value in module.named_parameters() if value.requires_grad}
-    for path, part in module.named_modules():
-        if getattr(part, "checkpoint_buffers", False):
-            state.update({f"{path}.{name}" if path else name: value.cpu() for name, value in part.named_buffers(recurse=False)})
-    return state
+    """Parameters that require a gradient, by name, on the CPU."""
+    return {name: value.detach().cpu() for name, value in module.named_parameters() if value.requires_grad}
 
 
 def save(
@@ -66,7 +62,7 @@ def load(
         raise UserError(f"checkpoint '{path}' is damaged ({type(error).__name__}); delete it to train from the start.") from error
     if seen != config_hash:
         raise UserError(f"checkpoint '{path}' is of configuration {seen}, this is {config_hash}; use another run folder.")
-    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    own = dict(module.named_parameters())
     wanted = {name: tuple(value.shape) for name, value in trainable_state(module).items()}
     check_tensors(f"checkpoint '{path}'", wanted, tensors)
     try:
