@@ -15,7 +15,7 @@ from vismt.lowrank.sites import AdaptReport
 
 Method = Callable[..., AdaptReport]
 
-METHOD_FILES = ("vismt.llm.lora", "vismt.llm.pissa")
+METHOD_FILES = ("vismt.llm.lora", "vismt.llm.pissa", "vismt.metatune.amt")
 
 _methods: dict[str, Method] = {}
 
@@ -70,10 +70,11 @@ def adapt(
 
 def method_options(method: Method) -> list[str]:
     """Names of the keyword options of a method beyond targets, rank, alpha and seed; `**options` stands for `inject`'s."""
-    fixed = {"model", "method", "init", "offset", "targets", "rank", "alpha", "seed"}
+    common = {"model", "targets", "rank", "alpha", "seed"}
     own = inspect.signature(method).parameters.values()
-    names = [parameter.name for parameter in own if parameter.name not in fixed - {"method"}]
+    names = [parameter.name for parameter in own if parameter.name not in common]
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in own):
-        names = [name for name in names if name != "options"]
-        names += [name for name in inspect.signature(inject).parameters if name not in fixed]
+        names.remove("options")
+        filled = {*common, "method", "init", "offset", *names}  # what the method itself hands to inject
+        names += [name for name in inspect.signature(inject).parameters if name not in filled]
     return names

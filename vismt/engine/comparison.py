@@ -14,7 +14,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from vismt.engine.log import read_lines
+from vismt.engine.log import read_lines, record_stem
 from vismt.errors import UserError
 from vismt.metatune.intervals import domain_average, paired_bootstrap
 
@@ -113,7 +113,7 @@ def _fault(row: Row, config_hash: str) -> str | None:
 
 def _episodes(folder: Path, row: Row) -> Episodes | None:
     """Values by episode (or example) of one row; None unless a record file reproduces the row's value and n."""
-    stem = "-".join((row["data"], row["protocol"].replace(" ", "-"), row["model"]))
+    stem = record_stem(row["data"], row["protocol"], row["model"])
     files = [path for path in sorted((folder / "records").glob("*.jsonl")) if path.stem == stem]
     files += [path for path in sorted((folder / "records").glob("*.jsonl")) if path.stem.startswith(f"{stem}-")]
     for path in files:

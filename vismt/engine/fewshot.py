@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import nn
 
@@ -16,20 +15,22 @@ from vismt.backbones import vit
 from vismt.data.images import ImageSet, open_images
 from vismt.data.pixels import Pixels
 from vismt.data.transforms import augment
-from vismt.engine import loop, runtime
-from vismt.engine.fewshot_config import AttackConfig, FewShotConfig, check
-from vismt.lowrank.files import atomic_write, read_tensors
+from vismt.engine import runtime
+from vismt.engine.experts import train_one, train_pool
+from vismt.engine.fewshot_config import AttackConfig, FewShotConfig, check, models
+from vismt.engine.fewshot_models import Models
+from vismt.engine.log import record_stem
 from vismt.lowrank.inject import merge
-from vismt.lowrank.store import check_tensors, fingerprint, load_adapter, save_adapter
+from vismt.lowrank.sites import AdaptReport
+from vismt.lowrank.store import load_adapter
 from vismt.metatune.episodes import EpisodeSampler, VariableSampler
 from vismt.metatune.labelled import digest
 from vismt.metatune.objective import EpisodeBatches, EpisodeObjective
+from vismt.metatune.pool import assemble
 from vismt.metatune.protocol import mean_interval, run_protocol
 from vismt.metatune.protonet import ProtoNet
 from vismt.registry import adapt
 from vismt.robustness.attacks import AttackSpec
-
-EXTRA = "classifier.safetensors"
 
 
 class FewShotJob:
@@ -39,17 +40,41 @@ class FewShotJob:
         self.config, self.folder, self.hash = config, folder, config_hash
         check(config)
         self._pixels: dict[str, Pixels] = {}
-        self._backbones: dict[str, ProtoNet] = {}
+        self._models = Models(config, folder, self._backbone)
+        self._told: AdaptReport | None = None
 
     def train(self) -> dict[str, Any]:
-        """Meta-tune and write adapter/ and the classifier's scale; what run.json says of the adaptation."""
+        """Meta-tune one adapter, or the experts of a pool; what run.json says of the adaptation."""
         config = self.config
-        if config.adapt is None or config.train is None:
+        if config.adapt is None or config.train is None or (config.pool is not None and config.pool.folder):
             return {}
         for name in config.evaluate.data:  # a set that is not here, or too small, is said before the training, not after
             self._samplers(self._open(name))
         accelerator = runtime.accelerator(config.train.precision, config.train.trackers, self.folder)
-        backbone = self._backbone()
+        if config.train.trackers:
+            accelerator.init_trackers("vismt")
+        if config.pool is None:
+            objective = EpisodeObjective(self._adapted())
+            train_one(
+                objective, self._batches(config.seed), config.train, self.folder, self.hash, accelerator, seed=config.seed
+            )
+        else:
+            experts = train_pool(
+                config, self.folder, self.hash, accelerator, adapted=self._adapted, batches=self._batches
+            )
+            if accelerator.is_main_process:
+                assemble(experts, self.folder / "pool")
+            accelerator.wait_for_everyone()
+        if config.train.trackers:
+            accelerator.end_training()
+        if self._told is None:  # every expert was done before
+            self._adapted()
+        told = self._told
+        return {"method": told.method, "rank": config.adapt.rank, "trainable": told.trainable, "total": told.total}
+
+    def _adapted(self) -> ProtoNet:
+        """A fresh backbone with untrained factors."""
+        config, backbone = self.config, self._backbone()
         options = dict(config.adapt.options)
         unused = [re.escape(name) + r"\..*" for name in backbone.unused_modules()]
         options["exclude"] = [*options.get("exclude", ()), *unused]
@@ -57,20 +82,10 @@ class FewShotJob:
             backbone.vit, config.adapt.method, config.adapt.targets, config.adapt.rank, config.adapt.alpha, config.seed,
             **options,
         )
-        console.stage("adapt", told.summary())
-        for remark in told.skipped:
-            console.stage("adapt", f"left out: {remark}")
-        objective = EpisodeObjective(ProtoNet(backbone))
-        if config.train.trackers:
-            accelerator.init_trackers("vismt")
-        loop.train(objective, self._batches(), config.train, self.folder, self.hash, accelerator, seed=config.seed)
-        if config.train.trackers:
-            accelerator.end_training()
-        if accelerator.is_main_process:
-            save_adapter(backbone.vit, self.folder / "adapter")
-            atomic_write(self.folder / EXTRA, safetensors.torch.save({"scale": objective.proto.scale.detach().cpu()}))
-        accelerator.wait_for_everyone()
-        return {"method": told.method, "rank": config.adapt.rank, "trainable": told.trainable, "total": told.total}
+        for line in [told.summary(), *(f"left out: {remark}" for remark in told.skipped)] if self._told is None else ():
+            console.stage("adapt", line)
+        self._told = told
+        return ProtoNet(backbone)
 
     def evaluate(self, attacks: list[AttackConfig] | None = None) -> list[dict[str, Any]]:
         """Rows of every domain, protocol, model and condition; interrupted evaluations go on at their episode."""
@@ -80,7 +95,7 @@ class FewShotJob:
         for name in settings.data:
             pixels = self._open(name)
             for sampler in self._samplers(pixels):
-                for model in self._models():
+                for model in models(self.config):
                     rows += self._evaluate_one(name, pixels, sampler, model, specs)
         return rows
 
@@ -95,17 +110,17 @@ class FewShotJob:
     def _evaluate_one(
         self, name: str, pixels: Pixels, sampler: EpisodeSampler | VariableSampler, model: str, specs: list[AttackSpec]
     ) -> list[dict[str, Any]]:
-        proto, settings = self._proto(model), self.config.evaluate
+        settings = self.config.evaluate
         shown, protocol = name.replace(":", "-").replace("/", "-"), str(sampler)
         stem = f"{shown}-{protocol.replace(' ', '-')}"
         # Other attacks than the configuration's keep records of their own, named by all of their settings.
         apart = json.dumps([dict(spec.settings()) for spec in specs], sort_keys=True, default=str)
         attacked = f"-{digest(apart.encode())[:8]}" if specs != self._own_specs() else ""
         found = run_protocol(
-            proto, pixels, sampler, episodes=settings.episodes, attacks=specs,
-            records=self.folder / "records" / f"{stem}-{model}{attacked}.jsonl",
-            panel=self.folder / "panels" / f"{stem}.npz" if model == self._models()[-1] and not attacked else None,
-            data=name, fingerprint=self._fingerprint(proto), label=f"{shown} {protocol} {model}",
+            self._models[model], pixels, sampler, episodes=settings.episodes, attacks=specs,
+            records=self.folder / "records" / f"{record_stem(shown, protocol, model)}{attacked}.jsonl",
+            panel=self.folder / "panels" / f"{stem}.npz" if model == models(self.config)[-1] and not attacked else None,
+            data=name, fingerprint=self._models.fingerprint(model), label=f"{shown} {protocol} {model}",
         )
         rows = []
         for condition, values in found.items():
@@ -122,38 +137,14 @@ class FewShotJob:
     def _own_specs(self) -> list[AttackSpec]:
         return [attack.spec() for attack in self.config.evaluate.attacks]
 
-    def _models(self) -> list[str]:
-        trained = self.config.adapt is not None and self.config.train is not None
-        return [model for model in self.config.evaluate.models if model == "frozen" or trained]
-
-    def _proto(self, model: str) -> ProtoNet:
-        """The prototype classifier of the frozen or of the merged adapted backbone, on the device that is there."""
-        if model not in self._backbones:
-            backbone = self._backbone()
-            proto = ProtoNet(backbone)
-            if model == "adapted":
-                load_adapter(backbone.vit, self.folder / "adapter")
-                merge(backbone.vit)
-                tensors = read_tensors(self.folder / EXTRA, f"run '{self.folder}'")[1]
-                check_tensors(f"run '{self.folder}': {EXTRA}", {"scale": tuple(proto.scale.shape)}, tensors)
-                with torch.no_grad():
-                    proto.scale.copy_(tensors["scale"])
-            self._backbones[model] = proto.requires_grad_(False).eval().to(runtime.processes().device)
-        return self._backbones[model]
-
-    def _fingerprint(self, proto: ProtoNet) -> str:
-        model = proto.backbone.vit
-        linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-        return f"{fingerprint(model, linears)}-{float(proto.scale):.6g}"
-
     def _backbone(self) -> vit.Backbone:
         model = self.config.model
         return vit.create(
             model.name, model.img_size, model.pretrained, block=model.block, position=model.position, pool=model.pool
         )
 
-    def _batches(self) -> EpisodeBatches:
-        source, seed = self.config.source, self.config.seed
+    def _batches(self, seed: int) -> EpisodeBatches:
+        source = self.config.source
         sets = [self._open(name) for name in source.data]
         samplers = [
             EpisodeSampler(

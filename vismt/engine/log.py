@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +68,8 @@ class MetricsLog:
                 file.write(json.dumps(clean) + "\n")
         except OSError as error:
             raise UserError(f"cannot write '{self.path}': {error.strerror}. Free space, then run again: it resumes.") from error
+
+
+def record_stem(data: str, protocol: str, model: str) -> str:
+    """The name, without its ending, of the file with a model's records: letters, digits, dots and hyphens."""
+    return re.sub(r"[^\w.-]", "-", "-".join((data, protocol, model)))

@@ -136,6 +136,19 @@ class FactorBank(nn.Module):
             self.scale,
         )
 
+    @torch.no_grad()
+    def merged(self, weight: Tensor, gates: Tensor) -> Tensor:
+        """weight (o, i) + the mixture of static `gates` (e,), in one GEMM over the experts whose gate is not zero.
+
+        Summed in fp32 (fp64 for fp64), rounded once to the weight's dtype; a new tensor on the weight's device.
+        """
+        self.delta(gates)  # its checks
+        kept = gates.nonzero()[:, 0].to(self.A.device)
+        kind = torch.promote_types(weight.dtype, torch.float32)
+        left = rearrange(self.B[kept].to(kind) * gates.to(self.B.device, kind)[kept, None, None], "e o r -> o (e r)")
+        right = rearrange(self.A[kept].to(kind), "e r i -> (e r) i")
+        return torch.addmm(weight.to(kind), left, right, alpha=self.scale).to(weight.dtype)
+
     def expert(self, index: int) -> LowRank:
         """Expert `index` as views of the bank's parameters."""
         if not 0 <= index < self.A.shape[0]:

@@ -56,8 +56,8 @@ def inject(
     })
     _refuse_adapted(model)
     found, remarks = find_targets(model, given["targets"], given["exclude"])
-    check_patterns("rank_pattern", given["rank_pattern"], list(found))
-    check_patterns("alpha_pattern", given["alpha_pattern"], list(found))
+    check_patterns("adapt.rank_pattern", given["rank_pattern"], list(found))
+    check_patterns("adapt.alpha_pattern", given["alpha_pattern"], list(found))
     plan = [
         plan_site(
             path, module, pattern_value(path, given["rank_pattern"], given["rank"]),
@@ -141,7 +141,7 @@ def _also_trained(model: nn.Module, patterns: Sequence[str], adapted: Sequence[s
     owners = {
         name: [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)] for name, _ in model.named_parameters()
     }
-    check_patterns("also_train", patterns, sorted({path for paths in owners.values() for path in paths}))
+    check_patterns("adapt.also_train", patterns, sorted({path for paths in owners.values() for path in paths}))
     names = [name for name, paths in owners.items() if any(matches(p, path) for p in patterns for path in paths)]
     for name in names:
         if name in {f"{path}.weight" for path in adapted}:

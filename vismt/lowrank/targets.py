@@ -101,7 +101,7 @@ def find_targets(
         chosen = _select_regex(wanted, candidates)
     else:
         chosen = set().union(*(_select_suffix(entry, candidates) for entry in wanted))
-    check_patterns("exclude", exclude, list(candidates))
+    check_patterns("adapt.exclude", exclude, list(candidates))
     chosen -= {path for path in chosen for pattern in exclude if matches(pattern, path)}
     remarks = []
     for path in sorted(chosen):
@@ -167,4 +167,4 @@ def check_patterns(name: str, table: Mapping[str, object] | Sequence[str], paths
     """Every pattern must match one of `paths`."""
     for pattern in table:
         if not any(matches(pattern, path) for path in paths):
-            raise UserError(f"adapt.{name}: no module matches '{pattern}'.{_nearest(pattern, paths)}")
+            raise UserError(f"{name}: no module matches '{pattern}'.{_nearest(pattern, paths)}")

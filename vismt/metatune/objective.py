@@ -51,5 +51,5 @@ class EpisodeBatches:
         support, query = images.split([len(episode.support), len(episode.query)])
         return {
             "support": support, "support_labels": episode.support_labels, "query": query,
-            "query_labels": episode.query_labels,
+            "query_labels": episode.query_labels, "number": torch.tensor(number),
         }

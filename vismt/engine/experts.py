@@ -1,0 +1,98 @@
+"""Training the experts of a pool one after the other, and finding trained ones in folders.
+
+Each expert has a folder of its own under experts/ of the run, with its checkpoints, log and adapter, so an interrupted
+run goes on inside the expert it was at. expert.json is written last and says that the expert is done.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors.torch
+from accelerate import Accelerator
+
+from vismt import console
+from vismt.config import TrainConfig
+from vismt.engine import loop
+from vismt.engine.fewshot_config import FewShotConfig
+from vismt.errors import UserError
+from vismt.lowrank.files import atomic_write, read_json, read_tensors
+from vismt.lowrank.store import DESCRIPTION, check_tensors, save_adapter
+from vismt.metatune.amt import AdversarialObjective
+from vismt.metatune.objective import EpisodeBatches, EpisodeObjective
+from vismt.metatune.pool import INDEX, Expert, read_pool
+from vismt.metatune.protonet import ProtoNet
+
+SCALE_FILE, DONE, CLEAN = "classifier.safetensors", "expert.json", "clean"
+Objective = EpisodeObjective | AdversarialObjective
+
+
+def train_one(
+    objective: Objective, batches: EpisodeBatches, config: TrainConfig, folder: Path, config_hash: str,
+    accelerator: Accelerator, *, seed: int,
+) -> None:
+    """Meta-tune the adapted backbone in `objective.proto`; writes adapter/ and the cosine's scale into `folder`."""
+    def watch(step: int) -> None:
+        if step % 10 == 0 and isinstance(objective, AdversarialObjective):
+            objective.collapsed(step)
+
+    loop.train(objective, batches, config, folder, config_hash, accelerator, seed=seed, after_step=watch)
+    if accelerator.is_main_process:
+        proto = objective.proto
+        save_adapter(proto.backbone.vit, folder / "adapter")
+        atomic_write(folder / SCALE_FILE, safetensors.torch.save({"scale": proto.scale.detach().cpu()}))
+    accelerator.wait_for_everyone()
+
+
+def train_pool(
+    config: FewShotConfig, folder: Path, config_hash: str, accelerator: Accelerator, *,
+    adapted: Callable[[], ProtoNet], batches: Callable[[int], EpisodeBatches],
+) -> list[Expert]:
+    """Train what is not done yet; the experts in the order of the levels.
+
+    adapted() makes an untrained expert; batches(seed) its episodes. Experts of different levels see the same episodes,
+    copies of a level others.
+    """
+    pool, planned = config.pool, config.pool.experts()
+    trained = [CLEAN] * pool.clean + list(planned)
+    for label in trained:
+        own = folder / "experts" / label
+        if (own / DONE).exists():
+            console.stage("train", f"expert {label}: done before")
+            continue
+        copy, adversary = planned.get(label, (0, None))
+        seed = config.seed + 1_000_003 * copy
+        proto = adapted()
+        objective = EpisodeObjective(proto) if adversary is None else AdversarialObjective(proto, adversary)
+        console.stage("train", f"expert {label}" + ("" if adversary is None else f"   input attack {label}/255"))
+        settings = TrainConfig(**{**vars(config.train), "lr": pool.rates.get(label, config.train.lr)})
+        train_one(objective, batches(seed), settings, own, config_hash, accelerator, seed=seed)
+        if accelerator.is_main_process:
+            atomic_write(own / DONE, json.dumps({"label": label, "seed": seed}))
+        accelerator.wait_for_everyone()
+    return [Expert(label, folder / "experts" / label / "adapter", read_scale(folder / "experts" / label)) for label in planned]
+
+
+def read_scale(folder: Path) -> float:
+    """The cosine's scale that was trained along with an adapter."""
+    tensors = read_tensors(folder / SCALE_FILE, f"run '{folder}'")[1]
+    check_tensors(f"run '{folder}': {SCALE_FILE}", {"scale": ()}, tensors)
+    return float(tensors["scale"])
+
+
+def find_experts(folder: Path) -> list[Expert]:
+    """Trained experts in a run folder (of a pool, or of a single adapter), a pool folder or an adapter folder."""
+    if (folder / INDEX).exists():
+        return read_pool(folder)
+    if (folder / "experts").is_dir():
+        done = sorted(path.parent for path in (folder / "experts").glob(f"*/{DONE}"))
+        found = [Expert(read_json(own / DONE, f"expert '{own}'")["label"], own / "adapter", read_scale(own)) for own in done]
+        return [expert for expert in found if expert.label != CLEAN]
+    if (folder / "adapter" / DESCRIPTION).exists():
+        return [Expert(folder.name, folder / "adapter", read_scale(folder))]
+    if (folder / DESCRIPTION).exists():
+        scale = read_scale(folder.parent) if (folder.parent / SCALE_FILE).exists() else 10.0
+        return [Expert(folder.parent.name if folder.name == "adapter" else folder.name, folder, scale)]
+    raise UserError(f"pool: '{folder}' holds no trained expert; give run folders, adapter folders or pools.")

@@ -1,0 +1,219 @@
+"""AMT's training: principal LoRA factors, tuned on episodes under two attacks (Yang, Liu, Wei, NeurIPS 2024).
+
+    L(theta) = CE(z(x), y) + lambda * mean_q KL(p(x_q) || p(x_q^adv)),    minimised at theta + nu
+
+x^adv: pyramid attack on the queries (input_attack.py), the support stays clean. nu: one step of L's gradient on the LoRA
+factors (weight_attack.py). Both query branches have a gradient and share the prototypes of the clean support.
+
+Paper and code differ; we take the code's form and keep the other as a switch: KL(clean || adv) (paper prints the
+reverse); nu normalised per tensor and for A and B at once (paper: plain gradient of the adversarial cross-entropy, A's
+update with A alone moved, B's with B alone). The code leaves the prototypes at theta (support="clean"); the default here
+recomputes them at theta + nu, so that one function is climbed and descended. The release trains the cosine's scale too.
+Left out: the classifier's additive bias, which no loss can see. Pool and merging: pool.py, merging.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from vismt.errors import UserError, near
+from vismt.lowrank.init import kaiming, principal
+from vismt.lowrank.inject import inject
+from vismt.lowrank.sites import AdaptReport
+from vismt.lowrank.targets import Targets
+from vismt.metatune.input_attack import PYRAMID, Levels, pyramid_attack
+from vismt.metatune.labelled import mix_seed
+from vismt.metatune.protonet import ProtoNet, cosine_logits, prototypes
+from vismt.metatune.weight_attack import weight_perturbation
+from vismt.registry import register_method
+
+CHOICES = {"kl": ("clean_adv", "adv_clean"), "weight_attack": ("joint", "paper", "none"), "support": ("perturbed", "clean")}
+PATIENCE = 10  # episodes in a row with a flat prediction that count as collapsed
+FLAT = 0.01  # the surest prediction of an episode exceeds 1/k by no more
+
+
+@register_method("amt")
+def amt(
+    model: nn.Module, *, targets: Targets, rank: int, alpha: float | None, seed: int, init: str = "svd",
+    split_qkv: bool = True, **options: Any,
+) -> AdaptReport:
+    """One AMT expert: factors per q, k, v block and linear, from the SVD. init: svd, or lora (zero B); and `inject`'s."""
+    if init not in ("svd", "lora"):
+        raise UserError(f"adapt.init: '{init}' for 'amt'.{near(str(init), ('svd', 'lora'))}")
+    if options.get("dropout"):
+        raise UserError(f"adapt.dropout: {options['dropout']} with 'amt', whose factors carry most of W; set it to 0.")
+
+    def start(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return principal(weight, rank, scale, generator=generator) if init == "svd" else kaiming(weight, rank, generator)
+
+    return inject(
+        model, "amt", start, offset=init == "svd", targets=targets, rank=rank, alpha=alpha, seed=seed, split_qkv=split_qkv,
+        **options,
+    )
+
+
+@dataclass(frozen=True)
+class Adversary:
+    """Strength and form of both attacks.
+
+    epsilons: budgets in pixel units of [0, 1], one drawn for each episode; (0.0,) leaves the input attack out. step_size
+    is `step_ratio` times the budget. pyramid: levels of `pyramid_attack`. weight: lambda of the loss. gamma: size of nu.
+    warmup: episodes over which budget and gamma grow linearly to their full size.
+    """
+
+    epsilons: tuple[float, ...] = (8 / 255,)
+    steps: int = 2
+    step_ratio: float = 0.5
+    pyramid: Levels = PYRAMID
+    init: str = "uniform"
+    weight: float = 6.0
+    kl: str = "clean_adv"
+    weight_attack: str = "joint"
+    gamma: float = 1e-4
+    support: str = "perturbed"
+    warmup: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"pool.{name}: '{getattr(self, name)}'.{near(getattr(self, name), known)}")
+        if not self.epsilons or self.weight < 0 or self.gamma < 0 or self.warmup < 0 or not self.step_ratio > 0:
+            raise UserError(
+                f"pool: {len(self.epsilons)} budgets, weight {self.weight}, gamma {self.gamma}, warmup {self.warmup}, "
+                f"step_ratio {self.step_ratio}: need one or more budgets, step_ratio > 0 and the others not negative."
+            )
+
+
+class AdversarialObjective(nn.Module):
+    """objective(batch) -> {"loss", "accuracy", "robust", "kl"} for an episode of `EpisodeBatches`; parameters untouched.
+
+    robust: accuracy on the attacked queries. Budget and random start are functions of (seed, the episode's number).
+    """
+
+    flat: Tensor
+
+    def __init__(self, proto: ProtoNet, adversary: Adversary) -> None:
+        super().__init__()
+        self.proto, self.adversary = proto, adversary
+        self.register_buffer("flat", torch.zeros((), dtype=torch.long), persistent=False)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """support (s, 3, h, w), support_labels (s,), query (m, 3, h, w), query_labels (m,), number () -> scalars."""
+        support, truth, query, labels = (batch[name] for name in ("support", "support_labels", "query", "query_labels"))
+        number, adversary = int(batch["number"]), self.adversary
+        strength = min(1.0, (number + 1) / adversary.warmup) if adversary.warmup else 1.0
+        gamma = 0.0 if adversary.weight_attack == "none" else strength * adversary.gamma
+        factors = {name: p for name, p in self.proto.backbone.named_parameters() if _is_factor(name) and p.requires_grad}
+
+        # ---- at theta: the input attack needs the predictions, the weight attack their graph
+        centres = prototypes(self.proto.backbone(support), truth)
+        features = self.proto.backbone(query)
+        clean = self._score(features, centres)
+        attacked = self._attack_input(query, clean, centres, number, strength)
+        adversarial = clean
+        if attacked is not None:
+            attacked_features = self.proto.backbone(attacked)
+            adversarial = self._score(attacked_features, centres)
+        self._watch(clean)
+        metrics = {"accuracy": _accuracy(clean, labels), "robust": _accuracy(adversarial, labels)}
+        if not gamma or not factors:
+            loss, kl = self._value(clean, adversarial, labels)
+            return {"loss": loss, **metrics, "kl": kl.detach()}
+
+        # ---- nu: in the code's form the prototypes stand still while the loss is climbed
+        if adversary.support == "clean":
+            clean = self._score(features, centres.detach())
+            adversarial = clean if attacked is None else self._score(attacked_features, centres.detach())
+        joint = adversary.weight_attack == "joint"
+        climbed = self._value(clean, adversarial, labels)[0] if joint else F.cross_entropy(adversarial, labels)
+        nu = weight_perturbation(climbed, factors, gamma, form="normalised" if joint else "plain")
+
+        # ---- at theta + nu
+        images = [query] if attacked is None else [query, attacked]
+        held = (centres, truth, None if adversary.support == "clean" else support)
+        if joint:
+            loss, kl = self._moved({name: p + nu[name] for name, p in factors.items()}, held, images, labels, self.proto.scale)
+            return {"loss": loss, **metrics, "kl": kl.detach()}
+        # A learns from the loss with A alone moved, B likewise: each pass gives a gradient to its own kind.
+        only_A = {name: p + nu[name] if name.endswith("lora_A") else p.detach() for name, p in factors.items()}
+        only_B = {name: p + nu[name] if name.endswith("lora_B") else p.detach() for name, p in factors.items()}
+        loss, kl = self._moved(only_A, held, images, labels, self.proto.scale)
+        second, _ = self._moved(only_B, (centres.detach(), *held[1:]), images, labels, self.proto.scale.detach())
+        return {"loss": loss + second - second.detach(), **metrics, "kl": kl.detach()}
+
+    def collapsed(self, step: int) -> None:
+        """UserError when the last episodes all had a flat prediction; asks the device, so call it now and then."""
+        if int(self.flat) >= PATIENCE:
+            raise UserError(
+                f"train: collapsed to the uniform prediction (seen at step {step}, {int(self.flat)} episodes in a row): the "
+                "adversary is too strong for so short a training. Lower train.lr, pool.weight or this level, or raise "
+                "pool.warmup and train.warmup."
+            )
+
+    def _attack_input(self, query: Tensor, clean: Tensor, centres: Tensor, number: int, strength: float) -> Tensor | None:
+        adversary = self.adversary
+        generator = torch.Generator().manual_seed(mix_seed(adversary.seed, "attack", number))
+        drawn = int(torch.randint(len(adversary.epsilons), (1,), generator=generator))
+        epsilon = strength * adversary.epsilons[drawn]
+        if epsilon == 0:
+            return None
+        # With every parameter detached, backward runs to the images alone.
+        fixed = {name: p.detach() for name, p in self.proto.backbone.named_parameters()}
+        middle, scale = centres.detach(), self.proto.scale.detach()
+        return pyramid_attack(
+            lambda images: cosine_logits(functional_call(self.proto.backbone, fixed, (images,)), middle, scale),
+            query, epsilon=epsilon, step_size=adversary.step_ratio * epsilon, steps=adversary.steps, levels=adversary.pyramid,
+            init=adversary.init, generator=generator, clean_logits=clean,
+        )
+
+    def _moved(
+        self, moved: Mapping[str, Tensor], held: tuple[Tensor, Tensor, Tensor | None], images: list[Tensor], labels: Tensor,
+        scale: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and KL with the parameters in `moved` replaced; the prototypes are recomputed when the support is given."""
+        centres, truth, support = held
+        parts = images if support is None else [support, *images]
+        features = functional_call(self.proto.backbone, dict(moved), (torch.cat(parts),)).split([len(part) for part in parts])
+        if support is not None:
+            centres, features = prototypes(features[0], truth), features[1:]
+        return self._value(cosine_logits(features[0], centres, scale), cosine_logits(features[-1], centres, scale), labels)
+
+    def _score(self, features: Tensor, centres: Tensor) -> Tensor:
+        return cosine_logits(features, centres, self.proto.scale)
+
+    def _value(self, clean: Tensor, adversarial: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and its KL term; gradients reach both branches."""
+        return trades(clean, adversarial, labels, self.adversary.weight, self.adversary.kl)
+
+    @torch.no_grad()
+    def _watch(self, clean: Tensor) -> None:
+        surest = clean.float().softmax(1).max()
+        self.flat.copy_(torch.where(surest - 1 / clean.shape[1] < FLAT, self.flat + 1, torch.zeros_like(self.flat)))
+
+
+def trades(clean: Tensor, adversarial: Tensor, labels: Tensor, weight: float, kl: str = "clean_adv") -> tuple[Tensor, Tensor]:
+    """CE(clean, labels) + weight * mean KL, and that KL (Zhang et al., arXiv 1901.08573); logits (m, k), labels (m,).
+
+    kl: "clean_adv" is KL(p(clean) || p(adversarial)), "adv_clean" the reverse. Gradients reach both logits.
+    """
+    ours, theirs = F.log_softmax(clean.float(), 1), F.log_softmax(adversarial.float(), 1)
+    first, second = (ours, theirs) if kl == "clean_adv" else (theirs, ours)
+    distance = F.kl_div(second, first, reduction="batchmean", log_target=True)
+    return F.nll_loss(ours, labels) + weight * distance, distance
+
+
+def _is_factor(name: str) -> bool:
+    return name.rsplit(".", 1)[-1] in ("lora_A", "lora_B")
+
+
+@torch.no_grad()
+def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.argmax(1) == labels).float().mean()

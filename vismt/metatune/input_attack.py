@@ -1,0 +1,121 @@
+"""The pyramid attack: one bounded change per cell of several grids, coarse ones multiplied (Herrmann et al., arXiv 2111.15121).
+
+    compose(x, d):  for each level l:  x <- clamp(x + m_l * nearest(d_l), lo, hi)
+    T times:        d_l <- clamp(d_l + alpha * sign(dJ / dd_l), -eps, eps),    J = sum_q KL(p(x_q) || p(compose(x, d)_q))
+
+AMT (Yang, Liu, Wei, NeurIPS 2024) makes its training queries with it: grids of 4 and 8 cells a side and single pixels,
+multipliers 20, 10 and 1. The released code fixes the grids for 128 pixels and applies no delta; here cells follow the
+image. The paper prints a cross-entropy with labels; the code's KL needs none and is what we follow. The target p(x) is
+computed once, by the released code once more in every step. One level (None, 1.0) is plain PGD on the KL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vismt.errors import UserError, near
+
+Levels = Sequence[tuple[int | None, float]]
+
+PYRAMID: Levels = ((4, 20.0), (8, 10.0), (None, 1.0))
+STARTS = ("uniform", "normal", "zero")
+SCALE = 1024.0  # of the objective: its gradient is used by sign alone, and small ones must survive half precision
+
+
+def pyramid_attack(
+    logits_fn: Callable[[Tensor], Tensor], images: Tensor, *, epsilon: float, step_size: float, steps: int = 2,
+    levels: Levels = PYRAMID, init: str = "uniform", mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None, generator: torch.Generator | None = None,
+    clean_logits: Tensor | None = None,
+) -> Tensor:
+    """Images (m, c, h, w) that move the predictions of `logits_fn` away from those of the clean `images`.
+
+    logits_fn: images -> logits (m, k); a query's logits must not depend on the other queries. epsilon, step_size: bound
+    and step of every cell's change in pixel units of [0, 1]. levels: (cells a side, multiplier); None is one cell a
+    pixel. A pixel moves by at most epsilon times the sum of the multipliers (31 with the defaults) and stays in [0, 1].
+    init: "uniform" in +-epsilon, "normal" (0.001 N(0, 1) in the images' units) or "zero", where the KL has no gradient
+    but rounding noise. mean, std: per channel, when `images` are normalised by them; the budget is still in pixels.
+    generator: of the start, None seeds one with 0. clean_logits: `logits_fn(images)` where the caller has them.
+
+    Returns a detached tensor of the images' shape, dtype and device; epsilon 0 gives the images back. No parameter gets
+    a gradient. Raises UserError for a budget, a level or a start that is none, and for mean without std.
+    """
+    _check(images, epsilon, step_size, steps, levels, init, mean, std)
+    images = images.detach()
+    if epsilon == 0:
+        return images.clone()
+    unit, low, high = _box(images, mean, std)
+    bound = epsilon * unit
+    deltas = [_start(images, cells, bound, init, generator) for cells, _ in levels]
+    if clean_logits is None:
+        with torch.no_grad():
+            clean_logits = logits_fn(images)
+    target = F.log_softmax(clean_logits.detach().float(), dim=-1)
+    for _ in range(steps):
+        with torch.enable_grad():
+            leaves = [delta.requires_grad_(True) for delta in deltas]
+            found = F.log_softmax(logits_fn(_compose(images, leaves, levels, low, high)).float(), dim=-1)
+            gain = F.kl_div(found, target, reduction="sum", log_target=True)
+            gradients = torch.autograd.grad(SCALE * gain, leaves)
+        with torch.no_grad():
+            deltas = [
+                torch.clamp(delta + step_size * unit * gradient.sign(), -bound, bound)
+                for delta, gradient in zip(leaves, gradients)
+            ]
+    with torch.no_grad():
+        return _compose(images, deltas, levels, low, high)
+
+
+def _compose(images: Tensor, deltas: Sequence[Tensor], levels: Levels, low: Tensor, high: Tensor) -> Tensor:
+    for delta, (_, multiplier) in zip(deltas, levels):
+        spread = delta if delta.shape == images.shape else F.interpolate(delta, size=images.shape[-2:], mode="nearest")
+        images = torch.clamp(images + multiplier * spread, low, high)
+    return images
+
+
+def _start(
+    images: Tensor, cells: int | None, bound: Tensor, init: str, generator: torch.Generator | None
+) -> Tensor:
+    """(m, c, cells, cells); drawn on the generator's device in fp32, so the same numbers come on every device."""
+    shape = (*images.shape[:2], *(images.shape[-2:] if cells is None else (cells, cells)))
+    if init == "zero":
+        return images.new_zeros(shape)
+    generator = generator if generator is not None else torch.Generator().manual_seed(0)
+    if init == "normal":
+        drawn = torch.randn(shape, generator=generator, device=generator.device)
+        return torch.clamp(0.001 * drawn.to(images), -bound, bound)
+    drawn = torch.rand(shape, generator=generator, device=generator.device)
+    return bound * (2 * drawn - 1).to(images)
+
+
+def _box(images: Tensor, mean: object, std: object) -> tuple[Tensor, Tensor, Tensor]:
+    """What one pixel unit, 0 and 1 are in the images' own units: (1, 1, 1, 1) or (1, c, 1, 1)."""
+    if mean is None:
+        return images.new_ones(1, 1, 1, 1), images.new_zeros(1, 1, 1, 1), images.new_ones(1, 1, 1, 1)
+    centre, spread = (torch.as_tensor(values).to(images).view(1, -1, 1, 1) for values in (mean, std))
+    return 1 / spread, -centre / spread, (1 - centre) / spread
+
+
+def _check(
+    images: Tensor, epsilon: float, step_size: float, steps: int, levels: Levels, init: str, mean: object, std: object
+) -> None:
+    if images.ndim != 4 or not images.is_floating_point():
+        raise UserError(f"pyramid attack: images are {images.dtype} {tuple(images.shape)}, needed floating (m, c, h, w).")
+    if not 0 <= epsilon <= 1 or not (step_size > 0 or epsilon == 0) or steps < 1:
+        raise UserError(
+            f"pyramid attack: epsilon {epsilon}, step_size {step_size}, steps {steps}: need 0 <= epsilon <= 1 and "
+            "step_size > 0 in pixel units of [0, 1] (8/255, not 8), and steps >= 1."
+        )
+    if not levels or any((cells is not None and not 1 <= cells <= min(images.shape[-2:])) or m <= 0 for cells, m in levels):
+        raise UserError(
+            f"pyramid attack: levels {levels} on {images.shape[-2]} x {images.shape[-1]} images: give (cells a side, "
+            "multiplier > 0) with cells from 1 to the smaller side, or None for one a pixel."
+        )
+    if init not in STARTS:
+        raise UserError(f"pyramid attack: init '{init}'.{near(init, STARTS)}")
+    if (mean is None) != (std is None):
+        raise UserError("pyramid attack: give mean and std together, or neither for pixels in [0, 1].")

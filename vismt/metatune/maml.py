@@ -1,0 +1,249 @@
+"""MAML, first-order MAML and MetaSGD: a start from which a few gradient steps on the support set classify the queries.
+
+    w_0 = w,   w_{j+1} = w_j - a * grad L(w_j; support),   minimised over w (and a in MetaSGD): L(w_J; query)
+
+"maml" differentiates through the steps, "fomaml" takes each step's gradient as a constant, "metasgd" differentiates and
+learns a as well, one rate for each entry of each parameter. L is the mean cross-entropy. Finn et al., arXiv 1703.03400;
+Li et al., arXiv 1707.09835 (who draw the first rates at random; here they start at inner_lr).
+
+Two engines of equal numbers: "func" is our own, on torch.func; "learn2learn" runs the library with what it needs here:
+attention by the plain kernel, which has a second derivative, frozen parameters passed over, buffers that a task may not
+change. Parameters that require a gradient when the learner comes in are adapted, the others (a frozen backbone under
+low-rank factors) never. Buffers, such as the statistics of batch norm, follow the mode: meta-training updates the
+learner's own in every forward pass, support and query alike; `classifier` works on copies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import skip_init
+
+from vismt.errors import UserError, near
+from vismt.lowrank.inject import record_of
+from vismt.lowrank.store import adapter_tensors, check_tensors
+from vismt.metatune.functional import Functional
+from vismt.metatune.objective import EpisodeObjective
+
+ALGORITHMS = ("maml", "fomaml", "metasgd")
+ENGINES = ("func", "learn2learn")
+Tensors = dict[str, Tensor]
+Loss = Callable[[nn.Module, Tensors], Tensor]  # of the support set, by the module with these tensors in place of its own
+
+
+@dataclass(frozen=True)
+class MamlSettings:
+    """algorithm: maml, fomaml or metasgd. inner_lr: a (its start in metasgd). inner_steps: J. engine: func or learn2learn."""
+
+    algorithm: str = "maml"
+    inner_lr: float = 0.01
+    inner_steps: int = 5
+    engine: str = "func"
+
+
+def check(settings: MamlSettings) -> None:
+    """Values that no type can exclude."""
+    if settings.algorithm not in ALGORITHMS:
+        raise UserError(f"maml.algorithm: '{settings.algorithm}'.{near(settings.algorithm, ALGORITHMS)}")
+    if settings.engine not in ENGINES:
+        raise UserError(f"maml.engine: '{settings.engine}'.{near(settings.engine, ENGINES)}")
+    if not 0 < settings.inner_lr < math.inf:
+        raise UserError(f"maml.inner_lr: {settings.inner_lr}; it must be positive.")
+    if settings.inner_steps < 1:
+        raise UserError(f"maml.inner_steps: {settings.inner_steps}; it must be at least 1.")
+
+
+class LinearLearner(nn.Module):
+    """The usual learner: a backbone and a linear head of `ways` outputs. Images (b, 3, h, w) in [0, 1] -> logits (b, ways).
+
+    backbone: images -> features (b, d); width: d, by default the backbone's attribute `width`. The head starts as nn.Linear
+    does, uniform within 1 / sqrt(d), from `seed`, its bias at zero; float32 where the backbone is in half precision.
+    Raises UserError for ways < 2 and an unknown width.
+    """
+
+    def __init__(self, backbone: nn.Module, ways: int, *, width: int | None = None, seed: int = 0) -> None:
+        super().__init__()
+        width = getattr(backbone, "width", None) if width is None else width
+        if not isinstance(width, int):
+            raise UserError(f"maml: {type(backbone).__name__} does not tell the width of its features: pass width=.")
+        if ways < 2:
+            raise UserError(f"maml: a learner of {ways} ways has nothing to tell apart: ways must be at least 2.")
+        self.backbone, self.seed = backbone, seed
+        reference = next(backbone.parameters(), torch.empty(0))
+        kind = torch.float64 if reference.dtype == torch.float64 else torch.float32
+        self.head = skip_init(nn.Linear, width, ways, device=reference.device, dtype=kind)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The head's start values, a function of the seed."""
+        generator = torch.Generator().manual_seed(self.seed)
+        ways, width = self.head.weight.shape
+        self.head.weight.copy_((2 * torch.rand(ways, width, generator=generator) - 1) / math.sqrt(width))
+        self.head.bias.zero_()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone(images).to(self.head.weight.dtype))
+
+
+class MamlNet(nn.Module):
+    """A learner and its inner loop. learner: images (b, 3, h, w) -> logits (b, N), N fixed; it is held, not copied.
+
+    What is adapted is settled here: the learner's parameters that require a gradient now. rates: MetaSGD's learned rates,
+    one Parameter of the same shape for each of them, in their order; empty in the other algorithms.
+    Raises UserError for bad settings, a missing learn2learn, a compiled learner and one without a trainable parameter.
+    """
+
+    def __init__(self, learner: nn.Module, settings: MamlSettings) -> None:
+        super().__init__()
+        check(settings)
+        _refuse_compiled(learner)
+        if settings.engine == "learn2learn":
+            _learn2learn()
+        trainable = {name: value for name, value in learner.named_parameters() if value.requires_grad}
+        if not trainable:
+            raise UserError(f"maml: nothing is trainable in {type(learner).__name__}: the inner loop needs a parameter to move.")
+        self.learner, self.settings, self.adapted = learner, settings, tuple(trainable)
+        learned = trainable.values() if settings.algorithm == "metasgd" else ()
+        self.rates = nn.ParameterList(nn.Parameter(torch.empty_like(value)) for value in learned)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Every learned rate to inner_lr; the learner is left alone."""
+        for rate in self.rates:
+            nn.init.constant_(rate, self.settings.inner_lr)
+
+    def forward(self, support_images: Tensor, support_labels: Tensor, query_images: Tensor) -> Tensor:
+        """(s, 3, h, w), (s,) and (M, 3, h, w) -> logits (M, N) after the inner loop; gradients reach the start and the rates."""
+        adapted = self._adapt(support_images, support_labels, {}, attached=torch.is_grad_enabled())
+        return functional_call(self.learner, adapted, (query_images,))
+
+    def classifier(self, support_images: Tensor, support_labels: Tensor) -> Functional:
+        """The query classifier of one task, adapted in the learner's present mode; nothing of the learner changes.
+
+        The whole support set is one batch of every inner step. Works under no_grad, too.
+        """
+        buffers = {name: value.detach().clone() for name, value in self.learner.named_buffers()}
+        adapted = self._adapt(support_images, support_labels, buffers, attached=False)
+        return Functional(self.learner, {**buffers, **adapted})
+
+    def own_tensors(self) -> Tensors:
+        """What a run saves beside the adapter: adapted parameters that no adapter file holds, and rates by parameter."""
+        held = {
+            f"{path}.{name}".lstrip(".")
+            for path, module in self.learner.named_modules() if record_of(module) is not None
+            for name in adapter_tensors(module)
+        }
+        own = dict(self.learner.named_parameters())
+        tensors = {name: own[name] for name in self.adapted if name not in held}
+        return tensors | {f"rates.{name}": rate for name, rate in zip(self.adapted, self.rates)}
+
+    @torch.no_grad()
+    def load_own_tensors(self, tensors: Mapping[str, Tensor], what: str) -> None:
+        """Copy `own_tensors` of a like net in. what: names the source in the UserError for one that does not fit."""
+        own = self.own_tensors()
+        check_tensors(what, {name: tuple(value.shape) for name, value in own.items()}, tensors)
+        for name, value in own.items():
+            value.copy_(tensors[name])
+
+    def _adapt(self, images: Tensor, labels: Tensor, buffers: Tensors, *, attached: bool) -> Tensors:
+        """The adapted parameters after the inner loop. attached: with the graph back to the start and to the rates."""
+        if labels.shape != images.shape[:1] or not len(labels):
+            seen = f"images {tuple(images.shape)}, labels {tuple(labels.shape)}"
+            raise UserError(f"maml: support of {seen}: need (s, 3, h, w) and (s,), s > 0.")
+        ways = int(labels.max()) + 1
+
+        def loss(module: nn.Module, tensors: Tensors) -> Tensor:
+            logits = functional_call(module, tensors, (images,))
+            if logits.ndim != 2 or logits.shape[1] != ways:
+                outputs = logits.shape[1] if logits.ndim == 2 else tuple(logits.shape)
+                raise UserError(
+                    f"maml: the episode has {ways} ways, the learner {outputs} outputs, a fixed number: draw episodes of as "
+                    f"many ways, or build the learner with ways={ways}."
+                )
+            return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels)
+
+        rates = [rate if attached else rate.detach() for rate in self.rates] or [self.settings.inner_lr] * len(self.adapted)
+        second_order = attached and self.settings.algorithm != "fomaml"
+        steps = self._func_steps if self.settings.engine == "func" else self._learn2learn_steps
+        # The fused attention kernels have no second derivative.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if second_order else nullcontext():
+            return steps(loss, rates, buffers, attached, second_order)
+
+    def _func_steps(self, loss: Loss, rates: list, buffers: Tensors, attached: bool, second_order: bool) -> Tensors:
+        own = dict(self.learner.named_parameters())
+        now = {name: own[name] if attached and own[name].requires_grad else own[name].detach() for name in self.adapted}
+        for value in now.values():
+            value.requires_grad_()
+        for _ in range(self.settings.inner_steps):
+            support = loss(self.learner, {**buffers, **now})
+            gradients = torch.autograd.grad(support, list(now.values()), create_graph=second_order, allow_unused=True)
+            now = {
+                name: value if gradient is None else value - rate * gradient
+                for (name, value), rate, gradient in zip(now.items(), rates, gradients)
+            }
+        return now
+
+    def _learn2learn_steps(self, loss: Loss, rates: list, buffers: Tensors, attached: bool, second_order: bool) -> Tensors:
+        library = _learn2learn()
+        with torch.set_grad_enabled(attached):
+            clone = library.clone_module(self.learner)
+        for name, value in clone.named_parameters():
+            if name in self.adapted and not value.requires_grad:
+                value.requires_grad_()
+        # Without both flags a frozen parameter ends in an UnboundLocalError.
+        flags = {"first_order": not second_order, "allow_unused": True, "allow_nograd": True}
+        maml = library.algorithms.MAML(clone, self.settings.inner_lr, **flags)
+        for _ in range(self.settings.inner_steps):
+            if not self.rates:
+                maml.adapt(loss(clone, buffers))
+                continue
+            # The library's MetaSGD takes no frozen parameter and moves shared weights apart; its MAML update does neither.
+            moved = {name: value for name, value in clone.named_parameters() if name in self.adapted}
+            support = loss(clone, buffers)
+            found = torch.autograd.grad(support, list(moved.values()), create_graph=second_order, allow_unused=True)
+            updates = {name: rate * g for name, rate, g in zip(moved, rates, found) if g is not None}
+            library.algorithms.maml.maml_update(clone, 1.0, [updates.get(name) for name, _ in clone.named_parameters()])
+        now = dict(clone.named_parameters())
+        return {name: now[name] for name in self.adapted}
+
+
+class MamlObjective(EpisodeObjective):
+    """objective(batch) -> {"loss", "accuracy"} of the queries after the inner loop, for a batch of `EpisodeBatches`.
+
+    `proto` is the MamlNet: with the learner's trainable parameters, MetaSGD's rates are parameters of the objective.
+    """
+
+    def __init__(self, learner: nn.Module, settings: MamlSettings) -> None:
+        super().__init__(MamlNet(learner, settings))
+
+
+def _refuse_compiled(learner: nn.Module) -> None:
+    for path, module in learner.named_modules():
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            raise UserError(
+                f"maml: '{path or type(learner).__name__}' is compiled: torch.compile has no second derivative and its "
+                "modules cannot be cloned; pass the learner as it was before torch.compile."
+            )
+
+
+def _learn2learn() -> ModuleType:
+    try:
+        with redirect_stderr(StringIO()):  # gym, which it imports, prints a notice about itself
+            import learn2learn
+    except ImportError as error:
+        raise UserError(
+            'maml.engine: \'learn2learn\' needs learn2learn: pip install "vismt[meta]" (Python 3.11 or later: pip install -r '
+            f"requirements.txt), or use engine 'func', which computes the same ({error})."
+        ) from error
+    return learn2learn

@@ -1,0 +1,190 @@
+"""Test-time merging: a task's support set weighs the experts of a pool (AMT: Yang, Liu, Wei, NeurIPS 2024).
+
+    C_i = mean_k mean_{s: y_s = k} cos(f_i(x_s), p_ik)                                      compactness
+    V_i = mean_k mean_{s: y_s = k} 1/(N-1) sum_{j != k} cos(f_i(x_s), p_ij)                 divergence
+    score_i = balance * C_i - (1 - balance) * V_i,     zeta = softmax(beta * score) over the top-k scores, 0 elsewhere
+
+One zeta a task for all sites, then prototypes of the clean support under W(zeta); queries never enter. As in paper and
+code the scored image is part of its own prototype, so at one shot and without augmentation every C_i is 1. The paper's V
+lacks 1/(N-1), which would tie the meaning of `balance` to N. The code scores augmented images (DiffAugment, two
+forwards an expert); the paper does not, nor do we unless asked. Trimming keeps the leading singular values of chosen
+*merged* weights, exactly (the code: an unseeded randomised SVD).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vismt.errors import UserError, near
+from vismt.lowrank.init import principal
+from vismt.lowrank.targets import check_patterns, pattern_value
+from vismt.metatune.diffaugment import diff_augment
+from vismt.metatune.functional import Functional
+from vismt.metatune.pool import ExpertPool
+from vismt.metatune.protonet import PrototypeClassifier, cosine_logits, prototypes
+
+STRATEGIES = ("merge", "average", "logits", "min_ce", "expert")
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """strategy: merge (the method), average (zeta = 1/P), logits (mean of the experts' logits), min_ce (the expert with
+    the least cross-entropy on the support), expert (the one called `expert`).
+
+    beta: sharpness, >= 0. balance: weight of compactness in [0, 1] (the paper's lambda). top_k: experts kept. augment:
+    score augmented support images, drawn from `seed`. trim: {path pattern of adapted modules: share of the singular
+    values kept, in (0, 1]}.
+    """
+
+    strategy: str = "merge"
+    beta: float = 1.0
+    balance: float = 0.6
+    top_k: int = 2
+    augment: bool = False
+    trim: Mapping[str, float] = field(default_factory=dict)
+    expert: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise UserError(f"merging.strategy: '{self.strategy}'.{near(self.strategy, STRATEGIES)}")
+        if not (0 <= self.beta < float("inf") and 0 <= self.balance <= 1 and self.top_k >= 1):
+            raise UserError(
+                f"merging: beta {self.beta}, balance {self.balance}, top_k {self.top_k}: need beta >= 0, balance in [0, 1], "
+                "top_k >= 1."
+            )
+        for pattern, share in self.trim.items():
+            if not 0 < share <= 1:
+                raise UserError(f"merging.trim['{pattern}']: {share}; keep a share in (0, 1] of the singular values.")
+
+
+def expert_scores(cosines: Tensor, labels: Tensor, balance: float = 0.6) -> tuple[Tensor, Tensor, Tensor]:
+    """(scores, compactness, divergence), each (P,), of cosines (P, S, N) between support images and prototypes.
+
+    labels (S,) integers 0..N-1, N >= 2, every class present; classes weigh the same whatever their shots. balance in
+    [0, 1] is the weight of compactness. fp32, or fp64 for fp64. Raises UserError when the shapes or labels do not fit.
+    """
+    if cosines.ndim != 3 or labels.shape != cosines.shape[1:2] or cosines.shape[2] < 2:
+        seen = f"cosines {tuple(cosines.shape)}, labels {tuple(labels.shape)}"
+        raise UserError(f"expert scores: {seen}: need (P, S, N) with N > 1 and (S,).")
+    wide = cosines if cosines.dtype == torch.float64 else cosines.float()
+    ways = wide.shape[2]
+    if not 0 <= int(labels.min()) <= int(labels.max()) < ways:
+        raise UserError(f"expert scores: labels run to {int(labels.max())} for {ways} prototypes.")
+    members = F.one_hot(labels.long(), ways).to(wide)
+    counts = members.sum(0)
+    if not bool(counts.all()):
+        raise UserError(f"expert scores: no support image of class {int((counts == 0).nonzero()[0])} of {ways}.")
+    share = members / counts / ways  # (S, N): an image's weight, in its own class's column
+    own = (wide * share).sum((1, 2))
+    others = (wide.sum(2) * share.sum(1)).sum(1) - own
+    divergence = others / (ways - 1)
+    return balance * own - (1 - balance) * divergence, own, divergence
+
+
+def mixture_weights(scores: Tensor, beta: float = 1.0, top_k: int = 2) -> Tensor:
+    """zeta (P,) from scores (P,): softmax(beta * score) over the `top_k` highest, zero elsewhere; equal scores: the first."""
+    if scores.ndim != 1 or top_k < 1 or not len(scores):
+        raise UserError(f"mixture: scores {tuple(scores.shape)}, top_k {top_k}: need (P,) with P > 0 and top_k >= 1.")
+    kept = torch.sort(scores, descending=True, stable=True).indices[:top_k]
+    zeta = torch.zeros_like(scores)
+    zeta[kept] = torch.softmax(beta * scores[kept], 0)
+    return zeta
+
+
+class PoolNet(nn.Module):
+    """A pool as a task of the protocol: `classifier(support, labels)` decides the mixture once and freezes it."""
+
+    def __init__(self, pool: ExpertPool, settings: MergeSettings) -> None:
+        super().__init__()
+        self.pool, self.settings = pool, settings
+        if settings.strategy == "expert":
+            pool.index(str(settings.expert))
+        check_patterns("merging.trim", settings.trim, [site.path for site in pool.sites])
+
+    @torch.no_grad()
+    def classifier(self, support_images: Tensor, support_labels: Tensor, *, batch: int = 256) -> nn.Module:
+        """Images in [0, 1] -> logits (b, N); its `mixture` (P,) is the zeta in use. The pool is left as it was."""
+        strategy, pool = self.settings.strategy, self.pool
+        if strategy == "logits":
+            own = [pool.expert_weights(index) for index in range(len(pool))]
+            return LogitAverage([self._task(weights, support_images, support_labels, batch) for weights in own])
+        if strategy in ("average", "expert"):
+            zeta = pool.uniform() if strategy == "average" else self._one(pool.index(str(self.settings.expert)))
+        elif len(pool) == 1:
+            zeta = pool.uniform()
+        else:
+            zeta = self._route(support_images, support_labels, batch)
+        task = self._task(self.weights(zeta), support_images, support_labels, batch)
+        task.register_buffer("mixture", zeta, persistent=False)
+        return task
+
+    def weights(self, zeta: Tensor) -> dict[str, Tensor]:
+        """W(zeta) by parameter name, trimmed where the settings say so."""
+        single = zeta.nonzero()[:, 0].tolist()
+        made = dict(self.pool.expert_weights(single[0])) if len(single) == 1 else self.pool.weights(zeta)
+        for site in self.pool.sites if self.settings.trim else ():
+            share = pattern_value(site.path, self.settings.trim, None)
+            if share is not None:
+                made[f"vit.{site.path}.weight"] = trim(made[f"vit.{site.path}.weight"], share)
+        return made
+
+    def cosines(self, support_images: Tensor, support_labels: Tensor, batch: int = 256) -> Tensor:
+        """(P, S, N) between the support as it is scored and each expert's own prototypes of the clean support."""
+        scored, backbone = support_images, self.pool.backbone
+        if self.settings.augment:
+            generator = torch.Generator().manual_seed(self.settings.seed)
+            scored = diff_augment(support_images, generator, mean=backbone.mean, std=backbone.std)
+        found = []
+        for index in range(len(self.pool)):
+            expert = Functional(backbone, self.pool.expert_weights(index))
+            clean = _features(expert, support_images, batch)
+            features = clean if scored is support_images else _features(expert, scored, batch)
+            found.append(cosine_logits(features, prototypes(clean, support_labels), 1.0))
+        return torch.stack(found)
+
+    def _route(self, support: Tensor, labels: Tensor, batch: int) -> Tensor:
+        cosines = self.cosines(support, labels, batch)
+        if self.settings.strategy == "min_ce":
+            losses = [F.cross_entropy(self.pool.scale * one, labels) for one in cosines]
+            return self._one(int(torch.stack(losses).argmin()))
+        scores = expert_scores(cosines, labels, self.settings.balance)[0]
+        return mixture_weights(scores, self.settings.beta, self.settings.top_k)
+
+    def _one(self, index: int) -> Tensor:
+        return F.one_hot(torch.tensor(index), len(self.pool)).to(self.pool.uniform())
+
+    def _task(self, weights: Mapping[str, Tensor], support: Tensor, labels: Tensor, batch: int) -> PrototypeClassifier:
+        backbone = Functional(self.pool.backbone, weights)
+        centres = prototypes(_features(backbone, support, batch), labels)
+        task = PrototypeClassifier(backbone, centres, torch.tensor(self.pool.scale).to(centres))
+        task.training = self.training
+        return task
+
+
+class LogitAverage(nn.Module):
+    """The mean of several classifiers' logits: the ensemble that merging is compared with, at P times its query cost."""
+
+    def __init__(self, classifiers: list[PrototypeClassifier]) -> None:
+        super().__init__()
+        self.classifiers = nn.ModuleList(classifiers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.stack([classifier(images) for classifier in self.classifiers]).mean(0)
+
+
+def trim(weight: Tensor, share: float) -> Tensor:
+    """The best approximation of a weight, as a matrix (o, i), by int(min(o, i) * share) singular values, at least one."""
+    matrix = weight.flatten(1)
+    rank = max(1, int(min(matrix.shape) * share))
+    A, B = principal(matrix, rank, 1.0, generator=torch.Generator())
+    return (B @ A).view(weight.shape).to(weight.dtype)
+
+
+def _features(backbone: nn.Module, images: Tensor, batch: int) -> Tensor:
+    return torch.cat([backbone(part) for part in images.split(batch)])
