@@ -10,7 +10,8 @@ REPORT = ["matplotlib>=3.8"]
 QUICKSTART = ["scikit-image>=0.22", "scikit-learn>=1.3", "onnx>=1.15", *REPORT]
 LLM = ["transformers>=4.46", "peft>=0.13", "gguf>=0.10", "tokenizers"]
 LOG = ["tensorboard>=2.14", "wandb"]
-TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "onnxruntime>=1.17", *QUICKSTART, *LLM]
+METADATASET = ["h5py>=3.8"]
+TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "onnxruntime>=1.17", *QUICKSTART, *LLM, *METADATASET]
 META = ["learn2learn==0.2.0"]
 
 
@@ -55,6 +56,7 @@ setup(
     ],
     extras_require={
         "meta": META,
+        "metadataset": METADATASET,
         "llm": LLM,
         "quickstart": QUICKSTART,
         "report": REPORT,

@@ -64,19 +64,26 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--out", type=Path, default=Path("runs"), help="where run folders are made (runs)")
     add("evaluate", _evaluate, "evaluate a run folder and write its report").add_argument("run", type=Path)
     _attack_options(add("attack", _attack, "attack a run folder, or any timm classifier with --model and --data"))
-    add("merge", _merge, "write the merged stock model of a run folder").add_argument("run", type=Path)
+    made = add("merge", _merge, "write the merged stock model of a run folder")
+    made.add_argument("run", type=Path)
+    made.add_argument("--expert", help="of a pool: the label of one expert, or average")
+    made = add("pool", _pool, "assemble experts that were trained apart into one pool folder")
+    made.add_argument("action", choices=("assemble",))
+    made.add_argument("experts", type=Path, nargs="+", help="run folders, adapter folders or pools")
+    made.add_argument("--to", type=Path, required=True, help="the pool folder to write")
     made = add("export", _export, "export a run's model: timm, transformers or peft")
     made.add_argument("run", type=Path)
     made.add_argument("--format", default="timm", help="timm, transformers or peft (timm)")
     made.add_argument("--to", type=Path, default=None, help="target folder (RUN/export-FORMAT)")
+    made.add_argument("--expert", help="of a pool: the label of one expert (or average, for timm)")
     made = add("data", _data, "list the data cards, check a set's counts and hashes, or fetch it")
     made.add_argument("action", choices=("list", "check", "prepare"))
     made.add_argument("name", nargs="*", help="card names or paths")
     made = add("assets", _assets, "list the weights that have a card, or get them")
     made.add_argument("action", choices=("list", "get"))
     made.add_argument("name", nargs="*", help="asset names")
-    made = add("bench", _bench, "time the core against peft in one process")
-    made.add_argument("what", choices=("core",))
+    made = add("bench", _bench, "time the core against peft, or AMT against its released form, in one process")
+    made.add_argument("what", choices=("core", "amt"))
     made.add_argument("--rounds", type=int, default=9)
     made.add_argument("--device", default="cpu")
     add("list", _list, "list methods, jobs, data cards and assets")
@@ -166,13 +173,21 @@ def _attack(options: argparse.Namespace) -> None:
 def _merge(options: argparse.Namespace) -> None:
     from vismt.engine.run import open_run
 
-    console.stage("merged", str(open_run(options.run).merge()))
+    console.stage("merged", str(open_run(options.run).merge(options.expert)))
 
 
 def _export(options: argparse.Namespace) -> None:
     from vismt.engine.run import open_run
 
-    console.stage("export", str(open_run(options.run).export(options.format, options.to)))
+    console.stage("export", str(open_run(options.run).export(options.format, options.to, options.expert)))
+
+
+def _pool(options: argparse.Namespace) -> None:
+    from vismt.engine.experts import find_experts
+    from vismt.metatune.pool import assemble
+
+    experts = [expert for folder in options.experts for expert in find_experts(folder)]
+    console.stage("pool", f"{assemble(experts, options.to)}   {', '.join(expert.label for expert in experts)}")
 
 
 def _data(options: argparse.Namespace) -> int:
@@ -206,9 +221,9 @@ def _assets(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from vismt.bench import core
+    from vismt.bench import amt, core
 
-    for result in core.run(options.rounds, options.device):
+    for result in {"core": core, "amt": amt}[options.what].run(options.rounds, options.device):
         console.block(str(result))
 
 

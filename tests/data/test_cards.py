@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from vismt.data.cards import FolderSource, TorchvisionSource, list_cards, load_card
+from vismt.data.cards import list_cards, load_card
+from vismt.data.kinds import FolderSource, TorchvisionSource
 from vismt.data.torchvision_door import door_of
 from vismt.errors import UserError
 from vismt.paths import shipped
 
+META = "  - {kind: meta_dataset, root: x, splits: {test: null}, classes_per_split: {tset: 9}}"
+TABLE = "  - {kind: table, root: x, table: t.csv, folders: [in], column: image, keep: [a, b], splits: {all: 3}}"
+LISTS = "  - {kind: filelist, root: x, splits: {novel: 3}, classes_per_split: {novel: 1}}"
 FOLDER = '  - {kind: folder, root: pets, layout: "{class}", splits: {all: 3}}'
 
 
@@ -21,7 +25,9 @@ def test_no_init_py_under_datasets():
 def test_shipped_card_is_complete(name):
     card = load_card(name)
     assert card.name == name
-    assert card.citation and card.how_to_get and card.notes and card.tasks and card.images
+    assert card.citation and card.how_to_get and card.notes and card.tasks
+    # How many images a set has may be unknown only where its copies differ, and then no split states a number.
+    assert card.images or all(count is None for source in card.sources for count in source.splits.values())
     for source in card.sources:
         if source.manifest:
             assert (card.folder / source.manifest).is_file()
@@ -67,6 +73,14 @@ def test_card_by_file_and_by_folder(write_card):
         (FOLDER.replace("all: 3", "all: 0"), "", "a count is at least 1"),
         (FOLDER.replace("{all: 3}", "{}"), "", "'splits' is empty"),
         ("  - {kind: arrays, root: x, file: ../../x.npz, splits: {all: 1}}", "", "'../../x.npz' must be a relative path"),
+        (META, "", "no split 'tset'. Near: 'test'"),
+        (META.replace("tset", "test").replace("9", "-1"), "", "'classes_per_split' must hold counts"),
+        (META.replace("tset", "test").replace("9}", "9}, hierarchy: node"), "", "hierarchy 'node' is not known. Near: 'nodes'"),
+        (TABLE.replace("t.csv", "../t.csv"), "", "'../t.csv' must be a relative path"),
+        (TABLE.replace("[in]", "[../in]"), "", "'../in' must be a relative path"),
+        (TABLE.replace("[a, b]", "[a, a]"), "", "'keep' names each class once"),
+        (TABLE.replace("all: 3", "train: 3"), "", "a table has the one split 'all'"),
+        (LISTS.replace("novel: 1", "nove: 1"), "", "no split 'nove'. Near: 'novel'"),
         ("  []", "", "'sources' must be a list with at least one entry"),
         ("  - [", "", "not readable as YAML"),
     ],

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vismt.data.cards import ArraysSource, Card
+from vismt.data.cards import Card
+from vismt.data.kinds import ArraysSource
 from vismt.data.manifest import digest
 from vismt.data.sources import Loaded, fix, shown_path, verify_classes, verify_counts
 from vismt.errors import UserError

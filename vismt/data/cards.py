@@ -1,4 +1,7 @@
-"""Cards: what a data set is, under which terms, how it lies on disk and where it comes from (datasets/<name>/card.yaml)."""
+"""Cards: what a data set is, under which terms and where it comes from (datasets/<name>/card.yaml).
+
+How it lies on disk is one of the kinds of sources in kinds.py.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vismt.data.kinds import (
+    HIERARCHIES,
+    KINDS,
+    META_SPLITS,
+    DenseSource,
+    FilelistSource,
+    FolderSource,
+    MetaDatasetSource,
+    Source,
+    TableSource,
+    TorchvisionSource,
+)
 from vismt.data.strict import build, inside, read_yaml
 from vismt.errors import UserError, near
 from vismt.paths import shipped
@@ -15,95 +30,6 @@ from vismt.paths import shipped
 SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
 LAYOUTS = ("{class}", "{split}/{class}", "**/{class}", "{split}/**/{class}")
 CARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-
-@dataclass(frozen=True)
-class FolderSource:
-    """Image files in class folders.
-
-    `layout` says where the class folder is: `{class}`, `{split}/{class}`, or with `**/` before `{class}` at any depth.
-    `lists` maps a split to a text file beside the card with one image path (relative to `root`) a line.
-    """
-
-    root: str
-    layout: str
-    splits: dict[str, int | None]
-    lists: dict[str, str] = field(default_factory=dict)
-    classes: int | None = None
-    manifest: str | None = None
-    kind: str = "folder"
-
-
-@dataclass(frozen=True)
-class ArraysSource:
-    """One npz file: `x_<split>`, `y_<split>`; for the single split 'all' `x`, `y`; bits of `x_packed` with `shape`; `classes`."""
-
-    root: str
-    file: str
-    splits: dict[str, int | None]
-    invert: bool = False
-    classes: int | None = None
-    manifest: str | None = None
-    kind: str = "arrays"
-
-
-@dataclass(frozen=True)
-class DigitsSource:
-    """The 1,797 handwritten digits (8 x 8, 17 grey levels) that scikit-learn ships."""
-
-    splits: dict[str, int | None]
-    classes: int | None = None
-    manifest: str | None = None
-    kind: str = "digits"
-
-
-@dataclass(frozen=True)
-class PhotoCropsSource:
-    """Square crops of the photographs that scikit-image ships: `photographs` maps class name to file name."""
-
-    photographs: dict[str, str]
-    crops_per_half: int
-    splits: dict[str, int | None]
-    classes: int | None = None
-    manifest: str | None = None
-    kind: str = "photo_crops"
-
-
-@dataclass(frozen=True)
-class TorchvisionSource:
-    """A class of torchvision.datasets (`dataset`), found in or downloaded to the cache folder under `root`."""
-
-    dataset: str
-    root: str
-    splits: dict[str, int | None]
-    downloads: bool = True
-    classes: int | None = None
-    manifest: str | None = None
-    kind: str = "torchvision"
-
-
-@dataclass(frozen=True)
-class DenseSource:
-    """Images with per-pixel maps. `image` and each folder in `maps` is a pattern with `{split}`; files pair by stem.
-
-    `maps` names are what the map holds: `label` (uint8 class index), `depth_mm` (uint16) or `normal` ((n + 1) * 127 + 1).
-    """
-
-    root: str
-    image: str
-    maps: dict[str, str]
-    splits: dict[str, int | None]
-    void: int | None = None
-    classes: int | None = None
-    manifest: str | None = None
-    kind: str = "dense"
-
-
-Source = FolderSource | ArraysSource | DigitsSource | PhotoCropsSource | TorchvisionSource | DenseSource
-KINDS: dict[str, type] = {
-    cls.kind: cls
-    for cls in (FolderSource, ArraysSource, DigitsSource, PhotoCropsSource, TorchvisionSource, DenseSource)
-}
 
 
 @dataclass(frozen=True)
@@ -158,12 +84,12 @@ def _source(raw: object, shown: str) -> Source:
     if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(f"{shown}: kind {kind!r} is not known.{near(str(kind), KINDS)}")
     source: Source = build(KINDS[kind], raw, f"{shown} ({kind})")
-    for key in ("root", "file", "manifest", "image"):
+    for key in ("root", "file", "manifest", "image", "table"):
         text = getattr(source, key, None)
         if text is not None:
             inside(text, f"{shown}.{key}")
     groups = [getattr(source, name, {}) for name in ("maps", "lists", "photographs")]
-    for text in [text for group in groups for text in group.values()]:
+    for text in [*(text for group in groups for text in group.values()), *getattr(source, "folders", ())]:
         inside(text, shown)
     if not source.splits:
         raise UserError(f"{shown}: 'splits' is empty: name each split and its number of images (null when unknown).")
@@ -174,7 +100,23 @@ def _source(raw: object, shown: str) -> Source:
             raise UserError(f"{shown}: split '{split}' has {count} images; a count is at least 1.")
     if isinstance(source, FolderSource):
         _check_layout(source, shown)
+    if isinstance(source, (MetaDatasetSource, FilelistSource)):
+        _check_classes_per_split(source, shown)
+    if isinstance(source, TableSource) and (list(source.splits) != ["all"] or not 0 < len(set(source.keep)) == len(source.keep)):
+        raise UserError(f"{shown}: a table has the one split 'all', and 'keep' names each class once.")
     return source
+
+
+def _check_classes_per_split(source: MetaDatasetSource | FilelistSource, shown: str) -> None:
+    meta = isinstance(source, MetaDatasetSource)
+    known = META_SPLITS if meta else source.splits
+    strange = next((name for name in (*source.splits, *source.classes_per_split) if name not in known), None)
+    if strange is not None:
+        raise UserError(f"{shown}: no split '{strange}'.{near(strange, known)}")
+    if any(count < 0 for count in source.classes_per_split.values()):
+        raise UserError(f"{shown}: 'classes_per_split' must hold counts of classes.")
+    if meta and source.hierarchy not in (None, *HIERARCHIES):
+        raise UserError(f"{shown}: hierarchy '{source.hierarchy}' is not known.{near(source.hierarchy, HIERARCHIES)}")
 
 
 def _check_layout(source: FolderSource, shown: str) -> None:

@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vismt import console
-from vismt.data import arrays, dense, embedded, folder, torchvision_door
-from vismt.data.cards import (
+from vismt.data import arrays, dense, embedded, filelist, folder, meta_dataset, table, torchvision_door
+from vismt.data.cards import Card, list_cards, load_card
+from vismt.data.images import load_source
+from vismt.data.kinds import (
     ArraysSource,
-    Card,
     DenseSource,
     DigitsSource,
+    FilelistSource,
     FolderSource,
+    MetaDatasetSource,
     PhotoCropsSource,
     Source,
+    TableSource,
     TorchvisionSource,
-    list_cards,
-    load_card,
 )
-from vismt.data.images import load_source
 from vismt.data.manifest import Files, digest, read_manifest
 from vismt.data.sources import candidates, fix, not_found, place, shown_path
 from vismt.errors import UserError
@@ -92,6 +93,12 @@ def source_files(source: Source, base: Path) -> Files:
         return embedded.digits_files(source, base)
     if isinstance(source, PhotoCropsSource):
         return embedded.photo_files(source, base)
+    if isinstance(source, MetaDatasetSource):
+        return meta_dataset.files(source, base)
+    if isinstance(source, TableSource):
+        return table.files(source, base)
+    if isinstance(source, FilelistSource):
+        return filelist.files(source, base)
     return dense.files(source, base) if isinstance(source, DenseSource) else {}
 
 

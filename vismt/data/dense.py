@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vismt.data.cards import Card, DenseSource, load_card
+from vismt.data.cards import Card, load_card
 from vismt.data.decode import DAMAGED, decode_file, is_image_name
+from vismt.data.kinds import DenseSource
 from vismt.data.sources import fix, not_found, place, shown_path, verify_counts
 from vismt.errors import UserError, near
 

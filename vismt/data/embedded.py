@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vismt.data.cards import Card, DigitsSource, PhotoCropsSource
+from vismt.data.cards import Card
 from vismt.data.decode import decode_file
+from vismt.data.kinds import DigitsSource, PhotoCropsSource
 from vismt.data.manifest import digest
 from vismt.data.sources import Loaded, fix, verify_classes, verify_counts
 from vismt.errors import UserError

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from vismt.data.cards import Card, FolderSource
+from vismt.data.cards import Card
 from vismt.data.decode import decode_file, is_image_name
+from vismt.data.kinds import FolderSource
 from vismt.data.manifest import digest
 from vismt.data.sources import Loaded, fix, shown_path, verify_classes, verify_counts
 from vismt.data.strict import inside

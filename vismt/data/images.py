@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 
 from vismt import console
-from vismt.data import arrays, embedded, folder, torchvision_door
-from vismt.data.cards import (
+from vismt.data import arrays, embedded, filelist, folder, meta_dataset, table, torchvision_door
+from vismt.data.cards import Card, load_card
+from vismt.data.kinds import (
     ArraysSource,
-    Card,
     DenseSource,
     DigitsSource,
+    FilelistSource,
     FolderSource,
+    MetaDatasetSource,
     PhotoCropsSource,
     Source,
+    TableSource,
     TorchvisionSource,
-    load_card,
 )
 from vismt.data.sources import Loaded, candidates, not_found, place, shown_path
 from vismt.errors import UserError, near
@@ -33,7 +35,7 @@ class ImageSet:
 
     `labels` is int64 (n,) with values 0..len(classes)-1; `ids` are stable example names; `superclass` is int64
     (n_classes,) into `superclass_names`, or None; `skipped` names the examples left out because they cannot be decoded;
-    `where` says where the copy lies.
+    `where` says where the copy lies; `nodes` lists the class ids below each node of a hierarchy, or None.
     """
 
     name: str
@@ -47,6 +49,7 @@ class ImageSet:
     superclass_names: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     where: str = ""
+    nodes: list[list[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -66,6 +69,12 @@ def load_source(card: Card, source: Source, base: Path, split: str, download: bo
         return embedded.load_digits(card, source, base, split)
     if isinstance(source, PhotoCropsSource):
         return embedded.load_photo_crops(card, source, base, split)
+    if isinstance(source, MetaDatasetSource):
+        return meta_dataset.load(card, source, base, split)
+    if isinstance(source, TableSource):
+        return table.load(card, source, base, split)
+    if isinstance(source, FilelistSource):
+        return filelist.load(card, source, base, split)
     if isinstance(source, TorchvisionSource):
         return torchvision_door.load(card, source, base, split, download)
     raise UserError(f"{card.shown}: is a dense set; open it with open_dense.")
@@ -82,10 +91,14 @@ def _readable_names(card: Card, classes: list[str]) -> list[str]:
     return [str(name) for name in names]
 
 
-def _superclasses(card: Card, classes: list[str]) -> tuple[Tensor | None, list[str]]:
-    if card.superclasses is None:
+def _superclasses(card: Card, loaded: Loaded) -> tuple[Tensor | None, list[str]]:
+    classes = loaded.classes
+    if card.superclasses is None and not loaded.above:
         return None, []
-    if card.superclasses == "prefix":
+    above: dict[str, str]
+    if card.superclasses is None:
+        above = dict(zip(classes, loaded.above, strict=True))
+    elif card.superclasses == "prefix":
         above = {name: name.rpartition("/")[0] for name in classes}
     else:
         above = card.read_json(card.superclasses)
@@ -117,7 +130,7 @@ def _drop_damaged(images: ImageSet) -> ImageSet:
     whole = images.reader
     return ImageSet(
         images.name, images.split, images.classes, labels, [images.ids[i] for i in kept], lambda i: whole(kept[i]),
-        lambda: f"{images.content()}:{skipped}", images.superclass, images.superclass_names, skipped, images.where,
+        lambda: f"{images.content()}:{skipped}", images.superclass, images.superclass_names, skipped, images.where, images.nodes,
     )  # fmt: skip
 
 
@@ -154,9 +167,9 @@ def open_images(
         raise not_found(card, split, root)
     source, base = found
     loaded = load_source(card, source, base, split, download)
-    superclass, names = _superclasses(card, loaded.classes)
+    superclass, names = _superclasses(card, loaded)
     images = ImageSet(
         card.name, split, _readable_names(card, loaded.classes), torch.tensor(loaded.labels, dtype=torch.int64), loaded.ids,
-        loaded.read, loaded.content, superclass, names, where=shown_path(base),
+        loaded.read, loaded.content, superclass, names, where=shown_path(base), nodes=loaded.nodes or None,
     )  # fmt: skip
     return images if on_bad_sample == "error" else _drop_damaged(images)

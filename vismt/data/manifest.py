@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vismt.data.cards import Card, Source
+from vismt.data.cards import Card
 from vismt.data.decode import read_bytes
+from vismt.data.kinds import Source
 from vismt.errors import UserError
 from vismt.lowrank.files import atomic_write
 

@@ -21,6 +21,7 @@ from vismt.paths import cache_root
 
 RECIPE = "bilinear-antialias-shorter-side-centre-crop-1"
 MEMORY_BYTES = 512 * 2**20
+STORE_BYTES = 32 * 2**30
 CHUNK = 64
 
 
@@ -35,11 +36,22 @@ def square(image: Tensor, size: int) -> Tensor:
     return vision.center_crop(resized, [size, size])
 
 
+class OnDemand:
+    """Rows of a store that is too large to keep: each is decoded when it is asked for."""
+
+    def __init__(self, images: ImageSet, size: int) -> None:
+        self.images, self.size = images, size
+
+    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+        return np.stack([square(self.images.read(int(i)), self.size).numpy() for i in index])
+
+
 class Pixels:
     """`images` as a uint8 store (n, 3, size, size), built once with a progress bar.
 
     Up to 512 MiB it is kept in memory. A larger store is a file under the cache folder, named by the content of the
-    images and the size, and is found again by the next run; `cache=False` keeps it in memory whatever its size.
+    images and the size, and is found again by the next run; `cache=False` keeps it in memory whatever its size. Beyond
+    32 GiB (ImageNet, QuickDraw) nothing is stored, each image is decoded whenever it is drawn.
     `pixels[index]` is float32 (b, 3, size, size) in [0, 1] for an int64 index (b,).
     Raises UserError for a damaged image and for a cache folder that is full or cannot be written.
     """
@@ -50,8 +62,13 @@ class Pixels:
         self.images, self.size = images, size
         self.name, self.split, self.classes = images.name, images.split, images.classes
         self.labels, self.ids = images.labels, images.ids
-        large = len(images) * 3 * size * size > MEMORY_BYTES
-        self.store: np.ndarray = self._on_disk() if cache and large else self._in_memory()
+        room = len(images) * 3 * size * size if cache else 0
+        self.store: np.ndarray | OnDemand
+        if room > STORE_BYTES:
+            console.stage("data", f"{self.name}: {len(images):,} images are decoded as they are drawn, too many to store")
+            self.store = OnDemand(images, size)
+        else:
+            self.store = self._on_disk() if room > MEMORY_BYTES else self._in_memory()
 
     def __len__(self) -> int:
         return len(self.ids)

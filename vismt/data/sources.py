@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
-from vismt.data.cards import Card, DigitsSource, PhotoCropsSource, Source, TorchvisionSource
+from vismt.data.cards import Card
+from vismt.data.kinds import DigitsSource, PhotoCropsSource, Source, TorchvisionSource
 from vismt.data.manifest import read_manifest
 from vismt.errors import UserError
 from vismt.paths import cache_root, data_root, shipped
@@ -19,13 +20,19 @@ PACKAGES = {DigitsSource: ("sklearn", "scikit-learn"), PhotoCropsSource: ("skima
 
 @dataclass
 class Loaded:
-    """One split as a reader found it: image i is `read(i)`, uint8 (3, h, w); `content()` is a sha256 of all of it."""
+    """One split as a reader found it: image i is `read(i)`, uint8 (3, h, w); `content()` tells it from any other content.
+
+    `above` names the superclass of each class and `nodes` lists the class ids below each node of a hierarchy; both are
+    empty where the copy does not say.
+    """
 
     classes: list[str]
     labels: list[int]
     ids: list[str]
     read: Callable[[int], Tensor]
     content: Callable[[], str]
+    above: list[str] = field(default_factory=list)
+    nodes: list[list[int]] = field(default_factory=list)
 
 
 def package_folder(source: DigitsSource | PhotoCropsSource) -> Path | None:
@@ -119,4 +126,6 @@ def not_found(card: Card, split: str, root: Path | None = None) -> UserError:
         return UserError(f'{card.shown}: needs {packages[0]}, which is not installed: pip install "vismt[quickstart]".')
     tried = [shown_path(folder) for source in card.sources for folder in candidates(card, source, root)]
     unset = "" if data_root() or root else " (VISMT_DATA is not set)"
-    return UserError(f"{card.shown}: nothing found under {' or '.join(tried) or 'any folder'}{unset}. {fix(card)}")
+    here = f"{card.shown}: nothing found under {' or '.join(tried) or 'any folder'}{unset}."
+    steps = " ".join(card.how_to_get.split())
+    return UserError(f"{here} Get it so: {steps}" if steps and not card.downloadable else f"{here} {fix(card)}")

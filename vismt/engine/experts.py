@@ -12,6 +12,7 @@ from pathlib import Path
 
 import safetensors.torch
 from accelerate import Accelerator
+from torch import nn
 
 from vismt import console
 from vismt.config import TrainConfig
@@ -21,29 +22,41 @@ from vismt.errors import UserError
 from vismt.lowrank.files import atomic_write, read_json, read_tensors
 from vismt.lowrank.store import DESCRIPTION, check_tensors, save_adapter
 from vismt.metatune.amt import AdversarialObjective
+from vismt.metatune.maml import MamlNet
 from vismt.metatune.objective import EpisodeBatches, EpisodeObjective
 from vismt.metatune.pool import INDEX, Expert, read_pool
 from vismt.metatune.protonet import ProtoNet
 
-SCALE_FILE, DONE, CLEAN = "classifier.safetensors", "expert.json", "clean"
-Objective = EpisodeObjective | AdversarialObjective
+OWN_FILE, DONE, CLEAN = "classifier.safetensors", "expert.json", "clean"
 
 
 def train_one(
-    objective: Objective, batches: EpisodeBatches, config: TrainConfig, folder: Path, config_hash: str,
-    accelerator: Accelerator, *, seed: int,
+    objective: EpisodeObjective, batches: EpisodeBatches, config: TrainConfig, folder: Path, config_hash: str,
+    accelerator: Accelerator, model: nn.Module, *, seed: int,
 ) -> None:
-    """Meta-tune the adapted backbone in `objective.proto`; writes adapter/ and the cosine's scale into `folder`."""
+    """Meta-tune the adapted `model` inside `objective`; writes adapter/ and what the classifier trained besides into `folder`."""
     def watch(step: int) -> None:
         if step % 10 == 0 and isinstance(objective, AdversarialObjective):
             objective.collapsed(step)
 
     loop.train(objective, batches, config, folder, config_hash, accelerator, seed=seed, after_step=watch)
     if accelerator.is_main_process:
-        proto = objective.proto
-        save_adapter(proto.backbone.vit, folder / "adapter")
-        atomic_write(folder / SCALE_FILE, safetensors.torch.save({"scale": proto.scale.detach().cpu()}))
+        save_adapter(model, folder / "adapter")
+        own = {name: value.detach().cpu().contiguous() for name, value in objective.proto.own_tensors().items()}
+        atomic_write(folder / OWN_FILE, safetensors.torch.save(own))
     accelerator.wait_for_everyone()
+
+
+def load_own(net: ProtoNet | MamlNet, folder: Path) -> None:
+    """Give a classifier what `train_one` saved of it."""
+    what = f"run '{folder}': {OWN_FILE}"
+    net.load_own_tensors(read_tensors(folder / OWN_FILE, what)[1], what)
+
+
+def trained(folder: Path, label: str) -> Path:
+    """Where a run keeps the adapter of "clean" or of an expert; anything else is the run's single adapter."""
+    own = folder / "experts" / label
+    return own if own.is_dir() else folder
 
 
 def train_pool(
@@ -56,8 +69,7 @@ def train_pool(
     copies of a level others.
     """
     pool, planned = config.pool, config.pool.experts()
-    trained = [CLEAN] * pool.clean + list(planned)
-    for label in trained:
+    for label in [CLEAN] * pool.clean + list(planned):
         own = folder / "experts" / label
         if (own / DONE).exists():
             console.stage("train", f"expert {label}: done before")
@@ -68,7 +80,7 @@ def train_pool(
         objective = EpisodeObjective(proto) if adversary is None else AdversarialObjective(proto, adversary)
         console.stage("train", f"expert {label}" + ("" if adversary is None else f"   input attack {label}/255"))
         settings = TrainConfig(**{**vars(config.train), "lr": pool.rates.get(label, config.train.lr)})
-        train_one(objective, batches(seed), settings, own, config_hash, accelerator, seed=seed)
+        train_one(objective, batches(seed), settings, own, config_hash, accelerator, proto.backbone.vit, seed=seed)
         if accelerator.is_main_process:
             atomic_write(own / DONE, json.dumps({"label": label, "seed": seed}))
         accelerator.wait_for_everyone()
@@ -77,8 +89,8 @@ def train_pool(
 
 def read_scale(folder: Path) -> float:
     """The cosine's scale that was trained along with an adapter."""
-    tensors = read_tensors(folder / SCALE_FILE, f"run '{folder}'")[1]
-    check_tensors(f"run '{folder}': {SCALE_FILE}", {"scale": ()}, tensors)
+    tensors = read_tensors(folder / OWN_FILE, f"run '{folder}'")[1]
+    check_tensors(f"run '{folder}': {OWN_FILE}", {"scale": ()}, tensors)
     return float(tensors["scale"])
 
 
@@ -93,6 +105,6 @@ def find_experts(folder: Path) -> list[Expert]:
     if (folder / "adapter" / DESCRIPTION).exists():
         return [Expert(folder.name, folder / "adapter", read_scale(folder))]
     if (folder / DESCRIPTION).exists():
-        scale = read_scale(folder.parent) if (folder.parent / SCALE_FILE).exists() else 10.0
+        scale = read_scale(folder.parent) if (folder.parent / OWN_FILE).exists() else 10.0
         return [Expert(folder.parent.name if folder.name == "adapter" else folder.name, folder, scale)]
     raise UserError(f"pool: '{folder}' holds no trained expert; give run folders, adapter folders or pools.")

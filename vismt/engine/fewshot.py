@@ -20,11 +20,10 @@ from vismt.engine.experts import train_one, train_pool
 from vismt.engine.fewshot_config import AttackConfig, FewShotConfig, check, models
 from vismt.engine.fewshot_models import Models
 from vismt.engine.log import record_stem
-from vismt.lowrank.inject import merge
 from vismt.lowrank.sites import AdaptReport
-from vismt.lowrank.store import load_adapter
 from vismt.metatune.episodes import EpisodeSampler, VariableSampler
 from vismt.metatune.labelled import digest
+from vismt.metatune.maml import LinearLearner, MamlObjective
 from vismt.metatune.objective import EpisodeBatches, EpisodeObjective
 from vismt.metatune.pool import assemble
 from vismt.metatune.protocol import mean_interval, run_protocol
@@ -40,7 +39,7 @@ class FewShotJob:
         self.config, self.folder, self.hash = config, folder, config_hash
         check(config)
         self._pixels: dict[str, Pixels] = {}
-        self._models = Models(config, folder, self._backbone)
+        self._models = Models(config, folder, self._backbone, self._open)
         self._told: AdaptReport | None = None
 
     def train(self) -> dict[str, Any]:
@@ -54,9 +53,14 @@ class FewShotJob:
         if config.train.trackers:
             accelerator.init_trackers("vismt")
         if config.pool is None:
-            objective = EpisodeObjective(self._adapted())
+            proto = self._adapted()
+            model = proto.backbone.vit
+            objective = EpisodeObjective(proto)
+            if config.meta is not None:
+                objective = MamlObjective(LinearLearner(proto.backbone, config.source.ways, seed=config.seed), config.meta)
             train_one(
-                objective, self._batches(config.seed), config.train, self.folder, self.hash, accelerator, seed=config.seed
+                objective, self._batches(config.seed), config.train, self.folder, self.hash, accelerator, model,
+                seed=config.seed,
             )
         else:
             experts = train_pool(
@@ -103,9 +107,13 @@ class FewShotJob:
         """The timm model before adaptation."""
         return self._backbone().vit
 
-    def merged(self) -> nn.Module:
-        """The stock timm model with the adapter folded in."""
-        return merge(load_adapter(self.stock(), self.folder / "adapter"))
+    def merged(self, expert: str | None = None) -> nn.Module:
+        """The stock timm model with the adapter folded in; of a pool, with one expert or the "average"."""
+        return self._models.one(expert)
+
+    def adapter(self, expert: str | None = None) -> Path:
+        """The folder of the run's adapter, or of a pool's expert."""
+        return self._models.adapter(expert)
 
     def _evaluate_one(
         self, name: str, pixels: Pixels, sampler: EpisodeSampler | VariableSampler, model: str, specs: list[AttackSpec]
@@ -117,10 +125,10 @@ class FewShotJob:
         apart = json.dumps([dict(spec.settings()) for spec in specs], sort_keys=True, default=str)
         attacked = f"-{digest(apart.encode())[:8]}" if specs != self._own_specs() else ""
         found = run_protocol(
-            self._models[model], pixels, sampler, episodes=settings.episodes, attacks=specs,
+            self._models.task(model, name), pixels, sampler, episodes=settings.episodes, attacks=specs,
             records=self.folder / "records" / f"{record_stem(shown, protocol, model)}{attacked}.jsonl",
             panel=self.folder / "panels" / f"{stem}.npz" if model == models(self.config)[-1] and not attacked else None,
-            data=name, fingerprint=self._models.fingerprint(model), label=f"{shown} {protocol} {model}",
+            data=name, fingerprint=self._models.fingerprint(model, name), label=f"{shown} {protocol} {model}",
         )
         rows = []
         for condition, values in found.items():
@@ -164,9 +172,14 @@ class FewShotJob:
     def _samplers(self, pixels: Pixels) -> list[EpisodeSampler | VariableSampler]:
         settings = self.config.evaluate
         superclass = pixels.images.superclass if settings.hierarchy else None
-        common = {"seed": settings.seed, "names": pixels.classes, "superclass": superclass}
+        common = {
+            "seed": settings.seed, "names": pixels.classes, "superclass": superclass,
+            "classes": self._models.selection.classes(pixels, "test"),
+        }
         if settings.rule == "variable":
-            return [VariableSampler(pixels.labels, **common)]
+            nodes = pixels.images.nodes if settings.hierarchy else None
+            bounds = {name: getattr(settings, name) for name in ("min_ways", "max_ways", "max_contribution")}
+            return [VariableSampler(pixels.labels, nodes=nodes, **bounds, **common)]
         return [
             EpisodeSampler(pixels.labels, ways=settings.ways, shots=shots, queries=settings.queries, **common)
             for shots in settings.shots

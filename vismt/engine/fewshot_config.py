@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vismt.config import RunConfig, fraction
+from vismt.config import RunConfig
+from vismt.engine.conditions import AttackConfig, CorruptionConfig, check_conditions
 from vismt.errors import UserError, near
 from vismt.metatune.amt import Adversary
 from vismt.metatune.finetune import FineTuneSettings
+from vismt.metatune.maml import MamlSettings
 from vismt.metatune.merging import MergeSettings
-from vismt.robustness.attacks import AttackSpec
 
 SINGLE = ("frozen", "adapted")
-POOLED = ("frozen", "clean", "merged", "average", "logits", "min_ce")
+POOLED = ("frozen", "clean", "merged", "merged:default", "average", "logits", "min_ce")
 TUNED = "+finetune"
 
 
@@ -77,29 +78,12 @@ class PoolConfig:
 
 
 @dataclass
-class AttackConfig:
-    """See robustness.attacks.AttackSpec; epsilon and step_size in pixels of [0, 1], also as '4.5/255'."""
-
-    name: str = "pgd"
-    epsilon: float | str = "4.5/255"
-    step_size: float | str | None = None
-    steps: int | None = None
-    norm: str = "linf"
-    random_start: bool = True
-
-    def spec(self, seed: int = 0) -> AttackSpec:
-        """The attack with its numbers."""
-        step = None if self.step_size is None else fraction(self.step_size, "attack.step_size")
-        epsilon = fraction(self.epsilon, "attack.epsilon")
-        return AttackSpec(self.name, epsilon, step, self.steps, self.norm, self.random_start, seed)
-
-
-@dataclass
 class EvaluateConfig:
     """Test episodes. rule: 'uniform' (ways, shots) or 'variable' (Meta-Dataset); seed: of the episodes, apart from training's.
 
+    min_ways, max_ways, max_contribution: of the variable rule; 5, 5 and 1 are the AMT paper's "5-way 1-shot".
     models: frozen, adapted; with a pool frozen, clean, merged, average, logits, min_ce, expert:LABEL. Each but logits also
-    with "+finetune".
+    with "+finetune". masking: also try PGD at growing radii on the first masking_episodes episodes of each set.
     """
 
     data: list[str] = field(default_factory=list)
@@ -111,7 +95,34 @@ class EvaluateConfig:
     episodes: int = 600
     seed: int = 1
     hierarchy: bool = False
+    min_ways: int = 5
+    max_ways: int = 50
+    max_contribution: int = 100
     attacks: list[AttackConfig] = field(default_factory=list)
+    corruptions: list[CorruptionConfig] = field(default_factory=list)
+    masking: bool = False
+    masking_episodes: int = 10
+
+
+@dataclass
+class SelectConfig:
+    """How the settings of "merged" (and "merged+finetune") are chosen; "merged:default" keeps those of the configuration.
+
+    data: sets for the choice, none of them evaluated; or class_share: the share of every evaluated set's own classes. Then
+    the grid: beta, balance, trim (mappings as in merging), lr (of fine-tuning). attack: count its accuracy with the clean.
+    """
+
+    data: list[str] = field(default_factory=list)
+    class_share: float = 0.0
+    episodes: int = 20
+    shots: int = 5
+    queries: int = 5
+    seed: int = 2
+    beta: list[float] = field(default_factory=lambda: [1.0, 4.0, 12.0])
+    balance: list[float] = field(default_factory=lambda: [0.0, 0.3, 0.6, 0.9])
+    trim: list[dict[str, float]] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+    attack: AttackConfig | None = None
 
 
 @dataclass
@@ -119,7 +130,9 @@ class FewShotConfig(RunConfig):
     """One few-shot experiment. on_bad_sample: 'error' or 'skip' for images that cannot be decoded."""
 
     source: SourceConfig = field(default_factory=SourceConfig)
+    meta: MamlSettings | None = None
     pool: PoolConfig | None = None
+    select: SelectConfig | None = None
     merging: MergeSettings = field(default_factory=MergeSettings)
     finetune: FineTuneSettings = field(default_factory=FineTuneSettings)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -140,6 +153,12 @@ def check(config: FewShotConfig) -> None:
         if not values or len(set(values)) < len(values):
             raise UserError(f"evaluate.{name}: {values}; name at least one, each once.")
     _check_models(config, trains)
+    _check_selection(config)
+    if config.meta is not None and (config.pool is not None or (settings.rule, settings.ways) != ("uniform", source.ways)):
+        raise UserError(
+            f"meta: a head of source.ways = {source.ways} outputs; it needs evaluate.rule uniform, evaluate.ways "
+            f"{source.ways} and no pool section."
+        )
     if settings.rule not in ("uniform", "variable"):
         raise UserError(f"evaluate.rule: '{settings.rule}'.{near(settings.rule, ('uniform', 'variable'))}")
     if config.on_bad_sample not in ("error", "skip"):
@@ -151,8 +170,11 @@ def check(config: FewShotConfig) -> None:
     own = {"targets", "rank", "alpha", "seed"} & set(config.adapt.options if config.adapt else {})
     if own:
         raise UserError(f"adapt.options: '{min(own)}' has a key of its own: adapt.{min(own)} (seed: at the top).")
-    for attack in settings.attacks:
-        attack.spec()
+    check_conditions(settings.attacks, settings.corruptions)
+    if config.select is not None and config.select.attack is not None and config.select.attack.source is not None:
+        raise UserError("select.attack: the choice attacks the model it is made for; leave source out.")
+    if settings.masking_episodes < 2:
+        raise UserError(f"evaluate.masking_episodes: {settings.masking_episodes}; an interval needs 2 or more.")
 
 
 def _check_models(config: FewShotConfig, trains: bool) -> None:
@@ -164,19 +186,46 @@ def _check_models(config: FewShotConfig, trains: bool) -> None:
         for label in pool.rates:
             if label not in (*trained, "clean"):
                 raise UserError(f"pool.rates: no expert '{label}'.{near(label, (*trained, 'clean'))}")
-    for model in config.evaluate.models:
+    sources = [("evaluate.attacks: source", attack.source) for attack in config.evaluate.attacks if attack.source is not None]
+    for where, model in [*(("evaluate.models", model) for model in config.evaluate.models), *sources]:
         stem = model.removesuffix(TUNED)
+        if stem == "merged:default" and config.select is None:
+            raise UserError(f"{where}: 'merged:default' without a select section is 'merged'; write that.")
         if stem == "logits" and model != stem:
-            raise UserError(f"evaluate.models: '{model}': an average of logits has no weights to tune; take 'merged{TUNED}'.")
+            raise UserError(f"{where}: '{model}': an average of logits has no weights to tune; take 'merged{TUNED}'.")
         if stem not in known and not (pool is not None and pool.folder and stem.startswith("expert:")):
-            raise UserError(f"evaluate.models: '{model}'.{near(stem, known)}")
+            raise UserError(f"{where}: '{model}'.{near(stem, known)}")
         if stem == "clean" and not (pool is not None and pool.clean and trains):
-            raise UserError("evaluate.models: 'clean' needs pool.clean: true and a training; add them, or leave it out.")
+            raise UserError(f"{where}: 'clean' needs pool.clean: true and a training; add them, or leave it out.")
+    for where, model in sources:
+        if model.removesuffix(TUNED) != "frozen" and not trains and not (pool is not None and pool.folder):
+            raise UserError(f"{where}: '{model}' needs a training, and there is none; take 'frozen'.")
     if "frozen" not in config.evaluate.models and not trains and not (pool is not None and pool.folder):
         raise UserError(
             f"evaluate.models: {config.evaluate.models} without an adapt and a train section; add them, name a pool.folder, or "
             "evaluate 'frozen'."
         )
+
+
+def _check_selection(config: FewShotConfig) -> None:
+    """The choice has tasks, and none of them can be a test task."""
+    select = config.select
+    if select is None:
+        return
+    if config.pool is None:
+        raise UserError("select: chooses the settings of a pool's merging; add a pool section, or leave it out.")
+    if bool(select.data) == bool(select.class_share) or not 0 <= select.class_share < 1:
+        raise UserError(f"select: data {select.data}, class_share {select.class_share:g}; give one of them, the share below 1.")
+    if select.episodes < 2:
+        raise UserError(f"select.episodes: {select.episodes}; an interval needs 2 or more.")
+    if select.class_share and config.evaluate.rule != "uniform":
+        raise UserError("select.class_share: needs evaluate.rule uniform; for variable episodes give select.data.")
+    for name in select.data:
+        card, _, split = name.partition(":")
+        for other in config.evaluate.data:
+            same, _, tested = other.partition(":")
+            if card == same and (split in ("", "all", tested) or tested in ("", "all")):
+                raise UserError(f"select.data: '{name}' shares images with evaluate.data '{other}'; choose on other sets.")
 
 
 def models(config: FewShotConfig) -> list[str]:

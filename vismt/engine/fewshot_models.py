@@ -2,53 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vismt.backbones.vit import Backbone
+from vismt.data.pixels import Pixels
 from vismt.engine import runtime
-from vismt.engine.experts import CLEAN, read_scale
+from vismt.engine.experts import CLEAN, load_own, trained
 from vismt.engine.fewshot_config import TUNED, FewShotConfig
+from vismt.engine.selection import Selection
+from vismt.errors import UserError
 from vismt.lowrank.inject import merge
 from vismt.lowrank.store import fingerprint, load_adapter
 from vismt.metatune.finetune import FineTuned
 from vismt.metatune.labelled import digest
-from vismt.metatune.merging import PoolNet
+from vismt.metatune.maml import LinearLearner, MamlNet
+from vismt.metatune.merging import MergeSettings, PoolNet
 from vismt.metatune.pool import ExpertPool, read_pool
 from vismt.metatune.protonet import ProtoNet
 
 
 class Models:
-    """Tasks of the protocol by model name, made once; frozen, in eval mode, on the process's device."""
+    """Tasks of the protocol by model name and evaluated set; frozen, in eval mode, on the process's device, kept once made."""
 
-    def __init__(self, config: FewShotConfig, folder: Path, backbone: Callable[[], Backbone]) -> None:
+    def __init__(
+        self, config: FewShotConfig, folder: Path, backbone: Callable[[], Backbone], opened: Callable[[str], Pixels]
+    ) -> None:
         self.config, self.folder, self._backbone = config, folder, backbone
+        self.selection = Selection(config, folder, self.pool, opened)
         self._made: dict[str, nn.Module] = {}
         self._pool: ExpertPool | None = None
 
-    def __getitem__(self, name: str) -> nn.Module:
-        if name not in self._made:
-            made = self._tuned(name.removesuffix(TUNED)) if name.endswith(TUNED) else self._make(name)
-            self._made[name] = made.requires_grad_(False).eval().to(runtime.processes().device)
-        return self._made[name]
-
-    def fingerprint(self, name: str) -> str:
-        """What tells this model's records from another's: base weights, adapters, and settings of merging and tuning."""
+    def task(self, name: str, data: str) -> nn.Module:
+        """The model called `name` as it is evaluated on the set `data`."""
         stem = name.removesuffix(TUNED)
-        model = self[stem]
-        base = model.pool.backbone if isinstance(model, PoolNet) else model.backbone
-        linears = [path for path, module in base.vit.named_modules() if isinstance(module, nn.Linear)]
-        text = fingerprint(base.vit, linears)
+        chosen = self.selection.settings(data) if stem == "merged" else (self.config.merging, self.config.finetune)
+        key = f"{name} {chosen if stem == 'merged' else ''}"
+        if key not in self._made:
+            made = self._pooled(stem, chosen[0]) if self._is_pooled(stem) else self._single(stem)
+            made = made if name == stem else FineTuned(made, chosen[1])
+            self._made[key] = made.requires_grad_(False).eval().to(runtime.processes().device)
+        return self._made[key]
+
+    def fingerprint(self, name: str, data: str) -> str:
+        """What tells this model's records from another's: base weights, adapters, and settings of merging and tuning."""
+        model = self.task(name, data)
+        settings = f"{model.settings}" if isinstance(model, FineTuned) else ""
+        model = model.proto if isinstance(model, FineTuned) else model
         if isinstance(model, PoolNet):
-            corners = [[float(part.flatten()[0]) for part in bank.parameters()] for bank in model.pool.banks]
-            text = digest(f"{text} {corners} {model.pool.labels} {model.settings}".encode())
-        if name != stem:
-            text = digest(f"{text} {self.config.finetune}".encode())
-        return f"{text}-{float(model.pool.scale if isinstance(model, PoolNet) else model.scale):.6g}"
+            text = f"{model.pool.labels} {model.pool.scale} {model.settings} {_values(model.pool.banks.state_dict())}"
+        elif isinstance(model, MamlNet):
+            text = f"{model.settings} {_values(dict(model.learner.named_parameters()) | model.own_tensors())}"
+        else:
+            text = f"{float(model.scale):.6g}"
+        vit = next(part for part in model.modules() if isinstance(part, Backbone)).vit
+        linears = [path for path, module in vit.named_modules() if isinstance(module, nn.Linear)]
+        return f"{fingerprint(vit, linears)}-{digest((text + settings).encode())}"
 
     def pool(self) -> ExpertPool:
         """The run's own pool, or the assembled one that the configuration names."""
@@ -57,18 +70,54 @@ class Models:
             self._pool = ExpertPool(self._backbone(), read_pool(Path(named) if named else self.folder / "pool"))
         return self._pool
 
-    def _make(self, name: str) -> nn.Module:
-        if name in ("frozen", "adapted", CLEAN):
-            proto = ProtoNet(self._backbone())
-            if name != "frozen":
-                folder = self.folder / "experts" / CLEAN if name == CLEAN else self.folder
-                merge(load_adapter(proto.backbone.vit, folder / "adapter"))
-                with torch.no_grad():
-                    proto.scale.fill_(read_scale(folder))
-            return proto
-        strategy, _, label = name.partition(":")
-        chosen = {"strategy": "merge" if strategy == "merged" else strategy, "expert": label or None}
-        return PoolNet(self.pool(), replace(self.config.merging, **chosen))
+    def one(self, expert: str | None) -> nn.Module:
+        """The stock timm model with one update folded in: the run's adapter, or of a pool the expert called `expert`.
 
-    def _tuned(self, name: str) -> nn.Module:
-        return FineTuned(self[name], self.config.finetune)
+        "average" is the pool with equal weights. Raises UserError when a pool is not told which.
+        """
+        backbone = self._backbone()
+        if expert == "average" and self.config.pool is not None:
+            pool = self.pool()
+            backbone.load_state_dict(pool.weights(pool.uniform()), strict=False)
+            return backbone.vit
+        return merge(load_adapter(backbone.vit, self.adapter(expert)))
+
+    def adapter(self, expert: str | None) -> Path:
+        """The folder of the run's adapter, or of the expert called `expert`; UserError when a pool is not told which."""
+        if self.config.pool is None:
+            if expert is not None:
+                raise UserError(f"--expert {expert}: this run has no pool; leave it out.")
+            return self.folder / "adapter"
+        named = self.config.pool.folder
+        experts = {one.label: one.folder for one in read_pool(Path(named) if named else self.folder / "pool")}
+        if expert not in experts:
+            why = "a pool is merged anew for every task" if expert is None else f"there is no single adapter '{expert}'"
+            raise UserError(f"run '{self.folder}': {why}; name one with --expert: {', '.join(experts)}, or average to merge all.")
+        return experts[expert]
+
+    def _is_pooled(self, stem: str) -> bool:
+        return self.config.pool is not None and stem not in ("frozen", CLEAN)
+
+    def _pooled(self, stem: str, settings: MergeSettings) -> PoolNet:
+        strategy, _, label = re.sub("^merged(:default)?$", "merge", stem).partition(":")
+        return PoolNet(self.pool(), replace(settings, strategy=strategy, expert=label or None))
+
+    def _single(self, stem: str) -> ProtoNet | MamlNet:
+        backbone = self._backbone()
+        if stem == "frozen":
+            return ProtoNet(backbone)
+        folder = trained(self.folder, stem)
+        load_adapter(backbone.vit, folder / "adapter")
+        if self.config.meta is not None:  # the inner loop moves the factors, so they are not folded in
+            learner = LinearLearner(backbone, self.config.source.ways, seed=self.config.seed)
+            net: ProtoNet | MamlNet = MamlNet(learner, self.config.meta)
+        else:
+            merge(backbone.vit)
+            net = ProtoNet(backbone)
+        load_own(net, folder)
+        return net
+
+
+def _values(tensors: Mapping[str, Tensor]) -> str:
+    """A digest of every value."""
+    return digest(b"".join(tensors[name].detach().cpu().float().numpy().tobytes() for name in sorted(tensors)))

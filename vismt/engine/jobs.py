@@ -27,7 +27,9 @@ class Job(Protocol):
 
     def stock(self) -> nn.Module: ...  # the model before adaptation
 
-    def merged(self) -> nn.Module: ...  # the same with the update folded in
+    def merged(self, expert: str | None = None) -> nn.Module: ...  # the same with the update (of one expert) folded in
+
+    def adapter(self, expert: str | None = None) -> Path: ...  # the folder of the adapter (of one expert)
 
 
 def load_config(path: Path, overrides: list[str]) -> RunConfig:

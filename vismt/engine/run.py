@@ -53,8 +53,8 @@ class Run:
         self._note(started=self.facts.get("started") or _now())
         if self.config.train is None or self.config.adapt is None:
             console.stage("train", "nothing to train: the configuration evaluates the frozen model")
-        elif "adapt" in self.facts and (self.folder / "adapter").is_dir():
-            console.stage("train", f"done before: {self.folder / 'adapter'}")
+        elif "adapt" in self.facts:
+            console.stage("train", f"done before: {self.folder}")
         else:
             self._note(adapt=self.job.train())
 
@@ -82,34 +82,34 @@ class Run:
         console.stage("report", str(report.write_report(self.folder)))
 
     def _need_adapter(self) -> None:
-        if not (self.folder / "adapter").is_dir():
+        if not any((self.folder / place).is_dir() for place in ("adapter", "pool")):
             raise UserError(f"run '{self.folder}': it holds no trained adapter; `vismt train` or `vismt run` makes one.")
 
-    def merge(self) -> Path:
-        """Write merged/model.safetensors: the stock state dict with the update folded in."""
+    def merge(self, expert: str | None = None) -> Path:
+        """Write merged/model.safetensors: the stock state dict with the update folded in; of a pool, one expert's."""
         self._need_adapter()
-        return self._write_merged(self.folder / "merged")
+        return self._write_merged(self.folder / "merged", expert)
 
-    def export(self, form: str, target: Path | None) -> Path:
+    def export(self, form: str, target: Path | None, expert: str | None = None) -> Path:
         """timm: model.safetensors and config.json; transformers: save_pretrained; peft: an adapter folder."""
         if form not in FORMATS:
             raise UserError(f"export: format '{form}'.{near(form, FORMATS)}")
         self._need_adapter()
         target = target or self.folder / f"export-{form}"
         if form == "timm":
-            return self._write_merged(target)
+            return self._write_merged(target, expert)
         if form == "peft":
             model = self.job.stock()
-            load_adapter(model, self.folder / "adapter")
+            load_adapter(model, self.job.adapter(expert))
             return export_peft(model, target)
-        model = self.job.merged()
+        model = self.job.merged(expert)
         if not hasattr(model, "save_pretrained"):
             raise UserError(f"export: {type(model).__name__} is no transformers model; use --format timm or peft.")
         model.save_pretrained(target)
         return target
 
-    def _write_merged(self, target: Path) -> Path:
-        model = self.job.merged()
+    def _write_merged(self, target: Path, expert: str | None) -> Path:
+        model = self.job.merged(expert)
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         atomic_write(target / "model.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
         about = {"architecture": self.config.model.name, "img_size": self.config.model.img_size, "merged_from": self.folder.name}

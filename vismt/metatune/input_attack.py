@@ -50,6 +50,7 @@ def pyramid_attack(
         return images.clone()
     unit, low, high = _box(images, mean, std)
     bound = epsilon * unit
+    generator = generator if generator is not None else torch.Generator().manual_seed(0)
     deltas = [_start(images, cells, bound, init, generator) for cells, _ in levels]
     if clean_logits is None:
         with torch.no_grad():
@@ -77,14 +78,11 @@ def _compose(images: Tensor, deltas: Sequence[Tensor], levels: Levels, low: Tens
     return images
 
 
-def _start(
-    images: Tensor, cells: int | None, bound: Tensor, init: str, generator: torch.Generator | None
-) -> Tensor:
+def _start(images: Tensor, cells: int | None, bound: Tensor, init: str, generator: torch.Generator) -> Tensor:
     """(m, c, cells, cells); drawn on the generator's device in fp32, so the same numbers come on every device."""
     shape = (*images.shape[:2], *(images.shape[-2:] if cells is None else (cells, cells)))
     if init == "zero":
         return images.new_zeros(shape)
-    generator = generator if generator is not None else torch.Generator().manual_seed(0)
     if init == "normal":
         drawn = torch.randn(shape, generator=generator, device=generator.device)
         return torch.clamp(0.001 * drawn.to(images), -bound, bound)

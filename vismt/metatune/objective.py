@@ -13,15 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.metatune.labelled import Episode, mix_seed
-from vismt.metatune.protonet import ProtoNet
 
 Augmentation = Callable[[Tensor, int], Tensor]
 
 
 class EpisodeObjective(nn.Module):
-    """objective(batch) -> {"loss", "accuracy"} for a batch of `EpisodeBatches`."""
+    """objective(batch) -> {"loss", "accuracy"} for a batch of `EpisodeBatches`; proto: as `ProtoNet`, three tensors -> logits."""
 
-    def __init__(self, proto: ProtoNet) -> None:
+    def __init__(self, proto: nn.Module) -> None:
         super().__init__()
         self.proto = proto
 

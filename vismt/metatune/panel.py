@@ -21,7 +21,8 @@ PER_CLASS = 5
 class Outcome:
     """One episode: images float (s, 3, h, w) and (m, 3, h, w), query predictions (m,) by condition, "clean" first.
 
-    adversarial (m, 3, h, w) are the query images under the first attack, None without one.
+    adversarial (m, 3, h, w) are the query images under the first attack, None without one. mixture (P,): the weights of a
+    pool's experts in this task, None for a classifier without.
     """
 
     episode: Episode
@@ -29,11 +30,19 @@ class Outcome:
     query: Tensor
     predictions: dict[str, Tensor]
     adversarial: Tensor | None
+    mixture: Tensor | None = None
 
     def accuracies(self) -> dict[str, float]:
         """Share of right query predictions under each condition."""
         truth = self.episode.query_labels
         return {name: float((guess == truth).double().mean()) for name, guess in self.predictions.items()}
+
+    def record(self) -> dict[str, object]:
+        """The accuracies, and under "mixture" the mixture, to 6 digits."""
+        found: dict[str, object] = dict(self.accuracies())
+        if self.mixture is not None:
+            found["mixture"] = [round(weight, 6) for weight in self.mixture.tolist()]
+        return found
 
 
 def write_panel(path: Path, outcome: Outcome, names: Sequence[str] | None = None) -> None:

@@ -43,7 +43,11 @@ class Sampler(Protocol):
 
 
 class Attack(Protocol):
-    """A change of the query images (`vismt.robustness.attacks.AttackSpec`, or a corruption)."""
+    """A change of the query images (`vismt.robustness.attacks.AttackSpec`, or a corruption).
+
+    One that needs the episode's support has `prepare(support_images, support_labels)`, which gives what perturbs in its
+    place; it is called once an episode (`vismt.robustness.transfer.Transfer`).
+    """
 
     seed: int
 
@@ -68,7 +72,8 @@ def run_protocol(
     """Query accuracy of every episode, by condition: "clean" first, then each attack's text; float64 (episodes,) in [0, 1].
 
     records: a JSON-lines file; its first line holds the protocol and its hash, then one line per episode, written as it
-    ends. An existing file of the same protocol is continued (a torn last line is dropped), one of another is refused.
+    ends; a classifier with a `mixture` (P,) of experts has it on the line too. An existing file of the same protocol is
+    continued (a torn last line is dropped), one of another is refused.
     panel: an .npz of episode 0's images and predictions, at most 5 support and 5 query images per class.
     fingerprint: the caller's name for these weights; data: the set's name; both are part of the hash. batch: images at a
     time. A module is put in eval mode meanwhile. Raises UserError for fewer than 2 episodes, equal attacks, records that
@@ -98,7 +103,7 @@ def run_protocol(
         with known, console.bar("eval", label, episodes, episodes - len(missing)) as bar:
             for index in missing:
                 outcome = run(index)
-                known.add({"episode": index, **outcome.accuracies()})
+                known.add({"episode": index, **outcome.record()})
                 if index == 0 and panel is not None:
                     write_panel(panel, outcome, getattr(pixels, "classes", None))
                 bar.advance()
@@ -126,21 +131,23 @@ class _Run:
         episode = self.sampler[index]
         support = self.pixels[episode.support]
         query = self.pixels[episode.query]
-        classifier = self.proto.classifier(support.to(self.device), episode.support_labels.to(self.device)).eval()
+        task = support.to(self.device), episode.support_labels.to(self.device)
+        classifier = self.proto.classifier(*task).eval()
         predictions = {"clean": self._predict(classifier, query)}
         first = None
         for name, attack in self.attacks.items():
+            changer = attack.prepare(*task) if hasattr(attack, "prepare") else attack
             changed = []
             for part, (images, labels) in enumerate(
                 zip(query.split(self.batch), episode.query_labels.split(self.batch), strict=True)
             ):
                 images, labels = images.to(self.device), labels.to(self.device)
                 seed = mix_seed(attack.seed, index, part)
-                changed.append(attack.perturb(classifier, images, labels, num_classes=episode.ways, seed=seed))
+                changed.append(changer.perturb(classifier, images, labels, num_classes=episode.ways, seed=seed))
             adversarial = torch.cat(changed)
             first = adversarial if first is None else first
             predictions[name] = self._predict(classifier, adversarial)
-        return Outcome(episode, support, query, predictions, first)
+        return Outcome(episode, support, query, predictions, first, getattr(classifier, "mixture", None))
 
     @torch.no_grad()
     def _predict(self, classifier: nn.Module, images: Tensor) -> Tensor:

@@ -7,11 +7,14 @@ shifts every logit equally and is left out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.errors import UserError
+from vismt.lowrank.store import check_tensors
 
 
 def prototypes(features: Tensor, labels: Tensor) -> Tensor:
@@ -80,6 +83,16 @@ class ProtoNet(nn.Module):
     def reset_parameters(self) -> None:
         """Set the scale to its initial value."""
         nn.init.constant_(self.scale, self.initial_scale)
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """What a run saves beside the adapter."""
+        return {"scale": self.scale}
+
+    def load_own_tensors(self, tensors: Mapping[str, Tensor], what: str) -> None:
+        """Take what `own_tensors` gave; `what` names the source in errors."""
+        check_tensors(what, {"scale": ()}, tensors)
+        with torch.no_grad():
+            self.scale.copy_(tensors["scale"])
 
     def forward(self, support_images: Tensor, support_labels: Tensor, query_images: Tensor) -> Tensor:
         """(s, 3, h, w), (s,) and (M, 3, h, w) -> logits (M, N); gradients reach both image sets and the scale."""

@@ -1,0 +1,199 @@
+"""Domains of Meta-Dataset (Triantafillou et al., arXiv 1903.03096), converted to HDF5 by P>M>F (Hu et al., arXiv 2204.07305).
+
+A class with the number k is the file `k.h5` with one group `0`, `1`, ... an image (dataset `image`, uint8 (h, w, 3), RGB),
+or a folder of image files called by its name. `dataset_spec.json` numbers the classes: those of the training split first,
+then validation, then test. It also holds what the episodes draw from: Omniglot's alphabets, ImageNet's part of WordNet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vismt.data.cards import Card
+from vismt.data.decode import decode_file, is_image_name
+from vismt.data.kinds import META_SPLITS as SPLITS
+from vismt.data.kinds import MetaDatasetSource
+from vismt.data.sources import Loaded, fix, shown_path, verify_classes, verify_counts
+from vismt.errors import UserError
+
+SPEC = "dataset_spec.json"
+MALFORMED = (KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError)
+
+
+@dataclass
+class Spec:
+    """What the card or dataset_spec.json says: names by class id, class ids of each split, images by class id."""
+
+    names: list[str]
+    ranges: dict[str, range]
+    images: dict[int, int] = field(default_factory=dict)
+    above: list[str] = field(default_factory=list)
+    nodes: dict[str, list[list[int]]] = field(default_factory=dict)
+
+
+def ranges(classes_per_split: Mapping[str, int]) -> dict[str, range]:
+    """The class ids of each split: consecutive, in the order train, valid, test."""
+    counts = [int(classes_per_split.get(split, 0)) for split in SPLITS]
+    ends = list(accumulate(counts))
+    return {split: range(end - count, end) for split, count, end in zip(SPLITS, counts, ends, strict=True)}
+
+
+def leaves_of_nodes(graph: list[dict[str, Any]], ids: Mapping[str, int]) -> list[list[int]]:
+    """The class ids below each internal node of one split's graph, nodes in the file's order.
+
+    `graph` has a mapping with `wn_id` and `children_ids` per synset; a leaf is a class, `ids` gives its id.
+    """
+    children = {node["wn_id"]: node["children_ids"] for node in graph}
+    below: dict[str, frozenset[int]] = {}
+
+    def leaves(name: str) -> frozenset[int]:
+        if name not in below:
+            under = children[name]
+            below[name] = frozenset().union(*map(leaves, under)) if under else frozenset([ids[name]])
+        return below[name]
+
+    return [sorted(leaves(name)) for name, under in children.items() if under]
+
+
+def _parse(raw: Mapping[str, Any]) -> Spec:
+    names_by_id = {int(key): str(name) for key, name in raw["class_names"].items()}
+    names = [names_by_id[k] for k in range(len(names_by_id))]
+    if "split_subgraphs" in raw:
+        graphs = {split: raw["split_subgraphs"][split.upper()] for split in SPLITS}
+        ids = {name: k for k, name in enumerate(names)}
+        counts = {split: sum(not node["children_ids"] for node in graph) for split, graph in graphs.items()}
+        images = {ids[n]: c for part in raw["images_per_class"].values() for n, c in part.items() if n in ids}
+        nodes = {split: leaves_of_nodes(graph, ids) for split, graph in graphs.items()}
+        return Spec(names, ranges(counts), images, nodes=nodes)
+    images = {int(key): count for key, count in raw["images_per_class"].items() if isinstance(count, int)}
+    if "classes_per_superclass" not in raw:
+        counts = {split: raw["classes_per_split"][split.upper()] for split in SPLITS}
+        return Spec(names, ranges(counts), images)
+    sizes = [raw["classes_per_superclass"][str(k)] for k in range(len(raw["classes_per_superclass"]))]
+    above = [raw["superclass_names"][str(k)] for k, size in enumerate(sizes) for _ in range(size)]
+    groups = ranges({split: raw["superclasses_per_split"][split.upper()] for split in SPLITS})
+    counts = {split: sum(sizes[k] for k in group) for split, group in groups.items()}
+    return Spec(names, ranges(counts), images, above)
+
+
+def read_spec(card: Card, source: MetaDatasetSource, base: Path) -> Spec:
+    """The domain's dataset_spec.json, or the card's numbers when the copy has none and needs no hierarchy."""
+    path = base / SPEC
+    if not path.is_file():
+        if source.hierarchy:
+            raise UserError(
+                f"{card.shown}: no '{SPEC}' under {shown_path(base)}, which holds its hierarchy ({source.hierarchy}): "
+                f"take it from google-research/meta-dataset, meta_dataset/dataset_conversion/dataset_specs. {fix(card)}"
+            )
+        found = ranges(source.classes_per_split)
+        return Spec([str(k) for k in range(found["test"].stop)], found)
+    try:
+        spec = _parse(json.loads(path.read_text(encoding="utf8")))
+    except (OSError, *MALFORMED) as error:
+        raise UserError(f"{shown_path(path)}: not a dataset_spec of Meta-Dataset ({error!r}). {fix(card)}") from error
+    stated = {split: len(found) for split, found in spec.ranges.items() if found}
+    if stated != {split: count for split, count in source.classes_per_split.items() if count}:
+        raise UserError(f"{shown_path(path)}: classes per split {stated}, the card says {source.classes_per_split}. {fix(card)}")
+    if spec.ranges["test"].stop != len(spec.names) or (spec.above and len(spec.above) != len(spec.names)):
+        raise UserError(f"{shown_path(path)}: names {len(spec.names)} classes, its splits hold {spec.ranges['test'].stop}.")
+    return spec
+
+
+def _folder(base: Path, split: str, name: str) -> Path | None:
+    safe = name.replace("/", "_")
+    found = [path for path in (base / split / safe, base / safe) if safe not in (".", "..") and path.is_dir()]
+    return found[0] if found else None
+
+
+def files(source: MetaDatasetSource, base: Path) -> dict[str, list[tuple[str, Path]]]:
+    """The .h5 files, each the group of its own name, and the spec."""
+    found = [path for path in sorted(base.glob("*.h5")) if path.stem.isdigit()]
+    return {path.name: [(path.name, path)] for path in [*found, base / SPEC] if path.is_file()}
+
+
+def _h5py(card: Card) -> Any:
+    try:
+        import h5py
+    except ImportError as error:
+        raise UserError(f'{card.shown}: needs h5py, which is not installed: pip install "vismt[metadataset]".') from error
+    return h5py
+
+
+def _count(card: Card, path: Path, expected: int | None) -> int:
+    h5py = _h5py(card)
+    try:
+        with h5py.File(path) as file:
+            count = len(file)
+    except OSError as error:
+        raise UserError(f"{shown_path(path)}: cannot be read as HDF5: {error}. {fix(card)}") from error
+    if count != (expected or max(count, 1)):
+        raise UserError(f"{shown_path(path)}: holds {count:,} of {expected or 1:,} images. {fix(card)}")
+    return count
+
+
+def _read_h5(card: Card, path: Path, key: str) -> Tensor:
+    # Opened for each image: an open file cannot be shared with the processes of a loader, and there may be hundreds.
+    shown = f"{shown_path(path)}: image '{key}'"
+    try:
+        with _h5py(card).File(path) as file:
+            image = torch.from_numpy(file[key]["image"][()])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{shown} cannot be read ({error}). Replace the file, or set on_bad_sample=skip.") from error
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise UserError(f"{shown} is {image.dtype} {tuple(image.shape)}, must be uint8 (h, w, 3).")
+    return image.permute(2, 0, 1).contiguous()
+
+
+def load(card: Card, source: MetaDatasetSource, base: Path, split: str) -> Loaded:
+    """The images of `split`; labels are the class ids of the spec, so a label means the same in each split.
+
+    Raises UserError for a class without file or folder, a file with another number of images than the spec says, a spec
+    that differs from the card, a missing h5py and, where the set has a hierarchy, a missing spec.
+    """
+    spec = read_spec(card, source, base)
+    verify_classes(card, source, base, len(spec.names))
+    wanted = list(source.splits) if split == "all" else [split]
+    labels: list[int] = []
+    rows: list[tuple[Path, str]] = []  # (.h5 file, key), or (image file, "")
+    counts: dict[str, int] = {}
+    for name in wanted:
+        before = len(rows)
+        for k in spec.ranges[name]:
+            path = base / f"{k}.h5"
+            folder = None if path.is_file() else _folder(base, name, spec.names[k])
+            if folder is not None:
+                own = [(image, "") for image in sorted(folder.iterdir()) if is_image_name(image)]
+            elif path.is_file():
+                own = [(path, str(i)) for i in range(_count(card, path, spec.images.get(k)))]
+            else:
+                own = []
+            if not own:
+                raise UserError(
+                    f"{card.shown}: class {k} ('{spec.names[k]}', split '{name}') has neither '{k}.h5' nor a folder of images"
+                    f" under {shown_path(base)}. {fix(card)}"
+                )
+            rows += own
+            labels += [k] * len(own)
+        counts[name] = len(rows) - before
+    verify_counts(card, source, base, counts, {})
+
+    def content() -> str:
+        # Hashing the bytes of a domain would take longer than reading it: size and time of change stand for them.
+        stats = ((path, path.stat()) for path in dict.fromkeys(path for path, _ in rows))
+        text = "\n".join(f"{path.relative_to(base)}\t{stat.st_size}\t{stat.st_mtime_ns}" for path, stat in stats)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    return Loaded(
+        spec.names, labels, [f"{path.relative_to(base).as_posix()}/{key}".rstrip("/") for path, key in rows],
+        lambda i: _read_h5(card, *rows[i]) if rows[i][1] else decode_file(rows[i][0]), content,
+        above=spec.above, nodes=[node for name in wanted for node in spec.nodes.get(name, [])],
+    )  # fmt: skip
