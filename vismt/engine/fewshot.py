@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from vismt.backbones import vit
 from vismt.data.images import ImageSet, open_images
 from vismt.data.pixels import Pixels
 from vismt.data.transforms import augment
-from vismt.engine import runtime
+from vismt.engine import masking, runtime
+from vismt.engine.conditions import AttackConfig, Condition, CorruptionConfig, conditions, summary
 from vismt.engine.experts import train_one, train_pool
-from vismt.engine.fewshot_config import AttackConfig, FewShotConfig, check, models
+from vismt.engine.fewshot_config import FewShotConfig, check, models
 from vismt.engine.fewshot_models import Models
-from vismt.engine.log import record_stem
+from vismt.engine.log import record_stem, write_lines
 from vismt.lowrank.sites import AdaptReport
+from vismt.lowrank.targets import check_patterns
 from vismt.metatune.episodes import EpisodeSampler, VariableSampler
 from vismt.metatune.labelled import digest
 from vismt.metatune.maml import LinearLearner, MamlObjective
@@ -29,7 +32,8 @@ from vismt.metatune.pool import assemble
 from vismt.metatune.protocol import mean_interval, run_protocol
 from vismt.metatune.protonet import ProtoNet
 from vismt.registry import adapt
-from vismt.robustness.attacks import AttackSpec
+from vismt.robustness.masking import check_episodes
+from vismt.robustness.transfer import Source
 
 
 class FewShotJob:
@@ -86,6 +90,9 @@ class FewShotJob:
             backbone.vit, config.adapt.method, config.adapt.targets, config.adapt.rank, config.adapt.alpha, config.seed,
             **options,
         )
+        trims = [config.merging.trim, *(config.select.trim if config.select is not None else ())]
+        for trim in trims if config.pool is not None else ():  # before the training, which another value would repeat
+            check_patterns("merging.trim", trim, [site.path for site in told.sites])
         for line in [told.summary(), *(f"left out: {remark}" for remark in told.skipped)] if self._told is None else ():
             console.stage("adapt", line)
         self._told = told
@@ -94,14 +101,45 @@ class FewShotJob:
     def evaluate(self, attacks: list[AttackConfig] | None = None) -> list[dict[str, Any]]:
         """Rows of every domain, protocol, model and condition; interrupted evaluations go on at their episode."""
         settings = self.config.evaluate
-        specs = [attack.spec() for attack in (settings.attacks if attacks is None else attacks)]
         rows = []
         for name in settings.data:
             pixels = self._open(name)
+            own = self._conditions(name, settings.attacks, settings.corruptions)
+            specs = own if attacks is None else self._conditions(name, attacks, [])
+            # Other attacks than the configuration's keep records of their own, named by all of their settings.
+            apart, known = (json.dumps([dict(one.settings()) for one in some], sort_keys=True) for some in (specs, own))
+            ending = "" if apart == known else f"-{digest(apart.encode())[:8]}"
             for sampler in self._samplers(pixels):
                 for model in models(self.config):
-                    rows += self._evaluate_one(name, pixels, sampler, model, specs)
+                    rows += self._evaluate_one(name, pixels, sampler, model, specs, ending)
+        if settings.masking and attacks is None:
+            self._check_masking()
         return rows
+
+    def _conditions(
+        self, data: str, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]
+    ) -> list[Condition]:
+        def source(model: str) -> Source:
+            return Source(model, self._models.task(model, data), self._models.fingerprint(model, data))
+
+        return conditions(attacks, corruptions, source)
+
+    def _check_masking(self) -> None:
+        """The check of every model on every set, with the first of its protocols; writes masking.jsonl."""
+        lines = []
+        for model in models(self.config):
+            for name in self.config.evaluate.data:
+                pixels = self._open(name)
+                sampler = self._samplers(pixels)[0]
+                shown, protocol = _shown(name), str(sampler)
+                found = check_episodes(
+                    self._models.task(model, name), pixels, sampler, episodes=self.config.evaluate.masking_episodes,
+                    records=self.folder / "masking" / f"{record_stem(shown, protocol, model)}.jsonl", data=name,
+                    fingerprint=self._models.fingerprint(model, name), label=f"{shown} {protocol} {model} by radius",
+                )
+                lines.append(masking.line(shown, protocol, model, found, self.hash))
+            console.stage("masking", masking.told([one for one in lines if one["model"] == model]))
+        write_lines(self.folder / masking.LINES, lines)
 
     def stock(self) -> nn.Module:
         """The timm model before adaptation."""
@@ -116,18 +154,16 @@ class FewShotJob:
         return self._models.adapter(expert)
 
     def _evaluate_one(
-        self, name: str, pixels: Pixels, sampler: EpisodeSampler | VariableSampler, model: str, specs: list[AttackSpec]
+        self, name: str, pixels: Pixels, sampler: EpisodeSampler | VariableSampler, model: str, specs: list[Condition],
+        ending: str,
     ) -> list[dict[str, Any]]:
         settings = self.config.evaluate
-        shown, protocol = name.replace(":", "-").replace("/", "-"), str(sampler)
+        shown, protocol = _shown(name), str(sampler)
         stem = f"{shown}-{protocol.replace(' ', '-')}"
-        # Other attacks than the configuration's keep records of their own, named by all of their settings.
-        apart = json.dumps([dict(spec.settings()) for spec in specs], sort_keys=True, default=str)
-        attacked = f"-{digest(apart.encode())[:8]}" if specs != self._own_specs() else ""
         found = run_protocol(
             self._models.task(model, name), pixels, sampler, episodes=settings.episodes, attacks=specs,
-            records=self.folder / "records" / f"{record_stem(shown, protocol, model)}{attacked}.jsonl",
-            panel=self.folder / "panels" / f"{stem}.npz" if model == models(self.config)[-1] and not attacked else None,
+            records=self.folder / "records" / f"{record_stem(shown, protocol, model)}{ending}.jsonl",
+            panel=self.folder / "panels" / f"{stem}.npz" if model == models(self.config)[-1] and not ending else None,
             data=name, fingerprint=self._models.fingerprint(model, name), label=f"{shown} {protocol} {model}",
         )
         rows = []
@@ -138,12 +174,9 @@ class FewShotJob:
                 "value": value, "ci95": half, "n": len(values), "unit": "episodes", "seed": settings.seed,
                 "config_hash": self.hash,
             })
-        text = "   ".join(f"{row['condition']} {100 * row['value']:.1f} ± {100 * row['ci95']:.1f}" for row in rows)
+        text = summary([(row["condition"], row["value"], row["ci95"]) for row in rows])
         console.stage("eval", f"{shown}  {protocol}  {model}   {text}   (n = {settings.episodes} episodes)")
         return rows
-
-    def _own_specs(self) -> list[AttackSpec]:
-        return [attack.spec() for attack in self.config.evaluate.attacks]
 
     def _backbone(self) -> vit.Backbone:
         model = self.config.model
@@ -196,6 +229,11 @@ class FewShotJob:
             self._pixels[name] = Pixels(images, size)
             console.stage("data", f"{name}   {len(images.classes)} classes   {len(images):,} images")
         return self._pixels[name]
+
+
+def _shown(name: str) -> str:
+    """A set's name in rows and file names."""
+    return name.replace(":", "-").replace("/", "-")
 
 
 CONFIG, JOB = FewShotConfig, FewShotJob

@@ -1,0 +1,166 @@
+"""A pool of AMT experts, MAML and the choice of settings through the command line, on a tiny random ViT and real digits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+from vismt.cli import main
+from vismt.engine.log import read_lines
+
+pytest.importorskip("sklearn")
+
+POOL = {
+    "model": {"name": "test_vit", "img_size": 32, "pretrained": False, "block": 3},
+    "adapt": {"method": "amt", "rank": 2},
+    "source": {"data": ["photo_crops:train"], "ways": 3, "shots": 1, "queries": 2, "augment": False},
+    "train": {"steps": 3, "lr": 1e-2, "checkpoint_every": 2},
+    "pool": {"levels": [0.5, 4], "clean": True, "warmup": 2, "gamma": 1e-2},
+    "evaluate": {
+        "data": ["digits"], "ways": 3, "shots": [1], "queries": 2, "episodes": 3,
+        "models": ["frozen", "clean", "merged", "average", "logits", "min_ce", "expert:4", "merged+finetune"],
+    },
+    "finetune": {"steps": 2},
+}
+
+
+def write(folder: Path, name: str = "pool", **changes: object) -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({**POOL, **changes}))
+    return path
+
+
+def section(name: str, **changes: object) -> dict:
+    return {**POOL[name], **changes}
+
+
+@pytest.fixture(scope="module")
+def pool_run(tmp_path_factory) -> Path:
+    pytest.importorskip("skimage")
+    folder = tmp_path_factory.mktemp("pool")
+    assert main(["run", str(write(folder)), "--out", str(folder / "runs"), "--quiet"]) == 0
+    return next((folder / "runs").iterdir())
+
+
+def test_a_pool_run_trains_every_expert_and_evaluates_every_model(pool_run: Path) -> None:
+    assert {path.name for path in (pool_run / "experts").iterdir()} == {"clean", "0.5", "4"}
+    index = json.loads((pool_run / "pool" / "pool.json").read_text())
+    assert [one["label"] for one in index["experts"]] == ["0.5", "4"]
+    rows = read_lines(pool_run / "results.jsonl")
+    assert [row["model"] for row in rows] == POOL["evaluate"]["models"] and all(row["n"] == 3 for row in rows)
+    logged = read_lines(pool_run / "experts" / "4" / "metrics.jsonl")
+    assert [row["step"] for row in logged] == [1, 2, 3] and {"loss", "accuracy", "robust", "kl"} <= set(logged[0])
+    assert "kl" not in read_lines(pool_run / "experts" / "clean" / "metrics.jsonl")[0]
+    text = (pool_run / "report.md").read_text().replace("\\", "")
+    assert all(model in text for model in POOL["evaluate"]["models"])
+
+
+def test_experts_differ_and_the_same_command_trains_nothing_again(pool_run: Path, capsys) -> None:
+    held = [safetensors.torch.load_file(next((pool_run / "pool" / f"expert-{i}").glob("*.safetensors"))) for i in (0, 1)]
+    name = next(key for key in held[0] if key.endswith("lora_A"))
+    assert torch.equal(held[0][f"{name}0"], held[1][f"{name}0"]) and not torch.equal(held[0][name], held[1][name])
+    assert main(["run", str(write(pool_run.parent.parent)), "--out", str(pool_run.parent)]) == 0
+    assert "done before" in capsys.readouterr().out
+
+
+def test_one_expert_or_the_average_can_be_merged_and_exported(pool_run: Path, tmp_path: Path, capsys) -> None:
+    assert main(["merge", str(pool_run)]) == 2
+    assert "--expert: 0.5, 4, or average" in capsys.readouterr().err
+    assert main(["merge", str(pool_run), "--expert", "5"]) == 2
+    assert "no single adapter '5'" in capsys.readouterr().err
+    found = {}
+    for expert in ("0.5", "4", "average"):
+        assert main(["export", str(pool_run), "--expert", expert, "--to", str(tmp_path / expert), "--quiet"]) == 0
+        found[expert] = safetensors.torch.load_file(tmp_path / expert / "model.safetensors")
+    key = "blocks.0.mlp.fc1.weight"
+    torch.testing.assert_close(found["average"][key], (found["0.5"][key] + found["4"][key]) / 2)
+    assert main(["export", str(pool_run), "--format", "peft", "--expert", "4", "--to", str(tmp_path / "peft"), "--quiet"]) == 0
+    assert (tmp_path / "peft" / "adapter_config.json").exists()
+
+
+def test_experts_of_separate_runs_make_the_same_pool(pool_run: Path, tmp_path: Path, capsys) -> None:
+    """Trained apart, assembled, evaluated: the numbers of the run that trained them together."""
+    runs = tmp_path / "runs"
+    for level in (0.5, 4):
+        alone = write(tmp_path, f"only{level}", pool=section("pool", levels=[level], clean=False))
+        assert main(["train", str(alone), "--out", str(runs), "evaluate.models=[frozen]", "--quiet"]) == 0
+    parts = [str(path) for path in sorted(runs.iterdir())]
+    assert main(["pool", "assemble", *parts, "--to", str(tmp_path / "both")]) == 0
+    assert "0.5, 4" in capsys.readouterr().out
+    evaluated = section("evaluate", models=["merged", "expert:4"])
+    path = write(tmp_path, "joined", pool={"folder": str(tmp_path / "both")}, train=None, evaluate=evaluated)
+    assert main(["run", str(path), "--out", str(tmp_path / "joined"), "--quiet"]) == 0
+    joined = read_lines(next((tmp_path / "joined").iterdir()) / "results.jsonl")
+    before = {row["model"]: row["value"] for row in read_lines(pool_run / "results.jsonl")}
+    assert [row["value"] for row in joined] == [before["merged"], before["expert:4"]]
+    assert main(["pool", "assemble", str(tmp_path), "--to", str(tmp_path / "none")]) == 2
+    assert "holds no trained expert" in capsys.readouterr().err
+
+
+def test_settings_are_chosen_on_classes_that_are_not_tested(pool_run: Path, tmp_path: Path) -> None:
+    select = {"class_share": 0.5, "episodes": 3, "shots": 1, "queries": 2, "trim": [{"blocks.0.mlp.fc1": 0.5}], "lr": [1e-4]}
+    evaluated = section("evaluate", models=["merged", "merged:default", "merged+finetune"])
+    pool = {"folder": str(pool_run / "pool")}
+    path = write(tmp_path, "select", pool=pool, train=None, select=select, evaluate=evaluated)
+    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
+    run = next((tmp_path / "runs").iterdir())
+    chosen = json.loads((run / "selection.json").read_text())["digits"]
+    stages = [one["stage"] for one in chosen["tried"]]
+    assert stages.count("merging") == 12 and stages.count("trim") == 2 and stages.count("finetune") == 2
+    assert sum(one["chosen"] for one in chosen["tried"]) == 3 and sum(one["default"] for one in chosen["tried"]) == 3
+    assert {row["model"] for row in read_lines(run / "results.jsonl")} == set(evaluated["models"])
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"select": {"data": ["digits"]}}, "shares images with evaluate.data"),
+    ({"select": {}}, "give one of them"),
+    ({"select": {"data": ["mnist"]}, "pool": None, "adapt": {"method": "lora"}, "evaluate": section("evaluate", models=["adapted"])},
+     "add a pool section"),
+    ({"select": {"class_share": 0.9}, "train": None, "evaluate": section("evaluate", models=["merged"])}, "leave fewer than 3"),
+    ({"pool": section("pool", rates={"8": 0.1})}, "no expert '8'"),
+    ({"pool": section("pool", kl="both")}, "pool.kl"),
+    ({"pool": section("pool", levels=[300])}, "in 1/255"),
+    ({"evaluate": section("evaluate", models=["expert:7"])}, "expert:0.5"),
+    ({"evaluate": section("evaluate", models=["logits+finetune"])}, "no weights to tune"),
+    ({"evaluate": section("evaluate", models=["merged:default"])}, "without a select section"),
+    ({"evaluate": section("evaluate", models=["clean"]), "pool": {"levels": [1]}}, "pool.clean"),
+    ({"evaluate": section("evaluate", models=["merged"]), "pool": {"folder": "nowhere"}, "train": None}, "nowhere"),
+    ({"merging": {"balance": 2}}, "balance"),
+    ({"merging": {"trim": {"attn.qvk": 0.5}}}, "merging.trim: no module matches 'attn.qvk'"),
+    ({"meta": {"algorithm": "maml"}}, "no pool section"),
+    ({"meta": {"algorithm": "mamml"}, "pool": None, "evaluate": section("evaluate", models=["adapted"])}, "maml"),
+])
+def test_every_error_of_these_sections_is_one_line(pool_run: Path, tmp_path: Path, capsys, changes: dict, words: str) -> None:
+    if "class_share" in changes.get("select", {}):
+        changes = {**changes, "pool": {"folder": str(pool_run / "pool")}}
+    assert main(["run", str(write(tmp_path, **changes)), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
+    told = capsys.readouterr().err
+    assert words in told and told.count("\n") == 1 and told.startswith("error: ")
+
+
+def test_a_collapsed_expert_is_said(tmp_path: Path, capsys) -> None:
+    pytest.importorskip("skimage")
+    strong = section("pool", levels=[8], clean=False, weight=1e4, warmup=0)
+    path = write(tmp_path, pool=strong, train={"steps": 200, "lr": 1.0, "optimizer": "sgd", "clip": None}, evaluate=section(
+        "evaluate", models=["merged"]))
+    assert main(["train", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
+    told = capsys.readouterr().err
+    assert "collapsed to the uniform prediction" in told or "not finite" in told
+
+
+@pytest.mark.parametrize("algorithm", ["maml", "metasgd"])
+def test_maml_runs_through_the_same_job(tmp_path: Path, algorithm: str) -> None:
+    pytest.importorskip("skimage")
+    evaluated = section("evaluate", models=["frozen", "adapted"])
+    meta = {"algorithm": algorithm, "inner_steps": 2}
+    path = write(tmp_path, pool=None, adapt={"method": "lora", "rank": 2}, meta=meta, evaluate=evaluated)
+    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
+    run = next((tmp_path / "runs").iterdir())
+    assert [row["model"] for row in read_lines(run / "results.jsonl")] == ["frozen", "adapted"]
+    own = safetensors.torch.load_file(run / "classifier.safetensors")
+    assert "head.weight" in own and any(name.startswith("rates.") for name in own) == (algorithm == "metasgd")
