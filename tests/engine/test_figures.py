@@ -1,11 +1,11 @@
 """What the figures show: the right lengths and intervals, and no text on other text for one to twelve sets."""
 
-import itertools
 import sys
 
 import numpy as np
 import pytest
 import torch
+from readable import assert_readable, visible_texts
 from torchvision.io import decode_png, read_file
 
 from vismt.engine import canvas, episode_figure, figures
@@ -38,33 +38,6 @@ def comparisons(sets, protocols=("5-way 1-shot",), conditions=("clean", "PGD-10 
         )
         for protocol in protocols for j, name in enumerate(sets) for condition in conditions
     ]
-
-
-def visible_texts(figure):
-    """(text, box in pixels) of all that is drawn, axis ticks included."""
-    from matplotlib.text import Text
-
-    renderer = figure.canvas.get_renderer()
-    hidden = set()
-    for axes in figure.axes:
-        for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, sorted(axes.get_ylim()))):
-            for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
-                if not low <= tick.get_loc() <= high:
-                    hidden |= {tick.label1, tick.label2}
-    texts = [text for text in figure.findobj(Text) if text not in hidden and text.get_visible() and text.get_text().strip()]
-    return [(text.get_text(), text.get_window_extent(renderer)) for text in texts]
-
-
-def assert_readable(figure):
-    width, height = figure.get_size_inches() * figure.dpi
-    texts = visible_texts(figure)
-    assert len(texts) > 3
-    for text, box in texts:
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, f"'{text}' leaves the figure"
-    for (a, one), (b, two) in itertools.combinations(texts, 2):
-        across = min(one.x1, two.x1) - max(one.x0, two.x0)
-        down = min(one.y1, two.y1) - max(one.y0, two.y0)
-        assert across <= 1 or down <= 1, f"'{a}' lies on '{b}'"
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 12])
@@ -125,9 +98,9 @@ def test_training_curve(drawn, tmp_path):
 def test_running_mean_by_hand():
     # 40 values: memory 2, keep = 1 - 2/3 = 1/3. First 0; second (0/3 + 1) / (1/3 + 1) = 3/4;
     # third ((0/3 + 1)/3 + 1) / ((1/3 + 1)/3 + 1) = (4/3) / (13/9) = 12/13
-    smooth = figures._running_mean(np.array([0.0] + [1.0] * 39))
+    smooth = canvas.running_mean(np.array([0.0] + [1.0] * 39))
     assert smooth[:3] == pytest.approx([0, 3 / 4, 12 / 13])
-    assert figures._running_mean(np.array([5.0])).tolist() == [5.0]
+    assert canvas.running_mean(np.array([5.0])).tolist() == [5.0]
 
 
 @pytest.mark.parametrize("rows", [[{"step": 1, "loss": 2.0}], [{"step": 1, "accuracy": 0.3}, {"step": 2, "accuracy": 0.4}]])
@@ -197,3 +170,16 @@ def test_without_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(UserError, match=r'pip install "vismt\[report\]"'):
         figures.domain_bars(comparisons(["digits"]), tmp_path / "a.png")
+
+
+def test_twelve_models_have_twelve_colours_and_a_legend_that_fits(drawn, tmp_path):
+    models = ["frozen", "clean", "merged", "merged:default", "average", "logits", "min_ce", "merged+finetune",
+              *(f"expert:{level}" for level in (0.01, 0.1, 6, 8))]
+    path = figures.domain_bars(comparisons(["digits", LONG], models=models, conditions=("clean",)), tmp_path / "a.png")
+    assert_readable(drawn[0])
+    legend = drawn[0].legends[0]
+    assert {text.get_text() for text in legend.get_texts()} == {*models, "chance"} and path.exists()
+    assert len({canvas.color_of(model, models) for model in models}) == 12
+    # read row by row, the names stand in their order
+    places = [(-round(text.get_window_extent().y0), text.get_window_extent().x0, text.get_text()) for text in legend.get_texts()]
+    assert [name for _, _, name in sorted(places)] == [*models, "chance"]

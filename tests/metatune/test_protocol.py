@@ -209,3 +209,52 @@ def test_what_has_no_interval_or_no_name_is_refused():
         run(episodes=1)
     with pytest.raises(UserError, match="two attacks are called alike"):
         run(attacks=[Darken(), Darken(0.2)])
+
+
+class Mixed(nn.Module):
+    """A task whose classifiers say how they were mixed."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.count = ProtoNet(Backbone()), 0
+
+    def classifier(self, support, labels):
+        task = self.net.classifier(support, labels)
+        self.count += 1
+        task.register_buffer("mixture", torch.tensor([1 / 3, 2 / 3]) if self.count % 2 else torch.tensor([0.0, 1.0]))
+        return task
+
+
+def test_the_mixture_of_a_task_is_on_its_line_and_survives_a_resume(tmp_path):
+    records = tmp_path / "fake.jsonl"
+    run(records, net=Mixed(), episodes=3)
+    rows = [json.loads(line) for line in records.read_text().splitlines()[1:]]
+    assert [row["mixture"] for row in rows] == [[0.333333, 0.666667], [0.0, 1.0], [0.333333, 0.666667]]
+    before = records.read_text()
+    assert set(run(records, net=Mixed(), episodes=3)) == {"clean", "dark"} and records.read_text() == before
+    plain = tmp_path / "plain.jsonl"
+    run(plain)
+    assert "mixture" not in plain.read_text()
+
+
+class Prepared(Darken):
+    """Darkens by the brightness of the support it was prepared with."""
+
+    def __init__(self):
+        super().__init__(name="prepared")
+        self.prepared = []
+
+    def prepare(self, support, labels):
+        self.prepared.append((support, labels))
+        return Darken(float(support.mean()))
+
+    def perturb(self, *arguments, **options):
+        raise AssertionError("what prepare gave perturbs")
+
+
+def test_an_attack_may_be_prepared_with_the_support_once_an_episode():
+    attack, sampler = Prepared(), EpisodeSampler(LABELS, ways=4, shots=2, queries=5, seed=1)
+    run(attacks=[attack], batch=7)
+    assert len(attack.prepared) == 6
+    for index, (support, labels) in enumerate(attack.prepared):
+        assert torch.equal(support, Pixels()[sampler[index].support]) and torch.equal(labels, sampler[index].support_labels)

@@ -40,6 +40,8 @@ from vismt.paths import cache_root
 __all__ = ["AssetRow", "describe", "get_asset", "list_assets", "load_asset_card"]
 
 RECORD = "record.json"
+# (asset, file) whose place this process has named: a run makes many backbones of one asset and says so once.
+_told: set[tuple[str, Path]] = set()
 
 
 class AssetRow(NamedTuple):
@@ -201,6 +203,10 @@ def _in_hub_cache(card: AssetCard) -> Path | None:
 
 
 def _say(card: AssetCard, where: str, path: Path, check: str = "") -> None:
+    """Where the asset is: again for every fetch (`check` given), else once a process and file."""
+    if not check and (card.name, path) in _told:
+        return
+    _told.add((card.name, path))
     check = check or ("sha256 ok" if where == "cache" else "not checked" if not _sha256_of_kept(card) else "sha256 ok")
     console.stage("asset", f"{card.name}   {where} ({path.stat().st_size / MEGABYTE:.0f} MB, {check})")
 

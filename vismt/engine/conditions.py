@@ -72,8 +72,13 @@ def conditions(
     return [*made, *(spec for corruption in corruptions for spec in corruption.specs())]
 
 
-def check_conditions(attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> None:
-    """UserError for values that do not fit and for two conditions of one name, before any model is made."""
+def check_conditions(attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], ways: int) -> None:
+    """UserError for values that do not fit and for two conditions of one name, before any model is made.
+
+    ways: the least number in an episode.
+    """
+    if ways < 4 and any(attack.name == "apgd_t" for attack in attacks):
+        raise UserError(f"evaluate.attacks: apgd_t: its targeted loss needs 4 classes, here are {ways}: take apgd_ce.")
     texts = [f"{attack.spec()} from {attack.source}" if attack.source else str(attack.spec()) for attack in attacks]
     texts += [spec.describe() for corruption in corruptions for spec in corruption.specs()]
     twice = next((text for text in texts if texts.count(text) > 1), None)

@@ -170,7 +170,8 @@ def check(config: FewShotConfig) -> None:
     own = {"targets", "rank", "alpha", "seed"} & set(config.adapt.options if config.adapt else {})
     if own:
         raise UserError(f"adapt.options: '{min(own)}' has a key of its own: adapt.{min(own)} (seed: at the top).")
-    check_conditions(settings.attacks, settings.corruptions)
+    ways = settings.ways if settings.rule == "uniform" else settings.min_ways
+    check_conditions(settings.attacks, settings.corruptions, ways)
     if config.select is not None and config.select.attack is not None and config.select.attack.source is not None:
         raise UserError("select.attack: the choice attacks the model it is made for; leave source out.")
     if settings.masking_episodes < 2:

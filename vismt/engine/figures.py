@@ -10,18 +10,32 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vismt.engine.canvas import GRID, INK, MUTED, PALETTE, RIGHT, WRONG, dress, new_figure, save, short
+from vismt.engine.canvas import (
+    DASHES,
+    GRID,
+    INK,
+    MUTED,
+    RIGHT,
+    WRONG,
+    color_of,
+    dress,
+    legend,
+    legend_rows,
+    new_figure,
+    running_mean,
+    save,
+    short,
+)
 from vismt.engine.comparison import AVERAGE, Comparison, is_share
 from vismt.engine.episode_figure import episode_grid
 from vismt.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = ["domain_bars", "episode_grid", "training_curve"]
 
-DASHES, SHOWN_COLUMNS = (0, (3, 3)), 3
+SHOWN_COLUMNS = 3
 
 
 def training_curve(metrics: Sequence[Mapping[str, Any]], path: Path) -> Path:
@@ -40,7 +54,7 @@ def training_curve(metrics: Sequence[Mapping[str, Any]], path: Path) -> Path:
         kept = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
         steps, values = (np.array(column, dtype=float) for column in zip(*kept, strict=True))
         factor = 100.0 if name == "accuracy" else 1.0
-        smooth = _running_mean(values) * factor
+        smooth = running_mean(values) * factor
         lone = "o" if len(steps) == 1 else None
         axes.plot(steps, values * factor, color=color, alpha=0.28, linewidth=1.0, marker=lone)
         axes.plot(steps, smooth, color=color, linewidth=2.2, solid_capstyle="round")
@@ -70,15 +84,17 @@ def domain_bars(comparisons: Sequence[Comparison], path: Path) -> Path:
     blocks = list(dict.fromkeys((c.protocol, c.seed) for c in comparisons))
     models = list(dict.fromkeys(model for c in comparisons for model in c.cells))
     conditions = list(dict.fromkeys(c.condition for c in comparisons))
-    columns = min(len(conditions), SHOWN_COLUMNS)
-    bands = math.ceil(len(conditions) / columns)
+    bands = math.ceil(len(conditions) / SHOWN_COLUMNS)
+    columns = math.ceil(len(conditions) / bands)
     names = [list(dict.fromkeys(c.data for c in comparisons if (c.protocol, c.seed) == block)) for block in blocks]
     heights = [max(0.7, len(rows) * (0.2 * len(models) + 0.22)) for rows in names for _ in range(bands)]
     label = min(2.6, 0.085 * max(len(short(c.data, 28)) for c in comparisons) + 0.25)
-    width, top, gap = 1.0 + label + columns * 3.5, 0.55, 1.0
+    width, gap = 1.0 + label + columns * 3.5, 1.0
+    chance = any(_chance(c) is not None for c in comparisons)
+    top = 0.33 + 0.22 * legend_rows(models, width - label, chance)
     height = top + sum(heights) + gap * len(heights)
     figure = new_figure(width, height)
-    _legend(figure, models, (label / width, 1 - 0.27 / height), any(_chance(c) is not None for c in comparisons))
+    legend(figure, models, [color_of(model, models) for model in models], label, chance=chance)
     reach = 1.0 if is_share(comparisons[0].metric) else max(c.value + c.ci95 for x in comparisons for c in x.cells.values())
     panel = (width - label - 0.35) / columns
     offset = top
@@ -108,7 +124,7 @@ def _bars(
             if cell is None:
                 continue
             y = row + (place - (len(models) - 1) / 2) * thickness
-            axes.barh(y, factor * cell.value, height=0.9 * thickness, color=_color(model, models))
+            axes.barh(y, factor * cell.value, height=0.9 * thickness, color=color_of(model, models))
             axes.errorbar(
                 factor * cell.value, y, xerr=factor * cell.ci95, color=INK, elinewidth=1.1, capsize=2.2, capthick=1.1,
             )
@@ -136,8 +152,8 @@ def _heading(axes: Axes, chosen: Mapping[str, Comparison], condition: str, proto
     several = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0]) if counts else "0"
     share = ", per cent" if chosen and is_share(next(iter(chosen.values())).metric) else ""
     title = condition[:1].upper() + condition[1:]
-    axes.annotate(short(title, 38), (0, 1), xytext=(0, 20), xycoords="axes fraction", textcoords="offset points",
-                  fontsize=10.5, fontweight="bold", color=INK)
+    axes.annotate(short(title, 42), (0, 1), xytext=(0, 20), xycoords="axes fraction", textcoords="offset points",
+                  fontsize=10.5 if len(title) <= 34 else 8.5, fontweight="bold", color=INK)
     axes.annotate(f"{protocol}, n = {several} {unit}{share}", (0, 1), xytext=(0, 7), xycoords="axes fraction",
                   textcoords="offset points", fontsize=8.5, color=MUTED)
 
@@ -149,29 +165,3 @@ def _chance(comparison: Comparison | None) -> float | None:
     ways = re.match(r"(\d+)-way\b", comparison.protocol)
     return 1 / int(ways[1]) if ways and int(ways[1]) else None
 
-
-def _legend(figure: Figure, models: Sequence[str], place: tuple[float, float], chance: bool) -> None:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    handles = [Patch(color=_color(model, models), label=model) for model in models]
-    if chance:
-        handles.append(Line2D([], [], color=MUTED, linewidth=1.0, linestyle=DASHES, label="chance"))
-    figure.legend(handles=handles, loc="center left", bbox_to_anchor=place, ncols=len(handles), frameon=False, fontsize=9,
-                  labelcolor=INK, handlelength=1.3, borderaxespad=0, columnspacing=1.6)
-
-
-def _color(model: str, models: Sequence[str]) -> str:
-    others = [name for name in models if name != "frozen"]
-    return PALETTE[0] if model == "frozen" else PALETTE[1 + others.index(model) % (len(PALETTE) - 1)]
-
-
-def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Exponential mean whose weights sum to one from the first value on; its memory is a twentieth of the run."""
-    keep = 1 - 2 / (max(1, len(values) // 20) + 1)
-    total = weight = 0.0
-    smooth = np.empty_like(values)
-    for i, value in enumerate(values):
-        total, weight = keep * total + value, keep * weight + 1
-        smooth[i] = total / weight
-    return smooth

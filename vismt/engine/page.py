@@ -9,8 +9,11 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vismt.engine.tables import Table, turned
+
 if TYPE_CHECKING:
-    from vismt.engine.report import Picture, Report, Table
+    from vismt.engine.pool_report import Picture
+    from vismt.engine.report import Report
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --muted: #5d6775; --line: #dfe3e9; --page: #ffffff; --soft: #f5f7f9;
@@ -38,6 +41,9 @@ td:nth-child(-n+2) { white-space: normal; overflow-wrap: anywhere; min-width: 6.
 tr.more td { border-top: 0; padding-top: 0; }
 tr.average td { font-weight: 600; } .number { text-align: right; padding-left: 0.9rem; }
 td.best span { background: var(--best); border-radius: 5px; padding: 0.12rem 0.4rem; margin-right: -0.4rem; font-weight: 700; }
+table.many { font-size: 0.82rem; } table.many th { white-space: normal; vertical-align: bottom; }
+table.many th, table.many td { padding-right: 0.5rem; } table.many .number { padding-left: 0.35rem; }
+table.many td small { display: block; color: var(--muted); font-weight: 400; font-size: 0.92em; }
 figure { margin: 1rem 0 2rem; } figcaption { color: var(--muted); font-size: 0.875rem; margin-top: 0.5rem; }
 img { display: block; max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: 10px;
   padding: 0.75rem; }
@@ -60,6 +66,7 @@ def render_html(report: Report) -> str:
         "</dl><h2>Results</h2>",
         *(_html_table(table) for table in report.tables),
         f'<p class="note">{escape(report.legend)}</p>',
+        *([_html_table(report.masking), f'<p class="note">{escape(report.masking_note)}</p>'] if report.masking else ()),
         *(f"<h2>{escape(picture.title)}</h2>{_figure(picture)}" for picture in report.curves),
     ]
     if report.panels:
@@ -82,8 +89,12 @@ def render_markdown(report: Report, folder: Path) -> str:
     lines += [f"| {_plain(name)} | {_plain(value)} |" for name, value in report.facts]
     lines += ["", "## Results"]
     for table in report.tables:
-        lines += ["", f"### {_plain(table.title)}", "", *_markdown_table(table)]
+        lines += ["", f"### {_plain(table.title)}"]
+        for part in turned(table) if table.many and not table.folded else [table]:
+            lines += ["", *_markdown_table(part)]
     lines += ["", report.legend]
+    if report.masking:
+        lines += ["", f"### {_plain(report.masking.title)}", "", *_markdown_table(report.masking), "", report.masking_note]
     for picture in report.curves:
         lines += ["", f"## {_plain(picture.title)}", "", *_markdown_picture(picture, folder)]
     if report.panels:
@@ -96,7 +107,7 @@ def render_markdown(report: Report, folder: Path) -> str:
 
 
 def _html_table(table: Table) -> str:
-    heads = "".join(f"<th{_kind(i)}>{escape(head)}</th>" for i, head in enumerate(table.heads))
+    heads = "".join(f"<th{_kind(i)}>{_breakable(head)}</th>" for i, head in enumerate(table.heads))
     rows = []
     for number, row in enumerate(table.rows):
         again = number > 0 and table.rows[number - 1][0] == row[0]
@@ -104,20 +115,30 @@ def _html_table(table: Table) -> str:
         cells = []
         for i, text in enumerate(row):
             shown = "" if i == 0 and again else escape(text)
+            if table.many and " ± " in shown:
+                value, _, rest = shown.partition(" ± ")
+                half, _, mark = rest.partition(" ")
+                shown = f"{value} {mark}".rstrip() + f"<small>± {half}</small>"
             if (number, i) in table.best:
                 cells.append(f'<td class="number best"><span>{shown}</span></td>')
             else:
                 cells.append(f"<td{_kind(i)}>{shown}</td>")
         rows.append(f'<tr class="{classes}">{"".join(cells)}</tr>' if classes else f"<tr>{''.join(cells)}</tr>")
     body = "\n".join(rows)
-    return (
-        f'<h3>{escape(table.title)}</h3><div class="wide"><table><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+    kind = ' class="many"' if table.many else ""
+    made = f'<div class="wide"><table{kind}><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+    if table.folded:
+        return f"<details><summary>{escape(table.title)}</summary>{made}</details>"
+    return f"<h3>{escape(table.title)}</h3>{made}"
 
 
 def _kind(column: int) -> str:
     return ' class="number"' if column > 1 else ""
+
+
+def _breakable(head: str) -> str:
+    """A head that may be broken behind the joints of a model's name."""
+    return re.sub(r"([+:_])", r"\1<wbr>", escape(head))
 
 
 def _fact(name: str, value: str) -> str:
@@ -136,7 +157,7 @@ def _markdown_table(table: Table) -> list[str]:
     def line(texts: Sequence[str]) -> str:
         return "| " + " | ".join(texts) + " |"
 
-    rules = ["---" if i < 2 else "---:" for i in range(len(table.heads))]
+    rules = ["---" if i < table.texts else "---:" for i in range(len(table.heads))]
     rows = [
         line([f"**{_plain(text)}**" if (number, i) in table.best else _plain(text) for i, text in enumerate(row)])
         for number, row in enumerate(table.rows)

@@ -1,6 +1,7 @@
 """report.md and report.html of a run, from the files of its folder alone.
 
-Reads run.json and results.jsonl, and where they are there metrics.jsonl, records/, panels/ and config.resolved.yaml.
+Reads run.json and results.jsonl, and where they are there metrics.jsonl, records/, panels/, masking.jsonl, experts/, pool/
+and config.resolved.yaml.
 """
 
 from __future__ import annotations
@@ -9,20 +10,21 @@ import json
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vismt.engine import figures
-from vismt.engine.comparison import AVERAGE, Cell, Comparison, compare, is_share, read_results
+from vismt.engine.comparison import AVERAGE, Comparison, compare, is_share, read_results
 from vismt.engine.log import read_lines
+from vismt.engine.masking import NOTE, read_masking
 from vismt.engine.page import render_html, render_markdown
+from vismt.engine.pool_report import Picture, corruption_pictures, pool_pictures
+from vismt.engine.tables import Table, difference_text, number_text, result_tables, split_corruptions
 from vismt.errors import UserError
 from vismt.lowrank.files import atomic_write
 
-MARKS = {"best": "★", "tie": "≈", "": ""}
 LEGEND = (
     "Mean ± half width of the 95 % confidence interval over n. ★ best of the models, ≈ statistical tie with the best: "
     "the 95 % interval of the paired difference contains zero, or, where a row has no records of the same episodes "
@@ -34,25 +36,6 @@ FLAT = " A width of 0.0 says that all n gave the same value, not that the number
 
 
 @dataclass(frozen=True)
-class Table:
-    """Texts of one protocol: `heads`, then rows of as many texts; `best` are the (row, column) of the best numbers."""
-
-    title: str
-    heads: list[str]
-    rows: list[list[str]]
-    best: set[tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG inside the run folder and what to say of it."""
-
-    path: Path
-    title: str
-    caption: str
-
-
-@dataclass(frozen=True)
 class Report:
     """Everything both formats show, as plain texts that are not yet escaped."""
 
@@ -60,6 +43,8 @@ class Report:
     facts: list[tuple[str, str]]
     tables: list[Table]
     legend: str
+    masking: Table | None
+    masking_note: str
     curves: list[Picture]
     panels: list[Picture]
     citation: list[str]
@@ -74,14 +59,18 @@ def write_report(run_folder: Path) -> Path:
     """
     folder = Path(run_folder)
     about = _read_facts(folder)
-    comparisons = compare(read_results(folder, str(about["config_hash"])), folder)
+    results = read_results(folder, str(about["config_hash"]))
+    comparisons = compare(results, folder)
+    heads, checks = read_masking(folder)
     config = folder / "config.resolved.yaml"
     report = Report(
         title=str(about.get("title") or folder.name),
         facts=_facts(about, comparisons),
-        tables=_tables(comparisons),
+        tables=result_tables(comparisons),
         legend=LEGEND + FLAT * any(cell.ci95 == 0 for c in comparisons for cell in c.cells.values()),
-        curves=_curves(folder, comparisons),
+        masking=Table("Gradient masking", heads, checks, set()) if checks else None,
+        masking_note=NOTE,
+        curves=[*_curves(folder, comparisons), *corruption_pictures(folder, comparisons), *pool_pictures(folder, results)],
         panels=_panels(folder),
         citation=_citation(about, comparisons),
         config=config.read_text(encoding="utf8", errors="replace") if config.exists() else "",
@@ -128,46 +117,6 @@ def _facts(about: dict[str, Any], comparisons: Sequence[Comparison]) -> list[tup
     return [(name, str(value)) for name, value in pairs if value]
 
 
-def _tables(comparisons: Sequence[Comparison]) -> list[Table]:
-    """One table for each protocol, metric and seed, with a row for each set and condition."""
-    seeds = {c.seed for c in comparisons}
-    metrics = {c.metric for c in comparisons}
-    tables = []
-    for (protocol, metric, seed, unit), group in groupby(comparisons, key=lambda c: (c.protocol, c.metric, c.seed, c.unit)):
-        group = list(group)
-        models = list(dict.fromkeys(model for c in group for model in c.cells))
-        title = protocol + (f", {metric}" if len(metrics) > 1 else "") + (f", seed {seed}" if len(seeds) > 1 else "")
-        show_difference = any(c.difference for c in group)
-        heads = ["Data", "Condition", *models, *["Difference"] * show_difference, f"n ({unit})"]
-        rows, best = [], set()
-        for number, c in enumerate(group):
-            note = "" if c.paired or len(c.cells) < 2 else " (unpaired)"
-            texts = [c.data, c.condition + note, *(_cell_text(c.cells.get(model), metric) for model in models)]
-            best |= {(number, 2 + i) for i, model in enumerate(models) if model in c.cells and c.cells[model].mark == "best"}
-            texts += [_difference_text(c)] * show_difference
-            rows.append([*texts, " / ".join(f"{n:,}" for n in dict.fromkeys(cell.n for cell in c.cells.values()))])
-        tables.append(Table(title + (f", {metric} in %" if is_share(metric) else f", {metric}"), heads, rows, best))
-    return tables
-
-
-def _cell_text(cell: Cell | None, metric: str) -> str:
-    if cell is None:
-        return "–"
-    return f"{_number(cell.value, metric)} ± {_number(cell.ci95, metric)} {MARKS[cell.mark]}".rstrip()
-
-
-def _difference_text(c: Comparison) -> str:
-    if c.difference is None:
-        return "–"
-    middle, low, high = (_number(value, c.metric, sign=True) for value in c.difference)
-    return f"{middle} [{low}, {high}]"
-
-
-def _number(value: float, metric: str, sign: bool = False) -> str:
-    text = f"{100 * value:+.1f}" if is_share(metric) else f"{value:+.4g}"
-    return text.replace("-", "−") if sign else text.lstrip("+")
-
-
 def _curves(folder: Path, comparisons: Sequence[Comparison]) -> list[Picture]:
     pictures = []
     logged = read_lines(folder / "metrics.jsonl")
@@ -176,7 +125,7 @@ def _curves(folder: Path, comparisons: Sequence[Comparison]) -> list[Picture]:
         text = f"{len(logged):,} logged steps. Thin: as logged. Thick: running mean over a twentieth of the run."
         pictures.append(Picture(path, "Training", text))
     for metric in dict.fromkeys(c.metric for c in comparisons):
-        chosen = [c for c in comparisons if c.metric == metric]
+        chosen = split_corruptions([c for c in comparisons if c.metric == metric])[0]
         name = "domains.png" if metric == "accuracy" else f"domains-{'-'.join(metric.split()).replace('/', '-')}.png"
         path = figures.domain_bars(chosen, folder / "figures" / name)
         text = "Whiskers are 95 % confidence intervals; the dashed line, where there is one, is chance."
@@ -210,18 +159,22 @@ def _panel_caption(panel: dict[str, np.ndarray]) -> str:
 
 def _citation(about: dict[str, Any], comparisons: Sequence[Comparison]) -> list[str]:
     """Sentences that carry n, interval and protocol; over many sets only the averages are put into words."""
-    averages = [c for c in comparisons if c.data == AVERAGE]
+    shown, corrupted = split_corruptions(comparisons)
+    averages = [c for c in shown if c.data == AVERAGE]
     sentences = []
-    for c in averages or comparisons:
+    for c in averages or shown:
         within = {d.data for d in comparisons if (d.protocol, d.condition) == (c.protocol, c.condition)} - {AVERAGE}
         where = f"on average over {len(within)} data sets ({', '.join(sorted(within))})" if averages else f"on {c.data}"
         unit = " %" if is_share(c.metric) else ""
         values = "; ".join(
-            f"{model} {_number(cell.value, c.metric)} ± {_number(cell.ci95, c.metric)}{unit} (n = {cell.n:,} {c.unit})"
+            f"{model} {number_text(cell.value, c.metric)} ± {number_text(cell.ci95, c.metric)}{unit} (n = {cell.n:,} {c.unit})"
             for model, cell in c.cells.items()
         )
-        difference = f"; paired difference {_difference_text(c)}" if c.difference else ""
+        difference = f"; paired difference {difference_text(c)}" if c.difference else ""
         sentences.append(f"{c.protocol}, {c.condition}, {c.metric} {where}: {values}{difference}.")
+    if corrupted:
+        kinds = len({c.condition for c in corrupted})
+        sentences.append(f"The numbers under {kinds} corruptions are in the table of corruptions, n and intervals with them.")
     revision = f", git revision {about['git_revision']}" if about.get("git_revision") else ""
     seeds = ", ".join(str(seed) for seed in sorted({c.seed for c in comparisons}))
     sentences.append(

@@ -76,6 +76,6 @@ def audit(
 def _masked(classifier: torch.nn.Module, batches: _Batches, spec: AttackSpec, classes: int) -> MaskingCheck:
     check = check_masking(classifier, batches, spec, num_classes=classes)
     curve = ", ".join(f"{255 * radius:.3g}/255: {100 * value:.1f} %" for radius, value in zip(check.epsilons, check.accuracies))
-    verdict = "as it must be" if check.passed else "NOT as it must be: this attack is no evidence of robustness"
+    verdict = check.verdict() + ("" if check.passed else ": this attack is no evidence of robustness")
     console.stage("masking", f"accuracy by radius {curve}; {verdict}")
     return check

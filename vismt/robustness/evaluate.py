@@ -159,9 +159,9 @@ def _predict(model: nn.Module, images: Tensor, num_classes: int) -> Tensor:
 
 @dataclass(frozen=True)
 class MaskingCheck:
-    """Accuracy by radius, and whether it behaves as it must when the attack has honest gradients.
+    """Accuracy by radius over n images (episodes), and whether it behaves as it must when the attack has honest gradients.
 
-    monotone: no increase from one radius to the next beyond `slack`; reaches_chance: at the largest radius the accuracy is
+    monotone: no increase from one radius to the next beyond noise; reaches_chance: at the largest radius the accuracy is
     not significantly above chance. Where one of them fails, the robust accuracy of this attack is not evidence.
     """
 
@@ -175,6 +175,21 @@ class MaskingCheck:
     @property
     def passed(self) -> bool:
         return self.monotone and self.reaches_chance
+
+    def verdict(self) -> str:
+        """ "pass", or what is wrong."""
+        faults = []
+        if not self.monotone:
+            rises = [later - earlier for earlier, later in pairwise(self.accuracies)]
+            at = rises.index(max(rises))
+            faults.append(
+                f"rises from {100 * self.accuracies[at]:.1f} % at {255 * self.epsilons[at]:.3g}/255 to "
+                f"{100 * self.accuracies[at + 1]:.1f} % at {255 * self.epsilons[at + 1]:.3g}/255"
+            )
+        if not self.reaches_chance:
+            last = f"{100 * self.accuracies[-1]:.1f} % at {255 * self.epsilons[-1]:.3g}/255"
+            faults.append(f"still {last}, chance is {100 * self.chance:.1f} %")
+        return f"FAIL: {'; '.join(faults)}" if faults else "pass"
 
 
 def check_masking(

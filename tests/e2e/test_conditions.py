@@ -1,0 +1,99 @@
+"""Every attack, transfer, corruptions and the masking check from a few-shot configuration to its report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vismt.cli import main
+from vismt.engine.log import read_lines
+from vismt.robustness import attacks
+
+pytest.importorskip("sklearn")
+pytest.importorskip("torchattacks")
+
+BASE = {
+    "model": {"name": "test_vit", "img_size": 32, "pretrained": False, "block": 3},
+    "adapt": {"method": "lora", "rank": 2},
+    "source": {"data": ["digits"], "ways": 3, "shots": 1, "queries": 2, "augment": False},
+    "train": {"steps": 2, "lr": 1e-3},
+}
+EVERY = [
+    {"name": "pgd"}, {"name": "pgd", "norm": "l2", "epsilon": 0.5}, {"name": "apgd_ce"}, {"name": "apgd_t"}, {"name": "fab"},
+    {"name": "square", "steps": 5}, {"name": "square", "steps": 5, "norm": "l2", "epsilon": 0.5}, {"name": "autoattack"},
+]
+
+
+def run(folder: Path, *overrides: str, **evaluate: object) -> Path:
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump({**BASE, "evaluate": {"data": ["digits"], "shots": [1], "queries": 1, **evaluate}}))
+    assert main(["run", str(path), "--out", str(folder / "runs"), *overrides]) == 0
+    return next((folder / "runs").iterdir())
+
+
+@pytest.mark.parametrize(("ways", "text"), [(5, "AutoAttack-2 linf 4/255"), (3, "AutoAttack-2 (APGD-CE+FAB+Square) linf 4/255")])
+def test_every_attack_by_name(tmp_path: Path, monkeypatch, ways: int, text: str) -> None:
+    monkeypatch.setattr(attacks, "AUTO_QUERIES", 5)
+    chosen = [{"epsilon": "4/255", "steps": 2, **one} for one in EVERY if ways > 3 or one["name"] != "apgd_t"]
+    folder = run(tmp_path, "--quiet", ways=ways, episodes=2, attacks=chosen, models=["frozen"])
+    rows = read_lines(folder / "results.jsonl")
+    conditions = [row["condition"] for row in rows]
+    assert len(conditions) == len(chosen) + 1 and text in conditions
+    assert {"FAB-2 linf 4/255", "Square-5 l2 0.5", "PGD-2 l2 0.5"} <= set(conditions)
+    assert all(row["n"] == 2 and 0 <= row["value"] <= 1 for row in rows)
+
+
+def test_a_targeted_attack_on_three_ways_says_what_to_take(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "small.yaml"
+    evaluate = {"data": ["digits"], "shots": [1], "ways": 3, "queries": 1, "episodes": 2, "attacks": [{"name": "apgd_t"}]}
+    path.write_text(yaml.safe_dump({**BASE, "evaluate": evaluate}))
+    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert not list((tmp_path / "runs").glob("*/adapter"))  # said before the training
+    assert "needs 4 classes" in error and "take apgd_ce" in error and error.count("\n") == 1
+
+
+def test_transfer_corruptions_and_masking_reach_the_report(tmp_path: Path, capsys) -> None:
+    pytest.importorskip("skimage")
+    pgd = {"name": "pgd", "epsilon": "8/255", "steps": 2}
+    folder = run(
+        tmp_path, data=["digits", "photo_crops:test"], ways=3, episodes=3, masking=True, masking_episodes=2,
+        attacks=[pgd, {**pgd, "source": "frozen"}, {**pgd, "source": "adapted"}],
+        corruptions=[{"name": "fog", "severities": [1, 5]}, {"name": "contrast"}],
+    )
+    out = capsys.readouterr().out
+    rows = read_lines(folder / "results.jsonl")
+    white, frozen, adapted = "PGD-2 linf 8/255", "PGD-2 linf 8/255 from frozen", "PGD-2 linf 8/255 from adapted"
+    corrupted = [f"contrast {s}" for s in (1, 2, 3, 4, 5)] + ["fog 1", "fog 5"]
+    assert {row["condition"] for row in rows} == {"clean", white, frozen, adapted, *corrupted}
+    value = {(row["model"], row["data"], row["condition"]): row["value"] for row in rows}
+    for data in ("digits", "photo_crops-test"):
+        # from itself is white-box: the same images
+        assert value["frozen", data, white] == value["frozen", data, frozen]
+        assert value["adapted", data, white] == value["adapted", data, adapted]
+    header = read_lines(folder / "records" / "digits-3-way-1-shot-adapted.jsonl")[0]["settings"]
+    by_source = {one["source"]: one["source_fingerprint"] for one in header["attacks"] if "source" in one}
+    assert len(set(by_source.values())) == 2 and by_source["adapted"] == header["fingerprint"]
+    # one line a model on the console, a line a model and set in the folder, a table in the report
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("masking ")] == ["frozen", "adapted"]
+    lines = read_lines(folder / "masking.jsonl")
+    assert [(one["model"], one["data"]) for one in lines] == [
+        (model, data) for model in ("frozen", "adapted") for data in ("digits", "photo_crops-test")
+    ]
+    assert all(len(one["accuracies"]) == 7 and one["n"] == 2 and isinstance(one["passed"], bool) for one in lines)
+    text = (folder / "report.md").read_text()
+    assert "### Gradient masking" in text and "corruptions, accuracy in %" in text and "mean of 7 corruptions" in out
+    averages = [line for line in text.splitlines() if line.startswith("| average |")]
+    assert len(averages) == 4 + len(corrupted)
+    assert (folder / "figures" / "corruptions-average-3-way-1-shot-accuracy-1.png").exists()
+    # again: nothing is done twice; another attack later leaves the check alone
+    kept = {path: path.read_text() for path in (folder / "records").iterdir()} | {
+        path: path.read_text() for path in (folder / "masking").iterdir()
+    }
+    assert main(["evaluate", str(folder), "--quiet"]) == 0
+    assert main(["attack", str(folder), "--attack", "fgsm", "--quiet"]) == 0
+    assert all(path.read_text() == content for path, content in kept.items())
+    assert json.loads((folder / "masking.jsonl").read_text().splitlines()[0])["model"] == "frozen"

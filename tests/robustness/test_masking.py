@@ -1,0 +1,83 @@
+"""The check by growing radii: numbers by hand, an honest model that passes and a blind one that does not."""
+
+import pytest
+import torch
+from torch import nn
+
+from vismt.metatune import EpisodeSampler, ProtoNet
+from vismt.robustness.masking import RADII, check_episodes, judge
+
+LABELS = torch.arange(5).repeat_interleave(12)
+
+
+class Mean(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(3))
+
+    def forward(self, images):
+        return (images.mean((2, 3)) - 0.5) * self.gain
+
+
+class Rounded(Mean):
+    """The same through a few grey values: its gradient is zero almost everywhere."""
+
+    def forward(self, images):
+        return super().forward((images * 4).round() / 4)
+
+
+class Pixels:
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        colours = torch.rand(5, 3, 1, 1, generator=generator)
+        self.images = (colours[LABELS] + 0.1 * torch.randn(60, 3, 8, 8, generator=generator)).clamp(0, 1)
+
+    def __getitem__(self, index):
+        return self.images[index]
+
+
+def check(backbone, **options):
+    sampler = EpisodeSampler(LABELS, ways=5, shots=2, queries=5, seed=1)
+    return check_episodes(ProtoNet(backbone), Pixels(), sampler, episodes=4, **options)
+
+
+def test_an_honest_model_passes():
+    found = check(Mean())
+    assert found.epsilons == RADII and found.n == 4 and found.chance == pytest.approx(0.2)
+    assert found.accuracies[0] > 0.7 and found.accuracies[-1] <= 0.2 and found.passed and found.verdict() == "pass"
+
+
+def test_masked_gradients_fail_although_the_function_is_nearly_the_same():
+    found = check(Rounded())
+    assert not found.reaches_chance and not found.passed
+    last = f"still {100 * found.accuracies[-1]:.1f} % at 64/255, chance is 20.0 %"
+    assert found.verdict().startswith("FAIL: ") and last in found.verdict()
+
+
+def test_it_resumes(tmp_path):
+    records = tmp_path / "masking" / "a.jsonl"
+    first = check(Mean(), records=records)
+    written = records.read_text()
+    assert check(Mean(), records=records) == first and records.read_text() == written
+
+
+def curve(*columns):
+    return {radius: torch.tensor(values) for radius, values in zip((0.0, 1 / 255, 64 / 255), columns)}
+
+
+def test_a_rise_counts_when_it_is_more_than_noise():
+    # every episode rises by 0.1: no width, more than the slack
+    steady = judge(curve([0.5, 0.5, 0.5], [0.6, 0.6, 0.6], [0.0, 0.0, 0.0]), 0.2)
+    assert not steady.monotone and steady.reaches_chance
+    assert steady.verdict() == "FAIL: rises from 50.0 % at 0/255 to 60.0 % at 1/255"
+    # rises of 0.3, -0.1, 0.1: the same mean 0.1 with a half width of 1.96 * 0.2 / sqrt(3) = 0.226
+    noisy = judge(curve([0.5, 0.5, 0.5], [0.8, 0.4, 0.6], [0.0, 0.0, 0.0]), 0.2)
+    assert noisy.monotone and noisy.passed
+    assert judge(curve([0.5, 0.5], [0.51, 0.51], [0.0, 0.0]), 0.2).monotone  # within the slack
+
+
+def test_the_end_must_reach_chance():
+    # 0.25 without width is above 0.2; 0.1 and 0.4 have the mean 0.25 and a half width of 0.29
+    assert not judge(curve([0.9, 0.9], [0.8, 0.8], [0.25, 0.25]), 0.2).reaches_chance
+    assert judge(curve([0.9, 0.9], [0.8, 0.8], [0.1, 0.4]), 0.2).reaches_chance
+    assert judge(curve([0.9, 0.9], [0.8, 0.8], [0.0, 0.0]), 0.2).passed
