@@ -114,6 +114,9 @@ def test_settings_are_chosen_on_classes_that_are_not_tested(pool_run: Path, tmp_
     assert stages.count("merging") == 12 and stages.count("trim") == 2 and stages.count("finetune") == 2
     assert sum(one["chosen"] for one in chosen["tried"]) == 3 and sum(one["default"] for one in chosen["tried"]) == 3
     assert {row["model"] for row in read_lines(run / "results.jsonl")} == set(evaluated["models"])
+    text = (run / "report.md").read_text()
+    assert "Chosen settings" in text and "default and chosen" in text and "trim" in text and "lr 0.0001" in text
+    assert "Chosen settings" in (run / "report.html").read_text()
 
 
 @pytest.mark.parametrize(("changes", "words"), [

@@ -66,7 +66,7 @@ def render_html(report: Report) -> str:
         "</dl><h2>Results</h2>",
         *(_html_table(table) for table in report.tables),
         f'<p class="note">{escape(report.legend)}</p>',
-        *([_html_table(report.masking), f'<p class="note">{escape(report.masking_note)}</p>'] if report.masking else ()),
+        *(text for table, note in report.aside for text in (_html_table(table), f'<p class="note">{escape(note)}</p>')),
         *(f"<h2>{escape(picture.title)}</h2>{_figure(picture)}" for picture in report.curves),
     ]
     if report.panels:
@@ -93,8 +93,8 @@ def render_markdown(report: Report, folder: Path) -> str:
         for part in turned(table) if table.many and not table.folded else [table]:
             lines += ["", *_markdown_table(part)]
     lines += ["", report.legend]
-    if report.masking:
-        lines += ["", f"### {_plain(report.masking.title)}", "", *_markdown_table(report.masking), "", report.masking_note]
+    for table, note in report.aside:
+        lines += ["", f"### {_plain(table.title)}", "", *_markdown_table(table), "", note]
     for picture in report.curves:
         lines += ["", f"## {_plain(picture.title)}", "", *_markdown_picture(picture, folder)]
     if report.panels:

@@ -21,6 +21,7 @@ from vismt.engine.log import read_lines
 from vismt.engine.masking import NOTE, read_masking
 from vismt.engine.page import render_html, render_markdown
 from vismt.engine.pool_report import Picture, corruption_pictures, pool_pictures
+from vismt.engine.selection import chosen_settings
 from vismt.engine.tables import Table, difference_text, number_text, result_tables, split_corruptions
 from vismt.errors import UserError
 from vismt.lowrank.files import atomic_write
@@ -43,8 +44,7 @@ class Report:
     facts: list[tuple[str, str]]
     tables: list[Table]
     legend: str
-    masking: Table | None
-    masking_note: str
+    aside: list[tuple[Table, str]]  # tables of what is no result, each with its note
     curves: list[Picture]
     panels: list[Picture]
     citation: list[str]
@@ -68,8 +68,7 @@ def write_report(run_folder: Path) -> Path:
         facts=_facts(about, comparisons),
         tables=result_tables(comparisons),
         legend=LEGEND + FLAT * any(cell.ci95 == 0 for c in comparisons for cell in c.cells.values()),
-        masking=Table("Gradient masking", heads, checks, set()) if checks else None,
-        masking_note=NOTE,
+        aside=[(Table("Gradient masking", heads, checks, set()), NOTE)] * bool(checks) + chosen_settings(folder),
         curves=[*_curves(folder, comparisons), *corruption_pictures(folder, comparisons), *pool_pictures(folder, results)],
         panels=_panels(folder),
         citation=_citation(about, comparisons),

@@ -20,6 +20,7 @@ from vismt import console
 from vismt.data.pixels import Pixels
 from vismt.engine import runtime
 from vismt.engine.fewshot_config import FewShotConfig
+from vismt.engine.tables import Table
 from vismt.errors import UserError
 from vismt.lowrank.files import atomic_write, read_json
 from vismt.metatune.episodes import EpisodeSampler
@@ -115,3 +116,24 @@ class Selection:
         )
         drawn = [sampler[index] for index in range(select.episodes)]
         return [(pixels[one.support], one.support_labels, pixels[one.query], one.query_labels) for one in drawn]
+
+
+def chosen_settings(folder: Path) -> list[tuple[Table, str]]:
+    """For the report: every candidate with its value, the default and the choice marked, and how it was made."""
+    path = folder / SELECTION
+    if not path.exists():
+        return []
+    rows, best, on = [], set(), []
+    for data, told in read_json(path, f"run '{folder}'").items():
+        on.append(f"{data}: {told['on'] if isinstance(told['on'], str) else ', '.join(told['on'])}; {told['criterion']}")
+        for one in told["tried"]:
+            mark = " and ".join(word for word, said in (("default", one["default"]), ("chosen", one["chosen"])) if said)
+            texts = ", ".join(f"{name} {value if value or value == 0.0 else 'none'}" for name, value in one["settings"].items())
+            best |= {(len(rows), 4)} if one["chosen"] else set()
+            rows.append([data, one["stage"], texts, mark, f"{100 * one['value']:.1f} ± {100 * one['ci95']:.1f}", str(one["n"])])
+    heads = ["Evaluated", "Stage", "Setting", "", "Value in %", "n (tasks)"]
+    note = (
+        "Tried stage by stage on validation tasks, none of which can be a test task; ties keep the earlier setting, the "
+        f"default first. Validation: {'; '.join(on)}. The model “merged” has the chosen settings, “merged:default” the default."
+    )
+    return [(Table("Chosen settings", heads, rows, best, texts=4), note)]
