@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from vismt.config import RunConfig
 from vismt.engine.conditions import AttackConfig, CorruptionConfig, check_conditions
 from vismt.errors import UserError, near
-from vismt.metatune.amt import Adversary
+from vismt.metatune.amt import Adversary, AdversaryForm
 from vismt.metatune.finetune import FineTuneSettings
+from vismt.metatune.input_attack import PYRAMID
 from vismt.metatune.maml import MamlSettings
 from vismt.metatune.merging import MergeSettings
 
@@ -32,9 +33,9 @@ class SourceConfig:
     hierarchy: bool = False
 
 
-@dataclass
-class PoolConfig:
-    """A pool of AMT experts, one for each level, each trained apart (see metatune.amt.Adversary for the shared settings).
+@dataclass(frozen=True)
+class PoolConfig(AdversaryForm):
+    """A pool of AMT experts, one for each level, each trained apart by the settings of `metatune.amt.AdversaryForm`.
 
     levels: budget of the input attack in 1/255, 0 for none; a list in place of a number is one expert whose budget is
     drawn for each episode. A level that is named again is another expert with a seed of its own. clean: also train a
@@ -43,16 +44,7 @@ class PoolConfig:
     """
 
     levels: list[float | list[float]] = field(default_factory=lambda: [0.01, 0.1, 6.0, 8.0])
-    steps: int = 2
-    step_ratio: float = 0.5
-    pyramid: list[tuple[int | None, float]] = field(default_factory=lambda: [(4, 20.0), (8, 10.0), (None, 1.0)])
-    init: str = "uniform"
-    weight: float = 6.0
-    kl: str = "clean_adv"
-    weight_attack: str = "joint"
-    gamma: float = 1e-4
-    support: str = "perturbed"
-    warmup: int = 0
+    pyramid: list[tuple[int | None, float]] = field(default_factory=lambda: list(PYRAMID))
     clean: bool = False
     rates: dict[str, float] = field(default_factory=dict)
     folder: str | None = None
@@ -71,10 +63,9 @@ class PoolConfig:
     def _adversary(self, budgets: list[float]) -> Adversary:
         if any(not 0 <= value <= 255 for value in budgets):
             raise UserError(f"pool.levels: {budgets}; a level is a budget in 1/255, from 0 to 255.")
-        return Adversary(
-            tuple(value / 255 for value in budgets), self.steps, self.step_ratio, tuple(map(tuple, self.pyramid)), self.init,
-            self.weight, self.kl, self.weight_attack, self.gamma, self.support, self.warmup,
-        )
+        form = {one.name: getattr(self, one.name) for one in fields(AdversaryForm)}
+        form["pyramid"] = tuple(map(tuple, self.pyramid))
+        return Adversary(**form, epsilons=tuple(value / 255 for value in budgets))
 
 
 @dataclass

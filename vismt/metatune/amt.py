@@ -60,15 +60,13 @@ def amt(
 
 
 @dataclass(frozen=True)
-class Adversary:
-    """Strength and form of both attacks.
+class AdversaryForm:
+    """What both attacks are like, whatever the budget.
 
-    epsilons: budgets in pixel units of [0, 1], one drawn for each episode; (0.0,) leaves the input attack out. step_size
-    is `step_ratio` times the budget. pyramid: levels of `pyramid_attack`. weight: lambda of the loss. gamma: size of nu.
-    warmup: episodes over which budget and gamma grow linearly to their full size.
+    steps, init: of `pyramid_attack`; its step is `step_ratio` times the budget. pyramid: its levels. weight: lambda of the
+    loss. gamma: size of nu. warmup: episodes over which budget and gamma grow linearly to their full size.
     """
 
-    epsilons: tuple[float, ...] = (8 / 255,)
     steps: int = 2
     step_ratio: float = 0.5
     pyramid: Levels = PYRAMID
@@ -79,17 +77,33 @@ class Adversary:
     gamma: float = 1e-4
     support: str = "perturbed"
     warmup: int = 0
-    seed: int = 0
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise UserError(f"pool.{name}: '{getattr(self, name)}'.{near(getattr(self, name), known)}")
-        if not self.epsilons or self.weight < 0 or self.gamma < 0 or self.warmup < 0 or not self.step_ratio > 0:
+        if self.weight < 0 or self.gamma < 0 or self.warmup < 0 or not self.step_ratio > 0:
             raise UserError(
-                f"pool: {len(self.epsilons)} budgets, weight {self.weight}, gamma {self.gamma}, warmup {self.warmup}, "
-                f"step_ratio {self.step_ratio}: need one or more budgets, step_ratio > 0 and the others not negative."
+                f"pool: weight {self.weight}, gamma {self.gamma}, warmup {self.warmup}, step_ratio {self.step_ratio}: need "
+                "step_ratio > 0 and the others not negative."
             )
+
+
+@dataclass(frozen=True)
+class Adversary(AdversaryForm):
+    """The attacks on one expert.
+
+    epsilons: budgets in pixel units of [0, 1], one drawn for each episode; (0.0,) leaves the input attack out. seed: of the
+    draws and the attack's random start.
+    """
+
+    epsilons: tuple[float, ...] = (8 / 255,)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.epsilons:
+            raise UserError("pool.levels: an expert without a budget; give one or more, 0 for no input attack.")
 
 
 class AdversarialObjective(nn.Module):
@@ -142,11 +156,17 @@ class AdversarialObjective(nn.Module):
         if joint:
             loss, kl = self._moved({name: p + nu[name] for name, p in factors.items()}, held, images, labels, self.proto.scale)
             return {"loss": loss, **metrics, "kl": kl.detach()}
-        # A learns from the loss with A alone moved, B likewise: each pass gives a gradient to its own kind.
-        only_A = {name: p + nu[name] if name.endswith("lora_A") else p.detach() for name, p in factors.items()}
-        only_B = {name: p + nu[name] if name.endswith("lora_B") else p.detach() for name, p in factors.items()}
-        loss, kl = self._moved(only_A, held, images, labels, self.proto.scale)
-        second, _ = self._moved(only_B, (centres.detach(), *held[1:]), images, labels, self.proto.scale.detach())
+        # A learns from the loss with A alone moved, B likewise: a pass for each. What else is trained learns in A's.
+        passes = []
+        for kind in ("lora_A", "lora_B"):
+            own = factors if kind == "lora_A" else dict(self.proto.backbone.named_parameters())
+            live = {name: p if name.endswith(kind) else p.detach() for name, p in own.items()}
+            moved = {name: p + nu[name] if name in nu and name.endswith(kind) else p for name, p in live.items()}
+            if adversary.support == "clean":
+                held = (prototypes(functional_call(self.proto.backbone, live, (support,)), truth), truth, None)
+            scale = self.proto.scale if kind == "lora_A" else self.proto.scale.detach()
+            passes.append(self._moved(moved, held, images, labels, scale))
+        (loss, kl), (second, _) = passes
         return {"loss": loss + second - second.detach(), **metrics, "kl": kl.detach()}
 
     def collapsed(self, step: int) -> None:

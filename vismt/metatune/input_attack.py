@@ -94,7 +94,8 @@ def _box(images: Tensor, mean: object, std: object) -> tuple[Tensor, Tensor, Ten
     """What one pixel unit, 0 and 1 are in the images' own units: (1, 1, 1, 1) or (1, c, 1, 1)."""
     if mean is None:
         return images.new_ones(1, 1, 1, 1), images.new_zeros(1, 1, 1, 1), images.new_ones(1, 1, 1, 1)
-    centre, spread = (torch.as_tensor(values).to(images).view(1, -1, 1, 1) for values in (mean, std))
+    kind = {"dtype": images.dtype, "device": images.device}
+    centre, spread = (torch.as_tensor(values, **kind).view(1, -1, 1, 1) for values in (mean, std))
     return 1 / spread, -centre / spread, (1 - centre) / spread
 
 

@@ -1,0 +1,1 @@
+"""Vision multi-task learning: EMTAL (MoEfied LoRA, router fading, quality retaining) and loss balancing."""

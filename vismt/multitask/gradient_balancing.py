@@ -1,0 +1,240 @@
+"""Balancing by the gradients: alpha of d = sum_t alpha_t g_t as a function of the Gram matrix M = <g_s, g_t>.
+
+Each `solve` takes M (t, t) of the t tasks that are present and have a gradient other than 0, in float64 on the CPU. T is the
+number of these tasks wherever a formula has it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.linalg import eigh
+
+from vismt.multitask.balancing import in_range, one_of, register_balancer
+from vismt.multitask.loss_weighting import ImtlL
+from vismt.multitask.task_gradients import GradientBalancer
+
+RIDGE = 1e-12  # on cosines: keeps alpha finite where gradients cancel
+
+
+@register_balancer("pcgrad")
+class PcGrad(GradientBalancer):
+    """sum_i g_i', from g_i' = g_i by g_i' -= <g_i', g_j> / |g_j|^2 g_j for every j, in random order, with <g_i', g_j> < 0.
+
+    Yu et al., arXiv 2001.06782. Order: a function of (seed, number of the call).
+    """
+
+    def __init__(self, tasks: Sequence[str], *, seed: int = 0, **common: Any) -> None:
+        super().__init__(tasks, **common)
+        in_range("seed", seed, seed >= 0, "0 or more")
+        self.seed = seed
+
+    def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
+        inners = gram.numpy()
+        mixed = np.eye(len(inners))  # row i: g_i' in terms of the g_j
+        for i, j in random_pairs(len(inners), self.seed, int(self.calls)):
+            inner = mixed[i] @ inners[:, j]
+            if inner < 0:
+                mixed[i, j] -= inner / inners[j, j]
+        return torch.from_numpy(mixed.sum(0))
+
+
+@register_balancer("gradvac")
+class GradVac(GradientBalancer):
+    """sum_i g_i', from g_i' = g_i by, for every j in random order with f < F_ij, f = cos(g_i', g_j),
+
+        g_i' += |g_i'| (F sqrt(1 - f^2) - f sqrt(1 - F^2)) / (|g_j| sqrt(1 - F^2)) g_j,    F = F_ij
+
+    and then F_ij = (1 - beta) F_ij + beta f; F starts at 0. Wang et al., arXiv 2010.05874, one group for all parameters.
+    Order: a function of (seed, number of the call). The F of an absent task stays.
+    """
+
+    goal: Tensor
+
+    def __init__(self, tasks: Sequence[str], *, beta: float = 0.01, seed: int = 0, **common: Any) -> None:
+        super().__init__(tasks, **common)
+        in_range("beta", beta, 0 <= beta <= 1, "from 0 to 1")
+        in_range("seed", seed, seed >= 0, "0 or more")
+        self.beta, self.seed = beta, seed
+        self.register_buffer("goal", torch.zeros(len(self.tasks), len(self.tasks)))  # F
+
+    def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
+        goals, inners, own = self.goal.cpu().double().numpy(), gram.numpy(), tasks.tolist()
+        mixed, norms = np.eye(len(inners)), np.sqrt(inners.diagonal())
+        for i, j in random_pairs(len(inners), self.seed, int(self.calls)):
+            goal = goals[own[i], own[j]]
+            norm = math.sqrt(max(0.0, mixed[i] @ inners @ mixed[i]))
+            if norm == 0:
+                continue
+            cosine = min(1.0, max(-1.0, mixed[i] @ inners[:, j] / (norm * norms[j])))
+            if cosine < goal:
+                sine, goal_sine = math.sqrt(1 - cosine**2), max(1e-6, math.sqrt(1 - goal**2))
+                mixed[i, j] += norm * (goal * sine - cosine * goal_sine) / (norms[j] * goal_sine)
+            goals[own[i], own[j]] = (1 - self.beta) * goal + self.beta * cosine
+        self.goal.copy_(torch.from_numpy(goals))
+        return torch.from_numpy(mixed.sum(0))
+
+
+@register_balancer("mgda")
+class Mgda(GradientBalancer):
+    """alpha of the shortest vector in the convex hull of the gradients: min |sum_t alpha_t g_t|, alpha >= 0, sum 1.
+
+    Sener & Koltun, arXiv 1810.04650. normalise: alpha solves for g_t / n_t and weighs g_t, n_t = 1 ("none"), |g_t| ("l2"),
+    L_t ("loss") or L_t |g_t| ("loss+"). By default heads are weighted with alpha, which may be 0.
+    """
+
+    default_heads = "weighted"
+
+    def __init__(self, tasks: Sequence[str], *, normalise: str = "none", **common: Any) -> None:
+        super().__init__(tasks, **common)
+        one_of("normalise", normalise, ("none", "l2", "loss", "loss+"))
+        self.normalise = normalise
+
+    def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
+        size = torch.ones_like(losses)
+        if self.normalise in ("l2", "loss+"):
+            size = size * gram.diagonal().sqrt()
+        if self.normalise in ("loss", "loss+"):
+            size = size * losses.abs().clamp_min(1e-8)
+        return min_norm_weights(gram / torch.outer(size, size))
+
+
+@register_balancer("cagrad")
+class CaGrad(GradientBalancer):
+    """The d that maximises min_t <g_t, d> within |d - g0| <= c |g0|, g0 the mean gradient. Liu et al., arXiv 2110.14048.
+
+    By the dual: w on the simplex minimises <g_w, g0> + k |g_w|, k = c |g0|, g_w = sum_t w_t g_t; d = g0 + k g_w / |g_w|. c = 0
+    is the mean gradient. rescale: d over 1 ("none", the paper), 1 + c ("radius") or 1 + c^2 ("square", the released default).
+    """
+
+    def __init__(self, tasks: Sequence[str], *, c: float = 0.5, rescale: str = "none", **common: Any) -> None:
+        super().__init__(tasks, **common)
+        in_range("c", c, c >= 0, "0 or more")
+        one_of("rescale", rescale, ("none", "radius", "square"))
+        self.c, self.over = c, {"none": 1.0, "radius": 1 + c, "square": 1 + c**2}[rescale]
+
+    def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
+        from scipy.optimize import brentq
+
+        count = len(gram)
+        with_mean, radius = gram.mean(1), self.c * float(gram.mean().clamp_min(0).sqrt())  # <g_t, g0>, k
+        longest = float(gram.diagonal().max().sqrt())
+        if radius <= 1e-12 * longest:
+            return torch.full_like(losses, 1 / count) / self.over
+
+        # k |g_w| = min_s k / 2 (|g_w|^2 / s + s). For a given s, w is that of the shortest vector among g_t + s / k g0.
+        def weights(s: float) -> Tensor:
+            shift = s / radius
+            return min_norm_weights(gram + shift * (with_mean + with_mean[:, None]) + shift**2 * gram.mean())
+
+        def excess(s: float) -> float:
+            w = weights(s)
+            return float((w @ gram @ w).clamp_min(0).sqrt()) - s
+
+        # Below `least` the gradients cancel: g_w / s tends to the part of g0 that no task can use, with a minus and over k.
+        least, most = 1e-6 * longest, (1 + 1e-9) * longest
+        s = least if excess(least) <= 0 else brentq(excess, least, most, xtol=1e-14 * longest, rtol=1e-14)
+        return (1 / count + radius / s * weights(s)) / self.over
+
+
+@register_balancer("imtl_g")
+class ImtlG(GradientBalancer):
+    """d with equal projections <d, g_t / |g_t|> on all gradients, alpha summing to 1: alpha ~ M^-1 n, n_t = |g_t|.
+
+    Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021 (not on arXiv). Where the sum of M^-1 n is below 0, the
+    paper's scaling would climb on every task; the sum is then -1.
+    """
+
+    def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
+        norms = gram.diagonal().sqrt()
+        cosines = gram / torch.outer(norms, norms)
+        # The cosine is free of the gradients' sizes, so that one small gradient does not count as linearly dependent.
+        alpha = torch.linalg.pinv(cosines, hermitian=True, rtol=RIDGE) @ torch.ones_like(norms) / norms
+        total = alpha.sum().abs()
+        return alpha / total if total > RIDGE * alpha.abs().sum() else torch.zeros_like(alpha)
+
+
+@register_balancer("imtl")
+class Imtl(ImtlL, ImtlG):
+    """IMTL's two halves at once: "imtl_g" on the gradients of the losses scaled by "imtl_l", exp(s_t) L_t - s_t."""
+
+
+@register_balancer("nash")
+class NashMtl(GradientBalancer):
+    """Nash-MTL: alpha > 0 with M alpha = 1 / alpha, whatever the sizes of the gradients |d| = sqrt(T). Navon et al., arXiv
+    2202.01017.
+
+    The minimum of alpha^T M alpha / 2 - sum_t log alpha_t, which damped Newton steps reach (the released code solves a
+    sequence of convex programs for the same, up to 20 a step, and clips the gradient at norm 1: set train.clip). By default
+    heads are weighted with alpha.
+    """
+
+    default_heads = "weighted"
+
+    def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
+        norms = gram.diagonal().sqrt()
+        cosines = gram / torch.outer(norms, norms) + RIDGE * torch.eye(len(gram), dtype=gram.dtype)
+        alpha = torch.ones_like(norms)  # of g_t / |g_t|
+        for _ in range(1000):
+            slope = cosines @ alpha - 1 / alpha
+            step = torch.linalg.solve(cosines + torch.diag(alpha**-2), slope)
+            decrement = float((slope @ step).clamp_min(0).sqrt())
+            alpha = alpha - step / (1 + decrement if decrement > 0.25 else 1)  # stays positive: the function is self-concordant
+            if decrement < 1e-10:
+                break
+        return alpha / norms
+
+
+@register_balancer("aligned")
+class AlignedMtl(GradientBalancer):
+    """Aligned-MTL: gradients made orthogonal and of one length, then summed. Senushkin et al., arXiv 2305.19000.
+
+        M = V diag(l) V^T without eigenvalues up to eps T max l;  B = scale^(1/2) V diag(l^(-1/2)) V^T,  alpha = B 1
+
+    scale: the smallest of the kept l ("min", the paper), their "median" (the lower of two) or mean ("rmse"). eps: float32's,
+    as released, since that is what the gradients are exact to. alpha_t may be negative.
+    """
+
+    def __init__(self, tasks: Sequence[str], *, scale: str = "min", eps: float = 2.0**-23, **common: Any) -> None:
+        super().__init__(tasks, **common)
+        one_of("scale", scale, ("min", "median", "rmse"))
+        in_range("eps", eps, 0 <= eps < 1, "from 0 to 1")
+        self.scale, self.eps = scale, eps
+
+    def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
+        values, vectors = eigh(gram)
+        kept = values > self.eps * len(gram) * values[-1]
+        values, vectors = values[kept], vectors[:, kept]
+        scale = {"min": values[0], "median": values.median(), "rmse": values.mean()}[self.scale]
+        return vectors @ ((scale / values).sqrt() * vectors.sum(0))
+
+
+def min_norm_weights(gram: Tensor) -> Tensor:
+    """w (t,) >= 0 of sum 1 with w^T M w least, for a Gram matrix M (t, t) in float64; exact (active set), one w if several.
+
+    w is u over its sum, u >= 0 the minimiser of u^T M u + (sum u - 1)^2: least squares for a root of M, solved for M's
+    cosines, as the solver's tolerance does not know that one gradient may be much smaller than another.
+    """
+    from scipy.optimize import nnls
+
+    norms = gram.diagonal().clamp_min(0).sqrt()
+    if norms.min() <= 1e-150 + 1e-15 * norms.max():  # a point at the origin is the shortest
+        return torch.nn.functional.one_hot(norms.argmin(), len(gram)).to(gram)
+    values, vectors = eigh(gram / torch.outer(norms, norms))
+    root = values.clamp_min(0).sqrt()[:, None] * vectors.T
+    system = torch.cat([root, norms.min() / norms[None]]).numpy()
+    target = np.zeros(len(system))
+    target[-1] = 1
+    found = torch.from_numpy(nnls(system, target, maxiter=100 * len(gram))[0]) / norms
+    return found / found.sum()
+
+
+def random_pairs(count: int, seed: int, call: int) -> list[tuple[int, int]]:
+    """Every (i, j), i != j, by i, the j of each i in an order of its own."""
+    generator = np.random.default_rng([seed, call])
+    return [(i, int(j)) for i in range(count) for j in generator.permutation(count) if j != i]
