@@ -122,8 +122,7 @@ def test_settings_are_chosen_on_classes_that_are_not_tested(pool_run: Path, tmp_
 @pytest.mark.parametrize(("changes", "words"), [
     ({"select": {"data": ["digits"]}}, "shares images with evaluate.data"),
     ({"select": {}}, "give one of them"),
-    ({"select": {"data": ["mnist"]}, "pool": None, "adapt": {"method": "lora"}, "evaluate": section("evaluate", models=["adapted"])},
-     "add a pool section"),
+    ({"select": {"data": ["mnist"]}, "pool": None, "evaluate": section("evaluate", models=["adapted"])}, "add a pool section"),
     ({"select": {"class_share": 0.9}, "train": None, "evaluate": section("evaluate", models=["merged"])}, "leave fewer than 3"),
     ({"pool": section("pool", rates={"8": 0.1})}, "no expert '8'"),
     ({"pool": section("pool", kl="both")}, "pool.kl"),

@@ -176,3 +176,69 @@ def test_other_errors():
         FactorBank.stack([])
     with pytest.raises(UserError, match="expert 1 is"):
         FactorBank.stack([LowRank(torch.ones(4, 2), torch.ones(2, 4)), LowRank(torch.ones(4, 1), torch.ones(1, 4))])
+
+
+# ---- merged
+
+
+def test_merged_by_hand():
+    # scale 2, gates (.5, 0, -1), rank 1 on 2 -> 2: W + 2 (.5 B_0 A_0 - B_2 A_2)
+    bank = FactorBank(2, 2, 3, 1, scale=2.0)
+    with torch.no_grad():
+        bank.A.copy_(torch.tensor([[[1.0, 2.0]], [[9.0, 9.0]], [[0.0, 1.0]]]))
+        bank.B.copy_(torch.tensor([[[3.0], [0.0]], [[9.0], [9.0]], [[1.0], [1.0]]]))
+    # 2 * .5 * [[3, 6], [0, 0]] = [[3, 6], [0, 0]];  2 * -1 * [[0, 1], [0, 1]] = [[0, -2], [0, -2]]
+    weight = torch.eye(2)
+    assert bank.merged(weight, torch.tensor([0.5, 0.0, -1.0])).tolist() == [[4.0, 4.0], [0.0, -1.0]]
+    assert weight.equal(torch.eye(2))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 999), st.integers(1, 4), st.lists(st.sampled_from([0.0, 0.3, -1.2, 1.0]), min_size=4, max_size=4))
+def test_merged_is_the_weight_plus_the_delta(seed, experts, values):
+    bank, gates = filled(seed, 5, 4, experts, 2), torch.tensor(values[:experts], dtype=torch.float64)
+    weight = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    copies = [tensor.detach().clone() for tensor in (weight, gates, bank.A, bank.B)]
+    found = bank.merged(weight, gates)
+    assert torch.allclose(found, weight + bank.delta(gates).delta(), rtol=0, atol=1e-12)
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    assert torch.allclose(x @ found.T, bank(x, gates, x @ weight.T), rtol=0, atol=1e-12)
+    assert not found.requires_grad and found.data_ptr() != weight.data_ptr()
+    assert all(torch.equal(one, other) for one, other in zip(copies, (weight, gates, bank.A, bank.B)))
+
+
+def test_merged_without_a_gate_is_the_weight_and_unused_experts_do_not_enter():
+    bank, weight = filled(), torch.ones(4, 5, dtype=torch.float64)
+    assert torch.equal(bank.merged(weight, torch.zeros(3, dtype=torch.float64)), weight)
+    with torch.no_grad():
+        bank.A[1] = float("nan")
+    assert bank.merged(weight, torch.tensor([0.5, 0.0, 0.5], dtype=torch.float64)).isfinite().all()
+
+
+def test_merged_is_summed_wide_and_rounded_once():
+    # 256 + 1 + 1 is 258 in fp32 and in bf16, whose step there is 2; adding 1 twice in bf16 would stay at 256.
+    bank = FactorBank(1, 1, 2, 1, dtype=torch.bfloat16)
+    with torch.no_grad():
+        bank.A.fill_(1.0), bank.B.fill_(1.0)
+    found = bank.merged(torch.full((1, 1), 256.0, dtype=torch.bfloat16), torch.ones(2))
+    assert found.dtype == torch.bfloat16 and float(found) == 258
+    # 1.002 - 1 = .002; in bf16, where 1.002 is 1, the factors would cancel.
+    wide = FactorBank(1, 1, 2, 1)
+    with torch.no_grad():
+        wide.A.fill_(1.0), wide.B.copy_(torch.tensor([[[1.002]], [[-1.0]]]))
+    assert float(wide.merged(torch.zeros(1, 1, dtype=torch.bfloat16), torch.ones(2))) == pytest.approx(0.002, rel=0.01)
+    # A gate of .3 is not rounded to bf16's .30078 on its way: 1024 * .3 = 307.2, not 308.
+    with torch.no_grad():
+        bank.A.fill_(1024.0)
+    assert float(bank.merged(torch.zeros(1, 1), torch.tensor([0.3, 0.0]))) == pytest.approx(307.2, rel=1e-6)
+    exact = FactorBank(1, 1, 1, 1, dtype=torch.float64)
+    with torch.no_grad():
+        exact.A.fill_(1.0), exact.B.fill_(1.0)
+    tiny = exact.merged(torch.ones(1, 1).double(), torch.tensor([1e-12]).double())
+    assert tiny.dtype == torch.float64 and float(tiny) - 1 == pytest.approx(1e-12, rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (2,), (), (4,)])
+def test_merged_wants_one_gate_each(shape):
+    with pytest.raises(UserError, match=r"one weight needs \(3,\)"):
+        filled().merged(torch.ones(4, 5, dtype=torch.float64), torch.ones(shape, dtype=torch.float64))

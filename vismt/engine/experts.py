@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
@@ -19,7 +20,7 @@ from vismt.config import TrainConfig
 from vismt.engine import loop
 from vismt.engine.fewshot_config import FewShotConfig
 from vismt.errors import UserError
-from vismt.lowrank.files import atomic_write, read_json, read_tensors
+from vismt.lowrank.files import atomic_write, read_tensors
 from vismt.lowrank.store import DESCRIPTION, check_tensors, save_adapter
 from vismt.metatune.amt import AdversarialObjective
 from vismt.metatune.maml import MamlNet
@@ -77,7 +78,7 @@ def train_pool(
         copy, adversary = planned.get(label, (0, None))
         seed = config.seed + 1_000_003 * copy
         proto = adapted()
-        objective = EpisodeObjective(proto) if adversary is None else AdversarialObjective(proto, adversary)
+        objective = EpisodeObjective(proto) if adversary is None else AdversarialObjective(proto, replace(adversary, seed=seed))
         console.stage("train", f"expert {label}" + ("" if adversary is None else f"   input attack {label}/255"))
         settings = TrainConfig(**{**vars(config.train), "lr": pool.rates.get(label, config.train.lr)})
         train_one(objective, batches(seed), settings, own, config_hash, accelerator, proto.backbone.vit, seed=seed)
@@ -100,8 +101,9 @@ def find_experts(folder: Path) -> list[Expert]:
         return read_pool(folder)
     if (folder / "experts").is_dir():
         done = sorted(path.parent for path in (folder / "experts").glob(f"*/{DONE}"))
-        found = [Expert(read_json(own / DONE, f"expert '{own}'")["label"], own / "adapter", read_scale(own)) for own in done]
-        return [expert for expert in found if expert.label != CLEAN]
+        found = [Expert(own.name, own / "adapter", read_scale(own)) for own in done if own.name != CLEAN]
+        if found:
+            return found
     if (folder / "adapter" / DESCRIPTION).exists():
         return [Expert(folder.name, folder / "adapter", read_scale(folder))]
     if (folder / DESCRIPTION).exists():

@@ -112,7 +112,7 @@ class PoolNet(nn.Module):
         """Images in [0, 1] -> logits (b, N); its `mixture` (P,) is the zeta in use. The pool is left as it was."""
         strategy, pool = self.settings.strategy, self.pool
         if strategy == "logits":
-            own = [pool.expert_weights(index) for index in range(len(pool))]
+            own = [self.weights(self._one(index)) for index in range(len(pool))]
             return LogitAverage([self._task(weights, support_images, support_labels, batch) for weights in own])
         if strategy in ("average", "expert"):
             zeta = pool.uniform() if strategy == "average" else self._one(pool.index(str(self.settings.expert)))

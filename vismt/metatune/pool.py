@@ -136,11 +136,13 @@ def read_pool(folder: Path) -> list[Expert]:
     what = f"pool '{folder}'"
     index = read_json(folder / INDEX, what)
     try:
-        if index["format"] != FORMAT:
-            raise UserError(f"{what}: format {index['format']}, this version reads {FORMAT}; use a matching vismt.")
-        entries = [(str(entry["label"]), str(entry["folder"]), float(entry["scale"])) for entry in index["experts"]]
+        form = index["format"]
+        listed = index["experts"] if form == FORMAT else ()
+        entries = [(str(entry["label"]), str(entry["folder"]), float(entry["scale"])) for entry in listed]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{what}: {INDEX} is not what `vismt pool assemble` writes ({error!r}).") from error
+    if form != FORMAT:
+        raise UserError(f"{what}: format {form}, this version reads {FORMAT}; use a matching vismt.")
     for _, name, _ in entries:
         if not re.fullmatch(r"expert-\d+", name):
             raise UserError(f"{what}: {INDEX} names '{name}', which is no folder of a pool; assemble it again.")
@@ -152,16 +154,21 @@ def assemble(experts: Sequence[Expert], folder: Path) -> Path:
     if not experts:
         raise UserError("pool: no expert given, need at least one.")
     check_alike(experts)
-    entries = []
+    files, entries = {}, []
     for number, expert in enumerate(experts):
         description = read_json(expert.folder / DESCRIPTION, f"expert '{expert.label}'")
         name = f"expert-{number}"
-        for part in (Path(str(description["tensors"])).name, DESCRIPTION):
+        for part in (Path(str(description.get("tensors"))).name, DESCRIPTION):
             try:
-                atomic_write(folder / name / part, (expert.folder / part).read_bytes())
+                files[folder / name / part] = (expert.folder / part).read_bytes()
             except OSError as error:
                 raise UserError(f"expert '{expert.label}': '{expert.folder / part}' cannot be read ({error}).") from error
         entries.append({"label": expert.label, "folder": name, "scale": expert.scale})
+    # All is read before anything is written, for the experts may be this folder's; an old index must not outlive its files.
+    if (folder / INDEX).exists():
+        (folder / INDEX).unlink()
+    for path, payload in files.items():
+        atomic_write(path, payload)
     atomic_write(folder / INDEX, json.dumps({"format": FORMAT, "experts": entries}, indent=1))
     return folder
 
