@@ -15,7 +15,7 @@ from vismt.lowrank.sites import AdaptReport
 
 Method = Callable[..., AdaptReport]
 
-METHOD_FILES = ("vismt.llm.lora", "vismt.llm.pissa", "vismt.metatune.amt")
+METHOD_FILES = ("vismt.llm.lora", "vismt.llm.pissa", "vismt.metatune.amt", "vismt.multitask.moe_lora")
 
 _methods: dict[str, Method] = {}
 

@@ -149,12 +149,14 @@ def test_an_unwritable_folder_is_named(tmp_path) -> None:
         files.atomic_write(tmp_path / "taken" / "file", "x")
 
 
+# A router needs the FFNs of a ViT; every other method takes any linear.
+ANYWHERE = [method for method in vismt.list_methods() if method != "moe_lora"]
 SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6))
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    shape=SHAPES, alpha=st.floats(0.1, 40), rslora=st.booleans(), method=st.sampled_from(vismt.list_methods()),
+    shape=SHAPES, alpha=st.floats(0.1, 40), rslora=st.booleans(), method=st.sampled_from(ANYWHERE),
     seed=st.integers(0, 99), conv=st.booleans(),
 )
 def test_merge_unadapt_save_load_for_any_shape(tmp_path, shape, alpha, rslora, method, seed, conv) -> None:
@@ -252,7 +254,7 @@ def test_half_a_module_cannot_be_exported(tmp_path) -> None:
         vismt.export_peft(model, tmp_path)
 
 
-@pytest.mark.parametrize("method", vismt.list_methods())
+@pytest.mark.parametrize("method", ANYWHERE)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_language_models_go_to_peft_and_back(tmp_path, method, family) -> None:
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")

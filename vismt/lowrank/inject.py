@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vismt.errors import UserError
 from vismt.lowrank.linear import Adapted, AdaptedConv2d, AdaptedLinear
 from vismt.lowrank.options import checked
+from vismt.lowrank.parts import Part, described, need_idle, put, replace
 from vismt.lowrank.sites import AdaptReport, Site, plan_site
 from vismt.lowrank.targets import Targets, check_patterns, find_targets, matches, pattern_value
 
@@ -33,6 +34,7 @@ class AdaptRecord:
     options: dict[str, Any]
     required_grad: dict[str, bool]
     also_train: dict[str, Tensor]  # parameter name -> its value before adaptation
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)  # path -> type and settings of a part
 
 
 def inject(
@@ -54,7 +56,7 @@ def inject(
         "alpha_pattern": alpha_pattern, "rslora": rslora, "clamp_rank": clamp_rank, "split_qkv": split_qkv,
         "dropout": dropout, "also_train": also_train, "dtype": dtype,
     })
-    _refuse_adapted(model)
+    refuse_adapted(model)
     found, remarks = find_targets(model, given["targets"], given["exclude"])
     check_patterns("adapt.rank_pattern", given["rank_pattern"], list(found))
     check_patterns("adapt.alpha_pattern", given["alpha_pattern"], list(found))
@@ -75,11 +77,11 @@ def inject(
     return AdaptReport(method, plan, trainable, sum(p.numel() for p in parameters), remarks)
 
 
-def _refuse_adapted(model: nn.Module) -> None:
+def refuse_adapted(model: nn.Module) -> None:
     """Neither the model nor a part of it may be adapted already."""
     for path, module in model.named_modules():
         record = record_of(module)
-        if record is not None or isinstance(module, Adapted):
+        if record is not None or isinstance(module, (Adapted, Part)):
             where = f"its part '{path}' already carries" if path else "the model already carries"
             raise UserError(f"adapt: {where} '{record.method if record else 'an update'}'; merge or unadapt it first.")
 
@@ -112,9 +114,14 @@ def need_record(model: nn.Module, what: str) -> AdaptRecord:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Fold every update into its weight: stock classes, stock keys, the same function. Returns the model."""
+    """Fold every update into its weight: stock classes, stock keys, the same function. Returns the model.
+
+    Raises UserError, and leaves the model as it is, where the model does more than a merged weight can (a router).
+    """
     record = need_record(model, "merge")
-    _replace_hosts(model, lambda host: host.merged())
+    need_idle(model, "merge")
+    replace(model, Part, lambda part: part.stock())
+    replace(model, Adapted, lambda host: host.merged())
     _forget(model, record)
     return model
 
@@ -122,7 +129,8 @@ def merge(model: nn.Module) -> nn.Module:
 def unadapt(model: nn.Module) -> nn.Module:
     """Give back the original modules, weights (bit for bit) and gradient flags. Returns the model."""
     record = need_record(model, "unadapt")
-    _replace_hosts(model, lambda host: host.restored())
+    replace(model, Part, lambda part: part.stock())
+    replace(model, Adapted, lambda host: host.restored())
     with torch.no_grad():
         for name, value in record.also_train.items():
             model.get_parameter(name).copy_(value)
@@ -159,11 +167,15 @@ def place(model: nn.Module, site: Site, *, dropout: float = 0.0, dtype: torch.dt
     """Put the host of `site` where the stock module stands, under every name it has; factors are left unset."""
     base = model.get_submodule(site.path)
     host_type = AdaptedConv2d if site.kind == "conv2d" else AdaptedLinear
-    names = [name for name, module in model.named_modules(remove_duplicate=False) if module is base]
     host = host_type(base, site.rank, site.scale, blocks=site.blocks, dropout=dropout, dtype=dtype)
-    for name in names:
-        _set(model, name, host)
+    put(model, site.path, host)
     return host
+
+
+def attach(model: nn.Module, path: str, part: Part) -> None:
+    """Put a part where its stock container stands, and note it in the model's record."""
+    need_record(model, "attach").parts[path] = described(part)
+    put(model, path, part)
 
 
 @torch.no_grad()
@@ -181,18 +193,3 @@ def initialise(host: Adapted, site: Site, init: Initialiser, seed: int, *, offse
 def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
     """Every host of the model by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, Adapted)}
-
-
-def _replace_hosts(model: nn.Module, stock: Callable[[Adapted], nn.Module]) -> None:
-    """Replace each host by `stock(host)` under every name it has."""
-    hosts = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, Adapted)]
-    made: dict[int, nn.Module] = {}
-    for name, host in hosts:
-        if id(host) not in made:
-            made[id(host)] = stock(host)
-        _set(model, name, made[id(host)])
-
-
-def _set(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)

@@ -23,6 +23,7 @@ from vismt.errors import UserError
 from vismt.lowrank.files import atomic_write, read_json, read_tensors
 from vismt.lowrank.inject import AdaptRecord, adapted_modules, install, need_record, record_of
 from vismt.lowrank.linear import AdaptedConv2d
+from vismt.lowrank.parts import need_idle, stock_order
 from vismt.lowrank.sites import Site
 from vismt.lowrank.store import fill
 from vismt.lowrank.targets import kind_of, matrix_shape
@@ -36,22 +37,15 @@ UNREADABLE = (
 
 
 def export_peft(model: nn.Module, folder: str | Path, *, compact: bool = False) -> Path:
-    """Write an adapted model as a plain LoRA. compact drops vanishing directions by QR and a small SVD."""
+    """Write an adapted model as a plain LoRA. compact drops vanishing directions by QR and a small SVD.
+
+    Raises UserError where the model does more than plain LoRA (a router that has not faded).
+    """
     record = need_record(model, "export_peft")
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    for path, host in adapted_modules(model).items():
-        update = host.low_rank().to(dtype=torch.float32)
-        if compact:
-            update = update.compact().balanced()
-        A, B = update.R, update.L * update.scale
-        if isinstance(host, AdaptedConv2d):
-            A, B = A.view(-1, *host.weight.shape[1:]), B[:, :, None, None]
-        tensors[f"{PREFIX}{path}.lora_A.weight"], tensors[f"{PREFIX}{path}.lora_B.weight"] = A, B
-        ranks[path] = update.rank
+    need_idle(model, "export_peft")
     saved = _whole_modules(model, record)
-    for path in saved:
-        tensors.update({f"{PREFIX}{path}.{name}": value for name, value in model.get_submodule(path).named_parameters()})
+    with stock_order(model):
+        payload, ranks = _plain_lora(model, saved, compact)
     common = max(ranks.values())
     pattern = {re.escape(path): rank for path, rank in ranks.items() if rank != common}
     causal = type(model).__name__.endswith("ForCausalLM")
@@ -66,10 +60,27 @@ def export_peft(model: nn.Module, folder: str | Path, *, compact: bool = False) 
     if not causal:
         config["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     folder = Path(folder)
-    payload = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     atomic_write(folder / TENSORS, safetensors.torch.save(payload, metadata={"format": "pt"}))
     atomic_write(folder / CONFIG, json.dumps(config, indent=2))
     return folder
+
+
+def _plain_lora(model: nn.Module, whole: list[str], compact: bool) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Copies of all tensors under peft's keys, whole modules among them, and the rank at each path."""
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for path, host in adapted_modules(model).items():
+        update = host.low_rank().to(dtype=torch.float32)
+        if compact:
+            update = update.compact().balanced()
+        A, B = update.R, update.L * update.scale
+        if isinstance(host, AdaptedConv2d):
+            A, B = A.view(-1, *host.weight.shape[1:]), B[:, :, None, None]
+        tensors[f"{PREFIX}{path}.lora_A.weight"], tensors[f"{PREFIX}{path}.lora_B.weight"] = A, B
+        ranks[path] = update.rank
+    for path in whole:
+        tensors.update({f"{PREFIX}{path}.{name}": value for name, value in model.get_submodule(path).named_parameters()})
+    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, ranks
 
 
 def import_peft(model: nn.Module, folder: str | Path) -> nn.Module:

@@ -36,6 +36,7 @@ class AdaptReport:
     trainable: int
     total: int
     skipped: list[str] = field(default_factory=list)
+    beside: list[str] = field(default_factory=list)  # a line for each kind of trainable part beside the updates
 
     def __str__(self) -> str:
         groups: dict[tuple, list[Site]] = {}
@@ -51,7 +52,7 @@ class AdaptReport:
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        lines.append(self.summary())
+        lines.extend([*self.beside, self.summary()])
         lines.extend(f"left out: {text}" for text in self.skipped)
         return "\n".join(lines)
 

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError
 from vismt.lowrank.files import atomic_write, read_json, read_tensors
-from vismt.lowrank.inject import adapted_modules, install, need_record, record_of
+from vismt.lowrank.inject import adapted_modules, attach, install, need_record, record_of
 from vismt.lowrank.linear import Adapted
+from vismt.lowrank.parts import Part, part_type, parts_of, stock_order
 from vismt.lowrank.sites import Site
 from vismt.lowrank.targets import kind_of, matrix_shape
 
@@ -39,9 +40,11 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     tensors = adapter_tensors(model)
     if any(value.is_meta for value in tensors.values()):
         raise UserError("save_adapter: the model lies on the meta device; there are no values to save.")
-    payload = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
-    digest = hashlib.sha256(payload).hexdigest()
     paths = [site.path for site in record.sites]
+    with stock_order(model):
+        payload = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+        base, samples = fingerprint(model, paths), base_samples(model, paths)
+    digest = hashlib.sha256(payload).hexdigest()
     description = {
         "format": FORMAT,
         "method": record.method,
@@ -49,8 +52,9 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         "options": record.options,
         "sites": [asdict(site) for site in record.sites],
         "also_train": sorted(record.also_train),
-        "base": fingerprint(model, paths),
-        "base_samples": base_samples(model, paths),
+        "parts": record.parts,
+        "base": base,
+        "base_samples": samples,
         "tensors": f"adapter-{digest[:12]}.safetensors",
         "tensors_sha256": digest,
     }
@@ -70,12 +74,14 @@ def load_adapter(model: nn.Module, folder: str | Path, *, on_other_base: str = "
     folder = Path(folder)
     description, sites, tensors = _read(folder)
     record = record_of(model)
-    saved = (description["method"], sites, sorted(description["also_train"]))
-    if record is not None and (record.method, record.sites, sorted(record.also_train)) != saved:
+    saved = (description["method"], sites, sorted(description["also_train"]), description["parts"])
+    if record is not None and (record.method, record.sites, sorted(record.also_train), record.parts) != saved:
         raise UserError(f"adapter '{folder}': the model already carries another '{record.method}'; unadapt it first.")
     _check_sites(model, folder, description, sites, tensors)
-    if not _same_base(base_samples(model, [site.path for site in sites]), description["base_samples"]):
-        own = fingerprint(model, [site.path for site in sites])
+    paths = [site.path for site in sites]
+    with stock_order(model):
+        samples, own = base_samples(model, paths), fingerprint(model, paths)
+    if not _same_base(samples, description["base_samples"]):
         made_for = f"{description['model']} (weights {description['base']})"
         told = f"adapter '{folder}' was made for {made_for}, this is {type(model).__name__} (weights {own})"
         if on_other_base != "warn":
@@ -84,16 +90,22 @@ def load_adapter(model: nn.Module, folder: str | Path, *, on_other_base: str = "
     _check_tensors(model, folder, description, sites, tensors)
     if record is None:
         install(model, description["method"], sites, description["options"], description["also_train"])
-    fill(model, tensors)
+        for path, part in description["parts"].items():
+            base = model.get_submodule(path)
+            attach(model, path, part_type(part["type"], path).around(base, part["settings"]))
+    with stock_order(model):
+        fill(model, tensors)
     return model
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Everything an adapter file holds, by state_dict key: factors, kept starts, also_train parameters."""
+    """Everything an adapter file holds, by state_dict key: factors, kept starts, tensors of parts, also_train parameters."""
     record = need_record(model, "adapter")
     tensors: dict[str, Tensor] = {}
     for path, host in adapted_modules(model).items():
         tensors.update({f"{path}.{name}": value for name, value in host.factors().items()})
+    for path, part in parts_of(model).items():
+        tensors.update({f"{path}.{name}": value for name, value in part.tensors().items()})
     tensors.update({name: model.get_parameter(name) for name in record.also_train})
     return tensors
 
@@ -107,6 +119,8 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if isinstance(module, Adapted) and leaf in ("lora_A0", "lora_B0"):
             like = module.lora_A if leaf == "lora_A0" else module.lora_B
             setattr(module, leaf, value.to(device=like.device, dtype=like.dtype))
+        elif isinstance(module, Part):
+            module.restore(leaf, value)
         else:
             getattr(module, leaf).copy_(value)
 
@@ -149,9 +163,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Site], dict[str, Tensor]]:
         sites = [
             Site(**{**site, "shape": tuple(site["shape"]), "blocks": tuple(site["blocks"])}) for site in description["sites"]
         ]
-        name = str(description["tensors"])
+        name, parts = str(description["tensors"]), description.setdefault("parts", {})
+        shaped = all(isinstance(part["type"], str) and isinstance(part["settings"], dict) for part in parts.values())
         texts = [description[key] for key in ("method", "model", "base", "tensors_sha256")]
-        shaped = isinstance(description["options"], dict) and isinstance(description["also_train"], list)
+        shaped = shaped and isinstance(description["options"], dict) and isinstance(description["also_train"], list)
         shaped = shaped and isinstance(description["base_samples"], dict) and all(isinstance(text, str) for text in texts)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{what}: {DESCRIPTION} is not what vismt.save_adapter writes ({error!r}).") from error
@@ -192,7 +207,13 @@ def _check_tensors(
         if f"{site.path}.lora_A0" in tensors or f"{site.path}.lora_B0" in tensors:
             wanted[f"{site.path}.lora_A0"] = wanted[f"{site.path}.lora_A"]
             wanted[f"{site.path}.lora_B0"] = wanted[f"{site.path}.lora_B"]
-    own = dict(model.named_parameters())
+    own, modules = dict(model.named_parameters()), dict(model.named_modules())
+    for path, part in description["parts"].items():
+        if path not in modules:
+            raise UserError(f"adapter '{folder}': this model has no '{path}' to put a {part['type'].split(':')[-1]} on.")
+        kind = part_type(part["type"], f"adapter '{folder}'")
+        shapes = kind.check(path, modules[path], part["settings"])
+        wanted.update({f"{path}.{name}": shape for name, shape in shapes.items()})
     for name in description["also_train"]:
         if name not in own:
             raise UserError(f"adapter '{folder}': this model has no parameter '{name}' to load.")

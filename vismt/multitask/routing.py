@@ -1,0 +1,92 @@
+"""The router's arithmetic: how much of each expert's pre-activation a token gets, and the multiplication itself.
+
+    omega = (1 - a) K softmax(z) + a        z (..., K) router logits / temperature, a in [0, 1]; the mean over experts is 1
+    gated = u * omega                       u (..., H) pre-activations; unit h belongs to expert h // (H / K)
+
+EMTAL (Zhong et al., NeurIPS 2024, arXiv 2501.06884, eq. 8, 9, 12; the paper's alpha is 1 - a). The released code expands
+the weights to (b, n, H) and keeps them and u for backward. Here they broadcast over an expert axis, and backward needs
+the product alone, which the activation keeps anyway: with p_e the sum of grad * gated over the units of expert e,
+
+    dL/du = grad * omega        dL/dz_e = (1 - a) K (q_e - g_e sum_j q_j),   q_e = p_e g_e / omega_e,  g = softmax(z)
+
+and g / omega is bounded: it is 1 / K at a = 0, where omega may vanish.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+
+def expert_weights(logits: Tensor, fade: float) -> Tensor:
+    """omega (..., e) for logits (..., e); in fp32, or fp64 for fp64 logits. Exactly 1 at fade = 1."""
+    shares = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return (1 - fade) * logits.shape[-1] * shares + fade
+
+
+def gate(units: Tensor, logits: Tensor, fade: float) -> Tensor:
+    """(..., H) pre-activations times the weight of each unit's expert; logits (..., e), e divides H; units' dtype."""
+    return _Gate.apply(units, logits, fade)
+
+
+def idle(units: Tensor, weight: Tensor) -> Tensor:
+    """`units` as they are, with a zero gradient for `weight`: a faded router is still a part of the graph.
+
+    An optimiser and a wrapper that counts gradients (DistributedDataParallel) then see what they saw while it faded.
+    """
+    return _Idle.apply(units, weight) if weight.requires_grad and torch.is_grad_enabled() else units
+
+
+def _scaled(units: Tensor, omega: Tensor) -> Tensor:
+    by_expert = rearrange(units, "... (e o) -> ... e o", e=omega.shape[-1])
+    return rearrange(by_expert * omega.unsqueeze(-1), "... e o -> ... (e o)")
+
+
+class _Gate(torch.autograd.Function):
+    """(u (..., H), z (..., e), a) -> u * omega (..., H); keeps z and its own output."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(units: Tensor, logits: Tensor, fade: float) -> Tensor:
+        return _scaled(units, expert_weights(logits, fade).to(units.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, logits, ctx.fade = inputs
+        ctx.save_for_backward(logits, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, gated = ctx.saved_tensors
+        fade, experts = ctx.fade, logits.shape[-1]
+        omega = expert_weights(logits, fade)
+        grad_units = _scaled(grad, omega.to(grad.dtype)) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return grad_units, None, None
+        shares = logits.softmax(-1, dtype=omega.dtype)
+        by_expert = (rearrange(tensor, "... (e o) -> ... e o", e=experts) for tensor in (grad, gated))
+        pulls = torch.linalg.vecdot(*by_expert).to(omega.dtype) * (shares / omega if fade else 1 / experts)
+        grad_logits = (1 - fade) * experts * (pulls - shares * pulls.sum(-1, keepdim=True))
+        return grad_units, grad_logits.to(logits.dtype), None
+
+
+class _Idle(torch.autograd.Function):
+    """(u, weight) -> u; weight gets zeros."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(units: Tensor, weight: Tensor) -> Tensor:
+        return units.view_as(units)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.zeros_like(ctx.saved_tensors[0])
