@@ -52,7 +52,7 @@ class Run:
         """Train unless this folder holds the finished adapter."""
         self._note(started=self.facts.get("started") or _now())
         if self.config.train is None or self.config.adapt is None:
-            console.stage("train", "nothing to train: the configuration evaluates the frozen model")
+            console.stage("train", "nothing to train: the configuration has no train or no adapt section")
         elif "adapt" in self.facts:
             console.stage("train", f"done before: {self.folder}")
         else:
