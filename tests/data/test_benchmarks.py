@@ -154,7 +154,7 @@ def test_config_loads_and_names_known_splits(name):
     suites = {"meta_dataset": "md_", "bscd_fsl": "bscd_", "fine_grained": "fg_"}
     if name in suites:
         assert names == {card for card in CARDS if card.startswith(suites[name])}
-        assert config.source.data == ["md_ilsvrc_2012:train"] and config.model.img_size == 128
+        assert config.train is None and config.pool.folder == "pools/amt" and config.model.img_size == 128
         assert config.evaluate.queries == (10 if name == "meta_dataset" else 15)
     else:
         # Substitutes are never one of the benchmarks' own cards, and say so.

@@ -21,7 +21,7 @@ def comparison(data, condition, count=8, n=60):
 
 
 def report(tables):
-    return Report("a title", [], tables, "legend", None, "", [], [], [], "")
+    return Report("a title", [], tables, "legend", [], [], [], [], "")
 
 
 def test_few_models_stay_as_they_are(tmp_path):

@@ -1,1 +1,13 @@
-"""Vision multi-task learning: EMTAL (MoEfied LoRA, router fading, quality retaining) and loss balancing."""
+"""EMTAL's parts for multi-task learning: routed experts that fade, quality retaining, and balancing of tasks."""
+
+from vismt.multitask.balancing import Balancer, make_balancer
+from vismt.multitask.experts import cluster_model, cluster_neurons, permute_experts
+from vismt.multitask.fading import FadeState, RouterFade
+from vismt.multitask.moe_lora import set_fade
+from vismt.multitask.moefied import MoEfiedMlp
+from vismt.multitask.retain import QualityRetaining
+
+__all__ = [
+    "Balancer", "FadeState", "MoEfiedMlp", "QualityRetaining", "RouterFade", "cluster_model", "cluster_neurons",
+    "make_balancer", "permute_experts", "set_fade",
+]
