@@ -126,6 +126,8 @@ def test_settings_are_chosen_on_classes_that_are_not_tested(pool_run: Path, tmp_
     ({"select": {"class_share": 0.9}, "train": None, "evaluate": section("evaluate", models=["merged"])}, "leave fewer than 3"),
     ({"pool": section("pool", rates={"8": 0.1})}, "no expert '8'"),
     ({"pool": section("pool", kl="both")}, "pool.kl"),
+    ({"pool": section("pool", init="unifrom")}, "pool.init: 'unifrom'"),
+    ({"pool": section("pool", steps=0)}, "need steps >= 1"),
     ({"pool": section("pool", levels=[300])}, "in 1/255"),
     ({"evaluate": section("evaluate", models=["expert:7"])}, "expert:0.5"),
     ({"evaluate": section("evaluate", models=["logits+finetune"])}, "no weights to tune"),

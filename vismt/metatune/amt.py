@@ -28,13 +28,16 @@ from vismt.lowrank.init import kaiming, principal
 from vismt.lowrank.inject import inject
 from vismt.lowrank.sites import AdaptReport
 from vismt.lowrank.targets import Targets
-from vismt.metatune.input_attack import PYRAMID, Levels, pyramid_attack
+from vismt.metatune.input_attack import PYRAMID, STARTS, Levels, pyramid_attack
 from vismt.metatune.labelled import mix_seed
 from vismt.metatune.protonet import ProtoNet, cosine_logits, prototypes
 from vismt.metatune.weight_attack import weight_perturbation
 from vismt.registry import register_method
 
-CHOICES = {"kl": ("clean_adv", "adv_clean"), "weight_attack": ("joint", "paper", "none"), "support": ("perturbed", "clean")}
+CHOICES = {
+    "kl": ("clean_adv", "adv_clean"), "weight_attack": ("joint", "paper", "none"), "support": ("perturbed", "clean"),
+    "init": STARTS,
+}
 PATIENCE = 10  # episodes in a row with a flat prediction that count as collapsed
 FLAT = 0.01  # the surest prediction of an episode exceeds 1/k by no more
 
@@ -82,10 +85,10 @@ class AdversaryForm:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise UserError(f"pool.{name}: '{getattr(self, name)}'.{near(getattr(self, name), known)}")
-        if self.weight < 0 or self.gamma < 0 or self.warmup < 0 or not self.step_ratio > 0:
+        if self.steps < 1 or self.weight < 0 or self.gamma < 0 or self.warmup < 0 or not self.step_ratio > 0:
             raise UserError(
-                f"pool: weight {self.weight}, gamma {self.gamma}, warmup {self.warmup}, step_ratio {self.step_ratio}: need "
-                "step_ratio > 0 and the others not negative."
+                f"pool: steps {self.steps}, step_ratio {self.step_ratio}, weight {self.weight}, gamma {self.gamma}, warmup "
+                f"{self.warmup}: need steps >= 1, step_ratio > 0 and the others not negative."
             )
 
 
