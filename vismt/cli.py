@@ -223,6 +223,8 @@ def _assets(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> None:
     from vismt.bench import amt, core
 
+    if options.rounds < 1:
+        raise UserError(f"bench: --rounds {options.rounds}; it must be at least 1.")
     for result in {"core": core, "amt": amt}[options.what].run(options.rounds, options.device):
         console.block(str(result))
 

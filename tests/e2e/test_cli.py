@@ -341,3 +341,9 @@ def test_the_list_answers_quickly() -> None:
     code = f"import sys; from vismt.cli import main; main(['list']); print([n for n in {heavy} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("what", ["core", "amt"])
+def test_a_bench_without_rounds_is_refused(what: str, capsys) -> None:
+    assert main(["bench", what, "--rounds", "0"]) == 2
+    assert capsys.readouterr().err == "error: bench: --rounds 0; it must be at least 1.\n"

@@ -8,26 +8,11 @@ import torch
 from readable import assert_readable, visible_texts
 from torchvision.io import decode_png, read_file
 
-from vismt.engine import canvas, episode_figure, figures
+from vismt.engine import canvas, figures
 from vismt.engine.comparison import Cell, Comparison
 from vismt.errors import UserError
 
 LONG = "a_data_set_with_a_name_that_does_not_end"
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were saved, with everything laid out."""
-    found = []
-
-    def keep(figure, path):
-        found.append(figure)
-        figure.canvas.draw()
-        return canvas.save(figure, path)
-
-    monkeypatch.setattr(figures, "save", keep)
-    monkeypatch.setattr(episode_figure, "save", keep)
-    return found
 
 
 def comparisons(sets, protocols=("5-way 1-shot",), conditions=("clean", "PGD-10 linf 4.5/255"), models=("frozen", "adapted")):

@@ -5,27 +5,13 @@ import json
 import pytest
 from readable import assert_readable, visible_texts
 
-from vismt.engine import canvas, pool_figures
+from vismt.engine import pool_figures
 from vismt.engine.comparison import Cell, Comparison
 from vismt.engine.pool_report import corruption_pictures, pool_pictures
 from vismt.errors import UserError
 from vismt.robustness.corruptions import CORRUPTIONS
 
 MODELS = ["frozen", "clean", "merged", "merged:default", "average", "logits", "min_ce", "expert:4.5", "merged+finetune"]
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were saved, with everything laid out."""
-    found = []
-
-    def keep(figure, path):
-        found.append(figure)
-        figure.canvas.draw()
-        return canvas.save(figure, path)
-
-    monkeypatch.setattr(pool_figures, "save", keep)
-    return found
 
 
 def log(steps=30, robust=True):

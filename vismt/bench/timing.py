@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from vismt import console
+from vismt.threads import one_thread
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,6 @@ class Timing:
         """Median, smallest and largest ratio of `name` to `base`, taken round by round."""
         ratios = [a / b for a, b in zip(self.seconds[name], self.seconds[base])]
         return statistics.median(ratios), min(ratios), max(ratios)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One intra-op thread inside the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def interleave(

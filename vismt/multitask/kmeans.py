@@ -13,14 +13,12 @@ cost in 0.6 s for every iteration.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from vismt.errors import UserError
+from vismt.threads import one_thread
 
 RESTARTS, ITERATIONS = 10, 300
 # Costs span 2^41 steps, so sums along any path stay far below the distance of a cluster that cannot be reached.
@@ -106,17 +104,6 @@ def check_divides(rows: int, clusters: int, what: str) -> None:
         below, above = max((n for n in fits if n < clusters), default=1), min((n for n in fits if n > clusters), default=rows)
         close = " or ".join(str(number) for number in sorted({below, above}))
         raise UserError(f"experts: {clusters} experts cannot share {rows} {what} equally; use {close}.")
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """torch on one thread: BLAS adds in another order for every number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _shortest_path(

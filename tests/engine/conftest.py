@@ -1,0 +1,20 @@
+"""What the tests of figures share."""
+
+import pytest
+
+from vismt.engine import canvas, episode_figure, figures, pool_figures
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved, with everything laid out."""
+    found = []
+
+    def keep(figure, path):
+        found.append(figure)
+        figure.canvas.draw()
+        return canvas.save(figure, path)
+
+    for module in (figures, episode_figure, pool_figures):
+        monkeypatch.setattr(module, "save", keep)
+    return found
