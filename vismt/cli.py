@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _attack_options(add("attack", _attack, "attack a run folder, or any timm classifier with --model and --data"))
     made = add("merge", _merge, "write the merged stock model of a run folder")
     made.add_argument("run", type=Path)
-    made.add_argument("--expert", help="of a pool: the label of one expert, or average")
+    made.add_argument("--expert", help="of a pool: the label of one expert, or average; of several arms: arm or arm:seed")
     made = add("pool", _pool, "assemble experts that were trained apart into one pool folder")
     made.add_argument("action", choices=("assemble",))
     made.add_argument("experts", type=Path, nargs="+", help="run folders, adapter folders or pools")
@@ -75,15 +75,15 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("run", type=Path)
     made.add_argument("--format", default="timm", help="timm, transformers or peft (timm)")
     made.add_argument("--to", type=Path, default=None, help="target folder (RUN/export-FORMAT)")
-    made.add_argument("--expert", help="of a pool: the label of one expert (or average, for timm)")
+    made.add_argument("--expert", help="of a pool: one expert's label (or average, for timm); of several arms: arm or arm:seed")
     made = add("data", _data, "list the data cards, check a set's counts and hashes, or fetch it")
     made.add_argument("action", choices=("list", "check", "prepare"))
     made.add_argument("name", nargs="*", help="card names or paths")
     made = add("assets", _assets, "list the weights that have a card, or get them")
     made.add_argument("action", choices=("list", "get"))
     made.add_argument("name", nargs="*", help="asset names")
-    made = add("bench", _bench, "time the core against peft, or AMT against its released form, in one process")
-    made.add_argument("what", choices=("core", "amt"))
+    made = add("bench", _bench, "time the core against peft, or AMT and EMTAL against their released forms, in one process")
+    made.add_argument("what", choices=("core", "amt", "emtal"))
     made.add_argument("--rounds", type=int, default=9)
     made.add_argument("--device", default="cpu")
     add("list", _list, "list methods, jobs, data cards and assets")
@@ -221,11 +221,11 @@ def _assets(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from vismt.bench import amt, core
+    from vismt.bench import amt, core, emtal
 
     if options.rounds < 1:
         raise UserError(f"bench: --rounds {options.rounds}; it must be at least 1.")
-    for result in {"core": core, "amt": amt}[options.what].run(options.rounds, options.device):
+    for result in {"core": core, "amt": amt, "emtal": emtal}[options.what].run(options.rounds, options.device):
         console.block(str(result))
 
 

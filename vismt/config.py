@@ -55,7 +55,9 @@ class AdaptConfig:
 class TrainConfig:
     """steps: of the optimiser; lr: the peak, after `warmup` steps, then a cosine to min_lr; accumulate: batches a step.
 
-    clip: largest gradient norm, null for none; precision: no, bf16 or fp16; trackers: accelerate's (tensorboard, wandb).
+    cooldown: last steps at min_lr. rates: {pattern: factor of lr} for the parameters whose name a regular expression is
+    found in, the first that fits. weight_decay: of matrices; vectors and scalars have none. clip: largest gradient norm,
+    null for none; precision: no, bf16 or fp16; trackers: accelerate's (tensorboard, wandb).
     """
 
     steps: int = 100
@@ -63,6 +65,8 @@ class TrainConfig:
     lr: float = 1e-3
     min_lr: float = 0.0
     warmup: int = 0
+    cooldown: int = 0
+    rates: dict[str, float] = field(default_factory=dict)
     weight_decay: float = 0.0
     momentum: float = 0.9
     accumulate: int = 1
@@ -129,7 +133,7 @@ def typed(raw: Mapping[str, Any], kind: type, source: str) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--run", type=kind)
     try:
-        parsed = parser.parse_object({"run": dict(raw)})
+        parsed = parser.parse_object({"run": copy.deepcopy(dict(raw))})  # it writes into nested values
         made = parser.instantiate(parsed) if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed)
     except (ArgumentError, TypeError, ValueError) as error:
         raise UserError(f"{source}: {_shorten(str(error))}") from error

@@ -105,10 +105,11 @@ def test_the_table_gives_the_ratio_to_the_release_and_the_target():
     assert table[4].split() == ["vismt,", "default", "form", "2.000", "2.00..2.00"]
 
 
-def test_the_command_runs_this_bench_with_its_options(monkeypatch, capsys):
+@pytest.mark.parametrize("what", ["amt", "core", "emtal"])
+def test_the_command_runs_the_bench_with_its_options(what, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(amt, "run", lambda *options: asked.append(options) or ["a table"])
-    assert not cli.main(["bench", "amt", "--rounds", "3", "--device", "meta"])
+    monkeypatch.setattr(f"vismt.bench.{what}.run", lambda *options: asked.append(options) or ["a table"])
+    assert not cli.main(["bench", what, "--rounds", "3", "--device", "meta"])
     assert asked == [(3, "meta")] and "a table" in "".join(capsys.readouterr())
 
 

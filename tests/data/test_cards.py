@@ -13,6 +13,10 @@ from vismt.paths import shipped
 META = "  - {kind: meta_dataset, root: x, splits: {test: null}, classes_per_split: {tset: 9}}"
 TABLE = "  - {kind: table, root: x, table: t.csv, folders: [in], column: image, keep: [a, b], splits: {all: 3}}"
 LISTS = "  - {kind: filelist, root: x, splits: {novel: 3}, classes_per_split: {novel: 1}}"
+BY_ID = (
+    "  - {kind: lists, root: x, folder: images, paths: p.txt, labels: l.txt, training: t.txt, names: n.txt,"
+    " splits: {train: 3, test: 2}}"
+)
 FOLDER = '  - {kind: folder, root: pets, layout: "{class}", splits: {all: 3}}'
 
 
@@ -80,6 +84,13 @@ def test_card_by_file_and_by_folder(write_card):
         (TABLE.replace("[in]", "[../in]"), "", "'../in' must be a relative path"),
         (TABLE.replace("[a, b]", "[a, a]"), "", "'keep' names each class once"),
         (TABLE.replace("all: 3", "train: 3"), "", "a table has the one split 'all'"),
+        (TABLE.replace("t.csv", "{all: ../t.csv}"), "", "'../t.csv' must be a relative path"),
+        (TABLE.replace("t.csv", "{train: t.csv}"), "", "'table' is for ['train'], 'splits' names ['all']; a table has the one"),
+        (TABLE.replace("root", "only: {tset: {Usage: x}}, root"), "", "'only' names no split 'tset'"),
+        (BY_ID.replace("test: 2", "tset: 2"), "", "no split 'tset'; 'training' tells train from test. Near: 'test'"),
+        (BY_ID.replace("l.txt", "../l.txt"), "", "'../l.txt' must be a relative path"),
+        (BY_ID.replace("folder: images", "folder: /images"), "", "'/images' must be a relative path"),
+        (BY_ID.replace("names: n.txt, ", ""), "", "key 'names' is missing"),
         (LISTS.replace("novel: 1", "nove: 1"), "", "no split 'nove'. Near: 'novel'"),
         ("  []", "", "'sources' must be a list with at least one entry"),
         ("  - [", "", "not readable as YAML"),

@@ -93,3 +93,40 @@ def test_no_table(home, paint, write_card):
     paint(home / "data" / "x" / "in" / "a.png")
     with pytest.raises(UserError, match=r"table '\$VISMT_DATA/x/t.csv' cannot be read"):
         open_images(card_of(write_card, SKIN))
+
+
+@pytest.fixture
+def graded(home, paint, write_card):
+    """A table for training, and one that holds validation and test rows, told apart by the column Usage."""
+    base = home / "data" / "x"
+    base.mkdir()
+    (base / "train.csv").write_text("image,level\na,0\nb,1\nc,1\n")
+    (base / "rest.csv").write_text("image,level,Usage\nd,1,Private\ne,0,Public\nf,0,Private\ng,1,Public\n")
+    for value, name in enumerate(("in/a", "in/b", "in/c", "out/d", "out/e", "out/f", "out/g")):
+        paint(base / f"{name}.png", value)
+    return write_card(
+        "  - {kind: table, root: x, table: {train: train.csv, val: rest.csv, test: rest.csv}, folders: [in, out], column: image,"
+        " suffix: .png, label: level, keep: ['0', '1'], only: {val: {Usage: Public}, test: {Usage: Private}},"
+        " splits: {train: 3, val: 2, test: 2}}"
+    )
+
+
+def test_a_table_for_each_split(graded):
+    found = {split: open_images(graded, split) for split in ("train", "val", "test", "all")}
+    assert found["train"].ids == ["in/a.png", "in/b.png", "in/c.png"] and found["train"].labels.tolist() == [0, 1, 1]
+    assert found["val"].ids == ["out/e.png", "out/g.png"] and found["val"].labels.tolist() == [0, 1]
+    assert found["test"].ids == ["out/d.png", "out/f.png"] and found["test"].labels.tolist() == [1, 0]
+    assert found["all"].ids == [name for split in ("train", "val", "test") for name in found[split].ids]
+    report = check(graded)
+    assert report.ok and [row.found for row in report.splits] == [3, 2, 2]
+
+
+def test_rows_that_the_split_lacks_are_missed(home, graded):
+    path = home / "data" / "x" / "rest.csv"
+    path.write_text(path.read_text().replace("f,0,Private", "f,0,Public"))
+    with pytest.raises(UserError, match=r"1 of 2 images found under \$VISMT_DATA/x \(split 'test'\)"):
+        open_images(graded, "test")
+    path.write_text("image,level\nd,1\n")
+    with pytest.raises(UserError, match="no column 'Usage'"):
+        open_images(graded, "test")
+    assert len(open_images(graded, "train")) == 3

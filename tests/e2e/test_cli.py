@@ -343,7 +343,7 @@ def test_the_list_answers_quickly() -> None:
     assert done.stdout.strip().splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("what", ["core", "amt"])
+@pytest.mark.parametrize("what", ["core", "amt", "emtal"])
 def test_a_bench_without_rounds_is_refused(what: str, capsys) -> None:
     assert main(["bench", what, "--rounds", "0"]) == 2
     assert capsys.readouterr().err == "error: bench: --rounds 0; it must be at least 1.\n"

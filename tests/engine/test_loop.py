@@ -77,6 +77,56 @@ def test_dropout_follows_the_seed_and_leaves_the_random_state_alone(tmp_path: Pa
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_buffers_and_extra_state_are_resumed_frozen_tensors_are_not_kept(tmp_path: Path) -> None:
+    class Counting(Toy):
+        """Counts its steps in a buffer, and by it scales the loss."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("scratch", torch.zeros(2), persistent=False)
+
+        def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            self.count += 1
+            return {"loss": super().forward(batch)["loss"] * self.count}
+
+    whole = run(tmp_path / "whole", Counting())
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", Counting(), stop_after=5)
+    kept = torch.load(tmp_path / "cut" / checkpoint.NAME, weights_only=True)["tensors"]
+    assert set(kept) == {"layer.weight", "layer.bias", "count"} and int(kept["count"]) == 3
+    cut = run(tmp_path / "cut", Counting())
+    assert int(cut.count) == 8 and torch.equal(whole.layer.weight, cut.layer.weight)
+
+
+def test_rates_and_decay_by_name() -> None:
+    toy = Toy()
+    named = {name: value for name, value in toy.named_parameters() if value.requires_grad}
+    made = loop.make_optimizer(named, TrainConfig(lr=0.1, weight_decay=0.5, rates={"^layer[.]w": 10.0, "layer": 0.5}))
+    seen = {tuple(group["params"][0].shape): (group["lr"], group["weight_decay"]) for group in made.param_groups}
+    # The first pattern that fits counts; a bias is not decayed.
+    assert seen == {(1, 4): (1.0, 0.5), (1,): (0.05, 0.0)}
+    for rates, told in (({"head": 1.0}, "'head' is found in no trained parameter"), ({"(": 1.0}, "no regular expression")):
+        with pytest.raises(UserError, match=told):
+            loop.make_optimizer(named, TrainConfig(rates=rates))
+
+
+def test_a_factor_of_the_rate_holds_at_every_step(tmp_path: Path) -> None:
+    """With SGD a step is rate * gradient: ten times the rate is the same as ten times the loss."""
+    class Scaled(Toy):
+        def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {"loss": self.factor * (self.layer(batch["x"]) - batch["y"]).square().mean()}
+
+    weights = []
+    for factor, rates in ((1.0, {"layer": 10.0}), (10.0, {}), (1.0, {})):
+        toy = Scaled()
+        toy.factor = factor
+        folder, settings = tmp_path / f"{len(weights)}", {"optimizer": "sgd", "lr": 1e-3, "momentum": 0.0, "clip": None}
+        weights.append(run(folder, toy, rates=rates, **settings).layer.weight)
+    assert torch.allclose(weights[0], weights[1]) and not torch.allclose(weights[0], weights[2])
+    assert read_lines(tmp_path / "0" / "metrics.jsonl")[3]["lr"] == read_lines(tmp_path / "2" / "metrics.jsonl")[3]["lr"]
+
+
 def test_a_finished_run_trains_no_further(tmp_path: Path) -> None:
     first = run(tmp_path)
     again = run(tmp_path)
@@ -88,6 +138,9 @@ def test_learning_rate_golden_numbers() -> None:
     # warm-up: 1/2, 2/2. Cosine over the 8 steps that remain: step 6 is half way, 0.2 + 0.8 * 0.5 * (1 + cos(pi / 2)) = 0.6.
     assert [loop.rate(step, config) for step in (0, 1, 2)] == [0.5, 1.0, 1.0]
     assert loop.rate(6, config) == pytest.approx(0.6) and loop.rate(10, config) == pytest.approx(0.2)
+    # Four steps of cool-down leave four for the cosine: step 4 is half way, from step 6 on it is min_lr.
+    config.cooldown = 4
+    assert [loop.rate(step, config) for step in (4, 6, 7, 9)] == pytest.approx([0.6, 0.2, 0.2, 0.2])
 
 
 def test_accumulation_is_the_mean_over_its_batches(tmp_path: Path) -> None:
@@ -130,7 +183,7 @@ def test_checkpoints_that_do_not_belong_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'frozen\.weight' is missing"):
         checkpoint.load(tmp_path, model, optimizer, schedule, None, "hash")
     model.frozen.requires_grad_(False)
-    other = torch.optim.AdamW([{"params": [model.layer.weight]}, {"params": [model.layer.bias]}])
+    other = torch.optim.AdamW(model.layer.parameters())  # one group, not one for matrices and one for the rest
     with pytest.raises(UserError, match="does not fit this training"):
         checkpoint.load(tmp_path, model, other, schedule, None, "hash")
     torch.save([1], tmp_path / checkpoint.NAME)

@@ -15,8 +15,8 @@ from vismt.metatune.diffaugment import diff_augment
 from vismt.metatune.finetune import FineTuned, FineTuneSettings, finetune
 from vismt.metatune.functional import Functional
 from vismt.metatune.input_attack import pyramid_attack
-from vismt.metatune.labelled import mix_seed
 from vismt.metatune.protonet import PrototypeClassifier
+from vismt.seeds import mix_seed
 
 LABELS = torch.arange(3).repeat(4)
 

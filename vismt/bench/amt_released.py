@@ -27,10 +27,10 @@ from vismt.lowrank.inject import adapted_modules
 from vismt.lowrank.linear import Adapted
 from vismt.metatune.amt import Adversary
 from vismt.metatune.diffaugment import diff_augment
-from vismt.metatune.labelled import mix_seed
 from vismt.metatune.merging import MergeSettings
 from vismt.metatune.pool import ExpertPool
 from vismt.metatune.protonet import ProtoNet, cosine_logits, prototypes
+from vismt.seeds import mix_seed
 
 TINY = 1e-20
 

@@ -14,10 +14,12 @@ from typing import Any
 from vismt.data.kinds import (
     HIERARCHIES,
     KINDS,
+    LIST_SPLITS,
     META_SPLITS,
     DenseSource,
     FilelistSource,
     FolderSource,
+    LabelListSource,
     MetaDatasetSource,
     Source,
     TableSource,
@@ -84,12 +86,13 @@ def _source(raw: object, shown: str) -> Source:
     if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(f"{shown}: kind {kind!r} is not known.{near(str(kind), KINDS)}")
     source: Source = build(KINDS[kind], raw, f"{shown} ({kind})")
-    for key in ("root", "file", "manifest", "image", "table"):
+    for key in ("root", "file", "manifest", "image", "table", "folder", "paths", "labels", "training", "names"):
         text = getattr(source, key, None)
-        if text is not None:
+        if isinstance(text, str):
             inside(text, f"{shown}.{key}")
-    groups = [getattr(source, name, {}) for name in ("maps", "lists", "photographs")]
-    for text in [*(text for group in groups for text in group.values()), *getattr(source, "folders", ())]:
+    groups = [getattr(source, name, None) for name in ("maps", "lists", "photographs", "table")]
+    texts = [text for group in groups if isinstance(group, dict) for text in group.values()]
+    for text in [*texts, *getattr(source, "folders", ())]:
         inside(text, shown)
     if not source.splits:
         raise UserError(f"{shown}: 'splits' is empty: name each split and its number of images (null when unknown).")
@@ -102,9 +105,25 @@ def _source(raw: object, shown: str) -> Source:
         _check_layout(source, shown)
     if isinstance(source, (MetaDatasetSource, FilelistSource)):
         _check_classes_per_split(source, shown)
-    if isinstance(source, TableSource) and (list(source.splits) != ["all"] or not 0 < len(set(source.keep)) == len(source.keep)):
-        raise UserError(f"{shown}: a table has the one split 'all', and 'keep' names each class once.")
+    if isinstance(source, TableSource):
+        _check_table(source, shown)
+    if isinstance(source, LabelListSource):
+        strange = next((name for name in source.splits if name not in LIST_SPLITS), None)
+        if strange is not None:
+            raise UserError(f"{shown}: no split '{strange}'; 'training' tells train from test.{near(strange, LIST_SPLITS)}")
     return source
+
+
+def _check_table(source: TableSource, shown: str) -> None:
+    if not 0 < len(set(source.keep)) == len(source.keep):
+        raise UserError(f"{shown}: 'keep' names each class once.")
+    tables = source.table if isinstance(source.table, dict) else {"all": source.table}
+    if set(tables) != set(source.splits):
+        names = f"'table' is for {sorted(tables)}, 'splits' names {sorted(source.splits)}"
+        raise UserError(f"{shown}: {names}; a table has the one split 'all', or 'table' maps each split to its file.")
+    strange = next((name for name in source.only if name not in source.splits), None)
+    if strange is not None:
+        raise UserError(f"{shown}: 'only' names no split '{strange}'.{near(strange, source.splits)}")
 
 
 def _check_classes_per_split(source: MetaDatasetSource | FilelistSource, shown: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vismt import console
-from vismt.data import arrays, dense, embedded, filelist, folder, meta_dataset, table, torchvision_door
+from vismt.data import arrays, dense, embedded, filelist, folder, lists, meta_dataset, table, torchvision_door
 from vismt.data.cards import Card, list_cards, load_card
 from vismt.data.images import load_source
 from vismt.data.kinds import (
@@ -16,6 +16,7 @@ from vismt.data.kinds import (
     DigitsSource,
     FilelistSource,
     FolderSource,
+    LabelListSource,
     MetaDatasetSource,
     PhotoCropsSource,
     Source,
@@ -99,6 +100,8 @@ def source_files(source: Source, base: Path) -> Files:
         return table.files(source, base)
     if isinstance(source, FilelistSource):
         return filelist.files(source, base)
+    if isinstance(source, LabelListSource):
+        return lists.files(source, base)
     return dense.files(source, base) if isinstance(source, DenseSource) else {}
 
 

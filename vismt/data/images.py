@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vismt import console
-from vismt.data import arrays, embedded, filelist, folder, meta_dataset, table, torchvision_door
+from vismt.data import arrays, embedded, filelist, folder, lists, meta_dataset, table, torchvision_door
 from vismt.data.cards import Card, load_card
 from vismt.data.kinds import (
     ArraysSource,
@@ -19,6 +20,7 @@ from vismt.data.kinds import (
     DigitsSource,
     FilelistSource,
     FolderSource,
+    LabelListSource,
     MetaDatasetSource,
     PhotoCropsSource,
     Source,
@@ -58,6 +60,15 @@ class ImageSet:
         """Image i as uint8 (3, h, w), native size. Raises UserError naming the file when it cannot be decoded."""
         return self.reader(i)
 
+    def take(self, chosen: Sequence[int], skipped: Sequence[str] = ()) -> ImageSet:
+        """The images `chosen`, ascending indices, as a set of their own with the same classes; skipped: ids to tell of."""
+        kept = [int(i) for i in chosen]
+        content = f"{hashlib.sha256(repr(kept).encode()).hexdigest()}:{list(skipped)}"
+        return replace(
+            self, labels=self.labels[kept], ids=[self.ids[i] for i in kept], reader=lambda i: self.reader(kept[i]),
+            content=lambda: f"{self.content()}:{content}", skipped=list(skipped),
+        )
+
 
 def load_source(card: Card, source: Source, base: Path, split: str, download: bool = False) -> Loaded:
     """One split of the copy of `source` in the folder `base`, by the reader of its kind."""
@@ -75,6 +86,8 @@ def load_source(card: Card, source: Source, base: Path, split: str, download: bo
         return table.load(card, source, base, split)
     if isinstance(source, FilelistSource):
         return filelist.load(card, source, base, split)
+    if isinstance(source, LabelListSource):
+        return lists.load(card, source, base, split)
     if isinstance(source, TorchvisionSource):
         return torchvision_door.load(card, source, base, split, download)
     raise UserError(f"{card.shown}: is a dense set; open it with open_dense.")
@@ -127,11 +140,7 @@ def _drop_damaged(images: ImageSet) -> ImageSet:
     if emptied:
         lost = images.classes[emptied[0]]
         raise UserError(f"data '{images.name}': no image of class '{lost}' can be decoded. Replace its files in {images.where}.")
-    whole = images.reader
-    return ImageSet(
-        images.name, images.split, images.classes, labels, [images.ids[i] for i in kept], lambda i: whole(kept[i]),
-        lambda: f"{images.content()}:{skipped}", images.superclass, images.superclass_names, skipped, images.where, images.nodes,
-    )  # fmt: skip
+    return images.take(kept, skipped)
 
 
 def open_images(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 META_SPLITS = ("train", "valid", "test")
+LIST_SPLITS = ("train", "test")
 HIERARCHIES = ("superclass", "nodes")
 
 
@@ -113,16 +114,19 @@ class TableSource:
 
     The label is the text in the column `label`, or with `label` null the one column of `keep` that is not 0. `keep` names
     the classes in order; rows with another text are left out. `folders` are searched in turn and may hold `*`.
+    `table` is one file with the one split 'all', or a file for each split, of which `only` may take the rows where a column
+    holds a text: {test: {Usage: Private}}.
     """
 
     root: str
-    table: str
+    table: str | dict[str, str]
     folders: list[str]
     column: str
     keep: list[str]
     splits: dict[str, int | None]
     label: str | None = None
     suffix: str = ""
+    only: dict[str, dict[str, str]] = field(default_factory=dict)
     classes: int | None = None
     manifest: str | None = None
     kind: str = "table"
@@ -141,14 +145,32 @@ class FilelistSource:
     kind: str = "filelist"
 
 
+@dataclass(frozen=True)
+class LabelListSource:
+    """Text files with an id first on every line: image id and path below `folder`, image id and class id, image id and 1
+    (train) or 0 (test), class id and class name. The order of `names` is that of the classes.
+    """
+
+    root: str
+    folder: str
+    paths: str
+    labels: str
+    training: str
+    names: str
+    splits: dict[str, int | None]
+    classes: int | None = None
+    manifest: str | None = None
+    kind: str = "lists"
+
+
 Source = (
     FolderSource | ArraysSource | DigitsSource | PhotoCropsSource | TorchvisionSource | DenseSource
-    | MetaDatasetSource | TableSource | FilelistSource
+    | MetaDatasetSource | TableSource | FilelistSource | LabelListSource
 )  # fmt: skip
 KINDS: dict[str, type] = {
     cls.kind: cls
     for cls in (
         FolderSource, ArraysSource, DigitsSource, PhotoCropsSource, TorchvisionSource, DenseSource,
-        MetaDatasetSource, TableSource, FilelistSource,
+        MetaDatasetSource, TableSource, FilelistSource, LabelListSource,
     )
 }  # fmt: skip

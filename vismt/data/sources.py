@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,6 +110,18 @@ def verify_classes(card: Card, source: Source, base: Path, found: int) -> None:
     wanted = source.classes or card.classes
     if wanted and found != wanted:
         raise UserError(f"{card.shown}: {found} of {wanted} classes found under {shown_path(base)}. {fix(card)}")
+
+
+def verify_present(card: Card, base: Path, ids: Sequence[str], split: str) -> list[Path]:
+    """The files that `ids`, relative to `base`, name; UserError when one is not there."""
+    paths = [base / name for name in ids]
+    absent = [name for name, path in zip(ids, paths, strict=True) if not path.is_file()]
+    if absent:
+        raise UserError(
+            f"{card.shown}: {len(ids) - len(absent):,} of {len(ids):,} images of split '{split}' found under {shown_path(base)};"
+            f" missing '{absent[0]}'{' ...' if len(absent) > 1 else ''}. {fix(card)}"
+        )
+    return paths
 
 
 def not_found(card: Card, split: str, root: Path | None = None) -> UserError:

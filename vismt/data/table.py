@@ -15,9 +15,13 @@ from vismt.errors import UserError, near
 
 
 def files(source: TableSource, base: Path) -> dict[str, list[tuple[str, Path]]]:
-    """The table, as the group of its own name."""
-    path = base / source.table
-    return {source.table: [(source.table, path)] if path.is_file() else []}
+    """The tables, each the group of its own name."""
+    names = dict.fromkeys(_tables(source).values())
+    return {name: [(name, base / name)] if (base / name).is_file() else [] for name in names}
+
+
+def _tables(source: TableSource) -> dict[str, str]:
+    return source.table if isinstance(source.table, dict) else {"all": source.table}
 
 
 def _one_hot(row: dict[str, str], keep: list[str], where: str) -> str:
@@ -30,11 +34,12 @@ def _one_hot(row: dict[str, str], keep: list[str], where: str) -> str:
     return marked[0]
 
 
-def read_rows(card: Card, source: TableSource, base: Path) -> list[tuple[str, str]]:
-    """(file name, class) of each row of the table whose class is in `keep`; a row of several findings is in none."""
-    path = base / source.table
+def read_rows(card: Card, source: TableSource, base: Path, split: str) -> list[tuple[str, str]]:
+    """(file name, class) of each row of the split whose class is in `keep`; a row of several findings is in none."""
+    path = base / _tables(source)[split]
     shown = shown_path(path)
-    columns = [source.column, *([source.label] if source.label else source.keep)]
+    only = source.only.get(split, {})
+    columns = [source.column, *([source.label] if source.label else source.keep), *only]
     rows = []
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -43,6 +48,8 @@ def read_rows(card: Card, source: TableSource, base: Path) -> list[tuple[str, st
             if absent is not None:
                 raise UserError(f"{shown}: no column '{absent}'.{near(absent, table.fieldnames or ())}")
             for row in table:
+                if any(row[name] != text for name, text in only.items()):
+                    continue
                 where = f"{shown}: line {table.line_num}"
                 name = inside((row[source.column] or "") + source.suffix, where)
                 kind = row[source.label] if source.label else _one_hot(row, source.keep, where)
@@ -67,15 +74,16 @@ def _find(card: Card, source: TableSource, base: Path, names: list[str]) -> list
 
 
 def load(card: Card, source: TableSource, base: Path, split: str) -> Loaded:
-    """The rows of the classes in `keep`, labels in that order; ids are paths relative to `base`.
+    """The rows of `split` ('all' = every split), labels in the order of `keep`; ids are paths relative to `base`.
 
     Raises UserError for a missing table, column or image, a row that marks no class or several, a name that leaves the
     folder and a class without images.
     """
-    rows = read_rows(card, source, base)
+    parts = {name: read_rows(card, source, base, name) for name in (source.splits if split == "all" else [split])}
+    rows = [row for part in parts.values() for row in part]
     paths = _find(card, source, base, [name for name, _ in rows])
     labels = [source.keep.index(kind) for _, kind in rows]
-    verify_counts(card, source, base, {name: len(rows) for name in source.splits}, {})
+    verify_counts(card, source, base, {name: len(part) for name, part in parts.items()}, {})
     verify_classes(card, source, base, len(set(labels)))
     ids = [path.relative_to(base).as_posix() for path in paths]
     # The labels are not in the image files: they have to be part of what tells one content from another.

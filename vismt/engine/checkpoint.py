@@ -1,4 +1,4 @@
-"""The state of an interrupted training, whole or absent: trainable tensors, optimiser, schedule, random state, step.
+"""The state of an interrupted training, whole or absent: trainable tensors, buffers, optimiser, schedule, random state, step.
 
 What a run starts from, in this order: 1. its own checkpoint.pt, 2. nothing but the adapter's start values. Batches are a
 function of the step number, so the step is all that is needed to go on with the data.
@@ -20,9 +20,10 @@ from vismt.lowrank.store import check_tensors
 NAME = "checkpoint.pt"
 
 
-def trainable_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters that require a gradient, by name, on the CPU."""
-    return {name: value.detach().cpu() for name, value in module.named_parameters() if value.requires_grad}
+def moving_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """What training may change, by its name in the state dict, on the CPU: all of it but the frozen parameters."""
+    frozen = {name for name, value in module.named_parameters(remove_duplicate=False) if not value.requires_grad}
+    return {name: value.detach().cpu() for name, value in module.state_dict().items() if name not in frozen}
 
 
 def save(
@@ -36,7 +37,7 @@ def save(
     state = {
         "step": step,
         "config_hash": config_hash,
-        "tensors": trainable_state(module),
+        "tensors": moving_state(module),
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else {},
@@ -62,8 +63,7 @@ def load(
         raise UserError(f"checkpoint '{path}' is damaged ({type(error).__name__}); delete it to train from the start.") from error
     if seen != config_hash:
         raise UserError(f"checkpoint '{path}' is of configuration {seen}, this is {config_hash}; use another run folder.")
-    own = dict(module.named_parameters())
-    wanted = {name: tuple(value.shape) for name, value in trainable_state(module).items()}
+    wanted = {name: tuple(value.shape) for name, value in moving_state(module).items()}
     check_tensors(f"checkpoint '{path}'", wanted, tensors)
     try:
         optimizer.load_state_dict(state["optimizer"])
@@ -74,9 +74,7 @@ def load(
         step = int(state["step"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"checkpoint '{path}' does not fit this training ({error}); delete it to start again.") from error
-    with torch.no_grad():
-        for name, value in tensors.items():
-            own[name].copy_(value)
+    module.load_state_dict(tensors, strict=False)  # frozen parameters are not in it
     if state["cuda_random"] and len(state["cuda_random"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda_random"])
     return step

@@ -25,7 +25,6 @@ from vismt.engine.log import record_stem, write_lines
 from vismt.lowrank.sites import AdaptReport
 from vismt.lowrank.targets import check_patterns
 from vismt.metatune.episodes import EpisodeSampler, VariableSampler
-from vismt.metatune.labelled import digest
 from vismt.metatune.maml import LinearLearner, MamlObjective
 from vismt.metatune.objective import EpisodeBatches, EpisodeObjective
 from vismt.metatune.pool import assemble
@@ -34,6 +33,7 @@ from vismt.metatune.protonet import ProtoNet
 from vismt.registry import adapt
 from vismt.robustness.masking import check_episodes
 from vismt.robustness.transfer import Source
+from vismt.seeds import digest
 
 
 class FewShotJob:
@@ -46,10 +46,15 @@ class FewShotJob:
         self._models = Models(config, folder, self._backbone, self._open)
         self._told: AdaptReport | None = None
 
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to train."""
+        return self.config.adapt is not None and self.config.train is not None
+
     def train(self) -> dict[str, Any]:
         """Meta-tune one adapter, or the experts of a pool; what run.json says of the adaptation."""
         config = self.config
-        if config.adapt is None or config.train is None or (config.pool is not None and config.pool.folder):
+        if not self.trains or (config.pool is not None and config.pool.folder):
             return {}
         for name in config.evaluate.data:  # a set that is not here, or too small, is said before the training, not after
             self._samplers(self._open(name))
@@ -152,6 +157,10 @@ class FewShotJob:
     def adapter(self, expert: str | None = None) -> Path:
         """The folder of the run's adapter, or of a pool's expert."""
         return self._models.adapter(expert)
+
+    def about(self) -> dict[str, Any]:
+        """Nothing besides: a few-shot model has no classes of its own."""
+        return {}
 
     def _evaluate_one(
         self, name: str, pixels: Pixels, sampler: EpisodeSampler | VariableSampler, model: str, specs: list[Condition],

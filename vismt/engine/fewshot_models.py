@@ -19,11 +19,11 @@ from vismt.errors import UserError
 from vismt.lowrank.inject import merge
 from vismt.lowrank.store import fingerprint, load_adapter
 from vismt.metatune.finetune import FineTuned
-from vismt.metatune.labelled import digest
 from vismt.metatune.maml import LinearLearner, MamlNet
 from vismt.metatune.merging import MergeSettings, PoolNet
 from vismt.metatune.pool import ExpertPool, read_pool
 from vismt.metatune.protonet import ProtoNet
+from vismt.seeds import digest
 
 
 class Models:

@@ -13,13 +13,16 @@ from vismt.config import RunConfig, config_hash, override, read_yaml, typed
 from vismt.errors import UserError, near
 
 # task -> module with a dataclass CONFIG (a RunConfig) and a class JOB.
-JOBS = {"fewshot": "vismt.engine.fewshot"}
+JOBS = {"fewshot": "vismt.engine.fewshot", "multitask": "vismt.engine.multitask"}
 
 
 class Job(Protocol):
     """What a task has to offer to the commands. `folder` is its run folder."""
 
     config: RunConfig
+
+    @property
+    def trains(self) -> bool: ...  # whether the configuration asks for a training
 
     def train(self) -> dict[str, Any]: ...  # writes adapter/, returns what run.json says of the adaptation
 
@@ -30,6 +33,8 @@ class Job(Protocol):
     def merged(self, expert: str | None = None) -> nn.Module: ...  # the same with the update (of one expert) folded in
 
     def adapter(self, expert: str | None = None) -> Path: ...  # the folder of the adapter (of one expert)
+
+    def about(self) -> dict[str, Any]: ...  # what config.json beside merged weights says besides
 
 
 def load_config(path: Path, overrides: list[str]) -> RunConfig:

@@ -8,8 +8,9 @@ k goes to process k mod world, so one step of w processes sees w batches.
 from __future__ import annotations
 
 import math
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,10 @@ def _train(
     # ---- objective, optimiser, schedule -------------------------------------------------------------------------------
     check(config)
     objective.to(accelerator.device).train()
-    parameters = [p for p in objective.parameters() if p.requires_grad]
-    if not parameters:
+    trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    if not trained:
         raise UserError("train: nothing is trainable; name a method in the adapt section.")
-    optimizer = make_optimizer(parameters, config)
+    optimizer, parameters = make_optimizer(trained, config), list(trained.values())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, config) / config.lr)
 
     # ---- resume: 1. the run folder's own checkpoint, 2. the start values --------------------------------------------------
@@ -86,7 +87,7 @@ def _train(
             skipped = optimizer.step_was_skipped
             bad = ~torch.isfinite(logged["loss"]) | (~torch.isfinite(norm).to(first_bad.device) & (not skipped))
             first_bad = torch.where(bad & (first_bad == 0), float(step), first_bad)
-            now = schedule.get_last_lr()[0]
+            now = rate(schedule.last_epoch, config)
             if not skipped:
                 schedule.step()
             if after_step is not None:
@@ -151,18 +152,41 @@ def _to(batch: Any, device: torch.device) -> Any:
     return type(batch)(_to(value, device) for value in batch) if isinstance(batch, tuple | list) else batch
 
 
-def make_optimizer(parameters: list[Tensor], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW, or SGD with momentum."""
+def make_optimizer(parameters: Mapping[str, Tensor], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW, or SGD with momentum, over parameters by name: a group for each rate, matrices and the rest apart.
+
+    Raises UserError for a pattern of train.rates that is no regular expression or is found in no name.
+    """
+    groups: dict[tuple[float, bool], list[Tensor]] = {}
+    found = set()
+    for name, parameter in parameters.items():
+        pattern = next((one for one in config.rates if _search(one, name)), None)
+        found.add(pattern)
+        groups.setdefault((config.rates.get(pattern, 1.0), parameter.ndim > 1), []).append(parameter)
+    for pattern in config.rates:
+        if pattern not in found:
+            raise UserError(f"train.rates: '{pattern}' is found in no trained parameter.{near(pattern, parameters)}")
+    settings = [
+        {"params": group, "lr": config.lr * factor, "weight_decay": config.weight_decay * decays}
+        for (factor, decays), group in groups.items()
+    ]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+        return torch.optim.SGD(settings, lr=config.lr, momentum=config.momentum)
+    return torch.optim.AdamW(settings, lr=config.lr)
+
+
+def _search(pattern: str, name: str) -> bool:
+    try:
+        return re.search(pattern, name) is not None
+    except re.error as error:
+        raise UserError(f"train.rates: '{pattern}' is no regular expression ({error}).") from error
 
 
 def rate(step: int, config: TrainConfig) -> float:
-    """Learning rate of step 0, 1, ...: linear over `warmup` steps up to lr, then a half cosine down to min_lr."""
+    """Learning rate of step 0, 1, ...: linear over `warmup` steps up to lr, a half cosine down to min_lr, then `cooldown`."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
-    share = (step - config.warmup) / max(1, config.steps - config.warmup)
+    share = (step - config.warmup) / max(1, config.steps - config.warmup - config.cooldown)
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
@@ -170,12 +194,18 @@ def check(config: TrainConfig) -> None:
     """Values that no type can exclude."""
     if config.optimizer not in OPTIMIZERS:
         raise UserError(f"train.optimizer: '{config.optimizer}'.{near(config.optimizer, OPTIMIZERS)}")
-    for name, low in (("steps", 1), ("accumulate", 1), ("log_every", 1), ("checkpoint_every", 1), ("warmup", 0), ("workers", 0)):
-        if getattr(config, name) < low:
-            raise UserError(f"train.{name}: {getattr(config, name)}; it must be at least {low}.")
+    for low, names in ((1, ("steps", "accumulate", "log_every", "checkpoint_every")), (0, ("warmup", "cooldown", "workers"))):
+        for name in names:
+            if getattr(config, name) < low:
+                raise UserError(f"train.{name}: {getattr(config, name)}; it must be at least {low}.")
+    if config.warmup + config.cooldown > config.steps:
+        raise UserError(f"train: warmup {config.warmup} and cooldown {config.cooldown} do not fit into {config.steps} steps.")
     for name in ("momentum", "weight_decay", "min_lr"):
         if not getattr(config, name) >= 0:
             raise UserError(f"train.{name}: {getattr(config, name)}; it must not be negative.")
+    for pattern, factor in config.rates.items():
+        if not 0 <= factor < math.inf:
+            raise UserError(f"train.rates: {pattern}: {factor}; it must be 0 or more.")
     if not config.lr > 0:
         raise UserError(f"train.lr: {config.lr}; it must be positive.")
     if config.clip is not None and not config.clip > 0:

@@ -1,7 +1,7 @@
 """report.md and report.html of a run, from the files of its folder alone.
 
-Reads run.json and results.jsonl, and where they are there metrics.jsonl, records/, panels/, masking.jsonl, experts/, pool/
-and config.resolved.yaml.
+Reads run.json and results.jsonl, and where they are there metrics.jsonl, records/, panels/, masking.jsonl, experts/, pool/,
+arms/, seeds.jsonl and config.resolved.yaml.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from vismt.engine import figures
 from vismt.engine.comparison import AVERAGE, Comparison, compare, is_share, read_results
 from vismt.engine.log import read_lines
 from vismt.engine.masking import NOTE, read_masking
+from vismt.engine.multitask_report import multitask_tables
 from vismt.engine.page import render_html, render_markdown
 from vismt.engine.pool_report import Picture, corruption_pictures, pool_pictures
 from vismt.engine.selection import chosen_settings
@@ -68,7 +69,10 @@ def write_report(run_folder: Path) -> Path:
         facts=_facts(about, comparisons),
         tables=result_tables(comparisons),
         legend=LEGEND + FLAT * any(cell.ci95 == 0 for c in comparisons for cell in c.cells.values()),
-        aside=[(Table("Gradient masking", heads, checks, set()), NOTE)] * bool(checks) + chosen_settings(folder),
+        aside=[
+            *[(Table("Gradient masking", heads, checks, set()), NOTE)] * bool(checks), *chosen_settings(folder),
+            *multitask_tables(folder),
+        ],
         curves=[*_curves(folder, comparisons), *corruption_pictures(folder, comparisons), *pool_pictures(folder, results)],
         panels=_panels(folder),
         citation=_citation(about, comparisons),

@@ -51,7 +51,7 @@ class Run:
     def train(self) -> None:
         """Train unless this folder holds the finished adapter."""
         self._note(started=self.facts.get("started") or _now())
-        if self.config.train is None or self.config.adapt is None:
+        if not self.job.trains:
             console.stage("train", "nothing to train: the configuration has no train or no adapt section")
         elif "adapt" in self.facts:
             console.stage("train", f"done before: {self.folder}")
@@ -82,7 +82,7 @@ class Run:
         console.stage("report", str(report.write_report(self.folder)))
 
     def _need_adapter(self) -> None:
-        if not any((self.folder / place).is_dir() for place in ("adapter", "pool")):
+        if not any((self.folder / place).is_dir() for place in ("adapter", "pool", "arms")):
             raise UserError(f"run '{self.folder}': it holds no trained adapter; `vismt train` or `vismt run` makes one.")
 
     def merge(self, expert: str | None = None) -> Path:
@@ -113,6 +113,7 @@ class Run:
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         atomic_write(target / "model.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
         about = {"architecture": self.config.model.name, "img_size": self.config.model.img_size, "merged_from": self.folder.name}
+        about |= self.job.about()
         known = getattr(model, "pretrained_cfg", None)
         if known:
             about["architecture"] = known.get("architecture", about["architecture"])

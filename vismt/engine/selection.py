@@ -25,10 +25,10 @@ from vismt.errors import UserError
 from vismt.lowrank.files import atomic_write, read_json
 from vismt.metatune.episodes import EpisodeSampler
 from vismt.metatune.finetune import FineTuneSettings
-from vismt.metatune.labelled import mix_seed
 from vismt.metatune.merging import MergeSettings
 from vismt.metatune.pool import ExpertPool
 from vismt.metatune.select import Grid, choose
+from vismt.seeds import mix_seed
 
 SELECTION = "selection.json"
 Chosen = tuple[MergeSettings, FineTuneSettings]

@@ -29,10 +29,10 @@ from vismt.lowrank.inject import inject
 from vismt.lowrank.sites import AdaptReport
 from vismt.lowrank.targets import Targets
 from vismt.metatune.input_attack import PYRAMID, STARTS, Levels, pyramid_attack
-from vismt.metatune.labelled import mix_seed
 from vismt.metatune.protonet import ProtoNet, cosine_logits, prototypes
 from vismt.metatune.weight_attack import weight_perturbation
 from vismt.registry import register_method
+from vismt.seeds import mix_seed
 
 CHOICES = {
     "kl": ("clean_adv", "adv_clean"), "weight_attack": ("joint", "paper", "none"), "support": ("perturbed", "clean"),

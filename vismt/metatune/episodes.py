@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from vismt.errors import UserError
-from vismt.metatune.labelled import Episode, Labelled, digest, mix_seed, pick, some
+from vismt.metatune.labelled import Episode, Labelled, pick, some
+from vismt.seeds import digest, mix_seed
 
 __all__ = ["Episode", "EpisodeSampler", "VariableSampler", "mix_seed", "query_size", "support_shots", "support_total"]
 

@@ -29,9 +29,9 @@ from vismt.errors import UserError, near
 from vismt.metatune.attention_scale import attention_heads, scaled_queries
 from vismt.metatune.diffaugment import diff_augment
 from vismt.metatune.functional import Functional, check_weights
-from vismt.metatune.labelled import mix_seed
 from vismt.metatune.protocol import Task
 from vismt.metatune.protonet import PrototypeClassifier, cosine_logits, prototypes
+from vismt.seeds import mix_seed
 
 PARAMETERS = ("all", "attention_scale")
 SupportAttack = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]

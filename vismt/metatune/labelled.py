@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vismt.errors import UserError
+from vismt.seeds import digest, mix_seed
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,6 @@ class Episode:
     @property
     def ways(self) -> int:
         return len(self.classes)
-
-
-def mix_seed(seed: int, *parts: int | str) -> int:
-    """A 63-bit seed from `seed` and any further parts, the same on every machine (BLAKE2b of their text)."""
-    return int(digest(":".join(str(part) for part in (seed, *parts)).encode()), 16) >> 1
-
-
-def digest(content: bytes) -> str:
-    """16 hexadecimal digits of BLAKE2b."""
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def some(items: Sequence[str], limit: int = 5) -> str:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from vismt import console
 from vismt.errors import UserError
 from vismt.metatune.intervals import DomainRow, domain_average, domain_table, mean_interval, paired_bootstrap
-from vismt.metatune.labelled import Episode, mix_seed
+from vismt.metatune.labelled import Episode
 from vismt.metatune.panel import Outcome, write_panel
 from vismt.metatune.records import Records
+from vismt.seeds import mix_seed
 
 __all__ = [
     "DomainRow", "domain_average", "domain_table", "mean_interval", "paired_bootstrap", "run_protocol",

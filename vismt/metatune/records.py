@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from vismt.errors import UserError
 from vismt.lowrank.files import atomic_write
-from vismt.metatune.labelled import digest
+from vismt.seeds import digest
 
 
 class Records:

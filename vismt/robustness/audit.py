@@ -14,10 +14,10 @@ from vismt.data.images import open_images
 from vismt.data.pixels import Pixels
 from vismt.errors import UserError
 from vismt.lowrank.files import atomic_write
-from vismt.metatune.labelled import digest
 from vismt.robustness.attacks import AttackSpec
 from vismt.robustness.classifier import load_classifier
 from vismt.robustness.evaluate import MaskingCheck, Row, check_masking, evaluate_classifier
+from vismt.seeds import digest
 
 
 class _Batches:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from vismt import console
 from vismt.errors import UserError
-from vismt.metatune.labelled import mix_seed
 from vismt.metatune.records import Records
 from vismt.robustness.attacks import AttackSpec
 from vismt.robustness.classifier import load_classifier
 from vismt.robustness.corruptions import CorruptionSpec
+from vismt.seeds import mix_seed
 
 __all__ = ["MaskingCheck", "Row", "check_masking", "evaluate_classifier", "load_classifier", "summarise", "wilson"]
 

@@ -1,0 +1,59 @@
+"""Dividing a labelled set and drawing a smaller one from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vismt.data.divide import divide, limited
+from vismt.errors import UserError
+
+LABELS = torch.tensor([0] * 10 + [1] * 4 + [0] * 2)
+
+
+def test_parts_are_runs_of_neighbours_within_each_class() -> None:
+    parts = divide(LABELS, {"test": 0.25, "validation": 0.25}, "birds")
+    assert {part: index.tolist() for part, index in parts.items()} == {
+        # class 0 is 0..9, 14, 15 in the set's order: 6 to train, then 3, then 3; class 1 is 10..13: 2, 1, 1.
+        "train": [0, 1, 2, 3, 4, 5, 10, 11], "test": [6, 7, 8, 12], "validation": [9, 13, 14, 15],
+    }
+    assert sorted(torch.cat(list(parts.values())).tolist()) == list(range(16))
+
+
+def test_every_part_has_every_class_whatever_the_share() -> None:
+    parts = divide(LABELS, {"test": 0.01}, "birds")
+    assert LABELS[parts["test"]].unique().tolist() == [0, 1]
+    assert len(parts["test"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("shares", "told"),
+    [
+        ({"test": 1.0}, "between 0 and 1"),
+        ({"test": 0.6, "validation": 0.5}, "together they are below 1"),
+        ({"test": -0.1}, "between 0 and 1"),
+        ({"test": 0.1, "validation": 0.1, "more": 0.1, "most": 0.1}, "class 1 has 4 images, too few for 5 parts"),
+    ],
+)
+def test_shares_that_do_not_work(shares: dict, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        divide(LABELS, shares, "birds")
+
+
+def test_a_limit_is_spread_over_the_classes_and_grows() -> None:
+    ids = [f"image {i}" for i in range(16)]
+    chosen = limited(LABELS, ids, 6)
+    assert torch.bincount(LABELS[chosen]).tolist() == [3, 3]
+    assert chosen.tolist() == sorted(chosen.tolist())
+    assert set(chosen.tolist()) < set(limited(LABELS, ids, 9).tolist())
+    assert torch.bincount(LABELS[limited(LABELS, ids, 10)]).tolist() == [6, 4]  # class 1 has no more
+    assert len(limited(LABELS, ids, 99)) == 16
+    # The order in which the set lists its images does not matter, and it is not simply the first ones.
+    turned = torch.arange(15, -1, -1)
+    again = limited(LABELS[turned], [ids[i] for i in turned.tolist()], 6)
+    assert sorted(turned[again].tolist()) == chosen.tolist() != [0, 1, 2, 10, 11, 12]
+
+
+def test_no_images_at_all() -> None:
+    with pytest.raises(UserError, match="limit: 0; it must be at least 1"):
+        limited(LABELS, [str(i) for i in range(16)], 0)

@@ -1,0 +1,269 @@
+"""The multi-task job from configuration to report: arms, rates, seeds, exact merge, resume, and every user error."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import yaml
+
+from vismt.cli import main
+from vismt.engine.arms import arm_config, named_unit
+from vismt.engine.jobs import load_config
+from vismt.engine.log import read_lines
+from vismt.engine.run import open_run
+
+pytest.importorskip("sklearn")
+pytest.importorskip("skimage")
+
+TASKS = [
+    {"name": "digits", "train": ["digits"], "test_share": 0.05, "validation_share": 0.03, "limit": 40},
+    {"name": "photos", "train": ["photo_crops:train"], "validation_share": 0.1, "test": ["photo_crops:test"], "limit": 36},
+]
+SMALL = {
+    "task": "multitask",
+    "model": {"name": "test_vit", "img_size": 32, "pretrained": False},
+    "adapt": {"method": "moe_lora", "rank": 2, "options": {"n_experts": 4, "cluster": False}},
+    "fade": {"start": 0.0, "end": 0.5},
+    "retain": {},
+    "tasks": TASKS,
+    "batch": 16,
+    "arms": {
+        "head": {"adapt": None, "fade": None, "retain": None},
+        "lora": {"adapt.method": "lora", "adapt.options": {}, "fade": None},
+        "emtal": {},
+    },
+    "seeds": [0, 1],
+    "tune": {"rates": [3.0e-3, 1.0e-2]},
+    "train": {"steps": 4, "weight_decay": 0.05, "checkpoint_every": 2},
+    "evaluate": {"batch": 64},
+}
+
+
+def write(folder: Path, **changes: object) -> Path:
+    path = folder / "tasks.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, **changes}, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("multitask")
+    assert main(["run", str(write(folder)), "--out", str(folder / "runs"), "--quiet"]) == 0
+    return next((folder / "runs").iterdir())
+
+
+def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path) -> None:
+    for arm in ("head", "lora", "emtal"):
+        chosen = json.loads((study / "arms" / arm / "chosen.json").read_text())
+        assert set(chosen["validation"]) == {"0.003", "0.01"} and chosen["lr"] in (3e-3, 1e-2)
+        assert chosen["validation"][f"{chosen['lr']:g}"] == max(chosen["validation"].values())
+        trained = {path.name for path in (study / "arms" / arm).iterdir() if path.is_dir()}
+        assert trained == {"lr-0.003-seed-0", "lr-0.01-seed-0", f"lr-{chosen['lr']:g}-seed-1"}
+    rows = read_lines(study / "results.jsonl")
+    assert [(row["model"], row["data"]) for row in rows] == [
+        (arm, task) for arm in ("head", "lora", "emtal") for task in ("digits", "photos")
+    ]
+    assert {row["protocol"] for row in rows} == {"test images, one of 28 classes"}
+    seeds = read_lines(study / "seeds.jsonl")
+    for row in rows:
+        own = [line["value"] for line in seeds if (line["arm"], line["data"]) == (row["model"], row["data"])]
+        assert len(own) == 2 and row["value"] == pytest.approx(sum(own) / 2)
+    report = (study / "report.md").read_text()
+    assert "average" in report and "By seed" in report and "Merging" in report
+
+
+def test_arms_of_a_seed_start_alike_and_see_the_same_batches(study: Path) -> None:
+    job = open_run(study).job
+    config = job.config
+    nets = [job.stock().head.weight]
+    from vismt.engine import multitask_models
+    from vismt.engine.arms import unit, unit_config
+
+    for arm in ("head", "emtal"):
+        own = unit_config(config, unit(config, study, arm, 1e-3, 0))
+        nets.append(multitask_models.fresh(own, 28).vit.head.weight)
+    assert torch.equal(nets[0], nets[1]) and torch.equal(nets[1], nets[2])
+    one, two, other = (
+        job._batches(unit_config(config, unit(config, study, arm, lr, seed)))(1)
+        for arm, lr, seed in (("head", 1e-3, 0), ("emtal", 1e-2, 0), ("head", 1e-3, 1))
+    )
+    assert torch.equal(one["images"], two["images"]) and torch.equal(one["labels"], two["labels"])
+    assert not torch.equal(one["labels"], other["labels"])
+    # Both tasks, digits and photographs, are in one batch.
+    assert int(one["labels"].min()) < 10 <= int(one["labels"].max())
+
+
+def test_parts_do_not_share_an_image(study: Path) -> None:
+    data = open_run(study).job.data
+    train = set(data.training().ids)
+    for task in (0, 1):
+        test, validation = (set(data.part(task, part).ids) for part in ("test", "validation"))
+        # Ids of the two photo splits may be numbered alike; their images are told apart by the split.
+        if task == 0:
+            assert not train & test and not test & validation
+        assert not train & validation and test and validation
+    assert len(train) == 40 + 36
+
+
+def test_merged_answers_are_the_faded_models(study: Path) -> None:
+    for arm in ("lora", "emtal"):
+        for folder in (study / "arms" / arm).glob("lr-*-seed-1"):
+            found = json.loads((folder / "merge.json").read_text())
+            assert found["different_predictions"] == 0 and found["n"] > 100
+            assert found["largest_difference"] < 1e-5 * found["largest_logit"]
+    assert not list((study / "arms" / "head").rglob("merge.json"))
+
+
+def test_merge_and_export_are_timm_classifiers(study: Path, tmp_path: Path, capsys) -> None:
+    assert main(["merge", str(study), "--expert", "emtal:1"]) == 0
+    state = safetensors.torch.load_file(study / "merged" / "model.safetensors")
+    model = timm.create_model("test_vit", img_size=32, num_classes=28)
+    model.load_state_dict(state)
+    about = json.loads((study / "merged" / "config.json").read_text())
+    assert about["num_classes"] == 28 and about["label_names"][0].startswith("digits/")
+    job = open_run(study).job
+    images = job.data.part(0, "test")[torch.arange(8)]
+    net = job.net("emtal:1")
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(net.backbone.normalise(images)), net(images), atol=1e-5)
+    assert main(["export", str(study), "--format", "peft", "--expert", "lora", "--to", str(tmp_path / "peft")]) == 0
+    assert (tmp_path / "peft" / "adapter_config.json").exists()
+    capsys.readouterr()
+    for command, words in (
+        (["merge", str(study)], "several arms; name one with --expert: head, lora, emtal"),
+        (["merge", str(study), "--expert", "emtl"], "no arm 'emtl'"),
+        (["merge", str(study), "--expert", "emtal:7"], "no seed '7'"),
+        (["export", str(study), "--format", "peft", "--expert", "head"], "has no adapter"),
+    ):
+        assert main(command) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_the_same_command_again_trains_and_evaluates_nothing(study: Path, capsys, monkeypatch) -> None:
+    from vismt.engine import loop
+
+    monkeypatch.setattr(loop, "train", None)
+    before = (study / "results.jsonl").read_text()
+    assert main(["run", str(study.parent.parent / "tasks.yaml"), "--out", str(study.parent)]) == 0
+    assert (study / "results.jsonl").read_text() == before
+
+
+def test_an_attack_on_the_run_adds_rows(study: Path, tmp_path: Path) -> None:
+    copied = tmp_path / study.name
+    shutil.copytree(study, copied)
+    assert main(["attack", str(copied), "--attack", "fgsm", "--epsilon", "8/255", "--quiet"]) == 0
+    rows = read_lines(copied / "results.jsonl")
+    clean, attacked = ([row for row in rows if (row["condition"] == "clean") == is_clean] for is_clean in (True, False))
+    assert len(clean) == len(attacked) == 6
+    for one, two in zip(clean, attacked):
+        assert two["value"] <= one["value"]
+
+
+def test_an_interrupted_study_goes_on_bit_for_bit(tmp_path: Path, monkeypatch, capsys) -> None:
+    """The bank, the running cross-entropies and the fade are part of the checkpoint."""
+    from vismt.engine import checkpoint
+
+    path = write(tmp_path, arms={}, seeds=[], tune=None, train={**SMALL["train"], "steps": 6, "lr": 1e-2})
+    assert main(["train", str(path), "--out", str(tmp_path / "whole"), "--quiet"]) == 0
+    save, once = checkpoint.save, []
+
+    def interrupted(folder: Path, step: int, *rest: object) -> None:
+        save(folder, step, *rest)
+        if step == 4 and not once:
+            once.append(1)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", interrupted)
+    assert main(["train", str(path), "--out", str(tmp_path / "cut")]) == 130
+    assert main(["train", str(path), "--out", str(tmp_path / "cut")]) == 0
+    assert "at step 4 of 6" in capsys.readouterr().out
+    paths = [next((tmp_path / name).rglob("checkpoint.pt")) for name in ("whole", "cut")]
+    tensors = [torch.load(path, weights_only=True)["tensors"] for path in paths]
+    assert {"retain.bank", "retain.ema", "fade.alpha", "fade.steps"} <= set(tensors[0])
+    assert float(tensors[0]["fade.alpha"]) == 1 and bool((tensors[0]["retain.ema"] < 10).all())
+    for name, value in tensors[0].items():
+        assert torch.equal(value, tensors[1][name]), name
+
+
+def test_a_router_that_does_not_fade_is_evaluated_as_it_is_and_not_merged(tmp_path: Path, capsys) -> None:
+    path = write(tmp_path, arms={}, seeds=[], tune=None, fade=None)
+    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
+    folder = next((tmp_path / "runs").iterdir())
+    assert read_lines(folder / "results.jsonl")[0]["model"] == "adapted"
+    assert not list(folder.rglob("merge.json"))
+    assert main(["merge", str(folder)]) == 2
+    assert "still routes" in capsys.readouterr().err
+
+
+def test_separate_heads_balanced_tasks_and_validation(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, head="separate", retain=None, fade=None, balancing={"method": "pcgrad"}, adapt={"method": "lora", "rank": 2},
+        arms={"told": {}, "union": {"head": "union"}}, seeds=[], tune=None, evaluate={"split": "validation", "batch": 64},
+    )
+    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
+    folder = next((tmp_path / "runs").iterdir())
+    rows = read_lines(folder / "results.jsonl")
+    assert {(row["model"], row["protocol"]) for row in rows} == {
+        ("told", "validation images, task told"), ("union", "validation images, one of 28 classes"),
+    }
+    metrics = read_lines(next(folder.rglob("metrics.jsonl")))
+    assert {"weight/digits", "weight/photos"} <= set(metrics[0])
+
+
+def test_overrides_of_an_arm_are_typed_and_its_units_are_named(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path), [])
+    assert arm_config(config, "head").adapt is None and arm_config(config, "lora").adapt.method == "lora"
+    assert arm_config(config, "lora").adapt.rank == 2 and not arm_config(config, "lora").arms
+    (tmp_path / "arms" / "lora").mkdir(parents=True)
+    (tmp_path / "arms" / "lora" / "chosen.json").write_text('{"lr": 0.003, "validation": {}}')
+    assert named_unit(config, tmp_path, "lora:1").folder == tmp_path / "arms" / "lora" / "lr-0.003-seed-1"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tasks": []}, "tasks: []; name at least one"),
+        ({"tasks": [TASKS[0], TASKS[0]]}, "each once"),
+        ({"tasks": [{"name": "a/b", "train": ["digits"], "test_share": 0.1}]}, "'a/b' is no name"),
+        ({"tasks": [{"name": "a", "train": [], "test_share": 0.1}]}, "train names no set"),
+        ({"tasks": [{"name": "a", "train": ["digits"]}]}, "nothing to test on"),
+        ({"tasks": [{"name": "a", "train": ["digits"], "test": ["photo_crops"], "test_share": 0.1}]}, "give one of them"),
+        ({"tasks": [{"name": "a", "train": ["digits"], "test": ["digits"]}]}, "shares images with train"),
+        ({"tasks": [{"name": "a", "train": ["digits"], "test": ["photo_crops:test"]}]}, "training does not"),
+        ({"tasks": [{"name": "a", "train": ["digits"], "test_share": 0.1, "limit": 5}]}, "no training image of class"),
+        ({"tasks": [{"name": "a", "train": ["digits"], "test_share": 0.1}]}, "nothing to validate on"),
+        ({"train": None}, "train: is null"),
+        ({"model": {**SMALL["model"], "block": 2}}, "block and pool must be null"),
+        ({"head": "unoin"}, "'unoin'"),
+        ({"head": "separate"}, "needs head: union"),
+        ({"retain": {"mode": "fifo"}}, "mode 'fifo'"),
+        ({"retain": {"temperature": 0}}, "temperature 0"),
+        ({"balancing": {"method": "pcgrat"}}, "no method 'pcgrat'"),
+        ({"adapt": {"method": "lora"}}, "nothing has a router to fade"),
+        ({"fade": {"end": 1.5}}, "need 0 <= start <= end <= 1"),
+        ({"label_smoothing": 1.0}, "label_smoothing: 1.0"),
+        ({"batch": 0}, "batch: 0"),
+        ({"batch": 77}, "batch: 77, with 76 training images"),
+        ({"augment": {"crop": 0}}, "augment: crop 0"),
+        ({"evaluate": {"split": "train"}}, "evaluate.split: 'train'"),
+        ({"evaluate": {"attacks": [{"name": "pgd", "source": "frozen"}]}}, "source 'frozen'"),
+        ({"arms": {"a b": {}}}, "'a b' is no name"),
+        ({"arms": {"a": {"tasks": []}}}, "must be the same for all arms"),
+        ({"arms": {"a": {"train.lrr": 1}}}, "unknown key"),
+        ({"arms": {"a": {"head": "x"}}}, "head: 'x'"),
+        ({"seeds": [1, 1]}, "seeds: [1, 1]"),
+        ({"tune": {"rates": []}}, "tune.rates: []"),
+        ({"tune": {"rates": [0.0]}}, "tune.rates: [0.0]"),
+        ({"train": {"steps": 4, "warmup": 3, "cooldown": 2}, "tune": None}, "do not fit into 4 steps"),
+    ],
+)
+def test_every_error_of_these_sections_is_one_line(tmp_path: Path, capsys, changes: dict, words: str) -> None:
+    assert main(["run", str(write(tmp_path, **changes)), "--out", str(tmp_path / "runs")]) == 2
+    told = capsys.readouterr().err
+    assert words in told and told.startswith("error: ") and told.count("\n") == 1

@@ -1,0 +1,86 @@
+"""Several pixel stores behind one running index, and batches of them as a function of the batch's number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from vismt.data.pixels import Pixels
+from vismt.errors import UserError
+from vismt.seeds import mix_seed
+
+
+class Gathered:
+    """parts: one or more (store, labels int64 of its images); the images are numbered through in this order.
+
+    `gathered[index]` is float32 (b, 3, h, w) in [0, 1] for an int64 index (b,), b >= 1. labels: int64 (n,). ids: n names,
+    "store:name" each. Raises UserError for stores of different sizes.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Pixels, Tensor]]) -> None:
+        sizes = {pixels.size for pixels, _ in parts}
+        if len(sizes) != 1:
+            raise UserError(f"data: images of {sorted(sizes)} px in one mixture; give all of them one size.")
+        self._stores = [pixels for pixels, _ in parts]
+        self._store = torch.cat([torch.full((len(pixels),), number) for number, (pixels, _) in enumerate(parts)])
+        self._row = torch.cat([torch.arange(len(pixels)) for pixels, _ in parts])
+        self.labels = torch.cat([labels for _, labels in parts])
+        self.ids = [f"{pixels.name}:{name}" for pixels, _ in parts for name in pixels.ids]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        size = self._stores[0].size
+        found = torch.empty(len(index), 3, size, size)
+        stores, rows = self._store[index], self._row[index]
+        for number in stores.unique().tolist():
+            here = stores == number
+            found[here] = self._stores[number][rows[here]]
+        return found
+
+
+class ShuffledBatches:
+    """batches(k) -> {"images" (b, 3, h, w), "labels" (b,)}: passes over all images, each in an order of its own.
+
+    A pass has n // batch batches; what is left over is dropped. The order of pass p is a function of (seed, p), the
+    augmentation of batch k, augment(images, its seed) -> images, of (seed, k).
+    Raises UserError when there are fewer images than one batch takes.
+    """
+
+    def __init__(
+        self, images: Gathered, batch: int, *, seed: int, augment: Callable[[Tensor, int], Tensor] | None = None
+    ) -> None:
+        if not 1 <= batch <= len(images):
+            raise UserError(f"batch: {batch}, with {len(images)} training images; it must be from 1 to that number.")
+        self.images, self.batch, self.seed, self.augment = images, batch, seed, augment
+        self._pass: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def __call__(self, number: int) -> dict[str, Tensor]:
+        turn, place = divmod(number, len(self.images) // self.batch)
+        if self._pass[0] != turn:
+            generator = torch.Generator().manual_seed(mix_seed(self.seed, "pass", turn))
+            self._pass = (turn, torch.randperm(len(self.images), generator=generator))
+        index = self._pass[1][place * self.batch : (place + 1) * self.batch]
+        images = self.images[index]
+        if self.augment is not None:
+            images = self.augment(images, mix_seed(self.seed, "augment", number))
+        return {"images": images, "labels": self.images.labels[index]}
+
+
+class InOrder:
+    """(images (b, 3, h, w), labels (b,), ids) of all images in their order; can be gone through again, and has a length."""
+
+    def __init__(self, images: Gathered, batch: int) -> None:
+        self.images, self.batch = images, batch
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.batch)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, list[str]]:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        index = torch.arange(number * self.batch, min(len(self.images), (number + 1) * self.batch))
+        return self.images[index], self.images.labels[index], [self.images.ids[i] for i in index.tolist()]

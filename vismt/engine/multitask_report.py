@@ -1,0 +1,102 @@
+"""What a report shows of a multi-task run beside its results: spread over seeds, choice of the rate, exactness of merging."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vismt.engine.arms import CHOSEN
+from vismt.engine.log import read_lines
+from vismt.engine.multitask_evaluation import MERGE, SEEDS
+from vismt.engine.tables import Table
+from vismt.errors import UserError
+from vismt.lowrank.files import read_json
+
+FIELDS = ("arm", "seed", "lr", "data", "condition", "value", "n")
+SEED_NOTE = (
+    "Each task weighs the same. Mean over the training seeds ± half width of its 95 % interval (Student's t), and the same of "
+    "the difference to the first arm, seed by seed. The table of results says how sure the test images make a number; this one, "
+    "how sure the seeds do."
+)
+RATE_NOTE = (
+    "Mean accuracy over the tasks on their validation images, in %, of the first seed trained at each rate. Every arm has the "
+    "same grid, the best rate is kept for all seeds, no test image takes part. A best rate at an end of the grid is no optimum."
+)
+MERGE_NOTE = (
+    "Every test image through the merged stock model and through the unmerged one: answers that differ, and the largest "
+    "difference of a logit relative to the largest logit."
+)
+
+
+def multitask_tables(folder: Path) -> list[tuple[Table, str]]:
+    """Tables with their notes, as far as the run left the files; UserError for files that were changed by hand."""
+    lines = read_lines(folder / SEEDS, FIELDS)
+    arms = list(dict.fromkeys(line["arm"] for line in lines))
+    return [*_by_seed(lines, arms), *_rates(folder, arms), *_merging(folder, arms)]
+
+
+def _by_seed(lines: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> list[tuple[Table, str]]:
+    clean = [line for line in lines if line["condition"] == "clean"]
+    seeds = list(dict.fromkeys(line["seed"] for line in clean))
+    if len(seeds) < 2:
+        return []
+    tasks = list(dict.fromkeys(line["data"] for line in clean))
+    values = {(line["arm"], line["seed"], line["data"]): line["value"] for line in clean}
+    if len(values) != len(arms) * len(seeds) * len(tasks):
+        raise UserError(f"report: {SEEDS} lacks a task or seed of an arm; `vismt evaluate` writes it anew.")
+    rows, best = [], set()
+    means = {arm: [sum(values[arm, seed, task] for task in tasks) / len(tasks) for seed in seeds] for arm in arms}
+    highest = max(arms, key=lambda arm: sum(means[arm]))
+    for arm in arms:
+        by_task = [_spread([values[arm, seed, task] for seed in seeds]) for task in tasks]
+        difference = [one - other for one, other in zip(means[arm], means[arms[0]])]
+        best |= {(len(rows), 1 + len(tasks) + len(seeds))} if arm == highest else set()
+        rows.append([
+            arm, *by_task, *(f"{100 * value:.1f}" for value in means[arm]), _spread(means[arm]),
+            "–" if arm == arms[0] else _spread(difference, sign=True),
+        ])
+    heads = ["Arm", *tasks, *(f"mean, seed {seed}" for seed in seeds), "mean", f"− {arms[0]}"]
+    return [(Table(f"By seed, accuracy in %, {len(seeds)} seeds", heads, rows, best, texts=1), SEED_NOTE)]
+
+
+def _spread(values: Sequence[float], sign: bool = False) -> str:
+    """Mean and half width of the 95 % interval by Student's t, in per cent."""
+    from scipy.stats import t as student
+
+    n, mean = len(values), math.fsum(values) / len(values)
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+    half = float(student.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+    return f"{100 * mean:{'+' if sign else ''}.1f} ± {100 * half:.1f}".replace("-", "−")
+
+
+def _rates(folder: Path, arms: Sequence[str]) -> list[tuple[Table, str]]:
+    found = {}
+    for arm in arms:
+        path = folder / "arms" / arm / CHOSEN
+        told = read_json(path, f"run '{folder}': {CHOSEN} of arm '{arm}'") if path.exists() else {}
+        if told.get("validation"):
+            found[arm] = (f"{told['lr']:g}", told["validation"])
+    if not found:
+        return []
+    rates = sorted({rate for _, tried in found.values() for rate in tried}, key=float)
+    best = {(row, 1 + rates.index(chosen)) for row, (chosen, _) in enumerate(found.values())}
+    rows = [
+        [arm, *(f"{100 * tried[rate]:.1f}" if rate in tried else "–" for rate in rates), chosen]
+        for arm, (chosen, tried) in found.items()
+    ]
+    return [(Table("Choice of the rate", ["Arm", *rates, "chosen"], rows, best, texts=1), RATE_NOTE)]
+
+
+def _merging(folder: Path, arms: Sequence[str]) -> list[tuple[Table, str]]:
+    rows = []
+    for arm in arms:
+        found = [read_json(path, f"run '{folder}': {MERGE}") for path in sorted((folder / "arms" / arm).glob(f"*/{MERGE}"))]
+        if not found:
+            continue
+        ratio = max(one["largest_difference"] / one["largest_logit"] for one in found)
+        different = sum(one["different_predictions"] for one in found)
+        rows.append([arm, str(len(found)), f"{sum(one['n'] for one in found):,}", str(different), f"{ratio:.1e}"])
+    heads = ["Arm", "trainings", "images", "answers that differ", "largest relative difference"]
+    return [(Table("Merging", heads, rows, set(), texts=1), MERGE_NOTE)] if rows else []
