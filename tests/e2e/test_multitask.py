@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -267,3 +269,23 @@ def test_every_error_of_these_sections_is_one_line(tmp_path: Path, capsys, chang
     assert main(["run", str(write(tmp_path, **changes)), "--out", str(tmp_path / "runs")]) == 2
     told = capsys.readouterr().err
     assert words in told and told.startswith("error: ") and told.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("balancing", [None, {"method": "pcgrad"}, {"method": "uncertainty"}])
+def test_two_processes_train_one_model(tmp_path: Path, balancing: dict | None) -> None:
+    """torchrun on two CPU processes: one bank, one fade, one set of factors, with and without gradients of single tasks."""
+    path = write(tmp_path, balancing=balancing, arms={}, seeds=[], tune=None if balancing else SMALL["tune"])
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29613", "-m", "vismt.cli",
+        "run", str(path), "--out", str(tmp_path / "runs"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder = next((tmp_path / "runs").iterdir())
+    assert len(read_lines(folder / "results.jsonl")) == 2 and done.stdout.count("report  ") == 1
+    merged = next(folder.rglob("merge.json"))
+    assert json.loads(merged.read_text())["different_predictions"] == 0
+    tensors = torch.load(merged.parent / "checkpoint.pt", weights_only=True)["tensors"]
+    # 4 steps of 2 batches of 16: more classes have been seen than 4 batches could show.
+    assert int((tensors["retain.bank"][:, 1] != 0).any(1).sum()) > 20 and float(tensors["fade.alpha"]) == 1

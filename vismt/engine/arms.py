@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from vismt import console
 from vismt.config import RunConfig, override, resolved, typed
+from vismt.engine import runtime
 from vismt.errors import UserError, near
 from vismt.lowrank.files import atomic_write, read_json
 
@@ -105,23 +106,30 @@ def train_arm(config: Any, folder: Path, arm: str, train: Callable[[Unit], None]
     """One arm: its grid with the first seed, the choice, then the other seeds."""
     first, *others = seeds(config)
     path = folder / "arms" / arm / CHOSEN
-    if not path.exists():
-        own = arm_config(config, arm).train.lr
-        rates = sorted(config.tune.rates) if config.tune is not None else [own]
-        scores = {}
-        for lr in rates:
-            tried = unit(config, folder, arm, lr, first)
-            train(tried)
-            if len(rates) > 1:
-                scores[lr] = validate(tried)
-        best = max(rates, key=lambda lr: scores.get(lr, 0.0))
-        if scores:
-            told = "   ".join(f"{lr:g} {100 * score:.1f}" for lr, score in scores.items())
-            edge = "   (at the edge of the grid)" if best in (rates[0], rates[-1]) and len(rates) > 2 else ""
-            console.stage("tune", f"{arm}   validation accuracy by rate: {told}   chosen {best:g}{edge}")
-        atomic_write(path, json.dumps({"lr": best, "validation": {f"{lr:g}": score for lr, score in scores.items()}}))
+    state, known = runtime.processes(), path.exists()
+    state.wait_for_everyone()  # all have looked before one writes
+    if not known:
+        rates = sorted(config.tune.rates) if config.tune is not None else [arm_config(config, arm).train.lr]
+        tried = {lr: unit(config, folder, arm, lr, first) for lr in rates}
+        for one in tried.values():
+            train(one)
+        if state.is_main_process:
+            _choose(path, arm, {lr: validate(one) for lr, one in tried.items()} if len(rates) > 1 else {rates[0]: None})
+        state.wait_for_everyone()
     for seed in others:
         train(unit(config, folder, arm, chosen(config, folder, arm)["lr"], seed))
+
+
+def _choose(path: Path, arm: str, scores: dict[float, float | None]) -> None:
+    """Write the rate with the best score; scores in the order of the rates, None where there was no choice."""
+    rates = list(scores)
+    best = max(rates, key=lambda lr: scores[lr] or 0.0)
+    if len(rates) > 1:
+        told = "   ".join(f"{lr:g} {100 * score:.1f}" for lr, score in scores.items())
+        edge = "   (at an end of the grid)" if best in (rates[0], rates[-1]) and len(rates) > 2 else ""
+        console.stage("tune", f"{arm}   validation accuracy by rate: {told}   chosen {best:g}{edge}")
+    validation = {f"{lr:g}": score for lr, score in scores.items() if score is not None}
+    atomic_write(path, json.dumps({"lr": best, "validation": validation}))
 
 
 def chosen(config: ArmsConfig, folder: Path, arm: str) -> dict[str, Any]:
