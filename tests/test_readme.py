@@ -72,3 +72,15 @@ def test_own_card_is_valid(tmp_path) -> None:
         (tmp_path / "images" / name).mkdir(parents=True)
         write_png(torch.zeros(3, 8, 8, dtype=torch.uint8), str(tmp_path / "images" / name / "0.png"))
     assert len(open_images(str(tmp_path / "card.yaml"))) == 3
+
+
+def test_multitask_loop(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("VISMT_CACHE", str(tmp_path))  # the clustering is kept there
+    scope: dict = {}
+    exec(block("RouterFade"), scope)
+    assert scope["fade"].value == 1 and scope["loss"].isfinite()
+    import timm
+
+    stock = timm.create_model("vit_tiny_patch16_224", num_classes=5, img_size=32, patch_size=8)
+    assert list(scope["model"].state_dict()) == list(stock.state_dict())
+    assert bool((scope["retain"].ema < 10).all())
