@@ -1,0 +1,253 @@
+"""odsF and maxF: thinning against skimage, matching against brute force and a flow, counts by hand."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import binary_dilation, gaussian_filter
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import maximum_flow
+from scipy.special import logit
+
+from vismt.errors import UserError
+from vismt.multitask.metrics import BoundaryF, MaxF
+from vismt.multitask.metrics import thinning as thinning_file
+from vismt.multitask.metrics.matching import PixelMatching
+from vismt.multitask.metrics.thinning import thin
+
+
+def blobs(height: int, width: int, sigma: float, seed: int) -> np.ndarray:
+    noise = gaussian_filter(np.random.default_rng(seed).standard_normal((height, width)), sigma)
+    return (noise - noise.min()) / (noise.max() - noise.min())
+
+
+def tensors(*maps: np.ndarray) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.from_numpy(np.ascontiguousarray(values))[None] for values in maps)
+
+
+# Thinning --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_bar_is_thinned_to_its_middle_and_a_line_stays() -> None:
+    bar = np.zeros((5, 9), dtype=bool)
+    bar[1:4] = True
+    rows = np.nonzero(thin(bar))[0]
+    assert set(rows) == {2} and 6 <= len(rows) <= 9
+    line = np.eye(6, dtype=bool)
+    assert (thin(line) == line).all()
+
+
+@pytest.mark.parametrize("band", [40, 8192])
+def test_thinning_is_that_of_skimage_for_all_maps_of_a_word(band: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    skimage = pytest.importorskip("skimage.morphology")
+    monkeypatch.setattr(thinning_file, "BAND", band)  # bands of rows, few or many, change nothing
+    maps = [blobs(23, 31, sigma, seed) > 0.5 for seed, sigma in enumerate(np.linspace(0.4, 5, 64))]
+    words = np.zeros((23, 31), dtype=np.uint64)
+    for bit, one in enumerate(maps):
+        words |= one.astype(np.uint64) << np.uint64(bit)
+    thinned = thin(words)
+    for bit, one in enumerate(maps):
+        want = skimage.thin(one)
+        assert ((thinned >> np.uint64(bit) & np.uint64(1)) == want).all() and (thin(one) == want).all()
+
+
+# Matching --------------------------------------------------------------------------------------------------------------------
+
+
+def brute_force(truth: np.ndarray, chosen: np.ndarray, radius: float) -> int:
+    """Tries every partner of every true pixel."""
+    true, found = np.argwhere(truth), [tuple(pixel) for pixel in np.argwhere(chosen)]
+
+    def best(number: int, taken: frozenset) -> int:
+        if number == len(true):
+            return 0
+        most = best(number + 1, taken)
+        for pixel in found:
+            if pixel not in taken and math.dist(pixel, true[number]) <= radius:
+                most = max(most, 1 + best(number + 1, taken | {pixel}))
+        return most
+
+    return best(0, frozenset())
+
+
+def by_flow(truth: np.ndarray, chosen: np.ndarray, radius: float) -> int:
+    true, found = np.argwhere(truth), np.argwhere(chosen)
+    near = np.argwhere(((true[:, None] - found[None]) ** 2).sum(-1) <= radius**2)
+    source, sink = len(true) + len(found), len(true) + len(found) + 1
+    starts = np.concatenate([np.full(len(true), source), near[:, 0], len(true) + np.arange(len(found))])
+    ends = np.concatenate([np.arange(len(true)), len(true) + near[:, 1], np.full(len(found), sink)])
+    graph = csr_matrix((np.ones(len(starts), dtype=np.int32), (starts, ends)), shape=(sink + 1, sink + 1))
+    return maximum_flow(graph, source, sink).flow_value
+
+
+def test_matching_is_the_largest_by_brute_force() -> None:
+    rng = np.random.default_rng(0)
+    for trial in range(60):
+        truth, chosen = rng.random((2, 4, 5)) < (0.3, 0.5)[trial % 2]
+        if truth.sum() > 7:
+            continue
+        radius = (0.0, 1.0, 1.5, 2.0)[trial % 4]
+        assert PixelMatching(truth, chosen, radius).size(chosen) == brute_force(truth, chosen, radius)
+
+
+@pytest.mark.parametrize("radius", [1.0, 2.3, 4.4])
+def test_matching_of_many_maps_of_one_image_by_flow(radius: float) -> None:
+    # Each starts from the one before; lines and dense maps need long augmenting paths.
+    truth = thin(np.abs(blobs(60, 70, 3, 1) - 0.5) < 0.03)
+    maps = [thin(blobs(60, 70, 2, 2) > level) for level in (0.2, 0.4, 0.45, 0.5, 0.7)]
+    maps += [np.random.default_rng(3).random((60, 70)) < share for share in (0.05, 0.3)]
+    pairs = PixelMatching(truth, np.logical_or.reduce(maps), radius)
+    sizes = [pairs.size(one) for one in [*maps, maps[0]]]
+    assert sizes == [by_flow(truth, one, radius) for one in [*maps, maps[0]]] and len(set(sizes)) > 3
+
+
+def test_greedy_and_many_to_one_matching_would_give_other_numbers() -> None:
+    # Truth at columns 1 and 2, predictions at 2 and 3, radius 1. Nearest first pairs 2 with 2 and leaves 1 and 3; the largest
+    # pairs 1 with 2 and 2 with 3.
+    truth, chosen = np.zeros((2, 1, 5), dtype=bool)
+    truth[0, [1, 2]], chosen[0, [2, 3]] = True, True
+    assert PixelMatching(truth, chosen, 1.0).size(chosen) == 2
+    # Two parallel lines around a true one: each of their pixels is near a true pixel, but only half can be matched.
+    truth, lines = np.zeros((2, 5, 8), dtype=bool)
+    truth[2], lines[1], lines[3] = True, True, True
+    assert (lines & binary_dilation(truth)).sum() == 16 and PixelMatching(truth, lines, 1.0).size(lines) == 8
+    # so P = 8 / 16, R = 8 / 8, F = 2/3; dilation would say P = R = F = 1. The diagonal is 9.43, times 0.11 is 1.04.
+    found = BoundaryF(max_dist=0.11, scores="probabilities")
+    found.update(*tensors(lines.astype(float), truth))
+    assert found.compute()["ods_f"] == pytest.approx(2 / 3)
+
+
+# odsF ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_counts_are_added_over_images_per_threshold() -> None:
+    # Columns of 4 pixels, thin already, matched at distance 0. Image 1: truth at columns 0 and 4 with 0.8 and 0.7, a false one
+    # at 2 with 0.5. Image 2: truth at column 2 with 0.3.
+    probability, truth = np.zeros((2, 4, 6)), np.zeros((2, 4, 6), dtype=np.uint8)
+    for image, column, value in ((0, 0, 0.8), (0, 4, 0.7), (0, 2, 0.5), (1, 2, 0.3)):
+        probability[image, :, column], truth[image, :, column] = value, value != 0.5
+    metric = BoundaryF(max_dist=0, thinning=False, scores="probabilities")
+    metric.update(torch.from_numpy(probability), torch.from_numpy(truth))
+    found = metric.compute()
+    # t < .3: 12 matched of 16 predicted and 12 true, F = 24/28 (the images' own F, 16/20 and 1, have mean 0.9);
+    # t < .5: 8 of 12, F = 16/24; t < .7: 8 of 8, F = 16/20; t < .8: 4 of 4, F = 8/16.
+    assert found["ods_f"] == pytest.approx(24 / 28) and found["threshold"] == pytest.approx(0.01)
+    assert found["precision"] == pytest.approx(12 / 16) and found["recall"] == 1
+    # Image 1 is best at .5 (8 of 8), image 2 below .3 (4 of 4).
+    assert found["ois_f"] == 1 and (found["images"], found["pixels"]) == (2, 12)
+    one = BoundaryF(max_dist=0, thinning=False, scores="probabilities", thresholds=1)  # 1/2, which 0.5 does not exceed
+    one.update(torch.from_numpy(probability), torch.from_numpy(truth))
+    assert one.compute()["ods_f"] == pytest.approx(16 / 20)
+
+
+def test_ods_f_against_a_slow_reference() -> None:
+    skimage = pytest.importorskip("skimage.morphology")
+    truth = [thin(np.abs(blobs(30, 26, 2, seed) - 0.5) < 0.05) for seed in range(2)]
+    scores = [2 * gaussian_filter(one.astype(float), 1.2) + 0.4 * blobs(30, 26, 1, 9 + n) for n, one in enumerate(truth)]
+    scores = [one.clip(0, 1) for one in scores]
+    ignored = np.zeros((30, 26), dtype=bool)
+    ignored[:, :5] = True
+    radius = 0.05 * math.hypot(30, 26)
+    curves = np.zeros((2, 99, 3))  # matched, predicted, true
+    for image, (one, score) in enumerate(zip(truth, scores)):
+        for k in range(99):
+            binary = skimage.thin((score > (k + 1) / 100) & ~ignored)
+            curves[image, k] = by_flow(one & ~ignored, binary, radius), binary.sum(), (one & ~ignored).sum()
+    f = lambda counts: 2 * counts[..., 0] / (counts[..., 1] + counts[..., 2])  # noqa: E731  2PR/(P+R)
+    own = curves[np.arange(2), f(curves).argmax(1)].sum(0)
+    most = f(curves.sum(0))
+    for given in ("probabilities", "logits"):
+        metric = BoundaryF(max_dist=0.05, scores=given)
+        for one, score in zip(truth, scores):
+            target = np.where(ignored, 255, one)
+            metric.update(*tensors(score if given == "probabilities" else logit(score.clip(1e-9, 1 - 1e-9)), target))
+        found = metric.compute()
+        assert found["ods_f"] == pytest.approx(most.max()) and found["ois_f"] == pytest.approx(f(own))
+        assert found["threshold"] == pytest.approx((most.argmax() + 1) / 100) and 0.3 < found["ods_f"] < 0.99
+    pixelwise = BoundaryF(max_dist=0, scores="probabilities")
+    for one, score in zip(truth, scores):
+        pixelwise.update(*tensors(score, np.where(ignored, 255, one)))
+    assert pixelwise.compute()["ods_f"] < found["ods_f"] - 0.01
+
+
+def test_an_image_without_boundaries_costs_precision_and_two_channels_are_a_softmax() -> None:
+    score, truth = np.zeros((4, 6)), np.zeros((4, 6))
+    score[:, 1] = truth[:, 1] = 1
+    alone, both = BoundaryF(scores="probabilities"), BoundaryF(scores="probabilities")
+    alone.update(*tensors(score, truth))
+    both.update(*tensors(score, truth))
+    both.update(*tensors(score, np.zeros_like(truth)))
+    assert alone.compute()["ods_f"] == 1 and both.compute()["precision"] == pytest.approx(1 / 2)
+    logits = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    target = torch.randint(0, 2, (2, 8, 8), generator=torch.Generator().manual_seed(1))
+    for make in (BoundaryF, MaxF):
+        two, one = make(), make()
+        two.update(logits, target)
+        one.update(logits[:, 1] - logits[:, 0], target)
+        assert two.compute() == one.compute()
+
+
+def test_an_image_of_240x320_takes_about_a_second() -> None:
+    truth = thin(np.abs(blobs(240, 320, 8, 4) - 0.5) < 0.02)
+    score = (gaussian_filter(truth.astype(float), 2) * 4 + 0.2 * blobs(240, 320, 1, 5)).clip(0, 1)
+    metric, start = BoundaryF(max_dist=0.011, scores="probabilities"), time.process_time()
+    metric.update(*tensors(score, truth))
+    assert time.process_time() - start < 5 and metric.compute()["ods_f"] > 0.9
+
+
+# maxF ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_max_f_by_hand() -> None:
+    # thresholds 1/4, 1/2, 3/4; at a threshold counts as positive. The last pixel is ignored.
+    metric = MaxF(thresholds=3, scores="probabilities")
+    metric.update(torch.tensor([[[0.5, 0.8, 0.25, 0.1, 0.9]]]), torch.tensor([[[1, 0, 1, 0, 255]]]))
+    # t=1/4: TP 2 of 3, R 1: 1.3 (2/3) / (0.3 (2/3) + 1); t=1/2: P 1/2, R 1/2: 1/2; t=3/4: 0
+    found = metric.compute()
+    assert found["max_f"] == pytest.approx(1.3 * (2 / 3) / (0.2 + 1)) and found["threshold"] == 0.25 and found["pixels"] == 4
+    assert (found["precision"], found["recall"]) == pytest.approx((2 / 3, 1))
+
+
+@pytest.mark.parametrize("beta_squared", [0.3, 1.0])
+def test_max_f_against_numpy_pools_over_images(beta_squared: float) -> None:
+    rng = np.random.default_rng(6)
+    target, score = rng.integers(0, 2, (4, 9, 8)), rng.random((4, 9, 8))
+    score = 0.7 * score + 0.3 * target * np.array([1.0, 0.5, 0.9, 0.0])[:, None, None]
+    target[rng.random(target.shape) < 0.2] = 255
+    best = []
+    for t in np.arange(1, 256) / 256:
+        hit = (score >= t) & (target != 255)
+        true = (hit & (target == 1)).sum()
+        p, r = (true / hit.sum() if hit.any() else 0), true / (target == 1).sum()
+        best.append((1 + beta_squared) * p * r / (beta_squared * p + r) if p + r else 0)
+    metric = MaxF(beta_squared=beta_squared, scores="probabilities")
+    metric.update(torch.from_numpy(score)[:, None], torch.from_numpy(target))
+    assert metric.compute()["max_f"] == pytest.approx(max(best))
+    assert metric.compute()["threshold"] == pytest.approx((np.argmax(best) + 1) / 256)
+
+
+MAP = torch.full((1, 2, 2), 2.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: BoundaryF(max_dist=4), "max_dist = 4: a fraction of the diagonal"),
+        (lambda: BoundaryF(thresholds=0), "thresholds = 0: at least 1"),
+        (lambda: BoundaryF(scores="logit"), "Near: 'logits'"),
+        (lambda: BoundaryF(scores="probabilities").update(MAP, MAP * 0), r"range over \[2, 2\]: are they logits"),
+        (lambda: BoundaryF().update(MAP, MAP), "target holds 2: it must be 0 or 1, or ignore_index"),
+        (lambda: BoundaryF().update(MAP.long(), MAP * 0), "needs scores to put thresholds on, not a map of torch.int64"),
+        (lambda: BoundaryF().update(torch.ones(1, 3, 2, 2), MAP * 0), r"prediction must be .* is \(1, 3, 2, 2\)"),
+        (lambda: MaxF(beta_squared=0), "must be positive"),
+        (lambda: MaxF(ignore_index=None).update(MAP, 255 * MAP.bool().byte()), "target holds 255"),
+    ],
+)
+def test_what_is_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        call()

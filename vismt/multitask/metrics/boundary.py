@@ -1,0 +1,119 @@
+"""F-measure of boundaries at the best threshold of the data set (odsF).
+
+For each threshold the probability map is made binary and thinned, its pixels are matched one to one with true boundary pixels
+at most max_dist x image diagonal away, and counts are added over all images:
+
+    P = matched / predicted,   R = matched / true,   F = 2 P R / (P + R),   ods_f = max over thresholds of F
+
+The protocol of Martin et al. (IEEE PAMI 26(5), 2004) as in SEISM (Pont-Tuset and Marques, CVPR 2013), which multi-task papers
+use: positive where probability > threshold, 99 thresholds k / 100, thinning until nothing changes, targets as they are.
+max_dist is 0.0075 for PASCAL and 0.011 for NYUD. An F of pixels that must coincide is not odsF.
+
+What differs from SEISM's Matlab. Its correspondPixels finds a matching of least total distance, with a price on unmatched
+pixels above any distance and some randomness in sparse graphs; the counts see only how many pixels are matched, and this
+number is the largest here. One annotation per image. Probabilities are not rounded to 8 bits on the way. Piotr Dollar's
+edgesEvalDir interpolates F between thresholds; here and in SEISM it is the maximum over them. No non-maximum suppression
+along the gradient comes before, as SEISM does none.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from vismt.errors import UserError
+from vismt.multitask.metrics.inputs import binary, one_of, probability, same_size, seen, threshold_count
+from vismt.multitask.metrics.matching import PixelMatching
+from vismt.multitask.metrics.saliency import SCORES, curves
+from vismt.multitask.metrics.thinning import thin
+
+BITS = 64
+FIRST_BITS = np.array([(1 << bits) - 1 for bits in range(BITS + 1)], dtype=np.uint64)
+
+
+class BoundaryF(Metric):
+    """odsF, and oisF with the best threshold of each image.
+
+    max_dist: fraction of the image diagonal. thinning: False when predictions are thin already. scores: what predictions are,
+    "logits" or "probabilities". ignore_index: None when there is none. options: torchmetrics.Metric's.
+    """
+
+    full_state_update, higher_is_better, is_differentiable = False, True, False
+    matched: Tensor  # (n,) by threshold
+    predicted: Tensor
+    true: Tensor
+    best: Tensor  # matched, predicted at the best threshold of each image
+    images: Tensor
+
+    def __init__(
+        self, *, max_dist: float = 0.0075, thresholds: int = 99, thinning: bool = True, scores: str = "logits",
+        ignore_index: int | None = 255, **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if not 0 <= max_dist < 1:
+            raise UserError(f"BoundaryF: max_dist = {max_dist}: a fraction of the diagonal, 0.0075 for PASCAL, 0.011 for NYUD.")
+        self.thresholds = threshold_count("BoundaryF", thresholds)
+        self.max_dist, self.thinning, self.ignore_index = max_dist, thinning, ignore_index
+        self.scores = one_of("BoundaryF", "scores", scores, SCORES)
+        for name, shape in (("matched", thresholds), ("predicted", thresholds), ("true", ()), ("best", 2), ("images", ())):
+            self.add_state(name, torch.zeros(shape, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, pred: Tensor, target: Tensor) -> None:
+        """One batch; the work is done on the CPU. pred: float (b, 1, h, w) or (b, h, w), or (b, 2, h, w) with boundaries last.
+
+        target: 1 on boundaries, else 0 or ignore_index; bool, int or float (b, h, w) or (b, 1, h, w). At ignored pixels there
+        is neither prediction nor truth. An image without a true boundary counts through its false ones.
+        Raises UserError for sizes that differ, other targets, NaN, predictions that are not floats or not `scores`.
+        """
+        found = probability("BoundaryF", pred, self.scores).cpu()
+        positive, valid = binary("BoundaryF", target.cpu(), self.ignore_index)
+        same_size("BoundaryF", found, positive)
+        grid = torch.arange(1, self.thresholds + 1, dtype=torch.float64) / (self.thresholds + 1)
+        exceeded = torch.bucketize(found, grid) * valid
+        for levels, truth in zip(exceeded.numpy(), positive.numpy()):
+            matched, predicted = (torch.from_numpy(counts) for counts in self._counts(levels, truth))
+            true = int(truth.sum())
+            best = int(curves(matched, predicted, torch.tensor(true))[2].argmax())
+            self.matched += matched.to(self.matched.device)
+            self.predicted += predicted.to(self.predicted.device)
+            self.best += torch.stack([matched[best], predicted[best]]).to(self.best.device)
+            self.true += true
+            self.images += 1
+
+    def compute(self) -> dict[str, float]:
+        """ods_f with precision and recall in [0, 1] at `threshold`, the lowest of equally good ones; ois_f; images, pixels.
+
+        pixels: of true boundaries. Raises UserError when none was seen: recall would be 0 / 0.
+        """
+        fix = f"give it data, check targets and ignore_index={self.ignore_index}"
+        true = seen("BoundaryF", self.true, "boundary pixel", fix)
+        matched, predicted, total = self.matched.cpu(), self.predicted.cpu(), self.true.cpu()
+        precision, recall, f = curves(matched, predicted, total)
+        best = int(f.argmax())
+        own = curves(*self.best.cpu(), total)[2]
+        return {
+            "ods_f": float(f[best]), "threshold": (best + 1) / (self.thresholds + 1), "precision": float(precision[best]),
+            "recall": float(recall[best]), "ois_f": float(own), "images": int(self.images), "pixels": true,
+        }
+
+    def _counts(self, levels: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Matched and predicted pixels, int64 (n,), by threshold. levels: (h, w), how many thresholds a pixel exceeds."""
+        # Only thresholds that some pixel lies between give different maps: map j holds the pixels of level steps[j] or more.
+        steps = np.unique(levels[levels > 0])
+        held = np.searchsorted(steps, levels, side="right")
+        words = [FIRST_BITS[(held - start).clip(0, BITS)] for start in range(0, len(steps), BITS)]
+        words = [thin(word) if self.thinning else word for word in words]
+        candidates = np.bitwise_or.reduce(words) != 0 if words else np.zeros_like(truth)
+        pairs = PixelMatching(truth, candidates, self.max_dist * math.hypot(*truth.shape))
+        # The last entry is the empty map of the thresholds that no pixel exceeds.
+        matched, predicted = np.zeros((2, len(steps) + 1), dtype=np.int64)
+        for number in range(len(steps)):
+            binary_map = (words[number // BITS] >> np.uint64(number % BITS)) & np.uint64(1) != 0
+            matched[number], predicted[number] = pairs.size(binary_map), binary_map.sum()
+        which = np.searchsorted(steps, np.arange(self.thresholds), side="right")
+        return matched[which], predicted[which]

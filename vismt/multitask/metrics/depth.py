@@ -1,0 +1,101 @@
+"""Errors of depth maps, pooled over all valid pixels of the data set: the root is taken once, never per image.
+
+    rmse = sqrt(mean (p - g)^2)              abs_err = mean |p - g|            log_rmse = sqrt(mean (ln p - ln g)^2)
+    abs_rel = mean |p - g| / g               sq_rel = mean (p - g)^2 / g       delta_k = share with max(p / g, g / p) < 1.25^k
+
+Conventions:
+"pooled"  Vandenhende et al. (arXiv 2004.13379), InvPT, TaskPrompter: predictions are clamped to at least 1e-9 in every error.
+          Valid there: g != 255 in the older code (`ignore=255`), 0 < g < 80 in TaskPrompter (`valid_range=(0, 80)`).
+"libmtl"  LibMTL (arXiv 2203.14338): predictions enter rmse, abs_err and the relative errors as they are. Valid: g != 0. It
+          reports abs_err and abs_rel.
+log_rmse and delta_k clamp in both, as a negative prediction has no logarithm and would pass max(p / g, g / p) < 1.25.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from vismt.errors import UserError
+from vismt.multitask.metrics.inputs import exact, masked, one_of, plane, same_size, seen, sound
+
+CONVENTIONS = ("pooled", "libmtl")
+LEAST = 1e-9  # a depth of 0 has no logarithm
+POWERS = 3
+
+
+class DepthErrors(Metric):
+    """Depth errors in the target's unit.
+
+    A target pixel is valid where all of these hold: the mask of update; min < g < max of `valid_range`; g != `ignore`, unless
+    that is None; g is finite. convention: "pooled" or "libmtl", see the file's header. options: torchmetrics.Metric's.
+    """
+
+    full_state_update, higher_is_better, is_differentiable = False, False, False
+    sums: Tensor  # of squared, squared log, absolute, relative and squared relative errors
+    within: Tensor
+    pixels: Tensor
+
+    def __init__(
+        self, *, valid_range: tuple[float, float] | None = None, ignore: float | None = 0.0, convention: str = "pooled",
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if valid_range is not None and not valid_range[0] < valid_range[1]:
+            raise UserError(f"DepthErrors: valid_range {valid_range} is empty: give (min, max), both ends excluded.")
+        self.valid_range, self.ignore = valid_range, ignore
+        self.convention = one_of("DepthErrors", "convention", convention, CONVENTIONS)
+        self.add_state("sums", torch.zeros(5, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("within", torch.zeros(POWERS, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("pixels", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> None:
+        """One batch. pred, target: float (b, h, w) or (b, 1, h, w); mask: bool like target, True where it is valid.
+
+        An image without a valid pixel adds nothing. Raises UserError for sizes that differ, predictions that are not finite at
+        valid pixels, and valid targets that are not positive.
+        """
+        pred, target = plane("DepthErrors", "prediction", pred), plane("DepthErrors", "target", target).to(pred.device)
+        same_size("DepthErrors", pred, target)
+        valid = masked("DepthErrors", self._valid(target), mask)
+        pred, target = exact(sound("DepthErrors", pred[valid])), exact(target[valid])
+        if target.numel() and float(target.min()) <= 0:
+            raise UserError(
+                f"DepthErrors: a valid target is {float(target.min()):.3g}: depths are positive. Leave such pixels out by mask, "
+                f"ignore or valid_range=(0, max)."
+            )
+        clamped = pred.clamp_min(LEAST)
+        pred = clamped if self.convention == "pooled" else pred
+        error = (pred - target).abs()
+        log_error = clamped.log() - target.log()
+        terms = (error.square(), log_error.square(), error, error / target, error.square() / target)
+        ratio = torch.maximum(clamped / target, target / clamped)
+        self.sums += torch.stack([term.sum() for term in terms]).to(self.sums.device)
+        within = torch.stack([(ratio < 1.25**power).sum() for power in range(1, POWERS + 1)])
+        self.within += within.to(self.within.device)
+        self.pixels += pred.numel()
+
+    def compute(self) -> dict[str, float]:
+        """rmse, abs_err (target's unit), log_rmse (natural), abs_rel, sq_rel, delta1 to delta3 in [0, 1], and pixels counted.
+
+        Raises UserError when no valid pixel was seen.
+        """
+        pixels = seen("DepthErrors", self.pixels, "valid pixel", "give it data, check mask, valid_range and ignore")
+        squared, squared_log, absolute, relative, squared_relative = (self.sums / pixels).tolist()
+        shares = {f"delta{power}": int(count) / pixels for power, count in enumerate(self.within, 1)}
+        return {
+            "rmse": squared**0.5, "log_rmse": squared_log**0.5, "abs_err": absolute, "abs_rel": relative,
+            "sq_rel": squared_relative, **shares, "pixels": pixels,
+        }
+
+    def _valid(self, target: Tensor) -> Tensor:
+        valid = target.isfinite()
+        if self.ignore is not None:
+            valid &= target != self.ignore
+        if self.valid_range is not None:
+            low, high = self.valid_range
+            valid &= (target > low) & (target < high)
+        return valid
