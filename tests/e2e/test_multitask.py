@@ -77,7 +77,11 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path) -> None:
         own = [line["value"] for line in seeds if (line["arm"], line["data"]) == (row["model"], row["data"])]
         assert len(own) == 2 and row["value"] == pytest.approx(sum(own) / 2)
     report = (study / "report.md").read_text()
-    assert "average" in report and "By seed" in report and "Merging" in report
+    assert "average" in report and "By seed" in report and "Merging" in report and "Choice of the rate" in report
+    assert {path.stem for path in (study / "figures").glob("*.png")} == {
+        "domains", "seeds", "training", "examples", "routers-emtal"
+    }
+    assert all(f"{arm}: " in report for arm in ("head", "lora", "emtal"))  # what each adapted
 
 
 def test_arms_of_a_seed_start_alike_and_see_the_same_batches(study: Path) -> None:

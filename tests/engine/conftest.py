@@ -2,7 +2,7 @@
 
 import pytest
 
-from vismt.engine import canvas, episode_figure, figures, pool_figures
+from vismt.engine import canvas, episode_figure, figures, multitask_figures, pool_figures
 
 
 @pytest.fixture
@@ -15,6 +15,6 @@ def drawn(monkeypatch):
         figure.canvas.draw()
         return canvas.save(figure, path)
 
-    for module in (figures, episode_figure, pool_figures):
+    for module in (figures, episode_figure, multitask_figures, pool_figures):
         monkeypatch.setattr(module, "save", keep)
     return found

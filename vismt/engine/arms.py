@@ -76,7 +76,12 @@ def unit_config(config: Config, unit: Unit) -> Config:
 
 def unit(config: ArmsConfig, folder: Path, arm: str, lr: float, seed: int) -> Unit:
     """The training of `arm` at a rate and a seed."""
-    return Unit(arm, lr, seed, folder / "arms" / arm / f"lr-{lr:g}-seed-{seed}")
+    return Unit(arm, lr, seed, unit_folder(folder, arm, lr, seed))
+
+
+def unit_folder(folder: Path, arm: str, lr: float, seed: int) -> Path:
+    """Where the training of `arm` at a rate and a seed lies in a run folder."""
+    return folder / "arms" / arm / f"lr-{lr:g}-seed-{seed}"
 
 
 def check_arms(config: ArmsConfig, check: Callable[[Any], None]) -> None:

@@ -14,8 +14,8 @@ from vismt import console
 from vismt.backbones import vit
 from vismt.data.gather import ShuffledBatches
 from vismt.data.transforms import augment
-from vismt.engine import loop, multitask_models, runtime
-from vismt.engine.arms import Unit, named_unit, train_arms, unit_config
+from vismt.engine import loop, multitask_models, multitask_panels, runtime
+from vismt.engine.arms import Unit, arm_names, named_unit, train_arms, unit_config
 from vismt.engine.conditions import AttackConfig, conditions
 from vismt.engine.multitask_config import MultitaskConfig, check
 from vismt.engine.multitask_data import TaskData
@@ -55,14 +55,18 @@ class MultitaskJob:
         return Evaluation(self.config, self.folder, self.hash, self.data)
 
     def train(self) -> dict[str, Any]:
-        """Train every arm at its rate and seeds; what run.json says of the adaptation, that of the last arm."""
+        """Train every arm at its rate and seeds; what run.json says of the adaptation, {"arms": {arm: what was adapted}}."""
         for task in range(len(self.data.union.tasks)):  # what cannot be evaluated is said before the training, not after
             self.data.check_part(task, self.config.evaluate.split)
             if self.config.tune is not None:
                 self.data.check_part(task, "validation")
         told: dict[str, Any] = {}
-        train_arms(self.config, self.folder, lambda unit: told.update(self.train_unit(unit)), self.evaluation.validate)
-        return told
+
+        def train(unit: Unit) -> None:
+            told[unit.arm] = self.train_unit(unit)
+
+        train_arms(self.config, self.folder, train, self.evaluation.validate)
+        return {"arms": told}
 
     def train_unit(self, unit: Unit) -> dict[str, Any]:
         """Train one arm at one rate and seed, unless its folder says that it is done; what was adapted."""
@@ -131,7 +135,12 @@ class MultitaskJob:
         """Rows of every task, arm and condition; images that are on record are not evaluated again."""
         own = self.config.evaluate
         specs = conditions(own.attacks if attacks is None else attacks, own.corruptions if attacks is None else [], _no_source)
-        return self.evaluation.rows(specs, attacks is None)
+        rows = self.evaluation.rows(specs, attacks is None)
+        if attacks is None:
+            multitask_panels.examples(self.evaluation, self.folder / multitask_panels.EXAMPLES)
+            for arm in arm_names(self.config):
+                multitask_panels.routers(self.evaluation, arm, self.folder / multitask_panels.ROUTERS / f"{arm}.npz")
+        return rows
 
     def stock(self) -> nn.Module:
         """The timm model before adaptation, its head untrained."""
@@ -157,8 +166,7 @@ class MultitaskJob:
 
     def about(self) -> dict[str, Any]:
         """What config.json beside merged weights says of the classes, in timm's terms."""
-        names = [f"{task}/{name}" for task, own in zip(self.data.union.tasks, self.data.classes) for name in own]
-        return {"num_classes": len(names), "label_names": names}
+        return {"num_classes": self.data.union.num_classes, "label_names": self.data.label_names}
 
 
 def _no_source(model: str) -> Any:

@@ -41,6 +41,11 @@ class TaskData:
             console.stage("data", f"{task.name}   {len(classes)} classes   {counts}")
         self.union = Union(tuple(task.name for task in config.tasks), tuple(len(names) for names in self.classes))
 
+    @property
+    def label_names(self) -> list[str]:
+        """"task/class" for every label of the union."""
+        return [f"{task}/{name}" for task, own in zip(self.union.tasks, self.classes) for name in own]
+
     def training(self) -> Gathered:
         """All tasks' training images under the labels of the union."""
         return Gathered([part for task in range(len(self._parts)) for part in self._pixels(task, "train")])

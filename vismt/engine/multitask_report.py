@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vismt.engine.arms import CHOSEN
-from vismt.engine.log import read_lines
+from vismt.engine import multitask_figures
+from vismt.engine.arms import CHOSEN, unit_folder
+from vismt.engine.log import METRICS, read_lines
 from vismt.engine.multitask_evaluation import MERGE, SEEDS
+from vismt.engine.multitask_panels import EXAMPLES, ROUTERS
+from vismt.engine.pool_report import Picture
 from vismt.engine.tables import Table
 from vismt.errors import UserError
 from vismt.lowrank.files import read_json
@@ -28,6 +31,54 @@ MERGE_NOTE = (
     "Every test image through the merged stock model and through the unmerged one: answers that differ, and the largest "
     "difference of a logit relative to the largest logit."
 )
+
+SEEDS_CAPTION = (
+    "Dots of one seed are joined; bar and number are the mean over seeds. Each panel has its own scale, which does not begin "
+    "at 0."
+)
+TRAINING_CAPTION = (
+    "First seed of each arm. Thin: as logged. Thick: running mean over a twentieth of the run. Cross-entropy on training "
+    "batches, without the pull of retaining."
+)
+EXAMPLES_CAPTION = (
+    "Evaluated images evenly over each task, not chosen by result; answers of the first seed. ✓ right, ✗ wrong; an answer of "
+    "another task is named with it."
+)
+ROUTERS_CAPTION = (
+    "What the router would weigh (fade 0) on the tokens of the trained model at its own fade. Weights average 1 over the "
+    "experts; an expert's number means something within its block only."
+)
+
+
+def multitask_curves(folder: Path) -> list[Picture]:
+    """The arms seed by seed and their training, as far as the run left the files."""
+    lines = [line for line in read_lines(folder / SEEDS, FIELDS) if line["condition"] == "clean"]
+    pictures = []
+    if lines:
+        path = multitask_figures.seeds_figure(lines, folder / "figures" / "seeds.png")
+        pictures.append(Picture(path, "Arms by seed", SEEDS_CAPTION))
+    logs: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        if line["arm"] not in logs:
+            path = unit_folder(folder, line["arm"], line["lr"], line["seed"]) / METRICS
+            logs[line["arm"]] = read_lines(path, ("step",))
+    logs = {arm: rows for arm, rows in logs.items() if rows}
+    if logs:
+        path = multitask_figures.curves_figure(logs, folder / "figures" / "training.png")
+        pictures.append(Picture(path, "Training", TRAINING_CAPTION))
+    return pictures
+
+
+def multitask_panels(folder: Path) -> list[Picture]:
+    """Images with every arm's answer, and what the routers weigh."""
+    pictures = []
+    if (folder / EXAMPLES).exists():
+        path = multitask_figures.examples_figure(folder / EXAMPLES, folder / "figures" / "examples.png")
+        pictures.append(Picture(path, "Examples", EXAMPLES_CAPTION))
+    for panel in sorted((folder / ROUTERS).glob("*.npz")):
+        path = multitask_figures.routers_figure(panel, folder / "figures" / f"routers-{panel.stem}.png")
+        pictures.append(Picture(path, f"Routers of {panel.stem}", ROUTERS_CAPTION))
+    return pictures
 
 
 def multitask_tables(folder: Path) -> list[tuple[Table, str]]:

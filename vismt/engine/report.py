@@ -1,7 +1,7 @@
 """report.md and report.html of a run, from the files of its folder alone.
 
 Reads run.json and results.jsonl, and where they are there metrics.jsonl, records/, panels/, masking.jsonl, experts/, pool/,
-arms/, seeds.jsonl and config.resolved.yaml.
+arms/, seeds.jsonl, examples.npz, routers/ and config.resolved.yaml.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vismt.engine import figures
 from vismt.engine.comparison import AVERAGE, Comparison, compare, is_share, read_results
 from vismt.engine.log import read_lines
 from vismt.engine.masking import NOTE, read_masking
-from vismt.engine.multitask_report import multitask_tables
+from vismt.engine.multitask_report import multitask_curves, multitask_panels, multitask_tables
 from vismt.engine.page import render_html, render_markdown
 from vismt.engine.pool_report import Picture, corruption_pictures, pool_pictures
 from vismt.engine.selection import chosen_settings
@@ -73,8 +73,11 @@ def write_report(run_folder: Path) -> Path:
             *[(Table("Gradient masking", heads, checks, set()), NOTE)] * bool(checks), *chosen_settings(folder),
             *multitask_tables(folder),
         ],
-        curves=[*_curves(folder, comparisons), *corruption_pictures(folder, comparisons), *pool_pictures(folder, results)],
-        panels=_panels(folder),
+        curves=[
+            *_curves(folder, comparisons), *multitask_curves(folder), *corruption_pictures(folder, comparisons),
+            *pool_pictures(folder, results),
+        ],
+        panels=[*_panels(folder), *multitask_panels(folder)],
         citation=_citation(about, comparisons),
         config=config.read_text(encoding="utf8", errors="replace") if config.exists() else "",
     )
@@ -101,12 +104,7 @@ def _facts(about: dict[str, Any], comparisons: Sequence[Comparison]) -> list[tup
     adapted = about.get("adapt") or {}
     seeds = ", ".join(str(seed) for seed in sorted({c.seed for c in comparisons}))
     training = "" if about.get("seed") is None else f"{about['seed']} (run), "
-    method = ""
-    if adapted:
-        share = f", {100 * adapted['trainable'] / adapted['total']:.2f} %" if adapted.get("total") else ""
-        method = f"{adapted.get('method')}, rank {adapted.get('rank')}"
-        if "trainable" in adapted and "total" in adapted:
-            method += f", {adapted['trainable']:,} trainable of {adapted['total']:,} parameters{share}"
+    method = "; ".join(f"{arm}: {_adaptation(told)}" for arm, told in adapted.get("arms", {}).items()) or _adaptation(adapted)
     versions = "  ".join(f"{name} {version}" for name, version in (about.get("versions") or {}).items())
     times = " to ".join(
         str(about[name]).replace("T", " ").replace("+00:00", " UTC") for name in ("started", "finished") if about.get(name)
@@ -118,6 +116,16 @@ def _facts(about: dict[str, Any], comparisons: Sequence[Comparison]) -> list[tup
         ("Run", times), ("Versions", versions),
     ]
     return [(name, str(value)) for name, value in pairs if value]
+
+
+def _adaptation(told: dict[str, Any]) -> str:
+    if not told.get("method"):
+        return ""
+    rank = f", rank {told['rank']}" if told.get("rank") else ""
+    if not told.get("total"):
+        return f"{told['method']}{rank}"
+    share = f"{100 * told['trainable'] / told['total']:.2f} %"
+    return f"{told['method']}{rank}, {told['trainable']:,} trainable of {told['total']:,} parameters, {share}"
 
 
 def _curves(folder: Path, comparisons: Sequence[Comparison]) -> list[Picture]:
