@@ -24,7 +24,10 @@ ALLOWED = {
     "engine": {"engine", "lowrank", "backbones", "data", "metatune", "multitask", "llm", "robustness"},
 }
 CORE_LIBRARIES = {"torch", "einops", "safetensors"}
-LAZY = ("learn2learn", "torchattacks", "transformers", "peft", "matplotlib", "sklearn", "skimage", "onnx", "accelerate", "wandb")
+LAZY = (
+    "learn2learn", "torchattacks", "transformers", "peft", "matplotlib", "sklearn", "skimage", "onnx", "accelerate", "wandb",
+    "torchmetrics",
+)
 ONLY_IN = {"torchattacks": {"robustness/attacks.py"}, "learn2learn": {"metatune/maml.py"}}
 
 
@@ -72,7 +75,9 @@ def test_one_file_each_for_the_attack_and_meta_learning_libraries() -> None:
                 assert path.relative_to(PACKAGE).as_posix() in places
 
 
-@pytest.mark.parametrize("module", ["vismt", "vismt.cli", "vismt.metatune", "vismt.backbones.vit", "vismt.data.images"])
+@pytest.mark.parametrize(
+    "module", ["vismt", "vismt.cli", "vismt.metatune", "vismt.multitask", "vismt.backbones.vit", "vismt.data.images"]
+)
 def test_heavy_libraries_are_imported_when_needed_only(module: str) -> None:
     code = f"import sys, {module}; print([name for name in {LAZY!r} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

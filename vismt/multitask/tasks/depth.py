@@ -1,0 +1,71 @@
+"""Depth: L = mean over valid pixels of |p - g| in metres (InvPT, arXiv 2203.07997; LibMTL, arXiv 2203.14338).
+
+A pixel is valid where 0 < g < max_depth. TaskPrompter takes max_depth = 80, the others no bound. The score is the RMSE pooled
+over the data set; `convention`, "pooled" (InvPT's line) or "libmtl", decides about predictions that are not positive in the
+metric: vismt/multitask/metrics/depth.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vismt.errors import UserError, near
+from vismt.multitask.tasks.base import NYUD_WEIGHTS, DenseTask, between
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+CONVENTIONS = ("pooled", "libmtl")
+RAMP = ((0.99, 0.91, 0.15), (0.45, 0.80, 0.36), (0.13, 0.57, 0.55), (0.22, 0.35, 0.55), (0.27, 0.00, 0.33))  # near to far
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Depth(DenseTask):
+    """depth. max_depth: metres, excluded, None for no bound. convention: "pooled" or "libmtl"."""
+
+    name, key, measure, channels = "depth", "depth", "rmse", 1
+    lower_is_better = True
+    max_depth: float | None = None
+    convention: str = "pooled"
+    loss_weight: float = NYUD_WEIGHTS["depth"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_depth is not None:
+            between(self.name, "max_depth", self.max_depth, 0, math.inf)
+        if self.convention not in CONVENTIONS:
+            raise UserError(f"{self.name}: convention '{self.convention}'.{near(str(self.convention), CONVENTIONS)}")
+
+    @property
+    def _bound(self) -> float:
+        return math.inf if self.max_depth is None else self.max_depth
+
+    def valid(self, target: Tensor) -> Tensor:
+        return (target > 0) & (target < self._bound)
+
+    def pixel_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return (prediction[:, 0] - target).abs().mean()
+
+    def metric(self) -> Metric:
+        from vismt.multitask.metrics import DepthErrors
+
+        return DepthErrors(valid_range=(0, self._bound), convention=self.convention)
+
+    def paint(self, map: Tensor, predicted: bool, like: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Near is bright. The range is that of 98 of 100 valid pixels, so that a few odd ones do not take all colours."""
+        depth = (map[0] if predicted else map).float()
+        shown = depth.isfinite() if predicted else self.valid(depth)
+        scale = depth if like is None else like.reshape(like.shape[-2:]).float()
+        kept = scale[self.valid(scale)]
+        if not kept.numel():
+            kept = depth[shown] if shown.any() else depth.new_zeros(1)
+        order = kept.sort().values
+        near_by, far = order[round(0.01 * (len(order) - 1))], order[round(0.99 * (len(order) - 1))]
+        place = ((depth - near_by) / (far - near_by).clamp_min(1e-6)).nan_to_num(0.0).clamp(0, 1) * (len(RAMP) - 1)
+        ramp, below = torch.tensor(RAMP), place.long().clamp_max(len(RAMP) - 2)
+        return torch.lerp(ramp[below], ramp[below + 1], (place - below)[..., None]).movedim(-1, 0), shown

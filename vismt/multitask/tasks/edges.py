@@ -1,0 +1,41 @@
+"""Boundaries: balanced binary cross-entropy of one logit (binary.py) with w = 0.95 on boundary pixels, 0.05 on the others.
+
+w = 0.95 and weight 50: ASTMT (arXiv 1904.08918), InvPT, TaskPrompter, MTLoRA. `positive_weight=None` gives HED's w, the share of
+pixels that are no boundary. The score is odsF with max_dist 0.0075 of the diagonal for PASCAL and 0.011 for NYUD.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vismt.errors import UserError
+from vismt.multitask.tasks.base import IGNORE, PASCAL_WEIGHTS, between
+from vismt.multitask.tasks.binary import BinaryTask
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+PASCAL_MAX_DIST, NYUD_MAX_DIST = 0.0075, 0.011
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Edges(BinaryTask):
+    """edge. max_dist: of the metric, a fraction of the image diagonal. thresholds: of the metric, fewer are faster."""
+
+    name, key, measure, channels = "edge", "edge", "ods_f", 1
+    positive_weight: float | None = 0.95
+    max_dist: float = PASCAL_MAX_DIST
+    thresholds: int = 99
+    loss_weight: float = PASCAL_WEIGHTS["edge"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        between(self.name, "max_dist", self.max_dist, 0, 1)
+        if not isinstance(self.thresholds, int) or self.thresholds < 1:
+            raise UserError(f"{self.name}: thresholds {self.thresholds!r}; it must be a whole number, at least 1.")
+
+    def metric(self) -> Metric:
+        from vismt.multitask.metrics import BoundaryF
+
+        return BoundaryF(max_dist=self.max_dist, thresholds=self.thresholds, ignore_index=IGNORE)

@@ -1,0 +1,49 @@
+"""Saliency: class-balanced cross-entropy (binary.py) with w = #background / #valid, computed on the batch's valid pixels.
+
+Two conventions for the head, which give one loss when z = z_1 - z_0: channels = 2 (InvPT, TaskPrompter) or 1 (ASTMT, MTLoRA).
+Two for the score: "max_f", beta^2 = 0.3 (InvPT's line), or "miou" of background and salient (Vandenhende et al., arXiv
+2004.13379; MTLoRA), which cuts at probability 1/2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from vismt.errors import UserError, near
+from vismt.multitask.tasks.base import IGNORE, PASCAL_WEIGHTS
+from vismt.multitask.tasks.binary import BinaryTask
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+MEASURES = ("max_f", "miou")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Saliency(BinaryTask):
+    """saliency. channels: 2 or 1, of the head. measure: "max_f" or "miou"."""
+
+    name, key = "saliency", "saliency"
+    channels: int = 2
+    measure: str = "max_f"
+    loss_weight: float = PASCAL_WEIGHTS["saliency"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.channels not in (1, 2):
+            raise UserError(f"{self.name}: channels {self.channels!r}; 2 (background, salient) or 1.")
+        if self.measure not in MEASURES:
+            raise UserError(f"{self.name}: measure '{self.measure}'.{near(str(self.measure), MEASURES)}")
+
+    def metric(self) -> Metric:
+        from vismt.multitask.metrics import MaxF, MeanIoU
+
+        return MaxF(ignore_index=IGNORE) if self.measure == "max_f" else MeanIoU(2, ignore_index=IGNORE)
+
+    def count(self, metric: Metric, prediction: Tensor, target: Tensor) -> None:
+        if self.measure == "miou":
+            prediction = (self.margin(prediction.movedim(1, -1)) > 0).long()
+        metric.update(prediction, target)
