@@ -102,3 +102,13 @@ def test_files_that_are_no_checkpoint(tmp_path, state) -> None:
     torch.save({"epoch": 1}, tmp_path / "numbers.pt")
     with pytest.raises(UserError, match="holds no state dict"):
         read_checkpoint(tmp_path / "numbers.pt")
+
+
+@pytest.mark.parametrize("classes", [7, 4])
+def test_a_new_head_is_drawn_from_the_seed_whatever_the_weights_have(tmp_path, state, capsys, classes: int) -> None:
+    path = saved(tmp_path, state)  # with a head of 7 classes
+    made, other = (create(NAME, 112, pretrained=path, num_classes=classes, new_head=True, seed=seed) for seed in (1, 2))
+    untrained = create(NAME, 112, num_classes=classes, seed=1)
+    assert torch.equal(made.vit.head.weight, untrained.vit.head.weight)
+    assert not torch.equal(made.vit.head.weight, other.vit.head.weight)
+    assert torch.equal(made.vit.norm.weight, state["norm.weight"]) and "fresh head" not in capsys.readouterr().out

@@ -124,6 +124,7 @@ def create(
     position: str = "timm",
     pool: str | None = None,
     num_classes: int = 0,
+    new_head: bool = False,
     seed: int = 0,
 ) -> Backbone:
     """A backbone on the CPU in float32, in training mode, like a model of timm.
@@ -137,6 +138,7 @@ def create(
     position: how a pretrained position table is brought to another grid, once, here: "timm", "dino" or "onnx"; see
     vismt.backbones.position. Random weights are drawn at the right size and need none.
     num_classes: 0 for no head. Weights whose head has another number of classes give a fresh head, and a line says so.
+    new_head: a head drawn from `seed` whatever the weights have, as it is to be trained.
     Raises UserError for an unknown name (with the near ones), a model that is no ViT, a size that does not fit the patches,
     and weights that do not fit.
     """
@@ -150,14 +152,17 @@ def create(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vit = from_hub(architecture, **options) if by_timm else build(architecture, **options)
+        if by_timm and new_head:
+            vit.reset_classifier(num_classes)
     check_vit(vit, name)
     _check_size(vit, name)
     backbone = Backbone(vit, block=block, pool=pool)
     if isinstance(pretrained, str | Path):
-        load_weights(vit, read_checkpoint(pretrained), position, f"the weights of '{pretrained}'", own_head=True)
+        told = f"the weights of '{pretrained}'"
+        load_weights(vit, read_checkpoint(pretrained), position, told, own_head=True, new_head=new_head)
     elif pretrained and not by_timm:
         state: Mapping[str, Tensor] = from_hub(architecture).state_dict() if card is None else read_checkpoint(get_asset(name))
-        load_weights(vit, state, position, f"the weights of '{name}'")
+        load_weights(vit, state, position, f"the weights of '{name}'", new_head=new_head)
     return backbone
 
 

@@ -50,12 +50,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     return _without_shared_prefixes(state)
 
 
-def load_weights(vit: nn.Module, state: Mapping[str, Tensor], position: str, origin: str, *, own_head: bool = False) -> None:
+def load_weights(
+    vit: nn.Module, state: Mapping[str, Tensor], position: str, origin: str, *, own_head: bool = False, new_head: bool = False
+) -> None:
     """Copy `state` into `vit`, its position table resampled to the model's grid.
 
     position: "timm" | "dino" | "onnx", see vismt.backbones.position.
     origin: what the messages call the weights. own_head: the head must fit too unless `state` has none; otherwise a head
-    of another size is replaced by a fresh one, and a line says so.
+    of another size is replaced by a fresh one, and a line says so. new_head: it stays as `vit` has it, whatever `state` has.
     Raises UserError naming the first missing, unexpected or wrongly shaped key.
     """
     state = dict(state)
@@ -73,10 +75,10 @@ def load_weights(vit: nn.Module, state: Mapping[str, Tensor], position: str, ori
         raise UserError(f"{origin} do not fit {_called(vit)}: {' '.join(str(error).split())[:160]}") from error
     own = vit.state_dict()
     fresh = {key for key in own if key.startswith(HEADS) and (
-        key not in state or (state[key].shape != own[key].shape and not own_head))}
+        new_head or key not in state or (state[key].shape != own[key].shape and not own_head))}
     state = {key: value for key, value in state.items() if key in own or not key.startswith(HEADS)}
     _check(own, state, fresh, origin, _called(vit))
-    if fresh:
+    if fresh and not new_head:
         console.stage("model", f"{_called(vit)}   fresh head for {vit.num_classes} classes: {origin} have none that fits")
     vit.load_state_dict({**state, **{key: own[key] for key in fresh}})
 

@@ -51,7 +51,8 @@ def fresh(config: MultitaskConfig, num_classes: int) -> PixelNet:
     """The backbone before adaptation, its head drawn from the configuration's seed."""
     model = config.model
     return PixelNet(vit.create(
-        model.name, model.img_size, model.pretrained, position=model.position, num_classes=num_classes, seed=config.seed
+        model.name, model.img_size, model.pretrained, position=model.position, num_classes=num_classes, new_head=True,
+        seed=config.seed,
     ))
 
 
