@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from vismt.data.dense import open_dense
+from vismt.data.dense_sample import size_of, valid
 from vismt.data.images import open_images
 from vismt.errors import UserError
 
@@ -36,17 +37,24 @@ def room(home, write_card):
     return write_card(SOURCE)
 
 
-def test_values_and_masks(room):
+def test_values_and_what_is_none(room):
     data = open_dense(room, "train")
-    assert len(data) == 1 and data.ids == ["train/rgb/7.jpg"] and data.void == 11 and data.maps == ["label", "depth_mm", "normal"]
+    assert len(data) == 1 and data.ids == ["train/rgb/7.jpg"] and data.targets == ["semseg", "depth", "normals"]
     sample = data.read(0)
-    assert sample["image"].shape == (3, 2, 3) and sample["image"].dtype == torch.uint8
-    assert sample["label"].tolist() == [[0, 1, 11], [1, 1, 0]] and sample["label"].dtype == torch.uint8
-    assert sample["depth"].shape == (1, 2, 3) and sample["depth"].dtype == torch.float32
-    assert sample["depth"][0, 0].tolist() == [0.0, 1.0, 2.5] and sample["depth_mask"][0, 0].tolist() == [False, True, True]
-    assert sample["normal"][:, 0, 1].tolist() == [0, 0, -1] and sample["normal"][:, 0, 2].tolist() == [1, 0, 0]
-    assert sample["normal"][:, 0, 0].tolist() == [0, 0, 0]
-    assert sample["normal_mask"][0].tolist() == [[False, True, True], [False] * 3]
+    assert size_of(sample) == (2, 3) and data.classes == ["0", "1"] and not data.inverse_depth
+    assert sample["image"].shape == (3, 2, 3) and sample["image"].dtype == torch.float32
+    assert torch.allclose(sample["image"][:, 0, 0] * 255, torch.tensor([1.0, 2.0, 3.0]), atol=1.5)  # a jpg
+    assert sample["semseg"].tolist() == [[0, 1, 255], [1, 1, 0]] and sample["semseg"].dtype == torch.int64
+    assert sample["depth"][0].tolist() == [0.0, 1.0, 2.5] and sample["depth"].dtype == torch.float32
+    assert sample["normals"][:, 0].T.tolist() == [[0, 0, 0], [0, 0, -1], [1, 0, 0]] and not sample["normals"][:, 1].any()
+    assert valid("normals", sample["normals"]).tolist() == [[False, True, True], [False] * 3]
+    assert valid("depth", sample["depth"])[0].tolist() == [False, True, True]
+
+
+def test_axes_of_stored_normals(room):
+    turned = room.read_text().replace("void: 11", "void: 11\n    axes: [-1, 1, -1]")
+    room.write_text(turned)
+    assert open_dense(room).read(0)["normals"][:, 0].T.tolist() == [[0, 0, 0], [0, 0, 1], [-1, 0, 0]]
 
 
 def test_label_outside_the_classes(room, home):
@@ -85,5 +93,5 @@ def test_wrong_door_absent_set_and_strange_map(room, home, pets, write_card):
         open_dense(room, "tran")
     with pytest.raises(UserError, match=r"datasets/camvid: nothing found under \$VISMT_DATA/camvid"):
         open_dense("camvid")
-    with pytest.raises(UserError, match=r"map 'depth' is not known. Near: 'depth_mm'"):
+    with pytest.raises(UserError, match=r"map 'depth' is not known. Near: 'depth_m', 'depth_mm'"):
         open_dense(str(write_card(SOURCE.replace("depth_mm:", "depth:"), name="odd")))

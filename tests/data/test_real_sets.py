@@ -9,6 +9,8 @@ import torch
 
 from vismt.data.check import check
 from vismt.data.dense import open_dense
+from vismt.data.dense_sample import size_of, valid
+from vismt.data.derived import normals_from_depth
 from vismt.data.images import open_images
 from vismt.errors import UserError
 from vismt.paths import data_root
@@ -104,13 +106,15 @@ def test_camvid_maps():
     assert [len(open_dense("camvid", split)) for split in ("train", "val", "test")] == list(DENSE["camvid"])
     data = open_dense("camvid", "train")
     sample = data.read(0)
-    assert sample["image"].shape == (3, 180, 240) and sample["label"].shape == (180, 240)
+    assert size_of(sample) == (180, 240) and data.targets == ["semseg", "edge"]
     # In a street scene the sky is bright and lies above the road: wrong class names would break one of the two.
-    sky, road = (sample["label"] == data.classes.index(name) for name in ("sky", "road"))
+    sky, road = (sample["semseg"] == data.classes.index(name) for name in ("sky", "road"))
     rows = torch.arange(180.0)[:, None].expand(180, 240)
     assert rows[sky].mean() + 60 < rows[road].mean()
     assert sample["image"][:, sky].float().mean() > 2 * sample["image"][:, road].float().mean()
-    assert int(sample["label"].max()) == data.void == 11
+    known = sample["semseg"] != 255
+    assert int(sample["semseg"][known].max()) <= 10 and (~known).any() and torch.equal(known, sample["edge"] != 255)
+    assert 0.01 < (sample["edge"] == 1).float().mean() < 0.1
 
 
 @pytest.mark.realdata
@@ -118,9 +122,12 @@ def test_rgbd_maps():
     need("rgbd_7scenes")
     assert [len(open_dense("rgbd_7scenes", split)) for split in ("train", "test")] == list(DENSE["rgbd_7scenes"])
     sample = open_dense("rgbd_7scenes", "train").read(0)
-    depth, mask = sample["depth"], sample["depth_mask"]
-    assert depth.shape == (1, 120, 160) and depth[mask].min() > 0.5 and depth[mask].max() < 5 and (depth[~mask] == 0).all()
-    lengths = sample["normal"].norm(dim=0, keepdim=True)
-    good = sample["normal_mask"]
-    assert 0.3 < good.float().mean() < 1 and (lengths[~good] == 0).all()
-    assert torch.allclose(lengths[good], torch.ones(()), atol=1e-5)
+    depth, normals = sample["depth"], sample["normals"]
+    assert depth.shape == (120, 160) and depth[depth > 0].min() > 0.5 and depth.max() < 5
+    good = valid("normals", normals)
+    assert 0.3 < good.float().mean() < 1 and torch.allclose(normals.norm(dim=0)[good], torch.ones(()), atol=1e-5)
+    # The stored normals are the derived ones, smoothed: the axes agree, and z looks at the camera.
+    derived = normals_from_depth(depth, fx=146.25, fy=146.25, cx=80, cy=60)
+    both = good & valid("normals", derived)
+    angles = (derived * normals).sum(0)[both].clamp(-1, 1).arccos().rad2deg()
+    assert angles.median() < 8 and both.float().mean() > 0.5 and (normals[2][good] > 0).float().mean() > 0.95

@@ -8,10 +8,15 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from vismt.data.kinds import (
+    CAMERA,
+    DENSE,
+    DENSE_MAPS,
+    DERIVED,
     HIERARCHIES,
     KINDS,
     LIST_SPLITS,
@@ -22,6 +27,7 @@ from vismt.data.kinds import (
     LabelListSource,
     MetaDatasetSource,
     Source,
+    StereoTilesSource,
     TableSource,
     TorchvisionSource,
 )
@@ -61,7 +67,7 @@ class Card:
 
     @property
     def dense(self) -> bool:
-        return all(isinstance(source, DenseSource) for source in self.sources)
+        return all(isinstance(source, DENSE) for source in self.sources)
 
     @property
     def splits(self) -> list[str]:
@@ -86,12 +92,14 @@ def _source(raw: object, shown: str) -> Source:
     if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(f"{shown}: kind {kind!r} is not known.{near(str(kind), KINDS)}")
     source: Source = build(KINDS[kind], raw, f"{shown} ({kind})")
-    for key in ("root", "file", "manifest", "image", "table", "folder", "paths", "labels", "training", "names"):
+    for key in ("root", "file", "manifest", "image", "table", "folder", "paths", "labels", "training", "names", "listed",
+                "disparity", "normal_classes"):
         text = getattr(source, key, None)
         if isinstance(text, str):
             inside(text, f"{shown}.{key}")
     groups = [getattr(source, name, None) for name in ("maps", "lists", "photographs", "table")]
-    texts = [text for group in groups if isinstance(group, dict) for text in group.values()]
+    values = [value for group in groups if isinstance(group, dict) for value in group.values()]
+    texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
     for text in [*texts, *getattr(source, "folders", ())]:
         inside(text, shown)
     if not source.splits:
@@ -103,6 +111,10 @@ def _source(raw: object, shown: str) -> Source:
             raise UserError(f"{shown}: split '{split}' has {count} images; a count is at least 1.")
     if isinstance(source, FolderSource):
         _check_layout(source, shown)
+    if isinstance(source, DenseSource):
+        _check_dense(source, shown)
+    if isinstance(source, StereoTilesSource):
+        _check_tiles(source, shown)
     if isinstance(source, (MetaDatasetSource, FilelistSource)):
         _check_classes_per_split(source, shown)
     if isinstance(source, TableSource):
@@ -112,6 +124,46 @@ def _source(raw: object, shown: str) -> Source:
         if strange is not None:
             raise UserError(f"{shown}: no split '{strange}'; 'training' tells train from test.{near(strange, LIST_SPLITS)}")
     return source
+
+
+def _check_dense(source: DenseSource, shown: str) -> None:
+    strange = next((name for name in source.maps if name not in DENSE_MAPS), None)
+    if strange is not None:
+        raise UserError(f"{shown}: map '{strange}' is not known.{near(strange, DENSE_MAPS)}")
+    held = [DENSE_MAPS[name] for name in source.maps]
+    if len(set(held)) < len(held):
+        raise UserError(f"{shown}: the maps {list(source.maps)} become {held}; each target once.")
+    for path in (source.image, *(p for value in source.maps.values() for p in ([value] if isinstance(value, str) else value))):
+        unknown = [name for name in re.findall(r"{(.*?)}", path) if name not in ("split", "group", "id")]
+        if unknown or "{id}" in path.rpartition("/")[0] or path.count("{id}") > 1:
+            raise UserError(f"{shown}: '{path}' may hold {{split}} and {{group}}, and {{id}} once, in the file name.")
+    if len(source.splits) > 1 and "{split}" not in source.image and source.listed is None:
+        raise UserError(f"{shown}: image '{source.image}' has no {{split}}: name one split 'all', or give 'listed'.")
+    for target, origin in source.derive.items():
+        if origin not in DERIVED.get(target, ()) or origin not in held or target in held:
+            known = ", ".join(f"{a} from {b}" for a, names in DERIVED.items() for b in names)
+            raise UserError(f"{shown}: cannot derive {target} from {origin} of {held} (known: {known}; a target held is read).")
+    if "inverse_depth" in source.maps and "depth" in source.derive.values():
+        raise UserError(f"{shown}: nothing is derived from inverse_depth, which has no scale.")
+    if "normals" in source.derive:
+        _check_camera(source, shown)
+    if len(source.axes) != 3 or set(source.axes) - {1, -1}:
+        raise UserError(f"{shown}: axes {source.axes} must be three signs, 1 or -1.")
+
+
+def _check_camera(source: DenseSource | StereoTilesSource, shown: str) -> None:
+    if set(source.camera) != set(CAMERA) or min(source.camera["fx"], source.camera["fy"]) <= 0:
+        raise UserError(f"{shown}: camera {source.camera} must give {', '.join(CAMERA)} in pixels, fx and fy above 0.")
+
+
+def _check_tiles(source: StereoTilesSource, shown: str) -> None:
+    _check_camera(source, shown)
+    pairs = [source.tile, *source.columns.values(), *source.grid.values()]
+    splits = set(source.splits)
+    if any(len(pair) != 2 or min(pair) < 0 for pair in pairs) or not splits == set(source.columns) == set(source.grid):
+        raise UserError(f"{shown}: 'tile' must be two counts, 'columns' and 'grid' two for each of {sorted(splits)}.")
+    if any(a[1] > b[0] for a, b in pairwise(sorted(source.columns.values()))):
+        raise UserError(f"{shown}: the columns {source.columns} of the splits must not overlap.")
 
 
 def _check_table(source: TableSource, shown: str) -> None:

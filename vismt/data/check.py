@@ -7,10 +7,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vismt import console
-from vismt.data import arrays, dense, embedded, filelist, folder, lists, meta_dataset, table, torchvision_door
+from vismt.data import (
+    arrays,
+    dense,
+    dense_files,
+    embedded,
+    filelist,
+    folder,
+    lists,
+    meta_dataset,
+    stereo,
+    table,
+    torchvision_door,
+)
 from vismt.data.cards import Card, list_cards, load_card
 from vismt.data.images import load_source
 from vismt.data.kinds import (
+    DENSE,
     ArraysSource,
     DenseSource,
     DigitsSource,
@@ -20,6 +33,7 @@ from vismt.data.kinds import (
     MetaDatasetSource,
     PhotoCropsSource,
     Source,
+    StereoTilesSource,
     TableSource,
     TorchvisionSource,
 )
@@ -102,7 +116,9 @@ def source_files(source: Source, base: Path) -> Files:
         return filelist.files(source, base)
     if isinstance(source, LabelListSource):
         return lists.files(source, base)
-    return dense.files(source, base) if isinstance(source, DenseSource) else {}
+    if isinstance(source, StereoTilesSource):
+        return stereo.files(source, base)
+    return dense_files.files(source, base) if isinstance(source, DenseSource) else {}
 
 
 def _state(expected: int | None, found: int) -> str:
@@ -128,13 +144,13 @@ def _groups(card: Card, source: Source, files: Files) -> list[CheckRow]:
     return rows
 
 
-def _count_files(source: Source, files: Files, split: str) -> int:
-    """How many image files a damaged copy has for `split`, from the group names."""
+def _count_files(source: Source, base: Path, files: Files, split: str) -> int:
+    """How many image files a damaged copy has for `split`."""
     if isinstance(source, FolderSource):
         inside = "{split}" in source.layout
         return sum(len(paths) for group, paths in files.items() if not inside or group.split("/")[0] == split)
     if isinstance(source, DenseSource):
-        return len(files.get(source.image.format(split=split), ()))
+        return dense_files.count(source, base, split)
     return 0
 
 
@@ -144,12 +160,12 @@ def check_source(card: Card, source: Source, base: Path) -> CheckReport:
     splits, problem = [], ""
     for split, expected in source.splits.items():
         try:
-            is_dense = isinstance(source, DenseSource)
+            is_dense = isinstance(source, DENSE)
             opened = dense.open_dense(card, split, root=base) if is_dense else load_source(card, source, base, split)
             found = len(opened.ids)
         except UserError as error:
             problem = problem or str(error)
-            found = _count_files(source, files, split)
+            found = _count_files(source, base, files, split)
         splits.append(CheckRow(split, expected, found, _state(expected, found)))
     classes = source.classes or card.classes
     groups = _groups(card, source, files)

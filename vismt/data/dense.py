@@ -1,136 +1,83 @@
-"""Images with per-pixel maps: class labels, metric depth and surface normals, each with what counts as 'no value'."""
+"""Images with per-pixel maps: finds a card's copy, reads its samples and derives the targets that the card declares."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-
+from vismt.data import stereo
 from vismt.data.cards import Card, load_card
-from vismt.data.decode import DAMAGED, decode_file, is_image_name
-from vismt.data.kinds import DenseSource
-from vismt.data.sources import fix, not_found, place, shown_path, verify_counts
+from vismt.data.dense_files import pairs
+from vismt.data.dense_maps import read_maps
+from vismt.data.dense_sample import TARGETS, Sample
+from vismt.data.derived import edges_from_depth, edges_from_labels, normals_from_depth
+from vismt.data.kinds import DENSE, DENSE_MAPS, DenseSource
+from vismt.data.pascal_context import PARTS
+from vismt.data.sources import not_found, place, shown_path, verify_counts
 from vismt.errors import UserError, near
 
 
 @dataclass(frozen=True)
 class DenseSet:
-    """Split of a dense set. `maps` are the card's map names, `void` the label of pixels without a class.
+    """Split of a dense set. `read(i)` gives the sample of image i (dense_sample.py), in its own size.
 
-    `read(i)` gives a dict of tensors of one size (h, w): `image` uint8 (3, h, w); `label` uint8 (h, w);
-    `depth` float32 (1, h, w) in metres with `depth_mask` bool (1, h, w); `normal` float32 (3, h, w), unit length,
-    0 where `normal_mask` bool (1, h, w) is False.
+    `targets` are those that its samples may have; `classes` names the values of semseg, `parts` those of parts.
+    With `inverse_depth` the depth target holds multiples of 1/depth. `where` says where the copy lies.
     """
 
     name: str
     split: str
     classes: list[str]
-    void: int | None
-    maps: list[str]
+    targets: list[str]
     ids: list[str]
-    read: Callable[[int], dict[str, Tensor]]
+    read: Callable[[int], Sample]
+    parts: list[str] = field(default_factory=list)
+    inverse_depth: bool = False
+    where: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
-def read_array(path: Path) -> np.ndarray:
-    """The raw values of an image file without any colour conversion; UserError naming the file when it is damaged."""
-    try:
-        with Image.open(path) as image:
-            return np.array(image)
-    except DAMAGED as error:
-        raise UserError(f"{path}: cannot be decoded ({error}). Replace the file.") from error
+def _derive(source: DenseSource, sample: Sample) -> Sample:
+    for target, origin in source.derive.items():
+        if origin in sample and target == "normals":
+            sample[target] = normals_from_depth(sample["depth"], **source.camera)
+        elif origin in sample:
+            sample[target] = edges_from_labels(sample["semseg"]) if origin == "semseg" else edges_from_depth(sample["depth"])
+    return sample
 
 
-def read_label(path: Path, classes: int, void: int | None) -> dict[str, Tensor]:
-    """`label` uint8 (h, w) with values below `classes`, or `void`."""
-    values = read_array(path)
-    if values.dtype != np.uint8 or values.ndim != 2:
-        raise UserError(f"{path}: a label map must be one 8-bit channel, is {values.dtype} {values.shape}.")
-    strange = [int(v) for v in np.unique(values) if v >= classes and v != void]
-    if strange:
-        raise UserError(f"{path}: label {strange[0]} found, but there are {classes} classes (void {void}).")
-    return {"label": torch.from_numpy(values)}
+def _open(card: Card, source: DenseSource, base: Path, split: str) -> DenseSet:
+    parts = {name: pairs(card, source, base, name) for name in (source.splits if split == "all" else [split])}
+    verify_counts(card, source, base, {name: len(found) for name, found in parts.items()}, {})
+    paths = [pair for found in parts.values() for pair in found]
+    if not paths:
+        raise UserError(f"{card.shown}: no image of split '{split}' found under {shown_path(base)}.")
+    count = source.classes or card.classes
+    names = card.read_json(card.names) if card.names else [str(k) for k in range(count)]
+    if len(names) != count:
+        raise UserError(f"{card.shown}/{card.names}: names {len(names)} classes, the card says {count}.")
+    known_normals = card.read_json(source.normal_classes) if source.normal_classes else {}
+    there = {DENSE_MAPS[name] for pair in paths for name in pair if name != "image"}
+    there |= {target for target, origin in source.derive.items() if origin in there}
+    return DenseSet(
+        card.name, split, [str(name) for name in names], [target for target in TARGETS if target in there],
+        [pair["image"].relative_to(base).as_posix() for pair in paths],
+        lambda i: _derive(source, read_maps(paths[i], source, count, known_normals)),
+        list(PARTS) if "parts" in there else [], "inverse_depth" in source.maps, shown_path(base),
+    )  # fmt: skip
 
 
-def read_depth_mm(path: Path) -> dict[str, Tensor]:
-    """`depth` float32 (1, h, w) in metres from millimetres, `depth_mask` False where the file holds 0."""
-    values = read_array(path)
-    if values.ndim != 2 or values.dtype.kind not in "ui":
-        raise UserError(f"{path}: a depth map must be one channel of whole millimetres, is {values.dtype} {values.shape}.")
-    millimetres = torch.from_numpy(values.astype(np.int32))[None]
-    return {"depth": millimetres.to(torch.float32) / 1000, "depth_mask": millimetres > 0}
+def open_dense(card: Card | str | Path, split: str = "all", *, root: Path | None = None) -> DenseSet:
+    """The samples of `split` ('all' = every split); ids are the image's path inside the set.
 
-
-def read_normal(path: Path) -> dict[str, Tensor]:
-    """`normal` float32 (3, h, w), n = (value - 1) / 127 - 1 scaled to unit length; `normal_mask` False where all are 0."""
-    values = read_array(path)
-    if values.ndim != 3 or values.shape[2] != 3 or values.dtype != np.uint8:
-        raise UserError(f"{path}: a normal map must be 8-bit RGB, is {values.dtype} {values.shape}.")
-    raw = torch.from_numpy(values).permute(2, 0, 1).to(torch.float32)
-    mask = (raw > 0).any(dim=0, keepdim=True)
-    normal = torch.nn.functional.normalize((raw - 1) / 127 - 1, dim=0)
-    return {"normal": torch.where(mask, normal, torch.zeros_like(normal)), "normal_mask": mask}
-
-
-MAP_KINDS = ("label", "depth_mm", "normal")
-
-
-def _by_stem(folder: Path) -> dict[str, Path]:
-    return {path.stem: path for path in sorted(folder.iterdir()) if is_image_name(path)} if folder.is_dir() else {}
-
-
-def _folders(source: DenseSource, split: str) -> dict[str, str]:
-    return {"image": source.image.format(split=split), **{k: p.format(split=split) for k, p in source.maps.items()}}
-
-
-def files(source: DenseSource, base: Path) -> dict[str, list[tuple[str, Path]]]:
-    """Every image and map file, one group a folder (`train/label`), for the manifest."""
-    groups = [folder for split in source.splits for folder in _folders(source, split).values()]
-    return {group: [(f"{group}/{path.name}", path) for path in _by_stem(base / group).values()] for group in groups}
-
-
-def _pairs(card: Card, source: DenseSource, base: Path, split: str) -> list[dict[str, Path]]:
-    folders = {name: _by_stem(base / folder) for name, folder in _folders(source, split).items()}
-    for name, pattern in source.maps.items():
-        odd = sorted(folders["image"].keys() ^ folders[name].keys())
-        if odd:
-            lacks = name if odd[0] in folders["image"] else "image"
-            where = shown_path(base / (source.image if lacks == "image" else pattern).format(split=split))
-            raise UserError(f"{card.shown}: '{odd[0]}' of split '{split}' has no {lacks} file under {where}. {fix(card)}")
-    return [{name: folder[stem] for name, folder in folders.items()} for stem in folders["image"]]
-
-
-def _reader(source: DenseSource, classes: int, pairs: list[dict[str, Path]]) -> Callable[[int], dict[str, Tensor]]:
-    def read(i: int) -> dict[str, Tensor]:
-        paths = pairs[i]
-        out = {"image": decode_file(paths["image"])}
-        for name in source.maps:
-            if name == "label":
-                out |= read_label(paths[name], classes, source.void)
-            else:
-                out |= read_depth_mm(paths[name]) if name == "depth_mm" else read_normal(paths[name])
-            size = next(reversed(out.values())).shape[-2:]
-            if size != out["image"].shape[-2:]:
-                raise UserError(f"{paths[name]}: the map is {tuple(size)}, its image is {tuple(out['image'].shape[-2:])}.")
-        return out
-
-    return read
-
-
-def open_dense(card: Card | str, split: str = "all", *, root: Path | None = None) -> DenseSet:
-    """The pairs of `split` ('all' = every split); ids are the image's path inside the set.
-
-    Raises UserError when the set, a split or one map of a pair is missing, and later, naming the file, on damaged files.
+    Raises UserError when the set, a split, one map of an image or, unless the card says null, a number of images is missing,
+    and later, naming the file, on a damaged file, a map of another size and values that the map cannot hold.
     """
     card = card if isinstance(card, Card) else load_card(card)
-    sources = [source for source in card.sources if isinstance(source, DenseSource)]
+    sources = [source for source in card.sources if isinstance(source, DENSE)]
     if not sources:
         raise UserError(f"{card.shown}: is a set of {card.sources[0].kind} images without maps; open it with open_images.")
     if split != "all" and split not in card.splits:
@@ -139,13 +86,8 @@ def open_dense(card: Card | str, split: str = "all", *, root: Path | None = None
         base = place(card, source, root)
         if base is None or (split != "all" and split not in source.splits):
             continue
-        strange = next((name for name in source.maps if name not in MAP_KINDS), None)
-        if strange is not None:
-            raise UserError(f"{card.shown}: map '{strange}' is not known.{near(strange, MAP_KINDS)}")
-        parts = {name: _pairs(card, source, base, name) for name in (source.splits if split == "all" else [split])}
-        verify_counts(card, source, base, {name: len(pairs) for name, pairs in parts.items()}, {})
-        pairs = [pair for part in parts.values() for pair in part]
-        names = card.read_json(card.names) if card.names else [str(k) for k in range(card.classes)]
-        ids = [pair["image"].relative_to(base).as_posix() for pair in pairs]
-        return DenseSet(card.name, split, names, source.void, list(source.maps), ids, _reader(source, len(names), pairs))
+        if isinstance(source, DenseSource):
+            return _open(card, source, base, split)
+        ids, read = stereo.load(card, source, base, split)
+        return DenseSet(card.name, split, [], list(stereo.TARGETS), ids, read, where=shown_path(base))
     raise not_found(card, split, root)

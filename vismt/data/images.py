@@ -15,8 +15,8 @@ from vismt import console
 from vismt.data import arrays, embedded, filelist, folder, lists, meta_dataset, table, torchvision_door
 from vismt.data.cards import Card, load_card
 from vismt.data.kinds import (
+    DENSE,
     ArraysSource,
-    DenseSource,
     DigitsSource,
     FilelistSource,
     FolderSource,
@@ -167,7 +167,7 @@ def open_images(
         raise UserError(f"{card.shown}: is a dense set; open it with open_dense.")
     if split != "all" and split not in card.splits:
         raise UserError(f"{card.shown}: no split '{split}'.{near(split, dict.fromkeys([*card.splits, 'all']))}")
-    usable = [s for s in card.sources if not isinstance(s, DenseSource) and (split == "all" or split in s.splits)]
+    usable = [s for s in card.sources if not isinstance(s, DENSE) and (split == "all" or split in s.splits)]
     found = next(((s, base) for s in usable if (base := place(card, s, root)) is not None), None)
     if found is None and download:
         doors = [s for s in usable if isinstance(s, TorchvisionSource)]

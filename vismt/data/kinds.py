@@ -7,6 +7,14 @@ from dataclasses import dataclass, field
 META_SPLITS = ("train", "valid", "test")
 LIST_SPLITS = ("train", "test")
 HIERARCHIES = ("superclass", "nodes")
+# What the files of a dense map hold (how: dense_maps.py) -> the target it becomes.
+DENSE_MAPS = {
+    "label": "semseg", "depth_mm": "depth", "depth_m": "depth", "depth_512": "depth", "inverse_depth": "depth",
+    "normal": "normals", "normal_255": "normals", "edge": "edge", "saliency": "saliency",
+    "pascal_parts": "parts", "pascal_context": "edge",
+}  # fmt: skip
+DERIVED = {"normals": ("depth",), "edge": ("semseg", "depth")}  # target -> what it can be computed from
+CAMERA = ("fx", "fy", "cx", "cy")
 
 
 @dataclass(frozen=True)
@@ -76,19 +84,56 @@ class TorchvisionSource:
 
 @dataclass(frozen=True)
 class DenseSource:
-    """Images with per-pixel maps. `image` and each folder in `maps` is a pattern with `{split}`; files pair by stem.
+    """Images with per-pixel maps. `image` and the values of `maps` are paths without suffix: `{split}` and `{group}` name
+    folders, `{id}` the image in the file name; a path without {id} is a folder of such files, a list is searched in order.
 
-    `maps` names are what the map holds: `label` (uint8 class index), `depth_mm` (uint16) or `normal` ((n + 1) * 127 + 1).
+    The names in `maps` say what the files hold (DENSE_MAPS). `listed` is a text file with one id a line, or one group a
+    line where `image` has {group}. With `partial` a sample lacks the targets whose file is not there; else that is an error.
+    `first` is the label of class 0, `void` the label of no class; `edge_above` is the share of the largest value from
+    which a pixel is an edge; `axes` holds the signs that turn stored normals to x right, y up, z towards the camera.
+    `derive` maps a target that the set lacks to the one it is computed from ({edge: semseg}); normals need the `camera`
+    (fx, fy, cx, cy in pixels of the stored maps). `normal_classes` is a JSON beside the card, see pascal_context.py.
     """
 
     root: str
     image: str
-    maps: dict[str, str]
+    maps: dict[str, str | list[str]]
     splits: dict[str, int | None]
     void: int | None = None
+    first: int = 0
+    listed: str | None = None
+    partial: bool = False
+    edge_above: float = 0.5
+    axes: list[int] = field(default_factory=lambda: [1, 1, 1])
+    derive: dict[str, str] = field(default_factory=dict)
+    camera: dict[str, float] = field(default_factory=dict)
+    normal_classes: str | None = None
     classes: int | None = None
     manifest: str | None = None
     kind: str = "dense"
+
+
+@dataclass(frozen=True)
+class StereoTilesSource:
+    """Tiles of the left image of a rectified stereo pair that scikit-image ships, with maps from its true disparity.
+
+    depth = fx * baseline / (disparity + offset), metres; `camera` and `offset` in pixels, `baseline` in metres. Normals and
+    edges are derived from the depth. `columns` maps each split to the columns [from, to) it may see, `grid` to its rows
+    and columns of tiles, spread evenly; `tile` is their height and width.
+    """
+
+    image: str
+    disparity: str
+    camera: dict[str, float]
+    baseline: float
+    offset: float
+    tile: list[int]
+    columns: dict[str, list[int]]
+    grid: dict[str, list[int]]
+    splits: dict[str, int | None]
+    classes: int | None = None
+    manifest: str | None = None
+    kind: str = "stereo_tiles"
 
 
 @dataclass(frozen=True)
@@ -165,12 +210,13 @@ class LabelListSource:
 
 Source = (
     FolderSource | ArraysSource | DigitsSource | PhotoCropsSource | TorchvisionSource | DenseSource
-    | MetaDatasetSource | TableSource | FilelistSource | LabelListSource
+    | StereoTilesSource | MetaDatasetSource | TableSource | FilelistSource | LabelListSource
 )  # fmt: skip
+DENSE = (DenseSource, StereoTilesSource)  # what open_dense opens; open_images opens the others
 KINDS: dict[str, type] = {
     cls.kind: cls
     for cls in (
         FolderSource, ArraysSource, DigitsSource, PhotoCropsSource, TorchvisionSource, DenseSource,
-        MetaDatasetSource, TableSource, FilelistSource, LabelListSource,
+        StereoTilesSource, MetaDatasetSource, TableSource, FilelistSource, LabelListSource,
     )
 }  # fmt: skip

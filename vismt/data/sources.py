@@ -10,12 +10,16 @@ from pathlib import Path
 from torch import Tensor
 
 from vismt.data.cards import Card
-from vismt.data.kinds import DigitsSource, PhotoCropsSource, Source, TorchvisionSource
+from vismt.data.kinds import DigitsSource, PhotoCropsSource, Source, StereoTilesSource, TorchvisionSource
 from vismt.data.manifest import read_manifest
 from vismt.errors import UserError
 from vismt.paths import cache_root, data_root, shipped
 
-PACKAGES = {DigitsSource: ("sklearn", "scikit-learn"), PhotoCropsSource: ("skimage", "scikit-image")}
+PACKAGES = {
+    DigitsSource: ("sklearn", "scikit-learn"),
+    PhotoCropsSource: ("skimage", "scikit-image"),
+    StereoTilesSource: ("skimage", "scikit-image"),
+}
 
 
 @dataclass
@@ -35,7 +39,7 @@ class Loaded:
     nodes: list[list[int]] = field(default_factory=list)
 
 
-def package_folder(source: DigitsSource | PhotoCropsSource) -> Path | None:
+def package_folder(source: DigitsSource | PhotoCropsSource | StereoTilesSource) -> Path | None:
     """Folder of the installed package that carries the images, without importing it; None when it is not installed."""
     spec = importlib.util.find_spec(PACKAGES[type(source)][0])
     return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
@@ -43,7 +47,7 @@ def package_folder(source: DigitsSource | PhotoCropsSource) -> Path | None:
 
 def candidates(card: Card, source: Source, root: Path | None = None) -> list[Path]:
     """Folders where `source` may lie, in order. `root` names the folder of the set itself and rules out the others."""
-    if isinstance(source, (DigitsSource, PhotoCropsSource)):
+    if isinstance(source, (DigitsSource, PhotoCropsSource, StereoTilesSource)):
         folder = package_folder(source)
         return [folder] if folder else []
     if root is not None:

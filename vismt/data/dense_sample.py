@@ -1,0 +1,67 @@
+"""The dense sample: an image with any of the per-pixel targets, and what 'no value' is in each of them.
+
+    image                            float32 (3, h, w) in [0, 1]
+    semseg, parts, saliency, edge    int64 (h, w), 255 where there is no label; saliency and edge are 0 or 1
+    depth                            float32 (h, w) in metres, 0 where there is none
+    normals                          float32 (3, h, w), unit length, x right, y up, z towards the camera; (0, 0, 0) for none
+
+A sample may lack targets. A batch is the same dict with (b, ...) in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vismt.errors import UserError, near
+
+IGNORE = 255
+LABELS = ("semseg", "parts", "saliency", "edge")
+TARGETS = (*LABELS, "depth", "normals")
+Sample = dict[str, Tensor]
+
+
+def blank(target: str, height: int, width: int) -> Tensor:
+    """A map of `target` without a valid pixel."""
+    if target in LABELS:
+        return torch.full((height, width), IGNORE, dtype=torch.int64)
+    return torch.zeros((3, height, width) if target == "normals" else (height, width))
+
+
+def valid(target: str, values: Tensor) -> Tensor:
+    """bool (..., h, w): where a map of `target` holds a value; values (..., h, w), normals (..., 3, h, w)."""
+    if target in LABELS:
+        return values != IGNORE
+    return values > 0 if target == "depth" else (values != 0).any(dim=-3)
+
+
+def size_of(sample: Sample) -> tuple[int, int]:
+    """(h, w) of a sample; UserError for an unknown target, or a map that has not the size of the image."""
+    if "image" not in sample:
+        raise UserError(f"dense sample: has no 'image', holds {sorted(sample)}.")
+    height, width = sample["image"].shape[-2:]
+    for name, values in sample.items():
+        if name != "image" and name not in TARGETS:
+            raise UserError(f"dense sample: target '{name}' is not known.{near(name, TARGETS)}")
+        wanted = (3, height, width) if name in ("image", "normals") else (height, width)
+        if tuple(values.shape) != wanted:
+            raise UserError(f"dense sample: '{name}' is {tuple(values.shape)}, must be {wanted} beside its image.")
+    return height, width
+
+
+def collate(samples: Sequence[Sample]) -> Sample:
+    """One batch of samples of one size; a target that only some have is blank in the others.
+
+    Raises UserError for an empty list and for samples of several sizes.
+    """
+    sizes = {size_of(sample) for sample in samples}
+    if len(sizes) != 1:
+        raise UserError(f"dense batch: the samples are of sizes {sorted(sizes)}; crop or resize them to one size.")
+    height, width = sizes.pop()
+    names = [name for name in ("image", *TARGETS) if any(name in sample for sample in samples)]
+    return {
+        name: torch.stack([sample[name] if name in sample else blank(name, height, width) for sample in samples])
+        for name in names
+    }

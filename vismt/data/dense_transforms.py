@@ -1,0 +1,159 @@
+"""Joint transforms of dense samples: image and targets stay aligned, and the geometry in the values stays true.
+
+A mirrored normal has its x negated. A picture enlarged by s looks as if taken s times nearer, so depth is divided by s
+(as do the training pipelines of MTI-Net, InvPT and LibMTL); inverse depth is multiplied. Normals keep their direction there,
+as in those pipelines, though a plane compressed in depth would strictly tilt. Labels, depth and normals are never averaged:
+each target pixel is that of the source pixel at its centre. Pixels that padding adds are 255, depth 0, normals (0, 0, 0).
+
+Every function leaves its input alone and returns a sample on the same device; the random ones draw from the generator or
+seed that they are given, and from nothing else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as V
+
+from vismt.data.dense_sample import IGNORE, TARGETS, Sample, blank, size_of
+from vismt.errors import UserError
+
+TRIES = 10  # crops drawn until one is mixed enough
+FILL = 0.5  # of the image in padding
+
+
+def flip(sample: Sample) -> Sample:
+    """The sample seen in a mirror: left and right exchanged, the normals' x negated."""
+    size_of(sample)
+    out = {name: values.flip(-1) for name, values in sample.items()}
+    if "normals" in out:
+        x = -out["normals"][:1]
+        # No -0, which would make two flips differ from none in its bits.
+        out["normals"] = torch.cat([torch.where(x == 0, 0.0, x), out["normals"][1:]])
+    return out
+
+
+def _nearest(values: Tensor, height: int, width: int) -> Tensor:
+    def at(old: int, new: int) -> Tensor:
+        return (torch.arange(new, device=values.device) * 2 + 1) * old // (2 * new)
+
+    rows, columns = at(values.shape[-2], height), at(values.shape[-1], width)
+    return values.index_select(-2, rows).index_select(-1, columns)
+
+
+def _resample(sample: Sample, height: int, width: int) -> Sample:
+    image = F.interpolate(
+        sample["image"][None], (height, width), mode="bilinear", align_corners=False, antialias=True
+    )[0].clamp(0, 1)  # fmt: skip
+    return {"image": image, **{name: _nearest(v, height, width) for name, v in sample.items() if name != "image"}}
+
+
+def scale(sample: Sample, s: float, *, inverse_depth: bool = False) -> Sample:
+    """The sample s times as large, each side rounded, at least 1; depth is divided by s, inverse depth multiplied by it."""
+    if not s > 0:
+        raise UserError(f"dense transform: scale {s} must be above 0.")
+    height, width = (max(1, round(side * s)) for side in size_of(sample))
+    out = _resample(sample, height, width)
+    if "depth" in out:
+        out["depth"] = out["depth"] * s if inverse_depth else out["depth"] / s
+    return out
+
+
+def pad(sample: Sample, size: tuple[int, int], *, fill: float = FILL) -> Sample:
+    """The sample with pixels added below and to the right up to `size` (h, w), `fill` in the image, no value in the targets."""
+    height, width = size_of(sample)
+    below, right = max(0, size[0] - height), max(0, size[1] - width)
+    if not (below or right):
+        return dict(sample)
+    out = {"image": F.pad(sample["image"], (0, right, 0, below), value=fill)}
+    for name in (name for name in TARGETS if name in sample):
+        empty = int(blank(name, 1, 1).flatten()[0])
+        out[name] = F.pad(sample[name], (0, right, 0, below), value=empty)
+    return out
+
+
+def crop(sample: Sample, top: int, left: int, size: tuple[int, int]) -> Sample:
+    """The window of `size` (h, w) at (top, left), which must lie inside."""
+    height, width = size_of(sample)
+    if not (0 <= top <= height - size[0] and 0 <= left <= width - size[1]):
+        raise UserError(f"dense transform: a crop of {size} at ({top}, {left}) leaves the sample of {(height, width)}.")
+    return {name: values[..., top : top + size[0], left : left + size[1]].contiguous() for name, values in sample.items()}
+
+
+def _draw(generator: torch.Generator, low: float, high: float) -> float:
+    return low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))
+
+
+def random_crop(
+    sample: Sample, size: tuple[int, int], generator: torch.Generator, *, cat_max_ratio: float = 0.75, fill: float = FILL
+) -> Sample:
+    """A random window of `size` (h, w) of the sample, padded first where it is smaller.
+
+    With semseg a window is drawn again, up to 10 times in all, while one class has `cat_max_ratio` or more of its labelled
+    pixels or none is labelled; the last one is taken as it is.
+    """
+    padded = pad(sample, size, fill=fill)
+    height, width = size_of(padded)
+    for _ in range(TRIES):
+        top = int(_draw(generator, 0, height - size[0] + 1))
+        left = int(_draw(generator, 0, width - size[1] + 1))
+        if "semseg" not in padded:
+            break
+        labels = padded["semseg"][top : top + size[0], left : left + size[1]]
+        counts = labels[labels != IGNORE].unique(return_counts=True)[1]
+        if counts.numel() and int(counts.max()) < cat_max_ratio * int(counts.sum()):
+            break
+    return crop(padded, top, left, size)
+
+
+def photometric(sample: Sample, generator: torch.Generator, *, strength: float = 0.4, hue: float = 0.05) -> Sample:
+    """Brightness, contrast and saturation each times 1 - strength to 1 + strength, hue shifted by at most `hue` of the circle.
+
+    The image alone changes, and stays in [0, 1].
+    """
+    image = sample["image"]
+    for adjust in (V.adjust_brightness, V.adjust_contrast, V.adjust_saturation):
+        image = adjust(image, max(0.0, _draw(generator, 1 - strength, 1 + strength)))
+    image = V.adjust_hue(image, _draw(generator, -hue, hue)) if hue else image
+    return {**sample, "image": image.clamp(0, 1)}
+
+
+def resize(sample: Sample, size: tuple[int, int], *, fill: float = FILL) -> Sample:
+    """The sample fitted into `size` (h, w) with its aspect kept, padded below and to the right; for evaluation.
+
+    Depth stays in metres: with all images of a set fitted alike, the network meets one camera, and errors keep their unit.
+    """
+    height, width = size_of(sample)
+    factor = min(size[0] / height, size[1] / width)
+    fitted = (max(1, min(size[0], round(height * factor))), max(1, min(size[1], round(width * factor))))
+    return pad(sample if fitted == (height, width) else _resample(sample, *fitted), size, fill=fill)
+
+
+def augment(
+    sample: Sample,
+    seed: int,
+    size: tuple[int, int] | None = None,
+    *,
+    scales: tuple[float, float] = (0.5, 2.0),
+    mirror: bool = True,
+    cat_max_ratio: float = 0.75,
+    strength: float = 0.4,
+    hue: float = 0.05,
+    inverse_depth: bool = False,
+) -> Sample:
+    """Training augmentation, a function of sample and seed alone: scale, crop to `size` (h, w), mirror with probability 1/2,
+    photometric. `size` None keeps the sample's own; `strength` 0 leaves the colours alone.
+
+    The draws do not depend on what the sample holds, but for the repeated crops of random_crop.
+    """
+    size = size or size_of(sample)
+    if not 0 < scales[0] <= scales[1]:
+        raise UserError(f"dense transform: scales {scales} must be two factors above 0, the smaller first.")
+    generator = torch.Generator().manual_seed(seed)
+    factor, mirrored = _draw(generator, *scales), _draw(generator, 0, 1) < 0.5
+    if factor != 1:
+        sample = scale(sample, factor, inverse_depth=inverse_depth)
+    sample = random_crop(sample, size, generator, cat_max_ratio=cat_max_ratio)
+    sample = flip(sample) if mirror and mirrored else sample
+    return photometric(sample, generator, strength=strength, hue=hue) if strength > 0 else sample
