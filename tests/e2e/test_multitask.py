@@ -18,6 +18,7 @@ from vismt.cli import main
 from vismt.engine.arms import arm_config, named_unit
 from vismt.engine.jobs import load_config
 from vismt.engine.log import read_lines
+from vismt.engine.multitask_report import multitask_tables
 from vismt.engine.run import open_run
 
 pytest.importorskip("sklearn")
@@ -82,6 +83,30 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path) -> None:
         "domains", "seeds", "training", "examples", "routers-emtal"
     }
     assert all(f"{arm}: " in report for arm in ("head", "lora", "emtal"))  # what each adapted
+
+
+def test_the_paired_table_is_what_the_records_say(study: Path) -> None:
+    right = {
+        (arm, seed, task): {
+            line["id"]: line["clean"] == line["label"]
+            for line in read_lines(next((study / "arms" / arm).glob(f"lr-*-seed-{seed}/records/test-{task}.jsonl")))
+            if "id" in line
+        }
+        for arm in ("head", "emtal") for seed in (1,) for task in ("digits", "photos")
+    }
+    seeds = read_lines(study / "seeds.jsonl")
+    for (arm, seed, task), answers in right.items():
+        line = next(one for one in seeds if (one["arm"], one["seed"], one["data"]) == (arm, seed, task))
+        assert line["value"] == pytest.approx(sum(answers.values()) / len(answers))
+    tables = {table.title: table for table, _ in multitask_tables(study)}
+    means = {
+        (arm, seed): sum(one["value"] for one in seeds if (one["arm"], one["seed"]) == (arm, seed)) / 2
+        for arm in ("head", "emtal") for seed in (0, 1)
+    }
+    rows = {row[0]: row[1:] for row in tables["Paired differences, accuracy in points"].rows}
+    assert set(rows) == {"head − lora", "head − emtal", "lora − emtal"}
+    difference = 50 * sum(means["head", seed] - means["emtal", seed] for seed in (0, 1))
+    assert all(text.startswith(f"{difference:+.1f}".replace("-", "−")) for text in rows["head − emtal"])
 
 
 def test_arms_of_a_seed_start_alike_and_see_the_same_batches(study: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,19 +10,25 @@ from typing import Any
 
 from vismt.engine import multitask_figures
 from vismt.engine.arms import CHOSEN, unit_folder
-from vismt.engine.log import METRICS, read_lines
+from vismt.engine.log import METRICS, read_lines, record_stem
 from vismt.engine.multitask_evaluation import MERGE, SEEDS
 from vismt.engine.multitask_panels import EXAMPLES, ROUTERS
 from vismt.engine.pool_report import Picture
 from vismt.engine.tables import Table
 from vismt.errors import UserError
 from vismt.lowrank.files import read_json
+from vismt.metatune.intervals import domain_average
 
 FIELDS = ("arm", "seed", "lr", "data", "condition", "value", "n")
 SEED_NOTE = (
     "Each task weighs the same. Mean over the training seeds ± half width of its 95 % interval (Student's t), and the same of "
     "the difference to the first arm, seed by seed. The table of results says how sure the test images make a number; this one, "
     "how sure the seeds do."
+)
+PAIR_NOTE = (
+    "The first arm minus the second on the same images, each image averaged over the seeds and each task weighing the same, with "
+    "the 95 % interval over the images; and seed by seed, with that over the seeds (Student's t). Many pairs: of twenty true "
+    "zeros one is expected to look like a difference."
 )
 RATE_NOTE = (
     "Mean accuracy over the tasks on their validation images, in %, of the first seed trained at each rate. Every arm has the "
@@ -85,7 +92,7 @@ def multitask_tables(folder: Path) -> list[tuple[Table, str]]:
     """Tables with their notes, as far as the run left the files; UserError for files that were changed by hand."""
     lines = read_lines(folder / SEEDS, FIELDS)
     arms = list(dict.fromkeys(line["arm"] for line in lines))
-    return [*_by_seed(lines, arms), *_rates(folder, arms), *_merging(folder, arms)]
+    return [*_by_seed(lines, arms), *_pairs(folder, lines, arms), *_rates(folder, arms), *_merging(folder, arms)]
 
 
 def _by_seed(lines: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> list[tuple[Table, str]]:
@@ -110,6 +117,33 @@ def _by_seed(lines: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> list[tu
         ])
     heads = ["Arm", *tasks, *(f"mean, seed {seed}" for seed in seeds), "mean", f"− {arms[0]}"]
     return [(Table(f"By seed, accuracy in %, {len(seeds)} seeds", heads, rows, best, texts=1), SEED_NOTE)]
+
+
+def _pairs(folder: Path, lines: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> list[tuple[Table, str]]:
+    """Every two arms that were asked the same question (one protocol)."""
+    rows = read_lines(folder / "results.jsonl", ("data", "protocol", "model", "condition"))
+    asked = {row["model"]: row["protocol"] for row in rows if row["condition"] == "clean"}
+    tasks = list(dict.fromkeys(line["data"] for line in lines))
+    images = {arm: {task: _images(folder, task, asked.get(arm, ""), arm) for task in tasks} for arm in arms}
+    values = {(line["arm"], line["seed"], line["data"]): line["value"] for line in lines if line["condition"] == "clean"}
+    seeds = list(dict.fromkeys(line["seed"] for line in lines))
+    told = []
+    for first, second in itertools.combinations(arms, 2):
+        pairs = {task: (images[first][task], images[second][task]) for task in tasks}
+        if asked.get(first) != asked.get(second) or any(not one or one.keys() != other.keys() for one, other in pairs.values()):
+            continue
+        mean, half = domain_average({task: [one[i] - other[i] for i in one] for task, (one, other) in pairs.items()})
+        by_seed = [sum(values[first, s, t] - values[second, s, t] for t in tasks) / len(tasks) for s in seeds]
+        over_seeds = _spread(by_seed, sign=True) if len(seeds) > 1 else "–"
+        told.append([f"{first} − {second}", f"{100 * mean:+.1f} ± {100 * half:.1f}".replace("-", "−"), over_seeds])
+    heads = ["Arms", "over images", f"over {len(seeds)} seeds"]
+    return [(Table("Paired differences, accuracy in points", heads, told, set(), texts=1), PAIR_NOTE)] if told else []
+
+
+def _images(folder: Path, task: str, protocol: str, arm: str) -> dict[str, float]:
+    """Share of right answers by image, from the record that reproduces the arm's row; empty without one."""
+    found = read_lines(folder / "records" / f"{record_stem(task, protocol, arm)}.jsonl")
+    return {line["episode"]: float(line["clean"]) for line in found if "episode" in line and "clean" in line}
 
 
 def _spread(values: Sequence[float], sign: bool = False) -> str:
