@@ -104,9 +104,9 @@ def test_the_paired_table_is_what_the_records_say(study: Path) -> None:
         for arm in ("head", "emtal") for seed in (0, 1)
     }
     rows = {row[0]: row[1:] for row in tables["Paired differences, accuracy in points"].rows}
-    assert set(rows) == {"head − lora", "head − emtal", "lora − emtal"}
-    difference = 50 * sum(means["head", seed] - means["emtal", seed] for seed in (0, 1))
-    assert all(text.startswith(f"{difference:+.1f}".replace("-", "−")) for text in rows["head − emtal"])
+    assert set(rows) == {"lora − head", "emtal − head", "emtal − lora"}
+    difference = 50 * sum(means["emtal", seed] - means["head", seed] for seed in (0, 1))
+    assert all(text.startswith(f"{difference:+.1f}".replace("-", "−")) for text in rows["emtal − head"])
 
 
 def test_arms_of_a_seed_start_alike_and_see_the_same_batches(study: Path) -> None:

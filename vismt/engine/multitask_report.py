@@ -26,7 +26,7 @@ SEED_NOTE = (
     "how sure the seeds do."
 )
 PAIR_NOTE = (
-    "The first arm minus the second on the same images, each image averaged over the seeds and each task weighing the same, with "
+    "The later arm minus the earlier one on the same images, each image averaged over the seeds and each task weighing the same, with "
     "the 95 % interval over the images; and seed by seed, with that over the seeds (Student's t). Many pairs: of twenty true "
     "zeros one is expected to look like a difference."
 )
@@ -129,13 +129,13 @@ def _pairs(folder: Path, lines: Sequence[Mapping[str, Any]], arms: Sequence[str]
     seeds = list(dict.fromkeys(line["seed"] for line in lines))
     told = []
     for first, second in itertools.combinations(arms, 2):
-        pairs = {task: (images[first][task], images[second][task]) for task in tasks}
+        pairs = {task: (images[second][task], images[first][task]) for task in tasks}
         if asked.get(first) != asked.get(second) or any(not one or one.keys() != other.keys() for one, other in pairs.values()):
             continue
         mean, half = domain_average({task: [one[i] - other[i] for i in one] for task, (one, other) in pairs.items()})
-        by_seed = [sum(values[first, s, t] - values[second, s, t] for t in tasks) / len(tasks) for s in seeds]
+        by_seed = [sum(values[second, s, t] - values[first, s, t] for t in tasks) / len(tasks) for s in seeds]
         over_seeds = _spread(by_seed, sign=True) if len(seeds) > 1 else "–"
-        told.append([f"{first} − {second}", f"{100 * mean:+.1f} ± {100 * half:.1f}".replace("-", "−"), over_seeds])
+        told.append([f"{second} − {first}", f"{100 * mean:+.1f} ± {100 * half:.1f}".replace("-", "−"), over_seeds])
     heads = ["Arms", "over images", f"over {len(seeds)} seeds"]
     return [(Table("Paired differences, accuracy in points", heads, told, set(), texts=1), PAIR_NOTE)] if told else []
 
