@@ -8,7 +8,7 @@ import pytest
 
 from vismt.config import config_hash, fraction, override, read_yaml, resolved, typed
 from vismt.engine.fewshot import FewShotConfig
-from vismt.engine.jobs import load_config
+from vismt.engine.jobs import load_config, make_job
 from vismt.errors import UserError
 
 
@@ -77,5 +77,6 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
-def test_every_shipped_config_is_valid(path: Path) -> None:
-    assert load_config(path, []).task
+def test_every_shipped_config_is_valid(path: Path, tmp_path: Path) -> None:
+    config = load_config(path, [])
+    assert make_job(config, tmp_path).config is config  # with the checks that no type can make

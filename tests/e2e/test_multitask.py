@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -318,3 +319,20 @@ def test_two_processes_train_one_model(tmp_path: Path, balancing: dict | None) -
     tensors = torch.load(merged.parent / "checkpoint.pt", weights_only=True)["tensors"]
     # 4 steps of 2 batches of 16: more classes have been seen than 4 batches could show.
     assert int((tensors["retain.bank"][:, 1] != 0).any(1).sum()) > 20 and float(tensors["fade.alpha"]) == 1
+
+
+@pytest.mark.realdata
+def test_the_small_study_runs_on_the_real_sets(tmp_path: Path) -> None:
+    """Its tasks, parts and arm emtal, by a random tiny ViT for two steps."""
+    root = os.environ.get("VISMT_DATA")
+    if root is None or not all((Path(root) / name).is_dir() for name in ("grocery", "flowers102", "dtd10", "gtsrb")):
+        pytest.skip("the four sets are not under VISMT_DATA")
+    config = Path(__file__).resolve().parents[2] / "configs" / "multitask" / "emtal_small.yaml"
+    changes = [
+        "arms={}", "seeds=[]", "tune=null", "train.steps=2", "train.warmup=0", "train.precision=no", "evaluate.split=validation",
+        "model={name: test_vit, img_size: 32, pretrained: false}", "adapt.options={n_experts: 4, cluster: false}",
+    ]
+    assert main(["run", str(config), *changes, "--out", str(tmp_path), "--quiet"]) == 0
+    rows = read_lines(next(tmp_path.iterdir()) / "results.jsonl")
+    assert {row["data"]: row["n"] for row in rows} == {"grocery": 393, "flowers102": 444, "dtd10": 150, "gtsrb": 321}
+    assert {row["protocol"] for row in rows} == {"validation images, one of 223 classes"}
