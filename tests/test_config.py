@@ -66,6 +66,13 @@ def test_resolved_round_trips_and_the_hash_moves_with_values_only(tmp_path: Path
     assert config_hash(load_config(write(tmp_path, "title: a"), [])) == config_hash(load_config(write(tmp_path, "title: b"), []))
 
 
+def test_no_is_a_word(tmp_path: Path) -> None:
+    path = write(tmp_path, "train: {precision: no}\nsource: {augment: false}")
+    config = load_config(path, [])
+    assert config.train.precision == "no" and config.source.augment is False
+    assert load_config(path, ["train.precision=no", "source.flip=True"]).source.flip is True
+
+
 def test_fractions() -> None:
     assert fraction("4.5/255", "e") == 4.5 / 255 and fraction("0.25", "e") == 0.25 and fraction(2, "e") == 2.0
     for wrong in ("a/b", "1/0", "1/2/3", ""):

@@ -90,10 +90,21 @@ class RunConfig:
     train: TrainConfig | None = field(default_factory=TrainConfig)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML with the booleans of version 1.2: `precision: no` is the word."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag != "tag:yaml.org,2002:bool"]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf8"))
+        raw = yaml.load(path.read_text(encoding="utf8"), _Loader)
     except FileNotFoundError as error:
         known = [str(found) for found in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise UserError(f"config: no file '{path}'.{near(str(path), known)}") from error
@@ -121,7 +132,7 @@ def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
                 raise UserError(f"override '{assignment}': '{parent}' is a value, not a section.")
             node = child
         try:
-            node[leaf] = yaml.safe_load(value)
+            node[leaf] = yaml.load(value, _Loader)
         except yaml.YAMLError as error:
             raise UserError(f"override '{assignment}': the value is no YAML.") from error
     return result

@@ -26,9 +26,9 @@ SEED_NOTE = (
     "how sure the seeds do."
 )
 PAIR_NOTE = (
-    "The later arm minus the earlier one on the same images, each image averaged over the seeds and each task weighing the same, with "
-    "the 95 % interval over the images; and seed by seed, with that over the seeds (Student's t). Many pairs: of twenty true "
-    "zeros one is expected to look like a difference."
+    "The later arm minus the earlier one on the same images, each image averaged over the seeds and each task weighing the "
+    "same, with the 95 % interval over the images; and seed by seed, with that over the seeds (Student's t). Many pairs: of "
+    "twenty true zeros one is expected to look like a difference."
 )
 RATE_NOTE = (
     "Mean accuracy over the tasks on their validation images, in %, of the first seed trained at each rate. Every arm has the "
