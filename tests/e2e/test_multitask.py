@@ -233,6 +233,29 @@ def test_a_router_that_does_not_fade_is_evaluated_as_it_is_and_not_merged(tmp_pa
     assert "still routes" in capsys.readouterr().err
 
 
+def test_a_rate_that_diverges_is_told_and_not_taken(tmp_path: Path, monkeypatch, capsys) -> None:
+    from vismt.engine import loop
+
+    whole = loop.train
+
+    def explodes(objective, batches, config, *rest, **named):
+        if config.lr > bound:
+            raise loop.Diverged("train: the loss is not finite")
+        return whole(objective, batches, config, *rest, **named)
+
+    monkeypatch.setattr(loop, "train", explodes)
+    path = write(tmp_path, arms={"head": SMALL["arms"]["head"]}, seeds=[])
+    bound = 5e-3
+    assert main(["run", str(path), "--out", str(tmp_path / "runs")]) == 0
+    folder = next((tmp_path / "runs").iterdir())
+    found = json.loads((folder / "arms" / "head" / "chosen.json").read_text())
+    assert found["lr"] == 3e-3 and found["validation"]["0.01"] is None and found["validation"]["0.003"] >= 0
+    assert "diverged" in (folder / "report.md").read_text() and "lr 0.01   train: the loss" in capsys.readouterr().out
+    bound = 0.0
+    assert main(["train", str(path), "--out", str(tmp_path / "none")]) == 2
+    assert "diverged at every rate of tune.rates (0.003 to 0.01)" in capsys.readouterr().err
+
+
 def test_separate_heads_balanced_tasks_and_validation(tmp_path: Path) -> None:
     path = write(
         tmp_path, head="separate", retain=None, fade=None, balancing={"method": "pcgrad"}, adapt={"method": "lora", "rank": 2},

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from vismt import console
 from vismt.config import RunConfig, override, resolved, typed
 from vismt.engine import runtime
+from vismt.engine.loop import Diverged
 from vismt.errors import UserError, near
 from vismt.lowrank.files import atomic_write, read_json
 
@@ -115,30 +116,41 @@ def train_arm(config: Any, folder: Path, arm: str, train: Callable[[Unit], None]
     state.wait_for_everyone()  # all have looked before one writes
     if not known:
         rates = sorted(config.tune.rates) if config.tune is not None else [arm_config(config, arm).train.lr]
-        tried = {lr: unit(config, folder, arm, lr, first) for lr in rates}
-        for one in tried.values():
-            train(one)
+        tried: dict[float, Unit | None] = {}
+        for lr in rates:
+            tried[lr] = unit(config, folder, arm, lr, first)
+            try:
+                train(tried[lr])
+            except Diverged as error:  # which is what a grid is there to find out
+                if len(rates) == 1:
+                    raise
+                console.stage("tune", f"{arm}   lr {lr:g}   {error}")
+                tried[lr] = None
         if state.is_main_process:
-            _choose(path, arm, {lr: validate(one) for lr, one in tried.items()} if len(rates) > 1 else {rates[0]: None})
+            if len(rates) > 1:
+                _choose(path, arm, {lr: None if one is None else validate(one) for lr, one in tried.items()})
+            else:
+                atomic_write(path, json.dumps({"lr": rates[0], "validation": {}}))
         state.wait_for_everyone()
     for seed in others:
         train(unit(config, folder, arm, chosen(config, folder, arm)["lr"], seed))
 
 
 def _choose(path: Path, arm: str, scores: dict[float, float | None]) -> None:
-    """Write the rate with the best score; scores in the order of the rates, None where there was no choice."""
-    rates = list(scores)
-    best = max(rates, key=lambda lr: scores[lr] or 0.0)
-    if len(rates) > 1:
-        told = "   ".join(f"{lr:g} {100 * score:.1f}" for lr, score in scores.items())
-        edge = "   (at an end of the grid)" if best in (rates[0], rates[-1]) and len(rates) > 2 else ""
-        console.stage("tune", f"{arm}   validation accuracy by rate: {told}   chosen {best:g}{edge}")
-    validation = {f"{lr:g}": score for lr, score in scores.items() if score is not None}
-    atomic_write(path, json.dumps({"lr": best, "validation": validation}))
+    """Write the rate with the best score; scores by rate, ascending, None where the training diverged."""
+    rates, finished = list(scores), [lr for lr, score in scores.items() if score is not None]
+    if not finished:
+        grid = f"{rates[0]:g} to {rates[-1]:g}"
+        raise UserError(f"arms: {arm}: the training diverged at every rate of tune.rates ({grid}); lower them.")
+    best = max(finished, key=lambda lr: scores[lr])
+    told = "   ".join(f"{lr:g} {'diverged' if score is None else f'{100 * score:.1f}'}" for lr, score in scores.items())
+    edge = "   (at an end of the grid)" if best in (rates[0], rates[-1]) and len(rates) > 2 else ""
+    console.stage("tune", f"{arm}   validation accuracy by rate: {told}   chosen {best:g}{edge}")
+    atomic_write(path, json.dumps({"lr": best, "validation": {f"{lr:g}": score for lr, score in scores.items()}}))
 
 
 def chosen(config: ArmsConfig, folder: Path, arm: str) -> dict[str, Any]:
-    """{"lr": the arm's rate, "validation": {rate: score}}; UserError before the arm was trained."""
+    """{"lr": the arm's rate, "validation": {rate: score, None where it diverged}}; UserError before the arm was trained."""
     path = folder / "arms" / arm / CHOSEN
     if not path.exists():
         raise UserError(f"run '{folder}': arm '{arm}' is not trained yet; `vismt train` goes on with it.")

@@ -30,6 +30,10 @@ OPTIMIZERS = ("adamw", "sgd")
 Batches = Callable[[int], Any]
 
 
+class Diverged(UserError):
+    """A loss or gradient that is not finite."""
+
+
 class _Numbered(Dataset):
     """Batch by number, so that workers may prepare them."""
 
@@ -47,7 +51,7 @@ def train(
     """Train the objective's parameters that require a gradient; resumes from the run folder. Returns the last metrics.
 
     seed: of dropout and the like, one stream a process; the random state outside is left as it was. after_step(step) is
-    called after every optimiser step (schedules of a method). Raises UserError on a loss that is not finite: the
+    called after every optimiser step (schedules of a method). Raises Diverged on a loss that is not finite: the
     checkpoint before it stays.
     """
     with torch.random.fork_rng():
@@ -96,7 +100,7 @@ def _train(
             if due or step % config.log_every == 0:
                 worst = int(accelerator.gather(first_bad.reshape(1)).max())
                 if worst:
-                    raise UserError(
+                    raise Diverged(
                         f"train: the loss or its gradient is not finite at step {worst}; {_last_good(folder)} "
                         "Lower train.lr, raise train.warmup or set train.clip."
                     )

@@ -168,10 +168,14 @@ def _rates(folder: Path, arms: Sequence[str]) -> list[tuple[Table, str]]:
     rates = sorted({rate for _, tried in found.values() for rate in tried}, key=float)
     best = {(row, 1 + rates.index(chosen)) for row, (chosen, _) in enumerate(found.values())}
     rows = [
-        [arm, *(f"{100 * tried[rate]:.1f}" if rate in tried else "–" for rate in rates), chosen]
+        [arm, *(_score(tried[rate]) if rate in tried else "–" for rate in rates), chosen]
         for arm, (chosen, tried) in found.items()
     ]
     return [(Table("Choice of the rate", ["Arm", *rates, "chosen"], rows, best, texts=1), RATE_NOTE)]
+
+
+def _score(value: float | None) -> str:
+    return "diverged" if value is None else f"{100 * value:.1f}"
 
 
 def _merging(folder: Path, arms: Sequence[str]) -> list[tuple[Table, str]]:
