@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -171,6 +172,33 @@ def test_average_over_sets(folder):
     # differences: .1 without spread, and .025 with std sqrt(4 * .075^2 / 3) = .0866: half 1.96 * .0866 / 2 / 2 = .04244
     assert average.difference == pytest.approx((0.0625, 0.0625 - 0.04244, 0.0625 + 0.04244), abs=1e-4)
     assert average.cells["frozen"].mark == ""
+
+
+@pytest.mark.parametrize("records", [True, False])
+def test_where_lower_is_better_the_lowest_is_best(folder, records):
+    """By the same numbers, with and without pairs, on the sets and on their average."""
+    rows = [{**json.loads(line), "metric": "depth RMSE in m"} for line in (folder / "results.jsonl").read_text().splitlines()]
+    if not records:
+        shutil.rmtree(folder / "records")
+    marks = {}
+    for lower in (False, True):
+        write_rows(folder / "results.jsonl", [{**row, "lower_is_better": lower, "ci95": 0.04} for row in rows])
+        found = comparisons(folder)
+        assert all(c.lower_is_better == lower for c in found.values())
+        marks[lower] = {
+            data: [found[data, "clean"].cells[model].mark for model in ("frozen", "adapted")] for data in ("digits", "average")
+        }
+    # 0.5 and 0.6 on digits, 0.5 and 0.5625 on average: beyond the widths; the average's unpaired reach is 2 * 0.04 / sqrt 2
+    assert marks[False] == {"digits": ["", "best"], "average": ["", "best"]}
+    assert marks[True] == {"digits": ["best", ""], "average": ["best", ""]}
+    assert "depth RMSE in m, lower is better" in write_report(folder).read_text()
+
+
+def test_lower_is_better_is_yes_or_no(folder):
+    rows = [{**json.loads(line), "lower_is_better": "no"} for line in (folder / "results.jsonl").read_text().splitlines()]
+    write_rows(folder / "results.jsonl", rows)
+    with pytest.raises(UserError, match="'lower_is_better' is no"):
+        write_report(folder)
 
 
 def test_no_average_of_one_set_or_of_unequal_models(tmp_path):

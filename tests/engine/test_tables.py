@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -29,6 +30,13 @@ def test_few_models_stay_as_they_are(tmp_path):
     assert not table.many and not table.folded and len(table.heads) == 7
     assert "| digits | clean | 40.0 ± 2.5 |" in render_markdown(report([table]), tmp_path)
     assert "<small>" not in render_html(report([table]))
+
+
+def test_a_table_says_that_lower_is_better():
+    (table,) = result_tables([replace(comparison("rooms", "clean", 4), metric="depth RMSE in m", lower_is_better=True)])
+    assert table.title == "5-way 1-shot, depth RMSE in m, lower is better"
+    (table,) = result_tables([comparison("digits", "clean", 4)])
+    assert table.title == "5-way 1-shot, accuracy in %"
 
 
 def test_many_models_are_rows_in_markdown(tmp_path):

@@ -117,7 +117,7 @@ class Backbone(nn.Module):
 
 def create(
     name: str,
-    img_size: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
     pretrained: bool | str | Path = False,
     *,
     block: int | None = None,
@@ -131,7 +131,7 @@ def create(
 
     name: an asset of `vismt assets list`, the path of an asset card, or any timm ViT, with or without its tag
     ("vit_small_patch16_224.dino").
-    img_size: pixels of the square input, a multiple of the patch size; None for the model's own.
+    img_size: pixels of the square input or (h, w), multiples of the patch size; None for the model's own.
     pretrained: False for random weights drawn from `seed` (the global generator is left alone); True for the asset's or
     timm's weights; a path of a .safetensors file or torch checkpoint.
     block: index of the block to take features from (-1 the last, None the last).

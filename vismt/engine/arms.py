@@ -145,7 +145,7 @@ def _choose(path: Path, arm: str, scores: dict[float, float | None]) -> None:
     best = max(finished, key=lambda lr: scores[lr])
     told = "   ".join(f"{lr:g} {'diverged' if score is None else f'{100 * score:.1f}'}" for lr, score in scores.items())
     edge = "   (at an end of the grid)" if best in (rates[0], rates[-1]) and len(rates) > 2 else ""
-    console.stage("tune", f"{arm}   validation accuracy by rate: {told}   chosen {best:g}{edge}")
+    console.stage("tune", f"{arm}   validation score by rate: {told}   chosen {best:g}{edge}")
     atomic_write(path, json.dumps({"lr": best, "validation": {f"{lr:g}": score for lr, score in scores.items()}}))
 
 

@@ -1,7 +1,8 @@
 """Rows of results.jsonl, checked and set beside each other: which model is best, and which are its statistical ties.
 
 Two models are compared on the same episodes when both left records that reproduce their numbers: a tie is then a paired
-bootstrap interval of the difference that contains zero. Without such records it is an overlap of the two intervals.
+bootstrap interval of the difference that contains zero. Without such records it is an overlap of the two intervals. The best is
+the highest, in rows with "lower_is_better": true (an error) the lowest.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Comparison:
     cells: dict[str, Cell]
     difference: tuple[float, float, float] | None
     paired: bool
+    lower_is_better: bool = False
 
 
 def read_results(folder: Path, config_hash: str) -> list[Row]:
@@ -93,7 +95,7 @@ def compare(rows: Sequence[Row], folder: Path) -> list[Comparison]:
 
 def is_share(metric: str) -> bool:
     """Whether values of this metric are shares in [0, 1], which are shown in per cent."""
-    return metric.lower().endswith(("accuracy", "ratio", "iou", "error rate"))
+    return metric.lower().endswith(("accuracy", "ratio", "iou", "error rate", "odsf", "maxf"))
 
 
 def _fault(row: Row, config_hash: str) -> str | None:
@@ -106,6 +108,8 @@ def _fault(row: Row, config_hash: str) -> str | None:
             return f"no '{name}'" if value is None else f"'{name}' is {value}"
     if row["n"] < 1 or row["n"] != int(row["n"]) or row["ci95"] < 0:
         return f"n = {row['n']} and ci95 = {row['ci95']} are no count and no width"
+    if not isinstance(row.get("lower_is_better", False), bool):
+        return f"'lower_is_better' is {row['lower_is_better']}"
     if row["config_hash"] != config_hash:
         return f"config hash {row['config_hash']} is not this run's {config_hash}"
     return None
@@ -130,7 +134,8 @@ def _episodes(folder: Path, row: Row) -> Episodes | None:
 
 
 def _compare(group: Sequence[Row], episodes: Sequence[Episodes | None]) -> Comparison:
-    best = max(range(len(group)), key=lambda i: group[i]["value"])
+    sign = _sign(group[0])
+    best = max(range(len(group)), key=lambda i: sign * group[i]["value"])
     marks, paired = [], len(group) > 1
     for i, row in enumerate(group):
         both = _aligned(episodes[best], episodes[i])
@@ -139,7 +144,7 @@ def _compare(group: Sequence[Row], episodes: Sequence[Episodes | None]) -> Compa
             continue
         if both is None:
             paired = False
-            tied = group[best]["value"] - group[best]["ci95"] <= row["value"] + row["ci95"]
+            tied = sign * (group[best]["value"] - row["value"]) <= group[best]["ci95"] + row["ci95"]
         else:
             _, low, high, _ = paired_bootstrap(*both)
             tied = low <= 0 <= high
@@ -167,12 +172,14 @@ def _averages(groups: Sequence[Sequence[Row]], episodes: dict[int, Episodes | No
         columns = list(zip(*chosen, strict=True))
         values = [math.fsum(row["value"] for row in rows) / sets for rows in columns]
         halves = [math.sqrt(math.fsum(row["ci95"] ** 2 for row in rows)) / sets for rows in columns]
-        best = max(range(len(models)), key=values.__getitem__)
+        sign = _sign(chosen[0][0])
+        best = max(range(len(models)), key=lambda i: sign * values[i])
         pairs = [_mean_difference(columns[best], rows, episodes) for rows in columns]
         marks = []
         for i, pair in enumerate(pairs):
             reach = pair[1] if pair else halves[best] + halves[i]
-            marks.append(("best" if i == best else "tie" if values[best] - values[i] <= reach else "") * (len(models) > 1))
+            behind = sign * (values[best] - values[i])
+            marks.append(("best" if i == best else "tie" if behind <= reach else "") * (len(models) > 1))
         cells = {
             model: Cell(values[i], halves[i], int(sum(row["n"] for row in columns[i])), marks[i])
             for i, model in enumerate(models)
@@ -197,6 +204,10 @@ def _mean_difference(
     return domain_average(differences)
 
 
+def _sign(row: Row) -> int:
+    return -1 if row.get("lower_is_better") else 1
+
+
 def _aligned(a: Episodes | None, b: Episodes | None) -> tuple[list[float], list[float]] | None:
     if a is None or b is None or a.keys() != b.keys() or len(a) < 2:
         return None
@@ -207,4 +218,7 @@ def _comparison(
     row: Row, cells: dict[str, Cell], difference: tuple[float, float, float] | None, paired: bool
 ) -> Comparison:
     texts = {name: row[name] for name in ("data", "protocol", "condition", "metric", "unit")}
-    return Comparison(**texts, seed=int(row["seed"]), cells=cells, difference=difference, paired=paired)
+    return Comparison(
+        **texts, seed=int(row["seed"]), cells=cells, difference=difference, paired=paired,
+        lower_is_better=bool(row.get("lower_is_better")),
+    )

@@ -13,7 +13,7 @@ from vismt.config import RunConfig, config_hash, override, read_yaml, typed
 from vismt.errors import UserError, near
 
 # task -> module with a dataclass CONFIG (a RunConfig) and a class JOB.
-JOBS = {"fewshot": "vismt.engine.fewshot", "multitask": "vismt.engine.multitask"}
+JOBS = {"dense": "vismt.engine.dense", "fewshot": "vismt.engine.fewshot", "multitask": "vismt.engine.multitask"}
 
 
 class Job(Protocol):

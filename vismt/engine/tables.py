@@ -42,12 +42,13 @@ def split_corruptions(comparisons: Sequence[Comparison]) -> tuple[list[Compariso
 def result_tables(comparisons: Sequence[Comparison]) -> list[Table]:
     """One table for each protocol, metric and seed, with a row for each set and condition; many corruptions apart."""
     seeds = {c.seed for c in comparisons}
-    metrics = {c.metric for c in comparisons}
     tables = []
     for (protocol, metric, seed, _), group in groupby(comparisons, key=lambda c: (c.protocol, c.metric, c.seed, c.unit)):
-        title = protocol + (f", {metric}" if len(metrics) > 1 else "") + (f", seed {seed}" if len(seeds) > 1 else "")
+        title = protocol + (f", seed {seed}" if len(seeds) > 1 else "")
         unit = f", {metric} in %" if is_share(metric) else f", {metric}"
-        plain, corrupted = split_corruptions(list(group))
+        kept = list(group)
+        unit += ", lower is better" if kept[0].lower_is_better else ""
+        plain, corrupted = split_corruptions(kept)
         tables += [_table(title + unit, plain)] if plain else []
         tables += [_table(f"{title}, corruptions{unit}", corrupted, folded=True)] if corrupted else []
     return tables

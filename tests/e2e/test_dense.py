@@ -1,0 +1,295 @@
+"""The dense job from configuration to report: arms, seeds, delta_m, exact merge, resume, and every user error."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import yaml
+
+from vismt.cli import main
+from vismt.engine import dense_models
+from vismt.engine.arms import unit, unit_config
+from vismt.engine.dense import make_objective, prepare
+from vismt.engine.dense_config import check
+from vismt.engine.jobs import load_config
+from vismt.engine.log import read_lines
+from vismt.engine.run import open_run
+from vismt.errors import UserError
+from vismt.paths import shipped
+
+pytest.importorskip("skimage")
+pytest.importorskip("torchmetrics")
+
+TASKS = ["depth", "normals", {"name": "edge", "thresholds": 3, "max_dist": 0.03}]
+ALONE = {"adapt": None, "fade": None}
+SMALL = {
+    "task": "dense",
+    "model": {"name": "test_vit", "pretrained": False},
+    "adapt": {"method": "moe_lora", "rank": 2, "options": {"n_experts": 4, "cluster": False}},
+    "fade": {"start": 0.0, "end": 0.5},
+    "data": {"train": ["motorcycle:train"], "test": ["motorcycle:test"]},
+    "tasks": TASKS,
+    "size": [32, 48],
+    "head": {"name": "linear"},
+    "augment": {"strength": 0},
+    "batch": 3,
+    "arms": {
+        "emtal": {}, "full": {**ALONE, "full": True}, "depth": {**ALONE, "only": ["depth"]},
+        "others": {**ALONE, "only": ["normals", "edge"]},
+    },
+    "baseline": {"depth": "depth", "normals": "others", "edge": "others"},
+    "seeds": [0, 1],
+    "train": {"steps": 2, "lr": 3.0e-3, "checkpoint_every": 2},
+}
+ONE = {"arms": {}, "seeds": [], "baseline": None}
+
+
+def write(folder: Path, **changes: object) -> Path:
+    path = folder / "rooms.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, **changes}, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("dense")
+    assert main(["run", str(write(folder)), "--out", str(folder / "runs"), "--quiet"]) == 0
+    return next((folder / "runs").iterdir())
+
+
+def test_rows_of_every_arm_and_task(study: Path) -> None:
+    rows = {(row["model"], row["metric"]): row for row in read_lines(study / "results.jsonl")}
+    delta = "delta_m over depth+others in per cent"
+    every = ["depth RMSE in m", "normals mean angle in degrees", "edge odsF"]
+    assert set(rows) == {
+        *((arm, metric) for arm in ("emtal", "full") for metric in (*every, delta)),
+        ("depth", every[0]), ("others", every[1]), ("others", every[2]),
+    }
+    lines = read_lines(study / "dense_seeds.jsonl")
+    for (arm, metric), row in rows.items():
+        assert row["data"] == "motorcycle" and row["protocol"] == "test images at 32 x 48" and row["n"] == 6
+        assert row["lower_is_better"] == (metric in every[:2])
+        own = [line["value"] for line in lines if line["arm"] == arm and metric.startswith(line["task"])]
+        assert len(own) == 2
+        if metric != delta:
+            assert row["value"] == pytest.approx(sum(own) / 2)
+    value = {(arm, metric): row["value"] for (arm, metric), row in rows.items()}
+    gains = [
+        -(value["full", every[0]] / value["depth", every[0]] - 1), -(value["full", every[1]] / value["others", every[1]] - 1),
+        value["full", every[2]] / value["others", every[2]] - 1,
+    ]
+    assert value["full", delta] == pytest.approx(100 * sum(gains) / 3)
+    text = (study / "report.md").read_text()
+    assert "depth RMSE in m, lower is better" in text and "(unpaired)" not in text
+
+
+def test_arms_of_a_seed_start_alike_and_see_the_same_crops(study: Path) -> None:
+    job = open_run(study).job
+    configs = [unit_config(job.config, unit(job.config, study, arm, 1e-3, 0)) for arm in ("emtal", "depth")]
+    nets = [dense_models.fresh(config) for config in configs]
+    assert list(nets[1].heads) == ["depth"] and list(nets[0].heads) == ["depth", "normals", "edge"]
+    assert torch.equal(nets[0].heads["depth"].predict.weight, nets[1].heads["depth"].predict.weight)
+    assert not torch.equal(nets[0].heads["depth"].predict.weight, nets[0].heads["edge"].predict.weight)
+    one, two = (job._batches(config)(3) for config in configs)
+    assert set(one) == {"image", "depth", "normals", "edge"} and set(two) == {"image", "depth"}
+    assert one["image"].shape == (3, 3, 32, 48) and torch.equal(one["image"], two["image"])
+
+
+def test_merged_is_the_stock_backbone_with_heads_beside(study: Path, capsys) -> None:
+    for path in (study / "arms" / "emtal").glob("*/merge.json"):
+        found = json.loads(path.read_text())
+        assert found["n"] == 6 and found["largest_difference"] < 1e-5 * found["largest_logit"]
+    assert {path.parts[-3] for path in study.rglob("merge.json")} == {"emtal"}
+    assert main(["merge", str(study), "--expert", "emtal:1"]) == 0
+    stock = timm.create_model("test_vit", img_size=(32, 48), num_classes=0).eval()
+    stock.load_state_dict(safetensors.torch.load_file(study / "merged" / "model.safetensors"))
+    heads = safetensors.torch.load_file(study / "merged" / "heads.safetensors")
+    with safetensors.safe_open(study / "merged" / "heads.safetensors", "pt") as file:
+        told = json.loads(file.metadata()["heads"])
+    assert told["head"] == "linear" and told["tasks"] == {"depth": 1, "normals": 3, "edge": 1} and told["blocks"] == [1, 2, 4, 5]
+    about = json.loads((study / "merged" / "config.json").read_text())
+    assert about["num_classes"] == 0 and about["img_size"] == [32, 48]
+    net = open_run(study).job.net("emtal:1")
+    images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tap = stock.forward_intermediates(
+            net.backbone.normalise(images), indices=[5], norm=True, intermediates_only=True
+        )[0]
+        depth = torch.nn.functional.conv2d(tap, heads["depth.predict.weight"], heads["depth.predict.bias"])
+        assert torch.allclose(depth, net(images)["depth"], atol=1e-5)
+    capsys.readouterr()
+    for command, words in (
+        (["merge", str(study)], "several arms; name one with --expert"),
+        (["export", str(study), "--format", "peft", "--expert", "full"], "arm 'full' has no adapter"),
+        (["attack", str(study), "--attack", "fgsm", "--epsilon", "8/255"], "a dense run has none"),
+    ):
+        assert main(command) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_the_same_command_again_trains_and_evaluates_nothing(study: Path, monkeypatch) -> None:
+    from vismt.engine import dense_evaluation, loop
+
+    monkeypatch.setattr(loop, "train", None)
+    monkeypatch.setattr(dense_evaluation, "PooledScore", None)
+    before = (study / "results.jsonl").read_text()
+    assert main(["run", str(study.parent.parent / "rooms.yaml"), "--out", str(study.parent), "--quiet"]) == 0
+    assert (study / "results.jsonl").read_text() == before
+
+
+def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path: Path, monkeypatch, capsys) -> None:
+    from vismt.engine import checkpoint
+
+    path = write(tmp_path, **ONE, train={**SMALL["train"], "steps": 4}, balancing={"method": "dwa"}, tasks=TASKS[:2])
+    assert main(["train", str(path), "--out", str(tmp_path / "whole"), "--quiet"]) == 0
+    save, once = checkpoint.save, []
+
+    def interrupted(folder: Path, step: int, *rest: object) -> None:
+        save(folder, step, *rest)
+        if not once:
+            once.append(1)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", interrupted)
+    assert main(["train", str(path), "--out", str(tmp_path / "cut")]) == 130
+    assert main(["train", str(path), "--out", str(tmp_path / "cut")]) == 0
+    assert "at step 2 of 4" in capsys.readouterr().out
+    tensors, heads = ([next((tmp_path / name).rglob(file)) for name in ("whole", "cut")] for file in (
+        "checkpoint.pt", "heads.safetensors"))
+    one, two = (torch.load(path, weights_only=True)["tensors"] for path in tensors)
+    assert {"fade.alpha", "fade.steps", "balancer.calls"} <= set(one) and float(one["fade.alpha"]) == 1
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+    assert heads[0].read_bytes() == heads[1].read_bytes()
+
+
+def test_a_rate_is_chosen_on_validation_images(tmp_path: Path) -> None:
+    """A rate of next to nothing leaves the depth at its start, far from the truth."""
+    data = {**SMALL["data"], "validation_share": 0.1}
+    path = write(tmp_path, **{**ONE, **ALONE}, tasks=["depth"], data=data, tune={"rates": [1e-6, 3e-2]})
+    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
+    chosen = json.loads(next((tmp_path / "runs").rglob("chosen.json")).read_text())
+    assert chosen["lr"] == 3e-2 and set(chosen["validation"]) == {"1e-06", "0.03"}
+    folder = next((tmp_path / "runs").iterdir())
+    data = open_run(folder).job.data
+    assert {part: len(rows) for part, rows in data.parts.items()} == {"train": 43, "validation": 5, "test": 6}
+    assert not set(data.part("validation").ids) & set(data.parts["train"].ids)
+
+
+def test_retaining_and_fading_come_from_the_configuration(tmp_path: Path) -> None:
+    tasks = [{"name": "semseg", "classes": 4}, "depth"]
+    config = load_config(write(tmp_path, **ONE, tasks=tasks, retain={"temperature": 3.0}), [])
+    check(config)
+    net = dense_models.fresh(config).requires_grad_(False)
+    assert prepare(net, config) == "moe_lora"
+    objective = make_objective(net, config, [])
+    assert objective.retain.temperature == 3.0 and objective.retain.bank.shape == (4, 2, 4)
+    labels = torch.arange(4).repeat_interleave(12).expand(2, 32, 48)
+    found = objective({"image": torch.rand(2, 3, 32, 48), "semseg": labels})
+    found["loss"].backward()
+    objective.step()
+    assert dense_models.routes(net) is False and float(objective.fade.alpha) == 1 and bool(objective.retain.bank.any())
+    trained = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
+    assert all(net.get_parameter(name).grad is not None for name in trained)
+    assert not any(name.endswith("norm.weight") for name in trained)
+
+
+def test_full_training_reaches_every_parameter_that_is_run(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, **{**ONE, **ALONE}, full=True), [])
+    net = dense_models.fresh(config).requires_grad_(False)
+    assert prepare(net, config) == "full"
+    sum(value.sum() for value in net(torch.rand(1, 3, 32, 48)).values()).backward()
+    lacking = [name for name, parameter in net.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    assert not lacking and net.vit.blocks[0].mlp.fc1.weight.grad is not None
+
+
+def test_shipped_configurations_are_sound() -> None:
+    paths = sorted((shipped("configs") / "dense").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        check(load_config(path, []))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tasks": []}, "tasks: []; name at least one"),
+        ({"tasks": ["depth", "depth"]}, "each once"),
+        ({"tasks": ["dept"]}, "no dense task 'dept'"),
+        ({"tasks": [{"name": "edge", "max_dst": 1}]}, "no option 'max_dst'"),
+        ({"only": ["semseg"]}, "only: no task 'semseg'"),
+        ({"train": None}, "train: is null"),
+        ({"model": {"name": "test_vit", "img_size": 32}}, "give size: [h, w]"),
+        ({"size": [32]}, "size: [32]"),
+        ({"head": {"name": "cnov"}}, "no head 'cnov'"),
+        ({"head": {"name": "linear", "options": {"hidden": 8}}}, "no option 'hidden'"),
+        ({"full": True}, "leaves nothing to adapt"),
+        ({"batch": 0}, "batch: 0"),
+        ({"augment": {"scales": [2.0, 0.5]}}, "augment.scales: [2.0, 0.5]"),
+        ({"augment": {"hue": 0.9}}, "augment.hue: 0.9"),
+        ({"evaluate": {"split": "train"}}, "evaluate.split: 'train'"),
+        ({"retain": {}}, "needs the task semseg"),
+        ({"balancing": {"method": "pcgrat"}}, "no method 'pcgrat'"),
+        ({"adapt": {"method": "lora"}}, "nothing has a router to fade"),
+        ({"fade": {"end": 1.5}}, "need 0 <= start <= end <= 1"),
+        ({"data": {"train": [], "test": ["motorcycle"]}}, "data.train: names no set"),
+        ({"data": {"train": ["motorcycle"]}}, "nothing to test on"),
+        ({"data": {"train": ["motorcycle"], "test": ["motorcycle:test"]}}, "shares images with train"),
+        ({"data": {**SMALL["data"], "test_share": 0.1}}, "both test and test_share"),
+        ({"data": {**SMALL["data"], "limit": 0}}, "data.limit: 0"),
+        ({"arms": {"a": {"tasks": []}}}, "must be the same for all arms"),
+        ({"arms": {"a": {"size": [16, 16]}}}, "must be the same for all arms"),
+        ({"arms": {"a": {"only": ["x"]}}}, "only: no task 'x'"),
+        ({"baseline": "emtl"}, "no arm 'emtl'"),
+        ({"baseline": "depth"}, "arm 'depth' does not train 'normals'"),
+        ({"baseline": {"depth": "depth"}}, "'edge' is in only one of tasks and baseline"),
+    ],
+)
+def test_every_error_of_these_sections(tmp_path: Path, changes: dict, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check(load_config(write(tmp_path, **changes), []))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tasks": ["depth", "saliency"]}, "saliency: no train set has maps of it; motorcycle has depth, edge, normals"),
+        ({"data": {"train": ["digits"], "test": ["motorcycle"]}}, "images without maps"),
+        ({"evaluate": {"split": "validation"}}, "nothing to validate on"),
+        ({"tune": {"rates": [0.1, 0.2]}}, "nothing to validate on"),
+        ({"batch": 49}, "batch: 49, with 48 training images"),
+        ({"data": {"train": ["motorcycle:train"], "test_share": 0.01}}, "one test image"),
+        ({"size": [30, 48]}, "does not fit the 16-pixel patches"),
+        ({"blocks": [0, 1]}, "blocks: [0, 1]; name blocks from 0 to 5"),
+        ({"head": {"name": "dpt"}, "blocks": [2, 5]}, "dpt: 2 taps"),
+    ],
+)
+def test_errors_of_data_and_model_are_one_line(tmp_path: Path, capsys, changes: dict, words: str) -> None:
+    assert main(["run", str(write(tmp_path, **{**ONE, **changes})), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
+    told = capsys.readouterr().err
+    assert words in told and told.startswith("error: ") and told.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("balancing", [None, {"method": "pcgrad"}])
+def test_two_processes_train_one_model(tmp_path: Path, balancing: dict | None) -> None:
+    """torchrun on two CPU processes: one model, evaluated once."""
+    path = write(tmp_path, **ONE, balancing=balancing)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617", "-m", "vismt.cli",
+        "run", str(path), "--out", str(tmp_path / "runs"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder = next((tmp_path / "runs").iterdir())
+    assert len(read_lines(folder / "results.jsonl")) == 3 and done.stdout.count("report  ") == 1
+    found = json.loads(next(folder.rglob("merge.json")).read_text())
+    assert found["largest_difference"] < 1e-5 * found["largest_logit"]

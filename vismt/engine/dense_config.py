@@ -1,0 +1,210 @@
+"""The sections of a multi-task dense prediction configuration (task: dense)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from vismt.engine.arms import ArmsConfig, arm_config, check_arms
+from vismt.engine.multitask_config import BalancingConfig, FadeConfig, RetainConfig
+from vismt.errors import UserError, near
+from vismt.multitask.balancing import make_balancer
+from vismt.multitask.dense import SEGMENTATION
+from vismt.multitask.fading import RouterFade
+from vismt.multitask.heads import HEADS, head_options
+from vismt.multitask.retain_dense import DenseRetaining
+from vismt.multitask.tasks import DenseTask, make_task
+
+SPLITS = ("test", "validation")
+SAME_FOR_ALL = ("data", "size", "baseline")  # of all arms, besides what arms.py names
+
+
+@dataclass
+class DenseDataConfig:
+    """train, validation, test: dense cards as 'name' or 'name:split', several are joined.
+
+    validation_share, test_share: the last share of each training set, in its own order, that is kept apart where no set is
+    named. limit: the largest number of training images, spread evenly over them.
+    """
+
+    train: list[str] = field(default_factory=list)
+    test: list[str] = field(default_factory=list)
+    validation: list[str] = field(default_factory=list)
+    test_share: float = 0.0
+    validation_share: float = 0.0
+    limit: int | None = None
+
+
+@dataclass
+class DenseHeadConfig:
+    """name: of vismt.multitask.heads, options: its own; every task has a head of its own of this kind."""
+
+    name: str = "conv"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DenseAugmentConfig:
+    """See vismt.data.dense_transforms.augment. scales: smallest and largest; strength: of colour changes, 0 for none."""
+
+    scales: list[float] = field(default_factory=lambda: [0.5, 2.0])
+    flip: bool = True
+    cat_max_ratio: float = 0.75
+    strength: float = 0.4
+    hue: float = 0.05
+
+
+@dataclass
+class DenseEvaluateConfig:
+    """split: 'test', or 'validation' while choosing; batch: images at a time."""
+
+    split: str = "test"
+    batch: int = 8
+
+
+@dataclass
+class DenseConfig(ArmsConfig):
+    """Several dense tasks on one backbone.
+
+    size: (h, w) of the images in training and evaluation, multiples of the patch; an image is fitted into it, then scaled and
+    cropped back to it in training. tasks: names or mappings for make_task. only: the tasks that are trained, [] for all; an arm
+    with one task is a single-task baseline. blocks: taps of the heads, null for four spread evenly. adapt null and full false:
+    the heads alone; full: the whole backbone is trained, adapt must then be null. baseline: what delta_m is taken over: an arm,
+    or {task: arm}; null for no delta_m. balancing: null for the sum of the weighted losses.
+    """
+
+    task: str = "dense"
+    data: DenseDataConfig = field(default_factory=DenseDataConfig)
+    tasks: list[str | dict[str, Any]] = field(default_factory=list)
+    only: list[str] = field(default_factory=list)
+    size: list[int] = field(default_factory=list)
+    head: DenseHeadConfig = field(default_factory=DenseHeadConfig)
+    blocks: list[int] | None = None
+    full: bool = False
+    batch: int = 8
+    augment: DenseAugmentConfig = field(default_factory=DenseAugmentConfig)
+    fade: FadeConfig | None = None
+    retain: RetainConfig | None = None
+    balancing: BalancingConfig | None = None
+    baseline: str | dict[str, str] | None = None
+    evaluate: DenseEvaluateConfig = field(default_factory=DenseEvaluateConfig)
+
+
+def all_tasks(config: DenseConfig) -> list[DenseTask]:
+    """The tasks of the configuration, whatever an arm leaves out."""
+    return [make_task(spec) for spec in config.tasks]
+
+
+def trained_tasks(config: DenseConfig) -> list[DenseTask]:
+    """The tasks that this configuration (of an arm) trains."""
+    return [task for task in all_tasks(config) if not config.only or task.name in config.only]
+
+
+def baseline_arms(config: DenseConfig) -> dict[str, str]:
+    """{task: the arm that delta_m compares with}, empty without a baseline."""
+    given = config.baseline
+    if given is None:
+        return {}
+    return {task.name: given if isinstance(given, str) else given[task.name] for task in all_tasks(config)}
+
+
+def check(config: DenseConfig) -> None:
+    """Values that no type can exclude, before any work is done; those of every arm, too."""
+    _check_values(config)
+    for name, values in config.arms.items():
+        for key in values:
+            if key.partition(".")[0] in SAME_FOR_ALL:
+                raise UserError(f"arms.{name}: {key} must be the same for all arms, or they cannot be compared; leave it out.")
+    check_arms(config, _check_values)
+    _check_baseline(config)
+
+
+def _check_values(config: DenseConfig) -> None:
+    tasks = [task.name for task in all_tasks(config)]
+    if not tasks or len(set(tasks)) < len(tasks):
+        raise UserError(f"tasks: {tasks}; name at least one, each once.")
+    for name in config.only:
+        if name not in tasks:
+            raise UserError(f"only: no task '{name}'.{near(name, tasks)}")
+    if config.train is None:
+        raise UserError("train: is null; the heads have to be trained.")
+    model = config.model
+    if model.block is not None or model.pool is not None or model.img_size is not None:
+        raise UserError("model: img_size, block and pool must be null; give size: [h, w] and blocks instead.")
+    if len(config.size) != 2 or min(config.size) < 1:
+        raise UserError(f"size: {config.size}; give [height, width] in pixels, multiples of the model's patch.")
+    if config.evaluate.split not in SPLITS:
+        raise UserError(f"evaluate.split: '{config.evaluate.split}'.{near(config.evaluate.split, SPLITS)}")
+    for name, value in (("batch", config.batch), ("evaluate.batch", config.evaluate.batch)):
+        if value < 1:
+            raise UserError(f"{name}: {value}; it must be at least 1.")
+    if config.full and config.adapt is not None:
+        raise UserError("full: trains the whole backbone, which leaves nothing to adapt; set adapt to null, or full to false.")
+    _check_data(config.data)
+    _check_head(config.head)
+    _check_augment(config.augment)
+    trained = trained_tasks(config)
+    if config.retain is not None:
+        classes = next((task.channels for task in trained if task.name == SEGMENTATION), None)
+        if classes is None:
+            raise UserError(f"retain: compares class logits and needs the task {SEGMENTATION}; set retain to null.")
+        DenseRetaining(classes, **asdict(config.retain))
+    if config.balancing is not None:
+        make_balancer(config.balancing.method, [task.name for task in trained], **config.balancing.options)
+    if config.fade is not None:
+        RouterFade(max(1, config.train.steps), config.fade.start, config.fade.end)
+        if config.adapt is None or config.adapt.method != "moe_lora":
+            raise UserError("fade: nothing has a router to fade; set adapt.method to moe_lora, or fade to null.")
+
+
+def _check_data(data: DenseDataConfig) -> None:
+    if not data.train:
+        raise UserError("data.train: names no set.")
+    if data.limit is not None and data.limit < 1:
+        raise UserError(f"data.limit: {data.limit}; it must be at least 1.")
+    for part, share in (("test", data.test_share), ("validation", data.validation_share)):
+        named = getattr(data, part)
+        if bool(named) and bool(share):
+            raise UserError(f"data: both {part} and {part}_share; give one of them.")
+        if part == "test" and not named and not share:
+            raise UserError("data: nothing to test on; name a set in test, or give test_share.")
+        for other in named:
+            for name in data.train:
+                (card, _, split), (same, _, trained) = other.partition(":"), name.partition(":")
+                if card == same and (split == trained or {"", "all"} & {split, trained}):
+                    raise UserError(f"data: {part} '{other}' shares images with train '{name}'; take {part}_share instead.")
+
+
+def _check_head(head: DenseHeadConfig) -> None:
+    if head.name not in HEADS:
+        raise UserError(f"head: no head '{head.name}'.{near(head.name, HEADS)}")
+    known = head_options(HEADS[head.name])
+    for option in head.options:
+        if option not in known:
+            raise UserError(f"head: '{head.name}' has no option '{option}'.{near(option, known) or ' It has none.'}")
+
+
+def _check_augment(augment: DenseAugmentConfig) -> None:
+    scales = augment.scales
+    if len(scales) != 2 or not 0 < scales[0] <= scales[1] < math.inf:
+        raise UserError(f"augment.scales: {scales}; give two factors above 0, the smaller first.")
+    for name, low, high in (("strength", 0, math.inf), ("hue", 0, 0.5), ("cat_max_ratio", 0, 1)):
+        value = getattr(augment, name)
+        if not low <= value <= high:
+            raise UserError(f"augment.{name}: {value}; it lies from {low} to {high:g}.")
+
+
+def _check_baseline(config: DenseConfig) -> None:
+    """Every task has a baseline, an arm that trains it."""
+    if config.baseline is None:
+        return
+    tasks, arms = [task.name for task in all_tasks(config)], list(config.arms)
+    if isinstance(config.baseline, dict) and set(config.baseline) != set(tasks):
+        odd = min(set(config.baseline) ^ set(tasks))
+        raise UserError(f"baseline: '{odd}' is in only one of tasks and baseline; name an arm for each of {', '.join(tasks)}.")
+    for task, arm in baseline_arms(config).items():
+        if arm not in arms:
+            raise UserError(f"baseline: no arm '{arm}'.{near(arm, arms) or ' There are no arms.'}")
+        if task not in [one.name for one in trained_tasks(arm_config(config, arm))]:
+            raise UserError(f"baseline: arm '{arm}' does not train '{task}'; name another arm for it, as {{task: arm}}.")

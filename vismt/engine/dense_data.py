@@ -1,0 +1,146 @@
+"""The samples of a dense configuration: its parts, opened once, fitted into one size, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vismt import console
+from vismt.data import dense_transforms as transforms
+from vismt.data.dense import DenseSet, open_dense
+from vismt.data.dense_sample import Sample, collate
+from vismt.data.divide import divide
+from vismt.data.gather import ShuffledBatches
+from vismt.engine.dense_config import DenseAugmentConfig, DenseConfig, all_tasks
+from vismt.errors import UserError
+from vismt.multitask.tasks import DenseTask
+from vismt.seeds import mix_seed
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Samples of several sets behind one running index, in their sets' order and own sizes."""
+
+    entries: list[tuple[DenseSet, int]]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def ids(self) -> list[str]:
+        """"set:id" of each."""
+        return [f"{images.name}:{images.ids[i]}" for images, i in self.entries]
+
+    @property
+    def name(self) -> str:
+        """The sets' names, joined by +."""
+        return "+".join(dict.fromkeys(images.name for images, _ in self.entries))
+
+    def fitted(self, number: int, size: tuple[int, int]) -> Sample:
+        """One sample fitted into `size`, so that training and evaluation meet one camera."""
+        images, i = self.entries[number]
+        return transforms.resize(images.read(i), size)
+
+
+class DenseData:
+    """parts: "train", "validation" and "test".
+
+    Raises UserError for a card that is not here or has no maps, a task that no set of a part has a map for, and a number of
+    classes that is not the sets'.
+    """
+
+    def __init__(self, config: DenseConfig) -> None:
+        data, tasks = config.data, all_tasks(config)
+        self.size = (config.size[0], config.size[1])
+        shares = {part: share for part, share in (("test", data.test_share), ("validation", data.validation_share)) if share}
+        self.parts: dict[str, Rows] = {part: Rows([]) for part in ("train", "validation", "test")}
+        for name in data.train:
+            images = _open(name)
+            for part, index in divide(torch.zeros(len(images), dtype=torch.int64), shares, images.name).items():
+                self.parts[part].entries.extend((images, i) for i in index.tolist())
+        for part in ("validation", "test"):
+            for name in getattr(data, part):
+                images = _open(name)
+                self.parts[part].entries.extend((images, i) for i in range(len(images)))
+        if data.limit is not None:
+            self.parts["train"] = Rows(_spread(self.parts["train"].entries, data.limit))
+        for images in {id(images): images for rows in self.parts.values() for images, _ in rows.entries}.values():
+            _check_classes(images, tasks)
+        for part in ("train", "validation", "test"):
+            self._check_targets(part, tasks)
+        console.stage("data", "   ".join(f"{part} {len(rows):,}" for part, rows in self.parts.items() if len(rows)))
+
+    def part(self, name: str) -> Rows:
+        """The samples of a part; UserError where there is no validation part."""
+        if not len(self.parts[name]):
+            raise UserError("data: nothing to validate on; name a set in validation, or give validation_share.")
+        return self.parts[name]
+
+    def _check_targets(self, part: str, tasks: Sequence[DenseTask]) -> None:
+        entries = self.parts[part].entries
+        known = {target for images, _ in entries for target in images.targets}
+        lacking = next((task for task in tasks if entries and task.key not in known), None)
+        if lacking is not None:
+            raise UserError(
+                f"tasks: {lacking.name}: no {part} set has maps of it; {self.parts[part].name} has {', '.join(sorted(known))}."
+            )
+
+
+class DenseBatches:
+    """batches(k) -> a collated sample of `batch` images: passes over all rows, each in an order of its own.
+
+    A function of (seed, k). targets: the maps that are kept. Raises UserError when there are fewer rows than one batch takes.
+    """
+
+    def __init__(
+        self, rows: Rows, size: tuple[int, int], batch: int, augment: DenseAugmentConfig, targets: Sequence[str], *, seed: int,
+    ) -> None:
+        self._order = ShuffledBatches(_Numbers(len(rows)), batch, seed=seed)
+        self.rows, self.size, self.augment, self.seed = rows, size, augment, seed
+        self.kept = ("image", *targets)
+
+    def __call__(self, number: int) -> Sample:
+        found = self._order(number)["labels"].tolist()
+        return collate([self._sample(row, mix_seed(self.seed, "augment", number, place)) for place, row in enumerate(found)])
+
+    def _sample(self, row: int, seed: int) -> Sample:
+        own, sample = self.augment, self.rows.fitted(row, self.size)
+        # Labels decide which crop is taken, so what an arm does not train is dropped only afterwards: arms see the same crops.
+        sample = transforms.augment(
+            sample, seed, self.size, scales=(own.scales[0], own.scales[1]), mirror=own.flip, cat_max_ratio=own.cat_max_ratio,
+            strength=own.strength, hue=own.hue, inverse_depth=self.rows.entries[row][0].inverse_depth,
+        )
+        return {name: values for name, values in sample.items() if name in self.kept}
+
+
+class _Numbers:
+    """Stands for images where only their order is wanted."""
+
+    def __init__(self, count: int) -> None:
+        self.labels = torch.arange(count)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return index
+
+
+def _open(name: str) -> DenseSet:
+    card, _, split = name.partition(":")
+    return open_dense(card, split or "all")
+
+
+def _spread(entries: list[tuple[DenseSet, int]], limit: int) -> list[tuple[DenseSet, int]]:
+    count = min(limit, len(entries))
+    return [entries[i * len(entries) // count] for i in range(count)]
+
+
+def _check_classes(images: DenseSet, tasks: Sequence[DenseTask]) -> None:
+    for task in tasks:
+        names = {"semseg": images.classes, "parts": images.parts}.get(task.key)
+        if names and task.key in images.targets and task.channels != len(names):
+            raise UserError(f"tasks: {task.name}: classes {task.channels}, '{images.name}' has {len(names)}.")

@@ -1,0 +1,205 @@
+"""Evaluation of a dense run: every task of every training on the images in their fixed size, one row for each arm and task.
+
+A row's value is the score pooled over all images (mean over the training seeds), its interval the jackknife's over images
+(pooled.py); the records hold psi of every image, which lets arms be compared image by image, and the score of the image alone.
+delta_m (metrics/delta.py) over the configuration's baseline has its interval from the same psi: the first-order effect of every
+image on the scores and on the baseline's. dense_seeds.jsonl has all numbers by seed; merge.json of a training says what
+merging did to its predictions. Only arms that train all tasks have a delta_m.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vismt import console
+from vismt.data.dense_sample import Sample, collate
+from vismt.engine import runtime
+from vismt.engine.arms import Unit, arm_config, arm_names, final_units, unit_config
+from vismt.engine.dense_config import DenseConfig, all_tasks, baseline_arms, trained_tasks
+from vismt.engine.dense_data import DenseData
+from vismt.engine.dense_models import final, fingerprint, loaded, routes
+from vismt.engine.log import record_stem, write_lines
+from vismt.engine.multitask_evaluation import MERGE
+from vismt.engine.multitask_models import adapted
+from vismt.engine.pooled import PooledScore, Scored
+from vismt.errors import UserError
+from vismt.lowrank.files import atomic_write, read_json
+from vismt.metatune.intervals import mean_interval
+from vismt.multitask.dense import DenseNet
+from vismt.multitask.heads import resize_logits
+from vismt.multitask.metrics import delta_m
+from vismt.multitask.tasks import DenseTask
+from vismt.multitask.tasks.segmentation import Segmentation
+
+SEEDS, DELTA = "dense_seeds.jsonl", "delta_m"
+MEASURES = {"miou": "mIoU", "rmse": "RMSE", "mean": "mean angle in degrees", "ods_f": "odsF", "max_f": "maxF"}
+LEAST = 1e-6  # of a score, before its logarithm
+Images = dict[str, float]  # psi of each
+
+
+class Evaluation:
+    """What a run folder's trainings say of the samples in `data`."""
+
+    def __init__(self, config: DenseConfig, folder: Path, config_hash: str, data: DenseData) -> None:
+        self.config, self.folder, self.hash, self.data = config, folder, config_hash, data
+        self.tasks = {task.name: task for task in all_tasks(config)}
+
+    def validate(self, unit: Unit) -> float:
+        """Geometric mean over the tasks of the validation score, 1 / score where lower is better.
+
+        The order of two trainings by it does not depend on the scores' units, and is to first order that by delta_m over any
+        baseline; so none has to be trained before.
+        """
+        scored = self._scored(unit, "validation")
+        logs = [math.log(max(one.value, LEAST)) * (-1 if self.tasks[task].lower_is_better else 1) for task, one in scored.items()]
+        return math.exp(math.fsum(logs) / len(logs))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows of results.jsonl for every arm."""
+        found: dict[tuple[str, str], tuple[float, Images, list[dict[str, Any]]]] = {}
+        lines: list[dict[str, Any]] = []
+        for arm in arm_names(self.config):
+            seeds = {unit: self._scored(unit, self.config.evaluate.split) for unit in final_units(self.config, self.folder, arm)}
+            for unit in seeds:
+                self._check_merge(unit)
+            for task in trained_tasks(arm_config(self.config, arm)):
+                own = {unit: scored[task.name] for unit, scored in seeds.items()}
+                lines += [{
+                    "arm": arm, "seed": unit.seed, "lr": unit.lr, "task": task.name, "measure": task.measure, "value": one.value,
+                    "n": len(one.images), "numbers": one.numbers,
+                } for unit, one in own.items()]
+                found[arm, task.name] = _mean(list(own.values()))
+        rows = [self._row(arm, self._metric(self.tasks[task]), task, *one) for (arm, task), one in found.items()]
+        for arm in arm_names(self.config):
+            rows += self._delta(arm, found, lines)
+        write_lines(self.folder / SEEDS, lines)
+        return rows
+
+    def _metric(self, task: DenseTask) -> str:
+        entries = self.data.part(self.config.evaluate.split).entries
+        metres = task.name == "depth" and not any(images.inverse_depth for images, _ in entries)
+        return f"{task.name} {MEASURES[task.measure]}" + " in m" * metres
+
+    def _row(
+        self, arm: str, metric: str, task: str, value: float, images: Images, alone: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """One row, and the records that reproduce it."""
+        data, split = self.data.part(self.config.evaluate.split).name, self.config.evaluate.split
+        protocol = f"{split} images at {self.data.size[0]} x {self.data.size[1]}"
+        half = mean_interval(list(images.values()))[1]
+        path = self.folder / "records" / f"{record_stem(data, protocol, arm)}-{task}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_lines(path, [
+            {"episode": name, "clean": psi, **({"alone": [one[name] for one in alone]} if alone else {})}
+            for name, psi in images.items()
+        ])
+        console.stage("eval", f"{arm}   {metric} {value:.4g} ± {half:.2g}   (n = {len(images):,} images)")
+        return {
+            "data": data, "protocol": protocol, "condition": "clean", "metric": metric, "model": arm, "value": value,
+            "ci95": half, "n": len(images), "unit": "images", "seed": self.config.seed, "config_hash": self.hash,
+            "lower_is_better": task in self.tasks and self.tasks[task].lower_is_better,
+        }
+
+    def _delta(self, arm: str, found: Mapping[tuple[str, str], Any], lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The row of delta_m of an arm with all tasks, and its lines by seed; none for the baseline itself."""
+        arms = baseline_arms(self.config)
+        if not arms or set(arms.values()) == {arm} or any((arm, task) not in found for task in arms):
+            return []
+        pairs = {task: (found[arm, task], found[base, task]) for task, base in arms.items()}
+        sign = {task: -1 if self.tasks[task].lower_is_better else 1 for task in arms}
+        lower = {task: self.tasks[task].lower_is_better for task in arms}
+        named = "+".join(dict.fromkeys(arms.values()))
+        by_seed = {(line["arm"], line["seed"], line["task"]): line for line in lines}
+        try:
+            value = delta_m({t: pair[0][0] for t, pair in pairs.items()}, {t: pair[1][0] for t, pair in pairs.items()}, lower)
+            for seed in dict.fromkeys(line["seed"] for line in lines):
+                own = {task: by_seed[arm, seed, task]["value"] for task in arms}
+                base = {task: by_seed[arms[task], seed, task]["value"] for task in arms}
+                lines.append({
+                    **by_seed[arm, seed, next(iter(arms))], "task": DELTA, "measure": f"over {named}, seed by seed",
+                    "value": delta_m(own, base, lower), "numbers": {},
+                })
+        except UserError as error:
+            console.stage("eval", f"{arm}   no delta_m: {error}")
+            return []
+        names = list(dict.fromkeys(name for (_, images, _), _ in pairs.values() for name in images))
+        effect = dict.fromkeys(names, 0.0)
+        for task, ((score, images, _), (base, others, _)) in pairs.items():
+            for name, psi in images.items():  # images without a label of the task have no effect on it
+                gain = (psi - score) / base - score * (others[name] - base) / base**2
+                effect[name] += sign[task] * 100 / len(pairs) * gain * len(names) / len(images)
+        shown = {name: value + change for name, change in effect.items()}
+        return [self._row(arm, f"delta_m over {named} in per cent", DELTA, value, shown, [])]
+
+    def _scored(self, unit: Unit, split: str) -> dict[str, Scored]:
+        """Every task of one training; read from the training's folder when it was scored before."""
+        path, seen = unit.folder / "records" / f"{split}.json", fingerprint(unit)
+        if path.exists():
+            held = read_json(path, f"run '{unit.folder}': {path.name}")
+            if isinstance(held, dict) and held.get("fingerprint") == seen:
+                return {task: Scored(**one) for task, one in held["tasks"].items()}
+        net = self._final(unit)
+        pools = {task.name: PooledScore(task) for task in trained_tasks(unit_config(self.config, unit))}
+        for names, batch in self._batches(split, f"{unit.arm} seed {unit.seed}"):
+            logits = self._logits(net, batch)
+            for task, pool in pools.items():
+                key = self.tasks[task].key
+                for place, name in enumerate(names if key in batch else ()):
+                    pool.add(name, logits[task][place : place + 1], batch[key][place : place + 1])
+        scored = {task: pool.result() for task, pool in pools.items()}
+        atomic_write(path, json.dumps({"fingerprint": seen, "tasks": {task: asdict(one) for task, one in scored.items()}}))
+        return scored
+
+    def _batches(self, split: str, told: str) -> Iterator[tuple[list[str], Sample]]:
+        """(ids, collated sample) of a part in its order."""
+        rows, step = self.data.part(split), self.config.evaluate.batch
+        for start in console.track(range(0, len(rows), step), "eval", f"{split} {told}"):
+            here = range(start, min(len(rows), start + step))
+            yield [rows.ids[i] for i in here], collate([rows.fitted(i, self.data.size) for i in here])
+
+    def _logits(self, net: DenseNet, batch: Sample) -> dict[str, Tensor]:
+        with torch.no_grad():
+            found = net(batch["image"].to(runtime.processes().device))
+        return {task: resize_logits(value.float(), self.data.size).cpu() for task, value in found.items()}
+
+    def _check_merge(self, unit: Unit) -> None:
+        """Compare the merged net with the unmerged one, image by image; writes merge.json once.
+
+        The differences are those of the task where they are largest relative to its largest logit; an answer is a pixel's class.
+        """
+        if (unit.folder / MERGE).exists() or not adapted(unit):
+            return
+        net = self._final(unit)
+        if routes(net):
+            return
+        plain = loaded(self.config, unit).to(runtime.processes().device)
+        found: dict[str, list[float]] = {task: [0.0, 0.0, 0] for task in net.heads}
+        for _, batch in self._batches(self.config.evaluate.split, f"{unit.arm} seed {unit.seed}, merged and not"):
+            merged, other = self._logits(net, batch), self._logits(plain, batch)
+            for task, (difference, largest, answers) in found.items():
+                classes = isinstance(self.tasks[task], Segmentation)
+                changed = int((merged[task].argmax(1) != other[task].argmax(1)).sum()) if classes else 0
+                apart = float((merged[task] - other[task]).abs().max())
+                found[task] = [max(difference, apart), max(largest, float(other[task].abs().max())), answers + changed]
+        worst = max(found.values(), key=lambda one: one[0] / max(one[1], LEAST))
+        atomic_write(unit.folder / MERGE, json.dumps({
+            "n": len(self.data.part(self.config.evaluate.split)), "different_predictions": sum(one[2] for one in found.values()),
+            "largest_difference": worst[0], "largest_logit": worst[1], "tasks": found,
+        }))
+
+    def _final(self, unit: Unit) -> DenseNet:
+        return final(self.config, unit).to(runtime.processes().device)
+
+
+def _mean(seeds: Sequence[Scored]) -> tuple[float, Images, list[Mapping[str, Any]]]:
+    """Score and psi averaged over trainings, and the images' own scores of each."""
+    images = {name: math.fsum(one.images[name] for one in seeds) / len(seeds) for name in seeds[0].images}
+    return math.fsum(one.value for one in seeds) / len(seeds), images, [one.alone for one in seeds]

@@ -1,0 +1,103 @@
+"""A pooled score of many images, and what each image does to it.
+
+Scores of dense tasks are no means over images: counts and errors of all pixels are added up and one number is made of the sums.
+The jackknife gives it an interval over images all the same. With theta of all n images and theta_i of all but image i,
+
+    psi_i = theta + (n - 1) (mean_j theta_j - theta_i)     mean_i psi_i = theta     var = sum (psi_i - theta)^2 / n (n - 1)
+
+so psi_i (Tukey's pseudo-values, centred on theta) may be treated as if the score were their mean: intervals, paired differences
+of two models on the same images, averages over trainings. First-order right for scores that are smooth in the images' weights, as
+all scores of the tasks are but for a jump of the best threshold; not for a median. Nothing is said of pixels within an image.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vismt.errors import UserError
+from vismt.multitask.tasks import DenseTask
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+LARGEST = 100_000  # numbers of a state kept for each image; the histogram of angles has more, and no score is read from it
+
+
+@dataclass(frozen=True)
+class Scored:
+    """value: the pooled score. numbers: all that the metric says. images: {id: psi}; alone: {id: own score, None for none}."""
+
+    value: float
+    numbers: dict[str, Any]
+    images: dict[str, float]
+    alone: dict[str, float | None]
+
+
+class PooledScore:
+    """Collects the images of one task; those without a valid pixel are passed over."""
+
+    def __init__(self, task: DenseTask) -> None:
+        self.task = task
+        self._states: dict[str, dict[str, Tensor]] = {}
+        self._total: dict[str, Tensor] = {}
+        self._metric: Metric | None = None
+
+    def add(self, name: str, prediction: Tensor, target: Tensor) -> None:
+        """One image, with a batch dimension of 1, at the target's size; arguments and errors as DenseTask.update."""
+        if not bool(self.task.valid(target).any()):
+            return
+        metric = self.task.metric()
+        self.task.update(metric, prediction, target)
+        states = {key: value.clone() for key, value in metric.metric_state.items()}
+        self._total = {key: value + self._total.get(key, 0) for key, value in states.items()}
+        self._states[name] = {key: value for key, value in states.items() if value.numel() <= LARGEST}
+        self._metric = metric
+
+    def result(self) -> Scored:
+        """UserError for fewer than two images, a score that is not finite, and one that hangs on a single image."""
+        n = len(self._states)
+        if n < 2:
+            raise UserError(f"evaluate: {n} image(s) with a value for {self.task.name}; an interval needs two or more.")
+        numbers = self._compute(self._total)
+        value = self.task.score(numbers)
+        without, alone = {}, {}
+        for name, states in self._states.items():
+            try:
+                rest = self._compute({key: total - states.get(key, 0) for key, total in self._total.items()})
+            except UserError as error:
+                raise UserError(f"evaluate: {self.task.name} rests on image '{name}' alone ({error}).") from error
+            without[name] = self.task.score(rest)
+            alone[name] = self._alone(states)
+        if not all(map(_finite, (value, *without.values()))):
+            raise UserError(
+                f"evaluate: the score of {self.task.name} is {value}, or is not finite without one image. With absent 'nan' a "
+                "class that is nowhere takes the whole mean along; use 'zero' or 'skip'."
+            )
+        mean = sum(without.values()) / n
+        images = {name: value + (n - 1) * (mean - other) for name, other in without.items()}
+        return Scored(value, numbers, images, alone)
+
+    def _compute(self, states: Mapping[str, Tensor]) -> dict[str, Any]:
+        metric = copy.deepcopy(self._metric)  # one that has seen data; its states are replaced
+        metric.distributed_available_fn = lambda: False  # one process evaluates while the others wait: nobody would answer
+        for key, value in states.items():
+            setattr(metric, key, value)
+        return metric.compute()
+
+    def _alone(self, states: Mapping[str, Tensor]) -> float | None:
+        """The image as if it were the whole set; None where it has no score of its own (no boundary in it, say)."""
+        try:
+            score = self.task.score(self._compute({**self._total, **states}))
+        except UserError:
+            return None
+        return score if _finite(score) else None
+
+
+def _finite(value: float) -> bool:
+    return bool(torch.isfinite(torch.tensor(value)))
