@@ -70,6 +70,16 @@ def test_values_that_are_no_shares(drawn, tmp_path):
     assert drawn[0].axes[0].get_xlim()[1] == pytest.approx(4.4)
 
 
+def test_a_bar_below_zero_is_not_cut_off(drawn, tmp_path):
+    cells = {"lora": Cell(-3.0, 0.5, 6), "full": Cell(2.0, 1.0, 6)}
+    made = [Comparison("camvid", "test", "clean", "delta_m over single in per cent", "images", 0, cells, None, False)]
+    figures.domain_bars(made, tmp_path / "a.png")
+    # 1.1 * (-3 - 0.5); without a negative value the axis starts at 0
+    assert drawn[0].axes[0].get_xlim()[0] == pytest.approx(-3.85)
+    figures.domain_bars(comparisons(["digits"]), tmp_path / "b.png")
+    assert drawn[1].axes[0].get_xlim()[0] == 0
+
+
 def test_training_curve(drawn, tmp_path):
     rows = [{"step": s, "loss": 1 / s, "accuracy": None if s == 2 else 0.5} for s in range(1, 50)]
     figures.training_curve(rows, tmp_path / "a.png")

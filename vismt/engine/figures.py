@@ -133,7 +133,10 @@ def _bars(
                 xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5, color=INK, annotation_clip=False,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8}, zorder=4,
             )
-    axes.set(xlim=(0, 1.1 * factor * reach), ylim=(len(names) - 0.45, -0.55), yticks=range(len(names)))
+    cells = [cell for comparison in chosen.values() for cell in comparison.cells.values()]
+    least = min((cell.value - cell.ci95 for cell in cells), default=0.0)  # below 0 only where values may be negative
+    low = min(0.0, least) if reach != 1.0 else 0.0
+    axes.set(xlim=(1.1 * factor * low, 1.1 * factor * reach), ylim=(len(names) - 0.45, -0.55), yticks=range(len(names)))
     dress(axes, "")
     axes.grid(axis="x", color=GRID, linewidth=0.8)
     axes.set_yticklabels([short(name, 28) for name in names] if first else [], fontsize=9, color=INK)
