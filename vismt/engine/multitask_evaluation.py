@@ -73,11 +73,10 @@ class Evaluation:
         self, task: str, arm: str, by_condition: Mapping[str, Sequence[Mapping[str, float]]], apart: str
     ) -> list[dict[str, Any]]:
         """Rows of one task and arm, and the records that reproduce them."""
-        told = arm_config(self.config, arm).head == "separate"
-        classes = self.data.union.counts[self.data.union.tasks.index(task)] if told else self.data.union.num_classes
-        protocol = f"{self.config.evaluate.split} images, one of {'the ' if told else ''}{classes} classes" + ", task told" * told
-        if told:  # the number differs from task to task
-            protocol = f"{self.config.evaluate.split} images, task told"
+        asked = f"one of {self.data.union.num_classes} classes"
+        if arm_config(self.config, arm).head == "separate":
+            asked = "task told"
+        protocol = f"{self.config.evaluate.split} images, {asked}"
         records: dict[str, dict[str, Any]] = {}
         rows = []
         for condition, seeds in by_condition.items():
