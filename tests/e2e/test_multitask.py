@@ -269,6 +269,9 @@ def test_separate_heads_balanced_tasks_and_validation(tmp_path: Path) -> None:
     }
     metrics = read_lines(next(folder.rglob("metrics.jsonl")))
     assert {"weight/digits", "weight/photos"} <= set(metrics[0])
+    assert main(["attack", str(folder), "--attack", "apgd_ce", "--epsilon", "2/255", "--steps", "2", "--quiet"]) == 0
+    attacked = [row for row in read_lines(folder / "results.jsonl") if row["condition"] != "clean"]
+    assert len(attacked) == 4 and {row["protocol"] for row in attacked} == {row["protocol"] for row in rows}
 
 
 def test_overrides_of_an_arm_are_typed_and_its_units_are_named(tmp_path: Path) -> None:

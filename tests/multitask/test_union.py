@@ -47,6 +47,9 @@ def test_the_right_class_of_the_wrong_task_is_wrong() -> None:
     labels = torch.tensor([4, 4])
     assert TaskClassifier(net, UNION, 1, told=False)(batch(labels)["images"]).argmax(1).tolist() == [1, 1]
     assert TaskClassifier(net, UNION, 1, told=True)(batch(labels)["images"]).argmax(1).tolist() == [4, 4]
+    told = TaskClassifier(net, UNION, 1, told=True)(batch(labels)["images"])
+    assert bool(told.diff(dim=1).isfinite().all()) and torch.equal(told[:, UNION.span(1)], net.logits[:, UNION.span(1)])
+    assert torch.allclose(F.cross_entropy(told, labels), F.cross_entropy(net.logits[:, 3:5], labels - 3))
     assert float(UnionObjective(net, UNION)(batch(labels))["accuracy"]) == 0
     assert float(UnionObjective(net, UNION, head="separate")(batch(labels))["accuracy"]) == 1
 

@@ -55,7 +55,8 @@ class Union:
 class TaskClassifier(nn.Module):
     """What a classifier over the union says of one task's images: (b, 3, h, w) -> (b, C).
 
-    told: the task is told, so that labels of the others get -inf (the separate heads' way).
+    told: the task is told, so that labels of the others can never win (the separate heads' way). They get the lowest finite
+    numbers and not -inf, of which an attack that takes differences of logits would make NaN.
     """
 
     def __init__(self, net: nn.Module, union: Union, task: int, told: bool) -> None:
@@ -66,7 +67,7 @@ class TaskClassifier(nn.Module):
         logits = self.net(images)
         if not self.told:
             return logits
-        outside = torch.full_like(logits, -torch.inf)
+        outside = torch.full_like(logits, torch.finfo(logits.dtype).min / 4)
         outside[:, self.span] = logits[:, self.span]
         return outside
 
