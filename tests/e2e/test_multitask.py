@@ -325,6 +325,7 @@ def test_every_error_of_these_sections_is_one_line(tmp_path: Path, capsys, chang
     assert main(["run", str(write(tmp_path, **changes)), "--out", str(tmp_path / "runs")]) == 2
     told = capsys.readouterr().err
     assert words in told and told.startswith("error: ") and told.count("\n") == 1
+    assert not list((tmp_path / "runs").rglob("checkpoint.pt"))  # said before anything is trained
 
 
 @pytest.mark.slow

@@ -57,9 +57,9 @@ class CorruptionConfig:
 
 
 def conditions(
-    attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], source: Callable[[str], Source],
+    attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], source: Callable[[str], Source] | None = None,
 ) -> list[Condition]:
-    """Attacks in their order, then corruptions; `source` gives the model of an attack's source by name."""
+    """Attacks in their order, then corruptions; `source` gives the model of an attack's source by name, where one has any."""
     made: list[Condition] = []
     sources: dict[str, Source] = {}
     for attack in attacks:

@@ -134,7 +134,7 @@ class MultitaskJob:
     def evaluate(self, attacks: list[AttackConfig] | None = None) -> list[dict[str, Any]]:
         """Rows of every task, arm and condition; images that are on record are not evaluated again."""
         own = self.config.evaluate
-        specs = conditions(own.attacks if attacks is None else attacks, own.corruptions if attacks is None else [], _no_source)
+        specs = conditions(own.attacks if attacks is None else attacks, own.corruptions if attacks is None else [])
         rows = self.evaluation.rows(specs, attacks is None)
         if attacks is None:
             multitask_panels.examples(self.evaluation, self.folder / multitask_panels.EXAMPLES)
@@ -167,10 +167,6 @@ class MultitaskJob:
     def about(self) -> dict[str, Any]:
         """What config.json beside merged weights says of the classes, in timm's terms."""
         return {"num_classes": self.data.union.num_classes, "label_names": self.data.label_names}
-
-
-def _no_source(model: str) -> Any:
-    raise UserError(f"evaluate.attacks: source '{model}': attacks from another model are for few-shot runs; leave it out.")
 
 
 CONFIG, JOB = MultitaskConfig, MultitaskJob

@@ -138,6 +138,9 @@ def check(config: MultitaskConfig) -> None:
         RouterFade(max(1, config.train.steps), config.fade.start, config.fade.end)
         if config.adapt is None or config.adapt.method != "moe_lora":
             raise UserError("fade: nothing has a router to fade; set adapt.method to moe_lora, or fade to null.")
+    source = next((attack.source for attack in config.evaluate.attacks if attack.source is not None), None)
+    if source is not None:
+        raise UserError(f"evaluate.attacks: source '{source}': attacks from another model are for few-shot runs; leave it out.")
     check_conditions(config.evaluate.attacks, config.evaluate.corruptions, 4)
     check_arms(config, check)
 
