@@ -21,6 +21,7 @@ from vismt.errors import UserError
 from vismt.multitask.balancing import Balancer
 from vismt.multitask.fading import RouterFade
 from vismt.multitask.heads import Head, resize_logits
+from vismt.multitask.objective import TaskObjective
 from vismt.multitask.retain_dense import DenseRetaining
 from vismt.multitask.tasks import DenseTask
 
@@ -71,7 +72,7 @@ def check_blocks(blocks: Sequence[int], depth: int) -> list[int]:
     return found
 
 
-class DenseObjective(nn.Module):
+class DenseObjective(TaskObjective):
     """objective(batch) -> {"loss", "<task>", ...}, scalars. batch: a collated sample (dense_sample.py), which may lack targets.
 
     tasks: those of the net's heads, any order. balancer: None for the weighted sum. balanced: the parameters whose gradients it
@@ -85,14 +86,12 @@ class DenseObjective(nn.Module):
         self, net: DenseNet, tasks: Sequence[DenseTask], balancer: Balancer | None = None, balanced: Sequence[Tensor] = (),
         retain: DenseRetaining | None = None, fade: RouterFade | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(net, balancer, balanced, retain, fade)
         self.tasks = {task.name: task for task in tasks}
         if len(self.tasks) < len(tasks) or set(self.tasks) != set(net.heads):
             raise UserError(f"dense: tasks {[task.name for task in tasks]}, heads {list(net.heads)}; they must be the same.")
         if retain is not None and SEGMENTATION not in self.tasks:
             raise UserError(f"retain: compares class logits and needs the task {SEGMENTATION}; set retain to null.")
-        self.net, self.balancer, self.retain, self.fade = net, balancer, retain, fade
-        self._balanced, self._seen = tuple(balanced), []
 
     def forward(self, batch: Sample) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -105,25 +104,11 @@ class DenseObjective(nn.Module):
             found[name] = idle.detach() * torch.nan if loss is None else loss.detach()
             if loss is not None:
                 losses[name] = task.loss_weight * loss
-        total = sum(losses.values()) if self.balancer is None else self.balancer.combine(losses, self._balanced)
-        loss = total + idle
-        if self.balancer is not None:
-            found |= {f"weight/{name}": value for name, value in self.balancer.last_alpha().items()}
+        loss = (sum(losses.values()) if self.balancer is None else self.balance(losses)) + idle
         if self.retain is not None:
             pull = self._retain(logits[SEGMENTATION], batch)
             loss, found["retain"] = loss + pull, pull.detach()
-        if self.fade is not None:
-            found["fade"] = self.fade.alpha.clone()
-        return {"loss": loss, **found}
-
-    def step(self) -> None:
-        """After an optimiser step: the bank takes the logits of all its batches, the fade goes one step on."""
-        if self._seen:
-            logits, target = (torch.cat(parts) for parts in zip(*self._seen))
-            self.retain.update(logits, target)
-            self._seen.clear()
-        if self.fade is not None:
-            self.fade.step()
+        return {"loss": loss, **found, **self.logged()}
 
     def _loss(self, task: DenseTask, logits: Tensor, batch: Sample) -> Tensor | None:
         target = batch.get(task.key)
@@ -136,5 +121,5 @@ class DenseObjective(nn.Module):
             height, width = batch["image"].shape[-2:]
             target = blank(SEGMENTATION, height, width).to(logits.device).expand(len(logits), -1, -1)
         pull = self.retain.loss(logits, target)
-        self._seen.append((logits.detach(), target))
+        self.remember(logits, target)
         return logits.flatten()[:0].sum() if pull is None else pull

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vismt.errors import UserError, near
 from vismt.multitask.balancing import Balancer
 from vismt.multitask.fading import RouterFade
+from vismt.multitask.objective import TaskObjective
 from vismt.multitask.retain import QualityRetaining
 
 HEADS = ("union", "separate")
@@ -72,7 +73,7 @@ class TaskClassifier(nn.Module):
         return outside
 
 
-class UnionObjective(nn.Module):
+class UnionObjective(TaskObjective):
     """objective({"images" (b, 3, h, w), "labels" int64 (b,)}) -> {"loss", "ce", "accuracy", ...}, scalars.
 
     `step()` follows each optimiser step. net: images -> logits (b, C). head: "union" or "separate". label_smoothing: in
@@ -88,16 +89,14 @@ class UnionObjective(nn.Module):
         balancer: Balancer | None = None, balanced: Sequence[Tensor] = (), retain: QualityRetaining | None = None,
         fade: RouterFade | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(net, balancer, balanced, retain, fade)
         if head not in HEADS:
             raise UserError(f"head: '{head}'.{near(head, HEADS)}")
         if not 0 <= label_smoothing < 1:
             raise UserError(f"label_smoothing: {label_smoothing}; it lies in [0, 1).")
         if retain is not None and head != "union":
             raise UserError("retain: quality retaining compares logits over the classes of all tasks; it needs head: union.")
-        self.net, self.union, self.head, self.label_smoothing = net, union, head, label_smoothing
-        self.balancer, self.retain, self.fade = balancer, retain, fade
-        self._balanced, self._seen = tuple(balanced), []
+        self.union, self.head, self.label_smoothing = union, head, label_smoothing
         self.register_buffer("task_of_class", union.task_of_class(), persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -110,26 +109,14 @@ class UnionObjective(nn.Module):
         else:
             present = {name: each[tasks == number] for number, name in enumerate(self.union.tasks)}
             losses = {name: values.mean() for name, values in present.items() if len(values)}
-            loss = self.balancer.combine(losses, self._balanced)
-            found |= {f"weight/{name}": value for name, value in self.balancer.last_alpha().items()}
+            loss = self.balance(losses)
         if self.retain is not None:
             pull = self.retain.loss(logits, labels)
             loss = loss + pull
-            self._seen.append((logits.detach(), labels))
+            self.remember(logits, labels)
             found["retain"] = pull.detach()
             found |= {f"running ce/{name}": value.clone() for name, value in zip(self.union.tasks, self.retain.ema)}
-        if self.fade is not None:
-            found["fade"] = self.fade.alpha.clone()
-        return {"loss": loss, **found}
-
-    def step(self) -> None:
-        """After an optimiser step: the bank takes the logits of all its batches, the fade goes one step on."""
-        if self._seen:
-            logits, labels = (torch.cat(parts) for parts in zip(*self._seen))
-            self.retain.update(logits, labels)
-            self._seen.clear()
-        if self.fade is not None:
-            self.fade.step()
+        return {"loss": loss, **found, **self.logged()}
 
     def _each(self, logits: Tensor, labels: Tensor, tasks: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of each sample (b,), and whether it is right (b,)."""
