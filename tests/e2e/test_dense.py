@@ -16,12 +16,13 @@ import yaml
 from vismt.cli import main
 from vismt.engine import dense_models
 from vismt.engine.arms import unit, unit_config
-from vismt.engine.dense import make_objective, prepare
+from vismt.engine.dense import DenseJob
 from vismt.engine.dense_config import check
 from vismt.engine.jobs import load_config
 from vismt.engine.log import read_lines
 from vismt.engine.run import open_run
 from vismt.errors import UserError
+from vismt.multitask.moe_lora import routes
 from vismt.paths import shipped
 
 pytest.importorskip("skimage")
@@ -97,7 +98,7 @@ def test_arms_of_a_seed_start_alike_and_see_the_same_crops(study: Path) -> None:
     assert list(nets[1].heads) == ["depth"] and list(nets[0].heads) == ["depth", "normals", "edge"]
     assert torch.equal(nets[0].heads["depth"].predict.weight, nets[1].heads["depth"].predict.weight)
     assert not torch.equal(nets[0].heads["depth"].predict.weight, nets[0].heads["edge"].predict.weight)
-    one, two = (job._batches(config)(3) for config in configs)
+    one, two = (job.batches(config)(3) for config in configs)
     assert set(one) == {"image", "depth", "normals", "edge"} and set(two) == {"image", "depth"}
     assert one["image"].shape == (3, 3, 32, 48) and torch.equal(one["image"], two["image"])
 
@@ -186,16 +187,17 @@ def test_a_rate_is_chosen_on_validation_images(tmp_path: Path) -> None:
 def test_retaining_and_fading_come_from_the_configuration(tmp_path: Path) -> None:
     tasks = [{"name": "semseg", "classes": 4}, "depth"]
     config = load_config(write(tmp_path, **ONE, tasks=tasks, retain={"temperature": 3.0}), [])
-    check(config)
-    net = dense_models.fresh(config).requires_grad_(False)
-    assert prepare(net, config) == "moe_lora"
-    objective = make_objective(net, config, [])
+    job = DenseJob(config, tmp_path, "hash")
+    net = job.fresh(config).requires_grad_(False)
+    assert job.prepare(net, config) == "moe_lora"
+    job.heads(net).requires_grad_(True)
+    objective = job.objective(config, net, [])
     assert objective.retain.temperature == 3.0 and objective.retain.bank.shape == (4, 2, 4)
     labels = torch.arange(4).repeat_interleave(12).expand(2, 32, 48)
     found = objective({"image": torch.rand(2, 3, 32, 48), "semseg": labels})
     found["loss"].backward()
     objective.step()
-    assert dense_models.routes(net) is False and float(objective.fade.alpha) == 1 and bool(objective.retain.bank.any())
+    assert routes(net) is False and float(objective.fade.alpha) == 1 and bool(objective.retain.bank.any())
     trained = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
     assert all(net.get_parameter(name).grad is not None for name in trained)
     assert not any(name.endswith("norm.weight") for name in trained)
@@ -203,8 +205,10 @@ def test_retaining_and_fading_come_from_the_configuration(tmp_path: Path) -> Non
 
 def test_full_training_reaches_every_parameter_that_is_run(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, **{**ONE, **ALONE}, full=True), [])
-    net = dense_models.fresh(config).requires_grad_(False)
-    assert prepare(net, config) == "full"
+    job = DenseJob(config, tmp_path, "hash")
+    net = job.fresh(config).requires_grad_(False)
+    assert job.prepare(net, config) == "full"
+    job.heads(net).requires_grad_(True)
     sum(value.sum() for value in net(torch.rand(1, 3, 32, 48)).values()).backward()
     lacking = [name for name, parameter in net.named_parameters() if parameter.requires_grad and parameter.grad is None]
     assert not lacking and net.vit.blocks[0].mlp.fc1.weight.grad is not None

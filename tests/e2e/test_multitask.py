@@ -122,7 +122,7 @@ def test_arms_of_a_seed_start_alike_and_see_the_same_batches(study: Path) -> Non
         nets.append(multitask_models.fresh(own, 28).vit.head.weight)
     assert torch.equal(nets[0], nets[1]) and torch.equal(nets[1], nets[2])
     one, two, other = (
-        job._batches(unit_config(config, unit(config, study, arm, lr, seed)))(1)
+        job.batches(unit_config(config, unit(config, study, arm, lr, seed)))(1)
         for arm, lr, seed in (("head", 1e-3, 0), ("emtal", 1e-2, 0), ("head", 1e-3, 1))
     )
     assert torch.equal(one["images"], two["images"]) and torch.equal(one["labels"], two["labels"])

@@ -7,33 +7,19 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vismt.engine.arms import ArmsConfig, arm_config, check_arms
-from vismt.engine.multitask_config import BalancingConfig, FadeConfig, RetainConfig
+from vismt.engine.study import BalancingConfig, FadeConfig, PartsConfig, RetainConfig, check_parts, check_study
 from vismt.errors import UserError, near
-from vismt.multitask.balancing import make_balancer
 from vismt.multitask.dense import SEGMENTATION
-from vismt.multitask.fading import RouterFade
-from vismt.multitask.heads import HEADS, head_options
+from vismt.multitask.heads import check_head
 from vismt.multitask.retain_dense import DenseRetaining
 from vismt.multitask.tasks import DenseTask, make_task
 
-SPLITS = ("test", "validation")
 SAME_FOR_ALL = ("data", "size", "baseline")  # of all arms, besides what arms.py names
 
 
 @dataclass
-class DenseDataConfig:
-    """train, validation, test: dense cards as 'name' or 'name:split', several are joined.
-
-    validation_share, test_share: the last share of each training set, in its own order, that is kept apart where no set is
-    named. limit: the largest number of training images, spread evenly over them.
-    """
-
-    train: list[str] = field(default_factory=list)
-    test: list[str] = field(default_factory=list)
-    validation: list[str] = field(default_factory=list)
-    test_share: float = 0.0
-    validation_share: float = 0.0
-    limit: int | None = None
+class DenseDataConfig(PartsConfig):
+    """Dense cards; shares are the last of each training set, in its own order, a limit is spread evenly over them."""
 
 
 @dataclass
@@ -122,40 +108,26 @@ def check(config: DenseConfig) -> None:
 
 def _check_values(config: DenseConfig) -> None:
     tasks = [task.name for task in all_tasks(config)]
-    if not tasks or len(set(tasks)) < len(tasks):
-        raise UserError(f"tasks: {tasks}; name at least one, each once.")
+    trained = [task.name for task in trained_tasks(config)]
+    check_study(config, tasks, trained)
     for name in config.only:
         if name not in tasks:
             raise UserError(f"only: no task '{name}'.{near(name, tasks)}")
-    if config.train is None:
-        raise UserError("train: is null; the heads have to be trained.")
     model = config.model
     if model.block is not None or model.pool is not None or model.img_size is not None:
         raise UserError("model: img_size, block and pool must be null; give size: [h, w] and blocks instead.")
     if len(config.size) != 2 or min(config.size) < 1:
         raise UserError(f"size: {config.size}; give [height, width] in pixels, multiples of the model's patch.")
-    if config.evaluate.split not in SPLITS:
-        raise UserError(f"evaluate.split: '{config.evaluate.split}'.{near(config.evaluate.split, SPLITS)}")
-    for name, value in (("batch", config.batch), ("evaluate.batch", config.evaluate.batch)):
-        if value < 1:
-            raise UserError(f"{name}: {value}; it must be at least 1.")
     if config.full and config.adapt is not None:
         raise UserError("full: trains the whole backbone, which leaves nothing to adapt; set adapt to null, or full to false.")
     _check_data(config.data)
-    _check_head(config.head)
+    check_head(config.head.name, config.head.options)
     _check_augment(config.augment)
-    trained = trained_tasks(config)
     if config.retain is not None:
-        classes = next((task.channels for task in trained if task.name == SEGMENTATION), None)
+        classes = next((task.channels for task in trained_tasks(config) if task.name == SEGMENTATION), None)
         if classes is None:
             raise UserError(f"retain: compares class logits and needs the task {SEGMENTATION}; set retain to null.")
         DenseRetaining(classes, **asdict(config.retain))
-    if config.balancing is not None:
-        make_balancer(config.balancing.method, [task.name for task in trained], **config.balancing.options)
-    if config.fade is not None:
-        RouterFade(max(1, config.train.steps), config.fade.start, config.fade.end)
-        if config.adapt is None or config.adapt.method != "moe_lora":
-            raise UserError("fade: nothing has a router to fade; set adapt.method to moe_lora, or fade to null.")
 
 
 def _check_data(data: DenseDataConfig) -> None:
@@ -163,26 +135,7 @@ def _check_data(data: DenseDataConfig) -> None:
         raise UserError("data.train: names no set.")
     if data.limit is not None and data.limit < 1:
         raise UserError(f"data.limit: {data.limit}; it must be at least 1.")
-    for part, share in (("test", data.test_share), ("validation", data.validation_share)):
-        named = getattr(data, part)
-        if bool(named) and bool(share):
-            raise UserError(f"data: both {part} and {part}_share; give one of them.")
-        if part == "test" and not named and not share:
-            raise UserError("data: nothing to test on; name a set in test, or give test_share.")
-        for other in named:
-            for name in data.train:
-                (card, _, split), (same, _, trained) = other.partition(":"), name.partition(":")
-                if card == same and (split == trained or {"", "all"} & {split, trained}):
-                    raise UserError(f"data: {part} '{other}' shares images with train '{name}'; take {part}_share instead.")
-
-
-def _check_head(head: DenseHeadConfig) -> None:
-    if head.name not in HEADS:
-        raise UserError(f"head: no head '{head.name}'.{near(head.name, HEADS)}")
-    known = head_options(HEADS[head.name])
-    for option in head.options:
-        if option not in known:
-            raise UserError(f"head: '{head.name}' has no option '{option}'.{near(option, known) or ' It has none.'}")
+    check_parts(data, "data")
 
 
 def _check_augment(augment: DenseAugmentConfig) -> None:

@@ -15,6 +15,7 @@ from vismt.data.dense_sample import Sample, collate
 from vismt.data.divide import divide
 from vismt.data.gather import ShuffledBatches
 from vismt.engine.dense_config import DenseAugmentConfig, DenseConfig, all_tasks
+from vismt.engine.study import shares
 from vismt.errors import UserError
 from vismt.multitask.tasks import DenseTask
 from vismt.seeds import mix_seed
@@ -55,11 +56,10 @@ class DenseData:
     def __init__(self, config: DenseConfig) -> None:
         data, tasks = config.data, all_tasks(config)
         self.size = (config.size[0], config.size[1])
-        shares = {part: share for part, share in (("test", data.test_share), ("validation", data.validation_share)) if share}
         self.parts: dict[str, Rows] = {part: Rows([]) for part in ("train", "validation", "test")}
         for name in data.train:
             images = _open(name)
-            for part, index in divide(torch.zeros(len(images), dtype=torch.int64), shares, images.name).items():
+            for part, index in divide(torch.zeros(len(images), dtype=torch.int64), shares(data), images.name).items():
                 self.parts[part].entries.extend((images, i) for i in index.tolist())
         for part in ("validation", "test"):
             for name in getattr(data, part):

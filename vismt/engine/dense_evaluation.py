@@ -25,11 +25,10 @@ from vismt.engine import runtime
 from vismt.engine.arms import Unit, arm_config, arm_names, final_units, unit_config
 from vismt.engine.dense_config import DenseConfig, all_tasks, baseline_arms, trained_tasks
 from vismt.engine.dense_data import DenseData
-from vismt.engine.dense_models import final, fingerprint, loaded, routes
+from vismt.engine.dense_models import fingerprint, loaded
 from vismt.engine.log import record_stem, write_lines
-from vismt.engine.multitask_evaluation import MERGE
-from vismt.engine.multitask_models import adapted
 from vismt.engine.pooled import PooledScore, Scored
+from vismt.engine.study_files import MERGE, fold, mergeable
 from vismt.errors import UserError
 from vismt.lowrank.files import atomic_write, read_json
 from vismt.metatune.intervals import mean_interval
@@ -175,10 +174,8 @@ class Evaluation:
 
         The differences are those of the task where they are largest relative to its largest logit; an answer is a pixel's class.
         """
-        if (unit.folder / MERGE).exists() or not adapted(unit):
-            return
         net = self._final(unit)
-        if routes(net):
+        if not mergeable(net, unit):
             return
         plain = loaded(self.config, unit).to(runtime.processes().device)
         found: dict[str, list[float]] = {task: [0.0, 0.0, 0] for task in net.heads}
@@ -196,7 +193,7 @@ class Evaluation:
         }))
 
     def _final(self, unit: Unit) -> DenseNet:
-        return final(self.config, unit).to(runtime.processes().device)
+        return fold(loaded(self.config, unit), unit).to(runtime.processes().device)
 
 
 def _mean(seeds: Sequence[Scored]) -> tuple[float, Images, list[Mapping[str, Any]]]:

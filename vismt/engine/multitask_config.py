@@ -3,64 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from vismt.engine.arms import ArmsConfig, check_arms
 from vismt.engine.conditions import AttackConfig, CorruptionConfig, check_conditions
+from vismt.engine.study import BalancingConfig, FadeConfig, PartsConfig, RetainConfig, check_parts, check_study
 from vismt.errors import UserError, near
-from vismt.multitask.balancing import make_balancer
-from vismt.multitask.fading import RouterFade
 from vismt.multitask.retain import QualityRetaining
 from vismt.multitask.union import HEADS
 
-SPLITS = ("test", "validation")
-
 
 @dataclass
-class TaskConfig:
-    """One task. train, validation, test: cards as 'name' or 'name:split', several are joined.
+class TaskConfig(PartsConfig):
+    """One task by name; shares are of each class, a limit is spread over the classes."""
 
-    validation_share, test_share: the share of each class of `train` that is kept apart where no set is named. limit: the
-    largest number of training images, spread over the classes.
-    """
-
-    name: str
-    train: list[str]
-    test: list[str] = field(default_factory=list)
-    validation: list[str] = field(default_factory=list)
-    test_share: float = 0.0
-    validation_share: float = 0.0
-    limit: int | None = None
-
-
-@dataclass
-class FadeConfig:
-    """Between which fractions of train.steps the routers fade, see vismt.multitask.fading."""
-
-    start: float = 0.0
-    end: float = 0.5
-
-
-@dataclass
-class RetainConfig:
-    """See vismt.multitask.retain.QualityRetaining."""
-
-    temperature: float = 2.0
-    mode: str = "fifo2"
-    ema_decay: float = 0.95
-    ema_init: float = 10.0
-    momentum: float = 0.5
-    reduction: str = "mean"
-    ema_floor: float | None = None
-    reverse: bool = False
-
-
-@dataclass
-class BalancingConfig:
-    """method: of vismt.multitask.balancing.balancers(), options: its own."""
-
-    method: str = "ew"
-    options: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
 
 
 @dataclass
@@ -105,25 +61,16 @@ class MultitaskConfig(ArmsConfig):
 
 def check(config: MultitaskConfig) -> None:
     """Values that no type can exclude, before any work is done; those of every arm, too."""
-    names = [task.name for task in config.tasks]
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"tasks: {names}; name at least one, each once.")
     for task in config.tasks:
         _check_task(task)
-    if config.train is None:
-        raise UserError("train: is null; the head has to be trained.")
+    names = [task.name for task in config.tasks]
+    check_study(config, names, names)
     model = config.model
     if model.block is not None or model.pool is not None:
         raise UserError("model: block and pool must be null: the head stands where timm's does, so that timm can load it.")
-    for name, value, known in (
-        ("head", config.head, HEADS), ("evaluate.split", config.evaluate.split, SPLITS),
-        ("on_bad_sample", config.on_bad_sample, ("error", "skip")),
-    ):
+    for name, value, known in (("head", config.head, HEADS), ("on_bad_sample", config.on_bad_sample, ("error", "skip"))):
         if value not in known:
             raise UserError(f"{name}: '{value}'.{near(value, known)}")
-    for name, value in (("batch", config.batch), ("evaluate.batch", config.evaluate.batch)):
-        if value < 1:
-            raise UserError(f"{name}: {value}; it must be at least 1.")
     if not 0 < config.augment.crop <= 1 or config.augment.jitter < 0:
         raise UserError(f"augment: crop {config.augment.crop}, jitter {config.augment.jitter}; crop lies in (0, 1].")
     if not 0 <= config.label_smoothing < 1:
@@ -132,12 +79,6 @@ def check(config: MultitaskConfig) -> None:
         if config.head != "union":
             raise UserError("retain: quality retaining compares logits over the classes of all tasks; it needs head: union.")
         QualityRetaining(1, [0], **asdict(config.retain))
-    if config.balancing is not None:
-        make_balancer(config.balancing.method, names, **config.balancing.options)
-    if config.fade is not None:
-        RouterFade(max(1, config.train.steps), config.fade.start, config.fade.end)
-        if config.adapt is None or config.adapt.method != "moe_lora":
-            raise UserError("fade: nothing has a router to fade; set adapt.method to moe_lora, or fade to null.")
     source = next((attack.source for attack in config.evaluate.attacks if attack.source is not None), None)
     if source is not None:
         raise UserError(f"evaluate.attacks: source '{source}': attacks from another model are for few-shot runs; leave it out.")
@@ -150,17 +91,4 @@ def _check_task(task: TaskConfig) -> None:
         raise UserError(f"tasks: '{task.name}' is no name for a task; take letters and digits.")
     if not task.train:
         raise UserError(f"tasks: {task.name}: train names no set.")
-    for part, share in (("test", task.test_share), ("validation", task.validation_share)):
-        named = getattr(task, part)
-        if bool(named) and bool(share):
-            raise UserError(f"tasks: {task.name}: both {part} and {part}_share; give one of them.")
-        if part == "test" and not named and not share:
-            raise UserError(f"tasks: {task.name}: nothing to test on; name a set in test, or give test_share.")
-        for other in named:
-            card, _, split = other.partition(":")
-            for name in task.train:
-                same, _, trained = name.partition(":")
-                if card == same and (split == trained or not split or not trained or "all" in (split, trained)):
-                    raise UserError(
-                        f"tasks: {task.name}: {part} '{other}' shares images with train '{name}'; take {part}_share instead."
-                    )
+    check_parts(task, f"tasks: {task.name}")

@@ -13,6 +13,7 @@ from vismt.data.gather import Gathered
 from vismt.data.images import ImageSet, open_images
 from vismt.data.pixels import Pixels
 from vismt.engine.multitask_config import MultitaskConfig, TaskConfig
+from vismt.engine.study import shares
 from vismt.errors import UserError
 from vismt.multitask.union import Union
 
@@ -74,11 +75,11 @@ class TaskData:
             if twice is not None:
                 raise UserError(f"tasks: {task.name}: '{images.name}' calls two classes '{twice}'; name them apart.")
         classes = list(dict.fromkeys(name for images in sets for name in images.classes))
-        shares = {part: share for part, share in (("test", task.test_share), ("validation", task.validation_share)) if share}
+        kept = shares(task)
         parts: dict[str, list[Chosen]] = {"train": [], "validation": [], "test": []}
         for images in sets:
-            for part, index in divide(images.labels, shares, images.name).items():
-                parts[part].append(self._chosen(task, images.take(index) if shares else images, classes))
+            for part, index in divide(images.labels, kept, images.name).items():
+                parts[part].append(self._chosen(task, images.take(index) if kept else images, classes))
         for part in ("validation", "test"):
             parts[part] += [self._chosen(task, self._open(name), classes) for name in getattr(task, part)]
         if task.limit is not None:

@@ -21,14 +21,15 @@ from vismt.engine.conditions import Condition, summary
 from vismt.engine.log import read_lines, record_stem, write_lines
 from vismt.engine.multitask_config import MultitaskConfig
 from vismt.engine.multitask_data import TaskData
-from vismt.engine.multitask_models import PixelNet, adapted, final, loaded
+from vismt.engine.multitask_models import PixelNet, loaded
+from vismt.engine.study_files import MERGE, fold, mergeable
 from vismt.lowrank.files import atomic_write
 from vismt.metatune.intervals import mean_interval
 from vismt.multitask.union import TaskClassifier
 from vismt.robustness.evaluate import evaluate_classifier
 from vismt.seeds import digest
 
-MERGE, SEEDS = "merge.json", "seeds.jsonl"
+SEEDS = "seeds.jsonl"
 
 
 class Evaluation:
@@ -61,7 +62,7 @@ class Evaluation:
                             "arm": arm, "seed": unit.seed, "lr": unit.lr, "data": task, "condition": condition,
                             "value": value, "n": n,
                         })
-                if own:
+                if own and mergeable(net, unit):
                     self._check_merge(net, unit)
             for task, by_condition in values.items():
                 found += self._task_rows(task, arm, by_condition, apart)
@@ -120,8 +121,6 @@ class Evaluation:
 
     def _check_merge(self, net: PixelNet, unit: Unit) -> None:
         """Compare the merged net with the unmerged one, image by image; writes merge.json once."""
-        if (unit.folder / MERGE).exists() or not adapted(unit) or net.routes():
-            return
         device = runtime.processes().device
         plain = loaded(self.config, unit, self.data.union.num_classes).to(device)
         found = {"n": 0, "different_predictions": 0, "largest_difference": 0.0, "largest_logit": 0.0}
@@ -137,4 +136,4 @@ class Evaluation:
         atomic_write(unit.folder / MERGE, json.dumps(found))
 
     def _final(self, unit: Unit) -> PixelNet:
-        return final(self.config, unit, self.data.union.num_classes).to(runtime.processes().device)
+        return fold(loaded(self.config, unit, self.data.union.num_classes), unit).to(runtime.processes().device)

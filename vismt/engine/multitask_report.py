@@ -11,9 +11,10 @@ from typing import Any
 from vismt.engine import multitask_figures
 from vismt.engine.arms import CHOSEN, unit_folder
 from vismt.engine.log import METRICS, read_lines, record_stem
-from vismt.engine.multitask_evaluation import MERGE, SEEDS
+from vismt.engine.multitask_evaluation import SEEDS
 from vismt.engine.multitask_panels import EXAMPLES, ROUTERS
 from vismt.engine.pool_report import Picture
+from vismt.engine.study_files import MERGE
 from vismt.engine.tables import Table
 from vismt.errors import UserError
 from vismt.lowrank.files import read_json

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -156,15 +156,20 @@ def make_head(name: str, widths: Sequence[int], channels: int, *, seed: int = 0,
 
     Raises UserError for an unknown head or option, and values that do not fit.
     """
+    check_head(name, options)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return HEADS[name](widths, channels, **options)
+
+
+def check_head(name: str, options: Iterable[str]) -> None:
+    """UserError for an unknown head or option."""
     if name not in HEADS:
         raise UserError(f"head: no head '{name}'.{near(str(name), HEADS)}")
     known = head_options(HEADS[name])
     for option in options:
         if option not in known:
             raise UserError(f"head: '{name}' has no option '{option}'.{near(option, known) or ' It has none.'}")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return HEADS[name](widths, channels, **options)
 
 
 def head_options(kind: type[Head]) -> list[str]:

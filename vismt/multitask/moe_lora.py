@@ -106,6 +106,11 @@ def set_fade(model: nn.Module, fade: float | Fade) -> None:
         part.fade = fade
 
 
+def routes(model: nn.Module) -> bool:
+    """Whether a router of the model still weighs experts, so that no merged weights say the same."""
+    return any(isinstance(part, MoEfiedMlp) and part.fade_value != 1 for part in parts_of(model).values())
+
+
 def _projects(path: str) -> bool:
     """A projection of a block's attention, fused or not."""
     block = BLOCK.match(path)

@@ -1,0 +1,246 @@
+"""What jobs with arms share: the sections of their configurations, and training each arm at its rate and seeds.
+
+A job of this kind gives the net of a configuration, what of it are heads, the objective and the batches; adapting, training,
+saving, and finding one arm again are here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from vismt import console
+from vismt.engine import loop, runtime, study_files
+from vismt.engine.arms import ArmsConfig, Unit, named_unit, train_arms, unit_config
+from vismt.errors import UserError, near
+from vismt.lowrank.account import count_parameters
+from vismt.lowrank.inject import merge
+from vismt.multitask.balancing import Balancer, make_balancer
+from vismt.multitask.fading import RouterFade
+from vismt.multitask.moe_lora import set_fade
+from vismt.registry import adapt
+
+SPLITS = ("test", "validation")
+
+
+@dataclass
+class PartsConfig:
+    """train, validation, test: cards as 'name' or 'name:split', several are joined.
+
+    validation_share, test_share: the share of `train` that is kept apart where no set is named. limit: the largest number of
+    training images.
+    """
+
+    train: list[str] = field(default_factory=list)
+    test: list[str] = field(default_factory=list)
+    validation: list[str] = field(default_factory=list)
+    test_share: float = 0.0
+    validation_share: float = 0.0
+    limit: int | None = None
+
+
+@dataclass
+class FadeConfig:
+    """Between which fractions of train.steps the routers fade, see vismt.multitask.fading."""
+
+    start: float = 0.0
+    end: float = 0.5
+
+
+@dataclass
+class RetainConfig:
+    """See vismt.multitask.retain.QualityRetaining."""
+
+    temperature: float = 2.0
+    mode: str = "fifo2"
+    ema_decay: float = 0.95
+    ema_init: float = 10.0
+    momentum: float = 0.5
+    reduction: str = "mean"
+    ema_floor: float | None = None
+    reverse: bool = False
+
+
+@dataclass
+class BalancingConfig:
+    """method: of vismt.multitask.balancing.balancers(), options: its own."""
+
+    method: str = "ew"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def check_study(config: Any, tasks: Sequence[str], trained: Sequence[str]) -> None:
+    """Values of the shared sections that no type can exclude. tasks: all names; trained: those that this arm trains."""
+    if not tasks or len(set(tasks)) < len(tasks):
+        raise UserError(f"tasks: {list(tasks)}; name at least one, each once.")
+    if config.train is None:
+        raise UserError("train: is null; what stands on the backbone has to be trained.")
+    if config.evaluate.split not in SPLITS:
+        raise UserError(f"evaluate.split: '{config.evaluate.split}'.{near(config.evaluate.split, SPLITS)}")
+    for name, value in (("batch", config.batch), ("evaluate.batch", config.evaluate.batch)):
+        if value < 1:
+            raise UserError(f"{name}: {value}; it must be at least 1.")
+    if config.balancing is not None:
+        make_balancer(config.balancing.method, trained, **config.balancing.options)
+    if config.fade is not None:
+        RouterFade(max(1, config.train.steps), config.fade.start, config.fade.end)
+        if config.adapt is None or config.adapt.method != "moe_lora":
+            raise UserError("fade: nothing has a router to fade; set adapt.method to moe_lora, or fade to null.")
+
+
+def check_parts(parts: PartsConfig, where: str) -> None:
+    """Test images are named, and no image of a named set is trained on."""
+    for part, share in (("test", parts.test_share), ("validation", parts.validation_share)):
+        named = getattr(parts, part)
+        if named and share:
+            raise UserError(f"{where}: both {part} and {part}_share; give one of them.")
+        if part == "test" and not named and not share:
+            raise UserError(f"{where}: nothing to test on; name a set in test, or give test_share.")
+        for other in named:
+            for name in parts.train:
+                (card, _, split), (same, _, trained) = other.partition(":"), name.partition(":")
+                if card == same and (split == trained or {"", "all"} & {split, trained}):
+                    raise UserError(f"{where}: {part} '{other}' shares images with train '{name}'; take {part}_share instead.")
+
+
+def shares(parts: PartsConfig) -> dict[str, float]:
+    """{part: share} of what is kept apart from the training sets."""
+    return {part: share for part, share in (("test", parts.test_share), ("validation", parts.validation_share)) if share}
+
+
+class StudyJob(ABC):
+    """Train, evaluate and merge for one run folder; each training has a folder of its own under arms/."""
+
+    def __init__(self, config: ArmsConfig, folder: Path, config_hash: str) -> None:
+        self.config, self.folder, self.hash = config, folder, config_hash
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to train: the heads always are."""
+        return True
+
+    @abstractmethod
+    def check_data(self) -> None:
+        """UserError for what cannot be trained or evaluated, before the training and not after."""
+
+    @abstractmethod
+    def fresh(self, config: Any) -> nn.Module:
+        """The net of an arm's configuration before training; its timm model is `vit`."""
+
+    @abstractmethod
+    def heads(self, net: nn.Module) -> nn.Module:
+        """What of the net is always trained."""
+
+    @abstractmethod
+    def objective(self, config: Any, net: nn.Module, balanced: Sequence[Tensor]) -> nn.Module:
+        """The objective with a `step()`. balanced: the parameters whose gradients a balancer sees."""
+
+    @abstractmethod
+    def batches(self, config: Any) -> loop.Batches:
+        """Batch by number."""
+
+    @abstractmethod
+    def validate(self, unit: Unit) -> float:
+        """A score of a training on the validation part, the higher the better."""
+
+    @abstractmethod
+    def loaded(self, unit: Unit) -> nn.Module:
+        """A trained net as it was trained."""
+
+    @abstractmethod
+    def save(self, net: nn.Module, config: Any, folder: Path) -> None:
+        """Write what was trained besides the adapter."""
+
+    def train(self) -> dict[str, Any]:
+        """Train every arm at its rate and seeds; what run.json says of the adaptation, {"arms": {arm: what was adapted}}."""
+        self.check_data()
+        told: dict[str, Any] = {}
+
+        def train(unit: Unit) -> None:
+            told[unit.arm] = self.train_unit(unit)
+
+        train_arms(self.config, self.folder, train, self.validate)
+        return {"arms": told}
+
+    def train_unit(self, unit: Unit) -> dict[str, Any]:
+        """Train one arm at one rate and seed, unless its folder says that it is done; what was adapted."""
+        before = study_files.done(unit)
+        if before is not None:
+            console.stage("train", f"{unit.arm}   lr {unit.lr:g}   seed {unit.seed}: done before")
+            return before
+        config = unit_config(self.config, unit)
+        net = self.fresh(config).requires_grad_(False)
+        method = self.prepare(net, config)
+        balanced = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        heads = self.heads(net).requires_grad_(True)
+        trainable, total = count_parameters(net)
+        rank = config.adapt.rank if config.adapt is not None else 0
+        name = f"{method} rank {rank}" if rank else method
+        console.stage("adapt", f"{unit.arm}   {name}   {trainable:,} trainable of {total:,} ({100 * trainable / total:.2f} %)")
+        console.stage("train", f"{unit.arm}   lr {unit.lr:g}   seed {unit.seed}")
+        objective = self.objective(config, net, balanced or list(heads.parameters()))
+        accelerator = runtime.accelerator(config.train.precision, config.train.trackers, unit.folder)
+        if config.train.trackers:
+            accelerator.init_trackers("vismt")
+        loop.train(
+            objective, self.batches(config), config.train, unit.folder, self.hash, accelerator, seed=unit.seed,
+            after_step=lambda step: objective.step(),
+        )
+        told = {"method": method, "rank": rank, "trainable": trainable, "total": total}
+        if accelerator.is_main_process:
+            self.save(net, config, unit.folder)
+            study_files.finish(net, unit.folder, config.adapt is not None, told)
+        accelerator.wait_for_everyone()
+        if config.train.trackers:
+            accelerator.end_training()
+        return told
+
+    def prepare(self, net: nn.Module, config: Any) -> str:
+        """Adapt the timm model of a net without a gradient, where the configuration says so; the name of the method."""
+        method = config.adapt
+        if method is None:
+            return "heads"
+        report = adapt(
+            net.vit, method.method, method.targets, method.rank, method.alpha, config.seed, **method.options
+        )
+        for remark in report.skipped:
+            console.stage("adapt", f"left out: {remark}")
+        return report.method
+
+    def balancer(self, config: Any, tasks: Sequence[str]) -> Balancer | None:
+        """The balancer of an arm's configuration."""
+        return None if config.balancing is None else make_balancer(config.balancing.method, tasks, **config.balancing.options)
+
+    def fade(self, config: Any, net: nn.Module) -> RouterFade | None:
+        """The schedule that the net's routers follow from here on."""
+        if config.fade is None:
+            return None
+        fade = RouterFade(config.train.steps, config.fade.start, config.fade.end)
+        set_fade(net, fade)
+        return fade
+
+    def net(self, expert: str | None = None) -> nn.Module:
+        """One arm's net ("arm" or "arm:seed") as it was trained."""
+        return self.loaded(named_unit(self.config, self.folder, expert))
+
+    def merged(self, expert: str | None = None) -> nn.Module:
+        """The stock timm model of one arm, its update folded in."""
+        unit = named_unit(self.config, self.folder, expert)
+        net = self.loaded(unit)
+        return merge(net.vit) if study_files.adapted(unit) else net.vit
+
+    def stock(self) -> nn.Module:
+        """The timm model before adaptation."""
+        return self.fresh(self.config).vit
+
+    def adapter(self, expert: str | None = None) -> Path:
+        """The adapter's folder of one arm; UserError for an arm without one."""
+        unit = named_unit(self.config, self.folder, expert)
+        if not study_files.adapted(unit):
+            raise UserError(f"run '{self.folder}': arm '{unit.arm}' has no adapter: it trains the heads alone, or everything.")
+        return unit.folder / study_files.ADAPTER
