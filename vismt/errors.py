@@ -13,6 +13,14 @@ class UserError(ValueError):
     """
 
 
+def require_known(told: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """UserError for the first of `names` that is not `known`: `told`, the name, and the near ones."""
+    choices = list(known)
+    for name in names:
+        if name not in choices:
+            raise UserError(f"{told} {str(name)!r}.{near(str(name), choices) if choices else ' It has none.'}")
+
+
 def near(name: str, choices: Iterable[str], limit: int = 3) -> str:
     """" Near: 'a', 'b'." for the choices closest to `name`, or the whole short list when none is close."""
     known = [str(choice) for choice in choices]

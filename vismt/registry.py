@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from vismt.errors import UserError, near
+from vismt.errors import UserError, require_known
 from vismt.lowrank.inject import inject
 from vismt.lowrank.sites import AdaptReport
 
@@ -57,12 +57,8 @@ def adapt(
     if name is None:
         name = options.pop("method", None)
     known = methods()
-    if name not in known:
-        raise UserError(f"adapt: no method {name!r}.{near(str(name), known)}")
-    accepted = method_options(known[name])
-    for option in options:
-        if option not in accepted:
-            raise UserError(f"adapt: '{name}' has no option '{option}'.{near(option, accepted)}")
+    require_known("adapt: no method", [name], known)
+    require_known(f"adapt: '{name}' has no option", options, method_options(known[name]))
     if not isinstance(seed, int):
         raise UserError(f"adapt.seed: {seed!r}; it must be a whole number.")
     return known[name](model, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)

@@ -13,7 +13,7 @@ from vismt.data.cards import Card
 from vismt.data.decode import decode_file
 from vismt.data.kinds import FilelistSource
 from vismt.data.manifest import digest
-from vismt.data.sources import Loaded, fix, shown_path, verify_classes, verify_counts
+from vismt.data.sources import Loaded, fix, shown_path, verify_classes, verify_counts, verify_present
 from vismt.data.strict import inside
 from vismt.errors import UserError
 
@@ -83,13 +83,7 @@ def load(card: Card, source: FilelistSource, base: Path, split: str) -> Loaded:
         ids += [local_name(image, source.after, shown) for image in images]
         labels += [index[names[number]] for number in numbers]
         _check_split(card, source, base, name, len(set(numbers)))
-    paths = [base / name for name in ids]
-    absent = [name for name, path in zip(ids, paths) if not path.is_file()]
-    if absent:
-        raise UserError(
-            f"{card.shown}: {len(ids) - len(absent):,} of {len(ids):,} images of split '{split}' found under {shown_path(base)};"
-            f" missing '{absent[0]}'{' ...' if len(absent) > 1 else ''}. {fix(card)}"
-        )
+    paths = verify_present(card, base, ids, split)
     verify_counts(card, source, base, {name: len(lists[name][1]) for name in wanted}, {})
     return Loaded(
         list(index), labels, ids, lambda i: decode_file(paths[i]), lambda: f"{digest(zip(ids, paths)).sha256}:{labels}"

@@ -9,7 +9,7 @@ from vismt.data.cards import Card
 from vismt.data.decode import decode_file, is_image_name
 from vismt.data.kinds import FolderSource
 from vismt.data.manifest import digest
-from vismt.data.sources import Loaded, fix, shown_path, verify_classes, verify_counts
+from vismt.data.sources import Loaded, fix, shown_path, verify_classes, verify_counts, verify_present
 from vismt.data.strict import inside
 from vismt.errors import UserError
 
@@ -64,15 +64,7 @@ def _listed(card: Card, source: FolderSource, base: Path, split: str) -> list[Pa
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{card.shown}: missing split file '{name}' beside the card ({error}). {fix(card)}") from error
     entries = [inside(line.strip(), f"{card.shown}/{name}") for line in lines if line.strip() and line[0] != "#"]
-    paths = [base / entry for entry in entries]
-    absent = [entry for entry, path in zip(entries, paths) if not path.is_file()]
-    if absent:
-        found = len(entries) - len(absent)
-        raise UserError(
-            f"{card.shown}: {found:,} of {len(entries):,} images of split '{split}' found under {shown_path(base)};"
-            f" missing '{absent[0]}'{' ...' if len(absent) > 1 else ''}. {fix(card)}"
-        )
-    return paths
+    return verify_present(card, base, entries, split)
 
 
 def _refuse_empty(card: Card, source: FolderSource, base: Path, found: Found) -> None:

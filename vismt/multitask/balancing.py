@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vismt.errors import UserError, near
+from vismt.errors import UserError, near, require_known
 
 METHOD_FILES = ("vismt.multitask.loss_weighting", "vismt.multitask.gradient_balancing")
 
@@ -61,12 +61,8 @@ def make_balancer(name: str, tasks: Sequence[str], **options: Any) -> Balancer:
     Raises UserError for an unknown method or option, a value out of range and repeated or missing task names.
     """
     known = balancers()
-    if name not in known:
-        raise UserError(f"balancing: no method '{name}'.{near(str(name), known)}")
-    accepted = balancer_options(known[name])
-    for option in options:
-        if option not in accepted:
-            raise UserError(f"balancing: '{name}' has no option '{option}'.{near(option, accepted)}")
+    require_known("balancing: no method", [name], known)
+    require_known(f"balancing: '{name}' has no option", options, balancer_options(known[name]))
     return known[name](tasks, **options)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
-from vismt.errors import UserError, near
+from vismt.errors import UserError, require_known
 from vismt.multitask.tasks.base import DenseTask
 from vismt.multitask.tasks.depth import Depth
 from vismt.multitask.tasks.edges import Edges
@@ -27,12 +27,9 @@ def make_task(spec: str | Mapping[str, Any]) -> DenseTask:
         raise UserError(f"task: {spec!r}; give its name, or its options with the name as 'name'.")
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = str(options.pop("name", None))
-    if name not in TASKS:
-        raise UserError(f"task: no dense task '{name}'.{near(name, TASKS)}")
+    require_known("task: no dense task", [name], TASKS)
     known = task_options(TASKS[name])
-    for option in options:
-        if option not in known:
-            raise UserError(f"task: '{name}' has no option '{option}'.{near(str(option), known)}")
+    require_known(f"task: '{name}' has no option", options, known)
     for option, needed in known.items():
         if needed and option not in options:
             raise UserError(f"task: '{name}' needs '{option}'.")
