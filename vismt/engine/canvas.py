@@ -111,6 +111,12 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def axes_at(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+    """Axes at inches from the upper left corner."""
+    across, down = figure.get_size_inches()
+    return figure.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
+
+
 def save(figure: Figure, path: Path) -> Path:
     """Write the PNG at once; returns `path`."""
     buffer = io.BytesIO()

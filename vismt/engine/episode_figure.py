@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vismt.engine.canvas import GRID, MUTED, RIGHT, WRONG, new_figure, save, short, write
+from vismt.engine.canvas import GRID, MUTED, RIGHT, WRONG, axes_at, new_figure, save, short, write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,9 +64,8 @@ def _cell(figure: Figure, box: tuple[float, float, float], panel: Mapping, kind:
         image = np.clip(128 + gain * change, 0, 255).astype(np.uint8)
     else:
         image = panel[kind][at]
-    width, height = figure.get_size_inches()
     left, offset, side = box
-    axes = figure.add_axes((left / width, 1 - (offset + side) / height, side / width, side / height))
+    axes = axes_at(figure, left, offset, side, side)
     axes.imshow(np.moveaxis(image, 0, -1), interpolation="nearest" if image.shape[-1] < 96 else "antialiased")
     axes.set(xticks=[], yticks=[])
     guesses = {"query": "predictions", "adversarial": "adversarial_predictions"}.get(kind)

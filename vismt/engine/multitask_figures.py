@@ -15,6 +15,7 @@ from vismt.engine.canvas import (
     MUTED,
     RIGHT,
     WRONG,
+    axes_at,
     color_of,
     dress,
     legend,
@@ -30,18 +31,11 @@ from vismt.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 MEAN = "mean over tasks"
 CURVES = {"ce": "Training cross-entropy", "loss": "Training loss", "accuracy": "Training accuracy (%)", "fade": "Router fade"}
 WIDEST, LETTER = 9.5, 0.076  # inches: of a figure, and of a letter of 8.5 points
 SHOWN = 8
-
-
-def _axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """Axes at inches from the upper left corner."""
-    across, down = figure.get_size_inches()
-    return figure.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
 
 
 # ---- accuracy by arm and seed
@@ -71,7 +65,7 @@ def seeds_figure(lines: Sequence[Mapping[str, Any]], path: Path) -> Path:
         told = f"n = {' to '.join(f'{n:,}' for n in counts[task])} images" if task in counts else f"{len(counts)} tasks"
         write(figure, left, top - 0.49, short(task, 22), fontsize=10.5, weight="bold")
         write(figure, left, top - 0.31, f"accuracy (%), {told}", fontsize=8.5, color=MUTED)
-        axes = _axes(figure, left, top, *size)
+        axes = axes_at(figure, left, top, *size)
         _seeds(axes, table, arms)
         axes.tick_params(labelbottom=place + columns >= len(tables))
         axes.set_xticks(range(len(arms)), names, rotation=90 if upright else 0, color=INK)
@@ -135,7 +129,7 @@ def curves_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -
     legend(figure, [short(arm, 40) for arm in arms], [color_of(arm, arms) for arm in arms], left)
     last = max(line[-1, 0] for lines in series.values() for line in lines.values())
     for name, height in zip(shown, heights, strict=True):
-        axes = _axes(figure, left, offset + 0.4, width - left - 0.2, height)
+        axes = axes_at(figure, left, offset + 0.4, width - left - 0.2, height)
         offset += height + 0.45
         dress(axes, CURVES[name])
         axes.set(xlim=(0, 1.01 * last))
@@ -191,7 +185,7 @@ def examples_figure(panel: Path, path: Path) -> Path:
         for column, i in enumerate(chosen):
             x = left + pitch * column
             write(figure, x, below - cell - 0.17, truth[i], va="bottom", weight="bold", fontsize=8.5)
-            _image(_axes(figure, x, below - 0.12 - cell, cell, cell), found["images"][i])
+            _image(axes_at(figure, x, below - 0.12 - cell, cell, cell), found["images"][i])
             for row in range(len(arms)):
                 mark, color = ("✓", RIGHT) if found["predictions"][row, i] == found["truth"][i] else ("✗", WRONG)
                 write(figure, x, below + row * line, f"{mark} {answers[row][i]}", va="top", color=color, fontsize=8.5)
@@ -230,19 +224,19 @@ def routers_figure(panel: Path, path: Path) -> Path:
     scale = {"cmap": "viridis", "vmin": 1.0, "vmax": max(1.01, float(most.max())), "interpolation": "nearest"}
     for row, image in enumerate(found["images"]):
         y = top + pitch * row
-        _image(_axes(figure, left, y, cell, cell), image)
+        _image(axes_at(figure, left, y, cell, cell), image)
         for number, block in enumerate(blocks):
             x = left + pitch + gap + number * (2 * pitch + gap)
             if row == 0:
                 write(figure, x, y - 0.25, f"Block {block + 1} of {depth}", va="bottom", weight="bold")
                 for place, text in enumerate(("strongest expert", "its weight ω")):
                     write(figure, x + pitch * place, y - 0.06, text, va="bottom", color=MUTED, fontsize=8.5)
-            first, second = (_axes(figure, x + pitch * place, y, cell, cell) for place in (0, 1))
+            first, second = (axes_at(figure, x + pitch * place, y, cell, cell) for place in (0, 1))
             first.imshow(best[number, row], **discrete)
             drawn = second.imshow(most[number, row], **scale)
             for axes in (first, second):
                 axes.axis("off")
-    bar = figure.colorbar(drawn, cax=_axes(figure, width - 0.6, top, 0.12, cell), format="%.2f")
+    bar = figure.colorbar(drawn, cax=axes_at(figure, width - 0.6, top, 0.12, cell), format="%.2f")
     bar.set_ticks(np.linspace(scale["vmin"], scale["vmax"], 3))
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=MUTED, labelsize=8, length=0)

@@ -14,6 +14,7 @@ from vismt.engine.canvas import (
     INK,
     MUTED,
     PALETTE,
+    axes_at,
     color_of,
     dress,
     legend,
@@ -46,7 +47,6 @@ def expert_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -
     label, width, height, top = 1.45, 3.1, 1.15, 0.45
     step = height + 0.3
     figure = new_figure(label + width * len(names) + 0.05, top + step * len(logs) + 0.4)
-    inches = figure.get_size_inches()
     for column, name in enumerate(names):
         factor = 1.0 if name == "loss" else 100.0
         series = {key: _series(rows, name, factor) for key, rows in logs.items()}
@@ -56,9 +56,7 @@ def expert_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -
         last = max((steps[-1] for steps, _ in series.values() if len(steps)), default=1.0)
         for row, (key, (steps, values)) in enumerate(series.items()):
             at = (label + width * column, top + step * row)
-            axes = figure.add_axes(
-                (at[0] / inches[0], 1 - (at[1] + height) / inches[1], (width - 0.85) / inches[0], height / inches[1])
-            )
+            axes = axes_at(figure, *at, width - 0.85, height)
             dress(axes, QUANTITIES[name] if row == 0 else "")
             axes.set(xlim=(0, 1.02 * last), ylim=(low - edge, high + edge))
             axes.grid(axis="y", color=GRID, linewidth=0.8)
@@ -104,11 +102,10 @@ def mixture_bars(
     colors = [color_of(str(number), [str(at) for at in range(len(labels))]) for number in range(len(labels))]
     top = 0.33 + 0.22 * legend_rows(labels, width - label)
     figure = new_figure(width, top + len(shares) * (rows + 0.75) + 0.1)
-    inches = figure.get_size_inches()
     legend(figure, labels, colors, label)
     for place, (model, panel) in enumerate(shares.items()):
         offset = top + 0.35 + place * (rows + 0.75)
-        axes = figure.add_axes((label / inches[0], 1 - (offset + rows) / inches[1], 5.75 / inches[0], rows / inches[1]))
+        axes = axes_at(figure, label, offset, 5.75, rows)
         for row, weights in enumerate(panel.values()):
             left = 0.0
             for color, weight in zip(colors, weights, strict=True):
@@ -157,15 +154,12 @@ def corruption_curves(comparisons: Sequence[Comparison], path: Path) -> Path:
     left, width = 0.55, 0.55 + max(columns * size[0], 4.4)
     top = 0.3 + 0.22 * legend_rows(models, width - left)
     figure = new_figure(width, top + down * (size[1] + 0.45) + 0.25)
-    inches = figure.get_size_inches()
     legend(figure, models, [color_of(model, models) for model in models], left)
     highest = max(100 * (value + half) for panel in curves.values() for line in panel.values() for value, half in line.values())
     for place, (name, panel) in enumerate(curves.items()):
         row, column = divmod(place, columns)
         at = (left + column * size[0], top + 0.3 + row * (size[1] + 0.45))
-        axes = figure.add_axes(
-            (at[0] / inches[0], 1 - (at[1] + size[1]) / inches[1], (size[0] - 0.25) / inches[0], size[1] / inches[1])
-        )
+        axes = axes_at(figure, *at, size[0] - 0.25, size[1])
         for number, (model, line) in enumerate(panel.items()):
             beside = 0.5 * ((number + 0.5) / len(panel) - 0.5)  # so that whiskers do not lie on one another
             values = [100 * value for value, _ in line.values()]
