@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -19,7 +20,7 @@ from vismt.errors import UserError
 from vismt.lowrank.linear import HOOKS
 
 
-class Part(nn.Module):
+class Part(nn.Module, ABC):
     """Base class. A subclass adds its forward and its own tensors, and overrides what differs from the empty answers."""
 
     def __init__(self, base: nn.Module) -> None:
@@ -34,14 +35,14 @@ class Part(nn.Module):
         self.training = base.training
 
     @classmethod
+    @abstractmethod
     def check(cls, path: str, base: nn.Module, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Shapes of `tensors()` for this base (stock, or carrying such a part); UserError where it cannot carry one."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def around(cls, base: nn.Module, settings: Mapping[str, Any]) -> Part:
         """The part on a checked base, its tensors to be filled."""
-        raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
         """What `check` and `around` need, fit for JSON."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -26,13 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.errors import UserError, near
+from vismt.errors import UserError, near, require_known
 
 NORMS = ("group", "batch")
 GROUPS = 32  # at most
 
 
-class Head(nn.Module):
+class Head(nn.Module, ABC):
     """Base: checks the taps. widths: d of each tap, coarse features last. channels: of the output."""
 
     def __init__(self, widths: Sequence[int], channels: int) -> None:
@@ -52,9 +53,9 @@ class Head(nn.Module):
             raise UserError(f"head: taps {seen} are of different grids; a plain ViT has one.")
         return self.decode(list(taps))
 
+    @abstractmethod
     def decode(self, taps: list[Tensor]) -> Tensor:
         """The head itself, on taps of the right shapes."""
-        raise NotImplementedError
 
 
 class LinearHead(Head):
@@ -164,12 +165,8 @@ def make_head(name: str, widths: Sequence[int], channels: int, *, seed: int = 0,
 
 def check_head(name: str, options: Iterable[str]) -> None:
     """UserError for an unknown head or option."""
-    if name not in HEADS:
-        raise UserError(f"head: no head '{name}'.{near(str(name), HEADS)}")
-    known = head_options(HEADS[name])
-    for option in options:
-        if option not in known:
-            raise UserError(f"head: '{name}' has no option '{option}'.{near(option, known) or ' It has none.'}")
+    require_known("head: no head", [name], HEADS)
+    require_known(f"head: '{name}' has no option", options, head_options(HEADS[name]))
 
 
 def head_options(kind: type[Head]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ HEADS = ("plain", "weighted")
 COLUMNS = 1 << 22  # of the gradient matrix held in float64 at a time
 
 
-class GradientBalancer(Balancer):
+class GradientBalancer(Balancer, ABC):
     """Base of the methods that look at gradients: `solve` makes alpha from a Gram matrix.
 
     heads: what parameters outside the given ones get: "plain", the gradient of sum_t L_t, or "weighted", that of
@@ -34,9 +35,9 @@ class GradientBalancer(Balancer):
         one_of("heads", self.heads, HEADS)
         in_range("loss_scale", loss_scale, 0 < loss_scale < math.inf, "positive")
 
+    @abstractmethod
     def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
         """alpha (t,) of the t tasks that have a gradient. gram (t, t), losses (t,): float64 on the CPU; tasks (t,): numbers."""
-        raise NotImplementedError
 
     def surrogate(self, batch: TaskLosses, parameters: Sequence[Tensor]) -> Tensor:
         gradients = self._gradients(batch.losses, parameters)
