@@ -14,7 +14,7 @@ from vismt.multitask.heads import check_head
 from vismt.multitask.retain_dense import DenseRetaining
 from vismt.multitask.tasks import DenseTask, make_task
 
-SAME_FOR_ALL = ("data", "size", "baseline")  # of all arms, besides what arms.py names
+SAME_FOR_ALL = ("data", "size", "canvas", "baseline")  # of all arms, besides what arms.py names
 
 
 @dataclass
@@ -43,18 +43,25 @@ class DenseAugmentConfig:
 
 @dataclass
 class DenseEvaluateConfig:
-    """split: 'test', or 'validation' while choosing; batch: images at a time."""
+    """split: 'test', or 'validation' while choosing; batch: images at a time.
+
+    On a canvas larger than the size, mode 'slide' averages windows of the size, of which neighbours share `overlap` of a side;
+    'whole' takes the canvas at once, the position table resampled for it. flip: the mean with the mirrored image's prediction.
+    """
 
     split: str = "test"
     batch: int = 8
+    mode: str = "slide"
+    overlap: float = 0.5
+    flip: bool = False
 
 
 @dataclass
 class DenseConfig(ArmsConfig):
     """Several dense tasks on one backbone.
 
-    size: (h, w) of the images in training and evaluation, multiples of the patch; an image is fitted into it, then scaled and
-    cropped back to it in training. tasks: names or mappings for make_task. only: the tasks that are trained, [] for all; an arm
+    size: (h, w) of what the net is trained on, multiples of the patch. canvas: (h, w), null for the size; every image is fitted
+    into it, and in training scaled and cropped to the size. tasks: names or mappings for make_task. only: the tasks that are trained, [] for all; an arm
     with one task is a single-task baseline. blocks: taps of the heads, null for four spread evenly. adapt null and full false:
     the heads alone; full: the whole backbone is trained, adapt must then be null. baseline: what delta_m is taken over: an arm,
     or {task: arm}; null for no delta_m. balancing: null for the sum of the weighted losses.
@@ -65,6 +72,7 @@ class DenseConfig(ArmsConfig):
     tasks: list[str | dict[str, Any]] = field(default_factory=list)
     only: list[str] = field(default_factory=list)
     size: list[int] = field(default_factory=list)
+    canvas: list[int] | None = None
     head: DenseHeadConfig = field(default_factory=DenseHeadConfig)
     blocks: list[int] | None = None
     full: bool = False
