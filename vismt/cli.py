@@ -67,6 +67,14 @@ def _parser() -> argparse.ArgumentParser:
     made = add("merge", _merge, "write the merged stock model of a run folder")
     made.add_argument("run", type=Path)
     made.add_argument("--expert", help="of a pool: the label of one expert, or average; of several arms: arm or arm:seed")
+    made = add("predict", _predict, "draw a dense run's predictions on your own images")
+    made.add_argument("run", type=Path)
+    made.add_argument("images", type=Path, nargs="+", help="image files of any size")
+    made.add_argument("--to", type=Path, default=None, help="target folder (RUN/predictions)")
+    made.add_argument("--expert", help="of several arms: arm or arm:seed")
+    made.add_argument("--own-size", action="store_true", help="by windows at the image's own size, not fitted into the run's")
+    made.add_argument("--flip", action="store_true", help="mean with the prediction of the mirrored image")
+    made.add_argument("--maps", action="store_true", help="also write what is predicted, as arrays in an .npz")
     made = add("pool", _pool, "assemble experts that were trained apart into one pool folder")
     made.add_argument("action", choices=("assemble",))
     made.add_argument("experts", type=Path, nargs="+", help="run folders, adapter folders or pools")
@@ -180,6 +188,16 @@ def _export(options: argparse.Namespace) -> None:
     from vismt.engine.run import open_run
 
     console.stage("export", str(open_run(options.run).export(options.format, options.to, options.expert)))
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from vismt.engine.run import open_run
+
+    written = open_run(options.run).predict(
+        options.images, options.to, options.expert, own_size=options.own_size, flip=options.flip, maps=options.maps
+    )
+    for path in written:
+        console.stage("picture", str(path))
 
 
 def _pool(options: argparse.Namespace) -> None:

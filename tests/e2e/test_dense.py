@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -14,6 +15,7 @@ import torch
 import yaml
 
 from vismt.cli import main
+from vismt.data.dense_transforms import resize
 from vismt.engine import dense_models
 from vismt.engine.arms import unit, unit_config
 from vismt.engine.dense import DenseJob
@@ -22,6 +24,7 @@ from vismt.engine.jobs import load_config
 from vismt.engine.log import read_lines
 from vismt.engine.run import open_run
 from vismt.errors import UserError
+from vismt.multitask.heads import resize_logits
 from vismt.multitask.moe_lora import routes
 from vismt.paths import shipped
 
@@ -135,6 +138,82 @@ def test_merged_is_the_stock_backbone_with_heads_beside(study: Path, capsys) -> 
         assert words in capsys.readouterr().err
 
 
+def test_exports_have_their_heads_beside_them(study: Path, tmp_path: Path) -> None:
+    for form, name in (("timm", "model.safetensors"), ("peft", "adapter_model.safetensors")):
+        assert main(["export", str(study), "--format", form, "--expert", "emtal:1", "--to", str(tmp_path / form), "--quiet"]) == 0
+        assert (tmp_path / form / name).exists()
+        heads = safetensors.torch.load_file(tmp_path / form / "heads.safetensors")
+        assert torch.equal(heads["edge.predict.bias"], open_run(study).job.net("emtal:1").heads["edge"].predict.bias)
+
+
+def test_predict_draws_images_of_any_size(study: Path, tmp_path: Path, capsys) -> None:
+    from torchvision.io import ImageReadMode, decode_image, write_png
+
+    generator = torch.Generator().manual_seed(0)
+    for name, size in (("wide", (20, 90)), ("tall", (70, 40))):
+        write_png(torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8), str(tmp_path / f"{name}.png"))
+    given = [str(tmp_path / "wide.png"), str(tmp_path / "tall.png")]
+    assert main(["predict", str(study), *given, "--expert", "emtal:1", "--maps"]) == 0
+    told = capsys.readouterr().out
+    for name, fitted in (("wide", (11, 48)), ("tall", (32, 18))):  # into 32 x 48: times 48 / 90, and 32 / 70
+        assert str(study / "predictions" / f"{name}.png") in told
+        assert decode_image(str(study / "predictions" / f"{name}.png"), ImageReadMode.RGB).float().std() > 10
+        with np.load(study / "predictions" / f"{name}.npz") as maps:
+            assert {key: maps[key].shape for key in maps.files} == {
+                "depth": fitted, "normals": (3, *fitted), "edge": fitted
+            }
+            assert maps["edge"].min() >= 0 and maps["edge"].max() <= 1
+            assert np.allclose(np.linalg.norm(maps["normals"], axis=0), 1, atol=1e-5)
+    # What is written is what the merged net says of the fitted image.
+    net, picture = open_run(study).job.net("emtal:1"), decode_image(given[1], ImageReadMode.RGB).float() / 255
+    fitted = resize({"image": picture}, (32, 48))["image"]
+    with torch.no_grad():
+        depth = resize_logits(net(fitted[None])["depth"], (32, 48))[0, 0, :, :18]
+    with np.load(study / "predictions" / "tall.npz") as maps:
+        assert np.allclose(maps["depth"], depth.numpy(), atol=1e-4)
+    own = ["--expert", "depth", "--own-size", "--flip", "--maps", "--to", str(tmp_path / "own")]
+    assert main(["predict", str(study), given[1], *own]) == 0
+    with np.load(tmp_path / "own" / "tall.npz") as maps:
+        assert maps.files == ["depth"] and maps["depth"].shape == (70, 40)
+    capsys.readouterr()
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "wide.jpg").write_bytes((tmp_path / "wide.png").read_bytes())
+    for arguments, words in (
+        ([given[0]], "several arms; name one with --expert"),
+        ([str(tmp_path / "none.png"), "--expert", "full"], "none.png: cannot be read"),
+        ([str(tmp_path / "text.png"), "--expert", "full"], "text.png: cannot be decoded"),
+        ([given[0], str(tmp_path / "b" / "wide.jpg"), "--expert", "full"], "would both become wide.png"),
+    ):
+        assert main(["predict", str(study), *arguments, "--to", str(tmp_path / "bad")]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1 and not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_canvas_larger_than_the_trained_size(tmp_path: Path, full: bool) -> None:
+    """Crops of the size in training; windows or the whole canvas in evaluation, and the two are told apart."""
+    change = {**ALONE, "full": True} if full else {}
+    path = write(tmp_path, **{**ONE, **change}, canvas=[64, 80], tasks=["depth", "normals"])
+    job = DenseJob(load_config(path, []), tmp_path, "hash")
+    assert job.batches(job.config)(0)["image"].shape == (3, 3, 32, 48) and job.data.size == (64, 80)
+    found = {}
+    for mode, flip in (("slide", False), ("whole", False), ("whole", True)):
+        words = [f"evaluate.mode={mode}", f"evaluate.flip={str(flip).lower()}"]
+        assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet", *words]) == 0
+        folder = max((tmp_path / "runs").iterdir(), key=lambda one: one.stat().st_mtime)
+        rows = read_lines(folder / "results.jsonl")
+        found[rows[0]["protocol"]] = rows[0]["value"]
+        assert all(json.loads(merged.read_text())["n"] == 6 for merged in folder.rglob("merge.json"))
+    assert list(found) == [
+        "test images at 64 x 80, windows of 32 x 48 that share 0.5", "test images at 64 x 80",
+        "test images at 64 x 80, mean with the mirrored image",
+    ]
+    assert len(set(found.values())) == 3
+    heads = [one.read_bytes() for one in (tmp_path / "runs").rglob("heads.safetensors")]
+    assert len(heads) == 3 and len(set(heads)) == 1  # evaluation has no part in training
+
+
 def test_the_same_command_again_trains_and_evaluates_nothing(study: Path, monkeypatch) -> None:
     from vismt.engine import dense_evaluation, loop
 
@@ -236,6 +315,10 @@ def test_shipped_configurations_are_sound() -> None:
         ({"head": {"name": "linear", "options": {"hidden": 8}}}, "no option 'hidden'"),
         ({"full": True}, "leaves nothing to adapt"),
         ({"batch": 0}, "batch: 0"),
+        ({"canvas": [32, 40]}, "canvas: [32, 40]; give [height, width], neither below that of size [32, 48]"),
+        ({"canvas": [64]}, "canvas: [64]"),
+        ({"evaluate": {"mode": "slid"}}, "evaluate.mode: 'slid'"),
+        ({"evaluate": {"overlap": 1.0}}, "overlap: 1.0"),
         ({"augment": {"scales": [2.0, 0.5]}}, "augment.scales: [2.0, 0.5]"),
         ({"augment": {"hue": 0.9}}, "augment.hue: 0.9"),
         ({"evaluate": {"split": "train"}}, "evaluate.split: 'train'"),
@@ -250,6 +333,7 @@ def test_shipped_configurations_are_sound() -> None:
         ({"data": {**SMALL["data"], "limit": 0}}, "data.limit: 0"),
         ({"arms": {"a": {"tasks": []}}}, "must be the same for all arms"),
         ({"arms": {"a": {"size": [16, 16]}}}, "must be the same for all arms"),
+        ({"arms": {"a": {"canvas": [64, 64]}}}, "must be the same for all arms"),
         ({"arms": {"a": {"only": ["x"]}}}, "only: no task 'x'"),
         ({"baseline": "emtl"}, "no arm 'emtl'"),
         ({"baseline": "depth"}, "arm 'depth' does not train 'normals'"),
@@ -272,6 +356,7 @@ def test_every_error_of_these_sections(tmp_path: Path, changes: dict, words: str
         ({"batch": 49}, "batch: 49, with 48 training images"),
         ({"data": {"train": ["motorcycle:train"], "test_share": 0.01}}, "one test image"),
         ({"size": [30, 48]}, "does not fit the 16-pixel patches"),
+        ({"canvas": [40, 48], "evaluate": {"mode": "whole"}}, "img_size 40 does not fit the 16-pixel patches"),
         ({"blocks": [0, 1]}, "blocks: [0, 1]; name blocks from 0 to 5"),
         ({"head": {"name": "dpt"}, "blocks": [2, 5]}, "dpt: 2 taps"),
     ],

@@ -98,6 +98,22 @@ class Backbone(nn.Module):
             raise UserError(f"images are {images.dtype}, the backbone takes floating point in [0, 1]: divide by 255.")
         return ((images - self.mean) / self.std).to(self.mean.dtype)
 
+    def set_input_size(self, size: tuple[int, int], table: Tensor | None = None) -> None:
+        """Take images of `size` (h, w) from now on.
+
+        table: the position table (1, prefix + rows * columns, d) for the new grid; None for the present one, resampled by timm.
+        Raises UserError for a size that does not fit the patches, and a model that cannot change its own.
+        """
+        change = getattr(self.vit, "set_input_size", None)
+        if change is None:
+            raise UserError(f"{type(self.vit).__name__} cannot change its input size; create it with img_size {size} instead.")
+        check_size(size, self.vit, type(self.vit).__name__)
+        change(img_size=tuple(size))
+        if table is not None:
+            with torch.no_grad():
+                self.vit.pos_embed.copy_(table)
+        self.img_size, self.grid = tuple(self.vit.patch_embed.img_size), tuple(self.vit.patch_embed.grid_size)
+
     def unused_modules(self) -> list[str]:
         """Names inside `vit` of the blocks after the tap, which never run: leave them out when adapting."""
         return [] if self.block is None else [f"blocks.{index}" for index in range(self.block + 1, self.depth)]
@@ -155,7 +171,7 @@ def create(
         if by_timm and new_head:
             vit.reset_classifier(num_classes)
     check_vit(vit, name)
-    _check_size(vit, name)
+    check_size(vit.patch_embed.img_size, vit, name)
     backbone = Backbone(vit, block=block, pool=pool)
     if isinstance(pretrained, str | Path):
         told = f"the weights of '{pretrained}'"
@@ -184,10 +200,11 @@ def check_block(block: int, depth: int, name: str) -> int:
     return block % depth
 
 
-def _check_size(vit: nn.Module, name: str) -> None:
+def check_size(sizes: Sequence[int], vit: nn.Module, name: str) -> None:
+    """UserError unless (h, w) are multiples of the model's patches."""
     embed = vit.patch_embed
     patches = embed.feat_ratio(as_scalar=False) if hasattr(embed, "feat_ratio") else embed.patch_size
-    for size, patch in zip(embed.img_size, patches):
+    for size, patch in zip(sizes, patches):
         if size % patch or size < patch:
             low = size // patch * patch
             fits = " or ".join(str(fit) for fit in (low, low + patch) if fit)

@@ -124,10 +124,15 @@ def resize(sample: Sample, size: tuple[int, int], *, fill: float = FILL) -> Samp
 
     Depth stays in metres: with all images of a set fitted alike, the network meets one camera, and errors keep their unit.
     """
-    height, width = size_of(sample)
-    factor = min(size[0] / height, size[1] / width)
-    fitted = (max(1, min(size[0], round(height * factor))), max(1, min(size[1], round(width * factor))))
-    return pad(sample if fitted == (height, width) else _resample(sample, *fitted), size, fill=fill)
+    own = size_of(sample)
+    fitted = fitting(own, size)
+    return pad(sample if fitted == own else _resample(sample, *fitted), size, fill=fill)
+
+
+def fitting(own: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """(h, w) that an image of `own` (h, w) has in `size`, before padding."""
+    factor = min(size[0] / own[0], size[1] / own[1])
+    return max(1, min(size[0], round(own[0] * factor))), max(1, min(size[1], round(own[1] * factor)))
 
 
 def augment(

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from vismt.engine import dense_models
 from vismt.engine.arms import Unit, arm_config, arm_names, named_unit, unit_config
-from vismt.engine.dense_config import DenseConfig, check, trained_tasks
+from vismt.engine.dense_config import DenseConfig, check, trained_tasks, window_of
 from vismt.engine.dense_data import DenseBatches, DenseData
 from vismt.engine.dense_evaluation import Evaluation
+from vismt.engine.dense_predict import predict_images
 from vismt.engine.study import StudyJob
 from vismt.errors import UserError
-from vismt.lowrank.files import atomic_write
 from vismt.multitask.dense import SEGMENTATION, DenseNet, DenseObjective
 from vismt.multitask.retain_dense import DenseRetaining
 
@@ -45,6 +45,8 @@ class DenseJob(StudyJob):
         for part in {self.config.evaluate.split, *(["validation"] if self.config.tune is not None else [])}:
             if len(self.data.part(part)) < 2:
                 raise UserError(f"data: one {part} image; an interval needs two or more.")
+        if window_of(self.config) != tuple(self.config.size):
+            dense_models.make_backbone(self.config, window_of(self.config))
         for arm in arm_names(self.config):
             self.batches(arm_config(self.config, arm))
 
@@ -75,7 +77,10 @@ class DenseJob(StudyJob):
 
     def batches(self, config: DenseConfig) -> DenseBatches:
         keys = [task.key for task in trained_tasks(config)]
-        return DenseBatches(self.data.parts["train"], self.data.size, config.batch, config.augment, keys, seed=config.seed)
+        return DenseBatches(
+            self.data.parts["train"], self.data.size, (config.size[0], config.size[1]), config.batch, config.augment, keys,
+            seed=config.seed,
+        )
 
     def validate(self, unit: Unit) -> float:
         return self.evaluation.validate(unit)
@@ -92,12 +97,14 @@ class DenseJob(StudyJob):
             raise UserError("attack: attacks are for classifiers; a dense run has none. Leave it out.")
         return self.evaluation.rows()
 
-    def merged(self, expert: str | None = None) -> nn.Module:
-        """The stock timm backbone of one arm, its update folded in; the heads are written to merged/heads.safetensors."""
+    def predict(self, images: Sequence[Path], target: Path, expert: str | None = None, **how: bool) -> list[Path]:
+        """Pictures of one arm's predictions; how: see `predict_images`."""
+        return predict_images(self.config, named_unit(self.config, self.folder, expert), images, target, **how)
+
+    def beside(self, expert: str | None = None) -> dict[str, bytes]:
+        """heads.safetensors of one arm."""
         unit = named_unit(self.config, self.folder, expert)
-        heads = dense_models.heads_file(self.loaded(unit), unit_config(self.config, unit))
-        atomic_write(self.folder / "merged" / dense_models.HEADS, heads)
-        return super().merged(expert)
+        return {dense_models.HEADS: dense_models.heads_file(self.loaded(unit), unit_config(self.config, unit))}
 
     def about(self) -> dict[str, Any]:
         """What config.json beside merged weights says besides."""

@@ -11,9 +11,11 @@ from vismt.engine.study import BalancingConfig, FadeConfig, PartsConfig, RetainC
 from vismt.errors import UserError, near
 from vismt.multitask.dense import SEGMENTATION
 from vismt.multitask.heads import check_head
+from vismt.multitask.inference import check_overlap
 from vismt.multitask.retain_dense import DenseRetaining
 from vismt.multitask.tasks import DenseTask, make_task
 
+MODES = ("slide", "whole")
 SAME_FOR_ALL = ("data", "size", "canvas", "baseline")  # of all arms, besides what arms.py names
 
 
@@ -61,10 +63,10 @@ class DenseConfig(ArmsConfig):
     """Several dense tasks on one backbone.
 
     size: (h, w) of what the net is trained on, multiples of the patch. canvas: (h, w), null for the size; every image is fitted
-    into it, and in training scaled and cropped to the size. tasks: names or mappings for make_task. only: the tasks that are trained, [] for all; an arm
-    with one task is a single-task baseline. blocks: taps of the heads, null for four spread evenly. adapt null and full false:
-    the heads alone; full: the whole backbone is trained, adapt must then be null. baseline: what delta_m is taken over: an arm,
-    or {task: arm}; null for no delta_m. balancing: null for the sum of the weighted losses.
+    into it, and in training scaled and cropped to the size. tasks: names or mappings for make_task. only: the tasks that are
+    trained, [] for all; an arm with one task is a single-task baseline. blocks: taps of the heads, null for four spread evenly.
+    adapt null and full false: the heads alone; full: the whole backbone is trained, adapt must then be null. baseline: what
+    delta_m is taken over: an arm, or {task: arm}; null for no delta_m. balancing: null for the sum of the weighted losses.
     """
 
     task: str = "dense"
@@ -126,6 +128,7 @@ def _check_values(config: DenseConfig) -> None:
         raise UserError("model: img_size, block and pool must be null; give size: [h, w] and blocks instead.")
     if len(config.size) != 2 or min(config.size) < 1:
         raise UserError(f"size: {config.size}; give [height, width] in pixels, multiples of the model's patch.")
+    _check_canvas(config)
     if config.full and config.adapt is not None:
         raise UserError("full: trains the whole backbone, which leaves nothing to adapt; set adapt to null, or full to false.")
     _check_data(config.data)
@@ -136,6 +139,26 @@ def _check_values(config: DenseConfig) -> None:
         if classes is None:
             raise UserError(f"retain: compares class logits and needs the task {SEGMENTATION}; set retain to null.")
         DenseRetaining(classes, **asdict(config.retain))
+
+
+def canvas_of(config: DenseConfig) -> tuple[int, int]:
+    """(h, w) that every image is fitted into."""
+    height, width = config.canvas or config.size
+    return height, width
+
+
+def window_of(config: DenseConfig) -> tuple[int, int]:
+    """(h, w) of the images that the evaluated net takes."""
+    return canvas_of(config) if config.evaluate.mode == "whole" else (config.size[0], config.size[1])
+
+
+def _check_canvas(config: DenseConfig) -> None:
+    canvas, how = config.canvas, config.evaluate
+    if canvas is not None and (len(canvas) != 2 or any(side < least for side, least in zip(canvas, config.size))):
+        raise UserError(f"canvas: {canvas}; give [height, width], neither below that of size {config.size}, or null.")
+    if how.mode not in MODES:
+        raise UserError(f"evaluate.mode: '{how.mode}'.{near(how.mode, MODES)}")
+    check_overlap(how.overlap)
 
 
 def _check_data(data: DenseDataConfig) -> None:

@@ -14,7 +14,7 @@ from vismt.data.dense import DenseSet, open_dense
 from vismt.data.dense_sample import Sample, collate
 from vismt.data.divide import divide
 from vismt.data.gather import ShuffledBatches
-from vismt.engine.dense_config import DenseAugmentConfig, DenseConfig, all_tasks
+from vismt.engine.dense_config import DenseAugmentConfig, DenseConfig, all_tasks, canvas_of
 from vismt.engine.study import shares
 from vismt.errors import UserError
 from vismt.multitask.tasks import DenseTask
@@ -47,7 +47,7 @@ class Rows:
 
 
 class DenseData:
-    """parts: "train", "validation" and "test".
+    """parts: "train", "validation" and "test". size: (h, w) of the canvas that images are fitted into.
 
     Raises UserError for a card that is not here or has no maps, a task that no set of a part has a map for, and a number of
     classes that is not the sets'.
@@ -55,7 +55,7 @@ class DenseData:
 
     def __init__(self, config: DenseConfig) -> None:
         data, tasks = config.data, all_tasks(config)
-        self.size = (config.size[0], config.size[1])
+        self.size = canvas_of(config)
         self.parts: dict[str, Rows] = {part: Rows([]) for part in ("train", "validation", "test")}
         for name in data.train:
             images = _open(name)
@@ -92,14 +92,16 @@ class DenseData:
 class DenseBatches:
     """batches(k) -> a collated sample of `batch` images: passes over all rows, each in an order of its own.
 
-    A function of (seed, k). targets: the maps that are kept. Raises UserError when there are fewer rows than one batch takes.
+    A function of (seed, k). canvas, size: (h, w) that an image is fitted into, and of the crop taken from there. targets: the
+    maps that are kept. Raises UserError when there are fewer rows than one batch takes.
     """
 
     def __init__(
-        self, rows: Rows, size: tuple[int, int], batch: int, augment: DenseAugmentConfig, targets: Sequence[str], *, seed: int,
+        self, rows: Rows, canvas: tuple[int, int], size: tuple[int, int], batch: int, augment: DenseAugmentConfig,
+        targets: Sequence[str], *, seed: int,
     ) -> None:
         self._order = ShuffledBatches(_Numbers(len(rows)), batch, seed=seed)
-        self.rows, self.size, self.augment, self.seed = rows, size, augment, seed
+        self.rows, self.canvas, self.size, self.augment, self.seed = rows, canvas, size, augment, seed
         self.kept = ("image", *targets)
 
     def __call__(self, number: int) -> Sample:
@@ -107,7 +109,7 @@ class DenseBatches:
         return collate([self._sample(row, mix_seed(self.seed, "augment", number, place)) for place, row in enumerate(found)])
 
     def _sample(self, row: int, seed: int) -> Sample:
-        own, sample = self.augment, self.rows.fitted(row, self.size)
+        own, sample = self.augment, self.rows.fitted(row, self.canvas)
         # Labels decide which crop is taken, so what an arm does not train is dropped only afterwards: arms see the same crops.
         sample = transforms.augment(
             sample, seed, self.size, scales=(own.scales[0], own.scales[1]), mirror=own.flip, cat_max_ratio=own.cat_max_ratio,

@@ -23,7 +23,7 @@ from vismt import console
 from vismt.data.dense_sample import Sample, collate
 from vismt.engine import runtime
 from vismt.engine.arms import Unit, arm_config, arm_names, final_units, unit_config
-from vismt.engine.dense_config import DenseConfig, all_tasks, baseline_arms, trained_tasks
+from vismt.engine.dense_config import DenseConfig, all_tasks, baseline_arms, trained_tasks, window_of
 from vismt.engine.dense_data import DenseData
 from vismt.engine.dense_models import fingerprint, loaded
 from vismt.engine.log import record_stem, write_lines
@@ -33,7 +33,7 @@ from vismt.errors import UserError
 from vismt.lowrank.files import atomic_write, read_json
 from vismt.metatune.intervals import mean_interval
 from vismt.multitask.dense import DenseNet
-from vismt.multitask.heads import resize_logits
+from vismt.multitask.inference import predict
 from vismt.multitask.metrics import delta_m
 from vismt.multitask.tasks import DenseTask
 from vismt.multitask.tasks.segmentation import Segmentation
@@ -87,12 +87,18 @@ class Evaluation:
         metres = task.name == "depth" and not any(images.inverse_depth for images, _ in entries)
         return f"{task.name} {MEASURES[task.measure]}" + " in m" * metres
 
+    def _views(self) -> str:
+        """How the protocol names what is averaged."""
+        how, (height, width) = self.config.evaluate, window_of(self.config)
+        windows = "" if (height, width) == self.data.size else f", windows of {height} x {width} that share {how.overlap:g}"
+        return windows + ", mean with the mirrored image" * how.flip
+
     def _row(
         self, arm: str, metric: str, task: str, value: float, images: Images, alone: Sequence[Mapping[str, Any]]
     ) -> dict[str, Any]:
         """One row, and the records that reproduce it."""
         data, split = self.data.part(self.config.evaluate.split).name, self.config.evaluate.split
-        protocol = f"{split} images at {self.data.size[0]} x {self.data.size[1]}"
+        protocol = f"{split} images at {self.data.size[0]} x {self.data.size[1]}{self._views()}"
         half = mean_interval(list(images.values()))[1]
         path = self.folder / "records" / f"{record_stem(data, protocol, arm)}-{task}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,9 +171,10 @@ class Evaluation:
             yield [rows.ids[i] for i in here], collate([rows.fitted(i, self.data.size) for i in here])
 
     def _logits(self, net: DenseNet, batch: Sample) -> dict[str, Tensor]:
+        how, images = self.config.evaluate, batch["image"].to(runtime.processes().device)
         with torch.no_grad():
-            found = net(batch["image"].to(runtime.processes().device))
-        return {task: resize_logits(value.float(), self.data.size).cpu() for task, value in found.items()}
+            found = predict(net, self.tasks, images, overlap=how.overlap, flip=how.flip)
+        return {task: value.cpu() for task, value in found.items()}
 
     def _check_merge(self, unit: Unit) -> None:
         """Compare the merged net with the unmerged one, image by image; writes merge.json once.
@@ -177,7 +184,7 @@ class Evaluation:
         net = self._final(unit)
         if not mergeable(net, unit):
             return
-        plain = loaded(self.config, unit).to(runtime.processes().device)
+        plain = loaded(self.config, unit, window_of(self.config)).to(runtime.processes().device)
         found: dict[str, list[float]] = {task: [0.0, 0.0, 0] for task in net.heads}
         for _, batch in self._batches(self.config.evaluate.split, f"{unit.arm} seed {unit.seed}, merged and not"):
             merged, other = self._logits(net, batch), self._logits(plain, batch)
@@ -193,7 +200,7 @@ class Evaluation:
         }))
 
     def _final(self, unit: Unit) -> DenseNet:
-        return fold(loaded(self.config, unit), unit).to(runtime.processes().device)
+        return fold(loaded(self.config, unit, window_of(self.config)), unit).to(runtime.processes().device)
 
 
 def _mean(seeds: Sequence[Scored]) -> tuple[float, Images, list[Mapping[str, Any]]]:

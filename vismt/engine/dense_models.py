@@ -25,10 +25,7 @@ BACKBONE, HEADS = "backbone.safetensors", "heads.safetensors"
 
 def fresh(config: DenseConfig) -> DenseNet:
     """The net before training: the backbone as it is, heads drawn from the configuration's seed and their task's name."""
-    model = config.model
-    backbone = vit.create(
-        model.name, (config.size[0], config.size[1]), model.pretrained, position=model.position, seed=config.seed
-    )
+    backbone = make_backbone(config, (config.size[0], config.size[1]))
     blocks = default_blocks(backbone.depth) if config.blocks is None else config.blocks
     heads = {
         task.name: make_head(
@@ -38,6 +35,12 @@ def fresh(config: DenseConfig) -> DenseNet:
         for task in trained_tasks(config)
     }
     return DenseNet(backbone, heads, blocks)
+
+
+def make_backbone(config: DenseConfig, size: tuple[int, int]) -> vit.Backbone:
+    """The backbone as it is, for images of `size`; UserError for one that does not fit the patches."""
+    model = config.model
+    return vit.create(model.name, size, model.pretrained, position=model.position, seed=config.seed)
 
 
 def save(net: DenseNet, config: DenseConfig, folder: Path) -> None:
@@ -57,14 +60,20 @@ def heads_file(net: DenseNet, config: DenseConfig) -> bytes:
     return safetensors.torch.save(study_files.state(net.heads), metadata={"heads": json.dumps(told)})
 
 
-def loaded(config: DenseConfig, unit: Unit) -> DenseNet:
-    """A trained net as it was trained, not merged; UserError when it is not finished or its files do not fit."""
+def loaded(config: DenseConfig, unit: Unit, size: tuple[int, int] | None = None) -> DenseNet:
+    """A trained net, not merged, for images of `size` (the trained one).
+
+    The position table for another size is that of the stock weights, resampled once from their own grid; where training has
+    changed it, the trained one. UserError when the training is not finished or its files do not fit.
+    """
     own = unit_config(config, unit)
     net = fresh(own)
     what = study_files.restore(net, unit)
     if own.full:
         study_files.load_state(net.vit, unit.folder / BACKBONE, what)
     study_files.load_state(net.heads, unit.folder / HEADS, what)
+    if size is not None and size != net.backbone.img_size:
+        net.backbone.set_input_size(size, None if own.full else getattr(make_backbone(own, size).vit, "pos_embed", None))
     return net.requires_grad_(False).eval()
 
 

@@ -23,6 +23,7 @@ from vismt.engine.fewshot_config import FewShotConfig, check, models
 from vismt.engine.fewshot_models import Models
 from vismt.engine.log import record_stem, write_lines
 from vismt.lowrank.sites import AdaptReport
+from vismt.lowrank.store import load_adapter
 from vismt.lowrank.targets import check_patterns
 from vismt.metatune.episodes import EpisodeSampler, VariableSampler
 from vismt.metatune.maml import LinearLearner, MamlObjective
@@ -146,20 +147,20 @@ class FewShotJob:
             console.stage("masking", masking.told([one for one in lines if one["model"] == model]))
         write_lines(self.folder / masking.LINES, lines)
 
-    def stock(self) -> nn.Module:
-        """The timm model before adaptation."""
-        return self._backbone().vit
+    def adapted(self, expert: str | None = None) -> nn.Module:
+        """The timm model with the run's adapter, or with that of a pool's expert."""
+        return load_adapter(self._backbone().vit, self._models.adapter(expert))
 
     def merged(self, expert: str | None = None) -> nn.Module:
         """The stock timm model with the adapter folded in; of a pool, with one expert or the "average"."""
         return self._models.one(expert)
 
-    def adapter(self, expert: str | None = None) -> Path:
-        """The folder of the run's adapter, or of a pool's expert."""
-        return self._models.adapter(expert)
-
     def about(self) -> dict[str, Any]:
         """Nothing besides: a few-shot model has no classes of its own."""
+        return {}
+
+    def beside(self, expert: str | None = None) -> dict[str, bytes]:
+        """No file: all of a few-shot model is in its weights."""
         return {}
 
     def _evaluate_one(

@@ -28,13 +28,13 @@ class Job(Protocol):
 
     def evaluate(self, attacks: list[Any] | None = None) -> list[dict[str, Any]]: ...  # rows of results.jsonl
 
-    def stock(self) -> nn.Module: ...  # the model before adaptation
+    def adapted(self, expert: str | None = None) -> nn.Module: ...  # the stock model with the adapter (of one expert) in it
 
-    def merged(self, expert: str | None = None) -> nn.Module: ...  # the same with the update (of one expert) folded in
-
-    def adapter(self, expert: str | None = None) -> Path: ...  # the folder of the adapter (of one expert)
+    def merged(self, expert: str | None = None) -> nn.Module: ...  # the same with the update folded in
 
     def about(self) -> dict[str, Any]: ...  # what config.json beside merged weights says besides
+
+    def beside(self, expert: str | None = None) -> dict[str, bytes]: ...  # files that go with what is merged or exported, by name
 
 
 def load_config(path: Path, overrides: list[str]) -> RunConfig:

@@ -1,4 +1,4 @@
-"""A run folder from start to report: what `vismt run`, `train`, `evaluate`, `attack`, `merge` and `export` do.
+"""A run folder from start to report: what `vismt run`, `train`, `evaluate`, `attack`, `merge`, `predict` and `export` do.
 
 The folder is named by the configuration and its hash, so the same command on the same configuration goes on where it
 stopped: training at its checkpoint, evaluation at its episode.
@@ -23,7 +23,6 @@ from vismt.engine import jobs, log, report, runtime
 from vismt.errors import UserError, near
 from vismt.lowrank.files import atomic_write, read_json
 from vismt.lowrank.peft_folder import export_peft
-from vismt.lowrank.store import load_adapter
 
 RESOLVED, FACTS, RESULTS = "config.resolved.yaml", "run.json", "results.jsonl"
 FORMATS = ("timm", "transformers", "peft")
@@ -99,14 +98,20 @@ class Run:
         if form == "timm":
             return self._write_merged(target, expert)
         if form == "peft":
-            model = self.job.stock()
-            load_adapter(model, self.job.adapter(expert))
-            return export_peft(model, target)
-        model = self.job.merged(expert)
-        if not hasattr(model, "save_pretrained"):
-            raise UserError(f"export: {type(model).__name__} is no transformers model; use --format timm or peft.")
-        model.save_pretrained(target)
-        return target
+            export_peft(self.job.adapted(expert), target)
+        else:
+            model = self.job.merged(expert)
+            if not hasattr(model, "save_pretrained"):
+                raise UserError(f"export: {type(model).__name__} is no transformers model; use --format timm or peft.")
+            model.save_pretrained(target)
+        return self._write_beside(target, expert)
+
+    def predict(self, images: list[Path], target: Path | None = None, expert: str | None = None, **how: bool) -> list[Path]:
+        """Pictures of a dense run's predictions, under RUN/predictions unless told otherwise; how: see `predict_images`."""
+        predict = getattr(self.job, "predict", None)
+        if predict is None:
+            raise UserError(f"predict: run '{self.folder}' is of the job '{self.config.task}'; only dense runs draw predictions.")
+        return predict(images, target or self.folder / "predictions", expert, **how)
 
     def _write_merged(self, target: Path, expert: str | None) -> Path:
         model = self.job.merged(expert)
@@ -119,6 +124,11 @@ class Run:
             about["architecture"] = known.get("architecture", about["architecture"])
             about["pretrained_cfg"] = {name: known[name] for name in ("mean", "std", "interpolation") if name in known}
         atomic_write(target / "config.json", json.dumps(about, indent=1))
+        return self._write_beside(target, expert)
+
+    def _write_beside(self, target: Path, expert: str | None) -> Path:
+        for name, content in self.job.beside(expert).items():
+            atomic_write(target / name, content)
         return target
 
     def _note(self, **changes: Any) -> None:

@@ -234,13 +234,13 @@ class StudyJob(ABC):
         net = self.loaded(unit)
         return merge(net.vit) if study_files.adapted(unit) else net.vit
 
-    def stock(self) -> nn.Module:
-        """The timm model before adaptation."""
-        return self.fresh(self.config).vit
+    def beside(self, expert: str | None = None) -> dict[str, bytes]:
+        """Files that go with what is merged or exported of one arm, by name; none where the timm model holds everything."""
+        return {}
 
-    def adapter(self, expert: str | None = None) -> Path:
-        """The adapter's folder of one arm; UserError for an arm without one."""
+    def adapted(self, expert: str | None = None) -> nn.Module:
+        """The timm model of one arm with its adapter; UserError for an arm without one."""
         unit = named_unit(self.config, self.folder, expert)
         if not study_files.adapted(unit):
             raise UserError(f"run '{self.folder}': arm '{unit.arm}' has no adapter: it trains the heads alone, or everything.")
-        return unit.folder / study_files.ADAPTER
+        return self.loaded(unit).vit

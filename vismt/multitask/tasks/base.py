@@ -72,6 +72,13 @@ class DenseTask(ABC):
         if labelled.any():
             self.count(metric, prediction.detach()[labelled], target[labelled])
 
+    def view(self, prediction: Tensor, mirrored: bool) -> Tensor:
+        """A prediction (b, channels, h, w) as it may be averaged with other views of the image.
+
+        mirrored: it was made of the mirrored image; what is given is of the image as it stands.
+        """
+        return prediction.flip(-1) if mirrored else prediction
+
     def score(self, computed: dict[str, Any]) -> float:
         """The one number for Delta_m out of the metric's `compute()`."""
         return float(computed[self.measure])
@@ -87,6 +94,10 @@ class DenseTask(ABC):
             raise UserError(f"{self.name}: no picture of a map {tuple(map.shape)} {map.dtype}; give one sample's map.")
         colors, shown = self.paint(map.detach().cpu(), predicted, None if like is None else like.detach().cpu())
         return torch.where(shown, (255 * colors).round(), DARK).to(torch.uint8)
+
+    @abstractmethod
+    def answer(self, prediction: Tensor) -> Tensor:
+        """What one prediction (channels, h, w) says: class ids int64 (h, w), a probability or depth (h, w), unit vectors."""
 
     @abstractmethod
     def metric(self) -> Metric:

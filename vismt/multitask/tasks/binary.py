@@ -44,10 +44,13 @@ class BinaryTask(LabelTask):
         weight = w * positive + (1 - w) * (1 - positive)
         return F.binary_cross_entropy_with_logits(self.margin(prediction), positive, weight)
 
+    def answer(self, prediction: Tensor) -> Tensor:
+        return self.margin(prediction.float().movedim(0, -1)).sigmoid()
+
     def paint(self, map: Tensor, predicted: bool, like: Tensor | None) -> tuple[Tensor, Tensor]:
         """Probability as grey."""
         if predicted:
-            grey = self.margin(map.float().movedim(0, -1)).sigmoid()
+            grey = self.answer(map)
             return grey.nan_to_num(0.0).expand(3, -1, -1), ~grey.isnan()
         self.check_labels(map)
         shown = self.valid(map)

@@ -51,6 +51,9 @@ class Depth(DenseTask):
     def pixel_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         return (prediction[:, 0] - target).abs().mean()
 
+    def answer(self, prediction: Tensor) -> Tensor:
+        return prediction[0]
+
     def metric(self) -> Metric:
         from vismt.multitask.metrics import DepthErrors
 
@@ -58,7 +61,7 @@ class Depth(DenseTask):
 
     def paint(self, map: Tensor, predicted: bool, like: Tensor | None) -> tuple[Tensor, Tensor]:
         """Near is bright. The range is that of 98 of 100 valid pixels, so that a few odd ones do not take all colours."""
-        depth = (map[0] if predicted else map).float()
+        depth = (self.answer(map) if predicted else map).float()
         shown = depth.isfinite() if predicted else self.valid(depth)
         scale = depth if like is None else like.reshape(like.shape[-2:]).float()
         kept = scale[self.valid(scale)]

@@ -53,6 +53,14 @@ class Normals(DenseTask):
         apart = (normal - target).abs()
         return apart.sum(1).mean() if self.convention == "invpt" else apart.mean()
 
+    def view(self, prediction: Tensor, mirrored: bool) -> Tensor:
+        """Unit vectors; those of the mirrored image with x turned back."""
+        normal = F.normalize(super().view(prediction, mirrored), dim=1, eps=SHORTEST)
+        return normal * normal.new_tensor([-1.0, 1.0, 1.0])[:, None, None] if mirrored else normal
+
+    def answer(self, prediction: Tensor) -> Tensor:
+        return F.normalize(prediction.float(), dim=0, eps=SHORTEST)
+
     def metric(self) -> Metric:
         from vismt.multitask.metrics import NormalErrors
 

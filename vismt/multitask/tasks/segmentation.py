@@ -57,18 +57,24 @@ class Segmentation(LabelTask):
     def pixel_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(prediction, target)
 
+    def answer(self, prediction: Tensor) -> Tensor:
+        return prediction.argmax(0)
+
     def metric(self) -> Metric:
         from vismt.multitask.metrics import MeanIoU
 
         return MeanIoU(self.classes, ignore_index=IGNORE, absent=self.absent)
 
+    def palette(self) -> Sequence[Sequence[int]]:
+        """(r, g, b) in 0..255 of each class."""
+        return class_colors(self.classes) if self.colors is None else self.colors
+
     def paint(self, map: Tensor, predicted: bool, like: Tensor | None) -> tuple[Tensor, Tensor]:
         if not predicted:
             self.check_labels(map)
-        labels = map.argmax(0) if predicted else map
+        labels = self.answer(map) if predicted else map
         shown = self.valid(labels)
-        colors = torch.tensor(class_colors(self.classes) if self.colors is None else self.colors) / 255
-        return colors[labels.where(shown, 0)].movedim(-1, 0), shown
+        return (torch.tensor(self.palette()) / 255)[labels.where(shown, 0)].movedim(-1, 0), shown
 
 
 def class_colors(classes: int) -> list[tuple[int, int, int]]:

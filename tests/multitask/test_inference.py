@@ -1,0 +1,114 @@
+"""Windows and mirrored views: every pixel the mean of the views that hold it, geometry kept, one view left as it is."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import images, tiny_vit
+
+from vismt.backbones.vit import Backbone
+from vismt.data.dense_sample import blank
+from vismt.data.dense_transforms import FILL
+from vismt.errors import UserError
+from vismt.multitask.dense import DenseNet
+from vismt.multitask.heads import make_head, resize_logits
+from vismt.multitask.inference import predict, starts
+from vismt.multitask.tasks import make_task
+
+TASKS = {task.name: task for task in (make_task({"name": "semseg", "classes": 4}), make_task("depth"), make_task("normals"))}
+
+
+@pytest.fixture(scope="module")
+def net() -> DenseNet:
+    """On images of 16 x 24."""
+    backbone = Backbone(tiny_vit(0, num_classes=0, img_size=(16, 24)), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    heads = {name: make_head("linear", [32], task.channels, seed=len(name)) for name, task in TASKS.items()}
+    return DenseNet(backbone, heads, [1]).requires_grad_(False).eval()
+
+
+def test_an_image_of_the_nets_size_is_predicted_as_it_is(net: DenseNet) -> None:
+    x = images(2, 24)[:, :, :16]
+    found = predict(net, TASKS, x)
+    for name, value in net(x).items():
+        assert torch.equal(found[name], resize_logits(value, (16, 24)))
+
+
+@given(st.integers(4, 60), st.integers(0, 200), st.floats(0, 0.9))
+def test_windows_cover_a_side_and_share_enough(window: int, more: int, overlap: float) -> None:
+    side = window + more
+    found = starts(side, window, overlap)
+    assert found[0] == 0 and found[-1] == side - window and found == sorted(set(found))
+    # Starts are whole pixels, so a neighbour may be one pixel farther than the share says.
+    assert all(b - a <= max(1, window * (1 - overlap)) + 1 for a, b in pairwise(found))
+    fewer = len(found) - 2
+    assert fewer < 1 or more / fewer > window * (1 - overlap)  # one window less would stand too far apart
+
+
+def test_every_pixel_is_the_mean_of_the_windows_that_hold_it(net: DenseNet) -> None:
+    x = images(1, 40)[:, :, :30]
+    found = predict(net, TASKS, x, overlap=0.25)
+    tops, lefts = starts(30, 16, 0.25), starts(40, 24, 0.25)
+    assert (len(tops), len(lefts)) == (3, 2)
+    single = {(t, l): predict(net, TASKS, x[..., t : t + 16, l : l + 24]) for t in tops for l in lefts}
+    for row, column in ((0, 0), (9, 20), (15, 17), (29, 39), (14, 16), (7, 39)):
+        holding = [(t, l) for t, l in single if t <= row < t + 16 and l <= column < l + 24]
+        for name in TASKS:
+            values = [single[t, l][name][0, :, row - t, column - l] for t, l in holding]
+            if name == "normals":
+                values = [value / value.norm() for value in values]
+            assert torch.allclose(found[name][0, :, row, column], torch.stack(values).mean(0), atol=1e-5), (name, row, column)
+    assert max(len([1 for t, l in single if t <= row < t + 16]) for row in range(30)) > 1
+
+
+def test_normals_are_averaged_as_directions(net: DenseNet) -> None:
+    """Lengths of a head's vectors mean nothing: one a hundred times as long must not decide alone."""
+    long, short = torch.tensor([100.0, 0, 0]), torch.tensor([0, 0, 1.0])
+    task = TASKS["normals"]
+    mean = sum(task.view(value[None, :, None, None], False) for value in (long, short)) / 2
+    assert torch.allclose(mean.flatten(), torch.tensor([0.5, 0, 0.5]))
+    mirrored = task.view(long[None, :, None, None], True)
+    assert torch.allclose(mirrored.flatten(), torch.tensor([-1.0, 0, 0]))
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (24, 32)])
+def test_with_the_mirrored_view_a_mirrored_image_is_predicted_mirrored(net: DenseNet, shape: tuple[int, int]) -> None:
+    x = images(1, 40)[..., : shape[0], : shape[1]]
+    one, other = predict(net, TASKS, x, flip=True), predict(net, TASKS, x.flip(-1), flip=True)
+    sign = torch.tensor([-1.0, 1, 1])[:, None, None]
+    for name, value in one.items():
+        turned = other[name].flip(-1) * sign if name == "normals" else other[name].flip(-1)
+        assert torch.allclose(value, turned, atol=1e-5), name
+    alone = predict(net, TASKS, x)
+    assert not torch.allclose(alone["depth"], one["depth"], atol=1e-4)
+    assert not torch.allclose(one["normals"], other["normals"].flip(-1), atol=1e-3)  # without x turned back
+
+
+def test_a_smaller_image_is_padded_with_the_grey_of_training_and_cut_again(net: DenseNet) -> None:
+    x = images(1, 24)[:, :, :10, :24]
+    padded = torch.full((1, 3, 16, 24), FILL)
+    padded[:, :, :10] = x
+    for name, value in predict(net, TASKS, x).items():
+        assert value.shape[-2:] == (10, 24)
+        assert torch.equal(value, resize_logits(net(padded)[name], (16, 24))[:, :, :10])
+
+
+@pytest.mark.parametrize("overlap", [-0.1, 1, 1.5, True, "half"])
+def test_an_overlap_that_is_no_share_is_refused(net: DenseNet, overlap: object) -> None:
+    with pytest.raises(UserError, match="overlap: "):
+        predict(net, TASKS, images(1, 24)[:, :, :16], overlap=overlap)
+
+
+def test_answers_are_what_the_metrics_compare() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 3, 5, generator=generator)
+    assert torch.equal(TASKS["semseg"].answer(logits), logits.argmax(0))
+    assert torch.equal(TASKS["depth"].answer(logits[:1]), logits[0])
+    assert torch.allclose(TASKS["normals"].answer(logits[:3]).norm(dim=0), torch.ones(3, 5))
+    edge, saliency = make_task("edge"), make_task("saliency")
+    assert torch.allclose(edge.answer(logits[:1]), logits[0].sigmoid())
+    assert torch.allclose(saliency.answer(logits[:2]), logits[:2].softmax(0)[1], atol=1e-6)
+    assert blank("semseg", 3, 5).shape == TASKS["semseg"].answer(logits).shape
