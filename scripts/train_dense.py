@@ -1,0 +1,65 @@
+"""Train several dense tasks on one adapted ViT: one method, one seed, flags instead of a configuration file.
+
+    python scripts/train_dense.py --model vit_small_patch14_imgfocus --position onnx --data camvid --split train --test test \
+        --tasks semseg:11 edge --size 168 224 --method moe_lora --rank 4 --steps 200
+
+The same job as `vismt run` on configs/dense/*.yaml, which also compare arms and seeds; the run folder is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from vismt.cli import main
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="asset or timm name")
+    parser.add_argument("--position", default="timm", help="how its position table is resampled: timm, dino or onnx")
+    parser.add_argument("--data", nargs="+", required=True, help="dense cards")
+    parser.add_argument("--split", default="train", help="of the cards, trained on")
+    parser.add_argument("--test", default="test", help="of the cards, tested on")
+    parser.add_argument("--tasks", nargs="+", required=True, help="semseg:CLASSES, depth, normals, edge, saliency, parts")
+    parser.add_argument("--size", type=int, nargs=2, required=True, help="height and width in pixels, multiples of the patch")
+    parser.add_argument("--head", default="segformer", help="linear, conv, segformer or dpt")
+    parser.add_argument("--method", default="lora", help="of `vismt list`; full for the whole backbone, none for heads alone")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--balancing", help="of the tasks' losses, for example pcgrad; the weighted sum without")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--random-weights", action="store_true")
+    parser.add_argument("--out", default="runs")
+    return parser.parse_args()
+
+
+def config(options: argparse.Namespace) -> dict:
+    """The configuration file that `vismt run` takes."""
+    tasks = [name.partition(":") for name in options.tasks]
+    return {
+        "task": "dense", "title": f"{options.model}, {options.method}, {' '.join(options.tasks)}", "seed": options.seed,
+        "model": {"name": options.model, "position": options.position, "pretrained": not options.random_weights},
+        "adapt": None if options.method in ("none", "full") else {"method": options.method, "rank": options.rank},
+        "full": options.method == "full", "fade": {} if options.method == "moe_lora" else None,
+        "data": {part: [f"{name}:{split}" for name in options.data]
+                 for part, split in (("train", options.split), ("test", options.test))},
+        "tasks": [{"name": name, **({"classes": int(classes)} if classes else {})} for name, _, classes in tasks],
+        "size": options.size, "head": {"name": options.head}, "batch": options.batch,
+        "balancing": {"method": options.balancing} if options.balancing else None,
+        "train": {"steps": options.steps, "lr": options.lr, "warmup": options.steps // 10, "checkpoint_every": 100},
+    }
+
+
+if __name__ == "__main__":
+    chosen = arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train_dense.yaml"
+        path.write_text(yaml.safe_dump(config(chosen)))
+        sys.exit(main(["run", str(path), "--out", chosen.out]))

@@ -1,0 +1,56 @@
+"""The scripts are thin: what their flags become is a sound configuration, and the job runs from there."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vismt.engine.jobs import load_config, make_job
+from vismt.engine.log import read_lines
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+
+
+def settings(script: str, flags: list[str], folder: Path, monkeypatch) -> dict:
+    """The configuration that a script makes of its flags, checked by its job."""
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    found = runpy.run_path(str(SCRIPTS / script))
+    raw = found["config"](found["arguments"]())
+    path = folder / "made.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    make_job(load_config(path, []), folder)
+    return raw
+
+
+def test_train_dense_flags(tmp_path: Path, monkeypatch) -> None:
+    common = ["--model", "test_vit", "--data", "motorcycle", "--size", "32", "48"]
+    raw = settings("train_dense.py", [*common, "--tasks", "semseg:5", "depth", "--method", "moe_lora", "--balancing", "dwa"],
+                   tmp_path, monkeypatch)
+    assert raw["tasks"] == [{"name": "semseg", "classes": 5}, {"name": "depth"}]
+    assert raw["adapt"] == {"method": "moe_lora", "rank": 8} and raw["fade"] == {} and raw["balancing"] == {"method": "dwa"}
+    assert raw["data"] == {"train": ["motorcycle:train"], "test": ["motorcycle:test"]}
+    for method, full in (("full", True), ("none", False)):
+        raw = settings("train_dense.py", [*common, "--tasks", "depth", "--method", method], tmp_path, monkeypatch)
+        assert raw["adapt"] is None and raw["fade"] is None and raw["full"] is full
+
+
+def test_bench_fewshot_flags(tmp_path: Path, monkeypatch) -> None:
+    flags = ["--model", "test_vit", "--data", "digits", "--episodes", "3", "--epsilon", "8/255"]
+    raw = settings("bench_fewshot.py", flags, tmp_path, monkeypatch)
+    assert raw["train"] is None and raw["evaluate"]["attacks"] == [{"name": "pgd", "epsilon": "8/255"}]
+
+
+@pytest.mark.slow
+def test_train_dense_runs_to_its_report(tmp_path: Path) -> None:
+    pytest.importorskip("skimage")
+    flags = ["--model", "test_vit", "--random-weights", "--data", "motorcycle", "--tasks", "depth", "--size", "32", "48",
+             "--head", "linear", "--steps", "2", "--batch", "3", "--out", str(tmp_path)]
+    done = subprocess.run([sys.executable, str(SCRIPTS / "train_dense.py"), *flags], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder = next(tmp_path.iterdir())
+    assert (folder / "report.html").exists() and len(read_lines(folder / "results.jsonl")) == 1
