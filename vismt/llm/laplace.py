@@ -1,0 +1,214 @@
+"""Laplace on a trained linear head, after training: w ~ N(mean, (H + lambda I)^-1), H the Gauss-Newton matrix of the NLL.
+
+    H = sum_n Lambda_n (x) phi_n phi_n^T,   Lambda_n = diag(p_n) - p_n p_n^T,   over the WHOLE training set, p_n at the mean
+
+"full"       H itself, (k d)^2 numbers: the default, as a head on a few answer tokens is small. Exact: for softmax H is the Hessian
+"rows"       the k blocks sum_n p_c (1 - p_c) phi phi^T of H: what replaces VBLL's S_c in PoLAR-VBLL (arXiv 2604.03388). Without
+             the coupling -p_c p_c' the classes do not share what they know: for two, z_1 - z_2 gets twice the variance
+"kronecker"  (sum_n Lambda_n) (x) (sum_n phi phi^T) / N, k^2 + d^2 numbers: for many classes; Laplace-LoRA's (arXiv 2308.13111)
+
+A diagonal is left out: features of a transformer are strongly correlated, and it would call every direction known. Kept as
+eigenvectors and eigenvalues of H, so that another prior precision lambda costs nothing and no jitter is needed. Left out:
+the marginal likelihood (lambda is chosen on validation NLL), other layers, a bias (append a column of ones).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor, nn
+
+from vismt.errors import UserError, near
+from vismt.llm.predictive import averaged, check_method, draw_logits, probit, uncertainty_scores
+from vismt.llm.variational import full_precision
+
+LARGEST = 8192  # k d of a full matrix: 256 MB in fp32, and a few minutes of eigh
+
+
+class Curvature(nn.Module, ABC):
+    """H over examples that `add` has seen, then its eigenvectors; `root` is asked for after `finish`."""
+
+    def __init__(self, sums: Sequence[Tensor]) -> None:
+        super().__init__()
+        for number, value in enumerate(sums):
+            self.register_buffer(f"sum{number}", value)
+        self.examples = 0
+
+    def add(self, x: Tensor, p: Tensor) -> None:
+        """Count a batch. x: (b, d); p: (b, k) probabilities."""
+        self.examples += len(x)
+        for number, value in enumerate(self.products(x, p)):
+            getattr(self, f"sum{number}").add_(value)
+
+    def finish(self) -> None:
+        """Replace the sums by eigenvalues (clipped at 0, which H does not go below) and eigenvectors."""
+        for name, value in list(self._buffers.items()):
+            values, vectors = torch.linalg.eigh(value)
+            self.register_buffer(name.replace("sum", "values"), values.clamp_min(0))
+            self.register_buffer(name.replace("sum", "vectors"), vectors)
+            delattr(self, name)
+
+    @abstractmethod
+    def products(self, x: Tensor, p: Tensor) -> list[Tensor]:
+        """What a batch adds to each sum."""
+
+    @abstractmethod
+    def root(self, x: Tensor, precision: float) -> Tensor:
+        """R with R R^T the covariance of the k logits of each x: (b, k, k), or (b, k) where they are independent."""
+
+
+class Full(Curvature):
+    """All of H, rows (c, i) in that order."""
+
+    def __init__(self, mean: Tensor) -> None:
+        super().__init__([mean.new_zeros(mean.numel(), mean.numel())])
+        self.classes = len(mean)
+
+    def products(self, x: Tensor, p: Tensor) -> list[Tensor]:
+        weighted = einsum(_output_hessian(p), x, "b c e, b i -> b c e i")
+        return [rearrange(einsum(weighted, x, "b c e i, b j -> c i e j"), "c i e j -> (c i) (e j)")]
+
+    def root(self, x: Tensor, precision: float) -> Tensor:
+        vectors = rearrange(self.vectors0, "(k d) m -> k d m", k=self.classes)
+        wide = einsum(x, vectors, "b d, k d m -> b k m") * (self.values0 + precision).rsqrt()
+        return torch.linalg.qr(wide.mT, mode="r").R.mT  # of wide itself: its square would lose half the digits
+
+
+class Rows(Curvature):
+    """The diagonal blocks of H, a row of the head each."""
+
+    def __init__(self, mean: Tensor) -> None:
+        super().__init__([mean.new_zeros(len(mean), mean.shape[1], mean.shape[1])])
+
+    def products(self, x: Tensor, p: Tensor) -> list[Tensor]:
+        return [einsum(einsum(p * (1 - p), x, "b k, b i -> k b i"), x, "k b i, b j -> k i j")]
+
+    def root(self, x: Tensor, precision: float) -> Tensor:
+        wide = einsum(x, self.vectors0, "b d, k d m -> b k m").square()
+        return einsum(wide, 1 / (self.values0 + precision), "b k m, k m -> b k").sqrt()
+
+
+class Kronecker(Curvature):
+    """Sums of phi phi^T (d, d) and of Lambda (k, k)."""
+
+    def __init__(self, mean: Tensor) -> None:
+        super().__init__([mean.new_zeros(size, size) for size in reversed(mean.shape)])
+
+    def products(self, x: Tensor, p: Tensor) -> list[Tensor]:
+        return [x.mT @ x, _output_hessian(p).sum(0)]
+
+    def root(self, x: Tensor, precision: float) -> Tensor:
+        values = self.values1[:, None] * self.values0 / max(1, self.examples) + precision
+        std = ((x @ self.vectors0).square() @ (1 / values).mT).sqrt()
+        return self.vectors1 * std.unsqueeze(1)
+
+
+STRUCTURES: dict[str, type[Curvature]] = {"full": Full, "rows": Rows, "kronecker": Kronecker}
+
+
+class Laplace(nn.Module):
+    """The Gaussian head that `fit_laplace` makes. mean: (k, d), the trained weight. Nothing in it is trained."""
+
+    mean: Tensor
+
+    def __init__(self, mean: Tensor, curvature: Curvature, prior_precision: float) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.curvature, self.prior_precision = curvature, prior_precision
+
+    @full_precision
+    def forward(self, features: Tensor) -> Tensor:
+        """Mean logits (b, k): those of the trained head. features: (b, d) float."""
+        return self._features(features) @ self.mean.mT
+
+    @full_precision
+    def logit_distribution(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """m (b, k) and R, (b, k, k) with covariance R R^T of the logits, or (b, k) their independent std."""
+        x = self._features(features)
+        return x @ self.mean.mT, self.curvature.root(x, self.prior_precision)
+
+    @full_precision
+    def predict(
+        self, features: Tensor, samples: int = 20, generator: torch.Generator | None = None, *, method: str = "sample",
+    ) -> Tensor:
+        """Class probabilities (b, k), as `VBLLClassifier.predict`; "probit" takes the variances of the logits alone."""
+        check_method(method)
+        mean, root = self.logit_distribution(features)
+        if method == "probit":
+            return probit(mean, root.square() if root.ndim == 2 else root.square().sum(-1))
+        return averaged(draw_logits(mean, root, samples, generator))
+
+    @full_precision
+    def uncertainty(
+        self, features: Tensor, samples: int = 20, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Scores (b,), each higher the less certain (`uncertainty_scores`)."""
+        return uncertainty_scores(draw_logits(*self.logit_distribution(features), samples, generator))
+
+    def tune(
+        self, features: Tensor, labels: Tensor, grid: Sequence[float] = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0), *,
+        samples: int = 200, seed: int = 0,
+    ) -> dict[float, float]:
+        """Set prior_precision to the value of `grid` with the least validation NLL; returns {precision: NLL}.
+
+        features: (n, d); labels: (n,) int. The draws are the same for every value, so that the comparison is not of draws.
+        """
+        found = {}
+        for precision in grid:
+            self.prior_precision = _positive(precision)
+            generator = torch.Generator().manual_seed(seed)
+            chosen = self.predict(features, samples, generator).gather(1, labels.long().unsqueeze(1))
+            found[precision] = -float(chosen.clamp_min(torch.finfo(chosen.dtype).tiny).log().mean())
+        if not found:
+            raise UserError("laplace: the grid of prior precisions is empty.")
+        self.prior_precision = min(found, key=found.__getitem__)
+        return found
+
+    def _features(self, features: Tensor) -> Tensor:
+        return _checked(features, self.mean)
+
+
+@torch.no_grad()
+def fit_laplace(
+    weight: Tensor, batches: Iterable[Tensor], prior_precision: float = 1.0, structure: str = "full"
+) -> Laplace:
+    """Laplace around a trained head's `weight` (k, d), float.
+
+    batches: features (b, d) of the whole training set; labels are not needed, as the Gauss-Newton matrix has none.
+    prior_precision: lambda > 0, 1 / variance of the prior of a weight (1 / head.prior_variance after VBLL; after weight
+    decay w under a mean NLL, N w). structure: "full", "rows" or "kronecker".
+    Raises UserError for another structure, a head too large for "full", and features that do not fit.
+    """
+    if structure not in STRUCTURES:
+        raise UserError(f"laplace: no structure '{structure}'.{near(str(structure), STRUCTURES)}")
+    if weight.ndim != 2:
+        raise UserError(f"laplace: the weight is {tuple(weight.shape)}, needed (k, d).")
+    if structure == "full" and weight.numel() > LARGEST:
+        raise UserError(f"laplace: 'full' for {weight.numel()} weights (at most {LARGEST}); use 'kronecker' or 'rows'.")
+    mean = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).clone()
+    laplace = Laplace(mean, STRUCTURES[structure](mean), _positive(prior_precision))
+    for features in batches:
+        x = _checked(features, mean)
+        laplace.curvature.add(x, laplace(x).softmax(1))
+    laplace.curvature.finish()
+    return laplace
+
+
+def _checked(features: Tensor, mean: Tensor) -> Tensor:
+    if features.ndim != 2 or features.shape[1] != mean.shape[1]:
+        raise UserError(f"laplace: features are {tuple(features.shape)}, needed (b, {mean.shape[1]}).")
+    return features.to(mean)
+
+
+def _output_hessian(p: Tensor) -> Tensor:
+    """diag(p) - p p^T (b, k, k)."""
+    return torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+
+
+def _positive(precision: float) -> float:
+    if not precision > 0:
+        raise UserError(f"laplace: prior precision {precision}; it must be positive.")
+    return precision
