@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def _train(
     trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     if not trained:
         raise UserError("train: nothing is trainable; name a method in the adapt section.")
-    optimizer, parameters = make_optimizer(trained, config), list(trained.values())
+    optimizer, parameters = make_optimizer(trained, config, with_own_prior(objective)), list(trained.values())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, config) / config.lr)
 
     # ---- resume: 1. the run folder's own checkpoint, 2. the start values --------------------------------------------------
@@ -156,9 +156,21 @@ def _to(batch: Any, device: torch.device) -> Any:
     return type(batch)(_to(value, device) for value in batch) if isinstance(batch, tuple | list) else batch
 
 
-def make_optimizer(parameters: Mapping[str, Tensor], config: TrainConfig) -> torch.optim.Optimizer:
+def with_own_prior(objective: nn.Module) -> set[str]:
+    """Names of parameters in modules that say `own_prior`: their loss holds their prior, so weight decay would be another."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, module in objective.named_modules() if getattr(module, "own_prior", False)
+        for name, _ in module.named_parameters()
+    }
+
+
+def make_optimizer(
+    parameters: Mapping[str, Tensor], config: TrainConfig, undecayed: Collection[str] = ()
+) -> torch.optim.Optimizer:
     """AdamW, or SGD with momentum, over parameters by name: a group for each rate, matrices and the rest apart.
 
+    undecayed: names of matrices without weight decay.
     Raises UserError for a pattern of train.rates that is no regular expression or is found in no name.
     """
     groups: dict[tuple[float, bool], list[Tensor]] = {}
@@ -166,7 +178,7 @@ def make_optimizer(parameters: Mapping[str, Tensor], config: TrainConfig) -> tor
     for name, parameter in parameters.items():
         pattern = next((one for one in config.rates if _search(one, name)), None)
         found.add(pattern)
-        groups.setdefault((config.rates.get(pattern, 1.0), parameter.ndim > 1), []).append(parameter)
+        groups.setdefault((config.rates.get(pattern, 1.0), parameter.ndim > 1 and name not in undecayed), []).append(parameter)
     for pattern in config.rates:
         if pattern not in found:
             raise UserError(f"train.rates: '{pattern}' is found in no trained parameter.{near(pattern, parameters)}")

@@ -38,7 +38,7 @@ def alternating_loss(
     if steps < 1:
         raise UserError(f"alternating: {steps} steps of the head; it must be at least 1.")
     fixed = features.detach()
-    with _grads(head, True):
+    with _grads(head, True), torch.enable_grad():
         for _ in range(steps):
             optimizer.zero_grad(set_to_none=True)
             head.loss(fixed, labels).backward()

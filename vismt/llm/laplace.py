@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from einops import einsum, rearrange
@@ -23,18 +24,18 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError, near
 from vismt.llm.predictive import averaged, check_method, draw_logits, probit, uncertainty_scores
-from vismt.llm.variational import full_precision
+from vismt.llm.variational import GaussianHead, full_precision
 
-LARGEST = 8192  # k d of a full matrix: 256 MB in fp32, and a few minutes of eigh
+LARGEST = 4096  # k d of a full matrix: 128 MB in fp64, and half a minute of eigh
 
 
 class Curvature(nn.Module, ABC):
     """H over examples that `add` has seen, then its eigenvectors; `root` is asked for after `finish`."""
 
-    def __init__(self, sums: Sequence[Tensor]) -> None:
+    def __init__(self, *shapes: tuple[int, ...], **kind: Any) -> None:
         super().__init__()
-        for number, value in enumerate(sums):
-            self.register_buffer(f"sum{number}", value)
+        for number, shape in enumerate(shapes):
+            self.register_buffer(f"sum{number}", torch.zeros(shape, **kind))
         self.examples = 0
 
     def add(self, x: Tensor, p: Tensor) -> None:
@@ -43,12 +44,12 @@ class Curvature(nn.Module, ABC):
         for number, value in enumerate(self.products(x, p)):
             getattr(self, f"sum{number}").add_(value)
 
-    def finish(self) -> None:
-        """Replace the sums by eigenvalues (clipped at 0, which H does not go below) and eigenvectors."""
+    def finish(self, dtype: torch.dtype) -> None:
+        """Replace the sums by eigenvalues (clipped at 0, which H does not go below) and eigenvectors in `dtype`."""
         for name, value in list(self._buffers.items()):
             values, vectors = torch.linalg.eigh(value)
-            self.register_buffer(name.replace("sum", "values"), values.clamp_min(0))
-            self.register_buffer(name.replace("sum", "vectors"), vectors)
+            self.register_buffer(name.replace("sum", "values"), values.clamp_min(0).to(dtype))
+            self.register_buffer(name.replace("sum", "vectors"), vectors.to(dtype))
             delattr(self, name)
 
     @abstractmethod
@@ -63,9 +64,9 @@ class Curvature(nn.Module, ABC):
 class Full(Curvature):
     """All of H, rows (c, i) in that order."""
 
-    def __init__(self, mean: Tensor) -> None:
-        super().__init__([mean.new_zeros(mean.numel(), mean.numel())])
-        self.classes = len(mean)
+    def __init__(self, classes: int, width: int, **kind: Any) -> None:
+        super().__init__((classes * width, classes * width), **kind)
+        self.classes = classes
 
     def products(self, x: Tensor, p: Tensor) -> list[Tensor]:
         weighted = einsum(_output_hessian(p), x, "b c e, b i -> b c e i")
@@ -80,8 +81,8 @@ class Full(Curvature):
 class Rows(Curvature):
     """The diagonal blocks of H, a row of the head each."""
 
-    def __init__(self, mean: Tensor) -> None:
-        super().__init__([mean.new_zeros(len(mean), mean.shape[1], mean.shape[1])])
+    def __init__(self, classes: int, width: int, **kind: Any) -> None:
+        super().__init__((classes, width, width), **kind)
 
     def products(self, x: Tensor, p: Tensor) -> list[Tensor]:
         return [einsum(einsum(p * (1 - p), x, "b k, b i -> k b i"), x, "k b i, b j -> k i j")]
@@ -94,8 +95,8 @@ class Rows(Curvature):
 class Kronecker(Curvature):
     """Sums of phi phi^T (d, d) and of Lambda (k, k)."""
 
-    def __init__(self, mean: Tensor) -> None:
-        super().__init__([mean.new_zeros(size, size) for size in reversed(mean.shape)])
+    def __init__(self, classes: int, width: int, **kind: Any) -> None:
+        super().__init__((width, width), (classes, classes), **kind)
 
     def products(self, x: Tensor, p: Tensor) -> list[Tensor]:
         return [x.mT @ x, _output_hessian(p).sum(0)]
@@ -109,10 +110,8 @@ class Kronecker(Curvature):
 STRUCTURES: dict[str, type[Curvature]] = {"full": Full, "rows": Rows, "kronecker": Kronecker}
 
 
-class Laplace(nn.Module):
+class Laplace(GaussianHead):
     """The Gaussian head that `fit_laplace` makes. mean: (k, d), the trained weight. Nothing in it is trained."""
-
-    mean: Tensor
 
     def __init__(self, mean: Tensor, curvature: Curvature, prior_precision: float) -> None:
         super().__init__()
@@ -134,11 +133,11 @@ class Laplace(nn.Module):
     def predict(
         self, features: Tensor, samples: int = 20, generator: torch.Generator | None = None, *, method: str = "sample",
     ) -> Tensor:
-        """Class probabilities (b, k), as `VBLLClassifier.predict`; "probit" takes the variances of the logits alone."""
+        """Class probabilities (b, k), as `VBLLClassifier.predict`."""
         check_method(method)
         mean, root = self.logit_distribution(features)
         if method == "probit":
-            return probit(mean, root.square() if root.ndim == 2 else root.square().sum(-1))
+            return probit(mean, root)
         return averaged(draw_logits(mean, root, samples, generator))
 
     @full_precision
@@ -167,9 +166,6 @@ class Laplace(nn.Module):
         self.prior_precision = min(found, key=found.__getitem__)
         return found
 
-    def _features(self, features: Tensor) -> Tensor:
-        return _checked(features, self.mean)
-
 
 @torch.no_grad()
 def fit_laplace(
@@ -189,18 +185,14 @@ def fit_laplace(
     if structure == "full" and weight.numel() > LARGEST:
         raise UserError(f"laplace: 'full' for {weight.numel()} weights (at most {LARGEST}); use 'kronecker' or 'rows'.")
     mean = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).clone()
-    laplace = Laplace(mean, STRUCTURES[structure](mean), _positive(prior_precision))
+    # In fp32 the small eigenvalues would drown in 1e-7 of the largest, which grows with N; an MPS device has no fp64.
+    exact = torch.float32 if mean.device.type == "mps" else torch.float64
+    laplace = Laplace(mean, STRUCTURES[structure](*mean.shape, dtype=exact, device=mean.device), _positive(prior_precision))
     for features in batches:
-        x = _checked(features, mean)
-        laplace.curvature.add(x, laplace(x).softmax(1))
-    laplace.curvature.finish()
+        x = laplace._features(features)
+        laplace.curvature.add(x.to(exact), laplace(x).softmax(1).to(exact))
+    laplace.curvature.finish(mean.dtype)
     return laplace
-
-
-def _checked(features: Tensor, mean: Tensor) -> Tensor:
-    if features.ndim != 2 or features.shape[1] != mean.shape[1]:
-        raise UserError(f"laplace: features are {tuple(features.shape)}, needed (b, {mean.shape[1]}).")
-    return features.to(mean)
 
 
 def _output_hessian(p: Tensor) -> Tensor:

@@ -1,9 +1,13 @@
 """From a Gaussian over logits to class probabilities, and how uncertain they are.
 
     sampling   p = mean_s softmax(m + R eps_s), R R^T the covariance of the k logits     probabilities are averaged, not logits
-    probit     p = softmax(m / sqrt(1 + pi v / 8)), v their variances                    no draw (MacKay, 1992)
+    probit     p_c ~ 1 / sum_j exp(-(m_c - m_j) / sqrt(1 + pi V_cj / 8)),   V_cj the variance of z_c - z_j           no draw
 
-softmax(m + v / 2), which normalises VBLL's bound, is no predictive. Draws are of k logits an example, never of a weight.
+MacKay's approximation (Neural Computation 4(5), 1992) is for two classes, where the probit above is just that. The usual way
+to more, softmax(m / sqrt(1 + pi v / 8)) with the variances v of single logits, changes when a constant is added to all
+m, ignores correlations, and was further from many draws wherever we measured (two classes: total variation 0.06 against
+0.005 at v = 10; five: 0.13 against 0.08). softmax(m + v / 2), which normalises VBLL's bound, is no predictive at all.
+Draws are of the k logits of an example, never of weights.
 """
 
 from __future__ import annotations
@@ -36,9 +40,16 @@ def averaged(logits: Tensor) -> Tensor:
     return logits.softmax(-1).mean(0)
 
 
-def probit(mean: Tensor, variance: Tensor) -> Tensor:
-    """(b, k) probabilities of mean and variance (b, k) without a draw; exact for neither, close for both."""
-    return torch.softmax(mean / torch.sqrt(1 + math.pi / 8 * variance), -1)
+def probit(mean: Tensor, root: Tensor) -> Tensor:
+    """(b, k) probabilities without a draw, an approximation; works on (b, k, k). Arguments as `draw_logits`."""
+    if root.ndim == 2:
+        variance, covariance = root.square(), 0.0
+    else:
+        covariance = root @ root.mT
+        variance = covariance.diagonal(dim1=1, dim2=2)
+    pairs = (variance.unsqueeze(2) + variance.unsqueeze(1) - 2 * covariance).clamp_min(0)  # of c = j it does not count
+    against = (mean.unsqueeze(1) - mean.unsqueeze(2)) / torch.sqrt(1 + math.pi / 8 * pairs)
+    return torch.softmax(-torch.logsumexp(against, 2), 1)
 
 
 def check_method(method: str) -> None:

@@ -119,14 +119,11 @@ class LowRank(Spread):
         return 2 * self.log_std.sum(1) + torch.log1p(excess).sum(1)
 
 
-Method = Callable[..., Any]
-
-
-def full_precision(method: Method) -> Method:
+def full_precision(method: Callable[..., Any]) -> Callable[..., Any]:
     """A head's method outside autocast: v / 2 in a logsumexp and factorisations do not bear half precision."""
 
     @functools.wraps(method)
-    def run(self: VariationalHead, *args: Any, **options: Any) -> Any:
+    def run(self: GaussianHead, *args: Any, **options: Any) -> Any:
         kind = self.mean.device.type
         with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             return method(self, *args, **options)
@@ -134,8 +131,31 @@ def full_precision(method: Method) -> Method:
     return run
 
 
-class VariationalHead(nn.Module, ABC):
-    """Rows N(mean_c, S_c) over features of width d with learned noise. Conversions to half precision leave it in fp32.
+class GaussianHead(nn.Module):
+    """A head with means (k, d) that stays in fp32 (or fp64) whatever the model around it is converted to."""
+
+    mean: Tensor
+
+    def _features(self, features: Tensor) -> Tensor:
+        """(b, d) in the head's precision."""
+        if features.ndim != 2 or features.shape[1] != self.mean.shape[1] or not features.is_floating_point():
+            raise UserError(
+                f"{type(self).__name__}: features are {features.dtype} {tuple(features.shape)}, needed floats "
+                f"(b, {self.mean.shape[1]}): pool tokens or take one position first."
+            )
+        return features.to(self.mean.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        def kept(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            half = moved.is_floating_point() and moved.dtype.itemsize < 4
+            return tensor.to(moved.device) if half else moved
+
+        return super()._apply(kept, recurse)
+
+
+class VariationalHead(GaussianHead, ABC):
+    """Rows N(mean_c, S_c) over features of width d, with learned noise.
 
     A subclass gives the prior's variance p, nu (noise_dof), how many noises there are, where means start without rows
     (mean_std), and the bound. Parameters by name: `mean` (k, d), `spread.*` (the posterior's covariance), `log_noise`.
@@ -208,15 +228,6 @@ class VariationalHead(nn.Module, ABC):
             {"params": list(self.spread.parameters()), "lr": spread_lr, "weight_decay": 0.0},
         ]
 
-    def _features(self, features: Tensor) -> Tensor:
-        """(b, d) in the head's precision."""
-        if features.ndim != 2 or features.shape[1] != self.mean.shape[1] or not features.is_floating_point():
-            raise UserError(
-                f"{type(self).__name__}: features are {features.dtype} {tuple(features.shape)}, needed floats "
-                f"(b, {self.mean.shape[1]}): pool tokens or take one position first."
-            )
-        return features.to(self.mean.dtype)
-
     def _labels(self, labels: Tensor, count: int) -> Tensor:
         """(b, 1), fit for gather. The range is looked at on the CPU alone: elsewhere it would wait for the device."""
         what, k = type(self).__name__, len(self.mean)
@@ -225,11 +236,3 @@ class VariationalHead(nn.Module, ABC):
         if labels.device.type == "cpu" and count and not 0 <= int(labels.min()) <= int(labels.max()) < k:
             raise UserError(f"{what}: labels range over [{int(labels.min())}, {int(labels.max())}], needed [0, {k - 1}].")
         return labels.long().unsqueeze(1)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        def kept(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            half = moved.is_floating_point() and moved.dtype.itemsize < 4
-            return tensor.to(moved.device) if half else moved
-
-        return super()._apply(kept, recurse)

@@ -89,7 +89,7 @@ class VBLLClassifier(VariationalHead):
         check_method(method)
         mean, variance = self.logit_distribution(features)
         if method == "probit":
-            return probit(mean, variance)
+            return probit(mean, variance.sqrt())
         return averaged(draw_logits(mean, variance.sqrt(), samples, generator))
 
     @full_precision
