@@ -185,12 +185,12 @@ def fit_laplace(
     if structure == "full" and weight.numel() > LARGEST:
         raise UserError(f"laplace: 'full' for {weight.numel()} weights (at most {LARGEST}); use 'kronecker' or 'rows'.")
     mean = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).clone()
-    # In fp32 the small eigenvalues would drown in 1e-7 of the largest, which grows with N; an MPS device has no fp64.
+    # In fp32 p sums to 1 only up to 1e-7 of what grows with N, and small eigenvalues drown; an MPS device has no fp64.
     exact = torch.float32 if mean.device.type == "mps" else torch.float64
     laplace = Laplace(mean, STRUCTURES[structure](*mean.shape, dtype=exact, device=mean.device), _positive(prior_precision))
     for features in batches:
         x = laplace._features(features)
-        laplace.curvature.add(x.to(exact), laplace(x).softmax(1).to(exact))
+        laplace.curvature.add(x.to(exact), laplace(x).to(exact).softmax(1))
     laplace.curvature.finish(mean.dtype)
     return laplace
 

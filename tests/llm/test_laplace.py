@@ -1,0 +1,155 @@
+"""Laplace on a linear head against autograd's Hessian and drawn weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributions import MultivariateNormal
+from vbll_parts import moved_head, wave
+
+from vismt.errors import UserError
+from vismt.llm import Laplace, fit_laplace
+
+STRUCTURES = ("full", "rows", "kronecker")
+WEIGHT = wave(3, 4, speed=1.3)
+TRAIN, TEST = torch.randn(26, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).mul(2).split([20, 6])
+
+
+def hessian(weight: Tensor, x: Tensor) -> Tensor:
+    """(k d, k d) of the summed NLL by autograd; the labels do not matter."""
+    def nll(flat: Tensor) -> Tensor:
+        return F.cross_entropy(x @ flat.reshape(weight.shape).mT, torch.zeros(len(x)).long(), reduction="sum")
+
+    return torch.autograd.functional.hessian(nll, weight.flatten())
+
+
+def covariance(laplace: Laplace, x: Tensor) -> Tensor:
+    """(b, k, k) of the logits."""
+    root = laplace.logit_distribution(x)[1]
+    return torch.diag_embed(root.square()) if root.ndim == 2 else root @ root.mT
+
+
+def expected(structure: str, precision: float) -> Tensor:
+    """The covariance of all weights (k d, k d), by an explicit inverse."""
+    whole = hessian(WEIGHT, TRAIN)
+    if structure == "rows":
+        whole = whole * torch.block_diag(*[torch.ones(4, 4, dtype=whole.dtype)] * 3)
+    if structure == "kronecker":
+        p = torch.softmax(TRAIN @ WEIGHT.mT, 1)
+        outputs = torch.diag(p.sum(0)) - p.mT @ p
+        whole = torch.kron(outputs, TRAIN.mT @ TRAIN / len(TRAIN))
+    return torch.linalg.inv(whole + precision * torch.eye(12, dtype=whole.dtype))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_covariance_is_the_inverse_hessian(structure: str) -> None:
+    laplace = fit_laplace(WEIGHT, TRAIN.split(7), 0.3, structure)  # batches of 7, 7, 6
+    jacobian = torch.stack([torch.kron(torch.eye(3, dtype=TEST.dtype), x[None]) for x in TEST])
+    found = covariance(laplace, TEST)
+    assert torch.allclose(found, jacobian @ expected(structure, 0.3) @ jacobian.mT, atol=1e-10)
+    assert (torch.linalg.eigvalsh(found) > 0).all()
+    assert torch.equal(laplace(TEST), TEST @ WEIGHT.mT)
+    laplace.prior_precision = 5.0
+    assert torch.allclose(covariance(laplace, TEST), jacobian @ expected(structure, 5.0) @ jacobian.mT, atol=1e-10)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_without_data_it_is_the_prior(structure: str) -> None:
+    laplace = fit_laplace(WEIGHT, [], 4.0, structure)
+    prior = TEST.square().sum(1)[:, None, None] / 4 * torch.eye(3, dtype=TEST.dtype)
+    assert torch.allclose(covariance(laplace, TEST), prior, atol=1e-12)
+
+
+def test_kronecker_is_exact_where_features_do_not_vary() -> None:
+    x = TRAIN[:1].expand(9, 4)
+    full, kronecker = (covariance(fit_laplace(WEIGHT, [x], 0.5, name), TEST) for name in ("full", "kronecker"))
+    assert torch.allclose(full, kronecker, atol=1e-10)
+
+
+def test_rows_alone_double_the_variance_between_two_classes() -> None:
+    weight, flat = WEIGHT[:2], 1e-9  # a prior that says nothing
+    gap = torch.tensor([1.0, -1.0], dtype=TEST.dtype)
+    full, rows = (gap @ covariance(fit_laplace(weight, [TRAIN], flat, name), TEST) @ gap for name in ("full", "rows"))
+    assert torch.allclose(rows, 2 * full, rtol=1e-4)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_predictive_is_the_mean_over_drawn_weights(structure: str) -> None:
+    laplace = fit_laplace(WEIGHT, [TRAIN], 0.3, structure)
+    torch.manual_seed(0)
+    weights = MultivariateNormal(WEIGHT.flatten(), expected(structure, 0.3)).sample((50_000,)).reshape(-1, 3, 4)
+    mean = torch.einsum("skd,bd->sbk", weights, TEST).softmax(-1).mean(0)
+    found = laplace.predict(TEST, 50_000, torch.Generator().manual_seed(1))
+    assert torch.allclose(found, mean, atol=0.01)
+    assert (laplace.predict(TEST, method="probit") - mean).abs().max() < 0.06
+    scores = laplace.uncertainty(TEST, 50, torch.Generator().manual_seed(1))
+    assert all(score.shape == (6,) for score in scores.values())
+    single = covariance(laplace, TEST[:1])
+    assert not torch.allclose(single, torch.diag_embed(single.diagonal(dim1=1, dim2=2))) or structure == "rows"
+
+
+def test_probit_of_two_classes_is_mackays() -> None:
+    laplace = fit_laplace(WEIGHT[:2], [TRAIN], 0.3)
+    gap = torch.tensor([1.0, -1.0], dtype=TEST.dtype)
+    mean, variance = laplace(TEST) @ gap, gap @ covariance(laplace, TEST) @ gap
+    expected = torch.sigmoid(mean / torch.sqrt(1 + torch.pi * variance / 8))
+    assert torch.allclose(laplace.predict(TEST, method="probit")[:, 0], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_fp32_on_large_correlated_features(structure: str) -> None:
+    base = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
+    x = 100 * base @ torch.randn(2, 40, generator=torch.Generator().manual_seed(1))  # rank 2 of 40
+    laplace = fit_laplace(torch.randn(3, 40) / 1e3, x.split(500), 1e-3, structure)
+    exact = fit_laplace(laplace.mean.double(), x.double().split(500), 1e-3, structure)
+    y = torch.randn(7, 40, generator=torch.Generator().manual_seed(2))
+    assert torch.allclose(covariance(laplace, y).double(), covariance(exact, y.double()), rtol=1e-3, atol=0.1)
+    holder = torch.nn.ModuleList([laplace]).to(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = holder[0].predict(y.to(torch.bfloat16), method="probit")
+    assert half.dtype == torch.float32
+    assert torch.equal(half, laplace.predict(y.to(torch.bfloat16).float(), method="probit"))
+
+
+def test_prior_chosen_by_validation_nll() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(60, 4), torch.arange(60) % 3
+    laplace = fit_laplace(5 * torch.randn(3, 4), [x])  # sure of itself, and wrong: only a wide prior can help
+    found = laplace.tune(x, y, (0.01, 1.0, 1e4))
+    assert list(found) == [0.01, 1.0, 1e4] and found[0.01] < found[1e4]
+    assert laplace.prior_precision == min(found, key=found.get) == 0.01
+    p = laplace.predict(x, 200, torch.Generator().manual_seed(0))
+    assert found[0.01] == pytest.approx(F.nll_loss(p.log(), y).item(), rel=1e-5)
+
+
+def test_after_vbll_it_keeps_the_means() -> None:
+    head = moved_head("diagonal")
+    x = 2 * wave(30, 6, speed=0.7)
+    laplace = fit_laplace(head.mean, [x], 1 / head.prior_variance, "rows")
+    assert torch.equal(laplace(x), head(x)) and laplace.prior_precision == 2.0
+    assert not any(value.requires_grad for value in laplace.state_dict().values()) and not list(laplace.parameters())
+    with torch.no_grad():
+        head.mean.zero_()
+    assert laplace.mean.any()  # a copy
+
+
+@pytest.mark.parametrize("weight,batches,options,told", [
+    (WEIGHT, [TRAIN], {"structure": "ful"}, "no structure 'ful'. Near: 'full'"),
+    (WEIGHT, [TRAIN], {"prior_precision": 0.0}, "prior precision 0.0; it must be positive"),
+    (WEIGHT, [TRAIN[:, :3]], {}, "Laplace: features are torch.float64 \\(20, 3\\)"),
+    (WEIGHT[0], [TRAIN], {}, "the weight is \\(4,\\)"),
+    (torch.zeros(2, 3000), [], {}, "'full' for 6000 weights \\(at most 4096\\); use 'kronecker'"),
+])
+def test_what_cannot_be_fitted(weight: Tensor, batches: list, options: dict, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        fit_laplace(weight, batches, **options)
+
+
+def test_choices_that_are_none() -> None:
+    laplace = fit_laplace(WEIGHT, [TRAIN])
+    with pytest.raises(UserError, match="grid of prior precisions is empty"):
+        laplace.tune(TEST, torch.zeros(6).long(), ())
+    with pytest.raises(UserError, match="no method"):
+        laplace.predict(TEST, method="mean")
