@@ -111,6 +111,15 @@ def test_rates_and_decay_by_name() -> None:
             loop.make_optimizer(named, TrainConfig(rates=rates))
 
 
+def test_a_module_with_its_own_prior_is_not_decayed(tmp_path: Path) -> None:
+    weights = []
+    for number, (own, decay) in enumerate(((True, 0.5), (False, 0.5), (False, 0.0))):
+        toy = Toy()
+        toy.layer.own_prior = own
+        weights.append(run(tmp_path / str(number), toy, weight_decay=decay).layer.weight)
+    assert torch.equal(weights[0], weights[2]) and not torch.equal(weights[1], weights[2])
+
+
 def test_a_factor_of_the_rate_holds_at_every_step(tmp_path: Path) -> None:
     """With SGD a step is rate * gradient: ten times the rate is the same as ten times the loss."""
     class Scaled(Toy):
