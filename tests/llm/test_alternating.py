@@ -60,7 +60,7 @@ def test_a_head_frozen_for_the_outer_optimiser_still_moves() -> None:
 
 def test_optimisers_that_are_refused() -> None:
     backbone, head, x, y = setting()
-    with pytest.raises(UserError, match="weight decay 0.01 on the posterior"):
+    with pytest.raises(UserError, match=r"weight decay .* on the posterior"):
         alternating_loss(head, torch.optim.AdamW(head.parameters()), backbone(x), y)
     with pytest.raises(UserError, match="not the head's"):
         alternating_loss(head, torch.optim.Adam([*head.parameters(), *backbone.parameters()]), backbone(x), y)

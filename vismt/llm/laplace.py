@@ -2,7 +2,7 @@
 
     H = sum_n Lambda_n (x) phi_n phi_n^T,   Lambda_n = diag(p_n) - p_n p_n^T,   over the WHOLE training set, p_n at the mean
 
-"full"       H itself, (k d)^2 numbers: the default, as a head on a few answer tokens is small. Exact: for softmax H is the Hessian
+"full"       H itself, (k d)^2 numbers: the default, as a head on a few answer tokens is small; it is the exact Hessian
 "rows"       the k blocks sum_n p_c (1 - p_c) phi phi^T of H: what replaces VBLL's S_c in PoLAR-VBLL (arXiv 2604.03388). Without
              the coupling -p_c p_c' the classes do not share what they know: for two, z_1 - z_2 gets twice the variance
 "kronecker"  (sum_n Lambda_n) (x) (sum_n phi phi^T) / N, k^2 + d^2 numbers: for many classes; Laplace-LoRA's (arXiv 2308.13111)
@@ -117,11 +117,6 @@ class Laplace(GaussianHead):
         super().__init__()
         self.register_buffer("mean", mean)
         self.curvature, self.prior_precision = curvature, prior_precision
-
-    @full_precision
-    def forward(self, features: Tensor) -> Tensor:
-        """Mean logits (b, k): those of the trained head. features: (b, d) float."""
-        return self._features(features) @ self.mean.mT
 
     @full_precision
     def logit_distribution(self, features: Tensor) -> tuple[Tensor, Tensor]:

@@ -185,7 +185,8 @@ def _checked(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         raise UserError(f"metrics: {seen}: needed (n, k) with k >= 2 and (n,).")
     p, y = probabilities.detach().cpu().double(), labels.detach().cpu()
     if y.is_floating_point() or not 0 <= int(y.min()) <= int(y.max()) < p.shape[1]:
-        raise UserError(f"metrics: labels are {y.dtype} in [{y.min()}, {y.max()}], needed whole numbers in [0, {p.shape[1] - 1}].")
+        seen = f"labels are {y.dtype} in [{y.min()}, {y.max()}]"
+        raise UserError(f"metrics: {seen}, needed whole numbers in [0, {p.shape[1] - 1}].")
     if not bool((p >= 0).all()) or not torch.allclose(p.sum(1), p.new_ones(len(p)), atol=1e-2):
         raise UserError("metrics: rows are no probabilities (negative, NaN, or not summing to 1); are they logits? Use softmax.")
     return p, y.long()

@@ -136,6 +136,11 @@ class GaussianHead(nn.Module):
 
     mean: Tensor
 
+    @full_precision
+    def forward(self, features: Tensor) -> Tensor:
+        """Mean logits (b, k), fp32: what a linear head with these means gives. features: (b, d) float."""
+        return self._features(features) @ self.mean.mT
+
     def _features(self, features: Tensor) -> Tensor:
         """(b, d) in the head's precision."""
         if features.ndim != 2 or features.shape[1] != self.mean.shape[1] or not features.is_floating_point():
@@ -208,7 +213,7 @@ class VariationalHead(GaussianHead, ABC):
     @full_precision
     def kl(self) -> Tensor:
         """KL(q, prior) in nats, a scalar >= 0, 0 where q is the prior."""
-        p, (_, width) = self.prior_variance, self.mean.shape
+        p = self.prior_variance
         squares = (self.mean - self.centre).square().sum() + self.spread.variances().sum()
         return 0.5 * (squares / p + self.mean.numel() * (math.log(p) - 1) - self.spread.logdet().sum())
 

@@ -1,6 +1,7 @@
 """VBLL: a classifier whose last layer is a Gaussian posterior, trained through a bound in closed form (no sampling).
 
-    z_c = w_c^T phi + eps_c,   w_c ~ q = N(mu_c, S_c),   eps_c ~ N(0, sigma_c^2),   prior w_c ~ N(centre_c, p I), p = prior_scale 2/d
+    z_c = w_c^T phi + eps_c,   w_c ~ q = N(mu_c, S_c),   eps_c ~ N(0, sigma_c^2)
+    prior w_c ~ N(centre_c, p I),   p = prior_scale * 2 / d
     m_c = mu_c^T phi,   v_c = phi^T S_c phi + sigma_c^2
     bound = m_y - logsumexp_c(m_c + v_c / 2)  <=  E log softmax_y(z)  <=  log E softmax_y(z)
     loss  = -mean_b bound + (KL - log prior of the noise) / N                  (variational.py)
@@ -59,11 +60,6 @@ class VBLLClassifier(VariationalHead):
             prior_variance=prior_scale * 2 / in_features, noise_dof=(noise_dof + num_classes + 1) / 2, noise_scale=noise_scale,
             start_std=start_std, start_noise=start_noise, mean_std=(2 / in_features) ** 0.5, rows=rows, seed=seed, device=device,
         )
-
-    @full_precision
-    def forward(self, features: Tensor) -> Tensor:
-        """Mean logits (b, k), fp32: what a linear head with the posterior's means gives. features: (b, d) float."""
-        return self._features(features) @ self.mean.mT
 
     @full_precision
     def logit_distribution(self, features: Tensor) -> tuple[Tensor, Tensor]:
