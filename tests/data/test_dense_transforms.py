@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vismt.data.dense_sample import LABELS, TARGETS, blank, collate, size_of, valid
+from vismt.data.dense_sample import LABELS, MAPS, NO_CLASS, blank, collate, size_of, valid
 from vismt.data.dense_transforms import augment, crop, flip, pad, photometric, random_crop, resize, scale
 from vismt.errors import UserError
 
@@ -16,19 +16,28 @@ SIDES = st.integers(5, 40)
 
 
 def coordinates(height: int, width: int) -> dict[str, torch.Tensor]:
-    """Every target says where it came from: labels hold the row, depth 1 + row + column / 1000, normals point at them."""
+    """Every target says where it came from: labels hold the row, depth 1 + row + column / 1000, normals point at them.
+
+    The class is of the whole image, and one that would be 'no label' in a map.
+    """
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     vectors = torch.stack([columns + 1.0, rows + 1.0, torch.ones(height, width)])
     sample = {name: rows.clone() if name != "parts" else columns.clone() for name in LABELS}
     image = torch.stack([rows / height, columns / width, torch.zeros(height, width)])
     normals = torch.nn.functional.normalize(vectors, dim=0)
-    return {"image": image, **sample, "depth": 1 + rows + columns / 1000, "normals": normals}
+    return {"image": image, **sample, "depth": 1 + rows + columns / 1000, "normals": normals, "class": torch.tensor(255)}
+
+
+def same_class(sample) -> bool:
+    """The class of `coordinates`, untouched."""
+    return sample["class"].shape == () and sample["class"].dtype == torch.int64 and sample["class"].item() == 255
 
 
 def aligned(sample, s: float = 1.0, mirrored: bool = False) -> None:
-    """Fails unless every valid pixel of every target names the same source pixel."""
+    """Fails unless every valid pixel of every target names the same source pixel, and the class is the image's."""
+    assert same_class(sample)
     known = valid("depth", sample["depth"])
-    assert all(torch.equal(valid(name, sample[name]), known) for name in TARGETS)
+    assert all(torch.equal(valid(name, sample[name]), known) for name in MAPS)
     rows, columns = sample["semseg"][known], sample["parts"][known]
     assert torch.equal(rows, sample["edge"][known]) and torch.equal(rows, sample["saliency"][known])
     assert torch.allclose(sample["depth"][known] * s, 1 + rows + columns / 1000, rtol=1e-5)
@@ -44,7 +53,7 @@ def test_flip_twice_is_the_identity(height, width):
     sample["normals"][:, 0] = 0
     sample["depth"][0] = 0
     once, twice = flip(sample), flip(flip(sample))
-    assert all(torch.equal(twice[name], sample[name]) for name in sample)
+    assert all(torch.equal(twice[name], sample[name]) for name in sample) and same_class(once)
     assert not torch.equal(once["normals"][0], sample["normals"][0].flip(-1))
     signs = torch.tensor([-1.0, 1.0, 1.0])[:, None, None]
     assert torch.equal(once["normals"], sample["normals"].flip(-1) * signs)
@@ -96,9 +105,9 @@ def test_padding_and_resize_by_hand():
     out = pad(sample, (5, 8), fill=0.25)
     assert torch.equal(out["image"][:, :4, :6], sample["image"])
     assert (out["image"][:, 4] == 0.25).all() and (out["image"][:, :, 6:] == 0.25).all()
-    for name in TARGETS:
+    for name in MAPS:
         assert torch.equal(out[name][..., 4:, :], blank(name, 1, 8)) and torch.equal(out[name][..., :4, 6:], blank(name, 4, 2))
-    assert size_of(pad(sample, (2, 2))) == (4, 6)
+    assert size_of(pad(sample, (2, 2))) == (4, 6) and same_class(out)
     # 4 x 6 into 12 x 12: twice as large, 8 x 12, four rows of padding, depth still in metres.
     fitted = resize(sample, (12, 12))
     assert valid("depth", fitted["depth"]).sum(0).tolist() == [8] * 12 and fitted["depth"].max() == sample["depth"].max()
@@ -124,7 +133,7 @@ def test_photometric_touches_the_image_alone():
     sample = coordinates(6, 7)
     out = photometric(sample, torch.Generator().manual_seed(3))
     assert not torch.equal(out["image"], sample["image"]) and out["image"].min() >= 0 and out["image"].max() <= 1
-    assert all(out[name] is sample[name] for name in TARGETS)
+    assert all(out[name] is sample[name] for name in (*MAPS, "class"))
 
 
 @QUICK
@@ -135,7 +144,7 @@ def test_augment_is_a_function_of_its_seed(seed, partial):
     out = augment(sample, seed, (12, 20))
     again = augment(sample, seed, (12, 20))
     assert torch.equal(torch.get_rng_state(), state) and size_of(out) == (12, 20)
-    assert all(torch.equal(out[name], again[name]) for name in out)
+    assert all(torch.equal(out[name], again[name]) for name in out) and same_class(out)
     if partial:  # without semseg there are no repeated crops: the geometry is the same for any set of targets
         less, one = ({k: v for k, v in sample.items() if k in ("image", *names)} for names in (("depth",), ("depth", "edge")))
         assert torch.equal(augment(less, seed)["depth"], augment(one, seed)["depth"])
@@ -161,12 +170,23 @@ def test_collate_fills_what_a_sample_lacks():
     assert set(collate([bare])) == {"image", "depth"}
 
 
+def test_the_class_of_an_image_in_a_batch():
+    # 255 is the 256th class, and no map's 'no label'.
+    maps, classified = {"image": torch.zeros(3, 4, 5), "depth": torch.ones(4, 5)}, {"image": torch.ones(3, 4, 5)}
+    batch = collate([maps, {**classified, "class": torch.tensor(255)}, {**classified, "class": torch.tensor(0)}])
+    assert batch["class"].tolist() == [NO_CLASS, 255, 0] and batch["class"].dtype == torch.int64
+    assert valid("class", batch["class"]).tolist() == [False, True, True]
+    assert valid("depth", batch["depth"]).flatten(1).all(1).tolist() == [True, False, False]
+    assert torch.equal(blank("class", 9, 7), torch.tensor(NO_CLASS))
+
+
 @pytest.mark.parametrize(("call", "message"), [
     (lambda s: scale(s, 0), "scale 0 must be above 0"),
     (lambda s: crop(s, 1, 0, (4, 5)), r"a crop of \(4, 5\) at \(1, 0\) leaves the sample of \(4, 5\)"),
     (lambda s: augment(s, 0, scales=(2, 1)), r"scales \(2, 1\) must be two factors"),
     (lambda s: flip({**s, "normal": s["normals"]}), "target 'normal' is not known. Near: 'normals'"),
     (lambda s: flip({**s, "edge": s["edge"][1:]}), r"'edge' is \(3, 5\), must be \(4, 5\)"),
+    (lambda s: flip({**s, "class": torch.tensor([1])}), r"'class' is \(1,\), must be \(\) beside"),
     (lambda s: flip({"depth": s["depth"]}), r"has no 'image', holds \['depth'\]"),
     (lambda s: collate([s, crop(s, 0, 0, (2, 2))]), r"of sizes \[\(2, 2\), \(4, 5\)\]; crop or resize"),
 ])  # fmt: skip

@@ -1,4 +1,7 @@
-"""Images with per-pixel maps: finds a card's copy, reads its samples and derives the targets that the card declares."""
+"""Images with per-pixel maps: finds a card's copy, reads its samples and derives the targets that the card declares.
+
+A set of image classification is one, too, whose samples hold the image and its class (`classified`).
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from vismt.data import stereo
 from vismt.data.cards import Card, load_card
 from vismt.data.dense_files import pairs
 from vismt.data.dense_maps import read_maps
-from vismt.data.dense_sample import TARGETS, Sample
+from vismt.data.dense_sample import CLASS, MAPS, Sample
 from vismt.data.derived import edges_from_depth, edges_from_labels, normals_from_depth
+from vismt.data.images import ImageSet, open_images
 from vismt.data.kinds import DENSE, DENSE_MAPS, DenseSource
 from vismt.data.pascal_context import PARTS
 from vismt.data.sources import not_found, place, shown_path, verify_counts
@@ -22,7 +29,8 @@ from vismt.errors import UserError, near
 class DenseSet:
     """Split of a dense set. `read(i)` gives the sample of image i (dense_sample.py), in its own size.
 
-    `targets` are those that its samples may have; `classes` names the values of semseg, `parts` those of parts.
+    `targets` are those that its samples may have; `classes` names the values of semseg, `parts` those of parts,
+    `image_classes` those of class, and `labels` (int64, n) holds the class of every image, None where they have none.
     With `inverse_depth` the depth target holds multiples of 1/depth. `where` says where the copy lies.
     """
 
@@ -35,6 +43,8 @@ class DenseSet:
     parts: list[str] = field(default_factory=list)
     inverse_depth: bool = False
     where: str = ""
+    image_classes: list[str] = field(default_factory=list)
+    labels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -63,7 +73,7 @@ def _open(card: Card, source: DenseSource, base: Path, split: str) -> DenseSet:
     there = {DENSE_MAPS[name] for pair in paths for name in pair if name != "image"}
     there |= {target for target, origin in source.derive.items() if origin in there}
     return DenseSet(
-        card.name, split, [str(name) for name in names], [target for target in TARGETS if target in there],
+        card.name, split, [str(name) for name in names], [target for target in MAPS if target in there],
         [pair["image"].relative_to(base).as_posix() for pair in paths],
         lambda i: _derive(source, read_maps(paths[i], source, count, known_normals)),
         list(PARTS) if "parts" in there else [], "inverse_depth" in source.maps, shown_path(base),
@@ -91,3 +101,22 @@ def open_dense(card: Card | str | Path, split: str = "all", *, root: Path | None
         ids, read = stereo.load(card, source, base, split)
         return DenseSet(card.name, split, [], list(stereo.TARGETS), ids, read, where=shown_path(base))
     raise not_found(card, split, root)
+
+
+def classified(images: ImageSet) -> DenseSet:
+    """A set of image classification as samples of an image, in its own size, and its class."""
+
+    def read(i: int) -> Sample:
+        return {"image": images.read(i).to(torch.float32) / 255, CLASS: images.labels[i]}
+
+    return DenseSet(
+        images.name, images.split, [], [CLASS], images.ids, read, where=images.where, image_classes=images.classes,
+        labels=images.labels,
+    )
+
+
+def open_samples(card: str | Path, split: str = "all") -> DenseSet:
+    """The samples of any card, of maps or of classified images; errors of open_dense and open_images."""
+    found = load_card(card)
+    dense = any(isinstance(source, DENSE) for source in found.sources)
+    return open_dense(found, split) if dense else classified(open_images(found, split))

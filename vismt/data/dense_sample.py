@@ -1,9 +1,10 @@
-"""The dense sample: an image with any of the per-pixel targets, and what 'no value' is in each of them.
+"""The dense sample: an image with any of the targets, maps or a class, and what 'no value' is in each of them.
 
     image                            float32 (3, h, w) in [0, 1]
     semseg, parts, saliency, edge    int64 (h, w), 255 where there is no label; saliency and edge are 0 or 1
     depth                            float32 (h, w) in metres, 0 where there is none
     normals                          float32 (3, h, w), unit length, x right, y up, z towards the camera; (0, 0, 0) for none
+    class                            int64 (), of the whole image, -1 for none: 255 is a class where there are more than 255
 
 A sample may lack targets. A batch is the same dict with (b, ...) in front.
 """
@@ -19,33 +20,39 @@ from vismt.errors import UserError, near
 
 IGNORE = 255
 LABELS = ("semseg", "parts", "saliency", "edge")
-TARGETS = (*LABELS, "depth", "normals")
+MAPS = (*LABELS, "depth", "normals")
+CLASS, NO_CLASS = "class", -1
+TARGETS = (*MAPS, CLASS)
 Sample = dict[str, Tensor]
 
 
 def blank(target: str, height: int, width: int) -> Tensor:
-    """A map of `target` without a valid pixel."""
+    """A map of `target` without a valid pixel; of the class, none, whatever the size."""
+    if target == CLASS:
+        return torch.tensor(NO_CLASS)
     if target in LABELS:
         return torch.full((height, width), IGNORE, dtype=torch.int64)
     return torch.zeros((3, height, width) if target == "normals" else (height, width))
 
 
 def valid(target: str, values: Tensor) -> Tensor:
-    """bool (..., h, w): where a map of `target` holds a value; values (..., h, w), normals (..., 3, h, w)."""
+    """bool (..., h, w): where a map of `target` holds a value; values (..., h, w), normals (..., 3, h, w), classes (...)."""
+    if target == CLASS:
+        return values != NO_CLASS
     if target in LABELS:
         return values != IGNORE
     return values > 0 if target == "depth" else (values != 0).any(dim=-3)
 
 
 def size_of(sample: Sample) -> tuple[int, int]:
-    """(h, w) of a sample; UserError for an unknown target, or a map that has not the size of the image."""
+    """(h, w) of a sample; UserError for an unknown target, a map that has not the size of the image, or a class with a size."""
     if "image" not in sample:
         raise UserError(f"dense sample: has no 'image', holds {sorted(sample)}.")
     height, width = sample["image"].shape[-2:]
     for name, values in sample.items():
         if name != "image" and name not in TARGETS:
             raise UserError(f"dense sample: target '{name}' is not known.{near(name, TARGETS)}")
-        wanted = (3, height, width) if name in ("image", "normals") else (height, width)
+        wanted = () if name == CLASS else (3, height, width) if name in ("image", "normals") else (height, width)
         if tuple(values.shape) != wanted:
             raise UserError(f"dense sample: '{name}' is {tuple(values.shape)}, must be {wanted} beside its image.")
     return height, width

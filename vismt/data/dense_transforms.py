@@ -4,6 +4,8 @@ A mirrored normal has its x negated. A picture enlarged by s looks as if taken s
 (as do the training pipelines of MTI-Net, InvPT and LibMTL); inverse depth is multiplied. Normals keep their direction there,
 as in those pipelines, though a plane compressed in depth would strictly tilt. Labels, depth and normals are never averaged:
 each target pixel is that of the source pixel at its centre. Pixels that padding adds are 255, depth 0, normals (0, 0, 0).
+The class of an image stays whatever is done to it, of a crop, too, which may have lost what the class speaks of; and of
+a mirrored digit or word, for which `mirror` is to be turned off.
 
 Every function leaves its input alone and returns a sample on the same device; the random ones draw from the generator or
 seed that they are given, and from nothing else.
@@ -11,22 +13,29 @@ seed that they are given, and from nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
 
-from vismt.data.dense_sample import IGNORE, TARGETS, Sample, blank, size_of
+from vismt.data.dense_sample import CLASS, IGNORE, MAPS, Sample, blank, size_of
 from vismt.errors import UserError
 
 TRIES = 10  # crops drawn until one is mixed enough
 FILL = 0.5  # of the image in padding
 
 
+def _maps(sample: Sample, change: Callable[[Tensor], Tensor]) -> Sample:
+    """The sample with its image and maps changed, its class as it is."""
+    return {name: values if name == CLASS else change(values) for name, values in sample.items()}
+
+
 def flip(sample: Sample) -> Sample:
     """The sample seen in a mirror: left and right exchanged, the normals' x negated."""
     size_of(sample)
-    out = {name: values.flip(-1) for name, values in sample.items()}
+    out = _maps(sample, lambda values: values.flip(-1))
     if "normals" in out:
         x = -out["normals"][:1]
         # No -0, which would make two flips differ from none in its bits.
@@ -46,7 +55,8 @@ def _resample(sample: Sample, height: int, width: int) -> Sample:
     image = F.interpolate(
         sample["image"][None], (height, width), mode="bilinear", align_corners=False, antialias=True
     )[0].clamp(0, 1)  # fmt: skip
-    return {"image": image, **{name: _nearest(v, height, width) for name, v in sample.items() if name != "image"}}
+    targets = {name: values for name, values in sample.items() if name != "image"}
+    return {"image": image, **_maps(targets, lambda values: _nearest(values, height, width))}
 
 
 def scale(sample: Sample, s: float, *, inverse_depth: bool = False) -> Sample:
@@ -66,8 +76,8 @@ def pad(sample: Sample, size: tuple[int, int], *, fill: float = FILL) -> Sample:
     below, right = max(0, size[0] - height), max(0, size[1] - width)
     if not (below or right):
         return dict(sample)
-    out = {"image": F.pad(sample["image"], (0, right, 0, below), value=fill)}
-    for name in (name for name in TARGETS if name in sample):
+    out = {**sample, "image": F.pad(sample["image"], (0, right, 0, below), value=fill)}
+    for name in (name for name in MAPS if name in sample):
         empty = int(blank(name, 1, 1).flatten()[0])
         out[name] = F.pad(sample[name], (0, right, 0, below), value=empty)
     return out
@@ -78,7 +88,7 @@ def crop(sample: Sample, top: int, left: int, size: tuple[int, int]) -> Sample:
     height, width = size_of(sample)
     if not (0 <= top <= height - size[0] and 0 <= left <= width - size[1]):
         raise UserError(f"dense transform: a crop of {size} at ({top}, {left}) leaves the sample of {(height, width)}.")
-    return {name: values[..., top : top + size[0], left : left + size[1]].contiguous() for name, values in sample.items()}
+    return _maps(sample, lambda values: values[..., top : top + size[0], left : left + size[1]].contiguous())
 
 
 def _draw(generator: torch.Generator, low: float, high: float) -> float:

@@ -21,12 +21,16 @@ SAME_FOR_ALL = ("data", "size", "canvas", "baseline")  # of all arms, besides wh
 
 @dataclass
 class DenseDataConfig(PartsConfig):
-    """Dense cards; shares are the last of each training set, in its own order, a limit is spread evenly over them."""
+    """Cards of maps, and of image classification where classify is a task: their images have a class and no map.
+
+    Shares are the last of each training set, in its own order, and within each class where images have one; a limit is spread
+    evenly over all.
+    """
 
 
 @dataclass
 class DenseHeadConfig:
-    """name: of vismt.multitask.heads, options: its own; every task has a head of its own of this kind."""
+    """name: of vismt.multitask.heads, options: its own; every task of maps has a head of its own of this kind."""
 
     name: str = "conv"
     options: dict[str, Any] = field(default_factory=dict)

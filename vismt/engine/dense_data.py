@@ -10,14 +10,14 @@ from torch import Tensor
 
 from vismt import console
 from vismt.data import dense_transforms as transforms
-from vismt.data.dense import DenseSet, open_dense
-from vismt.data.dense_sample import Sample, collate
+from vismt.data.dense import DenseSet, open_samples
+from vismt.data.dense_sample import CLASS, Sample, collate
 from vismt.data.divide import divide
 from vismt.data.gather import ShuffledBatches
 from vismt.engine.dense_config import DenseAugmentConfig, DenseConfig, all_tasks, canvas_of
 from vismt.engine.study import shares
 from vismt.errors import UserError
-from vismt.multitask.tasks import DenseTask
+from vismt.multitask.tasks import DenseTask, MapTask
 from vismt.seeds import mix_seed
 
 
@@ -49,8 +49,8 @@ class Rows:
 class DenseData:
     """parts: "train", "validation" and "test". size: (h, w) of the canvas that images are fitted into.
 
-    Raises UserError for a card that is not here or has no maps, a task that no set of a part has a map for, and a number of
-    classes that is not the sets'.
+    Raises UserError for a card that is not here, a set without a target of any task, a task that no set of a part has a target
+    for, a number of classes that is not the sets', and images whose classes two sets call differently.
     """
 
     def __init__(self, config: DenseConfig) -> None:
@@ -59,7 +59,8 @@ class DenseData:
         self.parts: dict[str, Rows] = {part: Rows([]) for part in ("train", "validation", "test")}
         for name in data.train:
             images = _open(name)
-            for part, index in divide(torch.zeros(len(images), dtype=torch.int64), shares(data), images.name).items():
+            strata = torch.zeros(len(images), dtype=torch.int64) if images.labels is None else images.labels
+            for part, index in divide(strata, shares(data), images.name).items():
                 self.parts[part].entries.extend((images, i) for i in index.tolist())
         for part in ("validation", "test"):
             for name in getattr(data, part):
@@ -67,8 +68,10 @@ class DenseData:
                 self.parts[part].entries.extend((images, i) for i in range(len(images)))
         if data.limit is not None:
             self.parts["train"] = Rows(_spread(self.parts["train"].entries, data.limit))
-        for images in {id(images): images for rows in self.parts.values() for images, _ in rows.entries}.values():
-            _check_classes(images, tasks)
+        sets = list({id(images): images for rows in self.parts.values() for images, _ in rows.entries}.values())
+        for images in sets:
+            _check_set(images, tasks)
+        _check_names(sets)
         for part in ("train", "validation", "test"):
             self._check_targets(part, tasks)
         console.stage("data", "   ".join(f"{part} {len(rows):,}" for part, rows in self.parts.items() if len(rows)))
@@ -84,8 +87,9 @@ class DenseData:
         known = {target for images, _ in entries for target in images.targets}
         lacking = next((task for task in tasks if entries and task.key not in known), None)
         if lacking is not None:
+            what = "maps of it" if isinstance(lacking, MapTask) else "classes of its images"
             raise UserError(
-                f"tasks: {lacking.name}: no {part} set has maps of it; {self.parts[part].name} has {', '.join(sorted(known))}."
+                f"tasks: {lacking.name}: no {part} set has {what}; {self.parts[part].name} has {', '.join(sorted(known))}."
             )
 
 
@@ -133,7 +137,7 @@ class _Numbers:
 
 def _open(name: str) -> DenseSet:
     card, _, split = name.partition(":")
-    return open_dense(card, split or "all")
+    return open_samples(card, split or "all")
 
 
 def _spread(entries: list[tuple[DenseSet, int]], limit: int) -> list[tuple[DenseSet, int]]:
@@ -141,8 +145,24 @@ def _spread(entries: list[tuple[DenseSet, int]], limit: int) -> list[tuple[Dense
     return [entries[i * len(entries) // count] for i in range(count)]
 
 
-def _check_classes(images: DenseSet, tasks: Sequence[DenseTask]) -> None:
+def _check_set(images: DenseSet, tasks: Sequence[DenseTask]) -> None:
+    """One of the tasks has a target here, and as many classes."""
+    if not any(task.key in images.targets for task in tasks):
+        held, names = ", ".join(images.targets), ", ".join(task.name for task in tasks)
+        raise UserError(f"data: '{images.name}' has {held}, which none of the tasks ({names}) learns from; leave it out.")
     for task in tasks:
-        names = {"semseg": images.classes, "parts": images.parts}.get(task.key)
+        names = {"semseg": images.classes, "parts": images.parts, CLASS: images.image_classes}.get(task.key)
         if names and task.key in images.targets and task.channels != len(names):
             raise UserError(f"tasks: {task.name}: classes {task.channels}, '{images.name}' has {len(names)}.")
+
+
+def _check_names(sets: Sequence[DenseSet]) -> None:
+    """One number is one class in all sets of classified images."""
+    named = [images for images in sets if images.labels is not None]
+    for images in named[1:]:
+        pairs = zip(named[0].image_classes, images.image_classes)
+        one, other = next(((one, other) for one, other in pairs if one != other), (None, None))
+        if one is not None:
+            raise UserError(
+                f"data: the same class is '{one}' in '{named[0].name}' and '{other}' in '{images.name}'; give them one list of names."
+            )

@@ -1,7 +1,7 @@
 """Evaluation of a dense run: every task of every training on the images in their fixed size, one row for each arm and task.
 
-A row's value is the score pooled over all images (mean over the training seeds), its interval the jackknife's over images
-(pooled.py); the records hold psi of every image, which lets arms be compared image by image, and the score of the image alone.
+A row's value is the score pooled over all images that have a value of the task, which are its n (mean over the training seeds), its
+interval the jackknife's over them (pooled.py), for accuracy that of the mean of right and wrong; the records hold psi of every image, which lets arms be compared image by image, and the score of the image alone.
 delta_m (metrics/delta.py) over the configuration's baseline has its interval from the same psi: the first-order effect of every
 image on the scores and on the baseline's. dense_seeds.jsonl has all numbers by seed; merge.json of a training says what
 merging did to its predictions. Only arms that train all tasks have a delta_m.
@@ -36,10 +36,12 @@ from vismt.multitask.dense import DenseNet
 from vismt.multitask.inference import predict
 from vismt.multitask.metrics import delta_m
 from vismt.multitask.tasks import DenseTask
+from vismt.multitask.tasks.classification import Classification
 from vismt.multitask.tasks.segmentation import Segmentation
 
 SEEDS, DELTA = "dense_seeds.jsonl", "delta_m"
-MEASURES = {"miou": "mIoU", "rmse": "RMSE", "mean": "mean angle in degrees", "ods_f": "odsF", "max_f": "maxF"}
+MEASURES = {"miou": "mIoU", "rmse": "RMSE", "mean": "mean angle in degrees", "ods_f": "odsF", "max_f": "maxF",
+    "accuracy": "accuracy"}
 LEAST = 1e-6  # of a score, before its logarithm
 Images = dict[str, float]  # psi of each
 
@@ -179,7 +181,8 @@ class Evaluation:
     def _check_merge(self, unit: Unit) -> None:
         """Compare the merged net with the unmerged one, image by image; writes merge.json once.
 
-        The differences are those of the task where they are largest relative to its largest logit; an answer is a pixel's class.
+        The differences are those of the task where they are largest relative to its largest logit; an answer is a pixel's or
+        an image's class.
         """
         net = self._final(unit)
         if not mergeable(net, unit):
@@ -189,7 +192,7 @@ class Evaluation:
         for _, batch in self._batches(self.config.evaluate.split, f"{unit.arm} seed {unit.seed}, merged and not"):
             merged, other = self._logits(net, batch), self._logits(plain, batch)
             for task, (difference, largest, answers) in found.items():
-                classes = isinstance(self.tasks[task], Segmentation)
+                classes = isinstance(self.tasks[task], Segmentation | Classification)
                 changed = int((merged[task].argmax(1) != other[task].argmax(1)).sum()) if classes else 0
                 apart = float((merged[task] - other[task]).abs().max())
                 found[task] = [max(difference, apart), max(largest, float(other[task].abs().max())), answers + changed]

@@ -17,7 +17,8 @@ from vismt.engine.arms import Unit, unit_config
 from vismt.engine.dense_config import DenseConfig, trained_tasks
 from vismt.lowrank.files import atomic_write, read_tensors
 from vismt.multitask.dense import DenseNet, default_blocks
-from vismt.multitask.heads import make_head
+from vismt.multitask.heads import Head, make_head, make_pooled_head
+from vismt.multitask.tasks import DenseTask, MapTask
 from vismt.seeds import digest, mix_seed
 
 BACKBONE, HEADS = "backbone.safetensors", "heads.safetensors"
@@ -27,14 +28,16 @@ def fresh(config: DenseConfig) -> DenseNet:
     """The net before training: the backbone as it is, heads drawn from the configuration's seed and their task's name."""
     backbone = make_backbone(config, (config.size[0], config.size[1]))
     blocks = default_blocks(backbone.depth) if config.blocks is None else config.blocks
-    heads = {
-        task.name: make_head(
-            config.head.name, [backbone.width] * len(blocks), task.channels, seed=mix_seed(config.seed, "head", task.name),
-            **config.head.options,
-        )
-        for task in trained_tasks(config)
-    }
-    return DenseNet(backbone, heads, blocks)
+    widths = [backbone.width] * len(blocks)
+    return DenseNet(backbone, {task.name: _head(config, task, widths) for task in trained_tasks(config)}, blocks)
+
+
+def _head(config: DenseConfig, task: DenseTask, widths: list[int]) -> Head:
+    """The configured head, but for a task of whole images, which has one kind."""
+    seed = mix_seed(config.seed, "head", task.name)
+    if isinstance(task, MapTask):
+        return make_head(config.head.name, widths, task.channels, seed=seed, **config.head.options)
+    return make_pooled_head(widths, task.channels, seed=seed)
 
 
 def make_backbone(config: DenseConfig, size: tuple[int, int]) -> vit.Backbone:
@@ -55,6 +58,7 @@ def heads_file(net: DenseNet, config: DenseConfig) -> bytes:
     told = {
         "head": config.head.name, "options": config.head.options, "blocks": net.blocks, "size": config.size,
         "tasks": {task.name: task.channels for task in trained_tasks(config)},
+        "pooled": [task.name for task in trained_tasks(config) if not isinstance(task, MapTask)],
     }
     # One entry: safetensors writes several in an order of its own, and the same heads would be other bytes.
     return safetensors.torch.save(study_files.state(net.heads), metadata={"heads": json.dumps(told)})

@@ -19,6 +19,7 @@ from vismt import console
 from vismt.data.cards import load_card
 from vismt.data.decode import decode_file
 from vismt.data.dense_transforms import fitting, resize
+from vismt.data.kinds import DENSE
 from vismt.engine import runtime
 from vismt.engine.arms import Unit, unit_config
 from vismt.engine.canvas import GRID, INK, MUTED, axes_at, new_figure, save, short, write
@@ -29,6 +30,8 @@ from vismt.errors import UserError
 from vismt.lowrank.files import atomic_write
 from vismt.multitask.inference import predict
 from vismt.multitask.tasks import DenseTask
+from vismt.multitask.tasks.base import MapTask
+from vismt.multitask.tasks.classification import Classification
 from vismt.multitask.tasks.depth import Depth
 from vismt.multitask.tasks.segmentation import Segmentation
 
@@ -62,7 +65,7 @@ def predict_images(
             image = resize({"image": image}, canvas_of(config))["image"]
         with torch.no_grad():
             found = predict(net, tasks, image[None].to(runtime.processes().device), overlap=config.evaluate.overlap, flip=flip)
-        found = {name: value[0, :, :height, :width].cpu() for name, value in found.items()}
+        found = {name: value[0, :, :height, :width].cpu() if value.ndim == 4 else value[0].cpu() for name, value in found.items()}
         written.append(picture(image[:, :height, :width], found, tasks, classes, target / f"{path.stem}.png"))
         if maps:
             buffer = io.BytesIO()
@@ -77,8 +80,9 @@ def class_names(config: DenseConfig, tasks: Mapping[str, DenseTask]) -> dict[str
     for name in config.data.train:
         card = load_card(name.partition(":")[0])
         told = [str(one) for one in card.read_json(card.names)] if card.names else []
-        if "semseg" in tasks and len(told) == tasks["semseg"].channels:
-            found.setdefault("semseg", told)
+        task = "semseg" if isinstance(card.sources[0], DENSE) else Classification.name
+        if task in tasks and len(told) == tasks[task].channels:
+            found.setdefault(task, told)
     return found
 
 
@@ -88,12 +92,16 @@ def picture(
 ) -> Path:
     """The image and each task's prediction side by side, at most four in a row; the commonest classes are named by colour.
 
-    image: float (3, h, w) in [0, 1]. predictions: (channels, h, w) each. Returns `path`.
+    image: float (3, h, w) in [0, 1]. predictions: (channels, h, w) each, (channels,) of a class of the image, which is named
+    above the image. Returns `path`.
     """
-    panels = [("input", f"{image.shape[-1]} x {image.shape[-2]} px", (255 * image).round().to(torch.uint8), [])]
+    whole = [_class(value, classes.get(name)) for name, value in predictions.items() if value.ndim == 1]
+    told = ", ".join(whole) or f"{image.shape[-1]} x {image.shape[-2]} px"
+    panels = [("input", told, (255 * image).round().to(torch.uint8), [])]
     for name, value in predictions.items():
         task = tasks[name]
-        panels.append((name, _range(task, value), task.picture(value), _legend(task, value, classes.get(name))))
+        if isinstance(task, MapTask):
+            panels.append((name, _range(task, value), task.picture(value), _legend(task, value, classes.get(name))))
     columns = min(4, len(panels))
     tall = WIDTH * image.shape[-2] / image.shape[-1]
     bands = [panels[i : i + columns] for i in range(0, len(panels), columns)]
@@ -117,6 +125,12 @@ def picture(
                 write(figure, x + 0.14, y, short(text, 20), color=INK, fontsize=7.5)
         top += tall + room + 0.3
     return save(figure, path)
+
+
+def _class(value: Tensor, names: Sequence[str] | None) -> str:
+    """The likeliest class of a whole image and its probability."""
+    probability, label = value.softmax(0).max(0)
+    return f"{short(names[int(label)], 16) if names else f'class {int(label)}'} {100 * float(probability):.0f} %"
 
 
 def _range(task: DenseTask, value: Tensor) -> str:

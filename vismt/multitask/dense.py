@@ -2,8 +2,9 @@
 
     L = sum over tasks with a valid pixel of  w_t L_t(resized logits, target)  + L_QR           w_t = task.loss_weight
 
-Every task sees every image, and the router of EMTAL does not know the tasks. A task without a valid pixel in the batch is left
-out (partial labels), but its head stays in the graph with a gradient of zero: all processes of DistributedDataParallel see the
+Every task sees every image, and the router of EMTAL does not know the tasks. One of them may be the class of the image, whose
+logits have no size and are taken as they are. A task without a valid pixel or labelled image in the batch is left out (partial
+labels, as from sets that have one of the tasks each), but its head stays in the graph with a gradient of zero: all processes of DistributedDataParallel see the
 same parameters. With a balancer the weighted losses are its losses, so that "ew" is the plain sum. L_QR (retain_dense.py) is
 of semantic segmentation alone, at the resolution of the head, and is added to what the balancer makes of the losses.
 """
@@ -20,7 +21,7 @@ from vismt.data.dense_sample import Sample, blank
 from vismt.errors import UserError
 from vismt.multitask.balancing import Balancer
 from vismt.multitask.fading import RouterFade
-from vismt.multitask.heads import Head, resize_logits
+from vismt.multitask.heads import Head
 from vismt.multitask.objective import TaskObjective
 from vismt.multitask.retain_dense import DenseRetaining
 from vismt.multitask.tasks import DenseTask
@@ -30,6 +31,8 @@ SEGMENTATION = "semseg"
 
 class DenseNet(nn.Module):
     """Images (b, 3, h, w) in [0, 1], h and w the backbone's, square or not -> {task: logits (b, channels, R, C)}.
+
+    A task of whole images has logits (b, channels), from a PooledHead.
 
     heads: {task: head}, of one or more tasks. blocks: whose outputs the heads see, from shallow to deep, as many as a head has
     widths; the last of them is the model's last, since what comes after a tap would be trained and never run.
@@ -112,7 +115,7 @@ class DenseObjective(TaskObjective):
 
     def _loss(self, task: DenseTask, logits: Tensor, batch: Sample) -> Tensor | None:
         target = batch.get(task.key)
-        return None if target is None else task.loss(resize_logits(logits, target.shape[-2:]), target)
+        return None if target is None else task.loss(task.resized(logits, target.shape[-2:]), target)
 
     def _retain(self, logits: Tensor, batch: Sample) -> Tensor:
         """L_QR, 0 without a valid pixel. Every process takes part in the bank, also where no image is labelled."""

@@ -7,6 +7,9 @@
              al., arXiv 2103.13413). Left out: the class token's way into the maps, one width for each scale, the 1x1
              after each fusion, and the last doubling, so that all heads but "linear" end at one resolution
 
+"pooled" is no choice: a task that says one thing of the whole image has it (`make_pooled_head`). Logits (b, channels) are linear
+in the mean of the last tap's patch tokens, those of padding among them; the class token, which no map holds, is not used.
+
 Grids are of any shape; where halving an odd one has lost a row, the finer map sets the size. The caller brings logits to the
 size of the labels by `resize_logits`, before any argmax and before normals are normalised.
 
@@ -20,8 +23,9 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +49,7 @@ class Head(nn.Module, ABC):
             positive("head", what, value)
 
     def forward(self, taps: Sequence[Tensor]) -> Tensor:
-        """Logits (b, channels, R, C). taps: (b, d, r, c) each, of one grid. UserError for other numbers, widths and grids."""
+        """Logits (b, channels, R, C), (b, channels) of `PooledHead`. taps: (b, d, r, c) each, of one grid. UserError for other numbers, widths and grids."""
         seen = [tuple(tap.shape) for tap in taps]
         if any(len(shape) != 4 for shape in seen) or tuple(shape[1] for shape in seen) != self.widths:
             raise UserError(f"head: taps {seen}, needed maps (b, d, rows, columns) of widths {list(self.widths)}.")
@@ -137,6 +141,17 @@ class DptHead(Head):
         return self.predict(fused)
 
 
+class PooledHead(Head):
+    """Logits (b, channels) of whole images: a linear layer on the mean of the last tap over its grid."""
+
+    def __init__(self, widths: Sequence[int], channels: int) -> None:
+        super().__init__(widths, channels)
+        self.predict = nn.Linear(self.widths[-1], channels)
+
+    def decode(self, taps: list[Tensor]) -> Tensor:
+        return self.predict(taps[-1].mean((-2, -1)))
+
+
 class ResidualUnit(nn.Module):
     """x + conv(relu(conv(relu(x)))), 3x3, at one width."""
 
@@ -149,6 +164,7 @@ class ResidualUnit(nn.Module):
         return x + self.second(F.relu(self.first(F.relu(x))))
 
 
+Made = TypeVar("Made", bound=Head)
 HEADS: dict[str, type[Head]] = {"linear": LinearHead, "conv": ConvHead, "dpt": DptHead, "segformer": SegFormerHead}
 
 
@@ -158,9 +174,18 @@ def make_head(name: str, widths: Sequence[int], channels: int, *, seed: int = 0,
     Raises UserError for an unknown head or option, and values that do not fit.
     """
     check_head(name, options)
+    return _drawn(partial(HEADS[name], **options), widths, channels, seed)
+
+
+def make_pooled_head(widths: Sequence[int], channels: int, *, seed: int = 0) -> PooledHead:
+    """The head of a task of whole images on taps of these widths, its start values drawn as those of `make_head`."""
+    return _drawn(PooledHead, widths, channels, seed)
+
+
+def _drawn(kind: Callable[..., Made], widths: Sequence[int], channels: int, seed: int) -> Made:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return HEADS[name](widths, channels, **options)
+        return kind(widths, channels)
 
 
 def check_head(name: str, options: Iterable[str]) -> None:

@@ -21,14 +21,14 @@ from torch import Tensor
 from vismt.data.dense_transforms import FILL
 from vismt.errors import UserError
 from vismt.multitask.dense import DenseNet
-from vismt.multitask.heads import resize_logits
 from vismt.multitask.tasks import DenseTask
+from vismt.multitask.tasks.base import MapTask
 
 
 def predict(
     net: DenseNet, tasks: Mapping[str, DenseTask], images: Tensor, *, overlap: float = 0.5, flip: bool = False
 ) -> dict[str, Tensor]:
-    """{task: fp32 (b, channels, h, w)} for images (b, 3, h, w) in [0, 1] of any size.
+    """{task: fp32 (b, channels, h, w), (b, channels) of whole images} for images (b, 3, h, w) in [0, 1] of any size.
 
     tasks: those of the net's heads. A side shorter than the net's is padded with grey and cut off again. Raises UserError for an
     overlap outside of [0, 1).
@@ -41,18 +41,21 @@ def predict(
     places = [*itertools.product(*(starts(side, window, overlap) for side, window in zip(padded.shape[-2:], size)))]
     views = [(place, mirrored) for place in places for mirrored in ((False, True) if flip else (False,))]
     if len(views) == 1:
-        found = {name: value.float() for name, value in _window(net, padded, size).items()}
+        found = _window(net, tasks, padded, size)
     else:
         found, count = {}, padded.new_zeros(padded.shape[-2:])
         for (top, left), mirrored in views:
             here = (..., slice(top, top + size[0]), slice(left, left + size[1]))
             window = padded[here]
-            for name, value in _window(net, window.flip(-1) if mirrored else window, size).items():
-                part = tasks[name].view(value.float(), mirrored)
-                found.setdefault(name, part.new_zeros(*part.shape[:2], *padded.shape[-2:]))[here] += part
+            for name, value in _window(net, tasks, window.flip(-1) if mirrored else window, size).items():
+                part = tasks[name].view(value, mirrored)
+                if isinstance(tasks[name], MapTask):
+                    found.setdefault(name, part.new_zeros(*part.shape[:2], *padded.shape[-2:]))[here] += part
+                else:
+                    found[name] = found.get(name, 0) + part
             count[here] += 1
-        found = {name: value / count for name, value in found.items()}
-    return {name: value[..., :height, :width] for name, value in found.items()}
+        found = {name: value / (count if isinstance(tasks[name], MapTask) else len(views)) for name, value in found.items()}
+    return {name: value[..., :height, :width] if isinstance(tasks[name], MapTask) else value for name, value in found.items()}
 
 
 def starts(side: int, window: int, overlap: float) -> list[int]:
@@ -67,5 +70,5 @@ def check_overlap(overlap: Any) -> None:
         raise UserError(f"overlap: {overlap!r}; it is a share of a window's side, from 0 to below 1.")
 
 
-def _window(net: DenseNet, images: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
-    return {name: resize_logits(value.float(), size) for name, value in net(images).items()}
+def _window(net: DenseNet, tasks: Mapping[str, DenseTask], images: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+    return {name: tasks[name].resized(value.float(), size) for name, value in net(images).items()}

@@ -6,6 +6,7 @@ the device it lies on (`metric.to(device)`; NCCL needs a GPU, an MPS device has 
 are fractions in [0, 1]; a number comes with how many pixels or images it rests on. Importing this loads torchmetrics.
 """
 
+from vismt.multitask.metrics.accuracy import Accuracy
 from vismt.multitask.metrics.boundary import BoundaryF
 from vismt.multitask.metrics.delta import delta_m
 from vismt.multitask.metrics.depth import DepthErrors
@@ -13,4 +14,4 @@ from vismt.multitask.metrics.normals import NormalErrors
 from vismt.multitask.metrics.saliency import MaxF
 from vismt.multitask.metrics.segmentation import MeanIoU
 
-__all__ = ["BoundaryF", "DepthErrors", "MaxF", "MeanIoU", "NormalErrors", "delta_m"]
+__all__ = ["Accuracy", "BoundaryF", "DepthErrors", "MaxF", "MeanIoU", "NormalErrors", "delta_m"]

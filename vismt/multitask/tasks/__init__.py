@@ -1,6 +1,6 @@
-"""Tasks of dense prediction, one file each: loss, metric, pictures. Importing this loads no metric."""
+"""Tasks of dense runs, one file each: loss, metric, pictures. Importing this loads no metric."""
 
-from vismt.multitask.tasks.base import IGNORE, NYUD_WEIGHTS, PASCAL_WEIGHTS, DenseTask
+from vismt.multitask.tasks.base import IGNORE, NYUD_WEIGHTS, PASCAL_WEIGHTS, DenseTask, MapTask
 from vismt.multitask.tasks.registry import TASKS, make_task, task_options
 
-__all__ = ["IGNORE", "NYUD_WEIGHTS", "PASCAL_WEIGHTS", "TASKS", "DenseTask", "make_task", "task_options"]
+__all__ = ["IGNORE", "NYUD_WEIGHTS", "PASCAL_WEIGHTS", "TASKS", "DenseTask", "MapTask", "make_task", "task_options"]

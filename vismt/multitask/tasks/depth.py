@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vismt.errors import UserError, near
-from vismt.multitask.tasks.base import NYUD_WEIGHTS, DenseTask, between
+from vismt.multitask.tasks.base import NYUD_WEIGHTS, MapTask, between
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -25,7 +25,7 @@ RAMP = ((0.99, 0.91, 0.15), (0.45, 0.80, 0.36), (0.13, 0.57, 0.55), (0.22, 0.35,
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Depth(DenseTask):
+class Depth(MapTask):
     """depth. max_depth: metres, excluded, None for no bound. convention: "pooled" or "libmtl"."""
 
     name, key, measure, channels = "depth", "depth", "rmse", 1

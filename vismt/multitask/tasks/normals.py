@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vismt.errors import UserError, near
-from vismt.multitask.tasks.base import PASCAL_WEIGHTS, DenseTask
+from vismt.multitask.tasks.base import PASCAL_WEIGHTS, MapTask
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -27,7 +27,7 @@ SHORTEST = 1e-4  # shorter vectors are divided by it instead, so that the gradie
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Normals(DenseTask):
+class Normals(MapTask):
     """normals. convention: of the loss and of valid pixels. loss_weight: None for the convention's."""
 
     name, key, measure, channels = "normals", "normals", "mean", 3

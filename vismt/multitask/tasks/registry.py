@@ -8,6 +8,7 @@ from typing import Any
 
 from vismt.errors import UserError, require_known
 from vismt.multitask.tasks.base import DenseTask
+from vismt.multitask.tasks.classification import Classification
 from vismt.multitask.tasks.depth import Depth
 from vismt.multitask.tasks.edges import Edges
 from vismt.multitask.tasks.normals import Normals
@@ -15,7 +16,9 @@ from vismt.multitask.tasks.parts import Parts
 from vismt.multitask.tasks.saliency import Saliency
 from vismt.multitask.tasks.segmentation import Segmentation
 
-TASKS: dict[str, type[DenseTask]] = {kind.name: kind for kind in (Segmentation, Depth, Normals, Edges, Parts, Saliency)}
+TASKS: dict[str, type[DenseTask]] = {
+    kind.name: kind for kind in (Segmentation, Depth, Normals, Edges, Parts, Saliency, Classification)
+}
 
 
 def make_task(spec: str | Mapping[str, Any]) -> DenseTask:
