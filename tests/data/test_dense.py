@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vismt.data.dense import open_dense
-from vismt.data.dense_sample import size_of, valid
+from vismt.data.dense import classified, open_dense, open_samples
+from vismt.data.dense_sample import collate, size_of, valid
 from vismt.data.images import open_images
 from vismt.errors import UserError
 
@@ -95,3 +95,23 @@ def test_wrong_door_absent_set_and_strange_map(room, home, pets, write_card):
         open_dense("camvid")
     with pytest.raises(UserError, match=r"map 'depth' is not known. Near: 'depth_m', 'depth_mm'"):
         open_dense(str(write_card(SOURCE.replace("depth_mm:", "depth:"), name="odd")))
+
+
+def test_classified_images_as_samples(pets, room, home, paint):
+    paint(home / "data" / "pets" / "train" / "dog" / "a.png", 51, size=(9, 4))
+    found = open_samples(str(pets), "train")
+    assert found.name == "pets" and found.ids == ["train/cat/a.png", "train/cat/b.png", "train/dog/a.png"]
+    assert found.targets == ["class"] and found.image_classes == ["cat", "dog"] and found.labels.tolist() == [0, 0, 1]
+    assert found.classes == [] and found.parts == [] and found.where == "$VISMT_DATA/pets"
+    samples = [found.read(i) for i in range(3)]
+    assert [size_of(sample) for sample in samples] == [(5, 6), (5, 6), (4, 9)] and set(samples[0]) == {"image", "class"}
+    assert samples[2]["image"].dtype == torch.float32 and torch.allclose(samples[2]["image"], torch.tensor(0.2))
+    assert collate(samples[:2])["class"].tolist() == [0, 0] and samples[2]["class"].item() == 1
+    assert len(open_samples(str(pets))) == 5 and [one["class"].item() for one in map(found.read, (1, 2))] == [0, 1]
+    maps = open_samples(room, "train")  # a set of maps is opened as before
+    assert maps.targets == ["semseg", "depth", "normals"] and maps.labels is None and maps.image_classes == []
+    (home / "data" / "pets" / "train" / "cat" / "b.png").write_bytes(b"no")
+    with pytest.raises(UserError, match=r"cat/b.png"):
+        classified(open_images(str(pets), "train")).read(1)
+    with pytest.raises(UserError, match=r"no split 'tran'. Near: 'train'"):
+        open_samples(str(pets), "tran")
