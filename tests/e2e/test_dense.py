@@ -350,7 +350,7 @@ def test_every_error_of_these_sections(tmp_path: Path, changes: dict, words: str
     ("changes", "words"),
     [
         ({"tasks": ["depth", "saliency"]}, "saliency: no train set has maps of it; motorcycle has depth, edge, normals"),
-        ({"data": {"train": ["digits"], "test": ["motorcycle"]}}, "images without maps"),
+        ({"data": {"train": ["digits"], "test": ["motorcycle"]}}, "'digits' has class, which none of the tasks"),
         ({"evaluate": {"split": "validation"}}, "nothing to validate on"),
         ({"tune": {"rates": [0.1, 0.2]}}, "nothing to validate on"),
         ({"batch": 49}, "batch: 49, with 48 training images"),

@@ -24,8 +24,8 @@ from vismt.paths import data_root
 pytest.importorskip("torchmetrics")
 
 CARD = "name: {name}\ntitle: Made\nsource: own\nlicence: own\nclasses: {classes}\nsources:\n  - {source}\n"
-SCENES = '{{kind: dense, root: scenes, image: "{{split}}/rgb", maps: {{label: "{{split}}/label"}}, splits: {{train: 6, test: 3}}}}'
-TONES = '{{kind: folder, root: {root}, layout: "{{split}}/{{class}}", splits: {{train: 6, test: 4}}}}'
+SCENES = '{kind: dense, root: scenes, image: "{split}/rgb", maps: {label: "{split}/label"}, splits: {train: 6, test: 3}}'
+TONES = '{kind: folder, root: ROOT, layout: "{split}/{class}", splits: {train: 6, test: 4}}'
 CLASSIFY = {"name": "classify", "classes": 2}
 SMALL = {
     "task": "dense",
@@ -64,7 +64,7 @@ def room(tmp_path_factory) -> Path:
                     save(data / root / split / name / f"{number}.png", np.stack([grey] * 3, axis=-1))
     for name, classes, source in (("scenes", 3, SCENES), ("tones", 2, TONES), ("others", 2, TONES)):
         (home / name).mkdir()
-        text = CARD.format(name=name, classes=classes, source=source.format(root=name))
+        text = CARD.format(name=name, classes=classes, source=source.replace("ROOT", name))
         (home / name / "card.yaml").write_text(text)
     return home
 
@@ -238,7 +238,7 @@ def test_tuning_takes_the_accuracy_into_its_score(room: Path, tmp_path: Path) ->
         ({"test": ["scenes:test"]}, "classify: no test set has classes of its images; scenes has semseg."),
         ({"train": ["tones:train"]}, "semseg: no train set has maps of it; tones has class."),
         ({"tasks": ["semseg"]}, "'tones' has class, which none of the tasks (semseg) learns from; leave it out."),
-        ({"train": ["scenes:train", "tones:train", "others:train"]}, "is 'dark' in 'tones' and 'dim' in 'others'; give them one"),
+        ({"train": ["scenes:train", "tones:train", "others:train"]}, "is 'dark' in 'tones' and 'dim' in 'others'; give both"),
         ({"head": {"name": "pooled"}}, "no head 'pooled'"),
         ({"batch": 13}, "batch: 13, with 12 training images"),
     ],

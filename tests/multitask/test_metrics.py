@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from vismt.errors import UserError
-from vismt.multitask.metrics import BoundaryF, DepthErrors, MaxF, MeanIoU, NormalErrors, delta_m
+from vismt.multitask.metrics import Accuracy, BoundaryF, DepthErrors, MaxF, MeanIoU, NormalErrors, delta_m
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -202,11 +202,12 @@ def samples(number: int, seed: int) -> dict[str, tuple[Callable[[], Metric], tup
         "NormalErrors": (NormalErrors, (map_of(3, 12, 10), map_of(3, 12, 10), map_of(12, 10) < 0.6)),
         "MaxF": (lambda: MaxF(thresholds=20), (map_of(2, 12, 10), labels.clamp_max(1))),
         "BoundaryF": (lambda: BoundaryF(max_dist=0.1), (8 * map_of(1, 12, 10) - 4, (labels == 0).float())),
+        "Accuracy": (lambda: Accuracy(4), (map_of(4), labels[:, 0, 0])),
     }
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")  # torchmetrics says so too when nothing was seen
-@pytest.mark.parametrize("name", ["MeanIoU", "DepthErrors", "NormalErrors", "MaxF", "BoundaryF"])
+@pytest.mark.parametrize("name", ["MeanIoU", "DepthErrors", "NormalErrors", "MaxF", "BoundaryF", "Accuracy"])
 def test_processes_add_up_batches_do_not_matter_and_reset_forgets(name: str) -> None:
     make, batch = samples(5, seed=12)[name]
     whole = make()

@@ -164,5 +164,5 @@ def _check_names(sets: Sequence[DenseSet]) -> None:
         one, other = next(((one, other) for one, other in pairs if one != other), (None, None))
         if one is not None:
             raise UserError(
-                f"data: the same class is '{one}' in '{named[0].name}' and '{other}' in '{images.name}'; give them one list of names."
+                f"data: one class is '{one}' in '{named[0].name}' and '{other}' in '{images.name}'; give both the same names."
             )

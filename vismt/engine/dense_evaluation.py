@@ -1,7 +1,8 @@
 """Evaluation of a dense run: every task of every training on the images in their fixed size, one row for each arm and task.
 
-A row's value is the score pooled over all images that have a value of the task, which are its n (mean over the training seeds), its
-interval the jackknife's over them (pooled.py), for accuracy that of the mean of right and wrong; the records hold psi of every image, which lets arms be compared image by image, and the score of the image alone.
+A row's value is the score pooled over its n, the images that have a value of the task (mean over the training seeds), its
+interval the jackknife's over them (pooled.py), which for accuracy is that of the mean of right and wrong; the records hold psi
+of every image, which lets arms be compared image by image, and the score of the image alone.
 delta_m (metrics/delta.py) over the configuration's baseline has its interval from the same psi: the first-order effect of every
 image on the scores and on the baseline's. dense_seeds.jsonl has all numbers by seed; merge.json of a training says what
 merging did to its predictions. Only arms that train all tasks have a delta_m.

@@ -4,9 +4,10 @@
 
 Every task sees every image, and the router of EMTAL does not know the tasks. One of them may be the class of the image, whose
 logits have no size and are taken as they are. A task without a valid pixel or labelled image in the batch is left out (partial
-labels, as from sets that have one of the tasks each), but its head stays in the graph with a gradient of zero: all processes of DistributedDataParallel see the
-same parameters. With a balancer the weighted losses are its losses, so that "ew" is the plain sum. L_QR (retain_dense.py) is
-of semantic segmentation alone, at the resolution of the head, and is added to what the balancer makes of the losses.
+labels, as from sets that have one of the tasks each), but its head stays in the graph with a gradient of zero: all processes of
+DistributedDataParallel see the same parameters. With a balancer the weighted losses are its losses, so that "ew" is the plain
+sum. L_QR (retain_dense.py) is of semantic segmentation alone, at the resolution of the head, and is added to what the balancer
+makes of the losses.
 """
 
 from __future__ import annotations

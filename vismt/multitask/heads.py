@@ -7,8 +7,9 @@
              al., arXiv 2103.13413). Left out: the class token's way into the maps, one width for each scale, the 1x1
              after each fusion, and the last doubling, so that all heads but "linear" end at one resolution
 
-"pooled" is no choice: a task that says one thing of the whole image has it (`make_pooled_head`). Logits (b, channels) are linear
-in the mean of the last tap's patch tokens, those of padding among them; the class token, which no map holds, is not used.
+A task that says one thing of the whole image has a head of its own, whatever is chosen for the others (`make_pooled_head`): its
+logits (b, channels) are linear in the mean of the last tap's patch tokens, those of padding among them; the class token, which
+no map holds, is not used.
 
 Grids are of any shape; where halving an odd one has lost a row, the finer map sets the size. The caller brings logits to the
 size of the labels by `resize_logits`, before any argmax and before normals are normalised.
@@ -49,7 +50,10 @@ class Head(nn.Module, ABC):
             positive("head", what, value)
 
     def forward(self, taps: Sequence[Tensor]) -> Tensor:
-        """Logits (b, channels, R, C), (b, channels) of `PooledHead`. taps: (b, d, r, c) each, of one grid. UserError for other numbers, widths and grids."""
+        """Logits (b, channels, R, C), of `PooledHead` (b, channels). taps: (b, d, r, c) each, of one grid.
+
+        UserError for other numbers, widths and grids.
+        """
         seen = [tuple(tap.shape) for tap in taps]
         if any(len(shape) != 4 for shape in seen) or tuple(shape[1] for shape in seen) != self.widths:
             raise UserError(f"head: taps {seen}, needed maps (b, d, rows, columns) of widths {list(self.widths)}.")

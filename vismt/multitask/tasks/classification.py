@@ -1,7 +1,7 @@
 """Classification of the whole image beside dense tasks: L = mean over labelled images of -sum_c q_c log softmax(z)_c.
 
 q_c = (1 - s) [c = y] + s / K, with s the label smoothing (Szegedy et al., arXiv 1512.00567), 0 for the plain cross-entropy of y.
-The logits are of the image, (b, K): its head (PooledHead) sees the mean of the patch tokens, and nothing is resized or drawn.
+The logits are of the image, (b, K), from the mean of its patch tokens (PooledHead), and nothing is resized or drawn.
 Images without a class are blank (-1) and enter neither loss nor score, which is the share of labelled images that are right.
 """
 
@@ -63,5 +63,6 @@ class Classification(DenseTask):
                 f"(b, {self.classes}), one row for each image."
             )
         if target.shape != prediction.shape[:1]:
-            raise UserError(f"{self.name}: the target is {tuple(target.shape)}, needed ({len(prediction)},), a class for each image.")
+            wanted = f"({len(prediction)},), a class for each image"
+            raise UserError(f"{self.name}: the target is {tuple(target.shape)}, needed {wanted}.")
         check_labels(self.name, target, self.classes, NO_CLASS)
