@@ -152,13 +152,22 @@ def test_merging_is_checked_and_the_head_is_told(study: Path) -> None:
         found = json.loads(path.read_text())
         assert set(found["tasks"]) == {"semseg", "classify"} and found["n"] == 7
         assert found["largest_difference"] < 1e-5 * found["largest_logit"] and found["tasks"]["classify"][2] == 0
-        assert 0 < found["tasks"]["classify"][1]
+        assert found["tasks"]["classify"][1] > 0
     assert main(["merge", str(study), "--expert", "both:1"]) == 0
     with safetensors.safe_open(study / "merged" / "heads.safetensors", "pt") as file:
         told = json.loads(file.metadata()["heads"])
         weight = file.get_tensor("classify.predict.weight")
     assert told["tasks"] == {"semseg": 3, "classify": 2} and told["pooled"] == ["classify"] and told["head"] == "linear"
     assert weight.shape == (2, 64)
+
+
+def test_predict_says_the_class_and_draws_the_maps(study: Path, room: Path, tmp_path: Path) -> None:
+    picture = next((room / "data" / "tones" / "test" / "dark").iterdir())
+    assert main(["predict", str(study), str(picture), "--expert", "both:1", "--maps", "--to", str(tmp_path), "--quiet"]) == 0
+    assert (tmp_path / f"{picture.stem}.png").stat().st_size > 5000
+    with np.load(tmp_path / f"{picture.stem}.npz") as maps:
+        assert set(maps.files) == {"semseg", "classify"} and maps["classify"].shape == () and int(maps["classify"]) in (0, 1)
+        assert maps["semseg"].ndim == 2
 
 
 def test_a_changed_answer_is_counted_in_the_merge_check(study: Path, room: Path, tmp_path: Path, monkeypatch) -> None:
@@ -172,7 +181,7 @@ def test_a_changed_answer_is_counted_in_the_merge_check(study: Path, room: Path,
         head = other.heads["classify"].predict
         head.weight.neg_()
         head.bias.neg_()
-    monkeypatch.setattr(dense_evaluation, "loaded", lambda config, unit: other)
+    monkeypatch.setattr(dense_evaluation, "loaded", lambda config, unit, size: other)
     monkeypatch.setattr(dense_evaluation, "mergeable", lambda net, unit: True)
     written = {}
     monkeypatch.setattr(dense_evaluation, "atomic_write", lambda path, text: written.update(json.loads(text)))

@@ -15,10 +15,11 @@ from vismt.data.dense_sample import blank
 from vismt.data.dense_transforms import FILL
 from vismt.errors import UserError
 from vismt.multitask.dense import DenseNet
-from vismt.multitask.heads import make_head, resize_logits
+from vismt.multitask.heads import make_head, make_pooled_head, resize_logits
 from vismt.multitask.inference import predict, starts
 from vismt.multitask.tasks import make_task
 
+CLASSIFY = make_task({"name": "classify", "classes": 5})
 TASKS = {task.name: task for task in (make_task({"name": "semseg", "classes": 4}), make_task("depth"), make_task("normals"))}
 
 
@@ -85,6 +86,19 @@ def test_with_the_mirrored_view_a_mirrored_image_is_predicted_mirrored(net: Dens
     alone = predict(net, TASKS, x)
     assert not torch.allclose(alone["depth"], one["depth"], atol=1e-4)
     assert not torch.allclose(one["normals"], other["normals"].flip(-1), atol=1e-3)  # without x turned back
+
+
+def test_a_class_of_the_image_is_the_mean_of_the_views() -> None:
+    backbone = Backbone(tiny_vit(0, num_classes=0, img_size=(16, 24)), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    net = DenseNet(backbone, {"classify": make_pooled_head([32], 5, seed=0)}, [1]).requires_grad_(False).eval()
+    x, tasks = images(2, 40)[:, :, :16], {"classify": CLASSIFY}
+    windows = [x[..., left : left + 24] for left in starts(40, 24, 0.5)]
+    views = [net(view)["classify"] for window in windows for view in (window, window.flip(-1))]
+    found = predict(net, tasks, x, flip=True)["classify"]
+    assert len(views) == 6 and found.shape == (2, 5)
+    assert torch.allclose(found, torch.stack(views).mean(0), atol=1e-6)
+    assert torch.equal(predict(net, tasks, x[..., :20])["classify"].argmax(1)[0], CLASSIFY.answer(
+        predict(net, tasks, x[:1, ..., :20])["classify"][0]))
 
 
 def test_a_smaller_image_is_padded_with_the_grey_of_training_and_cut_again(net: DenseNet) -> None:

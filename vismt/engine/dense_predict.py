@@ -29,8 +29,7 @@ from vismt.engine.study_files import fold
 from vismt.errors import UserError
 from vismt.lowrank.files import atomic_write
 from vismt.multitask.inference import predict
-from vismt.multitask.tasks import DenseTask
-from vismt.multitask.tasks.base import MapTask
+from vismt.multitask.tasks import DenseTask, MapTask
 from vismt.multitask.tasks.classification import Classification
 from vismt.multitask.tasks.depth import Depth
 from vismt.multitask.tasks.segmentation import Segmentation

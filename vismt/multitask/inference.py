@@ -21,8 +21,7 @@ from torch import Tensor
 from vismt.data.dense_transforms import FILL
 from vismt.errors import UserError
 from vismt.multitask.dense import DenseNet
-from vismt.multitask.tasks import DenseTask
-from vismt.multitask.tasks.base import MapTask
+from vismt.multitask.tasks import DenseTask, MapTask
 
 
 def predict(
