@@ -7,17 +7,20 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from vismt.errors import UserError, require_known
-from vismt.lowrank.inject import inject
+from vismt.lowrank.inject import inject, record_of
 from vismt.lowrank.sites import AdaptReport
 
 Method = Callable[..., AdaptReport]
+Wrap = Callable[[torch.optim.Optimizer, nn.Module], torch.optim.Optimizer]
 
-METHOD_FILES = ("vismt.llm.lora", "vismt.llm.pissa", "vismt.metatune.amt", "vismt.multitask.moe_lora")
+METHOD_FILES = ("vismt.llm.lora", "vismt.llm.pissa", "vismt.llm.polar", "vismt.metatune.amt", "vismt.multitask.moe_lora")
 
 _methods: dict[str, Method] = {}
+_optimizers: dict[str, Wrap] = {}
 
 
 def register_method(name: str) -> Callable[[Method], Method]:
@@ -28,6 +31,29 @@ def register_method(name: str) -> Callable[[Method], Method]:
         return method
 
     return keep
+
+
+def register_optimizer(name: str) -> Callable[[Wrap], Wrap]:
+    """Decorator: `wrap(optimizer, model) -> optimizer` is how a model adapted with method `name` has to be trained."""
+
+    def keep(wrap: Wrap) -> Wrap:
+        _optimizers[name] = wrap
+        return wrap
+
+    return keep
+
+
+def method_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    """`optimizer` with what the methods need around it that adapted `model` or a part of it; as it is where none does.
+
+    A wrapped one may have `metrics() -> {name: scalar}`, which the training loop logs.
+    """
+    for part in [part for part in model.modules() if record_of(part) is not None]:
+        methods()  # the file of a loaded adapter's method may not be
+        wrap = _optimizers.get(record_of(part).method)
+        if wrap is not None and any(parameter.requires_grad for parameter in part.parameters()):
+            optimizer = wrap(optimizer, part)
+    return optimizer
 
 
 def methods() -> dict[str, Method]:
@@ -71,6 +97,6 @@ def method_options(method: Method) -> list[str]:
     names = [parameter.name for parameter in own if parameter.name not in common]
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in own):
         names.remove("options")
-        filled = {*common, "method", "init", "offset", *names}  # what the method itself hands to inject
+        filled = {*common, "method", "init", "offset", "core", *names}  # what the method itself hands to inject
         names += [name for name in inspect.signature(inject).parameters if name not in filled]
     return names

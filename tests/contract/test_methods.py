@@ -16,10 +16,10 @@ from vismt.lowrank.inject import adapted_modules
 from vismt.lowrank.linear import Adapted
 
 METHODS = vismt.list_methods()
-# What a method needs on the tiny ViT to start at the original function, and its trainable parameters beside factors on
-# the ViT-S of the meta test (a router: 12 x 16 x 384).
+# What a method needs on the tiny ViT to start at the original function, and its trainable parameters beside pairs of
+# factors on the ViT-S of the meta test (a router: 12 x 16 x 384; a core for each of q, k, v, proj, fc1, fc2).
 OWN = {"moe_lora": {"n_experts": 4, "init": "zero"}}
-BESIDE = {"moe_lora": 12 * 16 * 384}
+BESIDE = {"moe_lora": 12 * 16 * 384, "polar": 12 * 6 * 8 * 8}
 # Variants that change the layout of the factors; every method has to keep the contract in each.
 VARIANTS = {
     "plain": {},

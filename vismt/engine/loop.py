@@ -25,6 +25,7 @@ from vismt.config import TrainConfig
 from vismt.engine import checkpoint
 from vismt.engine.log import MetricsLog
 from vismt.errors import UserError, near
+from vismt.registry import method_optimizer
 
 OPTIMIZERS = ("adamw", "sgd")
 Batches = Callable[[int], Any]
@@ -69,7 +70,8 @@ def _train(
     trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     if not trained:
         raise UserError("train: nothing is trainable; name a method in the adapt section.")
-    optimizer, parameters = make_optimizer(trained, config, with_own_prior(objective)), list(trained.values())
+    optimizer = method_optimizer(make_optimizer(trained, config, with_own_prior(objective)), objective)
+    parameters, own_metrics = list(trained.values()), getattr(optimizer, "metrics", dict)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, config) / config.lr)
 
     # ---- resume: 1. the run folder's own checkpoint, 2. the start values --------------------------------------------------
@@ -105,7 +107,9 @@ def _train(
                         "Lower train.lr, raise train.warmup or set train.clip."
                     )
                 means = {name: float(accelerator.reduce(value, "mean")) for name, value in logged.items()}
-                last = {"step": step, **means, "lr": now, "grad_norm": float(norm), "elapsed_s": time.monotonic() - started}
+                own = {name: float(value) for name, value in own_metrics().items()}
+                last = {"step": step, **means, "lr": now, "grad_norm": float(norm), **own}
+                last["elapsed_s"] = time.monotonic() - started
                 log.add(last)
                 if config.trackers:
                     accelerator.log({name: value for name, value in last.items() if name != "step"}, step=step)

@@ -69,7 +69,7 @@ class LowRank:
     def delta(self) -> Tensor:
         """The matrix itself, (o, i), computed and returned in fp32, or in fp64 when a factor is fp64."""
         work = self._in_working_precision()
-        return work.scale * (_times_core(work.L, work.core) @ work.R)
+        return work.scale * (times_core(work.L, work.core) @ work.R)
 
     def apply(self, x: Tensor) -> Tensor:
         """`x @ delta().T` without forming it: x (..., i) -> (..., o). Runs in the factors' dtype, returns x's."""
@@ -131,10 +131,11 @@ class LowRank:
         work = self._in_working_precision()
         left, upper_left = torch.linalg.qr(work.L)
         right, upper_right = torch.linalg.qr(work.R.mT)
-        return left, work.scale * (_times_core(upper_left, work.core) @ upper_right.mT), right.mT
+        return left, work.scale * (times_core(upper_left, work.core) @ upper_right.mT), right.mT
 
 
-def _times_core(left: Tensor, core: Tensor | None) -> Tensor:
+def times_core(left: Tensor, core: Tensor | None) -> Tensor:
+    """`left @ core` (o, k) for a (k, k) core, a diagonal (k,), or None for the identity."""
     if core is None:
         return left
     return left * core if core.ndim == 1 else left @ core

@@ -42,6 +42,7 @@ def inject(
     seed: int, exclude: Sequence[str] = (), rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None, rslora: bool = False, clamp_rank: bool = False,
     split_qkv: bool = False, dropout: float = 0.0, also_train: Sequence[str] = (), dtype: torch.dtype | str | None = None,
+    core: str = "",
 ) -> AdaptReport:
     """Adapt `model` in place; only the factors and `also_train` keep a gradient.
 
@@ -50,6 +51,7 @@ def inject(
     exclude, also_train: module paths, parameter names, suffixes or full-path regexes, one text or a list; what
     also_train names stays trainable and is saved along.
     dtype: of the factors, also by name; None means the weight's own, fp32 where that is bf16 or fp16.
+    core: "full" or "diagonal" for a trained core between the factors of each block, which starts at zero.
     """
     given = checked({
         "targets": targets, "rank": rank, "alpha": alpha, "exclude": exclude, "rank_pattern": rank_pattern,
@@ -64,7 +66,7 @@ def inject(
         plan_site(
             path, module, pattern_value(path, given["rank_pattern"], given["rank"]),
             pattern_value(path, given["alpha_pattern"], given["alpha"]), rslora=rslora, clamp_rank=clamp_rank,
-            split_qkv=split_qkv,
+            split_qkv=split_qkv, core=core,
         )
         for path, module in found.items()
     ]
@@ -167,7 +169,9 @@ def place(model: nn.Module, site: Site, *, dropout: float = 0.0, dtype: torch.dt
     """Put the host of `site` where the stock module stands, under every name it has; factors are left unset."""
     base = model.get_submodule(site.path)
     host_type = AdaptedConv2d if site.kind == "conv2d" else AdaptedLinear
-    host = host_type(base, site.rank, site.scale, blocks=site.blocks, dropout=dropout, dtype=dtype)
+    host = host_type(
+        base, site.rank, site.scale, blocks=site.blocks, core=site.core_shape, dropout=dropout, dtype=dtype
+    )
     put(model, site.path, host)
     return host
 

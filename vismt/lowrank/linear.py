@@ -1,11 +1,11 @@
 """Hosts of one low-rank update: a frozen weight, its factors, one fused forward and backward.
 
-    y = W x + b + s * (B A x - B0 A0 x)          W (o, i), A (r, i), B (o, r); A0, B0 only after a principal start
+    y = W x + b + s * (B C A x - B0 A0 x)        W (o, i), A (r, i), B (o, r); A0, B0 only after a principal start
 
 The fused function adds the low-rank product into the output of the base GEMM (addmm), saves its input and the r-wide
-hidden product and nothing else, and never computes the gradient of a frozen weight. A fused
-projection (timm's qkv) may carry one factor pair per output block: A stacks the blocks' A, row block j of B meets
-hidden block j.
+hidden product and nothing else, and never computes the gradient of a frozen weight. A fused projection (timm's qkv) may
+carry one factor pair per output block: A stacks the blocks' A, row block j of B meets hidden block j. A core C, (r, r) or
+a diagonal (r,), where a method has one, goes into B before the tokens come: O(o r^2), whatever their number.
 
 Sources: LoRA, arXiv 2106.09685; the block form follows the per-projection factors of AMT (NeurIPS 2024).
 """
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.lowrank.factors import LowRank
+from vismt.lowrank.factors import LowRank, times_core
 
 
 def _add_product(out: Tensor, hidden: Tensor, B: Tensor, scale: float, blocks: tuple[int, ...]) -> None:
@@ -105,13 +105,13 @@ GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "
 class Adapted(nn.Module):
     """A module that stands in for a stock one: it can give back the original, or the stock module with the update in.
 
-    Parameters: weight and bias are the stock module's own Parameter objects, under their own names; lora_A (g*r, i) and
-    lora_B (o, r) are new. Buffers lora_A0, lora_B0 hold the start of a principal initialisation.
+    Parameters: weight and bias are the stock module's own Parameter objects, under their own names; lora_A (g*r, i),
+    lora_B (o, r) and, with a core, lora_C (g*r, r) or (g*r,) are new. Buffers lora_A0, lora_B0 hold a principal start.
     """
 
     def __init__(
         self, base: nn.Module, rank: int, scale: float, *, blocks: tuple[int, ...] | None = None, dropout: float = 0.0,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None, core: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
@@ -128,6 +128,7 @@ class Adapted(nn.Module):
         where = {"device": self.weight.device, "dtype": kind}
         self.lora_A = nn.Parameter(torch.empty(len(self.blocks) * rank, in_features, **where))
         self.lora_B = nn.Parameter(torch.empty(out_features, rank, **where))
+        self.lora_C = nn.Parameter(torch.zeros(core, **where)) if core else None
         self.register_buffer("lora_A0", None)
         self.register_buffer("lora_B0", None)
 
@@ -149,12 +150,19 @@ class Adapted(nn.Module):
 
     def factors(self) -> dict[str, Tensor]:
         """The tensors that an adapter file holds for this host, by name."""
-        named = {name: getattr(self, name) for name in ("lora_A", "lora_B", "lora_A0", "lora_B0")}
+        named = {name: getattr(self, name) for name in ("lora_A", "lora_B", "lora_C", "lora_A0", "lora_B0")}
         return {name: value for name, value in named.items() if value is not None}
+
+    def left(self) -> Tensor:
+        """B C (o, r), block by block: what meets the hidden product; B itself without a core."""
+        if self.lora_C is None:
+            return self.lora_B
+        cores = self.lora_C.chunk(len(self.blocks))
+        return torch.cat([times_core(b, c) for b, c in zip(self.lora_B.split(self.blocks, 0), cores)])
 
     def low_rank(self) -> LowRank:
         """The whole update against the stock weight as one LowRank: rank r, 2r with a start, g times that in blocks."""
-        A, B = self.lora_A.detach(), self._block_diagonal(self.lora_B.detach())
+        A, B = self.lora_A.detach(), self._block_diagonal(self.left().detach())
         if self.lora_A0 is not None:
             A = torch.cat([A, self.lora_A0])
             B = torch.cat([B, -self._block_diagonal(self.lora_B0)], 1)
@@ -169,7 +177,7 @@ class Adapted(nn.Module):
         kind = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         total = self.matrix(self.weight).to(kind, copy=True)
         for start in (False, True):
-            A, B = (self.lora_A0, self.lora_B0) if start else (self.lora_A, self.lora_B)
+            A, B = (self.lora_A0, self.lora_B0) if start else (self.lora_A, self.left())
             if A is None:
                 continue
             parts = zip(total.split(self.blocks, 0), B.to(kind).split(self.blocks, 0), A.to(kind).chunk(len(self.blocks)))
@@ -222,11 +230,11 @@ class AdaptedLinear(Adapted):
         if self.dropout and self.training:
             out = F.linear(flat, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
             hidden = F.dropout(flat, self.dropout) @ self.lora_A.to(x.dtype).t()
-            pairs = zip(hidden.chunk(len(self.blocks), 1), self.lora_B.to(x.dtype).split(self.blocks, 0))
+            pairs = zip(hidden.chunk(len(self.blocks), 1), self.left().to(x.dtype).split(self.blocks, 0))
             out = out + self.scale * torch.cat([h @ b.t() for h, b in pairs], 1)
         else:
             out, _ = _FusedLowRank.apply(
-                flat, weight, self.bias, self.lora_A, self.lora_B, self.lora_A0, self.lora_B0, self.scale, self.blocks
+                flat, weight, self.bias, self.lora_A, self.left(), self.lora_A0, self.lora_B0, self.scale, self.blocks
             )
         return out.view(*x.shape[:-1], out.shape[-1])
 
@@ -251,7 +259,7 @@ class AdaptedConv2d(Adapted):
     def forward(self, x: Tensor) -> Tensor:
         out = self.shell._conv_forward(x, self.weight, self.bias)
         inner = F.dropout(x, self.dropout) if self.dropout and self.training else x
-        out = out + self.scale * self._product(inner, self.lora_A, self.lora_B)
+        out = out + self.scale * self._product(inner, self.lora_A, self.left())
         if self.lora_A0 is not None:
             out = out - self.scale * self._product(x, self.lora_A0, self.lora_B0)
         return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from math import prod
 
 from torch import nn
 
@@ -21,10 +22,18 @@ class Site:
     rank: int
     scale: float
     blocks: tuple[int, ...]
+    core: str = ""  # "full" or "diagonal": what stands between the factors of each block, nothing where empty
+
+    @property
+    def core_shape(self) -> tuple[int, ...]:
+        """Of the cores of all blocks, stacked; empty without one."""
+        rows = len(self.blocks) * self.rank
+        return {"": (), "full": (rows, self.rank), "diagonal": (rows,)}[self.core]
 
     @property
     def parameters(self) -> int:
-        return self.rank * (self.shape[0] + len(self.blocks) * self.shape[1])
+        core = prod(self.core_shape) if self.core else 0
+        return self.rank * (self.shape[0] + len(self.blocks) * self.shape[1]) + core
 
 
 @dataclass
@@ -69,7 +78,8 @@ def qkv_blocks(path: str, out_features: int, in_features: int) -> tuple[int, ...
 
 
 def plan_site(
-    path: str, module: nn.Module, rank: int, alpha: float | None, *, rslora: bool, clamp_rank: bool, split_qkv: bool
+    path: str, module: nn.Module, rank: int, alpha: float | None, *, rslora: bool, clamp_rank: bool, split_qkv: bool,
+    core: str = "",
 ) -> Site:
     """Shape, rank, scale and blocks of one module; UserError for a rank that does not fit."""
     kind = kind_of(module)
@@ -85,4 +95,4 @@ def plan_site(
         rank = largest
     numerator = float(rank if alpha is None else alpha)
     scale = numerator / (rank**0.5 if rslora else rank)
-    return Site(path, str(kind), (out_features, in_features), rank, scale, blocks)
+    return Site(path, str(kind), (out_features, in_features), rank, scale, blocks, core)

@@ -13,7 +13,8 @@ The released code builds the n x n skew matrix; with K = Z^T Z the same value in
 We follow the code, not the paper, in the constants: no 1/2 in the skew part and no 4 in the attraction, so published
 attraction strengths can be used as they are (the paper's lambda is 1/8 of it for N = ||Z^T Z - I||^2).
 
-Left out: Cayley retraction and Riemannian momentum; the optimiser wrapper that applies the field is the method's.
+All functions take one matrix or a batch of them, (..., n, r). Left out: Riemannian momentum; the optimiser wrapper that
+applies the field is the method's.
 """
 
 from __future__ import annotations
@@ -22,49 +23,73 @@ import torch
 from torch import Tensor
 
 from vismt.errors import UserError
+from vismt.lowrank.factors import times_core
 
 
 def landing_field(z: Tensor, grad: Tensor, attraction: float) -> Tensor:
     """The landing field at `z`: a descent direction along the manifold plus a pull towards it.
 
     Args:
-        z: (n, r) with n >= r, near or off the manifold; a wide factor must be transposed first.
-        grad: (n, r), the Euclidean gradient of the loss at `z`.
+        z: (..., n, r) with n >= r, near or off the manifold; a wide factor must be transposed first.
+        grad: (..., n, r), the Euclidean gradient of the loss at `z`.
         attraction: strength of the pull, >= 0; in the convention of the authors' code.
 
-    Returns (n, r) in the dtype of `grad`; half precision is computed in fp32. The two terms are orthogonal.
+    Returns (..., n, r) in the dtype of `grad`; half precision is computed in fp32. The two terms are orthogonal.
     """
+    _check_field(z, grad, attraction)
+    point, gradient = _working(z), _working(grad)
+    excess = _excess(point)
+    # G K - Z (G^T Z - attraction (K - I)) with K = I + excess: three thin products, no n x n matrix.
+    field = gradient + gradient @ excess - point @ (gradient.mT @ point - attraction * excess)
+    return field.to(grad.dtype)
+
+
+def penalty_field(z: Tensor, grad: Tensor, attraction: float) -> Tensor:
+    """`G + attraction * Z (Z^T Z - I)` (..., n, r): the plain gradient with the same pull, to compare with."""
+    _check_field(z, grad, attraction)
+    return (_working(grad) + attraction * pull(_working(z))).to(grad.dtype)
+
+
+def pull(z: Tensor) -> Tensor:
+    """`Z (Z^T Z - I)` (..., n, r), the gradient of a quarter of the infeasibility; in fp32 or better."""
     _require_tall(z)
-    if grad.shape != z.shape:
-        raise UserError(f"landing field: gradient is {tuple(grad.shape)}, factor {tuple(z.shape)}, need equal shapes.")
-    if attraction < 0:
-        raise UserError(f"landing field: attraction is {attraction}, needs >= 0 (negative pushes off the manifold).")
-    work = torch.promote_types(z.dtype, torch.float32)
-    point, gradient = z.to(work), grad.to(work)
-    gram = point.mT @ point
-    tangent = gradient @ gram - point @ (gradient.mT @ point)
-    excess = gram - torch.eye(gram.shape[0], dtype=work, device=z.device)
-    return (tangent + attraction * (point @ excess)).to(grad.dtype)
+    point = _working(z)
+    return point @ _excess(point)
 
 
 def tangent_projection(z: Tensor, grad: Tensor) -> Tensor:
-    """`G Z^T Z - Z G^T Z` (n, r): the landing field without its pull, a tangent vector when `z` is on the manifold."""
+    """`G Z^T Z - Z G^T Z` (..., n, r): the landing field without its pull, a tangent vector when `z` is on the manifold."""
     return landing_field(z, grad, 0.0)
 
 
 def qr_retraction(z: Tensor, step: Tensor) -> Tensor:
-    """The orthonormal factor (n, r) of `z + step` by a QR with positive diagonal: a zero step is no move."""
+    """The orthonormal factor (..., n, r) of `z + step` by a QR with positive diagonal: a zero step is no move."""
     _require_tall(z)
-    q, upper = torch.linalg.qr((z + step).to(torch.promote_types(z.dtype, torch.float32)))
-    signs = torch.where(upper.diagonal() < 0, -1.0, 1.0).to(q.dtype)
-    return (q * signs).to(z.dtype)
+    q, upper = torch.linalg.qr(_working(z + step))
+    signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
+    return (q * signs[..., None, :]).to(z.dtype)
 
 
 def polar_retraction(z: Tensor, step: Tensor) -> Tensor:
-    """The orthonormal (n, r) matrix nearest to `z + step` in the Frobenius norm (its polar factor)."""
+    """The orthonormal (..., n, r) matrix nearest to `z + step` in the Frobenius norm (its polar factor)."""
     _require_tall(z)
-    u, _, vh = torch.linalg.svd((z + step).to(torch.promote_types(z.dtype, torch.float32)), full_matrices=False)
+    u, _, vh = torch.linalg.svd(_working(z + step), full_matrices=False)
     return (u @ vh).to(z.dtype)
+
+
+def cayley_retraction(z: Tensor, step: Tensor) -> Tensor:
+    """`(I - A/2)^-1 (I + A/2) Z` (..., n, r), A skew with A Z = the tangent part of `step`; Z^T Z stays what it is.
+
+    With P = step - Z Z^T step / 2 and A = P Z^T - Z P^T = U V^T, U = [P, Z] and V = [Z, -P], the n x n inverse becomes one
+    of 2 r x 2 r by Woodbury: Z + U (I - V^T U / 2)^-1 V^T Z. `z` must be orthonormal; for a step along the landing field,
+    A is -eta (G Z^T - Z G^T) of the released code.
+    """
+    _require_tall(z)
+    point, move = _working(z), _working(step)
+    half = move - 0.5 * point @ (point.mT @ move)
+    left, right = torch.cat([half, point], -1), torch.cat([point, -half], -1)
+    small = torch.eye(left.shape[-1], dtype=point.dtype, device=z.device) - 0.5 * (right.mT @ left)
+    return (point + left @ torch.linalg.solve(small, right.mT @ point)).to(z.dtype)
 
 
 def orthonormalize(x: Tensor, theta: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,7 +98,7 @@ def orthonormalize(x: Tensor, theta: Tensor, y: Tensor) -> tuple[Tensor, Tensor,
     Args:
         x: (o, r), o >= r. theta: (r, r), or (r,) for a diagonal. y: (i, r), i >= r.
 
-    Returns `(x, theta, y)` of shapes (o, r), (r, r), (i, r), theta always a full matrix; computed in fp32 or better and
+    Returns `(x, theta, y)` of the same shapes, a diagonal theta as the singular values of the product; computed in fp32 or better and
     returned in the dtype of `x`. A rank-deficient factor gets an orthonormal completion, the product is unchanged.
     """
     _require_tall(x)
@@ -84,20 +109,55 @@ def orthonormalize(x: Tensor, theta: Tensor, y: Tensor) -> tuple[Tensor, Tensor,
             f"orthonormalize: x is {tuple(x.shape)}, theta {tuple(theta.shape)}, y {tuple(y.shape)}: "
             "needed (o, r), (r, r) or (r,), (i, r)."
         )
-    work = torch.promote_types(x.dtype, torch.float32)
-    q_x, r_x = torch.linalg.qr(x.to(work))
-    q_y, r_y = torch.linalg.qr(y.to(work))
-    middle = torch.diag(theta) if theta.ndim == 1 else theta
-    return q_x.to(x.dtype), (r_x @ middle.to(work) @ r_y.mT).to(x.dtype), q_y.to(x.dtype)
+    (q_x, r_x), (q_y, r_y) = torch.linalg.qr(_working(x)), torch.linalg.qr(_working(y))
+    middle = times_core(r_x, theta.to(r_x.dtype)) @ r_y.mT
+    if theta.ndim == 1:
+        u, middle, vh = torch.linalg.svd(middle)
+        q_x, q_y = q_x @ u, q_y @ vh.mT
+    return q_x.to(x.dtype), middle.to(x.dtype), q_y.to(x.dtype)
 
 
 def infeasibility(z: Tensor) -> Tensor:
-    """`||Z^T Z - I||_F^2`, a scalar >= 0 that is zero exactly on the manifold (the square, as the authors log it)."""
+    """`||Z^T Z - I||_F^2` (...), >= 0 and zero exactly on the manifold (the square, as the authors log it)."""
     _require_tall(z)
-    point = z.to(torch.promote_types(z.dtype, torch.float32))
-    return (point.mT @ point - torch.eye(z.shape[1], dtype=point.dtype, device=z.device)).square().sum()
+    return _excess(_working(z)).square().sum((-2, -1))
+
+
+def stable_rank(x: Tensor, theta: Tensor, y: Tensor) -> Tensor:
+    """`||M||_F^2 / ||M||_2^2` (...) of M = x theta y^T, in [1, r]; 0 for M = 0. From r x r matrices alone, no QR of x and y.
+
+    x: (..., o, r), theta: (..., r, r), y: (..., i, r), on the manifold or off it. The Gram matrices square the condition:
+    with factors in fp32, directions below 1e-3 of the largest are rounded, which a ratio of squares does not see.
+    """
+    values = torch.linalg.svdvals(_root(x) @ _working(theta) @ _root(y).mT)
+    largest = values[..., :1]
+    return torch.where(largest > 0, values / largest, 0.0).square().sum(-1)
+
+
+def _root(z: Tensor) -> Tensor:
+    """An r x r matrix S with S^T S = Z^T Z."""
+    point = _working(z)
+    values, vectors = torch.linalg.eigh(point.mT @ point)
+    return values.clamp_min(0).sqrt()[..., :, None] * vectors.mT
+
+
+def _excess(z: Tensor) -> Tensor:
+    """Z^T Z - I."""
+    return z.mT @ z - torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
+
+
+def _working(z: Tensor) -> Tensor:
+    return z.to(torch.promote_types(z.dtype, torch.float32))
+
+
+def _check_field(z: Tensor, grad: Tensor, attraction: float) -> None:
+    _require_tall(z)
+    if grad.shape != z.shape:
+        raise UserError(f"landing field: gradient is {tuple(grad.shape)}, factor {tuple(z.shape)}, need equal shapes.")
+    if attraction < 0:
+        raise UserError(f"landing field: attraction is {attraction}, needs >= 0 (negative pushes off the manifold).")
 
 
 def _require_tall(z: Tensor) -> None:
-    if z.ndim != 2 or z.shape[0] < z.shape[1]:
+    if z.ndim < 2 or z.shape[-2] < z.shape[-1]:
         raise UserError(f"stiefel: factor is {tuple(z.shape)}, needs (n, r) with n >= r; transpose a wide factor.")

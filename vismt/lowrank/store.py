@@ -50,7 +50,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         "method": record.method,
         "model": type(model).__name__,
         "options": record.options,
-        "sites": [asdict(site) for site in record.sites],
+        "sites": [{name: value for name, value in asdict(site).items() if value != ""} for site in record.sites],
         "also_train": sorted(record.also_train),
         "parts": record.parts,
         "base": base,
@@ -164,7 +164,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Site], dict[str, Tensor]]:
             Site(**{**site, "shape": tuple(site["shape"]), "blocks": tuple(site["blocks"])}) for site in description["sites"]
         ]
         name, parts = str(description["tensors"]), description.setdefault("parts", {})
-        shaped = all(isinstance(part["type"], str) and isinstance(part["settings"], dict) for part in parts.values())
+        shaped = all(isinstance(site.core_shape, tuple) for site in sites)  # a KeyError for a core that is not known
+        shaped = shaped and all(isinstance(part["type"], str) and isinstance(part["settings"], dict) for part in parts.values())
         texts = [description[key] for key in ("method", "model", "base", "tensors_sha256")]
         shaped = shaped and isinstance(description["options"], dict) and isinstance(description["also_train"], list)
         shaped = shaped and isinstance(description["base_samples"], dict) and all(isinstance(text, str) for text in texts)
@@ -204,6 +205,8 @@ def _check_tensors(
     for site in sites:
         wanted[f"{site.path}.lora_A"] = (len(site.blocks) * site.rank, site.shape[1])
         wanted[f"{site.path}.lora_B"] = (site.shape[0], site.rank)
+        if site.core:
+            wanted[f"{site.path}.lora_C"] = site.core_shape
         if f"{site.path}.lora_A0" in tensors or f"{site.path}.lora_B0" in tensors:
             wanted[f"{site.path}.lora_A0"] = wanted[f"{site.path}.lora_A"]
             wanted[f"{site.path}.lora_B0"] = wanted[f"{site.path}.lora_B"]

@@ -123,8 +123,8 @@ def check_alike(experts: Sequence[Expert]) -> None:
                 lacking = experts[0].label if first is None else expert.label
                 raise UserError(f"pool: experts '{experts[0].label}' and '{expert.label}' differ: '{lacking}' lacks {path}.")
             if first != other:
-                names = ("rank", "scale", "blocks", "shape")
-                said = ", ".join(f"{n} {first[n]} and {other[n]}" for n in names if first[n] != other[n])
+                names = ("rank", "scale", "blocks", "shape", "core")
+                said = ", ".join(f"{n} {first.get(n)} and {other.get(n)}" for n in names if first.get(n) != other.get(n))
                 raise UserError(
                     f"pool: experts '{experts[0].label}' and '{expert.label}' differ at {path}: {said}. What the principal "
                     "start leaves of W then differs too, so no mixture of them exists; train them with the same settings."
@@ -194,7 +194,8 @@ def _factors(vit: nn.Module, expert: Expert) -> tuple[list[Site], Pairs, Pairs]:
         hosts = adapted_modules(vit)
         sites = list(record_of(vit).sites)
         named = [hosts[site.path].factors() for site in sites]
-        pairs = [(one["lora_A"].detach().clone(), one["lora_B"].detach().clone()) for one in named]
+        # A core goes into B, so that what is mixed are plain pairs.
+        pairs = [(hosts[site.path].lora_A.detach().clone(), hosts[site.path].left().detach().clone()) for site in sites]
         start = [(one["lora_A0"].clone(), one["lora_B0"].clone()) for one in named if "lora_A0" in one]
     finally:
         unadapt(vit)

@@ -1,0 +1,67 @@
+"""PoLAR: W x + s X Theta Y^T x with Theta free and X, Y held near orthonormal columns (Lion et al., arXiv 2506.03133).
+
+    X (o, r), Y (i, r): X^T X = Y^T Y = I;   Theta (r, r) = 0 at the start;   s = alpha / r;   each block its own with split_qkv
+
+A host holds lora_B = X, lora_C = Theta, lora_A = Y^T. Nothing in the forward pass keeps X and Y on the manifold: `Landing`
+(landing.py) does, an optimiser around another, and the training loop puts it there by itself for an adapted model.
+
+Code and paper differ in constants, see vismt/lowrank/stiefel.py: we follow the code, so its attractions hold (5e-3; on GLUE
+1). With Adam and 5e-3 the factors do leave the manifold: the infeasibility is logged, and the update's stable rank is not
+Theta's. A diagonal Theta starts at zero here; in the released code it does not, and training begins at another function.
+Left out: Theta = I, whose start is not W, and a merge of its own (Theta goes into X, as everywhere).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vismt.errors import UserError, near
+from vismt.llm.landing import Landing, check_constraint
+from vismt.lowrank import stiefel
+from vismt.lowrank.init import working_dtype
+from vismt.lowrank.inject import inject, record_of
+from vismt.lowrank.sites import AdaptReport
+from vismt.lowrank.targets import Targets
+from vismt.registry import register_method, register_optimizer
+
+THETAS = ("full", "diagonal")
+
+
+@register_method("polar")
+def polar(
+    model: nn.Module, *, targets: Targets, rank: int, alpha: float | None, seed: int, theta: str = "full",
+    attraction: float = 5e-3, constraint: str = "landing", **options: Any,
+) -> AdaptReport:
+    """Orthonormal X and Y, zero Theta: the model computes what it computed until the first step.
+
+    theta: "full" or "diagonal". attraction, constraint: what the training loop gives to `Landing`. And `inject`'s options.
+    """
+    if theta not in THETAS:
+        raise UserError(f"adapt.theta: '{theta}'.{near(str(theta), THETAS)}")
+    check_constraint("adapt", attraction, constraint)
+
+    def start(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        B, A = (orthonormal(size, rank, generator).to(working_dtype(weight)) for size in weight.shape)
+        return A.mT, B
+
+    report = inject(
+        model, "polar", start, offset=False, core=theta, targets=targets, rank=rank, alpha=alpha, seed=seed, **options
+    )
+    record_of(model).options.update(attraction=float(attraction), constraint=constraint)
+    return report
+
+
+def orthonormal(size: int, rank: int, generator: torch.Generator) -> Tensor:
+    """(size, rank) in fp64 on the CPU with orthonormal columns, uniform over all such matrices."""
+    drawn = torch.randn(size, rank, generator=generator, dtype=torch.float64)
+    return stiefel.qr_retraction(drawn, torch.zeros_like(drawn))
+
+
+@register_optimizer("polar")
+def landing(optimizer: torch.optim.Optimizer, model: nn.Module) -> Landing:
+    """What the training loop puts around its optimiser: the settings that the model was adapted with."""
+    options = record_of(model).options
+    return Landing(optimizer, model, options["attraction"], constraint=options["constraint"])
