@@ -9,11 +9,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vismt.errors import UserError
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.stiefel import (
+    cayley_retraction,
     infeasibility,
     landing_field,
     orthonormalize,
+    penalty_field,
     polar_retraction,
+    pull,
     qr_retraction,
+    stable_rank,
     tangent_projection,
 )
 
@@ -32,6 +36,9 @@ def test_by_hand():
     # pull: attraction 0.5 * Z (4 - 1) = (3, 0). With 1/2 in the skew part it would be (0, 6), with the 4 (12, 0).
     field = landing_field(torch.tensor([[2.0], [0.0]]), torch.tensor([[1.0], [3.0]]), 0.5)
     assert field.tolist() == [[3.0], [12.0]]
+    # the pull alone is Z (4 - 1) = (6, 0); the penalty adds half of it to G
+    assert pull(torch.tensor([[2.0], [0.0]])).tolist() == [[6.0], [0.0]]
+    assert penalty_field(torch.tensor([[2.0], [0.0]]), torch.tensor([[1.0], [3.0]]), 0.5).tolist() == [[4.0], [3.0]]
     # ||4 - 1||^2 = 9, the square
     assert float(infeasibility(torch.tensor([[2.0], [0.0]]))) == 9.0
 
@@ -70,7 +77,27 @@ def test_no_n_by_n_tensor():
 
     with Sizes():
         landing_field(normal(0, 300, 3), normal(1, 300, 3), 1.0)
+        stable_rank(normal(0, 300, 3), normal(1, 3, 3), normal(2, 300, 3))
     assert max(sizes) == 900
+    with Sizes():  # [P, Z] and [Z, -P] are the widest
+        cayley_retraction(normal(0, 300, 3), normal(1, 300, 3))
+    assert max(sizes) == 1800
+
+
+def test_pull_is_the_gradient_of_a_quarter_of_the_infeasibility():
+    z = normal(0, 7, 3).requires_grad_()
+    infeasibility(z).backward()
+    assert torch.allclose(4 * pull(z.detach()), z.grad)
+
+
+def test_a_batch_is_its_members():
+    z, step = torch.linalg.qr(normal(0, 4, 9, 3))[0], 0.1 * normal(1, 4, 9, 3)
+    for function in (
+        lambda z, step: landing_field(z + step, step, 0.3), lambda z, step: penalty_field(z + step, step, 0.3), qr_retraction,
+        polar_retraction, cayley_retraction, lambda z, step: infeasibility(z + step),
+        lambda z, step: stable_rank(z + step, step[..., :3, :], step),
+    ):
+        assert torch.allclose(function(z, step), torch.stack([function(*one) for one in zip(z, step)]), atol=1e-12)
 
 
 def test_attraction_alone_reaches_the_manifold():
@@ -94,16 +121,28 @@ def test_retractions():
     eye = torch.eye(4, dtype=torch.float64)
     gaps = []
     for eta in (1e-2, 1e-3):
-        q, p = qr_retraction(z, -eta * step), polar_retraction(z, -eta * step)
-        assert (q.T @ q - eye).abs().max() < 1e-12 and (p.T @ p - eye).abs().max() < 1e-12
-        gaps.append((float((q - z + eta * step).norm()), float((p - z + eta * step).norm())))
-    # both leave the tangent step at second order: a tenth of the step, a hundredth of the gap
+        moved = [retract(z, -eta * step) for retract in (qr_retraction, polar_retraction, cayley_retraction)]
+        assert all((one.T @ one - eye).abs().max() < 1e-12 for one in moved)
+        gaps.append([float((one - z + eta * step).norm()) for one in moved])
+    # all leave the tangent step at second order: a tenth of the step, a hundredth of the gap
     for coarse, fine in zip(*gaps):
         assert coarse / fine == pytest.approx(100, rel=0.1)
     # a bare QR flips signs and would move at a zero step
     for signed in (z, -z, z * torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=z.dtype)):
         assert torch.allclose(qr_retraction(signed, torch.zeros_like(z)), signed, atol=1e-12)
     assert torch.allclose(polar_retraction(z, torch.zeros_like(z)), z, atol=1e-12)
+    assert torch.allclose(cayley_retraction(z, torch.zeros_like(z)), z, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 10])
+def test_cayley_equals_its_n_by_n_definition(rank):
+    z, grad = torch.linalg.qr(normal(3, 10, rank))[0], normal(4, 10, rank)
+    skew, eye = grad @ z.T - z @ grad.T, torch.eye(10, dtype=z.dtype)
+    expected = torch.linalg.solve(eye + 0.15 * skew, (eye - 0.15 * skew) @ z)  # (I + eta/2 A)^-1 (I - eta/2 A) Z, eta = 0.3
+    assert torch.allclose(cayley_retraction(z, -0.3 * tangent_projection(z, grad)), expected, atol=1e-12)
+    # of any other step it follows the tangent part: Z S with symmetric S points off the manifold and moves nothing
+    away = z @ (lambda s: s + s.T)(normal(5, rank, rank))
+    assert torch.allclose(cayley_retraction(z, away), z, atol=1e-12)
 
 
 def test_polar_is_the_nearest():
@@ -122,8 +161,27 @@ def test_orthonormalize_keeps_the_product(seed, rank, more, extra, diagonal):
     before, after = LowRank(x, y.T, theta), LowRank(new_x, new_y.T, new_theta)
     assert torch.allclose(after.delta(), before.delta(), rtol=0, atol=1e-11 * max(1.0, float(before.delta().abs().max())))
     assert float(infeasibility(new_x)) < 1e-20 and float(infeasibility(new_y)) < 1e-20
+    assert new_theta.shape == theta.shape
     # the stable rank can now be read off the small matrix
-    assert LowRank(torch.eye(rank, dtype=x.dtype), new_theta).stable_rank() == pytest.approx(before.stable_rank())
+    small = torch.diag(new_theta) if diagonal else new_theta
+    assert LowRank(torch.eye(rank, dtype=x.dtype), small).stable_rank() == pytest.approx(before.stable_rank())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 9999), st.integers(1, 5), st.integers(0, 5), st.integers(0, 5))
+def test_stable_rank_off_the_manifold(seed, rank, more, extra):
+    x, theta, y = normal(seed, rank + more, rank), normal(seed + 2, rank, rank), normal(seed + 1, rank + extra, rank)
+    values = torch.linalg.svdvals(x @ theta @ y.T)
+    expected = float((values**2).sum() / values[0] ** 2)
+    assert float(stable_rank(x, theta, y)) == pytest.approx(expected, rel=1e-6) and 1 <= expected <= rank + 1e-9
+
+
+def test_stable_rank_by_hand():
+    # X = (2, 0; 0, 1), Theta = I, Y = I: singular values 2, 1; (4 + 1) / 4. Theta alone would say 2.
+    x, eye = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.eye(2)
+    assert float(stable_rank(x, eye, eye)) == pytest.approx(1.25)
+    assert float(stable_rank(x, torch.zeros(2, 2), eye)) == 0.0
+    assert float(stable_rank(torch.ones(3, 2), eye, torch.ones(3, 2))) == pytest.approx(1.0)  # deficient factors
 
 
 def test_orthonormalize_a_deficient_factor():
@@ -146,7 +204,8 @@ def test_half_precision():
 def test_errors():
     wide, tall = torch.ones(2, 5), torch.ones(5, 2)
     for call in (lambda: landing_field(wide, wide, 1.0), lambda: infeasibility(wide), lambda: qr_retraction(wide, wide),
-                 lambda: polar_retraction(wide, wide), lambda: orthonormalize(wide, torch.eye(2), tall)):
+                 lambda: polar_retraction(wide, wide), lambda: orthonormalize(wide, torch.eye(2), tall),
+                 lambda: cayley_retraction(wide, wide), lambda: penalty_field(wide, wide, 1.0), lambda: pull(wide)):
         with pytest.raises(UserError, match=r"\(2, 5\), needs \(n, r\) with n >= r; transpose"):
             call()
     with pytest.raises(UserError, match=r"gradient is \(2, 5\), factor \(5, 2\)"):

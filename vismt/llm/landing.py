@@ -71,7 +71,7 @@ class Landing(torch.optim.Optimizer):
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__
+        return {name: self.__dict__[name] for name in ("optimizer", "attraction", "constraint", "hosts")}  # no schedule's patch
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

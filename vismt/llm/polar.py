@@ -8,7 +8,7 @@ A host holds lora_B = X, lora_C = Theta, lora_A = Y^T. Nothing in the forward pa
 Code and paper differ in constants, see vismt/lowrank/stiefel.py: we follow the code, so its attractions hold (5e-3; on GLUE
 1). With Adam and 5e-3 the factors do leave the manifold: the infeasibility is logged, and the update's stable rank is not
 Theta's. A diagonal Theta starts at zero here; in the released code it does not, and training begins at another function.
-Left out: Theta = I, whose start is not W, and a merge of its own (Theta goes into X, as everywhere).
+Left out: Theta = I, whose start is not W.
 """
 
 from __future__ import annotations

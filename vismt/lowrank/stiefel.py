@@ -98,8 +98,8 @@ def orthonormalize(x: Tensor, theta: Tensor, y: Tensor) -> tuple[Tensor, Tensor,
     Args:
         x: (o, r), o >= r. theta: (r, r), or (r,) for a diagonal. y: (i, r), i >= r.
 
-    Returns `(x, theta, y)` of the same shapes, a diagonal theta as the singular values of the product; computed in fp32 or better and
-    returned in the dtype of `x`. A rank-deficient factor gets an orthonormal completion, the product is unchanged.
+    Returns `(x, theta, y)` of the same shapes; a diagonal theta holds the singular values of the product. Computed in fp32
+    or better and returned in the dtype of `x`. A rank-deficient factor gets an orthonormal completion.
     """
     _require_tall(x)
     _require_tall(y)

@@ -1,0 +1,96 @@
+"""Every job trains with adapt.method polar: the factors stay where its constraint holds them, merged weights are the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vismt.cli import main
+from vismt.engine.log import read_lines
+
+pytest.importorskip("sklearn")
+pytest.importorskip("skimage")
+pytest.importorskip("torchmetrics")
+
+POLAR = {"method": "polar", "rank": 2, "options": {"split_qkv": True}}
+FEWSHOT = {
+    "model": {"name": "test_vit", "img_size": 32, "pretrained": False, "block": 4},
+    "adapt": POLAR,
+    "source": {"data": ["digits"], "ways": 3, "shots": 2, "queries": 2, "augment": False},
+    "train": {"steps": 4, "lr": 1e-3, "checkpoint_every": 2},
+    "evaluate": {"data": ["digits"], "ways": 3, "shots": [1], "queries": 2, "episodes": 3},
+}
+MULTITASK = {
+    "task": "multitask",
+    "model": {"name": "test_vit", "img_size": 32, "pretrained": False},
+    "adapt": POLAR,
+    "tasks": [
+        {"name": "digits", "train": ["digits"], "test_share": 0.05, "limit": 40},
+        {"name": "photos", "train": ["photo_crops:train"], "test": ["photo_crops:test"], "limit": 36},
+    ],
+    "batch": 16,
+    "arms": {
+        "landing": {},
+        "qr": {"adapt.options": {"constraint": "qr", "theta": "diagonal"}},
+        "lora": {"adapt.method": "lora", "adapt.options": {}},
+    },
+    "train": {"steps": 4, "lr": 1e-2, "weight_decay": 0.05, "accumulate": 2},
+}
+DENSE = {
+    "task": "dense",
+    "model": {"name": "test_vit", "pretrained": False},
+    "adapt": POLAR,
+    "data": {"train": ["motorcycle:train"], "test": ["motorcycle:test"]},
+    "tasks": ["depth", "normals"],
+    "size": [32, 48],
+    "head": {"name": "linear"},
+    "augment": {"strength": 0},
+    "batch": 3,
+    "train": {"steps": 3, "lr": 3.0e-3},
+}
+
+
+def run(folder: Path, config: dict) -> Path:
+    path = folder / "polar.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    assert main(["run", str(path), "--out", str(folder / "runs"), "--quiet"]) == 0
+    return next((folder / "runs").iterdir())
+
+
+def test_fewshot(tmp_path: Path) -> None:
+    folder = run(tmp_path, FEWSHOT)
+    rows = read_lines(folder / "metrics.jsonl")
+    assert len(rows) == 4 and all(0 <= row["infeasibility"] < 1 for row in rows) and rows[-1]["infeasibility"] > 0
+    assert {row["model"] for row in read_lines(folder / "results.jsonl")} == {"frozen", "adapted"}
+    adapter = json.loads((folder / "adapter" / "adapter.json").read_text())
+    assert adapter["method"] == "polar" and adapter["options"]["attraction"] == 5e-3
+    assert main(["export", str(folder), "--format", "peft", "--to", str(tmp_path / "peft"), "--quiet"]) == 0
+    assert (tmp_path / "peft" / "adapter_model.safetensors").exists()
+
+
+def test_multitask_arms_with_and_without_landing(tmp_path: Path) -> None:
+    folder = run(tmp_path, MULTITASK)
+    logged = {arm: read_lines(next(folder.glob(f"arms/{arm}/lr-*/metrics.jsonl"))) for arm in ("landing", "qr", "lora")}
+    assert all("infeasibility" not in row for row in logged["lora"])
+    assert all(row["infeasibility"] < 1e-8 for row in logged["qr"]) and logged["landing"][-1]["infeasibility"] > 1e-8
+    for arm in logged:
+        merged = json.loads(next(folder.glob(f"arms/{arm}/lr-*/merge.json")).read_text())
+        assert merged["different_predictions"] == 0
+    assert (folder / "report.html").stat().st_size > 0
+
+
+def test_dense(tmp_path: Path) -> None:
+    folder = run(tmp_path, DENSE)
+    assert all(1 <= row["stable_rank"] <= 2 for row in read_lines(next(folder.glob("arms/*/lr-*/metrics.jsonl"))))
+    assert {row["metric"] for row in read_lines(folder / "results.jsonl")} >= {"depth RMSE in m"}
+
+
+def test_a_constraint_that_does_not_exist_is_one_line(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "polar.yaml"
+    path.write_text(yaml.safe_dump({**FEWSHOT, "adapt": {**POLAR, "options": {"constraint": "landng"}}}))
+    assert main(["run", str(path), "--out", str(tmp_path / "runs")]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: adapt.constraint: 'landng'") and told.count("\n") == 1
