@@ -339,7 +339,7 @@ def test_mistakes_are_named() -> None:
         Landing(optimizer, model, -1)
     with pytest.raises(UserError, match=r"landing\.constraint: 'QR'.*'qr'"):
         Landing(optimizer, model, constraint="QR")
-    with pytest.raises(UserError, match="the optimiser holds no factor of this model; make it after vismt.adapt"):
+    with pytest.raises(UserError, match=r"the optimiser holds no factor of this model; make it after vismt\.adapt"):
         Landing(torch.optim.SGD(tiny_vit().parameters(), lr=0.1), model)
     other = tiny_vit()
     vismt.adapt(other, "lora", rank=2)
@@ -348,7 +348,7 @@ def test_mistakes_are_named() -> None:
     prepared = Accelerator(cpu=True).prepare(optimizer)
     assert Landing(prepared, model).optimizer is prepared
     prepared.scaler = torch.amp.GradScaler("cpu")
-    with pytest.raises(UserError, match="wrap it before accelerator.prepare"):
+    with pytest.raises(UserError, match=r"wrap it before accelerator\.prepare"):
         Landing(prepared, model)
 
 

@@ -152,7 +152,7 @@ def test_files_hold_the_core_and_refuse_what_does_not_fit(theta: str, tmp_path) 
     with pytest.raises(UserError, match=r"lora_C: saved \(6,.*needed \(6,"):
         vismt.load_adapter(tiny_vit(), tmp_path / "a")
     path.write_text(text.replace(f', "core": "{theta}"', ""))
-    with pytest.raises(UserError, match="unexpected '.*lora_C'"):
+    with pytest.raises(UserError, match=r"unexpected '.*lora_C'"):
         vismt.load_adapter(tiny_vit(), tmp_path / "a")
 
 

@@ -58,6 +58,21 @@ def test_mixtures_are_convex_combinations_of_whole_weights(tmp_path: Path, optio
             assert torch.allclose(weight, expected, rtol=0, atol=5e-6), name
 
 
+def test_a_core_between_the_factors_is_mixed_along(tmp_path: Path) -> None:
+    experts = []
+    for number in range(2):
+        net = backbone()
+        vismt.adapt(net.vit, "polar", targets=["qkv", "attn.proj", "fc1", "mlp.fc2"], rank=2, split_qkv=True)
+        experts.append(Expert(str(number), save_adapter(shake(net.vit, 0.3, number), tmp_path / str(number))))
+    pool, own = ExpertPool(backbone(), experts), [merged(expert) for expert in experts]
+    for name, weight in spread(pool, 0.3, 0.7).items():
+        assert torch.allclose(weight, 0.3 * own[0][name] + 0.7 * own[1][name], rtol=0, atol=5e-6), name
+        assert (own[0][name] - own[1][name]).abs().max() > 0.01
+    lora = replace(saved(tmp_path / "lora", (3,), init="lora")[0], label="lora")
+    with pytest.raises(UserError, match="'0' and 'lora' differ at .*: core full and None"):
+        ExpertPool(backbone(), [experts[0], lora])
+
+
 def test_an_untuned_pool_is_the_pretrained_model_whatever_the_mixture(tmp_path: Path) -> None:
     pool, stock = ExpertPool(backbone(), saved(tmp_path, (None, None, None))), dict(backbone().named_parameters())
     for zeta in ((1.0, 0.0, 0.0), (0.2, 0.5, 0.3)):

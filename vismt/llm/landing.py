@@ -1,8 +1,8 @@
 """Landing: an optimiser around another that holds the X and Y of PoLAR near orthonormal columns (arXiv 2506.03133).
 
 Once a step, after unscaling and clipping, it puts the landing field of vismt/lowrank/stiefel.py in the place of the
-gradients of X and Y; Theta keeps its plain one. As in the released code the pull is therefore not clipped. An optimiser, and
-no hook of a tensor: those run once a micro-batch, before unscaling and clipping, and would add up the pull.
+gradients of X and Y; Theta keeps its plain one. As in the released code the pull is therefore not clipped. It is no hook of
+a tensor: those run once a micro-batch, before unscaling and clipping, and would add up the pull.
 
 constraint  landing    the field, as released: no retraction, Adam's scaling acts on tangent and pull together
             euclidean  plain gradient and pull (the released ablation)
@@ -71,7 +71,8 @@ class Landing(torch.optim.Optimizer):
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("optimizer", "attraction", "constraint", "hosts")}  # no schedule's patch
+        # Without what a schedule has put around step.
+        return {name: self.__dict__[name] for name in ("optimizer", "attraction", "constraint", "hosts")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -109,7 +110,7 @@ class Landing(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _turn(self) -> list[tuple[Views, Tensor]]:
-        """Replace the gradients of X and Y; the views and the points they start from, where the step does not end there."""
+        """Replace the gradients of X and Y. Returns views and where they start, for what follows the step."""
         field, attraction = FIELDS.get(self.constraint, stiefel.landing_field), self.attraction
         if self.constraint not in FIELDS:
             attraction = 0.0
@@ -146,7 +147,7 @@ class Landing(torch.optim.Optimizer):
 
     @torch.no_grad()
     def metrics(self) -> dict[str, Tensor]:
-        """Scalars to log: `infeasibility`, ||Z^T Z - I||_F^2 averaged over the factors, and the average `stable_rank`."""
+        """Two scalars: the average `infeasibility` ||Z^T Z - I||_F^2 of the factors, and `stable_rank` of the updates."""
         off, ranks = [], []
         for views in stacks(update for host in self.hosts for update in updates(host)):
             x, theta, y = (torch.stack(tensors) for tensors in zip(*views))
@@ -160,7 +161,7 @@ class Landing(torch.optim.Optimizer):
 
 
 def orthonormalize_(model: nn.Module) -> nn.Module:
-    """Put X and Y of every update exactly on the manifold and what that takes into Theta: the model computes the same."""
+    """Put X and Y of every update exactly on the manifold, and the rest into Theta: the model computes the same."""
     _orthonormalize(polar_hosts(model))
     return model
 
