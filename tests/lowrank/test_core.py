@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from tiny import images, shake, tiny_vit
-from torch import Tensor, nn
+from torch import nn
 
 import vismt
 from vismt.errors import UserError
@@ -71,18 +71,10 @@ def test_each_block_has_its_core() -> None:
 
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("theta", THETAS)
-def test_derivatives_and_merge_in_double_precision(split: bool, theta: str) -> None:
+def test_forward_update_and_merge_agree_in_double_precision(split: bool, theta: str) -> None:
     model = single(alpha=3.0, split_qkv=split, theta=theta)
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert names == ["qkv.lora_A", "qkv.lora_B", "qkv.lora_C"]
-    values = [model.get_parameter(name).detach().clone().requires_grad_() for name in names]
-    x = torch.randn(2, 3, 5, dtype=torch.double, requires_grad=True)
-
-    def call(x: Tensor, *values: Tensor) -> Tensor:
-        return torch.func.functional_call(model, dict(zip(names, values)), (x,)).sin()
-
-    assert torch.autograd.gradcheck(call, (x, *values))
-    assert torch.autograd.gradgradcheck(call, (x, *values))
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["qkv.lora_A", "qkv.lora_B", "qkv.lora_C"]
+    x = torch.randn(2, 3, 5, dtype=torch.double)
     host, before = model.qkv, model(x)
     base = nn.functional.linear(x, host.weight, host.bias)
     assert torch.allclose(before - base, x @ host.low_rank().delta().T, atol=1e-12)

@@ -53,7 +53,7 @@ def test_blocks_do_not_mix() -> None:
     assert torch.equal(host.low_rank().delta(), torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1], [1, 1], [1, 1]]))
 
 
-@pytest.mark.parametrize("method", ["lora", "pissa"])
+@pytest.mark.parametrize("method", ["lora", "pissa", "polar"])
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("train_base", [False, True])
 def test_first_and_second_derivatives(method: str, split: bool, train_base: bool) -> None:

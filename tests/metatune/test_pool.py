@@ -69,7 +69,7 @@ def test_a_core_between_the_factors_is_mixed_along(tmp_path: Path) -> None:
         assert torch.allclose(weight, 0.3 * own[0][name] + 0.7 * own[1][name], rtol=0, atol=5e-6), name
         assert (own[0][name] - own[1][name]).abs().max() > 0.01
     lora = replace(saved(tmp_path / "lora", (3,), init="lora")[0], label="lora")
-    with pytest.raises(UserError, match="'0' and 'lora' differ at .*: core full and None"):
+    with pytest.raises(UserError, match=r"'0' and 'lora' differ at .*: core full and None"):
         ExpertPool(backbone(), [experts[0], lora])
 
 
