@@ -118,8 +118,8 @@ def test_clipping_comes_before_the_pull() -> None:
 def test_frozen_factors_and_those_of_others_stay(constraint: str) -> None:
     model = adapted()
     frozen, other = model.blocks[0].mlp.fc1, model.blocks[1].mlp.fc2
-    frozen.lora_A.requires_grad_(False)
     mine = [parameter for parameter in trained(model) if parameter is not other.lora_B]
+    frozen.lora_A.requires_grad_(False)  # the optimiser holds it, but it gets no gradient
     kept = [frozen.lora_A.clone(), other.lora_B.clone()]
     landing = Landing(torch.optim.SGD(mine, lr=0.1), model, 0.5, constraint=constraint)
     loss_of(model).backward()

@@ -111,16 +111,16 @@ class Landing(torch.optim.Optimizer):
     @torch.no_grad()
     def _turn(self) -> list[tuple[Views, Tensor]]:
         """Replace the gradients of X and Y. Returns views and where they start, for what follows the step."""
-        field, attraction = FIELDS.get(self.constraint, stiefel.landing_field), self.attraction
-        if self.constraint not in FIELDS:
-            attraction = 0.0
+        ends = self.constraint in FIELDS  # nothing follows the step
+        field, attraction = FIELDS.get(self.constraint, stiefel.landing_field), self.attraction if ends else 0.0
         points = []
         for views in stacks(self._live()):
             z, grad = (torch.stack(tensors) for tensors in zip(*views))
             for (_, own), new in zip(views, field(z, grad, attraction)):
                 own.copy_(new)
-            points.append((views, z))
-        return [] if self.constraint in FIELDS else points
+            if not ends:
+                points.append((views, z))
+        return points
 
     @torch.no_grad()
     def _return(self, moved: Iterable[tuple[Views, Tensor]]) -> None:
