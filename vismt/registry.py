@@ -5,22 +5,35 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
-import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from vismt.errors import UserError, require_known
 from vismt.lowrank.inject import inject, record_of
 from vismt.lowrank.sites import AdaptReport
 
 Method = Callable[..., AdaptReport]
-Wrap = Callable[[torch.optim.Optimizer, nn.Module], torch.optim.Optimizer]
+Wrap = Callable[[Optimizer, nn.Module], Optimizer]
 
-METHOD_FILES = ("vismt.llm.lora", "vismt.llm.pissa", "vismt.llm.polar", "vismt.metatune.amt", "vismt.multitask.moe_lora")
+
+class Schedule(Protocol):
+    """What a method changes as training goes on."""
+
+    def on_step(self, step: int) -> None: ...  # called with the number of finished steps, before the next one
+
+
+MakeSchedule = Callable[[nn.Module, Optimizer], Schedule]
+
+METHOD_FILES = (
+    "vismt.llm.lisa", "vismt.llm.lora", "vismt.llm.pissa", "vismt.llm.polar", "vismt.metatune.amt", "vismt.multitask.moe_lora",
+)
 
 _methods: dict[str, Method] = {}
 _optimizers: dict[str, Wrap] = {}
+_schedules: dict[str, MakeSchedule] = {}
 
 
 def register_method(name: str) -> Callable[[Method], Method]:
@@ -43,7 +56,7 @@ def register_optimizer(name: str) -> Callable[[Wrap], Wrap]:
     return keep
 
 
-def method_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+def method_optimizer(optimizer: Optimizer, model: nn.Module) -> Optimizer:
     """`optimizer` with what the methods need around it that adapted `model` or a part of it; as it is where none does.
 
     A wrapped one may have `metrics() -> {name: scalar}`, which the training loop logs.
@@ -88,6 +101,23 @@ def adapt(
     if not isinstance(seed, int):
         raise UserError(f"adapt.seed: {seed!r}; it must be a whole number.")
     return known[name](model, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)
+
+
+def register_schedule(name: str) -> Callable[[MakeSchedule], MakeSchedule]:
+    """Decorator: `make(model, optimizer)` is the schedule of method `name`: which of its parameters train, step by step."""
+
+    def keep(make: MakeSchedule) -> MakeSchedule:
+        _schedules[name] = make
+        return make
+
+    return keep
+
+
+def schedules(module: nn.Module) -> list[Callable[[Optimizer], Schedule]]:
+    """For each adapted model in `module` whose method has a schedule: what makes it of the optimiser."""
+    methods()  # the file of a loaded adapter's method may not be imported
+    found = [(model, record_of(model)) for model in module.modules()]
+    return [partial(_schedules[record.method], model) for model, record in found if record and record.method in _schedules]
 
 
 def method_options(method: Method) -> list[str]:

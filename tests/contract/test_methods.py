@@ -15,7 +15,9 @@ import vismt
 from vismt.lowrank.inject import adapted_modules
 from vismt.lowrank.linear import Adapted
 
-METHODS = vismt.list_methods()
+# These train the weights themselves; what they promise is tested beside each (tests/llm).
+WITHOUT_FACTORS = {"lisa"}
+METHODS = [method for method in vismt.list_methods() if method not in WITHOUT_FACTORS]
 # What a method needs on the tiny ViT to start at the original function, and its trainable parameters beside pairs of
 # factors on the ViT-S of the meta test (a router: 12 x 16 x 384; a core for each of q, k, v, proj, fc1, fc2).
 OWN = {"moe_lora": {"n_experts": 4, "init": "zero"}}

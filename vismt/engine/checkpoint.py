@@ -7,6 +7,7 @@ function of the step number, so the step is all that is needed to go on with the
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,28 @@ from vismt.lowrank.store import check_tensors
 NAME = "checkpoint.pt"
 
 
-def moving_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """What training may change, by its name in the state dict, on the CPU: all of it but the frozen parameters."""
-    frozen = {name for name, value in module.named_parameters(remove_duplicate=False) if not value.requires_grad}
+def moving_state(module: nn.Module, trained: Iterable[torch.Tensor] = ()) -> dict[str, torch.Tensor]:
+    """What training may change, by its name in the state dict, on the CPU: all of it but the frozen parameters.
+
+    trained: parameters that count as moving though a schedule may have them frozen at the moment.
+    """
+    moving, named = set(trained), module.named_parameters(remove_duplicate=False)
+    frozen = {name for name, value in named if not value.requires_grad and value not in moving}
     return {name: value.detach().cpu() for name, value in module.state_dict().items() if name not in frozen}
 
 
 def save(
     folder: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, scaler: Any,
-    config_hash: str,
+    config_hash: str, trained: Iterable[torch.Tensor] = (),
 ) -> None:
     """Write the checkpoint of `step` finished steps; the one before stands until the new one is whole.
 
-    scaler: fp16's gradient scaler, None in other precisions.
+    scaler: fp16's gradient scaler, None in other precisions. trained: of `moving_state`.
     """
     state = {
         "step": step,
         "config_hash": config_hash,
-        "tensors": moving_state(module),
+        "tensors": moving_state(module, trained),
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else {},

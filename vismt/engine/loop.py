@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -25,7 +25,7 @@ from vismt.config import TrainConfig
 from vismt.engine import checkpoint
 from vismt.engine.log import MetricsLog
 from vismt.errors import UserError, near
-from vismt.registry import method_optimizer
+from vismt.registry import method_optimizer, schedules
 
 OPTIMIZERS = ("adamw", "sgd")
 Batches = Callable[[int], Any]
@@ -80,7 +80,13 @@ def _train(
     if finished:
         console.stage("resume", f"{folder} at step {finished} of {config.steps}")
     started = time.monotonic() - log.elapsed()
+    makers = schedules(objective)
+    if makers:  # the processes are wrapped for every parameter that may train, and then not all of them do
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
+    scheduled = [make(optimizer) for make in makers]
+    for one in scheduled:
+        one.on_step(finished)
     stream = _stream(batches, config, finished, accelerator)
     first_bad = torch.zeros((), device=accelerator.device)  # number of the first step whose loss or gradient was not finite
     last: dict[str, float] = {}
@@ -96,6 +102,8 @@ def _train(
             now = rate(schedule.last_epoch, config)
             if not skipped:
                 schedule.step()
+            for one in scheduled:
+                one.on_step(step)
             if after_step is not None:
                 after_step(step)
             due = step % config.checkpoint_every == 0 or step == config.steps
@@ -116,7 +124,7 @@ def _train(
                 progress.note("  ".join(f"{name} {last[name]:.3g}" for name in means))
             # ---- checkpoint: only what was found finite
             if due and accelerator.is_main_process:
-                checkpoint.save(folder, step, objective, optimizer, schedule, accelerator.scaler, config_hash)
+                checkpoint.save(folder, step, objective, optimizer, schedule, accelerator.scaler, config_hash, parameters)
             progress.advance()
     return last
 

@@ -3,11 +3,12 @@
 from vismt.llm.alternating import alternating_loss
 from vismt.llm.landing import Landing, orthonormalize_
 from vismt.llm.laplace import Laplace, fit_laplace
+from vismt.llm.lisa import LISA
 from vismt.llm.temperature import fit_temperature
 from vismt.llm.vbll import VBLLClassifier
 from vismt.llm.vbll_generative import GenerativeVBLL
 
 __all__ = [
-    "GenerativeVBLL", "Landing", "Laplace", "VBLLClassifier", "alternating_loss", "fit_laplace", "fit_temperature",
+    "LISA", "GenerativeVBLL", "Landing", "Laplace", "VBLLClassifier", "alternating_loss", "fit_laplace", "fit_temperature",
     "orthonormalize_",
 ]

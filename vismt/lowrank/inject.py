@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError
+from vismt.lowrank.aside import set_aside
 from vismt.lowrank.linear import Adapted, AdaptedConv2d, AdaptedLinear
 from vismt.lowrank.options import checked
 from vismt.lowrank.parts import Part, described, need_idle, put, replace
@@ -94,7 +95,7 @@ def install(
 ) -> list[Adapted]:
     """Place a host at every site, freeze the rest but `also_train` (parameter names), and leave the record."""
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    originals = {name: model.get_parameter(name).detach().clone() for name in also_train}
+    originals = set_aside({name: model.get_parameter(name) for name in also_train})
     hosts = [place(model, site, dropout=options.get("dropout", 0.0), dtype=dtype) for site in sites]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in originals or name not in required)

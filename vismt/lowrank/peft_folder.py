@@ -43,6 +43,8 @@ def export_peft(model: nn.Module, folder: str | Path, *, compact: bool = False) 
     """
     record = need_record(model, "export_peft")
     need_idle(model, "export_peft")
+    if not record.sites:
+        raise UserError(f"export_peft: '{record.method}' has no low-rank factors; merge the model and save it whole.")
     saved = _whole_modules(model, record)
     with stock_order(model):
         payload, ranks = _plain_lora(model, saved, compact)

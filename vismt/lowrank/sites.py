@@ -61,13 +61,16 @@ class AdaptReport:
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
+        if not self.sites:
+            lines.clear()
         lines.extend([*self.beside, self.summary()])
         lines.extend(f"left out: {text}" for text in self.skipped)
         return "\n".join(lines)
 
     def summary(self) -> str:
         share = 100 * self.trainable / max(self.total, 1)
-        return f"{self.method}   {len(self.sites)} modules   {self.trainable:,} trainable of {self.total:,} ({share:.2f} %)"
+        modules = f"{len(self.sites)} modules   " if self.sites else ""
+        return f"{self.method}   {modules}{self.trainable:,} trainable of {self.total:,} ({share:.2f} %)"
 
 
 def qkv_blocks(path: str, out_features: int, in_features: int) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ The tensors are written first, under a name of their own, and the JSON that name
 leaves the one before. Loading is strict: a missing or unexpected tensor, another shape or another base model are errors
 that leave the model as it was. The base is told by samples of the adapted weights, compared within half-precision
 rounding, so that a cast of the same checkpoint is still the same base; what is not adapted is not compared.
+Where weights themselves are trained (no factors), only those that changed are written, and the rest tells the base.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError
+from vismt.lowrank.aside import same_bits
 from vismt.lowrank.files import atomic_write, read_json, read_tensors
 from vismt.lowrank.inject import adapted_modules, attach, install, need_record, record_of
 from vismt.lowrank.linear import Adapted
@@ -40,7 +42,10 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     tensors = adapter_tensors(model)
     if any(value.is_meta for value in tensors.values()):
         raise UserError("save_adapter: the model lies on the meta device; there are no values to save.")
-    paths = [site.path for site in record.sites]
+    # Beside factors or parts all counts as changed: a head may be fresh.
+    unchanged = [] if record.sites or record.parts else same_bits(record.also_train, tensors)
+    tensors = {name: value for name, value in tensors.items() if name not in unchanged}
+    paths = _compared(record.sites, unchanged)
     with stock_order(model):
         payload = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
         base, samples = fingerprint(model, paths), base_samples(model, paths)
@@ -52,6 +57,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         "options": record.options,
         "sites": [{name: value for name, value in asdict(site).items() if value != ""} for site in record.sites],
         "also_train": sorted(record.also_train),
+        "unchanged": unchanged,
         "parts": record.parts,
         "base": base,
         "base_samples": samples,
@@ -78,7 +84,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, on_other_base: str = "
     if record is not None and (record.method, record.sites, sorted(record.also_train), record.parts) != saved:
         raise UserError(f"adapter '{folder}': the model already carries another '{record.method}'; unadapt it first.")
     _check_sites(model, folder, description, sites, tensors)
-    paths = [site.path for site in sites]
+    unchanged = description["unchanged"]
+    paths = _compared(sites, [name for name in unchanged if name in dict(model.named_parameters())])
     with stock_order(model):
         samples, own = base_samples(model, paths), fingerprint(model, paths)
     if not _same_base(samples, description["base_samples"]):
@@ -95,6 +102,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, on_other_base: str = "
             attach(model, path, part_type(part["type"], path).around(base, part["settings"]))
     with stock_order(model):
         fill(model, tensors)
+    if record is not None:
+        fill(model, {name: record.also_train[name] for name in unchanged})
     return model
 
 
@@ -125,11 +134,17 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             getattr(module, leaf).copy_(value)
 
 
+def _compared(sites: Iterable[Site], unchanged: Iterable[str]) -> list[str]:
+    """Paths of the modules whose weights tell the base."""
+    return [*(site.path for site in sites), *(name[: -len(".weight")] for name in unchanged if name.endswith(".weight"))]
+
+
 def base_samples(model: nn.Module, paths: Iterable[str]) -> dict[str, list[float]]:
-    """Up to 16 values of each adapted base weight at places that depend on its path; none on the meta device."""
-    samples = {}
+    """Up to 16 values of each of these base weights at places that depend on its path; none on the meta device."""
+    samples, record = {}, record_of(model)
     for path in sorted(paths):
-        flat = model.get_submodule(path).weight.detach().flatten()
+        weight = record.also_train.get(f"{path}.weight") if record is not None else None
+        flat = (model.get_submodule(path).weight if weight is None else weight).detach().flatten()
         if flat.is_meta:
             samples[path] = []
             continue
@@ -164,10 +179,12 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Site], dict[str, Tensor]]:
             Site(**{**site, "shape": tuple(site["shape"]), "blocks": tuple(site["blocks"])}) for site in description["sites"]
         ]
         name, parts = str(description["tensors"]), description.setdefault("parts", {})
+        unchanged = description.setdefault("unchanged", [])
         shaped = all(isinstance(site.core_shape, tuple) for site in sites)  # a KeyError for a core that is not known
         shaped = shaped and all(isinstance(part["type"], str) and isinstance(part["settings"], dict) for part in parts.values())
         texts = [description[key] for key in ("method", "model", "base", "tensors_sha256")]
         shaped = shaped and isinstance(description["options"], dict) and isinstance(description["also_train"], list)
+        shaped = shaped and isinstance(unchanged, list) and set(unchanged) <= set(description["also_train"])
         shaped = shaped and isinstance(description["base_samples"], dict) and all(isinstance(text, str) for text in texts)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{what}: {DESCRIPTION} is not what vismt.save_adapter writes ({error!r}).") from error
@@ -220,7 +237,8 @@ def _check_tensors(
     for name in description["also_train"]:
         if name not in own:
             raise UserError(f"adapter '{folder}': this model has no parameter '{name}' to load.")
-        wanted[name] = tuple(own[name].shape)
+        if name not in description["unchanged"]:
+            wanted[name] = tuple(own[name].shape)
     check_tensors(f"adapter '{folder}'", wanted, tensors)
 
 

@@ -1,0 +1,211 @@
+"""LISA: layerwise uniform sampling. gamma of L layers train at a time, for K optimiser steps; what lies outside them always.
+
+    at steps jK .. jK + K - 1:  AdamW on theta_outside and on theta_l, l in S_j;   S_j = gamma of {0 .. L-1}, drawn uniformly
+    Adam state = 2 (|E| + |H| + |F| + gamma |layer|)     E input embeddings, H head, F final norm; tied E = H counts once
+
+Pan et al., NeurIPS 2024, arXiv 2403.17919. The name says importance; nothing is estimated and nothing reweighted: layers are
+drawn uniformly. Paper and released code differ. The paper's algorithm draws each layer independently with probability
+gamma / L, the code draws exactly gamma, and so do we. The paper ran each interval as a job of its own and so lost every Adam
+state at a switch ("reset_all"); the code drops none, so that its state grows to that of full training ("keep"). Our default
+"drop" frees the state of the layers that leave. The code switches at multiples of K only, from NumPy's global stream: a
+resumed run trains all layers, and ranks may part. Here the layers are a function of (seed, step // K).
+
+A state that was dropped starts again: Adam's first step moves every weight by about the rate, so a small K wants a smaller
+rate. Left out: a warm-up inside each interval, and any change of the rate (it is the global schedule's).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vismt.errors import UserError, near
+from vismt.llm.layers import Layers, find_shares
+from vismt.lowrank.account import count_parameters
+from vismt.lowrank.inject import install, need_record, refuse_adapted
+from vismt.lowrank.sites import AdaptReport
+from vismt.lowrank.targets import Targets
+from vismt.registry import register_method, register_schedule
+
+POLICIES = ("drop", "keep", "offload", "reset_all")
+
+
+class LISA:
+    """The schedule on one model and its optimiser: sets requires_grad, and holds no optimiser state that is not in use.
+
+    layers: None finds the stack of like layers (model.layers, transformer.h, blocks, ...); else the path of that stack, or
+    the layers themselves, as modules or paths. active: gamma, 0 to L. interval: K, in optimiser steps. state_policy, for
+    the layers that leave: "drop" their state, "keep" it, "offload" it to host memory, or "reset_all" (everything's state).
+    train_embeddings: False freezes the input embeddings (with a tied head that too; for a ViT patches, tokens, positions).
+    cover: draw from a shuffled deck, so that ceil(L / gamma) intervals visit all layers. exclude: parameters and modules
+    that are never trained (full-path regex or suffix), "lm_head" where the vocabulary is large.
+
+    optimizer: any that skips parameters without a gradient; None where it is made later and set as lisa.optimizer. What it
+    lacks, because it was made while layers were frozen, joins the group of its likes in other layers; load a saved optimiser
+    state after that.
+    DistributedDataParallel: wrap before this, with find_unused_parameters=True and without static_graph; its buckets are
+    those of all layers. FSDP2 (fully_shard) works as it is, with the optimiser made after sharding. Raises UserError.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, layers: Layers = None, active: int = 2,
+        interval: int = 20, seed: int = 0, state_policy: str = "drop", train_embeddings: bool = True, *, cover: bool = False,
+        exclude: str | Sequence[str] = (),
+    ) -> None:
+        shares = find_shares(model, layers, train_embeddings, exclude)
+        check_settings(len(shares.layers), active, interval, seed, state_policy)
+        self.optimizer, self.state_policy = optimizer, state_policy
+        self.active, self.interval, self.seed, self.cover = active, interval, seed, cover
+        named = dict(model.named_parameters())
+        self._layers = [[named[name] for name in names] for names in shares.layers.values()]
+        self._always = [named[name] for name in shares.always]
+        self._trained = {name: named[name] for name in shares.all()}
+        if optimizer is not None:
+            _join(optimizer, self._trained)
+        self._open: int | None = None  # the interval that on_step last saw
+        for parameter in set(named.values()) - set(self._trained.values()):
+            _freeze(parameter)
+        for parameter in self._always:
+            parameter.requires_grad_(True)
+        self._show(self.layers_at(0))
+
+    @property
+    def active_layers(self) -> list[int]:
+        """Numbers of the layers that train now, ascending."""
+        return list(self._active)
+
+    def layers_at(self, step: int) -> list[int]:
+        """The layers of optimiser step 0, 1, ...: a function of (seed, step // interval), the same on every rank."""
+        count, turn = len(self._layers), step // self.interval
+        if not self.cover or not self.active:
+            drawn = np.random.default_rng([self.seed, turn]).choice(count, self.active, replace=False)
+        else:
+            hands = -(-count // self.active)
+            deck = np.random.default_rng([self.seed, turn // hands]).permutation(count)
+            # The last hand is filled from the top of the same deck, so it holds no layer twice.
+            drawn = deck[(turn % hands * self.active + np.arange(self.active)) % count]
+        return sorted(int(layer) for layer in drawn)
+
+    def on_step(self, step: int) -> None:
+        """Get ready for optimiser step number `step`, counted from 0: call it before that step's first forward pass.
+
+        Between switches it does nothing, so micro-batches of one step may all call it. The first call may be at any step:
+        a run that resumes loads its optimiser state and calls on_step with the number of finished steps.
+        """
+        if not isinstance(step, Integral) or step < 0:
+            raise UserError(f"LISA.on_step: {step!r}; it takes the number of finished optimiser steps.")
+        if self.optimizer is None:
+            raise UserError("LISA.on_step: there is no optimiser yet; set lisa.optimizer first.")
+        if self.state_policy == "reset_all" and step % self.interval == 0:
+            self.optimizer.state.clear()
+        if step // self.interval != self._open:
+            self._open = step // self.interval
+            self._show(self.layers_at(step))
+            self._settle()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the schedule depends on, for a checkpoint; the optimiser's own state dict holds the rest."""
+        names = ("seed", "interval", "active", "cover", "state_policy")
+        return {"layers": len(self._layers), **{name: getattr(self, name) for name in names}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """UserError where a checkpoint is of another schedule."""
+        for name, own in self.state_dict().items():
+            if state.get(name) != own:
+                raise UserError(f"LISA: the checkpoint's {name} is {state.get(name)!r}, this schedule's {own!r}; use the same.")
+
+    def _show(self, active: list[int]) -> None:
+        """Exactly these layers have gradients from here on."""
+        self._active = active
+        self._awake = {parameter for layer in active for parameter in self._layers[layer]}
+        for layer in self._layers:
+            for parameter in layer:
+                if parameter in self._awake:
+                    parameter.requires_grad_(True)
+                else:
+                    _freeze(parameter)
+
+    def _settle(self) -> None:
+        """Optimiser state follows: gone, or where it belongs. Also after a checkpoint was loaded."""
+        _join(self.optimizer, self._trained)  # it may have been made, or made anew, since the last switch
+        state = self.optimizer.state
+        for parameter in {parameter for layer in self._layers for parameter in layer} & set(state):
+            asleep = parameter not in self._awake
+            if asleep and self.state_policy in ("drop", "reset_all"):
+                del state[parameter]
+            elif self.state_policy == "offload":
+                where = torch.device("cpu") if asleep else parameter.device
+                for name, value in state[parameter].items():
+                    if isinstance(value, Tensor) and value.ndim:  # step counters are where the optimiser wants them
+                        state[parameter][name] = value.to(where)
+
+
+@register_schedule("lisa")
+def schedule(model: nn.Module, optimizer: torch.optim.Optimizer) -> LISA:
+    """The schedule that an adapted model carries, on its optimiser."""
+    return LISA(model, optimizer, **need_record(model, "LISA").options)
+
+
+@register_method("lisa")
+def lisa(
+    model: nn.Module, *, targets: Targets, rank: int, alpha: float | None, seed: int, layers: Layers = None, active: int = 2,
+    interval: int = 20, state_policy: str = "drop", train_embeddings: bool = True, cover: bool = False,
+    exclude: str | Sequence[str] = (),
+) -> AdaptReport:
+    """Layers train in turn, embeddings, head and norm always; no factors (rank is not read). Options: those of `LISA`.
+
+    Everything that may train is marked; a training loop hands the schedule its optimiser (the engine's does). The original
+    weights are kept, large ones in a temporary file, for unadapt and for saving what changed alone.
+    """
+    refuse_adapted(model)
+    if targets is not None or alpha is not None:
+        raise UserError("adapt: 'lisa' trains whole layers and has no targets or alpha; name its layers with layers=, exclude=.")
+    shares = find_shares(model, layers, train_embeddings, exclude)
+    check_settings(len(shares.layers), active, interval, seed, state_policy)
+    settings = {
+        "layers": list(shares.layers), "active": active, "interval": interval, "seed": seed, "state_policy": state_policy,
+        "train_embeddings": train_embeddings, "cover": cover, "exclude": exclude if isinstance(exclude, str) else list(exclude),
+    }
+    install(model, "lisa", [], settings, shares.all())
+    trainable, total = count_parameters(model)
+    outside = sum(model.get_parameter(name).numel() for name in shares.always)
+    note = f"{active} of {len(shares.layers)} layers at a time, {(trainable - outside) // len(shares.layers):,} parameters each"
+    return AdaptReport("lisa", [], trainable, total, beside=[f"{note}; outside them, always: {outside:,}"])
+
+
+def check_settings(count: int, active: int, interval: int, seed: int, state_policy: str) -> None:
+    """UserError for a schedule that cannot be."""
+    for name, value, low, high in (("active", active, 0, count), ("interval", interval, 1, None), ("seed", seed, 0, None)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+            upper = "" if high is None else f" and at most {high}, the number of layers"
+            raise UserError(f"LISA.{name}: {value!r}; it must be a whole number, at least {low}{upper}.")
+    if state_policy not in POLICIES:
+        raise UserError(f"LISA.state_policy: '{state_policy}'.{near(str(state_policy), POLICIES)}")
+
+
+def _freeze(parameter: Tensor) -> None:
+    """No gradient from here on; one that was left would still be stepped, and decayed."""
+    parameter.requires_grad_(False)
+    parameter.grad = None
+
+
+def _join(optimizer: torch.optim.Optimizer, wanted: Mapping[str, Tensor]) -> None:
+    """Put what the optimiser lacks into the group of its likes: the same name in another layer, else a matrix or not."""
+    home = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    groups = {_kind(name): home[parameter] for name, parameter in wanted.items() if parameter in home}
+    ranks = {parameter.ndim > 1: group for parameter, group in home.items()}
+    for name, parameter in wanted.items():
+        if parameter not in home:
+            group = groups.get(_kind(name)) or ranks.get(parameter.ndim > 1, optimizer.param_groups[0])
+            group["params"].append(parameter)
+
+
+def _kind(name: str) -> str:
+    """A name with its layer's number left out."""
+    return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)
