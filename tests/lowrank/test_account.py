@@ -1,4 +1,4 @@
-"""Counts against sums by hand: parameters, saved activations, optimiser state."""
+"""Counts against sums by hand: weights, gradients, saved activations, optimiser state, peak."""
 
 import pytest
 import torch
@@ -9,9 +9,12 @@ from vismt.errors import UserError
 from vismt.lowrank.account import (
     account,
     count_parameters,
+    gradient_bytes,
     optimizer_bytes,
     optimizer_bytes_formula,
+    peak_bytes,
     saved_activation_bytes,
+    weight_bytes,
 )
 
 
@@ -35,6 +38,24 @@ def test_parameters():
     model.third = nn.Linear(16, 4, bias=False)
     model.third.weight = model.second.weight
     assert count_parameters(model) == (68, 212)
+
+
+def test_weights_and_gradients_by_storage():
+    model = Tiny()
+    # 212 numbers of 4 bytes
+    assert weight_bytes(model) == 848 and gradient_bytes(model) == 0
+    model.register_buffer("running", torch.zeros(3, dtype=torch.float64))
+    assert weight_bytes(model) == 848 + 24
+    model.slice = nn.Parameter(model.first.weight.detach()[:, 2:5])  # lies in the same storage
+    assert weight_bytes(model) == 848 + 24 and count_parameters(model) == (212 + 48, 212 + 48)
+    model.first.requires_grad_(False)
+    model(torch.randn(2, 8)).sum().backward()
+    assert gradient_bytes(model) == 68 * 4
+    # a gradient that is a view into a bucket keeps the bucket, once
+    bucket = torch.zeros(100)
+    model.second.weight.grad, model.second.bias.grad = bucket[:64].view(4, 16), bucket[64:68]
+    assert gradient_bytes(model) == 400
+    assert weight_bytes(nn.Linear(8, 16, dtype=torch.bfloat16)) == 2 * 144
 
 
 def test_saved_activations_by_hand():
@@ -98,17 +119,68 @@ def test_optimiser_state(build, kind, counters):
     assert optimizer_bytes(optimizer) == copies * 848 + counters
 
 
+def test_peak_of_a_step_by_hand():
+    start, kept = torch.zeros(1000), []
+
+    def step():
+        first = start + 1  # 4,000 bytes
+        second = first * 2  # 8,000
+        del first  # 4,000
+        second.view(10, 100).add_(1)  # a view, and in place: nothing new
+        start.add_(1)  # was there before
+        third = torch.empty(3000)  # 16,000
+        del second, third  # 0
+
+    assert peak_bytes(step) == peak_bytes(step, steps=1) == 16_000
+
+    def growing():
+        kept.append(torch.ones(10))  # 40 bytes more at each call
+        torch.ones(100)  # 400 that go at once
+
+    # three calls: 2 * 40 from before, 40, 400
+    assert peak_bytes(growing, steps=3) == 520
+
+
+def test_peak_sees_the_backward_pass_and_the_state_of_the_first_step():
+    layer, x = nn.Linear(1000, 1000, bias=False), torch.randn(1, 1000)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9)
+
+    def step():
+        layer(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    weight = 4_000_000
+    first, second = peak_bytes(step, steps=1), peak_bytes(step, steps=1)
+    # gradient and the momentum that the first step makes; the second step makes the gradient alone
+    assert 2 * weight <= first <= 2 * weight + 50_000 and weight <= second <= weight + 50_000
+    optimizer.state.clear()
+    # two steps in one count: the state of the first is alive in the second
+    assert 2 * weight <= peak_bytes(step) <= 2 * weight + 50_000
+
+
 def test_account_prints():
     model, x = Tiny(), torch.randn(10, 8)
     model.first.requires_grad_(False)
-    costs = account(model, lambda: model(x), torch.optim.AdamW(model.second.parameters()), "adamw")
+    optimizer = torch.optim.AdamW(model.second.parameters())
+
+    def step():
+        model(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    costs = account(model, lambda: model(x), optimizer, "adamw", step)
     # 68 * 4 * 2 = 544
     assert (costs.trainable, costs.total, costs.activation_bytes) == (68, 212, 640)
+    assert (costs.weight_bytes, costs.gradient_bytes) == (848, 0)
     assert (costs.optimizer_bytes, costs.optimizer_bytes_formula) == (0, 544)
+    assert costs.peak_bytes >= 640 + 544
     # 68 / 212 = 32.08 %
     assert str(costs).splitlines()[0] == "parameters        68 trainable of 212 (32.08 %)"
-    assert len(str(costs).splitlines()) == 4
-    assert account(model).activation_bytes is None and len(str(account(model)).splitlines()) == 1
+    assert [line[:18].strip() for line in str(costs).splitlines()[1:]] == [
+        "weights", "gradients", "activations", "optimiser", "optimiser formula", "peak of a step"
+    ]
+    assert account(model).activation_bytes is None and len(str(account(model)).splitlines()) == 3
 
 
 def test_unknown_kind():

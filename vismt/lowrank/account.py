@@ -1,18 +1,27 @@
-"""What an adapted model costs: parameters, activations kept for the backward pass, optimiser state.
+"""What a model costs to train: weights, gradients, optimiser state, activations kept for the backward pass, and their peak.
 
-Activations are measured: every tensor that autograd saves passes a hook, and each storage counts once however many
-operations keep it, in full even when only a view of it is kept (that is what stays in memory). Parameters and buffers
-are no activations. Tensors that a custom function keeps on its context without `save_for_backward` are not seen.
+    M = weights + gradients + optimiser state + A        with t P of P parameters trained, b bytes a number:
+        P b + t P (b + 2 b) + A  for Adam;   A by formula in activations.py
+
+Everything is measured by storages, each once however many tensors lie in it, and in full even when only a view of it is
+kept: that is what stays in memory. Parameters and buffers are no activations. Not seen: tensors that a custom function keeps
+on its context without `save_for_backward`, what lies inside a checkpointed region, workspaces of kernels. A peak needs more
+than one step: the first one has no optimiser state yet. Code that asks whether a saved tensor is the parameter itself goes
+wrong under the hooks, so measure and train in passes of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vismt.errors import UserError, near
 
@@ -24,24 +33,32 @@ class Account:
     """Counts of parameters and bytes; a field that was not asked for is None.
 
     trainable, total: numbers of parameters, shared ones once.
+    weight_bytes: parameters and buffers. gradient_bytes: gradients that are there now.
     activation_bytes: saved for backward by one forward pass.
     optimizer_bytes: state the given optimiser holds now.
     optimizer_bytes_formula: copies of the trainable parameters that kind of optimiser keeps, in bytes.
+    peak_bytes: most bytes alive at once in a training step, beside what was there before the first one.
     """
 
     trainable: int
     total: int
+    weight_bytes: int = 0
+    gradient_bytes: int = 0
     activation_bytes: int | None = None
     optimizer_bytes: int | None = None
     optimizer_bytes_formula: int | None = None
+    peak_bytes: int | None = None
 
     def __str__(self) -> str:
         share = 100 * self.trainable / self.total if self.total else 0.0
         lines = [f"parameters        {self.trainable:,} trainable of {self.total:,} ({share:.2f} %)"]
         for label, size in (
+            ("weights", self.weight_bytes),
+            ("gradients", self.gradient_bytes),
             ("activations", self.activation_bytes),
             ("optimiser", self.optimizer_bytes),
             ("optimiser formula", self.optimizer_bytes_formula),
+            ("peak of a step", self.peak_bytes),
         ):
             if size is not None:
                 lines.append(f"{label:<18}{size / 2**20:,.2f} MiB")
@@ -53,6 +70,7 @@ def account(
     forward: Callable[[], object] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     kind: str | None = None,
+    step: Callable[[], object] | None = None,
 ) -> Account:
     """All counts of one model.
 
@@ -61,15 +79,19 @@ def account(
         forward: runs one forward pass, loss included, and returns what must stay alive for the backward pass.
         optimizer: after at least one step, for the measured state.
         kind: "adamw", "adam", "sgd_momentum" or "sgd", for the formula.
+        step: runs one whole training step (forward, backward, optimiser), for the peak; it is called twice, last of all.
     """
     trainable, total = count_parameters(model)
     chosen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return Account(
         trainable,
         total,
+        weight_bytes(model),
+        gradient_bytes(model),
         None if forward is None else saved_activation_bytes(model, forward),
         None if optimizer is None else optimizer_bytes(optimizer),
         None if kind is None else optimizer_bytes_formula(chosen, kind),
+        None if step is None else peak_bytes(step),
     )
 
 
@@ -77,6 +99,16 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, total) numbers of parameters; a parameter that is shared counts once."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers, each storage once: a parameter that is a slice of a buffer adds nothing."""
+    return _bytes((*model.parameters(), *model.buffers()))
+
+
+def gradient_bytes(model: nn.Module) -> int:
+    """Bytes of the gradients that are there now."""
+    return _bytes(parameter.grad for parameter in model.parameters() if parameter.grad is not None)
 
 
 def saved_activation_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
@@ -104,12 +136,7 @@ def saved_activation_bytes(model: nn.Module, forward: Callable[[], object]) -> i
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the tensors in the optimiser's state, each storage once: moments and step counters, no parameters."""
-    sizes: dict[tuple[str, int], int] = {}
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, Tensor):
-                sizes[_storage(value)] = value.untyped_storage().nbytes()
-    return sum(sizes.values())
+    return _bytes(value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
 
 
 def optimizer_bytes_formula(parameters: Iterable[Tensor], kind: str) -> int:
@@ -120,6 +147,57 @@ def optimizer_bytes_formula(parameters: Iterable[Tensor], kind: str) -> int:
     if kind not in STATE_COPIES:
         raise UserError(f"optimiser account: no kind '{kind}'.{near(kind, STATE_COPIES)}")
     return STATE_COPIES[kind] * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
+def peak_bytes(step: Callable[[], object], steps: int = 2) -> int:
+    """Most bytes alive at once during the last of `steps` calls, of all that came to be since the first.
+
+    step: one whole training step; gradients that it frees or reuses should not be there before. Independent of the
+    allocator, of the machine and of time; the kernels' own workspaces are not seen.
+    """
+    live = _Live()
+    for _ in range(steps):
+        live.peak = live.now
+        with live:
+            step()
+    return live.peak
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of the storages that operations have made and nobody has freed: now, and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # What an operation was given (in place, a view) is not new, whoever made it.
+        given = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
+        made = func(*args, **kwargs)
+        for one in tree_leaves(made):
+            if isinstance(one, Tensor) and one.untyped_storage()._cdata not in given | self.known:
+                self._add(one.untyped_storage())
+        return made
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self.known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages that tensors lie in."""
+    return sum({_storage(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
 def _storage(tensor: Tensor) -> tuple[str, int]:

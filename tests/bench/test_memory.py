@@ -1,0 +1,66 @@
+"""The memory bench on a model of a few kilobytes: what is measured is what the formula says; the sizes of the real one."""
+
+from __future__ import annotations
+
+import pytest
+
+from vismt.bench import memory
+from vismt.lowrank.activations import Decoder
+
+VARIANTS = ("vismt lora r=16", "peft lora r=16", "LISA 2 of 8", "LISA 2 of 8 alone")
+
+
+@pytest.fixture(scope="module")
+def result():
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "SIZES", Decoder(hidden=32, ffn=48, heads=4, kv_heads=2, head_dim=8, vocabulary=40))
+        patch.setattr(memory, "LENGTH", 16)
+        patch.setattr(memory, "RANK", 2)
+        yield memory.run(rounds=1)[0]
+
+
+def test_every_size_but_the_peak_is_the_formula_to_the_byte(result) -> None:
+    assert set(VARIANTS) <= set(result.measured)
+    for name, seen in result.measured.items():
+        told = result.predicted[name]
+        assert (seen.weights, seen.activations, seen.gradients) == (told.weights, told.activations, told.gradients), name
+        counters = seen.optimizer - told.optimizer  # AdamW's step counters, 4 bytes a tensor
+        assert 0 < counters < 4 * 200 and counters % 4 == 0, name
+        # On a model this small what a block's backward pass makes in passing shows.
+        assert 0.99 * told.peak <= seen.peak < 1.1 * told.peak, name
+
+
+def test_the_order_of_the_variants(result) -> None:
+    full, seen = result.measured[memory.FULL], result.measured
+    assert seen["vismt lora r=16"].activations == seen["peft lora r=16"].activations < full.activations
+    assert seen["LISA 2 of 8 alone"].activations < seen["LISA 2 of 8"].activations < full.activations
+    # Embedding 40 * 32, head the same, norm 32; a layer: q and o 32 * 32, k and v 16 * 32, three of 48 * 32, two norms 32.
+    layer = 2 * 1024 + 2 * 512 + 3 * 1536 + 64
+    assert result.trainable["LISA 2 of 8"] == 2 * 1280 + 32 + 2 * layer and result.trainable["LISA 2 of 8 alone"] == 2 * layer
+    assert full.gradients == 4 * (2 * 1280 + 32 + 8 * layer) == full.weights - 4 * 2 * 4  # rotary's frequencies: two buffers of 4
+
+
+def test_the_table_shows_each_variant_and_below_it_the_formula(result) -> None:
+    lines = str(result).splitlines()
+    assert len(lines) == 2 + 2 * len(result.measured)
+    for number, name in enumerate(result.measured):
+        assert lines[2 + 2 * number].startswith(name) and not lines[3 + 2 * number][:33].strip()
+    assert lines[2].startswith(memory.FULL) and "1.000  1.000  1.000  1.000" in lines[2]
+
+
+@pytest.mark.slow
+def test_the_real_sizes() -> None:
+    pytest.importorskip("peft")
+    result = memory.run(rounds=1)[0]
+    seen, full = result.measured, result.measured[memory.FULL]
+    shares = {name: (costs.activations / full.activations, costs.peak / full.peak) for name, costs in seen.items()}
+    assert shares["vismt lora r=16"] == pytest.approx((0.900, 0.661), abs=2e-3)
+    assert shares["LISA 2 of 8"] == pytest.approx((0.768, 0.667), abs=2e-3)
+    assert result.trainable["vismt lora r=16"] == 1_249_280 and result.trainable["LISA 2 of 8"] == 8_423_936
+    for name in (memory.FULL, "vismt lora r=16", "LISA 2 of 8"):
+        assert seen[name].peak == pytest.approx(result.predicted[name].peak, rel=0.01)
+    if "S2FT O and D" in shares:
+        assert result.trainable["S2FT O and D"] == 1_249_280
+        assert shares["S2FT O and D"][0] <= 0.68 and shares["S2FT O and D"][1] <= 0.55
