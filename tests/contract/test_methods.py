@@ -12,16 +12,17 @@ from tiny import images, shake, snapshot, tiny_vit
 from torch import nn
 
 import vismt
+from vismt.lowrank.host import Host
 from vismt.lowrank.inject import adapted_modules
-from vismt.lowrank.linear import Adapted
 
 # These train the weights themselves; what they promise is tested beside each (tests/llm).
 WITHOUT_FACTORS = {"lisa"}
 METHODS = [method for method in vismt.list_methods() if method not in WITHOUT_FACTORS]
 # What a method needs on the tiny ViT to start at the original function, and its trainable parameters beside pairs of
 # factors on the ViT-S of the meta test (a router: 12 x 16 x 384; a core for each of q, k, v, proj, fc1, fc2).
-OWN = {"moe_lora": {"n_experts": 4, "init": "zero"}}
+OWN = {"moe_lora": {"n_experts": 4, "init": "zero"}, "s2ft": {"ratio": 0.25}}
 BESIDE = {"moe_lora": 12 * 16 * 384, "polar": 12 * 6 * 8 * 8}
+FACTORS = (".lora_", ".slice_")  # how what a method trains is named
 # Variants that change the layout of the factors; every method has to keep the contract in each.
 VARIANTS = {
     "plain": {},
@@ -31,7 +32,16 @@ VARIANTS = {
     "with_head": {"also_train": ["head"]},
     "conv": {"targets": ["attn.qkv", "patch_embed.proj"]},
 }
-CASES = [(method, variant) for method in METHODS for variant in VARIANTS]
+# A method that trains no factors has layouts of its own.
+SLICES = {
+    "permute": {}, "index": {"mode": "index"}, "delta": {"mode": "delta"}, "every_part": {"parts": ["v", "o", "u", "d"]},
+    "rows_by_index": {"parts": ["v", "u"], "mode": "index"}, "rows_by_delta": {"parts": ["v", "u"], "mode": "delta"},
+    "slices_with_head": {"also_train": ["head"]},
+}
+VARIANTS_OF = {"s2ft": list(SLICES)}
+CASES = [(method, variant) for method in METHODS for variant in VARIANTS_OF.get(method, list(VARIANTS))]
+VARIANTS |= SLICES
+FACTOR_METHODS = [method for method in METHODS if method not in VARIANTS_OF]
 
 
 def adapted(method: str, variant: str, seed: int = 0, **more: object) -> nn.Module:
@@ -60,7 +70,7 @@ def test_gradient_reaches_exactly_the_declared_parameters(method: str, variant: 
     model(images()).square().sum().backward()
     also = set(model.vismt_record.also_train)
     for name, parameter in model.named_parameters():
-        expected = ".lora_" in name or name in also
+        expected = any(kind in name for kind in FACTORS) or name in also
         assert parameter.requires_grad == expected, name
         assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) == expected, name
 
@@ -90,7 +100,7 @@ def test_unadapt_gives_back_every_bit(method: str, variant: str) -> None:
     state = model.state_dict()
     assert list(state) == list(original)
     assert all(torch.equal(state[name], original[name]) for name in original)
-    assert not any(isinstance(module, Adapted) for module in model.modules())
+    assert not any(isinstance(module, Host) for module in model.modules())
 
 
 @pytest.mark.parametrize("method,variant", CASES)
@@ -160,9 +170,9 @@ def test_autocast_computes_in_bf16_and_trains_in_fp32(method: str, variant: str)
     assert all(g is not None and g.dtype == torch.float32 and torch.isfinite(g).all() for g in grads)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_gradient_checkpointing_gives_the_same_gradients(method: str) -> None:
-    plain, saving = (shake(adapted(method, "split_qkv")) for _ in range(2))
+@pytest.mark.parametrize("method,variant", [case for case in CASES if case[1] in ("split_qkv", *SLICES)])
+def test_gradient_checkpointing_gives_the_same_gradients(method: str, variant: str) -> None:
+    plain, saving = (shake(adapted(method, variant)) for _ in range(2))
     saving.set_grad_checkpointing(True)
     for model in (plain, saving):
         model.train()
@@ -171,7 +181,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(method: str) -> None:
         assert one.grad is None or torch.allclose(one.grad, two.grad, atol=1e-6), name
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FACTOR_METHODS)
 def test_start_depends_on_the_seed_alone(method: str) -> None:
     torch.manual_seed(11)
     one = adapted(method, "plain", seed=3)
@@ -191,7 +201,7 @@ def test_start_depends_on_the_seed_alone(method: str) -> None:
     assert torch.equal(torch.get_rng_state(), kept) and before is not None and state is not None
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FACTOR_METHODS)
 def test_meta_device_counts_parameters_without_memory(method: str) -> None:
     with torch.device("meta"):
         import timm

@@ -1,14 +1,16 @@
-"""Methods of language models, for any timm ViT as well: initialisers and cores by name, and Bayesian last layers."""
+"""Methods of language models, for any timm ViT as well: initialisers and cores by name, S2FT, and Bayesian last layers."""
 
 from vismt.llm.alternating import alternating_loss
 from vismt.llm.landing import Landing, orthonormalize_
 from vismt.llm.laplace import Laplace, fit_laplace
 from vismt.llm.lisa import LISA
+from vismt.llm.selection import Selection, select_units
+from vismt.llm.slices import add_slices, read_slices, serving, switch
 from vismt.llm.temperature import fit_temperature
 from vismt.llm.vbll import VBLLClassifier
 from vismt.llm.vbll_generative import GenerativeVBLL
 
 __all__ = [
-    "LISA", "GenerativeVBLL", "Landing", "Laplace", "VBLLClassifier", "alternating_loss", "fit_laplace", "fit_temperature",
-    "orthonormalize_",
+    "LISA", "GenerativeVBLL", "Landing", "Laplace", "Selection", "VBLLClassifier", "add_slices", "alternating_loss",
+    "fit_laplace", "fit_temperature", "orthonormalize_", "read_slices", "select_units", "serving", "switch",
 ]

@@ -176,7 +176,7 @@ def _orthonormalize(hosts: Iterable[Adapted]) -> None:
 
 def polar_hosts(model: nn.Module) -> list[Adapted]:
     """The hosts of a model that carry X, Theta and Y; UserError where there are none."""
-    hosts = [host for host in adapted_modules(model).values() if host.lora_C is not None]
+    hosts = [host for host in adapted_modules(model).values() if isinstance(host, Adapted) and host.lora_C is not None]
     if not hosts:
         raise UserError(f"landing: {type(model).__name__} has no update of PoLAR; adapt it with method 'polar' first.")
     return hosts

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError
 from vismt.lowrank.aside import set_aside
+from vismt.lowrank.coupled import couple, movable
+from vismt.lowrank.host import Host
 from vismt.lowrank.linear import Adapted, AdaptedConv2d, AdaptedLinear
 from vismt.lowrank.options import checked
-from vismt.lowrank.parts import Part, described, need_idle, put, replace
+from vismt.lowrank.parts import Part, described, need_idle, put, replace, to_stock
 from vismt.lowrank.sites import AdaptReport, Site, plan_site
+from vismt.lowrank.sliced import SlicedLinear
 from vismt.lowrank.targets import Targets, check_patterns, find_targets, matches, pattern_value
 
 # (weight (o, i), rank, scale, generator) -> (A (r, i), B (o, r)), called once per output block.
@@ -71,7 +74,7 @@ def inject(
         )
         for path, module in found.items()
     ]
-    kept = _also_trained(model, given["also_train"], list(found))
+    kept = also_trained(model, given["also_train"], list(found))
     hosts = install(model, method, plan, {"dropout": dropout, "seed": seed}, kept, dtype=given["dtype"])
     for site, host in zip(plan, hosts):
         initialise(host, site, init, seed, offset=offset)
@@ -84,7 +87,7 @@ def refuse_adapted(model: nn.Module) -> None:
     """Neither the model nor a part of it may be adapted already."""
     for path, module in model.named_modules():
         record = record_of(module)
-        if record is not None or isinstance(module, (Adapted, Part)):
+        if record is not None or isinstance(module, (Host, Part)):
             where = f"its part '{path}' already carries" if path else "the model already carries"
             raise UserError(f"adapt: {where} '{record.method if record else 'an update'}'; merge or unadapt it first.")
 
@@ -92,13 +95,15 @@ def refuse_adapted(model: nn.Module) -> None:
 def install(
     model: nn.Module, method: str, sites: Sequence[Site], options: dict[str, Any], also_train: Sequence[str],
     *, dtype: torch.dtype | None = None,
-) -> list[Adapted]:
+) -> list[Host]:
     """Place a host at every site, freeze the rest but `also_train` (parameter names), and leave the record."""
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     originals = set_aside({name: model.get_parameter(name) for name in also_train})
+    structures = movable(model, [site.path for site in sites if site.mode == "permute"])
     hosts = [place(model, site, dropout=options.get("dropout", 0.0), dtype=dtype) for site in sites]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in originals or name not in required)
+    couple(model, structures, {site.path: host for site, host in zip(sites, hosts)})
     model.vismt_record = AdaptRecord(method, list(sites), options, required, originals)
     return hosts
 
@@ -123,8 +128,9 @@ def merge(model: nn.Module) -> nn.Module:
     """
     record = need_record(model, "merge")
     need_idle(model, "merge")
+    to_stock(model)
     replace(model, Part, lambda part: part.stock())
-    replace(model, Adapted, lambda host: host.merged())
+    replace(model, Host, lambda host: host.merged())
     _forget(model, record)
     return model
 
@@ -132,8 +138,9 @@ def merge(model: nn.Module) -> nn.Module:
 def unadapt(model: nn.Module) -> nn.Module:
     """Give back the original modules, weights (bit for bit) and gradient flags. Returns the model."""
     record = need_record(model, "unadapt")
+    to_stock(model)
     replace(model, Part, lambda part: part.stock())
-    replace(model, Adapted, lambda host: host.restored())
+    replace(model, Host, lambda host: host.restored())
     with torch.no_grad():
         for name, value in record.also_train.items():
             model.get_parameter(name).copy_(value)
@@ -147,7 +154,7 @@ def _forget(model: nn.Module, record: AdaptRecord) -> None:
     del model.vismt_record
 
 
-def _also_trained(model: nn.Module, patterns: Sequence[str], adapted: Sequence[str]) -> list[str]:
+def also_trained(model: nn.Module, patterns: Sequence[str], adapted: Sequence[str]) -> list[str]:
     """Names of the parameters that `patterns` keep trainable; every pattern must match one, none may be adapted."""
     owners = {
         name: [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)] for name, _ in model.named_parameters()
@@ -166,13 +173,16 @@ def site_generator(seed: int, path: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def place(model: nn.Module, site: Site, *, dropout: float = 0.0, dtype: torch.dtype | None = None) -> Adapted:
-    """Put the host of `site` where the stock module stands, under every name it has; factors are left unset."""
+def place(model: nn.Module, site: Site, *, dropout: float = 0.0, dtype: torch.dtype | None = None) -> Host:
+    """Put the host of `site` where the stock module stands, under every name it has; its update is left unset."""
     base = model.get_submodule(site.path)
-    host_type = AdaptedConv2d if site.kind == "conv2d" else AdaptedLinear
-    host = host_type(
-        base, site.rank, site.scale, blocks=site.blocks, core=site.core_shape, dropout=dropout, dtype=dtype
-    )
+    if site.dim is not None:
+        host = SlicedLinear(base, site.rank, site.dim, site.mode, dtype=dtype)
+    else:
+        host_type = AdaptedConv2d if site.kind == "conv2d" else AdaptedLinear
+        host = host_type(
+            base, site.rank, site.scale, blocks=site.blocks, core=site.core_shape, dropout=dropout, dtype=dtype
+        )
     put(model, site.path, host)
     return host
 
@@ -195,6 +205,6 @@ def initialise(host: Adapted, site: Site, init: Initialiser, seed: int, *, offse
     host.set_factors(torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs]), offset)
 
 
-def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
+def adapted_modules(model: nn.Module) -> dict[str, Host]:
     """Every host of the model by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, Adapted)}
+    return {path: module for path, module in model.named_modules() if isinstance(module, Host)}

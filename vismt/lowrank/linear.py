@@ -12,7 +12,7 @@ Sources: LoRA, arXiv 2106.09685; the block form follows the per-projection facto
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.lowrank.factors import LowRank, times_core
+from vismt.lowrank.host import Host
 
 
 def _add_product(out: Tensor, hidden: Tensor, B: Tensor, scale: float, blocks: tuple[int, ...]) -> None:
@@ -98,30 +99,22 @@ class _FusedLowRank(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None, None
 
 
-HOOKS = [name for name in nn.Module().__dict__ if "hook" in name and "state_dict" not in name]
 GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
-class Adapted(nn.Module):
-    """A module that stands in for a stock one: it can give back the original, or the stock module with the update in.
+class Adapted(Host):
+    """A host of a low-rank update.
 
-    Parameters: weight and bias are the stock module's own Parameter objects, under their own names; lora_A (g*r, i),
-    lora_B (o, r) and, with a core, lora_C (g*r, r) or (g*r,) are new. Buffers lora_A0, lora_B0 hold a principal start.
+    Parameters lora_A (g*r, i), lora_B (o, r) and, with a core, lora_C (g*r, r) or (g*r,) are new. Buffers lora_A0, lora_B0
+    hold the start of a principal initialisation.
     """
 
     def __init__(
         self, base: nn.Module, rank: int, scale: float, *, blocks: tuple[int, ...] | None = None, dropout: float = 0.0,
         dtype: torch.dtype | None = None, core: tuple[int, ...] = (),
     ) -> None:
-        super().__init__()
-        self.weight, self.bias = base.weight, base.bias
-        self.rank, self.scale, self.dropout, self.training = rank, scale, dropout, base.training
-        # The stock module without its tensors: not a submodule, so it adds no keys and follows no conversion.
-        shell = copy.copy(base)
-        shell._parameters = {name: None for name in base._parameters}
-        self.__dict__["shell"] = shell
-        for name in HOOKS:  # one table for both, so that hooks fire while adapted and stay when it is undone
-            self.__dict__[name] = base.__dict__[name]
+        super().__init__(base)
+        self.rank, self.scale, self.dropout = rank, scale, dropout
         out_features, in_features = self.matrix(self.weight).shape
         self.blocks = blocks or (out_features,)
         kind = dtype or (torch.float32 if self.weight.dtype in (torch.bfloat16, torch.float16) else self.weight.dtype)
@@ -131,14 +124,6 @@ class Adapted(nn.Module):
         self.lora_C = nn.Parameter(torch.zeros(core, **where)) if core else None
         self.register_buffer("lora_A0", None)
         self.register_buffer("lora_B0", None)
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        """The stock weight as a matrix (o, i); a view where its layout allows."""
-        return weight
-
-    def stored(self, matrix: Tensor) -> Tensor:
-        """The inverse of `matrix`: (o, i) -> the stock weight's shape."""
-        return matrix
 
     @torch.no_grad()
     def set_factors(self, A: Tensor, B: Tensor, offset: bool) -> None:
@@ -159,6 +144,16 @@ class Adapted(nn.Module):
             return self.lora_B
         cores = self.lora_C.chunk(len(self.blocks))
         return torch.cat([times_core(b, c) for b, c in zip(self.lora_B.split(self.blocks, 0), cores)])
+
+    @torch.no_grad()
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy factors in; starts that the host lacks are created."""
+        for name, value in tensors.items():
+            if name in ("lora_A0", "lora_B0"):
+                like = self.lora_A if name == "lora_A0" else self.lora_B
+                setattr(self, name, value.to(device=like.device, dtype=like.dtype))
+            else:
+                getattr(self, name).copy_(value)
 
     def low_rank(self) -> LowRank:
         """The whole update against the stock weight as one LowRank: rank r, 2r with a start, g times that in blocks."""
@@ -187,16 +182,6 @@ class Adapted(nn.Module):
         weight.copy_(self.stored(total))
         return self._stock(nn.Parameter(weight, requires_grad=self.weight.requires_grad))
 
-    def restored(self) -> nn.Module:
-        """The stock module with its own weight, untouched bit for bit."""
-        return self._stock(self.weight)
-
-    def _stock(self, weight: nn.Parameter) -> nn.Module:
-        module = self.shell
-        module.weight, module.bias = weight, self.bias
-        module.training = self.training
-        return module
-
     def extra_repr(self) -> str:
         out_features, in_features = self.matrix(self.weight).shape
         start = ", start kept" if self.lora_A0 is not None else ""
@@ -208,19 +193,6 @@ class AdaptedLinear(Adapted):
 
     forward: x (..., i) -> (..., o), in x's dtype (the autocast dtype where autocast is on).
     """
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        return weight.t() if type(self.shell).__name__ == "Conv1D" else weight
-
-    stored = matrix
-
-    @property
-    def in_features(self) -> int:
-        return self.matrix(self.weight).shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.matrix(self.weight).shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:

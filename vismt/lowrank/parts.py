@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vismt.errors import UserError
-from vismt.lowrank.linear import HOOKS
+from vismt.lowrank.host import HOOKS, Host
 
 
 class Part(nn.Module, ABC):
@@ -101,17 +101,36 @@ def need_idle(model: nn.Module, what: str) -> None:
         part.need_idle(what, path)
 
 
+def to_stock(model: nn.Module) -> None:
+    """Every stock weight of the model with its stock values in stock order, what was trained beside it."""
+    for part in parts_of(model).values():
+        part.to_stock_order()
+    hosts = [module for module in model.modules() if isinstance(module, Host)]
+    for host in hosts:
+        host.lift()
+    for host in hosts:
+        host.reorder(stock=True)
+
+
+def to_own(model: nn.Module) -> None:
+    """The inverse of `to_stock`."""
+    hosts = [module for module in model.modules() if isinstance(module, Host)]
+    for host in hosts:
+        host.reorder(stock=False)
+    for host in hosts:
+        host.settle()
+    for part in parts_of(model).values():
+        part.to_own_order()
+
+
 @contextmanager
 def stock_order(model: nn.Module) -> Iterator[None]:
     """The model's tensors in stock order for the time of the block; not for use between a forward and its backward."""
-    parts = list(parts_of(model).values())
     try:
-        for part in parts:
-            part.to_stock_order()
+        to_stock(model)
         yield
     finally:
-        for part in parts:
-            part.to_own_order()
+        to_own(model)
 
 
 def put(model: nn.Module, path: str, module: nn.Module) -> None:

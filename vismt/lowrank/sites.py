@@ -23,6 +23,9 @@ class Site:
     scale: float
     blocks: tuple[int, ...]
     core: str = ""  # "full" or "diagonal": what stands between the factors of each block, nothing where empty
+    # Set for an update that is no pair of factors but `rank` rows (0) or columns (1) of the matrix, and how they are held.
+    dim: int | None = None
+    mode: str = ""
 
     @property
     def core_shape(self) -> tuple[int, ...]:
@@ -32,8 +35,19 @@ class Site:
 
     @property
     def parameters(self) -> int:
+        if self.dim is not None:
+            return self.rank * self.shape[1 - self.dim]
         core = prod(self.core_shape) if self.core else 0
         return self.rank * (self.shape[0] + len(self.blocks) * self.shape[1]) + core
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what an adapter file holds for this module, by name; a kept start may come beside."""
+        if self.dim is None:
+            core = {"lora_C": self.core_shape} if self.core else {}
+            return {"lora_A": (len(self.blocks) * self.rank, self.shape[1]), "lora_B": (self.shape[0], self.rank), **core}
+        values = (self.rank, self.shape[1]) if self.dim == 0 else (self.shape[0], self.rank)
+        start = {} if self.mode == "delta" else {"slice_start": values}
+        return {"slice_index": (self.rank,), "slice_values": values, **start}
 
 
 @dataclass

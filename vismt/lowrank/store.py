@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from vismt.errors import UserError
 from vismt.lowrank.aside import same_bits
 from vismt.lowrank.files import atomic_write, read_json, read_tensors
+from vismt.lowrank.host import Host
 from vismt.lowrank.inject import adapted_modules, attach, install, need_record, record_of
-from vismt.lowrank.linear import Adapted
 from vismt.lowrank.parts import Part, part_type, parts_of, stock_order
 from vismt.lowrank.sites import Site
 from vismt.lowrank.targets import kind_of, matrix_shape
@@ -55,7 +55,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         "method": record.method,
         "model": type(model).__name__,
         "options": record.options,
-        "sites": [{name: value for name, value in asdict(site).items() if value != ""} for site in record.sites],
+        "sites": [{name: value for name, value in asdict(site).items() if value not in ("", None)} for site in record.sites],
         "also_train": sorted(record.also_train),
         "unchanged": unchanged,
         "parts": record.parts,
@@ -78,7 +78,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, on_other_base: str = "
     on_other_base: "error" refuses a base whose fingerprint differs, "warn" goes on with a warning.
     """
     folder = Path(folder)
-    description, sites, tensors = _read(folder)
+    description, sites, tensors = read_adapter(folder)
     record = record_of(model)
     saved = (description["method"], sites, sorted(description["also_train"]), description["parts"])
     if record is not None and (record.method, record.sites, sorted(record.also_train), record.parts) != saved:
@@ -122,16 +122,18 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy adapter tensors into an adapted model; starts that the hosts lack are created."""
+    of_hosts: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
-        if isinstance(module, Adapted) and leaf in ("lora_A0", "lora_B0"):
-            like = module.lora_A if leaf == "lora_A0" else module.lora_B
-            setattr(module, leaf, value.to(device=like.device, dtype=like.dtype))
+        if isinstance(module, Host) and leaf != "bias":
+            of_hosts.setdefault(path, {})[leaf] = value
         elif isinstance(module, Part):
             module.restore(leaf, value)
         else:
             getattr(module, leaf).copy_(value)
+    for path, own in of_hosts.items():
+        model.get_submodule(path).fill(own)
 
 
 def _compared(sites: Iterable[Site], unchanged: Iterable[str]) -> list[str]:
@@ -169,7 +171,8 @@ def fingerprint(model: nn.Module, paths: Iterable[str]) -> str:
     return hashlib.sha256(json.dumps(base_samples(model, paths)).encode()).hexdigest()[:12]
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], list[Site], dict[str, Tensor]]:
+def read_adapter(folder: Path) -> tuple[dict[str, Any], list[Site], dict[str, Tensor]]:
+    """What adapter.json says, its sites, and the tensors, not compared with any model; UserError for damaged files."""
     what = f"adapter '{folder}'"
     description = read_json(folder / DESCRIPTION, what)
     try:
@@ -204,9 +207,11 @@ def _check_sites(
     made_for = f"adapter '{folder}' was made for {description['model']}, this model is {type(model).__name__}"
     for site in sites:
         module = modules.get(site.path)
-        if module is None or (kind_of(module) is None and not isinstance(module, Adapted)):
+        if module is None or (kind_of(module) is None and not isinstance(module, Host)):
             raise UserError(f"{made_for} (it has no linear or convolution '{site.path}').")
-        shape = tuple(module.matrix(module.weight).shape) if isinstance(module, Adapted) else matrix_shape(module)
+        shape = tuple(module.matrix(module.weight).shape) if isinstance(module, Host) else matrix_shape(module)
+        if shape != site.shape and site.dim is not None:
+            raise UserError(f"{made_for} ({site.path}: its weight was {site.shape}, here it is {shape}).")
         if shape != site.shape:
             key, axis = (("lora_A", 1), ("lora_B", 0))[shape[1] == site.shape[1]]
             saved = tuple(tensors[f"{site.path}.{key}"].shape)
@@ -220,10 +225,7 @@ def _check_tensors(
     """No tensor missing, none unexpected, every shape as its site says."""
     wanted: dict[str, tuple[int, ...]] = {}
     for site in sites:
-        wanted[f"{site.path}.lora_A"] = (len(site.blocks) * site.rank, site.shape[1])
-        wanted[f"{site.path}.lora_B"] = (site.shape[0], site.rank)
-        if site.core:
-            wanted[f"{site.path}.lora_C"] = site.core_shape
+        wanted.update({f"{site.path}.{name}": shape for name, shape in site.tensors().items()})
         if f"{site.path}.lora_A0" in tensors or f"{site.path}.lora_B0" in tensors:
             wanted[f"{site.path}.lora_A0"] = wanted[f"{site.path}.lora_A"]
             wanted[f"{site.path}.lora_B0"] = wanted[f"{site.path}.lora_B"]

@@ -1,0 +1,266 @@
+"""Units that two groups of weights share: attention heads and FFN channels, and orders of them that keep the function.
+
+    heads      rows of q, k, v    |  columns of o       a unit is d = head_dim features; k and v have one unit a group of g
+    channels   rows of gate, up   |  columns of down    a unit is one feature; without a gate: rows of fc1 | columns of fc2
+
+Reordering the units of a structure in all its tensors at once (weights, in-side biases, norms over all units) changes no
+output beyond the order of sums. Legal orders move whole groups, and heads inside their group only: query head j reads
+key head j // g, so a head that leaves its group is another function. Inside a head nothing moves (rotary positions).
+The residual axis couples all layers and is never touched.
+
+Containers are told by the names of their children (timm and transformers: separate, fused and Conv1D projections).
+What else holds a value for each head (position tables, sinks, ALiBi, mixed rotary frequencies) makes reordering refused,
+not guessed: `Structure.obstacle` says why. Fused gates: the value is the second half, the first for timm's gate_last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from vismt.errors import UserError
+from vismt.lowrank.targets import find_targets, head_paths, kind_of, matrix_shape
+
+HEADS = (
+    (("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj", "proj")), (("qkv",), ("proj",)), (("qkv_proj",), ("o_proj",)),
+    (("c_attn",), ("c_proj",)),
+)
+CHANNELS = (
+    (("gate_proj", "up_proj"), ("down_proj",)), (("gate_up_proj",), ("down_proj",)), (("fc1_g", "fc1_x"), ("fc2",)),
+    (("fc1",), ("fc2",)), (("c_fc",), ("c_proj",)),
+)
+PARTS = ("v", "o", "u", "d")
+
+
+@dataclass(frozen=True)
+class Block:
+    """`units` times `size` features of the module `path`, from `start` on: of its outputs (dim 0) or its inputs (dim 1)."""
+
+    path: str
+    dim: int
+    start: int
+    units: int
+    size: int
+
+    def features(self, units: Iterable[int]) -> Tensor:
+        """The features of some units, (k,) int64."""
+        chosen = torch.tensor(list(units), dtype=torch.int64)
+        return (self.start + chosen[:, None] * self.size + torch.arange(self.size)).flatten()
+
+    def units_of(self, features: Tensor) -> list[int]:
+        """The inverse of `features`."""
+        return sorted({int(unit) for unit in (features.cpu() - self.start) // self.size})
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Units of one container. parts: where what may be trained lies, 'v' and 'o' of heads, 'u' and 'd' of channels."""
+
+    path: str
+    units: int
+    groups: int
+    blocks: tuple[Block, ...]
+    parts: Mapping[str, Block] = field(hash=False)
+    obstacle: str = ""
+
+    def order(self, chosen: Mapping[str, Iterable[int]]) -> list[int]:
+        """New position -> old unit, such that the chosen units of each part lie together as far as groups allow.
+
+        chosen: {'v': groups, 'o': heads} or {'u': channels, 'd': channels}. Only-in, both, only-out, the rest: the order
+        of the released code where a group is one head. With o in several incomplete groups, the first has its chosen
+        heads last and the last has them first; three or more incomplete groups cannot be made contiguous.
+        """
+        inside, outside = (set(chosen.get(part, ())) for part in (("v", "o") if "o" in self.parts else ("u", "d")))
+        size = self.units // self.groups
+        members = [range(group * size, (group + 1) * size) for group in range(self.groups)]
+        count = [sum(unit in outside for unit in own) for own in members]
+        partial = [group for group in range(self.groups) if 0 < count[group] < size and group not in inside]
+        both = any(count[group] for group in inside)
+        early = partial[0] if partial and not both else None
+
+        def place(group: int) -> int:
+            if group in inside:
+                return 0 if not count[group] else 1 if count[group] < size else 2
+            return 6 if not count[group] else 3 if group == early else 4 if count[group] == size else 5
+
+        ordered = sorted(range(self.groups), key=place)
+        touched = [group for group in ordered if count[group]]
+        result: list[int] = []
+        for group in ordered:
+            last = group in touched[:1] and len(touched) > 1
+            result += sorted(members[group], key=lambda unit: (unit in outside) == last)
+        return result
+
+
+def structures(model: nn.Module) -> dict[str, Structure]:
+    """Every attention and FFN of the model whose projections are known by name, by path, in model order."""
+    heads, found = head_paths(model), {}
+    mixed = any(type(module).__name__ == "RotaryEmbeddingMixed" for module in model.modules())
+    alibi = bool(getattr(getattr(model, "config", None), "alibi", False))
+    for path, module in model.named_modules():
+        if path in heads:
+            continue
+        structure = _heads(model, path, module) or _channels(path, module)
+        if structure is not None:
+            per_head = "v" in structure.parts and (mixed or alibi)
+            told = "the model holds position values for each head"
+            found[path] = replace(structure, obstacle=told) if per_head else structure
+    return found
+
+
+def _children(module: nn.Module, known: tuple) -> tuple[list[str], str] | None:
+    """Names of the in-side and of the out-side of the first known layout that the module has."""
+    children = dict(module.named_children())
+    for inputs, outputs in known:
+        last = next((name for name in outputs if name in children), None)
+        kinds = {kind_of(children.get(name)) for name in (*inputs, last)}  # None where a name is missing, too
+        if kinds <= {"linear", "conv1d"}:
+            return list(inputs), last
+    return None
+
+
+def _heads(model: nn.Module, path: str, module: nn.Module) -> Structure | None:
+    names = _children(module, HEADS)
+    if names is None:
+        return None
+    inputs, last = names
+    width = matrix_shape(getattr(module, last))[1]
+    size = getattr(module, "head_dim", None) or getattr(getattr(model, "config", None), "head_dim", None)
+    if size is None and getattr(module, "num_heads", 0):
+        size = width // module.num_heads
+    if not isinstance(size, int) or width % size:
+        return None
+    units, join = width // size, lambda name: f"{path}.{name}" if path else name
+    outs = [matrix_shape(getattr(module, name))[0] for name in inputs]
+    if len(inputs) == 3:
+        groups = outs[1] // size
+        fits = outs == [width, groups * size, groups * size]
+        blocks = [Block(join(name), 0, 0, out // size, size) for name, out in zip(inputs, outs)]
+    else:
+        groups = (outs[0] // size - units) // 2
+        fits = outs[0] == (units + 2 * groups) * size
+        counts, starts = (units, groups, groups), (0, width, width + groups * size)
+        blocks = [Block(join(inputs[0]), 0, start, count, size) for start, count in zip(starts, counts)]
+    if not fits or groups < 1 or units % groups:
+        return None
+    out = Block(join(last), 1, 0, units, size)
+    norms, obstacle = _beside(path, module, {*inputs, last}, units, groups, size)
+    return Structure(path, units, groups, (*blocks, out, *norms), {"v": blocks[2], "o": out}, obstacle)
+
+
+def _channels(path: str, module: nn.Module) -> Structure | None:
+    names = _children(module, CHANNELS)
+    if names is None:
+        return None
+    inputs, last = names
+    units, join = matrix_shape(getattr(module, last))[1], lambda name: f"{path}.{name}" if path else name
+    outs = [matrix_shape(getattr(module, name))[0] for name in inputs]
+    if len(inputs) == 1 and outs[0] == 2 * units:
+        blocks = [Block(join(inputs[0]), 0, start, units, 1) for start in (0, units)]
+        up = blocks[0] if getattr(module, "gate_last", False) else blocks[1]
+    elif outs == [units] * len(inputs):
+        blocks = [Block(join(name), 0, 0, units, 1) for name in inputs]
+        up = blocks[-1]
+    else:
+        return None
+    out = Block(join(last), 1, 0, units, 1)
+    norms, obstacle = _beside(path, module, {*inputs, last}, units, units, 1)
+    return Structure(path, units, units, (*blocks, out, *norms), {"u": up, "d": out}, obstacle)
+
+
+def _beside(
+    path: str, module: nn.Module, known: set[str], units: int, groups: int, size: int
+) -> tuple[list[Block], str]:
+    """Blocks of norms over all units, and what makes reordering impossible ("" for nothing)."""
+    blocks: dict[str, Block] = {}
+    for name, parameter in module.named_parameters():
+        child, _, rest = name.partition(".")
+        if child in known:
+            continue
+        if not rest or "." in rest or parameter.ndim != 1:
+            return [], f"it has '{name}' beside its projections"
+        if parameter.numel() not in (units * size, groups * size, size):
+            return [], f"'{name}' holds {parameter.numel()} values for {units} units of {size}"
+        if parameter.numel() != size or (size == 1 and units > 1):
+            where = f"{path}.{child}" if path else child
+            blocks[child] = Block(where, 0, 0, parameter.numel() // size, size)
+    return list(blocks.values()), ""
+
+
+class Coupling:
+    """The hosts in one structure and the tensors that have to move with its units; held by each of those hosts."""
+
+    def __init__(self, structure: Structure, modules: Mapping[str, nn.Module], hosts: Mapping[str, nn.Module]) -> None:
+        self.structure, self.modules, self.hosts = structure, dict(modules), dict(hosts)
+        self.moved = False
+
+    def reorder(self, stock: bool) -> None:
+        """Move the tensors, once however many hosts ask; the own order follows from what the hosts have chosen."""
+        if self.moved is not stock:
+            return
+        some = next(iter(self.hosts.values()))
+        if not stock:
+            chosen = {
+                part: self.structure.parts[part].units_of(host.slice_index) for part, host in self.hosts.items()
+                if not host.weight.is_meta
+            }
+            order = torch.tensor(self.structure.order(chosen), device=some.weight.device)
+            for host in self.hosts.values():
+                host.slice_order.copy_(order)
+        self._move(some.slice_order.long().argsort() if stock else some.slice_order.long())
+        self.moved = not stock
+
+    @torch.no_grad()
+    def _move(self, order: Tensor) -> None:
+        """New unit u becomes old unit order[u], in place."""
+        if order.is_meta:
+            return
+        for path in {block.path: None for block in self.structure.blocks}:
+            module, own = self.modules[path], [block for block in self.structure.blocks if block.path == path]
+            dim = own[0].dim
+            weight = module.weight.t() if kind_of(module) == "conv1d" else module.weight
+            weight = module.matrix(module.weight) if hasattr(module, "matrix") else weight
+            index = torch.arange(weight.shape[dim], device=order.device)
+            for block in own:
+                index[block.start:block.start + block.units * block.size] = expand(order, block, self.structure)
+            weight.copy_(weight.index_select(dim, index))
+            bias = getattr(module, "bias", None)
+            if dim == 0 and bias is not None:
+                bias.copy_(bias[index])
+
+
+def expand(order: Tensor, block: Block, structure: Structure) -> Tensor:
+    """The order of a block's features from the order of the units; blocks of groups follow their heads."""
+    if block.units != structure.units:
+        size = structure.units // structure.groups
+        order = order[::size] // size
+    return (block.start + order[:, None] * block.size + torch.arange(block.size, device=order.device)).flatten()
+
+
+def movable(model: nn.Module, paths: Iterable[str]) -> list[Structure]:
+    """Structures of the stock modules at these paths; UserError where their units cannot be reordered."""
+    wanted = set(paths)
+    if not wanted:
+        return []
+    found = [one for one in structures(model).values() if any(block.path in wanted for block in one.parts.values())]
+    for structure in found:
+        if structure.obstacle:
+            raise UserError(
+                f"s2ft: the units of '{structure.path}' cannot be reordered: {structure.obstacle}; use mode='index'."
+            )
+        linears = {block.path for block in structure.blocks if kind_of(model.get_submodule(block.path)) is not None}
+        find_targets(model, sorted(linears))  # moved as a plain weight, so it has to be one
+    return found
+
+
+def couple(model: nn.Module, found: Iterable[Structure], hosts: Mapping[str, nn.Module]) -> None:
+    """Let the hosts at these paths, in stock order still, keep the units of their structures together."""
+    for structure in found:
+        own = {part: hosts[block.path] for part, block in structure.parts.items() if block.path in hosts}
+        modules = {block.path: model.get_submodule(block.path) for block in structure.blocks}
+        coupling = Coupling(structure, modules, own)
+        for part, host in own.items():
+            host.join(coupling, structure.parts[part])
