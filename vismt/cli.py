@@ -90,8 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     made = add("assets", _assets, "list the weights that have a card, or get them")
     made.add_argument("action", choices=("list", "get"))
     made.add_argument("name", nargs="*", help="asset names")
-    made = add("bench", _bench, "time the core against peft, AMT and EMTAL against their released forms, or account for memory")
-    made.add_argument("what", choices=("core", "amt", "emtal", "memory"))
+    made = add("bench", _bench, "time the core, its starts, AMT and EMTAL against their peers, or account for memory")
+    made.add_argument("what", choices=("core", "lowrank", "amt", "emtal", "memory"))
     made.add_argument("--rounds", type=int, default=9)
     made.add_argument("--device", default="cpu")
     add("list", _list, "list methods, jobs, data cards and assets")
@@ -239,11 +239,12 @@ def _assets(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from vismt.bench import amt, core, emtal, memory
+    from vismt.bench import amt, core, emtal, lowrank, memory
 
     if options.rounds < 1:
         raise UserError(f"bench: --rounds {options.rounds}; it must be at least 1.")
-    for result in {"core": core, "amt": amt, "emtal": emtal, "memory": memory}[options.what].run(options.rounds, options.device):
+    benches = {"core": core, "lowrank": lowrank, "amt": amt, "emtal": emtal, "memory": memory}
+    for result in benches[options.what].run(options.rounds, options.device):
         console.block(str(result))
 
 

@@ -28,8 +28,8 @@ class Schedule(Protocol):
 MakeSchedule = Callable[[nn.Module, Optimizer], Schedule]
 
 METHOD_FILES = (
-    "vismt.llm.lisa", "vismt.llm.lora", "vismt.llm.pissa", "vismt.llm.polar", "vismt.llm.s2ft", "vismt.metatune.amt",
-    "vismt.multitask.moe_lora",
+    "vismt.llm.corda", "vismt.llm.lisa", "vismt.llm.lora", "vismt.llm.pissa", "vismt.llm.polar", "vismt.llm.s2ft",
+    "vismt.metatune.amt", "vismt.multitask.moe_lora",
 )
 
 _methods: dict[str, Method] = {}

@@ -12,15 +12,20 @@ from tiny import images, shake, snapshot, tiny_vit
 from torch import nn
 
 import vismt
+from vismt.llm import collect_covariance
 from vismt.lowrank.host import Host
 from vismt.lowrank.inject import adapted_modules
 
 # These train the weights themselves; what they promise is tested beside each (tests/llm).
 WITHOUT_FACTORS = {"lisa"}
 METHODS = [method for method in vismt.list_methods() if method not in WITHOUT_FACTORS]
+LAYERS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "patch_embed.proj"]
 # What a method needs on the tiny ViT to start at the original function, and its trainable parameters beside pairs of
 # factors on the ViT-S of the meta test (a router: 12 x 16 x 384; a core for each of q, k, v, proj, fc1, fc2).
-OWN = {"moe_lora": {"n_experts": 4, "init": "zero"}, "s2ft": {"ratio": 0.25}}
+OWN = {
+    "moe_lora": {"n_experts": 4, "init": "zero"}, "s2ft": {"ratio": 0.25},
+    "corda": {"mode": "kpm", "covariances": collect_covariance(tiny_vit(), [images()], LAYERS)},
+}
 BESIDE = {"moe_lora": 12 * 16 * 384, "polar": 12 * 6 * 8 * 8}
 FACTORS = (".lora_", ".slice_")  # how what a method trains is named
 # Variants that change the layout of the factors; every method has to keep the contract in each.

@@ -97,15 +97,20 @@ def _vit(device: torch.device) -> tuple[nn.Module, Callable[[nn.Module], torch.T
 
 
 def _llama(device: torch.device) -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor], str]:
+    model = llama(device).train()
+    tokens = torch.randint(0, 2048, (4, 128), device=device)
+    return model, lambda variant: variant(input_ids=tokens, labels=tokens).loss, "lm_head"
+
+
+def llama(device: torch.device) -> nn.Module:
+    """A random Llama of hidden 512, 8 layers, ffn 1376, vocabulary 2048."""
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError as error:
-        raise UserError('bench core needs transformers: pip install "vismt[llm]".') from error
+        raise UserError('this benchmark needs transformers: pip install "vismt[llm]".') from error
     torch.manual_seed(0)
     shape = LlamaConfig(
         hidden_size=512, num_hidden_layers=8, intermediate_size=1376, num_attention_heads=8, num_key_value_heads=8,
         vocab_size=2048,
     )
-    model = LlamaForCausalLM(shape).to(device).train()
-    tokens = torch.randint(0, 2048, (4, 128), device=device)
-    return model, lambda variant: variant(input_ids=tokens, labels=tokens).loss, "lm_head"
+    return LlamaForCausalLM(shape).to(device)

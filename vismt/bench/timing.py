@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from vismt import console
-from vismt.threads import one_thread
+from vismt.lowrank.threads import one_thread
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """Methods of language models, for any timm ViT as well: initialisers and cores by name, S2FT, and Bayesian last layers."""
 
 from vismt.llm.alternating import alternating_loss
+from vismt.llm.covariance import collect_covariance, covariance_ranks
+from vismt.llm.covariance_files import load_covariances, save_covariances
 from vismt.llm.landing import Landing, orthonormalize_
 from vismt.llm.laplace import Laplace, fit_laplace
 from vismt.llm.lisa import LISA
@@ -12,5 +14,6 @@ from vismt.llm.vbll_generative import GenerativeVBLL
 
 __all__ = [
     "LISA", "GenerativeVBLL", "Landing", "Laplace", "Selection", "VBLLClassifier", "add_slices", "alternating_loss",
-    "fit_laplace", "fit_temperature", "orthonormalize_", "read_slices", "select_units", "serving", "switch",
+    "collect_covariance", "covariance_ranks", "fit_laplace", "fit_temperature", "load_covariances", "orthonormalize_",
+    "read_slices", "save_covariances", "select_units", "serving", "switch",
 ]

@@ -24,6 +24,7 @@ from vismt.lowrank.parts import Part, described, need_idle, put, replace, to_sto
 from vismt.lowrank.sites import AdaptReport, Site, plan_site
 from vismt.lowrank.sliced import SlicedLinear
 from vismt.lowrank.targets import Targets, check_patterns, find_targets, matches, pattern_value
+from vismt.lowrank.threads import each
 
 # (weight (o, i), rank, scale, generator) -> (A (r, i), B (o, r)), called once per output block.
 Initialiser = Callable[[Tensor, int, float, torch.Generator], tuple[Tensor, Tensor]]
@@ -42,14 +43,15 @@ class AdaptRecord:
 
 
 def inject(
-    model: nn.Module, method: str, init: Initialiser, *, offset: bool, targets: Targets, rank: int, alpha: float | None,
-    seed: int, exclude: Sequence[str] = (), rank_pattern: Mapping[str, int] | None = None,
+    model: nn.Module, method: str, init: Initialiser | Mapping[str, Initialiser], *, offset: bool, targets: Targets, rank: int,
+    alpha: float | None, seed: int, exclude: Sequence[str] = (), rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None, rslora: bool = False, clamp_rank: bool = False,
     split_qkv: bool = False, dropout: float = 0.0, also_train: Sequence[str] = (), dtype: torch.dtype | str | None = None,
     core: str = "",
 ) -> AdaptReport:
     """Adapt `model` in place; only the factors and `also_train` keep a gradient.
 
+    init: the start values of every module, or a mapping that has its own for each path.
     alpha: numerator of the scale alpha / rank (alpha / sqrt(rank) with rslora); None means alpha = rank.
     rank_pattern, alpha_pattern: {full-path regex or suffix: value}, first match wins.
     exclude, also_train: module paths, parameter names, suffixes or full-path regexes, one text or a list; what
@@ -76,8 +78,11 @@ def inject(
     ]
     kept = also_trained(model, given["also_train"], list(found))
     hosts = install(model, method, plan, {"dropout": dropout, "seed": seed}, kept, dtype=given["dtype"])
-    for site, host in zip(plan, hosts):
-        initialise(host, site, init, seed, offset=offset)
+    try:
+        _start(hosts, plan, init, seed, offset)
+    except BaseException:
+        unadapt(model)
+        raise
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     return AdaptReport(method, plan, trainable, sum(p.numel() for p in parameters), remarks)
@@ -193,6 +198,23 @@ def attach(model: nn.Module, path: str, part: Part) -> None:
     put(model, path, part)
 
 
+def _start(
+    hosts: Sequence[Adapted], plan: Sequence[Site], init: Initialiser | Mapping[str, Initialiser], seed: int, offset: bool
+) -> None:
+    """Fill all hosts, on the CPU several at a time."""
+
+    def fill(pair: tuple[Adapted, Site]) -> None:
+        host, site = pair
+        initialise(host, site, init[site.path] if isinstance(init, Mapping) else init, seed, offset=offset)
+
+    pairs = list(zip(hosts, plan))
+    if all(host.weight.device.type == "cpu" for host in hosts):
+        each(fill, pairs)
+    else:
+        for pair in pairs:
+            fill(pair)
+
+
 @torch.no_grad()
 def initialise(host: Adapted, site: Site, init: Initialiser, seed: int, *, offset: bool) -> None:
     """Fill a host's factors block by block; on the meta device there is nothing to fill."""
@@ -201,7 +223,13 @@ def initialise(host: Adapted, site: Site, init: Initialiser, seed: int, *, offse
             host.set_factors(host.lora_A, host.lora_B, True)
         return
     generator = site_generator(seed, site.path)
-    pairs = [init(rows, site.rank, site.scale, generator) for rows in host.matrix(host.weight).split(site.blocks, 0)]
+    try:
+        pairs = [init(rows, site.rank, site.scale, generator) for rows in host.matrix(host.weight).split(site.blocks, 0)]
+        whole = all(bool(factor.isfinite().all()) for pair in pairs for factor in pair)
+    except torch.linalg.LinAlgError:
+        whole = False
+    if not whole:
+        raise UserError(f"adapt: '{site.path}' gets no finite start values; its weight is infinite or NaN somewhere.")
     host.set_factors(torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs]), offset)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vismt.errors import UserError
-from vismt.threads import one_thread
+from vismt.lowrank.threads import one_thread
 
 RESTARTS, ITERATIONS = 10, 300
 # Costs span 2^41 steps, so sums along any path stay far below the distance of a cluster that cannot be reached.

@@ -1,0 +1,38 @@
+"""NF4 against the published levels, by hand, and as a projection."""
+
+from __future__ import annotations
+
+import torch
+
+from vismt.llm.nf4 import levels, nf4
+
+# Dettmers et al., arXiv 2305.14314, appendix E.
+PUBLISHED = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+]
+
+
+def test_levels_are_the_published_ones() -> None:
+    assert torch.allclose(levels(), torch.tensor(PUBLISHED, dtype=torch.float64), atol=1e-6)
+
+
+def test_nearest_level_of_each_block() -> None:
+    matrix = torch.zeros(2, 66)
+    matrix[0, :3] = torch.tensor([2.0, 1.2, -0.01])
+    matrix[1, 65] = -5.0  # alone with three others in the last, short block
+    found = nf4(matrix)
+    # block 1 spans row 0 up to 64: 1.2 / 2 = 0.6 lies nearer to 0.5626 than to 0.7230, and -0.005 is zero
+    assert torch.allclose(found[0, :3], torch.tensor([2.0, 2 * PUBLISHED[13], 0.0])) and found[1, 65] == -5.0
+    assert found.count_nonzero() == 3
+
+
+def test_twice_is_once_and_nothing_is_nearer() -> None:
+    matrix = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    once = nf4(matrix)
+    assert torch.equal(nf4(once), once) and nf4(matrix.double()).dtype == torch.float64
+    candidates = matrix.abs().amax(1, keepdim=True)[..., None] * levels().float()
+    assert torch.allclose((once - matrix).abs(), (candidates - matrix[..., None]).abs().amin(-1), atol=1e-6)
+    half = nf4(matrix.bfloat16().float())
+    assert torch.equal(nf4(half.bfloat16().float()).bfloat16(), half.bfloat16())

@@ -1,0 +1,207 @@
+"""PiSSA on language models and ViTs: identity, precision, the 4-bit start, and peft reading the result."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from llm_parts import LMS, relative, tiny_lm, tokens
+from tiny import images, shake, snapshot, tiny_vit
+from torch import Tensor
+
+import vismt
+from vismt.errors import UserError
+from vismt.llm.nf4 import nf4
+from vismt.llm.pissa import quantized_principal
+from vismt.lowrank.init import principal, residual
+from vismt.lowrank.inject import adapted_modules
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("kind", LMS)
+@pytest.mark.parametrize("options", [{}, {"method": "randomized", "alpha": 2}, {"rank": 64, "clamp_rank": True}])
+def test_language_models_start_unchanged_and_reach_peft(kind: str, options: dict, tmp_path) -> None:
+    peft = pytest.importorskip("peft")
+    ids, model, stock = tokens(), tiny_lm(kind), tiny_lm(kind)
+    before, wanted = snapshot(model), stock(ids).logits.detach()
+    vismt.adapt(model, "pissa", **{"rank": 4, **options})
+    assert (model(ids).logits - wanted).abs().max() <= 1e-6 * float(wanted.abs().max())
+    weights = {name: value for name, value in model.state_dict().items() if name in before}
+    assert all(torch.equal(value, before[name]) for name, value in weights.items())  # the base is never touched
+    shake(model)
+    trained = model(ids).logits
+    vismt.export_peft(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(stock, str(tmp_path)).eval()
+    assert (theirs(ids).logits - trained).abs().max() <= 2e-6 * trained.abs().max()
+    with theirs.disable_adapter():
+        assert torch.equal(theirs(ids).logits, wanted)
+    vismt.unadapt(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("alpha,rslora", [(4.0, False), (8.0, False), (16.0, False), (6.0, True)])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_start_is_the_top_part_for_any_scale(kind: str, alpha: float, rslora: bool) -> None:
+    model = tiny_lm(kind)
+    vismt.adapt(model, "pissa", rank=4, alpha=alpha, rslora=rslora)
+    for path, host in adapted_modules(model).items():
+        weight = host.matrix(host.weight).detach()
+        assert host.scale == alpha / (2 if rslora else 4)
+        U, S, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
+        top = (U[:, :4] * S[:4]) @ Vh[:4]
+        update = host.scale * host.lora_B @ host.lora_A
+        assert relative(update, top) < 1e-5, path
+        assert abs(float(torch.linalg.matrix_norm(weight - update, 2)) / float(S[4]) - 1) < 1e-5
+        assert relative(residual(weight, host.lora_A, host.lora_B, host.scale) + update, weight) < 1e-6
+
+
+def test_export_is_the_pair_and_its_start_side_by_side(tmp_path) -> None:
+    from safetensors.torch import load_file
+
+    model = tiny_lm("llama")
+    vismt.adapt(model, "pissa", ["q_proj"], rank=4, alpha=8)
+    shake(model)
+    vismt.export_peft(model, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    host = model.model.layers[1].self_attn.q_proj
+    key = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
+    assert torch.equal(tensors[f"{key}A.weight"], torch.cat([host.lora_A, host.lora_A0]))
+    assert torch.equal(tensors[f"{key}B.weight"], 2 * torch.cat([host.lora_B, -host.lora_B0], 1))
+
+
+@pytest.mark.parametrize("dtype,floor", [(torch.bfloat16, 1.1e-3), (torch.float16, 1.4e-4)])
+def test_half_precision_loses_one_rounding_of_the_residual_and_ours_none(dtype: torch.dtype, floor: float) -> None:
+    left, right = (torch.linalg.qr(torch.randn(64, 64, generator=generator(s))).Q for s in (3, 4))
+    weight = ((left * (2 * 0.9 ** torch.arange(64.0))) @ right).to(dtype)
+    A, B = (factor.to(dtype) for factor in principal(weight, 8, 2.0, generator=generator()))
+    stored = residual(weight, A, B, 2.0).to(dtype)
+    assert relative(stored.float() + 2 * B.float() @ A.float(), weight) <= floor
+    exact = principal(weight, 8, 2.0, generator=generator())
+    other = residual(weight, *exact, 2.0).to(dtype)  # of the factors before they are rounded
+    assert relative(other.float() + 2 * B.float() @ A.float(), weight) > 1.3 * floor  # twice as far, as peft is
+    for factors in (None, dtype):
+        model = tiny_lm("llama").to(dtype)
+        before = snapshot(model)
+        vismt.adapt(model, "pissa", rank=4, alpha=8, dtype=factors)
+        assert model.model.layers[0].mlp.up_proj.lora_A.dtype == (factors or torch.float32)
+        vismt.merge(model)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_randomised_start_is_seeded_and_survives_a_file(tmp_path) -> None:
+    torch.manual_seed(1)
+    one, two, other = tiny_vit(), tiny_vit(), tiny_vit()
+    for model, seed in ((one, 0), (two, 0), (other, 1)):
+        torch.rand(3)
+        vismt.adapt(model, "pissa", rank=2, method="randomized", seed=seed)
+    assert torch.equal(one.blocks[0].attn.qkv.lora_A, two.blocks[0].attn.qkv.lora_A)
+    assert not torch.equal(one.blocks[0].attn.qkv.lora_A, other.blocks[0].attn.qkv.lora_A)
+    shake(one)
+    vismt.save_adapter(one, tmp_path)
+    torch.manual_seed(99)
+    assert torch.equal(vismt.load_adapter(tiny_vit(), tmp_path)(images()), one(images()))
+
+
+def noisy(seed: int = 0) -> Tensor:
+    """Noise and decaying spikes, 128 x 128."""
+    left, right = (torch.linalg.qr(torch.randn(128, 128, generator=generator(seed + s))).Q for s in (1, 2))
+    spikes = (left * (8 * 0.93 ** torch.arange(128.0))) @ right
+    return 0.05 * torch.randn(128, 128, generator=generator(seed)) + spikes / 16
+
+
+def quantisation_error(weight: Tensor, A: Tensor, B: Tensor) -> float:
+    rest = residual(weight, A, B, 1.0)
+    return float((rest - nf4(rest)).norm())
+
+
+def loftq(weight: Tensor, rank: int, iterations: int) -> float:
+    """LoftQ: quantise first, decompose the error; it ends on the decomposition."""
+    product = torch.zeros_like(weight)
+    for _ in range(iterations):
+        quantised = nf4(weight - product)
+        A, B = principal(weight - quantised, rank, 1.0, generator=generator())
+        product = B @ A
+    return float((weight - quantised - product).norm())
+
+
+@pytest.mark.parametrize("rank", [4, 8, 16])
+def test_quantised_start_loses_less_than_loftq_and_never_more_with_more_rounds(rank: int) -> None:
+    weight = noisy()
+    errors = [
+        quantisation_error(weight, *quantized_principal(weight, rank, 1.0, rounds, generator=generator()))
+        for rounds in range(1, 7)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] < 0.95 * float((weight - nf4(weight)).norm()) and errors[4] < 0.97 * errors[0]
+    assert errors[0] <= loftq(weight, rank, 1) and errors[4] <= loftq(weight, rank, 5)
+
+
+def test_the_best_round_is_kept(monkeypatch) -> None:
+    import vismt.llm.pissa as module
+
+    weight, rounds = noisy(), []
+
+    def worse_each_time(matrix: Tensor) -> Tensor:
+        rounds.append(matrix)
+        return nf4(matrix) + 0.01 * len(rounds)
+
+    monkeypatch.setattr(module, "nf4", worse_each_time)
+    A, B = quantized_principal(weight, 4, 1.0, 4, generator=generator())
+    first = principal(weight, 4, 1.0, generator=generator())
+    assert len(rounds) == 4 and torch.equal(A, first[0]) and torch.equal(B, first[1])
+
+
+@pytest.mark.parametrize("kind,options", [("llama", {}), ("gpt2", {"alpha": 12}), ("vit", {"split_qkv": True})])
+def test_quantised_base_under_its_update_is_nearer_to_the_weights(kind: str, options: dict, tmp_path) -> None:
+    make = tiny_vit if kind == "vit" else lambda: tiny_lm(kind)
+    model, plain, stock = make(), make(), make()
+    vismt.adapt(model, "pissa", rank=8, quantize="nf4", **options)
+    paths = list(adapted_modules(model))
+    for path, host in adapted_modules(model).items():
+        weight = stock.get_submodule(path).weight.detach()
+        matrix = host.matrix(weight)
+        assert host.lora_A0 is None
+        assert torch.equal(nf4(host.matrix(host.weight).contiguous()), host.matrix(host.weight))  # what 4 bits can hold
+        held = host.matrix(host.weight) + host.low_rank().delta()
+        assert relative(held, matrix) < 0.9 * relative(nf4(matrix.contiguous()), matrix)
+    x = images() if kind == "vit" else tokens()
+    shake(model)
+    with torch.no_grad():
+        wanted = model(x) if kind == "vit" else model(x).logits
+    vismt.save_adapter(model, tmp_path)
+    base = vismt.unadapt(copy.deepcopy(model))
+    assert not torch.equal(base.get_submodule(paths[0]).weight, stock.get_submodule(paths[0]).weight)
+    vismt.load_adapter(base, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(base(x) if kind == "vit" else base(x).logits, wanted)
+    with pytest.raises(UserError, match="Load the base it was trained on"):
+        vismt.load_adapter(plain, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        ({"quantize": "nf5"}, "no grid 'nf5'.*'nf4'"), ({"quantize": "nf4", "iterations": 0}, "iterations: 0"),
+        ({"dropout": 0.1}, "dropout: 0.1 with 'pissa'"), ({"method": "svd"}, "no solver 'svd'"),
+        ({"rank": 33}, "33 for .* is larger than 32"),
+    ],
+)
+def test_mistakes_change_nothing(options: dict, words: str) -> None:
+    model = tiny_vit()
+    before = snapshot(model)
+    with pytest.raises(UserError, match=words):
+        vismt.adapt(model, "pissa", **options)
+    assert list(model.state_dict()) == list(before)
+
+
+def test_a_broken_weight_is_named_and_the_model_left_as_it_was() -> None:
+    for method in ("exact", "randomized"):
+        model = tiny_vit()
+        model.blocks[1].mlp.fc1.weight.data[0, 0] = float("nan")
+        with pytest.raises(UserError, match=r"'blocks.1.mlp.fc1' gets no finite start values"):
+            vismt.adapt(model, "pissa", rank=2, method=method)
+        assert list(model.state_dict()) == list(tiny_vit().state_dict()) and not hasattr(model, "vismt_record")
