@@ -117,7 +117,7 @@ def _features(
 
 def _site(path: str, module: nn.Module, dim: int, index: torch.Tensor, mode: str) -> Site:
     shape = matrix_shape(module)
-    return Site(path, str(kind_of(module)), shape, len(index), 1.0, (shape[0],), dim, mode)
+    return Site(path, str(kind_of(module)), shape, len(index), 1.0, (shape[0],), dim=dim, mode=mode)
 
 
 def _same_everywhere(selection: Selection) -> None:
