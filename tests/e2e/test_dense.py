@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,16 +18,18 @@ import yaml
 
 from vismt.cli import main
 from vismt.data.dense_transforms import resize
-from vismt.engine import dense_models
+from vismt.engine import dense_config, dense_models, dense_panels
 from vismt.engine.arms import unit, unit_config
 from vismt.engine.dense import DenseJob
 from vismt.engine.dense_config import check
 from vismt.engine.jobs import load_config
 from vismt.engine.log import read_lines
+from vismt.engine.panel_files import read_panel
 from vismt.engine.run import open_run
 from vismt.errors import UserError
 from vismt.multitask.heads import resize_logits
 from vismt.multitask.moe_lora import routes
+from vismt.multitask.tasks.base import DARK
 from vismt.paths import shipped
 
 pytest.importorskip("skimage")
@@ -92,6 +96,76 @@ def test_rows_of_every_arm_and_task(study: Path) -> None:
     assert value["full", delta] == pytest.approx(100 * sum(gains) / 3)
     text = (study / "report.md").read_text()
     assert "depth RMSE in m, lower is better" in text and "(unpaired)" not in text
+
+
+def test_panels_show_the_first_seed_on_images_evenly_over_the_set(study: Path) -> None:
+    job = open_run(study).job
+    found, rows = read_panel(study / "dense_panels.npz", "dense"), job.data.part("test")
+    numbers = [0, 2, 3, 5]
+    assert found["ids"].tolist() == [rows.ids[i] for i in numbers]
+    arms, tasks = found["arms"].tolist(), found["tasks"].tolist()
+    assert arms == ["emtal", "full", "depth", "others"] and tasks == ["depth", "normals", "edge"]
+    assert found["trained"].tolist() == [[True] * 3, [True] * 3, [True, False, False], [False, True, True]]
+    assert found["metrics"][0] == "depth RMSE in m" and found["lower_is_better"].tolist() == [True, True, False]
+    samples = [rows.fitted(i, (32, 48)) for i in numbers]
+    own_range = 0
+    for place, arm in enumerate(arms):
+        net = job.net(f"{arm}:0")
+        for number, sample in enumerate(samples):
+            with torch.no_grad():
+                logits = {name: resize_logits(value, (32, 48))[0] for name, value in net(sample["image"][None]).items()}
+            for at, task in enumerate(job.evaluation.tasks.values()):
+                assert np.array_equal(found["truth"][at, number], task.picture(sample[task.key]).numpy())
+                if task.name not in logits:
+                    assert math.isnan(found["scores"][place, at, number])
+                    assert (found["predictions"][place, at, number] == DARK).all()
+                    continue
+                drawn = found["predictions"][place, at, number].astype(int)
+                apart = np.abs(drawn - task.picture(logits[task.name], sample[task.key]).numpy())
+                assert apart.max() <= 2  # merged and batched, so the last digits of a logit are others
+                if task.name == "depth":
+                    own_range += np.abs(drawn - task.picture(logits[task.name]).numpy()).max() > 2
+                stem = f"motorcycle-test-images-at-32-x-48-{arm}-{task.name}"
+                records = {line["episode"]: line["alone"][0] for line in read_lines(study / "records" / f"{stem}.jsonl")}
+                assert found["scores"][place, at, number] == pytest.approx(records.get(rows.ids[numbers[number]]), nan_ok=True)
+    assert own_range  # depth in its own colours would have been another picture
+    routers = read_panel(study / "routers" / "emtal.npz", "routers")
+    assert [path.name for path in (study / "routers").iterdir()] == ["emtal.npz"]
+    assert routers["omega"].shape[1:] == (4, 4, 2, 3) and np.ptp(routers["omega"]) > 0  # 16 px patches, before the merge
+
+
+def test_panels_are_predicted_again_only_for_other_trainings(study: Path, tmp_path: Path, monkeypatch) -> None:
+    evaluation, asked = open_run(study).job.evaluation, []
+    path, shown = study / dense_config.PANELS, evaluation.shown
+    monkeypatch.setattr(evaluation, "shown", lambda unit, numbers: asked.append(unit.arm) or shown(unit, numbers))
+    before = path.read_bytes()
+    assert dense_panels.write_panels(evaluation) == path and not asked
+    panel = dict(np.load(path))
+    for damaged in (before[:500], {**panel, "trainings": panel["trainings"][::-1]}, {**panel, "ids": panel["ids"][::-1]}):
+        path.write_bytes(damaged) if isinstance(damaged, bytes) else np.savez(path, **damaged)
+        dense_panels.write_panels(evaluation)
+        assert asked == ["emtal", "full", "depth", "others"]
+        asked.clear()
+    again = read_panel(path, "dense")
+    assert all(np.array_equal(again[name], panel[name], equal_nan=name == "scores") for name in panel)
+
+
+def test_the_report_of_a_folder_that_was_trained_before_panels(study: Path, tmp_path: Path) -> None:
+    folder = tmp_path / study.name
+    shutil.copytree(study, folder, ignore=shutil.ignore_patterns("dense_panels.npz", "routers", "figures", "report.*"))
+    assert main(["evaluate", str(folder), "--quiet"]) == 0
+    text = (folder / "report.md").read_text()
+    order = [
+        "### By seed, 2 seeds", "### Paired differences over images", "### Paired differences over 2 seeds", "### Merging",
+        "## Arms by seed", "## Training", "## Images", "### Predictions", "### Routers of emtal", "## How to cite",
+    ]
+    assert sorted(order, key=text.index) == order and "Episodes" not in text and "class differs" not in text
+    rows = read_lines(folder / "results.jsonl")
+    value = {row["model"]: row["value"] for row in rows if row["metric"] == "depth RMSE in m"}
+    line = next(line for line in text.splitlines() if line.startswith("| full − emtal | "))
+    assert line.count("±") == 4
+    mean, half = (float(part) for part in line.split(" | ")[1].replace("−", "-").split(" ± "))
+    assert abs(mean - (value["full"] - value["emtal"])) < 0.06 * half + 1e-9
 
 
 def test_arms_of_a_seed_start_alike_and_see_the_same_crops(study: Path) -> None:

@@ -2,7 +2,18 @@
 
 import pytest
 
-from vismt.engine import canvas, episode_figure, figures, multitask_figures, pool_figures
+from vismt.engine import (
+    canvas,
+    dense_figures,
+    episode_figure,
+    figures,
+    multitask_figures,
+    pool_figures,
+    router_maps,
+    study_figures,
+)
+
+DRAWING = (dense_figures, episode_figure, figures, multitask_figures, pool_figures, router_maps, study_figures)
 
 
 @pytest.fixture
@@ -15,6 +26,6 @@ def drawn(monkeypatch):
         figure.canvas.draw()
         return canvas.save(figure, path)
 
-    for module in (figures, episode_figure, multitask_figures, pool_figures):
+    for module in DRAWING:
         monkeypatch.setattr(module, "save", keep)
     return found

@@ -11,11 +11,13 @@ from readable import assert_readable, visible_texts
 from tiny import images, shake, tiny_vit
 
 from vismt.backbones.vit import Backbone
-from vismt.engine import multitask_figures, multitask_panels
+from vismt.engine import multitask_figures, multitask_panels, router_maps
 from vismt.engine.arms import ArmsConfig
-from vismt.engine.multitask_figures import curves_figure, examples_figure, routers_figure, seeds_figure
+from vismt.engine.multitask_figures import curves_figure, examples_figure, seeds_figure
 from vismt.engine.multitask_models import PixelNet
-from vismt.engine.multitask_panels import examples, read_panel, routers, spread, write_examples, write_routers
+from vismt.engine.multitask_panels import examples, routers, write_examples
+from vismt.engine.panel_files import read_panel, spread
+from vismt.engine.router_maps import routers_figure, write_routers
 from vismt.errors import UserError
 from vismt.lowrank.parts import parts_of
 from vismt.multitask.moe_lora import set_fade
@@ -253,7 +255,7 @@ def test_an_arm_that_routes_is_seen_on_images_of_all_tasks(evaluation, tmp_path,
     monkeypatch.setattr(multitask_panels, "loaded", lambda config, unit, classes: (unit.arm, unit.seed, classes))
     monkeypatch.setattr(multitask_panels, "write_routers", lambda path, net, shown: seen.append((net, 255 * shown[:, 0, 0, 0])))
     methods = {"a": SimpleNamespace(adapt=None), "b": SimpleNamespace(adapt=SimpleNamespace(method="moe_lora"))}
-    monkeypatch.setattr(multitask_panels, "arm_config", lambda config, arm: methods[arm])
+    monkeypatch.setattr(router_maps, "arm_config", lambda config, arm: methods[arm])
     assert routers(evaluation, "a", tmp_path / "a.npz") is None and not seen
     routers(evaluation, "b", tmp_path / "b.npz")
     ((net, pixels),) = seen

@@ -216,7 +216,7 @@ def test_markdown(folder):
     assert "| crops | clean | 50.0 ± 25.3 ≈ |" in text and "| Wall time | 7 min 12 s |" in text
     assert "(figures/training.png)" in text and "(figures/episode-digits-5-way-1-shot.png)" in text
     assert "lora, rank 8, 250 trainable of 1,000 parameters, 25.00 %" in text
-    assert "<script" not in text
+    assert "<script" not in text and text.count("\n## Episodes\n") == 1
     # 4 classes of 2 are right when clean, class 0 alone when attacked
     assert "Of 10 query images in the panel file, 8 are right, 2 under PGD-10" in text
     assert "on average over 2 data sets (crops, digits): frozen 50.0 ± 17.9 % (n = 8 episodes)" in text

@@ -145,7 +145,10 @@ def read_maps(paths: dict[str, Path], source: DenseSource, classes: int, known_n
             continue
         for values in found.values():
             if values.shape[-2:] != size:
-                raise UserError(f"{path}: the map is {tuple(values.shape[-2:])}, its image is {tuple(size)}.")
+                raise UserError(
+                    f"{path}: the map is {tuple(values.shape[-2:])}, its image is {tuple(size)}. No map is resized on reading: "
+                    "bring the file to the size of its image, by nearest neighbour."
+                )
         sample |= found
     if where is not None and "normals" in sample:
         sample["normals"] = sample["normals"] * where

@@ -117,6 +117,14 @@ def axes_at(figure: Figure, left: float, top: float, width: float, height: float
     return figure.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
 
 
+def show_image(axes: Axes, image: np.ndarray) -> None:
+    """An image (3, h, w) of bytes in a thin frame; small ones keep their pixels."""
+    axes.imshow(np.moveaxis(image, 0, -1), interpolation="nearest" if image.shape[-1] < 96 else "antialiased")
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set_color(GRID)
+
+
 def save(figure: Figure, path: Path) -> Path:
     """Write the PNG at once; returns `path`."""
     buffer = io.BytesIO()

@@ -86,7 +86,7 @@ def compare(rows: Sequence[Row], folder: Path) -> list[Comparison]:
             sorted(group, key=lambda row: row["model"] != "frozen")
             for _, group in groupby(table, key=lambda row: order(row)[4:])
         ]
-        episodes = {id(row): _episodes(folder, row) for group in groups for row in group}
+        episodes = {id(row): episodes_of(folder, row) for group in groups for row in group}
         found += [_compare(group, [episodes[id(row)] for row in group]) for group in groups]
         if all(group[0]["data"] != AVERAGE for group in groups):
             found += _averages(groups, episodes)
@@ -115,7 +115,7 @@ def _fault(row: Row, config_hash: str) -> str | None:
     return None
 
 
-def _episodes(folder: Path, row: Row) -> Episodes | None:
+def episodes_of(folder: Path, row: Row) -> Episodes | None:
     """Values by episode (or example) of one row; None unless a record file reproduces the row's value and n."""
     stem = record_stem(row["data"], row["protocol"], row["model"])
     files = [path for path in sorted((folder / "records").glob("*.jsonl")) if path.stem == stem]
@@ -138,7 +138,7 @@ def _compare(group: Sequence[Row], episodes: Sequence[Episodes | None]) -> Compa
     best = max(range(len(group)), key=lambda i: sign * group[i]["value"])
     marks, paired = [], len(group) > 1
     for i, row in enumerate(group):
-        both = _aligned(episodes[best], episodes[i])
+        both = aligned(episodes[best], episodes[i])
         if i == best:
             marks.append("best" if len(group) > 1 else "")
             continue
@@ -151,7 +151,7 @@ def _compare(group: Sequence[Row], episodes: Sequence[Episodes | None]) -> Compa
         marks.append("tie" if tied else "")
     difference = None
     if len(group) == 2 and paired:
-        difference = paired_bootstrap(*_aligned(episodes[1], episodes[0]))[:3]
+        difference = paired_bootstrap(*aligned(episodes[1], episodes[0]))[:3]
     return _comparison(group[0], {
         row["model"]: Cell(row["value"], row["ci95"], int(row["n"]), mark) for row, mark in zip(group, marks, strict=True)
     }, difference, paired)
@@ -197,7 +197,7 @@ def _mean_difference(
     """(mean over sets of first - second, half width) from paired episodes; None when a set has none."""
     differences = {}
     for a, b in zip(first, second, strict=True):
-        both = _aligned(episodes[id(a)], episodes[id(b)])
+        both = aligned(episodes[id(a)], episodes[id(b)])
         if both is None:
             return None
         differences[a["data"]] = [x - y for x, y in zip(*both, strict=True)]
@@ -208,7 +208,7 @@ def _sign(row: Row) -> int:
     return -1 if row.get("lower_is_better") else 1
 
 
-def _aligned(a: Episodes | None, b: Episodes | None) -> tuple[list[float], list[float]] | None:
+def aligned(a: Episodes | None, b: Episodes | None) -> tuple[list[float], list[float]] | None:
     if a is None or b is None or a.keys() != b.keys() or len(a) < 2:
         return None
     return list(a.values()), [b[key] for key in a]

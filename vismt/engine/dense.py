@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vismt.engine import dense_models
+from vismt.engine import dense_models, dense_panels
 from vismt.engine.arms import Unit, arm_config, arm_names, named_unit, unit_config
 from vismt.engine.dense_config import DenseConfig, check, trained_tasks, window_of
 from vismt.engine.dense_data import DenseBatches, DenseData
@@ -92,10 +92,13 @@ class DenseJob(StudyJob):
         dense_models.save(net, config, folder)
 
     def evaluate(self, attacks: list[Any] | None = None) -> list[dict[str, Any]]:
-        """Rows of every arm, task and delta_m; trainings that were scored before are not evaluated again."""
+        """Rows of every arm, task and delta_m, and the files of the panels; trainings scored before are not evaluated again."""
         if attacks is not None:
             raise UserError("attack: attacks are for classifiers; a dense run has none. Leave it out.")
-        return self.evaluation.rows()
+        rows = self.evaluation.rows()
+        dense_panels.write_panels(self.evaluation)
+        dense_panels.write_router_panels(self.evaluation)
+        return rows
 
     def predict(self, images: Sequence[Path], target: Path, expert: str | None = None, **how: bool) -> list[Path]:
         """Pictures of one arm's predictions; how: see `predict_images`."""

@@ -17,6 +17,7 @@ from vismt.multitask.tasks import DenseTask, make_task
 
 MODES = ("slide", "whole")
 SAME_FOR_ALL = ("data", "size", "canvas", "baseline")  # of all arms, besides what arms.py names
+DELTA, SEEDS, PANELS = "delta_m", "dense_seeds.jsonl", "dense_panels.npz"  # a score, and files of a run folder
 
 
 @dataclass

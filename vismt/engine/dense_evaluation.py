@@ -6,6 +6,10 @@ of every image, which lets arms be compared image by image, and the score of the
 delta_m (metrics/delta.py) over the configuration's baseline has its interval from the same psi: the first-order effect of every
 image on the scores and on the baseline's. dense_seeds.jsonl has all numbers by seed; merge.json of a training says what
 merging did to its predictions. Only arms that train all tasks have a delta_m.
+
+An image without a valid pixel of a task is passed over: it is in neither the task's score nor its n, records and interval, and
+has no effect on delta_m through that task, whose n counts the images of any task. Fewer than two images with a value are an
+error. What a class counts that is nowhere is the task's `absent`; with "nan" there is no score, which is an error, too.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from vismt import console
 from vismt.data.dense_sample import Sample, collate
 from vismt.engine import runtime
 from vismt.engine.arms import Unit, arm_config, arm_names, final_units, unit_config
-from vismt.engine.dense_config import DenseConfig, all_tasks, baseline_arms, trained_tasks, window_of
+from vismt.engine.dense_config import DELTA, SEEDS, DenseConfig, all_tasks, baseline_arms, trained_tasks, window_of
 from vismt.engine.dense_data import DenseData
 from vismt.engine.dense_models import fingerprint, loaded
 from vismt.engine.log import record_stem, write_lines
@@ -40,9 +44,9 @@ from vismt.multitask.tasks import DenseTask
 from vismt.multitask.tasks.classification import Classification
 from vismt.multitask.tasks.segmentation import Segmentation
 
-SEEDS, DELTA = "dense_seeds.jsonl", "delta_m"
-MEASURES = {"miou": "mIoU", "rmse": "RMSE", "mean": "mean angle in degrees", "ods_f": "odsF", "max_f": "maxF",
-    "accuracy": "accuracy"}
+MEASURES = {
+    "miou": "mIoU", "rmse": "RMSE", "mean": "mean angle in degrees", "ods_f": "odsF", "max_f": "maxF", "accuracy": "accuracy",
+}
 LEAST = 1e-6  # of a score, before its logarithm
 Images = dict[str, float]  # psi of each
 
@@ -79,13 +83,14 @@ class Evaluation:
                     "n": len(one.images), "numbers": one.numbers,
                 } for unit, one in own.items()]
                 found[arm, task.name] = _mean(list(own.values()))
-        rows = [self._row(arm, self._metric(self.tasks[task]), task, *one) for (arm, task), one in found.items()]
+        rows = [self._row(arm, self.metric(self.tasks[task]), task, *one) for (arm, task), one in found.items()]
         for arm in arm_names(self.config):
             rows += self._delta(arm, found, lines)
         write_lines(self.folder / SEEDS, lines)
         return rows
 
-    def _metric(self, task: DenseTask) -> str:
+    def metric(self, task: DenseTask) -> str:
+        """The name of a task's score, with its unit."""
         entries = self.data.part(self.config.evaluate.split).entries
         metres = task.name == "depth" and not any(images.inverse_depth for images, _ in entries)
         return f"{task.name} {MEASURES[task.measure]}" + " in m" * metres
@@ -115,6 +120,14 @@ class Evaluation:
             "ci95": half, "n": len(images), "unit": "images", "seed": self.config.seed, "config_hash": self.hash,
             "lower_is_better": task in self.tasks and self.tasks[task].lower_is_better,
         }
+
+    def shown(self, unit: Unit, numbers: Sequence[int]) -> tuple[Sample, dict[str, Tensor], dict[str, list[float | None]]]:
+        """Of images by number: the collated sample, and by task the merged net's logits and each image's own score, if any."""
+        rows = self.data.part(self.config.evaluate.split)
+        batch = collate([rows.fitted(i, self.data.size) for i in numbers])
+        scored = self._scored(unit, self.config.evaluate.split)
+        alone = {task: [one.alone.get(rows.ids[i]) for i in numbers] for task, one in scored.items()}
+        return batch, self._logits(self._final(unit), batch), alone
 
     def _delta(self, arm: str, found: Mapping[tuple[str, str], Any], lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The row of delta_m of an arm with all tasks, and its lines by seed; none for the baseline itself."""

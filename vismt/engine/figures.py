@@ -74,12 +74,13 @@ def training_curve(metrics: Sequence[Mapping[str, Any]], path: Path) -> Path:
     return save(figure, path)
 
 
-def domain_bars(comparisons: Sequence[Comparison], path: Path) -> Path:
+def domain_bars(comparisons: Sequence[Comparison], path: Path, order: Sequence[str] | None = None) -> Path:
     """One panel for each protocol and condition: a bar for each set and model, with the 95 % interval and chance level.
 
     Args:
         comparisons: of one metric, in the order to draw; sets run down the panel, conditions across.
         path: the PNG to write.
+        order: all models of the report, which gives each its colour; None for those of these comparisons.
     """
     blocks = list(dict.fromkeys((c.protocol, c.seed) for c in comparisons))
     models = list(dict.fromkeys(model for c in comparisons for model in c.cells))
@@ -94,7 +95,8 @@ def domain_bars(comparisons: Sequence[Comparison], path: Path) -> Path:
     top = 0.33 + 0.22 * legend_rows(models, width - label, chance)
     height = top + sum(heights) + gap * len(heights)
     figure = new_figure(width, height)
-    legend(figure, models, [color_of(model, models) for model in models], label, chance=chance)
+    colors = {model: color_of(model, models if order is None else order) for model in models}
+    legend(figure, models, list(colors.values()), label, chance=chance)
     reach = 1.0 if is_share(comparisons[0].metric) else max(c.value + c.ci95 for x in comparisons for c in x.cells.values())
     panel = (width - label - 0.35) / columns
     offset = top
@@ -107,24 +109,24 @@ def domain_bars(comparisons: Sequence[Comparison], path: Path) -> Path:
             chosen = {
                 c.data: c for c in comparisons if (c.protocol, c.seed, c.condition) == (*blocks[block], condition)
             }
-            _bars(axes, chosen, names[block], models, reach, first=column == 0)
+            _bars(axes, chosen, names[block], colors, reach, first=column == 0)
             _heading(axes, chosen, condition, blocks[block][0])
         offset += rows + gap - 0.55
     return save(figure, path)
 
 
 def _bars(
-    axes: Axes, chosen: Mapping[str, Comparison], names: Sequence[str], models: Sequence[str], reach: float, *, first: bool
+    axes: Axes, chosen: Mapping[str, Comparison], names: Sequence[str], colors: Mapping[str, str], reach: float, *, first: bool
 ) -> None:
-    thickness = 0.78 / len(models)
+    thickness = 0.78 / len(colors)
     factor = 100.0 if reach == 1.0 else 1.0
     for row, name in enumerate(names):
-        for place, model in enumerate(models):
+        for place, (model, color) in enumerate(colors.items()):
             cell = chosen[name].cells.get(model) if name in chosen else None
             if cell is None:
                 continue
-            y = row + (place - (len(models) - 1) / 2) * thickness
-            axes.barh(y, factor * cell.value, height=0.9 * thickness, color=color_of(model, models))
+            y = row + (place - (len(colors) - 1) / 2) * thickness
+            axes.barh(y, factor * cell.value, height=0.9 * thickness, color=color)
             axes.errorbar(
                 factor * cell.value, y, xerr=factor * cell.ci95, color=INK, elinewidth=1.1, capsize=2.2, capthick=1.1,
             )

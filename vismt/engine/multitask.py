@@ -20,6 +20,7 @@ from vismt.engine.multitask_config import MultitaskConfig, check
 from vismt.engine.multitask_data import TaskData
 from vismt.engine.multitask_evaluation import Evaluation
 from vismt.engine.multitask_models import PixelNet
+from vismt.engine.router_maps import ROUTERS
 from vismt.engine.study import StudyJob
 from vismt.multitask.retain import QualityRetaining
 from vismt.multitask.union import UnionObjective
@@ -89,7 +90,7 @@ class MultitaskJob(StudyJob):
         if attacks is None:
             multitask_panels.examples(self.evaluation, self.folder / multitask_panels.EXAMPLES)
             for arm in arm_names(self.config):
-                multitask_panels.routers(self.evaluation, arm, self.folder / multitask_panels.ROUTERS / f"{arm}.npz")
+                multitask_panels.routers(self.evaluation, arm, self.folder / ROUTERS / f"{arm}.npz")
         return rows
 
     def about(self) -> dict[str, Any]:

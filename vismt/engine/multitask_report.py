@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vismt.engine import multitask_figures
-from vismt.engine.arms import CHOSEN, unit_folder
-from vismt.engine.log import METRICS, read_lines, record_stem
+from vismt.engine.log import read_lines, record_stem
 from vismt.engine.multitask_evaluation import SEEDS
-from vismt.engine.multitask_panels import EXAMPLES, ROUTERS
+from vismt.engine.multitask_panels import EXAMPLES
 from vismt.engine.pool_report import Picture
-from vismt.engine.study_files import MERGE
+from vismt.engine.router_maps import IMAGES
+from vismt.engine.study_report import (
+    RATE_RULE,
+    SEEDS_CAPTION,
+    TRAINING_CAPTION,
+    merge_files,
+    merge_table,
+    rates_table,
+    seeds_interval,
+    training_logs,
+)
 from vismt.engine.tables import Table
 from vismt.errors import UserError
-from vismt.lowrank.files import read_json
 from vismt.metatune.intervals import domain_average
 
 FIELDS = ("arm", "seed", "lr", "data", "condition", "value", "n")
@@ -31,30 +38,16 @@ PAIR_NOTE = (
     "same, with the 95 % interval over the images; and seed by seed, with that over the seeds (Student's t). Many pairs: of "
     "twenty true zeros one is expected to look like a difference."
 )
-RATE_NOTE = (
-    "Mean accuracy over the tasks on their validation images, in %, of the first seed trained at each rate. Every arm has the "
-    "same grid, the best rate is kept for all seeds, no test image takes part. A best rate at an end of the grid is no optimum."
-)
+RATE_NOTE = f"Mean accuracy over the tasks on their validation images, in %, {RATE_RULE}"
 MERGE_NOTE = (
     "Every test image through the merged stock model and through the unmerged one: answers that differ, and the largest "
     "difference of a logit relative to the largest logit."
 )
 
-SEEDS_CAPTION = (
-    "Dots of one seed are joined; bar and number are the mean over seeds. Each panel has its own scale, which does not begin "
-    "at 0."
-)
-TRAINING_CAPTION = (
-    "First seed of each arm. Thin: as logged. Thick: running mean over a twentieth of the run. Cross-entropy on training "
-    "batches, without the pull of retaining."
-)
+CURVES_CAPTION = f"{TRAINING_CAPTION} Cross-entropy on training batches, without the pull of retaining."
 EXAMPLES_CAPTION = (
     "Evaluated images evenly over each task, not chosen by result; answers of the first seed. ✓ right, ✗ wrong; an answer of "
     "another task is named with it."
-)
-ROUTERS_CAPTION = (
-    "What the router would weigh (fade 0) on the tokens of the trained model at its own fade. Weights average 1 over the "
-    "experts; an expert's number means something within its block only."
 )
 
 
@@ -65,35 +58,31 @@ def multitask_curves(folder: Path) -> list[Picture]:
     if lines:
         path = multitask_figures.seeds_figure(lines, folder / "figures" / "seeds.png")
         pictures.append(Picture(path, "Arms by seed", SEEDS_CAPTION))
-    logs: dict[str, list[dict[str, Any]]] = {}
-    for line in lines:
-        if line["arm"] not in logs:
-            path = unit_folder(folder, line["arm"], line["lr"], line["seed"]) / METRICS
-            logs[line["arm"]] = read_lines(path, ("step",))
-    logs = {arm: rows for arm, rows in logs.items() if rows}
+    logs = training_logs(folder, lines)
     if logs:
         path = multitask_figures.curves_figure(logs, folder / "figures" / "training.png")
-        pictures.append(Picture(path, "Training", TRAINING_CAPTION))
+        pictures.append(Picture(path, "Training", CURVES_CAPTION))
     return pictures
 
 
 def multitask_panels(folder: Path) -> list[Picture]:
-    """Images with every arm's answer, and what the routers weigh."""
-    pictures = []
-    if (folder / EXAMPLES).exists():
-        path = multitask_figures.examples_figure(folder / EXAMPLES, folder / "figures" / "examples.png")
-        pictures.append(Picture(path, "Examples", EXAMPLES_CAPTION))
-    for panel in sorted((folder / ROUTERS).glob("*.npz")):
-        path = multitask_figures.routers_figure(panel, folder / "figures" / f"routers-{panel.stem}.png")
-        pictures.append(Picture(path, f"Routers of {panel.stem}", ROUTERS_CAPTION))
-    return pictures
+    """Images with every arm's answer."""
+    if not (folder / EXAMPLES).exists():
+        return []
+    path = multitask_figures.examples_figure(folder / EXAMPLES, folder / "figures" / "examples.png")
+    return [Picture(path, "Examples", EXAMPLES_CAPTION, IMAGES)]
 
 
 def multitask_tables(folder: Path) -> list[tuple[Table, str]]:
     """Tables with their notes, as far as the run left the files; UserError for files that were changed by hand."""
     lines = read_lines(folder / SEEDS, FIELDS)
     arms = list(dict.fromkeys(line["arm"] for line in lines))
-    return [*_by_seed(lines, arms), *_pairs(folder, lines, arms), *_rates(folder, arms), *_merging(folder, arms)]
+    rates = rates_table(folder, arms, lambda value: f"{100 * value:.1f}")
+    merging = merge_table(merge_files(folder, arms), "answers that differ")
+    return [
+        *_by_seed(lines, arms), *_pairs(folder, lines, arms), *((table, RATE_NOTE) for table in rates),
+        *((table, MERGE_NOTE) for table in merging),
+    ]
 
 
 def _by_seed(lines: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> list[tuple[Table, str]]:
@@ -148,45 +137,6 @@ def _images(folder: Path, task: str, protocol: str, arm: str) -> dict[str, float
 
 
 def _spread(values: Sequence[float], sign: bool = False) -> str:
-    """Mean and half width of the 95 % interval by Student's t, in per cent."""
-    from scipy.stats import t as student
-
-    n, mean = len(values), math.fsum(values) / len(values)
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    half = float(student.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+    """Mean and half width over the seeds, in per cent."""
+    mean, half = seeds_interval(values)
     return f"{100 * mean:{'+' if sign else ''}.1f} ± {100 * half:.1f}".replace("-", "−")
-
-
-def _rates(folder: Path, arms: Sequence[str]) -> list[tuple[Table, str]]:
-    found = {}
-    for arm in arms:
-        path = folder / "arms" / arm / CHOSEN
-        told = read_json(path, f"run '{folder}': {CHOSEN} of arm '{arm}'") if path.exists() else {}
-        if told.get("validation"):
-            found[arm] = (f"{told['lr']:g}", told["validation"])
-    if not found:
-        return []
-    rates = sorted({rate for _, tried in found.values() for rate in tried}, key=float)
-    best = {(row, 1 + rates.index(chosen)) for row, (chosen, _) in enumerate(found.values())}
-    rows = [
-        [arm, *(_score(tried[rate]) if rate in tried else "–" for rate in rates), chosen]
-        for arm, (chosen, tried) in found.items()
-    ]
-    return [(Table("Choice of the rate", ["Arm", *rates, "chosen"], rows, best, texts=1), RATE_NOTE)]
-
-
-def _score(value: float | None) -> str:
-    return "diverged" if value is None else f"{100 * value:.1f}"
-
-
-def _merging(folder: Path, arms: Sequence[str]) -> list[tuple[Table, str]]:
-    rows = []
-    for arm in arms:
-        found = [read_json(path, f"run '{folder}': {MERGE}") for path in sorted((folder / "arms" / arm).glob(f"*/{MERGE}"))]
-        if not found:
-            continue
-        ratio = max(one["largest_difference"] / one["largest_logit"] for one in found)
-        different = sum(one["different_predictions"] for one in found)
-        rows.append([arm, str(len(found)), f"{sum(one['n'] for one in found):,}", str(different), f"{ratio:.1e}"])
-    heads = ["Arm", "trainings", "images", "answers that differ", "largest relative difference"]
-    return [(Table("Merging", heads, rows, set(), texts=1), MERGE_NOTE)] if rows else []

@@ -6,6 +6,7 @@ import base64
 import re
 from collections.abc import Sequence
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,11 +70,11 @@ def render_html(report: Report) -> str:
         *(text for table, note in report.aside for text in (_html_table(table), f'<p class="note">{escape(note)}</p>')),
         *(f"<h2>{escape(picture.title)}</h2>{_figure(picture)}" for picture in report.curves),
     ]
-    if report.panels:
-        parts.append("<h2>Episodes</h2>")
-    for number, picture in enumerate(report.panels):
-        opened = " open" if number == 0 else ""
-        parts.append(f"<details{opened}><summary>{escape(picture.title)}</summary>{_figure(picture)}</details>")
+    for section, panels in groupby(report.panels, key=lambda picture: picture.section):
+        parts.append(f"<h2>{escape(section)}</h2>")
+        for picture in panels:
+            opened = " open" if picture is report.panels[0] else ""
+            parts.append(f"<details{opened}><summary>{escape(picture.title)}</summary>{_figure(picture)}</details>")
     parts.append('<h2>How to cite these numbers</h2><div class="cite">')
     parts += [f"<p>{escape(sentence)}</p>" for sentence in report.citation]
     parts.append("</div>")
@@ -97,10 +98,10 @@ def render_markdown(report: Report, folder: Path) -> str:
         lines += ["", f"### {_plain(table.title)}", "", *_markdown_table(table), "", note]
     for picture in report.curves:
         lines += ["", f"## {_plain(picture.title)}", "", *_markdown_picture(picture, folder)]
-    if report.panels:
-        lines += ["", "## Episodes"]
-    for picture in report.panels:
-        lines += ["", f"### {_plain(picture.title)}", "", *_markdown_picture(picture, folder)]
+    for section, panels in groupby(report.panels, key=lambda picture: picture.section):
+        lines += ["", f"## {_plain(section)}"]
+        for picture in panels:
+            lines += ["", f"### {_plain(picture.title)}", "", *_markdown_picture(picture, folder)]
     lines += ["", "## How to cite these numbers", ""]
     lines += ["\n>\n".join(f"> {_plain(sentence)}" for sentence in report.citation)]
     return "\n".join(lines) + "\n"

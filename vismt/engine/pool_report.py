@@ -23,11 +23,12 @@ FINETUNE = "+finetune"
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG inside the run folder and what to say of it."""
+    """A PNG inside the run folder and what to say of it; section: the heading that a panel stands under."""
 
     path: Path
     title: str
     caption: str
+    section: str = ""
 
 
 def pool_pictures(folder: Path, results: Sequence[Mapping[str, Any]]) -> list[Picture]:

@@ -13,6 +13,7 @@ all scores of the tasks are but for a jump of the best threshold; not for a medi
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,10 @@ LARGEST = 100_000  # numbers of a state kept for each image; the histogram of an
 
 @dataclass(frozen=True)
 class Scored:
-    """value: the pooled score. numbers: all that the metric says. images: {id: psi}; alone: {id: own score, None for none}."""
+    """value: the pooled score. images: {id: psi}; alone: {id: own score, None for none}.
+
+    numbers: all that the metric says, None where it says NaN (a class that is nowhere), which is no JSON.
+    """
 
     value: float
     numbers: dict[str, Any]
@@ -81,7 +85,7 @@ class PooledScore:
             )
         mean = sum(without.values()) / n
         images = {name: value + (n - 1) * (mean - other) for name, other in without.items()}
-        return Scored(value, numbers, images, alone)
+        return Scored(value, {key: _writable(one) for key, one in numbers.items()}, images, alone)
 
     def _compute(self, states: Mapping[str, Tensor]) -> dict[str, Any]:
         metric = copy.deepcopy(self._metric)  # one that has seen data; its states are replaced
@@ -101,3 +105,9 @@ class PooledScore:
 
 def _finite(value: float) -> bool:
     return bool(torch.isfinite(torch.tensor(value)))
+
+
+def _writable(number: Any) -> Any:
+    if isinstance(number, list):
+        return [_writable(one) for one in number]
+    return None if isinstance(number, float) and math.isnan(number) else number

@@ -1,7 +1,7 @@
 """report.md and report.html of a run, from the files of its folder alone.
 
 Reads run.json and results.jsonl, and where they are there metrics.jsonl, records/, panels/, masking.jsonl, experts/, pool/,
-arms/, seeds.jsonl, examples.npz, routers/ and config.resolved.yaml.
+arms/, seeds.jsonl, examples.npz, dense_seeds.jsonl, dense_panels.npz, routers/ and config.resolved.yaml.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import numpy as np
 
 from vismt.engine import figures
 from vismt.engine.comparison import AVERAGE, Comparison, compare, is_share, read_results
+from vismt.engine.dense_report import dense_curves, dense_panels, dense_tables
 from vismt.engine.log import read_lines
 from vismt.engine.masking import NOTE, read_masking
 from vismt.engine.multitask_report import multitask_curves, multitask_panels, multitask_tables
 from vismt.engine.page import render_html, render_markdown
 from vismt.engine.pool_report import Picture, corruption_pictures, pool_pictures
+from vismt.engine.router_maps import router_pictures
 from vismt.engine.selection import chosen_settings
 from vismt.engine.tables import Table, difference_text, number_text, result_tables, split_corruptions
 from vismt.errors import UserError
@@ -71,13 +73,13 @@ def write_report(run_folder: Path) -> Path:
         legend=LEGEND + FLAT * any(cell.ci95 == 0 for c in comparisons for cell in c.cells.values()),
         aside=[
             *[(Table("Gradient masking", heads, checks, set()), NOTE)] * bool(checks), *chosen_settings(folder),
-            *multitask_tables(folder),
+            *multitask_tables(folder), *dense_tables(folder),
         ],
         curves=[
-            *_curves(folder, comparisons), *multitask_curves(folder), *corruption_pictures(folder, comparisons),
-            *pool_pictures(folder, results),
+            *_curves(folder, comparisons, list(dict.fromkeys(row["model"] for row in results))), *multitask_curves(folder),
+            *dense_curves(folder), *corruption_pictures(folder, comparisons), *pool_pictures(folder, results),
         ],
-        panels=[*_panels(folder), *multitask_panels(folder)],
+        panels=[*_panels(folder), *multitask_panels(folder), *dense_panels(folder), *router_pictures(folder)],
         citation=_citation(about, comparisons),
         config=config.read_text(encoding="utf8", errors="replace") if config.exists() else "",
     )
@@ -128,7 +130,7 @@ def _adaptation(told: dict[str, Any]) -> str:
     return f"{told['method']}{rank}, {told['trainable']:,} trainable of {told['total']:,} parameters, {share}"
 
 
-def _curves(folder: Path, comparisons: Sequence[Comparison]) -> list[Picture]:
+def _curves(folder: Path, comparisons: Sequence[Comparison], models: Sequence[str]) -> list[Picture]:
     pictures = []
     logged = read_lines(folder / "metrics.jsonl")
     if any(row.get("loss") is not None or row.get("accuracy") is not None for row in logged):
@@ -138,8 +140,9 @@ def _curves(folder: Path, comparisons: Sequence[Comparison]) -> list[Picture]:
     for metric in dict.fromkeys(c.metric for c in comparisons):
         chosen = split_corruptions([c for c in comparisons if c.metric == metric])[0]
         name = "domains.png" if metric == "accuracy" else f"domains-{'-'.join(metric.split()).replace('/', '-')}.png"
-        path = figures.domain_bars(chosen, folder / "figures" / name)
-        text = "Whiskers are 95 % confidence intervals; the dashed line, where there is one, is chance."
+        path = figures.domain_bars(chosen, folder / "figures" / name, models)
+        chance = "; the dashed line, where there is one, is chance" * (metric == "accuracy")
+        text = f"Whiskers are 95 % confidence intervals{chance}."
         pictures.append(Picture(path, f"{metric[:1].upper()}{metric[1:]} per data set", text))
     return pictures
 
@@ -155,7 +158,7 @@ def _panels(folder: Path) -> list[Picture]:
             raise UserError(
                 f"report: '{path}' is no panel of an episode ({error}); delete it and run `vismt evaluate {folder}`."
             ) from error
-        pictures.append(Picture(drawn, path.stem, _panel_caption(panel)))
+        pictures.append(Picture(drawn, path.stem, _panel_caption(panel), "Episodes"))
     return pictures
 
 

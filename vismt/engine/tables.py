@@ -106,4 +106,10 @@ def difference_text(c: Comparison) -> str:
 def number_text(value: float, metric: str, sign: bool = False) -> str:
     """A share in per cent with one digit, any other value with four."""
     text = f"{100 * value:+.1f}" if is_share(metric) else f"{value:+.4g}"
-    return text.replace("-", "−") if sign else text.lstrip("+")
+    text = text.replace("-", "−", 1) if text.startswith("-") else text
+    return text if sign else text.lstrip("+")
+
+
+def scale_text(metric: str, lower_is_better: bool) -> str:
+    """A metric as `number_text` shows it, with an arrow to where it is better."""
+    return f"{metric}{' in %' * is_share(metric)} {'↓' if lower_is_better else '↑'}"

@@ -1,0 +1,141 @@
+"""A dense run whose test images lack things: a class, every label of a task, the right size."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from vismt.cli import main
+from vismt.engine.log import read_lines
+from vismt.engine.panel_files import read_panel
+from vismt.multitask.tasks.base import DARK
+
+pytest.importorskip("torchmetrics")
+
+CARD = """name: rooms
+title: Rooms
+source: own
+licence: own
+classes: 4
+sources:
+  - kind: dense
+    root: rooms
+    image: "{split}/rgb"
+    maps: {label: "{split}/label", depth_mm: "{split}/depth"}
+    splits: {train: 4, test: 4}
+    void: 255
+"""
+SIZE = (32, 48)
+
+
+@pytest.fixture
+def rooms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folder of the test maps. Left and right differ in colour, class and depth; class 2 is a stripe, class 3 is nowhere."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("rgb", "label", "depth"):
+            (tmp_path / "data" / "rooms" / split / name).mkdir(parents=True)
+        for number in range(4):
+            label = np.repeat(np.arange(SIZE[1])[None] // (20 + number), SIZE[0], 0).astype(np.uint8)
+            image = 60 + 60 * label[..., None] + generator.integers(0, 40, (*SIZE, 3))
+            folder = tmp_path / "data" / "rooms" / split
+            Image.fromarray(image.astype(np.uint8)).save(folder / "rgb" / f"{number}.png")
+            Image.fromarray(label).save(folder / "label" / f"{number}.png")
+            Image.fromarray(1000 + 500 * label.astype(np.uint16)).save(folder / "depth" / f"{number}.png")
+    (tmp_path / "cards" / "rooms").mkdir(parents=True)
+    (tmp_path / "cards" / "rooms" / "card.yaml").write_text(CARD)
+    monkeypatch.setenv("VISMT_DATA", str(tmp_path / "data"))
+    return tmp_path / "data" / "rooms" / "test"
+
+
+def run(folder: Path, **changes: object) -> int:
+    card = folder / "cards" / "rooms" / "card.yaml"
+    config = {
+        "task": "dense", "model": {"name": "test_vit", "pretrained": False}, "adapt": None, "size": list(SIZE),
+        "data": {"train": [f"{card}:train"], "test": [f"{card}:test"]}, "head": {"name": "linear"}, "batch": 2,
+        "tasks": [{"name": "semseg", "classes": 4}, "depth"], "augment": {"strength": 0, "scales": [1.0, 1.0]},
+        "train": {"steps": 12, "lr": 3e-2, "checkpoint_every": 12}, **changes,
+    }
+    path = folder / "rooms.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return main(["run", str(path), "--out", str(folder / "runs")])
+
+
+def refuse(constant: str) -> None:
+    raise AssertionError(f"{constant} is no JSON")
+
+
+def test_a_class_that_is_nowhere(rooms: Path, tmp_path: Path, capsys) -> None:
+    found = {}
+    for absent in ("zero", "skip", "nan"):
+        before = set((tmp_path / "runs").glob("*"))
+        code = run(tmp_path, tasks=[{"name": "semseg", "classes": 4, "absent": absent}])
+        (folder,) = set((tmp_path / "runs").glob("*")) - before
+        assert code == (2 if absent == "nan" else 0)
+        if absent != "nan":
+            (line,) = (folder / "dense_seeds.jsonl").read_text().splitlines()
+            found[absent] = json.loads(line, parse_constant=refuse)
+    zero, skip = found["zero"], found["skip"]
+    classes = skip["numbers"]["iou"][:3]
+    assert min(classes) > 0 and skip["numbers"]["iou"][3] is None and zero["numbers"]["iou"] == [*classes, 0]
+    assert zero["value"] == pytest.approx(sum(classes) / 4) and skip["value"] == pytest.approx(sum(classes) / 3)
+    told = capsys.readouterr().err.lower()
+    assert told.count("\n") == 1 and "with absent 'nan' a class that is nowhere" in told and "use 'zero' or 'skip'" in told
+    assert list(folder.rglob("done.json")) and not (folder / "results.jsonl").exists()  # trained, not scored
+
+
+def test_an_image_without_a_valid_pixel_of_a_task(rooms: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.full(SIZE, 255, np.uint8)).save(rooms / "label" / "1.png")
+    Image.fromarray(np.zeros(SIZE, np.uint16)).save(rooms / "depth" / "2.png")
+    assert run(tmp_path, arms={"slow": {"train.lr": 3e-3}, "fast": {}}, baseline="slow") == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    rows = {(row["model"], row["metric"].split()[0]): row for row in read_lines(folder / "results.jsonl")}
+    assert {key: row["n"] for key, row in rows.items()} == {
+        ("slow", "semseg"): 3, ("slow", "depth"): 3, ("fast", "semseg"): 3, ("fast", "depth"): 3, ("fast", "delta_m"): 4,
+    }
+    psi = {
+        key: {line["episode"]: line["clean"] for line in read_lines(folder / "records" / f"{stem}-{key[1]}.jsonl")}
+        for key in rows for stem in [f"rooms-test-images-at-32-x-48-{key[0]}"]
+    }
+    names = [f"rooms:test/rgb/{number}.png" for number in range(4)]
+    assert list(psi["fast", "semseg"]) == [names[0], names[2], names[3]] and names[2] not in psi["slow", "depth"]
+    # Image 1 has a depth alone: psi - delta_m = -100 / 2 * 4 / 3 * d(M / B), four images, three of them with a depth.
+    score, base = (rows[arm, "depth"]["value"] for arm in ("fast", "slow"))
+    apart, other = psi["fast", "depth"][names[1]] - score, psi["slow", "depth"][names[1]] - base
+    effect = psi["fast", "delta_m"][names[1]] - rows["fast", "delta_m"]["value"]
+    assert effect == pytest.approx(-100 / 2 * 4 / 3 * (apart / base - score * other / base**2))
+    panel = read_panel(folder / "dense_panels.npz", "dense")
+    assert panel["ids"].tolist() == names and panel["tasks"].tolist() == ["semseg", "depth"]
+    lacking = {(0, 1), (1, 2)}
+    for task in (0, 1):
+        for image in range(4):
+            assert bool((panel["truth"][task, image] == DARK).all()) == ((task, image) in lacking)
+            assert all(math.isnan(score) == ((task, image) in lacking) for score in panel["scores"][:, task, image])
+    assert not any((picture == DARK).all() for picture in panel["predictions"].reshape(-1, 3, *SIZE))
+    assert "semseg mIoU in % ↑, n = 3" in (folder / "report.md").read_text()
+
+
+def test_too_few_images_with_a_value(rooms: Path, tmp_path: Path, capsys) -> None:
+    for number in (0, 1, 3):
+        Image.fromarray(np.full(SIZE, 255, np.uint8)).save(rooms / "label" / f"{number}.png")
+    assert run(tmp_path) == 2
+    assert "1 image(s) with a value for semseg; an interval needs two or more" in capsys.readouterr().err
+
+
+def test_a_label_map_of_another_size(rooms: Path, tmp_path: Path, capsys) -> None:
+    """Named in one line; what was trained is kept, and the same command goes on once the file is right."""
+    good = (rooms / "label" / "2.png").read_bytes()
+    Image.fromarray(np.zeros((16, 24), np.uint8)).save(rooms / "label" / "2.png")
+    assert run(tmp_path) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "rooms/test/label/2.png: the map is (16, 24), its image is (32, 48)" in told
+    assert "bring the file to the size of its image" in told
+    (rooms / "label" / "2.png").write_bytes(good)
+    assert run(tmp_path) == 0
+    assert "done before" in capsys.readouterr().out and len(list((tmp_path / "runs").glob("*/report.html"))) == 1
