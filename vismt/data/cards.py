@@ -29,9 +29,12 @@ from vismt.data.kinds import (
     Source,
     StereoTilesSource,
     TableSource,
+    TextSource,
     TorchvisionSource,
+    counted,
 )
 from vismt.data.strict import build, inside, read_yaml
+from vismt.data.text_kind import check_texts
 from vismt.errors import UserError, near
 from vismt.paths import shipped
 
@@ -52,7 +55,7 @@ class Card:
     sources: list[Source]
     citation: str = ""
     tasks: list[str] = field(default_factory=lambda: ["classification"])
-    images: int | None = None  # images in the full published set, when the first source is only a part
+    images: int | None = None  # images (or rows) of the full set, when the first source is only a part
     notes: str = ""
     how_to_get: str = ""
     names: str | None = None  # JSON beside the card: class folder -> readable name; or a list in class order
@@ -68,6 +71,10 @@ class Card:
     @property
     def dense(self) -> bool:
         return all(isinstance(source, DENSE) for source in self.sources)
+
+    @property
+    def textual(self) -> bool:
+        return all(isinstance(source, TextSource) for source in self.sources)
 
     @property
     def splits(self) -> list[str]:
@@ -97,18 +104,18 @@ def _source(raw: object, shown: str) -> Source:
         text = getattr(source, key, None)
         if isinstance(text, str):
             inside(text, f"{shown}.{key}")
-    groups = [getattr(source, name, None) for name in ("maps", "lists", "photographs", "table")]
+    groups = [getattr(source, name, None) for name in ("maps", "lists", "photographs", "table", "files")]
     values = [value for group in groups if isinstance(group, dict) for value in group.values()]
     texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
     for text in [*texts, *getattr(source, "folders", ())]:
         inside(text, shown)
     if not source.splits:
-        raise UserError(f"{shown}: 'splits' is empty: name each split and its number of images (null when unknown).")
+        raise UserError(f"{shown}: 'splits' is empty: name each split and its number of {counted(source)} (null when unknown).")
     for split, count in source.splits.items():
         if not SPLIT_NAME.fullmatch(split) or (split == "all" and len(source.splits) > 1):
             raise UserError(f"{shown}: '{split}' cannot name a split beside others; 'all' means every image.")
         if count is not None and count < 1:
-            raise UserError(f"{shown}: split '{split}' has {count} images; a count is at least 1.")
+            raise UserError(f"{shown}: split '{split}' has {count} {counted(source)}; a count is at least 1.")
     if isinstance(source, FolderSource):
         _check_layout(source, shown)
     if isinstance(source, DenseSource):
@@ -119,6 +126,8 @@ def _source(raw: object, shown: str) -> Source:
         _check_classes_per_split(source, shown)
     if isinstance(source, TableSource):
         _check_table(source, shown)
+    if isinstance(source, TextSource):
+        check_texts(source, shown)
     if isinstance(source, LabelListSource):
         strange = next((name for name in source.splits if name not in LIST_SPLITS), None)
         if strange is not None:

@@ -18,6 +18,7 @@ from vismt.data import (
     meta_dataset,
     stereo,
     table,
+    texts,
     torchvision_door,
 )
 from vismt.data.cards import Card, list_cards, load_card
@@ -35,10 +36,12 @@ from vismt.data.kinds import (
     Source,
     StereoTilesSource,
     TableSource,
+    TextSource,
     TorchvisionSource,
+    counted,
 )
 from vismt.data.manifest import Files, digest, read_manifest
-from vismt.data.sources import candidates, fix, not_found, place, shown_path
+from vismt.data.sources import Loaded, candidates, fix, not_found, place, shown_path
 from vismt.errors import UserError
 
 
@@ -63,6 +66,7 @@ class CheckReport:
     groups: list[CheckRow] = field(default_factory=list)
     problem: str = ""
     fix: str = ""
+    unit: str = "images"
 
     @property
     def ok(self) -> bool:
@@ -82,7 +86,7 @@ class CheckReport:
             many = len(self.groups)
             hashes = "no hashes recorded" if not many else "1 hash agrees" if many == 1 else f"{many} hashes agree"
             kinds = f"{self.classes} classes, " if self.classes else ""
-            return f"{self.shown}: ok: {self.images:,} images, {kinds}{hashes}, under {self.where}"
+            return f"{self.shown}: ok: {self.images:,} {self.unit}, {kinds}{hashes}, under {self.where}"
         if self.where is None:
             return self.problem
         expected = sum(row.expected or 0 for row in self.splits)
@@ -95,7 +99,7 @@ class CheckReport:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         if not parts:
             return self.problem
-        return f"{self.shown}: {count} images found under {self.where}; {', '.join(parts)}{more}. {self.fix}"
+        return f"{self.shown}: {count} {self.unit} found under {self.where}; {', '.join(parts)}{more}. {self.fix}"
 
 
 def source_files(source: Source, base: Path) -> Files:
@@ -116,6 +120,8 @@ def source_files(source: Source, base: Path) -> Files:
         return filelist.files(source, base)
     if isinstance(source, LabelListSource):
         return lists.files(source, base)
+    if isinstance(source, TextSource):
+        return texts.files(source, base)
     if isinstance(source, StereoTilesSource):
         return stereo.files(source, base)
     return dense_files.files(source, base) if isinstance(source, DenseSource) else {}
@@ -154,22 +160,27 @@ def _count_files(source: Source, base: Path, files: Files, split: str) -> int:
     return 0
 
 
+def _opened(card: Card, source: Source, base: Path, split: str) -> dense.DenseSet | texts.TextSet | Loaded:
+    """A split of the copy, by the door of its kind."""
+    if isinstance(source, DENSE):
+        return dense.open_dense(card, split, root=base)
+    return texts.load(card, source, base, split) if isinstance(source, TextSource) else load_source(card, source, base, split)
+
+
 def check_source(card: Card, source: Source, base: Path) -> CheckReport:
     """The report on the copy of `source` in the folder `base`."""
     files = source_files(source, base)
     splits, problem = [], ""
     for split, expected in source.splits.items():
         try:
-            is_dense = isinstance(source, DENSE)
-            opened = dense.open_dense(card, split, root=base) if is_dense else load_source(card, source, base, split)
-            found = len(opened.ids)
+            found = len(_opened(card, source, base, split).ids)
         except UserError as error:
             problem = problem or str(error)
             found = _count_files(source, base, files, split)
         splits.append(CheckRow(split, expected, found, _state(expected, found)))
     classes = source.classes or card.classes
     groups = _groups(card, source, files)
-    return CheckReport(card.name, card.shown, shown_path(base), classes, splits, groups, problem, fix(card))
+    return CheckReport(card.name, card.shown, shown_path(base), classes, splits, groups, problem, fix(card), counted(source))
 
 
 def check(name: str | Path) -> CheckReport:

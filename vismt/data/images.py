@@ -25,10 +25,13 @@ from vismt.data.kinds import (
     PhotoCropsSource,
     Source,
     TableSource,
+    TextSource,
     TorchvisionSource,
 )
 from vismt.data.sources import Loaded, candidates, not_found, place, shown_path
 from vismt.errors import UserError, near
+
+DOORS = {True: "open_dense", False: "open_texts"}  # of sets that hold no labelled images, by Card.dense
 
 
 @dataclass
@@ -163,11 +166,11 @@ def open_images(
     card = card if isinstance(card, Card) else load_card(card)
     if on_bad_sample not in ("error", "skip"):
         raise UserError(f"on_bad_sample is '{on_bad_sample}'.{near(str(on_bad_sample), ['error', 'skip'])}")
-    if card.dense:
-        raise UserError(f"{card.shown}: is a dense set; open it with open_dense.")
+    if card.dense or card.textual:
+        raise UserError(f"{card.shown}: is a {'dense' if card.dense else 'text'} set; open it with {DOORS[card.dense]}.")
     if split != "all" and split not in card.splits:
         raise UserError(f"{card.shown}: no split '{split}'.{near(split, dict.fromkeys([*card.splits, 'all']))}")
-    usable = [s for s in card.sources if not isinstance(s, DENSE) and (split == "all" or split in s.splits)]
+    usable = [s for s in card.sources if not isinstance(s, (*DENSE, TextSource)) and (split == "all" or split in s.splits)]
     found = next(((s, base) for s in usable if (base := place(card, s, root)) is not None), None)
     if found is None and download:
         doors = [s for s in usable if isinstance(s, TorchvisionSource)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from vismt.data.text_kind import TextSource
+
 META_SPLITS = ("train", "valid", "test")
 LIST_SPLITS = ("train", "test")
 HIERARCHIES = ("superclass", "nodes")
@@ -210,13 +212,18 @@ class LabelListSource:
 
 Source = (
     FolderSource | ArraysSource | DigitsSource | PhotoCropsSource | TorchvisionSource | DenseSource
-    | StereoTilesSource | MetaDatasetSource | TableSource | FilelistSource | LabelListSource
+    | StereoTilesSource | MetaDatasetSource | TableSource | FilelistSource | LabelListSource | TextSource
 )  # fmt: skip
-DENSE = (DenseSource, StereoTilesSource)  # what open_dense opens; open_images opens the others
+DENSE = (DenseSource, StereoTilesSource)  # what open_dense opens; open_texts opens TextSource, open_images the others
 KINDS: dict[str, type] = {
     cls.kind: cls
     for cls in (
         FolderSource, ArraysSource, DigitsSource, PhotoCropsSource, TorchvisionSource, DenseSource,
-        StereoTilesSource, MetaDatasetSource, TableSource, FilelistSource, LabelListSource,
+        StereoTilesSource, MetaDatasetSource, TableSource, FilelistSource, LabelListSource, TextSource,
     )
 }  # fmt: skip
+
+
+def counted(source: Source) -> str:
+    """What the numbers of a source's splits count."""
+    return "rows" if isinstance(source, TextSource) else "images"

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from vismt.data.cards import Card
-from vismt.data.kinds import DigitsSource, PhotoCropsSource, Source, StereoTilesSource, TorchvisionSource
+from vismt.data.kinds import DigitsSource, PhotoCropsSource, Source, StereoTilesSource, TorchvisionSource, counted
 from vismt.data.manifest import read_manifest
 from vismt.errors import UserError
 from vismt.paths import cache_root, data_root, shipped
@@ -104,7 +104,7 @@ def verify_counts(card: Card, source: Source, base: Path, found: Mapping[str, in
     ]
     detail = f"; {', '.join(short[:3])}{' ...' if len(short) > 3 else ''}" if short and groups else ""
     raise UserError(
-        f"{card.shown}: {found[split]:,} of {wanted:,} images found under {shown_path(base)}"
+        f"{card.shown}: {found[split]:,} of {wanted:,} {counted(source)} found under {shown_path(base)}"
         f" (split '{split}'){detail}. {fix(card)}"
     )
 
@@ -135,7 +135,7 @@ def not_found(card: Card, split: str, root: Path | None = None) -> UserError:
         if folder is not None and split not in source.splits:
             held = [count for count in source.splits.values() if count is not None]
             of = f"{sum(held):,}" + (f" of {card.images:,}" if card.images else "")
-            where = f"{of} images found under {shown_path(folder)}"
+            where = f"{of} {counted(source)} found under {shown_path(folder)}"
             return UserError(f"{card.shown}: {where}; missing split file '{split}'. {fix(card)}")
     packages = [PACKAGES[type(source)][1] for source in card.sources if type(source) in PACKAGES]
     if packages:
