@@ -364,7 +364,7 @@ def test_full_training_reaches_every_parameter_that_is_run(tmp_path: Path) -> No
     job.heads(net).requires_grad_(True)
     sum(value.sum() for value in net(torch.rand(1, 3, 32, 48)).values()).backward()
     lacking = [name for name, parameter in net.named_parameters() if parameter.requires_grad and parameter.grad is None]
-    assert not lacking and net.vit.blocks[0].mlp.fc1.weight.grad is not None
+    assert not lacking and net.stock.blocks[0].mlp.fc1.weight.grad is not None
 
 
 def test_shipped_configurations_are_sound() -> None:
@@ -402,7 +402,7 @@ def test_shipped_configurations_are_sound() -> None:
         ({"fade": {"end": 1.5}}, "need 0 <= start <= end <= 1"),
         ({"data": {"train": [], "test": ["motorcycle"]}}, "data.train: names no set"),
         ({"data": {"train": ["motorcycle"]}}, "nothing to test on"),
-        ({"data": {"train": ["motorcycle"], "test": ["motorcycle:test"]}}, "shares images with train"),
+        ({"data": {"train": ["motorcycle"], "test": ["motorcycle:test"]}}, "is in train "),
         ({"data": {**SMALL["data"], "test_share": 0.1}}, "both test and test_share"),
         ({"data": {**SMALL["data"], "limit": 0}}, "data.limit: 0"),
         ({"arms": {"a": {"tasks": []}}}, "must be the same for all arms"),

@@ -119,7 +119,7 @@ def test_arms_of_a_seed_start_alike_and_see_the_same_batches(study: Path) -> Non
 
     for arm in ("head", "emtal"):
         own = unit_config(config, unit(config, study, arm, 1e-3, 0))
-        nets.append(multitask_models.fresh(own, 28).vit.head.weight)
+        nets.append(multitask_models.fresh(own, 28).stock.head.weight)
     assert torch.equal(nets[0], nets[1]) and torch.equal(nets[1], nets[2])
     one, two, other = (
         job.batches(unit_config(config, unit(config, study, arm, lr, seed)))(1)
@@ -292,7 +292,7 @@ def test_overrides_of_an_arm_are_typed_and_its_units_are_named(tmp_path: Path) -
         ({"tasks": [{"name": "a", "train": [], "test_share": 0.1}]}, "train names no set"),
         ({"tasks": [{"name": "a", "train": ["digits"]}]}, "nothing to test on"),
         ({"tasks": [{"name": "a", "train": ["digits"], "test": ["photo_crops"], "test_share": 0.1}]}, "give one of them"),
-        ({"tasks": [{"name": "a", "train": ["digits"], "test": ["digits"]}]}, "shares images with train"),
+        ({"tasks": [{"name": "a", "train": ["digits"], "test": ["digits"]}]}, "is in train "),
         ({"tasks": [{"name": "a", "train": ["digits"], "test": ["photo_crops:test"]}]}, "training does not"),
         ({"tasks": [{"name": "a", "train": ["digits"], "test_share": 0.1, "limit": 5}]}, "no training image of class"),
         ({"tasks": [{"name": "a", "train": ["digits"], "test_share": 0.1}]}, "nothing to validate on"),

@@ -224,14 +224,14 @@ def routed(depth=4, fade=0.25, **options):
 def test_routers_are_seen_on_the_patches_at_fade_0(tmp_path, options):
     net, pixels = routed(**options), torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
     normed = {}
-    hook = net.vit.blocks[2].norm2.register_forward_hook(lambda m, given, out: normed.update(x=out))
+    hook = net.stock.blocks[2].norm2.register_forward_hook(lambda m, given, out: normed.update(x=out))
     before = net(pixels)
     hook.remove()
     found = read_panel(write_routers(tmp_path / "a.npz", net.train(), pixels), "routers")
     assert found["omega"].shape == (3, 2, 4, 4, 6) and found["blocks"].tolist() == [0, 2, 3] and found["depth"] == 4
-    part = net.vit.blocks[2].mlp
+    part = net.stock.blocks[2].mlp
     shares = torch.softmax(normed["x"].detach() @ part.lora_router.weight.detach().T / part.temperature, -1)
-    first = net.vit.num_prefix_tokens
+    first = net.stock.num_prefix_tokens
     for row, column in ((0, 0), (1, 4), (3, 5)):  # patches lie row by row
         expected = 4 * shares[:, first + 6 * row + column]
         assert torch.allclose(torch.tensor(found["omega"][1, :, :, row, column]).float(), expected, atol=2e-3)

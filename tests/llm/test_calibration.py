@@ -13,7 +13,7 @@ from torch import Tensor
 from vismt.errors import UserError
 from vismt.llm import fit_temperature
 from vismt.llm.metrics import (
-    _binned_gaps,
+    binned_gaps,
     detection_auroc,
     ece_difference,
     ece_interval,
@@ -72,7 +72,7 @@ def test_resampled_bins_are_those_of_the_value(k: int) -> None:
     edges = torch.full((6, k), 1 / k, dtype=torch.float64)  # 1/3 and 1/5 lie on the edges of bins
     sure = F.one_hot(torch.arange(6) % k, k).double()  # 1 is the last edge
     p, y = torch.cat([torch.randn(200, k).double().softmax(1), edges, sure]), torch.randint(k, (212,))
-    gaps = _binned_gaps(p, y, 15)
+    gaps = binned_gaps(p, y, 15)
     assert (gaps.sum(0).abs().sum() / len(y)).item() == pytest.approx(expected_calibration_error(p, y), abs=1e-6)
 
 

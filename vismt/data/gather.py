@@ -42,28 +42,42 @@ class Gathered:
         return found
 
 
-class ShuffledBatches:
-    """batches(k) -> {"images" (b, 3, h, w), "labels" (b,)}: passes over all images, each in an order of its own.
+class Passes:
+    """passes(k) -> indices (batch,), int64, of batch k: passes over `count` things, each in an order of its own.
 
-    A pass has n // batch batches; what is left over is dropped. The order of pass p is a function of (seed, p), the
-    augmentation of batch k, augment(images, its seed) -> images, of (seed, k).
+    A pass has count // batch batches; what is left over is dropped. The order of pass p is a function of (seed, p).
+    Raises UserError when there are fewer than one batch takes. unit: what messages call them.
+    """
+
+    def __init__(self, count: int, batch: int, *, seed: int, unit: str = "images") -> None:
+        if not 1 <= batch <= count:
+            raise UserError(f"batch: {batch}, with {count} training {unit}; it must be from 1 to that number.")
+        self.count, self.batch, self.seed = count, batch, seed
+        self._pass: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def __call__(self, number: int) -> Tensor:
+        turn, place = divmod(number, self.count // self.batch)
+        if self._pass[0] != turn:
+            generator = torch.Generator().manual_seed(mix_seed(self.seed, "pass", turn))
+            self._pass = (turn, torch.randperm(self.count, generator=generator))
+        return self._pass[1][place * self.batch : (place + 1) * self.batch]
+
+
+class ShuffledBatches:
+    """batches(k) -> {"images" (b, 3, h, w), "labels" (b,)} of the images that Passes gives for batch k.
+
+    The augmentation of batch k, augment(images, its seed) -> images, is a function of (seed, k).
     Raises UserError when there are fewer images than one batch takes.
     """
 
     def __init__(
         self, images: Gathered, batch: int, *, seed: int, augment: Callable[[Tensor, int], Tensor] | None = None
     ) -> None:
-        if not 1 <= batch <= len(images):
-            raise UserError(f"batch: {batch}, with {len(images)} training images; it must be from 1 to that number.")
-        self.images, self.batch, self.seed, self.augment = images, batch, seed, augment
-        self._pass: tuple[int, Tensor] = (-1, torch.empty(0))
+        self.images, self.seed, self.augment = images, seed, augment
+        self._passes = Passes(len(images), batch, seed=seed)
 
     def __call__(self, number: int) -> dict[str, Tensor]:
-        turn, place = divmod(number, len(self.images) // self.batch)
-        if self._pass[0] != turn:
-            generator = torch.Generator().manual_seed(mix_seed(self.seed, "pass", turn))
-            self._pass = (turn, torch.randperm(len(self.images), generator=generator))
-        index = self._pass[1][place * self.batch : (place + 1) * self.batch]
+        index = self._passes(number)
         images = self.images[index]
         if self.augment is not None:
             images = self.augment(images, mix_seed(self.seed, "augment", number))

@@ -95,7 +95,7 @@ def compare(rows: Sequence[Row], folder: Path) -> list[Comparison]:
 
 def is_share(metric: str) -> bool:
     """Whether values of this metric are shares in [0, 1], which are shown in per cent."""
-    return metric.lower().endswith(("accuracy", "ratio", "iou", "error rate", "odsf", "maxf"))
+    return metric.lower().endswith(("accuracy", "ratio", "iou", "error rate", "odsf", "maxf", "ece-15"))
 
 
 def _fault(row: Row, config_hash: str) -> str | None:
@@ -118,6 +118,8 @@ def _fault(row: Row, config_hash: str) -> str | None:
 def episodes_of(folder: Path, row: Row) -> Episodes | None:
     """Values by episode (or example) of one row; None unless a record file reproduces the row's value and n."""
     stem = record_stem(row["data"], row["protocol"], row["model"])
+    if "records" in row:
+        stem = str(row["records"])
     files = [path for path in sorted((folder / "records").glob("*.jsonl")) if path.stem == stem]
     files += [path for path in sorted((folder / "records").glob("*.jsonl")) if path.stem.startswith(f"{stem}-")]
     for path in files:

@@ -60,7 +60,7 @@ class DenseJob(StudyJob):
         """Adapt the timm model, or make all of it that runs trainable; the name of the method."""
         if not config.full:
             return super().prepare(net, config)
-        for path, parameter in net.vit.named_parameters():
+        for path, parameter in net.stock.named_parameters():
             # Several processes wait for the gradient of every trained parameter.
             parameter.requires_grad_(not path.startswith(NEVER_RUN))
         return "full"

@@ -7,7 +7,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vismt.engine.arms import ArmsConfig, arm_config, check_arms
-from vismt.engine.study import BalancingConfig, FadeConfig, PartsConfig, RetainConfig, check_parts, check_study
+from vismt.engine.study import (
+    BalancingConfig,
+    FadeConfig,
+    PartsConfig,
+    RetainConfig,
+    check_parts,
+    check_study,
+    check_weighing,
+)
 from vismt.errors import UserError, near
 from vismt.multitask.dense import SEGMENTATION
 from vismt.multitask.heads import check_head
@@ -124,7 +132,8 @@ def check(config: DenseConfig) -> None:
 def _check_values(config: DenseConfig) -> None:
     tasks = [task.name for task in all_tasks(config)]
     trained = [task.name for task in trained_tasks(config)]
-    check_study(config, tasks, trained)
+    check_study(config, tasks)
+    check_weighing(config, trained)
     for name in config.only:
         if name not in tasks:
             raise UserError(f"only: no task '{name}'.{near(name, tasks)}")

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from vismt import console
 from vismt.data import dense_transforms as transforms
 from vismt.data.dense import DenseSet, open_samples
 from vismt.data.dense_sample import CLASS, Sample, collate
 from vismt.data.divide import divide
-from vismt.data.gather import ShuffledBatches
+from vismt.data.gather import Passes
 from vismt.engine.dense_config import DenseAugmentConfig, DenseConfig, all_tasks, canvas_of
 from vismt.engine.study import shares
 from vismt.errors import UserError
@@ -104,12 +103,12 @@ class DenseBatches:
         self, rows: Rows, canvas: tuple[int, int], size: tuple[int, int], batch: int, augment: DenseAugmentConfig,
         targets: Sequence[str], *, seed: int,
     ) -> None:
-        self._order = ShuffledBatches(_Numbers(len(rows)), batch, seed=seed)
+        self._passes = Passes(len(rows), batch, seed=seed)
         self.rows, self.canvas, self.size, self.augment, self.seed = rows, canvas, size, augment, seed
         self.kept = ("image", *targets)
 
     def __call__(self, number: int) -> Sample:
-        found = self._order(number)["labels"].tolist()
+        found = self._passes(number).tolist()
         return collate([self._sample(row, mix_seed(self.seed, "augment", number, place)) for place, row in enumerate(found)])
 
     def _sample(self, row: int, seed: int) -> Sample:
@@ -120,19 +119,6 @@ class DenseBatches:
             strength=own.strength, hue=own.hue, inverse_depth=self.rows.entries[row][0].inverse_depth,
         )
         return {name: values for name, values in sample.items() if name in self.kept}
-
-
-class _Numbers:
-    """Stands for images where only their order is wanted."""
-
-    def __init__(self, count: int) -> None:
-        self.labels = torch.arange(count)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return index
 
 
 def _open(name: str) -> DenseSet:

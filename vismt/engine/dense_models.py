@@ -49,7 +49,7 @@ def make_backbone(config: DenseConfig, size: tuple[int, int]) -> vit.Backbone:
 def save(net: DenseNet, config: DenseConfig, folder: Path) -> None:
     """Write backbone.safetensors where it is trained, and heads.safetensors."""
     if config.full:
-        atomic_write(folder / BACKBONE, safetensors.torch.save(study_files.state(net.vit)))
+        atomic_write(folder / BACKBONE, safetensors.torch.save(study_files.state(net.stock)))
     atomic_write(folder / HEADS, heads_file(net, config))
 
 
@@ -74,7 +74,7 @@ def loaded(config: DenseConfig, unit: Unit, size: tuple[int, int] | None = None)
     net = fresh(own)
     what = study_files.restore(net, unit)
     if own.full:
-        study_files.load_state(net.vit, unit.folder / BACKBONE, what)
+        study_files.load_state(net.stock, unit.folder / BACKBONE, what)
     study_files.load_state(net.heads, unit.folder / HEADS, what)
     if size is not None and size != net.backbone.img_size:
         net.backbone.set_input_size(size, None if own.full else getattr(make_backbone(own, size).vit, "pos_embed", None))

@@ -13,7 +13,10 @@ from vismt.config import RunConfig, config_hash, override, read_yaml, typed
 from vismt.errors import UserError, near
 
 # task -> module with a dataclass CONFIG (a RunConfig) and a class JOB.
-JOBS = {"dense": "vismt.engine.dense", "fewshot": "vismt.engine.fewshot", "multitask": "vismt.engine.multitask"}
+JOBS = {
+    "dense": "vismt.engine.dense", "fewshot": "vismt.engine.fewshot", "lm": "vismt.engine.lm",
+    "multitask": "vismt.engine.multitask",
+}  # fmt: skip
 
 
 class Job(Protocol):

@@ -53,7 +53,7 @@ class MultitaskJob(StudyJob):
         return multitask_models.fresh(config, self.data.union.num_classes)
 
     def heads(self, net: PixelNet) -> nn.Module:
-        return net.vit.head
+        return net.stock.head
 
     def objective(self, config: MultitaskConfig, net: PixelNet, balanced: Sequence[Tensor]) -> UnionObjective:
         union, retain = self.data.union, None

@@ -6,7 +6,15 @@ from dataclasses import asdict, dataclass, field
 
 from vismt.engine.arms import ArmsConfig, check_arms
 from vismt.engine.conditions import AttackConfig, CorruptionConfig, check_conditions
-from vismt.engine.study import BalancingConfig, FadeConfig, PartsConfig, RetainConfig, check_parts, check_study
+from vismt.engine.study import (
+    BalancingConfig,
+    FadeConfig,
+    PartsConfig,
+    RetainConfig,
+    check_parts,
+    check_study,
+    check_weighing,
+)
 from vismt.errors import UserError, near
 from vismt.multitask.retain import QualityRetaining
 from vismt.multitask.union import HEADS
@@ -64,7 +72,8 @@ def check(config: MultitaskConfig) -> None:
     for task in config.tasks:
         _check_task(task)
     names = [task.name for task in config.tasks]
-    check_study(config, names, names)
+    check_study(config, names)
+    check_weighing(config, names)
     model = config.model
     if model.block is not None or model.pool is not None:
         raise UserError("model: block and pool must be null: the head stands where timm's does, so that timm can load it.")

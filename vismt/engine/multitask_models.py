@@ -29,13 +29,13 @@ class PixelNet(nn.Module):
         return self.backbone.logits(images)
 
     @property
-    def vit(self) -> nn.Module:
+    def stock(self) -> nn.Module:
         """The timm model, its classifier `head` included."""
         return self.backbone.vit
 
     def fingerprint(self) -> str:
         """What tells the weights of this net from another's."""
-        return fingerprint(self.vit, [path for path, module in self.vit.named_modules() if isinstance(module, nn.Linear)])
+        return fingerprint(self.stock, [path for path, module in self.stock.named_modules() if isinstance(module, nn.Linear)])
 
 
 def fresh(config: MultitaskConfig, num_classes: int) -> PixelNet:
@@ -49,11 +49,11 @@ def fresh(config: MultitaskConfig, num_classes: int) -> PixelNet:
 
 def save_head(net: PixelNet, folder: Path) -> None:
     """Write head.safetensors."""
-    atomic_write(folder / HEAD, safetensors.torch.save(study_files.state(net.vit.head)))
+    atomic_write(folder / HEAD, safetensors.torch.save(study_files.state(net.stock.head)))
 
 
 def loaded(config: MultitaskConfig, unit: Unit, num_classes: int) -> PixelNet:
     """A trained net as it was trained, not merged; UserError when it is not finished or its files do not fit."""
     net = fresh(unit_config(config, unit), num_classes)
-    study_files.load_state(net.vit.head, unit.folder / HEAD, study_files.restore(net, unit))
+    study_files.load_state(net.stock.head, unit.folder / HEAD, study_files.restore(net, unit))
     return net.requires_grad_(False).eval()

@@ -18,6 +18,7 @@ import numpy as np
 from vismt.engine import figures
 from vismt.engine.comparison import AVERAGE, Comparison, compare, is_share, read_results
 from vismt.engine.dense_report import dense_curves, dense_panels, dense_tables
+from vismt.engine.lm_report import lm_tables
 from vismt.engine.log import read_lines
 from vismt.engine.masking import NOTE, read_masking
 from vismt.engine.multitask_report import multitask_curves, multitask_panels, multitask_tables
@@ -73,7 +74,7 @@ def write_report(run_folder: Path) -> Path:
         legend=LEGEND + FLAT * any(cell.ci95 == 0 for c in comparisons for cell in c.cells.values()),
         aside=[
             *[(Table("Gradient masking", heads, checks, set()), NOTE)] * bool(checks), *chosen_settings(folder),
-            *multitask_tables(folder), *dense_tables(folder),
+            *multitask_tables(folder), *dense_tables(folder), *lm_tables(folder),
         ],
         curves=[
             *_curves(folder, comparisons, list(dict.fromkeys(row["model"] for row in results))), *multitask_curves(folder),

@@ -67,7 +67,7 @@ def write_routers(path: Path, net: nn.Module, images: Tensor) -> Path:
         for hook in hooks:
             hook.remove()
     rows, columns = net.backbone.grid
-    patches = [seen[name][:, net.vit.num_prefix_tokens:] for name, _ in chosen]
+    patches = [seen[name][:, net.stock.num_prefix_tokens:] for name, _ in chosen]
     maps = [rearrange(omega, "b (r c) e -> b e r c", r=rows, c=columns) for omega in patches]
     return write_panel(path, "routers", {
         "images": to_bytes(images),

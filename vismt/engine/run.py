@@ -95,6 +95,8 @@ class Run:
             raise UserError(f"export: format '{form}'.{near(form, FORMATS)}")
         self._need_adapter()
         target = target or self.folder / f"export-{form}"
+        if form == "timm" and self.config.task == "lm":
+            raise UserError("export: a language model is no timm model; use --format transformers or peft.")
         if form == "timm":
             return self._write_merged(target, expert)
         if form == "peft":
@@ -115,6 +117,9 @@ class Run:
 
     def _write_merged(self, target: Path, expert: str | None) -> Path:
         model = self.job.merged(expert)
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained(target)
+            return self._write_beside(target, expert)
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         atomic_write(target / "model.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
         about = {"architecture": self.config.model.name, "img_size": self.config.model.img_size, "merged_from": self.folder.name}

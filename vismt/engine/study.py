@@ -33,7 +33,7 @@ class PartsConfig:
     """train, validation, test: cards as 'name' or 'name:split', several are joined.
 
     validation_share, test_share: the share of `train` that is kept apart where no set is named. limit: the largest number of
-    training images.
+    training images, or rows of text.
     """
 
     train: list[str] = field(default_factory=list)
@@ -74,8 +74,8 @@ class BalancingConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def check_study(config: Any, tasks: Sequence[str], trained: Sequence[str]) -> None:
-    """Values of the shared sections that no type can exclude. tasks: all names; trained: those that this arm trains."""
+def check_study(config: Any, tasks: Sequence[str]) -> None:
+    """Values of the shared sections that no type can exclude. tasks: all names."""
     if not tasks or len(set(tasks)) < len(tasks):
         raise UserError(f"tasks: {list(tasks)}; name at least one, each once.")
     if config.train is None:
@@ -85,6 +85,10 @@ def check_study(config: Any, tasks: Sequence[str], trained: Sequence[str]) -> No
     for name, value in (("batch", config.batch), ("evaluate.batch", config.evaluate.batch)):
         if value < 1:
             raise UserError(f"{name}: {value}; it must be at least 1.")
+
+
+def check_weighing(config: Any, trained: Sequence[str]) -> None:
+    """balancing and fade of a configuration of several tasks. trained: the tasks that this arm trains."""
     if config.balancing is not None:
         make_balancer(config.balancing.method, trained, **config.balancing.options)
     if config.fade is not None:
@@ -94,7 +98,7 @@ def check_study(config: Any, tasks: Sequence[str], trained: Sequence[str]) -> No
 
 
 def check_parts(parts: PartsConfig, where: str) -> None:
-    """Test images are named, and no image of a named set is trained on."""
+    """Something to test on is named, and nothing of a named set is trained on."""
     for part, share in (("test", parts.test_share), ("validation", parts.validation_share)):
         named = getattr(parts, part)
         if named and share:
@@ -105,7 +109,7 @@ def check_parts(parts: PartsConfig, where: str) -> None:
             for name in parts.train:
                 (card, _, split), (same, _, trained) = other.partition(":"), name.partition(":")
                 if card == same and (split == trained or {"", "all"} & {split, trained}):
-                    raise UserError(f"{where}: {part} '{other}' shares images with train '{name}'; take {part}_share instead.")
+                    raise UserError(f"{where}: {part} '{other}' is in train '{name}', too; take {part}_share instead.")
 
 
 def shares(parts: PartsConfig) -> dict[str, float]:
@@ -130,7 +134,7 @@ class StudyJob(ABC):
 
     @abstractmethod
     def fresh(self, config: Any) -> nn.Module:
-        """The net of an arm's configuration before training; its timm model is `vit`."""
+        """The net of an arm's configuration before training; what is adapted of it is `stock`."""
 
     @abstractmethod
     def heads(self, net: nn.Module) -> nn.Module:
@@ -201,12 +205,12 @@ class StudyJob(ABC):
         return told
 
     def prepare(self, net: nn.Module, config: Any) -> str:
-        """Adapt the timm model of a net without a gradient, where the configuration says so; the name of the method."""
+        """Adapt the stock model of a net without a gradient, where the configuration says so; the name of the method."""
         method = config.adapt
         if method is None:
             return "heads"
         report = adapt(
-            net.vit, method.method, method.targets, method.rank, method.alpha, config.seed, **method.options
+            net.stock, method.method, method.targets, method.rank, method.alpha, config.seed, **method.options
         )
         for remark in report.skipped:
             console.stage("adapt", f"left out: {remark}")
@@ -229,18 +233,18 @@ class StudyJob(ABC):
         return self.loaded(named_unit(self.config, self.folder, expert))
 
     def merged(self, expert: str | None = None) -> nn.Module:
-        """The stock timm model of one arm, its update folded in."""
+        """The stock model of one arm, its update folded in."""
         unit = named_unit(self.config, self.folder, expert)
         net = self.loaded(unit)
-        return merge(net.vit) if study_files.adapted(unit) else net.vit
+        return merge(net.stock) if study_files.adapted(unit) else net.stock
 
     def beside(self, expert: str | None = None) -> dict[str, bytes]:
-        """Files that go with what is merged or exported of one arm, by name; none where the timm model holds everything."""
+        """Files that go with what is merged or exported of one arm, by name; none where the stock model holds everything."""
         return {}
 
     def adapted(self, expert: str | None = None) -> nn.Module:
-        """The timm model of one arm with its adapter; UserError for an arm without one."""
+        """The stock model of one arm with its adapter; UserError for an arm without one."""
         unit = named_unit(self.config, self.folder, expert)
         if not study_files.adapted(unit):
             raise UserError(f"run '{self.folder}': arm '{unit.arm}' has no adapter: it trains the heads alone, or everything.")
-        return self.loaded(unit).vit
+        return self.loaded(unit).stock

@@ -19,9 +19,9 @@ ADAPTER, DONE, MERGE = "adapter", "done.json", "merge.json"
 
 
 def finish(net: nn.Module, folder: Path, with_adapter: bool, about: dict[str, Any]) -> None:
-    """Write the adapter of the net's timm model and then done.json."""
+    """Write the adapter of the net's stock model and then done.json."""
     if with_adapter:
-        save_adapter(net.vit, folder / ADAPTER)
+        save_adapter(net.stock, folder / ADAPTER)
     atomic_write(folder / DONE, json.dumps(about))
 
 
@@ -41,14 +41,14 @@ def restore(net: nn.Module, unit: Unit) -> str:
     if done(unit) is None:
         raise UserError(f"{what}: is not trained yet; `vismt train` goes on with it.")
     if adapted(unit):
-        load_adapter(net.vit, unit.folder / ADAPTER)
+        load_adapter(net.stock, unit.folder / ADAPTER)
     return what
 
 
 def fold(net: nn.Module, unit: Unit) -> nn.Module:
     """The net with its update folded in; as it is where a router still routes."""
     if adapted(unit) and not routes(net):
-        merge(net.vit)
+        merge(net.stock)
     return net
 
 

@@ -70,12 +70,12 @@ def merge_files(folder: Path, arms: Sequence[str]) -> dict[str, list[dict[str, A
     return {arm: told for arm, told in found.items() if told}
 
 
-def merge_table(found: Mapping[str, Sequence[Mapping[str, Any]]], different: str) -> list[Table]:
+def merge_table(found: Mapping[str, Sequence[Mapping[str, Any]]], different: str, unit: str = "images") -> list[Table]:
     """How far the merged nets are from the unmerged ones. different: the head over the answers that differ, "" for no column."""
     rows = []
     for arm, told in found.items():
         ratio = max(one["largest_difference"] / one["largest_logit"] for one in told)
         answers = [f"{sum(one['different_predictions'] for one in told):,}"] if different else []
         rows.append([arm, str(len(told)), f"{sum(one['n'] for one in told):,}", *answers, f"{ratio:.1e}"])
-    heads = ["Arm", "trainings", "images", *[different] * bool(different), "largest relative difference"]
+    heads = ["Arm", "trainings", unit, *[different] * bool(different), "largest relative difference"]
     return [Table("Merging", heads, rows, set(), texts=1)] if rows else []

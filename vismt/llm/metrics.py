@@ -132,7 +132,7 @@ def _auroc(p: Tensor, y: Tensor) -> float:
     return float(each[told].double().mean())
 
 
-def _binned_gaps(p: Tensor, y: Tensor, bins: int) -> Tensor:
+def binned_gaps(p: Tensor, y: Tensor, bins: int) -> Tensor:
     """(n, bins): (correct - confidence) of each example in the column of its bin, so that ECE = sum_b |column sum| / n."""
     confidence, chosen = p.max(1)
     bounds = torch.linspace(0, 1, bins + 1, dtype=p.dtype)
@@ -143,7 +143,7 @@ def _binned_gaps(p: Tensor, y: Tensor, bins: int) -> Tensor:
 
 def _true_ece(p: Tensor, y: Tensor, bins: int, resamples: int, seed: int) -> tuple[float, float, float]:
     """Low end, median and high end of the true ECE, as the header says."""
-    columns = _binned_gaps(p, y, bins)
+    columns = binned_gaps(p, y, bins)
     gap = columns.mean(0)
     errors = torch.cat([counts @ columns / len(y) for counts in _resamples(len(y), resamples, seed)]) - gap
     seen = float(gap.abs().sum())

@@ -58,7 +58,7 @@ class DenseNet(nn.Module):
         return {task: head(taps) for task, head in self.heads.items()}
 
     @property
-    def vit(self) -> nn.Module:
+    def stock(self) -> nn.Module:
         """The timm model, without a classifier."""
         return self.backbone.vit
 

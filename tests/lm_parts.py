@@ -1,0 +1,98 @@
+"""A tiny random LM with a tokenizer of its own, and small sets of texts, for tests of the language-model job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import nn
+
+WORDS = [
+    "a", "bad", "good", "film", "plot", "was", "very", "dull", "bright", "and", "the", "of", "it", "Review", ":",
+    "Sentiment", "negative", "positive", "Question", "Answer", "one", "two", "three", "four", "five", "six", "seven",
+    "eight", "nine", "ten", "plus", "is", "####", "what", "colour", "sky", "blue", "grass", "green",
+]
+SHAPE: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "max_position_embeddings": 128},
+    "qwen2": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "max_position_embeddings": 128},
+    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128},
+}  # fmt: skip
+
+
+def tokenizer(bos: bool = False) -> Any:
+    """A word with the space before it is one token, as in byte-level BPE; "<s>" begins a text when asked for, "</s>" ends one."""
+    tokens = ["<unk>", "<s>", "</s>", *WORDS, *(f"Ġ{word}" for word in WORDS), *(chr(i) for i in range(33, 127)), "Ġ", "Ċ"]
+    words = Tokenizer(models.WordLevel({token: i for i, token in enumerate(dict.fromkeys(tokens))}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    if bos:
+        words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def tiny_lm(kind: str = "llama", seed: int = 0, vocabulary: int = 256) -> nn.Module:
+    """llama (grouped heads), qwen2 (biases) or gpt2 (Conv1D, learned positions, tied), random, in evaluation mode."""
+    torch.manual_seed(seed)
+    config = transformers.AutoConfig.for_model(
+        kind, vocab_size=vocabulary, bos_token_id=1, eos_token_id=2, pad_token_id=0, **SHAPE[kind]
+    )
+    lm = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)  # logits that tell tokens apart
+    return lm
+
+
+def save_lm(folder: Path, kind: str = "llama") -> Path:
+    """A folder that create_lm reads."""
+    tiny_lm(kind).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_texts(folder: Path) -> dict[str, Path]:
+    """Cards by name: films (train 24, dev 8, test 10), other (all 6), sums (all 12), stories (all 4)."""
+    adjectives = {"0": ["bad", "dull"], "1": ["good", "bright"]}
+    films = [
+        {"text": f"the {noun} was {'very ' * (i % 3)}{adjectives[label][i % 2]}", "label": label}
+        for i in range(7) for noun in ("film", "plot", "sky") for label in ("0", "1")
+    ]
+    numbers = WORDS[WORDS.index("one") :][:10]
+    sums = [
+        {"question": f"what is {numbers[i]} plus {numbers[j]}", "answer": numbers[i + j + 1]} for i in range(4) for j in range(3)
+    ]
+    stories = [{"text": " ".join(WORDS[(start + 3 * i) % len(WORDS)] for i in range(30))} for start in range(4)]
+    choices = [
+        {"question": f"what colour is the {thing}", "one": "blue", "two": "green", **extra, "answer": right}
+        for thing, right in (("sky", "one"), ("grass", "two")) for extra in ({}, {"three": "very bright"})
+    ]
+    parts = {
+        "films": ({"train": films[:24], "dev": films[24:32], "test": films[32:]}, ["text", "label"]),
+        "other": ({"all": [{"text": f"a {row['text']}", "label": row["label"]} for row in films[:6]]}, ["text", "label"]),
+        "sums": ({"all": sums}, ["question", "answer"]),
+        "stories": ({"all": stories}, ["text"]),
+        "colours": ({"all": choices * 2}, ["question", "one", "two", "three", "answer"]),
+    }
+    cards = {}
+    for name, (splits, fields) in parts.items():
+        base = folder / name / "rows"
+        base.mkdir(parents=True)
+        for split, rows in splits.items():
+            (base / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        kept = [key for key in fields if all(key in row for rows in splits.values() for row in rows)]
+        (folder / name / "card.yaml").write_text(json.dumps({
+            "name": name, "title": name, "source": "own", "licence": "own", "classes": 0,
+            "sources": [{
+                "kind": "text", "root": "rows", "files": {split: f"{split}.jsonl" for split in splits},
+                "splits": {split: len(rows) for split, rows in splits.items()}, "fields": kept,
+            }],
+        }))
+        cards[name] = folder / name
+    return cards

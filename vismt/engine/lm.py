@@ -1,0 +1,147 @@
+"""The language-model job: one adapted causal LM, trained on one task, evaluated on several; arms, seeds, rates, exact merge."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor, nn
+
+from vismt.config import AdaptConfig
+from vismt.engine import lm_models, runtime
+from vismt.engine.arms import Unit, arm_config, arm_names, named_unit
+from vismt.engine.lm_config import LmConfig, check
+from vismt.engine.lm_data import ItemBatches, LmData
+from vismt.engine.lm_evaluation import Evaluation
+from vismt.engine.lm_models import LmModels
+from vismt.engine.study import StudyJob
+from vismt.errors import UserError
+from vismt.llm.covariance import collect_covariance
+from vismt.llm.net import LmNet, blocks
+from vismt.llm.tasks.alternating import AlternatingObjective
+from vismt.llm.tasks.base import LmObjective
+from vismt.registry import method_options, methods
+
+
+class LmJob(StudyJob):
+    """A causal LM, with a head on the last token where the trained task has one."""
+
+    def __init__(self, config: LmConfig, folder: Path, config_hash: str) -> None:
+        super().__init__(config, folder, config_hash)
+        check(config)
+        self._seen: dict[str, dict[str, Tensor]] = {}
+
+    @cached_property
+    def models(self) -> LmModels:
+        """The LM that all nets of this run are made of."""
+        return LmModels(self.config)
+
+    @cached_property
+    def data(self) -> LmData:
+        """The rows of all tasks."""
+        return LmData(self.config, self.models.tokenizer)
+
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        """The evaluation of this folder's trainings."""
+        return Evaluation(self.config, self.folder, self.hash, self.data, self.models)
+
+    def check_data(self) -> None:
+        parts = {self.config.evaluate.split}
+        for task in self.data.tasks:
+            own = {*parts, "validation"} if task == self.data.trained and self.config.tune is not None else parts
+            for part in own:
+                for name in self.data.names(task, part):
+                    self.data.rows(task, part, name)
+        for arm in arm_names(self.config):
+            config = arm_config(self.config, arm)
+            self.fresh(config)
+            ItemBatches(self.data.training(), config.batch, seed=config.seed)
+
+    def fresh(self, config: LmConfig) -> LmNet:
+        return self.models.fresh(config, self.data)
+
+    def heads(self, net: LmNet) -> nn.Module:
+        return net.head
+
+    def prepare(self, net: LmNet, config: LmConfig) -> str:
+        """Adapt the LM from model.first_block on; the name of the method."""
+        if config.adapt is not None:
+            known = method_options(methods()[config.adapt.method]) if config.adapt.method in methods() else []
+            options = self._options(net, config.adapt, known)
+            if config.calibration is not None and "covariances" in known:
+                options = {**options, "covariances": self._covariances(net, config, options)}
+            config = replace(config, adapt=replace(config.adapt, options=options))
+        method = super().prepare(net, config)
+        below = [name for block in blocks(net.lm)[: net.first] for name, p in block.named_parameters() if p.requires_grad]
+        if below:
+            raise UserError(f"adapt: '{method}' trains '{below[0]}' below model.first_block {net.first}; name other targets.")
+        return method
+
+    def _options(self, net: LmNet, adapt: AdaptConfig, known: Sequence[str]) -> dict[str, Any]:
+        """The method's options, the blocks below the first left out where it can leave something out."""
+        if not net.first or "exclude" not in known:
+            return adapt.options
+        row = blocks(net.lm)
+        path = next(name for name, module in net.lm.named_modules() if module is row)
+        below = rf"{re.escape(path)}\.(?:{'|'.join(str(number) for number in range(net.first))})\..*"
+        given = adapt.options.get("exclude", [])
+        return {**adapt.options, "exclude": [*([given] if isinstance(given, str) else given), below]}
+
+    def _covariances(self, net: LmNet, config: LmConfig, options: dict[str, Any]) -> dict[str, Tensor]:
+        """Of the inputs of the layers to adapt, over the texts of `calibration`; computed once for equal layers."""
+        key = repr((config.adapt.targets, options.get("exclude")))
+        if key not in self._seen:
+            batches, excluded = self.data.calibration(), options.get("exclude", ())
+            self._seen[key] = collect_covariance(net.stock, batches, config.adapt.targets, exclude=excluded)
+        return self._seen[key]
+
+    def objective(self, config: LmConfig, net: LmNet, balanced: Sequence[Tensor]) -> LmObjective:
+        net.to(runtime.processes().device)
+        self.data.cache(self.data.training(), net, "training rows")
+        task, alternate = self.data.tasks[self.data.trained], config.head.alternate
+        return LmObjective(net, task) if alternate is None else AlternatingObjective(net, task, **asdict(alternate))
+
+    def batches(self, config: LmConfig) -> ItemBatches:
+        return ItemBatches(self.data.training(), config.batch, seed=config.seed)
+
+    def validate(self, unit: Unit) -> float:
+        return self.evaluation.validate(unit)
+
+    def loaded(self, unit: Unit) -> LmNet:
+        return self.models.loaded(unit, self.data)
+
+    def save(self, net: LmNet, config: LmConfig, folder: Path) -> None:
+        lm_models.save_head(net, folder)
+
+    def evaluate(self, attacks: list[Any] | None = None) -> list[dict[str, Any]]:
+        """Rows of every arm, set and measure; trainings that were scored before are not evaluated again."""
+        if attacks is not None:
+            raise UserError("attack: attacks are on images; a language-model run has none. Leave it out.")
+        return self.evaluation.rows()
+
+    def merged(self, expert: str | None = None) -> nn.Module:
+        """The stock LM of one arm, its update folded in."""
+        model = super().merged(expert)
+        self.models.forget()
+        return model
+
+    def beside(self, expert: str | None = None) -> dict[str, bytes]:
+        """The tokenizer's files, and the head's where there is one."""
+        with TemporaryDirectory() as folder:
+            self.models.tokenizer.save_pretrained(folder)
+            found = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+        head = named_unit(self.config, self.folder, expert).folder / lm_models.HEAD
+        return {**found, **({head.name: head.read_bytes()} if head.exists() else {})}
+
+    def about(self) -> dict[str, Any]:
+        """What config.json beside merged weights says besides: transformers writes its own."""
+        return {}
+
+
+CONFIG, JOB = LmConfig, LmJob

@@ -1,0 +1,167 @@
+"""The sections of a language-model configuration (task: lm)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vismt.engine.arms import ArmsConfig, check_arms
+from vismt.engine.study import PartsConfig, check_parts, check_study
+from vismt.errors import UserError, require_known
+from vismt.llm.heads import check_head
+from vismt.llm.tasks import make_task
+from vismt.llm.tasks.base import Task
+
+FROZEN = "frozen"  # how the model before training is called
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class LmModelConfig:
+    """name: an asset, a folder or a name on the hub, see vismt.backbones.lm.create_lm; dtype: null for the saved one.
+
+    first_block: blocks below are frozen and their output on every text is computed once, as far as cache_mb holds it.
+    """
+
+    name: str = "smollm2-135m-instruct"
+    revision: str | None = None
+    gguf_file: str | None = None
+    dtype: str | None = None
+    first_block: int = 0
+    cache_mb: int = 1024
+
+
+@dataclass
+class LmTaskConfig(PartsConfig):
+    """One task: its kind (vismt.llm.tasks), prompt, options and sets. Each set in `test` is reported on its own.
+
+    One task has sets to train on; the others are only evaluated. Shares are the last rows of each training set.
+    """
+
+    name: str = ""
+    kind: str = "causal"
+    prompt: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class LmAlternateConfig:
+    """lr: of the posterior's means and noise, spread_lr: of its covariances; steps: of the posterior for each batch."""
+
+    lr: float = 3e-3
+    spread_lr: float = 3e-2
+    steps: int = 1
+
+
+@dataclass
+class LmHeadConfig:
+    """name: of vismt.llm.heads, options: its own; for kinds with a head on the last token.
+
+    alternate: null trains head and LM jointly (train.rates sets the head's rate apart); else see tasks/alternating.py.
+    """
+
+    name: str = "linear"
+    options: dict[str, Any] = field(default_factory=dict)
+    alternate: LmAlternateConfig | None = None
+
+
+@dataclass
+class LmCalibrationConfig:
+    """Texts that a method wants to see before the training, for the covariances of corda.
+
+    data: sets; text: template of a row; rows: how many, batch: at a time; length: tokens of a row at most.
+    """
+
+    data: list[str] = field(default_factory=list)
+    text: str = "{text}"
+    rows: int = 256
+    batch: int = 8
+    length: int = 512
+
+
+@dataclass
+class LmEvaluateConfig:
+    """split: 'test', or 'validation' while choosing; batch: rows at a time; limit: rows of each set, null for all.
+
+    frozen: also the model before training. temperature: also with the temperature of least NLL on validation rows; laplace:
+    also with a Laplace approximation around the trained head; samples: draws of a Bayesian head.
+    """
+
+    split: str = "test"
+    batch: int = 8
+    limit: int | None = None
+    frozen: bool = True
+    temperature: bool = False
+    laplace: bool = False
+    samples: int = 20
+
+
+@dataclass
+class LmConfig(ArmsConfig):
+    """A causal LM, trained on one task and evaluated on several. batch: rows (or packed pieces) of a training batch."""
+
+    task: str = "lm"
+    model: LmModelConfig = field(default_factory=LmModelConfig)
+    tasks: list[LmTaskConfig] = field(default_factory=list)
+    head: LmHeadConfig = field(default_factory=LmHeadConfig)
+    batch: int = 8
+    calibration: LmCalibrationConfig | None = None
+    evaluate: LmEvaluateConfig = field(default_factory=LmEvaluateConfig)
+
+
+def task_of(config: LmTaskConfig) -> Task:
+    """The task that a section describes."""
+    return make_task(config.kind, config.prompt, config.options, f"tasks: {config.name}")
+
+
+def trained_task(config: LmConfig) -> LmTaskConfig:
+    """The section of the task that is trained."""
+    return next(task for task in config.tasks if task.train)
+
+
+def check(config: LmConfig) -> None:
+    """Values that no type can exclude, before any work is done; those of every arm, too."""
+    _check_values(config)
+    check_arms(config, _check_values)
+    if config.evaluate.frozen and FROZEN in config.arms:
+        raise UserError(f"arms: '{FROZEN}' is the model before training (evaluate.frozen); call the arm otherwise.")
+    for task in config.tasks:
+        if config.evaluate.split == "validation" and not (task.validation or task.validation_share):
+            raise UserError(f"tasks: {task.name}: nothing to validate on; name a set in validation, or give validation_share.")
+
+
+def _check_values(config: LmConfig) -> None:
+    check_study(config, [task.name for task in config.tasks])
+    trained = [task.name for task in config.tasks if task.train]
+    if len(trained) != 1:
+        raise UserError(f"tasks: {trained} name sets to train on; one task must.")
+    for task in config.tasks:
+        made = task_of(task)
+        check_parts(task, f"tasks: {task.name}")
+        if not task.train and (task.test_share or task.validation_share):
+            raise UserError(f"tasks: {task.name}: a share of no training set; name the sets in test and validation.")
+        if task.limit is not None and task.limit < 1:
+            raise UserError(f"tasks: {task.name}: limit {task.limit}; it must be at least 1.")
+        if made.head and not task.train:
+            raise UserError(f"tasks: {task.name}: '{task.kind}' needs a trained head; name sets to train on, or take 'answers'.")
+    own = trained_task(config)
+    validates = config.tune is not None or config.evaluate.temperature or config.evaluate.laplace
+    if validates and not (own.validation or own.validation_share):
+        raise UserError(f"tasks: {own.name}: nothing to validate on; name a set in validation, or give validation_share.")
+    if config.adapt is None and not task_of(own).head:
+        raise UserError(f"adapt: is null, and '{own.kind}' has no head: nothing would be trained; name a method.")
+    check_head(config.head.name, config.head.options)
+    if config.head.alternate is not None and config.head.name != "vbll":
+        raise UserError(f"head.alternate: '{config.head.name}' has no posterior to alternate with; set head.name to vbll.")
+    seen = config.calibration
+    if seen is not None and (not seen.data or min(seen.rows, seen.batch, seen.length) < 1):
+        raise UserError("calibration: name sets in data; rows, batch and length must be at least 1.")
+    if config.model.dtype is not None:
+        require_known("model.dtype: no precision", [config.model.dtype], DTYPES)
+    least = {
+        "model.cache_mb": (config.model.cache_mb, 0), "evaluate.limit": (config.evaluate.limit, 2),
+        "evaluate.samples": (config.evaluate.samples, 1),
+    }
+    for name, (value, low) in least.items():
+        if value is not None and value < low:
+            raise UserError(f"{name}: {value}; it must be at least {low}.")

@@ -1,0 +1,143 @@
+"""The rows of a language-model configuration: sets opened once, rows turned into tokens, batches by number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vismt import console
+from vismt.data.divide import divide, limited
+from vismt.data.gather import Passes
+from vismt.data.texts import TextSet, open_texts
+from vismt.engine.lm_config import LmConfig, LmTaskConfig, task_of, trained_task
+from vismt.engine.study import shares
+from vismt.errors import UserError
+from vismt.llm.net import LmNet
+from vismt.llm.tasks.base import Item, Task, context_tokens, fill, gather
+from vismt.llm.tasks.pieces import collate, piece
+from vismt.seeds import digest
+
+
+class LmData:
+    """tasks: by name. Sets are opened here, rows become tokens when they are asked for, the same for every arm.
+
+    Raises UserError for a card that is not here or holds no texts, and for rows that do not fit the task.
+    """
+
+    def __init__(self, config: LmConfig, tokenizer: Any) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.tasks: dict[str, Task] = {task.name: task_of(task) for task in config.tasks}
+        self.trained = trained_task(config).name
+        self._sections = {task.name: task for task in config.tasks}
+        self._opened: dict[str, TextSet] = {}
+        self._sets = {task.name: self._open_task(task) for task in config.tasks}
+        self._items: dict[tuple[str, str, str], list[Item]] = {}
+        self._held = 0
+        for name, parts in self._sets.items():
+            numbers = {part: [f"{sum(map(len, own)):,}" for own in found.values()] for part, found in parts.items() if found}
+            counts = "   ".join(f"{part} {' + '.join(own)}" for part, own in numbers.items())
+            console.stage("data", f"{name}   {counts}")
+
+    def names(self, task: str, part: str) -> list[str]:
+        """What is reported on its own in a part of a task."""
+        return list(self._sets[task][part])
+
+    def rows(self, task: str, part: str, name: str) -> list[Item]:
+        """The rows of a named set of a part ("train", "validation", "test") as tokens, no more than the limit says."""
+        key = (task, part, name)
+        if key not in self._items:
+            limit = self._sections[task].limit if part == "train" else self.config.evaluate.limit
+            items = [
+                self.tasks[task].encode(f"{texts.name}:{i}", row, self.tokenizer)
+                for texts in self._sets[task][part][name] for i, row in zip(texts.ids, texts.rows)
+            ]
+            if limit is not None:
+                kept = limited(torch.tensor([item.label for item in items]), [item.id for item in items], limit)
+                items = [items[i] for i in kept.tolist()]
+            if len(items) < 2:
+                raise UserError(f"tasks: {task}: {part} '{name}' has {len(items)} rows; an interval needs two or more.")
+            self._items[key] = items
+        return self._items[key]
+
+    def training(self) -> list[Item]:
+        """What is trained on, packed where the task packs."""
+        key = (self.trained, "train", "")
+        if key not in self._items:
+            rows = [item for name in self.names(self.trained, "train") for item in self.rows(self.trained, "train", name)]
+            self._items[key] = self.tasks[self.trained].training(rows)
+        return self._items[key]
+
+    @property
+    def num_train(self) -> int:
+        """Training rows."""
+        return sum(len(self.rows(self.trained, "train", name)) for name in self.names(self.trained, "train"))
+
+    def fingerprint(self, task: str, part: str, name: str) -> str:
+        """What tells the rows of a set, and how they are asked, from any others."""
+        held = [texts.content() for texts in self._sets[task][part][name]]
+        section = self._sections[task]
+        asked = (section.kind, section.prompt, sorted(section.options.items(), key=str), self.config.evaluate.limit)
+        return digest(repr((held, asked, self.tokenizer.name_or_path)).encode())
+
+    def calibration(self) -> list[dict[str, Tensor]]:
+        """Arguments of the LM's forward pass on the texts that `calibration` names."""
+        asked = self.config.calibration
+        held = [(f"{texts.name}:{i}", row) for texts in map(self._open, asked.data) for i, row in zip(texts.ids, texts.rows)]
+        chosen = limited(torch.zeros(len(held)), [name for name, _ in held], asked.rows)
+        texts = [fill(asked.text, held[i][1], "calibration: text") for i in chosen.tolist()]
+        pieces = [piece(context_tokens(self.tokenizer, text), [], asked.length) for text in texts]
+        batches = [collate(pieces[start : start + asked.batch]) for start in range(0, len(pieces), asked.batch)]
+        return [
+            {"input_ids": b["ids"], "attention_mask": b["mask"].long(), "position_ids": b["positions"]} for b in batches
+        ]
+
+    def training_fingerprint(self) -> str:
+        """What tells the training rows from any others."""
+        limit = self._sections[self.trained].limit
+        held = [self.fingerprint(self.trained, "train", name) for name in self.names(self.trained, "train")]
+        return digest(repr((held, limit)).encode())
+
+    def cache(self, items: Sequence[Item], net: LmNet, told: str) -> None:
+        """Give items the output of the net's frozen lower blocks, unless they have it or memory does not hold it."""
+        missing = [item for item in items if item.lower is None]
+        tokens = sum(len(piece.ids) for item in missing for piece in item.pieces)
+        size = tokens * net.lm.config.hidden_size * net.lm.dtype.itemsize
+        if not net.first or not missing or (self._held + size) > self.config.model.cache_mb * 2**20:
+            return
+        self._held += size
+        console.stage("cache", f"{told}   {tokens:,} tokens through blocks 0 to {net.first - 1}   {size / 2**20:.0f} MB")
+        states = iter(net.lower_states([piece for item in missing for piece in item.pieces]))
+        for item in missing:
+            item.lower = [next(states) for _ in item.pieces]
+
+    def _open_task(self, task: LmTaskConfig) -> dict[str, dict[str, list[TextSet]]]:
+        """{part: {reported name: sets}}."""
+        kept, joined = shares(task), "+".join(task.train)
+        parts: dict[str, dict[str, list[TextSet]]] = {"train": {}, "validation": {}, "test": {}}
+        for name in task.train:
+            texts = self._open(name)
+            for part, index in divide(torch.zeros(len(texts), dtype=torch.int64), kept, name).items():
+                parts[part].setdefault(joined, []).append(texts.take(index.tolist()) if kept else texts)
+        for part in ("validation", "test"):
+            for name in getattr(task, part):
+                parts[part][name] = [self._open(name)]
+        return parts
+
+    def _open(self, name: str) -> TextSet:
+        if name not in self._opened:
+            card, _, split = name.partition(":")
+            self._opened[name] = open_texts(card, split or "all")
+        return self._opened[name]
+
+
+class ItemBatches:
+    """batches(k) -> a batch of `gather`: passes over all items, each in an order of its own."""
+
+    def __init__(self, items: Sequence[Item], batch: int, *, seed: int) -> None:
+        self.items, self._passes = items, Passes(len(items), batch, seed=seed, unit="rows")
+
+    def __call__(self, number: int) -> dict[str, Tensor]:
+        return gather([self.items[i] for i in self._passes(number).tolist()])

@@ -1,0 +1,229 @@
+"""Evaluation of a language-model run: a record for every row of every set, then a row for each model, set and measure.
+
+A measure is a number for each row whose mean is the value (vismt.llm.tasks.base), averaged over the training seeds, so that
+models are compared row by row; lm_seeds.jsonl has the values by seed. The model before training stands beside the arms.
+Nets are evaluated as they were trained; merge.json of a training says what merging does to the logits of each row's last
+token, on the first batch of each set.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vismt import console
+from vismt.engine import runtime
+from vismt.engine.arms import Unit, arm_names, final_units
+from vismt.engine.lm_config import FROZEN, LmConfig, LmHeadConfig
+from vismt.engine.lm_data import LmData
+from vismt.engine.lm_models import LmModels, fingerprint
+from vismt.engine.log import read_lines, record_stem, write_lines
+from vismt.engine.study_files import MERGE, mergeable
+from vismt.llm.heads import laplace_head
+from vismt.llm.net import LmNet
+from vismt.llm.tasks.base import Item, Measure, Record, gather, mean_of, tempered
+from vismt.lowrank.files import atomic_write
+from vismt.lowrank.inject import merge
+from vismt.metatune.intervals import mean_interval
+
+SEEDS = "lm_seeds.jsonl"
+TEMPERED, MEANS, LAPLACE = "temperature of validation", "means of the head", "Laplace"  # conditions
+
+
+class Evaluation:
+    """What a run folder's trainings say of the rows in `data`."""
+
+    def __init__(self, config: LmConfig, folder: Path, config_hash: str, data: LmData, models: LmModels) -> None:
+        self.config, self.folder, self.hash, self.data, self.models = config, folder, config_hash, data, models
+        self._open: tuple[Unit | None, int, LmNet | None] = (None, 0, None)
+        self._posterior: tuple[Unit | None, int, nn.Module | None] = (None, 0, None)
+
+    def validate(self, unit: Unit) -> float:
+        """The trained task's quality on its validation rows."""
+        return self.data.tasks[self.data.trained].quality(self._validation(unit))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows of results.jsonl of the model before training and of every arm."""
+        found: list[dict[str, Any]] = []
+        lines: list[dict[str, Any]] = []
+        for model in [FROZEN] * self.config.evaluate.frozen + arm_names(self.config):
+            frozen = [Unit(FROZEN, 0.0, self.config.seed, self.folder / FROZEN)]
+            units = frozen if model == FROZEN and self.config.evaluate.frozen else final_units(self.config, self.folder, model)
+            sets = [(task, name) for task in self.data.tasks for name in self.data.names(task, self.config.evaluate.split)]
+            for unit in units:  # one net after the other, not one set after the other
+                for task, name in sets:
+                    list(self._conditions(unit, task, name))
+                if unit.arm != FROZEN:
+                    self._check_merge(unit)
+            for task, name in sets:
+                found += self._rows(model, units, task, name, lines)
+        write_lines(self.folder / SEEDS, lines)
+        return found
+
+    def _rows(
+        self, model: str, units: Sequence[Unit], task: str, name: str, lines: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Rows of one model on one set, the records that reproduce them, and the lines of its seeds."""
+        made = self.data.tasks[task]
+        seen: dict[str, dict[str, list[Measure]]] = {}
+        ids: list[str] = []
+        for unit in units:
+            for condition, own in self._conditions(unit, task, name):
+                ids = [record["id"] for record in own]
+                for metric, measure in made.measures(own).items():
+                    seen.setdefault(metric, {}).setdefault(condition, []).append(measure)
+                    lines.append({
+                        "arm": model, "seed": unit.seed, "lr": unit.lr, "task": task, "data": name, "condition": condition,
+                        "metric": metric, "value": mean_of(measure), "n": len(own), "lower_is_better": measure.lower_is_better,
+                        "tokens": sum(record.get("tokens", 0) for record in own),
+                    })
+        rows = []
+        for metric, conditions in seen.items():
+            own = {condition: _averaged(measures) for condition, measures in conditions.items()}
+            rows += self._written(model, task, name, metric, ids, own)
+        plain = [row for row in rows if row["condition"] == "clean"]
+        told = "   ".join(f"{row['metric']} {row['value']:.4g} ± {row['ci95']:.2g}" for row in plain)
+        console.stage("eval", f"{model}   {task}   {name}   {told}   (n = {len(ids):,} rows, {len(units)} seed(s))")
+        return rows
+
+    def _written(
+        self, model: str, task: str, name: str, metric: str, ids: Sequence[str], conditions: dict[str, Measure]
+    ) -> list[dict[str, Any]]:
+        split = self.config.evaluate.split
+        protocol = f"{task}: {self.data.tasks[task].about}, {split} rows"
+        stem = record_stem(name, protocol, f"{model}-{metric}")
+        path = self.folder / "records" / f"{stem}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        columns = {condition: measure.values for condition, measure in conditions.items()}
+        write_lines(path, [{"episode": i, **{c: v[row] for c, v in columns.items()}} for row, i in enumerate(ids)])
+        rows = []
+        for condition, measure in conditions.items():
+            value, half = mean_interval(measure.values)
+            rows.append({
+                "data": name, "protocol": protocol, "condition": condition, "metric": metric, "model": model, "value": value,
+                "ci95": half, "n": len(ids), "unit": "rows", "seed": self.config.seed, "config_hash": self.hash,
+                "lower_is_better": measure.lower_is_better, "records": stem,
+            })
+        return rows
+
+    def _conditions(self, unit: Unit, task: str, name: str) -> Iterator[tuple[str, list[Record]]]:
+        """The records as they are, and what is asked for besides of the trained task where it gives probabilities."""
+        records = self._records(unit, task, self.config.evaluate.split, name)
+        yield "clean", records
+        if task != self.data.trained or "log_p" not in records[0]:
+            return
+        if "mean_log_p" in records[0]:
+            yield MEANS, [{**record, "log_p": record["mean_log_p"]} for record in records]
+        if self.config.evaluate.temperature:
+            yield TEMPERED, tempered(records, self._validation(unit))
+        if self.config.evaluate.laplace and self.data.tasks[task].head and unit.arm != FROZEN:
+            yield LAPLACE, self._records(unit, task, self.config.evaluate.split, name, laplace=True)
+
+    def _validation(self, unit: Unit) -> list[Record]:
+        task = self.data.trained
+        return [one for name in self.data.names(task, "validation") for one in self._records(unit, task, "validation", name)]
+
+    def _records(self, unit: Unit, task: str, part: str, name: str, laplace: bool = False) -> list[Record]:
+        """A record for each row; rows that are on record are not evaluated again."""
+        stem = record_stem(part, task, name) + "-laplace" * laplace
+        path = unit.folder / "records" / f"{stem}.jsonl"
+        seen = [self.data.fingerprint(task, part, name), "" if unit.arm == FROZEN else fingerprint(unit)]
+        seen += [self.config.evaluate.samples, self.data.training_fingerprint() if laplace else ""]
+        lines = read_lines(path)
+        if lines and lines[0].get("fingerprint") == seen:
+            return lines[1:]
+        items, found = self.data.rows(task, part, name), []
+        net = self._laplace(unit) if laplace else self._net(unit)
+        self.data.cache(items, net, name)
+        for chosen in console.track(self._chunks(items), "eval", f"{name} {unit.arm} seed {unit.seed}"):
+            with torch.no_grad():
+                found += self.data.tasks[task].score(net, self._batch(chosen, net), chosen)
+        order = {item.id: place for place, item in enumerate(items)}
+        found.sort(key=lambda record: order[record["id"]])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_lines(path, [{"fingerprint": seen}, *found])
+        return found
+
+    def _laplace(self, unit: Unit) -> LmNet:
+        """The net of a training with the Laplace approximation in the place of its head."""
+        net = self._net(unit)
+        if self._posterior[:2] != (unit, self.models.given):
+            rows = [one for name in self.data.names(self.data.trained, "validation")
+                    for one in self.data.rows(self.data.trained, "validation", name)]
+            held, labels = self._features(net, rows)
+            head = laplace_head(net.head, list(self._features(net, self.data.training())[0].split(256)), (held, labels))
+            self._posterior = (unit, self.models.given, head.to(held.device))
+        return LmNet(net.lm, self._posterior[2], net.first, net.samples).eval()
+
+    @torch.no_grad()
+    def _features(self, net: LmNet, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
+        """Features (n, d) and labels (n,) of all rows."""
+        self.data.cache(items, net, "rows for Laplace")
+        features, labels = [], []
+        for chosen in self._chunks(items):
+            batch = self._batch(chosen, net)
+            features.append(net.features(batch))
+            labels.append(batch["label"])
+        return torch.cat(features), torch.cat(labels)
+
+    def _chunks(self, items: Sequence[Item]) -> list[list[Item]]:
+        """Rows of like length together, so that little is padding."""
+        step = self.config.evaluate.batch
+        by_length = sorted(items, key=lambda item: (max(len(piece.ids) for piece in item.pieces), item.id))
+        return [by_length[start : start + step] for start in range(0, len(by_length), step)]
+
+    def _batch(self, items: Sequence[Item], net: LmNet) -> dict[str, Tensor]:
+        device = next(net.lm.parameters()).device
+        return {name: value.to(device) for name, value in gather(items).items()}
+
+    def _check_merge(self, unit: Unit) -> None:
+        """Compare the merged LM with the unmerged one; writes merge.json once."""
+        if (unit.folder / MERGE).exists():
+            return
+        net = self._net(unit)
+        if not mergeable(net, unit):
+            return
+        batches = []
+        for task in self.data.tasks:
+            for name in self.data.names(task, self.config.evaluate.split):
+                items = self.data.rows(task, self.config.evaluate.split, name)[: self.config.evaluate.batch]
+                batches.append(self._batch(items, net))
+                batches[-1].pop("lower", None)  # the merged LM runs as others will run it
+        plain = [_last_logits(net, batch) for batch in batches]
+        whole = LmNet(merge(copy.deepcopy(net.stock)), first=net.first)
+        merged = [_last_logits(whole, batch) for batch in batches]
+        atomic_write(unit.folder / MERGE, json.dumps({
+            "n": sum(map(len, plain)),
+            "different_predictions": sum(int((a.argmax(1) != b.argmax(1)).sum()) for a, b in zip(plain, merged)),
+            "largest_difference": max(float((a - b).abs().max()) for a, b in zip(plain, merged)),
+            "largest_logit": max(float(a.abs().max()) for a in plain),
+        }))
+
+    def _net(self, unit: Unit) -> LmNet:
+        """The net of a training, or the one before any, kept while no other was asked for."""
+        if self._open[0] != unit or self._open[1] != self.models.given or self._open[2] is None:
+            if unit.arm == FROZEN:
+                net = self.models.fresh(replace(self.config, head=LmHeadConfig()), self.data).requires_grad_(False).eval()
+            else:
+                net = self.models.loaded(unit, self.data)
+            self._open = (unit, self.models.given, net.to(runtime.processes().device))
+        return self._open[2]
+
+
+def _averaged(measures: Sequence[Measure]) -> Measure:
+    """The mean over the seeds of each row's number."""
+    columns = zip(*(measure.values for measure in measures))
+    return Measure([sum(values) / len(measures) for values in columns], measures[0].lower_is_better)
+
+
+@torch.no_grad()
+def _last_logits(net: LmNet, batch: dict[str, Tensor]) -> Tensor:
+    """(pieces, vocabulary) of each piece's last token."""
+    return net.lm.get_output_embeddings()(net.hidden(batch)[:, -1]).float()
