@@ -288,6 +288,27 @@ def test_a_canvas_larger_than_the_trained_size(tmp_path: Path, full: bool) -> No
     assert len(heads) == 3 and len(set(heads)) == 1  # evaluation has no part in training
 
 
+def test_every_adapter_trains_dense_tasks_and_merges(tmp_path: Path, capsys) -> None:
+    """pissa and polar in factors, s2ft and lisa in the weights themselves; one study, merged as exactly as LoRA."""
+    settings = {"pissa": {}, "polar": {}, "s2ft": {"ratio": 0.25}, "lisa": {"active": 1, "interval": 1}}
+    arms = {name: {"adapt": {"method": name, "rank": 2, "options": own}, "fade": None} for name, own in settings.items()}
+    path = write(tmp_path, **{**ONE, "arms": arms}, tasks=["depth", "normals"], train={**SMALL["train"], "steps": 3})
+    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
+    folder = next((tmp_path / "runs").iterdir())
+    rows = read_lines(folder / "results.jsonl")
+    assert {row["model"] for row in rows} == set(settings) and len({row["value"] for row in rows}) == len(rows)
+    for name in settings:
+        told = json.loads(next((folder / "arms" / name).rglob("merge.json")).read_text())
+        assert told["n"] == 6 and told["largest_difference"] <= 1e-5 * told["largest_logit"], name
+        assert main(["merge", str(folder), "--expert", name, "--quiet"]) == 0
+        stock = timm.create_model("test_vit", img_size=(32, 48), num_classes=0)
+        stock.load_state_dict(safetensors.torch.load_file(folder / "merged" / "model.safetensors"))
+        fresh = open_run(folder).job.fresh(open_run(folder).config).stock.state_dict()
+        assert any(not torch.equal(value, fresh[key]) for key, value in stock.state_dict().items()), name
+    logged = read_lines(next((folder / "arms" / "polar").rglob("metrics.jsonl")))
+    assert all(row["infeasibility"] >= 0 for row in logged)
+
+
 def test_the_same_command_again_trains_and_evaluates_nothing(study: Path, monkeypatch) -> None:
     from vismt.engine import dense_evaluation, loop
 
