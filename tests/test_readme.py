@@ -74,6 +74,15 @@ def test_own_card_is_valid(tmp_path) -> None:
     assert len(open_images(str(tmp_path / "card.yaml"))) == 3
 
 
+def test_language_model_configuration_is_sound(tmp_path) -> None:
+    from vismt.engine.jobs import load_config, make_job
+
+    text = next(code for code in re.findall(r"```yaml\n(.*?)```", README, flags=re.S) if "task: lm" in code)
+    (tmp_path / "sentiment.yaml").write_text(text)
+    config = make_job(load_config(tmp_path / "sentiment.yaml", []), tmp_path).config
+    assert config.adapt.method == "polar" and config.head.name == "vbll" and config.tasks[0].limit == 400
+
+
 def test_multitask_loop(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("VISMT_CACHE", str(tmp_path))  # the clustering is kept there
     scope: dict = {}
