@@ -113,7 +113,7 @@ def test_the_paired_table_is_what_the_records_say(study: Path) -> None:
 def test_arms_of_a_seed_start_alike_and_see_the_same_batches(study: Path) -> None:
     job = open_run(study).job
     config = job.config
-    nets = [job.fresh(config).vit.head.weight]
+    nets = [job.fresh(config).stock.head.weight]
     from vismt.engine import multitask_models
     from vismt.engine.arms import unit, unit_config
 

@@ -82,14 +82,14 @@ def test_a_run_from_its_configuration_to_merged_weights(tmp_path: Path) -> None:
     assert merged["different_predictions"] == 0 and merged["largest_difference"] < 1e-5 * merged["largest_logit"]
     run = open_run(folder)
     net = run.job.net()
-    assert type(net.vit.blocks[0].mlp.fc2).__name__ == "SlicedLinear"
+    assert type(net.stock.blocks[0].mlp.fc2).__name__ == "SlicedLinear"
     x = run.job.data.part(0, "test")[torch.arange(8)]
     wanted = net(x)
-    model = timm.create_model("test_vit", img_size=32, num_classes=net.vit.head.out_features)
+    model = timm.create_model("test_vit", img_size=32, num_classes=net.stock.head.out_features)
     import safetensors.torch
 
     model.load_state_dict(safetensors.torch.load_file(run.merge(None) / "model.safetensors"))
     assert torch.allclose(model.eval()(net.backbone.normalise(x)), wanted, atol=1e-5)
     theirs = peft.PeftModel.from_pretrained(run.job.stock(), str(run.export("peft", None))).eval()
-    theirs.base_model.model.head.load_state_dict(net.vit.head.state_dict())
+    theirs.base_model.model.head.load_state_dict(net.stock.head.state_dict())
     assert torch.allclose(theirs(net.backbone.normalise(x)), wanted, atol=1e-5)
