@@ -28,8 +28,8 @@ class Schedule(Protocol):
 MakeSchedule = Callable[[nn.Module, Optimizer], Schedule]
 
 METHOD_FILES = (
-    "vismt.llm.corda", "vismt.llm.lisa", "vismt.llm.lora", "vismt.llm.pissa", "vismt.llm.polar", "vismt.llm.s2ft",
-    "vismt.metatune.amt", "vismt.multitask.moe_lora",
+    "vismt.llm.corda", "vismt.llm.ilora", "vismt.llm.lisa", "vismt.llm.lora", "vismt.llm.pissa", "vismt.llm.polar",
+    "vismt.llm.s2ft", "vismt.metatune.amt", "vismt.multitask.moe_lora",
 )
 
 _methods: dict[str, Method] = {}
@@ -128,6 +128,6 @@ def method_options(method: Method) -> list[str]:
     names = [parameter.name for parameter in own if parameter.name not in common]
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in own):
         names.remove("options")
-        filled = {*common, "method", "init", "offset", "core", *names}  # what the method itself hands to inject
+        filled = {*common, "method", "init", "offset", "core", "experts", *names}  # what the method itself hands to inject
         names += [name for name in inspect.signature(inject).parameters if name not in filled]
     return names

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tiny import images, shake, snapshot, tiny_vit
 from torch import nn
 
 import vismt
-from vismt.llm import collect_covariance
+from vismt.llm import collect_covariance, instance_gates
 from vismt.lowrank.host import Host
 from vismt.lowrank.inject import adapted_modules
 
@@ -21,12 +22,12 @@ WITHOUT_FACTORS = {"lisa"}
 METHODS = [method for method in vismt.list_methods() if method not in WITHOUT_FACTORS]
 LAYERS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "patch_embed.proj"]
 # What a method needs on the tiny ViT to start at the original function, and its trainable parameters beside pairs of
-# factors on the ViT-S of the meta test (a router: 12 x 16 x 384; a core for each of q, k, v, proj, fc1, fc2).
+# factors on the ViT-S of the meta test (a router: 12 x 16 x 384; a core for each of q, k, v, proj, fc1, fc2; a gate).
 OWN = {
-    "moe_lora": {"n_experts": 4, "init": "zero"}, "s2ft": {"ratio": 0.25},
+    "moe_lora": {"n_experts": 4, "init": "zero"}, "s2ft": {"ratio": 0.25}, "ilora": {"n_experts": 2, "gate": None},
     "corda": {"mode": "kpm", "covariances": collect_covariance(tiny_vit(), [images()], LAYERS)},
 }
-BESIDE = {"moe_lora": 12 * 16 * 384, "polar": 12 * 6 * 8 * 8}
+BESIDE = {"moe_lora": 12 * 16 * 384, "ilora": 64 * 4 + 4, "polar": 12 * 6 * 8 * 8}
 FACTORS = (".lora_", ".slice_")  # how what a method trains is named
 # Variants that change the layout of the factors; every method has to keep the contract in each.
 VARIANTS = {
@@ -47,6 +48,13 @@ VARIANTS_OF = {"s2ft": list(SLICES)}
 CASES = [(method, variant) for method in METHODS for variant in VARIANTS_OF.get(method, list(VARIANTS))]
 VARIANTS |= SLICES
 FACTOR_METHODS = [method for method in METHODS if method not in VARIANTS_OF]
+
+
+@pytest.fixture(autouse=True)
+def gates() -> Iterator[None]:
+    """One user's gates, which a method with gates needs in every call; the others do not look at them."""
+    with instance_gates(torch.tensor([0.3, 0.7])):
+        yield
 
 
 def adapted(method: str, variant: str, seed: int = 0, **more: object) -> nn.Module:

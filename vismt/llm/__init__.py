@@ -3,6 +3,7 @@
 from vismt.llm.alternating import alternating_loss
 from vismt.llm.covariance import collect_covariance, covariance_ranks
 from vismt.llm.covariance_files import load_covariances, save_covariances
+from vismt.llm.ilora import gate_of, instance_gates, recompute_gates
 from vismt.llm.landing import Landing, orthonormalize_
 from vismt.llm.laplace import Laplace, fit_laplace
 from vismt.llm.lisa import LISA
@@ -14,6 +15,7 @@ from vismt.llm.vbll_generative import GenerativeVBLL
 
 __all__ = [
     "LISA", "GenerativeVBLL", "Landing", "Laplace", "Selection", "VBLLClassifier", "add_slices", "alternating_loss",
-    "collect_covariance", "covariance_ranks", "fit_laplace", "fit_temperature", "load_covariances", "orthonormalize_",
-    "read_slices", "save_covariances", "select_units", "serving", "switch",
+    "collect_covariance", "covariance_ranks", "fit_laplace", "fit_temperature", "gate_of", "instance_gates",
+    "load_covariances", "orthonormalize_", "read_slices", "recompute_gates", "save_covariances", "select_units", "serving",
+    "switch",
 ]

@@ -62,6 +62,9 @@ class Host(nn.Module, ABC):
     def merged(self) -> nn.Module:
         """The stock module with the update in."""
 
+    def need_idle(self, what: str, path: str) -> None:
+        """UserError for `what` (merge, export) while the update is not one weight's."""
+
     def restored(self) -> nn.Module:
         """The stock module with its own weight, untouched bit for bit."""
         return self._stock(self.weight)

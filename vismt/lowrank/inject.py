@@ -20,7 +20,7 @@ from vismt.lowrank.coupled import couple, movable
 from vismt.lowrank.host import Host
 from vismt.lowrank.linear import Adapted, AdaptedConv2d, AdaptedLinear
 from vismt.lowrank.options import checked
-from vismt.lowrank.parts import Part, described, need_idle, put, replace, to_stock
+from vismt.lowrank.parts import Part, described, need_idle, put, replace, take_out, to_stock
 from vismt.lowrank.sites import AdaptReport, Site, plan_site
 from vismt.lowrank.sliced import SlicedLinear
 from vismt.lowrank.targets import Targets, check_patterns, find_targets, matches, pattern_value
@@ -47,7 +47,7 @@ def inject(
     alpha: float | None, seed: int, exclude: Sequence[str] = (), rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None, rslora: bool = False, clamp_rank: bool = False,
     split_qkv: bool = False, dropout: float = 0.0, also_train: Sequence[str] = (), dtype: torch.dtype | str | None = None,
-    core: str = "",
+    core: str = "", experts: int | None = None,
 ) -> AdaptReport:
     """Adapt `model` in place; only the factors and `also_train` keep a gradient.
 
@@ -58,6 +58,7 @@ def inject(
     also_train names stays trainable and is saved along.
     dtype: of the factors, also by name; None means the weight's own, fp32 where that is bf16 or fp16.
     core: "full" or "diagonal" for a trained core between the factors of each block, which starts at zero.
+    experts: the rank is so many groups, gated by `instance_gates`; each has the scale alpha / (its own rank).
     """
     given = checked({
         "targets": targets, "rank": rank, "alpha": alpha, "exclude": exclude, "rank_pattern": rank_pattern,
@@ -72,7 +73,7 @@ def inject(
         plan_site(
             path, module, pattern_value(path, given["rank_pattern"], given["rank"]),
             pattern_value(path, given["alpha_pattern"], given["alpha"]), rslora=rslora, clamp_rank=clamp_rank,
-            split_qkv=split_qkv, core=core,
+            split_qkv=split_qkv, core=core, experts=experts,
         )
         for path, module in found.items()
     ]
@@ -134,7 +135,7 @@ def merge(model: nn.Module) -> nn.Module:
     record = need_record(model, "merge")
     need_idle(model, "merge")
     to_stock(model)
-    replace(model, Part, lambda part: part.stock())
+    take_out(model)
     replace(model, Host, lambda host: host.merged())
     _forget(model, record)
     return model
@@ -144,7 +145,7 @@ def unadapt(model: nn.Module) -> nn.Module:
     """Give back the original modules, weights (bit for bit) and gradient flags. Returns the model."""
     record = need_record(model, "unadapt")
     to_stock(model)
-    replace(model, Part, lambda part: part.stock())
+    take_out(model)
     replace(model, Host, lambda host: host.restored())
     with torch.no_grad():
         for name, value in record.also_train.items():
@@ -186,16 +187,17 @@ def place(model: nn.Module, site: Site, *, dropout: float = 0.0, dtype: torch.dt
     else:
         host_type = AdaptedConv2d if site.kind == "conv2d" else AdaptedLinear
         host = host_type(
-            base, site.rank, site.scale, blocks=site.blocks, core=site.core_shape, dropout=dropout, dtype=dtype
+            base, site.rank, site.scale, blocks=site.blocks, core=site.core_shape, dropout=dropout, dtype=dtype,
+            experts=site.experts,
         )
     put(model, site.path, host)
     return host
 
 
 def attach(model: nn.Module, path: str, part: Part) -> None:
-    """Put a part where its stock container stands, and note it in the model's record."""
+    """Put a part in its place, and note it in the model's record."""
     need_record(model, "attach").parts[path] = described(part)
-    put(model, path, part)
+    part.join(model, path)
 
 
 def _start(

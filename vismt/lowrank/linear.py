@@ -5,7 +5,8 @@
 The fused function adds the low-rank product into the output of the base GEMM (addmm), saves its input and the r-wide
 hidden product and nothing else, and never computes the gradient of a frozen weight. A fused projection (timm's qkv) may
 carry one factor pair per output block: A stacks the blocks' A, row block j of B meets hidden block j. A core C, (r, r) or
-a diagonal (r,), where a method has one, goes into B before the tokens come: O(o r^2), whatever their number.
+a diagonal (r,), where a method has one, goes into B before the tokens come: O(o r^2), whatever their number. Gates of rank
+groups, one row for each sample (iLoRA), scale the hidden product: one r-wide multiplication a token, no output per expert.
 
 Sources: LoRA, arXiv 2106.09685; the block form follows the per-projection factors of AMT (NeurIPS 2024).
 """
@@ -17,9 +18,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import repeat
 from torch import Tensor, nn
 
 from vismt.lowrank.factors import LowRank, times_core
+from vismt.lowrank.gates import by_sample, fixed_gates, gated, sample_gates
 from vismt.lowrank.host import Host
 
 
@@ -47,10 +50,10 @@ def _grad_B(grad: Tensor, hidden: Tensor, blocks: tuple[int, ...]) -> Tensor:
 
 
 class _FusedLowRank(torch.autograd.Function):
-    """(x (n, i), W (o, i), b, A, B, A0, B0, scale, blocks) -> y (n, o), hidden (n, g*r).
+    """(x (n, i), W (o, i), b, A, B, A0, B0, gate (b, g*r), scale, blocks) -> y (n, o), hidden (n, g*r).
 
-    hidden = x A^T is an output so that it can be kept for backward and is still differentiable: the function works under
-    create_graph and torch.func.
+    hidden = x A^T, before the gate, is an output so that it can be kept for backward and is still differentiable: the
+    function works under create_graph and torch.func.
     """
 
     generate_vmap_rule = True
@@ -58,33 +61,37 @@ class _FusedLowRank(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None,
-        scale: float, blocks: tuple[int, ...],
+        gate: Tensor | None, scale: float, blocks: tuple[int, ...],
     ) -> tuple[Tensor, Tensor]:
         kind = x.dtype
         out = F.linear(x, weight.to(kind), None if bias is None else bias.to(kind))
         hidden = x @ A.to(kind).t()
-        _add_product(out, hidden, B.to(kind), scale, blocks)
+        _add_product(out, gated(hidden, gate), B.to(kind), scale, blocks)
         if A0 is not None and B0 is not None:
             _add_product(out, x @ A0.to(kind).t(), B0.to(kind), -scale, blocks)
         return out, hidden
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, A, B, A0, B0, ctx.scale, ctx.blocks = inputs
+        x, weight, bias, A, B, A0, B0, gate, ctx.scale, ctx.blocks = inputs
         ctx.has_bias = bias is not None
         ctx.set_materialize_grads(False)
         # x serves the gradient of A and W alone: with both frozen it need not be kept.
-        ctx.save_for_backward(x if A.requires_grad or weight.requires_grad else None, weight, A, B, A0, B0, output[1])
+        ctx.save_for_backward(x if A.requires_grad or weight.requires_grad else None, weight, A, B, A0, B0, gate, output[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_hidden: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, A, B, A0, B0, hidden = ctx.saved_tensors
+        x, weight, A, B, A0, B0, gate, hidden = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
+        need_gate = ctx.needs_input_grad[7]
         kind, scale, blocks = hidden.dtype, ctx.scale, ctx.blocks
-        grad_x = grad_weight = grad_bias = grad_A = grad_B = None
+        grad_x = grad_weight = grad_bias = grad_A = grad_B = grad_gate = None
         at_hidden = grad_hidden
-        if grad is not None and (need_x or need_A):
+        if grad is not None and (need_x or need_A or need_gate):
             pulled = _pull_back(grad, B.to(kind), blocks) * scale
+            if need_gate:
+                grad_gate = by_sample(pulled * hidden, gate).sum(1)
+            pulled = gated(pulled, gate)
             at_hidden = pulled if grad_hidden is None else pulled + grad_hidden
         if need_x and at_hidden is not None:
             grad_x = at_hidden @ A.to(kind) if grad is None else (grad @ weight.to(kind)).addmm_(at_hidden, A.to(kind))
@@ -93,10 +100,10 @@ class _FusedLowRank(torch.autograd.Function):
         if need_A and at_hidden is not None:
             grad_A = at_hidden.t() @ x
         if grad is not None:
-            grad_B = _grad_B(grad, hidden * scale, blocks) if need_B else None
+            grad_B = _grad_B(grad, gated(hidden, gate) * scale, blocks) if need_B else None
             grad_weight = grad.t() @ x if need_weight else None
             grad_bias = grad.sum(0) if need_bias and ctx.has_bias else None
-        return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None, None
+        return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None, grad_gate, None, None
 
 
 GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
@@ -106,14 +113,15 @@ class Adapted(Host):
     """A host of a low-rank update.
 
     Parameters lora_A (g*r, i), lora_B (o, r) and, with a core, lora_C (g*r, r) or (g*r,) are new. Buffers lora_A0, lora_B0
-    hold the start of a principal initialisation.
+    hold the start of a principal initialisation. With `experts` e the rank is e groups in a row, gated by `instance_gates`.
     """
 
     def __init__(
         self, base: nn.Module, rank: int, scale: float, *, blocks: tuple[int, ...] | None = None, dropout: float = 0.0,
-        dtype: torch.dtype | None = None, core: tuple[int, ...] = (),
+        dtype: torch.dtype | None = None, core: tuple[int, ...] = (), experts: int | None = None,
     ) -> None:
         super().__init__(base)
+        self.experts = experts
         self.rank, self.scale, self.dropout = rank, scale, dropout
         out_features, in_features = self.matrix(self.weight).shape
         self.blocks = blocks or (out_features,)
@@ -145,6 +153,24 @@ class Adapted(Host):
         cores = self.lora_C.chunk(len(self.blocks))
         return torch.cat([times_core(b, c) for b, c in zip(self.lora_B.split(self.blocks, 0), cores)])
 
+    def gate(self, x: Tensor) -> Tensor | None:
+        """The gates in force, for the hidden channels of the samples of x (b, ...): (b or 1, g*r) in its dtype."""
+        if self.experts is None:
+            return None
+        gates = sample_gates(x.shape[0], self.experts).to(x.device, x.dtype)
+        return repeat(gates, "b e -> b (g e r)", g=len(self.blocks), r=self.rank // self.experts)
+
+    def need_idle(self, what: str, path: str) -> None:
+        if self.experts is not None:
+            fixed_gates(what, self.experts)
+
+    def fixed_left(self) -> Tensor:
+        """`left()` with the one row of gates in it that a single weight can hold."""
+        if self.experts is None:
+            return self.left()
+        left = self.left().to(torch.promote_types(self.lora_B.dtype, torch.float32))
+        return left * repeat(fixed_gates("merge", self.experts).to(left), "e -> (e r)", r=self.rank // self.experts)
+
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy factors in; starts that the host lacks are created."""
@@ -157,7 +183,7 @@ class Adapted(Host):
 
     def low_rank(self) -> LowRank:
         """The whole update against the stock weight as one LowRank: rank r, 2r with a start, g times that in blocks."""
-        A, B = self.lora_A.detach(), self._block_diagonal(self.left().detach())
+        A, B = self.lora_A.detach(), self._block_diagonal(self.fixed_left().detach())
         if self.lora_A0 is not None:
             A = torch.cat([A, self.lora_A0])
             B = torch.cat([B, -self._block_diagonal(self.lora_B0)], 1)
@@ -172,7 +198,7 @@ class Adapted(Host):
         kind = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         total = self.matrix(self.weight).to(kind, copy=True)
         for start in (False, True):
-            A, B = (self.lora_A0, self.lora_B0) if start else (self.lora_A, self.left())
+            A, B = (self.lora_A0, self.lora_B0) if start else (self.lora_A, self.fixed_left())
             if A is None:
                 continue
             parts = zip(total.split(self.blocks, 0), B.to(kind).split(self.blocks, 0), A.to(kind).chunk(len(self.blocks)))
@@ -201,13 +227,12 @@ class AdaptedLinear(Adapted):
         weight = self.matrix(self.weight)
         if self.dropout and self.training:
             out = F.linear(flat, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-            hidden = F.dropout(flat, self.dropout) @ self.lora_A.to(x.dtype).t()
+            hidden = gated(F.dropout(flat, self.dropout) @ self.lora_A.to(x.dtype).t(), self.gate(x))
             pairs = zip(hidden.chunk(len(self.blocks), 1), self.left().to(x.dtype).split(self.blocks, 0))
             out = out + self.scale * torch.cat([h @ b.t() for h, b in pairs], 1)
         else:
-            out, _ = _FusedLowRank.apply(
-                flat, weight, self.bias, self.lora_A, self.left(), self.lora_A0, self.lora_B0, self.scale, self.blocks
-            )
+            factors = self.lora_A, self.left(), self.lora_A0, self.lora_B0
+            out, _ = _FusedLowRank.apply(flat, weight, self.bias, *factors, self.gate(x), self.scale, self.blocks)
         return out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -231,11 +256,14 @@ class AdaptedConv2d(Adapted):
     def forward(self, x: Tensor) -> Tensor:
         out = self.shell._conv_forward(x, self.weight, self.bias)
         inner = F.dropout(x, self.dropout) if self.dropout and self.training else x
-        out = out + self.scale * self._product(inner, self.lora_A, self.left())
+        out = out + self.scale * self._product(inner, self.lora_A, self.left(), self.gate(inner))
         if self.lora_A0 is not None:
             out = out - self.scale * self._product(x, self.lora_A0, self.lora_B0)
         return out
 
-    def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def _product(self, x: Tensor, A: Tensor, B: Tensor, gate: Tensor | None = None) -> Tensor:
         kernel = A.to(self.weight.dtype).view(-1, *self.weight.shape[1:])
-        return F.conv2d(self.shell._conv_forward(x, kernel, None), B.to(self.weight.dtype)[:, :, None, None])
+        hidden = self.shell._conv_forward(x, kernel, None)
+        if gate is not None:
+            hidden = hidden * gate[:, :, None, None]
+        return F.conv2d(hidden, B.to(self.weight.dtype)[:, :, None, None])

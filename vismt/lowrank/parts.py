@@ -56,6 +56,10 @@ class Part(nn.Module, ABC):
         """Take one of `tensors()` from a file."""
         self.get_parameter(name).copy_(value)
 
+    def join(self, model: nn.Module, path: str) -> None:
+        """Take the place of the stock container."""
+        put(model, path, self)
+
     def need_idle(self, what: str, path: str) -> None:
         """UserError for `what` (merge, export) while the part does more than plain updates do."""
 
@@ -71,6 +75,32 @@ class Part(nn.Module, ABC):
         self.shell._modules = {name: self._modules[name] for name in self.stock_children}
         self.shell.training = self.training
         return self.shell
+
+
+class Guest(Part):
+    """A part that takes no container's place: a module of its own at a new path of the model, gone with the update.
+
+    `check` and `around` get None as their base, or the same guest.
+    """
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+    def join(self, model: nn.Module, path: str) -> None:
+        """Become the module `path` of the model."""
+        model.add_module(path, self)
+
+    def leave(self, model: nn.Module, path: str) -> None:
+        """The inverse of `join`."""
+        delattr(model, path)
+
+
+def take_out(model: nn.Module) -> None:
+    """Give every part's stock container back its place; guests leave."""
+    for path, part in parts_of(model).items():
+        if isinstance(part, Guest):
+            part.leave(model, path)
+    replace(model, Part, lambda part: part.stock())
 
 
 def parts_of(model: nn.Module) -> dict[str, Part]:
@@ -96,9 +126,10 @@ def part_type(name: str, what: str) -> type[Part]:
 
 
 def need_idle(model: nn.Module, what: str) -> None:
-    """UserError where a part still does something that plain updates cannot."""
-    for path, part in parts_of(model).items():
-        part.need_idle(what, path)
+    """UserError where a part or an update still does something that one weight each cannot."""
+    for path, module in model.named_modules():
+        if isinstance(module, (Part, Host)):
+            module.need_idle(what, path)
 
 
 def to_stock(model: nn.Module) -> None:

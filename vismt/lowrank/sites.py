@@ -26,6 +26,7 @@ class Site:
     # Set for an update that is no pair of factors but `rank` rows (0) or columns (1) of the matrix, and how they are held.
     dim: int | None = None
     mode: str = ""
+    experts: int | None = None  # groups that the rank consists of, gated per sample
 
     @property
     def core_shape(self) -> tuple[int, ...]:
@@ -96,7 +97,7 @@ def qkv_blocks(path: str, out_features: int, in_features: int) -> tuple[int, ...
 
 def plan_site(
     path: str, module: nn.Module, rank: int, alpha: float | None, *, rslora: bool, clamp_rank: bool, split_qkv: bool,
-    core: str = "",
+    core: str = "", experts: int | None = None,
 ) -> Site:
     """Shape, rank, scale and blocks of one module; UserError for a rank that does not fit."""
     kind = kind_of(module)
@@ -110,6 +111,11 @@ def plan_site(
                 "Lower it, give rank_pattern, or set clamp_rank=True."
             )
         rank = largest
-    numerator = float(rank if alpha is None else alpha)
+    if experts is not None and rank % experts:
+        raise UserError(
+            f"adapt.n_experts: {experts} experts cannot share the rank {rank} of '{path}' evenly; give a rank that is a "
+            f"multiple of {experts}, or other n_experts."
+        )
+    numerator = float(rank if alpha is None else alpha) * (experts or 1)
     scale = numerator / (rank**0.5 if rslora else rank)
-    return Site(path, str(kind), (out_features, in_features), rank, scale, blocks, core)
+    return Site(path, str(kind), (out_features, in_features), rank, scale, blocks, core, experts=experts)

@@ -27,7 +27,7 @@ from vismt.lowrank.aside import same_bits
 from vismt.lowrank.files import atomic_write, read_json, read_tensors
 from vismt.lowrank.host import Host
 from vismt.lowrank.inject import adapted_modules, attach, install, need_record, record_of
-from vismt.lowrank.parts import Part, part_type, parts_of, stock_order
+from vismt.lowrank.parts import Guest, Part, part_type, parts_of, stock_order
 from vismt.lowrank.sites import Site
 from vismt.lowrank.targets import kind_of, matrix_shape
 
@@ -98,7 +98,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, on_other_base: str = "
     if record is None:
         install(model, description["method"], sites, description["options"], description["also_train"])
         for path, part in description["parts"].items():
-            base = model.get_submodule(path)
+            base = dict(model.named_modules()).get(path)
             attach(model, path, part_type(part["type"], path).around(base, part["settings"]))
     with stock_order(model):
         fill(model, tensors)
@@ -184,6 +184,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], list[Site], dict[str, Te
         name, parts = str(description["tensors"]), description.setdefault("parts", {})
         unchanged = description.setdefault("unchanged", [])
         shaped = all(isinstance(site.core_shape, tuple) for site in sites)  # a KeyError for a core that is not known
+        shaped = shaped and all(s.experts is None or (s.experts > 0 and s.rank % s.experts == 0) for s in sites)
         shaped = shaped and all(isinstance(part["type"], str) and isinstance(part["settings"], dict) for part in parts.values())
         texts = [description[key] for key in ("method", "model", "base", "tensors_sha256")]
         shaped = shaped and isinstance(description["options"], dict) and isinstance(description["also_train"], list)
@@ -231,10 +232,10 @@ def _check_tensors(
             wanted[f"{site.path}.lora_B0"] = wanted[f"{site.path}.lora_B"]
     own, modules = dict(model.named_parameters()), dict(model.named_modules())
     for path, part in description["parts"].items():
-        if path not in modules:
-            raise UserError(f"adapter '{folder}': this model has no '{path}' to put a {part['type'].split(':')[-1]} on.")
         kind = part_type(part["type"], f"adapter '{folder}'")
-        shapes = kind.check(path, modules[path], part["settings"])
+        if path not in modules and not issubclass(kind, Guest):
+            raise UserError(f"adapter '{folder}': this model has no '{path}' to put a {part['type'].split(':')[-1]} on.")
+        shapes = kind.check(path, modules.get(path), part["settings"])
         wanted.update({f"{path}.{name}": shape for name, shape in shapes.items()})
     for name in description["also_train"]:
         if name not in own:

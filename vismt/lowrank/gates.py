@@ -1,0 +1,121 @@
+"""Gates of rank groups, one row for each sample, that reach every host by context and not through the model's calls.
+
+The context is a ContextVar: threads and tasks that run at the same time see their own gates, and nothing stays behind
+when the block ends. torch.compile cannot trace a ContextVar, so compiled code reads a copy that each thread has; with
+compiled models, do not let asynchronous tasks of one thread interleave inside their blocks.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar, Token
+
+import torch
+from torch import Tensor
+
+from vismt.errors import UserError
+
+UNDER = "run it under 'with vismt.llm.instance_gates(gates):'"
+
+
+class instance_gates:
+    """with instance_gates(gates): every gated host inside uses these gates.
+
+    Args:
+        gates: floating (b, e), one row for each sample of the batch, or (e,), one user's gates for samples of any number.
+            They need not be positive nor sum to one. Gradients reach them.
+
+    Blocks may be nested; the inner gates hold. transformers' `generate` repeats the rows as it repeats the samples, for
+    beams and num_return_sequences.
+    """
+
+    def __init__(self, gates: Tensor) -> None:
+        if not isinstance(gates, Tensor) or gates.ndim not in (1, 2) or not gates.is_floating_point():
+            seen = f"{gates.dtype} {tuple(gates.shape)}" if isinstance(gates, Tensor) else type(gates).__name__
+            raise UserError(f"instance_gates: gates are {seen}, needed a floating tensor (samples, experts) or (experts,).")
+        self.gates, self.repeats = gates, 1
+        self._before: list[tuple[Token, instance_gates | None]] = []
+
+    def __enter__(self) -> instance_gates:
+        self._before.append((_current.set(self), getattr(_traced, "scope", None)))
+        _traced.scope = self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        token, _traced.scope = self._before.pop()
+        _current.reset(token)
+
+
+_current: ContextVar[instance_gates | None] = ContextVar("vismt_instance_gates", default=None)
+_traced = threading.local()
+
+
+def _scope() -> instance_gates | None:
+    return getattr(_traced, "scope", None) if torch.compiler.is_compiling() else _current.get()
+
+
+def recompute_gates() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """The `context_fn` of torch.utils.checkpoint (not reentrant): blocks recomputed in the backward pass see the gates of
+    their forward pass, on whatever thread it runs and after the block has ended."""
+    scope = _current.get()
+    if scope is None:
+        return nullcontext(), nullcontext()
+    again = instance_gates(scope.gates)
+    again.repeats = scope.repeats
+    return nullcontext(), again
+
+
+def repeat_gates(times: int) -> None:
+    """From here to the end of the block a batch may also hold each sample `times` times, one copy after the other."""
+    scope = _current.get()
+    if scope is not None:
+        scope.repeats = times
+
+
+def sample_gates(batch: int, experts: int) -> Tensor:
+    """The gates (b, e) for a batch of b samples, (1, e) where all have the same; UserError where they do not match."""
+    scope = _need(experts, "forward")
+    gates = scope.gates
+    if gates.ndim == 1:
+        return gates[None]
+    if len(gates) == batch:
+        return gates
+    if scope.repeats > 1 and len(gates) * scope.repeats == batch:
+        return gates.repeat_interleave(scope.repeats, 0)
+    raise UserError(
+        f"forward: gates of {len(gates)} samples for a batch of {batch}; give one row for each sample, in its order, or (e,)."
+    )
+
+
+def fixed_gates(what: str, experts: int) -> Tensor:
+    """The one row of gates (e,) that a single weight can hold; UserError for none, or for those of several samples."""
+    gates = _need(experts, what).gates
+    if gates.ndim == 2 and len(gates) != 1:
+        raise UserError(
+            f"{what}: gates of {len(gates)} samples; one weight holds the gates of one user, so give one row (e,)."
+        )
+    return gates.reshape(experts)
+
+
+def _need(experts: int, what: str) -> instance_gates:
+    scope = _scope()
+    if scope is None:
+        known = "gates (samples, experts)" if what == "forward" else "one user's gates (experts,)"
+        hint = "; checkpointed blocks need context_fn=vismt.llm.recompute_gates" if what == "forward" else ""
+        raise UserError(f"{what}: the rank groups of this model are gated and no gates are given; {UNDER}, {known}{hint}.")
+    if scope.gates.shape[-1] != experts:
+        raise UserError(f"{what}: gates are {tuple(scope.gates.shape)}, this model has {experts} experts.")
+    return scope
+
+
+def gated(hidden: Tensor, gate: Tensor | None) -> Tensor:
+    """hidden (n, k) times gate (b, k), the row of each sample for its n / b tokens."""
+    if gate is None:
+        return hidden
+    return (by_sample(hidden, gate) * gate[:, None]).view(hidden.shape)
+
+
+def by_sample(hidden: Tensor, gate: Tensor) -> Tensor:
+    """(n, k) as (b, n / b, k); b may be zero."""
+    return hidden.view(len(gate), len(hidden) // max(len(gate), 1), hidden.shape[1])
