@@ -84,6 +84,15 @@ def test_windows_count_every_token_once(count, context):
     assert all(1 <= len(one.ids) <= 4 for one in found) and all(a.ids[-1] == b.ids[0] for a, b in pairwise(found))
 
 
+def test_of_long_texts_the_first_windows_can_be_taken():
+    words = tokenizer()
+    row = {"text": "one two three one two three one two three"}
+    every = make_task("causal", "", {"answer": "{text}", "length": 4}).encode("a", row, words).pieces
+    first = make_task("causal", "", {"answer": "{text}", "length": 4, "windows": 2})
+    assert len(every) > 2 and first.encode("a", row, words).pieces == every[:2]
+    assert first.about == "the first 7 tokens of each text, context 4"
+
+
 # ---- packing -----------------------------------------------------------------------------------------------------------
 
 
@@ -340,6 +349,8 @@ def test_the_prior_of_a_vbll_head_is_centred_at_the_rows():
     ("causal", "{text}", {}, "'causal' needs the option 'answer'"),
     ("causal", "{text}", {"answer": ""}, "answer: is empty"),
     ("causal", "", {"answer": "{text}", "length": 1}, "length 1"),
+    ("causal", "", {"answer": "{text}", "windows": 0}, "windows 0; it must be at least 1"),
+    ("causal", "{text}", {"answer": "{text}", "windows": 2}, "is of texts that have no prompt"),
     ("classes", "", SENTIMENT, "needs a prompt and two answers"),
     ("classes", "x", {"answers": ["a", "b"]}, "of the wrong type"),
     ("answers", "x", {"answers": {"a": "b", "c": "d"}, "normalise": "words"}, "normalise 'words'"),

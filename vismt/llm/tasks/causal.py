@@ -31,18 +31,28 @@ from vismt.llm.tasks.pieces import pack, piece, windows
 
 
 class Causal(Task):
-    """answer: a template; end: whether an end-of-text token follows it and is counted; pack: rows share training pieces."""
+    """answer: a template; end: whether an end-of-text token follows it and is counted; pack: rows share training pieces.
 
-    def __init__(self, prompt: str, answer: str, length: int = 512, end: bool = True, pack: bool = False) -> None:
+    windows: with an empty prompt, the first windows of each text, so many at most; null for all.
+    """
+
+    def __init__(
+        self, prompt: str, answer: str, length: int = 512, end: bool = True, pack: bool = False, windows: int | None = None
+    ) -> None:
         super().__init__(prompt, length)
+        if windows is not None and (prompt or windows < 1):
+            raise UserError(f"tasks: windows {windows}; it must be at least 1, and is of texts that have no prompt.")
         if not answer:
             raise UserError("tasks: answer: is empty; name the field that is to be predicted, such as '{text}'.")
-        self.answer, self.end, self.packed = answer, end, pack
+        self.answer, self.end, self.packed, self.windows = answer, end, pack, windows
 
     @property
     def about(self) -> str:
         """What is counted."""
-        return f"answer tokens, at most {self.length} in all" if self.prompt else f"all tokens, context {self.length}"
+        if self.prompt:
+            return f"answer tokens, at most {self.length} in all"
+        held = "all tokens" if self.windows is None else f"the first {self.windows * (self.length - 1) + 1} tokens of each text"
+        return f"{held}, context {self.length}"
 
     def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
         context = context_tokens(tokenizer, fill(self.prompt, row, "tasks: prompt"))
@@ -51,7 +61,7 @@ class Causal(Task):
             if tokenizer.eos_token_id is None:
                 raise UserError("tasks: end: the tokenizer has no end-of-text token; set the option end to false.")
             answer.append(tokenizer.eos_token_id)
-        pieces = [piece(context, answer, self.length)] if self.prompt else windows(context, answer, self.length)
+        pieces = [piece(context, answer, self.length)] if self.prompt else windows(context, answer, self.length)[: self.windows]
         if not sum(one.counted for one in pieces):
             raise UserError(f"tasks: row '{name}' has no token that is counted.")
         return Item(name, pieces)
