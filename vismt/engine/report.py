@@ -18,7 +18,7 @@ import numpy as np
 from vismt.engine import figures
 from vismt.engine.comparison import AVERAGE, Comparison, compare, is_share, read_results
 from vismt.engine.dense_report import dense_curves, dense_panels, dense_tables
-from vismt.engine.lm_report import lm_tables
+from vismt.engine.lm_report import lm_curves, lm_tables
 from vismt.engine.log import read_lines
 from vismt.engine.masking import NOTE, read_masking
 from vismt.engine.multitask_report import multitask_curves, multitask_panels, multitask_tables
@@ -78,7 +78,7 @@ def write_report(run_folder: Path) -> Path:
         ],
         curves=[
             *_curves(folder, comparisons, list(dict.fromkeys(row["model"] for row in results))), *multitask_curves(folder),
-            *dense_curves(folder), *corruption_pictures(folder, comparisons), *pool_pictures(folder, results),
+            *dense_curves(folder), *lm_curves(folder), *corruption_pictures(folder, comparisons), *pool_pictures(folder, results),
         ],
         panels=[*_panels(folder), *multitask_panels(folder), *dense_panels(folder), *router_pictures(folder)],
         citation=_citation(about, comparisons),
