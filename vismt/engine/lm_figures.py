@@ -23,7 +23,7 @@ class Point:
 def forgetting_figure(
     families: Mapping[str, Sequence[Point]], frozen: Point | None, score: str, perplexity: str, path: Path
 ) -> Path:
-    """A dot for each training, a line through the means over the seeds from rate to rate of each family; writes the PNG `path`.
+    """A dot for each training, a square and a line for the means over the seeds from rate to rate of each family; writes the PNG `path`.
 
     Args:
         families: trainings of arms that differ in the rate alone.
@@ -48,7 +48,7 @@ def forgetting_figure(
                 f"{lr:g}", means[-1], xytext=(5, 4), textcoords="offset points", color=INK, fontsize=7.5, zorder=4,
                 bbox={"boxstyle": "square,pad=0.05", "facecolor": "white", "edgecolor": "none", "alpha": 0.7},
             )
-        axes.plot(*zip(*means, strict=True), color=color, linewidth=1.6, zorder=2)
+        axes.plot(*zip(*means, strict=True), color=color, linewidth=1.6, marker="s", markersize=4, zorder=2)
     axes.margins(0.09)
     if frozen is not None:
         spans = (axes.get_xlim(), axes.get_ylim())

@@ -44,7 +44,7 @@ MERGE_NOTE = (
 )
 PERPLEXITY = "perplexity"
 FORGETTING_CAPTION = (
-    "A dot for each training, a line through the means over seeds of arms that differ in the rate alone, which stands beside "
+    "A dot for each training, a line and squares through the means over seeds of arms that differ in the rate alone, which stands beside "
     "them. Compare at equal values of the trained task: a method forgets less where its line lies lower. Dashed: the model "
     "before training, where it is within the picture."
 )
