@@ -23,7 +23,7 @@ class Point:
 def forgetting_figure(
     families: Mapping[str, Sequence[Point]], frozen: Point | None, score: str, perplexity: str, path: Path
 ) -> Path:
-    """A dot for each training, a square and a line for the means over the seeds from rate to rate of each family; writes the PNG `path`.
+    """A dot for each training, a line through the means over seeds from rate to rate of each family; writes the PNG `path`.
 
     Args:
         families: trainings of arms that differ in the rate alone.

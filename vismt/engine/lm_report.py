@@ -44,9 +44,9 @@ MERGE_NOTE = (
 )
 PERPLEXITY = "perplexity"
 FORGETTING_CAPTION = (
-    "A dot for each training, a line and squares through the means over seeds of arms that differ in the rate alone, which stands beside "
-    "them. Compare at equal values of the trained task: a method forgets less where its line lies lower. Dashed: the model "
-    "before training, where it is within the picture."
+    "A dot for each training, squares and a line for the means over seeds of arms that differ in the rate alone, which stands "
+    "beside them. Compare at equal values of the trained task: a method forgets less where its line lies lower. Dashed: the "
+    "model before training, where it is within the picture."
 )
 LOGGED = {
     "loss": "Training loss", "kl": "KL of the last layer's posterior", "infeasibility": "Infeasibility of the factors",
