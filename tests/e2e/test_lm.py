@@ -250,6 +250,13 @@ def test_user_errors(home, tmp_path: Path, capsys, changes, told) -> None:
     assert told in " ".join(capsys.readouterr().err.split())
 
 
+def test_rates_that_fit_no_parameter_are_found_before_the_first_arm_is_trained(home, tmp_path: Path, capsys) -> None:
+    path = write(tmp_path, settings(home, arms={"lora": {}, "apart": {"train.rates": {"^head": 3.0}}}))
+    assert main(["train", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
+    assert "'^head' is found in no trained parameter" in " ".join(capsys.readouterr().err.split())
+    assert not list((tmp_path / "runs").rglob("metrics.jsonl"))
+
+
 @pytest.mark.parametrize(("change", "told"), [
     ({"train": []}, "one task must"),
     ({"validation": []}, "nothing to validate on"),

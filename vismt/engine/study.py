@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vismt import console
 from vismt.engine import loop, runtime, study_files
-from vismt.engine.arms import ArmsConfig, Unit, named_unit, train_arms, unit_config
+from vismt.engine.arms import ArmsConfig, Unit, arm_config, arm_names, named_unit, train_arms, unit_config
 from vismt.errors import UserError, near
 from vismt.lowrank.account import count_parameters
 from vismt.lowrank.inject import merge
@@ -163,6 +163,7 @@ class StudyJob(ABC):
     def train(self) -> dict[str, Any]:
         """Train every arm at its rate and seeds; what run.json says of the adaptation, {"arms": {arm: what was adapted}}."""
         self.check_data()
+        self._check_rates()
         told: dict[str, Any] = {}
 
         def train(unit: Unit) -> None:
@@ -178,16 +179,13 @@ class StudyJob(ABC):
             console.stage("train", f"{unit.arm}   lr {unit.lr:g}   seed {unit.seed}: done before")
             return before
         config = unit_config(self.config, unit)
-        net = self.fresh(config).requires_grad_(False)
-        method = self.prepare(net, config)
-        balanced = [parameter for parameter in net.parameters() if parameter.requires_grad]
-        heads = self.heads(net).requires_grad_(True)
+        net, method, balanced = self._adapted(config)
         trainable, total = count_parameters(net)
         rank = config.adapt.rank if config.adapt is not None else 0
         name = f"{method} rank {rank}" if rank else method
         console.stage("adapt", f"{unit.arm}   {name}   {trainable:,} trainable of {total:,} ({100 * trainable / total:.2f} %)")
         console.stage("train", f"{unit.arm}   lr {unit.lr:g}   seed {unit.seed}")
-        objective = self.objective(config, net, balanced or list(heads.parameters()))
+        objective = self.objective(config, net, balanced)
         accelerator = runtime.accelerator(config.train.precision, config.train.trackers, unit.folder)
         if config.train.trackers:
             accelerator.init_trackers("vismt")
@@ -203,6 +201,24 @@ class StudyJob(ABC):
         if config.train.trackers:
             accelerator.end_training()
         return told
+
+    def _adapted(self, config: Any) -> tuple[nn.Module, str, list[Tensor]]:
+        """The net of an arm's configuration, ready to train, the method, and the parameters whose gradients are balanced."""
+        net = self.fresh(config).requires_grad_(False)
+        method = self.prepare(net, config)
+        balanced = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        heads = self.heads(net).requires_grad_(True)
+        return net, method, balanced or list(heads.parameters())
+
+    def _check_rates(self) -> None:
+        """UserError for a pattern of train.rates that fits nothing, before any arm is trained and not hours into the study."""
+        for arm in arm_names(self.config):
+            config = arm_config(self.config, arm)
+            if config.train.rates:
+                net, _, balanced = self._adapted(config)
+                objective = self.objective(config, net, balanced)
+                trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+                loop.make_optimizer(trained, config.train)
 
     def prepare(self, net: nn.Module, config: Any) -> str:
         """Adapt the stock model of a net without a gradient, where the configuration says so; the name of the method."""
