@@ -87,3 +87,10 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 def test_every_shipped_config_is_valid(path: Path, tmp_path: Path) -> None:
     config = load_config(path, [])
     assert make_job(config, tmp_path).config is config  # with the checks that no type can make
+
+
+def test_what_is_read_twice_is_not_shared() -> None:
+    raw = {"adapt": {"options": {"temperature": 2.0}}}
+    one, two = (typed(raw, FewShotConfig, "x") for _ in range(2))
+    one.adapt.options["temperature"] = one.train.lr = 9.0
+    assert two.adapt.options == {"temperature": 2.0} and typed(raw, FewShotConfig, "x") == two
