@@ -264,28 +264,28 @@ def test_predict_draws_images_of_any_size(study: Path, tmp_path: Path, capsys) -
         assert words in error and error.count("\n") == 1 and not (tmp_path / "bad").exists()
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_a_canvas_larger_than_the_trained_size(tmp_path: Path, full: bool) -> None:
+def test_a_canvas_larger_than_the_trained_size(tmp_path: Path) -> None:
     """Crops of the size in training; windows or the whole canvas in evaluation, and the two are told apart."""
-    change = {**ALONE, "full": True} if full else {}
-    path = write(tmp_path, **{**ONE, **change}, canvas=[64, 80], tasks=["depth", "normals"])
+    arms = {"emtal": {}, "full": {**ALONE, "full": True}}
+    path = write(tmp_path, **{**ONE, "arms": arms}, canvas=[64, 80], tasks=["depth", "normals"])
     job = DenseJob(load_config(path, []), tmp_path, "hash")
     assert job.batches(job.config)(0)["image"].shape == (3, 3, 32, 48) and job.data.size == (64, 80)
-    found = {}
+    found = {arm: {} for arm in arms}
     for mode, flip in (("slide", False), ("whole", False), ("whole", True)):
         words = [f"evaluate.mode={mode}", f"evaluate.flip={str(flip).lower()}"]
         assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet", *words]) == 0
         folder = max((tmp_path / "runs").iterdir(), key=lambda one: one.stat().st_mtime)
-        rows = read_lines(folder / "results.jsonl")
-        found[rows[0]["protocol"]] = rows[0]["value"]
-        assert all(json.loads(merged.read_text())["n"] == 6 for merged in folder.rglob("merge.json"))
-    assert list(found) == [
-        "test images at 64 x 80, windows of 32 x 48 that share 0.5", "test images at 64 x 80",
-        "test images at 64 x 80, mean with the mirrored image",
-    ]
-    assert len(set(found.values())) == 3
-    heads = [one.read_bytes() for one in (tmp_path / "runs").rglob("heads.safetensors")]
-    assert len(heads) == 3 and len(set(heads)) == 1  # evaluation has no part in training
+        for row in read_lines(folder / "results.jsonl"):
+            found[row["model"]].setdefault(row["protocol"], row["value"])
+        assert [json.loads(merged.read_text())["n"] for merged in folder.rglob("merge.json")] == [6]
+    for arm, values in found.items():
+        assert list(values) == [
+            "test images at 64 x 80, windows of 32 x 48 that share 0.5", "test images at 64 x 80",
+            "test images at 64 x 80, mean with the mirrored image",
+        ]
+        assert len(set(values.values())) == 3
+        heads = [one.read_bytes() for one in (tmp_path / "runs").glob(f"*/arms/{arm}/**/heads.safetensors")]
+        assert len(heads) == 3 and len(set(heads)) == 1  # evaluation has no part in training
 
 
 def test_every_adapter_trains_dense_tasks_and_merges(tmp_path: Path, capsys) -> None:

@@ -415,7 +415,7 @@ def measured(proto: ProtoNet, epsilon: float, count: int = 8) -> tuple[float, fl
 def test_experts_of_different_budgets_differ() -> None:
     """E2: a larger budget takes the update further from the clean one's, and is the more robust."""
     clean, weak, strong = (
-        train(adapted(), Adversary(epsilons=(value / 255,), gamma=0.0), 80, lr=0.05) for value in (0.0, 0.01, 0.3)
+        train(adapted(), Adversary(epsilons=(value / 255,), gamma=0.0), 40, lr=0.05) for value in (0.0, 0.01, 0.3)
     )
     near, far = (float((delta(proto) - delta(clean)).norm() / delta(clean).norm()) for proto in (weak, strong))
     assert far > 5 * near > 0

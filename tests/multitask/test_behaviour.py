@@ -82,7 +82,7 @@ class Run:
     ema: Tensor
 
 
-@pytest.fixture(scope="module", params=[0, 1])
+@pytest.fixture(scope="module", params=[0, pytest.param(1, marks=pytest.mark.slow)])
 def runs(request: pytest.FixtureRequest) -> dict[str, Run]:
     """One training as it should be, one without fading, one without retaining; tests leave them as they are."""
     found = {}
