@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 import torch
 from tiny import images, tiny_vit
 from torch import Tensor, nn
@@ -47,26 +46,17 @@ def case(family: str, seed: int = 0) -> Case:
             ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"),
             ("norm.weight", "norm.bias", "head.weight", "head.bias"),
         )
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(seed)
-    shape = {
-        "hidden_size": 16, "num_hidden_layers": DEPTH, "intermediate_size": 24, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": VOCABULARY, "tie_word_embeddings": False,
-    }
-    decoder = "model.layers", ("model.embed_tokens.weight",), ("model.norm.weight", "lm_head.weight")
-    if family == "llama":
-        model, found = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)), decoder
-    elif family == "qwen2":
-        model, found = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape)), decoder
-    else:
-        config = transformers.GPT2Config(
-            n_embd=16, n_layer=DEPTH, n_head=4, n_positions=16, vocab_size=VOCABULARY, resid_pdrop=0.0, embd_pdrop=0.0,
-            attn_pdrop=0.0,
-        )
-        model = transformers.GPT2LMHeadModel(config)
+    from language_models import random_lm
+
+    shape = {"hidden_size": 16, "num_hidden_layers": DEPTH, "intermediate_size": 24, "vocab_size": VOCABULARY}
+    if family == "gpt2":
+        model = random_lm(family, seed, **shape, max_position_embeddings=16)
         found = "transformer.h", ("transformer.wte.weight", "transformer.wpe.weight"), (
             "transformer.ln_f.weight", "transformer.ln_f.bias"
         )
+    else:
+        model = random_lm(family, seed, **shape, tie_word_embeddings=False)
+        found = "model.layers", ("model.embed_tokens.weight",), ("model.norm.weight", "lm_head.weight")
     model.train()
 
     def loss(number: int) -> Tensor:

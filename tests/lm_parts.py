@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from language_models import random_lm
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 
@@ -16,13 +17,6 @@ WORDS = [
     "Sentiment", "negative", "positive", "Question", "Answer", "one", "two", "three", "four", "five", "six", "seven",
     "eight", "nine", "ten", "plus", "is", "####", "what", "colour", "sky", "blue", "grass", "green",
 ]
-SHAPE: dict[str, dict[str, Any]] = {
-    "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "max_position_embeddings": 128},
-    "qwen2": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "max_position_embeddings": 128},
-    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128},
-}  # fmt: skip
 
 
 def tokenizer(bos: bool = False) -> Any:
@@ -38,11 +32,7 @@ def tokenizer(bos: bool = False) -> Any:
 
 def tiny_lm(kind: str = "llama", seed: int = 0, vocabulary: int = 256) -> nn.Module:
     """llama (grouped heads), qwen2 (biases) or gpt2 (Conv1D, learned positions, tied), random, in evaluation mode."""
-    torch.manual_seed(seed)
-    config = transformers.AutoConfig.for_model(
-        kind, vocab_size=vocabulary, bos_token_id=1, eos_token_id=2, pad_token_id=0, **SHAPE[kind]
-    )
-    lm = transformers.AutoModelForCausalLM.from_config(config).eval()
+    lm = random_lm(kind, seed, vocab_size=vocabulary, num_hidden_layers=3, max_position_embeddings=128, pad_token_id=0)
     with torch.no_grad():
         for parameter in lm.parameters():
             if parameter.ndim > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from llm_parts import LMS, relative, tiny_lm, tokens
+from language_models import LMS, relative, tiny_lm, tokens
 from tiny import images, shake, snapshot, tiny_vit
 from torch import nn
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from llm_parts import padded, tiny_lm, tokens
+from language_models import padded, tiny_lm, tokens
 from safetensors.torch import load_file, save_file
 from tiny import images, tiny_vit
 from torch import nn

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from llm_parts import LMS, padded, relative, tiny_lm, tokens
+from language_models import LMS, padded, relative, tiny_lm, tokens
 from tiny import images, shake, snapshot, tiny_vit
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode

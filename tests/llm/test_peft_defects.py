@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from llm_parts import padded, relative, tiny_lm, tokens
+from language_models import padded, relative, tiny_lm, tokens
 from safetensors.torch import load_file
 from tiny import images, shake, tiny_vit
 from torch import nn

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from llm_parts import LMS, relative, tiny_lm, tokens
+from language_models import LMS, relative, tiny_lm, tokens
 from tiny import images, shake, snapshot, tiny_vit
 from torch import Tensor
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from language_models import MODELS, moved_lm, outputs, tokens
 from tiny import images, shake, snapshot, tiny_vit
-from tiny_lm import MODELS, lm, outputs, tokens
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -214,7 +214,7 @@ def test_activations_of_a_model_follow_the_formula() -> None:
     sizes = {"hidden_size": h, "intermediate_size": i, "vocab_size": 48, "num_key_value_heads": 8}
     floats = {}
     for parts, layers in ((None, 2), (None, 3), ("od", 2), ("od", 3), ("d", 3)):
-        model = lm("Llama", num_hidden_layers=layers, **sizes).train()
+        model = moved_lm("llama", num_hidden_layers=layers, **sizes).train()
         if parts:
             vismt.adapt(model, "s2ft", parts=list(parts), ratio={part: 0.1 for part in parts})
         kept = saved_activation_bytes(model, partial(model, ids, use_cache=False))
@@ -243,7 +243,7 @@ def test_accumulation_checkpointing_and_clipping_see_the_slice(mode: str) -> Non
     vismt.adapt(model, "s2ft", mode=mode, ratio=0.3, parts=EVERY)
     shake(model)
     slices = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    ids = tokens(3, 4)
+    ids = tokens(4, 7, seed=3)
 
     def run(batch: Tensor, scale: float = 1.0, inputs: Callable | None = None) -> None:
         (scale * (inputs or (lambda x: model(x).logits))(batch).square().mean()).backward()
@@ -478,7 +478,7 @@ def test_what_cannot_be_reordered_is_told_and_index_mode_takes_it() -> None:
 
 def test_three_broken_groups_keep_their_values_beside_the_weight() -> None:
     """Heads 0, 4 and 8 of three groups cannot lie together; the function and the training do not mind."""
-    model = lm("Llama", num_attention_heads=16, num_key_value_heads=4, head_dim=4)
+    model = moved_lm("llama", num_attention_heads=16, num_key_value_heads=4, head_dim=4)
     expected = outputs(model)
     vismt.adapt(model, "s2ft", selection=Selection({"model.layers.0.self_attn": {"o": (0, 4, 8)}}))
     host = model.model.layers[0].self_attn.o_proj

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from language_models import MODELS, outputs, tokens
 from tiny import images, shake, snapshot, tiny_vit
-from tiny_lm import MODELS, outputs, tokens
 from torch import nn
 
 import vismt
@@ -84,7 +84,7 @@ def test_several_adapters_in_one_batch_answer_as_each_alone(name: str, tmp_path:
         (1, 0.3, EVERY), (2, 0.5, ("o", "d")))]
     adapters = [read_slices(folder) for folder in folders]
     which = torch.tensor([1, -1, 0, 1])
-    batch = images(4) if name == "vit" else tokens(4, 4)
+    batch = images(4) if name == "vit" else tokens(4, 7, seed=4)
     model = MODELS[name]()
 
     def run(model: nn.Module) -> torch.Tensor:
