@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import hashlib
 import json
-import pickle
 import re
 import typing
 from argparse import ArgumentError
@@ -25,6 +23,9 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from vismt.errors import UserError, near
+
+KEPT = 64  # configurations that are remembered
+_made: dict[tuple[str, type, str], Any] = {}
 
 
 @dataclass
@@ -142,18 +143,21 @@ def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
 
 def typed(raw: Mapping[str, Any], kind: type, source: str) -> Any:
     """An instance of the dataclass `kind` from plain values; `source` names the file in errors."""
-    return copy.deepcopy(_typed(pickle.dumps(dict(raw)), kind, source))
+    key = (repr(raw), kind, source)
+    if key not in _made:  # jsonargparse takes 50 ms, and a study asks for the same arms hundreds of times
+        if len(_made) == KEPT:
+            _made.clear()
+        _made[key] = _typed(raw, kind, source)
+    return copy.deepcopy(_made[key])
 
 
-@functools.lru_cache(maxsize=64)
-def _typed(plain: bytes, kind: type, source: str) -> Any:
-    """What `typed` copies: jsonargparse takes 50 ms, and a study asks for the same arms hundreds of times."""
-    raw = pickle.loads(plain)
+def _typed(raw: Mapping[str, Any], kind: type, source: str) -> Any:
+    """What `typed` copies."""
     _check_keys(raw, kind, source, "")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--run", type=kind)
     try:
-        parsed = parser.parse_object({"run": raw})
+        parsed = parser.parse_object({"run": copy.deepcopy(dict(raw))})  # it writes into nested values
         made = parser.instantiate(parsed) if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed)
     except (ArgumentError, TypeError, ValueError) as error:
         raise UserError(f"{source}: {_shorten(str(error))}") from error
