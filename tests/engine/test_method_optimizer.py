@@ -61,7 +61,7 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, optimi
     assert rows[0][0]["infeasibility"] < 1e-4 and all(1 <= row["stable_rank"] <= 3 for row in rows[0])
     if constraint == "cayley":
         assert rows[0][-1]["infeasibility"] < 1e-8
-    else:
+    elif optimizer == "adamw":  # the small steps of SGD leave rounding alone
         assert rows[0][-1]["infeasibility"] > rows[0][1]["infeasibility"] > 0
 
 

@@ -161,8 +161,8 @@ def test_peft_starts_at_the_same_product(kind: str, mode: str) -> None:
     for path, host in adapted_modules(ours).items():
         layer = theirs[path]
         product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-        # peft's fp32 inverse and SVD are felt at width 128; in fp64 the formulas agree to 1e-9, see above.
-        assert relative(host.lora_B @ host.lora_A, product) < (5e-4 if kind == "gpt2" else 1e-4), path
+        # peft's fp32 inverse and SVD are felt; in fp64 the formulas agree to 1e-9, see above.
+        assert relative(host.lora_B @ host.lora_A, product) < 5e-4, path
 
 
 @pytest.mark.parametrize("kind", LMS)
@@ -176,7 +176,7 @@ def test_language_models_start_unchanged_and_reach_peft(kind: str, options: dict
     before = snapshot(model)
     wanted = stock(ids).logits
     vismt.adapt(model, "corda", rank=4, mode=mode, covariances=covariances, **options)
-    assert (model(ids).logits - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+    assert (model(ids).logits - wanted).abs().max() <= 3e-6 * wanted.abs().max()
     shake(model)
     trained = model(ids).logits
     vismt.export_peft(model, tmp_path)

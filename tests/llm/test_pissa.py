@@ -29,7 +29,7 @@ def test_language_models_start_unchanged_and_reach_peft(kind: str, options: dict
     ids, model, stock = tokens(), tiny_lm(kind), tiny_lm(kind)
     before, wanted = snapshot(model), stock(ids).logits.detach()
     vismt.adapt(model, "pissa", **{"rank": 4, **options})
-    assert (model(ids).logits - wanted).abs().max() <= 1e-6 * float(wanted.abs().max())
+    assert (model(ids).logits - wanted).abs().max() <= 3e-6 * float(wanted.abs().max())
     weights = {name: value for name, value in model.state_dict().items() if name in before}
     assert all(torch.equal(value, before[name]) for name, value in weights.items())  # the base is never touched
     shake(model)
