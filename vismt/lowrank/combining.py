@@ -1,8 +1,8 @@
-"""Several adapters of one weight made into one: `sum_j weights[j] * delta_j`.
+"""Several adapters made into one: `sum_j weights[j] * delta_j`, for one weight or for all of a model's.
 
 Both ways are exact for any ranks, cores and scales, because the scale of each adapter goes into the factors before they
 are added: `cat` stacks the factors (rank = sum of the ranks), `svd` writes the same sum in its smallest form and may
-truncate it to the best approximation of a given rank.
+truncate it to the best approximation of a given rank. Where one of several adapters has no update, it adds nothing.
 """
 
 from __future__ import annotations
@@ -10,41 +10,104 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
+from pathlib import Path
+from typing import overload
 
 import torch
+from torch import Tensor, nn
 
 from vismt.errors import UserError, near
 from vismt.lowrank.factors import LowRank
+from vismt.lowrank.store import same_base
+from vismt.lowrank.updates import Updates, read_updates
 
 METHODS = ("cat", "svd")
+Adapter = Updates | nn.Module | str | Path
+
+
+@overload
+def combine(adapters: Sequence[LowRank], weights: Sequence[float], method: str = ..., rank: int | None = ...) -> LowRank: ...
+
+
+@overload
+def combine(adapters: Sequence[Adapter], weights: Sequence[float], method: str = ..., rank: int | None = ...) -> Updates: ...
 
 
 def combine(
-    adapters: Sequence[LowRank], weights: Sequence[float], method: str = "cat", rank: int | None = None
-) -> LowRank:
-    """The weighted sum of adapters of one weight.
+    adapters: Sequence[LowRank | Adapter], weights: Sequence[float], method: str = "cat", rank: int | None = None
+) -> LowRank | Updates:
+    """The weighted sum of adapters.
 
     Args:
-        adapters: one or more, all of the same (o, i).
+        adapters: one or more updates of one weight (`LowRank`), all of the same (o, i); or adapters of one base: folders
+            that save_adapter, export_peft or peft wrote, adapted models, or what this function gave.
         weights: one finite number for each adapter; they need not be positive nor sum to one.
         method: `cat` concatenates the factors, rank = the sum of all ranks, rounded once to the factors' dtype;
             `svd` decomposes that sum by QR and a small SVD, and keeps only the rank it has.
-        rank: with `svd`, keep at most this many singular values (Eckart-Young); must be None with `cat`.
+        rank: with `svd`, keep at most this many singular values (Eckart-Young) of each weight; must be None with `cat`.
 
-    Returns a `LowRank` with scale 1. A single adapter with weight 1.0 (and no `rank`) comes back as it is, bit for bit.
-    Raises UserError for adapters of different shapes, a wrong number of weights, a weight that is not finite, an
-    unknown method, or a rank that is out of range.
+    Returns a `LowRank` with scale 1, or for adapters `Updates`, whose `put_on(model)` adapts a stock model with them. A
+    single adapter with weight 1.0 (and no `rank`) comes back as it is, bit for bit. Parameters that were trained along (a
+    head) are no sum: they are kept where all adapters hold the same bits.
+    Raises UserError for adapters of different shapes or bases, an update that is not of low rank (see updates.py), a head
+    of which there are several, a wrong number of weights, a weight that is not finite, an unknown method, or a rank that is
+    out of range.
     """
-    _check(adapters, weights, method, rank)
-    if len(adapters) == 1 and weights[0] == 1.0 and rank is None:
-        return adapters[0]
-    stacked = _concatenate(adapters, weights)
+    _check_call(adapters, weights, method, rank)
+    if not any(isinstance(adapter, LowRank) for adapter in adapters):
+        return _of_models([read_updates(adapter, what="combine") for adapter in adapters], weights, method, rank)
+    for position, adapter in enumerate(adapters):
+        if not isinstance(adapter, LowRank):
+            raise UserError(f"combine: adapter {position} is a {type(adapter).__name__} among updates of one weight.")
+    _check_shapes(dict(enumerate(adapters)))
+    _check_rank(rank, sum(adapter.rank for adapter in adapters))
+    return _sum(adapters, weights, method, rank)
+
+
+def _sum(updates: Sequence[LowRank], weights: Sequence[float], method: str, rank: int | None) -> LowRank:
+    if len(updates) == 1 and weights[0] == 1.0 and rank is None:
+        return updates[0]
+    stacked = _concatenate(updates, weights)
     if method == "cat":
         return stacked
     compact = stacked.compact()
     if rank is None:
         return compact
     return compact.truncate(min(rank, compact.rank))
+
+
+def _of_models(adapters: Sequence[Updates], weights: Sequence[float], method: str, rank: int | None) -> Updates:
+    base: dict[str, list[float]] = {}
+    for position, adapter in enumerate(adapters):
+        if not same_base(adapter.base, base):
+            raise UserError(f"combine: adapter {position} was made for other base weights than those before it.")
+        base |= adapter.base
+    also_train = _same_parameters(adapters)
+    paths = list(dict.fromkeys(path for adapter in adapters for path in adapter.low_rank))
+    held = {path: {j: one.low_rank[path] for j, one in enumerate(adapters) if path in one.low_rank} for path in paths}
+    totals = {path: sum(update.rank for update in own.values()) for path, own in held.items()}
+    _check_rank(rank, max(totals.values()))
+    made = {}
+    for path, own in held.items():
+        _check_shapes(own, f"'{path}': ")
+        least = None if rank is None else min(rank, totals[path])
+        made[path] = _sum(list(own.values()), [weights[j] for j in own], method, least)
+    peft = tuple(one for adapter in adapters for one in adapter.peft)
+    return Updates(made, also_train, base, peft, "combined adapters" if len(adapters) > 1 else adapters[0].name)
+
+
+def _same_parameters(adapters: Sequence[Updates]) -> dict[str, Tensor]:
+    """What was trained along, which all have to hold with the same bits."""
+    first = adapters[0].also_train
+    for position, adapter in enumerate(adapters[1:], 1):
+        own = adapter.also_train
+        for name in sorted(own.keys() | first.keys()):
+            if name not in own or name not in first or not torch.equal(own[name], first[name]):
+                raise UserError(
+                    f"combine: adapters 0 and {position} do not hold the same '{name}', which was trained whole; leave such "
+                    "parameters out: vismt.lowrank.read_updates(adapter, also_train=False)."
+                )
+    return first
 
 
 def _concatenate(adapters: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
@@ -59,25 +122,33 @@ def _concatenate(adapters: Sequence[LowRank], weights: Sequence[float]) -> LowRa
     return LowRank(torch.cat(lefts, dim=1), torch.cat([adapter.R for adapter in adapters], dim=0))
 
 
-def _check(adapters: Sequence[LowRank], weights: Sequence[float], method: str, rank: int | None) -> None:
+def _check_call(adapters: Sequence[LowRank | Adapter], weights: Sequence[float], method: str, rank: int | None) -> None:
     if method not in METHODS:
-        raise UserError(f"combine: no method '{method}'.{near(method, METHODS)}")
+        raise UserError(f"combine: no method '{method}'.{near(str(method), METHODS)}")
+    if isinstance(adapters, str | Path | nn.Module | LowRank | Updates):
+        raise UserError(f"combine: adapters is one {type(adapters).__name__}; give a list.")
     if not adapters:
         raise UserError("combine: no adapter given, need at least one.")
     if len(weights) != len(adapters):
         raise UserError(f"combine: {len(adapters)} adapters but {len(weights)} weights, give one weight each.")
-    for position, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
+    for position, weight in enumerate(weights):
         if not isinstance(weight, Real) or not math.isfinite(weight):
             raise UserError(f"combine: weight {position} is {weight!r}, give a finite number.")
-        if adapter.shape != adapters[0].shape:
-            raise UserError(
-                f"combine: adapter {position} is for a {adapter.shape} weight, adapter 0 for {adapters[0].shape}: "
-                "only adapters of the same weight can be added."
-            )
-    if rank is None:
-        return
-    if method == "cat":
+    if rank is not None and method == "cat":
         raise UserError(f"combine: rank={rank} needs method='svd'; 'cat' keeps the sum of all ranks.")
-    total = sum(adapter.rank for adapter in adapters)
-    if not 1 <= rank <= total:
+
+
+def _check_shapes(adapters: dict[int, LowRank], where: str = "") -> None:
+    """By the adapters' positions."""
+    first, *others = adapters
+    for position in others:
+        if adapters[position].shape != adapters[first].shape:
+            raise UserError(
+                f"combine: {where}adapter {position} is for a {adapters[position].shape} weight, adapter {first} for "
+                f"{adapters[first].shape}: only adapters of the same weight can be added."
+            )
+
+
+def _check_rank(rank: int | None, total: int) -> None:
+    if rank is not None and not 1 <= rank <= total:
         raise UserError(f"combine: rank {rank} is outside 1..{total}, the sum of the adapters' ranks.")

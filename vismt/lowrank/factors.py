@@ -120,6 +120,15 @@ class LowRank:
         root = decomposed.core.sqrt()
         return LowRank(decomposed.L * root, root[:, None] * decomposed.R)
 
+    def plain(self) -> LowRank:
+        """The same matrix with no core, itself where it has none; singular values go to both sides evenly."""
+        if self.core is None:
+            return self
+        if self.core.ndim == 1 and bool((self.core >= 0).all()):
+            root = self.core.sqrt()
+            return LowRank(self.L * root, root[:, None] * self.R, scale=self.scale)
+        return LowRank(times_core(self.L, self.core), self.R, scale=self.scale)
+
     def _in_working_precision(self) -> LowRank:
         dtype = torch.promote_types(torch.promote_types(self.L.dtype, self.R.dtype), torch.float32)
         if self.core is not None:

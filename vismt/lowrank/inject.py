@@ -89,13 +89,13 @@ def inject(
     return AdaptReport(method, plan, trainable, sum(p.numel() for p in parameters), remarks)
 
 
-def refuse_adapted(model: nn.Module) -> None:
+def refuse_adapted(model: nn.Module, what: str = "adapt") -> None:
     """Neither the model nor a part of it may be adapted already."""
     for path, module in model.named_modules():
         record = record_of(module)
         if record is not None or isinstance(module, (Host, Part)):
             where = f"its part '{path}' already carries" if path else "the model already carries"
-            raise UserError(f"adapt: {where} '{record.method if record else 'an update'}'; merge or unadapt it first.")
+            raise UserError(f"{what}: {where} '{record.method if record else 'an update'}'; merge or unadapt it first.")
 
 
 def install(

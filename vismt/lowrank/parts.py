@@ -63,6 +63,10 @@ class Part(nn.Module, ABC):
     def need_idle(self, what: str, path: str) -> None:
         """UserError for `what` (merge, export) while the part does more than plain updates do."""
 
+    @classmethod
+    def need_idle_saved(cls, what: str, path: str, tensors: Mapping[str, Tensor]) -> None:
+        """The same for a part of which there are `tensors()` alone."""
+
     def to_stock_order(self) -> None:
         """Put the tensors below in the order of the stock model, in place."""
 

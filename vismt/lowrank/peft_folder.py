@@ -11,29 +11,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError
-from vismt.lowrank.files import atomic_write, read_json, read_tensors
-from vismt.lowrank.inject import AdaptRecord, adapted_modules, install, need_record, record_of
+from vismt.lowrank.files import atomic_write
+from vismt.lowrank.init import principal
+from vismt.lowrank.inject import AdaptRecord, adapted_modules, need_record, refuse_adapted
 from vismt.lowrank.linear import AdaptedConv2d
 from vismt.lowrank.parts import need_idle, stock_order
-from vismt.lowrank.sites import Site
+from vismt.lowrank.peft_files import CONFIG, PREFIX, TENSORS, PeftAdapter, read_peft
 from vismt.lowrank.store import fill
 from vismt.lowrank.targets import kind_of, matrix_shape
-
-CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-REPLAYED = ("pissa", "corda", "olora", "lora_ga", "loftq")
-UNREADABLE = (
-    "use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "trainable_token_indices",
-    "target_parameters", "use_qalora", "use_bdlora",
-)
+from vismt.lowrank.updates import of_peft, put_on
 
 
 def export_peft(model: nn.Module, folder: str | Path, *, compact: bool = False) -> Path:
@@ -88,30 +81,39 @@ def _plain_lora(model: nn.Module, whole: list[str], compact: bool) -> tuple[dict
 def import_peft(model: nn.Module, folder: str | Path) -> nn.Module:
     """Put a LoRA that peft wrote on a stock model, as method 'lora'. Returns the model.
 
-    Refused: other tuner types, DoRA and the like, and starts that change the base (pissa, corda, ...): convert those to a
-    plain LoRA first (peft: save_pretrained(path_initial_model_for_weight_conversion=...)).
+    The modules that the settings name and those in the file have to be the same, every shape that of the model. A start
+    that changed the base is replayed where that is possible (init_lora_weights "pissa", an exact SVD: B0 A0 is subtracted).
+    Refused: other tuner types, DoRA and the like, and other such starts (pissa_niter, corda, olora, ...): convert those to
+    a plain LoRA first (peft: save_pretrained(path_initial_model_for_weight_conversion=...)).
     """
-    folder = Path(folder)
-    what = f"peft adapter '{folder}'"
-    if record_of(model) is not None:
-        raise UserError(f"{what}: the model already carries '{record_of(model).method}'; merge or unadapt it first.")
-    config = read_json(folder / CONFIG, what)
-    if not isinstance(config, dict):
-        raise UserError(f"{what}: {CONFIG} holds no settings.")
-    _refuse(what, config)
-    tensors = _load(folder, what)
-    pairs, extras = _sort(what, tensors)
-    parameters = dict(model.named_parameters())
-    for name, value in extras.items():
-        if name not in parameters:
-            raise UserError(f"{what}: '{PREFIX}{name}' belongs to no parameter of {type(model).__name__}.")
-        if value.shape != parameters[name].shape:
-            raise UserError(f"{what}: {name}: saved {tuple(value.shape)}, needed {tuple(parameters[name].shape)}.")
-    sites = [_site(what, model, config, path, pair) for path, pair in pairs.items()]
-    install(model, "lora", sites, {"dropout": float(config.get("lora_dropout") or 0.0)}, list(extras))
-    flat = {f"{path}.lora_{side}": value.flatten(1) for path, pair in pairs.items() for side, value in pair.items()}
-    fill(model, {**flat, **extras})
+    adapter = read_peft(Path(folder))
+    refuse_adapted(model, adapter.what)
+    adapter.need_the_same_modules(model)
+    starts = _replayed(model, adapter) if adapter.replay else {}
+    dropout = float(adapter.config.get("lora_dropout") or 0.0)
+    put_on(model, of_peft(adapter), {} if starts else {"dropout": dropout})
+    fill(model, starts)
     return model
+
+
+def _replayed(model: nn.Module, adapter: PeftAdapter) -> dict[str, Tensor]:
+    """The principal factors that peft took out of each weight, by adapter key."""
+    starts: dict[str, Tensor] = {}
+    for path, update in adapter.low_rank.items():
+        module = model.get_submodule(path)
+        if update.shape != matrix_shape(module) or kind_of(module) == "conv2d" or update.rank > min(update.shape):
+            raise UserError(f"{adapter.what}: '{path}' is no linear that a start of rank {update.rank} could be replayed on.")
+        weight = module.weight.detach().t() if kind_of(module) == "conv1d" else module.weight.detach()
+        one_more = min(update.rank + 1, *update.shape)
+        A, B = principal(weight, one_more, update.scale, generator=torch.Generator())
+        values = A.square().sum(1)
+        if one_more > update.rank and not values[-2] - values[-1] > 1e-5 * values[0]:
+            raise UserError(
+                f"{adapter.what}: the start cannot be replayed: the singular values {update.rank} and {one_more} of '{path}' are "
+                "equal; convert it to a plain LoRA with peft first."
+            )
+        starts |= {f"{path}.lora_A0": A[: update.rank], f"{path}.lora_B0": B[:, : update.rank].contiguous()}
+    return starts
 
 
 def _whole_modules(model: nn.Module, record: AdaptRecord) -> list[str]:
@@ -123,74 +125,3 @@ def _whole_modules(model: nn.Module, record: AdaptRecord) -> list[str]:
             odd = next(name for name in record.also_train if name.rpartition(".")[0] == path)
             raise UserError(f"export_peft: '{odd}' is trained without the rest of its module; peft saves whole modules.")
     return paths
-
-
-def _refuse(what: str, config: Mapping[str, Any]) -> None:
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{what}: peft_type {config.get('peft_type')!r}; only LORA can be read.")
-    start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower().startswith(REPLAYED):
-        raise UserError(
-            f"{what}: init_lora_weights '{start}' changed the base it was trained on; convert it to a plain LoRA with peft first."
-        )
-    for key in UNREADABLE:
-        if config.get(key):
-            raise UserError(f"{what}: '{key}' is set; that variant is not a plain LoRA and cannot be read.")
-    if config.get("bias", "none") != "none":
-        raise UserError(f"{what}: bias '{config['bias']}'; only adapters with frozen biases can be read.")
-
-
-def _load(folder: Path, what: str) -> dict[str, Tensor]:
-    legacy = folder / "adapter_model.bin"
-    if not (folder / TENSORS).exists() and legacy.exists():
-        try:
-            return torch.load(legacy, map_location="cpu", weights_only=True)
-        except Exception as error:  # a torn file makes the reader raise whatever its bytes spell
-            raise UserError(f"{what}: '{legacy}' is damaged ({type(error).__name__}).") from error
-    return read_tensors(folder / TENSORS, what)[1]
-
-
-def _sort(what: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Factor pairs by module path, and whole parameters by name."""
-    pairs: dict[str, dict[str, Tensor]] = {}
-    extras: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        if not key.startswith(PREFIX):
-            raise UserError(f"{what}: key '{key}' lacks the prefix '{PREFIX}'; the file was not written by peft.")
-        name = key[len(PREFIX):]
-        found = re.fullmatch(r"(.*)\.lora_([AB])(?:\.default)?\.weight", name)
-        if found:
-            pairs.setdefault(found[1], {})[found[2]] = value
-        elif "lora_" in name:
-            raise UserError(f"{what}: '{key}' belongs to a variant that is not a plain LoRA.")
-        else:
-            extras[name.replace(".modules_to_save.default.", ".")] = value
-    for path, pair in pairs.items():
-        if len(pair) != 2:
-            raise UserError(f"{what}: '{path}' has lora_{next(iter(pair))} but not its partner.")
-    if not pairs:
-        raise UserError(f"{what}: it holds no lora_A and lora_B.")
-    return pairs, extras
-
-
-def _site(what: str, model: nn.Module, config: Mapping[str, Any], path: str, pair: Mapping[str, Tensor]) -> Site:
-    modules = dict(model.named_modules())
-    if path not in modules or kind_of(modules[path]) is None:
-        raise UserError(f"{what}: {type(model).__name__} has no linear or convolution '{path}'.")
-    try:
-        rank = int(_pattern(config.get("rank_pattern"), path, config["r"]))
-        alpha = float(_pattern(config.get("alpha_pattern"), path, config["lora_alpha"]))
-    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
-        raise UserError(f"{what}: {CONFIG}: r, lora_alpha or their patterns cannot be read ({error}).") from error
-    shape = matrix_shape(modules[path])
-    for side, wanted in (("A", (rank, shape[1])), ("B", (shape[0], rank))):
-        saved = tuple(pair[side].flatten(1).shape)
-        if saved != wanted:
-            raise UserError(f"{what}: {path}.lora_{side}: saved {saved}, needed {wanted}.")
-    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-    return Site(path, str(kind_of(modules[path])), shape, rank, scale, (shape[0],))
-
-
-def _pattern(table: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """peft's rule: the first key whose regex matches the end of the path after a dot."""
-    return next((value for key, value in (table or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)

@@ -88,12 +88,9 @@ def load_adapter(model: nn.Module, folder: str | Path, *, on_other_base: str = "
     paths = _compared(sites, [name for name in unchanged if name in dict(model.named_parameters())])
     with stock_order(model):
         samples, own = base_samples(model, paths), fingerprint(model, paths)
-    if not _same_base(samples, description["base_samples"]):
+    if not same_base(samples, description["base_samples"]):
         made_for = f"{description['model']} (weights {description['base']})"
-        told = f"adapter '{folder}' was made for {made_for}, this is {type(model).__name__} (weights {own})"
-        if on_other_base != "warn":
-            raise UserError(f"{told}. Load the base it was trained on, or pass on_other_base='warn'.")
-        warnings.warn(told, stacklevel=2)
+        other_base(f"adapter '{folder}' was made for {made_for}, this is {type(model).__name__} (weights {own})", on_other_base)
     _check_tensors(model, folder, description, sites, tensors)
     if record is None:
         install(model, description["method"], sites, description["options"], description["also_train"])
@@ -156,7 +153,14 @@ def base_samples(model: nn.Module, paths: Iterable[str]) -> dict[str, list[float
     return samples
 
 
-def _same_base(own: Mapping[str, list[float]], saved: Mapping[str, list[float]]) -> bool:
+def other_base(told: str, on_other_base: str) -> None:
+    """What follows from another base: an error, or with "warn" a warning."""
+    if on_other_base != "warn":
+        raise UserError(f"{told}. Load the base it was trained on, or pass on_other_base='warn'.")
+    warnings.warn(told, stacklevel=3)
+
+
+def same_base(own: Mapping[str, list[float]], saved: Mapping[str, list[float]]) -> bool:
     """Equal within 1 % of each weight's largest sample: bf16 rounds by at most 0.4 % of a value."""
     for path, values in own.items():
         others = saved.get(path, [])
@@ -224,12 +228,7 @@ def _check_tensors(
     model: nn.Module, folder: Path, description: Mapping[str, Any], sites: Iterable[Site], tensors: Mapping[str, Tensor]
 ) -> None:
     """No tensor missing, none unexpected, every shape as its site says."""
-    wanted: dict[str, tuple[int, ...]] = {}
-    for site in sites:
-        wanted.update({f"{site.path}.{name}": shape for name, shape in site.tensors().items()})
-        if f"{site.path}.lora_A0" in tensors or f"{site.path}.lora_B0" in tensors:
-            wanted[f"{site.path}.lora_A0"] = wanted[f"{site.path}.lora_A"]
-            wanted[f"{site.path}.lora_B0"] = wanted[f"{site.path}.lora_B"]
+    wanted = factor_shapes(sites, tensors)
     own, modules = dict(model.named_parameters()), dict(model.named_modules())
     for path, part in description["parts"].items():
         kind = part_type(part["type"], f"adapter '{folder}'")
@@ -243,6 +242,17 @@ def _check_tensors(
         if name not in description["unchanged"]:
             wanted[name] = tuple(own[name].shape)
     check_tensors(f"adapter '{folder}'", wanted, tensors)
+
+
+def factor_shapes(sites: Iterable[Site], tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that a file must hold for these sites, kept starts among them where it has any."""
+    wanted: dict[str, tuple[int, ...]] = {}
+    for site in sites:
+        wanted.update({f"{site.path}.{name}": shape for name, shape in site.tensors().items()})
+        if f"{site.path}.lora_A0" in tensors or f"{site.path}.lora_B0" in tensors:
+            wanted[f"{site.path}.lora_A0"] = wanted[f"{site.path}.lora_A"]
+            wanted[f"{site.path}.lora_B0"] = wanted[f"{site.path}.lora_B"]
+    return wanted
 
 
 def check_tensors(what: str, wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:

@@ -78,6 +78,20 @@ def _refusal(path: str, module: nn.Module, owners: Mapping[int, list[str]], insi
     return None
 
 
+def refusals(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
+    """Why, for those of these linears and convolutions that cannot carry an update."""
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():  # a module that has two names comes once, so two owners are two modules
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(f"{path}.{name}")
+    mha = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    found = {
+        path: _refusal(path, model.get_submodule(path), owners, any(path.startswith(f"{owner}.") for owner in mha))
+        for path in paths
+    }
+    return {path: reason for path, reason in found.items() if reason}
+
+
 def find_targets(
     model: nn.Module, targets: Targets, exclude: Sequence[str] = ()
 ) -> tuple[dict[str, nn.Module], list[str]]:
@@ -87,11 +101,6 @@ def find_targets(
     named module that cannot carry an update.
     """
     candidates = {path: module for path, module in model.named_modules() if path and kind_of(module)}
-    owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules():  # a module that has two names comes once, so two owners are two modules
-        for name, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(f"{path}.{name}")
-    mha = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
     wanted = targets if targets is not None else "all-linear"
     everything = wanted == "all-linear"
     if everything:
@@ -103,19 +112,14 @@ def find_targets(
         chosen = set().union(*(_select_suffix(entry, candidates) for entry in wanted))
     check_patterns("adapt.exclude", exclude, list(candidates))
     chosen -= {path for path in chosen for pattern in exclude if matches(pattern, path)}
-    remarks = []
-    for path in sorted(chosen):
-        module = candidates[path]
-        reason = _refusal(path, module, owners, any(path.startswith(f"{owner}.") for owner in mha))
-        if reason and everything:
-            remarks.append(reason)
-            chosen.discard(path)
-        elif reason:
-            raise UserError(f"adapt.targets: {reason}.")
+    reasons = refusals(model, sorted(chosen))
+    if reasons and not everything:
+        raise UserError(f"adapt.targets: {next(iter(reasons.values()))}.")
+    chosen -= set(reasons)
     if not chosen:
         left = " after exclude" if exclude else ""
         raise UserError(f"adapt.targets: nothing to adapt for {wanted!r}{left}.{_nearest(wanted, candidates)}")
-    return {path: module for path, module in candidates.items() if path in chosen}, remarks
+    return {path: module for path, module in candidates.items() if path in chosen}, list(reasons.values())
 
 
 def matches(pattern: str, path: str) -> bool:

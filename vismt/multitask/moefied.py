@@ -64,6 +64,15 @@ def checked_fade(fade: float | Fade) -> float | Fade:
     return float(fade) if number else fade
 
 
+def refuse_routing(what: str, path: str, fade: float, where: str = "") -> None:
+    """UserError unless the router has faded."""
+    if fade != 1:
+        raise UserError(
+            f"{what}: the router of '{path}' still routes (fade {fade:.12g} of 1{where}), merged weights cannot; "
+            "train until it has faded, or accept another function with vismt.multitask.moe_lora.set_fade(model, 1.0)."
+        )
+
+
 def check_labels(labels: Tensor, hidden: int, n_experts: int) -> None:
     """Labels (H,) int64 that give each expert H / K units, or a UserError."""
     fits = labels.dtype == torch.int64 and labels.shape == (hidden,)
@@ -220,14 +229,13 @@ class MoEfiedMlp(Part):
         self.set_extra_state(value) if name == "fade" else self.labels.copy_(value)
 
     def need_idle(self, what: str, path: str) -> None:
-        if self.fade_value == 1:
-            return
         taken, total = getattr(self._fade, "taken", None), getattr(self._fade, "total_steps", None)
         where = "" if taken is None else f", step {taken} of {total}, 1 from {math.ceil((self._fade.end - 1e-9) * total)}"
-        raise UserError(
-            f"{what}: the router of '{path}' still routes (fade {self.fade_value:.12g} of 1{where}), merged weights cannot; "
-            "train until it has faded, or accept another function with vismt.multitask.moe_lora.set_fade(model, 1.0)."
-        )
+        refuse_routing(what, path, self.fade_value, where)
+
+    @classmethod
+    def need_idle_saved(cls, what: str, path: str, tensors: Mapping[str, Tensor]) -> None:
+        refuse_routing(what, path, float(tensors.get("fade", 0.0)))
 
     def extra_repr(self) -> str:
         return f"n_experts={self.n_experts}, temperature={self.temperature:g}, fade={self.fade_value:.4g}"
