@@ -92,14 +92,15 @@ class PeftAdapter:
                 raise UserError(f"{self.what}: '{PREFIX}{name}' belongs to no parameter of {type(model).__name__}.")
             if value.shape != held[name].shape:
                 raise UserError(f"{self.what}: {name}: saved {tuple(value.shape)}, needed {tuple(held[name].shape)}.")
-            if name not in wanted:  # peft saves the embeddings along when one of them is adapted
+            names = sharing.get(id(held[name]), [])
+            if wanted.isdisjoint(names):  # peft saves the embeddings along when one of them is adapted
                 if not _equal(value, held[name]):
                     raise UserError(
                         f"{self.what}: the file holds other values of '{name}', which the settings do not name; load the base it "
                         "was trained on."
                     )
                 continue
-            names = sharing[id(held[name])]
+            # Of tied weights peft trains a copy of one, which unties them.
             if any(other not in self.extras or not torch.equal(self.extras[other], value) for other in names):
                 other = next(other for other in names if other != name)
                 raise UserError(

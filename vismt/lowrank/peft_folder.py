@@ -39,18 +39,31 @@ def export_peft(model: nn.Module, folder: str | Path, *, compact: bool = False) 
     if not record.sites:
         raise UserError(f"export_peft: '{record.method}' has no low-rank factors; merge the model and save it whole.")
     saved = _whole_modules(model, record)
+    _refuse_suffixes(model, saved)
+    whole = {name for path in saved for name in _below(model, path)}
+    bias = _bias_setting(model, set(record.also_train), whole)
     with stock_order(model):
-        payload, ranks = _plain_lora(model, saved, compact)
+        payload, ranks = _plain_lora(model, compact)
+        for name in whole | set(record.also_train):
+            path, _, leaf = name.rpartition(".")
+            adapted = f"{path}.base_layer.{leaf}" if path in ranks else name
+            payload[f"{PREFIX}{adapted}"] = model.get_parameter(name)
+        payload = {name: value.detach().cpu().contiguous().clone() for name, value in payload.items()}
     common = max(ranks.values())
-    pattern = {re.escape(path): rank for path, rank in ranks.items() if rank != common}
-    causal = type(model).__name__.endswith("ForCausalLM")
+    paths = [path for path, module in model.named_modules() if path and (path in ranks or kind_of(module))]
+    # peft takes a path for a suffix, too: where another module ends so, the start is said.
+    anchored = {path: any(other.endswith(f".{path}") for other in paths) for path in ranks}
+    pattern = {("^" if anchored[path] else "") + re.escape(path): rank for path, rank in ranks.items() if rank != common}
+    targets = "|".join(re.escape(path) for path in sorted(ranks)) if any(anchored.values()) else sorted(ranks)
+    generates = getattr(model, "can_generate", None)
+    causal = callable(generates) and generates() and not model.config.is_encoder_decoder
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM" if causal else None, "inference_mode": True,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "r": common, "lora_alpha": common, "rank_pattern": pattern, "alpha_pattern": dict(pattern),
-        "target_modules": sorted(ranks), "modules_to_save": saved or None, "bias": "none", "lora_dropout": 0.0,
-        "fan_in_fan_out": any(site.kind == "conv1d" for site in record.sites), "init_lora_weights": True,
-        "use_rslora": False, "use_dora": False,
+        "target_modules": targets, "modules_to_save": saved or None, "bias": bias,
+        "lora_dropout": 0.0, "fan_in_fan_out": any(site.kind == "conv1d" for site in record.sites),
+        "init_lora_weights": True, "use_rslora": False, "use_dora": False,
     }
     if not causal:
         config["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
@@ -60,8 +73,8 @@ def export_peft(model: nn.Module, folder: str | Path, *, compact: bool = False) 
     return folder
 
 
-def _plain_lora(model: nn.Module, whole: list[str], compact: bool) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Copies of all tensors under peft's keys, whole modules among them, and the rank at each path."""
+def _plain_lora(model: nn.Module, compact: bool) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The factors under peft's keys, and the rank at each path."""
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for path, host in adapted_modules(model).items():
@@ -73,9 +86,7 @@ def _plain_lora(model: nn.Module, whole: list[str], compact: bool) -> tuple[dict
             A, B = A.view(-1, *host.weight.shape[1:]), B[:, :, None, None]
         tensors[f"{PREFIX}{path}.lora_A.weight"], tensors[f"{PREFIX}{path}.lora_B.weight"] = A, B
         ranks[path] = update.rank
-    for path in whole:
-        tensors.update({f"{PREFIX}{path}.{name}": value for name, value in model.get_submodule(path).named_parameters()})
-    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, ranks
+    return tensors, ranks
 
 
 def import_peft(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -117,11 +128,49 @@ def _replayed(model: nn.Module, adapter: PeftAdapter) -> dict[str, Tensor]:
 
 
 def _whole_modules(model: nn.Module, record: AdaptRecord) -> list[str]:
-    """Paths of the modules whose every parameter is trained along; peft cannot save less than a module."""
-    paths = sorted({name.rpartition(".")[0] for name in record.also_train})
-    for path in paths:
-        own = {f"{path}.{name}" if path else name for name, _ in model.get_submodule(path).named_parameters()}
-        if not path or not own <= set(record.also_train):
-            odd = next(name for name in record.also_train if name.rpartition(".")[0] == path)
-            raise UserError(f"export_peft: '{odd}' is trained without the rest of its module; peft saves whole modules.")
-    return paths
+    """Modules whose every parameter is trained along, none inside another; of a tied weight all modules that hold it."""
+    trained = {id(model.get_parameter(name)) for name in record.also_train}
+    found: list[str] = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        own = bool(module._parameters) and not path.startswith(tuple(f"{outer}." for outer in found))
+        if path and own and all(id(parameter) in trained for parameter in module.parameters()):
+            found.append(path)
+    return sorted(found)
+
+
+def _refuse_suffixes(model: nn.Module, saved: list[str]) -> None:
+    """peft takes the names of whole modules for endings of paths, and adapts nothing there."""
+    for path in adapted_modules(model):
+        for name in saved:
+            inside = any(f"{path}.".startswith(f"{own}.") for own in _ending(model, name))
+            if inside or re.match(rf"(^|.*\.){name}($|\..*)", path):
+                raise UserError(
+                    f"export_peft: peft cannot save '{name}' whole and adapt '{path}', whose path it takes for the same; merge "
+                    "the model and save it whole."
+                )
+
+
+def _ending(model: nn.Module, name: str) -> list[str]:
+    return [path for path, _ in model.named_modules(remove_duplicate=False) if path.endswith(name)]
+
+
+def _below(model: nn.Module, name: str) -> set[str]:
+    """Names of the parameters of all modules whose path ends so: peft saves them all."""
+    paths = [path for path in _ending(model, name) if path]
+    return {f"{path}.{key}" for path in paths for key, _ in model.get_submodule(path).named_parameters()}
+
+
+def _bias_setting(model: nn.Module, trained: set[str], whole: set[str]) -> str:
+    """peft's setting that saves what is trained beside whole modules; UserError where there is none."""
+    rest = trained - whole
+    if not rest:
+        return "none"
+    adapted = {f"{path}.bias" for path, host in adapted_modules(model).items() if host.bias is not None}
+    everywhere = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
+    for name, biases in (("lora_only", adapted), ("all", everywhere)):
+        if rest <= biases <= trained:
+            return name
+    raise UserError(
+        f"export_peft: '{min(rest)}' is trained without the rest of its module; peft saves whole modules, or all biases of the "
+        "model or of what is adapted."
+    )
