@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("run", type=Path)
     made.add_argument("--format", default="timm", help="timm, transformers or peft (timm)")
     made.add_argument("--to", type=Path, default=None, help="target folder (RUN/export-FORMAT)")
-    made.add_argument("--expert", help="of a pool: one expert's label (or average, for timm); of several arms: arm or arm:seed")
+    made.add_argument("--expert", help="of a pool: one expert's label, or average; of several arms: arm or arm:seed")
     made = add("data", _data, "list the data cards, check a set's counts and hashes, or fetch it")
     made.add_argument("action", choices=("list", "check", "prepare"))
     made.add_argument("name", nargs="*", help="card names or paths")

@@ -148,8 +148,12 @@ class FewShotJob:
         write_lines(self.folder / masking.LINES, lines)
 
     def adapted(self, expert: str | None = None) -> nn.Module:
-        """The timm model with the run's adapter, or with that of a pool's expert."""
-        return load_adapter(self._backbone().vit, self._models.adapter(expert))
+        """The timm model with the run's adapter; of a pool, with one expert's or their "average"."""
+        stock = self._backbone().vit
+        if expert == "average" and self.config.pool is not None:
+            pool = self._models.pool()
+            return pool.mixture(pool.uniform()).put_on(stock)
+        return load_adapter(stock, self._models.adapter(expert))
 
     def merged(self, expert: str | None = None) -> nn.Module:
         """The stock timm model with the adapter folded in; of a pool, with one expert or the "average"."""

@@ -123,11 +123,14 @@ class Run:
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         atomic_write(target / "model.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
         about = {"architecture": self.config.model.name, "img_size": self.config.model.img_size, "merged_from": self.folder.name}
-        about |= self.job.about()
+        about |= {"num_classes": model.num_classes, **self.job.about()}
         known = getattr(model, "pretrained_cfg", None)
-        if known:
+        if known:  # what timm needs to build the model of the folder alone ("local-dir:...")
+            size = list(model.patch_embed.img_size)
             about["architecture"] = known.get("architecture", about["architecture"])
+            about["model_args"] = {"img_size": size, "global_pool": model.global_pool}
             about["pretrained_cfg"] = {name: known[name] for name in ("mean", "std", "interpolation") if name in known}
+            about["pretrained_cfg"]["input_size"] = [3, *size]
         atomic_write(target / "config.json", json.dumps(about, indent=1))
         return self._write_beside(target, expert)
 

@@ -64,9 +64,14 @@ def combine(
     return _sum(adapters, weights, method, rank)
 
 
-def _sum(updates: Sequence[LowRank], weights: Sequence[float], method: str, rank: int | None) -> LowRank:
+def _sum(
+    updates: Sequence[LowRank], weights: Sequence[float], method: str, rank: int | None, *, wide: bool = False
+) -> LowRank:
+    """wide: factors in half precision become fp32 where they are summed, as hosts and files hold them."""
     if len(updates) == 1 and weights[0] == 1.0 and rank is None:
         return updates[0]
+    if wide:
+        updates = [update.to(dtype=torch.promote_types(update.L.dtype, torch.float32)) for update in updates]
     stacked = _concatenate(updates, weights)
     if method == "cat":
         return stacked
@@ -91,7 +96,7 @@ def _of_models(adapters: Sequence[Updates], weights: Sequence[float], method: st
     for path, own in held.items():
         _check_shapes(own, f"'{path}': ")
         least = None if rank is None else min(rank, totals[path])
-        made[path] = _sum(list(own.values()), [weights[j] for j in own], method, least)
+        made[path] = _sum(list(own.values()), [weights[j] for j in own], method, least, wide=True)
     peft = tuple(one for adapter in adapters for one in adapter.peft)
     return Updates(made, also_train, base, peft, "combined adapters" if len(adapters) > 1 else adapters[0].name)
 

@@ -193,7 +193,7 @@ def _sort(what: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str,
     """Factor pairs by module path, and whole parameters by name."""
     pairs: dict[str, dict[str, Tensor]] = {}
     extras: dict[str, Tensor] = {}
-    for key, value in tensors.items():
+    for key, value in sorted(tensors.items()):
         if not key.startswith(PREFIX):
             raise UserError(f"{what}: key '{key}' lacks the prefix '{PREFIX}'; the file was not written by peft.")
         name = key[len(PREFIX):]

@@ -57,10 +57,7 @@ class Updates:
         The factors are held in the weight's dtype, fp32 where that is bf16 or fp16. on_other_base: see `load_adapter`.
         Raises UserError, and leaves the model as it is, where a path, a shape or the base is not that of the model.
         """
-        samples = base_samples(model, [path for path in self.base if path in dict(model.named_modules())])
-        if not same_base(samples, self.base):
-            other_base(f"{self.name}: made for other weights than those of this {type(model).__name__}", on_other_base)
-        return put_on(model, self)
+        return put_on(model, self, on_other_base=on_other_base)
 
 
 def of_peft(adapter: PeftAdapter) -> Updates:
@@ -68,8 +65,10 @@ def of_peft(adapter: PeftAdapter) -> Updates:
     return Updates(adapter.low_rank, adapter.extras, peft=(adapter,), name=adapter.what)
 
 
-def put_on(model: nn.Module, updates: Updates, options: Mapping[str, Any] | None = None) -> nn.Module:
-    """`Updates.put_on` without a look at the base; options: those of the record."""
+def put_on(
+    model: nn.Module, updates: Updates, options: Mapping[str, Any] | None = None, *, on_other_base: str = "error"
+) -> nn.Module:
+    """`Updates.put_on`; options: those of the record."""
     what, sites, tensors = updates.name, [], {}
     refuse_adapted(model, what)
     also_train = updates.also_train
@@ -94,6 +93,9 @@ def put_on(model: nn.Module, updates: Updates, options: Mapping[str, Any] | None
             raise UserError(f"{what}: {type(model).__name__} has no parameter '{name}'.")
         if value.shape != parameters[name].shape:
             raise UserError(f"{what}: {name}: saved {tuple(value.shape)}, needed {tuple(parameters[name].shape)}.")
+    samples = base_samples(model, [path for path in updates.base if path in modules])
+    if not same_base(samples, updates.base):
+        other_base(f"{what}: made for other weights than those of this {type(model).__name__}", on_other_base)
     install(model, "lora", sites, dict(options or {}), list(also_train))
     fill(model, {**tensors, **also_train})
     return model

@@ -27,7 +27,8 @@ from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files import atomic_write, read_json
 from vismt.lowrank.inject import adapted_modules, record_of, unadapt
 from vismt.lowrank.sites import Site
-from vismt.lowrank.store import DESCRIPTION, load_adapter
+from vismt.lowrank.store import DESCRIPTION, base_samples, load_adapter
+from vismt.lowrank.updates import Updates
 
 INDEX, FORMAT = "pool.json", 1
 
@@ -76,21 +77,37 @@ class ExpertPool(nn.Module):
 
         Raises UserError for another length and for weights that do not sum to one.
         """
-        if tuple(zeta.shape) != (len(self),) or not abs(float(zeta.sum()) - 1) < 1e-4:
-            raise UserError(f"pool: mixture {zeta.tolist()} for {len(self)} experts: give one weight each, with sum 1.")
-        gates = torch.cat([zeta, -zeta.sum()[None]]) if self.has_start else zeta
-        banks, made = iter(self.banks), {}
+        gates, banks, made = self._gates(zeta), iter(self.banks), {}
         for site in self.sites:
             weight = self.backbone.vit.get_submodule(site.path).weight.detach()
             rows = [next(banks).merged(part, gates) for part in weight.flatten(1).split(site.blocks, 0)]
             made[f"vit.{site.path}.weight"] = torch.cat(rows).view(weight.shape) if len(rows) > 1 else rows[0].view(weight.shape)
         return made
 
+    def mixture(self, zeta: Tensor) -> Updates:
+        """The mixture `zeta` (P,) as updates of low rank, (P + 1) r with a start: to be put on the stock model and exported.
+
+        Experts of weight zero are left out. Raises UserError as `weights` does; a trimmed weight is no such mixture.
+        """
+        gates, banks, found = self._gates(zeta), iter(self.banks), {}
+        for site in self.sites:
+            parts = [next(banks).delta(gates) for _ in site.blocks]
+            kept = parts[0].core != 0  # the same in every block
+            left = torch.block_diag(*(part.L[:, kept] * part.core[kept] for part in parts))
+            found[site.path] = LowRank(left.cpu(), torch.cat([part.R[kept] for part in parts]).cpu(), scale=parts[0].scale)
+        return Updates(found, base=base_samples(self.backbone.vit, found), name="pool")
+
     def expert_weights(self, index: int) -> dict[str, Tensor]:
         """Expert `index` alone. Kept once made: every task scores every expert, and a copy costs one backbone."""
         if index not in self._merged:
             self._merged[index] = self.weights(torch.eye(len(self), device=self._device())[index])
         return self._merged[index]
+
+    def _gates(self, zeta: Tensor) -> Tensor:
+        """One for each entry of the banks: the mixture, and what takes the start out."""
+        if tuple(zeta.shape) != (len(self),) or not abs(float(zeta.sum()) - 1) < 1e-4:
+            raise UserError(f"pool: mixture {zeta.tolist()} for {len(self)} experts: give one weight each, with sum 1.")
+        return torch.cat([zeta, -zeta.sum()[None]]) if self.has_start else zeta
 
     def uniform(self) -> Tensor:
         """1/P for every expert."""
