@@ -10,6 +10,8 @@ import safetensors.torch
 import torch
 import yaml
 
+import vismt
+from vismt.backbones.vit import create
 from vismt.cli import main
 from vismt.engine.log import read_lines
 
@@ -81,6 +83,10 @@ def test_one_expert_or_the_average_can_be_merged_and_exported(pool_run: Path, tm
     torch.testing.assert_close(found["average"][key], (found["0.5"][key] + found["4"][key]) / 2)
     assert main(["export", str(pool_run), "--format", "peft", "--expert", "4", "--to", str(tmp_path / "peft"), "--quiet"]) == 0
     assert (tmp_path / "peft" / "adapter_config.json").exists()
+    average = ["export", str(pool_run), "--format", "peft", "--expert", "average", "--to", str(tmp_path / "mixed"), "--quiet"]
+    assert main(average) == 0
+    model = vismt.merge(vismt.import_peft(create("test_vit", 32, False).vit, tmp_path / "mixed"))
+    assert all(torch.allclose(value, found["average"][name], atol=1e-6) for name, value in model.state_dict().items())
 
 
 def test_experts_of_separate_runs_make_the_same_pool(pool_run: Path, tmp_path: Path, capsys) -> None:

@@ -132,7 +132,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "all-linear": (lambda c, t: c.update(target_modules="all-linear"), r"the settings name 'model\.layers\.0\.mlp\.down_proj'"),
     "layers": (lambda c, t: c.update(layers_to_transform=[0]), r"layers\.1\.mlp\.up_proj', which the settings do not name"),
     "excluded": (lambda c, t: c.update(exclude_modules=["up_proj"]), r"up_proj', which the settings do not name"),
-    "saved whole": (lambda c, t: c.update(modules_to_save=["lm_head"]), r"'lm_head\.weight' is missing, .*_to_save \['lm_head'\]"),
+    "saved whole": (lambda c, t: c.update(modules_to_save=["lm_head"]), r"'lm_head\.weight' is missing, .*_save \['lm_head'\]"),
     "not saved whole": (
         lambda c, t: t.update({"base_model.model.lm_head.weight": torch.zeros(40, 32)}),
         r"the file holds other values of 'lm_head\.weight', which the settings do not name",
@@ -141,7 +141,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "no prefix": (lambda c, t: t.update({"model.x.lora_A.weight": torch.zeros(2, 2)}), "lacks the prefix"),
     "wrong r": (lambda c, t: c.update(r=4), r"lora_A: saved \(2, 32\), needed \(4, 32\)"),
     "wrong pattern": (lambda c, t: c.update(rank_pattern={"q_proj": 3}), r"q_proj\.lora_A: saved \(2, 32\), needed \(3, 32\)"),
-    "wrong shape": (lambda c, t: t.update({Q.format("A"): torch.zeros(2, 30)}), r"q_proj'.*\(32, 30\) weight, here it is \(32, 32"),
+    "wrong shape": (lambda c, t: t.update({Q.format("A"): torch.zeros(2, 30)}), r"q_proj'.*\(32, 30\) weight, here it is"),
     "r zero": (lambda c, t: c.update(r=0), "cannot be read"),
     "no targets": (lambda c, t: c.update(target_modules=None), "name no module"),
     "bad regex": (lambda c, t: c.update(target_modules="(q_proj"), "what names the modules cannot be read"),

@@ -22,6 +22,7 @@ from vismt.engine.multitask_evaluation import Evaluation
 from vismt.engine.multitask_models import PixelNet
 from vismt.engine.router_maps import ROUTERS
 from vismt.engine.study import StudyJob
+from vismt.lowrank.inject import train_along
 from vismt.multitask.retain import QualityRetaining
 from vismt.multitask.union import UnionObjective
 
@@ -92,6 +93,12 @@ class MultitaskJob(StudyJob):
             for arm in arm_names(self.config):
                 multitask_panels.routers(self.evaluation, arm, self.folder / ROUTERS / f"{arm}.npz")
         return rows
+
+    def adapted(self, expert: str | None = None) -> nn.Module:
+        """The stock model of one arm with its adapter; its head counts as trained along, which goes into what is exported."""
+        model = super().adapted(expert)
+        train_along(model, [f"head.{name}" for name, _ in model.head.named_parameters()])
+        return model
 
     def about(self) -> dict[str, Any]:
         """What config.json beside merged weights says of the classes, in timm's terms."""

@@ -173,6 +173,11 @@ def also_trained(model: nn.Module, patterns: Sequence[str], adapted: Sequence[st
     return names
 
 
+def train_along(model: nn.Module, names: Sequence[str]) -> None:
+    """Note parameters of an adapted model as trained along, so that they are saved and exported; undoing leaves them."""
+    need_record(model, "train_along").also_train.update({name: model.get_parameter(name).detach().clone() for name in names})
+
+
 def site_generator(seed: int, path: str) -> torch.Generator:
     """A CPU generator that depends on (seed, path) alone, so the start of a module does not depend on the others."""
     digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()

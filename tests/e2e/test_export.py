@@ -1,0 +1,69 @@
+"""What a run exports answers as the run does: each method, as a timm folder and as an adapter of peft; the head goes along."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+
+from vismt.cli import main
+from vismt.engine.run import Run, open_run
+from vismt.errors import UserError
+
+pytest.importorskip("sklearn")
+pytest.importorskip("skimage")
+peft = pytest.importorskip("peft")
+
+FADED = {"start": 0.0, "end": 0.5}
+ARMS = {
+    "rslora": {"adapt.alpha": 5.0, "adapt.options": {"rslora": True}}, "pissa": {"adapt.method": "pissa"},
+    "polar": {"adapt.method": "polar", "adapt.options": {"split_qkv": True}},
+    "s2ft": {"adapt.method": "s2ft", "adapt.options": {"ratio": 0.1}}, "lisa": {"adapt.method": "lisa"},
+    "emtal": {"adapt.method": "moe_lora", "adapt.options": {"n_experts": 4, "cluster": False}, "fade": FADED},
+    "routed": {"adapt.method": "moe_lora", "adapt.options": {"n_experts": 4, "cluster": False}},
+    "head": {"adapt": None},
+}
+NO_FACTORS = {"lisa": "'lisa' has no low-rank factors", "routed": "still routes", "head": "has no adapter"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    folder = tmp_path_factory.mktemp("export")
+    (folder / "arms.yaml").write_text(yaml.safe_dump({
+        "task": "multitask", "model": {"name": "test_vit", "img_size": 32, "pretrained": False},
+        "adapt": {"method": "lora", "rank": 2}, "arms": ARMS,
+        "tasks": [{"name": "digits", "train": ["digits"], "test_share": 0.05, "limit": 40}],
+        "batch": 16, "train": {"steps": 3, "lr": 1.0e-2},
+    }, sort_keys=False))
+    assert main(["train", str(folder / "arms.yaml"), "--out", str(folder / "runs"), "--quiet"]) == 0
+    return open_run(next((folder / "runs").iterdir()))
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_exports_answer_as_the_run(run: Run, arm: str, tmp_path: Path) -> None:
+    net, images = run.job.net(arm), run.job.data.part(0, "test")[torch.arange(8)]
+    with torch.no_grad():
+        wanted, x = net(images), net.backbone.normalise(images)
+        stock = run.job.fresh(run.job.config).stock.eval()
+        assert not torch.allclose(stock(x), wanted, atol=1e-4)
+    for form in ("timm", "peft"):
+        if arm == "routed" or (form == "peft" and arm in NO_FACTORS):
+            with pytest.raises(UserError, match=NO_FACTORS[arm]):
+                run.export(form, tmp_path / form, arm)
+            assert not (tmp_path / form).exists()
+            continue
+        run.export(form, tmp_path / form, arm)
+        if form == "timm":
+            model = timm.create_model(f"local-dir:{tmp_path / form}", pretrained=True).eval()
+        else:
+            assert json.loads((tmp_path / form / "adapter_config.json").read_text())["modules_to_save"] == ["head"]
+            other = timm.create_model("test_vit", img_size=32, num_classes=model.num_classes)
+            base = {key: value for key, value in stock.state_dict().items() if not key.startswith("head.")}
+            other.load_state_dict(base, strict=False)  # the head is the adapter's
+            model = peft.PeftModel.from_pretrained(other, str(tmp_path / form)).eval()
+        with torch.no_grad():
+            assert torch.allclose(model(x), wanted, atol=1e-5), form
