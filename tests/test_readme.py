@@ -47,6 +47,24 @@ def test_timm_example(tmp_path, monkeypatch, capsys) -> None:
     assert type(names["model"].blocks[0].attn.qkv) is torch.nn.Linear
 
 
+def test_combining_example(tmp_path, monkeypatch) -> None:
+    import timm
+
+    monkeypatch.chdir(tmp_path)
+    stocks = [tiny_vit() for _ in range(6)]
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: stocks.pop())
+    names: dict = {"shake": shake}
+    exec(block("import combine").replace("    ...  ", "    shake(model)  "), names)
+    model = names["model"]
+    assert (tmp_path / "both" / "adapter_config.json").exists() and model.vismt_record.method == "lora"
+    one, two, stock = stocks
+    one, two = (vismt.merge(vismt.load_adapter(m, name)).state_dict() for m, name in ((one, "flowers"), (two, "birds")))
+    for key, value in vismt.merge(model).state_dict().items():
+        base = stock.state_dict()[key]
+        assert torch.allclose(value, base + 0.7 * (one[key] - base) + 0.3 * (two[key] - base), atol=1e-5)
+    assert not torch.equal(model(images()), stock(images()))
+
+
 def test_transformers_example(tmp_path, monkeypatch) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
