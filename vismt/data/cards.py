@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from vismt.data.interaction_kind import InteractionsSource, check_interactions
 from vismt.data.kinds import (
     CAMERA,
     DENSE,
@@ -21,6 +22,7 @@ from vismt.data.kinds import (
     KINDS,
     LIST_SPLITS,
     META_SPLITS,
+    TEXTS,
     DenseSource,
     FilelistSource,
     FolderSource,
@@ -74,7 +76,7 @@ class Card:
 
     @property
     def textual(self) -> bool:
-        return all(isinstance(source, TextSource) for source in self.sources)
+        return all(isinstance(source, TEXTS) for source in self.sources)
 
     @property
     def splits(self) -> list[str]:
@@ -128,6 +130,8 @@ def _source(raw: object, shown: str) -> Source:
         _check_table(source, shown)
     if isinstance(source, TextSource):
         check_texts(source, shown)
+    if isinstance(source, InteractionsSource):
+        check_interactions(source, shown)
     if isinstance(source, LabelListSource):
         strange = next((name for name in source.splits if name not in LIST_SPLITS), None)
         if strange is not None:

@@ -14,6 +14,7 @@ from vismt.data import (
     embedded,
     filelist,
     folder,
+    interactions,
     lists,
     meta_dataset,
     stereo,
@@ -25,11 +26,13 @@ from vismt.data.cards import Card, list_cards, load_card
 from vismt.data.images import load_source
 from vismt.data.kinds import (
     DENSE,
+    TEXTS,
     ArraysSource,
     DenseSource,
     DigitsSource,
     FilelistSource,
     FolderSource,
+    InteractionsSource,
     LabelListSource,
     MetaDatasetSource,
     PhotoCropsSource,
@@ -122,6 +125,8 @@ def source_files(source: Source, base: Path) -> Files:
         return lists.files(source, base)
     if isinstance(source, TextSource):
         return texts.files(source, base)
+    if isinstance(source, InteractionsSource):
+        return interactions.files(source, base)
     if isinstance(source, StereoTilesSource):
         return stereo.files(source, base)
     return dense_files.files(source, base) if isinstance(source, DenseSource) else {}
@@ -164,7 +169,7 @@ def _opened(card: Card, source: Source, base: Path, split: str) -> dense.DenseSe
     """A split of the copy, by the door of its kind."""
     if isinstance(source, DENSE):
         return dense.open_dense(card, split, root=base)
-    return texts.load(card, source, base, split) if isinstance(source, TextSource) else load_source(card, source, base, split)
+    return texts.load(card, source, base, split) if isinstance(source, TEXTS) else load_source(card, source, base, split)
 
 
 def check_source(card: Card, source: Source, base: Path) -> CheckReport:

@@ -16,6 +16,7 @@ from vismt.data import arrays, embedded, filelist, folder, lists, meta_dataset, 
 from vismt.data.cards import Card, load_card
 from vismt.data.kinds import (
     DENSE,
+    TEXTS,
     ArraysSource,
     DigitsSource,
     FilelistSource,
@@ -25,7 +26,6 @@ from vismt.data.kinds import (
     PhotoCropsSource,
     Source,
     TableSource,
-    TextSource,
     TorchvisionSource,
 )
 from vismt.data.sources import Loaded, candidates, not_found, place, shown_path
@@ -170,7 +170,7 @@ def open_images(
         raise UserError(f"{card.shown}: is a {'dense' if card.dense else 'text'} set; open it with {DOORS[card.dense]}.")
     if split != "all" and split not in card.splits:
         raise UserError(f"{card.shown}: no split '{split}'.{near(split, dict.fromkeys([*card.splits, 'all']))}")
-    usable = [s for s in card.sources if not isinstance(s, (*DENSE, TextSource)) and (split == "all" or split in s.splits)]
+    usable = [s for s in card.sources if not isinstance(s, (*DENSE, *TEXTS)) and (split == "all" or split in s.splits)]
     found = next(((s, base) for s in usable if (base := place(card, s, root)) is not None), None)
     if found is None and download:
         doors = [s for s in usable if isinstance(s, TorchvisionSource)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from vismt.data.interaction_kind import InteractionsSource
 from vismt.data.text_kind import TextSource
 
 META_SPLITS = ("train", "valid", "test")
@@ -213,17 +214,19 @@ class LabelListSource:
 Source = (
     FolderSource | ArraysSource | DigitsSource | PhotoCropsSource | TorchvisionSource | DenseSource
     | StereoTilesSource | MetaDatasetSource | TableSource | FilelistSource | LabelListSource | TextSource
+    | InteractionsSource
 )  # fmt: skip
-DENSE = (DenseSource, StereoTilesSource)  # what open_dense opens; open_texts opens TextSource, open_images the others
+DENSE = (DenseSource, StereoTilesSource)  # what open_dense opens
+TEXTS = (TextSource, InteractionsSource)  # what open_texts opens; open_images opens the others
 KINDS: dict[str, type] = {
     cls.kind: cls
     for cls in (
         FolderSource, ArraysSource, DigitsSource, PhotoCropsSource, TorchvisionSource, DenseSource,
-        StereoTilesSource, MetaDatasetSource, TableSource, FilelistSource, LabelListSource, TextSource,
+        StereoTilesSource, MetaDatasetSource, TableSource, FilelistSource, LabelListSource, TextSource, InteractionsSource,
     )
 }  # fmt: skip
 
 
 def counted(source: Source) -> str:
     """What the numbers of a source's splits count."""
-    return "rows" if isinstance(source, TextSource) else "images"
+    return "rows" if isinstance(source, TEXTS) else "images"

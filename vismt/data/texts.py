@@ -7,47 +7,24 @@ which a csv reader swallows lines.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vismt.data import interactions
 from vismt.data.cards import Card, load_card
+from vismt.data.interaction_kind import InteractionsSource
+from vismt.data.kinds import TEXTS, Source
 from vismt.data.manifest import digest
 from vismt.data.sources import fix, not_found, place, shown_path, verify_counts
 from vismt.data.text_kind import TextSource
+from vismt.data.text_set import TextSet, read_text
 from vismt.errors import UserError, near
 
+__all__ = ["TextSet", "open_texts"]
+
 LINE_ENDS = re.compile("\r\n|\r|\n")
-
-
-@dataclass
-class TextSet:
-    """One split. rows: fields by name, texts or what the JSON holds; ids: "split:number" in the file's order.
-
-    `content()` tells the rows from any others; `where` says where the copy lies.
-    """
-
-    name: str
-    split: str
-    rows: list[dict[str, Any]]
-    ids: list[str]
-    content: Callable[[], str]
-    where: str = ""
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def take(self, chosen: Sequence[int]) -> TextSet:
-        """The rows `chosen` as a set of their own."""
-        kept = [int(i) for i in chosen]
-        told = hashlib.sha256(repr(kept).encode()).hexdigest()
-        return replace(
-            self, rows=[self.rows[i] for i in kept], ids=[self.ids[i] for i in kept], content=lambda: f"{self.content()}:{told}"
-        )
 
 
 def open_texts(card: Card | str | Path, split: str = "all", *, root: Path | None = None) -> TextSet:
@@ -58,12 +35,12 @@ def open_texts(card: Card | str | Path, split: str = "all", *, root: Path | None
     """
     card = card if isinstance(card, Card) else load_card(card)
     if not card.textual:
-        raise UserError(f"{card.shown}: is no set of texts; name a card of kind text.")
+        raise UserError(f"{card.shown}: is no set of texts; name a card of kind text or interactions.")
     if split != "all" and split not in card.splits:
         raise UserError(f"{card.shown}: no split '{split}'.{near(split, dict.fromkeys([*card.splits, 'all']))}")
     for source in card.sources:
         base = place(card, source, root)
-        if base is not None and isinstance(source, TextSource) and (split == "all" or split in source.splits):
+        if base is not None and isinstance(source, TEXTS) and (split == "all" or split in source.splits):
             return load(card, source, base, split)
     raise not_found(card, split, root)
 
@@ -73,8 +50,10 @@ def files(source: TextSource, base: Path) -> dict[str, list[tuple[str, Path]]]:
     return {name: [(name, base / name)] if (base / name).is_file() else [] for name in dict.fromkeys(source.files.values())}
 
 
-def load(card: Card, source: TextSource, base: Path, split: str) -> TextSet:
-    """The rows of `split` in the copy in the folder `base`."""
+def load(card: Card, source: Source, base: Path, split: str) -> TextSet:
+    """The rows of `split` in the copy in the folder `base`, by the reader of its kind."""
+    if isinstance(source, InteractionsSource):
+        return interactions.load(card, source, base, split)
     names = list(source.splits) if split == "all" else [split]
     parts = {name: _read(card, source, base / source.files[name]) for name in names}
     verify_counts(card, source, base, {name: len(rows) for name, rows in parts.items()}, {})
@@ -89,12 +68,7 @@ def load(card: Card, source: TextSource, base: Path, split: str) -> TextSet:
 
 def _read(card: Card, source: TextSource, path: Path) -> list[dict[str, Any]]:
     shown = shown_path(path)
-    try:
-        text = path.read_bytes().decode(source.encoding).removeprefix("\ufeff")
-    except FileNotFoundError as error:
-        raise UserError(f"{card.shown}: missing file '{shown}'. {fix(card)}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{card.shown}: '{shown}' cannot be read: {error}. {fix(card)}") from error
+    text = read_text(card, path, source.encoding)
     if source.form == "documents":
         starts = [found.start() for found in re.finditer(source.starts or "", text)]
         if not starts or text[: starts[0]].strip():
