@@ -95,7 +95,8 @@ def compare(rows: Sequence[Row], folder: Path) -> list[Comparison]:
 
 def is_share(metric: str) -> bool:
     """Whether values of this metric are shares in [0, 1], which are shown in per cent."""
-    return metric.lower().endswith(("accuracy", "ratio", "iou", "error rate", "odsf", "maxf", "ece-15"))
+    plain = metric.lower().removesuffix(" by substring")
+    return plain.endswith(("ratio@1", "accuracy", "ratio", "iou", "error rate", "odsf", "maxf", "ece-15"))
 
 
 def _fault(row: Row, config_hash: str) -> str | None:

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from vismt.config import AdaptConfig
 from vismt.engine import lm_models, runtime
 from vismt.engine.arms import Unit, arm_config, arm_names, named_unit
-from vismt.engine.lm_config import LmConfig, check
+from vismt.engine.lm_config import LmConfig, check, recommends
 from vismt.engine.lm_data import ItemBatches, LmData
 from vismt.engine.lm_evaluation import Evaluation
 from vismt.engine.lm_models import LmModels
+from vismt.engine.lm_recommender import Recommender
 from vismt.engine.study import StudyJob
 from vismt.errors import UserError
 from vismt.llm.covariance import collect_covariance
+from vismt.llm.hybrid import Hybrid
 from vismt.llm.net import LmNet, blocks
 from vismt.llm.tasks.alternating import AlternatingObjective
 from vismt.llm.tasks.base import LmObjective
@@ -39,7 +41,7 @@ class LmJob(StudyJob):
     @cached_property
     def models(self) -> LmModels:
         """The LM that all nets of this run are made of."""
-        return LmModels(self.config)
+        return LmModels(self.config, lambda: self.recommender)
 
     @cached_property
     def data(self) -> LmData:
@@ -47,9 +49,15 @@ class LmJob(StudyJob):
         return LmData(self.config, self.models.tokenizer)
 
     @cached_property
+    def recommender(self) -> Recommender:
+        """What all arms of a recommendation share."""
+        return Recommender(self.config, self.folder, self.hash, self.data)
+
+    @cached_property
     def evaluation(self) -> Evaluation:
         """The evaluation of this folder's trainings."""
-        return Evaluation(self.config, self.folder, self.hash, self.data, self.models)
+        recommender = self.recommender if recommends(self.config) else None
+        return Evaluation(self.config, self.folder, self.hash, self.data, self.models, recommender)
 
     def check_data(self) -> None:
         parts = {self.config.evaluate.split}
@@ -61,13 +69,13 @@ class LmJob(StudyJob):
         for arm in arm_names(self.config):
             config = arm_config(self.config, arm)
             self.fresh(config)
-            ItemBatches(self.data.training(), config.batch, seed=config.seed)
+            self.batches(config)
 
     def fresh(self, config: LmConfig) -> LmNet:
         return self.models.fresh(config, self.data)
 
     def heads(self, net: LmNet) -> nn.Module:
-        return net.head
+        return net.head.projector if isinstance(net.head, Hybrid) else net.head
 
     def prepare(self, net: LmNet, config: LmConfig) -> str:
         """Adapt the LM from model.first_block on; the name of the method."""
@@ -84,14 +92,17 @@ class LmJob(StudyJob):
         return method
 
     def _options(self, net: LmNet, adapt: AdaptConfig, known: Sequence[str]) -> dict[str, Any]:
-        """The method's options, the blocks below the first left out where it can leave something out."""
+        """The method's options, with the width of users, and the blocks below the first left out, where it takes them."""
+        options = adapt.options
+        if isinstance(net.head, Hybrid) and "user_width" in known:
+            options = {"user_width": net.head.recommender.width, **options}
         if not net.first or "exclude" not in known:
-            return adapt.options
+            return options
         row = blocks(net.lm)
         path = next(name for name, module in net.lm.named_modules() if module is row)
         below = rf"{re.escape(path)}\.(?:{'|'.join(str(number) for number in range(net.first))})\..*"
-        given = adapt.options.get("exclude", [])
-        return {**adapt.options, "exclude": [*([given] if isinstance(given, str) else given), below]}
+        given = options.get("exclude", [])
+        return {**options, "exclude": [*([given] if isinstance(given, str) else given), below]}
 
     def _covariances(self, net: LmNet, config: LmConfig, options: dict[str, Any]) -> dict[str, Tensor]:
         """Of the inputs of the layers to adapt, over the texts of `calibration`; computed once for equal layers."""
@@ -103,12 +114,13 @@ class LmJob(StudyJob):
 
     def objective(self, config: LmConfig, net: LmNet, balanced: Sequence[Tensor]) -> LmObjective:
         net.to(runtime.processes().device)
-        self.data.cache(self.data.training(), net, "training rows")
+        self.data.cache(self.data.forms(), net, "training rows")
         task, alternate = self.data.tasks[self.data.trained], config.head.alternate
         return LmObjective(net, task) if alternate is None else AlternatingObjective(net, task, **asdict(alternate))
 
     def batches(self, config: LmConfig) -> ItemBatches:
-        return ItemBatches(self.data.training(), config.batch, seed=config.seed)
+        of = config.train.steps * config.train.accumulate * runtime.processes().num_processes
+        return ItemBatches(self.data.training(), config.batch, self.data.tasks[self.data.trained], of, seed=config.seed)
 
     def validate(self, unit: Unit) -> float:
         return self.evaluation.validate(unit)

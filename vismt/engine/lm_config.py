@@ -9,10 +9,14 @@ from vismt.engine.arms import ArmsConfig, check_arms
 from vismt.engine.study import PartsConfig, check_parts, check_study
 from vismt.errors import UserError, require_known
 from vismt.llm.heads import check_head
+from vismt.llm.hybrid import check_gates
 from vismt.llm.tasks import make_task
 from vismt.llm.tasks.base import Task
 
 FROZEN = "frozen"  # how the model before training is called
+RECOMMENDER = "sasrec"  # and the recommender
+REFERENCES = (FROZEN, RECOMMENDER)  # models that no arm trains
+KIND = "recommendation"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -80,6 +84,20 @@ class LmCalibrationConfig:
 
 
 @dataclass
+class LmRecommenderConfig:
+    """SASRec, trained on all training rows of a recommendation and frozen. width: of its vectors; batch: rows at a time."""
+
+    width: int = 64
+    blocks: int = 1
+    heads: int = 1
+    dropout: float = 0.1
+    steps: int = 2000
+    batch: int = 256
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+
+
+@dataclass
 class LmEvaluateConfig:
     """split: 'test', or 'validation' while choosing; batch: rows at a time; limit: rows of each set, null for all.
 
@@ -98,7 +116,10 @@ class LmEvaluateConfig:
 
 @dataclass
 class LmConfig(ArmsConfig):
-    """A causal LM, trained on one task and evaluated on several. batch: rows (or packed pieces) of a training batch."""
+    """A causal LM, trained on one task and evaluated on several. batch: rows (or packed pieces) of a training batch.
+
+    gates: what the gates of ilora see in a recommendation: "user", or as controls "random" and "shuffled-user".
+    """
 
     task: str = "lm"
     model: LmModelConfig = field(default_factory=LmModelConfig)
@@ -106,6 +127,8 @@ class LmConfig(ArmsConfig):
     head: LmHeadConfig = field(default_factory=LmHeadConfig)
     batch: int = 8
     calibration: LmCalibrationConfig | None = None
+    recommender: LmRecommenderConfig | None = None
+    gates: str = "user"
     evaluate: LmEvaluateConfig = field(default_factory=LmEvaluateConfig)
 
 
@@ -119,12 +142,23 @@ def trained_task(config: LmConfig) -> LmTaskConfig:
     return next(task for task in config.tasks if task.train)
 
 
+def recommends(config: LmConfig) -> bool:
+    """Whether the trained task is a recommendation."""
+    return trained_task(config).kind == KIND
+
+
 def check(config: LmConfig) -> None:
     """Values that no type can exclude, before any work is done; those of every arm, too."""
     _check_values(config)
     check_arms(config, _check_values)
     if config.evaluate.frozen and FROZEN in config.arms:
         raise UserError(f"arms: '{FROZEN}' is the model before training (evaluate.frozen); call the arm otherwise.")
+    if RECOMMENDER in config.arms:
+        raise UserError(f"arms: '{RECOMMENDER}' is the recommender itself; call the arm otherwise.")
+    for arm, values in config.arms.items():
+        changed = next((key for key in values if key.partition(".")[0] == "recommender"), None)
+        if changed is not None:
+            raise UserError(f"arms.{arm}: {changed} must be the same for all arms: they share the recommender; leave it out.")
     for task in config.tasks:
         if config.evaluate.split == "validation" and not (task.validation or task.validation_share):
             raise UserError(f"tasks: {task.name}: nothing to validate on; name a set in validation, or give validation_share.")
@@ -150,6 +184,7 @@ def _check_values(config: LmConfig) -> None:
         raise UserError(f"tasks: {own.name}: nothing to validate on; name a set in validation, or give validation_share.")
     if config.adapt is None and not task_of(own).head:
         raise UserError(f"adapt: is null, and '{own.kind}' has no head: nothing would be trained; name a method.")
+    _check_recommendation(config)
     check_head(config.head.name, config.head.options)
     if config.head.alternate is not None and config.head.name != "vbll":
         raise UserError(f"head.alternate: '{config.head.name}' has no posterior to alternate with; set head.name to vbll.")
@@ -165,3 +200,25 @@ def _check_values(config: LmConfig) -> None:
     for name, (value, low) in least.items():
         if value is not None and value < low:
             raise UserError(f"{name}: {value}; it must be at least {low}.")
+
+
+def _check_recommendation(config: LmConfig) -> None:
+    """The recommender's section, and gates that have a user to come from."""
+    check_gates(config.gates)
+    method = config.adapt.method if config.adapt is not None else None
+    gated = method == "ilora"
+    if not recommends(config):
+        given = "recommender" if config.recommender is not None else "gates" if config.gates != "user" else None
+        if given is not None:
+            raise UserError(f"{given}: is for a recommendation, and '{trained_task(config).kind}' is trained; leave it out.")
+    other = next((task.name for task in config.tasks if task.kind != KIND), None)
+    if gated and other is not None:
+        raise UserError(f"adapt: '{method}' is gated by a user's history and '{other}' has none; take tasks of kind {KIND} only.")
+    if config.gates != "user" and not gated:
+        raise UserError(f"gates: '{config.gates}', and '{method}' has no gates; set adapt.method to ilora, or gates to user.")
+    if gated and (config.adapt.options.get("gate", "linear") is None) != (config.gates == "random"):
+        raise UserError("gates: adapt.options.gate is null where gates are random, and else a gate network; change one of them.")
+    if config.recommender is not None:
+        for name in ("steps", "batch"):
+            if getattr(config.recommender, name) < 1:
+                raise UserError(f"recommender.{name}: {getattr(config.recommender, name)}; it must be at least 1.")

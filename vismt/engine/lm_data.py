@@ -11,6 +11,7 @@ from torch import Tensor
 from vismt import console
 from vismt.data.divide import divide, limited
 from vismt.data.gather import Passes
+from vismt.data.interactions import Catalogue, InteractionSet
 from vismt.data.texts import TextSet, open_texts
 from vismt.engine.lm_config import LmConfig, LmTaskConfig, task_of, trained_task
 from vismt.engine.study import shares
@@ -49,12 +50,12 @@ class LmData:
         """The rows of a named set of a part ("train", "validation", "test") as tokens, no more than the limit says."""
         key = (task, part, name)
         if key not in self._items:
-            limit = self._sections[task].limit if part == "train" else self.config.evaluate.limit
-            items = [
-                self.tasks[task].encode(f"{texts.name}:{i}", row, self.tokenizer)
-                for texts in self._sets[task][part][name] for i, row in zip(texts.ids, texts.rows)
-            ]
-            if limit is not None:
+            limit, made = self._sections[task].limit if part == "train" else self.config.evaluate.limit, self.tasks[task]
+            rows = [(f"{texts.name}:{i}", r) for texts in self._sets[task][part][name] for i, r in zip(texts.ids, texts.rows)]
+            if limit is not None and not made.labelled:
+                rows = [rows[i] for i in limited(torch.zeros(len(rows)), [row_id for row_id, _ in rows], limit).tolist()]
+            items = [made.encode(row_id, row, self.tokenizer) for row_id, row in rows]
+            if limit is not None and made.labelled:
                 kept = limited(torch.tensor([item.label for item in items]), [item.id for item in items], limit)
                 items = [items[i] for i in kept.tolist()]
             if len(items) < 2:
@@ -69,6 +70,24 @@ class LmData:
             rows = [item for name in self.names(self.trained, "train") for item in self.rows(self.trained, "train", name)]
             self._items[key] = self.tasks[self.trained].training(rows)
         return self._items[key]
+
+    def forms(self) -> list[Item]:
+        """Every form in which the training may show what `training` gives."""
+        return [form for item in self.training() for form in (item, item.hybrid) if form is not None]
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """The items of a recommendation; UserError where its sets are not of one card."""
+        found = {name.partition(":")[0]: texts.catalogue for name, texts in self._opened.items()
+                 if isinstance(texts, InteractionSet)}
+        if len(found) != 1:
+            raise UserError(f"tasks: a recommendation knows the items of one card, here are {sorted(found)}; name sets of one.")
+        return next(iter(found.values()))
+
+    def interactions(self) -> list[tuple[list[int], int]]:
+        """(history, next item) of all training rows, whatever the limit."""
+        own = self._sets[self.trained]["train"].values()
+        return [(row["history"], row["next"]) for sets in own for texts in sets for row in texts.rows]
 
     @property
     def num_train(self) -> int:
@@ -116,6 +135,8 @@ class LmData:
     def _open_task(self, task: LmTaskConfig) -> dict[str, dict[str, list[TextSet]]]:
         """{part: {reported name: sets}}."""
         kept, joined = shares(task), "+".join(task.train)
+        if kept and any(isinstance(self._open(name), InteractionSet) for name in task.train):
+            raise UserError(f"tasks: {task.name}: a share would cut through users; name splits in validation and test.")
         parts: dict[str, dict[str, list[TextSet]]] = {"train": {}, "validation": {}, "test": {}}
         for name in task.train:
             texts = self._open(name)
@@ -134,10 +155,12 @@ class LmData:
 
 
 class ItemBatches:
-    """batches(k) -> a batch of `gather`: passes over all items, each in an order of its own."""
+    """batches(k) -> a batch of `gather`: passes over all items, each in an order of its own, in the form of batch k of `of`."""
 
-    def __init__(self, items: Sequence[Item], batch: int, *, seed: int) -> None:
-        self.items, self._passes = items, Passes(len(items), batch, seed=seed, unit="rows")
+    def __init__(self, items: Sequence[Item], batch: int, task: Task, of: int, *, seed: int) -> None:
+        self.items, self.task, self.of, self.seed = items, task, of, seed
+        self._passes = Passes(len(items), batch, seed=seed, unit="rows")
 
     def __call__(self, number: int) -> dict[str, Tensor]:
-        return gather([self.items[i] for i in self._passes(number).tolist()])
+        chosen = [self.items[i] for i in self._passes(number).tolist()]
+        return gather(self.task.form(chosen, number, self.of, self.seed))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,20 @@ from torch import Tensor, nn
 from vismt import console
 from vismt.engine import runtime
 from vismt.engine.arms import Unit, arm_names, final_units
-from vismt.engine.lm_config import FROZEN, LmConfig, LmHeadConfig
+from vismt.engine.lm_config import FROZEN, RECOMMENDER, REFERENCES, LmConfig
 from vismt.engine.lm_data import LmData
 from vismt.engine.lm_models import LmModels, fingerprint
+from vismt.engine.lm_recommender import Recommender
 from vismt.engine.log import read_lines, record_stem, write_lines
 from vismt.engine.study_files import MERGE, mergeable
 from vismt.llm.heads import laplace_head
 from vismt.llm.net import LmNet
-from vismt.llm.tasks.base import Item, Measure, Record, gather, mean_of, tempered
+from vismt.llm.tasks.base import Item, Measure, Record, Task, gather, mean_of, tempered
+from vismt.llm.tasks.recommendation import Recommendation
 from vismt.lowrank.files import atomic_write
 from vismt.lowrank.inject import merge
 from vismt.metatune.intervals import mean_interval
+from vismt.robustness.evaluate import wilson
 
 SEEDS = "lm_seeds.jsonl"
 TEMPERED, MEANS, LAPLACE = "temperature of validation", "means of the head", "Laplace"  # conditions
@@ -40,8 +42,11 @@ TEMPERED, MEANS, LAPLACE = "temperature of validation", "means of the head", "La
 class Evaluation:
     """What a run folder's trainings say of the rows in `data`."""
 
-    def __init__(self, config: LmConfig, folder: Path, config_hash: str, data: LmData, models: LmModels) -> None:
+    def __init__(
+        self, config: LmConfig, folder: Path, config_hash: str, data: LmData, models: LmModels, recommender: Recommender | None
+    ) -> None:
         self.config, self.folder, self.hash, self.data, self.models = config, folder, config_hash, data, models
+        self.recommender = recommender
         self._open: tuple[Unit | None, int, LmNet | None] = (None, 0, None)
         self._posterior: tuple[Unit | None, int, nn.Module | None] = (None, 0, None)
 
@@ -53,14 +58,17 @@ class Evaluation:
         """Rows of results.jsonl of the model before training and of every arm."""
         found: list[dict[str, Any]] = []
         lines: list[dict[str, Any]] = []
-        for model in [FROZEN] * self.config.evaluate.frozen + arm_names(self.config):
-            frozen = [Unit(FROZEN, 0.0, self.config.seed, self.folder / FROZEN)]
-            units = frozen if model == FROZEN and self.config.evaluate.frozen else final_units(self.config, self.folder, model)
-            sets = [(task, name) for task in self.data.tasks for name in self.data.names(task, self.config.evaluate.split)]
+        references = [FROZEN] * self.config.evaluate.frozen + [RECOMMENDER] * (self.recommender is not None)
+        for model in references + arm_names(self.config):
+            alone = [Unit(model, 0.0, self.config.seed, self.folder / model)]
+            units = alone if model in references else final_units(self.config, self.folder, model)
+            chooses = [task for task, made in self.data.tasks.items() if isinstance(made, Recommendation) and made.reads]
+            tasks = chooses if model == RECOMMENDER else list(self.data.tasks)
+            sets = [(task, name) for task in tasks for name in self.data.names(task, self.config.evaluate.split)]
             for unit in units:  # one net after the other, not one set after the other
                 for task, name in sets:
                     list(self._conditions(unit, task, name))
-                if unit.arm != FROZEN:
+                if model not in references:
                     self._check_merge(unit)
             for task, name in sets:
                 found += self._rows(model, units, task, name, lines)
@@ -83,6 +91,7 @@ class Evaluation:
                         "arm": model, "seed": unit.seed, "lr": unit.lr, "task": task, "data": name, "condition": condition,
                         "metric": metric, "value": mean_of(measure), "n": len(own), "lower_is_better": measure.lower_is_better,
                         "tokens": sum(record.get("tokens", 0) for record in own),
+                        **({"wilson": wilson(round(sum(measure.values)), len(own))} if measure.counts else {}),
                     })
         rows = []
         for metric, conditions in seen.items():
@@ -134,22 +143,31 @@ class Evaluation:
         """A record for each row; rows that are on record are not evaluated again."""
         stem = record_stem(part, task, name) + "-laplace" * laplace
         path = unit.folder / "records" / f"{stem}.jsonl"
-        seen = [self.data.fingerprint(task, part, name), "" if unit.arm == FROZEN else fingerprint(unit)]
+        seen = [self.data.fingerprint(task, part, name), "" if unit.arm in REFERENCES else fingerprint(unit)]
+        seen[1] = self.recommender.fingerprint() if unit.arm == RECOMMENDER else seen[1]
         seen += [self.config.evaluate.samples, self.data.training_fingerprint() if laplace else ""]
         lines = read_lines(path)
         if lines and lines[0].get("fingerprint") == seen:
             return lines[1:]
-        items, found = self.data.rows(task, part, name), []
-        net = self._laplace(unit) if laplace else self._net(unit)
-        self.data.cache(items, net, name)
-        for chosen in console.track(self._chunks(items), "eval", f"{name} {unit.arm} seed {unit.seed}"):
-            with torch.no_grad():
-                found += self.data.tasks[task].score(net, self._batch(chosen, net), chosen)
+        items, made = self.data.rows(task, part, name), self.data.tasks[task]
+        if unit.arm == RECOMMENDER:
+            found = self.recommender.records(items)
+        else:
+            net = self._laplace(unit) if laplace else self._net(unit)
+            found = self._scored(net, made, items, f"{name} {unit.arm} seed {unit.seed}")
         order = {item.id: place for place, item in enumerate(items)}
         found.sort(key=lambda record: order[record["id"]])
         path.parent.mkdir(parents=True, exist_ok=True)
         write_lines(path, [{"fingerprint": seen}, *found])
         return found
+
+    @torch.no_grad()
+    def _scored(self, net: LmNet, task: Task, items: Sequence[Item], told: str) -> list[Record]:
+        asked = task.shown(net, items)
+        if task.reads:
+            self.data.cache(asked, net, told)
+        chunks = console.track(self._chunks(asked), "eval", told)
+        return [record for chosen in chunks for record in task.score(net, self._batch(chosen, net), chosen)]
 
     def _laplace(self, unit: Unit) -> LmNet:
         """The net of a training with the Laplace approximation in the place of its head."""
@@ -209,10 +227,7 @@ class Evaluation:
     def _net(self, unit: Unit) -> LmNet:
         """The net of a training, or the one before any, kept while no other was asked for."""
         if self._open[0] != unit or self._open[1] != self.models.given or self._open[2] is None:
-            if unit.arm == FROZEN:
-                net = self.models.fresh(replace(self.config, head=LmHeadConfig()), self.data).requires_grad_(False).eval()
-            else:
-                net = self.models.loaded(unit, self.data)
+            net = self.models.untrained(self.data) if unit.arm == FROZEN else self.models.loaded(unit, self.data)
             self._open = (unit, self.models.given, net.to(runtime.processes().device))
         return self._open[2]
 

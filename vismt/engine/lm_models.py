@@ -5,6 +5,8 @@ Of a training: adapter/, and head.safetensors where the task has a head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ from torch import nn
 from vismt.backbones.lm import create_lm
 from vismt.engine import study_files
 from vismt.engine.arms import Unit, unit_config
-from vismt.engine.lm_config import LmConfig, task_of, trained_task
+from vismt.engine.lm_config import LmConfig, LmHeadConfig, task_of, trained_task
 from vismt.engine.lm_data import LmData
 from vismt.llm.heads import make_head
+from vismt.llm.hybrid import Hybrid
 from vismt.llm.net import LmNet, check_logits
 from vismt.llm.tasks.classes import Classes
+from vismt.llm.tasks.recommendation import Recommendation
 from vismt.lowrank.files import atomic_write
 from vismt.lowrank.inject import record_of, unadapt
 from vismt.lowrank.store import DESCRIPTION
@@ -29,10 +33,13 @@ HEAD = "head.safetensors"
 
 
 class LmModels:
-    """The LM of a run and its tokenizer. A net that it gave is no longer what it was when the next one is asked for."""
+    """The LM of a run and its tokenizer. A net that it gave is no longer what it was when the next one is asked for.
 
-    def __init__(self, config: LmConfig) -> None:
-        self.config = config
+    recommender: gives the run's own, which is asked for where the trained task is a recommendation.
+    """
+
+    def __init__(self, config: LmConfig, recommender: Callable[[], Any]) -> None:
+        self.config, self._recommender = config, recommender
         self.given = 0  # nets so far
         self._lm: nn.Module | None = None
         self._tokenizer: Any = None
@@ -67,7 +74,16 @@ class LmModels:
         if isinstance(task, Classes):
             rows, bias = net.answer_rows(task.tokens(self.tokenizer))
             net.head = make_head(config.head.name, rows, bias, data.num_train, config.seed, config.head.options)
+        if isinstance(task, Recommendation):
+            net.head = self._recommender().head(lm.config.hidden_size, config)
         return net
+
+    def untrained(self, data: LmData) -> LmNet:
+        """The net that stands for the LM before training: a head at its start, no item vectors and no gates."""
+        net = self.fresh(replace(self.config, head=LmHeadConfig(), gates="user"), data)
+        if isinstance(net.head, Hybrid):
+            net.head = nn.Identity()
+        return net.requires_grad_(False).eval()
 
     def loaded(self, unit: Unit, data: LmData) -> LmNet:
         """A trained net as it was trained, not merged; UserError when it is not finished or its files do not fit."""

@@ -10,7 +10,7 @@ from typing import Any
 from vismt.config import read_yaml
 from vismt.engine import study_figures
 from vismt.engine.comparison import is_share
-from vismt.engine.lm_config import FROZEN
+from vismt.engine.lm_config import REFERENCES
 from vismt.engine.lm_evaluation import SEEDS
 from vismt.engine.lm_figures import Point, forgetting_figure
 from vismt.engine.log import read_lines
@@ -31,7 +31,8 @@ from vismt.errors import UserError
 FIELDS = ("arm", "seed", "lr", "task", "data", "condition", "metric", "value", "n", "lower_is_better", "tokens")
 SEED_NOTE = (
     "A value for each training seed, and their mean ± half width of its 95 % interval (Student's t) where there are two or "
-    "more. Tokens are those that count, over all rows: a perplexity is e to the nats a token over all of them."
+    "more; in brackets Wilson's 95 % interval of a share of rows. Tokens are those that count, over all rows: a perplexity is "
+    "e to the nats a token over all of them."
 )
 RATE_NOTE = (
     "e to the minus NLL on validation rows (a token for causal tasks), in %, of the first seed trained at each rate; the share "
@@ -132,7 +133,7 @@ def lm_tables(folder: Path) -> list[tuple[Table, str]]:
     lines = read_lines(folder / SEEDS, FIELDS)
     if not lines:
         return []
-    arms = [arm for arm in dict.fromkeys(line["arm"] for line in lines) if arm != FROZEN]
+    arms = [arm for arm in dict.fromkeys(line["arm"] for line in lines) if arm not in REFERENCES]
     merging = merge_table(merge_files(folder, arms), "tokens that differ", "rows")
     return [
         *_by_seed(lines), *((table, RATE_NOTE) for table in rates_table(folder, arms, lambda value: f"{100 * value:.1f}")),
@@ -145,15 +146,17 @@ def _by_seed(lines: Sequence[Mapping[str, Any]]) -> list[tuple[Table, str]]:
     found = []
     for task, data, condition in dict.fromkeys((line["task"], line["data"], line["condition"]) for line in lines):
         own = [line for line in lines if (line["task"], line["data"], line["condition"]) == (task, data, condition)]
-        seeds = list(dict.fromkeys(line["seed"] for line in own if line["arm"] != FROZEN))
+        seeds = list(dict.fromkeys(line["seed"] for line in own if line["arm"] not in REFERENCES))
         rows = []
         for metric, arm in dict.fromkeys((line["metric"], line["arm"]) for line in own):
-            values = {line["seed"]: line["value"] for line in own if (line["metric"], line["arm"]) == (metric, arm)}
-            if arm != FROZEN and set(values) != set(seeds):
+            lines_of = {line["seed"]: line for line in own if (line["metric"], line["arm"]) == (metric, arm)}
+            values = {seed: line["value"] for seed, line in lines_of.items()}
+            if arm not in REFERENCES and set(values) != set(seeds):
                 raise UserError(f"report: {SEEDS} lacks a seed of arm '{arm}'; `vismt evaluate` writes it anew.")
-            each = [number_text(values[seed], metric) if seed in values else "–" for seed in seeds]
+            each = [_one(lines_of[seed], metric) if seed in values else "–" for seed in seeds]
             rates = {line["lr"] for line in own if line["arm"] == arm}
-            rows.append([metric, arm, "–" if arm == FROZEN else f"{min(rates):g}", *each, _mean(list(values.values()), metric)])
+            rate = "–" if arm in REFERENCES else f"{min(rates):g}"
+            rows.append([metric, arm, rate, *each, _mean(list(lines_of.values()), metric)])
         tokens = max(line["tokens"] for line in own)
         counted = f", {tokens:,} tokens" if tokens else ""
         title = f"{task} on {data}{'' if condition == 'clean' else f', {condition}'}, n = {own[0]['n']:,}{counted}"
@@ -162,8 +165,16 @@ def _by_seed(lines: Sequence[Mapping[str, Any]]) -> list[tuple[Table, str]]:
     return found
 
 
-def _mean(values: Sequence[float], metric: str) -> str:
-    if len(values) < 2:
-        return number_text(values[0], metric)
+def _one(line: Mapping[str, Any], metric: str) -> str:
+    """A value, and Wilson's interval where it is a share of rows."""
+    low, high = line.get("wilson") or (None, None)
+    value = number_text(line["value"], metric)
+    return value if low is None else f"{value} [{number_text(low, metric)}, {number_text(high, metric)}]"
+
+
+def _mean(lines: Sequence[Mapping[str, Any]], metric: str) -> str:
+    if len(lines) < 2:
+        return _one(lines[0], metric)
+    values = [line["value"] for line in lines]
     mean, half = seeds_interval(values)
     return f"{number_text(mean, metric)} ± {number_text(half, metric)}" + " %" * is_share(metric)

@@ -12,6 +12,7 @@ from vismt.engine.arms import Unit
 from vismt.errors import UserError
 from vismt.lowrank.files import atomic_write, read_json, read_tensors
 from vismt.lowrank.inject import merge
+from vismt.lowrank.linear import AdaptedLinear
 from vismt.lowrank.store import check_tensors, load_adapter, save_adapter
 from vismt.multitask.moe_lora import routes
 
@@ -53,8 +54,9 @@ def fold(net: nn.Module, unit: Unit) -> nn.Module:
 
 
 def mergeable(net: nn.Module, unit: Unit) -> bool:
-    """Whether merging this training is still to be checked: it has an adapter, nothing routes, no merge.json is there."""
-    return adapted(unit) and not routes(net) and not (unit.folder / MERGE).exists()
+    """Whether merging this training is still to be checked: it has an adapter, nothing routes or is gated, no merge.json."""
+    gated = any(isinstance(module, AdaptedLinear) and module.experts for module in net.modules())
+    return adapted(unit) and not routes(net) and not gated and not (unit.folder / MERGE).exists()
 
 
 def state(module: nn.Module) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ from vismt.lowrank.sites import AdaptReport
 from vismt.lowrank.targets import Targets
 from vismt.registry import register_method
 
-__all__ = ["InstanceGate", "gate_of", "ilora", "instance_gates", "recompute_gates"]
+__all__ = ["InstanceGate", "gate_of", "gate_part", "ilora", "instance_gates", "recompute_gates"]
 
 PATH = "instance_gate"
 KINDS = ("linear", "cnn")
@@ -71,10 +71,16 @@ def ilora(
 
 def gate_of(model: nn.Module) -> InstanceGate:
     """The gate network of an adapted model; UserError where it has none."""
-    part = getattr(model, PATH, None)
-    if not isinstance(part, InstanceGate) or part.network is None:
+    part = gate_part(model)
+    if part is None or part.network is None:
         raise UserError("gate_of: this model has no gate network; adapt it with 'ilora' and gate='linear' or 'cnn'.")
     return part
+
+
+def gate_part(model: nn.Module) -> InstanceGate | None:
+    """What an adapted model has of gates, with or without a network; None for a model of another method."""
+    part = getattr(model, PATH, None)
+    return part if isinstance(part, InstanceGate) else None
 
 
 class InstanceGate(Guest):

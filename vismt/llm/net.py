@@ -42,10 +42,13 @@ class LmNet(nn.Module):
         return self.lm
 
     def hidden(self, batch: Batch) -> Tensor:
-        """(b, n, d) after the final norm. batch: of `collate`, with "lower" (b, n, d) where the lower blocks are cached."""
+        """(b, n, d) after the final norm. batch: of `collate`, with "lower" (b, n, d) where the lower blocks are cached.
+
+        "vectors" (m, d), where given, take the m places that have an item, see `inserted`.
+        """
         mask = batch["mask"]
         given = mask.long() if mask.ndim == 2 else self._additive(mask)
-        with _replaced(blocks(self.lm)[: self.first], batch.get("lower")):
+        with _replaced(blocks(self.lm)[: self.first], batch.get("lower")), self.inserted(batch):
             out = self.lm.base_model(
                 input_ids=batch["ids"], attention_mask=given, position_ids=batch["positions"], use_cache=False
             )
@@ -63,14 +66,54 @@ class LmNet(nn.Module):
         targets = batch["labels"][:, 1:]
         counted = targets != IGNORE
         states, targets = self.hidden(batch)[:, :-1][counted], targets[counted]
+        each, rows = self._nll(states, targets, at_once), counted.nonzero()[:, 0]
+        return torch.zeros(len(counted), device=rows.device).index_add(0, rows, each), counted.sum(1)
+
+    def branch_nll(self, batch: Batch, at_once: int = 4096) -> tuple[Tensor, Tensor]:
+        """(b, k) nats and numbers of tokens of the answers of trees; a row that has fewer answers than k has none of 0 tokens."""
+        rows, columns = (batch["labels"] != IGNORE).nonzero(as_tuple=True)
+        states = self.hidden(batch)[rows, batch["previous"][rows, columns]]
+        count = int(batch["branch"].max())
+        places = rows * count + batch["branch"][rows, columns] - 1
+        total = torch.zeros(len(batch["labels"]) * count, device=rows.device)
+        nats = total.index_add(0, places, self._nll(states, batch["labels"][rows, columns], at_once))
+        return nats.view(-1, count), total.index_add(0, places, torch.ones_like(places, dtype=total.dtype)).view(-1, count)
+
+    def _nll(self, states: Tensor, targets: Tensor, at_once: int) -> Tensor:
+        """(m,) nats of the tokens `targets` from the states (m, d) before them."""
         output = self.lm.get_output_embeddings()
         each = [
             F.cross_entropy(output(part).float(), wanted, reduction="none")
             for part, wanted in zip(states.split(at_once), targets.split(at_once))
         ]
-        rows = counted.nonzero()[:, 0]
-        total = torch.zeros(len(counted), device=rows.device)
-        return total.index_add(0, rows, torch.cat(each)) if each else total, counted.sum(1)
+        return torch.cat(each) if each else torch.zeros(0, device=states.device)
+
+    @contextmanager
+    def inserted(self, batch: Batch) -> Iterator[None]:
+        """While it lasts, vectors (m, d) take the places of "items" (b, n) in what block `first` receives.
+
+        With first 0 this is the input embedding, as in LLaRA. Deeper, a vector gets the length of the state whose place it
+        takes: at its own it would drown in what the blocks add. Tokens that are generated have no items.
+        """
+        if batch.get("vectors") is None:
+            yield
+            return
+        places, vectors = batch["items"] >= 0, batch["vectors"]
+
+        def put(module: nn.Module, given: object, states: Tensor) -> Tensor:
+            if states.shape[:2] != places.shape:
+                return states
+            new = vectors
+            if self.first:
+                new = F.normalize(new, dim=1) * states[places].float().norm(dim=1, keepdim=True)
+            return states.masked_scatter(places[..., None], new.to(states.dtype))
+
+        before = blocks(self.lm)[self.first - 1] if self.first else self.lm.get_input_embeddings()
+        hook = before.register_forward_hook(put)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def answer_rows(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Rows (k, d) of the output embedding for these tokens, and of its bias (k,) where it has one; copies in fp32."""

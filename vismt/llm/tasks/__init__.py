@@ -14,8 +14,11 @@ def kinds() -> dict[str, type]:
     from vismt.llm.tasks.causal import Causal
     from vismt.llm.tasks.classes import Classes
     from vismt.llm.tasks.generation import Generation
+    from vismt.llm.tasks.recommendation import Recommendation
 
-    return {"answers": Answers, "causal": Causal, "classes": Classes, "generation": Generation}
+    return {
+        "answers": Answers, "causal": Causal, "classes": Classes, "generation": Generation, "recommendation": Recommendation,
+    }
 
 
 def make_task(kind: str, prompt: str, options: dict[str, Any], where: str = "tasks") -> Any:

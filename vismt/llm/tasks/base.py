@@ -22,18 +22,30 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError, near
 from vismt.llm.net import Batch, LmNet
+from vismt.llm.sasrec import padded
 from vismt.llm.tasks.pieces import Piece, collate
 from vismt.llm.temperature import fit_temperature
+from vismt.seeds import mix_seed
 
 Record = dict[str, Any]
 BINS, ABSENT = 15, -1e6
 
 
+@dataclass(frozen=True)
+class Listed:
+    """A history of items, the candidates for the next one, and the candidates' titles."""
+
+    history: list[int]
+    candidates: list[int]
+    titles: list[str]
+
+
 @dataclass
 class Item:
-    """One row as tokens. label: its class, or which of its pieces is right; gold: answers that count as right.
+    """One row as tokens. label: its class, or which of its answers is right; gold: answers that count as right.
 
-    sizes: characters of each piece's answer. lower: what block `first` receives of each piece, where that is cached.
+    sizes: characters of each answer. lower: what block `first` receives of each piece, where that is cached. listed: of a
+    recommendation; hybrid: the same row with the places of item vectors in its prompt.
     """
 
     id: str
@@ -42,10 +54,15 @@ class Item:
     gold: list[str] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     lower: list[Tensor] | None = None
+    listed: Listed | None = None
+    hybrid: Item | None = None
 
 
 def gather(items: Sequence[Item]) -> dict[str, Tensor]:
-    """`collate` of all pieces of some items, with "row" (pieces,), "label" (items,) and "size" (pieces,), int64."""
+    """`collate` of all pieces of some items, with "row" (pieces,), "label" (items,) and "size" (answers,), int64.
+
+    Of recommendations also "history" int64 (items, longest), -1 after the last, and "key" int64 (items,), a number of the name.
+    """
     cached = all(item.lower is not None for item in items)
     lower = [states for item in items for states in item.lower or []] if cached else None
     batch = collate([one for item in items for one in item.pieces], lower)
@@ -53,21 +70,27 @@ def gather(items: Sequence[Item]) -> dict[str, Tensor]:
     batch["label"] = torch.tensor([item.label for item in items])
     if all(item.sizes for item in items):
         batch["size"] = torch.tensor([size for item in items for size in item.sizes])
+    if all(item.listed is not None for item in items):
+        batch["history"] = padded([item.listed.history for item in items])
+        batch["key"] = torch.tensor([mix_seed(0, "row", item.id) >> 31 for item in items])
     return batch
 
 
 @dataclass(frozen=True)
 class Measure:
-    """values by row, their mean is the value."""
+    """values by row, their mean is the value. counts: each value is 0 or 1, so that one model's interval is Wilson's."""
 
     values: list[float]
     lower_is_better: bool = False
+    counts: bool = False
 
 
 class Task(ABC):
     """prompt: a template with the row's fields in braces. length: the largest number of tokens of a piece."""
 
     head = False  # whether it needs a head on the last token
+    reads = True  # whether rows are scored by reading them, for which the output of frozen blocks can be kept
+    labelled = True  # whether a limit spreads the rows over the labels
 
     def __init__(self, prompt: str, length: int = 512) -> None:
         if length < 2:
@@ -85,6 +108,14 @@ class Task(ABC):
 
     def training(self, items: Sequence[Item]) -> list[Item]:
         """What is trained on, of all rows."""
+        return list(items)
+
+    def form(self, items: Sequence[Item], number: int, of: int, seed: int) -> list[Item]:
+        """The rows of training batch `number` of `of` in the form in which they are shown then."""
+        return list(items)
+
+    def shown(self, net: LmNet, items: Sequence[Item]) -> list[Item]:
+        """The rows in the form in which this net is asked."""
         return list(items)
 
     @abstractmethod

@@ -26,6 +26,8 @@ from vismt.llm.tasks.pieces import collate, piece
 class Generation(Causal):
     """gold: field with the right answer or the list of them; pattern: regular expression with one group; new_tokens: at most."""
 
+    reads = False
+
     def __init__(
         self, prompt: str, answer: str, gold: str, pattern: str | None = None, stop: str | None = None, new_tokens: int = 128,
         length: int = 512, end: bool = True, pack: bool = False,
