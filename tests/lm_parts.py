@@ -86,3 +86,22 @@ def save_texts(folder: Path) -> dict[str, Path]:
         }))
         cards[name] = folder / name
     return cards
+
+
+def save_interactions(folder: Path) -> Path:
+    """A card of 30 users, each of whom takes items one after the other in the order of the catalogue of 24, by time."""
+    numbers = WORDS[WORDS.index("one") :][:8]
+    titles = [f"{adjective} {number}" for adjective in ("bright", "dull", "blue") for number in numbers]
+    base = folder / "walks" / "rows"
+    base.mkdir(parents=True)
+    (base / "items.csv").write_text("item,title\n" + "".join(f"i{i},{title}\n" for i, title in enumerate(titles)))
+    events = [f"u{user},i{(5 * user + step) % 24},{1000 * user + step}\n" for user in range(30) for step in range(7 + user % 3)]
+    (base / "events.csv").write_text("user,item,timestamp\n" + "".join(events))
+    (folder / "walks" / "card.yaml").write_text(json.dumps({
+        "name": "walks", "title": "walks", "source": "own", "licence": "own", "classes": 0,
+        "sources": [{
+            "kind": "interactions", "root": "rows", "items": "items.csv", "item_columns": ["item", "title"],
+            "events": "events.csv", "shortest": 2, "splits": {"train": 90, "validation": 30, "test": 30},
+        }],
+    }))
+    return folder / "walks"

@@ -92,8 +92,9 @@ class LmNet(nn.Module):
     def inserted(self, batch: Batch) -> Iterator[None]:
         """While it lasts, vectors (m, d) take the places of "items" (b, n) in what block `first` receives.
 
-        With first 0 this is the input embedding, as in LLaRA. Deeper, a vector gets the length of the state whose place it
-        takes: at its own it would drown in what the blocks add. Tokens that are generated have no items.
+        With first 0 this is the input embedding, as in LLaRA. Deeper, a vector takes the place of the token's own embedding
+        in the sum that the residual stream is, and what the frozen blocks have added to it stays. Tokens that are generated
+        have no items.
         """
         if batch.get("vectors") is None:
             yield
@@ -105,7 +106,7 @@ class LmNet(nn.Module):
                 return states
             new = vectors
             if self.first:
-                new = F.normalize(new, dim=1) * states[places].float().norm(dim=1, keepdim=True)
+                new = vectors + (states[places] - F.embedding(batch["ids"][places], self.lm.get_input_embeddings().weight))
             return states.masked_scatter(places[..., None], new.to(states.dtype))
 
         before = blocks(self.lm)[self.first - 1] if self.first else self.lm.get_input_embeddings()
