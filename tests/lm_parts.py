@@ -101,7 +101,7 @@ def save_interactions(folder: Path) -> Path:
         "name": "walks", "title": "walks", "source": "own", "licence": "own", "classes": 0,
         "sources": [{
             "kind": "interactions", "root": "rows", "items": "items.csv", "item_columns": ["item", "title"],
-            "events": "events.csv", "shortest": 2, "splits": {"train": 90, "validation": 30, "test": 30},
+            "events": "events.csv", "shortest": 2, "splits": {"train": 120, "validation": 30, "test": 30},
         }],
     }))
     return folder / "walks"

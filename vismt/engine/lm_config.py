@@ -39,7 +39,8 @@ class LmModelConfig:
 class LmTaskConfig(PartsConfig):
     """One task: its kind (vismt.llm.tasks), prompt, options and sets. Each set in `test` is reported on its own.
 
-    One task has sets to train on; the others are only evaluated. Shares are the last rows of each training set.
+    One task has sets to train on; the others are only evaluated, on `limit` rows of each set. Shares are the last rows of
+    each training set.
     """
 
     name: str = ""

@@ -13,7 +13,7 @@ from vismt.data.divide import divide, limited
 from vismt.data.gather import Passes
 from vismt.data.interactions import Catalogue, InteractionSet
 from vismt.data.texts import TextSet, open_texts
-from vismt.engine.lm_config import LmConfig, LmTaskConfig, task_of, trained_task
+from vismt.engine.lm_config import KIND, LmConfig, LmTaskConfig, task_of, trained_task
 from vismt.engine.study import shares
 from vismt.errors import UserError
 from vismt.llm.net import LmNet
@@ -50,7 +50,7 @@ class LmData:
         """The rows of a named set of a part ("train", "validation", "test") as tokens, no more than the limit says."""
         key = (task, part, name)
         if key not in self._items:
-            limit, made = self._sections[task].limit if part == "train" else self.config.evaluate.limit, self.tasks[task]
+            limit, made = self._limit(task, part), self.tasks[task]
             rows = [(f"{texts.name}:{i}", r) for texts in self._sets[task][part][name] for i, r in zip(texts.ids, texts.rows)]
             if limit is not None and not made.labelled:
                 rows = [rows[i] for i in limited(torch.zeros(len(rows)), [row_id for row_id, _ in rows], limit).tolist()]
@@ -62,6 +62,12 @@ class LmData:
                 raise UserError(f"tasks: {task}: {part} '{name}' has {len(items)} rows; an interval needs two or more.")
             self._items[key] = items
         return self._items[key]
+
+    def _limit(self, task: str, part: str) -> int | None:
+        section, general = self._sections[task], self.config.evaluate.limit
+        if part == "train":
+            return section.limit
+        return general if section.train or section.limit is None else min(section.limit, general or section.limit)
 
     def training(self) -> list[Item]:
         """What is trained on, packed where the task packs."""
@@ -98,7 +104,7 @@ class LmData:
         """What tells the rows of a set, and how they are asked, from any others."""
         held = [texts.content() for texts in self._sets[task][part][name]]
         section = self._sections[task]
-        asked = (section.kind, section.prompt, sorted(section.options.items(), key=str), self.config.evaluate.limit)
+        asked = (section.kind, section.prompt, sorted(section.options.items(), key=str), self._limit(task, "test"))
         return digest(repr((held, asked, self.tokenizer.name_or_path)).encode())
 
     def calibration(self) -> list[dict[str, Tensor]]:
@@ -145,6 +151,9 @@ class LmData:
         for part in ("validation", "test"):
             for name in getattr(task, part):
                 parts[part][name] = [self._open(name)]
+        for name in (*task.train, *task.validation, *task.test):
+            if task.kind == KIND and not isinstance(self._open(name), InteractionSet):
+                raise UserError(f"tasks: {task.name}: '{name}' holds no items; '{KIND}' needs sets of kind interactions.")
         return parts
 
     def _open(self, name: str) -> TextSet:

@@ -1,0 +1,207 @@
+"""Recommendation as a run: a recommender trained once, arms with their controls, resume, report, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+
+from lm_parts import save_interactions, save_lm, save_texts
+
+from vismt.cli import main
+from vismt.engine import checkpoint
+from vismt.engine.lm_report import lm_tables
+from vismt.engine.log import read_lines
+from vismt.engine.run import open_run
+from vismt.llm.hybrid import Hybrid
+from vismt.llm.ilora import gate_part
+from vismt.robustness.evaluate import wilson
+
+MODELS = ["frozen", "sasrec", "lora", "ilora", "random", "shuffled", "cnn"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("walks")
+    return {"lm": str(save_lm(folder / "tiny")), "walks": str(save_interactions(folder)),
+            "films": str(save_texts(folder)["films"])}
+
+
+def settings(home: dict[str, str], **changes: object) -> dict[str, object]:
+    walks = home["walks"]
+    task = {
+        "name": "ranked", "kind": "recommendation", "prompt": "the {history} : {candidates} Answer:", "limit": 12,
+        "options": {"candidates": 4, "history": 3, "curriculum": 0.5, "length": 96},
+        "train": [f"{walks}:train"], "validation": [f"{walks}:validation"], "test": [f"{walks}:test"],
+    }
+    return {
+        "task": "lm", "model": {"name": home["lm"], "first_block": 1}, "tasks": [task],
+        "adapt": {"method": "ilora", "rank": 4, "targets": ["q_proj", "v_proj"], "options": {"n_experts": 2}},
+        "recommender": {"width": 8, "steps": 60, "batch": 30, "lr": 1e-2},
+        "train": {"steps": 6, "lr": 1e-2, "checkpoint_every": 3, "rates": {"instance_gate": 0.3}}, "batch": 4,
+        "evaluate": {"batch": 4}, **changes,
+    }
+
+
+def write(folder: Path, config: dict[str, object]) -> Path:
+    path = folder / "walks.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def study(home, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    config = settings(home, seeds=[0, 1], arms={
+        "lora": {"adapt": {"method": "lora", "rank": 4, "targets": ["q_proj", "v_proj"]}, "train.rates": {}},
+        "ilora": {}, "random": {"gates": "random", "adapt.options.gate": None, "train.rates": {}},
+        "shuffled": {"gates": "shuffled-user"}, "cnn": {"adapt.options.gate": "cnn"},
+    })  # fmt: skip
+    written = {**config["tasks"][0], "name": "written", "options": {**config["tasks"][0]["options"], "answer": "write",
+                                                                     "new_tokens": 4}}
+    config["tasks"].append({key: written[key] for key in ("name", "kind", "prompt", "options", "test")})
+    assert main(["run", str(write(folder, config)), "--out", str(folder / "runs"), "--quiet"]) == 0
+    return next((folder / "runs").iterdir())
+
+
+def test_every_arm_and_both_references_answer_the_same_rows(study: Path) -> None:
+    rows = read_lines(study / "results.jsonl")
+    ranked = [row for row in rows if row["protocol"].startswith("ranked")]
+    assert [row["model"] for row in ranked if row["metric"] == "HitRatio@1"] == MODELS
+    assert {row["metric"] for row in ranked} == {"HitRatio@1", "NLL in nats"} and {row["n"] for row in rows} == {30}
+    told = {row["metric"] for row in rows if row["protocol"].startswith("written")}
+    assert told == {"HitRatio@1", "ValidRatio", "HitRatio@1 by substring", "ValidRatio by substring"}
+    ids = []
+    for row in ranked:
+        records = read_lines(study / "records" / f"{row['records']}.jsonl")
+        ids.append([line["episode"] for line in records])
+        assert sum(line["clean"] for line in records) / 30 == pytest.approx(row["value"])
+    assert all(one == ids[0] for one in ids) and len(set(ids[0])) == 30  # paired, user by user
+    by = {row["model"]: row["value"] for row in ranked if row["metric"] == "NLL in nats"}
+    assert by["sasrec"] < math.log(4) and len(set(by.values())) == 7  # the walk is easy, and every arm is a model of its own
+    report = (study / "report.md").read_text()
+    assert "clean (unpaired)" not in report and "HitRatio@1" in report
+
+
+def test_shares_have_wilsons_interval(study: Path) -> None:
+    lines = read_lines(study / "lm_seeds.jsonl")
+    for line in lines:
+        if line["metric"] == "NLL in nats":
+            assert "wilson" not in line
+        else:
+            assert line["wilson"] == pytest.approx(list(wilson(round(line["value"] * 30), 30)))
+    text = str([table.rows for table, _ in lm_tables(study)])
+    line = next(line for line in lines if line["arm"] == "sasrec")
+    low, high = line["wilson"]
+    assert f"{100 * line['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}]" in text
+
+
+def test_arms_share_one_recommender_and_differ_in_their_gates(study: Path) -> None:
+    job = open_run(study).job
+    nets = {arm: job.net(f"{arm}:1") for arm in ("lora", "ilora", "random", "shuffled")}
+    assert (study / "recommender" / "sasrec.safetensors").exists()
+    conditions = {arm: (net.head.condition, len(net.head.others)) for arm, net in nets.items()}
+    assert conditions == {"lora": ("user", 0), "ilora": ("user", 0), "random": ("random", 0), "shuffled": ("shuffled-user", 120)}
+    weights = [net.head.recommender.item.weight for net in nets.values()]
+    assert all(bool((one == weights[0]).all()) for one in weights)
+    assert isinstance(job.net("ilora").head, Hybrid) and gate_part(job.net("ilora").lm).user_width == 8
+    logged = read_lines(next((study / "arms" / "ilora").glob("*-seed-0/metrics.jsonl")))
+    assert {line["hybrid"] for line in logged} == {0.0, 1.0} and [line["hybrid"] for line in logged[3:]] == [1.0] * 3
+    merged = {arm: list((study / "arms" / arm).glob("*/merge.json")) for arm in ("lora", "ilora")}
+    assert len(merged["lora"]) == 2 and not merged["ilora"]  # gates of many users fit into no weight
+
+
+def test_the_recommender_sees_training_rows_alone(study: Path) -> None:
+    data = open_run(study).job.data
+    rows = data.interactions()
+    assert len(rows) == 120  # all of them, though the LM trains on twelve
+    held = {name: next(iter(data._sets["ranked"][name].values()))[0].rows for name in ("validation", "test")}
+    users = {tuple(row["history"][:2]): (row["history"], row["next"]) for row in held["test"]}
+    for history, target in rows:  # of every user all is before the last but one
+        whole, last = users[tuple(history[:2])]
+        assert [*history, target] == whole[: len(history) + 1] and len(history) + 1 < len(whole) and target != last
+    assert len(data.training()) == 12
+
+
+def test_evaluating_again_computes_nothing(study: Path, monkeypatch) -> None:
+    before = (study / "results.jsonl").read_bytes()
+    monkeypatch.setattr("vismt.llm.net.LmNet.hidden", lambda *_: pytest.fail("a row was evaluated again"))
+    monkeypatch.setattr("vismt.engine.loop.train", lambda *_, **__: pytest.fail("the recommender was trained again"))
+    open_run(study).evaluate()
+    assert (study / "results.jsonl").read_bytes() == before
+
+
+def test_exporting_gates_of_many_users_is_refused(study: Path, tmp_path: Path, capsys) -> None:
+    where = ["--format", "transformers", "--to", str(tmp_path / "out"), "--quiet"]
+    assert main(["export", str(study), "--expert", "ilora", *where]) == 2
+    assert "gate" in capsys.readouterr().err
+    assert main(["export", str(study), "--expert", "lora", *where]) == 0 and (tmp_path / "out" / "head.safetensors").exists()
+
+
+@pytest.mark.parametrize("inside", ["recommender", "arms"])
+def test_an_interrupted_run_goes_on_bit_for_bit(home, tmp_path: Path, monkeypatch, inside: str) -> None:
+    config = settings(home, recommender={"width": 8, "steps": 501, "batch": 30, "lr": 1e-2, "dropout": 0.2})
+    path, real = write(tmp_path, config), checkpoint.save
+    assert main(["train", str(path), "--out", str(tmp_path / "straight"), "--quiet"]) == 0
+
+    def interrupted(folder: Path, step: int, *rest: object) -> None:
+        real(folder, step, *rest)
+        if inside in folder.parts and step == {"recommender": 500, "arms": 3}[inside]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", interrupted)
+    assert main(["train", str(path), "--out", str(tmp_path / "stopped"), "--quiet"]) == 130
+    monkeypatch.setattr(checkpoint, "save", real)
+    assert main(["train", str(path), "--out", str(tmp_path / "stopped"), "--quiet"]) == 0
+    for name in ("recommender/sasrec.safetensors", "arms/adapted/lr-0.01-seed-0/head.safetensors",
+                 "arms/adapted/lr-0.01-seed-0/adapter/adapter.json"):
+        straight, stopped = (next((tmp_path / run).glob(f"*/{name}")).read_bytes() for run in ("straight", "stopped"))
+        assert straight == stopped, name
+
+
+@pytest.mark.parametrize(("changes", "told"), [
+    ({"arms": {"a": {"recommender.width": 4}}}, "arms.a: recommender.width must be the same for all arms"),
+    ({"arms": {"sasrec": {}}}, "'sasrec' is the recommender itself"),
+    ({"gates": "shuffled"}, "gates: 'shuffled'. Near: 'shuffled-user'"),
+    ({"gates": "random"}, "adapt.options.gate is null where gates are random"),
+    ({"adapt.options": {"n_experts": 2, "gate": None}}, "adapt.options.gate is null where gates are random"),
+    ({"adapt": {"method": "lora"}, "gates": "random"}, "'lora' has no gates"),
+    ({"recommender.steps": 0}, "recommender.steps: 0; it must be at least 1"),
+    ({"recommender.heads": 3}, "heads that divide the width"),
+    ({"adapt.options": {"user_width": 16}}, "needed (samples, 16)"),
+    ({"evaluate.split": "tests"}, "evaluate.split: 'tests'. Near: 'test'"),
+])  # fmt: skip
+def test_user_errors(home, tmp_path: Path, capsys, changes, told) -> None:
+    config = json.loads(json.dumps(settings(home)))
+    for key, value in changes.items():
+        *outer, last = key.split(".")
+        place = config
+        for name in outer:
+            place = place[name]
+        place[last] = value
+    assert main(["train", str(write(tmp_path, config)), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_tasks_that_do_not_go_together(home, tmp_path: Path, capsys) -> None:
+    films = {"name": "films", "kind": "causal", "options": {"answer": "{text}"}, "test": [f"{home['films']}:test"]}
+    plain = {**films, "train": [f"{home['films']}:train"]}
+    ranked = settings(home)["tasks"][0]
+    other = save_interactions(tmp_path / "other")
+    lora = {"method": "lora", "rank": 2, "targets": ["q_proj"]}
+    for changes, told in (
+        ({"tasks": [ranked, films]}, "'films' has none; take tasks of kind recommendation only"),
+        ({"tasks": [plain], "adapt": lora}, "recommender: is for a recommendation, and 'causal' is trained"),
+        ({"tasks": [plain], "adapt": lora, "recommender": None, "gates": "random"}, "gates: is for a recommendation"),
+        ({"tasks": [{**ranked, "train": films["test"]}], "adapt": lora}, "needs sets of kind interactions"),
+        ({"tasks": [{**ranked, "test": [f"{other}:test"]}]}, "knows the items of one card"),
+        ({"tasks": [{**ranked, "validation": [], "validation_share": 0.2}]}, "a share would cut through users"),
+    ):
+        assert main(["train", str(write(tmp_path, settings(home, **changes))), "--out", str(tmp_path / "r"), "--quiet"]) == 2
+        assert told in " ".join(capsys.readouterr().err.split()), told
