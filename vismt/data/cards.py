@@ -85,7 +85,8 @@ class Card:
 
     @property
     def downloadable(self) -> bool:
-        return any(isinstance(source, TorchvisionSource) and source.downloads for source in self.sources)
+        doors = [source for source in self.sources if isinstance(source, TorchvisionSource) and source.downloads]
+        return bool(doors) or any(isinstance(source, InteractionsSource) and source.wheel for source in self.sources)
 
     def read_json(self, name: str) -> Any:
         """The parsed JSON file `name` beside the card."""

