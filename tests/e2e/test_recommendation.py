@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -19,6 +20,7 @@ from vismt.engine import checkpoint
 from vismt.engine.lm_report import lm_tables
 from vismt.engine.log import read_lines
 from vismt.engine.run import open_run
+from vismt.errors import UserError
 from vismt.llm.hybrid import Hybrid
 from vismt.llm.ilora import gate_part
 from vismt.robustness.evaluate import wilson
@@ -127,6 +129,13 @@ def test_the_recommender_sees_training_rows_alone(study: Path) -> None:
         whole, last = users[tuple(history[:2])]
         assert [*history, target] == whole[: len(history) + 1] and len(history) + 1 < len(whole) and target != last
     assert len(data.training()) == 12
+
+
+def test_several_processes_take_no_curriculum(study: Path, monkeypatch) -> None:
+    job = open_run(study).job
+    monkeypatch.setattr("vismt.engine.lm.runtime.processes", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(UserError, match=r"curriculum 0.5 with 2 processes"):
+        job.batches(job.config)
 
 
 def test_evaluating_again_computes_nothing(study: Path, monkeypatch) -> None:

@@ -27,6 +27,7 @@ from vismt.llm.hybrid import Hybrid
 from vismt.llm.net import LmNet, blocks
 from vismt.llm.tasks.alternating import AlternatingObjective
 from vismt.llm.tasks.base import LmObjective
+from vismt.llm.tasks.recommendation import Recommendation
 from vismt.registry import method_options, methods
 
 
@@ -119,8 +120,14 @@ class LmJob(StudyJob):
         return LmObjective(net, task) if alternate is None else AlternatingObjective(net, task, **asdict(alternate))
 
     def batches(self, config: LmConfig) -> ItemBatches:
-        of = config.train.steps * config.train.accumulate * runtime.processes().num_processes
-        return ItemBatches(self.data.training(), config.batch, self.data.tasks[self.data.trained], of, seed=config.seed)
+        task, processes = self.data.tasks[self.data.trained], runtime.processes().num_processes
+        if processes > 1 and isinstance(task, Recommendation) and task.items and task.curriculum:
+            raise UserError(
+                f"tasks: curriculum {task.curriculum:g} with {processes} processes: in a batch of titles alone the projector has "
+                "no gradient to share; set curriculum to 0, or run one process."
+            )
+        of = config.train.steps * config.train.accumulate * processes
+        return ItemBatches(self.data.training(), config.batch, task, of, seed=config.seed)
 
     def validate(self, unit: Unit) -> float:
         return self.evaluation.validate(unit)
