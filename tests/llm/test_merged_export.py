@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from llm_parts import LMS, tiny_lm, tokens
+from language_models import LMS, tiny_lm, tokens
 from safetensors.torch import save_file
 from tiny import images, shake, tiny_vit
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from llm_parts import tiny_lm, tokens
+from language_models import tiny_lm, tokens
 from tiny import images, shake, snapshot, tiny_vit
 from torch import Tensor, nn
 

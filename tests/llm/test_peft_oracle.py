@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from amt_parts import backbone, saved
-from llm_parts import LMS, tiny_lm, tokens
+from language_models import LMS, tiny_lm, tokens
 from tiny import images, shake, tiny_vit
 from torch import Tensor, nn
 

@@ -10,7 +10,7 @@ from typing import Any
 from vismt.config import read_yaml
 from vismt.engine import study_figures
 from vismt.engine.comparison import is_share
-from vismt.engine.lm_config import REFERENCES
+from vismt.engine.lm_config import FROZEN, REFERENCES
 from vismt.engine.lm_evaluation import SEEDS
 from vismt.engine.lm_figures import Point, forgetting_figure
 from vismt.engine.log import read_lines
@@ -62,13 +62,13 @@ def lm_curves(folder: Path) -> list[Picture]:
     sections = (read_yaml(config) if config.exists() else {}).get("tasks") or []
     trained = next((section["name"] for section in sections if section.get("train")), None)
     plain = [line for line in lines if line["condition"] == "clean"]
-    arms = list(dict.fromkeys(line["arm"] for line in plain if line["arm"] != FROZEN))
+    arms = list(dict.fromkeys(line["arm"] for line in plain if line["arm"] not in REFERENCES))
     if not arms or trained not in {line["task"] for line in plain}:
         return []
     panels = _panels(plain, trained)
     path = study_figures.seeds_figure(panels, arms, folder / "figures" / "seeds.png")
     pictures = [Picture(path, "Arms by seed", f"{SEEDS_CAPTION} n counts rows. ↓ lower is better, ↑ higher is better.")]
-    logs = training_logs(folder, [line for line in plain if line["arm"] != FROZEN])
+    logs = training_logs(folder, [line for line in plain if line["arm"] not in REFERENCES])
     if logs:
         path = study_figures.curves_figure(logs, LOGGED, folder / "figures" / "training.png")
         pictures.append(Picture(path, "Training", TRAINING_CAPTION))
@@ -83,7 +83,7 @@ def lm_curves(folder: Path) -> list[Picture]:
 def _panels(lines: Sequence[Mapping[str, Any]], trained: str) -> list[SeedsPanel]:
     """Every measure of the trained task, and the perplexity of others, on their first set."""
     first = {line["task"]: line["data"] for line in reversed(lines)}
-    shown = [line for line in lines if line["data"] == first[line["task"]] and line["arm"] != FROZEN]
+    shown = [line for line in lines if line["data"] == first[line["task"]] and line["arm"] not in REFERENCES]
     shown = [line for line in shown if line["task"] == trained or line["metric"] == PERPLEXITY]
     panels = []
     for task, metric in dict.fromkeys((line["task"], line["metric"]) for line in shown):
@@ -108,7 +108,7 @@ def _forgetting(
     families: dict[str, list[Point]] = {}
     named = _families(folder)
     for (arm, _), point in points.items():
-        if arm != FROZEN:
+        if arm not in REFERENCES:
             families.setdefault(named.get(arm, arm), []).append(point)
     frozen = next((point for (arm, _), point in points.items() if arm == FROZEN), None)
     told = f"{trained} on {own['data']}: {scale_text(own['metric'], own['lower_is_better'])}"
