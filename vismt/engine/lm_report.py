@@ -58,6 +58,8 @@ LOGGED = {
 def lm_curves(folder: Path) -> list[Picture]:
     """The arms seed by seed, their training, and what they forgot, as far as the run left the files."""
     lines = read_lines(folder / SEEDS, FIELDS)
+    if not lines:
+        return []
     config = folder / "config.resolved.yaml"
     sections = (read_yaml(config) if config.exists() else {}).get("tasks") or []
     trained = next((section["name"] for section in sections if section.get("train")), None)
