@@ -386,7 +386,8 @@ def test_i9_merged_for_a_user_is_the_model_under_the_users_gates(kind: str) -> N
 def test_i9_merging_rounds_once() -> None:
     torch.manual_seed(0)
     made = AdaptedLinear(nn.Linear(5, 6, dtype=torch.bfloat16), 4, 2.0, experts=2)
-    made.lora_B.data.normal_()
+    for factor in (made.lora_A, made.lora_B):
+        factor.data.normal_()
     gates = torch.tensor([0.3, 0.7])
     delta = 2.0 * (made.lora_B * gates.repeat_interleave(2)) @ made.lora_A
     with instance_gates(gates):
