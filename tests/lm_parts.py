@@ -40,6 +40,18 @@ def tiny_lm(kind: str = "llama", seed: int = 0, vocabulary: int = 256) -> nn.Mod
     return lm
 
 
+def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a configuration with the values at dotted keys replaced."""
+    config = json.loads(json.dumps(config))
+    for key, value in changes.items():
+        *outer, last = key.split(".")
+        place = config
+        for name in outer:
+            place = place[name]
+        place[last] = value
+    return config
+
+
 def save_lm(folder: Path, kind: str = "llama") -> Path:
     """A folder that create_lm reads."""
     tiny_lm(kind).save_pretrained(folder)

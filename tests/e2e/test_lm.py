@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from lm_parts import save_lm, save_texts
+from lm_parts import changed, save_lm, save_texts
 
 from vismt.cli import main
 from vismt.engine import checkpoint
@@ -239,14 +239,8 @@ def test_causal_training_with_calibration_and_forgetting(home, tmp_path: Path) -
     ({"evaluate.split": "validation"}, "stories: nothing to validate on"),
 ])  # fmt: skip
 def test_user_errors(home, tmp_path: Path, capsys, changes, told) -> None:
-    config = json.loads(json.dumps(settings(home)))
-    for key, value in changes.items():
-        *outer, last = key.split(".")
-        place = config
-        for name in outer:
-            place = place[name]
-        place[last] = value
-    assert main(["train", str(write(tmp_path, config)), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
+    path = write(tmp_path, changed(settings(home), changes))
+    assert main(["train", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
     assert told in " ".join(capsys.readouterr().err.split())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ import yaml
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from lm_parts import save_interactions, save_lm, save_texts
+from lm_parts import changed, save_interactions, save_lm, save_texts
 
 from vismt.cli import main
 from vismt.engine import checkpoint
@@ -187,14 +186,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(home, tmp_path: Path, monkeypatc
     ({"evaluate.split": "tests"}, "evaluate.split: 'tests'. Near: 'test'"),
 ])  # fmt: skip
 def test_user_errors(home, tmp_path: Path, capsys, changes, told) -> None:
-    config = json.loads(json.dumps(settings(home)))
-    for key, value in changes.items():
-        *outer, last = key.split(".")
-        place = config
-        for name in outer:
-            place = place[name]
-        place[last] = value
-    assert main(["train", str(write(tmp_path, config)), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
+    path = write(tmp_path, changed(settings(home), changes))
+    assert main(["train", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
     assert told in " ".join(capsys.readouterr().err.split())
 
 

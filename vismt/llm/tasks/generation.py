@@ -98,9 +98,9 @@ def normalised(text: str) -> str:
     plain = text.strip().strip("$").replace(",", "").rstrip(".")
     try:
         number = Decimal(plain)
-        if number.is_finite():
-            return f"{number.normalize():f}"
-    except InvalidOperation:
-        pass
+    except InvalidOperation:  # it is no number, but text
+        number = Decimal("NaN")
+    if number.is_finite():
+        return f"{number.normalize():f}"
     words = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", words).split())
