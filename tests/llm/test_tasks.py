@@ -28,7 +28,7 @@ from vismt.llm.tasks.base import (
     tempered,
 )
 from vismt.llm.tasks.generation import normalised
-from vismt.llm.tasks.pieces import IGNORE, Piece, collate, pack, piece, windows
+from vismt.llm.tasks.pieces import IGNORE, Piece, collate, pack, piece, stem, windows
 from vismt.registry import adapt
 
 KINDS = ("llama", "qwen2", "gpt2")
@@ -185,17 +185,22 @@ def test_answers_are_scored_list_wise(lm, normalise):
     rows = [{"q": "sky", "one": "blue", "two": "very bright green", "answer": "two"},
             {"q": "grass is", "one": "green", "two": "blue", "three": "of the sky", "answer": "three"}]
     items = [task.encode(str(i), row, words) for i, row in enumerate(rows)]
-    assert [len(item.pieces) for item in items] == [2, 3] and [item.label for item in items] == [1, 2]
+    assert [len(item.pieces) for item in items] == [1, 1] and [item.label for item in items] == [1, 2]
     records = task.score(net, gather(items), items)
-    for record, item, row in zip(records, items, rows):
-        sizes = {"token": [one.counted for one in item.pieces], "none": [1] * 3,
+    for record, item, row, count in zip(records, items, rows, (2, 3)):
+        alone = [stem(item.pieces[0], answer) for answer in range(count)]
+        assert len(record["log_p"]) == count
+        sizes = {"token": [one.counted for one in alone], "none": [1] * 3,
                  "character": [len(row[key]) for key in options["answers"] if key in row]}[normalise]
-        scores = torch.tensor([-sum(naive(lm, one)) / size for one, size in zip(item.pieces, sizes)], dtype=torch.float64)
+        scores = torch.tensor([-sum(naive(lm, one)) / size for one, size in zip(alone, sizes)], dtype=torch.float64)
         assert record["log_p"] == pytest.approx(scores.log_softmax(0).tolist(), abs=1e-3)
-    with torch.no_grad():
-        loss = task.loss(net, gather(items))["loss"]
-    assert float(loss) == pytest.approx(-sum(record["log_p"][item.label] for record, item in zip(records, items)) / 2, rel=1e-3)
-    assert mean_of(task.measures(records)["NLL in nats"]) == pytest.approx(float(loss), rel=1e-3)
+    embedding = net.lm.get_input_embeddings().weight.requires_grad_(True)
+    loss = task.loss(net, gather(items))["loss"]
+    assert torch.autograd.grad(loss, embedding)[0].isfinite().all()  # the choice that the first row lacks divides by nothing
+    embedding.requires_grad_(False)
+    mean = -sum(record["log_p"][item.label] for record, item in zip(records, items)) / 2
+    assert float(loss.detach()) == pytest.approx(mean, rel=1e-3)
+    assert mean_of(task.measures(records)["NLL in nats"]) == pytest.approx(mean, rel=1e-3)
 
 
 # ---- measures ------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
     loss = -log p_right
 
 The length is the number of tokens ("token"), of characters ("character", what lm-eval-harness calls acc_norm; the scores are
-then per character), or 1 ("none"). Rows may have different numbers of answers. The prompt runs once for each answer.
+then per character), or 1 ("none"). Rows may have different numbers of answers. The prompt runs once, as the stem of a tree.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,14 +24,13 @@ from vismt.llm.tasks.base import (
     Record,
     Task,
     answer_tokens,
-    by_row,
     context_tokens,
     fill,
     has_fields,
     mean_of,
     probability_measures,
 )
-from vismt.llm.tasks.pieces import piece
+from vismt.llm.tasks.pieces import tree
 
 LENGTHS = ("token", "character", "none")
 
@@ -63,10 +61,11 @@ class Answers(Task):
         if label not in held or len(held) < 2:
             raise UserError(f"tasks: row '{name}' has label '{label}' and answers {list(held)}; needed two, and the right one.")
         texts = [fill(text, row, "tasks: answers") for text in held.values()]
-        pieces = [piece(context, answer_tokens(tokenizer, text), self.length) for text in texts]
-        if not all(one.counted for one in pieces):
+        answers = [answer_tokens(tokenizer, text) for text in texts]
+        if not all(answers):
             raise UserError(f"tasks: row '{name}' has an answer without a token.")
-        return Item(name, pieces, list(held).index(label), sizes=[max(1, len(text.strip())) for text in texts])
+        sizes = [max(1, len(text.strip())) for text in texts]
+        return Item(name, [tree(context, answers, self.length)], list(held).index(label), sizes=sizes)
 
     def loss(self, net: LmNet, batch: Batch) -> dict[str, Tensor]:
         scores = self._scores(net, batch)
@@ -76,15 +75,14 @@ class Answers(Task):
     def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
         found = self._scores(net, batch).double().log_softmax(1).cpu().tolist()
         return [
-            {"id": item.id, "label": item.label, "log_p": own[: len(item.pieces)]} for item, own in zip(items, found)
+            {"id": item.id, "label": item.label, "log_p": own[: len(item.sizes)]} for item, own in zip(items, found)
         ]
 
     def _scores(self, net: LmNet, batch: Batch) -> Tensor:
         """(b, most choices), -inf where a row has fewer."""
-        nats, tokens = net.token_nll(batch)
-        if self.normalise == "none":
-            tokens = torch.ones_like(tokens)
-        return by_row(-nats / (batch["size"] if self.normalise == "character" else tokens), batch["row"], len(batch["label"]))
+        nats, tokens = net.branch_nll(batch)
+        length = {"token": tokens.clamp_min(1), "character": batch["size"], "none": 1}[self.normalise]
+        return (-nats / length).masked_fill(tokens == 0, -math.inf)
 
     def measures(self, records: Sequence[Record]) -> dict[str, Measure]:
         return probability_measures(records)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from vismt.errors import UserError, near
 from vismt.llm.net import Batch, LmNet
@@ -59,7 +60,7 @@ class Item:
 
 
 def gather(items: Sequence[Item]) -> dict[str, Tensor]:
-    """`collate` of all pieces of some items, with "row" (pieces,), "label" (items,) and "size" (answers,), int64.
+    """`collate` of all pieces of some items, with "row" (pieces,), "label" (items,) and "size" (items, most answers), int64.
 
     Of recommendations also "history" int64 (items, longest), -1 after the last, and "key" int64 (items,), a number of the name.
     """
@@ -69,7 +70,7 @@ def gather(items: Sequence[Item]) -> dict[str, Tensor]:
     batch["row"] = torch.tensor([number for number, item in enumerate(items) for _ in item.pieces])
     batch["label"] = torch.tensor([item.label for item in items])
     if all(item.sizes for item in items):
-        batch["size"] = torch.tensor([size for item in items for size in item.sizes])
+        batch["size"] = pad_sequence([torch.tensor(item.sizes) for item in items], True, 1)
     if all(item.listed is not None for item in items):
         batch["history"] = padded([item.listed.history for item in items])
         batch["key"] = torch.tensor([mix_seed(0, "row", item.id) >> 31 for item in items])
@@ -236,10 +237,3 @@ class LmObjective(nn.Module):
 
     def step(self) -> None:
         """Nothing follows a step."""
-
-
-def by_row(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    """(pieces,) values of the pieces of `count` rows -> (rows, most pieces), -inf where a row has no such piece."""
-    numbers = torch.bincount(rows, minlength=count)
-    place = torch.arange(len(rows), device=rows.device) - (numbers.cumsum(0) - numbers)[rows]
-    return values.new_full((count, int(numbers.max())), -torch.inf).index_put((rows, place), values)

@@ -172,8 +172,7 @@ class Recommendation(Task):
             ]
         with _seen(net, batch) as whole:
             nats, tokens = net.branch_nll(whole)
-        units = batch["size"].view_as(nats) if self.normalise == "character" else tokens
-        scores = -nats / (1 if self.normalise == "none" else units)
+        scores = -nats / {"token": tokens, "character": batch["size"], "none": 1}[self.normalise]
         found = scores.double().log_softmax(1).cpu().tolist()
         return [{"id": item.id, "label": item.label, "log_p": own} for item, own in zip(items, found)]
 
