@@ -224,6 +224,26 @@ def test_causal_training_with_calibration_and_forgetting(home, tmp_path: Path) -
     assert logged[-1]["loss"] < logged[0]["loss"] * 1.5 and open_run(run).job.net("kpm").lm.vismt_record.method == "corda"
 
 
+def test_weights_that_are_trained_in_place_begin_at_the_first_block(home, tmp_path: Path) -> None:
+    arms = {
+        "s2ft": {"adapt": {"method": "s2ft", "options": {"ratio": 0.25}}},
+        "lisa": {"adapt": {"method": "lisa", "options": {"active": 1, "interval": 1, "train_embeddings": False}}},
+    }
+    config = settings(home, arms=arms)
+    config["model"] = {"name": home["lm"], "first_block": 2}
+    assert main(["run", str(write(tmp_path, config)), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
+    run = next((tmp_path / "runs").iterdir())
+    stock = open_run(run).job.models.stock().state_dict()
+    stock = {name: value.clone() for name, value in stock.items()}
+    for arm in arms:
+        merged = open_run(run).job.merged(arm).state_dict()
+        moved = {name for name, value in stock.items() if not torch.equal(value, merged[name])}
+        assert any(".layers.2." in name for name in moved), arm
+        assert not any(f".layers.{low}." in name or "embed" in name for name in moved for low in (0, 1)), arm
+    scores = {(row["model"], row["value"]) for row in read_lines(run / "results.jsonl") if row["metric"] == "perplexity"}
+    assert len({value for _, value in scores}) == 3
+
+
 @pytest.mark.parametrize(("changes", "told"), [
     ({"tasks": []}, "name at least one"),
     ({"head": {"name": "vbl"}}, "no head 'vbl'. Near: 'vbll'"),
@@ -235,6 +255,8 @@ def test_causal_training_with_calibration_and_forgetting(home, tmp_path: Path) -
     ({"batch": 17}, "batch: 17, with 16 training rows"),
     ({"calibration": {"rows": 3}}, "calibration: name sets in data"),
     ({"adapt.method": "lorra"}, "no method 'lorra'. Near: 'lora'"),
+    ({"adapt": {"method": "lisa", "options": {"active": 1}}}, "trains the input embeddings"),
+    ({"adapt.options": {"also_train": ["layers.0.mlp.up_proj"]}}, "below model.first_block 1"),
     ({"arms": {"a": {"model.dtype": "float32"}}}, "model.dtype must be the same for all arms"),
     ({"evaluate.split": "validation"}, "stories: nothing to validate on"),
 ])  # fmt: skip

@@ -223,7 +223,7 @@ def test_a_vector_replaces_the_input_embedding_of_its_slot(kind):
     assert not lm.get_input_embeddings()._forward_hooks
 
 
-def test_deeper_a_vector_takes_the_place_of_the_embedding_in_the_sum():
+def test_deeper_a_vector_weighs_what_it_would_weigh_in_the_embeddings():
     lm = tiny_lm().requires_grad_(False)
     net, (item,) = LmNet(lm, hybrid(lm), first=2).eval(), [one.hybrid for one in encoded(task(), ROWS[:1])]
     batch = collate([stem(item.pieces[0], 0)])
@@ -236,7 +236,9 @@ def test_deeper_a_vector_takes_the_place_of_the_embedding_in_the_sum():
     places = batch["items"] >= 0
     assert torch.equal(seen[0][~places], seen[1][~places])
     own = lm.get_input_embeddings().weight[batch["ids"][places]]
-    assert torch.allclose(seen[1][places] - seen[0][places], vectors - own, atol=1e-4)
+    change, state = seen[1][places] - seen[0][places], seen[0][places]
+    length = lm.get_input_embeddings().weight.norm(dim=1).mean()
+    assert torch.allclose(change, (vectors - own) / length * state.norm(dim=1, keepdim=True), atol=1e-4)
     net.hidden({**batch, "vectors": vectors}).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.head.projector.parameters())
 

@@ -83,6 +83,18 @@ def test_earlier_selections_are_excluded() -> None:
         select_units(model, ratio=0.75, exclude=select_units(model, ratio=0.5, parts="o"), parts="o")
 
 
+@pytest.mark.parametrize("budget", ["per_layer", "global"])
+def test_excluded_containers_give_nothing_and_count_for_no_ratio(budget: str) -> None:
+    chosen = select_units(stack(), ratio=0.25, budget=budget, exclude=r"[01]\..*")
+    assert set(chosen.units) == {"2.0", "2.1"} and (chosen.count("o"), chosen.count("d")) == (2, 40)
+    assert chosen.units == select_units(stack(), ratio=0.25, budget=budget, exclude=["0.0", "0.1", r"1\.[01]"]).units
+    earlier = select_units(stack(), ratio=0.5, parts="d")
+    mixed = select_units(stack(), ratio=0.5, parts="d", budget=budget, exclude=[r"0\..*", earlier])
+    assert "0.1" not in mixed.units and not set(mixed.units["1.1"]["d"]) & set(earlier.units["1.1"]["d"])
+    with pytest.raises(UserError, match=r"select_units\.exclude: no module matches 'layers\.7'"):
+        select_units(stack(), exclude="layers.7")
+
+
 @pytest.mark.parametrize("part,loud", [("d", "down"), ("u", "up")])
 def test_weight_scores_look_at_the_matrix_that_is_trained(part: str, loud: str) -> None:
     model = stack(1)

@@ -90,6 +90,11 @@ class LmJob(StudyJob):
         below = [name for block in blocks(net.lm)[: net.first] for name, p in block.named_parameters() if p.requires_grad]
         if below:
             raise UserError(f"adapt: '{method}' trains '{below[0]}' below model.first_block {net.first}; name other targets.")
+        if net.first and any(p.requires_grad for p in net.lm.get_input_embeddings().parameters()):
+            raise UserError(
+                f"adapt: '{method}' trains the input embeddings, and blocks below model.first_block {net.first} are computed "
+                "once; set first_block to 0, or leave the embeddings out (of lisa: train_embeddings: false)."
+            )
         return method
 
     def _options(self, net: LmNet, adapt: AdaptConfig, known: Sequence[str]) -> dict[str, Any]:

@@ -42,7 +42,8 @@ def s2ft(
     model: nn.Module, *, targets: Targets, rank: int, alpha: float | None, seed: int, selection: Selection | None = None,
     mode: str = "permute", strategy: str = "random", ratio: float | Mapping[str, float] = 0.02, budget: str = "per_layer",
     parts: Sequence[str] = ("o", "d"), largest: bool = False, calibration: Iterable[Any] | None = None,
-    exclude: Selection | Sequence[Selection] = (), also_train: Sequence[str] = (), dtype: torch.dtype | str | None = None,
+    exclude: str | Selection | Sequence[str | Selection] = (), also_train: Sequence[str] = (),
+    dtype: torch.dtype | str | None = None,
 ) -> AdaptReport:
     """Train the units of `selection`, or of `select_units` with the other settings and adapt's seed.
 

@@ -21,6 +21,7 @@ from vismt.errors import UserError, require_known
 from vismt.llm.unit_scores import SCORES, Slots, unit_scores
 from vismt.lowrank.coupled import PARTS, structures
 from vismt.lowrank.inject import refuse_adapted
+from vismt.lowrank.targets import check_patterns, matches
 
 STRATEGIES = ("random", *SCORES)
 BUDGETS = ("per_layer", "global")
@@ -45,7 +46,7 @@ class Selection:
 def select_units(
     model: nn.Module, strategy: str = "random", ratio: float | Mapping[str, float] = 0.02, budget: str = "per_layer",
     parts: Sequence[str] = ("o", "d"), largest: bool = False, seed: int = 0, calibration: Iterable[Any] | None = None, *,
-    exclude: Selection | Sequence[Selection] = (),
+    exclude: str | Selection | Sequence[str | Selection] = (),
 ) -> Selection:
     """Choose units of a stock model.
 
@@ -54,7 +55,8 @@ def select_units(
     queries the units of 'v' are the key-value heads. largest: the highest scores instead of the lowest.
     calibration: for activation, product and gradient, batches: a mapping of the model's arguments (an attention_mask leaves
     padding out), a tensor, or (inputs, labels); gradient takes the output's .loss or the cross-entropy with the labels.
-    exclude: earlier selections, none of whose units is taken again.
+    exclude: earlier selections, none of whose units is taken again, and containers (full-path regex or suffix), from which
+    none is taken and which count for no ratio.
     Raises UserError for a model without known structures, an unknown name, a wrong ratio, and too few units.
     """
     refuse_adapted(model)
@@ -62,14 +64,18 @@ def select_units(
     for name, given, known in (("strategy", [strategy], STRATEGIES), ("budget", [budget], BUDGETS), ("parts", parts, PARTS)):
         require_known(f"select_units.{name}: no", given, known)
     ratios = _ratios(ratio, parts)
+    given = [exclude] if isinstance(exclude, str | Selection) else list(exclude)
+    earlier, patterns = [one for one in given if isinstance(one, Selection)], [one for one in given if isinstance(one, str)]
+    found = structures(model)
+    check_patterns("select_units.exclude", patterns, list(found))
     slots = {
         (path, part): structure.parts[part] for part in PARTS if ratios.get(part)
-        for path, structure in structures(model).items() if part in structure.parts
+        for path, structure in found.items()
+        if part in structure.parts and not any(matches(pattern, path) for pattern in patterns)
     }
     for part in [part for part, value in ratios.items() if value]:
         if not any(name == part for _, name in slots):
             raise UserError(f"select_units: {type(model).__name__} has nothing known to take part '{part}' from.")
-    earlier = [exclude] if isinstance(exclude, Selection) else list(exclude)
     free = {
         (path, part): [j for j in range(block.units) if not any(j in one.units.get(path, {}).get(part, ()) for one in earlier)]
         for (path, part), block in slots.items()
