@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from vismt.engine.runtime import leave
 from vismt.multitask.balancing import make_balancer
 
 TASKS = ("depth", "edges", "normals")
@@ -109,7 +110,8 @@ def run_rank(rank, folder, methods):
             wrapped = nn.parallel.DistributedDataParallel(net)
             ended = train(net, wrapped, lambda step, lacking=lacking: batch_of(step, rank, lacking), accumulate)
             torch.save(ended, Path(folder) / f"{method}-{len(lacking)}-{accumulate}-{rank}.pt")
-    dist.destroy_process_group()
+    del net, wrapped
+    leave()
 
 
 if __name__ == "__main__":

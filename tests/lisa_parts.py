@@ -167,7 +167,8 @@ def rank_main(folder: Path) -> None:
     loop.train(Objective(model), tokens, config, folder / "run", "hash", runtime.accelerator(), seed=0)
     found.update({f"loop.{name}": value.detach() for name, value in model.named_parameters()})
     torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    del model, wrapped, lisa
+    runtime.leave()
 
 
 if __name__ == "__main__":

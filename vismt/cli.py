@@ -30,7 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        return int(options.call(options) or 0)
+        code = int(options.call(options) or 0)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from vismt.engine import runtime  # which loads torch and accelerate
+
+            runtime.leave()
+        return code
     except UserError as error:
         if options.debug:
             raise
@@ -94,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("what", choices=("core", "lowrank", "amt", "emtal", "memory"))
     made.add_argument("--rounds", type=int, default=9)
     made.add_argument("--device", default="cpu")
+    made.add_argument("--model", help="of memory: a language model by its name (a random Llama)")
     add("list", _list, "list methods, jobs, data cards and assets")
     return parser
 
@@ -243,8 +249,11 @@ def _bench(options: argparse.Namespace) -> None:
 
     if options.rounds < 1:
         raise UserError(f"bench: --rounds {options.rounds}; it must be at least 1.")
+    if options.model is not None and options.what != "memory":
+        raise UserError(f"bench: --model is of 'memory', '{options.what}' has models of its own; leave it out.")
+    given = () if options.model is None else (options.model,)
     benches = {"core": core, "lowrank": lowrank, "amt": amt, "emtal": emtal, "memory": memory}
-    for result in benches[options.what].run(options.rounds, options.device):
+    for result in benches[options.what].run(options.rounds, options.device, *given):
         console.block(str(result))
 
 

@@ -360,6 +360,7 @@ rank, file = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method="file://" + file + ".store", rank=rank, world_size=2)
 from test_landing import Landing, adapted, loss_of, trained
+from vismt.engine.runtime import leave
 model = adapted()
 wrapped = torch.nn.parallel.DistributedDataParallel(model)
 landing = Landing(torch.optim.SGD(trained(model), lr=0.1), model, 0.5)
@@ -368,7 +369,8 @@ for step in range(3):
     landing.step()
     landing.zero_grad()
 torch.save(trained(model), f"{file}.{rank}")
-dist.destroy_process_group()
+del wrapped, landing
+leave()
 """
 
 

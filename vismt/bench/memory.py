@@ -1,9 +1,9 @@
 """`vismt bench memory`: what one training step holds in memory, measured and by formula, for each way to train one model.
 
-A random Llama of hidden 512, 8 layers, ffn 1376, vocabulary 2048, batch 4 x 256 tokens, fp32, AdamW, no checkpointing: full
-fine-tuning, LoRA r=16 on all seven linears (ours and peft's), LISA with 2 of 8 layers, with and without what lies outside
-them, and S2FT on O and D with LoRA's number of parameters where that method is there. A ratio is of these sizes alone: with
-longer batches activations dominate, with checkpointing they vanish.
+A random Llama of hidden 512, 8 layers, ffn 1376, vocabulary 2048, or a language model by its name; batch 4 x 256 tokens,
+fp32, AdamW, no checkpointing: full fine-tuning, LoRA r=16 on all seven linears (ours and peft's), LISA with 2 layers, with
+and without what lies outside them, and S2FT on O and D with LoRA's number of parameters. A ratio is of these sizes alone:
+with longer batches activations dominate, with checkpointing they vanish.
 
 Peak is the most that is alive at once in the second step, weights included. Its formula is weights + Adam state + the larger
 of gradients (the end of the backward pass) and activations with two more tensors of the logits' size (its start: the
@@ -15,10 +15,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vismt.backbones.lm import create_lm
 from vismt.bench.timing import Timing, interleave
 from vismt.errors import UserError
 from vismt.llm import LISA
@@ -32,12 +34,11 @@ from vismt.lowrank.account import (
     weight_bytes,
 )
 from vismt.lowrank.activations import Block, Decoder, decoder_activation_bytes
-from vismt.registry import adapt, list_methods
+from vismt.registry import adapt
 
 RANK, ACTIVE, DEPTH, BATCH, LENGTH = 16, 2, 8, 4, 256
 SIZES = Decoder(hidden=512, ffn=1376, heads=8, kv_heads=8, head_dim=64, vocabulary=2048)
-# One head of eight and 241 of 1376 channels a layer: as many parameters as LoRA of rank 16 has.
-SLICED = 0.175
+LIKE = ("llama", "qwen2")  # whose blocks the formula describes
 FULL = "full fine-tuning"
 
 
@@ -61,13 +62,14 @@ class Costs:
 class MemoryResult:
     """Measured costs, their prediction, and CPU time of a step, by variant; printing it gives the table."""
 
+    title: str
     trainable: dict[str, int]
     measured: dict[str, Costs]
     predicted: dict[str, Costs]
     timing: Timing
 
     def __str__(self) -> str:
-        told = f"Llama {SIZES.hidden} x {DEPTH}, {BATCH} x {LENGTH} tokens, fp32, AdamW; MiB, below each the formula"
+        told = f"{self.title}, {BATCH} x {LENGTH} tokens, fp32, AdamW; MiB, below each the formula"
         names = ("trainable", "weights", "saved", "grads", "Adam", "peak")
         ratios = ("saved", "sum", "peak", "step", "min..max")
         lines = [told, f"{'':<22}" + "".join(f"{name:>{11 if name == 'trainable' else 9}}" for name in names)]
@@ -94,18 +96,21 @@ class Variant:
     outside: tuple[bool, bool, bool] = (False, False, False)  # embeddings, final norm, head
 
 
-def run(rounds: int = 9, device: str = "cpu") -> list[MemoryResult]:
-    """Measure every variant on the same model and batch."""
+def run(rounds: int = 9, device: str = "cpu", name: str | None = None) -> list[MemoryResult]:
+    """Measure every variant on the same model and batch. name: of a language model (see create_lm), None for the random Llama."""
     where = torch.device(device)
-    model, tokens = _llama(where)
+    model = (_llama() if name is None else _named(name)).to(where).train()
+    sizes, depth = _sizes(model.config), model.config.num_hidden_layers
+    tokens = torch.randint(sizes.vocabulary, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0)).to(where)
     trainable, measured, predicted = {}, {}, {}
     steps: dict[str, Callable[[], None]] = {}
-    for name, variant in _variants(model).items():
-        trainable[name] = count_parameters(variant.model)[0]
-        predicted[name] = _predict(variant)
-        measured[name] = _measure(variant, tokens)
-        steps[name] = _step(variant, tokens)
-    return [MemoryResult(trainable, measured, predicted, interleave(steps, rounds, label="memory", device=where))]
+    for label, variant in _variants(model, sizes, depth).items():
+        trainable[label] = count_parameters(variant.model)[0]
+        predicted[label] = _predict(variant, sizes)
+        measured[label] = _measure(variant, tokens)
+        steps[label] = _step(variant, tokens)
+    title = f"{name or 'Llama'} {sizes.hidden} x {depth}"
+    return [MemoryResult(title, trainable, measured, predicted, interleave(steps, rounds, label="memory", device=where))]
 
 
 def _measure(variant: Variant, tokens: Tensor) -> Costs:
@@ -119,44 +124,49 @@ def _measure(variant: Variant, tokens: Tensor) -> Costs:
     return Costs(weights, activations, gradients, optimizer_bytes(variant.optimizer), weights + peak)
 
 
-def _predict(variant: Variant) -> Costs:
+def _predict(variant: Variant, sizes: Decoder) -> Costs:
     trained = [parameter for parameter in variant.model.parameters() if parameter.requires_grad]
     weights, gradients = weight_bytes(variant.model), sum(parameter.numel() * parameter.element_size() for parameter in trained)
     embeddings, norm, head = variant.outside
-    activations = decoder_activation_bytes(SIZES, BATCH, LENGTH, variant.blocks, embeddings=embeddings, norm=norm, head=head)
+    activations = decoder_activation_bytes(sizes, BATCH, LENGTH, variant.blocks, embeddings=embeddings, norm=norm, head=head)
     state = optimizer_bytes_formula(trained, "adamw")
-    start = activations + 2 * BATCH * LENGTH * SIZES.vocabulary * trained[0].element_size()
+    start = activations + 2 * BATCH * LENGTH * sizes.vocabulary * trained[0].element_size()
     return Costs(weights, activations, gradients, state, weights + state + max(gradients, start))
 
 
-def _variants(model: nn.Module) -> dict[str, Variant]:
+def _variants(model: nn.Module, sizes: Decoder, depth: int) -> dict[str, Variant]:
     """Every variant on a copy of the model, the full one on the model itself."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise UserError('bench memory compares with peft, which is not installed: pip install "vismt[llm]".') from error
-    ours = copy.deepcopy(model)
-    paths = [site.path for site in adapt(ours, "lora", rank=RANK).sites]
-    theirs = get_peft_model(copy.deepcopy(model), LoraConfig(r=RANK, lora_alpha=RANK, target_modules=paths))
-    lora = [Block("lora", RANK)] * DEPTH
-    found = {
-        "vismt lora r=16": Variant(ours, _adamw(ours), lora),
-        "peft lora r=16": Variant(theirs, _adamw(theirs), lora),
-        "LISA 2 of 8": _lisa(copy.deepcopy(model), True),
-        "LISA 2 of 8 alone": _lisa(copy.deepcopy(model), False),
+    ours, sliced = copy.deepcopy(model), copy.deepcopy(model)
+    sites = adapt(ours, "lora", rank=RANK).sites
+    theirs = get_peft_model(copy.deepcopy(model), LoraConfig(r=RANK, lora_alpha=RANK, target_modules=[s.path for s in sites]))
+    heads, channels = _units(sizes, count_parameters(ours)[0] // depth)
+    adapt(sliced, "s2ft", ratio={"o": heads / sizes.heads, "d": channels / sizes.ffn}, parts=("o", "d"))
+    lora = [Block("lora", RANK)] * depth
+    return {
+        FULL: Variant(model, _adamw(model), [Block("trained")] * depth, (True, True, True)),
+        f"vismt lora r={RANK}": Variant(ours, _adamw(ours), lora), f"peft lora r={RANK}": Variant(theirs, _adamw(theirs), lora),
+        f"LISA {ACTIVE} of {depth}": _lisa(copy.deepcopy(model), True),
+        f"LISA {ACTIVE} of {depth} alone": _lisa(copy.deepcopy(model), False),
+        "S2FT O and D": Variant(sliced, _adamw(sliced), [Block("sliced", sliced=(heads * sizes.head_dim, channels))] * depth),
     }
-    if "s2ft" in list_methods():
-        sliced = copy.deepcopy(model)
-        adapt(sliced, "s2ft", ratio=SLICED, parts=("o", "d"))
-        inputs = round(SLICED * SIZES.heads) * SIZES.head_dim, round(SLICED * SIZES.ffn)
-        found["S2FT O and D"] = Variant(sliced, _adamw(sliced), [Block("sliced", sliced=inputs)] * DEPTH)
-    return {FULL: Variant(model, _adamw(model), [Block("trained")] * DEPTH, (True, True, True)), **found}
+
+
+def _units(sizes: Decoder, budget: int) -> tuple[int, int]:
+    """Heads of O and channels of D, in each block, that have about `budget` parameters, a fifth of them in O."""
+    head = sizes.head_dim * sizes.hidden
+    heads = max(1, round(0.2 * budget / head))
+    return heads, max(1, round((budget - heads * head) / sizes.hidden))
 
 
 def _lisa(model: nn.Module, outside: bool) -> Variant:
     optimizer = _adamw(model)
-    lisa = LISA(model, optimizer, active=ACTIVE, train_embeddings=outside, exclude=() if outside else ("lm_head", "model.norm"))
-    blocks = [Block("trained" if layer in lisa.active_layers else "frozen") for layer in range(DEPTH)]
+    kept = () if outside else ("lm_head", "model.norm")
+    lisa = LISA(model, optimizer, active=ACTIVE, train_embeddings=outside, exclude=kept)
+    blocks = [Block("trained" if layer in lisa.active_layers else "frozen") for layer in range(model.config.num_hidden_layers)]
     return Variant(model, optimizer, blocks, (outside, outside, outside))
 
 
@@ -177,7 +187,7 @@ def _loss(model: nn.Module, tokens: Tensor) -> Tensor:
     return model(input_ids=tokens, labels=tokens).loss
 
 
-def _llama(device: torch.device) -> tuple[nn.Module, Tensor]:
+def _llama() -> nn.Module:
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError as error:
@@ -187,8 +197,20 @@ def _llama(device: torch.device) -> tuple[nn.Module, Tensor]:
         hidden_size=SIZES.hidden, num_hidden_layers=DEPTH, intermediate_size=SIZES.ffn, num_attention_heads=SIZES.heads,
         num_key_value_heads=SIZES.kv_heads, vocab_size=SIZES.vocabulary,
     )
-    tokens = torch.randint(SIZES.vocabulary, (BATCH, LENGTH), device=device)
-    return LlamaForCausalLM(shape).to(device).train(), tokens
+    return LlamaForCausalLM(shape)
+
+
+def _named(name: str) -> nn.Module:
+    model = create_lm(name, dtype=torch.float32)[0]
+    if model.config.model_type not in LIKE:
+        raise UserError(f"bench memory: '{name}' is of type {model.config.model_type}; the formula is of {' and '.join(LIKE)}.")
+    return model
+
+
+def _sizes(config: Any) -> Decoder:
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Decoder(config.hidden_size, config.intermediate_size, heads, kv_heads, width, config.vocab_size)
 
 
 def _row(costs: Costs) -> str:

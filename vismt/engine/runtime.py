@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import platform
 import subprocess
@@ -45,6 +46,17 @@ def accelerator(precision: str = "no", trackers: list[str] | None = None, folder
     if trackers and len(made.log_with) < len(trackers):
         raise UserError(f"train.trackers: {trackers}: not all are installed; pip install \"vismt[log]\".")
     return made
+
+
+def leave() -> None:
+    """Part from the other processes, at the end of what they do together; nothing where there are none.
+
+    Gloo's threads live as long as anything holds the group (a DistributedDataParallel in a cycle does), and one that outlives
+    the interpreter aborts the process.
+    """
+    if torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
 
 
 def hardware() -> str:
