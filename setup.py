@@ -44,6 +44,7 @@ setup(
         "einops>=0.8",
         "numpy>=1.26",
         "scipy>=1.11",
+        "threadpoolctl>=3.1",
         "safetensors>=0.4",
         "pyyaml>=6",
         "accelerate>=1.0",

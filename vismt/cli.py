@@ -30,12 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        code = int(options.call(options) or 0)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from vismt.engine import runtime  # which loads torch and accelerate
-
-            runtime.leave()
-        return code
+        return int(options.call(options) or 0)
     except UserError as error:
         if options.debug:
             raise
@@ -251,9 +246,9 @@ def _bench(options: argparse.Namespace) -> None:
         raise UserError(f"bench: --rounds {options.rounds}; it must be at least 1.")
     if options.model is not None and options.what != "memory":
         raise UserError(f"bench: --model is of 'memory', '{options.what}' has models of its own; leave it out.")
-    given = () if options.model is None else (options.model,)
+    named = () if options.model is None else (options.model,)
     benches = {"core": core, "lowrank": lowrank, "amt": amt, "emtal": emtal, "memory": memory}
-    for result in benches[options.what].run(options.rounds, options.device, *given):
+    for result in benches[options.what].run(options.rounds, options.device, *named):
         console.block(str(result))
 
 

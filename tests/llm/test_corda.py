@@ -11,7 +11,8 @@ from torch import nn
 import vismt
 from vismt.errors import UserError
 from vismt.llm import collect_covariance, save_covariances
-from vismt.lowrank.init import context, damped, principal
+from vismt.llm.corda_start import context, damped, last_left
+from vismt.lowrank.init import principal
 from vismt.lowrank.inject import adapted_modules
 
 MODES = ("ipm", "kpm")
@@ -260,3 +261,14 @@ def test_mistakes_are_one_clear_line_and_change_nothing(options: dict, words: st
     state = model.state_dict()
     assert list(state) == list(before) and all(torch.equal(state[name], before[name]) for name in before)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20), (12, 12)])
+def test_last_left_vectors(shape: tuple[int, int]) -> None:
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(2))
+    wanted = torch.linalg.svd(weight.double(), full_matrices=False)
+    U, S = last_left(weight, 3)
+    # The last of the min(o, i) components, not of all o directions.
+    assert torch.allclose(S, wanted.S[-3:]) and torch.allclose(U @ U.T, wanted.U[:, -3:] @ wanted.U[:, -3:].T)
+    U, S = last_left(torch.ones(4, 3), 2)
+    assert not U.any() and S.abs().max() < 1e-7

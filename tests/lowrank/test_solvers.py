@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vismt.lowrank import solvers
-from vismt.lowrank.solvers import last_left, top_exact, top_randomized
+from vismt.lowrank.solvers import top_exact, top_randomized
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -91,17 +91,6 @@ def test_zero_small_and_deficient_matrices(finder) -> None:
         U, S, Vh = finder(weight, rank)
         assert all(value.isfinite().all() for value in (U, S, Vh)) and U.shape == (len(weight), rank)
         assert torch.allclose(((U * S) @ Vh).float(), weight, atol=1e-5 * float(weight.abs().max()))
-
-
-@pytest.mark.parametrize("shape", [(20, 12), (12, 20), (12, 12)])
-def test_last_left_vectors(shape: tuple[int, int]) -> None:
-    weight = torch.randn(*shape, generator=generator(2))
-    wanted = torch.linalg.svd(weight.double(), full_matrices=False)
-    U, S = last_left(weight, 3)
-    # The last of the min(o, i) components, not of all o directions.
-    assert torch.allclose(S, wanted.S[-3:]) and torch.allclose(U @ U.T, wanted.U[:, -3:] @ wanted.U[:, -3:].T)
-    U, S = last_left(torch.ones(4, 3), 2)
-    assert not U.any() and S.abs().max() < 1e-7
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:

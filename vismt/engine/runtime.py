@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import gc
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -24,7 +26,10 @@ WAIT = datetime.timedelta(days=2)
 
 def processes() -> PartialState:
     """This process among its fellows (torchrun, accelerate launch), and its device."""
-    return PartialState(cpu=_cpu_only(), **({"timeout": WAIT} if int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}))
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return PartialState(cpu=_cpu_only())
+    _leave_at_exit()
+    return PartialState(cpu=_cpu_only(), timeout=WAIT)
 
 
 def accelerator(precision: str = "no", trackers: list[str] | None = None, folder: Path | None = None) -> Accelerator:
@@ -48,8 +53,13 @@ def accelerator(precision: str = "no", trackers: list[str] | None = None, folder
     return made
 
 
+@cache
+def _leave_at_exit() -> None:
+    atexit.register(leave)
+
+
 def leave() -> None:
-    """Part from the other processes, at the end of what they do together; nothing where there are none.
+    """Part from the other processes before the interpreter ends; nothing where there are none.
 
     Gloo's threads live as long as anything holds the group (a DistributedDataParallel in a cycle does), and one that outlives
     the interpreter aborts the process.

@@ -4,7 +4,7 @@
     ipm   J the first r: adapt what matters for the task the covariance C is of (instruction-previewed)
     kpm   J the last r: leave alone what matters there (knowledge-preserved)
 
-Yang et al., NeurIPS 2024. The product is that of the paper and of the released code (vismt.lowrank.init says why no
+Yang et al., NeurIPS 2024. The product is that of the paper and of the released code (vismt.llm.corda_start says why no
 inverse is needed). As with 'pissa', W stays whole and the start is subtracted, biases stay frozen (the released code
 trains them), a file carries A0 and B0, and dropout is refused. Paper and released code differ in the default mode (the
 release: kpm); there is none here.
@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from vismt.errors import UserError, near
+from vismt.llm.corda_start import context
 from vismt.llm.covariance_files import load_covariances
 from vismt.llm.pissa import SOLVERS, refuse_dropout
-from vismt.lowrank.init import context
 from vismt.lowrank.inject import inject
 from vismt.lowrank.sites import AdaptReport
 from vismt.lowrank.targets import Targets, find_targets, matrix_shape
@@ -67,7 +68,8 @@ def corda(
     dead: list[str] = []
     start = partial(_start, smallest=mode == "kpm", balanced=even, method=solver, dead=dead)
     starts = {path: partial(start, path, covariances[path]) for path in found}
-    report = inject(model, "corda", starts, offset=True, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)
+    with threadpool_limits(1, user_api="blas"):  # scipy's; as torch's own, one thread for each module is fastest
+        report = inject(model, "corda", starts, offset=True, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)
     if dead:
         warnings.warn(
             f"corda: the {mode} components of '{min(dead)}' ({len(set(dead))} of {len(found)} modules) vanish, so A and B start "

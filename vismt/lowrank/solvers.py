@@ -1,4 +1,4 @@
-"""Singular vectors at one end of a spectrum: the leading ones exactly or by a seeded range finder, the last ones exactly.
+"""The leading singular vectors of a matrix, exactly or by a seeded range finder.
 
 Exact: eigenvectors of the smaller Gram matrix in fp64, two to three times faster than an fp32 SVD. Squaring the matrix
 halves the digits, so singular values are resolved down to 1e-8 of the largest (an fp32 SVD resolves 1e-7).
@@ -36,7 +36,7 @@ def top_exact(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     # A vanishing singular value leaves its right vector undefined: that row of Vh is zero, as is the singular value.
     alive = S[0] * 1e-7 < S
     S = torch.where(alive, S, 0)
-    return U, S, _reciprocal(S)[:, None] * (U.T @ matrix)
+    return U, S, reciprocal(S)[:, None] * (U.T @ matrix)
 
 
 def top_randomized(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,22 +66,7 @@ def top_randomized(matrix: Tensor, rank: int, generator: torch.Generator) -> tup
     rotation = vectors[:, -rank:].flip(1).to(matrix.dtype)
     rows = rotation.T @ thin
     S = rows.norm(dim=1)
-    return Q @ rotation, S, _reciprocal(S)[:, None] * rows
-
-
-def last_left(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Left singular vectors U (o, r) of the `rank` smallest of the min(o, i) singular values, and these (r,), in fp64.
-
-    Both descend. A column whose singular value vanishes is zero where o > i, since nothing defines it there.
-    """
-    matrix = double(matrix)
-    wide = matrix.shape[0] <= matrix.shape[1]
-    vectors = torch.linalg.eigh(matrix @ matrix.T if wide else matrix.T @ matrix).eigenvectors[:, :rank].flip(1)
-    if wide:
-        return vectors, (vectors.T @ matrix).norm(dim=1)
-    images = matrix @ vectors
-    S = images.norm(dim=0)
-    return images * _reciprocal(torch.where(1e-14 * matrix.norm() < S, S, 0)), S
+    return Q @ rotation, S, reciprocal(S)[:, None] * rows
 
 
 def double(matrix: Tensor) -> Tensor:
@@ -107,6 +92,6 @@ def _chebyshev(times_gram: Callable[[Tensor], Tensor], Q: Tensor, product: Tenso
     return now
 
 
-def _reciprocal(values: Tensor) -> Tensor:
+def reciprocal(values: Tensor) -> Tensor:
     """1 / x, and 0 where x is 0."""
     return torch.where(values > 0, 1 / values.clamp_min(torch.finfo(values.dtype).tiny), 0)
