@@ -222,6 +222,19 @@ def test_causal_training_with_calibration_and_forgetting(home, tmp_path: Path) -
     assert not (unit.folder / "head.safetensors").exists()
     logged = read_lines(unit.folder / "metrics.jsonl")
     assert logged[-1]["loss"] < logged[0]["loss"] * 1.5 and open_run(run).job.net("kpm").lm.vismt_record.method == "corda"
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        wanted = open_run(run).job.net("kpm").lm(input_ids=ids).logits
+        for form in ("peft", "transformers"):  # B A - B0 A0 as one adapter of twice the rank, and folded into the weights
+            where = tmp_path / form
+            assert main(["export", str(run), "--format", form, "--to", str(where), "--expert", "kpm", "--quiet"]) == 0
+            if form == "peft":
+                peft = pytest.importorskip("peft")
+                assert json.loads((where / "adapter_config.json").read_text())["r"] == 4
+                model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(home["lm"]), str(where))
+            else:
+                model = transformers.AutoModelForCausalLM.from_pretrained(where)
+            assert torch.allclose(model.eval()(input_ids=ids).logits, wanted, atol=1e-4), form
 
 
 def test_weights_that_are_trained_in_place_begin_at_the_first_block(home, tmp_path: Path) -> None:
