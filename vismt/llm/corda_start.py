@@ -16,6 +16,7 @@ import math
 
 import torch
 from scipy.linalg import LinAlgError, eigh
+from scipy.linalg.blas import dsyrk
 from torch import Tensor
 
 from vismt.errors import UserError
@@ -85,7 +86,7 @@ def last_left(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     matrix = double(matrix)
     wide = matrix.shape[0] <= matrix.shape[1]
-    vectors = _first_vectors(matrix @ matrix.T if wide else matrix.T @ matrix, rank).flip(1)
+    vectors = _first_vectors(matrix if wide else matrix.T, rank).flip(1)
     if wide:
         return vectors, (vectors.T @ matrix).norm(dim=1)
     images = matrix @ vectors
@@ -93,11 +94,12 @@ def last_left(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return images * reciprocal(torch.where(1e-14 * matrix.norm() < S, S, 0)), S
 
 
-def _first_vectors(gram: Tensor, rank: int) -> Tensor:
-    """Eigenvectors (n, r) of the smallest eigenvalues of a symmetric fp64 matrix, these ascending."""
-    if gram.device.type != "cpu":
-        return torch.linalg.eigh(gram).eigenvectors[:, :rank]
+def _first_vectors(matrix: Tensor, rank: int) -> Tensor:
+    """Eigenvectors (n, r) of the smallest eigenvalues of M M^T for an fp64 matrix M (n, m), these ascending."""
+    if matrix.device.type != "cpu":
+        return torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, :rank]
+    gram = dsyrk(1.0, matrix.numpy(), lower=1)  # one triangle, for half of a product's work
     try:
-        return torch.from_numpy(eigh(gram.numpy(), subset_by_index=(0, rank - 1), driver="evr")[1])
+        return torch.from_numpy(eigh(gram, lower=True, subset_by_index=(0, rank - 1), driver="evr")[1])
     except LinAlgError as error:
         raise UserError(f"covariance: LAPACK finds no components of W C ({error}); collect it again.") from error
