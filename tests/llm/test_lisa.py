@@ -186,7 +186,7 @@ def test_schedule_is_a_function_of_seed_and_interval_alone() -> None:
         np.random.rand(step)
         assert one.active_layers == two.layers_at(step)
         assert one.active_layers == sorted(np.random.default_rng([5, step // 3]).choice(8, 2, replace=False).tolist())
-        assert one.active_layers == [i for i, layer in enumerate(one._layers) if layer[0].requires_grad]
+        assert one.active_layers == [i for i, layer in one._layers.items() if layer[0].requires_grad]
         seen.append(one.active_layers)
     changes = [step for step in range(1, 60) if seen[step] != seen[step - 1]]
     assert changes and all(step % 3 == 0 for step in changes)
@@ -297,13 +297,21 @@ def test_the_rate_is_the_global_schedule_whatever_is_active() -> None:
 # ---- 8: resuming ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("made", ["before", "later"])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("cut", [1, 3, 4, 5, 7])
-def test_resumed_at_any_step_is_the_uninterrupted_run_bit_for_bit(policy: str, cut: int) -> None:
+def test_resumed_at_any_step_is_the_uninterrupted_run_bit_for_bit(policy: str, cut: int, made: str) -> None:
     options = {"active": 2, "interval": 3, "seed": 4, "state_policy": policy}
     whole, first = case("llama"), case("llama")
     expected = train(whole, LISA(whole.model, adamw(whole.model), **options), range(9))
-    started = LISA(first.model, adamw(first.model), **options)
+
+    def start(model: nn.Module) -> LISA:
+        lisa = LISA(model, adamw(model) if made == "before" else None, **options)
+        if made == "later":  # of what requires a gradient at the time, which is not all
+            lisa.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+        return lisa
+
+    started = start(first.model)
     train(first, started, range(cut))
     buffer = io.BytesIO()
     torch.save([first.model.state_dict(), started.optimizer.state_dict(), started.state_dict()], buffer)
@@ -311,7 +319,7 @@ def test_resumed_at_any_step_is_the_uninterrupted_run_bit_for_bit(policy: str, c
     weights, moments, settings = torch.load(buffer, weights_only=True)
     second = case("llama", seed=9)
     second.model.load_state_dict(weights)
-    lisa = LISA(second.model, adamw(second.model), **options)
+    lisa = start(second.model)
     lisa.optimizer.load_state_dict(moments)
     lisa.load_state_dict(settings)
     assert train(second, lisa, range(cut, 9)) == expected[cut:]
@@ -445,6 +453,26 @@ def test_layers_by_path_by_modules_by_paths_and_excluded_parts() -> None:
     LISA(one.model, adamw(one.model), exclude=["lm_head", r".*\.mlp"], active=DEPTH)
     assert not one.model.lm_head.weight.requires_grad and not stack[2].mlp.up_proj.weight.requires_grad
     assert stack[2].self_attn.q_proj.weight.requires_grad and one.model.model.norm.weight.requires_grad
+
+
+@pytest.mark.parametrize("cover", [False, True])
+def test_a_layer_that_is_left_out_whole_takes_no_turn(cover: bool) -> None:
+    one = case("llama")
+    stack, out = one.layers(), r"model\.layers\.(0|2)\..*"
+    lisa = LISA(one.model, adamw(one.model), active=1, interval=1, cover=cover, exclude=out)
+    seen = []
+    for step in range(8):
+        lisa.on_step(step)
+        live = [number for number, layer in enumerate(stack) if any(p.requires_grad for p in layer.parameters())]
+        assert live == lisa.active_layers and len(live) == 1
+        assert set(lisa.optimizer.state) <= {p for p in one.model.parameters() if p.requires_grad}
+        seen += live
+        one.loss(step).backward()
+        lisa.optimizer.step()
+        lisa.optimizer.zero_grad()
+    assert set(seen) == {1, 3} and (not cover or all(len({a, b}) == 2 for a, b in zip(seen[::2], seen[1::2])))
+    with pytest.raises(UserError, match="active: 3; .* at most 2, the number of layers that have parameters"):
+        LISA(one.model, adamw(one.model), active=3, exclude=out)
 
 
 def test_a_parameter_shared_between_layers_trains_with_either() -> None:

@@ -25,6 +25,11 @@ class Shares:
     layers: dict[str, list[str]]
     always: list[str]
 
+    @property
+    def drawn(self) -> dict[int, list[str]]:
+        """Layers that have something to train, by number: one that is left out whole must not take another's turn."""
+        return {number: names for number, names in enumerate(self.layers.values()) if names}
+
     def all(self) -> list[str]:
         """Every name once; layers may share parameters."""
         return list(dict.fromkeys([*self.always, *(name for names in self.layers.values() for name in names)]))

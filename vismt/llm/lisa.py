@@ -47,8 +47,8 @@ class LISA:
     that are never trained (full-path regex or suffix), "lm_head" where the vocabulary is large.
 
     optimizer: any that skips parameters without a gradient; None where it is made later and set as lisa.optimizer. What it
-    lacks, because it was made while layers were frozen, joins the group of its likes in other layers; load a saved optimiser
-    state after that.
+    lacks, because it was made while layers were frozen, joins the group of its likes in other layers at once, so that a saved
+    optimiser state can be loaded after that. A layer without a parameter to train, because of exclude, is not drawn.
     DistributedDataParallel: wrap before this, with find_unused_parameters=True and without static_graph; its buckets are
     those of all layers. FSDP2 (fully_shard) works as it is, with the optimiser made after sharding. Raises UserError.
     """
@@ -59,15 +59,14 @@ class LISA:
         exclude: str | Sequence[str] = (),
     ) -> None:
         shares = find_shares(model, layers, train_embeddings, exclude)
-        check_settings(len(shares.layers), active, interval, seed, state_policy)
-        self.optimizer, self.state_policy = optimizer, state_policy
+        check_settings(len(shares.drawn), active, interval, seed, state_policy)
+        self.state_policy = state_policy
         self.active, self.interval, self.seed, self.cover = active, interval, seed, cover
         named = dict(model.named_parameters())
-        self._layers = [[named[name] for name in names] for names in shares.layers.values()]
+        self._layers = {number: [named[name] for name in names] for number, names in shares.drawn.items()}
         self._always = [named[name] for name in shares.always]
         self._trained = {name: named[name] for name in shares.all()}
-        if optimizer is not None:
-            _join(optimizer, self._trained)
+        self.optimizer = optimizer
         self._open: int | None = None  # the interval that on_step last saw
         for parameter in set(named.values()) - set(self._trained.values()):
             _freeze(parameter)
@@ -76,13 +75,24 @@ class LISA:
         self._show(self.layers_at(0))
 
     @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimiser whose state is looked after; setting it adds the parameters that it lacks."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
+        self._optimizer = optimizer
+        if optimizer is not None:
+            _join(optimizer, self._trained)
+
+    @property
     def active_layers(self) -> list[int]:
         """Numbers of the layers that train now, ascending."""
         return list(self._active)
 
     def layers_at(self, step: int) -> list[int]:
         """The layers of optimiser step 0, 1, ...: a function of (seed, step // interval), the same on every rank."""
-        count, turn = len(self._layers), step // self.interval
+        numbers, count, turn = list(self._layers), len(self._layers), step // self.interval
         if not self.cover or not self.active:
             drawn = np.random.default_rng([self.seed, turn]).choice(count, self.active, replace=False)
         else:
@@ -90,7 +100,7 @@ class LISA:
             deck = np.random.default_rng([self.seed, turn // hands]).permutation(count)
             # The last hand is filled from the top of the same deck, so it holds no layer twice.
             drawn = deck[(turn % hands * self.active + np.arange(self.active)) % count]
-        return sorted(int(layer) for layer in drawn)
+        return sorted(numbers[layer] for layer in drawn)
 
     def on_step(self, step: int) -> None:
         """Get ready for optimiser step number `step`, counted from 0: call it before that step's first forward pass.
@@ -124,7 +134,7 @@ class LISA:
         """Exactly these layers have gradients from here on."""
         self._active = active
         self._awake = {parameter for layer in active for parameter in self._layers[layer]}
-        for layer in self._layers:
+        for layer in self._layers.values():
             for parameter in layer:
                 if parameter in self._awake:
                     parameter.requires_grad_(True)
@@ -135,7 +145,7 @@ class LISA:
         """Optimiser state follows: gone, or where it belongs. Also after a checkpoint was loaded."""
         _join(self.optimizer, self._trained)  # it may have been made, or made anew, since the last switch
         state = self.optimizer.state
-        for parameter in {parameter for layer in self._layers for parameter in layer} & set(state):
+        for parameter in {parameter for layer in self._layers.values() for parameter in layer} & set(state):
             asleep = parameter not in self._awake
             if asleep and self.state_policy in ("drop", "reset_all"):
                 del state[parameter]
@@ -167,7 +177,8 @@ def lisa(
     if targets is not None or alpha is not None:
         raise UserError("adapt: 'lisa' trains whole layers and has no targets or alpha; name its layers with layers=, exclude=.")
     shares = find_shares(model, layers, train_embeddings, exclude)
-    check_settings(len(shares.layers), active, interval, seed, state_policy)
+    count = len(shares.drawn)
+    check_settings(count, active, interval, seed, state_policy)
     settings = {
         "layers": list(shares.layers), "active": active, "interval": interval, "seed": seed, "state_policy": state_policy,
         "train_embeddings": train_embeddings, "cover": cover, "exclude": exclude if isinstance(exclude, str) else list(exclude),
@@ -175,7 +186,7 @@ def lisa(
     install(model, "lisa", [], settings, shares.all())
     trainable, total = count_parameters(model)
     outside = sum(model.get_parameter(name).numel() for name in shares.always)
-    note = f"{active} of {len(shares.layers)} layers at a time, {(trainable - outside) // len(shares.layers):,} parameters each"
+    note = f"{active} of {count} layers at a time, {(trainable - outside) // max(count, 1):,} parameters each"
     return AdaptReport("lisa", [], trainable, total, beside=[f"{note}; outside them, always: {outside:,}"])
 
 
@@ -183,7 +194,7 @@ def check_settings(count: int, active: int, interval: int, seed: int, state_poli
     """UserError for a schedule that cannot be."""
     for name, value, low, high in (("active", active, 0, count), ("interval", interval, 1, None), ("seed", seed, 0, None)):
         if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
-            upper = "" if high is None else f" and at most {high}, the number of layers"
+            upper = "" if high is None else f" and at most {high}, the number of layers that have parameters to train"
             raise UserError(f"LISA.{name}: {value!r}; it must be a whole number, at least {low}{upper}.")
     if state_policy not in POLICIES:
         raise UserError(f"LISA.state_policy: '{state_policy}'.{near(str(state_policy), POLICIES)}")
