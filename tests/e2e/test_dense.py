@@ -300,6 +300,8 @@ def test_every_adapter_trains_dense_tasks_and_merges(tmp_path: Path, capsys) -> 
     for name in settings:
         told = json.loads(next((folder / "arms" / name).rglob("merge.json")).read_text())
         assert told["n"] == 6 and told["largest_difference"] <= 1e-5 * told["largest_logit"], name
+        done = json.loads(next((folder / "arms" / name).rglob("done.json")).read_text())
+        assert done["rank"] == (0 if name in ("s2ft", "lisa") else 2), name  # nothing of low rank there
         assert main(["merge", str(folder), "--expert", name, "--quiet"]) == 0
         stock = timm.create_model("test_vit", img_size=(32, 48), num_classes=0)
         stock.load_state_dict(safetensors.torch.load_file(folder / "merged" / "model.safetensors"))

@@ -195,10 +195,17 @@ def test_tasks_that_do_not_go_together(home, tmp_path: Path, capsys) -> None:
     films = {"name": "films", "kind": "causal", "options": {"answer": "{text}"}, "test": [f"{home['films']}:test"]}
     plain = {**films, "train": [f"{home['films']}:train"]}
     ranked = settings(home)["tasks"][0]
+    seen = {**{key: ranked[key] for key in ("kind", "prompt", "test")}, "name": "seen", "options": {"length": 96}}
+
+    def with_options(**options: object) -> dict[str, object]:
+        return {**ranked, "options": {**ranked["options"], **options}}
+
     other = save_interactions(tmp_path / "other")
     lora = {"method": "lora", "rank": 2, "targets": ["q_proj"]}
     for changes, told in (
         ({"tasks": [ranked, films]}, "'films' has none; take tasks of kind recommendation only"),
+        ({"tasks": [with_options(items=False), seen]}, "'seen' shows item vectors that nothing trains; set items to false"),
+        ({"tasks": [with_options(history=2), seen]}, "'seen' has a history of 10, and the recommender reads 2"),
         ({"tasks": [plain], "adapt": lora}, "recommender: is for a recommendation, and 'causal' is trained"),
         ({"tasks": [plain], "adapt": lora, "recommender": None, "gates": "random"}, "gates: is for a recommendation"),
         ({"tasks": [{**ranked, "train": films["test"]}], "adapt": lora}, "needs sets of kind interactions"),

@@ -22,7 +22,7 @@ from vismt.engine.experts import train_one, train_pool
 from vismt.engine.fewshot_config import FewShotConfig, check, models
 from vismt.engine.fewshot_models import Models
 from vismt.engine.log import record_stem, write_lines
-from vismt.lowrank.sites import AdaptReport
+from vismt.lowrank.sites import AdaptReport, factor_rank
 from vismt.lowrank.store import load_adapter
 from vismt.lowrank.targets import check_patterns
 from vismt.metatune.episodes import EpisodeSampler, VariableSampler
@@ -84,7 +84,7 @@ class FewShotJob:
         if self._told is None:  # every expert was done before
             self._adapted()
         told = self._told
-        return {"method": told.method, "rank": config.adapt.rank, "trainable": told.trainable, "total": told.total}
+        return {"method": told.method, "rank": factor_rank(told.sites), "trainable": told.trainable, "total": told.total}
 
     def _adapted(self) -> ProtoNet:
         """A fresh backbone with untrained factors."""

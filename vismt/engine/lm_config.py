@@ -212,6 +212,16 @@ def _check_recommendation(config: LmConfig) -> None:
         given = "recommender" if config.recommender is not None else "gates" if config.gates != "user" else None
         if given is not None:
             raise UserError(f"{given}: is for a recommendation, and '{trained_task(config).kind}' is trained; leave it out.")
+    own = task_of(trained_task(config))
+    for task in config.tasks:
+        made = task_of(task) if task.kind == KIND else own
+        if made.items and not own.items:
+            raise UserError(f"tasks: '{task.name}' shows item vectors that nothing trains; set items to false there, or train them.")
+        if made.history > own.history:
+            raise UserError(
+                f"tasks: '{task.name}' has a history of {made.history}, and the recommender reads {own.history}, that of the "
+                "trained task; give it no more."
+            )
     other = next((task.name for task in config.tasks if task.kind != KIND), None)
     if gated and other is not None:
         raise UserError(f"adapt: '{method}' is gated by a user's history and '{other}' has none; take tasks of kind {KIND} only.")

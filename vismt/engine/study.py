@@ -19,7 +19,8 @@ from vismt.engine import loop, runtime, study_files
 from vismt.engine.arms import ArmsConfig, Unit, arm_config, arm_names, named_unit, train_arms, unit_config
 from vismt.errors import UserError, near
 from vismt.lowrank.account import count_parameters
-from vismt.lowrank.inject import merge
+from vismt.lowrank.inject import merge, record_of
+from vismt.lowrank.sites import factor_rank
 from vismt.multitask.balancing import Balancer, make_balancer
 from vismt.multitask.fading import RouterFade
 from vismt.multitask.moe_lora import set_fade
@@ -181,7 +182,7 @@ class StudyJob(ABC):
         config = unit_config(self.config, unit)
         net, method, balanced = self._adapted(config)
         trainable, total = count_parameters(net)
-        rank = config.adapt.rank if config.adapt is not None else 0
+        rank = factor_rank(record_of(net.stock).sites) if config.adapt is not None else 0
         name = f"{method} rank {rank}" if rank else method
         console.stage("adapt", f"{unit.arm}   {name}   {trainable:,} trainable of {total:,} ({100 * trainable / total:.2f} %)")
         console.stage("train", f"{unit.arm}   lr {unit.lr:g}   seed {unit.seed}")

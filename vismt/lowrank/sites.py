@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -86,6 +87,11 @@ class AdaptReport:
         share = 100 * self.trainable / max(self.total, 1)
         modules = f"{len(self.sites)} modules   " if self.sites else ""
         return f"{self.method}   {modules}{self.trainable:,} trainable of {self.total:,} ({share:.2f} %)"
+
+
+def factor_rank(sites: Sequence[Site]) -> int:
+    """The largest rank of a pair of factors, 0 where there is none: slices and whole layers have no rank."""
+    return max((site.rank for site in sites if site.dim is None), default=0)
 
 
 def qkv_blocks(path: str, out_features: int, in_features: int) -> tuple[int, ...]:
