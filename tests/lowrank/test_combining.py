@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -108,3 +109,24 @@ def test_other_errors():
         combine([a], [0.5], "cat", rank=1)
     with pytest.raises(UserError, match=r"outside 1\.\.2"):
         combine([a], [0.5], "svd", rank=3)
+    for rank in (1.5, 1.0, True, "1"):
+        with pytest.raises(UserError, match=rf"rank is {rank!r}, give a whole number"):
+            combine([a], [0.5], "svd", rank=rank)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "weights", "message"),
+    [
+        ((draw(0, 4, 4, 2) for _ in range(1)), [1.0], "adapters is one generator"), ("folder", [1.0], "adapters is one str"),
+        (draw(0, 4, 4, 2), [1.0], "adapters is one LowRank"), ([draw(0, 4, 4, 2)], 1.0, "weights is one float"),
+        ([draw(0, 4, 4, 2)], (w for w in [1.0]), "weights is one generator"), ({"a": draw(0, 4, 4, 2)}, [1.0], "one dict"),
+    ],
+)
+def test_what_is_no_list_is_told(adapters, weights, message):
+    with pytest.raises(UserError, match=f"{message}; give a list"):
+        combine(adapters, weights)
+
+
+def test_weights_may_be_an_array():
+    a, b = draw(0, 4, 4, 2), draw(1, 4, 4, 2)
+    assert torch.equal(combine((a, b), np.array([0.5, -2.0])).delta(), combine([a, b], [0.5, -2.0]).delta())

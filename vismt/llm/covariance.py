@@ -50,6 +50,8 @@ def collect_covariance(
     refuse_adapted(model)
     if save_every < 1:
         raise UserError(f"covariance: save_every is {save_every}; it must be at least 1.")
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise UserError(f"covariance: batches is one {type(batches).__name__}; give a list of batches.")
     found, _ = find_targets(model, targets, [exclude] if isinstance(exclude, str) else exclude)
     iterator = iter(batches)
     first = next(iterator, None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import overload
 
@@ -130,8 +130,10 @@ def _concatenate(adapters: Sequence[LowRank], weights: Sequence[float]) -> LowRa
 def _check_call(adapters: Sequence[LowRank | Adapter], weights: Sequence[float], method: str, rank: int | None) -> None:
     if method not in METHODS:
         raise UserError(f"combine: no method '{method}'.{near(str(method), METHODS)}")
-    if isinstance(adapters, str | Path | nn.Module | LowRank | Updates):
-        raise UserError(f"combine: adapters is one {type(adapters).__name__}; give a list.")
+    for name, value in (("adapters", adapters), ("weights", weights)):
+        array = name == "weights" and getattr(value, "ndim", 0) == 1
+        if isinstance(value, str) or not (array or isinstance(value, Sequence)):
+            raise UserError(f"combine: {name} is one {type(value).__name__}; give a list.")
     if not adapters:
         raise UserError("combine: no adapter given, need at least one.")
     if len(weights) != len(adapters):
@@ -139,6 +141,8 @@ def _check_call(adapters: Sequence[LowRank | Adapter], weights: Sequence[float],
     for position, weight in enumerate(weights):
         if not isinstance(weight, Real) or not math.isfinite(weight):
             raise UserError(f"combine: weight {position} is {weight!r}, give a finite number.")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, Integral)):
+        raise UserError(f"combine: rank is {rank!r}, give a whole number or None.")
     if rank is not None and method == "cat":
         raise UserError(f"combine: rank={rank} needs method='svd'; 'cat' keeps the sum of all ranks.")
 
