@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +16,11 @@ from lm_parts import changed, save_lm, save_texts
 
 from vismt.cli import main
 from vismt.engine import checkpoint
-from vismt.engine.arms import named_unit
+from vismt.engine.arms import arm_config, named_unit
 from vismt.engine.lm_report import lm_tables
 from vismt.engine.log import read_lines
 from vismt.engine.run import open_run
+from vismt.errors import UserError
 from vismt.llm.tasks.base import gather
 from vismt.lowrank.inject import adapted_modules
 
@@ -115,6 +118,17 @@ def test_the_report_pairs_rows_and_tells_tokens(study: Path) -> None:
     assert any(title.startswith("stories on") and "116 tokens" in title for title in titles)
     metrics = [line for path in (study / "arms" / "polar-vbll").glob("*/metrics.jsonl") for line in read_lines(path)]
     assert metrics and all("infeasibility" in line and "kl" in line for line in metrics)
+
+
+def test_several_processes_take_no_alternating_head(study: Path, monkeypatch) -> None:
+    job = open_run(study).job
+    monkeypatch.setattr("vismt.engine.lm.runtime.processes", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(UserError, match=r"head.alternate: with 2 processes.*joint update, or run one process"):
+        job.check_data()  # before any arm is trained
+    joint = arm_config(job.config, "polar-vbll")
+    assert job.batches(replace(joint, head=replace(joint.head, alternate=None)))
+    monkeypatch.undo()
+    assert job.batches(joint)
 
 
 def test_blocks_below_the_first_are_not_adapted(study: Path) -> None:

@@ -131,6 +131,11 @@ class LmJob(StudyJob):
                 f"tasks: curriculum {task.curriculum:g} with {processes} processes: in a batch of titles alone the projector has "
                 "no gradient to share; set curriculum to 0, or run one process."
             )
+        if processes > 1 and config.head.alternate is not None:
+            raise UserError(
+                f"head.alternate: with {processes} processes the posterior's own steps are not shared; leave alternate out for "
+                "the joint update, or run one process."
+            )
         of = config.train.steps * config.train.accumulate * processes
         return ItemBatches(self.data.training(), config.batch, task, of, seed=config.seed)
 
