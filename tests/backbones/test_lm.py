@@ -1,10 +1,15 @@
 """The language model door: a tiny Llama saved here, and the ways it can fail."""
 
+import json
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from tiny import shake
 
+import vismt
 from vismt.backbones.lm import create_lm
 from vismt.errors import UserError
 
@@ -26,6 +31,33 @@ def folder(tmp_path_factory):
     return path
 
 
+def tiny_gguf(path: Path) -> Path:
+    """A random Llama of one layer in a .gguf: matrices as Q8_0, a tokenizer of four tokens."""
+    gguf = pytest.importorskip("gguf")
+    writer, generator = gguf.GGUFWriter(path, "llama"), np.random.default_rng(0)
+    for name, value in (("context_length", 32), ("embedding_length", 64), ("feed_forward_length", 96), ("block_count", 1),
+                        ("head_count", 2), ("head_count_kv", 1), ("layer_norm_rms_eps", 1e-5), ("rope_dimension_count", 32)):
+        getattr(writer, f"add_{name}")(value)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<s>", "a", "b", "ab"])
+    writer.add_token_merges(["a b"])
+    writer.add_token_types([3, 1, 1, 1])
+    for name in ("bos", "eos"):
+        getattr(writer, f"add_{name}_token_id")(0)
+    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(64, dtype=np.float32))
+    shapes = {"token_embd": (4, 64), "output": (4, 64), "blk.0.attn_q": (64, 64), "blk.0.attn_k": (32, 64),
+              "blk.0.attn_v": (32, 64), "blk.0.attn_output": (64, 64), "blk.0.ffn_gate": (96, 64), "blk.0.ffn_up": (96, 64),
+              "blk.0.ffn_down": (64, 96)}
+    for name, shape in shapes.items():
+        kind = gguf.GGMLQuantizationType.Q8_0
+        values = gguf.quantize(generator.standard_normal(shape, dtype=np.float32) / 8, kind)
+        writer.add_tensor(f"{name}.weight", values, raw_dtype=kind)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    return path
+
+
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -36,6 +68,23 @@ def test_a_folder(folder) -> None:
     assert model.dtype == torch.bfloat16 and not model.training  # what it was saved in
     assert tokenizer("a b c")["input_ids"] == [1, 2, 0]
     assert create_lm(str(folder), dtype=torch.float32)[0].dtype == torch.float32
+
+
+def test_an_expanded_gguf_is_a_plain_model_that_saves_what_it_holds(tmp_path) -> None:
+    tiny_gguf(tmp_path / "tiny.gguf")
+    model, tokenizer = create_lm(tmp_path, gguf_file="tiny.gguf")
+    assert model.dtype == torch.float32 and all(parameter.is_floating_point() for parameter in model.parameters())
+    assert {type(module) for module in model.modules() if type(module).__name__.endswith("Linear")} == {torch.nn.Linear}
+    vismt.adapt(model, "lora", rank=2)
+    shake(model)
+    vismt.merge(model).save_pretrained(tmp_path / "merged")
+    tokenizer.save_pretrained(tmp_path / "merged")
+    again, same = create_lm(tmp_path / "merged")
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    state = again.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert same("ab a")["input_ids"] == tokenizer("ab a")["input_ids"]
+    assert create_lm(tmp_path, gguf_file="tiny.gguf", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
 
 
 def test_progress_bars_of_transformers_come_back(folder, capsys) -> None:

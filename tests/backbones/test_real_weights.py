@@ -4,7 +4,9 @@ import zipfile
 
 import pytest
 import torch
+from tiny import shake
 
+import vismt
 from vismt import wheels
 from vismt.backbones import sources
 from vismt.backbones.assets import get_asset, load_asset_card
@@ -74,14 +76,44 @@ def test_the_kept_file_is_what_timm_takes(fetched) -> None:
     timm.create_model("vit_small_patch14_dinov2", num_classes=0).load_state_dict(state, strict=True)
 
 
-def test_smollm2_speaks() -> None:
+@pytest.fixture
+def smollm2():
     pytest.importorskip("transformers")
     try:
         get_asset("smollm2-135m-instruct")
     except UserError as error:
         pytest.skip(str(error))
-    model, tokenizer = create_lm("smollm2-135m-instruct")
+    return create_lm("smollm2-135m-instruct")
+
+
+def test_smollm2_speaks(smollm2) -> None:
+    model, tokenizer = smollm2
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008 and model.dtype == torch.float32
     with torch.no_grad():
         logits = model(**tokenizer("The capital of France is", return_tensors="pt")).logits
     assert tokenizer.decode(logits[0, -1].argmax()).strip() == "Paris"
+
+
+def test_smollm2_adapted_is_saved_and_read_by_transformers_and_peft(smollm2, tmp_path) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = smollm2
+    vismt.adapt(model, "lora", ["q_proj", "down_proj"], rank=2)
+    shake(model)
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    vismt.export_peft(model, tmp_path / "adapter")
+    with torch.no_grad():
+        adapted = model(**inputs).logits
+        vismt.merge(model).save_pretrained(tmp_path / "merged")
+        tokenizer.save_pretrained(tmp_path / "merged")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+        # What the adapter names as its base is where the asset lies.
+        file = load_asset_card("smollm2-135m-instruct").file
+        theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", gguf_file=file).eval()
+        assert torch.allclose(theirs(**inputs).logits, adapted, atol=1e-3 * float(adapted.abs().max()))
+    state = again.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    same = AutoTokenizer.from_pretrained(tmp_path / "merged")("The capital of France is")["input_ids"]
+    assert same == inputs["input_ids"][0].tolist()

@@ -51,12 +51,16 @@ def create_lm(
     wanted = dtype if dtype is not None else torch.float32 if gguf_file else "auto"
     options = {"gguf_file": gguf_file, "revision": revision}
     options = {key: value for key, value in options.items() if value is not None}
+    expanded = {}
+    if gguf_file is not None and hasattr(transformers, "GgufConfig"):
+        # Else transformers 5 may keep the blocks packed, and marks even expanded weights as quantised: no such model is saved.
+        expanded["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if Path(place).is_dir() and gguf_file is None and not (Path(place) / "config.json").is_file():
         raise UserError(f"language model '{place}': the folder has no config.json; for a .gguf in it pass gguf_file.")
     try:
         with quiet_logger("huggingface_hub"), _quiet(transformers):
             tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
-            model = transformers.AutoModelForCausalLM.from_pretrained(place, **{_dtype_keyword(): wanted}, **options)
+            model = transformers.AutoModelForCausalLM.from_pretrained(place, **{_dtype_keyword(): wanted}, **options, **expanded)
     except ImportError as error:
         raise UserError(f"language model '{place}' needs another package: {_told(error)}. {INSTALL}") from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
