@@ -128,6 +128,7 @@ def method_options(method: Method) -> list[str]:
     names = [parameter.name for parameter in own if parameter.name not in common]
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in own):
         names.remove("options")
-        filled = {*common, "method", "init", "offset", "core", "experts", *names}  # what the method itself hands to inject
+        # Beside its own, what the method itself hands to inject.
+        filled = {*common, "method", "init", "offset", "core", "experts", "grid", *names}
         names += [name for name in inspect.signature(inject).parameters if name not in filled]
     return names

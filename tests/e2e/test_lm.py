@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -129,6 +131,30 @@ def test_several_processes_take_no_alternating_head(study: Path, monkeypatch) ->
     assert job.batches(replace(joint, head=replace(joint.head, alternate=None)))
     monkeypatch.undo()
     assert job.batches(joint)
+
+
+def test_an_arm_on_quantised_weights_leaves_the_others_alone(home, tmp_path: Path, capsys) -> None:
+    quantised = {"adapt.method": "pissa", "adapt.options": {"quantize": "nf4", "iterations": 1}}
+    arms = {"both": {"qpissa": quantised, "lora": {}}, "alone": {"lora": {}}}
+    for out, command in (("both", "run"), ("alone", "train")):
+        path = write(tmp_path, settings(home, arms=arms[out]))
+        assert main([command, str(path), "--out", str(tmp_path / out), "--quiet"]) == 0
+    run, other = (next((tmp_path / out).iterdir()) for out in ("both", "alone"))
+    trained = [next((folder / "arms" / "lora").glob("*/adapter/*.safetensors")) for folder in (run, other)]
+    assert trained[0].read_bytes() == trained[1].read_bytes()
+    assert {row["model"] for row in read_lines(run / "results.jsonl")} == {"frozen", "qpissa", "lora"}
+    where = ["--expert", "qpissa", "--quiet"]
+    assert main(["export", str(run), "--format", "peft", *where]) == 2
+    assert "'pissa' lies on quantised weights" in capsys.readouterr().err
+    # Another process has the stock LM and the files alone.
+    subprocess.run([sys.executable, "-m", "vismt.cli", "merge", str(run), *where], check=True)
+    job = open_run(run).job
+    merged, net = transformers.AutoModelForCausalLM.from_pretrained(run / "merged"), job.net("qpissa")
+    ids = torch.arange(40, 60)[None]
+    with torch.no_grad():
+        wanted = net.lm(ids).logits
+        assert (merged.eval()(ids).logits - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+        assert (job.models.stock()(ids).logits - wanted).abs().max() > 1e-2 * wanted.abs().max()
 
 
 def test_blocks_below_the_first_are_not_adapted(study: Path) -> None:

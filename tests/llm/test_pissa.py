@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import copy
+import json
+import pickle
 
 import pytest
 import torch
 from language_models import LMS, relative, tiny_lm, tokens
 from tiny import images, shake, snapshot, tiny_vit
-from torch import Tensor
+from torch import Tensor, nn
 
 import vismt
 from vismt.errors import UserError
-from vismt.llm.nf4 import nf4
 from vismt.llm.pissa import quantized_principal
+from vismt.lowrank.combining import combine
 from vismt.lowrank.init import principal, residual
 from vismt.lowrank.inject import adapted_modules
+from vismt.lowrank.nf4 import nf4
+from vismt.lowrank.updates import read_updates
+from vismt.metatune.pool import Expert, check_alike
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -160,32 +165,112 @@ def test_quantised_base_under_its_update_is_nearer_to_the_weights(kind: str, opt
     make = tiny_vit if kind == "vit" else lambda: tiny_lm(kind)
     model, plain, stock = make(), make(), make()
     vismt.adapt(model, "pissa", rank=8, quantize="nf4", **options)
-    paths = list(adapted_modules(model))
+    start = vismt.merge(copy.deepcopy(model))
     for path, host in adapted_modules(model).items():
         weight = stock.get_submodule(path).weight.detach()
         matrix = host.matrix(weight)
         assert host.lora_A0 is None
         assert torch.equal(nf4(host.matrix(host.weight).contiguous()), host.matrix(host.weight))  # what 4 bits can hold
-        held = host.matrix(host.weight) + host.low_rank().delta()
+        assert not torch.equal(host.weight, weight)
+        held = host.matrix(start.get_submodule(path).weight)
         assert relative(held, matrix) < 0.9 * relative(nf4(matrix.contiguous()), matrix)
     x = images() if kind == "vit" else tokens()
     shake(model)
-    with torch.no_grad():
-        wanted = model(x) if kind == "vit" else model(x).logits
+    wanted = answer(model, x)
     vismt.save_adapter(model, tmp_path)
-    base = vismt.unadapt(copy.deepcopy(model))
-    assert not torch.equal(base.get_submodule(paths[0]).weight, stock.get_submodule(paths[0]).weight)
-    vismt.load_adapter(base, tmp_path)
+    assert torch.equal(answer(model, x), wanted)  # for which the original weights were looked at
+    again = vismt.load_adapter(make(), tmp_path)  # on the original weights, of which the same values are made again
+    assert torch.equal(answer(again, x), wanted)
+    assert torch.equal(answer(vismt.load_adapter(plain, tmp_path), x), wanted)
+    vismt.adapt(other := make(), "pissa", rank=8, quantize="nf4", seed=5, method="randomized", **options)
+    assert torch.equal(answer(vismt.load_adapter(other, tmp_path), x), wanted)  # into a model that was adapted alike
+    before = stock.state_dict()
+    for one in (vismt.unadapt(model), vismt.unadapt(again)):
+        assert list(one.state_dict()) == list(before) and all(torch.equal(v, before[k]) for k, v in one.state_dict().items())
+        assert all(parameter.requires_grad for parameter in one.parameters())
+    merged = vismt.merge(plain)
+    assert (answer(merged, x) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert [type(module) for module in merged.modules()] == [type(module) for module in stock.modules()]
+
+
+def answer(model: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
-        assert torch.equal(base(x) if kind == "vit" else base(x).logits, wanted)
-    with pytest.raises(UserError, match="Load the base it was trained on"):
-        vismt.load_adapter(plain, tmp_path)
+        out = model(x)
+    return out if isinstance(out, Tensor) else out.logits
+
+
+def quantized_vit(**options: object) -> nn.Module:
+    model = tiny_vit()
+    vismt.adapt(model, "pissa", ["attn.qkv", "patch_embed.proj"], rank=4, quantize="nf4", **options)
+    return shake(model)
+
+
+def test_models_on_quantised_weights_are_copied_cast_and_trained_like_others() -> None:
+    model, x = quantized_vit(split_qkv=True, also_train=["head"]), images()
+    wanted, before = answer(model, x), snapshot(tiny_vit())
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(answer(copied, x), wanted)
+        shake(copied)
+        assert all(torch.equal(value, before[name]) for name, value in vismt.unadapt(copied).state_dict().items())
+    fresh = quantized_vit(split_qkv=True, also_train=["head"], seed=3)
+    fresh.load_state_dict(copy.deepcopy(model.state_dict()), strict=True)
+    assert torch.equal(answer(fresh, x), wanted)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name.rpartition(".")[2] for name in trained} == {"lora_A", "lora_B", "weight", "bias"}
+    assert {name for name in trained if "lora_" not in name} == {"head.weight", "head.bias"}
+    model(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_cast_is_the_function_that_its_file_gives_on_the_cast_weights(dtype: torch.dtype, tmp_path) -> None:
+    model, x = quantized_vit().to(dtype), images().to(dtype)
+    wanted = answer(model, x)
+    vismt.save_adapter(model, tmp_path)
+    assert torch.equal(answer(model, x), wanted)
+    assert torch.equal(answer(vismt.load_adapter(tiny_vit().to(dtype), tmp_path).to(dtype), x), wanted)
+    before = tiny_vit().to(dtype).state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in vismt.unadapt(model).state_dict().items())
+
+
+def test_updates_of_quantised_weights_are_merged_and_not_exported(tmp_path) -> None:
+    model = quantized_vit()
+    folder = vismt.save_adapter(model, tmp_path / "own")
+    reads = (
+        lambda: vismt.export_peft(model, tmp_path / "peft"), lambda: read_updates(model), lambda: read_updates(folder),
+        lambda: combine([folder, folder], [0.5, 0.5]), lambda: adapted_modules(model)["blocks.0.attn.qkv"].low_rank(),
+    )
+    for read in reads:
+        with pytest.raises(UserError, match=r"on quantised weights.*; merge the model and save it whole"):
+            read()
+    assert not (tmp_path / "peft").exists()
+    with pytest.raises(UserError, match="expert 'a': it lies on quantised weights"):
+        check_alike([Expert("a", folder)])
+    with pytest.raises(UserError, match="was made for"):  # W itself tells the base
+        vismt.load_adapter(shake(tiny_vit(), 0.5), folder)
+
+
+def test_files_of_quantised_weights_are_read_strictly(tmp_path) -> None:
+    vismt.save_adapter(quantized_vit(), tmp_path)
+    said = json.loads((tmp_path / "adapter.json").read_text())
+    assert all(site["grid"] == "nf4" for site in said["sites"])
+    for site in said["sites"]:
+        site["grid"] = "nf3"
+    (tmp_path / "adapter.json").write_text(json.dumps(said))
+    with pytest.raises(UserError, match=r"not what vismt\.save_adapter writes"):
+        vismt.load_adapter(tiny_vit(), tmp_path)
+    for site in said["sites"]:
+        del site["grid"]
+    (tmp_path / "adapter.json").write_text(json.dumps(said))
+    with pytest.raises(UserError, match=r"unexpected .*start_A"):
+        vismt.load_adapter(tiny_vit(), tmp_path)
 
 
 @pytest.mark.parametrize(
     "options,words",
     [
         ({"quantize": "nf5"}, "no grid 'nf5'.*'nf4'"), ({"quantize": "nf4", "iterations": 0}, "iterations: 0"),
+        ({"grid": "nf4"}, "has no option 'grid'"),
         ({"dropout": 0.1}, "dropout: 0.1 with 'pissa'"), ({"method": "svd"}, "no solver 'svd'"),
         ({"rank": 33}, "33 for .* is larger than 32"),
     ],

@@ -5,11 +5,11 @@ start is subtracted as two thin products (2r columns instead of r): the user's w
 exact, and W_res is not rounded in bf16. An adapter file carries A0 and B0, so nothing is recomputed on loading.
 Dropout is refused: it would act on the principal part of W, not on a perturbation of zero.
 
-QPiSSA (quantize="nf4") does change the base, and that is its point: the adapted weights become Q = nf4(W - s B A), the
-function at the start is Q + s B A, nearer to W than nf4(W) is. Alternate L = top_r(W - Q), Q = nf4(W - L) from Q = 0; the
-released code keeps the last of its iterates, we keep the one with the smallest |W - Q - L|_F. Q is computed from the
-factors as they are stored, in the values that 4 bits can hold but in the weight's dtype: unadapt gives the model with Q
-back, to be saved and loaded in 4 bits by whoever trains so (without double quantisation, which would round it again).
+QPiSSA (quantize="nf4") trains on Q = nf4(W - s B0 A0) instead, the function at the start is Q + s B0 A0, nearer to W than
+nf4(W) is. Alternate L = top_r(W - Q), Q = nf4(W - L) from Q = 0; the released code keeps the last of its iterates, we keep
+the one with the smallest |W - Q - L|_F. While adapted, each weight shows Q, in the values that 4 bits can hold but in W's
+dtype; W is kept beside it (vismt.lowrank.quantized), unadapting gives it back, and a file loads on W. Merging gives Q + s B A;
+an export as a plain LoRA is refused, for it would be put on W.
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError, near
-from vismt.llm.nf4 import nf4
 from vismt.lowrank.init import principal, residual, working_dtype
-from vismt.lowrank.inject import adapted_modules, inject
-from vismt.lowrank.sites import AdaptReport
+from vismt.lowrank.inject import inject
+from vismt.lowrank.nf4 import nf4
+from vismt.lowrank.sites import GRIDS, AdaptReport
 from vismt.lowrank.targets import Targets
 from vismt.registry import register_method
 
 SOLVERS = ("exact", "randomized")
-GRIDS = ("nf4",)
 
 
 @register_method("pissa")
@@ -39,7 +38,7 @@ def pissa(
 ) -> AdaptReport:
     """Principal factors of each weight (each q, k, v block with split_qkv). method: exact or randomized; and `inject`'s.
 
-    quantize: "nf4" for QPiSSA, with `iterations` rounds; it replaces the adapted weights. None leaves them alone.
+    quantize: "nf4" for QPiSSA, with `iterations` rounds: 4-bit weights below the factors until unadapted. None: none.
     """
     refuse_dropout("pissa", options)
     if method not in SOLVERS:
@@ -48,18 +47,18 @@ def pissa(
         raise UserError(f"adapt.quantize: no grid '{quantize}' for 'pissa'.{near(str(quantize), GRIDS)}")
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise UserError(f"adapt.iterations: {iterations!r}; it must be a whole number, at least 1.")
+    if quantize is not None and any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError("adapt.quantize: the model lies on the meta device, and there is nothing to quantise; load its weights.")
 
     def start(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         if quantize:
             return quantized_principal(weight, rank, scale, iterations, method=method, generator=generator)
         return principal(weight, rank, scale, method=method, generator=generator)
 
-    report = inject(
-        model, "pissa", start, offset=quantize is None, targets=targets, rank=rank, alpha=alpha, seed=seed, **options
+    return inject(
+        model, "pissa", start, offset=quantize is None, targets=targets, rank=rank, alpha=alpha, seed=seed,
+        grid=quantize or "", **options,
     )
-    if quantize:
-        _quantize_base(model)
-    return report
 
 
 def quantized_principal(
@@ -76,16 +75,6 @@ def quantized_principal(
         if best is None or error < least:
             best, least = (A, B), error
     return best
-
-
-@torch.no_grad()
-def _quantize_base(model: nn.Module) -> None:
-    """Put Q = nf4(W - s B A) in the place of every adapted weight, for the factors as they are stored."""
-    for host in adapted_modules(model).values():
-        if not host.weight.is_meta:
-            matrix = host.matrix(host.weight).to(working_dtype(host.weight))
-            rest = matrix - host.low_rank().delta().to(matrix.dtype)
-            host.weight.copy_(host.stored(nf4(rest)))
 
 
 def refuse_dropout(method: str, options: Mapping[str, Any]) -> None:

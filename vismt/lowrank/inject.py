@@ -21,6 +21,7 @@ from vismt.lowrank.host import Host
 from vismt.lowrank.linear import Adapted, AdaptedConv2d, AdaptedLinear
 from vismt.lowrank.options import checked
 from vismt.lowrank.parts import Part, described, need_idle, put, replace, take_out, to_stock
+from vismt.lowrank.quantized import QuantizedConv2d, QuantizedLinear
 from vismt.lowrank.sites import AdaptReport, Site, plan_site
 from vismt.lowrank.sliced import SlicedLinear
 from vismt.lowrank.targets import Targets, check_patterns, find_targets, matches, pattern_value
@@ -47,7 +48,7 @@ def inject(
     alpha: float | None, seed: int, exclude: Sequence[str] = (), rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None, rslora: bool = False, clamp_rank: bool = False,
     split_qkv: bool = False, dropout: float = 0.0, also_train: Sequence[str] = (), dtype: torch.dtype | str | None = None,
-    core: str = "", experts: int | None = None,
+    core: str = "", experts: int | None = None, grid: str = "",
 ) -> AdaptReport:
     """Adapt `model` in place; only the factors and `also_train` keep a gradient.
 
@@ -59,6 +60,7 @@ def inject(
     dtype: of the factors, also by name; None means the weight's own, fp32 where that is bf16 or fp16.
     core: "full" or "diagonal" for a trained core between the factors of each block, which starts at zero.
     experts: the rank is so many groups, gated by `instance_gates`; each has the scale alpha / (its own rank).
+    grid: "nf4" puts what 4 bits hold of W less the start below the update, see quantized.py.
     """
     given = checked({
         "targets": targets, "rank": rank, "alpha": alpha, "exclude": exclude, "rank_pattern": rank_pattern,
@@ -73,7 +75,7 @@ def inject(
         plan_site(
             path, module, pattern_value(path, given["rank_pattern"], given["rank"]),
             pattern_value(path, given["alpha_pattern"], given["alpha"]), rslora=rslora, clamp_rank=clamp_rank,
-            split_qkv=split_qkv, core=core, experts=experts,
+            split_qkv=split_qkv, core=core, experts=experts, grid=grid,
         )
         for path, module in found.items()
     ]
@@ -190,8 +192,8 @@ def place(model: nn.Module, site: Site, *, dropout: float = 0.0, dtype: torch.dt
     if site.dim is not None:
         host = SlicedLinear(base, site.rank, site.dim, site.mode, dtype=dtype)
     else:
-        host_type = AdaptedConv2d if site.kind == "conv2d" else AdaptedLinear
-        host = host_type(
+        plain, quantized = (AdaptedConv2d, QuantizedConv2d) if site.kind == "conv2d" else (AdaptedLinear, QuantizedLinear)
+        host = (quantized if site.grid else plain)(
             base, site.rank, site.scale, blocks=site.blocks, core=site.core_shape, dropout=dropout, dtype=dtype,
             experts=site.experts,
         )

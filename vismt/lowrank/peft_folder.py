@@ -26,18 +26,19 @@ from vismt.lowrank.parts import need_idle, stock_order
 from vismt.lowrank.peft_files import CONFIG, PREFIX, TENSORS, PeftAdapter, read_peft
 from vismt.lowrank.store import fill
 from vismt.lowrank.targets import kind_of, matrix_shape
-from vismt.lowrank.updates import of_peft, put_on
+from vismt.lowrank.updates import of_peft, put_on, refuse_grid
 
 
 def export_peft(model: nn.Module, folder: str | Path, *, compact: bool = False) -> Path:
     """Write an adapted model as a plain LoRA. compact drops vanishing directions by QR and a small SVD.
 
-    Raises UserError where the model does more than plain LoRA (a router that has not faded).
+    Raises UserError where the model does more than plain LoRA (a router that has not faded, quantised weights).
     """
     record = need_record(model, "export_peft")
     need_idle(model, "export_peft")
     if not record.sites:
         raise UserError(f"export_peft: '{record.method}' has no low-rank factors; merge the model and save it whole.")
+    refuse_grid("export_peft", record.method, record.sites)
     saved = _whole_modules(model, record)
     _refuse_suffixes(model, saved)
     whole = {name for path in saved for name in _below(model, path)}

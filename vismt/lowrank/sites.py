@@ -12,6 +12,8 @@ from torch import nn
 from vismt.errors import UserError
 from vismt.lowrank.targets import kind_of, matrix_shape
 
+GRIDS = ("nf4",)
+
 
 @dataclass(frozen=True)
 class Site:
@@ -28,6 +30,7 @@ class Site:
     dim: int | None = None
     mode: str = ""
     experts: int | None = None  # groups that the rank consists of, gated per sample
+    grid: str = ""  # "nf4" where the weight below is what the grid holds of W less the start, see quantized.py
 
     @property
     def core_shape(self) -> tuple[int, ...]:
@@ -46,7 +49,8 @@ class Site:
         """Shapes of what an adapter file holds for this module, by name; a kept start may come beside."""
         if self.dim is None:
             core = {"lora_C": self.core_shape} if self.core else {}
-            return {"lora_A": (len(self.blocks) * self.rank, self.shape[1]), "lora_B": (self.shape[0], self.rank), **core}
+            A, B = (len(self.blocks) * self.rank, self.shape[1]), (self.shape[0], self.rank)
+            return {"lora_A": A, "lora_B": B, **core, **({"start_A": A, "start_B": B} if self.grid else {})}
         values = (self.rank, self.shape[1]) if self.dim == 0 else (self.shape[0], self.rank)
         start = {} if self.mode == "delta" else {"slice_start": values}
         return {"slice_index": (self.rank,), "slice_values": values, **start}
@@ -103,7 +107,7 @@ def qkv_blocks(path: str, out_features: int, in_features: int) -> tuple[int, ...
 
 def plan_site(
     path: str, module: nn.Module, rank: int, alpha: float | None, *, rslora: bool, clamp_rank: bool, split_qkv: bool,
-    core: str = "", experts: int | None = None,
+    core: str = "", experts: int | None = None, grid: str = "",
 ) -> Site:
     """Shape, rank, scale and blocks of one module; UserError for a rank that does not fit."""
     kind = kind_of(module)
@@ -124,4 +128,4 @@ def plan_site(
         )
     numerator = float(rank if alpha is None else alpha) * (experts or 1)
     scale = numerator / (rank**0.5 if rslora else rank)
-    return Site(path, str(kind), (out_features, in_features), rank, scale, blocks, core, experts=experts)
+    return Site(path, str(kind), (out_features, in_features), rank, scale, blocks, core, experts=experts, grid=grid)

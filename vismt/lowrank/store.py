@@ -28,7 +28,7 @@ from vismt.lowrank.files import atomic_write, read_json, read_tensors
 from vismt.lowrank.host import Host
 from vismt.lowrank.inject import adapted_modules, attach, install, need_record, record_of
 from vismt.lowrank.parts import Guest, Part, part_type, parts_of, stock_order
-from vismt.lowrank.sites import Site
+from vismt.lowrank.sites import GRIDS, Site
 from vismt.lowrank.targets import kind_of, matrix_shape
 
 FORMAT = 1
@@ -188,6 +188,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], list[Site], dict[str, Te
         name, parts = str(description["tensors"]), description.setdefault("parts", {})
         unchanged = description.setdefault("unchanged", [])
         shaped = all(isinstance(site.core_shape, tuple) for site in sites)  # a KeyError for a core that is not known
+        shaped = shaped and all(site.grid in ("", *GRIDS) for site in sites)
         shaped = shaped and all(s.experts is None or (s.experts > 0 and s.rank % s.experts == 0) for s in sites)
         shaped = shaped and all(isinstance(part["type"], str) and isinstance(part["settings"], dict) for part in parts.values())
         texts = [description[key] for key in ("method", "model", "base", "tensors_sha256")]

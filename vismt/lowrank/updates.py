@@ -20,6 +20,7 @@ from vismt.lowrank.inject import adapted_modules, install, need_record, refuse_a
 from vismt.lowrank.linear import AdaptedLinear
 from vismt.lowrank.parts import need_idle, part_type, stock_order
 from vismt.lowrank.peft_files import CONFIG, PeftAdapter, read_peft
+from vismt.lowrank.quantized import MERGE
 from vismt.lowrank.sites import Site
 from vismt.lowrank.store import (
     DESCRIPTION,
@@ -182,6 +183,13 @@ def need_factors(what: str, method: str, sites: Iterable[Site]) -> None:
         raise UserError(
             f"{what}: '{method}' trains rows or columns of the weights, not factors; export_peft writes them as factors."
         )
+    refuse_grid(what, method, sites)
+
+
+def refuse_grid(what: str, method: str, sites: Iterable[Site]) -> None:
+    """UserError for updates of quantised weights, which are no factors against the original ones."""
+    if any(site.grid for site in sites):
+        raise UserError(f"{what}: '{method}' lies on quantised weights; {MERGE}.")
 
 
 def _copied(update: LowRank) -> LowRank:

@@ -35,7 +35,7 @@ def attention_heads(backbone: nn.Module) -> list[QueryRows]:
         if not hasattr(module, "num_heads") or any(hasattr(part, "num_heads") for part in list(module.modules())[1:]):
             continue  # no attention, or what holds one
         qkv, reason = getattr(module, "qkv", None), ""
-        if type(qkv) not in (nn.Linear, AdaptedLinear):
+        if type(qkv) is not nn.Linear and not isinstance(qkv, AdaptedLinear):
             reason = "it has no fused qkv projection" if qkv is None else f"its qkv is {type(qkv).__name__}"
         elif not isinstance(getattr(module, "q_norm", None), nn.Identity | None):
             reason = "it normalises q, which undoes the factor"

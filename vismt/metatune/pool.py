@@ -196,6 +196,8 @@ def _sites(expert: Expert) -> dict[str, dict]:
     try:
         if description["also_train"]:
             raise UserError(f"{what}: it trains '{description['also_train'][0]}' too; a pool mixes low-rank factors alone.")
+        if any(site.get("grid") for site in description["sites"]):
+            raise UserError(f"{what}: it lies on quantised weights; a pool mixes updates of the original ones.")
         return {site["path"]: site for site in description["sites"]}
     except (KeyError, TypeError) as error:
         raise UserError(f"{what}: '{expert.folder}' holds no adapter that vismt wrote ({error!r}).") from error

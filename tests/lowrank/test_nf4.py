@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vismt.llm.nf4 import levels, nf4
+from vismt.lowrank.nf4 import levels, nf4
 
 # Dettmers et al., arXiv 2305.14314, appendix E.
 PUBLISHED = [

@@ -4,13 +4,11 @@
 
 The levels are quantiles of a standard normal, eight below zero, zero, and seven above, scaled to [-1, 1]; blocks run over
 the matrix row by row, the last one may be shorter. A value that is a level already stays, so quantising twice changes
-nothing. bitsandbytes does the same on CUDA where it is installed; its quantised block maxima ("double quantisation") are
-left out, since with them the second rounding moves the weights again.
+nothing. That is what bitsandbytes stores without its quantised block maxima ("double quantisation"), with which the second
+rounding would move the weights again.
 """
 
 from __future__ import annotations
-
-import importlib.util
 
 import torch
 from torch import Tensor
@@ -29,10 +27,6 @@ def levels() -> Tensor:
 
 def nf4(matrix: Tensor) -> Tensor:
     """The nearest values that NF4 can store, in the shape, dtype and on the device of `matrix` (fp32 or fp64)."""
-    if matrix.is_cuda and matrix.dtype == torch.float32 and importlib.util.find_spec("bitsandbytes") is not None:
-        from bitsandbytes import functional
-
-        return functional.dequantize_4bit(*functional.quantize_4bit(matrix.contiguous(), blocksize=BLOCK, quant_type="nf4"))
     flat = matrix.flatten()
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
     grid = levels().to(matrix.device, matrix.dtype)
