@@ -20,6 +20,7 @@ from vismt.lowrank.init import principal, residual
 from vismt.lowrank.inject import adapted_modules
 from vismt.lowrank.nf4 import nf4
 from vismt.lowrank.updates import read_updates
+from vismt.metatune.attention_scale import attention_heads
 from vismt.metatune.pool import Expert, check_alike
 
 
@@ -244,10 +245,18 @@ def test_updates_of_quantised_weights_are_merged_and_not_exported(tmp_path) -> N
         with pytest.raises(UserError, match=r"on quantised weights.*; merge the model and save it whole"):
             read()
     assert not (tmp_path / "peft").exists()
+    assert len(attention_heads(model)) == 2  # an attack on the logits of attention scales Q as it would scale W
     with pytest.raises(UserError, match="expert 'a': it lies on quantised weights"):
         check_alike([Expert("a", folder)])
     with pytest.raises(UserError, match="was made for"):  # W itself tells the base
         vismt.load_adapter(shake(tiny_vit(), 0.5), folder)
+
+
+def test_a_model_without_values_is_not_quantised() -> None:
+    model = tiny_vit().to("meta")
+    with pytest.raises(UserError, match=r"adapt\.quantize: the model lies on the meta device"):
+        vismt.adapt(model, "pissa", rank=2, quantize="nf4")
+    assert not adapted_modules(model)
 
 
 def test_files_of_quantised_weights_are_read_strictly(tmp_path) -> None:
