@@ -82,7 +82,7 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path, home) -> Non
     for model, extra in (("frozen", set()), ("lora", {"Laplace"}), ("head", {"Laplace"}), ("polar-vbll", bayes)):
         own = [row for row in rows if row["model"] == model]
         assert {(row["data"], row["metric"], row["condition"]) for row in own} == {
-            *((data, metric, condition) for data in sets for metric in ("accuracy", "ECE-15", "NLL in nats", "Brier")
+            *((data, metric, condition) for data in sets for metric in ("accuracy", "ECE-15", "NLL in nats", "Brier", "AUROC")
               for condition in plain | extra),
             *((str(home["stories"]), metric, "clean") for metric in ("NLL in nats a token", "perplexity")),
         }
@@ -91,6 +91,10 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path, home) -> Non
         own = [line["value"] for line in seeds if all(line[key] == row[name] for key, name in (
             ("arm", "model"), ("data", "data"), ("metric", "metric"), ("condition", "condition")))]
         assert len(own) == (1 if row["model"] == "frozen" else 2) and row["value"] == pytest.approx(sum(own) / len(own))
+        assert (row["records"] is None) == (row["metric"] == "ECE-15")  # its interval is no mean's, and no pair's
+        if row["records"] is None:
+            assert 0 < row["ci95"] <= 1
+            continue
         records = read_lines(study / "records" / f"{row['records']}.jsonl")
         values = [line[row["condition"]] for line in records]
         assert len(values) == row["n"] and sum(values) / row["n"] == pytest.approx(row["value"])
@@ -110,7 +114,8 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path, home) -> Non
 
 def test_the_report_pairs_rows_and_tells_tokens(study: Path) -> None:
     report = (study / "report.md").read_text()
-    assert "clean (unpaired)" not in report and "Choice of the rate" in report and "Merging" in report and "perplexity" in report
+    # All but ECE is paired, of both sets and in their mean.
+    assert report.count("clean (unpaired)") == 3 and "Choice of the rate" in report and "Merging" in report and "perplexity" in report
     titles = [table.title for table, _ in lm_tables(study)]
     assert any(title.startswith("stories on") and "116 tokens" in title for title in titles)
     metrics = [line for path in (study / "arms" / "polar-vbll").glob("*/metrics.jsonl") for line in read_lines(path)]

@@ -241,6 +241,11 @@ def test_calibration_by_hand_and_rows_with_fewer_choices():
     assert mean_of(found["accuracy"]) == pytest.approx(2 / 3)
     assert found["NLL in nats"].values == pytest.approx([-math.log(0.9), -math.log(0.1), -math.log(0.6)])
     assert found["Brier"].values == pytest.approx([0.02, 1.62, 0.24])
+    # Each class against the rest, pairs in the right order: class 0 (.9 over .9 and .2): .75; class 1: 0.5, .1 against .1 and .2
+    # gives .25; class 2: 1.
+    assert mean_of(found["AUROC"]) == pytest.approx((0.75 + 0.25 + 1) / 3)
+    low, high = found["ECE-15"].interval
+    assert 0 <= low < high and "AUROC" not in probability_measures(records[:1])
     soft = tempered(records[:2], records[:2])
     assert [math.exp(p) for p in soft[0]["log_p"]] == pytest.approx([0.5, 0.5], abs=1e-2) and soft[0]["label"] == 0
 

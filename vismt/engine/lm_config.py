@@ -213,10 +213,10 @@ def _check_recommendation(config: LmConfig) -> None:
         if given is not None:
             raise UserError(f"{given}: is for a recommendation, and '{trained_task(config).kind}' is trained; leave it out.")
     own = task_of(trained_task(config))
-    for task in config.tasks:
+    for task in config.tasks if recommends(config) else ():
         made = task_of(task) if task.kind == KIND else own
         if made.items and not own.items:
-            raise UserError(f"tasks: '{task.name}' shows item vectors that nothing trains; set items to false there, or train them.")
+            raise UserError(f"tasks: '{task.name}' shows item vectors that nothing trains; set items to false there.")
         if made.history > own.history:
             raise UserError(
                 f"tasks: '{task.name}' has a history of {made.history}, and the recommender reads {own.history}, that of the "

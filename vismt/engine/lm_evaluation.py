@@ -1,9 +1,9 @@
 """Evaluation of a language-model run: a record for every row of every set, then a row for each model, set and measure.
 
 A measure is a number for each row whose mean is the value (vismt.llm.tasks.base), averaged over the training seeds, so that
-models are compared row by row; lm_seeds.jsonl has the values by seed. The model before training stands beside the arms.
-Nets are evaluated as they were trained; merge.json of a training says what merging does to the logits of each row's last
-token, on the first batch of each set.
+models are compared row by row (not in ECE, whose intervals are its own); lm_seeds.jsonl has the values by seed. The model
+before training stands beside the arms. Nets are evaluated as they were trained; merge.json of a training says what merging
+does to the logits of each row's last token, on the first batch of each set.
 """
 
 from __future__ import annotations
@@ -115,10 +115,12 @@ class Evaluation:
         rows = []
         for condition, measure in conditions.items():
             value, half = mean_interval(measure.values)
+            if measure.interval is not None:
+                half = max(value - measure.interval[0], measure.interval[1] - value)
             rows.append({
                 "data": name, "protocol": protocol, "condition": condition, "metric": metric, "model": model, "value": value,
                 "ci95": half, "n": len(ids), "unit": "rows", "seed": self.config.seed, "config_hash": self.hash,
-                "lower_is_better": measure.lower_is_better, "records": stem,
+                "lower_is_better": measure.lower_is_better, "records": None if measure.interval is not None else stem,
             })
         return rows
 
@@ -235,7 +237,9 @@ class Evaluation:
 def _averaged(measures: Sequence[Measure]) -> Measure:
     """The mean over the seeds of each row's number."""
     columns = zip(*(measure.values for measure in measures))
-    return Measure([sum(values) / len(measures) for values in columns], measures[0].lower_is_better)
+    ends = [measure.interval for measure in measures if measure.interval is not None]
+    interval = (sum(low for low, _ in ends) / len(ends), sum(high for _, high in ends) / len(ends)) if ends else None
+    return Measure([sum(values) / len(measures) for values in columns], measures[0].lower_is_better, interval=interval)
 
 
 @torch.no_grad()
