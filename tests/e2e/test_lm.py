@@ -115,7 +115,8 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path, home) -> Non
 def test_the_report_pairs_rows_and_tells_tokens(study: Path) -> None:
     report = (study / "report.md").read_text()
     # All but ECE is paired, of both sets and in their mean.
-    assert report.count("clean (unpaired)") == 3 and "Choice of the rate" in report and "Merging" in report and "perplexity" in report
+    assert report.count("clean (unpaired)") == 3
+    assert "Choice of the rate" in report and "Merging" in report and "perplexity" in report
     titles = [table.title for table, _ in lm_tables(study)]
     assert any(title.startswith("stories on") and "116 tokens" in title for title in titles)
     metrics = [line for path in (study / "arms" / "polar-vbll").glob("*/metrics.jsonl") for line in read_lines(path)]
