@@ -12,6 +12,7 @@ from scipy.io import savemat
 from vismt.data.check import check
 from vismt.data.dense import open_dense
 from vismt.data.dense_sample import size_of, valid
+from vismt.data.pascal_context import read_context
 from vismt.errors import UserError
 from vismt.paths import shipped
 
@@ -172,6 +173,14 @@ def test_pascal_context_of_astmt(small):
     (base / "human_parts" / "a.mat").write_bytes(b"nothing of the kind")
     with pytest.raises(UserError, match=r"a.mat: cannot be read as a MATLAB file"):
         data.read(0)
+
+
+def test_context_edges_are_one_pixel_wide(tmp_path):
+    # A step: the pixels left of and above the change are (0,0), (1,0), (1,1), (2,1), (3,1). Without (1,1) the line holds
+    # together, and then (1,0) is needed. 255 is a class here.
+    savemat(tmp_path / "a.mat", {"LabelMap": np.array([[255, 9, 9], [255, 9, 9], [255, 255, 9], [255, 255, 9]])})
+    edge = read_context(tmp_path / "a.mat", {})[0]["edge"]
+    assert edge.tolist() == [[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0]]
 
 
 def test_taskonomy_with_domains_missing(small):
