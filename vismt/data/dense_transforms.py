@@ -129,14 +129,19 @@ def photometric(sample: Sample, generator: torch.Generator, *, strength: float =
     return {**sample, "image": image.clamp(0, 1)}
 
 
-def resize(sample: Sample, size: tuple[int, int], *, fill: float = FILL) -> Sample:
-    """The sample fitted into `size` (h, w) with its aspect kept, padded below and to the right; for evaluation.
+def fit(sample: Sample, size: tuple[int, int]) -> Sample:
+    """The sample as large as `size` (h, w) lets it be with its aspect kept; for evaluation.
 
     Depth stays in metres: with all images of a set fitted alike, the network meets one camera, and errors keep their unit.
     """
     own = size_of(sample)
     fitted = fitting(own, size)
-    return pad(sample if fitted == own else _resample(sample, *fitted), size, fill=fill)
+    return dict(sample) if fitted == own else _resample(sample, *fitted)
+
+
+def resize(sample: Sample, size: tuple[int, int], *, fill: float = FILL) -> Sample:
+    """The sample fitted into `size` (h, w), padded below and to the right."""
+    return pad(fit(sample, size), size, fill=fill)
 
 
 def fitting(own: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:

@@ -40,9 +40,13 @@ class Rows:
         return "+".join(dict.fromkeys(images.name for images, _ in self.entries))
 
     def fitted(self, number: int, size: tuple[int, int]) -> Sample:
-        """One sample fitted into `size`, so that training and evaluation meet one camera."""
+        """One sample fitted into `size` and padded, so that training and evaluation meet one camera."""
+        return transforms.pad(self.unpadded(number, size), size)
+
+    def unpadded(self, number: int, size: tuple[int, int]) -> Sample:
+        """The same before padding, which no score may see."""
         images, i = self.entries[number]
-        return transforms.resize(images.read(i), size)
+        return transforms.fit(images.read(i), size)
 
 
 class DenseData:
