@@ -271,6 +271,10 @@ def test_derived_targets_and_wrong_names(write_card, home):
     assert data.targets == ["edge", "depth", "normals"]
     sample = data.read(0)
     assert sample["normals"][:, 4, 4].tolist() == [0, 0, 1] and not sample["edge"].any()
+    # What is done to a sample is done before edges are derived.
+    assert data.edges == "depth" and "edge" not in data.stored(0)
+    nearer = data.read(0, lambda held: {**held, "depth": held["depth"].index_fill(1, torch.tensor([3]), 1.0)})
+    assert nearer["edge"].tolist() == [[0, 0, 0, 1, 0, 0, 0, 0, 0]] * 9
     path.with_name("names.json").write_text('["one"]')
     path.write_text(path.read_text().replace("title:", "names: names.json\ntitle:"))
     with pytest.raises(UserError, match=r"names.json: names 1 classes, the card says 2"):
