@@ -40,9 +40,13 @@ class Rows:
         return "+".join(dict.fromkeys(images.name for images, _ in self.entries))
 
     def fitted(self, number: int, size: tuple[int, int]) -> Sample:
-        """One sample fitted into `size`, so that training and evaluation meet one camera."""
+        """One sample fitted into `size` and padded, so that training and evaluation meet one camera."""
+        return transforms.pad(self.unpadded(number, size), size)
+
+    def unpadded(self, number: int, size: tuple[int, int]) -> Sample:
+        """The same before padding, which no score may see."""
         images, i = self.entries[number]
-        return transforms.resize(images.read(i), size)
+        return images.read(i, lambda sample: transforms.fit(sample, size))
 
 
 class DenseData:
@@ -112,13 +116,16 @@ class DenseBatches:
         return collate([self._sample(row, mix_seed(self.seed, "augment", number, place)) for place, row in enumerate(found)])
 
     def _sample(self, row: int, seed: int) -> Sample:
-        own, sample = self.augment, self.rows.fitted(row, self.canvas)
+        own, (images, i) = self.augment, self.rows.entries[row]
+
+        def augmented(sample: Sample) -> Sample:
+            return transforms.augment(
+                transforms.resize(sample, self.canvas), seed, self.size, scales=(own.scales[0], own.scales[1]), mirror=own.flip,
+                cat_max_ratio=own.cat_max_ratio, strength=own.strength, hue=own.hue, inverse_depth=images.inverse_depth,
+            )
+
         # Labels decide which crop is taken, so what an arm does not train is dropped only afterwards: arms see the same crops.
-        sample = transforms.augment(
-            sample, seed, self.size, scales=(own.scales[0], own.scales[1]), mirror=own.flip, cat_max_ratio=own.cat_max_ratio,
-            strength=own.strength, hue=own.hue, inverse_depth=self.rows.entries[row][0].inverse_depth,
-        )
-        return {name: values for name, values in sample.items() if name in self.kept}
+        return {name: values for name, values in images.read(i, augmented).items() if name in self.kept}
 
 
 def _open(name: str) -> DenseSet:

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from vismt import console
-from vismt.data.dense_sample import Sample, collate
+from vismt.data.dense_sample import Sample, collate, size_of
+from vismt.data.dense_transforms import pad
 from vismt.engine import runtime
 from vismt.engine.arms import Unit, arm_config, arm_names, final_units, unit_config
 from vismt.engine.dense_config import DELTA, SEEDS, DenseConfig, all_tasks, baseline_arms, trained_tasks, window_of
@@ -40,7 +41,7 @@ from vismt.metatune.intervals import mean_interval
 from vismt.multitask.dense import DenseNet
 from vismt.multitask.inference import predict
 from vismt.multitask.metrics import delta_m
-from vismt.multitask.tasks import DenseTask
+from vismt.multitask.tasks import DenseTask, MapTask
 from vismt.multitask.tasks.classification import Classification
 from vismt.multitask.tasks.segmentation import Segmentation
 
@@ -169,22 +170,26 @@ class Evaluation:
                 return {task: Scored(**one) for task, one in held["tasks"].items()}
         net = self._final(unit)
         pools = {task.name: PooledScore(task) for task in trained_tasks(unit_config(self.config, unit))}
-        for names, batch in self._batches(split, f"{unit.arm} seed {unit.seed}"):
+        for names, samples, batch in self._batches(split, f"{unit.arm} seed {unit.seed}"):
             logits = self._logits(net, batch)
             for task, pool in pools.items():
                 key = self.tasks[task].key
-                for place, name in enumerate(names if key in batch else ()):
-                    pool.add(name, logits[task][place : place + 1], batch[key][place : place + 1])
+                for place, (name, sample) in enumerate(zip(names, samples)):
+                    if key in sample:
+                        # Without the padding, which would enlarge what odsF takes for the image's diagonal.
+                        own = _inside(self.tasks[task], logits[task][place : place + 1], size_of(sample))
+                        pool.add(name, own, sample[key][None])
         scored = {task: pool.result() for task, pool in pools.items()}
         atomic_write(path, json.dumps({"fingerprint": seen, "tasks": {task: asdict(one) for task, one in scored.items()}}))
         return scored
 
-    def _batches(self, split: str, told: str) -> Iterator[tuple[list[str], Sample]]:
-        """(ids, collated sample) of a part in its order."""
+    def _batches(self, split: str, told: str) -> Iterator[tuple[list[str], list[Sample], Sample]]:
+        """(ids, fitted samples, the same padded and collated) of a part in its order."""
         rows, step = self.data.part(split), self.config.evaluate.batch
         for start in console.track(range(0, len(rows), step), "eval", f"{split} {told}"):
             here = range(start, min(len(rows), start + step))
-            yield [rows.ids[i] for i in here], collate([rows.fitted(i, self.data.size) for i in here])
+            samples = [rows.unpadded(i, self.data.size) for i in here]
+            yield [rows.ids[i] for i in here], samples, collate([pad(sample, self.data.size) for sample in samples])
 
     def _logits(self, net: DenseNet, batch: Sample) -> dict[str, Tensor]:
         how, images = self.config.evaluate, batch["image"].to(runtime.processes().device)
@@ -203,7 +208,7 @@ class Evaluation:
             return
         plain = loaded(self.config, unit, window_of(self.config)).to(runtime.processes().device)
         found: dict[str, list[float]] = {task: [0.0, 0.0, 0] for task in net.heads}
-        for _, batch in self._batches(self.config.evaluate.split, f"{unit.arm} seed {unit.seed}, merged and not"):
+        for _, _, batch in self._batches(self.config.evaluate.split, f"{unit.arm} seed {unit.seed}, merged and not"):
             merged, other = self._logits(net, batch), self._logits(plain, batch)
             for task, (difference, largest, answers) in found.items():
                 classes = isinstance(self.tasks[task], Segmentation | Classification)
@@ -218,6 +223,11 @@ class Evaluation:
 
     def _final(self, unit: Unit) -> DenseNet:
         return fold(loaded(self.config, unit, window_of(self.config)), unit).to(runtime.processes().device)
+
+
+def _inside(task: DenseTask, prediction: Tensor, size: tuple[int, int]) -> Tensor:
+    """The part of a map that is of the image and not of its padding; what is of a whole image as it is."""
+    return prediction[..., : size[0], : size[1]] if isinstance(task, MapTask) else prediction
 
 
 def _mean(seeds: Sequence[Scored]) -> tuple[float, Images, list[Mapping[str, Any]]]:
