@@ -3,7 +3,7 @@
     W = [W_J  W_rest],   only W_J moves:  DeltaW is zero outside J; J = columns of o and down (o, d), rows of v and up (v, u)
 
 Yang et al., NeurIPS 2024, arXiv 2412.06289. No parameter is added and no rank is limited. Units: selection.py; what they are
-and their legal orders: lowrank/coupled.py; the layer: lowrank/sliced.py, the gradients: lowrank/partial.py.
+and their legal orders: lowrank/coupled.py and coupling.py; the layer: lowrank/sliced.py, the gradients: lowrank/partial.py.
 
 Where paper and release differ we follow the paper: units of each block (the code draws over all layers at once:
 budget='global'), the slice itself is trained (the package adds a difference to it), the trained axis is the unit's (the code
@@ -105,6 +105,8 @@ def _features(
     require_known("s2ft.selection: the model has no heads or channels", selection.units, found)
     chosen: dict[str, tuple[int, torch.Tensor]] = {}
     for path, parts in selection.units.items():
+        if "v" in parts and found[path].without_v:
+            raise UserError(f"s2ft.selection: '{path}' has no part 'v': {found[path].without_v}.")
         require_known(f"s2ft.selection: '{path}' has no part", parts, found[path].parts)
         for part, units in parts.items():
             block = found[path].parts[part]

@@ -75,7 +75,8 @@ def select_units(
     }
     for part in [part for part, value in ratios.items() if value]:
         if not any(name == part for _, name in slots):
-            raise UserError(f"select_units: {type(model).__name__} has nothing known to take part '{part}' from.")
+            reason = next((f": {one.without_v}" for one in found.values() if part == "v" and one.without_v), "")
+            raise UserError(f"select_units: {type(model).__name__} has nothing known to take part '{part}' from{reason}.")
     free = {
         (path, part): [j for j in range(block.units) if not any(j in one.units.get(path, {}).get(part, ()) for one in earlier)]
         for (path, part), block in slots.items()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError
 from vismt.lowrank.aside import set_aside
-from vismt.lowrank.coupled import couple, movable
+from vismt.lowrank.coupling import couple, movable
 from vismt.lowrank.host import Host
 from vismt.lowrank.linear import Adapted, AdaptedConv2d, AdaptedLinear
 from vismt.lowrank.options import checked

@@ -2,7 +2,7 @@
 
 The trained parameter p (slice_values) is what counts, and the weight W follows it; the gradients are partial.py's.
 
-    permute   J is one range after reordering (coupled.py): p shares W's storage, a step on p is a step on W
+    permute   J is one range after reordering (coupling.py): p shares W's storage, a step on p is a step on W
     index     p holds the values, and each forward writes them into W (k o numbers); so it is, too, where p is an fp32
               master of a half-precision W, and where groups of heads keep J from being one range
     delta     W stays the stock weight, p is the difference: one thin product more. For FSDP and others that move p
@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.lowrank.coupled import Block, Coupling, Structure, expand
+from vismt.lowrank.coupled import Block, Structure
+from vismt.lowrank.coupling import Coupling, expand
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.host import Host
 from vismt.lowrank.partial import PartialLinear, take
