@@ -70,6 +70,22 @@ def test_random_choice_follows_its_seed_and_nothing_else() -> None:
     assert one.count("d") == 48 and one.count("v") == 0
 
 
+def test_the_parts_are_those_that_the_ratios_name() -> None:
+    model = stack()
+
+    def counts(**options: object) -> list[int]:
+        return [select_units(model, **options).count(part) for part in ("v", "o", "u", "d")]
+
+    assert counts(ratio=0.25) == [0, 6, 0, 120] and counts(ratio={"v": 0.5, "o": 0.25}) == [12, 6, 0, 0]
+    assert counts(ratio={"u": 0.5}) == [0, 0, 240, 0] and counts(ratio={"u": 0.5, "o": 0}) == [0, 0, 240, 0]
+    assert counts(ratio={"o": 0.25, "v": 0}, parts=["o"]) == [0, 6, 0, 0]
+    assert counts(ratio={"o": 0.25, "v": 0}, parts=["o", "v"]) == [0, 6, 0, 0] and counts(ratio=0.5, parts="v") == [12, 0, 0, 0]
+    vit = tiny_vit()
+    assert "v: 2 of 8 heads" in str(vismt.adapt(vit, "s2ft", ratio={"v": 0.25}))
+    with pytest.raises(UserError, match=r"both selection and parts"):
+        vismt.adapt(tiny_vit(), "s2ft", selection=Selection({"blocks.0.attn": {"o": (1,)}}), parts=("o", "d"))
+
+
 def test_earlier_selections_are_excluded() -> None:
     model = stack()
     one = select_units(model, ratio=0.3)
@@ -205,7 +221,9 @@ def test_structures_of_known_layouts() -> None:
         ({"strategy": "randm"}, "select_units.strategy: no 'randm'.*'random'"), ({"budget": "all"}, "select_units.budget"),
         ({"parts": ["q"]}, "select_units.parts: no 'q'"), ({"ratio": 1.5}, "select_units.ratio: 1.5 for 'o'"),
         ({"ratio": {"k": 0.1}}, "select_units.ratio: no part 'k'"), ({"strategy": "activation"}, "needs calibration"),
-        ({"ratio": 0.0}, "chooses nothing"),
+        ({"ratio": 0.0}, "chooses nothing"), ({"ratio": {}}, "chooses nothing"), ({"parts": []}, "chooses nothing"),
+        ({"ratio": {"v": 0.5, "o": 0.3}, "parts": ("o", "d")}, r"ratio has 'v', parts \['o', 'd'\] has not; add it to parts or"),
+        ({"ratio": {"o": 0.3}, "parts": ("o", "d")}, r"parts has 'd', ratio \{'o': 0\.3\} has not; give it a ratio"),
     ],
 )
 def test_wrong_settings_are_named(options: dict, match: str) -> None:
