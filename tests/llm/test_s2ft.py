@@ -18,8 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vismt
 from vismt.errors import UserError
-from vismt.llm import Selection, read_slices, select_units, switch
-from vismt.llm.s2ft import check_slices
+from vismt.llm import Selection, check_slices, read_slices, select_units, switch
 from vismt.lowrank.account import optimizer_bytes, saved_activation_bytes
 from vismt.lowrank.coupled import structures
 from vismt.lowrank.inject import adapted_modules
