@@ -55,8 +55,9 @@ def select_units(
     ratio: share of the units, in (0, 1], one for all parts or {part: ratio} (0 for none). per_layer takes
     max(1, round(ratio n)) of the n units of each container, global int(ratio n) of all containers together. With grouped
     queries the units of 'v' are the key-value heads. largest: the highest scores instead of the lowest.
-    calibration: for activation, product and gradient, batches: a mapping of the model's arguments (an attention_mask leaves
-    padding out), a tensor, or (inputs, labels); gradient takes the output's .loss or the cross-entropy with the labels.
+    calibration: for activation, product and gradient, a list of batches or one: a mapping of the model's arguments (an
+    attention_mask leaves padding out), a tensor, or in a list (inputs, labels); gradient takes the output's .loss or the
+    cross-entropy with the labels, of language models (labels (b, n), -100 for none) with the next token.
     exclude: earlier selections, none of whose units is taken again, and containers (full-path regex or suffix), from which
     none is taken and which count for no ratio.
     Raises UserError for a model without known structures, an unknown name, a wrong ratio, and too few units.
