@@ -153,3 +153,19 @@ def test_choices_that_are_none() -> None:
         laplace.tune(TEST, torch.zeros(6).long(), ())
     with pytest.raises(UserError, match="no method"):
         laplace.predict(TEST, method="mean")
+
+
+def test_labels_and_batches_that_do_not_fit() -> None:
+    laplace = fit_laplace(WEIGHT, [TRAIN])
+    for labels, told in (
+        (torch.tensor([0, 1, 2, 3, 0, 1]), "labels range over \\[0, 3\\], needed \\[0, 2\\]"),
+        (torch.zeros(6, 1).long(), "labels are torch.int64 \\(6, 1\\)"), (torch.zeros(6), "labels are torch.float32 \\(6,\\)"),
+    ):
+        with pytest.raises(UserError, match=f"Laplace: {told}"):
+            laplace.tune(TEST, labels)
+    with pytest.raises(UserError, match="tune: there are no validation examples"):
+        laplace.tune(TEST[:0], torch.zeros(0).long())
+    assert laplace.prior_precision == 1.0
+    for batch, kind in (((TRAIN, torch.zeros(20)), "tuple"), ([TRAIN], "list"), ({"x": TRAIN}, "dict")):
+        with pytest.raises(UserError, match=f"a batch is a {kind}, needed features \\(b, d\\) without their labels"):
+            fit_laplace(WEIGHT, [batch])

@@ -148,13 +148,18 @@ class Laplace(GaussianHead):
     ) -> dict[float, float]:
         """Set prior_precision to the value of `grid` with the least validation NLL; returns {precision: NLL}.
 
-        features: (n, d); labels: (n,) int. The draws are the same for every value, so that the comparison is not of draws.
+        features: (n, d); labels: (n,) int in [0, k). The draws are the same for every value, so that the comparison is not of
+        draws. Raises UserError for labels that do not fit, no examples and an empty grid.
         """
+        if not len(features):
+            raise UserError("laplace.tune: there are no validation examples; give features (n, d) and labels (n,).")
+        # Looked at on the CPU, where a label out of range is an error and no fault of a device.
+        wanted = self._labels(labels.cpu(), len(features)).to(features.device)
         found = {}
         for precision in grid:
             self.prior_precision = _positive(precision)
             generator = torch.Generator().manual_seed(seed)
-            chosen = self.predict(features, samples, generator).gather(1, labels.long().unsqueeze(1))
+            chosen = self.predict(features, samples, generator).gather(1, wanted)
             found[precision] = -float(chosen.clamp_min(torch.finfo(chosen.dtype).tiny).log().mean())
         if not found:
             raise UserError("laplace: the grid of prior precisions is empty.")
@@ -184,6 +189,9 @@ def fit_laplace(
     exact = torch.float32 if mean.device.type == "mps" else torch.float64
     laplace = Laplace(mean, STRUCTURES[structure](*mean.shape, dtype=exact, device=mean.device), _positive(prior_precision))
     for features in batches:
+        if not isinstance(features, Tensor):
+            told = f"a batch is a {type(features).__name__}, needed features (b, d) without their labels"
+            raise UserError(f"laplace: {told}; of a loader of (features, labels) give (x for x, _ in loader).")
         x = laplace._features(features)
         laplace.curvature.add(x.to(exact), laplace(x).to(exact).softmax(1))
     laplace.curvature.finish(mean.dtype)
