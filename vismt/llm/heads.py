@@ -82,10 +82,12 @@ def laplace_head(head: nn.Module, training: list[Tensor], validation: tuple[Tens
     """Laplace after training, on features (b, d) of the training rows.
 
     Around a linear head: the full Hessian, its prior precision chosen on validation features (n, d) and labels (n,). Around
-    the means of VBLL, whose covariances it replaces: its rows and its own prior, as PoLAR-VBLL has it.
+    the means of VBLL, whose covariances it replaces and nothing else: its rows, its own prior and its learned noise, as
+    PoLAR-VBLL has it.
     """
-    if isinstance(head, GaussianHead):
-        return fit_laplace(head.mean, training, 1 / head.prior_variance, "rows")
+    if isinstance(head, VBLLClassifier):
+        noise = torch.exp(2 * head.log_noise)
+        return fit_laplace(head.mean, training, 1 / head.prior_variance, "rows", noise=noise)
     if head.bias is not None:
         raise UserError("evaluate.laplace: the LM's output embedding has a bias, which Laplace does not take; set it to false.")
     laplace = fit_laplace(head.weight, training)
