@@ -18,6 +18,7 @@ from vismt.engine.arms import named_unit
 from vismt.engine.lm_report import lm_tables
 from vismt.engine.log import read_lines
 from vismt.engine.run import open_run
+from vismt.llm.net import LmNet
 from vismt.llm.tasks.base import gather
 from vismt.lowrank.inject import adapted_modules
 
@@ -110,6 +111,27 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path, home) -> Non
         assert same == (metric == "accuracy")
     assert by["lora", "NLL in nats", "clean"] != by["lora", "NLL in nats", "Laplace"]
     assert by["polar-vbll", "NLL in nats", "clean"] != by["polar-vbll", "NLL in nats", "means of the head"]
+
+
+def test_laplace_of_a_large_head_is_factored_and_called_so(home, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("vismt.llm.heads.LARGEST", 2 * 32 - 1)  # two answers, an LM of width 32
+    arms = {"linear": {}, "vbll": {"head": {"name": "vbll"}}}
+    path = write(tmp_path, settings(home, arms=arms, evaluate={"batch": 4, "laplace": True}))
+    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
+    run = next((tmp_path / "runs").iterdir())
+    rows = [row for row in read_lines(run / "results.jsonl") if row["metric"] == "NLL in nats"]
+    found = {model: {row["condition"] for row in rows if row["model"] == model} for model in arms}
+    assert found == {"linear": {"clean", "Laplace (Kronecker)"}, "vbll": {"clean", "means of the head", "Laplace"}}
+    assert "Laplace (Kronecker)" in (run / "report.md").read_text()
+
+
+def test_a_bias_that_laplace_does_not_take_is_told_before_the_training(home, tmp_path: Path, monkeypatch, capsys) -> None:
+    rows = LmNet.answer_rows
+    monkeypatch.setattr(LmNet, "answer_rows", lambda net, tokens: (rows(net, tokens)[0], torch.zeros(len(tokens))))
+    config = settings(home, evaluate={"batch": 4, "laplace": True}, arms={"vbll": {"head": {"name": "vbll"}}, "linear": {}})
+    assert main(["train", str(write(tmp_path, config)), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
+    assert "evaluate.laplace: the LM's output embedding has a bias" in " ".join(capsys.readouterr().err.split())
+    assert not list((tmp_path / "runs").rglob("metrics.jsonl"))
 
 
 def test_the_report_pairs_rows_and_tells_tokens(study: Path) -> None:

@@ -11,7 +11,7 @@ from vbll_parts import moved_head, wave
 
 from vismt.errors import UserError
 from vismt.llm import Laplace, fit_laplace
-from vismt.llm.heads import laplace_head
+from vismt.llm.heads import LinearHead, laplace_head, laplace_structure
 
 STRUCTURES = ("full", "rows", "kronecker")
 WEIGHT = wave(3, 4, speed=1.3)
@@ -203,3 +203,16 @@ def test_around_vbll_the_covariances_alone_are_replaced() -> None:
         replaced = torch.einsum("bi,ij,bj->b", y, torch.linalg.inv(precision), y)
         assert torch.allclose(covariance(laplace, y)[:, c, c], replaced + torch.exp(2 * head.log_noise[c]), atol=1e-10)
     assert torch.equal(laplace(y), head(y)) and not list(laplace.parameters())
+
+
+def test_around_a_head_that_is_too_large_for_all_of_the_hessian_it_is_factored() -> None:
+    x = torch.randn(30, 120, generator=torch.Generator().manual_seed(0))
+    for classes, structure in ((34, "full"), (35, "kronecker")):  # 34 * 120 = 4080, 35 * 120 = 4200
+        assert laplace_structure("linear", classes, 120) == structure and laplace_structure("vbll", classes, 120) == "rows"
+    head = LinearHead(torch.randn(35, 120, generator=torch.Generator().manual_seed(1)) / 10)
+    labels = torch.arange(30)
+    laplace = laplace_head(head, list(x.split(8)), (x, labels))
+    wanted = fit_laplace(head.weight, [x], structure="kronecker")
+    wanted.tune(x, labels)
+    assert laplace.prior_precision == wanted.prior_precision
+    assert torch.allclose(covariance(laplace, x), covariance(wanted, x), rtol=1e-4, atol=1e-6)

@@ -23,6 +23,7 @@ from vismt.engine.lm_recommender import Recommender
 from vismt.engine.study import StudyJob
 from vismt.errors import UserError
 from vismt.llm.covariance import collect_covariance
+from vismt.llm.heads import check_laplace
 from vismt.llm.hybrid import Hybrid
 from vismt.llm.net import LmNet, blocks
 from vismt.llm.tasks.alternating import AlternatingObjective
@@ -73,7 +74,10 @@ class LmJob(StudyJob):
             self.batches(config)
 
     def fresh(self, config: LmConfig) -> LmNet:
-        return self.models.fresh(config, self.data)
+        net = self.models.fresh(config, self.data)
+        if config.evaluate.laplace:
+            check_laplace(net.head)
+        return net
 
     def heads(self, net: LmNet) -> nn.Module:
         return net.head.projector if isinstance(net.head, Hybrid) else net.head

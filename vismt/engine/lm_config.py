@@ -103,7 +103,8 @@ class LmEvaluateConfig:
     """split: 'test', or 'validation' while choosing; batch: rows at a time; limit: rows of each set, null for all.
 
     frozen: also the model before training. temperature: also with the temperature of least NLL on validation rows; laplace:
-    also with a Laplace approximation around the trained head; samples: draws of a Bayesian head.
+    also with a Laplace approximation around the trained head (Kronecker-factored, which the condition's name then says, where a
+    linear head has more than 4,096 weights); samples: draws of a Bayesian head.
     """
 
     split: str = "test"
