@@ -13,11 +13,13 @@ import yaml
 from lm_parts import changed, save_lm, save_texts
 
 from vismt.cli import main
-from vismt.engine import checkpoint
+from vismt.engine import checkpoint, runtime
 from vismt.engine.arms import named_unit
 from vismt.engine.lm_report import lm_tables
 from vismt.engine.log import read_lines
 from vismt.engine.run import open_run
+from vismt.llm import covariance
+from vismt.llm.covariance_files import load_covariances
 from vismt.llm.net import LmNet
 from vismt.llm.tasks.base import gather
 from vismt.lowrank.inject import adapted_modules
@@ -263,6 +265,94 @@ def test_causal_training_with_calibration_and_forgetting(home, tmp_path: Path) -
             else:
                 model = transformers.AutoModelForCausalLM.from_pretrained(where)
             assert torch.allclose(model.eval()(input_ids=ids).logits, wanted, atol=1e-4), form
+
+
+CORDA = {"method": "corda", "rank": 2, "targets": ["q_proj", "down_proj"]}
+
+
+def tensors(run: Path, arm: str = "adapted") -> str:
+    """The sha256 of what an arm trained."""
+    return json.loads(next((run / "arms" / arm).glob("*/adapter/adapter.json")).read_text())["tensors_sha256"]
+
+
+def trained(home, folder: Path, code: int = 0, **changes: object) -> Path:
+    """The run folder of two steps of CorDA on sums, after `vismt train` that ends with `code`."""
+    folder.mkdir(exist_ok=True)
+    config = settings(
+        home, tasks=[{**CAUSAL, "train": [home["sums"]], "test_share": 0.2}], adapt=CORDA, batch=1,
+        train={"steps": 2, "lr": 1e-3}, **changes,
+    )
+    assert main(["train", str(write(folder, config)), "--out", str(folder / "runs"), "--quiet"]) == code
+    return next((folder / "runs").iterdir())
+
+
+def test_an_arm_is_calibrated_on_its_own_texts(home, tmp_path: Path) -> None:
+    stories, films = ({"data": [name], "rows": 4, "batch": 2} for name in (home["stories"], f"{home['films']}:train"))
+    sections = {"stories": stories, "films": films, "fewer": {**stories, "rows": 2}}
+    arms = {arm: {"calibration": section} for arm, section in sections.items()}
+    run = trained(home, tmp_path / "arms", arms=arms)
+    found = {arm: tensors(run, arm) for arm in arms}
+    assert len(set(found.values())) == 3
+    base = trained(home, tmp_path / "base", calibration=films, arms={"films": {}, "stories": {"calibration": stories}})
+    assert {arm: tensors(base, arm) for arm in ("films", "stories")} == {arm: found[arm] for arm in ("films", "stories")}
+
+
+def test_an_interrupted_calibration_goes_on_and_ends_alike(home, tmp_path: Path, monkeypatch) -> None:
+    seen: list[int] = []
+    real = covariance.add_batch
+
+    def counted(*given: object) -> None:
+        if len(seen) == stop:
+            raise KeyboardInterrupt
+        seen.append(1)
+        real(*given)
+
+    monkeypatch.setattr(covariance, "add_batch", counted)
+    calibration = {"data": [f"{home['films']}:train"], "rows": 8, "batch": 1}
+    stop = 99
+    straight = trained(home, tmp_path / "straight", calibration=calibration)
+    assert len(seen) == 8
+    seen.clear()
+    stop = 5
+    trained(home, tmp_path / "stopped", 130, calibration=calibration)
+    stop = 99
+    seen.clear()
+    stopped = trained(home, tmp_path / "stopped", calibration=calibration)
+    assert len(seen) == 8 - 4  # sums are written every second batch of eight
+    assert tensors(straight) == tensors(stopped)
+    kept = load_covariances(next((stopped / "calibration").iterdir()))
+    assert set(kept) == {f"model.layers.{i}.{x}" for i in (1, 2) for x in ("self_attn.q_proj", "mlp.down_proj")}
+    seen.clear()
+
+
+def test_a_calibration_in_little_memory_ends_alike(home, tmp_path: Path, monkeypatch) -> None:
+    calibration = {"data": [home["stories"]], "rows": 3, "batch": 1}
+    straight = trained(home, tmp_path / "straight", calibration=calibration)
+    budgets = []
+
+    def tight(*given: object, memory_budget: float, **options: object) -> dict[str, torch.Tensor]:
+        budgets.append(memory_budget)
+        return covariance.collect_covariance(*given, memory_budget=memory_budget / 200, **options)  # which takes two passes
+
+    monkeypatch.setattr("vismt.engine.lm.collect_covariance", tight)
+    passes = trained(home, tmp_path / "passes", calibration={**calibration, "memory_mb": 3})
+    assert set(budgets) == {3 * 2**20} and len(list((passes / "calibration").rglob("covariances-*.safetensors"))) == 2
+    assert passes.name == straight.name  # what is held at a time changes no result, and is no part of the hash
+    assert tensors(straight) == tensors(passes)
+
+
+def test_the_lm_is_on_its_device_before_it_is_calibrated(home, tmp_path: Path, monkeypatch) -> None:
+    moved: list[object] = []
+    to = LmNet.to
+    monkeypatch.setattr(LmNet, "to", lambda net, device: moved.append((id(net.lm), device)) or to(net, device))
+
+    def looked(lm: torch.nn.Module, *given: object, **options: object) -> dict[str, torch.Tensor]:
+        assert moved[-1] == (id(lm), runtime.processes().device)
+        return covariance.collect_covariance(lm, *given, **options)
+
+    monkeypatch.setattr("vismt.engine.lm.collect_covariance", looked)
+    trained(home, tmp_path, calibration={"data": [home["stories"]], "rows": 2})
+    assert moved
 
 
 def test_weights_that_are_trained_in_place_begin_at_the_first_block(home, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from vismt.config import UNHASHED
 from vismt.engine.arms import ArmsConfig, check_arms
 from vismt.engine.study import PartsConfig, check_parts, check_study
 from vismt.errors import UserError, require_known
@@ -74,7 +75,9 @@ class LmHeadConfig:
 class LmCalibrationConfig:
     """Texts that a method wants to see before the training, for the covariances of corda.
 
-    data: sets; text: template of a row; rows: how many, batch: at a time; length: tokens of a row at most.
+    data: sets; text: template of a row; rows: how many, batch: at a time; length: tokens of a row at most. memory_mb: of
+    covariances under way, null for all at once; less takes several passes over the texts. Finished ones stay in the run
+    folder, under calibration/, where an interrupted calibration goes on.
     """
 
     data: list[str] = field(default_factory=list)
@@ -82,6 +85,7 @@ class LmCalibrationConfig:
     rows: int = 256
     batch: int = 8
     length: int = 512
+    memory_mb: int | None = field(default=None, metadata=UNHASHED)
 
 
 @dataclass
@@ -191,8 +195,10 @@ def _check_values(config: LmConfig) -> None:
     if config.head.alternate is not None and config.head.name != "vbll":
         raise UserError(f"head.alternate: '{config.head.name}' has no posterior to alternate with; set head.name to vbll.")
     seen = config.calibration
-    if seen is not None and (not seen.data or min(seen.rows, seen.batch, seen.length) < 1):
-        raise UserError("calibration: name sets in data; rows, batch and length must be at least 1.")
+    if seen is not None:
+        numbers = [value for value in (seen.rows, seen.batch, seen.length, seen.memory_mb) if value is not None]
+        if not seen.data or min(numbers) < 1:
+            raise UserError("calibration: name sets in data; rows, batch, length and memory_mb must be at least 1.")
     if config.model.dtype is not None:
         require_known("model.dtype: no precision", [config.model.dtype], DTYPES)
     least = {

@@ -13,7 +13,7 @@ from vismt.data.divide import divide, limited
 from vismt.data.gather import Passes
 from vismt.data.interactions import Catalogue, InteractionSet
 from vismt.data.texts import TextSet, open_texts
-from vismt.engine.lm_config import KIND, LmConfig, LmTaskConfig, task_of, trained_task
+from vismt.engine.lm_config import KIND, LmCalibrationConfig, LmConfig, LmTaskConfig, task_of, trained_task
 from vismt.engine.study import shares
 from vismt.errors import UserError
 from vismt.llm.net import LmNet
@@ -107,9 +107,8 @@ class LmData:
         asked = (section.kind, section.prompt, sorted(section.options.items(), key=str), self._limit(task, "test"))
         return digest(repr((held, asked, self.tokenizer.name_or_path)).encode())
 
-    def calibration(self) -> list[dict[str, Tensor]]:
-        """Arguments of the LM's forward pass on the texts that `calibration` names."""
-        asked = self.config.calibration
+    def calibration(self, asked: LmCalibrationConfig) -> list[dict[str, Tensor]]:
+        """Arguments of the LM's forward pass on the texts that a section names."""
         held = [(f"{texts.name}:{i}", row) for texts in map(self._open, asked.data) for i, row in zip(texts.ids, texts.rows)]
         chosen = limited(torch.zeros(len(held)), [name for name, _ in held], asked.rows)
         texts = [fill(asked.text, held[i][1], "calibration: text") for i in chosen.tolist()]
