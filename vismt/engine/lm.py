@@ -92,8 +92,7 @@ class LmJob(StudyJob):
         if config.adapt is not None:
             known = method_options(methods()[config.adapt.method]) if config.adapt.method in methods() else []
             options = self._options(net, config.adapt, known)
-            if config.calibration is not None and "covariances" in known:
-                options = {**options, "covariances": self._covariances(net, config, options)}
+            options = {**options, **self._calibrated(net, config, options, known)}
             config = replace(config, adapt=replace(config.adapt, options=options))
         method = super().prepare(net, config)
         below = [name for block in blocks(net.lm)[: net.first] for name, p in block.named_parameters() if p.requires_grad]
@@ -118,6 +117,20 @@ class LmJob(StudyJob):
         below = rf"{re.escape(path)}\.(?:{'|'.join(str(number) for number in range(net.first))})\..*"
         given = options.get("exclude", [])
         return {**options, "exclude": [*([given] if isinstance(given, str) else given), below]}
+
+    def _calibrated(
+        self, net: LmNet, config: LmConfig, options: dict[str, Any], known: Sequence[str]
+    ) -> dict[str, Any]:
+        """What the method takes of the texts of `calibration`: their covariances or, on the LM's device, themselves."""
+        if config.calibration is None:
+            return {}
+        if "covariances" in known:
+            return {"covariances": self._covariances(net, config, options)}
+        if "calibration" not in known:
+            return {}
+        device = next(net.lm.parameters()).device
+        batches = self.data.calibration(config.calibration, labels=options.get("strategy") == "gradient")
+        return {"calibration": [{name: value.to(device) for name, value in batch.items()} for batch in batches]}
 
     def _covariances(self, net: LmNet, config: LmConfig, options: dict[str, Any]) -> dict[str, Tensor]:
         """Of the inputs of the layers to adapt, over the texts of `calibration`; computed once for equal layers and texts."""
