@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from vismt import console
 from vismt.engine import runtime
-from vismt.engine.arms import Unit, arm_names, final_units
+from vismt.engine.arms import Unit, arm_config, arm_names, final_units
 from vismt.engine.lm_config import FROZEN, RECOMMENDER, REFERENCES, LmConfig
 from vismt.engine.lm_data import LmData
 from vismt.engine.lm_models import LmModels, fingerprint
 from vismt.engine.lm_recommender import Recommender
 from vismt.engine.log import read_lines, record_stem, write_lines
 from vismt.engine.study_files import MERGE, mergeable
-from vismt.llm.heads import laplace_head
+from vismt.llm.heads import laplace_head, laplace_structure
 from vismt.llm.net import LmNet
 from vismt.llm.tasks.base import Item, Measure, Record, Task, gather, mean_of, tempered
 from vismt.llm.tasks.recommendation import Recommendation
@@ -36,7 +36,8 @@ from vismt.metatune.intervals import mean_interval
 from vismt.robustness.evaluate import wilson
 
 SEEDS = "lm_seeds.jsonl"
-TEMPERED, MEANS, LAPLACE = "temperature of validation", "means of the head", "Laplace"  # conditions
+TEMPERED, MEANS = "temperature of validation", "means of the head"  # conditions
+LAPLACE = {"full": "Laplace", "kronecker": "Laplace (Kronecker)", "rows": "Laplace"}  # and by what is kept of the Hessian
 
 
 class Evaluation:
@@ -135,19 +136,26 @@ class Evaluation:
         if self.config.evaluate.temperature:
             yield TEMPERED, tempered(records, self._validation(unit))
         if self.config.evaluate.laplace and self.data.tasks[task].head and unit.arm != FROZEN:
-            yield LAPLACE, self._records(unit, task, self.config.evaluate.split, name, laplace=True)
+            structure = self._structure(unit)
+            yield LAPLACE[structure], self._records(unit, task, self.config.evaluate.split, name, structure)
+
+    def _structure(self, unit: Unit) -> str:
+        """Of the Laplace approximation around a training's head."""
+        classes = len(self.data.tasks[self.data.trained].tokens(self.models.tokenizer))
+        return laplace_structure(arm_config(self.config, unit.arm).head.name, classes, self.models.width)
 
     def _validation(self, unit: Unit) -> list[Record]:
         task = self.data.trained
         return [one for name in self.data.names(task, "validation") for one in self._records(unit, task, "validation", name)]
 
-    def _records(self, unit: Unit, task: str, part: str, name: str, laplace: bool = False) -> list[Record]:
-        """A record for each row; rows that are on record are not evaluated again."""
-        stem = record_stem(part, task, name) + "-laplace" * laplace
+    def _records(self, unit: Unit, task: str, part: str, name: str, laplace: str = "") -> list[Record]:
+        """A record for each row; rows that are on record are not evaluated again. laplace: a structure, around the head."""
+        stem = record_stem(part, task, name) + "-laplace" * bool(laplace)
         path = unit.folder / "records" / f"{stem}.jsonl"
         seen = [self.data.fingerprint(task, part, name), "" if unit.arm in REFERENCES else fingerprint(unit)]
         seen[1] = self.recommender.fingerprint() if unit.arm == RECOMMENDER else seen[1]
-        seen += [self.config.evaluate.samples, self.data.training_fingerprint() if laplace else ""]
+        # What replaced VBLL's covariances once dropped its noise as well: such records name no structure.
+        seen += [self.config.evaluate.samples, f"{self.data.training_fingerprint()} {laplace}" if laplace else ""]
         lines = read_lines(path)
         if lines and lines[0].get("fingerprint") == seen:
             return lines[1:]
