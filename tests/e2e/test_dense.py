@@ -425,6 +425,10 @@ def test_shipped_configurations_are_sound() -> None:
         ({"data": {"train": ["motorcycle"]}}, "nothing to test on"),
         ({"data": {"train": ["motorcycle"], "test": ["motorcycle:test"]}}, "is in train "),
         ({"data": {**SMALL["data"], "test_share": 0.1}}, "both test and test_share"),
+        (
+            {"data": {**SMALL["data"], "validation": ["motorcycle:test"]}},
+            "data: validation 'motorcycle:test' is in test 'motorcycle:test', too; name another set or split",
+        ),
         ({"data": {**SMALL["data"], "limit": 0}}, "data.limit: 0"),
         ({"arms": {"a": {"tasks": []}}}, "must be the same for all arms"),
         ({"arms": {"a": {"size": [16, 16]}}}, "must be the same for all arms"),

@@ -98,18 +98,25 @@ def check_weighing(config: Any, trained: Sequence[str]) -> None:
 
 
 def check_parts(parts: PartsConfig, where: str) -> None:
-    """Something to test on is named, and nothing of a named set is trained on."""
+    """Something to test on is named, and no two parts name the same examples."""
     for part, share in (("test", parts.test_share), ("validation", parts.validation_share)):
         named = getattr(parts, part)
         if named and share:
             raise UserError(f"{where}: both {part} and {part}_share; give one of them.")
         if part == "test" and not named and not share:
             raise UserError(f"{where}: nothing to test on; name a set in test, or give test_share.")
-        for other in named:
-            for name in parts.train:
-                (card, _, split), (same, _, trained) = other.partition(":"), name.partition(":")
-                if card == same and (split == trained or {"", "all"} & {split, trained}):
-                    raise UserError(f"{where}: {part} '{other}' is in train '{name}', too; take {part}_share instead.")
+    for part, against in (("test", "train"), ("validation", "train"), ("validation", "test")):
+        for name in getattr(parts, part):
+            other = next((one for one in getattr(parts, against) if _overlap(name, one)), None)
+            if other is not None:
+                fix = f"name another set or split, or take {part}_share instead"
+                raise UserError(f"{where}: {part} '{name}' is in {against} '{other}', too; {fix}.")
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two sets, 'card' or 'card:split', have examples in common."""
+    (card, _, split), (same, _, against) = one.partition(":"), other.partition(":")
+    return card == same and (split == against or bool({"", "all"} & {split, against}))
 
 
 def shares(parts: PartsConfig) -> dict[str, float]:
