@@ -466,6 +466,25 @@ def test_errors_of_data_and_model_are_one_line(tmp_path: Path, capsys, changes: 
     assert words in told and told.startswith("error: ") and told.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("later", "words"),
+    [
+        ({"adapt.method": "lorra", "fade": None}, "no method 'lorra'"),
+        ({"adapt.options.n_experts": 7}, "n_experts 7 does not divide the 192 hidden units"),
+        ({"adapt": {"method": "lora", "targets": ["qqkv"]}, "fade": None}, "qqkv"),
+        ({"adapt": {"method": "lora", "options": {"dropuot": 0.1}}, "fade": None}, "dropuot"),
+        ({"head": {"name": "conv", "options": {"norm": "bach"}}}, "norm 'bach'"),
+        ({"blocks": [0, 1]}, "blocks: [0, 1]"),
+    ],
+)
+def test_a_later_arm_is_built_before_the_first_one_is_trained(tmp_path: Path, capsys, later: dict, words: str) -> None:
+    path = write(tmp_path, **{**ONE, "arms": {"first": {}, "later": later}})
+    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
+    told = capsys.readouterr().err
+    assert words in told and told.startswith("error: arms.later: ") and told.count("\n") == 1
+    assert not list((tmp_path / "runs").glob("*/arms"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("balancing", [None, {"method": "pcgrad"}])
 def test_two_processes_train_one_model(tmp_path: Path, balancing: dict | None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,17 @@ from torch import Tensor, nn
 
 from vismt import console
 from vismt.engine import loop, runtime, study_files
-from vismt.engine.arms import ArmsConfig, Unit, arm_config, arm_names, named_unit, train_arms, unit_config
+from vismt.engine.arms import (
+    CHOSEN,
+    ArmsConfig,
+    Unit,
+    arm_config,
+    arm_names,
+    named_unit,
+    seeds,
+    train_arms,
+    unit_config,
+)
 from vismt.errors import UserError, near
 from vismt.lowrank.account import count_parameters
 from vismt.lowrank.inject import merge
@@ -170,7 +180,7 @@ class StudyJob(ABC):
     def train(self) -> dict[str, Any]:
         """Train every arm at its rate and seeds; what run.json says of the adaptation, {"arms": {arm: what was adapted}}."""
         self.check_data()
-        self._check_rates()
+        self._check_arms()
         told: dict[str, Any] = {}
 
         def train(unit: Unit) -> None:
@@ -217,15 +227,23 @@ class StudyJob(ABC):
         heads = self.heads(net).requires_grad_(True)
         return net, method, balanced or list(heads.parameters())
 
-    def _check_rates(self) -> None:
-        """UserError for a pattern of train.rates that fits nothing, before any arm is trained and not hours into the study."""
+    def _check_arms(self) -> None:
+        """UserError for an arm that cannot be built as it is to be trained, before any is trained and not hours into the study.
+
+        Arms whose rate is chosen have been built before.
+        """
         for arm in arm_names(self.config):
-            config = arm_config(self.config, arm)
-            if config.train.rates:
+            if (self.folder / "arms" / arm / CHOSEN).exists():
+                continue
+            config = replace(arm_config(self.config, arm), seed=seeds(self.config)[0])
+            try:
                 net, _, balanced = self._adapted(config)
-                objective = self.objective(config, net, balanced)
-                trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-                loop.make_optimizer(trained, config.train)
+                if config.train.rates:
+                    objective = self.objective(config, net, balanced)
+                    trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+                    loop.make_optimizer(trained, config.train)
+            except UserError as error:
+                raise UserError(f"arms.{arm}: {error}" if self.config.arms else str(error)) from error
 
     def prepare(self, net: nn.Module, config: Any) -> str:
         """Adapt the stock model of a net without a gradient, where the configuration says so; the name of the method."""
