@@ -168,6 +168,20 @@ def test_the_report_of_a_folder_that_was_trained_before_panels(study: Path, tmp_
     assert abs(mean - (value["full"] - value["emtal"])) < 0.06 * half + 1e-9
 
 
+def test_a_baseline_of_zero_at_one_seed_leaves_a_report_without_delta_m(study: Path, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / study.name
+    shutil.copytree(study, folder, ignore=shutil.ignore_patterns("report.*"))
+    path = next((folder / "arms" / "others").glob("*seed-1/records/test.json"))
+    held = json.loads(path.read_text())
+    held["tasks"]["edge"]["value"] = 0.0
+    path.write_text(json.dumps(held))
+    assert main(["evaluate", str(folder)]) == 0
+    assert "no delta_m: delta_m: the baseline of 'edge' is 0.0" in capsys.readouterr().out
+    assert {line["task"] for line in read_lines(folder / "dense_seeds.jsonl")} == {"depth", "normals", "edge"}
+    text = (folder / "report.md").read_text()
+    assert "### By seed, 2 seeds" in text and "| others |" in text and "delta_m over" not in text
+
+
 def test_arms_of_a_seed_start_alike_and_see_the_same_crops(study: Path) -> None:
     job = open_run(study).job
     configs = [unit_config(job.config, unit(job.config, study, arm, 1e-3, 0)) for arm in ("emtal", "depth")]

@@ -139,18 +139,20 @@ class Evaluation:
         lower = {task: self.tasks[task].lower_is_better for task in arms}
         named = "+".join(dict.fromkeys(arms.values()))
         by_seed = {(line["arm"], line["seed"], line["task"]): line for line in lines}
+        gains: list[dict[str, Any]] = []
         try:
             value = delta_m({t: pair[0][0] for t, pair in pairs.items()}, {t: pair[1][0] for t, pair in pairs.items()}, lower)
             for seed in dict.fromkeys(line["seed"] for line in lines):
                 own = {task: by_seed[arm, seed, task]["value"] for task in arms}
                 base = {task: by_seed[arms[task], seed, task]["value"] for task in arms}
-                lines.append({
+                gains.append({
                     **by_seed[arm, seed, next(iter(arms))], "task": DELTA, "measure": f"over {named}, seed by seed",
                     "value": delta_m(own, base, lower), "numbers": {},
                 })
         except UserError as error:
             console.stage("eval", f"{arm}   no delta_m: {error}")
             return []
+        lines += gains  # all or none: to a report a score without one of its seeds is a damaged file
         names = list(dict.fromkeys(name for (_, images, _), _ in pairs.values() for name in images))
         effect = dict.fromkeys(names, 0.0)
         for task, ((score, images, _), (base, others, _)) in pairs.items():
