@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vismt.errors import UserError
 from vismt.multitask.tasks import IGNORE, NYUD_WEIGHTS, PASCAL_WEIGHTS, TASKS, DenseTask, make_task
+from vismt.multitask.tasks.depth import InverseDepth
 from vismt.multitask.tasks.segmentation import Segmentation, class_colors
 
 LN2, LN3 = math.log(2), math.log(3)
@@ -242,6 +243,16 @@ def test_depth_colours_follow_the_range_of_the_target() -> None:
     assert not torch.equal(task.picture(prediction).int()[:, 0], drawn)
     for constant in (torch.full((2, 3), 2.0), torch.zeros(2, 3), torch.full((1, 2, 3), -1.0)):
         assert len(task.picture(constant).flatten(1).unique(dim=1).T) == 1
+
+
+def test_inverse_depth_is_bright_where_it_is_large() -> None:
+    depth = make_task("depth")
+    inverse = InverseDepth.of(depth)
+    target = torch.tensor([[1.0, 2.0, 4.0, 0.0]])
+    assert torch.equal(inverse.picture(1 / target)[:, 0, [0, 2]], depth.picture(target)[:, 0, [0, 2]])  # near, far
+    drawn = inverse.picture(torch.tensor([[[0.25, 9.0, -1.0]]]), like=1 / target.where(target > 0, torch.inf))[:, 0]
+    assert torch.equal(drawn, depth.picture(target)[:, 0, [2, 0, 2]])  # beyond the range: its ends
+    assert (inverse.picture(target)[:, 0, 3] == 64).all()
 
 
 # Errors ----------------------------------------------------------------------------------------------------------------------

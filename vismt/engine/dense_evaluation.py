@@ -28,7 +28,7 @@ from vismt import console
 from vismt.data.dense_sample import Sample, collate
 from vismt.engine import runtime
 from vismt.engine.arms import Unit, arm_config, arm_names, final_units, unit_config
-from vismt.engine.dense_config import DELTA, SEEDS, DenseConfig, all_tasks, baseline_arms, trained_tasks, window_of
+from vismt.engine.dense_config import DELTA, SEEDS, DenseConfig, baseline_arms, trained_tasks, window_of
 from vismt.engine.dense_data import DenseData
 from vismt.engine.dense_models import fingerprint, loaded
 from vismt.engine.log import record_stem, write_lines
@@ -42,6 +42,7 @@ from vismt.multitask.inference import predict
 from vismt.multitask.metrics import delta_m
 from vismt.multitask.tasks import DenseTask
 from vismt.multitask.tasks.classification import Classification
+from vismt.multitask.tasks.depth import Depth
 from vismt.multitask.tasks.segmentation import Segmentation
 
 MEASURES = {
@@ -56,7 +57,7 @@ class Evaluation:
 
     def __init__(self, config: DenseConfig, folder: Path, config_hash: str, data: DenseData) -> None:
         self.config, self.folder, self.hash, self.data = config, folder, config_hash, data
-        self.tasks = {task.name: task for task in all_tasks(config)}
+        self.tasks = data.tasks
 
     def validate(self, unit: Unit) -> float:
         """Geometric mean over the tasks of the validation score, 1 / score where lower is better.
@@ -91,8 +92,7 @@ class Evaluation:
 
     def metric(self, task: DenseTask) -> str:
         """The name of a task's score, with its unit."""
-        entries = self.data.part(self.config.evaluate.split).entries
-        metres = task.name == "depth" and not any(images.inverse_depth for images, _ in entries)
+        metres = isinstance(task, Depth) and not task.inverse
         return f"{task.name} {MEASURES[task.measure]}" + " in m" * metres
 
     def _views(self) -> str:

@@ -8,8 +8,8 @@ metric: vismt/multitask/metrics/depth.py.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class Depth(MapTask):
 
     name, key, measure, channels = "depth", "depth", "rmse", 1
     lower_is_better = True
+    inverse: ClassVar[bool] = False
     max_depth: float | None = None
     convention: str = "pooled"
     loss_weight: float = NYUD_WEIGHTS["depth"]
@@ -59,16 +60,37 @@ class Depth(MapTask):
 
         return DepthErrors(valid_range=(0, self._bound), convention=self.convention)
 
+    def ends(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(near, far): the 1st and the 99th of 100 values of any number, so that a few odd ones do not take all colours."""
+        order = values.flatten().sort().values  # torch.quantile ends at 2^24 values
+        low, high = order[round(0.01 * (len(order) - 1))], order[round(0.99 * (len(order) - 1))]
+        return (high, low) if self.inverse else (low, high)
+
+    def rescaled(self, prediction: Tensor, s: float) -> Tensor:
+        """What is predicted of a picture s times as large, in the unit of the picture: enlarging by s divides depth by s."""
+        return prediction / s if self.inverse else prediction * s
+
     def paint(self, map: Tensor, predicted: bool, like: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Near is bright. The range is that of 98 of 100 valid pixels, so that a few odd ones do not take all colours."""
+        """Near is bright, in the range of `ends` over the valid pixels."""
         depth = (self.answer(map) if predicted else map).float()
         shown = depth.isfinite() if predicted else self.valid(depth)
         scale = depth if like is None else like.reshape(like.shape[-2:]).float()
         kept = scale[self.valid(scale)]
         if not kept.numel():
             kept = depth[shown] if shown.any() else depth.new_zeros(1)
-        order = kept.sort().values
-        near_by, far = order[round(0.01 * (len(order) - 1))], order[round(0.99 * (len(order) - 1))]
-        place = ((depth - near_by) / (far - near_by).clamp_min(1e-6)).nan_to_num(0.0).clamp(0, 1) * (len(RAMP) - 1)
+        near_by, far = self.ends(kept)
+        away = (near_by - depth) if self.inverse else (depth - near_by)
+        place = (away / (far - near_by).abs().clamp_min(1e-6)).nan_to_num(0.0).clamp(0, 1) * (len(RAMP) - 1)
         ramp, below = torch.tensor(RAMP), place.long().clamp_max(len(RAMP) - 2)
         return torch.lerp(ramp[below], ramp[below + 1], (place - below)[..., None]).movedim(-1, 0), shown
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InverseDepth(Depth):
+    """The task `depth` on sets that hold multiples of 1/depth, large where it is near: made of a Depth, whose options it has."""
+
+    inverse = True
+
+    @classmethod
+    def of(cls, task: Depth) -> InverseDepth:
+        return cls(**{field.name: getattr(task, field.name) for field in fields(task)})
