@@ -46,8 +46,10 @@ from vismt.multitask.tasks.depth import Depth
 from vismt.multitask.tasks.segmentation import Segmentation
 
 MEASURES = {
-    "miou": "mIoU", "rmse": "RMSE", "mean": "mean angle in degrees", "ods_f": "odsF", "max_f": "maxF", "accuracy": "accuracy",
+    "miou": "mIoU", "rmse": "RMSE", "abs_err": "mean absolute error", "abs_rel": "mean relative error",
+    "log_rmse": "RMSE of the log", "mean": "mean angle in degrees", "ods_f": "odsF", "max_f": "maxF", "accuracy": "accuracy",
 }
+LENGTHS = ("rmse", "abs_err")  # measures in the unit of the target
 LEAST = 1e-6  # of a score, before its logarithm
 Images = dict[str, float]  # psi of each
 
@@ -92,7 +94,7 @@ class Evaluation:
 
     def metric(self, task: DenseTask) -> str:
         """The name of a task's score, with its unit."""
-        metres = isinstance(task, Depth) and not task.inverse
+        metres = isinstance(task, Depth) and not task.inverse and task.measure in LENGTHS
         return f"{task.name} {MEASURES[task.measure]}" + " in m" * metres
 
     def _views(self) -> str:

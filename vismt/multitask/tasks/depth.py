@@ -1,8 +1,9 @@
 """Depth: L = mean over valid pixels of |p - g| in metres (InvPT, arXiv 2203.07997; LibMTL, arXiv 2203.14338).
 
-A pixel is valid where 0 < g < max_depth. TaskPrompter takes max_depth = 80, the others no bound. The score is the RMSE pooled
-over the data set; `convention`, "pooled" (InvPT's line) or "libmtl", decides about predictions that are not positive in the
-metric: vismt/multitask/metrics/depth.py.
+A pixel is valid where 0 < g < max_depth. TaskPrompter takes max_depth = 80, the others no bound. The score is `measure`, pooled
+over the data set: "rmse" (InvPT's line), "abs_err" or "abs_rel" (the two that LibMTL reports) or "log_rmse". All are smooth in
+the sums that they are made of, so that an interval by the jackknife holds. `convention`, "pooled" (InvPT's line) or "libmtl",
+decides about predictions that are not positive in the metric: vismt/multitask/metrics/depth.py.
 """
 
 from __future__ import annotations
@@ -20,19 +21,21 @@ from vismt.multitask.tasks.base import NYUD_WEIGHTS, MapTask, between
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-CONVENTIONS = ("pooled", "libmtl")
+CONVENTIONS = {"pooled": "rmse", "libmtl": "abs_err"}  # the measure of each
+MEASURES = ("rmse", "abs_err", "abs_rel", "log_rmse")
 RAMP = ((0.99, 0.91, 0.15), (0.45, 0.80, 0.36), (0.13, 0.57, 0.55), (0.22, 0.35, 0.55), (0.27, 0.00, 0.33))  # near to far
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Depth(MapTask):
-    """depth. max_depth: metres, excluded, None for no bound. convention: "pooled" or "libmtl"."""
+    """depth. max_depth: metres, excluded, None for no bound. convention: "pooled" or "libmtl". measure: None for its own."""
 
-    name, key, measure, channels = "depth", "depth", "rmse", 1
+    name, key, channels = "depth", "depth", 1
     lower_is_better = True
     inverse: ClassVar[bool] = False
     max_depth: float | None = None
     convention: str = "pooled"
+    measure: str | None = None
     loss_weight: float = NYUD_WEIGHTS["depth"]
 
     def __post_init__(self) -> None:
@@ -41,6 +44,10 @@ class Depth(MapTask):
             between(self.name, "max_depth", self.max_depth, 0, math.inf)
         if self.convention not in CONVENTIONS:
             raise UserError(f"{self.name}: convention '{self.convention}'.{near(str(self.convention), CONVENTIONS)}")
+        if self.measure is None:
+            object.__setattr__(self, "measure", CONVENTIONS[self.convention])
+        if self.measure not in MEASURES:
+            raise UserError(f"{self.name}: measure '{self.measure}'.{near(str(self.measure), MEASURES)}")
 
     @property
     def _bound(self) -> float:
