@@ -14,7 +14,7 @@ from vismt.data.dense_sample import CLASS, Sample, collate
 from vismt.data.divide import divide
 from vismt.data.gather import Passes
 from vismt.engine.dense_config import DenseAugmentConfig, DenseConfig, all_tasks, canvas_of
-from vismt.engine.study import shares
+from vismt.engine.parts import shares
 from vismt.errors import UserError
 from vismt.multitask.dense import SEGMENTATION
 from vismt.multitask.tasks import DenseTask, MapTask

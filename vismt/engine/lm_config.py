@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vismt.engine.arms import ArmsConfig, check_arms
-from vismt.engine.study import PartsConfig, check_parts, check_study
+from vismt.engine.parts import PartsConfig, check_parts
+from vismt.engine.study import check_study
 from vismt.errors import UserError, require_known
 from vismt.llm.heads import check_head
 from vismt.llm.hybrid import check_gates

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vismt.engine.study import PartsConfig, check_parts
+from vismt.engine.parts import PartsConfig, check_parts
 from vismt.errors import UserError
 
 
