@@ -100,4 +100,5 @@ class InverseDepth(Depth):
 
     @classmethod
     def of(cls, task: Depth) -> InverseDepth:
+        """The task with the options of `task`."""
         return cls(**{field.name: getattr(task, field.name) for field in fields(task)})
