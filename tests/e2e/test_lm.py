@@ -454,10 +454,15 @@ def test_user_errors(home, tmp_path: Path, capsys, changes, told) -> None:
     assert told in " ".join(capsys.readouterr().err.split())
 
 
-def test_rates_that_fit_no_parameter_are_found_before_the_first_arm_is_trained(home, tmp_path: Path, capsys) -> None:
-    path = write(tmp_path, settings(home, arms={"lora": {}, "apart": {"train.rates": {"^head": 3.0}}}))
+@pytest.mark.parametrize(("apart", "told"), [
+    ({"train.rates": {"^head": 3.0}}, "'^head' is found in no trained parameter"),
+    ({"adapt.method": "lorra"}, "no method 'lorra'"),
+])
+def test_a_later_arm_is_built_before_the_first_one_is_trained(home, tmp_path: Path, capsys, apart, told) -> None:
+    path = write(tmp_path, settings(home, arms={"lora": {}, "apart": apart}))
     assert main(["train", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
-    assert "'^head' is found in no trained parameter" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith("error: arms.apart: ") and told in said
     assert not list((tmp_path / "runs").rglob("metrics.jsonl"))
 
 

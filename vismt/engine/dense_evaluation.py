@@ -29,7 +29,7 @@ from vismt.data.dense_sample import Sample, collate, size_of
 from vismt.data.dense_transforms import pad
 from vismt.engine import runtime
 from vismt.engine.arms import Unit, arm_config, arm_names, final_units, unit_config
-from vismt.engine.dense_config import DELTA, SEEDS, DenseConfig, all_tasks, baseline_arms, trained_tasks, window_of
+from vismt.engine.dense_config import DELTA, SEEDS, DenseConfig, baseline_arms, trained_tasks, window_of
 from vismt.engine.dense_data import DenseData
 from vismt.engine.dense_models import fingerprint, loaded
 from vismt.engine.log import record_stem, write_lines
@@ -43,11 +43,14 @@ from vismt.multitask.inference import predict
 from vismt.multitask.metrics import delta_m
 from vismt.multitask.tasks import DenseTask, MapTask
 from vismt.multitask.tasks.classification import Classification
+from vismt.multitask.tasks.depth import Depth
 from vismt.multitask.tasks.segmentation import Segmentation
 
 MEASURES = {
-    "miou": "mIoU", "rmse": "RMSE", "mean": "mean angle in degrees", "ods_f": "odsF", "max_f": "maxF", "accuracy": "accuracy",
+    "miou": "mIoU", "rmse": "RMSE", "abs_err": "mean absolute error", "abs_rel": "mean relative error",
+    "log_rmse": "RMSE of the log", "mean": "mean angle in degrees", "ods_f": "odsF", "max_f": "maxF", "accuracy": "accuracy",
 }
+LENGTHS = ("rmse", "abs_err")  # measures in the unit of the target
 LEAST = 1e-6  # of a score, before its logarithm
 Images = dict[str, float]  # psi of each
 
@@ -57,7 +60,7 @@ class Evaluation:
 
     def __init__(self, config: DenseConfig, folder: Path, config_hash: str, data: DenseData) -> None:
         self.config, self.folder, self.hash, self.data = config, folder, config_hash, data
-        self.tasks = {task.name: task for task in all_tasks(config)}
+        self.tasks = data.tasks
 
     def validate(self, unit: Unit) -> float:
         """Geometric mean over the tasks of the validation score, 1 / score where lower is better.
@@ -92,8 +95,7 @@ class Evaluation:
 
     def metric(self, task: DenseTask) -> str:
         """The name of a task's score, with its unit."""
-        entries = self.data.part(self.config.evaluate.split).entries
-        metres = task.name == "depth" and not any(images.inverse_depth for images, _ in entries)
+        metres = isinstance(task, Depth) and not task.inverse and task.measure in LENGTHS
         return f"{task.name} {MEASURES[task.measure]}" + " in m" * metres
 
     def _views(self) -> str:
@@ -140,18 +142,20 @@ class Evaluation:
         lower = {task: self.tasks[task].lower_is_better for task in arms}
         named = "+".join(dict.fromkeys(arms.values()))
         by_seed = {(line["arm"], line["seed"], line["task"]): line for line in lines}
+        gains: list[dict[str, Any]] = []
         try:
             value = delta_m({t: pair[0][0] for t, pair in pairs.items()}, {t: pair[1][0] for t, pair in pairs.items()}, lower)
             for seed in dict.fromkeys(line["seed"] for line in lines):
                 own = {task: by_seed[arm, seed, task]["value"] for task in arms}
                 base = {task: by_seed[arms[task], seed, task]["value"] for task in arms}
-                lines.append({
+                gains.append({
                     **by_seed[arm, seed, next(iter(arms))], "task": DELTA, "measure": f"over {named}, seed by seed",
                     "value": delta_m(own, base, lower), "numbers": {},
                 })
         except UserError as error:
             console.stage("eval", f"{arm}   no delta_m: {error}")
             return []
+        lines += gains  # all or none: to a report a score without one of its seeds is a damaged file
         names = list(dict.fromkeys(name for (_, images, _), _ in pairs.values() for name in images))
         effect = dict.fromkeys(names, 0.0)
         for task, ((score, images, _), (base, others, _)) in pairs.items():

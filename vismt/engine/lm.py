@@ -73,9 +73,7 @@ class LmJob(StudyJob):
                 for name in self.data.names(task, part):
                     self.data.rows(task, part, name)
         for arm in arm_names(self.config):
-            config = arm_config(self.config, arm)
-            self.fresh(config)
-            self.batches(config)
+            self.batches(arm_config(self.config, arm))
 
     def fresh(self, config: LmConfig) -> LmNet:
         net = self.models.fresh(config, self.data)

@@ -7,7 +7,8 @@ from typing import Any
 
 from vismt.config import UNHASHED
 from vismt.engine.arms import ArmsConfig, arm_config, arm_names, check_arms
-from vismt.engine.study import PartsConfig, check_parts, check_study
+from vismt.engine.parts import PartsConfig, check_parts
+from vismt.engine.study import check_study
 from vismt.errors import UserError, require_known
 from vismt.llm.heads import check_head
 from vismt.llm.hybrid import check_gates

@@ -14,7 +14,7 @@ from vismt.data.gather import Passes
 from vismt.data.interactions import Catalogue, InteractionSet
 from vismt.data.texts import TextSet, open_texts
 from vismt.engine.lm_config import KIND, LmCalibrationConfig, LmConfig, LmTaskConfig, task_of, trained_task
-from vismt.engine.study import shares
+from vismt.engine.parts import shares
 from vismt.errors import UserError
 from vismt.llm.net import LmNet
 from vismt.llm.tasks.base import Item, Task, context_tokens, fill, gather
