@@ -64,6 +64,10 @@ def test_resolved_round_trips_and_the_hash_moves_with_values_only(tmp_path: Path
     assert again == config and config_hash(again) == config_hash(config)
     assert config_hash(load_config(write(tmp_path, "seed: 5"), [])) != config_hash(load_config(write(tmp_path, "seed: 4"), []))
     assert config_hash(load_config(write(tmp_path, "title: a"), [])) == config_hash(load_config(write(tmp_path, "title: b"), []))
+    path = write(tmp_path, "task: lm\ncalibration: {data: [a]}")
+    changes = ([], ["calibration.memory_mb=3"], ["calibration.rows=3"])
+    plain, memory, rows = (config_hash(load_config(path, change)) for change in changes)
+    assert plain == memory != rows  # what is held in memory changes no number
 
 
 def test_no_is_a_word(tmp_path: Path) -> None:

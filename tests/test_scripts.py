@@ -39,6 +39,25 @@ def test_train_dense_flags(tmp_path: Path, monkeypatch) -> None:
         assert raw["adapt"] is None and raw["fade"] is None and raw["full"] is full
 
 
+def test_a_task_of_train_dense_has_a_number_of_classes(tmp_path: Path, monkeypatch, capsys) -> None:
+    for tasks, words in (
+        (["semseg:abc"], "semseg: classes 'abc'; it must be a whole number"),
+        (["depth", "classify:1.5"], "classify: classes 1.5; it must be a whole number"),
+        (["semseg"], "task: 'semseg' needs 'classes'"),
+    ):
+        flags = ["--model", "test_vit", "--data", "motorcycle", "--size", "32", "48", "--tasks", *tasks, "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["train_dense.py", *flags])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(str(SCRIPTS / "train_dense.py"), run_name="__main__")
+        told = capsys.readouterr().err
+        assert left.value.code == 2 and told.startswith(f"error: {words}") and told.count("\n") == 1
+        assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(sys, "argv", ["train_dense.py", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(SCRIPTS / "train_dense.py"), run_name="__main__")
+    assert "classify:CLASSES" in capsys.readouterr().out
+
+
 def test_bench_fewshot_flags(tmp_path: Path, monkeypatch) -> None:
     flags = ["--model", "test_vit", "--data", "digits", "--episodes", "3", "--epsilon", "8/255"]
     raw = settings("bench_fewshot.py", flags, tmp_path, monkeypatch)

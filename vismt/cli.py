@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--to", type=Path, default=None, help="target folder (RUN/predictions)")
     made.add_argument("--expert", help="of several arms: arm or arm:seed")
     made.add_argument("--own-size", action="store_true", help="by windows at the image's own size, not fitted into the run's")
-    made.add_argument("--flip", action="store_true", help="mean with the prediction of the mirrored image")
+    made.add_argument("--flip", action="store_true", help="mean with the mirrored image's prediction, as evaluate.flip does")
     made.add_argument("--maps", action="store_true", help="also write what is predicted, as arrays in an .npz")
     made = add("pool", _pool, "assemble experts that were trained apart into one pool folder")
     made.add_argument("action", choices=("assemble",))

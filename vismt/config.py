@@ -24,6 +24,7 @@ from jsonargparse import ArgumentParser
 
 from vismt.errors import UserError, near
 
+UNHASHED = {"hashed": False}  # metadata of a field that says how a run is computed and changes no number
 KEPT = 64  # configurations that are remembered
 _made: dict[tuple[str, type, str], Any] = {}
 
@@ -170,10 +171,18 @@ def resolved(config: Any) -> dict[str, Any]:
 
 
 def config_hash(config: Any) -> str:
-    """Eight hex digits that change with any value of the resolved configuration but the title."""
-    plain = resolved(config)
+    """Eight hex digits that change with any value of the resolved configuration but the title and fields marked UNHASHED."""
+    plain = _hashed(config)
     plain.pop("title", None)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _hashed(value: Any) -> Any:
+    """`resolved` without what is marked UNHASHED."""
+    if dataclasses.is_dataclass(value):
+        kept = [one.name for one in dataclasses.fields(value) if one.metadata.get("hashed", True)]
+        return {name: _hashed(getattr(value, name)) for name in kept}
+    return [_hashed(one) for one in value] if isinstance(value, list) else value
 
 
 def fraction(value: float | str, name: str) -> float:

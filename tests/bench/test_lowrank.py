@@ -9,8 +9,8 @@ import torch
 from tiny import images, tiny_vit
 
 import vismt
-from vismt.bench import lowrank
-from vismt.bench.timing import Timing
+from vismt.bench import lowrank, updates
+from vismt.bench.timing import Ratios, Timing
 
 
 def test_copies_share_values_but_not_modules_or_parameters() -> None:
@@ -33,9 +33,23 @@ def test_energies_are_shares_of_the_optimum(monkeypatch) -> None:
 
 
 def test_the_table_names_ratio_and_target() -> None:
-    found = lowrank.StartResult("title", Timing({"a": [1.0, 3.0], "b": [2.0, 4.0]}), [("a", "b", 0.6)])
+    found = Ratios("title", Timing({"a": [1.0, 3.0], "b": [2.0, 4.0]}), [("a", "b", 0.6)])
     # by round 0.5 and 0.75
-    assert "a / b: 0.625 (0.50..0.75), target at most 0.60" in str(found)
+    assert "a / b: 0.625 (0.500..0.750), target at most 0.60" in str(found)
+
+
+def test_what_is_timed_beside_ours_gives_the_same_values(monkeypatch) -> None:
+    """Both sums and both forms of the field; a weight or a sign that differs would be a comparison of unlike things."""
+    peft = pytest.importorskip("peft")
+    ours, theirs = updates.summed(peft, tiny_vit(), rank=2)
+    mine, other = ours(), theirs()
+    assert len(mine) == len(other) == 8
+    for path, update in mine.items():
+        torch.testing.assert_close(update.delta(), other[path].delta().detach(), atol=1e-5, rtol=1e-4)
+    z, gradient = torch.linalg.qr(torch.randn(40, 4))[0] * 1.1, torch.randn(40, 4)
+    torch.testing.assert_close(updates.by_square(z, gradient), updates.landing_field(z, gradient, updates.ATTRACTION))
+    monkeypatch.setattr(updates, "TALL", 64)
+    assert "vismt landing / n x n form" in str(updates.landing(1, torch.device("cpu")))
 
 
 @pytest.mark.slow
@@ -43,4 +57,5 @@ def test_the_whole_benchmark_runs() -> None:
     pytest.importorskip("peft")
     pytest.importorskip("attr")
     text = "\n".join(str(result) for result in lowrank.run(rounds=1))
-    assert all(name in text for name in ("vismt exact / peft pissa", "energy missed", "vismt corda kpm / peft corda"))
+    told = ("vismt exact / peft pissa", "energy missed", "vismt corda kpm / peft corda", "vismt svd / peft svd")
+    assert all(name in text for name in told)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from blobs import blobs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,7 +53,25 @@ def test_no_normal_at_holes_and_jumps():
 def test_edges_from_labels_by_hand():
     labels = torch.tensor([[0, 0, 1, 1], [0, 2, 1, 255], [0, 2, 255, 1]])
     # right: (0,1)|(0,2), (1,0)|(1,1), (1,1)|(1,2), (2,0)|(2,1); below: (0,1) 0 over 2. 255 has no label and makes no edge.
-    assert edges_from_labels(labels).tolist() == [[0, 1, 0, 0], [1, 1, 0, 255], [1, 0, 255, 0]]
+    # (1,1) is the corner of a step between (0,1) and (1,0), which touch without it.
+    assert edges_from_labels(labels).tolist() == [[0, 1, 0, 0], [1, 0, 0, 255], [1, 0, 255, 0]]
+
+
+def test_edges_run_along_every_change_one_pixel_wide():
+    labels = torch.from_numpy((6 * blobs(60, 80, 5, 2)).astype(np.int64))
+    labels[20:30, 30:50] = 255
+    edge = edges_from_labels(labels)
+    known = labels != 255
+    assert edge.dtype == torch.int64 and torch.equal(edge == 255, ~known)
+    beside = torch.nn.functional.pad(labels, (0, 1, 0, 1), value=255)
+    others = torch.stack([beside[:-1, 1:], beside[1:, :-1]])
+    change = known & ((others != 255) & (others != labels)).any(0)
+    assert not ((edge == 1) & ~change).any()
+    near = torch.nn.functional.max_pool2d((edge == 1).float()[None], 3, stride=1, padding=1)[0] > 0
+    assert (near | ~change).all()  # a thinner line, but nowhere a gap
+    assert 0.6 < int((edge == 1).sum()) / int(change.sum()) < 0.95
+    square = (edge == 1)[:-1, :-1] & (edge == 1)[1:, :-1] & (edge == 1)[:-1, 1:] & (edge == 1)[1:, 1:]
+    assert not square.any()
 
 
 def test_edges_from_depth_mark_the_nearer_side():

@@ -12,6 +12,7 @@ from scipy.io import savemat
 from vismt.data.check import check
 from vismt.data.dense import open_dense
 from vismt.data.dense_sample import size_of, valid
+from vismt.data.pascal_context import read_context
 from vismt.errors import UserError
 from vismt.paths import shipped
 
@@ -174,6 +175,14 @@ def test_pascal_context_of_astmt(small):
         data.read(0)
 
 
+def test_context_edges_are_one_pixel_wide(tmp_path):
+    # A step: the pixels left of and above the change are (0,0), (1,0), (1,1), (2,1), (3,1). Without (1,1) the line holds
+    # together, and then (1,0) is needed. 255 is a class here.
+    savemat(tmp_path / "a.mat", {"LabelMap": np.array([[255, 9, 9], [255, 9, 9], [255, 255, 9], [255, 255, 9]])})
+    edge = read_context(tmp_path / "a.mat", {})[0]["edge"]
+    assert edge.tolist() == [[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0]]
+
+
 def test_taskonomy_with_domains_missing(small):
     card, base = small("taskonomy", train=None, val=None)
     (base / "splits").mkdir(parents=True)
@@ -262,6 +271,10 @@ def test_derived_targets_and_wrong_names(write_card, home):
     assert data.targets == ["edge", "depth", "normals"]
     sample = data.read(0)
     assert sample["normals"][:, 4, 4].tolist() == [0, 0, 1] and not sample["edge"].any()
+    # What is done to a sample is done before edges are derived.
+    assert data.edges == "depth" and "edge" not in data.stored(0)
+    nearer = data.read(0, lambda held: {**held, "depth": held["depth"].index_fill(1, torch.tensor([3]), 1.0)})
+    assert nearer["edge"].tolist() == [[0, 0, 0, 1, 0, 0, 0, 0, 0]] * 9
     path.with_name("names.json").write_text('["one"]')
     path.write_text(path.read_text().replace("title:", "names: names.json\ntitle:"))
     with pytest.raises(UserError, match=r"names.json: names 1 classes, the card says 2"):

@@ -18,11 +18,12 @@ SIDES = st.integers(5, 40)
 def coordinates(height: int, width: int) -> dict[str, torch.Tensor]:
     """Every target says where it came from: labels hold the row, depth 1 + row + column / 1000, normals point at them.
 
-    The class is of the whole image, and one that would be 'no label' in a map.
+    Edges are where row and column are one number. The class is of the whole image, and one that would be 'no label' in a map.
     """
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     vectors = torch.stack([columns + 1.0, rows + 1.0, torch.ones(height, width)])
     sample = {name: rows.clone() if name != "parts" else columns.clone() for name in LABELS}
+    sample["edge"] = (rows == columns).to(torch.int64)
     image = torch.stack([rows / height, columns / width, torch.zeros(height, width)])
     normals = torch.nn.functional.normalize(vectors, dim=0)
     return {"image": image, **sample, "depth": 1 + rows + columns / 1000, "normals": normals, "class": torch.tensor(255)}
@@ -33,13 +34,18 @@ def same_class(sample) -> bool:
     return sample["class"].shape == () and sample["class"].dtype == torch.int64 and sample["class"].item() == 255
 
 
-def aligned(sample, s: float = 1.0, mirrored: bool = False) -> None:
-    """Fails unless every valid pixel of every target names the same source pixel, and the class is the image's."""
+def aligned(sample, s: float = 1.0, mirrored: bool = False, apart: float = 0.0) -> None:
+    """Fails unless every valid pixel of every target names the same source pixel, and the class is the image's.
+
+    apart: how far from the source pixel that is at its centre a pixel may be an edge.
+    """
     assert same_class(sample)
     known = valid("depth", sample["depth"])
     assert all(torch.equal(valid(name, sample[name]), known) for name in MAPS)
     rows, columns = sample["semseg"][known], sample["parts"][known]
-    assert torch.equal(rows, sample["edge"][known]) and torch.equal(rows, sample["saliency"][known])
+    edge = sample["edge"][known]
+    assert torch.equal(rows, sample["saliency"][known]) and ((rows - columns).abs()[edge == 1] <= apart).all()
+    assert apart or torch.equal(edge == 1, rows == columns)
     assert torch.allclose(sample["depth"][known] * s, 1 + rows + columns / 1000, rtol=1e-5)
     x, y, z = sample["normals"][:, known]
     assert torch.allclose(y / z, rows + 1.0, rtol=1e-4) and torch.allclose((-x if mirrored else x) / z, columns + 1.0, rtol=1e-4)
@@ -66,7 +72,7 @@ def test_scale_keeps_depth_times_s_and_alignment(height, width, s):
     sample = coordinates(height, width)
     out = scale(sample, s)
     assert size_of(out) == (max(1, round(height * s)), max(1, round(width * s)))
-    aligned(out, s)
+    aligned(out, s, apart=1 + 2 / s)
     far = scale(sample, s, inverse_depth=True)["depth"]
     assert torch.allclose(far / s, out["depth"] * s, rtol=1e-5)
 
@@ -76,6 +82,41 @@ def test_nearest_takes_the_pixel_at_the_centre():
     sample = {"image": torch.zeros(3, 1, 4), "semseg": torch.tensor([[0, 1, 2, 3]])}
     assert scale(sample, 0.5)["semseg"].tolist() == [[1, 3]]
     assert scale({"image": torch.zeros(3, 1, 2), "semseg": torch.tensor([[7, 9]])}, 2)["semseg"][0].tolist() == [7, 7, 9, 9]
+
+
+@QUICK
+@given(SIDES, SIDES, st.floats(0.1, 4), st.data())
+def test_lines_of_a_stored_edge_map_survive_any_scale_one_pixel_wide(height, width, s, data):
+    at = data.draw(st.integers(0, height - 1))
+    edge = torch.zeros(height, width, dtype=torch.int64)
+    edge[at] = 1
+    for turned in (False, True):
+        sample = {"image": torch.zeros(3, height, width), "edge": edge}
+        sample = {name: values.mT if turned else values for name, values in sample.items()}
+        out = scale(sample, s)["edge"]
+        out = out.mT if turned else out
+        count = out.sum(0)
+        # The ends of a widened line may be thinned away with its sides.
+        ends = 0 if s <= 1 else 3
+        assert count.max() <= 1 and (count[ends : len(count) - ends] == 1).all() and set(out.unique().tolist()) <= {0, 1}
+        middle = (out.nonzero()[:, 0] + 0.5) / len(out)
+        assert (middle - (at + 0.5) / height).abs().max() <= 0.5 / height + 0.5 / len(out)
+
+
+def test_stored_edges_by_hand():
+    # 6 -> 4 rows: pixel k goes to (2k + 1) * 4 // 12: rows 0, 1, 1, 2, 3, 3. Nearest would take rows 0, 2, 3, 5 and lose the
+    # line at 1; 255 is nearest's, but for an edge that falls there.
+    edge = torch.tensor([0, 1, 0, 0, 255, 255])[:, None].expand(6, 6).clone()
+    edge[4, 2] = 1
+    out = resize({"image": torch.zeros(3, 6, 6), "edge": edge}, (4, 4))["edge"]
+    assert out.tolist() == [[0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [255, 1, 255, 255]]
+    assert torch.equal(resize({"image": torch.zeros(3, 6, 6), "edge": edge}, (6, 6))["edge"], edge)
+    # Two lines with one row between them stay two, both when shrunk to 5/6 and when enlarged to 4/3.
+    pair = torch.zeros(12, 12, dtype=torch.int64)
+    pair[[4, 6]] = 1
+    for size in (10, 16):
+        out = resize({"image": torch.zeros(3, 12, 12), "edge": pair}, (size, size))["edge"]
+        assert (out[:, 3:-3].sum(0) == 2).all()
 
 
 def test_scale_does_not_average_labels_and_smooths_the_image():
@@ -97,7 +138,7 @@ def test_crop_keeps_targets_aligned_and_padding_is_never_valid(height, width, ta
     assert int(valid("depth", out["depth"]).sum()) == min(tall, height) * min(wide, width)
     fitted = resize(sample, (tall, wide))
     assert size_of(fitted) == (tall, wide)
-    aligned(fitted)
+    aligned(fitted, apart=1 + 2 * max(height / tall, width / wide))
 
 
 def test_padding_and_resize_by_hand():

@@ -168,6 +168,20 @@ def test_the_report_of_a_folder_that_was_trained_before_panels(study: Path, tmp_
     assert abs(mean - (value["full"] - value["emtal"])) < 0.06 * half + 1e-9
 
 
+def test_a_baseline_of_zero_at_one_seed_leaves_a_report_without_delta_m(study: Path, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / study.name
+    shutil.copytree(study, folder, ignore=shutil.ignore_patterns("report.*"))
+    path = next((folder / "arms" / "others").glob("*seed-1/records/test.json"))
+    held = json.loads(path.read_text())
+    held["tasks"]["edge"]["value"] = 0.0
+    path.write_text(json.dumps(held))
+    assert main(["evaluate", str(folder)]) == 0
+    assert "no delta_m: delta_m: the baseline of 'edge' is 0.0" in capsys.readouterr().out
+    assert {line["task"] for line in read_lines(folder / "dense_seeds.jsonl")} == {"depth", "normals", "edge"}
+    text = (folder / "report.md").read_text()
+    assert "### By seed, 2 seeds" in text and "| others |" in text and "delta_m over" not in text
+
+
 def test_arms_of_a_seed_start_alike_and_see_the_same_crops(study: Path) -> None:
     job = open_run(study).job
     configs = [unit_config(job.config, unit(job.config, study, arm, 1e-3, 0)) for arm in ("emtal", "depth")]
@@ -427,6 +441,10 @@ def test_shipped_configurations_are_sound() -> None:
         ({"data": {"train": ["motorcycle"]}}, "nothing to test on"),
         ({"data": {"train": ["motorcycle"], "test": ["motorcycle:test"]}}, "is in train "),
         ({"data": {**SMALL["data"], "test_share": 0.1}}, "both test and test_share"),
+        (
+            {"data": {**SMALL["data"], "validation": ["motorcycle:test"]}},
+            "data: validation 'motorcycle:test' is in test 'motorcycle:test', too; name another set or split",
+        ),
         ({"data": {**SMALL["data"], "limit": 0}}, "data.limit: 0"),
         ({"arms": {"a": {"tasks": []}}}, "must be the same for all arms"),
         ({"arms": {"a": {"size": [16, 16]}}}, "must be the same for all arms"),
@@ -462,6 +480,25 @@ def test_errors_of_data_and_model_are_one_line(tmp_path: Path, capsys, changes: 
     assert main(["run", str(write(tmp_path, **{**ONE, **changes})), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
     told = capsys.readouterr().err
     assert words in told and told.startswith("error: ") and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("later", "words"),
+    [
+        ({"adapt.method": "lorra", "fade": None}, "no method 'lorra'"),
+        ({"adapt.options.n_experts": 7}, "n_experts 7 does not divide the 192 hidden units"),
+        ({"adapt": {"method": "lora", "targets": ["qqkv"]}, "fade": None}, "qqkv"),
+        ({"adapt": {"method": "lora", "options": {"dropuot": 0.1}}, "fade": None}, "dropuot"),
+        ({"head": {"name": "conv", "options": {"norm": "bach"}}}, "norm 'bach'"),
+        ({"blocks": [0, 1]}, "blocks: [0, 1]"),
+    ],
+)
+def test_a_later_arm_is_built_before_the_first_one_is_trained(tmp_path: Path, capsys, later: dict, words: str) -> None:
+    path = write(tmp_path, **{**ONE, "arms": {"first": {}, "later": later}})
+    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
+    told = capsys.readouterr().err
+    assert words in told and told.startswith("error: arms.later: ") and told.count("\n") == 1
+    assert not list((tmp_path / "runs").glob("*/arms"))
 
 
 @pytest.mark.slow

@@ -121,6 +121,32 @@ def test_an_image_without_a_valid_pixel_of_a_task(rooms: Path, tmp_path: Path) -
     assert "semseg mIoU in % ↑, n = 3" in (folder / "report.md").read_text()
 
 
+def test_depth_is_compared_tuned_and_told_by_its_measure(rooms: Path, tmp_path: Path) -> None:
+    """Rows, delta_m and the choice of the rate, each by the relative error and none by the RMSE."""
+    card = tmp_path / "cards" / "rooms" / "card.yaml"
+    changes = {
+        "tasks": [{"name": "depth", "measure": "abs_rel"}], "tune": {"rates": [1e-6, 3e-2]}, "baseline": "base",
+        "data": {"train": [f"{card}:train"], "validation_share": 0.5, "test": [f"{card}:test"]},
+        "arms": {"base": {}, "longer": {"train.steps": 24}},
+    }
+    assert run(tmp_path, **changes) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    rows = {(row["model"], row["metric"]): row for row in read_lines(folder / "results.jsonl")}
+    metric, delta = "depth mean relative error", "delta_m over base in per cent"
+    assert set(rows) == {("base", metric), ("longer", metric), ("longer", delta)} and rows["base", metric]["lower_is_better"]
+    lines = {line["arm"]: line for line in read_lines(folder / "dense_seeds.jsonl") if line["task"] == "depth"}
+    for arm, line in lines.items():
+        assert line["measure"] == "abs_rel" and line["numbers"]["abs_rel"] != pytest.approx(line["numbers"]["rmse"], rel=0.01)
+        assert rows[arm, metric]["value"] == line["value"] == line["numbers"]["abs_rel"]
+    one, base = (rows[arm, metric]["value"] for arm in ("longer", "base"))
+    assert rows["longer", delta]["value"] == pytest.approx(100 * (base - one) / base)
+    chosen = json.loads((folder / "arms" / "base" / "chosen.json").read_text())
+    for rate, score in chosen["validation"].items():
+        held = json.loads((folder / "arms" / "base" / f"lr-{float(rate):g}-seed-0" / "records" / "validation.json").read_text())
+        assert score == pytest.approx(1 / held["tasks"]["depth"]["numbers"]["abs_rel"])
+    assert chosen["lr"] == 3e-2
+
+
 def test_too_few_images_with_a_value(rooms: Path, tmp_path: Path, capsys) -> None:
     for number in (0, 1, 3):
         Image.fromarray(np.full(SIZE, 255, np.uint8)).save(rooms / "label" / f"{number}.png")

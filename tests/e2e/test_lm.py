@@ -17,12 +17,16 @@ import yaml
 from lm_parts import changed, save_lm, save_texts
 
 from vismt.cli import main
-from vismt.engine import checkpoint
+from vismt.engine import checkpoint, runtime
 from vismt.engine.arms import arm_config, named_unit
 from vismt.engine.lm_report import lm_tables
 from vismt.engine.log import read_lines
 from vismt.engine.run import open_run
 from vismt.errors import UserError
+from vismt.llm import covariance
+from vismt.llm.covariance_files import load_covariances
+from vismt.llm.net import LmNet
+from vismt.llm.selection import select_units
 from vismt.llm.tasks.base import gather
 from vismt.lowrank.inject import adapted_modules
 
@@ -87,7 +91,7 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path, home) -> Non
     for model, extra in (("frozen", set()), ("lora", {"Laplace"}), ("head", {"Laplace"}), ("polar-vbll", bayes)):
         own = [row for row in rows if row["model"] == model]
         assert {(row["data"], row["metric"], row["condition"]) for row in own} == {
-            *((data, metric, condition) for data in sets for metric in ("accuracy", "ECE-15", "NLL in nats", "Brier")
+            *((data, metric, condition) for data in sets for metric in ("accuracy", "ECE-15", "NLL in nats", "Brier", "AUROC")
               for condition in plain | extra),
             *((str(home["stories"]), metric, "clean") for metric in ("NLL in nats a token", "perplexity")),
         }
@@ -96,6 +100,10 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path, home) -> Non
         own = [line["value"] for line in seeds if all(line[key] == row[name] for key, name in (
             ("arm", "model"), ("data", "data"), ("metric", "metric"), ("condition", "condition")))]
         assert len(own) == (1 if row["model"] == "frozen" else 2) and row["value"] == pytest.approx(sum(own) / len(own))
+        assert (row["records"] is None) == (row["metric"] == "ECE-15")  # its interval is no mean's, and no pair's
+        if row["records"] is None:
+            assert 0 < row["ci95"] <= 1
+            continue
         records = read_lines(study / "records" / f"{row['records']}.jsonl")
         values = [line[row["condition"]] for line in records]
         assert len(values) == row["n"] and sum(values) / row["n"] == pytest.approx(row["value"])
@@ -113,9 +121,32 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path, home) -> Non
     assert by["polar-vbll", "NLL in nats", "clean"] != by["polar-vbll", "NLL in nats", "means of the head"]
 
 
+def test_laplace_of_a_large_head_is_factored_and_called_so(home, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("vismt.llm.heads.LARGEST", 2 * 32 - 1)  # two answers, an LM of width 32
+    arms = {"linear": {}, "vbll": {"head": {"name": "vbll"}}}
+    path = write(tmp_path, settings(home, arms=arms, evaluate={"batch": 4, "laplace": True}))
+    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
+    run = next((tmp_path / "runs").iterdir())
+    rows = [row for row in read_lines(run / "results.jsonl") if row["metric"] == "NLL in nats"]
+    found = {model: {row["condition"] for row in rows if row["model"] == model} for model in arms}
+    assert found == {"linear": {"clean", "Laplace (Kronecker)"}, "vbll": {"clean", "means of the head", "Laplace"}}
+    assert "Laplace (Kronecker)" in (run / "report.md").read_text()
+
+
+def test_a_bias_that_laplace_does_not_take_is_told_before_the_training(home, tmp_path: Path, monkeypatch, capsys) -> None:
+    rows = LmNet.answer_rows
+    monkeypatch.setattr(LmNet, "answer_rows", lambda net, tokens: (rows(net, tokens)[0], torch.zeros(len(tokens))))
+    config = settings(home, evaluate={"batch": 4, "laplace": True}, arms={"vbll": {"head": {"name": "vbll"}}, "linear": {}})
+    assert main(["train", str(write(tmp_path, config)), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
+    assert "evaluate.laplace: the LM's output embedding has a bias" in " ".join(capsys.readouterr().err.split())
+    assert not list((tmp_path / "runs").rglob("metrics.jsonl"))
+
+
 def test_the_report_pairs_rows_and_tells_tokens(study: Path) -> None:
     report = (study / "report.md").read_text()
-    assert "clean (unpaired)" not in report and "Choice of the rate" in report and "Merging" in report and "perplexity" in report
+    # All but ECE is paired, of both sets and in their mean.
+    assert report.count("clean (unpaired)") == 3
+    assert "Choice of the rate" in report and "Merging" in report and "perplexity" in report
     titles = [table.title for table, _ in lm_tables(study)]
     assert any(title.startswith("stories on") and "116 tokens" in title for title in titles)
     metrics = [line for path in (study / "arms" / "polar-vbll").glob("*/metrics.jsonl") for line in read_lines(path)]
@@ -277,6 +308,148 @@ def test_causal_training_with_calibration_and_forgetting(home, tmp_path: Path) -
             assert torch.allclose(model.eval()(input_ids=ids).logits, wanted, atol=1e-4), form
 
 
+CORDA = {"method": "corda", "rank": 2, "targets": ["q_proj", "down_proj"]}
+
+
+def tensors(run: Path, arm: str = "adapted") -> str:
+    """The sha256 of what an arm trained."""
+    return json.loads(next((run / "arms" / arm).glob("*/adapter/adapter.json")).read_text())["tensors_sha256"]
+
+
+def trained(home, folder: Path, code: int = 0, **changes: object) -> Path:
+    """The run folder of two steps of CorDA on sums, after `vismt train` that ends with `code`."""
+    folder.mkdir(exist_ok=True)
+    config = settings(
+        home, tasks=[{**CAUSAL, "train": [home["sums"]], "test_share": 0.2}], adapt=CORDA, batch=1,
+        train={"steps": 2, "lr": 1e-3}, **changes,
+    )
+    assert main(["train", str(write(folder, config)), "--out", str(folder / "runs"), "--quiet"]) == code
+    return next((folder / "runs").iterdir())
+
+
+def test_an_arm_is_calibrated_on_its_own_texts(home, tmp_path: Path) -> None:
+    stories, films = ({"data": [name], "rows": 4, "batch": 2} for name in (home["stories"], f"{home['films']}:train"))
+    sections = {"stories": stories, "films": films, "fewer": {**stories, "rows": 2}}
+    arms = {arm: {"calibration": section} for arm, section in sections.items()}
+    run = trained(home, tmp_path / "arms", arms=arms)
+    found = {arm: tensors(run, arm) for arm in arms}
+    assert len(set(found.values())) == 3
+    base = trained(home, tmp_path / "base", calibration=films, arms={"films": {}, "stories": {"calibration": stories}})
+    assert {arm: tensors(base, arm) for arm in ("films", "stories")} == {arm: found[arm] for arm in ("films", "stories")}
+
+
+def test_an_interrupted_calibration_goes_on_and_ends_alike(home, tmp_path: Path, monkeypatch) -> None:
+    seen: list[int] = []
+    real = covariance.add_batch
+
+    def counted(*given: object) -> None:
+        if len(seen) == stop:
+            raise KeyboardInterrupt
+        seen.append(1)
+        real(*given)
+
+    monkeypatch.setattr(covariance, "add_batch", counted)
+    calibration = {"data": [f"{home['films']}:train"], "rows": 8, "batch": 1}
+    stop = 99
+    straight = trained(home, tmp_path / "straight", calibration=calibration)
+    assert len(seen) == 8
+    seen.clear()
+    stop = 5
+    trained(home, tmp_path / "stopped", 130, calibration=calibration)
+    stop = 99
+    seen.clear()
+    stopped = trained(home, tmp_path / "stopped", calibration=calibration)
+    assert len(seen) == 8 - 4  # sums are written every second batch of eight
+    assert tensors(straight) == tensors(stopped)
+    kept = load_covariances(next((stopped / "calibration").iterdir()))
+    assert set(kept) == {f"model.layers.{i}.{x}" for i in (1, 2) for x in ("self_attn.q_proj", "mlp.down_proj")}
+    seen.clear()
+
+
+def test_a_calibration_in_little_memory_ends_alike(home, tmp_path: Path, monkeypatch) -> None:
+    calibration = {"data": [home["stories"]], "rows": 3, "batch": 1}
+    straight = trained(home, tmp_path / "straight", calibration=calibration)
+    budgets = []
+
+    def tight(*given: object, memory_budget: float, **options: object) -> dict[str, torch.Tensor]:
+        budgets.append(memory_budget)
+        return covariance.collect_covariance(*given, memory_budget=memory_budget / 200, **options)  # which takes two passes
+
+    monkeypatch.setattr("vismt.engine.lm.collect_covariance", tight)
+    passes = trained(home, tmp_path / "passes", calibration={**calibration, "memory_mb": 3})
+    assert set(budgets) == {3 * 2**20} and len(list((passes / "calibration").rglob("covariances-*.safetensors"))) == 2
+    assert passes.name == straight.name  # what is held at a time changes no result, and is no part of the hash
+    assert tensors(straight) == tensors(passes)
+
+
+def test_the_lm_is_on_its_device_before_it_is_calibrated(home, tmp_path: Path, monkeypatch) -> None:
+    moved: list[object] = []
+    to = LmNet.to
+    monkeypatch.setattr(LmNet, "to", lambda net, device: moved.append((id(net.lm), device)) or to(net, device))
+
+    def looked(lm: torch.nn.Module, *given: object, **options: object) -> dict[str, torch.Tensor]:
+        assert moved[-1] == (id(lm), runtime.processes().device)
+        return covariance.collect_covariance(lm, *given, **options)
+
+    monkeypatch.setattr("vismt.engine.lm.collect_covariance", looked)
+    trained(home, tmp_path, calibration={"data": [home["stories"]], "rows": 2})
+    assert moved
+
+
+def test_texts_of_a_calibration_predict_their_tokens_but_the_first(home, tmp_path: Path) -> None:
+    section = {"data": [f"{home['films']}:train"], "rows": 24, "batch": 12}
+    run = trained(home, tmp_path, calibration=section)
+    job = open_run(run).job
+    for plain, batch in zip(*(job.data.calibration(job.config.calibration, labels=wanted) for wanted in (False, True))):
+        mask = batch["attention_mask"].bool()
+        first = torch.arange(mask.shape[1]) == (~mask).sum(1, keepdim=True)
+        assert "labels" not in plain and all(torch.equal(plain[name], batch[name]) for name in plain)
+        assert torch.equal(batch["labels"], batch["input_ids"].masked_fill(~mask | first, -100)) and (~mask).any()
+    with pytest.raises(UserError, match="text 'a' gives rows of one token"):
+        job.data.calibration(replace(job.config.calibration, text="a"), labels=True)
+
+
+def test_units_of_s2ft_are_chosen_by_the_texts_of_a_calibration(home, tmp_path: Path) -> None:
+    films, stories = {"data": [f"{home['films']}:train"], "rows": 24, "batch": 24}, {"data": [home["stories"]], "batch": 4}
+    arms = {"random": {}}
+    for strategy, section in (("activation", films), ("product", films), ("gradient", stories)):
+        arms[strategy] = {"adapt.options.strategy": strategy, "calibration": section}
+    arms["films"] = {"adapt.options.strategy": "gradient", "calibration": {**films, "batch": 5}}
+    options = {"ratio": {"d": 0.1}, "parts": ["d"], "largest": True}
+    config = settings(home, adapt={"method": "s2ft", "options": options}, arms=arms, train={"steps": 2, "lr": 1e-2})
+    assert main(["train", str(write(tmp_path, config)), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
+    run = next((tmp_path / "runs").iterdir())
+    job = open_run(run).job
+    lm, tokens = job.models.stock(), job.models.tokenizer
+    stock = {f"model.layers.{i}": lm.model.layers[i].mlp.down_proj.weight for i in range(3)}
+    moved = {}
+    for arm in arms:
+        merged = open_run(run).job.merged(arm)
+        columns = {path: (merged.get_submodule(path).mlp.down_proj.weight != value).any(0) for path, value in stock.items()}
+        moved[arm] = {path: tuple(own.nonzero()[:, 0].tolist()) for path, own in columns.items() if own.any()}
+    assert len({str(units) for units in moved.values()}) == len(arms)
+
+    def rows(path: Path) -> list[torch.Tensor]:
+        return [tokens(json.loads(line)["text"], return_tensors="pt")["input_ids"] for line in path.read_text().splitlines()]
+
+    one_by_one = [{"input_ids": ids} for ids in rows(Path(home["films"]) / "rows" / "train.jsonl")]
+    together = torch.cat(rows(Path(home["stories"]) / "rows" / "all.jsonl"))
+    for strategy, batches in (("activation", one_by_one), ("gradient", [{"input_ids": together, "labels": together}])):
+        wanted = select_units(lm, strategy, **options, calibration=batches, exclude=[r"model\.layers\.0.*"]).units
+        assert {path.removesuffix(".mlp"): parts["d"] for path, parts in wanted.items()} == moved[strategy]
+
+
+@pytest.mark.parametrize(("changes", "told"), [
+    ({"adapt": CORDA}, "calibration: 'corda' needs covariances; name texts here"),
+    ({"adapt": {"method": "s2ft", "options": {"strategy": "gradient"}}}, "chooses by texts with strategy 'gradient'"),
+    ({"arms": {"a": {}, "b": {"adapt": {"method": "s2ft", "options": {"strategy": "product"}}}}}, "arms.b: calibration: 's2ft'"),
+    ({"adapt": CORDA, "calibration": {"data": ["x"], "memory_mb": 0}}, "memory_mb must be at least 1"),
+])  # fmt: skip
+def test_what_is_missing_of_a_calibration(home, tmp_path: Path, capsys, changes, told) -> None:
+    assert main(["train", str(write(tmp_path, settings(home, **changes))), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
 def test_weights_that_are_trained_in_place_begin_at_the_first_block(home, tmp_path: Path) -> None:
     arms = {
         "s2ft": {"adapt": {"method": "s2ft", "options": {"ratio": 0.25}}},
@@ -319,10 +492,15 @@ def test_user_errors(home, tmp_path: Path, capsys, changes, told) -> None:
     assert told in " ".join(capsys.readouterr().err.split())
 
 
-def test_rates_that_fit_no_parameter_are_found_before_the_first_arm_is_trained(home, tmp_path: Path, capsys) -> None:
-    path = write(tmp_path, settings(home, arms={"lora": {}, "apart": {"train.rates": {"^head": 3.0}}}))
+@pytest.mark.parametrize(("apart", "told"), [
+    ({"train.rates": {"^head": 3.0}}, "'^head' is found in no trained parameter"),
+    ({"adapt.method": "lorra"}, "no method 'lorra'"),
+])
+def test_a_later_arm_is_built_before_the_first_one_is_trained(home, tmp_path: Path, capsys, apart, told) -> None:
+    path = write(tmp_path, settings(home, arms={"lora": {}, "apart": apart}))
     assert main(["train", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
-    assert "'^head' is found in no trained parameter" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith("error: arms.apart: ") and told in said
     assert not list((tmp_path / "runs").rglob("metrics.jsonl"))
 
 

@@ -315,6 +315,8 @@ def test_overrides_of_an_arm_are_typed_and_its_units_are_named(tmp_path: Path) -
         ({"arms": {"a": {"tasks": []}}}, "must be the same for all arms"),
         ({"arms": {"a": {"train.lrr": 1}}}, "unknown key"),
         ({"arms": {"a": {"head": "x"}}}, "head: 'x'"),
+        ({"arms": {"a": {}, "b": {"adapt.method": "lorra", "fade": None}}}, "arms.b: "),
+        ({"arms": {"a": {}, "b": {"adapt.options.n_experts": 7}}}, "arms.b: "),
         ({"seeds": [1, 1]}, "seeds: [1, 1]"),
         ({"tune": {"rates": []}}, "tune.rates: []"),
         ({"tune": {"rates": [0.0]}}, "tune.rates: [0.0]"),

@@ -9,7 +9,9 @@ import pytest
 import timm
 import torch
 import yaml
-from tiny import images, tiny_vit
+from ranks import of_two
+from s2ft_parts import MODES, sliced, steps
+from tiny import images, snapshot, tiny_vit
 from torch import Tensor, nn
 
 import vismt
@@ -18,6 +20,10 @@ from vismt.config import TrainConfig
 from vismt.engine import checkpoint, loop, runtime
 from vismt.engine.log import read_lines
 from vismt.engine.run import open_run
+from vismt.errors import UserError
+from vismt.lowrank.inject import adapted_modules
+from vismt.lowrank.parts import to_stock
+from vismt.registry import method_optimizer
 
 EVERY = ["v", "o", "u", "d"]
 
@@ -92,3 +98,58 @@ def test_a_run_from_its_configuration_to_merged_weights(tmp_path: Path) -> None:
     assert torch.allclose(model.eval()(net.backbone.normalise(x)), wanted, atol=1e-5)
     theirs = peft.PeftModel.from_pretrained(run.job.fresh(run.job.config).stock, str(run.export("peft", None))).eval()
     assert torch.allclose(theirs(net.backbone.normalise(x)), wanted, atol=1e-5)
+
+
+# ---- the optimiser ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["permute", "index"])
+def test_an_optimiser_without_the_slices_that_the_weights_follow_is_refused(mode: str) -> None:
+    objective = Objective(mode, torch.float32)
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    optimizer, host = torch.optim.SGD(trained, lr=0.1), objective.vit.blocks[1].mlp.fc2
+    assert method_optimizer(optimizer, objective) is optimizer
+    with pytest.raises(UserError, match=r"optimiser does not hold the slice of 'blocks\.1\.mlp\.fc2'; build it"):
+        method_optimizer(torch.optim.SGD([p for p in trained if p is not host.slice_values], lr=0.1), objective)
+    host.slice_values.requires_grad_(False)  # frozen on purpose
+    method_optimizer(torch.optim.SGD([p for p in trained if p is not host.slice_values], lr=0.1), objective)
+    host.slice_values.requires_grad_(True)
+    host.slice_values.data = host.slice_values.detach().clone()
+    with pytest.raises(UserError, match=r"'blocks\.1\.mlp\.fc2' no longer follows its weight; model\.to\(its device\) puts it"):
+        method_optimizer(optimizer, objective)
+    objective.vit.to("cpu")
+    assert method_optimizer(optimizer, objective) is optimizer
+
+
+def test_the_loop_ties_what_was_detached_and_refuses_what_is_not_in_place(tmp_path: Path) -> None:
+    def run(objective: Objective, name: str) -> None:
+        config = TrainConfig(steps=3, lr=0.01)
+        loop.train(
+            objective, lambda number: images(3, seed=number), config, tmp_path / name, "hash", runtime.accelerator(), seed=1
+        )
+
+    plain, detached, lifted = (Objective("permute", torch.float32) for _ in range(3))
+    for module in adapted_modules(detached.vit).values():
+        module.slice_values.data = module.slice_values.detach().clone()
+    run(plain, "plain")
+    run(detached, "detached")
+    assert all(torch.equal(one, two) for one, two in zip(plain.state_dict().values(), detached.state_dict().values()))
+    to_stock(lifted.vit)
+    with pytest.raises(UserError, match=r"'blocks\.0\.attn\.qkv' is not in its weight: a save or merge was cut short"):
+        run(lifted, "lifted")
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_on_both_batches(tmp_path: Path) -> None:
+    """DDP and the engine's loop over gloo, co-permuted and by index; processes that chose differently are refused."""
+    found = of_two("s2ft_parts.py", tmp_path)[0]
+    assert found["refused"]
+    for mode in MODES:
+        alone, start = sliced(mode), snapshot(sliced(mode))
+        steps(alone, lambda step: [2 * step, 2 * step + 1])
+        for name, value in alone.state_dict().items():
+            assert torch.allclose(found[f"{mode}.{name}"], value, atol=1e-4), (mode, name)
+            if name.endswith("slice_values"):
+                assert all(not torch.allclose(found[f"{kind}{mode}.{name}"], start[name], atol=1e-3) for kind in ("", "loop."))
+        for name, value in vismt.merge(alone).state_dict().items():
+            assert torch.allclose(found[f"merged.{mode}.{name}"], value, atol=1e-4), (mode, name)

@@ -141,6 +141,15 @@ def test_without_records_the_intervals_decide(folder):
     assert "(unpaired)" in write_report(folder).read_text()
 
 
+def test_a_row_that_says_so_is_not_paired_whatever_lies_there(folder):
+    path = folder / "results.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    write_rows(path, [{**row, "records": None} if row["data"] == "digits" else row for row in rows])
+    seen = comparisons(folder)
+    assert not seen["digits", "clean"].paired and seen["digits", "clean"].cells["frozen"].mark == "tie"
+    assert seen["crops", PGD].paired
+
+
 def test_records_that_do_not_give_the_number_are_not_used(folder):
     add(folder, "other", "frozen", FROZEN, FROZEN)
     add(folder, "other", "adapted", [v + 0.1 for v in FROZEN], FROZEN)

@@ -91,6 +91,22 @@ def test_auroc_counts_pairs() -> None:
     assert math.isnan(scores(two([0.7, 0.6]), torch.tensor([0, 0])).auroc)
 
 
+@pytest.mark.parametrize("k", [2, 4])
+def test_values_by_example_have_the_mean_and_the_spread_of_auroc(k: int) -> None:
+    torch.manual_seed(0)
+    y = torch.randint(k, (400,))
+    logits = torch.randn(400, k).double() + 1.5 * torch.nn.functional.one_hot(y, k)
+    logits = (logits * 4).round() / 4  # ties
+    found = scores(logits.softmax(1), y)
+    assert float(found.orders.mean()) == pytest.approx(found.auroc, abs=1e-6)
+    again = []
+    for _ in range(300):
+        drawn = torch.randint(400, (400,))
+        again.append(scores(logits[drawn].softmax(1), y[drawn]).auroc)
+    # The standard error of the mean of the values against that of the bootstrap
+    assert float(found.orders.std()) / 20 == pytest.approx(float(torch.tensor(again).std()), rel=0.15)
+
+
 def test_detection_of_outliers_by_a_score() -> None:
     torch.manual_seed(0)
     inside, outside = torch.randint(0, 6, (50,)), torch.randint(2, 9, (70,))

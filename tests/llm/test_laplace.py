@@ -11,6 +11,7 @@ from vbll_parts import moved_head, wave
 
 from vismt.errors import UserError
 from vismt.llm import Laplace, fit_laplace
+from vismt.llm.heads import LinearHead, laplace_head, laplace_structure
 
 STRUCTURES = ("full", "rows", "kronecker")
 WEIGHT = wave(3, 4, speed=1.3)
@@ -140,6 +141,9 @@ def test_after_vbll_it_keeps_the_means() -> None:
     (WEIGHT, [TRAIN], {"prior_precision": 0.0}, "prior precision 0.0; it must be positive"),
     (WEIGHT, [TRAIN[:, :3]], {}, "Laplace: features are torch.float64 \\(20, 3\\)"),
     (WEIGHT[0], [TRAIN], {}, "the weight is \\(4,\\)"),
+    (WEIGHT, [TRAIN], {"noise": torch.ones(4)}, "the noise is \\(4,\\), needed 3 variances"),
+    (WEIGHT, [TRAIN], {"noise": torch.tensor([1.0, -0.1, 1.0])}, "noise variances from -0.1 to 1; they must be finite"),
+    (WEIGHT, [TRAIN], {"noise": torch.tensor([1.0, 0.0, torch.inf])}, "noise variances from 0 to inf"),
     (torch.zeros(2, 3000), [], {}, "'full' for 6000 weights \\(at most 4096\\); use 'kronecker'"),
 ])
 def test_what_cannot_be_fitted(weight: Tensor, batches: list, options: dict, told: str) -> None:
@@ -153,3 +157,62 @@ def test_choices_that_are_none() -> None:
         laplace.tune(TEST, torch.zeros(6).long(), ())
     with pytest.raises(UserError, match="no method"):
         laplace.predict(TEST, method="mean")
+
+
+def test_labels_and_batches_that_do_not_fit() -> None:
+    laplace = fit_laplace(WEIGHT, [TRAIN])
+    for labels, told in (
+        (torch.tensor([0, 1, 2, 3, 0, 1]), "labels range over \\[0, 3\\], needed \\[0, 2\\]"),
+        (torch.zeros(6, 1).long(), "labels are torch.int64 \\(6, 1\\)"), (torch.zeros(6), "labels are torch.float32 \\(6,\\)"),
+    ):
+        with pytest.raises(UserError, match=f"Laplace: {told}"):
+            laplace.tune(TEST, labels)
+    with pytest.raises(UserError, match="tune: there are no validation examples"):
+        laplace.tune(TEST[:0], torch.zeros(0).long())
+    assert laplace.prior_precision == 1.0
+    for batch, kind in (((TRAIN, torch.zeros(20)), "tuple"), ([TRAIN], "list"), ({"x": TRAIN}, "dict")):
+        with pytest.raises(UserError, match=f"a batch is a {kind}, needed features \\(b, d\\) without their labels"):
+            fit_laplace(WEIGHT, [batch])
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_noise_widens_the_logits_at_prediction_and_is_not_in_the_hessian(structure: str) -> None:
+    noise = torch.tensor([0.5, 2.0, 0.0], dtype=TEST.dtype)
+    plain, noisy = (fit_laplace(WEIGHT, [TRAIN], 0.3, structure, noise=value) for value in (None, noise))
+    assert torch.allclose(covariance(noisy, TEST), covariance(plain, TEST) + torch.diag(noise), atol=1e-12)
+    assert torch.equal(noisy(TEST), plain(TEST))
+    torch.manual_seed(0)
+    weights = MultivariateNormal(WEIGHT.flatten(), expected(structure, 0.3)).sample((50_000,)).reshape(-1, 3, 4)
+    logits = torch.einsum("skd,bd->sbk", weights, TEST)
+    logits += noise.sqrt() * torch.randn(logits.shape, dtype=logits.dtype)
+    drawn = logits.softmax(-1).mean(0)
+    assert torch.allclose(noisy.predict(TEST, 50_000, torch.Generator().manual_seed(1)), drawn, atol=0.01)
+    assert (noisy.predict(TEST, method="probit") - drawn).abs().max() < 0.06
+    assert (plain.predict(TEST, 50_000, torch.Generator().manual_seed(1)) - drawn).abs().max() > 0.02
+    entropy = [laplace.uncertainty(TEST, 2000, torch.Generator().manual_seed(1))["entropy"].mean() for laplace in (plain, noisy)]
+    assert entropy[1] > entropy[0]
+
+
+def test_around_vbll_the_covariances_alone_are_replaced() -> None:
+    head = moved_head("dense")
+    x, y = 2 * wave(30, 6, speed=0.7), 2 * wave(4, 6, speed=0.3)
+    laplace = laplace_head(head, list(x.split(7)), (x, torch.zeros(30).long()))
+    p = head(x).softmax(1)
+    for c in range(3):
+        precision = torch.einsum("n,ni,nj->ij", p[:, c] * (1 - p[:, c]), x, x) + torch.eye(6, dtype=x.dtype) / head.prior_variance
+        replaced = torch.einsum("bi,ij,bj->b", y, torch.linalg.inv(precision), y)
+        assert torch.allclose(covariance(laplace, y)[:, c, c], replaced + torch.exp(2 * head.log_noise[c]), atol=1e-10)
+    assert torch.equal(laplace(y), head(y)) and not list(laplace.parameters())
+
+
+def test_around_a_head_that_is_too_large_for_all_of_the_hessian_it_is_factored() -> None:
+    x = torch.randn(30, 120, generator=torch.Generator().manual_seed(0))
+    for classes, structure in ((34, "full"), (35, "kronecker")):  # 34 * 120 = 4080, 35 * 120 = 4200
+        assert laplace_structure("linear", classes, 120) == structure and laplace_structure("vbll", classes, 120) == "rows"
+    head = LinearHead(torch.randn(35, 120, generator=torch.Generator().manual_seed(1)) / 10)
+    labels = torch.arange(30)
+    laplace = laplace_head(head, list(x.split(8)), (x, labels))
+    wanted = fit_laplace(head.weight, [x], structure="kronecker")
+    wanted.tune(x, labels)
+    assert laplace.prior_precision == wanted.prior_precision
+    assert torch.allclose(covariance(laplace, x), covariance(wanted, x), rtol=1e-4, atol=1e-6)

@@ -471,7 +471,7 @@ def test_a_layer_that_is_left_out_whole_takes_no_turn(cover: bool) -> None:
         lisa.optimizer.step()
         lisa.optimizer.zero_grad()
     assert set(seen) == {1, 3} and (not cover or all(len({a, b}) == 2 for a, b in zip(seen[::2], seen[1::2])))
-    with pytest.raises(UserError, match="active: 3; .* at most 2, the number of layers that have parameters"):
+    with pytest.raises(UserError, match=r"active: 3; .* at most 2, the number of layers that have parameters"):
         LISA(one.model, adamw(one.model), active=3, exclude=out)
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from lisa_parts import DEPTH, FAMILIES, Objective, adamw, case, steps, tokens, train
+from ranks import of_two
 from tiny import images, shake, snapshot, tiny_vit
 from torch import Tensor, nn
 
@@ -242,18 +239,7 @@ def test_an_adapted_part_of_an_objective_is_found(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_are_one_on_both_batches(tmp_path: Path) -> None:
     """DDP, FSDP2 and the engine's loop over gloo: the same layers on both ranks, and the weights of one process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    script = Path(__file__).parent.parent / "lisa_parts.py"
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        subprocess.Popen([sys.executable, script, tmp_path], env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
-    assert [rank.wait(300) for rank in ranks] == [0, 0]
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    assert set(found[0]) == set(found[1]) and all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    found = of_two("lisa_parts.py", tmp_path)
     alone = case("llama").model
     active = steps(alone, LISA(alone, adamw(alone), active=1, interval=2, seed=0), lambda step: [2 * step, 2 * step + 1])
     assert found[0]["layers"].tolist() == active and found[0]["refused"]

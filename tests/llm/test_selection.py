@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from language_models import MODELS, tokens
 from tiny import images, tiny_vit
 from torch import nn
 
@@ -68,6 +69,22 @@ def test_random_choice_follows_its_seed_and_nothing_else() -> None:
     assert {len(parts.get("o", (0,))) for parts in one.units.values()} == {1}  # max(1, round(0.1 * 8))
     assert {len(parts["d"]) for parts in one.units.values() if "d" in parts} == {16}
     assert one.count("d") == 48 and one.count("v") == 0
+
+
+def test_the_parts_are_those_that_the_ratios_name() -> None:
+    model = stack()
+
+    def counts(**options: object) -> list[int]:
+        return [select_units(model, **options).count(part) for part in ("v", "o", "u", "d")]
+
+    assert counts(ratio=0.25) == [0, 6, 0, 120] and counts(ratio={"v": 0.5, "o": 0.25}) == [12, 6, 0, 0]
+    assert counts(ratio={"u": 0.5}) == [0, 0, 240, 0] and counts(ratio={"u": 0.5, "o": 0}) == [0, 0, 240, 0]
+    assert counts(ratio={"o": 0.25, "v": 0}, parts=["o"]) == [0, 6, 0, 0]
+    assert counts(ratio={"o": 0.25, "v": 0}, parts=["o", "v"]) == [0, 6, 0, 0] and counts(ratio=0.5, parts="v") == [12, 0, 0, 0]
+    vit = tiny_vit()
+    assert "v: 2 of 8 heads" in str(vismt.adapt(vit, "s2ft", ratio={"v": 0.25}))
+    with pytest.raises(UserError, match=r"both selection and parts"):
+        vismt.adapt(tiny_vit(), "s2ft", selection=Selection({"blocks.0.attn": {"o": (1,)}}), parts=("o", "d"))
 
 
 def test_earlier_selections_are_excluded() -> None:
@@ -158,6 +175,62 @@ def test_padding_is_left_out_of_activations() -> None:
         model, "activation", 0.3, parts="d", calibration=[{"x": x, "attention_mask": torch.ones_like(mask)}])
 
 
+def scored(strategy: str, calibration: object, name: str = "llama-gqa") -> Selection:
+    return select_units(MODELS[name](), strategy, 0.3, calibration=calibration)
+
+
+@pytest.mark.parametrize("strategy", ["activation", "product"])
+def test_a_mapping_or_a_tensor_alone_is_one_batch(strategy: str) -> None:
+    ids = tokens(4, 7)
+    expected = scored(strategy, [ids])
+    assert scored(strategy, ids) == scored(strategy, {"input_ids": ids}) == scored(strategy, [{"input_ids": ids}]) == expected
+    assert scored(strategy, [ids[:2], ids[2:]]) == expected != scored(strategy, [ids[:1]])
+    vit = [select_units(tiny_vit(), strategy, 0.3, calibration=one) for one in (images(4), [images(4)], iter([images(4)]))]
+    assert vit[0] == vit[1] == vit[2]
+
+
+def test_gradient_scores_of_a_language_model_are_those_of_the_next_token() -> None:
+    """(inputs, labels) as the model's own loss with labels, which shifts them; -100 counts for nothing."""
+    ids, full = tokens(3, 7), MODELS["llama-gqa"]()
+    labels = ids.masked_fill(torch.arange(7)[None] < 3, -100)
+    full(input_ids=ids, labels=labels).loss.backward()
+    chosen = scored("gradient", [(ids, labels)])
+    for path, parts in chosen.units.items():
+        for part, units in parts.items():
+            block = structures(MODELS["llama-gqa"]())[path].parts[part]
+            grad = full.get_submodule(block.path).weight.grad
+            norms = torch.stack([grad.index_select(block.dim, block.features([unit])).norm() for unit in range(block.units)])
+            assert sorted(norms.argsort()[: len(units)].tolist()) == list(units), (path, part)
+    assert scored("gradient", {"input_ids": ids, "labels": labels}) == chosen != scored("gradient", [(ids, ids)])
+    assert scored("gradient", [(ids[:, :6], labels[:, :6]), (ids, labels)]) != chosen
+
+
+@pytest.mark.parametrize(
+    "strategy,calibration,match",
+    [
+        ("activation", {"input_ids": tokens(), "attention_mask": torch.zeros(2, 8)}, "no token of calibration is left"),
+        ("product", [{"input_ids": tokens(), "attention_mask": torch.zeros(2, 8)}], "no token of calibration is left"),
+        ("gradient", [(tokens(), tokens()), (tokens(), torch.full((2, 8), -100))], "calibration batch 1 is nan: every label is"),
+        ("gradient", [{"input_ids": tokens(), "labels": torch.full((2, 8), -100)}], "calibration batch 0 is nan: every label"),
+        ("gradient", [(tokens(), tokens()[:, 1:])], r"labels \(2, 7\) for logits \(2, 8, 40\); .* the tokens \(b, n\)"),
+        ("gradient", tokens(), "needs a loss: give labels"), ("gradient", {"input_ids": tokens()}, "needs a loss"),
+        ("activation", [3], r"calibration batch 0 is of type int; give a mapping"),
+        ("gradient", [(tokens(),)], "calibration batch 0 is of type tuple"),
+    ],
+)
+def test_calibration_that_says_nothing_is_named(strategy: str, calibration: object, match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        scored(strategy, calibration)
+
+
+def test_classes_that_do_not_fit_the_logits_are_named() -> None:
+    match = r"labels \(3, 2\) for logits \(3, 5\); 'gradient' needs the classes \(b,\)"
+    with pytest.raises(UserError, match=match):
+        select_units(tiny_vit(), "gradient", calibration=[(images(3), torch.zeros(3, 2))])
+    shares = select_units(tiny_vit(), "gradient", 0.3, calibration=[(images(3), torch.eye(5)[:3])])
+    assert shares == select_units(tiny_vit(), "gradient", 0.3, calibration=[(images(3), torch.arange(3))])
+
+
 def test_ties_go_to_the_lower_unit_and_global_scores_compare_layers() -> None:
     model = stack(2)
     with torch.no_grad():
@@ -205,7 +278,9 @@ def test_structures_of_known_layouts() -> None:
         ({"strategy": "randm"}, "select_units.strategy: no 'randm'.*'random'"), ({"budget": "all"}, "select_units.budget"),
         ({"parts": ["q"]}, "select_units.parts: no 'q'"), ({"ratio": 1.5}, "select_units.ratio: 1.5 for 'o'"),
         ({"ratio": {"k": 0.1}}, "select_units.ratio: no part 'k'"), ({"strategy": "activation"}, "needs calibration"),
-        ({"ratio": 0.0}, "chooses nothing"),
+        ({"ratio": 0.0}, "chooses nothing"), ({"ratio": {}}, "chooses nothing"), ({"parts": []}, "chooses nothing"),
+        ({"ratio": {"v": 0.5, "o": 0.3}, "parts": ("o", "d")}, r"ratio has 'v', parts \['o', 'd'\] has not; add it to parts or"),
+        ({"ratio": {"o": 0.3}, "parts": ("o", "d")}, r"parts has 'd', ratio \{'o': 0\.3\} has not; give it a ratio"),
     ],
 )
 def test_wrong_settings_are_named(options: dict, match: str) -> None:

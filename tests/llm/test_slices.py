@@ -13,6 +13,8 @@ from torch import nn
 import vismt
 from vismt.errors import UserError
 from vismt.llm import add_slices, read_slices, select_units, serving, switch
+from vismt.llm.slices import Slice
+from vismt.lowrank.inject import adapted_modules
 
 EVERY = ("v", "o", "u", "d")
 
@@ -60,6 +62,67 @@ def test_switching_leaves_no_trace(tmp_path: Path) -> None:
         assert all(torch.equal(value, alone.state_dict()[name]) for name, value in model.state_dict().items())
         switch(model, None)
         assert all(torch.equal(value, stock[name]) for name, value in model.state_dict().items())
+
+
+def test_slices_of_another_base_are_refused_and_nothing_is_changed(tmp_path: Path) -> None:
+    """As load_adapter does, switched already or not; a cast of the base is the same base."""
+    _, folder = saved("vit", tmp_path, 1)
+    slices, other = read_slices(folder), tiny_vit(seed=9)
+    before, told = snapshot(other), r"slices: made for other weights than those of this VisionTransformer \('blocks\.0"
+    for call in (lambda: switch(other, slices), lambda: serving(other, [slices], torch.tensor([0, 0])).__enter__()):
+        with pytest.raises(UserError, match=told + r".*pass on_other_base='warn'"):
+            call()
+        assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    with pytest.warns(UserWarning, match=told):
+        switch(other, slices, on_other_base="warn")
+    assert not torch.equal(other.blocks[0].mlp.fc2.weight, before["blocks.0.mlp.fc2.weight"])
+    with pytest.warns(UserWarning, match=told), serving(switch(other, None), [slices], torch.tensor([0]), on_other_base="warn"):
+        pass
+    # The base that counts is the one below a switch, and a refused switch leaves the one in force.
+    model, (_, second) = tiny_vit(), saved("vit", tmp_path, 2, ratio=0.9)
+    large = {path: Slice(one.dim, one.index, one.delta + 5.0, one.base) for path, one in read_slices(second).items()}
+    switch(switch(model, large), slices)
+    assert all(torch.equal(v, w) for v, w in zip(model.state_dict().values(), switch(tiny_vit(), slices).state_dict().values()))
+    switch(model, large)
+    switched = snapshot(model)
+    wrong = {path: Slice(one.dim, one.index, one.delta, tuple(10 * v for v in one.base)) for path, one in slices.items()}
+    with pytest.raises(UserError, match="made for other weights"):
+        switch(model, wrong)
+    assert all(torch.equal(value, switched[name]) for name, value in model.state_dict().items())
+    switch(model, None)
+    assert all(torch.equal(v, w) for v, w in zip(model.state_dict().values(), tiny_vit().state_dict().values()))
+    switch(tiny_vit().to(torch.bfloat16), slices)
+    with pytest.raises(UserError, match=r"add_slices: 'blocks\.0.*made for different weights"):
+        add_slices([slices, wrong])
+    with pytest.raises(UserError, match="made for other weights"):
+        switch(tiny_vit(seed=9), add_slices([slices]))
+    unknown = {path: Slice(one.dim, one.index, one.delta) for path, one in slices.items()}
+    assert torch.equal(outputs(switch(tiny_vit(), unknown)), outputs(switch(tiny_vit(), add_slices([unknown, slices], [0, 1]))))
+
+
+def test_a_switched_model_is_not_adapted(tmp_path: Path) -> None:
+    """What a switch keeps would come back over an update that was merged meanwhile."""
+    _, folder = saved("vit", tmp_path, 1)
+    plain = tiny_vit()
+    vismt.adapt(plain, "lora", rank=2)
+    lora, whole = vismt.save_adapter(plain, tmp_path / "lora"), nn.Module()
+    whole.vit = switch(tiny_vit(), read_slices(folder))
+    told = r" is switched to S2FT slices; call vismt\.llm\.switch\(\.\.\., None\) first"
+    for method in ("lora", "s2ft", "pissa", "lisa"):
+        with pytest.raises(UserError, match="adapt: the model" + told):
+            vismt.adapt(whole.vit, method)
+    for other in (folder, lora):
+        with pytest.raises(UserError, match="load_adapter: the model" + told):
+            vismt.load_adapter(whole.vit, other)
+    with pytest.raises(UserError, match="adapt: its part 'vit'" + told):
+        vismt.adapt(whole, "lora", rank=2)
+    with pytest.raises(UserError, match="serving: the model" + told), serving(whole.vit, [read_slices(folder)], torch.zeros(1)):
+        pass
+    assert all(isinstance(block.mlp.fc2, nn.Linear) for block in whole.vit.blocks) and not adapted_modules(whole)
+    assert all(parameter.requires_grad for parameter in whole.parameters())
+    switch(whole.vit, None)
+    assert torch.equal(outputs(whole.vit), outputs(tiny_vit()))
+    vismt.adapt(whole.vit, "lora", rank=2)
 
 
 def test_sums_are_unions_with_overlaps_added(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ pytest.importorskip("tokenizers")
 from lm_parts import tiny_lm, tokenizer
 
 from vismt.errors import UserError
-from vismt.llm.heads import LinearHead, laplace_head, log_predictive, make_head
+from vismt.llm.heads import LinearHead, check_laplace, laplace_head, log_predictive, make_head
 from vismt.llm.net import LmNet, check_logits
 from vismt.llm.tasks import make_task
 from vismt.llm.tasks.alternating import AlternatingObjective
@@ -241,6 +241,11 @@ def test_calibration_by_hand_and_rows_with_fewer_choices():
     assert mean_of(found["accuracy"]) == pytest.approx(2 / 3)
     assert found["NLL in nats"].values == pytest.approx([-math.log(0.9), -math.log(0.1), -math.log(0.6)])
     assert found["Brier"].values == pytest.approx([0.02, 1.62, 0.24])
+    # Each class against the rest, pairs in the right order: class 0 (.9 over .9 and .2): .75; class 1: 0.5, .1 against .1 and .2
+    # gives .25; class 2: 1.
+    assert mean_of(found["AUROC"]) == pytest.approx((0.75 + 0.25 + 1) / 3)
+    low, high = found["ECE-15"].interval
+    assert 0 <= low < high and "AUROC" not in probability_measures(records[:1])
     soft = tempered(records[:2], records[:2])
     assert [math.exp(p) for p in soft[0]["log_p"]] == pytest.approx([0.5, 0.5], abs=1e-2) and soft[0]["label"] == 0
 
@@ -339,8 +344,9 @@ def test_the_prior_of_a_vbll_head_is_centred_at_the_rows():
         make_head("linear", rows, None, 10, 0, {"start_std": 0.25})
     biased = make_head("linear", rows, torch.ones(2), 10, 0, {})
     assert torch.equal(biased(torch.zeros(1, 32)), torch.ones(1, 2))
-    with pytest.raises(UserError, match="has a bias, which Laplace does not take"):
-        laplace_head(biased, [torch.zeros(3, 32)], (torch.zeros(3, 32), torch.zeros(3, dtype=torch.int64)))
+    for refused in (check_laplace, lambda head: laplace_head(head, [torch.zeros(3, 32)], (torch.zeros(3, 32), torch.zeros(3)))):
+        with pytest.raises(UserError, match="has a bias, which Laplace does not take"):
+            refused(biased)
     with pytest.raises(UserError, match=r"no head 'vbl'. Near: 'vbll'"):
         make_head("vbl", rows, None, 10, 0, {})
 

@@ -1,4 +1,4 @@
-"""odsF and maxF: thinning against skimage, matching against brute force and a flow, counts by hand."""
+"""odsF and maxF: matching against brute force and a flow, counts by hand."""
 
 from __future__ import annotations
 
@@ -9,51 +9,21 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from blobs import blobs
 from scipy.ndimage import binary_dilation, gaussian_filter
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_flow
 from scipy.special import logit
 
+from vismt.data.derived import edges_from_depth, edges_from_labels
+from vismt.data.thinning import thin
 from vismt.errors import UserError
 from vismt.multitask.metrics import BoundaryF, MaxF
-from vismt.multitask.metrics import thinning as thinning_file
 from vismt.multitask.metrics.matching import PixelMatching
-from vismt.multitask.metrics.thinning import thin
-
-
-def blobs(height: int, width: int, sigma: float, seed: int) -> np.ndarray:
-    noise = gaussian_filter(np.random.default_rng(seed).standard_normal((height, width)), sigma)
-    return (noise - noise.min()) / (noise.max() - noise.min())
 
 
 def tensors(*maps: np.ndarray) -> tuple[torch.Tensor, ...]:
     return tuple(torch.from_numpy(np.ascontiguousarray(values))[None] for values in maps)
-
-
-# Thinning --------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_bar_is_thinned_to_its_middle_and_a_line_stays() -> None:
-    bar = np.zeros((5, 9), dtype=bool)
-    bar[1:4] = True
-    rows = np.nonzero(thin(bar))[0]
-    assert set(rows) == {2} and 6 <= len(rows) <= 9
-    line = np.eye(6, dtype=bool)
-    assert (thin(line) == line).all()
-
-
-@pytest.mark.parametrize("band", [40, 8192])
-def test_thinning_is_that_of_skimage_for_all_maps_of_a_word(band: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    skimage = pytest.importorskip("skimage.morphology")
-    monkeypatch.setattr(thinning_file, "BAND", band)  # bands of rows, few or many, change nothing
-    maps = [blobs(23, 31, sigma, seed) > 0.5 for seed, sigma in enumerate(np.linspace(0.4, 5, 64))]
-    words = np.zeros((23, 31), dtype=np.uint64)
-    for bit, one in enumerate(maps):
-        words |= one.astype(np.uint64) << np.uint64(bit)
-    thinned = thin(words)
-    for bit, one in enumerate(maps):
-        want = skimage.thin(one)
-        assert ((thinned >> np.uint64(bit) & np.uint64(1)) == want).all() and (thin(one) == want).all()
 
 
 # Matching --------------------------------------------------------------------------------------------------------------------
@@ -173,6 +143,42 @@ def test_ods_f_against_a_slow_reference() -> None:
     for one, score in zip(truth, scores):
         pixelwise.update(*tensors(score, np.where(ignored, 255, one)))
     assert pixelwise.compute()["ods_f"] < found["ods_f"] - 0.01
+
+
+def disk(height: int, width: int) -> np.ndarray:
+    rows, columns = np.ogrid[:height, :width]
+    return np.hypot(rows - height / 2, columns - width / 3) < height / 3
+
+
+def unlabelled(labels: np.ndarray) -> np.ndarray:
+    """Void along a slanted band and in a corner, as between the objects of a scene."""
+    rows, columns = np.indices(labels.shape)
+    return np.where((abs(rows + columns // 3 - 40) < 3) | (rows + columns > 130), 255, labels)
+
+
+def slanted_step(height: int, width: int) -> np.ndarray:
+    """Depths of two planes that meet at a slant, missing in a square on the step."""
+    rows, columns = np.indices((height, width))
+    depth = np.where(3 * rows + 7 * columns < 400, 2.0, 3.0) + rows / 1000
+    depth[20:26, 40:46] = 0
+    return depth
+
+
+@pytest.mark.parametrize(("derive", "seen"), [
+    (edges_from_labels, disk(70, 90).astype(np.int64)),
+    (edges_from_labels, (6 * blobs(70, 90, 4, 3)).astype(np.int64)),
+    (edges_from_labels, (4 * blobs(70, 90, 1, 5)).astype(np.int64)),
+    (edges_from_labels, unlabelled(disk(70, 90).astype(np.int64))),
+    (edges_from_labels, unlabelled((6 * blobs(70, 90, 4, 3)).astype(np.int64))),
+    (edges_from_depth, slanted_step(70, 90)),
+    (edges_from_depth, 2 + 2 * (blobs(70, 90, 5, 7) > 0.5)),
+])  # fmt: skip
+def test_the_derived_target_as_prediction_is_perfect(derive: Callable, seen: np.ndarray) -> None:
+    edge = derive(torch.from_numpy(seen))[None]
+    metric = BoundaryF(thresholds=1, scores="probabilities")
+    metric.update((edge == 1).to(torch.float32), edge)
+    found = metric.compute()
+    assert found["ods_f"] == 1.0 and found["pixels"] == int((edge == 1).sum()) > 50
 
 
 def test_an_image_without_boundaries_costs_precision_and_two_channels_are_a_softmax() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vismt.errors import UserError
 from vismt.multitask.tasks import IGNORE, NYUD_WEIGHTS, PASCAL_WEIGHTS, TASKS, DenseTask, make_task
+from vismt.multitask.tasks.depth import InverseDepth
 from vismt.multitask.tasks.segmentation import Segmentation, class_colors
 
 LN2, LN3 = math.log(2), math.log(3)
@@ -244,6 +245,31 @@ def test_depth_colours_follow_the_range_of_the_target() -> None:
         assert len(task.picture(constant).flatten(1).unique(dim=1).T) == 1
 
 
+def test_depth_is_scored_by_its_measure() -> None:
+    # Off by 3 at 1 and by 1 at 2: sqrt(5), 2, (3 + 1/2) / 2, sqrt((ln 4^2 + ln 3/2^2) / 2).
+    target, prediction = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[[4.0, 3.0]]]])
+    logs = math.hypot(math.log(4), math.log(1.5)) / math.sqrt(2)
+    wanted = {"rmse": math.sqrt(5), "abs_err": 2.0, "abs_rel": 1.75, "log_rmse": logs}
+    for convention, own in (("pooled", "rmse"), ("libmtl", "abs_err")):
+        for measure in (None, *wanted):
+            task = make_task({"name": "depth", "convention": convention, "measure": measure})
+            metric = task.metric()
+            task.update(metric, prediction, target)
+            assert task.measure == (measure or own)
+            assert task.score(metric.compute()) == pytest.approx(wanted[task.measure]) and task.lower_is_better
+    assert InverseDepth.of(make_task({"name": "depth", "measure": "abs_rel"})).measure == "abs_rel"
+
+
+def test_inverse_depth_is_bright_where_it_is_large() -> None:
+    depth = make_task("depth")
+    inverse = InverseDepth.of(depth)
+    target = torch.tensor([[1.0, 2.0, 4.0, 0.0]])
+    assert torch.equal(inverse.picture(1 / target)[:, 0, [0, 2]], depth.picture(target)[:, 0, [0, 2]])  # near, far
+    drawn = inverse.picture(torch.tensor([[[0.25, 9.0, -1.0]]]), like=1 / target.where(target > 0, torch.inf))[:, 0]
+    assert torch.equal(drawn, depth.picture(target)[:, 0, [2, 0, 2]])  # beyond the range: its ends
+    assert (inverse.picture(target)[:, 0, 3] == 64).all()
+
+
 # Errors ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +290,8 @@ def test_depth_colours_follow_the_range_of_the_target() -> None:
         ({"name": "depth", "max_depth": 0}, "depth: max_depth 0; it must be a number above 0"),
         ({"name": "depth", "convention": "poled"}, "convention 'poled'.*Near: 'pooled'"),
         ({"name": "depth", "loss_weight": 0}, "depth: loss_weight 0"),
+        ({"name": "depth", "measure": "rsme"}, "measure 'rsme'. Near: 'rmse'"),
+        ({"name": "normals", "measure": "median"}, "no option 'measure'"),
         ({"name": "normals", "convention": "mtl"}, "convention 'mtl'.*'libmtl'"),
         ({"name": "normals", "loss_weight": "10"}, "normals: loss_weight '10'"),
         ({"name": "edge", "positive_weight": 1}, "edge: positive_weight 1; .* above 0 and below 1"),

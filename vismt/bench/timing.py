@@ -29,6 +29,23 @@ class Timing:
         return statistics.median(ratios), min(ratios), max(ratios)
 
 
+@dataclass(frozen=True)
+class Ratios:
+    """Timing of several candidates; printing it gives the table. targets: (ours, theirs, the largest ratio that is meant)."""
+
+    title: str
+    timing: Timing
+    targets: Sequence[tuple[str, str, float]]
+
+    def __str__(self) -> str:
+        lines = [self.title, f"{'':<22}{'CPU seconds':>12}"]
+        lines += [f"{name:<22}{statistics.median(spent):>12.4f}" for name, spent in self.timing.seconds.items()]
+        for ours, theirs, target in self.targets:
+            median, low, high = self.timing.ratio(ours, theirs)
+            lines.append(f"{ours} / {theirs}: {median:.3f} ({low:.3f}..{high:.3f}), target at most {target:.2f}")
+        return "\n".join(lines)
+
+
 def interleave(
     candidates: Mapping[str, Callable[[], object]], rounds: int, *, label: str, device: torch.device | None = None,
     warmup: int = 1,

@@ -27,11 +27,12 @@ from vismt.errors import UserError, near
 
 @dataclass(frozen=True)
 class DenseSet:
-    """Split of a dense set. `read(i)` gives the sample of image i (dense_sample.py), in its own size.
+    """Split of a dense set. `read(i)` gives the sample of image i (dense_sample.py).
 
     `targets` are those that its samples may have; `classes` names the values of semseg, `parts` those of parts,
     `image_classes` those of class, and `labels` (int64, n) holds the class of every image, None where they have none.
-    With `inverse_depth` the depth target holds multiples of 1/depth. `where` says where the copy lies.
+    With `inverse_depth` the depth target holds multiples of 1/depth. `where` says where the copy lies. `edges` is the target
+    that edges are derived from, "semseg" or "depth"; `stored(i)` lacks them, and None says that it has all there is.
     """
 
     name: str
@@ -39,23 +40,32 @@ class DenseSet:
     classes: list[str]
     targets: list[str]
     ids: list[str]
-    read: Callable[[int], Sample]
+    stored: Callable[[int], Sample]
     parts: list[str] = field(default_factory=list)
     inverse_depth: bool = False
     where: str = ""
     image_classes: list[str] = field(default_factory=list)
     labels: Tensor | None = None
+    edges: str | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def read(self, i: int, change: Callable[[Sample], Sample] | None = None) -> Sample:
+        """The sample of image i in its own size, or what `change` makes of it.
 
-def _derive(source: DenseSource, sample: Sample) -> Sample:
-    for target, origin in source.derive.items():
-        if origin in sample and target == "normals":
-            sample[target] = normals_from_depth(sample["depth"], **source.camera)
-        elif origin in sample:
-            sample[target] = edges_from_labels(sample["semseg"]) if origin == "semseg" else edges_from_depth(sample["depth"])
+        Edges are derived from the changed map: resized ones would have gaps and lines of two pixels.
+        """
+        sample = self.stored(i) if change is None else change(self.stored(i))
+        if self.edges not in sample:
+            return sample
+        derive = edges_from_labels if self.edges == "semseg" else edges_from_depth
+        return {**sample, "edge": derive(sample[self.edges])}
+
+
+def _with_normals(source: DenseSource, sample: Sample) -> Sample:
+    if "normals" in source.derive and "depth" in sample:
+        sample["normals"] = normals_from_depth(sample["depth"], **source.camera)
     return sample
 
 
@@ -75,8 +85,9 @@ def _open(card: Card, source: DenseSource, base: Path, split: str) -> DenseSet:
     return DenseSet(
         card.name, split, [str(name) for name in names], [target for target in MAPS if target in there],
         [pair["image"].relative_to(base).as_posix() for pair in paths],
-        lambda i: _derive(source, read_maps(paths[i], source, count, known_normals)),
+        lambda i: _with_normals(source, read_maps(paths[i], source, count, known_normals)),
         list(PARTS) if "parts" in there else [], "inverse_depth" in source.maps, shown_path(base),
+        edges=source.derive.get("edge"),
     )  # fmt: skip
 
 
@@ -98,19 +109,19 @@ def open_dense(card: Card | str | Path, split: str = "all", *, root: Path | None
             continue
         if isinstance(source, DenseSource):
             return _open(card, source, base, split)
-        ids, read = stereo.load(card, source, base, split)
-        return DenseSet(card.name, split, [], list(stereo.TARGETS), ids, read, where=shown_path(base))
+        ids, stored = stereo.load(card, source, base, split)
+        return DenseSet(card.name, split, [], list(stereo.TARGETS), ids, stored, where=shown_path(base), edges="depth")
     raise not_found(card, split, root)
 
 
 def classified(images: ImageSet) -> DenseSet:
     """A set of image classification as samples of an image, in its own size, and its class."""
 
-    def read(i: int) -> Sample:
+    def stored(i: int) -> Sample:
         return {"image": images.read(i).to(torch.float32) / 255, CLASS: images.labels[i]}
 
     return DenseSet(
-        images.name, images.split, [], [CLASS], images.ids, read, where=images.where, image_classes=images.classes,
+        images.name, images.split, [], [CLASS], images.ids, stored, where=images.where, image_classes=images.classes,
         labels=images.labels,
     )
 

@@ -3,7 +3,9 @@
 A mirrored normal has its x negated. A picture enlarged by s looks as if taken s times nearer, so depth is divided by s
 (as do the training pipelines of MTI-Net, InvPT and LibMTL); inverse depth is multiplied. Normals keep their direction there,
 as in those pipelines, though a plane compressed in depth would strictly tilt. Labels, depth and normals are never averaged:
-each target pixel is that of the source pixel at its centre. Pixels that padding adds are 255, depth 0, normals (0, 0, 0).
+each target pixel is that of the source pixel at its centre. Edges alone are drawn anew, or lines would vanish and double: an
+edge is also where the centre of an edge pixel falls, and the lines are thinned. Edges that follow from another map are derived
+after all this (DenseSet.read). Pixels that padding adds are 255, depth 0, normals (0, 0, 0).
 The class of an image stays whatever is done to it, of a crop, too, which may have lost what the class speaks of; and of
 a mirrored digit or word, for which `mirror` is to be turned off.
 
@@ -21,6 +23,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
 
 from vismt.data.dense_sample import CLASS, IGNORE, MAPS, Sample, blank, size_of
+from vismt.data.thinning import thin
 from vismt.errors import UserError
 
 TRIES = 10  # crops drawn until one is mixed enough
@@ -43,20 +46,38 @@ def flip(sample: Sample) -> Sample:
     return out
 
 
-def _nearest(values: Tensor, height: int, width: int) -> Tensor:
-    def at(old: int, new: int) -> Tensor:
-        return (torch.arange(new, device=values.device) * 2 + 1) * old // (2 * new)
+def _centres(old: int, new: int, device: torch.device) -> Tensor:
+    """int64 (new,): the one of `old` pixels along a side that holds the centre of each of `new` pixels."""
+    return (torch.arange(new, device=device) * 2 + 1) * old // (2 * new)
 
-    rows, columns = at(values.shape[-2], height), at(values.shape[-1], width)
+
+def _nearest(values: Tensor, height: int, width: int) -> Tensor:
+    rows, columns = (_centres(old, new, values.device) for old, new in zip(values.shape[-2:], (height, width)))
     return values.index_select(-2, rows).index_select(-1, columns)
+
+
+def _drawn(edge: Tensor, height: int, width: int) -> Tensor:
+    """Lines of int64 (h, w) `edge` at another size, one pixel wide; 255 where it is nearest and no line falls."""
+    if edge.shape == (height, width):
+        return edge
+    nearest = _nearest(edge, height, width)
+    lines = nearest == 1  # of an enlarged map, all there is; of a shrunk one, a part of what comes now
+    rows, columns = (edge == 1).nonzero(as_tuple=True)
+    down, right = (_centres(new, old, edge.device) for old, new in zip(edge.shape, (height, width)))
+    lines[down[rows], right[columns]] = True
+    lines = torch.from_numpy(thin(lines.cpu().numpy())).to(edge.device)
+    return torch.where(lines, 1, torch.where(nearest == IGNORE, IGNORE, 0))
 
 
 def _resample(sample: Sample, height: int, width: int) -> Sample:
     image = F.interpolate(
         sample["image"][None], (height, width), mode="bilinear", align_corners=False, antialias=True
     )[0].clamp(0, 1)  # fmt: skip
-    targets = {name: values for name, values in sample.items() if name != "image"}
-    return {"image": image, **_maps(targets, lambda values: _nearest(values, height, width))}
+    targets = {name: values for name, values in sample.items() if name not in ("image", "edge")}
+    out = {"image": image, **_maps(targets, lambda values: _nearest(values, height, width))}
+    if "edge" in sample:
+        out["edge"] = _drawn(sample["edge"], height, width)
+    return out
 
 
 def scale(sample: Sample, s: float, *, inverse_depth: bool = False) -> Sample:
@@ -129,14 +150,19 @@ def photometric(sample: Sample, generator: torch.Generator, *, strength: float =
     return {**sample, "image": image.clamp(0, 1)}
 
 
-def resize(sample: Sample, size: tuple[int, int], *, fill: float = FILL) -> Sample:
-    """The sample fitted into `size` (h, w) with its aspect kept, padded below and to the right; for evaluation.
+def fit(sample: Sample, size: tuple[int, int]) -> Sample:
+    """The sample as large as `size` (h, w) lets it be with its aspect kept; for evaluation.
 
     Depth stays in metres: with all images of a set fitted alike, the network meets one camera, and errors keep their unit.
     """
     own = size_of(sample)
     fitted = fitting(own, size)
-    return pad(sample if fitted == own else _resample(sample, *fitted), size, fill=fill)
+    return dict(sample) if fitted == own else _resample(sample, *fitted)
+
+
+def resize(sample: Sample, size: tuple[int, int], *, fill: float = FILL) -> Sample:
+    """The sample fitted into `size` (h, w), padded below and to the right."""
+    return pad(fit(sample, size), size, fill=fill)
 
 
 def fitting(own: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:

@@ -2,6 +2,9 @@
 
 Depth is z along the optical axis. A plane is linear in 1/z over the image, whatever its tilt, so a pixel whose 1/z bends
 lies on a crease or a jump and gets no normal.
+
+Edges are thinned like the predictions that they are compared with: of a line of two pixels' width, or of a staircase that is
+connected over its sides, a prediction can match but the thin part, however right it is.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vismt.data.dense_sample import IGNORE
+from vismt.data.thinning import thin
 
 
 def normals_from_depth(
@@ -52,21 +56,25 @@ def edges_from_labels(labels: Tensor) -> Tensor:
 
     labels: int64 (h, w), 255 = none. A border on unlabelled pixels is no edge: what lies there is not known.
     """
-    edge = torch.zeros_like(labels)
     known = labels != IGNORE
+    edge = torch.zeros_like(known)
     for a, b in (((..., slice(None, -1)), (..., slice(1, None))), ((slice(None, -1), ...), (slice(1, None), ...))):
-        edge[a] |= ((labels[a] != labels[b]) & known[a] & known[b]).to(labels.dtype)
-    return edge.masked_fill(~known, IGNORE)
+        edge[a] |= (labels[a] != labels[b]) & known[a] & known[b]
+    return _thinned(edge, known)
 
 
 def edges_from_depth(depth: Tensor, *, jump: float = 0.05) -> Tensor:
-    """int64 (h, w): 1 at the nearer pixel of two neighbours whose depths differ by more than `jump` of the smaller.
+    """int64 (h, w): 1 at the nearer pixel of two neighbours whose depths differ by more than `jump` of the smaller, thinned.
 
     255 where float (h, w) `depth` is 0. A gap without depth counts as the farther of its two ends in the row or column: what
     only one camera of a pair sees lies behind.
     """
-    edge = (_jumps(depth, jump) | _jumps(depth.mT, jump).mT).to(torch.int64)
-    return edge.masked_fill(depth <= 0, IGNORE)
+    return _thinned(_jumps(depth, jump) | _jumps(depth.mT, jump).mT, depth > 0)
+
+
+def _thinned(edge: Tensor, known: Tensor) -> Tensor:
+    """int64 (h, w) of the lines of bool `edge`, 255 where not bool `known`."""
+    return torch.from_numpy(thin(edge.numpy())).to(torch.int64).masked_fill(~known, IGNORE)
 
 
 def _last(depth: Tensor) -> Tensor:

@@ -94,8 +94,9 @@ class DenseSource:
     line where `image` has {group}. With `partial` a sample lacks the targets whose file is not there; else that is an error.
     `first` is the label of class 0, `void` the label of no class; `edge_above` is the share of the largest value from
     which a pixel is an edge; `axes` holds the signs that turn stored normals to x right, y up, z towards the camera.
-    `derive` maps a target that the set lacks to the one it is computed from ({edge: semseg}); normals need the `camera`
-    (fx, fy, cx, cy in pixels of the stored maps). `normal_classes` is a JSON beside the card, see pascal_context.py.
+    `derive` maps a target that the set lacks to the one it is computed from ({edge: semseg}), edges at the size they are used
+    in, normals at that of the stored maps, for which they need the `camera` (fx, fy, cx, cy in pixels). `normal_classes`
+    is a JSON beside the card, see pascal_context.py.
     """
 
     root: str

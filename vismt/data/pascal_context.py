@@ -1,7 +1,8 @@
 """The .mat files of PASCAL-Context and PASCAL-Part in the layout of ASTMT (Maninis et al., arXiv 1904.08918).
 
 pascal-context/trainval/<id>.mat   `LabelMap` (h, w), one of 459 classes a pixel: its borders are the edges. ASTMT takes the
-                                   Laplacian of the map and thins it; here a border is the pixel left of or above the change.
+                                   Laplacian of the map and thins it; here a border is the pixel left of or above the change,
+                                   thinned, too.
 human_parts/<id>.mat               `anno`: objects, each with class (15 = person), mask, and parts with name and mask. The 24
                                    parts of a person become the 6 below, 0 elsewhere. A sample whose image
                                    shows no person with parts lacks the target, as ASTMT ignores it.

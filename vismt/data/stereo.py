@@ -16,7 +16,7 @@ import torch
 from vismt.data.cards import Card
 from vismt.data.decode import DAMAGED, decode_file
 from vismt.data.dense_sample import Sample
-from vismt.data.derived import edges_from_depth, normals_from_depth
+from vismt.data.derived import normals_from_depth
 from vismt.data.kinds import StereoTilesSource
 from vismt.data.sources import fix, verify_counts
 from vismt.errors import UserError
@@ -54,7 +54,7 @@ def tiles(source: StereoTilesSource, height: int, split: str) -> list[tuple[int,
 
 
 def load(card: Card, source: StereoTilesSource, base: Path, split: str) -> tuple[list[str], Callable[[int], Sample]]:
-    """Ids `<split>/<top>_<left>` and the reader of the tiles.
+    """Ids `<split>/<top>_<left>` and the reader of the tiles, without the edges, which follow from their depth.
 
     Only files inside the installed package are read; one that is not there is a UserError (never a download).
     """
@@ -68,11 +68,11 @@ def load(card: Card, source: StereoTilesSource, base: Path, split: str) -> tuple
 
     @functools.cache
     def part(name: str) -> Sample:
-        """The columns of a split with their derived maps."""
+        """The columns of a split with their normals."""
         start, end = source.columns[name]
         image, depth = whole()["image"][..., start:end], whole()["depth"][..., start:end]
         camera = {**source.camera, "cx": source.camera["cx"] - start}
-        return {"image": image, "edge": edges_from_depth(depth), "depth": depth, "normals": normals_from_depth(depth, **camera)}
+        return {"image": image, "depth": depth, "normals": normals_from_depth(depth, **camera)}
 
     tall, wide = source.tile
     height, width = whole()["image"].shape[-2:]

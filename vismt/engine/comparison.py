@@ -117,9 +117,14 @@ def _fault(row: Row, config_hash: str) -> str | None:
 
 
 def episodes_of(folder: Path, row: Row) -> Episodes | None:
-    """Values by episode (or example) of one row; None unless a record file reproduces the row's value and n."""
+    """Values by episode (or example) of one row; None unless a record file reproduces the row's value and n.
+
+    A row with "records": null is one whose interval its records do not give, so that nothing is to be paired.
+    """
     stem = record_stem(row["data"], row["protocol"], row["model"])
     if "records" in row:
+        if row["records"] is None:
+            return None
         stem = str(row["records"])
     files = [path for path in sorted((folder / "records").glob("*.jsonl")) if path.stem == stem]
     files += [path for path in sorted((folder / "records").glob("*.jsonl")) if path.stem.startswith(f"{stem}-")]

@@ -7,15 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vismt.engine.arms import ArmsConfig, arm_config, check_arms
-from vismt.engine.study import (
-    BalancingConfig,
-    FadeConfig,
-    PartsConfig,
-    RetainConfig,
-    check_parts,
-    check_study,
-    check_weighing,
-)
+from vismt.engine.parts import PartsConfig, check_parts
+from vismt.engine.study import BalancingConfig, FadeConfig, RetainConfig, check_study, check_weighing
 from vismt.errors import UserError, near
 from vismt.multitask.dense import SEGMENTATION
 from vismt.multitask.heads import check_head

@@ -14,9 +14,11 @@ from vismt.data.dense_sample import CLASS, Sample, collate
 from vismt.data.divide import divide
 from vismt.data.gather import Passes
 from vismt.engine.dense_config import DenseAugmentConfig, DenseConfig, all_tasks, canvas_of
-from vismt.engine.study import shares
+from vismt.engine.parts import shares
 from vismt.errors import UserError
+from vismt.multitask.dense import SEGMENTATION
 from vismt.multitask.tasks import DenseTask, MapTask
+from vismt.multitask.tasks.depth import Depth, InverseDepth
 from vismt.seeds import mix_seed
 
 
@@ -40,16 +42,21 @@ class Rows:
         return "+".join(dict.fromkeys(images.name for images, _ in self.entries))
 
     def fitted(self, number: int, size: tuple[int, int]) -> Sample:
-        """One sample fitted into `size`, so that training and evaluation meet one camera."""
+        """One sample fitted into `size` and padded, so that training and evaluation meet one camera."""
+        return transforms.pad(self.unpadded(number, size), size)
+
+    def unpadded(self, number: int, size: tuple[int, int]) -> Sample:
+        """The same before padding, which no score may see."""
         images, i = self.entries[number]
-        return transforms.resize(images.read(i), size)
+        return images.read(i, lambda sample: transforms.fit(sample, size))
 
 
 class DenseData:
     """parts: "train", "validation" and "test". size: (h, w) of the canvas that images are fitted into.
 
-    Raises UserError for a card that is not here, a set without a target of any task, a task that no set of a part has a target
-    for, a number of classes that is not the sets', and images whose classes two sets call differently.
+    tasks: {name: task}, depth as the sets hold it. Raises UserError for a card that is not here, a set without a target of any
+    task, a task that no set of a part has a target for, a number of classes that is not the sets', classes that two sets call
+    differently, and depth beside inverse depth.
     """
 
     def __init__(self, config: DenseConfig) -> None:
@@ -70,7 +77,13 @@ class DenseData:
         sets = list({id(images): images for rows in self.parts.values() for images, _ in rows.entries}.values())
         for images in sets:
             _check_set(images, tasks)
-        _check_names(sets)
+        _check_names([(images.name, images.image_classes) for images in sets if images.labels is not None])
+        if SEGMENTATION in [task.key for task in tasks]:
+            labelled = [(images.name, images.classes) for images in sets if SEGMENTATION in images.targets]
+            _check_names([(name, classes) for name, classes in labelled if not _numbered(classes)])
+        self.tasks = {task.name: task for task in tasks}
+        if Depth.name in self.tasks and _inverse(sets):
+            self.tasks[Depth.name] = InverseDepth.of(self.tasks[Depth.name])
         for part in ("train", "validation", "test"):
             self._check_targets(part, tasks)
         console.stage("data", "   ".join(f"{part} {len(rows):,}" for part, rows in self.parts.items() if len(rows)))
@@ -112,13 +125,16 @@ class DenseBatches:
         return collate([self._sample(row, mix_seed(self.seed, "augment", number, place)) for place, row in enumerate(found)])
 
     def _sample(self, row: int, seed: int) -> Sample:
-        own, sample = self.augment, self.rows.fitted(row, self.canvas)
+        own, (images, i) = self.augment, self.rows.entries[row]
+
+        def augmented(sample: Sample) -> Sample:
+            return transforms.augment(
+                transforms.resize(sample, self.canvas), seed, self.size, scales=(own.scales[0], own.scales[1]), mirror=own.flip,
+                cat_max_ratio=own.cat_max_ratio, strength=own.strength, hue=own.hue, inverse_depth=images.inverse_depth,
+            )
+
         # Labels decide which crop is taken, so what an arm does not train is dropped only afterwards: arms see the same crops.
-        sample = transforms.augment(
-            sample, seed, self.size, scales=(own.scales[0], own.scales[1]), mirror=own.flip, cat_max_ratio=own.cat_max_ratio,
-            strength=own.strength, hue=own.hue, inverse_depth=self.rows.entries[row][0].inverse_depth,
-        )
-        return {name: values for name, values in sample.items() if name in self.kept}
+        return {name: values for name, values in images.read(i, augmented).items() if name in self.kept}
 
 
 def _open(name: str) -> DenseSet:
@@ -142,13 +158,25 @@ def _check_set(images: DenseSet, tasks: Sequence[DenseTask]) -> None:
             raise UserError(f"tasks: {task.name}: classes {task.channels}, '{images.name}' has {len(names)}.")
 
 
-def _check_names(sets: Sequence[DenseSet]) -> None:
-    """One number is one class in all sets of classified images."""
-    named = [images for images in sets if images.labels is not None]
-    for images in named[1:]:
-        pairs = zip(named[0].image_classes, images.image_classes)
-        one, other = next(((one, other) for one, other in pairs if one != other), (None, None))
+def _check_names(named: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """One number is one class in all sets. named: (set, its classes)."""
+    for name, classes in named[1:]:
+        first, others = named[0]
+        one, other = next(((one, other) for one, other in zip(others, classes) if one != other), (None, None))
         if one is not None:
-            raise UserError(
-                f"data: one class is '{one}' in '{named[0].name}' and '{other}' in '{images.name}'; give both the same names."
-            )
+            raise UserError(f"data: one class is '{one}' in '{first}' and '{other}' in '{name}'; give both the same names.")
+
+
+def _numbered(classes: Sequence[str]) -> bool:
+    """Whether the classes of maps are called by their numbers, as where the card does not name them."""
+    return list(classes) == [str(number) for number in range(len(classes))]
+
+
+def _inverse(sets: Sequence[DenseSet]) -> bool:
+    """Whether the depth of the sets is inverse; UserError when that of some is."""
+    deep = [images for images in sets if Depth.key in images.targets]
+    odd = next((images for images in deep if images.inverse_depth != deep[0].inverse_depth), None)
+    if odd is not None:
+        one, other = (odd, deep[0]) if odd.inverse_depth else (deep[0], odd)
+        raise UserError(f"data: '{one.name}' has inverse depth, '{other.name}' depth; take sets of one kind, or no task depth.")
+    return bool(deep) and deep[0].inverse_depth

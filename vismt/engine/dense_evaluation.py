@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from vismt import console
-from vismt.data.dense_sample import Sample, collate
+from vismt.data.dense_sample import Sample, collate, size_of
+from vismt.data.dense_transforms import pad
 from vismt.engine import runtime
 from vismt.engine.arms import Unit, arm_config, arm_names, final_units, unit_config
-from vismt.engine.dense_config import DELTA, SEEDS, DenseConfig, all_tasks, baseline_arms, trained_tasks, window_of
+from vismt.engine.dense_config import DELTA, SEEDS, DenseConfig, baseline_arms, trained_tasks, window_of
 from vismt.engine.dense_data import DenseData
 from vismt.engine.dense_models import fingerprint, loaded
 from vismt.engine.log import record_stem, write_lines
@@ -40,13 +41,16 @@ from vismt.metatune.intervals import mean_interval
 from vismt.multitask.dense import DenseNet
 from vismt.multitask.inference import predict
 from vismt.multitask.metrics import delta_m
-from vismt.multitask.tasks import DenseTask
+from vismt.multitask.tasks import DenseTask, MapTask
 from vismt.multitask.tasks.classification import Classification
+from vismt.multitask.tasks.depth import Depth
 from vismt.multitask.tasks.segmentation import Segmentation
 
 MEASURES = {
-    "miou": "mIoU", "rmse": "RMSE", "mean": "mean angle in degrees", "ods_f": "odsF", "max_f": "maxF", "accuracy": "accuracy",
+    "miou": "mIoU", "rmse": "RMSE", "abs_err": "mean absolute error", "abs_rel": "mean relative error",
+    "log_rmse": "RMSE of the log", "mean": "mean angle in degrees", "ods_f": "odsF", "max_f": "maxF", "accuracy": "accuracy",
 }
+LENGTHS = ("rmse", "abs_err")  # measures in the unit of the target
 LEAST = 1e-6  # of a score, before its logarithm
 Images = dict[str, float]  # psi of each
 
@@ -56,7 +60,7 @@ class Evaluation:
 
     def __init__(self, config: DenseConfig, folder: Path, config_hash: str, data: DenseData) -> None:
         self.config, self.folder, self.hash, self.data = config, folder, config_hash, data
-        self.tasks = {task.name: task for task in all_tasks(config)}
+        self.tasks = data.tasks
 
     def validate(self, unit: Unit) -> float:
         """Geometric mean over the tasks of the validation score, 1 / score where lower is better.
@@ -91,8 +95,7 @@ class Evaluation:
 
     def metric(self, task: DenseTask) -> str:
         """The name of a task's score, with its unit."""
-        entries = self.data.part(self.config.evaluate.split).entries
-        metres = task.name == "depth" and not any(images.inverse_depth for images, _ in entries)
+        metres = isinstance(task, Depth) and not task.inverse and task.measure in LENGTHS
         return f"{task.name} {MEASURES[task.measure]}" + " in m" * metres
 
     def _views(self) -> str:
@@ -139,18 +142,20 @@ class Evaluation:
         lower = {task: self.tasks[task].lower_is_better for task in arms}
         named = "+".join(dict.fromkeys(arms.values()))
         by_seed = {(line["arm"], line["seed"], line["task"]): line for line in lines}
+        gains: list[dict[str, Any]] = []
         try:
             value = delta_m({t: pair[0][0] for t, pair in pairs.items()}, {t: pair[1][0] for t, pair in pairs.items()}, lower)
             for seed in dict.fromkeys(line["seed"] for line in lines):
                 own = {task: by_seed[arm, seed, task]["value"] for task in arms}
                 base = {task: by_seed[arms[task], seed, task]["value"] for task in arms}
-                lines.append({
+                gains.append({
                     **by_seed[arm, seed, next(iter(arms))], "task": DELTA, "measure": f"over {named}, seed by seed",
                     "value": delta_m(own, base, lower), "numbers": {},
                 })
         except UserError as error:
             console.stage("eval", f"{arm}   no delta_m: {error}")
             return []
+        lines += gains  # all or none: to a report a score without one of its seeds is a damaged file
         names = list(dict.fromkeys(name for (_, images, _), _ in pairs.values() for name in images))
         effect = dict.fromkeys(names, 0.0)
         for task, ((score, images, _), (base, others, _)) in pairs.items():
@@ -169,22 +174,26 @@ class Evaluation:
                 return {task: Scored(**one) for task, one in held["tasks"].items()}
         net = self._final(unit)
         pools = {task.name: PooledScore(task) for task in trained_tasks(unit_config(self.config, unit))}
-        for names, batch in self._batches(split, f"{unit.arm} seed {unit.seed}"):
+        for names, samples, batch in self._batches(split, f"{unit.arm} seed {unit.seed}"):
             logits = self._logits(net, batch)
             for task, pool in pools.items():
                 key = self.tasks[task].key
-                for place, name in enumerate(names if key in batch else ()):
-                    pool.add(name, logits[task][place : place + 1], batch[key][place : place + 1])
+                for place, (name, sample) in enumerate(zip(names, samples)):
+                    if key in sample:
+                        # Without the padding, which would enlarge what odsF takes for the image's diagonal.
+                        own = _inside(self.tasks[task], logits[task][place : place + 1], size_of(sample))
+                        pool.add(name, own, sample[key][None])
         scored = {task: pool.result() for task, pool in pools.items()}
         atomic_write(path, json.dumps({"fingerprint": seen, "tasks": {task: asdict(one) for task, one in scored.items()}}))
         return scored
 
-    def _batches(self, split: str, told: str) -> Iterator[tuple[list[str], Sample]]:
-        """(ids, collated sample) of a part in its order."""
+    def _batches(self, split: str, told: str) -> Iterator[tuple[list[str], list[Sample], Sample]]:
+        """(ids, fitted samples, the same padded and collated) of a part in its order."""
         rows, step = self.data.part(split), self.config.evaluate.batch
         for start in console.track(range(0, len(rows), step), "eval", f"{split} {told}"):
             here = range(start, min(len(rows), start + step))
-            yield [rows.ids[i] for i in here], collate([rows.fitted(i, self.data.size) for i in here])
+            samples = [rows.unpadded(i, self.data.size) for i in here]
+            yield [rows.ids[i] for i in here], samples, collate([pad(sample, self.data.size) for sample in samples])
 
     def _logits(self, net: DenseNet, batch: Sample) -> dict[str, Tensor]:
         how, images = self.config.evaluate, batch["image"].to(runtime.processes().device)
@@ -203,7 +212,7 @@ class Evaluation:
             return
         plain = loaded(self.config, unit, window_of(self.config)).to(runtime.processes().device)
         found: dict[str, list[float]] = {task: [0.0, 0.0, 0] for task in net.heads}
-        for _, batch in self._batches(self.config.evaluate.split, f"{unit.arm} seed {unit.seed}, merged and not"):
+        for _, _, batch in self._batches(self.config.evaluate.split, f"{unit.arm} seed {unit.seed}, merged and not"):
             merged, other = self._logits(net, batch), self._logits(plain, batch)
             for task, (difference, largest, answers) in found.items():
                 classes = isinstance(self.tasks[task], Segmentation | Classification)
@@ -218,6 +227,11 @@ class Evaluation:
 
     def _final(self, unit: Unit) -> DenseNet:
         return fold(loaded(self.config, unit, window_of(self.config)), unit).to(runtime.processes().device)
+
+
+def _inside(task: DenseTask, prediction: Tensor, size: tuple[int, int]) -> Tensor:
+    """The part of a map that is of the image and not of its padding; what is of a whole image as it is."""
+    return prediction[..., : size[0], : size[1]] if isinstance(task, MapTask) else prediction
 
 
 def _mean(seeds: Sequence[Scored]) -> tuple[float, Images, list[Mapping[str, Any]]]:

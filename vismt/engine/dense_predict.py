@@ -1,7 +1,8 @@
 """`vismt predict`: images of any size through a trained dense run; each becomes one picture, on request with its maps.
 
 An image is fitted into the run's canvas as in evaluation, so that the net meets the camera that it knows, or, with `own_size`,
-taken at its own resolution by windows of the trained size. Depth is in the unit of the training data.
+taken at its own resolution by windows of the trained size. Depth is in the unit of the training data: what the net says of an
+image s times as large as the fitted one is s times too near (dense_transforms.py), and is multiplied by s, inverse depth divided.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor
 
 from vismt import console
-from vismt.data.cards import load_card
+from vismt.data.cards import Card, load_card
 from vismt.data.decode import decode_file
 from vismt.data.dense_transforms import fitting, resize
-from vismt.data.kinds import DENSE
+from vismt.data.kinds import DENSE, DenseSource
+from vismt.data.pascal_context import PARTS
 from vismt.engine import runtime
 from vismt.engine.arms import Unit, unit_config
 from vismt.engine.canvas import GRID, INK, MUTED, axes_at, new_figure, save, short, write
@@ -31,7 +33,7 @@ from vismt.lowrank.files import atomic_write
 from vismt.multitask.inference import predict
 from vismt.multitask.tasks import DenseTask, MapTask
 from vismt.multitask.tasks.classification import Classification
-from vismt.multitask.tasks.depth import Depth
+from vismt.multitask.tasks.depth import Depth, InverseDepth
 from vismt.multitask.tasks.segmentation import Segmentation
 
 WIDTH, LINE, MOST = 2.6, 0.18, 8  # inches: of a panel, and of a line of the legend; classes in the legend
@@ -43,8 +45,9 @@ def predict_images(
 ) -> list[Path]:
     """Write <target>/<image's stem>.png, with `maps` also .npz, for each image; the pictures' paths.
 
-    The maps: what each task answers (DenseTask.answer) at the size of the picture, by the task's name. Raises UserError before
-    anything is written for files that cannot be read and two images of one name.
+    flip: the mean with the mirrored image also where evaluate.flip is false. The maps: what each task answers
+    (DenseTask.answer) at the size of the picture, by the task's name. Raises UserError before anything is written for files that
+    cannot be read and two images of one name.
     """
     names: dict[str, Path] = {}
     for path in images:
@@ -55,7 +58,10 @@ def predict_images(
     size = (config.size[0], config.size[1]) if own_size else window_of(config)
     net = fold(loaded(config, unit, size), unit).to(runtime.processes().device)
     tasks = {task.name: task for task in trained_tasks(unit_config(config, unit))}
-    classes, written = class_names(config, tasks), []
+    depth = tasks.get(Depth.name)
+    if depth is not None and _inverse(config):
+        depth = tasks[Depth.name] = InverseDepth.of(depth)
+    classes, flip, written = class_names(config, tasks), flip or config.evaluate.flip, []
     for path in console.track(images, "predict", f"{unit.arm} seed {unit.seed}"):
         image = decode_file(path).to(torch.float32) / 255
         height, width = own = tuple(image.shape[-2:])
@@ -65,6 +71,9 @@ def predict_images(
         with torch.no_grad():
             found = predict(net, tasks, image[None].to(runtime.processes().device), overlap=config.evaluate.overlap, flip=flip)
         found = {name: value[0, :, :height, :width].cpu() if value.ndim == 4 else value[0].cpu() for name, value in found.items()}
+        if own_size and depth is not None:
+            larger = max(side / fitted for side, fitted in zip(own, canvas_of(config)))
+            found[Depth.name] = depth.rescaled(found[Depth.name], larger)
         written.append(picture(image[:, :height, :width], found, tasks, classes, target / f"{path.stem}.png"))
         if maps:
             buffer = io.BytesIO()
@@ -75,14 +84,24 @@ def predict_images(
 
 def class_names(config: DenseConfig, tasks: Mapping[str, DenseTask]) -> dict[str, list[str]]:
     """Names of the classes of each task that the cards of the training sets name; the sets themselves need not be here."""
-    found: dict[str, list[str]] = {}
-    for name in config.data.train:
-        card = load_card(name.partition(":")[0])
+    found: dict[str, list[str]] = {"parts": list(PARTS)} if "parts" in tasks and tasks["parts"].channels == len(PARTS) else {}
+    for card in _cards(config):
         told = [str(one) for one in card.read_json(card.names)] if card.names else []
         task = "semseg" if isinstance(card.sources[0], DENSE) else Classification.name
         if task in tasks and len(told) == tasks[task].channels:
             found.setdefault(task, told)
     return found
+
+
+def _cards(config: DenseConfig) -> list[Card]:
+    """Of the training sets."""
+    return [load_card(name.partition(":")[0]) for name in config.data.train]
+
+
+def _inverse(config: DenseConfig) -> bool:
+    """Whether the training sets hold inverse depth; all or none of a run's do."""
+    sources = [source for card in _cards(config) for source in card.sources]
+    return any(isinstance(source, DenseSource) and "inverse_depth" in source.maps for source in sources)
 
 
 def picture(
@@ -135,8 +154,8 @@ def _class(value: Tensor, names: Sequence[str] | None) -> str:
 def _range(task: DenseTask, value: Tensor) -> str:
     if not isinstance(task, Depth):
         return ""
-    low, high = task.answer(value).float().quantile(torch.tensor([0.01, 0.99])).tolist()
-    return f"near {low:.2f} to far {high:.2f}"
+    near_by, far = task.ends(task.answer(value).float())
+    return f"near {float(near_by):.2f} to far {float(far):.2f}"
 
 
 def _legend(task: DenseTask, value: Tensor, names: Sequence[str] | None) -> list[tuple[str, str]]:

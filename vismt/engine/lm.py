@@ -23,12 +23,17 @@ from vismt.engine.lm_recommender import Recommender
 from vismt.engine.study import StudyJob
 from vismt.errors import UserError
 from vismt.llm.covariance import collect_covariance
+from vismt.llm.covariance_files import batch_digest
+from vismt.llm.heads import check_laplace
 from vismt.llm.hybrid import Hybrid
 from vismt.llm.net import LmNet, blocks
 from vismt.llm.tasks.alternating import AlternatingObjective
 from vismt.llm.tasks.base import LmObjective
 from vismt.llm.tasks.recommendation import Recommendation
 from vismt.registry import method_options, methods
+from vismt.seeds import digest
+
+CALIBRATION = "calibration"  # the folder of covariances in a run folder
 
 
 class LmJob(StudyJob):
@@ -68,23 +73,24 @@ class LmJob(StudyJob):
                 for name in self.data.names(task, part):
                     self.data.rows(task, part, name)
         for arm in arm_names(self.config):
-            config = arm_config(self.config, arm)
-            self.fresh(config)
-            self.batches(config)
+            self.batches(arm_config(self.config, arm))
 
     def fresh(self, config: LmConfig) -> LmNet:
-        return self.models.fresh(config, self.data)
+        net = self.models.fresh(config, self.data)
+        if config.evaluate.laplace:
+            check_laplace(net.head)
+        return net
 
     def heads(self, net: LmNet) -> nn.Module:
         return net.head.projector if isinstance(net.head, Hybrid) else net.head
 
     def prepare(self, net: LmNet, config: LmConfig) -> str:
         """Adapt the LM from model.first_block on; the name of the method."""
+        net.to(runtime.processes().device)  # calibrations and decompositions are a good part of the work
         if config.adapt is not None:
             known = method_options(methods()[config.adapt.method]) if config.adapt.method in methods() else []
             options = self._options(net, config.adapt, known)
-            if config.calibration is not None and "covariances" in known:
-                options = {**options, "covariances": self._covariances(net, config, options)}
+            options = {**options, **self._calibrated(net, config, options, known)}
             config = replace(config, adapt=replace(config.adapt, options=options))
         method = super().prepare(net, config)
         below = [name for block in blocks(net.lm)[: net.first] for name, p in block.named_parameters() if p.requires_grad]
@@ -110,12 +116,32 @@ class LmJob(StudyJob):
         given = options.get("exclude", [])
         return {**options, "exclude": [*([given] if isinstance(given, str) else given), below]}
 
+    def _calibrated(
+        self, net: LmNet, config: LmConfig, options: dict[str, Any], known: Sequence[str]
+    ) -> dict[str, Any]:
+        """What the method takes of the texts of `calibration`: their covariances or, on the LM's device, themselves."""
+        if config.calibration is None:
+            return {}
+        if "covariances" in known:
+            return {"covariances": self._covariances(net, config, options)}
+        if "calibration" not in known:
+            return {}
+        device = next(net.lm.parameters()).device
+        batches = self.data.calibration(config.calibration, labels=options.get("strategy") == "gradient")
+        return {"calibration": [{name: value.to(device) for name, value in batch.items()} for batch in batches]}
+
     def _covariances(self, net: LmNet, config: LmConfig, options: dict[str, Any]) -> dict[str, Tensor]:
-        """Of the inputs of the layers to adapt, over the texts of `calibration`; computed once for equal layers."""
-        key = repr((config.adapt.targets, options.get("exclude")))
+        """Of the inputs of the layers to adapt, over the texts of `calibration`; computed once for equal layers and texts."""
+        asked, excluded = config.calibration, options.get("exclude", ())
+        batches = self.data.calibration(asked)
+        key = digest(repr((config.adapt.targets, excluded, asked.memory_mb, batch_digest(batches))).encode())
         if key not in self._seen:
-            batches, excluded = self.data.calibration(), options.get("exclude", ())
-            self._seen[key] = collect_covariance(net.stock, batches, config.adapt.targets, exclude=excluded)
+            with runtime.processes().main_process_first():  # which computes them; the others read what it wrote
+                self._seen[key] = collect_covariance(
+                    net.stock, batches, config.adapt.targets, exclude=excluded, folder=self.folder / CALIBRATION / key,
+                    memory_budget=None if asked.memory_mb is None else asked.memory_mb * 2**20,
+                    save_every=min(64, max(1, len(batches) // 4)),
+                )
         return self._seen[key]
 
     def objective(self, config: LmConfig, net: LmNet, balanced: Sequence[Tensor]) -> LmObjective:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from vismt.engine.arms import ArmsConfig, check_arms
-from vismt.engine.study import PartsConfig, check_parts, check_study
+from vismt.config import UNHASHED
+from vismt.engine.arms import ArmsConfig, arm_config, arm_names, check_arms
+from vismt.engine.parts import PartsConfig, check_parts
+from vismt.engine.study import check_study
 from vismt.errors import UserError, require_known
 from vismt.llm.heads import check_head
 from vismt.llm.hybrid import check_gates
 from vismt.llm.tasks import make_task
 from vismt.llm.tasks.base import Task
+from vismt.llm.unit_scores import SCORES
 
 FROZEN = "frozen"  # how the model before training is called
 RECOMMENDER = "sasrec"  # and the recommender
@@ -72,9 +75,12 @@ class LmHeadConfig:
 
 @dataclass
 class LmCalibrationConfig:
-    """Texts that a method wants to see before the training, for the covariances of corda.
+    """Texts that a method sees before the training: for the covariances of corda, and for s2ft with adapt.options.strategy
+    activation, product or gradient, the last of which is the loss of predicting them.
 
-    data: sets; text: template of a row; rows: how many, batch: at a time; length: tokens of a row at most.
+    data: sets; text: template of a row; rows: how many, batch: at a time; length: tokens of a row at most. memory_mb: of
+    covariances under way, null for all at once; less takes several passes over the texts. Finished ones stay in the run
+    folder, under calibration/, where an interrupted calibration goes on.
     """
 
     data: list[str] = field(default_factory=list)
@@ -82,6 +88,7 @@ class LmCalibrationConfig:
     rows: int = 256
     batch: int = 8
     length: int = 512
+    memory_mb: int | None = field(default=None, metadata=UNHASHED)
 
 
 @dataclass
@@ -103,7 +110,8 @@ class LmEvaluateConfig:
     """split: 'test', or 'validation' while choosing; batch: rows at a time; limit: rows of each set, null for all.
 
     frozen: also the model before training. temperature: also with the temperature of least NLL on validation rows; laplace:
-    also with a Laplace approximation around the trained head; samples: draws of a Bayesian head.
+    also with a Laplace approximation around the trained head (Kronecker-factored, which the condition's name then says, where a
+    linear head has more than 4,096 weights); samples: draws of a Bayesian head.
     """
 
     split: str = "test"
@@ -152,6 +160,8 @@ def check(config: LmConfig) -> None:
     """Values that no type can exclude, before any work is done; those of every arm, too."""
     _check_values(config)
     check_arms(config, _check_values)
+    for arm in arm_names(config):
+        _check_texts(arm_config(config, arm), f"arms.{arm}: " if config.arms else "")
     if config.evaluate.frozen and FROZEN in config.arms:
         raise UserError(f"arms: '{FROZEN}' is the model before training (evaluate.frozen); call the arm otherwise.")
     if RECOMMENDER in config.arms:
@@ -190,8 +200,10 @@ def _check_values(config: LmConfig) -> None:
     if config.head.alternate is not None and config.head.name != "vbll":
         raise UserError(f"head.alternate: '{config.head.name}' has no posterior to alternate with; set head.name to vbll.")
     seen = config.calibration
-    if seen is not None and (not seen.data or min(seen.rows, seen.batch, seen.length) < 1):
-        raise UserError("calibration: name sets in data; rows, batch and length must be at least 1.")
+    if seen is not None:
+        numbers = [value for value in (seen.rows, seen.batch, seen.length, seen.memory_mb) if value is not None]
+        if not seen.data or min(numbers) < 1:
+            raise UserError("calibration: name sets in data; rows, batch, length and memory_mb must be at least 1.")
     if config.model.dtype is not None:
         require_known("model.dtype: no precision", [config.model.dtype], DTYPES)
     least = {
@@ -201,6 +213,19 @@ def _check_values(config: LmConfig) -> None:
     for name, (value, low) in least.items():
         if value is not None and value < low:
             raise UserError(f"{name}: {value}; it must be at least {low}.")
+
+
+def _check_texts(config: LmConfig, where: str) -> None:
+    """A method that starts from texts has some. Only what is trained is asked: an arm may give what the base has not."""
+    if config.adapt is None or config.calibration is not None:
+        return
+    method, options = config.adapt.method, config.adapt.options
+    if method == "corda" and options.get("covariances") is None:
+        told = "'corda' needs covariances"
+        raise UserError(f"{where}calibration: {told}; name texts here, or a folder of them in adapt.options.covariances.")
+    if method == "s2ft" and options.get("strategy") in [score for score in SCORES if score != "weight"]:
+        told = f"'s2ft' chooses by texts with strategy '{options['strategy']}'"
+        raise UserError(f"{where}calibration: {told}; name some here, or take 'weight' or 'random'.")
 
 
 def _check_recommendation(config: LmConfig) -> None:
@@ -213,10 +238,10 @@ def _check_recommendation(config: LmConfig) -> None:
         if given is not None:
             raise UserError(f"{given}: is for a recommendation, and '{trained_task(config).kind}' is trained; leave it out.")
     own = task_of(trained_task(config))
-    for task in config.tasks:
+    for task in config.tasks if recommends(config) else ():
         made = task_of(task) if task.kind == KIND else own
         if made.items and not own.items:
-            raise UserError(f"tasks: '{task.name}' shows item vectors that nothing trains; set items to false there, or train them.")
+            raise UserError(f"tasks: '{task.name}' shows item vectors that nothing trains; set items to false there.")
         if made.history > own.history:
             raise UserError(
                 f"tasks: '{task.name}' has a history of {made.history}, and the recommender reads {own.history}, that of the "

@@ -13,12 +13,12 @@ from vismt.data.divide import divide, limited
 from vismt.data.gather import Passes
 from vismt.data.interactions import Catalogue, InteractionSet
 from vismt.data.texts import TextSet, open_texts
-from vismt.engine.lm_config import KIND, LmConfig, LmTaskConfig, task_of, trained_task
-from vismt.engine.study import shares
+from vismt.engine.lm_config import KIND, LmCalibrationConfig, LmConfig, LmTaskConfig, task_of, trained_task
+from vismt.engine.parts import shares
 from vismt.errors import UserError
 from vismt.llm.net import LmNet
 from vismt.llm.tasks.base import Item, Task, context_tokens, fill, gather
-from vismt.llm.tasks.pieces import collate, piece
+from vismt.llm.tasks.pieces import IGNORE, collate, piece
 from vismt.seeds import digest
 
 
@@ -107,17 +107,23 @@ class LmData:
         asked = (section.kind, section.prompt, sorted(section.options.items(), key=str), self._limit(task, "test"))
         return digest(repr((held, asked, self.tokenizer.name_or_path)).encode())
 
-    def calibration(self) -> list[dict[str, Tensor]]:
-        """Arguments of the LM's forward pass on the texts that `calibration` names."""
-        asked = self.config.calibration
+    def calibration(self, asked: LmCalibrationConfig, labels: bool = False) -> list[dict[str, Tensor]]:
+        """Arguments of the LM's forward pass on the texts that a section names; labels: every token but a text's first."""
         held = [(f"{texts.name}:{i}", row) for texts in map(self._open, asked.data) for i, row in zip(texts.ids, texts.rows)]
         chosen = limited(torch.zeros(len(held)), [name for name, _ in held], asked.rows)
         texts = [fill(asked.text, held[i][1], "calibration: text") for i in chosen.tolist()]
         pieces = [piece(context_tokens(self.tokenizer, text), [], asked.length) for text in texts]
         batches = [collate(pieces[start : start + asked.batch]) for start in range(0, len(pieces), asked.batch)]
-        return [
+        found = [
             {"input_ids": b["ids"], "attention_mask": b["mask"].long(), "position_ids": b["positions"]} for b in batches
         ]
+        if not labels:
+            return found
+        for batch in found:
+            batch["labels"] = batch["input_ids"].masked_fill(batch["position_ids"] == 0, IGNORE)
+            if not bool((batch["labels"] != IGNORE).any()):
+                raise UserError(f"calibration: text '{asked.text}' gives rows of one token, which predict nothing; lengthen it.")
+        return found
 
     def training_fingerprint(self) -> str:
         """What tells the training rows from any others."""

@@ -1,9 +1,9 @@
 """Evaluation of a language-model run: a record for every row of every set, then a row for each model, set and measure.
 
 A measure is a number for each row whose mean is the value (vismt.llm.tasks.base), averaged over the training seeds, so that
-models are compared row by row; lm_seeds.jsonl has the values by seed. The model before training stands beside the arms.
-Nets are evaluated as they were trained; merge.json of a training says what merging does to the logits of each row's last
-token, on the first batch of each set.
+models are compared row by row (not in ECE, whose intervals are its own); lm_seeds.jsonl has the values by seed. The model
+before training stands beside the arms. Nets are evaluated as they were trained; merge.json of a training says what merging
+does to the logits of each row's last token, on the first batch of each set.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from vismt import console
 from vismt.engine import runtime
-from vismt.engine.arms import Unit, arm_names, final_units
+from vismt.engine.arms import Unit, arm_config, arm_names, final_units
 from vismt.engine.lm_config import FROZEN, RECOMMENDER, REFERENCES, LmConfig
 from vismt.engine.lm_data import LmData
 from vismt.engine.lm_models import LmModels, fingerprint
 from vismt.engine.lm_recommender import Recommender
 from vismt.engine.log import read_lines, record_stem, write_lines
 from vismt.engine.study_files import MERGE, mergeable
-from vismt.llm.heads import laplace_head
+from vismt.llm.heads import laplace_head, laplace_structure
 from vismt.llm.net import LmNet
 from vismt.llm.tasks.base import Item, Measure, Record, Task, gather, mean_of, tempered
 from vismt.llm.tasks.recommendation import Recommendation
@@ -36,7 +36,8 @@ from vismt.metatune.intervals import mean_interval
 from vismt.robustness.evaluate import wilson
 
 SEEDS = "lm_seeds.jsonl"
-TEMPERED, MEANS, LAPLACE = "temperature of validation", "means of the head", "Laplace"  # conditions
+TEMPERED, MEANS = "temperature of validation", "means of the head"  # conditions
+LAPLACE = {"full": "Laplace", "kronecker": "Laplace (Kronecker)", "rows": "Laplace"}  # and by what is kept of the Hessian
 
 
 class Evaluation:
@@ -115,10 +116,12 @@ class Evaluation:
         rows = []
         for condition, measure in conditions.items():
             value, half = mean_interval(measure.values)
+            if measure.interval is not None:
+                half = max(value - measure.interval[0], measure.interval[1] - value)
             rows.append({
                 "data": name, "protocol": protocol, "condition": condition, "metric": metric, "model": model, "value": value,
                 "ci95": half, "n": len(ids), "unit": "rows", "seed": self.config.seed, "config_hash": self.hash,
-                "lower_is_better": measure.lower_is_better, "records": stem,
+                "lower_is_better": measure.lower_is_better, "records": None if measure.interval is not None else stem,
             })
         return rows
 
@@ -133,19 +136,26 @@ class Evaluation:
         if self.config.evaluate.temperature:
             yield TEMPERED, tempered(records, self._validation(unit))
         if self.config.evaluate.laplace and self.data.tasks[task].head and unit.arm != FROZEN:
-            yield LAPLACE, self._records(unit, task, self.config.evaluate.split, name, laplace=True)
+            structure = self._structure(unit)
+            yield LAPLACE[structure], self._records(unit, task, self.config.evaluate.split, name, structure)
+
+    def _structure(self, unit: Unit) -> str:
+        """Of the Laplace approximation around a training's head."""
+        classes = len(self.data.tasks[self.data.trained].tokens(self.models.tokenizer))
+        return laplace_structure(arm_config(self.config, unit.arm).head.name, classes, self.models.width)
 
     def _validation(self, unit: Unit) -> list[Record]:
         task = self.data.trained
         return [one for name in self.data.names(task, "validation") for one in self._records(unit, task, "validation", name)]
 
-    def _records(self, unit: Unit, task: str, part: str, name: str, laplace: bool = False) -> list[Record]:
-        """A record for each row; rows that are on record are not evaluated again."""
-        stem = record_stem(part, task, name) + "-laplace" * laplace
+    def _records(self, unit: Unit, task: str, part: str, name: str, laplace: str = "") -> list[Record]:
+        """A record for each row; rows that are on record are not evaluated again. laplace: a structure, around the head."""
+        stem = record_stem(part, task, name) + "-laplace" * bool(laplace)
         path = unit.folder / "records" / f"{stem}.jsonl"
         seen = [self.data.fingerprint(task, part, name), "" if unit.arm in REFERENCES else fingerprint(unit)]
         seen[1] = self.recommender.fingerprint() if unit.arm == RECOMMENDER else seen[1]
-        seen += [self.config.evaluate.samples, self.data.training_fingerprint() if laplace else ""]
+        # What replaced VBLL's covariances once dropped its noise as well: such records name no structure.
+        seen += [self.config.evaluate.samples, f"{self.data.training_fingerprint()} {laplace}" if laplace else ""]
         lines = read_lines(path)
         if lines and lines[0].get("fingerprint") == seen:
             return lines[1:]
@@ -235,7 +245,9 @@ class Evaluation:
 def _averaged(measures: Sequence[Measure]) -> Measure:
     """The mean over the seeds of each row's number."""
     columns = zip(*(measure.values for measure in measures))
-    return Measure([sum(values) / len(measures) for values in columns], measures[0].lower_is_better)
+    ends = [measure.interval for measure in measures if measure.interval is not None]
+    interval = (sum(low for low, _ in ends) / len(ends), sum(high for _, high in ends) / len(ends)) if ends else None
+    return Measure([sum(values) / len(measures) for values in columns], measures[0].lower_is_better, interval=interval)
 
 
 @torch.no_grad()

@@ -51,6 +51,13 @@ class LmModels:
             self.stock()
         return self._tokenizer
 
+    @property
+    def width(self) -> int:
+        """Of the LM's hidden states."""
+        if self._lm is None:
+            self.stock()
+        return self._lm.config.hidden_size
+
     def stock(self) -> nn.Module:
         """The LM as it was before adaptation, in evaluation mode."""
         if self._lm is None:

@@ -6,15 +6,8 @@ from dataclasses import asdict, dataclass, field
 
 from vismt.engine.arms import ArmsConfig, check_arms
 from vismt.engine.conditions import AttackConfig, CorruptionConfig, check_conditions
-from vismt.engine.study import (
-    BalancingConfig,
-    FadeConfig,
-    PartsConfig,
-    RetainConfig,
-    check_parts,
-    check_study,
-    check_weighing,
-)
+from vismt.engine.parts import PartsConfig, check_parts
+from vismt.engine.study import BalancingConfig, FadeConfig, RetainConfig, check_study, check_weighing
 from vismt.errors import UserError, near
 from vismt.multitask.retain import QualityRetaining
 from vismt.multitask.union import HEADS

@@ -13,7 +13,7 @@ from vismt.data.gather import Gathered
 from vismt.data.images import ImageSet, open_images
 from vismt.data.pixels import Pixels
 from vismt.engine.multitask_config import MultitaskConfig, TaskConfig
-from vismt.engine.study import shares
+from vismt.engine.parts import shares
 from vismt.errors import UserError
 from vismt.multitask.union import Union
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,17 @@ from torch import Tensor, nn
 
 from vismt import console
 from vismt.engine import loop, runtime, study_files
-from vismt.engine.arms import ArmsConfig, Unit, arm_config, arm_names, named_unit, train_arms, unit_config
+from vismt.engine.arms import (
+    CHOSEN,
+    ArmsConfig,
+    Unit,
+    arm_config,
+    arm_names,
+    named_unit,
+    seeds,
+    train_arms,
+    unit_config,
+)
 from vismt.errors import UserError, near
 from vismt.lowrank.account import count_parameters
 from vismt.lowrank.inject import merge, record_of
@@ -27,22 +37,6 @@ from vismt.multitask.moe_lora import set_fade
 from vismt.registry import adapt
 
 SPLITS = ("test", "validation")
-
-
-@dataclass
-class PartsConfig:
-    """train, validation, test: cards as 'name' or 'name:split', several are joined.
-
-    validation_share, test_share: the share of `train` that is kept apart where no set is named. limit: the largest number of
-    training images, or rows of text.
-    """
-
-    train: list[str] = field(default_factory=list)
-    test: list[str] = field(default_factory=list)
-    validation: list[str] = field(default_factory=list)
-    test_share: float = 0.0
-    validation_share: float = 0.0
-    limit: int | None = None
 
 
 @dataclass
@@ -98,26 +92,6 @@ def check_weighing(config: Any, trained: Sequence[str]) -> None:
             raise UserError("fade: nothing has a router to fade; set adapt.method to moe_lora, or fade to null.")
 
 
-def check_parts(parts: PartsConfig, where: str) -> None:
-    """Something to test on is named, and nothing of a named set is trained on."""
-    for part, share in (("test", parts.test_share), ("validation", parts.validation_share)):
-        named = getattr(parts, part)
-        if named and share:
-            raise UserError(f"{where}: both {part} and {part}_share; give one of them.")
-        if part == "test" and not named and not share:
-            raise UserError(f"{where}: nothing to test on; name a set in test, or give test_share.")
-        for other in named:
-            for name in parts.train:
-                (card, _, split), (same, _, trained) = other.partition(":"), name.partition(":")
-                if card == same and (split == trained or {"", "all"} & {split, trained}):
-                    raise UserError(f"{where}: {part} '{other}' is in train '{name}', too; take {part}_share instead.")
-
-
-def shares(parts: PartsConfig) -> dict[str, float]:
-    """{part: share} of what is kept apart from the training sets."""
-    return {part: share for part, share in (("test", parts.test_share), ("validation", parts.validation_share)) if share}
-
-
 class StudyJob(ABC):
     """Train, evaluate and merge for one run folder; each training has a folder of its own under arms/."""
 
@@ -164,7 +138,7 @@ class StudyJob(ABC):
     def train(self) -> dict[str, Any]:
         """Train every arm at its rate and seeds; what run.json says of the adaptation, {"arms": {arm: what was adapted}}."""
         self.check_data()
-        self._check_rates()
+        self._check_arms()
         told: dict[str, Any] = {}
 
         def train(unit: Unit) -> None:
@@ -211,15 +185,23 @@ class StudyJob(ABC):
         heads = self.heads(net).requires_grad_(True)
         return net, method, balanced or list(heads.parameters())
 
-    def _check_rates(self) -> None:
-        """UserError for a pattern of train.rates that fits nothing, before any arm is trained and not hours into the study."""
+    def _check_arms(self) -> None:
+        """UserError for an arm that cannot be built as it is to be trained, before any is trained and not hours into the study.
+
+        Arms whose rate is chosen have been built before.
+        """
         for arm in arm_names(self.config):
-            config = arm_config(self.config, arm)
-            if config.train.rates:
+            if (self.folder / "arms" / arm / CHOSEN).exists():
+                continue
+            config = replace(arm_config(self.config, arm), seed=seeds(self.config)[0])
+            try:
                 net, _, balanced = self._adapted(config)
-                objective = self.objective(config, net, balanced)
-                trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-                loop.make_optimizer(trained, config.train)
+                if config.train.rates:
+                    objective = self.objective(config, net, balanced)
+                    trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+                    loop.make_optimizer(trained, config.train)
+            except UserError as error:
+                raise UserError(f"arms.{arm}: {error}" if self.config.arms else str(error)) from error
 
     def prepare(self, net: nn.Module, config: Any) -> str:
         """Adapt the stock model of a net without a gradient, where the configuration says so; the name of the method."""

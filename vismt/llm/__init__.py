@@ -7,6 +7,7 @@ from vismt.llm.ilora import gate_of, instance_gates, recompute_gates
 from vismt.llm.landing import Landing, orthonormalize_
 from vismt.llm.laplace import Laplace, fit_laplace
 from vismt.llm.lisa import LISA
+from vismt.llm.s2ft import check_slices
 from vismt.llm.selection import Selection, select_units
 from vismt.llm.slices import add_slices, read_slices, serving, switch
 from vismt.llm.temperature import fit_temperature
@@ -15,7 +16,7 @@ from vismt.llm.vbll_generative import GenerativeVBLL
 
 __all__ = [
     "LISA", "GenerativeVBLL", "Landing", "Laplace", "Selection", "VBLLClassifier", "add_slices", "alternating_loss",
-    "collect_covariance", "covariance_ranks", "fit_laplace", "fit_temperature", "gate_of", "instance_gates",
+    "check_slices", "collect_covariance", "covariance_ranks", "fit_laplace", "fit_temperature", "gate_of", "instance_gates",
     "load_covariances", "orthonormalize_", "read_slices", "recompute_gates", "save_covariances", "select_units", "serving",
     "switch",
 ]

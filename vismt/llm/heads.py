@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.errors import UserError, require_known
-from vismt.llm.laplace import fit_laplace
+from vismt.llm.laplace import LARGEST, fit_laplace
 from vismt.llm.variational import GaussianHead
 from vismt.llm.vbll import VBLLClassifier
 
@@ -78,16 +78,30 @@ def log_predictive(head: nn.Module, features: Tensor, samples: int = 20) -> Tens
     return drawn.double().clamp_min(SMALLEST).log().cpu()
 
 
+def laplace_structure(name: str, classes: int, width: int) -> str:
+    """What of the Hessian Laplace keeps around the head called `name` with rows (classes, width)."""
+    if name == "vbll":
+        return "rows"
+    return "full" if classes * width <= LARGEST else "kronecker"
+
+
+def check_laplace(head: nn.Module) -> None:
+    """UserError for a head that `laplace_head` does not take, to be told before the training."""
+    if isinstance(head, LinearHead) and head.bias is not None:
+        raise UserError("evaluate.laplace: the LM's output embedding has a bias, which Laplace does not take; set it to false.")
+
+
 def laplace_head(head: nn.Module, training: list[Tensor], validation: tuple[Tensor, Tensor]) -> nn.Module:
     """Laplace after training, on features (b, d) of the training rows.
 
-    Around a linear head: the full Hessian, its prior precision chosen on validation features (n, d) and labels (n,). Around
-    the means of VBLL, whose covariances it replaces: its rows and its own prior, as PoLAR-VBLL has it.
+    Around a linear head: the full Hessian, Kronecker-factored where that is too large, its prior precision chosen on
+    validation features (n, d) and labels (n,). Around the means of VBLL, whose covariances it replaces and nothing else: its
+    rows, its own prior and its learned noise, as PoLAR-VBLL has it.
     """
-    if isinstance(head, GaussianHead):
-        return fit_laplace(head.mean, training, 1 / head.prior_variance, "rows")
-    if head.bias is not None:
-        raise UserError("evaluate.laplace: the LM's output embedding has a bias, which Laplace does not take; set it to false.")
-    laplace = fit_laplace(head.weight, training)
+    if isinstance(head, VBLLClassifier):
+        noise = torch.exp(2 * head.log_noise)
+        return fit_laplace(head.mean, training, 1 / head.prior_variance, "rows", noise=noise)
+    check_laplace(head)
+    laplace = fit_laplace(head.weight, training, structure=laplace_structure("linear", *head.weight.shape))
     laplace.tune(*validation)
     return laplace

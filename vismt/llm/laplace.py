@@ -7,6 +7,8 @@
              the coupling -p_c p_c' the classes do not share what they know: for two, z_1 - z_2 gets twice the variance
 "kronecker"  (sum_n Lambda_n) (x) (sum_n phi phi^T) / N, k^2 + d^2 numbers: for many classes; Laplace-LoRA's (arXiv 2308.13111)
 
+A head with noise of its own, as VBLL's eps_c ~ N(0, sigma_c^2), keeps it: z = w^T phi + eps at prediction, H without it.
+
 A diagonal is left out: features of a transformer are strongly correlated, and it would call every direction known. Kept as
 eigenvectors and eigenvalues of H, so that another prior precision lambda costs nothing and no jitter is needed. Left out:
 the marginal likelihood (lambda is chosen on validation NLL), other layers, a bias (append a column of ones).
@@ -75,7 +77,7 @@ class Full(Curvature):
     def root(self, x: Tensor, precision: float) -> Tensor:
         vectors = rearrange(self.vectors0, "(k d) m -> k d m", k=self.classes)
         wide = einsum(x, vectors, "b d, k d m -> b k m") * (self.values0 + precision).rsqrt()
-        return torch.linalg.qr(wide.mT, mode="r").R.mT  # of wide itself: its square would lose half the digits
+        return _narrowed(wide)
 
 
 class Rows(Curvature):
@@ -111,18 +113,28 @@ STRUCTURES: dict[str, type[Curvature]] = {"full": Full, "rows": Rows, "kronecker
 
 
 class Laplace(GaussianHead):
-    """The Gaussian head that `fit_laplace` makes. mean: (k, d), the trained weight. Nothing in it is trained."""
+    """The Gaussian head that `fit_laplace` makes. mean: (k, d), the trained weight. noise: (k,) variances beside the weights'.
 
-    def __init__(self, mean: Tensor, curvature: Curvature, prior_precision: float) -> None:
+    Nothing in it is trained.
+    """
+
+    def __init__(self, mean: Tensor, curvature: Curvature, prior_precision: float, noise: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("mean", mean)
+        self.register_buffer("noise", noise)
         self.curvature, self.prior_precision = curvature, prior_precision
 
     @full_precision
     def logit_distribution(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """m (b, k) and R, (b, k, k) with covariance R R^T of the logits, or (b, k) their independent std."""
         x = self._features(features)
-        return x @ self.mean.mT, self.curvature.root(x, self.prior_precision)
+        root = self.curvature.root(x, self.prior_precision)
+        if self.noise is None:
+            return x @ self.mean.mT, root
+        if root.ndim == 2:
+            return x @ self.mean.mT, (root.square() + self.noise).sqrt()
+        own = torch.diag(self.noise.sqrt()).expand(len(x), -1, -1)
+        return x @ self.mean.mT, _narrowed(torch.cat([root, own], 2))
 
     @full_precision
     def predict(
@@ -148,13 +160,18 @@ class Laplace(GaussianHead):
     ) -> dict[float, float]:
         """Set prior_precision to the value of `grid` with the least validation NLL; returns {precision: NLL}.
 
-        features: (n, d); labels: (n,) int. The draws are the same for every value, so that the comparison is not of draws.
+        features: (n, d); labels: (n,) int in [0, k). The draws are the same for every value, so that the comparison is not of
+        draws. Raises UserError for labels that do not fit, no examples and an empty grid.
         """
+        if not len(features):
+            raise UserError("laplace.tune: there are no validation examples; give features (n, d) and labels (n,).")
+        # Looked at on the CPU, where a label out of range is an error and no fault of a device.
+        wanted = self._labels(labels.cpu(), len(features)).to(features.device)
         found = {}
         for precision in grid:
             self.prior_precision = _positive(precision)
             generator = torch.Generator().manual_seed(seed)
-            chosen = self.predict(features, samples, generator).gather(1, labels.long().unsqueeze(1))
+            chosen = self.predict(features, samples, generator).gather(1, wanted)
             found[precision] = -float(chosen.clamp_min(torch.finfo(chosen.dtype).tiny).log().mean())
         if not found:
             raise UserError("laplace: the grid of prior precisions is empty.")
@@ -164,14 +181,16 @@ class Laplace(GaussianHead):
 
 @torch.no_grad()
 def fit_laplace(
-    weight: Tensor, batches: Iterable[Tensor], prior_precision: float = 1.0, structure: str = "full"
+    weight: Tensor, batches: Iterable[Tensor], prior_precision: float = 1.0, structure: str = "full", *,
+    noise: Tensor | None = None,
 ) -> Laplace:
     """Laplace around a trained head's `weight` (k, d), float.
 
     batches: features (b, d) of the whole training set; labels are not needed, as the Gauss-Newton matrix has none.
     prior_precision: lambda > 0, 1 / variance of the prior of a weight (1 / head.prior_variance after VBLL; after weight
-    decay w under a mean NLL, N w). structure: "full", "rows" or "kronecker".
-    Raises UserError for another structure, a head too large for "full", and features that do not fit.
+    decay w under a mean NLL, N w). structure: "full", "rows" or "kronecker". noise: (k,) variances that the logits have
+    besides, added at prediction (torch.exp(2 * head.log_noise) after VBLL).
+    Raises UserError for another structure, a head too large for "full", and features or noise that do not fit.
     """
     if structure not in STRUCTURES:
         raise UserError(f"laplace: no structure '{structure}'.{near(str(structure), STRUCTURES)}")
@@ -182,8 +201,12 @@ def fit_laplace(
     mean = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).clone()
     # In fp32 p sums to 1 only up to 1e-7 of what grows with N, and small eigenvalues drown; an MPS device has no fp64.
     exact = torch.float32 if mean.device.type == "mps" else torch.float64
-    laplace = Laplace(mean, STRUCTURES[structure](*mean.shape, dtype=exact, device=mean.device), _positive(prior_precision))
+    curvature = STRUCTURES[structure](*mean.shape, dtype=exact, device=mean.device)
+    laplace = Laplace(mean, curvature, _positive(prior_precision), None if noise is None else _variances(noise, mean))
     for features in batches:
+        if not isinstance(features, Tensor):
+            told = f"a batch is a {type(features).__name__}, needed features (b, d) without their labels"
+            raise UserError(f"laplace: {told}; of a loader of (features, labels) give (x for x, _ in loader).")
         x = laplace._features(features)
         laplace.curvature.add(x.to(exact), laplace(x).to(exact).softmax(1))
     laplace.curvature.finish(mean.dtype)
@@ -193,6 +216,21 @@ def fit_laplace(
 def _output_hessian(p: Tensor) -> Tensor:
     """diag(p) - p p^T (b, k, k)."""
     return torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+
+
+def _narrowed(wide: Tensor) -> Tensor:
+    """R (b, k, k) with R R^T = wide wide^T, wide (b, k, m), m >= k; of wide itself: its square would lose half the digits."""
+    return torch.linalg.qr(wide.mT, mode="r").R.mT
+
+
+def _variances(noise: Tensor, mean: Tensor) -> Tensor:
+    """A copy (k,), as `mean`."""
+    if noise.shape != (len(mean),):
+        raise UserError(f"laplace: the noise is {tuple(noise.shape)}, needed {len(mean)} variances, one a class.")
+    if not bool(((noise >= 0) & noise.isfinite()).all()):
+        seen = f"{float(noise.min()):g} to {float(noise.max()):g}"
+        raise UserError(f"laplace: noise variances from {seen}; they must be finite and not negative.")
+    return noise.detach().to(mean, copy=True)
 
 
 def _positive(precision: float) -> float:

@@ -5,7 +5,9 @@
     AUROC = mean over classes, each against the rest, ties counted half
 
 Values come from torchmetrics, from all examples at once, so that a short last batch weighs what it should. ACC, NLL and Brier
-are means of per-example values, which are returned: intervals and paired differences are those of a mean.
+are means of per-example values, which are returned: intervals and paired differences are those of a mean. So is AUROC to first
+order: with V_i the share of the other label's examples that example i is on the right side of, and n_i the number of examples
+with its own label, the values AUROC + (n / n_i) (V_i - AUROC) have its mean, and DeLong's variance (Biometrics 44, 1988).
 
 ECE is no mean, and |.| makes it too large: a calibrated model has about 0.04 at n = 300. A resample adds that excess a second
 time, so percentile intervals can miss the truth altogether. Here the gaps g of the bins (n g_b = |B_b| (acc_b - conf_b)) and
@@ -53,6 +55,7 @@ class Scores:
     correct: Tensor
     nlls: Tensor
     briers: Tensor
+    orders: Tensor  # mean = auroc, NaN where that is
 
 
 def scores(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> Scores:
@@ -70,7 +73,7 @@ def scores(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> Scores:
     return Scores(
         n=len(y), accuracy=float(multiclass_accuracy(p, y, num_classes=k, average="micro")),
         ece=expected_calibration_error(p, y, bins), nll=float(nlls.mean()), brier=float(briers.mean()), auroc=_auroc(p, y),
-        correct=(p.argmax(1) == y).double(), nlls=nlls, briers=briers,
+        correct=(p.argmax(1) == y).double(), nlls=nlls, briers=briers, orders=_orders(p, y),
     )
 
 
@@ -130,6 +133,24 @@ def _auroc(p: Tensor, y: Tensor) -> float:
         warnings.simplefilter("ignore")  # of classes without an example, which are left out just below
         each = multiclass_auroc(p, y, num_classes=p.shape[1], average=None)
     return float(each[told].double().mean())
+
+
+def _orders(p: Tensor, y: Tensor) -> Tensor:
+    """The per-example values of the header (n,), averaged over the classes that tell, each against the rest."""
+    found = []
+    for column, truth in zip(p.T, (y[:, None] == torch.arange(p.shape[1])).T):
+        if 0 < int(truth.sum()) < len(y):
+            sides = column[truth].sort().values, column[~truth].sort().values
+            placed = torch.where(truth, _above(column, sides[1]), 1 - _above(column, sides[0]))
+            area, share = placed[truth].mean(), truth.double().mean()
+            found.append(area + (placed - area) / torch.where(truth, share, 1 - share))
+    return torch.stack(found).mean(0) if found else p.new_full((len(y),), math.nan)
+
+
+def _above(values: Tensor, others: Tensor) -> Tensor:
+    """The share of `others`, ascending, that each value is above, ties counted half."""
+    below, reached = (torch.searchsorted(others, values.contiguous(), right=right) for right in (False, True))
+    return (below + reached).double() / (2 * len(others))
 
 
 def binned_gaps(p: Tensor, y: Tensor, bins: int) -> Tensor:

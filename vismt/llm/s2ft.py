@@ -3,7 +3,7 @@
     W = [W_J  W_rest],   only W_J moves:  DeltaW is zero outside J; J = columns of o and down (o, d), rows of v and up (v, u)
 
 Yang et al., NeurIPS 2024, arXiv 2412.06289. No parameter is added and no rank is limited. Units: selection.py; what they are
-and their legal orders: lowrank/coupled.py; the layer: lowrank/sliced.py, the gradients: lowrank/partial.py.
+and their legal orders: lowrank/coupled.py and coupling.py; the layer: lowrank/sliced.py, the gradients: lowrank/partial.py.
 
 Where paper and release differ we follow the paper: units of each block (the code draws over all layers at once:
 budget='global'), the slice itself is trained (the package adds a difference to it), the trained axis is the unit's (the code
@@ -32,16 +32,16 @@ from vismt.lowrank.parts import to_own
 from vismt.lowrank.sites import AdaptReport, Site
 from vismt.lowrank.sliced import MODES, SlicedLinear
 from vismt.lowrank.targets import Targets, find_targets, kind_of, matrix_shape
-from vismt.registry import register_method
+from vismt.registry import register_method, register_optimizer
 
-DEFAULTS = {"strategy": "random", "ratio": 0.02, "budget": "per_layer", "parts": ("o", "d"), "largest": False, "exclude": ()}
+DEFAULTS = {"strategy": "random", "ratio": 0.02, "budget": "per_layer", "parts": None, "largest": False, "exclude": ()}
 
 
 @register_method("s2ft")
 def s2ft(
     model: nn.Module, *, targets: Targets, rank: int, alpha: float | None, seed: int, selection: Selection | None = None,
     mode: str = "permute", strategy: str = "random", ratio: float | Mapping[str, float] = 0.02, budget: str = "per_layer",
-    parts: Sequence[str] = ("o", "d"), largest: bool = False, calibration: Iterable[Any] | None = None,
+    parts: Sequence[str] | None = None, largest: bool = False, calibration: Iterable[Any] | None = None,
     exclude: str | Selection | Sequence[str | Selection] = (), also_train: Sequence[str] = (),
     dtype: torch.dtype | str | None = None,
 ) -> AdaptReport:
@@ -85,17 +85,27 @@ def s2ft(
 def check_slices(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """UserError unless every trained slice is what its weight follows and, given an optimiser, is among its parameters.
 
-    For whoever builds an optimiser after moving tensors by hand: what moves them through the model's own methods (deepcopy,
-    to, load_state_dict, pickle) keeps the two together, and a forward that finds them apart adds the difference itself.
+    The training loop asks when it builds its optimiser; your own loop should, after moving tensors by hand. What moves them
+    through the model's own methods (deepcopy, to, load_state_dict, pickle) keeps the two together, and a forward that finds
+    them apart adds the difference itself.
     """
     held = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
     for path, host in model.named_modules():
         if not isinstance(host, SlicedLinear):
             continue
-        if host.mode != "delta" and not (host.settled and host.holds()):
-            raise UserError(f"s2ft: the slice of '{path}' no longer follows its weight; move tensors with model.to(...).")
-        if held is not None and id(host.slice_values) not in held:
+        if not host.settled:
+            raise UserError(f"s2ft: the slice of '{path}' is not in its weight: a save or merge was cut short; adapt anew.")
+        if host.mode != "delta" and not host.holds():
+            raise UserError(f"s2ft: the slice of '{path}' no longer follows its weight; model.to(its device) puts it back.")
+        if held is not None and host.slice_values.requires_grad and id(host.slice_values) not in held:
             raise UserError(f"s2ft: the optimiser does not hold the slice of '{path}'; build it from this model's parameters.")
+
+
+@register_optimizer("s2ft")
+def checked_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser as it is, once every slice is found in its place and among its parameters."""
+    check_slices(model, optimizer)
+    return optimizer
 
 
 def _features(
@@ -105,6 +115,8 @@ def _features(
     require_known("s2ft.selection: the model has no heads or channels", selection.units, found)
     chosen: dict[str, tuple[int, torch.Tensor]] = {}
     for path, parts in selection.units.items():
+        if "v" in parts and found[path].without_v:
+            raise UserError(f"s2ft.selection: '{path}' has no part 'v': {found[path].without_v}.")
         require_known(f"s2ft.selection: '{path}' has no part", parts, found[path].parts)
         for part, units in parts.items():
             block = found[path].parts[part]

@@ -45,23 +45,25 @@ class Selection:
 
 def select_units(
     model: nn.Module, strategy: str = "random", ratio: float | Mapping[str, float] = 0.02, budget: str = "per_layer",
-    parts: Sequence[str] = ("o", "d"), largest: bool = False, seed: int = 0, calibration: Iterable[Any] | None = None, *,
+    parts: Sequence[str] | None = None, largest: bool = False, seed: int = 0, calibration: Iterable[Any] | None = None, *,
     exclude: str | Selection | Sequence[str | Selection] = (),
 ) -> Selection:
     """Choose units of a stock model.
 
+    parts: of 'v', 'o', 'u', 'd'; None means those that a mapping of ratios names, o and d for one ratio. Both given, a mapping
+    has to have a ratio for each of them and none above 0 for another.
     ratio: share of the units, in (0, 1], one for all parts or {part: ratio} (0 for none). per_layer takes
     max(1, round(ratio n)) of the n units of each container, global int(ratio n) of all containers together. With grouped
     queries the units of 'v' are the key-value heads. largest: the highest scores instead of the lowest.
-    calibration: for activation, product and gradient, batches: a mapping of the model's arguments (an attention_mask leaves
-    padding out), a tensor, or (inputs, labels); gradient takes the output's .loss or the cross-entropy with the labels.
+    calibration: for activation, product and gradient, a list of batches or one: a mapping of the model's arguments (an
+    attention_mask leaves padding out), a tensor, or in a list (inputs, labels); gradient takes the output's .loss or the
+    cross-entropy with the labels, of language models (labels (b, n), -100 for none) with the next token.
     exclude: earlier selections, none of whose units is taken again, and containers (full-path regex or suffix), from which
     none is taken and which count for no ratio.
     Raises UserError for a model without known structures, an unknown name, a wrong ratio, and too few units.
     """
     refuse_adapted(model)
-    parts = [parts] if isinstance(parts, str) else list(parts)
-    for name, given, known in (("strategy", [strategy], STRATEGIES), ("budget", [budget], BUDGETS), ("parts", parts, PARTS)):
+    for name, given, known in (("strategy", [strategy], STRATEGIES), ("budget", [budget], BUDGETS)):
         require_known(f"select_units.{name}: no", given, known)
     ratios = _ratios(ratio, parts)
     given = [exclude] if isinstance(exclude, str | Selection) else list(exclude)
@@ -75,7 +77,8 @@ def select_units(
     }
     for part in [part for part, value in ratios.items() if value]:
         if not any(name == part for _, name in slots):
-            raise UserError(f"select_units: {type(model).__name__} has nothing known to take part '{part}' from.")
+            reason = next((f": {one.without_v}" for one in found.values() if part == "v" and one.without_v), "")
+            raise UserError(f"select_units: {type(model).__name__} has nothing known to take part '{part}' from{reason}.")
     free = {
         (path, part): [j for j in range(block.units) if not any(j in one.units.get(path, {}).get(part, ()) for one in earlier)]
         for (path, part), block in slots.items()
@@ -91,13 +94,22 @@ def select_units(
     return Selection(units)
 
 
-def _ratios(ratio: float | Mapping[str, float], parts: Sequence[str]) -> dict[str, float]:
-    given = dict(ratio) if isinstance(ratio, Mapping) else dict.fromkeys(parts, ratio)
+def _ratios(ratio: float | Mapping[str, float], parts: Sequence[str] | None) -> dict[str, float]:
+    """{part: ratio} of every part wanted; a mapping and explicit parts have to agree, so that neither is cut silently."""
+    wanted = [parts] if isinstance(parts, str) else None if parts is None else list(parts)
+    require_known("select_units.parts: no", wanted or [], PARTS)
+    given = dict(ratio) if isinstance(ratio, Mapping) else dict.fromkeys(("o", "d") if wanted is None else wanted, ratio)
     require_known("select_units.ratio: no part", given, PARTS)
     for part, value in given.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise UserError(f"select_units.ratio: {value!r} for '{part}'; it must be a number from 0 to 1.")
-    return {part: float(given.get(part, 0.0)) for part in parts}
+    named = {part for part, value in given.items() if value}
+    for part in PARTS if wanted is not None else ():
+        if part in named and part not in wanted:
+            raise UserError(f"select_units: ratio has '{part}', parts {wanted} has not; add it to parts or leave parts out.")
+        if part in wanted and part not in given:
+            raise UserError(f"select_units: parts has '{part}', ratio {given} has not; give it a ratio, 0 for none.")
+    return {part: float(value) for part, value in given.items()}
 
 
 def _each(

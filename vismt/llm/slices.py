@@ -6,7 +6,8 @@
 
 What a switch overwrites is kept and put back, since adding and subtracting again does not give the same bits; the next
 switch starts from the base. Features are in the base's order, so adapters of any mode and selection go together; on
-disjoint units a sum of adapters is their plain union.
+disjoint units a sum of adapters is their plain union. While a model is switched it is not to be trained or adapted: what is
+kept would come back over it.
 """
 
 from __future__ import annotations
@@ -20,18 +21,22 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError
-from vismt.lowrank.inject import refuse_adapted
-from vismt.lowrank.store import read_adapter
+from vismt.lowrank.inject import refuse_adapted, refuse_switched
+from vismt.lowrank.store import base_samples, other_base, read_adapter, same_base
 from vismt.lowrank.targets import is_conv1d, kind_of, matrix_shape
 
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """A change of the rows (dim 0) or columns (dim 1) `index` (k,) int64 of a weight (o, i): delta (k, i) or (o, k), fp32."""
+    """A change of the rows (dim 0) or columns (dim 1) `index` (k,) int64 of a weight (o, i): delta (k, i) or (o, k), fp32.
+
+    base: values of the weight it was made for (`store.base_samples`), empty where they are not known.
+    """
 
     dim: int
     index: Tensor
     delta: Tensor
+    base: tuple[float, ...] = ()
 
 
 Slices = Mapping[str, Slice]
@@ -51,7 +56,8 @@ def read_slices(folder: str | Path) -> dict[str, Slice]:
         delta = own["slice_values"].float()
         if "slice_start" in own:
             delta = delta - own["slice_start"].float()
-        found[site.path] = Slice(int(site.dim), own["slice_index"], delta)
+        samples = description["base_samples"].get(site.path, ())
+        found[site.path] = Slice(int(site.dim), own["slice_index"], delta, tuple(samples))
     return found
 
 
@@ -66,47 +72,69 @@ def add_slices(adapters: Sequence[Slices], weights: Sequence[float] | None = Non
         dim = own[0][1].dim
         if any(one.dim != dim or one.delta.shape[1 - dim] != own[0][1].delta.shape[1 - dim] for _, one in own):
             raise UserError(f"add_slices: '{path}' has slices of other shapes in these adapters; they are for other models.")
+        bases = [one.base for _, one in own if one.base]
+        if any(not same_base({path: list(base)}, {path: list(bases[0])}) for base in bases):
+            raise UserError(f"add_slices: '{path}': these adapters were made for different weights; add those of one base.")
         index, places = torch.cat([one.index for _, one in own]).unique(return_inverse=True)
         parts = torch.cat([weight * one.delta for weight, one in own], dim)
         shape = list(parts.shape)
         shape[dim] = len(index)
-        found[path] = Slice(dim, index, torch.zeros(shape).index_add_(dim, places, parts))
+        found[path] = Slice(dim, index, torch.zeros(shape).index_add_(dim, places, parts), bases[0] if bases else ())
     return found
 
 
 @torch.no_grad()
-def switch(model: nn.Module, slices: Slices | None) -> nn.Module:
+def switch(model: nn.Module, slices: Slices | None, *, on_other_base: str = "error") -> nn.Module:
     """Put these changes into the weights of a stock model instead of those of the last switch; None: the base, bit for bit.
 
-    Returns the model. UserError, and nothing is changed, where they do not fit.
+    Returns the model. UserError, and nothing is changed, where they do not fit or were made for other weights;
+    on_other_base="warn" goes on with a warning then. `adapt` and `load_adapter` refuse a model that is switched.
     """
-    refuse_adapted(model)
+    refuse_adapted(model, "switch")
     _check(model, slices or {})
-    for path, (dim, index, kept) in getattr(model, "vismt_switched", {}).items():
-        weight = _matrix(model, path)
-        weight.index_copy_(dim, index.to(weight.device), kept.to(weight))
-    model.vismt_switched = {}
+    present = _put(model, getattr(model, "vismt_switched", {}))
+    try:
+        _check_base(model, slices or {}, on_other_base)
+    except BaseException:
+        _put(model, present)
+        raise
+    changed = {}
     for path, one in (slices or {}).items():
         weight = _matrix(model, path)
-        index = one.index.to(weight.device)
-        kept = weight.index_select(one.dim, index)
+        kept = weight.index_select(one.dim, one.index.to(weight.device))
         kind = torch.promote_types(weight.dtype, torch.float32)
-        weight.index_copy_(one.dim, index, (kept.to(kind) + one.delta.to(weight.device, kind)).to(weight.dtype))
-        model.vismt_switched[path] = (one.dim, index, kept)
+        changed[path] = (one.dim, one.index, kept.to(kind) + one.delta.to(weight.device, kind))
+    model.vismt_switched = _put(model, changed)
     return model
 
 
+def _put(model: nn.Module, values: Mapping[str, tuple[int, Tensor, Tensor]]) -> dict[str, tuple[int, Tensor, Tensor]]:
+    """Write {path: (dim, index, values)} into the weights; what was there, in the same form."""
+    found = {}
+    for path, (dim, index, own) in values.items():
+        weight = _matrix(model, path)
+        place = index.to(weight.device)
+        found[path] = (dim, index, weight.index_select(dim, place))
+        weight.index_copy_(dim, place, own.to(weight))
+    return found
+
+
 @contextmanager
-def serving(model: nn.Module, adapters: Sequence[Slices], which: Tensor) -> Iterator[None]:
+def serving(
+    model: nn.Module, adapters: Sequence[Slices], which: Tensor, *, on_other_base: str = "error"
+) -> Iterator[None]:
     """Within the block, sample s of a batch is answered with adapter which[s], or with the base where that is -1.
 
     which: (b,) int64. Inputs of the adapted linears are (b, ..., i). Adapters may differ in modules and numbers of units.
+    on_other_base: see `switch`.
     """
-    refuse_adapted(model)
+    refuse_adapted(model, "serving")
+    refuse_switched(model, "serving")
     if not adapters or which.ndim != 1 or not (int(which.min()) >= -1 and int(which.max()) < len(adapters)):
         raise UserError(f"serving: which must be (b,) with numbers from -1 to {len(adapters) - 1}, one for each sample.")
     for one in adapters:
         _check(model, one)
+        _check_base(model, one, on_other_base)
     with ExitStack() as stack:
         for path in dict.fromkeys(path for one in adapters for path in one):
             handle = model.get_submodule(path).register_forward_hook(_adding(model, path, adapters, which))
@@ -159,3 +187,13 @@ def _check(model: nn.Module, slices: Slices) -> None:
         shape = matrix_shape(modules[path])
         if one.delta.shape[1 - one.dim] != shape[1 - one.dim] or int(one.index.max()) >= shape[one.dim]:
             raise UserError(f"slices: '{path}': the change is {tuple(one.delta.shape)}, the weight {shape}: another model.")
+
+
+def _check_base(model: nn.Module, slices: Slices, on_other_base: str) -> None:
+    """The weights, which hold no other change now, are those that the slices were made for."""
+    saved = {path: list(one.base) for path, one in slices.items() if one.base}
+    own = base_samples(model, saved)
+    different = [path for path in saved if not same_base({path: own[path]}, saved)]
+    if different:
+        told = f"slices: made for other weights than those of this {type(model).__name__} ('{different[0]}')"
+        other_base(told, on_other_base)

@@ -5,7 +5,9 @@
     product     S_j = W_j A_j
     gradient    G_j = sum over calibration batches of the norm of dL/dW at the rows or columns of unit j
 
-The tokens of a unit are counted at the input of o or down, whichever of its matrices is trained.
+The tokens of a unit are counted at the input of o or down, whichever of its matrices is trained. The loss of (inputs, labels)
+is the cross-entropy of the logits (b, c); of logits (b, n, c) that of the next token, labels (b, n) being the tokens themselves.
+Labels of -100 count for nothing.
 """
 
 from __future__ import annotations
@@ -23,15 +25,22 @@ from vismt.lowrank.coupled import Block, Structure, structures
 from vismt.lowrank.targets import is_conv1d
 
 SCORES = ("weight", "activation", "product", "gradient")
+FINITE = "every label is -100, or the model does not compute finite numbers"
 Slots = dict[tuple[str, str], Block]  # (structure, part) -> where its units lie
 Scores = dict[tuple[str, str], Tensor]
 
 
 def unit_scores(model: nn.Module, strategy: str, slots: Slots, calibration: Iterable[Any] | None) -> Scores:
     """Scores of the units of each slot, (units,) fp32 on the CPU. calibration: see selection.select_units."""
-    batches = list(calibration) if calibration is not None else []
+    one = isinstance(calibration, (Mapping, Tensor))
+    batches = [calibration] if one else list(calibration) if calibration is not None else []
     if strategy != "weight" and not batches:
         raise UserError(f"select_units: strategy '{strategy}' needs calibration, a list of batches; 'random' needs none.")
+    for number, batch in enumerate(batches):
+        pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+        if not pair and not isinstance(batch, (Mapping, Tensor)):
+            told = f"calibration batch {number} is of type {type(batch).__name__}"
+            raise UserError(f"select_units: {told}; give a mapping of the model's arguments, a tensor, or (inputs, labels).")
     if strategy == "gradient":
         return _gradients(model, slots, batches)
     scores = {}
@@ -79,6 +88,8 @@ def _activations(model: nn.Module, slots: Slots, batches: Sequence[Any]) -> Scor
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             kept["mask"] = None if mask is None else mask.bool()
             _call(model, batch)
+    if not any(tokens.values()):  # one expert of many may see none
+        raise UserError("select_units: no token of calibration is left to score by; its attention_mask must not be all zero.")
     return {slot: (sums[slot] / max(1, tokens[slot])).float() for slot in slots}
 
 
@@ -107,8 +118,11 @@ def _gradients(model: nn.Module, slots: Slots, batches: Sequence[Any]) -> Scores
                 weight = model.get_submodule(block.path).weight.requires_grad_(True)
                 weight.grad = None
                 stack.enter_context(_removed(weight.register_post_accumulate_grad_hook(watch(slot))))
-            for batch in batches:
-                _loss(model, batch).backward()
+            for number, batch in enumerate(batches):
+                loss = _loss(model, batch)
+                if not bool(loss.isfinite()):
+                    raise UserError(f"select_units: the loss of calibration batch {number} is {float(loss.detach())}: {FINITE}.")
+                loss.backward()
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(before[name][0])
@@ -143,10 +157,21 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 
 def _loss(model: nn.Module, batch: Any) -> Tensor:
+    """Scalar; not finite where no label is left."""
     out = _call(model, batch)
     if isinstance(batch, (tuple, list)):
-        return F.cross_entropy(getattr(out, "logits", out), batch[1])
+        return _cross_entropy(getattr(out, "logits", out), batch[1])
     loss = getattr(out, "loss", None)
     if loss is None:
         raise UserError("select_units: 'gradient' needs a loss: give labels in each batch, or (inputs, labels).")
     return loss
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    shape, tokens = tuple(logits.shape), logits.ndim == 3
+    if tuple(labels.shape) not in ((shape[:2],) if tokens else (shape[:1] + shape[2:], shape)):
+        wanted = "the tokens (b, n)" if tokens else "the classes (b,) or shares of them (b, c)"
+        raise UserError(f"select_units: labels {tuple(labels.shape)} for logits {shape}; 'gradient' needs {wanted}.")
+    if tokens:  # what stands at place n is told at place n - 1
+        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return F.cross_entropy(logits.float(), labels)

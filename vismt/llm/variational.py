@@ -150,6 +150,15 @@ class GaussianHead(nn.Module):
             )
         return features.to(self.mean.dtype)
 
+    def _labels(self, labels: Tensor, count: int) -> Tensor:
+        """(b, 1), fit for gather. The range is looked at on the CPU alone: elsewhere it would wait for the device."""
+        what, k = type(self).__name__, len(self.mean)
+        if labels.shape != (count,) or labels.is_floating_point() or labels.dtype == torch.bool:
+            raise UserError(f"{what}: labels are {labels.dtype} {tuple(labels.shape)}, needed whole numbers ({count},).")
+        if labels.device.type == "cpu" and count and not 0 <= int(labels.min()) <= int(labels.max()) < k:
+            raise UserError(f"{what}: labels range over [{int(labels.min())}, {int(labels.max())}], needed [0, {k - 1}].")
+        return labels.long().unsqueeze(1)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         def kept(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -232,12 +241,3 @@ class VariationalHead(GaussianHead, ABC):
             {"params": [self.mean, self.log_noise], "lr": lr, "weight_decay": 0.0},
             {"params": list(self.spread.parameters()), "lr": spread_lr, "weight_decay": 0.0},
         ]
-
-    def _labels(self, labels: Tensor, count: int) -> Tensor:
-        """(b, 1), fit for gather. The range is looked at on the CPU alone: elsewhere it would wait for the device."""
-        what, k = type(self).__name__, len(self.mean)
-        if labels.shape != (count,) or labels.is_floating_point() or labels.dtype == torch.bool:
-            raise UserError(f"{what}: labels are {labels.dtype} {tuple(labels.shape)}, needed whole numbers ({count},).")
-        if labels.device.type == "cpu" and count and not 0 <= int(labels.min()) <= int(labels.max()) < k:
-            raise UserError(f"{what}: labels range over [{int(labels.min())}, {int(labels.max())}], needed [0, {k - 1}].")
-        return labels.long().unsqueeze(1)

@@ -11,6 +11,8 @@ The residual axis couples all layers and is never touched.
 Containers are told by the names of their children (timm and transformers: separate, fused and Conv1D projections).
 What else holds a value for each head (position tables, sinks, ALiBi, mixed rotary frequencies) makes reordering refused,
 not guessed: `Structure.obstacle` says why. Fused gates: the value is the second half, the first for timm's gate_last.
+Fused q, k and v have several layouts of one shape: all q heads, then k, then v here, (q, k, v) of each head in turn
+elsewhere. The first is taken of classes that are known to have it; of others only the columns of o, which reordering refuses.
 """
 
 from __future__ import annotations
@@ -21,8 +23,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from vismt.errors import UserError
-from vismt.lowrank.targets import find_targets, head_paths, kind_of, matrix_shape
+from vismt.lowrank.targets import READ_DIRECTLY, head_paths, kind_of, matrix_shape, read_directly
 
 HEADS = (
     (("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj", "proj")), (("qkv",), ("proj",)), (("qkv_proj",), ("o_proj",)),
@@ -33,6 +34,7 @@ CHANNELS = (
     (("fc1",), ("fc2",)), (("c_fc",), ("c_proj",)),
 )
 PARTS = ("v", "o", "u", "d")
+STACKED = ("GPT2Attention", "DecisionTransformerGPT2Attention", "ImageGPTAttention", "Phi3Attention", "Phi4MultimodalAttention")
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Structure:
-    """Units of one container. parts: where what may be trained lies, 'v' and 'o' of heads, 'u' and 'd' of channels."""
+    """Units of one container. parts: where what may be trained lies, 'v' and 'o' of heads, 'u' and 'd' of channels.
+
+    obstacle: why its units cannot be reordered. without_v: why heads have no 'v'. Both are empty where there is no reason.
+    """
 
     path: str
     units: int
@@ -65,6 +70,7 @@ class Structure:
     blocks: tuple[Block, ...]
     parts: Mapping[str, Block] = field(hash=False)
     obstacle: str = ""
+    without_v: str = ""
 
     def order(self, chosen: Mapping[str, Iterable[int]]) -> list[int]:
         """New position -> old unit, such that the chosen units of each part lie together as far as groups allow.
@@ -105,7 +111,7 @@ def structures(model: nn.Module) -> dict[str, Structure]:
             continue
         structure = _heads(model, path, module) or _channels(path, module)
         if structure is not None:
-            per_head = "v" in structure.parts and (mixed or alibi)
+            per_head = "o" in structure.parts and (mixed or alibi)
             told = "the model holds position values for each head"
             found[path] = replace(structure, obstacle=told) if per_head else structure
     return found
@@ -134,21 +140,46 @@ def _heads(model: nn.Module, path: str, module: nn.Module) -> Structure | None:
     if not isinstance(size, int) or width % size:
         return None
     units, join = width // size, lambda name: f"{path}.{name}" if path else name
-    outs = [matrix_shape(getattr(module, name))[0] for name in inputs]
+    if getattr(module, "num_heads", units) != units:
+        return None
+    outs, out = [matrix_shape(getattr(module, name))[0] for name in inputs], Block(join(last), 1, 0, units, size)
     if len(inputs) == 3:
         groups = outs[1] // size
         fits = outs == [width, groups * size, groups * size]
-        blocks = [Block(join(name), 0, 0, out // size, size) for name, out in zip(inputs, outs)]
+        blocks = [Block(join(name), 0, 0, rows // size, size) for name, rows in zip(inputs, outs)]
     else:
-        groups = (outs[0] // size - units) // 2
+        groups = _stacked_groups(module, inputs[0], units, outs[0] // size)
+        if groups is None:
+            told = f"the order of the rows of '{inputs[0]}' is not known for a {type(module).__name__}"
+            return Structure(path, units, units, (out,), {"o": out}, told, told)
         fits = outs[0] == (units + 2 * groups) * size
         counts, starts = (units, groups, groups), (0, width, width + groups * size)
         blocks = [Block(join(inputs[0]), 0, start, count, size) for start, count in zip(starts, counts)]
     if not fits or groups < 1 or units % groups:
         return None
-    out = Block(join(last), 1, 0, units, size)
     norms, obstacle = _beside(path, module, {*inputs, last}, units, groups, size)
+    if any(read_directly(module, name) for name in inputs):
+        return Structure(path, units, groups, (*blocks, out, *norms), {"o": out}, obstacle, READ_DIRECTLY.format(path=path))
     return Structure(path, units, groups, (*blocks, out, *norms), {"v": blocks[2], "o": out}, obstacle)
+
+
+def _stacked_groups(module: nn.Module, name: str, units: int, rows: int) -> int | None:
+    """Groups of a fused projection of `rows` heads that is known to be all q, all k, all v; None for any other.
+
+    What counts is the class whose forward runs. timm's 'qkv' are such but for those with key_dim (LeViT and its kin), with
+    head_first (MaxViT), and those without q (GC-ViT).
+    """
+    author = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+    home, kind = author.__module__.partition(".")[0], author.__name__
+    if name == "qkv":
+        interleaved = hasattr(module, "key_dim") or getattr(module, "head_first", False)
+        return units if home in ("timm", "transformers") and not interleaved and rows == 3 * units else None
+    if home != "transformers":
+        return None
+    if kind == "GPTBigCodeAttention":
+        return 1 if module.multi_query and rows == units + 2 else None
+    groups = (rows - units) // 2
+    return groups if kind in STACKED and (name == "qkv_proj" or groups == units) else None
 
 
 def _channels(path: str, module: nn.Module) -> Structure | None:
@@ -188,79 +219,3 @@ def _beside(
             where = f"{path}.{child}" if path else child
             blocks[child] = Block(where, 0, 0, parameter.numel() // size, size)
     return list(blocks.values()), ""
-
-
-class Coupling:
-    """The hosts in one structure and the tensors that have to move with its units; held by each of those hosts."""
-
-    def __init__(self, structure: Structure, modules: Mapping[str, nn.Module], hosts: Mapping[str, nn.Module]) -> None:
-        self.structure, self.modules, self.hosts = structure, dict(modules), dict(hosts)
-        self.moved = False
-
-    def reorder(self, stock: bool) -> None:
-        """Move the tensors, once however many hosts ask; the own order follows from what the hosts have chosen."""
-        if self.moved is not stock:
-            return
-        some = next(iter(self.hosts.values()))
-        if not stock:
-            chosen = {
-                part: self.structure.parts[part].units_of(host.slice_index) for part, host in self.hosts.items()
-                if not host.weight.is_meta
-            }
-            order = torch.tensor(self.structure.order(chosen), device=some.weight.device)
-            for host in self.hosts.values():
-                host.slice_order.copy_(order)
-        self._move(some.slice_order.long().argsort() if stock else some.slice_order.long())
-        self.moved = not stock
-
-    @torch.no_grad()
-    def _move(self, order: Tensor) -> None:
-        """New unit u becomes old unit order[u], in place."""
-        if order.is_meta:
-            return
-        for path in {block.path: None for block in self.structure.blocks}:
-            module, own = self.modules[path], [block for block in self.structure.blocks if block.path == path]
-            dim = own[0].dim
-            weight = module.weight.t() if kind_of(module) == "conv1d" else module.weight
-            weight = module.matrix(module.weight) if hasattr(module, "matrix") else weight
-            index = torch.arange(weight.shape[dim], device=order.device)
-            for block in own:
-                index[block.start:block.start + block.units * block.size] = expand(order, block, self.structure)
-            weight.copy_(weight.index_select(dim, index))
-            bias = getattr(module, "bias", None)
-            if dim == 0 and bias is not None:
-                bias.copy_(bias[index])
-
-
-def expand(order: Tensor, block: Block, structure: Structure) -> Tensor:
-    """The order of a block's features from the order of the units; blocks of groups follow their heads."""
-    if block.units != structure.units:
-        size = structure.units // structure.groups
-        order = order[::size] // size
-    return (block.start + order[:, None] * block.size + torch.arange(block.size, device=order.device)).flatten()
-
-
-def movable(model: nn.Module, paths: Iterable[str]) -> list[Structure]:
-    """Structures of the stock modules at these paths; UserError where their units cannot be reordered."""
-    wanted = set(paths)
-    if not wanted:
-        return []
-    found = [one for one in structures(model).values() if any(block.path in wanted for block in one.parts.values())]
-    for structure in found:
-        if structure.obstacle:
-            raise UserError(
-                f"s2ft: the units of '{structure.path}' cannot be reordered: {structure.obstacle}; use mode='index'."
-            )
-        linears = {block.path for block in structure.blocks if kind_of(model.get_submodule(block.path)) is not None}
-        find_targets(model, sorted(linears))  # moved as a plain weight, so it has to be one
-    return found
-
-
-def couple(model: nn.Module, found: Iterable[Structure], hosts: Mapping[str, nn.Module]) -> None:
-    """Let the hosts at these paths, in stock order still, keep the units of their structures together."""
-    for structure in found:
-        own = {part: hosts[block.path] for part, block in structure.parts.items() if block.path in hosts}
-        modules = {block.path: model.get_submodule(block.path) for block in structure.blocks}
-        coupling = Coupling(structure, modules, own)
-        for part, host in own.items():
-            host.join(coupling, structure.parts[part])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError
 from vismt.lowrank.aside import set_aside
-from vismt.lowrank.coupled import couple, movable
+from vismt.lowrank.coupling import couple, movable
 from vismt.lowrank.host import Host
 from vismt.lowrank.linear import Adapted, AdaptedConv2d, AdaptedLinear
 from vismt.lowrank.options import checked
@@ -100,11 +100,21 @@ def refuse_adapted(model: nn.Module, what: str = "adapt") -> None:
             raise UserError(f"{what}: {where} '{record.method if record else 'an update'}'; merge or unadapt it first.")
 
 
+def refuse_switched(model: nn.Module, what: str = "adapt") -> None:
+    """Nor may a switch of S2FT adapters be in force: undoing it would overwrite what is trained or merged meanwhile."""
+    for path, module in model.named_modules():
+        if getattr(module, "vismt_switched", None):
+            where = f"its part '{path}'" if path else "the model"
+            told = f"{where} is switched to S2FT slices"
+            raise UserError(f"{what}: {told}; call vismt.llm.switch(..., None) first, or load_adapter and merge to keep them.")
+
+
 def install(
     model: nn.Module, method: str, sites: Sequence[Site], options: dict[str, Any], also_train: Sequence[str],
     *, dtype: torch.dtype | None = None,
 ) -> list[Host]:
     """Place a host at every site, freeze the rest but `also_train` (parameter names), and leave the record."""
+    refuse_switched(model)
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     originals = set_aside({name: model.get_parameter(name) for name in also_train})
     structures = movable(model, [site.path for site in sites if site.mode == "permute"])

@@ -2,9 +2,9 @@
 
 The trained parameter p (slice_values) is what counts, and the weight W follows it; the gradients are partial.py's.
 
-    permute   J is one range after reordering (coupled.py): p shares W's storage, a step on p is a step on W
-    index     p holds the values, and each forward writes them into W (k o numbers); so it is, too, where p is an fp32
-              master of a half-precision W, and where groups of heads keep J from being one range
+    permute   J is one range after reordering (coupling.py): p shares W's storage, a step on p is a step on W
+    index     p holds the values, and each forward and state dict writes them into W (k o numbers); so it is, too, where p
+              is an fp32 master of a half-precision W, and where groups of heads keep J from being one range
     delta     W stays the stock weight, p is the difference: one thin product more. For FSDP and others that move p
 
 Source: S2FT, arXiv 2412.06289. Its package adds a difference and keeps a view of the whole input; that is not followed.
@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.lowrank.coupled import Block, Coupling, Structure, expand
+from vismt.lowrank.coupled import Block, Structure
+from vismt.lowrank.coupling import Coupling, expand
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.host import Host
 from vismt.lowrank.partial import PartialLinear, take
@@ -150,7 +151,16 @@ class SlicedLinear(Host):
 
     # ---- what moves or copies the tensors one by one
     def _apply(self, fn: Any, recurse: bool = True) -> SlicedLinear:
+        """A master, which is finer than its weight, stays as it is where the weight stays coarser: model.to(bfloat16)."""
+        p = self.slice_values
+        fine = p.dtype.itemsize > self.weight.dtype.itemsize and not p.is_meta
+        values, grad = p.detach(), None if p.grad is None else p.grad.detach()
         super()._apply(fn, recurse)
+        p = self.slice_values
+        if fine and p.dtype != values.dtype and self.weight.dtype.itemsize < values.dtype.itemsize:
+            p.grad = None  # of the cast's dtype, which the values are not to have
+            p.data = values.to(p.device)
+            p.grad = None if grad is None else grad.to(p.device)
         if self.settled:
             self.settle()
         return self
@@ -161,6 +171,8 @@ class SlicedLinear(Host):
             self.settle()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.settled and self.mode != "delta" and not self.shares and self.holds():
+            self._write(shares=False)  # a step on p since the last forward has not reached the weight
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.shares and not keep_vars:  # files refuse two tensors of one storage
             destination[f"{prefix}slice_values"] = destination[f"{prefix}slice_values"].clone()

@@ -26,7 +26,7 @@ from vismt.errors import UserError
 from vismt.lowrank.aside import same_bits
 from vismt.lowrank.files import atomic_write, read_json, read_tensors
 from vismt.lowrank.host import Host
-from vismt.lowrank.inject import adapted_modules, attach, install, need_record, record_of
+from vismt.lowrank.inject import adapted_modules, attach, install, need_record, record_of, refuse_switched
 from vismt.lowrank.parts import Guest, Part, part_type, parts_of, stock_order
 from vismt.lowrank.sites import GRIDS, Site
 from vismt.lowrank.targets import kind_of, matrix_shape
@@ -78,6 +78,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, on_other_base: str = "
     on_other_base: "error" refuses a base whose fingerprint differs, "warn" goes on with a warning.
     """
     folder = Path(folder)
+    refuse_switched(model, "load_adapter")
     description, sites, tensors = read_adapter(folder)
     record = record_of(model)
     saved = (description["method"], sites, sorted(description["also_train"]), description["parts"])

@@ -19,6 +19,7 @@ from torch import nn
 from vismt.errors import UserError, near
 
 HEAD_NAMES = {"head", "fc", "classifier", "score", "lm_head"}
+READ_DIRECTLY = "'{path}' adds q_bias itself and reads the weight without calling the linear; set its qkv_bias_separate to True"
 
 Targets = str | Sequence[str] | None
 
@@ -57,7 +58,12 @@ def head_paths(model: nn.Module) -> set[str]:
     }
 
 
-def _refusal(path: str, module: nn.Module, owners: Mapping[int, list[str]], inside_mha: bool) -> str | None:
+def read_directly(owner: nn.Module, name: str) -> bool:
+    """Whether a module uses its child's weight without calling the child: timm's BEiT, EVA and Swin v2 with a q_bias."""
+    return name == "qkv" and getattr(owner, "q_bias", None) is not None and not getattr(owner, "qkv_bias_separate", False)
+
+
+def _refusal(path: str, module: nn.Module, owner: nn.Module, owners: Mapping[int, list[str]], inside_mha: bool) -> str | None:
     """Why this module cannot carry an update, or None."""
     weight = getattr(module, "weight", None)
     stock = {"conv1d": None, "linear": nn.Linear.forward, "conv2d": nn.Conv2d.forward}[str(kind_of(module))]
@@ -66,6 +72,9 @@ def _refusal(path: str, module: nn.Module, owners: Mapping[int, list[str]], insi
         return f"'{path}' is a {type(module).__name__} with a computation of its own, which an update would bypass"
     if inside_mha:
         return f"'{path}' lies inside nn.MultiheadAttention, which reads its weight without calling it"
+    parent, _, name = path.rpartition(".")
+    if read_directly(owner, name):
+        return f"'{path}' is never called: " + READ_DIRECTLY.format(path=parent)
     if not isinstance(weight, nn.Parameter) or hasattr(module, "parametrizations"):
         return f"'{path}' has no plain weight parameter (parametrised or lazy)"
     if not weight.is_floating_point():
@@ -85,10 +94,11 @@ def refusals(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
         for name, parameter in module.named_parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(f"{path}.{name}")
     mha = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
-    found = {
-        path: _refusal(path, model.get_submodule(path), owners, any(path.startswith(f"{owner}.") for owner in mha))
-        for path in paths
-    }
+    found = {}
+    for path in paths:
+        owner = model.get_submodule(path.rpartition(".")[0])
+        inside = any(path.startswith(f"{outer}.") for outer in mha)
+        found[path] = _refusal(path, model.get_submodule(path), owner, owners, inside)
     return {path: reason for path, reason in found.items() if reason}
 
 

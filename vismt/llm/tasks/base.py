@@ -79,11 +79,16 @@ def gather(items: Sequence[Item]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Measure:
-    """values by row, their mean is the value. counts: each value is 0 or 1, so that one model's interval is Wilson's."""
+    """values by row, their mean is the value.
+
+    counts: each value is 0 or 1, so that one model's interval is Wilson's. interval: (low, high) of 95 % where that of a mean
+    is wrong, and with it paired differences of rows.
+    """
 
     values: list[float]
     lower_is_better: bool = False
     counts: bool = False
+    interval: tuple[float, float] | None = None
 
 
 class Task(ABC):
@@ -175,15 +180,17 @@ def probability_measures(records: Sequence[Record]) -> dict[str, Measure]:
 
     Every row weighs the same, whatever batch it was in; see vismt.llm.metrics.
     """
-    from vismt.llm.metrics import binned_gaps, scores  # which loads torchmetrics
+    from vismt.llm.metrics import binned_gaps, ece_interval, scores  # which loads torchmetrics
 
     logs, labels = choices(records)
     found = scores(logs.exp(), labels)
     gaps = binned_gaps(logs.exp(), labels, BINS)
     effect = (gaps * gaps.sum(0).sign()).sum(1)
+    _, low, high = ece_interval(logs.exp(), labels, resamples=500)
     return {
-        "accuracy": Measure(found.correct.tolist()), "ECE-15": Measure(effect.tolist(), True),
+        "accuracy": Measure(found.correct.tolist()), "ECE-15": Measure(effect.tolist(), True, interval=(low, high)),
         "NLL in nats": Measure(found.nlls.tolist(), True), "Brier": Measure(found.briers.tolist(), True),
+        **({} if math.isnan(found.auroc) else {"AUROC": Measure(found.orders.tolist())}),
     }
 
 

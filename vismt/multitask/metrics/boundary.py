@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from vismt.data.thinning import thin
 from vismt.errors import UserError
 from vismt.multitask.metrics.inputs import binary, one_of, probability, same_size, seen, threshold_count
 from vismt.multitask.metrics.matching import PixelMatching
 from vismt.multitask.metrics.saliency import SCORES, curves
-from vismt.multitask.metrics.thinning import thin
 
 BITS = 64
 FIRST_BITS = np.array([(1 << bits) - 1 for bits in range(BITS + 1)], dtype=np.uint64)

@@ -5,7 +5,8 @@
 "libmtl"  mean over valid pixels of 1 - n . g                       (LibMTL, arXiv 2203.14338), weight 1
 
 Valid: g is not zero; in LibMTL its components do not sum to 0, which drops genuine normals such as (1, -1, 0) as well.
-The score is the mean angle in degrees over all valid pixels of the data set.
+The score is the mean angle in degrees over all valid pixels of the data set. The median, which LibMTL reports beside it, is among
+the metric's numbers and is no score: the jackknife, which gives the intervals, does not hold for a median.
 """
 
 from __future__ import annotations

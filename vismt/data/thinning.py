@@ -16,8 +16,6 @@ from __future__ import annotations
 import numpy as np
 
 AROUND = ((0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1))  # x1 to x8 as (row, column)
-
-
 BAND = 8192  # words
 
 

@@ -1,0 +1,91 @@
+"""Part of `vismt bench lowrank`: sums of adapters against peft's, and the landing field against its n x n form.
+
+Sums: three LoRA adapters (r=16, random factors) on every linear of two blocks of a ViT-S, added by QR and a small SVD here,
+by an SVD of each dense sum in peft (`add_weighted_adapter` with "svd"); both keep rank 16. Landing: the field of one factor
+of n = 4096, r = 16, and the same value with the n x n skew matrix that PoLAR's released code builds, in our own words.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vismt.bench.core import RANK
+from vismt.bench.timing import Ratios, interleave
+from vismt.errors import UserError
+from vismt.lowrank.combining import combine
+from vismt.lowrank.factors import LowRank
+from vismt.lowrank.stiefel import landing_field
+from vismt.lowrank.targets import find_targets
+
+SUM, PEFT_SUM, LANDING, SQUARE = "vismt svd", "peft svd", "vismt landing", "n x n form"
+WEIGHTS, TALL, ATTRACTION = (0.5, 0.3, 0.2), 4096, 5e-3
+
+Sum = Callable[[], dict[str, LowRank]]
+
+
+def sums(peft: Any, rounds: int, device: torch.device) -> Ratios:
+    """Times of adding three adapters. peft: the package."""
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError('bench lowrank needs timm: pip install "vismt[llm]" timm.') from error
+    torch.manual_seed(0)
+    model = timm.create_model("vit_small_patch16_224", depth=2, num_classes=0).to(device)
+    ours, theirs = summed(peft, model, RANK)
+    timing = interleave({SUM: ours, PEFT_SUM: theirs}, rounds, label="sums of adapters", device=device)
+    return Ratios(f"three adapters of rank {RANK} on two blocks of a ViT-S", timing, [(SUM, PEFT_SUM, 0.1)])
+
+
+def summed(peft: Any, model: nn.Module, rank: int) -> tuple[Sum, Sum]:
+    """The same sum of three random adapters of every linear, by us and by peft: the update by path."""
+    shapes = {path: tuple(module.weight.shape) for path, module in find_targets(model, None)[0].items()}
+    device = next(model.parameters()).device
+    names = [f"adapter {number}" for number in range(len(WEIGHTS))]
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(shapes))
+    net = peft.get_peft_model(copy.deepcopy(model), config, adapter_name=names[0])
+    for name in names[1:]:
+        net.add_adapter(name, config)
+    generator = torch.Generator().manual_seed(0)
+    adapters: dict[str, list[LowRank]] = {}
+    for path, (out_features, in_features) in shapes.items():
+        host = net.base_model.model.get_submodule(path)
+        for name in names:
+            left, right = (torch.randn(*shape, generator=generator) for shape in ((out_features, rank), (rank, in_features)))
+            host.lora_B[name].weight.data, host.lora_A[name].weight.data = left.to(device), right.to(device)
+            adapters.setdefault(path, []).append(LowRank(left.to(device), right.to(device)))
+
+    def ours() -> dict[str, LowRank]:
+        return {path: combine(own, WEIGHTS, "svd", rank) for path, own in adapters.items()}
+
+    @torch.no_grad()
+    def theirs() -> dict[str, LowRank]:
+        net.add_weighted_adapter(names, list(WEIGHTS), "sum", combination_type="svd", svd_rank=rank)
+        found = {}
+        for path in adapters:
+            host = net.base_model.model.get_submodule(path)
+            found[path] = LowRank(host.lora_B["sum"].weight, host.lora_A["sum"].weight, scale=host.scaling["sum"])
+        net.delete_adapter("sum")
+        return found
+
+    return ours, theirs
+
+
+def landing(rounds: int, device: torch.device) -> Ratios:
+    """Times of the landing field of one factor."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.linalg.qr(torch.randn(TALL, RANK, generator=generator))[0].to(device)
+    gradient = torch.randn(TALL, RANK, generator=generator).to(device)
+    calls = {LANDING: lambda: landing_field(z, gradient, ATTRACTION), SQUARE: lambda: by_square(z, gradient)}
+    timing = interleave(calls, rounds, label="landing", device=device)
+    return Ratios(f"landing field, n = {TALL}, r = {RANK}", timing, [(LANDING, SQUARE, 0.05)])
+
+
+def by_square(z: Tensor, gradient: Tensor) -> Tensor:
+    """The landing field with its n x n matrix."""
+    skew = gradient @ z.mT - z @ gradient.mT
+    return skew @ z + ATTRACTION * z @ (z.mT @ z - torch.eye(z.shape[1], device=z.device))
