@@ -151,11 +151,11 @@ def test_the_best_round_is_kept(monkeypatch) -> None:
 
     weight, rounds = noisy(), []
 
-    def worse_each_time(matrix: Tensor) -> Tensor:
+    def worse_each_time(matrix: Tensor, grid: str) -> Tensor:
         rounds.append(matrix)
         return nf4(matrix) + 0.01 * len(rounds)
 
-    monkeypatch.setattr(module, "nf4", worse_each_time)
+    monkeypatch.setattr(module, "on_grid", worse_each_time)
     A, B = quantized_principal(weight, 4, 1.0, 4, generator=generator())
     first = principal(weight, 4, 1.0, generator=generator())
     assert len(rounds) == 4 and torch.equal(A, first[0]) and torch.equal(B, first[1])

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+import sys
+from types import SimpleNamespace
 
-from vismt.lowrank.nf4 import levels, nf4
+import pytest
+import torch
+from torch import nn
+
+import vismt
+from vismt.errors import UserError
+from vismt.lowrank.nf4 import levels, nf4, on_grid
 
 # Dettmers et al., arXiv 2305.14314, appendix E.
 PUBLISHED = [
@@ -36,3 +43,35 @@ def test_twice_is_once_and_nothing_is_nearer() -> None:
     assert torch.allclose((once - matrix).abs(), (candidates - matrix[..., None]).abs().amin(-1), atol=1e-6)
     half = nf4(matrix.bfloat16().float())
     assert torch.equal(nf4(half.bfloat16().float()).bfloat16(), half.bfloat16())
+
+
+@pytest.mark.parametrize("shape", [(48, 96), (5, 30), (128, 64)])
+def test_the_kernels_of_bitsandbytes_give_the_same_values(shape: tuple[int, int]) -> None:
+    pytest.importorskip("bitsandbytes")
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(on_grid(matrix, "bitsandbytes"), nf4(matrix), atol=1e-6, rtol=0)
+
+
+def test_bitsandbytes_is_asked_for_rows_of_one_block_and_remembered(monkeypatch, tmp_path) -> None:
+    asked = []
+
+    def quantize_4bit(blocks: torch.Tensor, blocksize: int, quant_type: str) -> tuple[torch.Tensor, None]:
+        asked.append((tuple(blocks.shape), blocksize, quant_type))
+        return blocks, None
+
+    functional = SimpleNamespace(quantize_4bit=quantize_4bit, dequantize_4bit=lambda packed, state: packed.round(decimals=1))
+    model = nn.Sequential(nn.Linear(30, 5))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match=r"'bitsandbytes' is not installed .*take quantize='nf4'"):
+        vismt.adapt(model, "pissa", rank=2, quantize="bitsandbytes")
+    assert type(model[0]) is nn.Linear
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(functional=functional))
+    before = model.state_dict()["0.weight"].clone()
+    vismt.adapt(model, "pissa", rank=2, quantize="bitsandbytes")
+    assert set(asked) == {((3, 64), 64, "nf4")}  # 150 numbers
+    assert torch.equal(model[0].weight, model[0].weight.round(decimals=1)) and not torch.equal(model[0].weight, before)
+    vismt.save_adapter(model, tmp_path)
+    fresh = nn.Sequential(nn.Linear(30, 5))
+    fresh.load_state_dict(vismt.unadapt(model).state_dict())
+    vismt.load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh[0].weight, fresh[0].weight.round(decimals=1)) and fresh[0].grid == "bitsandbytes"

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from vismt.errors import UserError, near
 from vismt.lowrank.init import principal, residual, working_dtype
 from vismt.lowrank.inject import inject
-from vismt.lowrank.nf4 import nf4
-from vismt.lowrank.sites import GRIDS, AdaptReport
+from vismt.lowrank.nf4 import GRIDS, need_bitsandbytes, on_grid
+from vismt.lowrank.sites import AdaptReport
 from vismt.lowrank.targets import Targets
 from vismt.registry import register_method
 
@@ -38,13 +38,16 @@ def pissa(
 ) -> AdaptReport:
     """Principal factors of each weight (each q, k, v block with split_qkv). method: exact or randomized; and `inject`'s.
 
-    quantize: "nf4" for QPiSSA, with `iterations` rounds: 4-bit weights below the factors until unadapted. None: none.
+    quantize: "nf4" for QPiSSA, with `iterations` rounds: 4-bit weights below the factors until unadapted; "bitsandbytes" for
+    its kernels of the same levels, where it is installed. None: none.
     """
     refuse_dropout("pissa", options)
     if method not in SOLVERS:
         raise UserError(f"adapt.method: no solver '{method}' for 'pissa'.{near(str(method), SOLVERS)}")
     if quantize is not None and quantize not in GRIDS:
         raise UserError(f"adapt.quantize: no grid '{quantize}' for 'pissa'.{near(str(quantize), GRIDS)}")
+    if quantize == "bitsandbytes":
+        need_bitsandbytes()
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise UserError(f"adapt.iterations: {iterations!r}; it must be a whole number, at least 1.")
     if quantize is not None and any(parameter.is_meta for parameter in model.parameters()):
@@ -52,7 +55,7 @@ def pissa(
 
     def start(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         if quantize:
-            return quantized_principal(weight, rank, scale, iterations, method=method, generator=generator)
+            return quantized_principal(weight, rank, scale, iterations, grid=quantize, method=method, generator=generator)
         return principal(weight, rank, scale, method=method, generator=generator)
 
     return inject(
@@ -62,15 +65,16 @@ def pissa(
 
 
 def quantized_principal(
-    weight: Tensor, rank: int, scale: float, iterations: int, *, method: str = "exact", generator: torch.Generator
+    weight: Tensor, rank: int, scale: float, iterations: int, *, grid: str = "nf4", method: str = "exact",
+    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Factors whose residual loses least in NF4: the best of `iterations` rounds by |W - nf4(W - s B A) - s B A|_F."""
+    """Factors whose residual loses least on the grid: the best of `iterations` rounds by |W - grid(W - s B A) - s B A|_F."""
     matrix = weight.detach().to(working_dtype(weight))
     quantized, best, least = torch.zeros_like(matrix), None, float("inf")
     for _ in range(iterations):
         A, B = principal(matrix - quantized, rank, scale, method=method, generator=generator)
         rest = residual(matrix, A, B, scale)
-        quantized = nf4(rest)
+        quantized = on_grid(rest, grid)
         error = float((rest - quantized).norm())
         if best is None or error < least:
             best, least = (A, B), error

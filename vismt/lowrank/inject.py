@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def inject(
     dtype: of the factors, also by name; None means the weight's own, fp32 where that is bf16 or fp16.
     core: "full" or "diagonal" for a trained core between the factors of each block, which starts at zero.
     experts: the rank is so many groups, gated by `instance_gates`; each has the scale alpha / (its own rank).
-    grid: "nf4" puts what 4 bits hold of W less the start below the update, see quantized.py.
+    grid: one of nf4.GRIDS puts what 4 bits hold of W less the start below the update, see quantized.py.
     """
     given = checked({
         "targets": targets, "rank": rank, "alpha": alpha, "exclude": exclude, "rank_pattern": rank_pattern,
@@ -203,7 +204,7 @@ def place(model: nn.Module, site: Site, *, dropout: float = 0.0, dtype: torch.dt
         host = SlicedLinear(base, site.rank, site.dim, site.mode, dtype=dtype)
     else:
         plain, quantized = (AdaptedConv2d, QuantizedConv2d) if site.kind == "conv2d" else (AdaptedLinear, QuantizedLinear)
-        host = (quantized if site.grid else plain)(
+        host = (partial(quantized, grid=site.grid) if site.grid else plain)(
             base, site.rank, site.scale, blocks=site.blocks, core=site.core_shape, dropout=dropout, dtype=dtype,
             experts=site.experts,
         )

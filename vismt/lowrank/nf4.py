@@ -5,14 +5,20 @@
 The levels are quantiles of a standard normal, eight below zero, zero, and seven above, scaled to [-1, 1]; blocks run over
 the matrix row by row, the last one may be shorter. A value that is a level already stays, so quantising twice changes
 nothing. That is what bitsandbytes stores without its quantised block maxima ("double quantisation"), with which the second
-rounding would move the weights again.
+rounding would move the weights again. Its own kernels are the grid "bitsandbytes": they find a level to fp32, so that a tie
+may fall the other way, and get whole blocks as rows here (0.50.2 on a CPU gives other values where a row is no multiple of 64).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from vismt.errors import UserError
+
+GRIDS = ("nf4", "bitsandbytes")
 BLOCK = 64
 # Of the released code: the outermost quantile, the mean of 1 - 1/30 and 1 - 1/32.
 OUTERMOST = 0.9677083
@@ -27,9 +33,36 @@ def levels() -> Tensor:
 
 def nf4(matrix: Tensor) -> Tensor:
     """The nearest values that NF4 can store, in the shape, dtype and on the device of `matrix` (fp32 or fp64)."""
-    flat = matrix.flatten()
-    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+    blocks = _blocks(matrix)
     grid = levels().to(matrix.device, matrix.dtype)
     peak = blocks.abs().amax(1, keepdim=True)
     codes = torch.bucketize(blocks / torch.where(peak > 0, peak, 1), (grid[1:] + grid[:-1]) / 2)
-    return (grid[codes] * peak).flatten()[: flat.numel()].view(matrix.shape)
+    return _matrix(grid[codes] * peak, matrix)
+
+
+def on_grid(matrix: Tensor, grid: str) -> Tensor:
+    """The nearest values of a grid of GRIDS. Shapes and dtypes as `nf4`; UserError where bitsandbytes is not installed."""
+    if grid == "nf4":
+        return nf4(matrix)
+    functional = need_bitsandbytes()
+    packed, state = functional.quantize_4bit(_blocks(matrix).float(), blocksize=BLOCK, quant_type="nf4")
+    return _matrix(functional.dequantize_4bit(packed, state), matrix)
+
+
+def need_bitsandbytes() -> Any:
+    """Its functions; UserError where it is not installed."""
+    try:
+        from bitsandbytes import functional
+    except ImportError as error:
+        told = "pip install bitsandbytes, or take quantize='nf4', which has the same levels"
+        raise UserError(f"adapt.quantize: 'bitsandbytes' is not installed ({error}): {told}.") from error
+    return functional
+
+
+def _blocks(matrix: Tensor) -> Tensor:
+    flat = matrix.flatten()
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+
+
+def _matrix(blocks: Tensor, like: Tensor) -> Tensor:
+    return blocks.flatten()[: like.numel()].view(like.shape).to(like.dtype)

@@ -1,6 +1,6 @@
 """Hosts whose frozen weight is what 4 bits hold of W less the start of the update (QPiSSA): quantised by rule, W kept beside.
 
-    y = Q x + b + s B A x        Q = nf4(W - s B0 A0), A0 and B0 the start as it is stored
+    y = Q x + b + s B A x        Q = grid(W - s B0 A0), A0 and B0 the start as it is stored, grid of nf4.GRIDS
 
 Q is a function of W, A0 and B0. An adapter file carries the start, so a host on the original W finds the same Q again;
 fp64 before the rounding keeps the order of a BLAS's sums from deciding which level is nearer. Q is a parameter of its own in
@@ -18,17 +18,21 @@ from vismt.errors import UserError
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.init import working_dtype
 from vismt.lowrank.linear import Adapted, AdaptedConv2d, AdaptedLinear
-from vismt.lowrank.nf4 import nf4
+from vismt.lowrank.nf4 import on_grid
 from vismt.lowrank.solvers import double
 
 MERGE = "against the original weights its update is no pair of factors; merge the model and save it whole"
 
 
 class Quantized(Adapted):
-    """A host on Q once it is settled. Buffers start_A (g*r, i), start_B (o, r): what was taken out of W before the rounding."""
+    """A host on Q, in values of `grid`, once it is settled.
 
-    def __init__(self, base: nn.Module, rank: int, scale: float, **options: Any) -> None:
+    Buffers start_A (g*r, i), start_B (o, r): what was taken out of W before the rounding.
+    """
+
+    def __init__(self, base: nn.Module, rank: int, scale: float, *, grid: str, **options: Any) -> None:
         super().__init__(base, rank, scale, **options)
+        self.grid = grid
         self.register_buffer("start_A", torch.zeros_like(self.lora_A, requires_grad=False))
         self.register_buffer("start_B", torch.zeros_like(self.lora_B, requires_grad=False))
         self.__dict__["whole"] = None  # W while Q is in its place; not a parameter, so nothing moves or saves it
@@ -58,7 +62,7 @@ class Quantized(Adapted):
         W = self.weight
         start = LowRank(self._block_diagonal(double(self.start_B)), double(self.start_A), scale=self.scale)
         rest = (double(self.matrix(W)) - start.delta()).to(W.device, working_dtype(W))
-        self.weight = nn.Parameter(self.stored(nf4(rest)).to(W.dtype), requires_grad=W.requires_grad)
+        self.weight = nn.Parameter(self.stored(on_grid(rest, self.grid)).to(W.dtype), requires_grad=W.requires_grad)
         self.__dict__["whole"] = W
 
     def lift(self) -> None:

@@ -12,8 +12,6 @@ from torch import nn
 from vismt.errors import UserError
 from vismt.lowrank.targets import kind_of, matrix_shape
 
-GRIDS = ("nf4",)
-
 
 @dataclass(frozen=True)
 class Site:
@@ -30,7 +28,7 @@ class Site:
     dim: int | None = None
     mode: str = ""
     experts: int | None = None  # groups that the rank consists of, gated per sample
-    grid: str = ""  # "nf4" where the weight below is what the grid holds of W less the start, see quantized.py
+    grid: str = ""  # of nf4.GRIDS where the weight below is what the grid holds of W less the start, see quantized.py
 
     @property
     def core_shape(self) -> tuple[int, ...]:
