@@ -10,7 +10,7 @@ import torch
 from vismt.data.dense import DenseSet
 from vismt.engine import dense_evaluation
 from vismt.engine.arms import ALONE, Unit
-from vismt.engine.dense_config import DenseConfig
+from vismt.engine.dense_config import DenseConfig, all_tasks
 from vismt.engine.dense_data import Rows
 from vismt.engine.dense_evaluation import Evaluation
 
@@ -18,12 +18,13 @@ pytest.importorskip("torchmetrics")
 
 
 class Held:
-    """Samples as DenseData holds them, on a canvas of `size`."""
+    """Samples as DenseData holds them, on the canvas of the configuration."""
 
-    def __init__(self, samples: list[dict[str, torch.Tensor]], size: tuple[int, int]) -> None:
+    def __init__(self, samples: list[dict[str, torch.Tensor]], config: DenseConfig) -> None:
         targets = [name for name in samples[0] if name != "image"]
         images = DenseSet("made", "all", [], targets, [str(i) for i in range(len(samples))], samples.__getitem__)
-        self.size, self.rows = size, Rows([(images, i) for i in range(len(samples))])
+        self.size, self.tasks = tuple(config.size), {task.name: task for task in all_tasks(config)}
+        self.rows = Rows([(images, i) for i in range(len(samples))])
 
     def part(self, name: str) -> Rows:
         return self.rows
@@ -45,7 +46,7 @@ def evaluated(tmp_path, monkeypatch):
         folder = tmp_path / "x".join(map(str, canvas))
         (folder / "records").mkdir(parents=True)
         config = DenseConfig(tasks=tasks, size=list(canvas))
-        return Evaluation(config, folder, "hash", Held(samples, canvas)).validate(Unit(ALONE, 1e-3, 0, folder))
+        return Evaluation(config, folder, "hash", Held(samples, config)).validate(Unit(ALONE, 1e-3, 0, folder))
 
     return score
 

@@ -11,6 +11,7 @@ may fall the other way, and get whole blocks as rows here (0.50.2 on a CPU gives
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -52,11 +53,10 @@ def on_grid(matrix: Tensor, grid: str) -> Tensor:
 def need_bitsandbytes() -> Any:
     """Its functions; UserError where it is not installed."""
     try:
-        from bitsandbytes import functional
+        return importlib.import_module("bitsandbytes").functional
     except ImportError as error:
         told = "pip install bitsandbytes, or take quantize='nf4', which has the same levels"
         raise UserError(f"adapt.quantize: 'bitsandbytes' is not installed ({error}): {told}.") from error
-    return functional
 
 
 def _blocks(matrix: Tensor) -> Tensor:

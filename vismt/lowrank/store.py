@@ -189,8 +189,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], list[Site], dict[str, Te
         ]
         name, parts = str(description["tensors"]), description.setdefault("parts", {})
         unchanged = description.setdefault("unchanged", [])
-        shaped = all(isinstance(site.core_shape, tuple) for site in sites)  # a KeyError for a core that is not known
-        shaped = shaped and all(site.grid in ("", *GRIDS) for site in sites)
+        shaped = all(isinstance(site.core_shape, tuple) and site.grid in ("", *GRIDS) for site in sites)  # KeyError: no core
         shaped = shaped and all(s.experts is None or (s.experts > 0 and s.rank % s.experts == 0) for s in sites)
         shaped = shaped and all(isinstance(part["type"], str) and isinstance(part["settings"], dict) for part in parts.values())
         texts = [description[key] for key in ("method", "model", "base", "tensors_sha256")]
