@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from vismt.bench.core import RANK
 from vismt.bench.timing import Ratios, interleave
-from vismt.errors import UserError
 from vismt.lowrank.combining import combine
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.stiefel import landing_field
@@ -30,10 +29,8 @@ Sum = Callable[[], dict[str, LowRank]]
 
 def sums(peft: Any, rounds: int, device: torch.device) -> Ratios:
     """Times of adding three adapters. peft: the package."""
-    try:
-        import timm
-    except ImportError as error:
-        raise UserError('bench lowrank needs timm: pip install "vismt[llm]" timm.') from error
+    import timm
+
     torch.manual_seed(0)
     model = timm.create_model("vit_small_patch16_224", depth=2, num_classes=0).to(device)
     ours, theirs = summed(peft, model, RANK)
