@@ -13,3 +13,24 @@ def loud():
     console.set_quiet(False)
     yield
     console.set_quiet(False)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved, with everything laid out."""
+    from vismt.jobs.classification import figures as classification_figures
+    from vismt.jobs.dense import figures as dense_figures
+    from vismt.jobs.fewshot import episode_figure
+    from vismt.jobs.fewshot import figures as fewshot_figures
+    from vismt.report import figures, plotting, routers, study_figures
+
+    saved = []
+
+    def keep(figure, path):
+        saved.append(figure)
+        figure.canvas.draw()
+        return plotting.save(figure, path)
+
+    for module in (classification_figures, dense_figures, episode_figure, fewshot_figures, figures, routers, study_figures):
+        monkeypatch.setattr(module, "save", keep)
+    return saved

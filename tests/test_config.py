@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from vismt.config import config_hash, fraction, override, read_yaml, resolved, typed
-from vismt.engine.fewshot import FewShotConfig
-from vismt.engine.jobs import load_config, make_job
+from vismt.jobs.fewshot.job import FewShotConfig
+from vismt.jobs import load_config, make_job
 from vismt.errors import UserError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import images, shake, tiny_vit
+from helpers.tiny import images, shake, tiny_vit
 
 import vismt
 from vismt import registry
@@ -93,7 +93,7 @@ def test_own_card_is_valid(tmp_path) -> None:
 
 
 def test_language_model_configuration_is_sound(tmp_path) -> None:
-    from vismt.engine.jobs import load_config, make_job
+    from vismt.jobs import load_config, make_job
 
     text = next(code for code in re.findall(r"```yaml\n(.*?)```", README, flags=re.S) if "task: lm" in code)
     (tmp_path / "sentiment.yaml").write_text(text)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vismt.engine.jobs import load_config, make_job
+from vismt.jobs import load_config, make_job
 from vismt.engine.log import read_lines
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"

@@ -143,7 +143,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _attack(options: argparse.Namespace) -> None:
-    from vismt.engine.fewshot_config import AttackConfig
+    from vismt.jobs.fewshot.config import AttackConfig
     from vismt.engine.run import open_run
 
     if (options.run is None) == (options.model is None):
@@ -202,7 +202,7 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _pool(options: argparse.Namespace) -> None:
-    from vismt.engine.experts import find_experts
+    from vismt.jobs.fewshot.pool_training import find_experts
     from vismt.metatune.pool import assemble
 
     experts = [expert for folder in options.experts for expert in find_experts(folder)]
@@ -255,7 +255,7 @@ def _bench(options: argparse.Namespace) -> None:
 def _list(options: argparse.Namespace) -> None:
     from vismt.backbones.assets import list_assets
     from vismt.data.cards import list_cards
-    from vismt.engine.jobs import JOBS
+    from vismt.jobs import JOBS
     from vismt.registry import method_options, methods
 
     for name, method in methods().items():

@@ -1,7 +1,7 @@
 """From a YAML file and dotted overrides to one typed dataclass; an unknown key or a wrong type is a UserError with the path.
 
 jsonargparse does the typing. What every job has in common is declared here; a job adds its own sections by subclassing
-RunConfig (vismt/engine/jobs.py lists them).
+RunConfig (vismt/jobs/__init__.py lists them).
 """
 
 from __future__ import annotations

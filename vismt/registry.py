@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from vismt.errors import UserError, require_known
 from vismt.lowrank.inject import inject, record_of
-from vismt.lowrank.sites import AdaptReport
+from vismt.lowrank.layer_spec import AdaptReport
 
 Method = Callable[..., AdaptReport]
 Wrap = Callable[[Optimizer, nn.Module], Optimizer]

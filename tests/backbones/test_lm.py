@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import shake
+from helpers.tiny import shake
 
 import vismt
 from vismt.backbones.lm import create_lm

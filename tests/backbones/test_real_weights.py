@@ -4,7 +4,7 @@ import zipfile
 
 import pytest
 import torch
-from tiny import shake
+from helpers.tiny import shake
 
 import vismt
 from vismt import wheels

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import shake, snapshot, tiny_vit
+from helpers.tiny import shake, snapshot, tiny_vit
 
 from vismt import adapt, cli
 from vismt.backbones.vit import Backbone

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import images, shake, snapshot, tiny_vit
+from helpers.tiny import images, shake, snapshot, tiny_vit
 from torch import Tensor, nn
 
 import vismt
 from vismt.bench import emtal, emtal_released
 from vismt.bench.emtal_released import released
 from vismt.bench.timing import Timing
-from vismt.lowrank.account import saved_activation_bytes
+from vismt.lowrank.memory import saved_activation_bytes
 from vismt.lowrank.inject import adapted_modules
 from vismt.multitask.moe_lora import set_fade
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiny import images, tiny_vit
+from helpers.tiny import images, tiny_vit
 
 import vismt
 from vismt.bench import lowrank, updates

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from lm_parts import save_lm, tokenizer
+from helpers.lm_parts import save_lm, tokenizer
 
 from vismt.bench import memory
 from vismt.cli import main

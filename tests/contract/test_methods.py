@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tiny import images, shake, snapshot, tiny_vit
+from helpers.tiny import images, shake, snapshot, tiny_vit
 from torch import nn
 
 import vismt
 from vismt.llm import collect_covariance, instance_gates
-from vismt.lowrank.host import Host
+from vismt.lowrank.adapter_layer import Host
 from vismt.lowrank.inject import adapted_modules
 
 # These train the weights themselves; what they promise is tested beside each (tests/llm).

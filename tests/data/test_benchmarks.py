@@ -12,8 +12,8 @@ from vismt.cli import main
 from vismt.data.cards import list_cards, load_card
 from vismt.data.check import check, listing, prepare
 from vismt.data.images import open_images
-from vismt.data.kinds import FilelistSource, MetaDatasetSource
-from vismt.engine.jobs import load_config
+from vismt.data.source_types import FilelistSource, MetaDatasetSource
+from vismt.jobs import load_config
 from vismt.errors import UserError
 from vismt.paths import shipped
 

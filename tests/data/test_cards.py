@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vismt.data.cards import list_cards, load_card
-from vismt.data.kinds import FolderSource, TorchvisionSource
+from vismt.data.source_types import FolderSource, TorchvisionSource
 from vismt.data.torchvision_door import door_of
 from vismt.errors import UserError
 from vismt.paths import shipped

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from blobs import blobs
+from helpers.blobs import blobs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vismt.data.divide import divide, limited
+from vismt.data.splits import divide, limited
 from vismt.errors import UserError
 
 LABELS = torch.tensor([0] * 10 + [1] * 4 + [0] * 2)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from vismt.data.check import check
-from vismt.data.filelist import local_name
+from vismt.data.json_lists import local_name
 from vismt.data.images import open_images
 from vismt.errors import UserError
 

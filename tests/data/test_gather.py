@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vismt.data.gather import Gathered, InOrder, ShuffledBatches
+from vismt.data.batching import Gathered, InOrder, ShuffledBatches
 from vismt.data.images import ImageSet
 from vismt.data.pixels import Pixels
 from vismt.errors import UserError

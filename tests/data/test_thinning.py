@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from blobs import blobs
+from helpers.blobs import blobs
 
 from vismt.data import thinning
 from vismt.data.thinning import thin

@@ -18,13 +18,15 @@ import yaml
 
 from vismt.cli import main
 from vismt.data.dense_transforms import resize
-from vismt.engine import dense_config, dense_models, dense_panels
+from vismt.jobs.dense import config as dense_config
+from vismt.jobs.dense import models as dense_models
+from vismt.jobs.dense import panels as dense_panels
 from vismt.engine.arms import unit, unit_config
-from vismt.engine.dense import DenseJob
-from vismt.engine.dense_config import check
-from vismt.engine.jobs import load_config
+from vismt.jobs.dense.job import DenseJob
+from vismt.jobs.dense.config import check
+from vismt.jobs import load_config
 from vismt.engine.log import read_lines
-from vismt.engine.panel_files import read_panel
+from vismt.report.panels import read_panel
 from vismt.engine.run import open_run
 from vismt.errors import UserError
 from vismt.multitask.heads import resize_logits
@@ -326,7 +328,8 @@ def test_every_adapter_trains_dense_tasks_and_merges(tmp_path: Path, capsys) -> 
 
 
 def test_the_same_command_again_trains_and_evaluates_nothing(study: Path, monkeypatch) -> None:
-    from vismt.engine import dense_evaluation, loop
+    from vismt.engine import loop
+    from vismt.jobs.dense import evaluation as dense_evaluation
 
     monkeypatch.setattr(loop, "train", None)
     monkeypatch.setattr(dense_evaluation, "PooledScore", None)

@@ -14,9 +14,9 @@ from PIL import Image
 
 from vismt.cli import main
 from vismt.engine.arms import unit, unit_config
-from vismt.engine.dense import DenseJob
-from vismt.engine.dense_data import DenseData
-from vismt.engine.jobs import load_config
+from vismt.jobs.dense.job import DenseJob
+from vismt.jobs.dense.data import DenseData
+from vismt.jobs import load_config
 from vismt.engine.log import read_lines
 from vismt.engine.run import open_run
 from vismt.paths import data_root
@@ -171,7 +171,7 @@ def test_predict_says_the_class_and_draws_the_maps(study: Path, room: Path, tmp_
 
 
 def test_a_changed_answer_is_counted_in_the_merge_check(study: Path, room: Path, tmp_path: Path, monkeypatch) -> None:
-    from vismt.engine import dense_evaluation
+    from vismt.jobs.dense import evaluation as dense_evaluation
 
     job = open_run(study).job
     one = unit(job.config, study, "both", 3e-3, 0)

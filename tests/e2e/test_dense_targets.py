@@ -13,7 +13,7 @@ from PIL import Image
 
 from vismt.cli import main
 from vismt.engine.log import read_lines
-from vismt.engine.panel_files import read_panel
+from vismt.report.panels import read_panel
 from vismt.multitask.tasks.base import DARK
 
 pytest.importorskip("torchmetrics")

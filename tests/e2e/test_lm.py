@@ -14,12 +14,12 @@ import pytest
 import torch
 import transformers
 import yaml
-from lm_parts import changed, save_lm, save_texts
+from helpers.lm_parts import changed, save_lm, save_texts
 
 from vismt.cli import main
 from vismt.engine import checkpoint, runtime
 from vismt.engine.arms import arm_config, named_unit
-from vismt.engine.lm_report import lm_tables
+from vismt.jobs.lm.report import lm_tables
 from vismt.engine.log import read_lines
 from vismt.engine.run import open_run
 from vismt.errors import UserError
@@ -155,7 +155,7 @@ def test_the_report_pairs_rows_and_tells_tokens(study: Path) -> None:
 
 def test_several_processes_take_no_alternating_head(study: Path, monkeypatch) -> None:
     job = open_run(study).job
-    monkeypatch.setattr("vismt.engine.lm.runtime.processes", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr("vismt.jobs.lm.job.runtime.processes", lambda: SimpleNamespace(num_processes=2))
     with pytest.raises(UserError, match=r"head.alternate: with 2 processes.*joint update, or run one process"):
         job.check_data()  # before any arm is trained
     joint = arm_config(job.config, "polar-vbll")
@@ -375,7 +375,7 @@ def test_a_calibration_in_little_memory_ends_alike(home, tmp_path: Path, monkeyp
         budgets.append(memory_budget)
         return covariance.collect_covariance(*given, memory_budget=memory_budget / 200, **options)  # which takes two passes
 
-    monkeypatch.setattr("vismt.engine.lm.collect_covariance", tight)
+    monkeypatch.setattr("vismt.jobs.lm.job.collect_covariance", tight)
     passes = trained(home, tmp_path / "passes", calibration={**calibration, "memory_mb": 3})
     assert set(budgets) == {3 * 2**20} and len(list((passes / "calibration").rglob("covariances-*.safetensors"))) == 2
     assert passes.name == straight.name  # what is held at a time changes no result, and is no part of the hash
@@ -391,7 +391,7 @@ def test_the_lm_is_on_its_device_before_it_is_calibrated(home, tmp_path: Path, m
         assert moved[-1] == (id(lm), runtime.processes().device)
         return covariance.collect_covariance(lm, *given, **options)
 
-    monkeypatch.setattr("vismt.engine.lm.collect_covariance", looked)
+    monkeypatch.setattr("vismt.jobs.lm.job.collect_covariance", looked)
     trained(home, tmp_path, calibration={"data": [home["stories"]], "rows": 2})
     assert moved
 

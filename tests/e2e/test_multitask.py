@@ -17,9 +17,9 @@ import yaml
 
 from vismt.cli import main
 from vismt.engine.arms import arm_config, named_unit
-from vismt.engine.jobs import load_config
+from vismt.jobs import load_config
 from vismt.engine.log import read_lines
-from vismt.engine.multitask_report import multitask_tables
+from vismt.jobs.classification.report import multitask_tables
 from vismt.engine.run import open_run
 
 pytest.importorskip("sklearn")
@@ -114,7 +114,7 @@ def test_arms_of_a_seed_start_alike_and_see_the_same_batches(study: Path) -> Non
     job = open_run(study).job
     config = job.config
     nets = [job.fresh(config).stock.head.weight]
-    from vismt.engine import multitask_models
+    from vismt.jobs.classification import models as multitask_models
     from vismt.engine.arms import unit, unit_config
 
     for arm in ("head", "emtal"):

@@ -12,11 +12,11 @@ import yaml
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from lm_parts import changed, save_interactions, save_lm, save_texts
+from helpers.lm_parts import changed, save_interactions, save_lm, save_texts
 
 from vismt.cli import main
 from vismt.engine import checkpoint
-from vismt.engine.lm_report import lm_tables
+from vismt.jobs.lm.report import lm_tables
 from vismt.engine.log import read_lines
 from vismt.engine.run import open_run
 from vismt.errors import UserError
@@ -132,7 +132,7 @@ def test_the_recommender_sees_training_rows_alone(study: Path) -> None:
 
 def test_several_processes_take_no_curriculum(study: Path, monkeypatch) -> None:
     job = open_run(study).job
-    monkeypatch.setattr("vismt.engine.lm.runtime.processes", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr("vismt.jobs.lm.job.runtime.processes", lambda: SimpleNamespace(num_processes=2))
     with pytest.raises(UserError, match=r"curriculum 0.5 with 2 processes"):
         job.batches(job.config)
 

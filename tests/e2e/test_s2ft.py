@@ -9,9 +9,9 @@ import pytest
 import timm
 import torch
 import yaml
-from ranks import of_two
-from s2ft_parts import MODES, sliced, steps
-from tiny import images, snapshot, tiny_vit
+from helpers.ranks import of_two
+from helpers.s2ft_parts import MODES, sliced, steps
+from helpers.tiny import images, snapshot, tiny_vit
 from torch import Tensor, nn
 
 import vismt
@@ -22,7 +22,7 @@ from vismt.engine.log import read_lines
 from vismt.engine.run import open_run
 from vismt.errors import UserError
 from vismt.lowrank.inject import adapted_modules
-from vismt.lowrank.parts import to_stock
+from vismt.lowrank.wrappers import to_stock
 from vismt.registry import method_optimizer
 
 EVERY = ["v", "o", "u", "d"]

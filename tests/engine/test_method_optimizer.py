@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import images, tiny_vit
+from helpers.tiny import images, tiny_vit
 from torch import Tensor, nn
 
 import vismt

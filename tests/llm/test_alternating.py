@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiny import snapshot
+from helpers.tiny import snapshot
 from torch import nn
 
 from vismt.errors import UserError

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from language_models import LMS, relative, tiny_lm, tokens
-from tiny import images, shake, snapshot, tiny_vit
+from helpers.language_models import LMS, relative, tiny_lm, tokens
+from helpers.tiny import images, shake, snapshot, tiny_vit
 from torch import nn
 
 import vismt

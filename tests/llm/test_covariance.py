@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from language_models import padded, tiny_lm, tokens
+from helpers.language_models import padded, tiny_lm, tokens
 from safetensors.torch import load_file, save_file
-from tiny import images, tiny_vit
+from helpers.tiny import images, tiny_vit
 from torch import nn
 
 import vismt

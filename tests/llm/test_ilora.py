@@ -11,15 +11,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from language_models import LMS, padded, relative, tiny_lm, tokens
-from tiny import images, shake, snapshot, tiny_vit
+from helpers.language_models import LMS, padded, relative, tiny_lm, tokens
+from helpers.tiny import images, shake, snapshot, tiny_vit
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vismt
 from vismt.errors import UserError
 from vismt.llm import gate_of, instance_gates, recompute_gates
-from vismt.lowrank.gates import _current, _traced
+from vismt.lowrank.instance_gates import _current, _traced
 from vismt.lowrank.inject import adapted_modules
 from vismt.lowrank.linear import AdaptedConv2d, AdaptedLinear
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import images, shake, tiny_vit
+from helpers.tiny import images, shake, tiny_vit
 from torch import Tensor, nn
 
 import vismt

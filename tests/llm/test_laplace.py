@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import MultivariateNormal
-from vbll_parts import moved_head, wave
+from helpers.vbll_parts import moved_head, wave
 
 from vismt.errors import UserError
 from vismt.llm import Laplace, fit_laplace

@@ -8,14 +8,14 @@ import io
 import numpy as np
 import pytest
 import torch
-from lisa_parts import DEPTH, FAMILIES, Case, adamw, case, numel, train
-from tiny import snapshot
+from helpers.lisa_parts import DEPTH, FAMILIES, Case, adamw, case, numel, train
+from helpers.tiny import snapshot
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from vismt.errors import UserError
 from vismt.llm import LISA
-from vismt.lowrank.account import optimizer_bytes, saved_activation_bytes
+from vismt.lowrank.memory import optimizer_bytes, saved_activation_bytes
 
 POLICIES = ("drop", "keep", "offload", "reset_all")
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from lisa_parts import DEPTH, FAMILIES, Objective, adamw, case, steps, tokens, train
-from ranks import of_two
-from tiny import images, shake, snapshot, tiny_vit
+from helpers.lisa_parts import DEPTH, FAMILIES, Objective, adamw, case, steps, tokens, train
+from helpers.ranks import of_two
+from helpers.tiny import images, shake, snapshot, tiny_vit
 from torch import Tensor, nn
 
 import vismt
@@ -19,7 +19,7 @@ from vismt.engine import checkpoint, loop, runtime
 from vismt.errors import UserError
 from vismt.llm import LISA
 from vismt.llm.lisa import schedule
-from vismt.lowrank import aside
+from vismt.lowrank import backups as aside
 from vismt.lowrank.inject import record_of
 
 

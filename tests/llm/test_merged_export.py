@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from language_models import LMS, tiny_lm, tokens
+from helpers.language_models import LMS, tiny_lm, tokens
 from safetensors.torch import save_file
-from tiny import images, shake, tiny_vit
+from helpers.tiny import images, shake, tiny_vit
 
 import vismt
 

@@ -7,9 +7,9 @@ import json
 
 import pytest
 import torch
-from language_models import padded, relative, tiny_lm, tokens
+from helpers.language_models import padded, relative, tiny_lm, tokens
 from safetensors.torch import load_file
-from tiny import images, shake, tiny_vit
+from helpers.tiny import images, shake, tiny_vit
 from torch import nn
 
 import vismt

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from language_models import tiny_lm, tokens
-from tiny import images, shake, snapshot, tiny_vit
+from helpers.language_models import tiny_lm, tokens
+from helpers.tiny import images, shake, snapshot, tiny_vit
 from torch import Tensor, nn
 
 import vismt

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from amt_parts import backbone, saved
-from language_models import LMS, tiny_lm, tokens
-from tiny import images, shake, tiny_vit
+from helpers.amt_parts import backbone, saved
+from helpers.language_models import LMS, tiny_lm, tokens
+from helpers.tiny import images, shake, tiny_vit
 from torch import Tensor, nn
 
 import vismt

@@ -8,8 +8,8 @@ import pickle
 
 import pytest
 import torch
-from language_models import LMS, relative, tiny_lm, tokens
-from tiny import images, shake, snapshot, tiny_vit
+from helpers.language_models import LMS, relative, tiny_lm, tokens
+from helpers.tiny import images, shake, snapshot, tiny_vit
 from torch import Tensor, nn
 
 import vismt
@@ -19,7 +19,7 @@ from vismt.lowrank.combining import combine
 from vismt.lowrank.init import principal, residual
 from vismt.lowrank.inject import adapted_modules
 from vismt.lowrank.nf4 import nf4
-from vismt.lowrank.updates import read_updates
+from vismt.lowrank.detached_updates import read_updates
 from vismt.metatune.attention_scale import attention_heads
 from vismt.metatune.pool import Expert, check_alike
 

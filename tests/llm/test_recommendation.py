@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from lm_parts import tiny_lm, tokenizer
+from helpers.lm_parts import tiny_lm, tokenizer
 from torch import nn
 
 from vismt.data.interactions import Catalogue
@@ -23,7 +23,7 @@ from vismt.llm.tasks import make_task
 from vismt.llm.tasks.base import gather, mean_of
 from vismt.llm.tasks.pieces import IGNORE, collate, stem, tree
 from vismt.llm.tasks.recommendation import judged
-from vismt.lowrank.gates import instance_gates
+from vismt.lowrank.instance_gates import instance_gates
 from vismt.registry import adapt
 
 PROMPT = "the {history} : {candidates} Answer:"

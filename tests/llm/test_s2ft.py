@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from language_models import MODELS, moved_lm, outputs, tokens
-from tiny import images, shake, snapshot, tiny_vit
+from helpers.language_models import MODELS, moved_lm, outputs, tokens
+from helpers.tiny import images, shake, snapshot, tiny_vit
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vismt
 from vismt.errors import UserError
 from vismt.llm import Selection, check_slices, read_slices, select_units, switch
-from vismt.lowrank.account import optimizer_bytes, saved_activation_bytes
-from vismt.lowrank.coupled import structures
+from vismt.lowrank.memory import optimizer_bytes, saved_activation_bytes
+from vismt.lowrank.structures import structures
 from vismt.lowrank.inject import adapted_modules
-from vismt.lowrank.parts import to_stock
+from vismt.lowrank.wrappers import to_stock
 
 EVERY = ("v", "o", "u", "d")
 def move(model: nn.Module, scale: float) -> None:

@@ -6,14 +6,14 @@ import random
 
 import pytest
 import torch
-from language_models import MODELS, tokens
-from tiny import images, tiny_vit
+from helpers.language_models import MODELS, tokens
+from helpers.tiny import images, tiny_vit
 from torch import nn
 
 import vismt
 from vismt.errors import UserError
 from vismt.llm import Selection, select_units
-from vismt.lowrank.coupled import Block, Structure, structures
+from vismt.lowrank.structures import Block, Structure, structures
 
 
 class Ffn(nn.Module):

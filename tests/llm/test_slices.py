@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from language_models import MODELS, outputs, tokens
-from tiny import images, shake, snapshot, tiny_vit
+from helpers.language_models import MODELS, outputs, tokens
+from helpers.tiny import images, shake, snapshot, tiny_vit
 from torch import nn
 
 import vismt

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from lm_parts import tiny_lm, tokenizer
+from helpers.lm_parts import tiny_lm, tokenizer
 
 from vismt.errors import UserError
 from vismt.llm.heads import LinearHead, check_laplace, laplace_head, log_predictive, make_head

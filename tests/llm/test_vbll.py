@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from tiny import images, tiny_vit
+from helpers.tiny import images, tiny_vit
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, kl_divergence
-from vbll_parts import COVARIANCES, LABELS, covariances, features, moved_head, wave
+from helpers.vbll_parts import COVARIANCES, LABELS, covariances, features, moved_head, wave
 
 import vismt
 from vismt.config import TrainConfig

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
-from vbll_parts import LABELS, features, moved_generative, moved_head, wave
+from helpers.vbll_parts import LABELS, features, moved_generative, moved_head, wave
 
 from vismt.errors import UserError
 from vismt.llm import GenerativeVBLL

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vismt.errors import UserError
-from vismt.lowrank.account import (
+from vismt.lowrank.memory import (
     account,
     count_parameters,
     gradient_bytes,

@@ -8,7 +8,7 @@ from torch import nn
 
 import vismt
 from vismt.llm import LISA
-from vismt.lowrank.account import saved_activation_bytes
+from vismt.lowrank.memory import saved_activation_bytes
 from vismt.lowrank.activations import Block, Decoder, decoder_activation_bytes
 
 BATCH, LENGTH, DEPTH = 3, 8, 3

@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
-from tiny import images, shake, tiny_vit
+from helpers.tiny import images, shake, tiny_vit
 from torch import nn
 
 import vismt
 from vismt.errors import UserError
-from vismt.lowrank.account import count_parameters, saved_activation_bytes
+from vismt.lowrank.memory import count_parameters, saved_activation_bytes
 from vismt.lowrank.inject import adapted_modules
 from vismt.lowrank.store import DESCRIPTION
 

@@ -7,20 +7,20 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
-from language_models import outputs, random_lm
+from helpers.language_models import outputs, random_lm
 from timm.layers.diff_attention import DiffAttention
 from timm.models.efficientformer import Attention as EfficientFormerAttention
 from timm.models.gcvit import WindowAttentionGlobal
 from timm.models.maxxvit import AttentionCl
 from timm.models.swin_transformer_v2 import WindowAttention
 from timm.models.tiny_vit import Attention as TinyVitAttention
-from tiny import shake, tiny_vit
+from helpers.tiny import shake, tiny_vit
 from torch import Tensor, nn
 
 import vismt
 from vismt.errors import UserError
 from vismt.llm import Selection, select_units
-from vismt.lowrank.coupled import structures
+from vismt.lowrank.structures import structures
 from vismt.lowrank.inject import adapted_modules
 
 HEADS = {"num_attention_heads": 8}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import snapshot, tiny_vit
+from helpers.tiny import snapshot, tiny_vit
 from torch import nn
 
 import vismt

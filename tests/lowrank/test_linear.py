@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import vismt
-from vismt.lowrank.account import saved_activation_bytes
+from vismt.lowrank.memory import saved_activation_bytes
 from vismt.lowrank.inject import adapted_modules
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vismt.lowrank import solvers
-from vismt.lowrank.solvers import top_exact, top_randomized
+from vismt.lowrank import svd as solvers
+from vismt.lowrank.svd import top_exact, top_randomized
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -94,7 +94,7 @@ def test_zero_small_and_deficient_matrices(finder) -> None:
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:
-    from tiny import tiny_vit
+    from helpers.tiny import tiny_vit
 
     import vismt
 

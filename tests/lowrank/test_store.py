@@ -9,12 +9,13 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import images, shake, snapshot, tiny_vit
+from helpers.tiny import images, shake, snapshot, tiny_vit
 from torch import nn
 
 import vismt
 from vismt.errors import UserError
-from vismt.lowrank import files, store
+from vismt.lowrank import store
+from vismt import files
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from tiny import images, shake, snapshot, tiny_vit
+from helpers.tiny import images, shake, snapshot, tiny_vit
 from torch import Tensor, nn
 
 import vismt
@@ -154,7 +154,7 @@ def test_factors_keep_fp32_on_a_half_precision_model() -> None:
 
 
 def test_transposed_weights_of_a_language_model(tmp_path: Path) -> None:
-    from language_models import tiny_lm, tokens
+    from helpers.language_models import tiny_lm, tokens
 
     models = []
     for method, seed in (("pissa", 3), ("lora", 4)):

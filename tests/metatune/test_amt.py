@@ -12,8 +12,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from amt_parts import adapted, backbone, episode, same, train
-from tiny import snapshot
+from helpers.amt_parts import adapted, backbone, episode, same, train
+from helpers.tiny import snapshot
 from torch import Tensor, nn
 
 import vismt
@@ -465,7 +465,7 @@ def test_switches_change_what_is_learned() -> None:
 
 WORKER = """
 import sys, torch
-from amt_parts import adapted, episode
+from helpers.amt_parts import adapted, episode
 from vismt.config import TrainConfig
 from vismt.engine import loop, runtime
 from vismt.metatune.amt import AdversarialObjective, Adversary

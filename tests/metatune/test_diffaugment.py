@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import images
+from helpers.tiny import images
 
 from vismt.errors import UserError
 from vismt.metatune.diffaugment import diff_augment

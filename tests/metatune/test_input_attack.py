@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from amt_parts import MEAN, STD, backbone, episode
-from tiny import images, snapshot
+from helpers.amt_parts import MEAN, STD, backbone, episode
+from helpers.tiny import images, snapshot
 from torch import Tensor, nn
 
 from vismt.errors import UserError

@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from tiny import shake, snapshot, tiny_vit
+from helpers.tiny import shake, snapshot, tiny_vit
 from torch import nn
 
 from vismt import adapt

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from amt_parts import MEAN, STD, adapted, backbone, episode, same, saved, train
-from tiny import shake, snapshot
+from helpers.amt_parts import MEAN, STD, adapted, backbone, episode, same, saved, train
+from helpers.tiny import shake, snapshot
 from torch import Tensor
 
 from vismt.errors import UserError

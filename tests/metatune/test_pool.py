@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from amt_parts import adapted, backbone, episode, same, saved
-from tiny import shake, snapshot
+from helpers.amt_parts import adapted, backbone, episode, same, saved
+from helpers.tiny import shake, snapshot
 from torch import Tensor
 
 import vismt

@@ -152,7 +152,7 @@ def test_unwritable_records(tmp_path):
 
 
 def test_full_disk_keeps_earlier_episodes(tmp_path, monkeypatch):
-    from vismt.metatune import records as module
+    from vismt import records as module
 
     path = tmp_path / "fake.jsonl"
     real, rows = module._append, []

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from amt_parts import adapted, episode
-from tiny import shake, snapshot
+from helpers.amt_parts import adapted, episode
+from helpers.tiny import shake, snapshot
 from torch import Tensor, nn
 from torch.func import functional_call
 

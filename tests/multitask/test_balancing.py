@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from balancing_parts import CASES, TASKS, Net, batch_of, direction, matrix, problem, train, whole_batch
+from helpers.balancing_parts import CASES, TASKS, Net, batch_of, direction, matrix, problem, train, whole_batch
 
 from vismt.errors import UserError
 from vismt.multitask.balancing import balancer_options, balancers, make_balancer

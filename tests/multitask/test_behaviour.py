@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from tiny import snapshot, tiny_vit
+from helpers.tiny import snapshot, tiny_vit
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from tiny import images, tiny_vit
+from helpers.tiny import images, tiny_vit
 from torch import Tensor
 from torch.nn import functional as F
 
 from vismt.backbones.vit import Backbone
 from vismt.data.dense_sample import Sample, collate
-from vismt.engine.pooled import PooledScore
+from vismt.jobs.dense.pooled_score import PooledScore
 from vismt.errors import UserError
 from vismt.multitask.balancing import balancers, make_balancer
 from vismt.multitask.dense import DenseNet, DenseObjective

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import images, tiny_vit
+from helpers.tiny import images, tiny_vit
 from torch import nn
 
 from vismt.backbones.vit import Backbone

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from timm.layers import GluMlp, Mlp, SwiGLU
-from tiny import images, snapshot, tiny_vit
+from helpers.tiny import images, snapshot, tiny_vit
 from torch import Tensor, nn
 
 import vismt.multitask.experts as experts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import images, tiny_vit
+from helpers.tiny import images, tiny_vit
 from torch import Tensor, nn
 
 from vismt.backbones.vit import Backbone

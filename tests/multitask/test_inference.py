@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import images, tiny_vit
+from helpers.tiny import images, tiny_vit
 
 from vismt.backbones.vit import Backbone
 from vismt.data.dense_sample import blank

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from blobs import blobs
+from helpers.blobs import blobs
 from scipy.ndimage import binary_dilation, gaussian_filter
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_flow

@@ -11,12 +11,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import GluMlp, Mlp, SwiGLU
-from tiny import images, shake, snapshot, tiny_vit
+from helpers.tiny import images, shake, snapshot, tiny_vit
 from torch import Tensor, nn
 
 import vismt
 from vismt import UserError
-from vismt.lowrank.account import saved_activation_bytes
+from vismt.lowrank.memory import saved_activation_bytes
 from vismt.multitask.fading import FadeState, RouterFade
 from vismt.multitask.moe_lora import MoEfiedMlp, set_fade
 from vismt.multitask.routing import expert_weights, gate

@@ -16,7 +16,7 @@ from torch import nn
 
 from vismt.bench.timing import Timing, interleave
 from vismt.errors import UserError
-from vismt.lowrank.account import saved_activation_bytes
+from vismt.lowrank.memory import saved_activation_bytes
 from vismt.registry import adapt
 
 RANK = 16

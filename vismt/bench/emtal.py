@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vismt.bench.emtal_released import released
 from vismt.bench.timing import Timing, interleave
-from vismt.lowrank.account import saved_activation_bytes
+from vismt.lowrank.memory import saved_activation_bytes
 from vismt.lowrank.inject import merge
 from vismt.multitask.moe_lora import set_fade
 from vismt.registry import adapt

@@ -26,7 +26,7 @@ from vismt.bench.core import RANK, llama
 from vismt.bench.timing import Ratios, Timing, interleave
 from vismt.errors import UserError
 from vismt.llm.covariance import collect_covariance
-from vismt.lowrank.solvers import top_randomized
+from vismt.lowrank.svd import top_randomized
 from vismt.lowrank.targets import find_targets
 from vismt.lowrank.threads import one_thread
 from vismt.registry import adapt

@@ -26,7 +26,7 @@ from vismt.backbones.lm import create_lm
 from vismt.bench.timing import Timing, interleave
 from vismt.errors import UserError
 from vismt.llm import LISA, instance_gates
-from vismt.lowrank.account import (
+from vismt.lowrank.memory import (
     count_parameters,
     gradient_bytes,
     optimizer_bytes,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vismt.data.cards import Card
-from vismt.data.kinds import ArraysSource
+from vismt.data.source_types import ArraysSource
 from vismt.data.manifest import digest
 from vismt.data.sources import Loaded, fix, shown_path, verify_classes, verify_counts
 from vismt.errors import UserError

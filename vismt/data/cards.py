@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vismt.data.interaction_kind import InteractionsSource, check_interactions
-from vismt.data.kinds import (
+from vismt.data.source_types import (
     CAMERA,
     DENSE,
     DENSE_MAPS,
@@ -35,7 +35,7 @@ from vismt.data.kinds import (
     TorchvisionSource,
     counted,
 )
-from vismt.data.strict import build, inside, read_yaml
+from vismt.data.typed_yaml import build, inside, read_yaml
 from vismt.data.text_kind import check_texts
 from vismt.errors import UserError, near
 from vismt.paths import shipped

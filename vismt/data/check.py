@@ -7,25 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vismt import console
-from vismt.data import (
-    arrays,
-    dense,
-    dense_files,
-    embedded,
-    filelist,
-    folder,
-    interaction_wheel,
-    interactions,
-    lists,
-    meta_dataset,
-    stereo,
-    table,
-    texts,
-    torchvision_door,
-)
+from vismt.data import arrays, dense, dense_files, embedded, folder, interaction_wheel, interactions, meta_dataset, stereo, texts, torchvision_door
+from vismt.data import json_lists as filelist
+from vismt.data import id_lists as lists
+from vismt.data import csv_table as table
 from vismt.data.cards import Card, list_cards, load_card
 from vismt.data.images import load_source
-from vismt.data.kinds import (
+from vismt.data.source_types import (
     DENSE,
     TEXTS,
     ArraysSource,

@@ -19,7 +19,7 @@ from vismt.data.dense_maps import read_maps
 from vismt.data.dense_sample import CLASS, MAPS, Sample
 from vismt.data.derived import edges_from_depth, edges_from_labels, normals_from_depth
 from vismt.data.images import ImageSet, open_images
-from vismt.data.kinds import DENSE, DENSE_MAPS, DenseSource
+from vismt.data.source_types import DENSE, DENSE_MAPS, DenseSource
 from vismt.data.pascal_context import PARTS
 from vismt.data.sources import not_found, place, shown_path, verify_counts
 from vismt.errors import UserError, near

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vismt.data.cards import Card
 from vismt.data.decode import SUFFIXES
-from vismt.data.kinds import DenseSource
+from vismt.data.source_types import DenseSource
 from vismt.data.sources import fix, shown_path
 from vismt.errors import UserError
 

@@ -25,7 +25,7 @@ from PIL import Image
 
 from vismt.data.decode import DAMAGED, decode_file
 from vismt.data.dense_sample import IGNORE, Sample
-from vismt.data.kinds import DENSE_MAPS, DenseSource
+from vismt.data.source_types import DENSE_MAPS, DenseSource
 from vismt.data.pascal_context import read_context, read_parts
 from vismt.errors import UserError
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vismt.data.cards import Card
 from vismt.data.decode import decode_file
-from vismt.data.kinds import DigitsSource, PhotoCropsSource
+from vismt.data.source_types import DigitsSource, PhotoCropsSource
 from vismt.data.manifest import digest
 from vismt.data.sources import Loaded, fix, verify_classes, verify_counts
 from vismt.errors import UserError

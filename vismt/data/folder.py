@@ -7,10 +7,10 @@ from pathlib import Path
 
 from vismt.data.cards import Card
 from vismt.data.decode import decode_file, is_image_name
-from vismt.data.kinds import FolderSource
+from vismt.data.source_types import FolderSource
 from vismt.data.manifest import digest
 from vismt.data.sources import Loaded, fix, shown_path, verify_classes, verify_counts, verify_present
-from vismt.data.strict import inside
+from vismt.data.typed_yaml import inside
 from vismt.errors import UserError
 
 Found = dict[str, dict[Path, list[Path]]]  # split -> class folder -> its image files, sorted

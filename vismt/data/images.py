@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from vismt import console
-from vismt.data import arrays, embedded, filelist, folder, lists, meta_dataset, table, torchvision_door
+from vismt.data import arrays, embedded, folder, meta_dataset, torchvision_door
+from vismt.data import json_lists as filelist
+from vismt.data import id_lists as lists
+from vismt.data import csv_table as table
 from vismt.data.cards import Card, load_card
-from vismt.data.kinds import (
+from vismt.data.source_types import (
     DENSE,
     TEXTS,
     ArraysSource,

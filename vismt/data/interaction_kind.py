@@ -6,7 +6,7 @@ import codecs
 import re
 from dataclasses import dataclass, field
 
-from vismt.data.strict import inside
+from vismt.data.typed_yaml import inside
 from vismt.errors import UserError, near
 
 SPLITS = ("train", "validation", "test")  # of a table of events

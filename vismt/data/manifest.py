@@ -10,9 +10,9 @@ from pathlib import Path
 
 from vismt.data.cards import Card
 from vismt.data.decode import read_bytes
-from vismt.data.kinds import Source
+from vismt.data.source_types import Source
 from vismt.errors import UserError
-from vismt.lowrank.files import atomic_write
+from vismt.files import atomic_write
 
 Files = Mapping[str, Sequence[tuple[str, Path]]]  # group -> (name inside the set, file)
 

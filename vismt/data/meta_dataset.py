@@ -20,8 +20,8 @@ from torch import Tensor
 
 from vismt.data.cards import Card
 from vismt.data.decode import decode_file, is_image_name
-from vismt.data.kinds import META_SPLITS as SPLITS
-from vismt.data.kinds import MetaDatasetSource
+from vismt.data.source_types import META_SPLITS as SPLITS
+from vismt.data.source_types import MetaDatasetSource
 from vismt.data.sources import Loaded, fix, shown_path, verify_classes, verify_counts
 from vismt.errors import UserError
 

@@ -17,7 +17,7 @@ from vismt.data.cards import Card
 from vismt.data.decode import DAMAGED, decode_file
 from vismt.data.dense_sample import Sample
 from vismt.data.derived import normals_from_depth
-from vismt.data.kinds import StereoTilesSource
+from vismt.data.source_types import StereoTilesSource
 from vismt.data.sources import fix, verify_counts
 from vismt.errors import UserError
 

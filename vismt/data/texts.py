@@ -15,7 +15,7 @@ from typing import Any
 from vismt.data import interactions
 from vismt.data.cards import Card, load_card
 from vismt.data.interaction_kind import InteractionsSource
-from vismt.data.kinds import TEXTS, Source
+from vismt.data.source_types import TEXTS, Source
 from vismt.data.manifest import digest
 from vismt.data.sources import fix, not_found, place, shown_path, verify_counts
 from vismt.data.text_kind import TextSource

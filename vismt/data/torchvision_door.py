@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vismt.data.cards import Card
 from vismt.data.decode import DAMAGED, to_rgb
-from vismt.data.kinds import TorchvisionSource
+from vismt.data.source_types import TorchvisionSource
 from vismt.data.sources import Loaded, fix, shown_path, verify_classes, verify_counts
 from vismt.errors import UserError, near
 

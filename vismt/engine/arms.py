@@ -20,7 +20,7 @@ from vismt.config import RunConfig, override, resolved, typed
 from vismt.engine import runtime
 from vismt.engine.loop import Diverged
 from vismt.errors import UserError, near
-from vismt.lowrank.files import atomic_write, read_json
+from vismt.files import atomic_write, read_json
 
 CHOSEN, ALONE = "chosen.json", "adapted"
 Config = TypeVar("Config")

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from vismt.errors import UserError
-from vismt.lowrank.files import atomic_write
+from vismt.files import atomic_write
 from vismt.lowrank.store import check_tensors
 
 NAME = "checkpoint.pt"

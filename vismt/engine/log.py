@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vismt.errors import UserError
-from vismt.lowrank.files import atomic_write
+from vismt.files import atomic_write
 
 METRICS = "metrics.jsonl"
 

@@ -19,9 +19,11 @@ import yaml
 
 from vismt import console
 from vismt.config import RunConfig, config_hash, read_yaml, resolved, typed
-from vismt.engine import jobs, log, report, runtime
+from vismt.engine import log, runtime
+from vismt import jobs
+from vismt.report import report
 from vismt.errors import UserError, near
-from vismt.lowrank.files import atomic_write, read_json
+from vismt.files import atomic_write, read_json
 from vismt.lowrank.peft_folder import export_peft
 
 RESOLVED, FACTS, RESULTS = "config.resolved.yaml", "run.json", "results.jsonl"

@@ -28,9 +28,9 @@ from vismt.engine.arms import (
     unit_config,
 )
 from vismt.errors import UserError, near
-from vismt.lowrank.account import count_parameters
+from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.inject import merge, record_of
-from vismt.lowrank.sites import factor_rank
+from vismt.lowrank.layer_spec import factor_rank
 from vismt.multitask.balancing import Balancer, make_balancer
 from vismt.multitask.fading import RouterFade
 from vismt.multitask.moe_lora import set_fade

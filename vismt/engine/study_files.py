@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vismt.engine.arms import Unit
 from vismt.errors import UserError
-from vismt.lowrank.files import atomic_write, read_json, read_tensors
+from vismt.files import atomic_write, read_json, read_tensors
 from vismt.lowrank.inject import merge
 from vismt.lowrank.linear import AdaptedLinear
 from vismt.lowrank.store import check_tensors, load_adapter, save_adapter

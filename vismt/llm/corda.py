@@ -31,7 +31,7 @@ from vismt.llm.corda_start import context
 from vismt.llm.covariance_files import load_covariances
 from vismt.llm.pissa import SOLVERS, refuse_dropout
 from vismt.lowrank.inject import inject
-from vismt.lowrank.sites import AdaptReport
+from vismt.lowrank.layer_spec import AdaptReport
 from vismt.lowrank.targets import Targets, find_targets, matrix_shape
 from vismt.registry import register_method
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from vismt.errors import UserError
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.init import working_dtype
-from vismt.lowrank.solvers import double, reciprocal, top_exact, top_randomized
+from vismt.lowrank.svd import double, reciprocal, top_exact, top_randomized
 
 DAMPING, DOUBLINGS = 0.01, 20
 

@@ -28,7 +28,7 @@ from vismt.errors import UserError
 from vismt.llm.calibration import Batch, Groups, add_batch, arguments, shared_inputs
 from vismt.llm.covariance_files import Calibration, batch_digest
 from vismt.lowrank.inject import refuse_adapted
-from vismt.lowrank.solvers import double
+from vismt.lowrank.svd import double
 from vismt.lowrank.store import fingerprint
 from vismt.lowrank.targets import Targets, find_targets, matrix_shape
 from vismt.lowrank.threads import each

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vismt.errors import UserError
-from vismt.lowrank.files import atomic_write, read_json
+from vismt.files import atomic_write, read_json
 from vismt.lowrank.store import check_tensors
 
 FORMAT = 1

@@ -25,12 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.errors import UserError, near
-from vismt.lowrank.account import count_parameters
-from vismt.lowrank.gates import instance_gates, recompute_gates, repeat_gates
+from vismt.lowrank.memory import count_parameters
+from vismt.lowrank.instance_gates import instance_gates, recompute_gates, repeat_gates
 from vismt.lowrank.init import kaiming
 from vismt.lowrank.inject import attach, inject, refuse_adapted, site_generator
-from vismt.lowrank.parts import Guest
-from vismt.lowrank.sites import AdaptReport
+from vismt.lowrank.wrappers import Guest
+from vismt.lowrank.layer_spec import AdaptReport
 from vismt.lowrank.targets import Targets
 from vismt.registry import register_method
 

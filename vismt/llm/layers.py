@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from vismt.errors import UserError, near
-from vismt.lowrank.account import count_parameters
+from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.targets import check_patterns, head_paths, matches
 
 # Parameters on the way into the first layer, beside those of an nn.Embedding.

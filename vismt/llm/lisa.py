@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError, near
 from vismt.llm.layers import Layers, find_shares
-from vismt.lowrank.account import count_parameters
+from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.inject import install, need_record, refuse_adapted
-from vismt.lowrank.sites import AdaptReport
+from vismt.lowrank.layer_spec import AdaptReport
 from vismt.lowrank.targets import Targets
 from vismt.registry import register_method, register_schedule
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vismt.lowrank.init import kaiming
 from vismt.lowrank.inject import inject
-from vismt.lowrank.sites import AdaptReport
+from vismt.lowrank.layer_spec import AdaptReport
 from vismt.lowrank.targets import Targets
 from vismt.registry import register_method
 

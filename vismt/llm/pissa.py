@@ -24,7 +24,7 @@ from vismt.errors import UserError, near
 from vismt.lowrank.init import principal, residual, working_dtype
 from vismt.lowrank.inject import inject
 from vismt.lowrank.nf4 import GRIDS, need_bitsandbytes, on_grid
-from vismt.lowrank.sites import AdaptReport
+from vismt.lowrank.layer_spec import AdaptReport
 from vismt.lowrank.targets import Targets
 from vismt.registry import register_method
 

@@ -24,7 +24,7 @@ from vismt.llm.landing import Landing, check_constraint
 from vismt.lowrank import stiefel
 from vismt.lowrank.init import working_dtype
 from vismt.lowrank.inject import inject, record_of
-from vismt.lowrank.sites import AdaptReport
+from vismt.lowrank.layer_spec import AdaptReport
 from vismt.lowrank.targets import Targets
 from vismt.registry import register_method, register_optimizer
 

@@ -24,13 +24,13 @@ from torch import nn
 
 from vismt.errors import UserError, require_known
 from vismt.llm.selection import Selection, select_units
-from vismt.lowrank.account import count_parameters
-from vismt.lowrank.coupled import Structure, structures
+from vismt.lowrank.memory import count_parameters
+from vismt.lowrank.structures import Structure, structures
 from vismt.lowrank.inject import also_trained, install, refuse_adapted
 from vismt.lowrank.options import checked
-from vismt.lowrank.parts import to_own
-from vismt.lowrank.sites import AdaptReport, Site
-from vismt.lowrank.sliced import MODES, SlicedLinear
+from vismt.lowrank.wrappers import to_own
+from vismt.lowrank.layer_spec import AdaptReport, Site
+from vismt.lowrank.slice_linear import MODES, SlicedLinear
 from vismt.lowrank.targets import Targets, find_targets, kind_of, matrix_shape
 from vismt.registry import register_method, register_optimizer
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.errors import UserError
-from vismt.lowrank.coupled import Block, Structure, structures
+from vismt.lowrank.structures import Block, Structure, structures
 from vismt.lowrank.targets import is_conv1d
 
 SCORES = ("weight", "activation", "product", "gradient")

@@ -2,6 +2,6 @@
 
 from vismt.lowrank.combining import combine
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.updates import Updates, read_updates
+from vismt.lowrank.detached_updates import Updates, read_updates
 
 __all__ = ["LowRank", "Updates", "combine", "read_updates"]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vismt.errors import UserError, near
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.store import same_base
-from vismt.lowrank.updates import Updates, read_updates
+from vismt.lowrank.detached_updates import Updates, read_updates
 
 METHODS = ("cat", "svd")
 Adapter = Updates | nn.Module | str | Path

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from vismt.lowrank.solvers import top_exact, top_randomized
+from vismt.lowrank.svd import top_exact, top_randomized
 
 
 def kaiming(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ def principal(
 ) -> tuple[Tensor, Tensor]:
     """Balanced top-`rank` factors of `weight`: scale * B @ A is its best rank-r approximation for any scale.
 
-    method: "exact" or "randomized", see `vismt.lowrank.solvers`. Both factors have the weight's `working_dtype`.
+    method: "exact" or "randomized", see `vismt.lowrank.svd`. Both factors have the weight's `working_dtype`.
     Signs of the singular vectors are arbitrary; compare products, never A or B alone.
     """
     matrix = weight.detach().to(working_dtype(weight))

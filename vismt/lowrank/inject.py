@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError
-from vismt.lowrank.aside import set_aside
-from vismt.lowrank.coupling import couple, movable
-from vismt.lowrank.host import Host
+from vismt.lowrank.backups import set_aside
+from vismt.lowrank.permutation import couple, movable
+from vismt.lowrank.adapter_layer import Host
 from vismt.lowrank.linear import Adapted, AdaptedConv2d, AdaptedLinear
 from vismt.lowrank.options import checked
-from vismt.lowrank.parts import Part, described, need_idle, put, replace, take_out, to_stock
+from vismt.lowrank.wrappers import Part, described, need_idle, put, replace, take_out, to_stock
 from vismt.lowrank.quantized import QuantizedConv2d, QuantizedLinear
-from vismt.lowrank.sites import AdaptReport, Site, plan_site
-from vismt.lowrank.sliced import SlicedLinear
+from vismt.lowrank.layer_spec import AdaptReport, Site, plan_site
+from vismt.lowrank.slice_linear import SlicedLinear
 from vismt.lowrank.targets import Targets, check_patterns, find_targets, matches, pattern_value
 from vismt.lowrank.threads import each
 

@@ -22,8 +22,8 @@ from einops import repeat
 from torch import Tensor, nn
 
 from vismt.lowrank.factors import LowRank, times_core
-from vismt.lowrank.gates import by_sample, fixed_gates, gated, sample_gates
-from vismt.lowrank.host import Host
+from vismt.lowrank.instance_gates import by_sample, fixed_gates, gated, sample_gates
+from vismt.lowrank.adapter_layer import Host
 
 
 def _add_product(out: Tensor, hidden: Tensor, B: Tensor, scale: float, blocks: tuple[int, ...]) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.files import read_json, read_tensors
+from vismt.files import read_json, read_tensors
 from vismt.lowrank.targets import kind_of
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."

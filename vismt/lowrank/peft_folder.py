@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError
-from vismt.lowrank.files import atomic_write
+from vismt.files import atomic_write
 from vismt.lowrank.init import principal
 from vismt.lowrank.inject import AdaptRecord, adapted_modules, need_record, refuse_adapted
 from vismt.lowrank.linear import AdaptedConv2d
-from vismt.lowrank.parts import need_idle, stock_order
+from vismt.lowrank.wrappers import need_idle, stock_order
 from vismt.lowrank.peft_files import CONFIG, PREFIX, TENSORS, PeftAdapter, read_peft
 from vismt.lowrank.store import fill
 from vismt.lowrank.targets import kind_of, matrix_shape
-from vismt.lowrank.updates import of_peft, put_on, refuse_grid
+from vismt.lowrank.detached_updates import of_peft, put_on, refuse_grid
 
 
 def export_peft(model: nn.Module, folder: str | Path, *, compact: bool = False) -> Path:

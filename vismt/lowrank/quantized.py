@@ -19,7 +19,7 @@ from vismt.lowrank.factors import LowRank
 from vismt.lowrank.init import working_dtype
 from vismt.lowrank.linear import Adapted, AdaptedConv2d, AdaptedLinear
 from vismt.lowrank.nf4 import on_grid
-from vismt.lowrank.solvers import double
+from vismt.lowrank.svd import double
 
 MERGE = "against the original weights its update is no pair of factors; merge the model and save it whole"
 

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError
-from vismt.lowrank.aside import same_bits
-from vismt.lowrank.files import atomic_write, read_json, read_tensors
-from vismt.lowrank.host import Host
+from vismt.lowrank.backups import same_bits
+from vismt.files import atomic_write, read_json, read_tensors
+from vismt.lowrank.adapter_layer import Host
 from vismt.lowrank.inject import adapted_modules, attach, install, need_record, record_of, refuse_switched
 from vismt.lowrank.nf4 import GRIDS
-from vismt.lowrank.parts import Guest, Part, part_type, parts_of, stock_order
-from vismt.lowrank.sites import Site
+from vismt.lowrank.wrappers import Guest, Part, part_type, parts_of, stock_order
+from vismt.lowrank.layer_spec import Site
 from vismt.lowrank.targets import kind_of, matrix_shape
 
 FORMAT = 1

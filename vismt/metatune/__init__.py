@@ -3,7 +3,7 @@
 from vismt.metatune.episodes import Episode, EpisodeSampler, VariableSampler
 from vismt.metatune.finetune import FineTuned, FineTuneSettings, finetune
 from vismt.metatune.input_attack import pyramid_attack
-from vismt.metatune.intervals import domain_average, domain_table, mean_interval, paired_bootstrap
+from vismt.stats import domain_average, domain_table, mean_interval, paired_bootstrap
 from vismt.metatune.maml import LinearLearner, MamlNet, MamlObjective, MamlSettings
 from vismt.metatune.merging import MergeSettings, PoolNet, expert_scores, mixture_weights
 from vismt.metatune.pool import Expert, ExpertPool, assemble, read_pool

@@ -26,7 +26,7 @@ from torch.func import functional_call
 from vismt.errors import UserError, near
 from vismt.lowrank.init import kaiming, principal
 from vismt.lowrank.inject import inject
-from vismt.lowrank.sites import AdaptReport
+from vismt.lowrank.layer_spec import AdaptReport
 from vismt.lowrank.targets import Targets
 from vismt.metatune.input_attack import PYRAMID, STARTS, Levels, pyramid_attack
 from vismt.metatune.protonet import ProtoNet, cosine_logits, prototypes

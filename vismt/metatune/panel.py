@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vismt.lowrank.files import atomic_write
+from vismt.files import atomic_write
 from vismt.metatune.labelled import Episode
 
 PER_CLASS = 5

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from vismt.errors import UserError
 from vismt.lowrank.bank import FactorBank
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.files import atomic_write, read_json
+from vismt.files import atomic_write, read_json
 from vismt.lowrank.inject import adapted_modules, record_of, unadapt
-from vismt.lowrank.sites import Site
+from vismt.lowrank.layer_spec import Site
 from vismt.lowrank.store import DESCRIPTION, base_samples, load_adapter
-from vismt.lowrank.updates import Updates
+from vismt.lowrank.detached_updates import Updates
 
 INDEX, FORMAT = "pool.json", 1
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from vismt import console
 from vismt.errors import UserError
-from vismt.metatune.intervals import DomainRow, domain_average, domain_table, mean_interval, paired_bootstrap
+from vismt.stats import DomainRow, domain_average, domain_table, mean_interval, paired_bootstrap
 from vismt.metatune.labelled import Episode
 from vismt.metatune.panel import Outcome, write_panel
-from vismt.metatune.records import Records
+from vismt.records import Records
 from vismt.seeds import mix_seed
 
 __all__ = [

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vismt import console
 from vismt.metatune.finetune import FineTuned, FineTuneSettings
-from vismt.metatune.intervals import mean_interval
+from vismt.stats import mean_interval
 from vismt.metatune.merging import MergeSettings, PoolNet, expert_scores, mixture_weights
 from vismt.metatune.pool import ExpertPool
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vismt import console
 from vismt.errors import UserError, near
-from vismt.lowrank.files import atomic_write, read_tensors
+from vismt.files import atomic_write, read_tensors
 from vismt.multitask.kmeans import RESTARTS, balanced_kmeans, check_divides
 from vismt.paths import cache_root
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError
-from vismt.lowrank.account import count_parameters
+from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.inject import attach, inject, refuse_adapted, site_generator
-from vismt.lowrank.parts import parts_of
-from vismt.lowrank.sites import AdaptReport
+from vismt.lowrank.wrappers import parts_of
+from vismt.lowrank.layer_spec import AdaptReport
 from vismt.lowrank.targets import Targets, find_targets, kind_of
 from vismt.multitask.experts import cluster_model
 from vismt.multitask.moefied import Fade, MoEfiedMlp, check_labels, checked_fade, starter

@@ -23,8 +23,8 @@ from vismt.errors import UserError, near
 from vismt.lowrank.init import working_dtype
 from vismt.lowrank.inject import Initialiser, initialise, site_generator
 from vismt.lowrank.linear import Adapted, AdaptedLinear
-from vismt.lowrank.parts import Part
-from vismt.lowrank.sites import plan_site
+from vismt.lowrank.wrappers import Part
+from vismt.lowrank.layer_spec import plan_site
 from vismt.multitask.experts import plain_mlp
 from vismt.multitask.routing import expert_weights, gate, idle
 

@@ -13,7 +13,7 @@ from vismt import console
 from vismt.data.images import open_images
 from vismt.data.pixels import Pixels
 from vismt.errors import UserError
-from vismt.lowrank.files import atomic_write
+from vismt.files import atomic_write
 from vismt.robustness.attacks import AttackSpec
 from vismt.robustness.classifier import load_classifier
 from vismt.robustness.evaluate import MaskingCheck, Row, check_masking, evaluate_classifier

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vismt import console
 from vismt.errors import UserError
-from vismt.metatune.records import Records
+from vismt.records import Records
 from vismt.robustness.attacks import AttackSpec
 from vismt.robustness.classifier import load_classifier
 from vismt.robustness.corruptions import CorruptionSpec

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vismt.metatune.intervals import mean_interval
+from vismt.stats import mean_interval
 from vismt.metatune.protocol import PixelStore, Sampler, Task, run_protocol
 from vismt.robustness.attacks import AttackSpec
 from vismt.robustness.evaluate import MaskingCheck

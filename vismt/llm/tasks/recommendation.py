@@ -42,7 +42,7 @@ from vismt.llm.tasks.base import (
     probability_measures,
 )
 from vismt.llm.tasks.pieces import IGNORE, Piece, stem, tree
-from vismt.lowrank.gates import instance_gates
+from vismt.lowrank.instance_gates import instance_gates
 from vismt.seeds import mix_seed
 
 ANSWERS = ("choose", "write")

@@ -1,0 +1,86 @@
+"""Random language models of two blocks in the layouts that occur: grouped queries, biases, norms, fused and transposed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny import images, tiny_vit
+from torch import Tensor, nn
+
+transformers = pytest.importorskip("transformers")
+
+LMS = ("llama", "qwen2", "gpt2")
+SHAPE: dict[str, Any] = {
+    "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2,
+}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+def random_lm(kind: str, seed: int = 0, **changes: object) -> nn.Module:
+    """A causal LM of this model type as it is initialised, in evaluation mode; `changes` to SHAPE, which GPT-2 renames."""
+    torch.manual_seed(seed)
+    own = NO_DROPOUT if kind == "gpt2" else {}
+    config = transformers.AutoConfig.for_model(kind, **{**SHAPE, **own, **changes})
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def tiny_lm(kind: str, seed: int = 0) -> nn.Module:
+    """Weights of standard deviation 0.2 so that the logits differ from each other; biases that are not zero."""
+    model = random_lm(kind, seed, initializer_range=0.2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if kind == "qwen2" and name.endswith("bias"):
+                parameter.normal_(std=0.2)
+    return model
+
+
+def moved_lm(kind: str, **changes: object) -> nn.Module:
+    """Eight heads; every parameter moved, norms and biases as well."""
+    model = random_lm(kind, **{"num_attention_heads": 8, **changes})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    return model
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "llama-mha": lambda: moved_lm("llama", num_key_value_heads=8),
+    "llama-gqa": lambda: moved_lm("llama"),
+    "llama-mqa": lambda: moved_lm("llama", num_key_value_heads=1, head_dim=6),
+    "qwen2-biases": lambda: moved_lm("qwen2"),
+    "qwen3-head-norms": lambda: moved_lm("qwen3", head_dim=6),
+    "olmo2-wide-norms": lambda: moved_lm("olmo2"),
+    "phi3-fused": lambda: moved_lm("phi3", pad_token_id=0),
+    "gpt2-conv1d": lambda: moved_lm("gpt2", num_attention_heads=4, max_position_embeddings=32),
+    "vit": tiny_vit,
+    "vit-norms": lambda: tiny_vit(qk_norm=True, scale_attn_norm=True, scale_mlp_norm=True),
+}
+
+
+def tokens(count: int = 2, length: int = 8, seed: int = 1) -> Tensor:
+    """int64 (count, length), words of these models."""
+    return torch.randint(40, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(lengths: tuple[int, ...] = (8, 5, 3), seed: int = 1) -> dict[str, Tensor]:
+    """Token ids and mask (b, n) of samples of several lengths, padded on the right."""
+    ids = tokens(len(lengths), max(lengths), seed)
+    mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+    return {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long()}
+
+
+def outputs(model: nn.Module, seed: int = 0) -> Tensor:
+    """Logits of two small inputs."""
+    if hasattr(model, "config"):
+        return model(tokens(2, 7, seed)).logits
+    return model(images(2, seed=seed).to(next(model.parameters()).dtype))
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """|found - wanted| / |wanted| in the Frobenius norm."""
+    found, wanted = found.detach().double(), wanted.detach().double()
+    return float((found - wanted).norm() / wanted.norm())

@@ -1,0 +1,119 @@
+"""A tiny random LM with a tokenizer of its own, and small sets of texts, for tests of the language-model job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from helpers.language_models import random_lm
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import nn
+
+WORDS = [
+    "a", "bad", "good", "film", "plot", "was", "very", "dull", "bright", "and", "the", "of", "it", "Review", ":",
+    "Sentiment", "negative", "positive", "Question", "Answer", "one", "two", "three", "four", "five", "six", "seven",
+    "eight", "nine", "ten", "plus", "is", "####", "what", "colour", "sky", "blue", "grass", "green",
+]
+
+
+def tokenizer(bos: bool = False) -> Any:
+    """A word with the space before it is one token, as in byte-level BPE; "<s>" begins a text when asked for, "</s>" ends one."""
+    tokens = ["<unk>", "<s>", "</s>", *WORDS, *(f"Ġ{word}" for word in WORDS), *(chr(i) for i in range(33, 127)), "Ġ", "Ċ"]
+    words = Tokenizer(models.WordLevel({token: i for i, token in enumerate(dict.fromkeys(tokens))}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    if bos:
+        words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def tiny_lm(kind: str = "llama", seed: int = 0, vocabulary: int = 256) -> nn.Module:
+    """llama (grouped heads), qwen2 (biases) or gpt2 (Conv1D, learned positions, tied), random, in evaluation mode."""
+    lm = random_lm(kind, seed, vocab_size=vocabulary, num_hidden_layers=3, max_position_embeddings=128, pad_token_id=0)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)  # logits that tell tokens apart
+    return lm
+
+
+def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a configuration with the values at dotted keys replaced."""
+    config = json.loads(json.dumps(config))
+    for key, value in changes.items():
+        *outer, last = key.split(".")
+        place = config
+        for name in outer:
+            place = place[name]
+        place[last] = value
+    return config
+
+
+def save_lm(folder: Path, kind: str = "llama") -> Path:
+    """A folder that create_lm reads."""
+    tiny_lm(kind).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_texts(folder: Path) -> dict[str, Path]:
+    """Cards by name: films (train 24, dev 8, test 10), other (all 6), sums (all 12), stories (all 4)."""
+    adjectives = {"0": ["bad", "dull"], "1": ["good", "bright"]}
+    films = [
+        {"text": f"the {noun} was {'very ' * (i % 3)}{adjectives[label][i % 2]}", "label": label}
+        for i in range(7) for noun in ("film", "plot", "sky") for label in ("0", "1")
+    ]
+    numbers = WORDS[WORDS.index("one") :][:10]
+    sums = [
+        {"question": f"what is {numbers[i]} plus {numbers[j]}", "answer": numbers[i + j + 1]} for i in range(4) for j in range(3)
+    ]
+    stories = [{"text": " ".join(WORDS[(start + 3 * i) % len(WORDS)] for i in range(30))} for start in range(4)]
+    choices = [
+        {"question": f"what colour is the {thing}", "one": "blue", "two": "green", **extra, "answer": right}
+        for thing, right in (("sky", "one"), ("grass", "two")) for extra in ({}, {"three": "very bright"})
+    ]
+    parts = {
+        "films": ({"train": films[:24], "dev": films[24:32], "test": films[32:]}, ["text", "label"]),
+        "other": ({"all": [{"text": f"a {row['text']}", "label": row["label"]} for row in films[:6]]}, ["text", "label"]),
+        "sums": ({"all": sums}, ["question", "answer"]),
+        "stories": ({"all": stories}, ["text"]),
+        "colours": ({"all": choices * 2}, ["question", "one", "two", "three", "answer"]),
+    }
+    cards = {}
+    for name, (splits, fields) in parts.items():
+        base = folder / name / "rows"
+        base.mkdir(parents=True)
+        for split, rows in splits.items():
+            (base / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        kept = [key for key in fields if all(key in row for rows in splits.values() for row in rows)]
+        (folder / name / "card.yaml").write_text(json.dumps({
+            "name": name, "title": name, "source": "own", "licence": "own", "classes": 0,
+            "sources": [{
+                "kind": "text", "root": "rows", "files": {split: f"{split}.jsonl" for split in splits},
+                "splits": {split: len(rows) for split, rows in splits.items()}, "fields": kept,
+            }],
+        }))
+        cards[name] = folder / name
+    return cards
+
+
+def save_interactions(folder: Path) -> Path:
+    """A card of 30 users, each of whom takes items one after the other in the order of the catalogue of 24, by time."""
+    numbers = WORDS[WORDS.index("one") :][:8]
+    titles = [f"{adjective} {number}" for adjective in ("bright", "dull", "blue") for number in numbers]
+    base = folder / "walks" / "rows"
+    base.mkdir(parents=True)
+    (base / "items.csv").write_text("item,title\n" + "".join(f"i{i},{title}\n" for i, title in enumerate(titles)))
+    events = [f"u{user},i{(5 * user + step) % 24},{1000 * user + step}\n" for user in range(30) for step in range(7 + user % 3)]
+    (base / "events.csv").write_text("user,item,timestamp\n" + "".join(events))
+    (folder / "walks" / "card.yaml").write_text(json.dumps({
+        "name": "walks", "title": "walks", "source": "own", "licence": "own", "classes": 0,
+        "sources": [{
+            "kind": "interactions", "root": "rows", "items": "items.csv", "item_columns": ["item", "title"],
+            "events": "events.csv", "shortest": 2, "splits": {"train": 120, "validation": 30, "test": 30},
+        }],
+    }))
+    return folder / "walks"

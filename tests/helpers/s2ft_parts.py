@@ -1,0 +1,68 @@
+"""S2FT in a plain loop on the tiny Llama; as a script one of two processes: python s2ft_parts.py FOLDER."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from helpers.lisa_parts import Objective, case, tokens
+from helpers.tiny import snapshot
+from torch import nn
+
+import vismt
+from vismt.errors import UserError
+
+MODES = ("permute", "index")
+
+
+def sliced(mode: str, seed: int = 3) -> nn.Module:
+    model = case("llama").model
+    vismt.adapt(model, "s2ft", mode=mode, ratio=0.4, parts=("v", "o", "u", "d"), seed=seed)
+    return model
+
+
+def steps(model: nn.Module, numbers: Callable[[int], list[int]]) -> None:
+    """Five optimiser steps on the mean loss of the batches of each."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    for step in range(5):
+        for number in numbers(step):
+            batch = tokens(number)
+            (model(input_ids=batch, labels=batch).loss / len(numbers(step))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def rank_main(folder: Path) -> None:
+    """Train under DDP and the engine's loop."""
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    from vismt.config import TrainConfig
+    from vismt.engine import loop, runtime
+
+    dist.init_process_group("gloo")
+    rank, found = dist.get_rank(), {}
+    for mode in MODES:
+        model = sliced(mode)
+        steps(DistributedDataParallel(model), lambda step: [2 * step + rank])
+        found.update({f"{mode}.{name}": value for name, value in snapshot(model).items()})
+        vismt.merge(model)
+        found.update({f"merged.{mode}.{name}": value for name, value in snapshot(model).items()})
+
+        model = sliced(mode)
+        config = TrainConfig(steps=5, lr=1e-2, weight_decay=0.1, clip=None, checkpoint_every=5)
+        loop.train(Objective(model), tokens, config, folder / mode, "hash", runtime.accelerator(), seed=0)
+        found.update({f"loop.{mode}.{name}": value for name, value in snapshot(model).items()})
+    try:
+        sliced("permute", seed=rank)
+    except UserError as error:
+        found["refused"] = torch.tensor("the processes chose different units" in str(error))
+    torch.save(found, folder / f"{rank}.pt")
+    del model
+    runtime.leave()
+
+
+if __name__ == "__main__":
+    rank_main(Path(sys.argv[1]))

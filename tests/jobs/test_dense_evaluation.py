@@ -1,0 +1,87 @@
+"""Scores of a dense run do not depend on the canvas that an image is padded to."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from vismt.data.dense import DenseSet
+from vismt.jobs.dense import evaluation as dense_evaluation
+from vismt.engine.arms import ALONE, Unit
+from vismt.jobs.dense.config import DenseConfig, all_tasks
+from vismt.jobs.dense.data import Rows
+from vismt.jobs.dense.evaluation import Evaluation
+
+pytest.importorskip("torchmetrics")
+
+
+class Held:
+    """Samples as DenseData holds them, on the canvas of the configuration."""
+
+    def __init__(self, samples: list[dict[str, torch.Tensor]], config: DenseConfig) -> None:
+        targets = [name for name in samples[0] if name != "image"]
+        images = DenseSet("made", "all", [], targets, [str(i) for i in range(len(samples))], samples.__getitem__)
+        self.size, self.tasks = tuple(config.size), {task.name: task for task in all_tasks(config)}
+        self.rows = Rows([(images, i) for i in range(len(samples))])
+
+    def part(self, name: str) -> Rows:
+        return self.rows
+
+
+@pytest.fixture
+def evaluated(tmp_path, monkeypatch):
+    """evaluated(tasks, samples, canvas): the validation score when a task's prediction is the image's first channels."""
+
+    def shown(net, tasks, images, **options):
+        whole = {"classify": images[:, :2, 0, 0]}
+        return {name: whole.get(name, images[:, : task.channels]) for name, task in tasks.items()}
+
+    monkeypatch.setattr(dense_evaluation, "predict", shown)
+    monkeypatch.setattr(dense_evaluation, "fingerprint", lambda unit: "of none")
+    monkeypatch.setattr(Evaluation, "_final", lambda self, unit: None)
+
+    def score(tasks, samples, canvas):
+        folder = tmp_path / "x".join(map(str, canvas))
+        (folder / "records").mkdir(parents=True)
+        config = DenseConfig(tasks=tasks, size=list(canvas))
+        return Evaluation(config, folder, "hash", Held(samples, config)).validate(Unit(ALONE, 1e-3, 0, folder))
+
+    return score
+
+
+def lines(edge_columns: list[int], seen_columns: list[int]) -> dict[str, torch.Tensor]:
+    """512 x 384 pixels with true lines, and a picture whose first channel is a sure prediction of others."""
+    edge, image = torch.zeros(512, 384, dtype=torch.int64), torch.full((3, 512, 384), -20.0)
+    edge[:, edge_columns] = 1
+    image[:, :, seen_columns] = 20.0
+    return {"image": image, "edge": edge}
+
+
+def test_the_tolerance_of_edges_is_that_of_the_image_and_not_of_the_canvas(evaluated) -> None:
+    # The diagonal of the image is 640 px, times 0.0075 is 4.8; of the canvas 724 px, 5.4. The line at 100 is met at 104 and
+    # the one at 300 missed at 305: P = R = 1/2.
+    samples = [lines([100, 300], [104, 305]), lines([100, 300], [104, 305])]
+    tasks = [{"name": "edge", "max_dist": 0.0075, "thresholds": 1}]
+    assert evaluated(tasks, samples, (512, 384)) == pytest.approx(0.5)
+    assert evaluated(tasks, samples, (512, 512)) == pytest.approx(0.5)
+    assert evaluated([{**tasks[0], "max_dist": 0.0085}], samples, (512, 520)) == pytest.approx(1)  # 5.4 px
+
+
+@pytest.mark.parametrize("task", [
+    {"name": "semseg", "classes": 2}, "depth", "normals", "saliency", {"name": "parts", "classes": 2},
+    {"name": "classify", "classes": 2},
+])  # fmt: skip
+def test_other_scores_are_the_same_on_any_canvas(evaluated, task) -> None:
+    generator = torch.Generator().manual_seed(0)
+    key = {"classify": "class"}.get(name := task if isinstance(task, str) else task["name"], name)
+    samples = []
+    for label in range(3):
+        image, labels = torch.rand(3, 24, 16, generator=generator), torch.randint(0, 2, (24, 16), generator=generator)
+        labels[:, 9:12] = 255
+        normals = torch.nn.functional.normalize(torch.randn(3, 24, 16, generator=generator), dim=0)
+        target = {"depth": image[1] + 1, "normals": normals, "class": torch.tensor(label % 2)}.get(key, labels)
+        samples.append({"image": image, key: target})
+    tight, wide = (evaluated([task], samples, canvas) for canvas in ((24, 16), (24, 40)))
+    assert tight == wide and math.isfinite(tight)

@@ -1,0 +1,182 @@
+"""The samples of a dense configuration: its parts, opened once, fitted into one size, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vismt import console
+from vismt.data import dense_transforms as transforms
+from vismt.data.dense import DenseSet, open_samples
+from vismt.data.dense_sample import CLASS, Sample, collate
+from vismt.data.splits import divide
+from vismt.data.batching import Passes
+from vismt.jobs.dense.config import DenseAugmentConfig, DenseConfig, all_tasks, canvas_of
+from vismt.engine.splits import shares
+from vismt.errors import UserError
+from vismt.multitask.dense import SEGMENTATION
+from vismt.multitask.tasks import DenseTask, MapTask
+from vismt.multitask.tasks.depth import Depth, InverseDepth
+from vismt.seeds import mix_seed
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Samples of several sets behind one running index, in their sets' order and own sizes."""
+
+    entries: list[tuple[DenseSet, int]]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def ids(self) -> list[str]:
+        """"set:id" of each."""
+        return [f"{images.name}:{images.ids[i]}" for images, i in self.entries]
+
+    @property
+    def name(self) -> str:
+        """The sets' names, joined by +."""
+        return "+".join(dict.fromkeys(images.name for images, _ in self.entries))
+
+    def fitted(self, number: int, size: tuple[int, int]) -> Sample:
+        """One sample fitted into `size` and padded, so that training and evaluation meet one camera."""
+        return transforms.pad(self.unpadded(number, size), size)
+
+    def unpadded(self, number: int, size: tuple[int, int]) -> Sample:
+        """The same before padding, which no score may see."""
+        images, i = self.entries[number]
+        return images.read(i, lambda sample: transforms.fit(sample, size))
+
+
+class DenseData:
+    """parts: "train", "validation" and "test". size: (h, w) of the canvas that images are fitted into.
+
+    tasks: {name: task}, depth as the sets hold it. Raises UserError for a card that is not here, a set without a target of any
+    task, a task that no set of a part has a target for, a number of classes that is not the sets', classes that two sets call
+    differently, and depth beside inverse depth.
+    """
+
+    def __init__(self, config: DenseConfig) -> None:
+        data, tasks = config.data, all_tasks(config)
+        self.size = canvas_of(config)
+        self.parts: dict[str, Rows] = {part: Rows([]) for part in ("train", "validation", "test")}
+        for name in data.train:
+            images = _open(name)
+            strata = torch.zeros(len(images), dtype=torch.int64) if images.labels is None else images.labels
+            for part, index in divide(strata, shares(data), images.name).items():
+                self.parts[part].entries.extend((images, i) for i in index.tolist())
+        for part in ("validation", "test"):
+            for name in getattr(data, part):
+                images = _open(name)
+                self.parts[part].entries.extend((images, i) for i in range(len(images)))
+        if data.limit is not None:
+            self.parts["train"] = Rows(_spread(self.parts["train"].entries, data.limit))
+        sets = list({id(images): images for rows in self.parts.values() for images, _ in rows.entries}.values())
+        for images in sets:
+            _check_set(images, tasks)
+        _check_names([(images.name, images.image_classes) for images in sets if images.labels is not None])
+        if SEGMENTATION in [task.key for task in tasks]:
+            labelled = [(images.name, images.classes) for images in sets if SEGMENTATION in images.targets]
+            _check_names([(name, classes) for name, classes in labelled if not _numbered(classes)])
+        self.tasks = {task.name: task for task in tasks}
+        if Depth.name in self.tasks and _inverse(sets):
+            self.tasks[Depth.name] = InverseDepth.of(self.tasks[Depth.name])
+        for part in ("train", "validation", "test"):
+            self._check_targets(part, tasks)
+        console.stage("data", "   ".join(f"{part} {len(rows):,}" for part, rows in self.parts.items() if len(rows)))
+
+    def part(self, name: str) -> Rows:
+        """The samples of a part; UserError where there is no validation part."""
+        if not len(self.parts[name]):
+            raise UserError("data: nothing to validate on; name a set in validation, or give validation_share.")
+        return self.parts[name]
+
+    def _check_targets(self, part: str, tasks: Sequence[DenseTask]) -> None:
+        entries = self.parts[part].entries
+        known = {target for images, _ in entries for target in images.targets}
+        lacking = next((task for task in tasks if entries and task.key not in known), None)
+        if lacking is not None:
+            what = "maps of it" if isinstance(lacking, MapTask) else "classes of its images"
+            raise UserError(
+                f"tasks: {lacking.name}: no {part} set has {what}; {self.parts[part].name} has {', '.join(sorted(known))}."
+            )
+
+
+class DenseBatches:
+    """batches(k) -> a collated sample of `batch` images: passes over all rows, each in an order of its own.
+
+    A function of (seed, k). canvas, size: (h, w) that an image is fitted into, and of the crop taken from there. targets: the
+    maps that are kept. Raises UserError when there are fewer rows than one batch takes.
+    """
+
+    def __init__(
+        self, rows: Rows, canvas: tuple[int, int], size: tuple[int, int], batch: int, augment: DenseAugmentConfig,
+        targets: Sequence[str], *, seed: int,
+    ) -> None:
+        self._passes = Passes(len(rows), batch, seed=seed)
+        self.rows, self.canvas, self.size, self.augment, self.seed = rows, canvas, size, augment, seed
+        self.kept = ("image", *targets)
+
+    def __call__(self, number: int) -> Sample:
+        found = self._passes(number).tolist()
+        return collate([self._sample(row, mix_seed(self.seed, "augment", number, place)) for place, row in enumerate(found)])
+
+    def _sample(self, row: int, seed: int) -> Sample:
+        own, (images, i) = self.augment, self.rows.entries[row]
+
+        def augmented(sample: Sample) -> Sample:
+            return transforms.augment(
+                transforms.resize(sample, self.canvas), seed, self.size, scales=(own.scales[0], own.scales[1]), mirror=own.flip,
+                cat_max_ratio=own.cat_max_ratio, strength=own.strength, hue=own.hue, inverse_depth=images.inverse_depth,
+            )
+
+        # Labels decide which crop is taken, so what an arm does not train is dropped only afterwards: arms see the same crops.
+        return {name: values for name, values in images.read(i, augmented).items() if name in self.kept}
+
+
+def _open(name: str) -> DenseSet:
+    card, _, split = name.partition(":")
+    return open_samples(card, split or "all")
+
+
+def _spread(entries: list[tuple[DenseSet, int]], limit: int) -> list[tuple[DenseSet, int]]:
+    count = min(limit, len(entries))
+    return [entries[i * len(entries) // count] for i in range(count)]
+
+
+def _check_set(images: DenseSet, tasks: Sequence[DenseTask]) -> None:
+    """One of the tasks has a target here, and as many classes."""
+    if not any(task.key in images.targets for task in tasks):
+        held, names = ", ".join(images.targets), ", ".join(task.name for task in tasks)
+        raise UserError(f"data: '{images.name}' has {held}, which none of the tasks ({names}) learns from; leave it out.")
+    for task in tasks:
+        names = {"semseg": images.classes, "parts": images.parts, CLASS: images.image_classes}.get(task.key)
+        if names and task.key in images.targets and task.channels != len(names):
+            raise UserError(f"tasks: {task.name}: classes {task.channels}, '{images.name}' has {len(names)}.")
+
+
+def _check_names(named: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """One number is one class in all sets. named: (set, its classes)."""
+    for name, classes in named[1:]:
+        first, others = named[0]
+        one, other = next(((one, other) for one, other in zip(others, classes) if one != other), (None, None))
+        if one is not None:
+            raise UserError(f"data: one class is '{one}' in '{first}' and '{other}' in '{name}'; give both the same names.")
+
+
+def _numbered(classes: Sequence[str]) -> bool:
+    """Whether the classes of maps are called by their numbers, as where the card does not name them."""
+    return list(classes) == [str(number) for number in range(len(classes))]
+
+
+def _inverse(sets: Sequence[DenseSet]) -> bool:
+    """Whether the depth of the sets is inverse; UserError when that of some is."""
+    deep = [images for images in sets if Depth.key in images.targets]
+    odd = next((images for images in deep if images.inverse_depth != deep[0].inverse_depth), None)
+    if odd is not None:
+        one, other = (odd, deep[0]) if odd.inverse_depth else (deep[0], odd)
+        raise UserError(f"data: '{one.name}' has inverse depth, '{other.name}' depth; take sets of one kind, or no task depth.")
+    return bool(deep) and deep[0].inverse_depth

@@ -1,0 +1,176 @@
+"""A report as one self-contained HTML page and as Markdown. Every text that comes from a file is escaped here."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Sequence
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vismt.report.tables import Table, turned
+
+if TYPE_CHECKING:
+    from vismt.jobs.fewshot.report import Picture
+    from vismt.report.report import Report
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --muted: #5d6775; --line: #dfe3e9; --page: #ffffff; --soft: #f5f7f9;
+  --accent: #005f96; --best: #e6f1f8; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e7eaee; --muted: #9ba6b4; --line: #333b46; --page: #14181d;
+  --soft: #1c2229; --accent: #6cb8e6; --best: #17354a; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.55; font-size: 16px;
+  font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+main { max-width: 62rem; margin: 0 auto; padding: 3rem 1.5rem 5rem; }
+h1 { font-size: 2rem; line-height: 1.2; letter-spacing: -0.02em; margin: 0 0 1.5rem; }
+h2 { font-size: 1.25rem; letter-spacing: -0.01em; margin: 3rem 0 0.75rem; }
+h3 { font-size: 1rem; margin: 1.75rem 0 0.5rem; }
+p { margin: 0.5rem 0; } .note { color: var(--muted); font-size: 0.875rem; max-width: 48rem; }
+dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 0.3rem 1.5rem; margin: 0; padding: 1.1rem 1.3rem;
+  background: var(--soft); border-radius: 10px; font-size: 0.9rem; }
+dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
+code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: 0.85em; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
+th { text-align: left; font-weight: 600; color: var(--muted); border-bottom: 2px solid var(--line); }
+th, td { padding: 0.45rem 0.9rem 0.45rem 0; white-space: nowrap; vertical-align: top; }
+td { border-top: 1px solid var(--line); }
+td:nth-child(-n+2) { white-space: normal; overflow-wrap: anywhere; min-width: 6.5rem; }
+tr.more td { border-top: 0; padding-top: 0; }
+tr.average td { font-weight: 600; } .number { text-align: right; padding-left: 0.9rem; }
+td.best span { background: var(--best); border-radius: 5px; padding: 0.12rem 0.4rem; margin-right: -0.4rem; font-weight: 700; }
+table.many { font-size: 0.82rem; } table.many th { white-space: normal; vertical-align: bottom; }
+table.many th, table.many td { padding-right: 0.5rem; } table.many .number { padding-left: 0.35rem; }
+table.many td small { display: block; color: var(--muted); font-weight: 400; font-size: 0.92em; }
+figure { margin: 1rem 0 2rem; } figcaption { color: var(--muted); font-size: 0.875rem; margin-top: 0.5rem; }
+img { display: block; max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: 10px;
+  padding: 0.75rem; }
+.cite { border-left: 4px solid var(--accent); background: var(--soft); border-radius: 0 10px 10px 0; padding: 0.9rem 1.3rem; }
+details { margin: 0.75rem 0; } summary { cursor: pointer; color: var(--accent); }
+pre { background: var(--soft); border-radius: 10px; padding: 1rem 1.3rem; overflow-x: auto; }
+@media (max-width: 40rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 0.5rem; } }
+@media print { main { max-width: none; padding: 0; } figure, tr { break-inside: avoid; } }
+"""
+
+
+def render_html(report: Report) -> str:
+    """The page, images as data URIs, readable from disk in light and dark; no script and no other file."""
+    parts = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{escape(report.title)}</title><style>{STYLE}</style></head><body><main>",
+        f"<h1>{escape(report.title)}</h1><dl>",
+        *(f"<dt>{escape(name)}</dt><dd>{_fact(name, value)}</dd>" for name, value in report.facts),
+        "</dl><h2>Results</h2>",
+        *(_html_table(table) for table in report.tables),
+        f'<p class="note">{escape(report.legend)}</p>',
+        *(text for table, note in report.aside for text in (_html_table(table), f'<p class="note">{escape(note)}</p>')),
+        *(f"<h2>{escape(picture.title)}</h2>{_figure(picture)}" for picture in report.curves),
+    ]
+    for section, panels in groupby(report.panels, key=lambda picture: picture.section):
+        parts.append(f"<h2>{escape(section)}</h2>")
+        for picture in panels:
+            opened = " open" if picture is report.panels[0] else ""
+            parts.append(f"<details{opened}><summary>{escape(picture.title)}</summary>{_figure(picture)}</details>")
+    parts.append('<h2>How to cite these numbers</h2><div class="cite">')
+    parts += [f"<p>{escape(sentence)}</p>" for sentence in report.citation]
+    parts.append("</div>")
+    if report.config:
+        parts.append("<h2>Configuration</h2><details><summary>config.resolved.yaml</summary>")
+        parts.append(f"<pre>{escape(report.config)}</pre></details>")
+    return "\n".join([*parts, "</main></body></html>\n"])
+
+
+def render_markdown(report: Report, folder: Path) -> str:
+    """The same tables and sentences for a paper or a pull request; pictures are linked relative to `folder`."""
+    lines = [f"# {_plain(report.title)}", "", "| | |", "|---|---|"]
+    lines += [f"| {_plain(name)} | {_plain(value)} |" for name, value in report.facts]
+    lines += ["", "## Results"]
+    for table in report.tables:
+        lines += ["", f"### {_plain(table.title)}"]
+        for part in turned(table) if table.many and not table.folded else [table]:
+            lines += ["", *_markdown_table(part)]
+    lines += ["", report.legend]
+    for table, note in report.aside:
+        lines += ["", f"### {_plain(table.title)}", "", *_markdown_table(table), "", note]
+    for picture in report.curves:
+        lines += ["", f"## {_plain(picture.title)}", "", *_markdown_picture(picture, folder)]
+    for section, panels in groupby(report.panels, key=lambda picture: picture.section):
+        lines += ["", f"## {_plain(section)}"]
+        for picture in panels:
+            lines += ["", f"### {_plain(picture.title)}", "", *_markdown_picture(picture, folder)]
+    lines += ["", "## How to cite these numbers", ""]
+    lines += ["\n>\n".join(f"> {_plain(sentence)}" for sentence in report.citation)]
+    return "\n".join(lines) + "\n"
+
+
+def _html_table(table: Table) -> str:
+    heads = "".join(f"<th{_kind(i)}>{_breakable(head)}</th>" for i, head in enumerate(table.heads))
+    rows = []
+    for number, row in enumerate(table.rows):
+        again = number > 0 and table.rows[number - 1][0] == row[0]
+        classes = " ".join(["more"] * again + ["average"] * (row[0] == "average"))
+        cells = []
+        for i, text in enumerate(row):
+            shown = "" if i == 0 and again else escape(text)
+            if table.many and " ± " in shown:
+                value, _, rest = shown.partition(" ± ")
+                half, _, mark = rest.partition(" ")
+                shown = f"{value} {mark}".rstrip() + f"<small>± {half}</small>"
+            if (number, i) in table.best:
+                cells.append(f'<td class="number best"><span>{shown}</span></td>')
+            else:
+                cells.append(f"<td{_kind(i)}>{shown}</td>")
+        rows.append(f'<tr class="{classes}">{"".join(cells)}</tr>' if classes else f"<tr>{''.join(cells)}</tr>")
+    body = "\n".join(rows)
+    kind = ' class="many"' if table.many else ""
+    made = f'<div class="wide"><table{kind}><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+    if table.folded:
+        return f"<details><summary>{escape(table.title)}</summary>{made}</details>"
+    return f"<h3>{escape(table.title)}</h3>{made}"
+
+
+def _kind(column: int) -> str:
+    return ' class="number"' if column > 1 else ""
+
+
+def _breakable(head: str) -> str:
+    """A head that may be broken behind the joints of a model's name."""
+    return re.sub(r"([+:_])", r"\1<wbr>", escape(head))
+
+
+def _fact(name: str, value: str) -> str:
+    return f"<code>{escape(value)}</code>" if name in ("Command", "Git revision", "Config hash") else escape(value)
+
+
+def _figure(picture: Picture) -> str:
+    data = base64.b64encode(picture.path.read_bytes()).decode("ascii")
+    return (
+        f'<figure><img alt="{escape(picture.title)}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
+    )
+
+
+def _markdown_table(table: Table) -> list[str]:
+    def line(texts: Sequence[str]) -> str:
+        return "| " + " | ".join(texts) + " |"
+
+    rules = ["---" if i < table.texts else "---:" for i in range(len(table.heads))]
+    rows = [
+        line([f"**{_plain(text)}**" if (number, i) in table.best else _plain(text) for i, text in enumerate(row)])
+        for number, row in enumerate(table.rows)
+    ]
+    return [line([_plain(head) for head in table.heads]), line(rules), *rows]
+
+
+def _markdown_picture(picture: Picture, folder: Path) -> list[str]:
+    target = picture.path.relative_to(folder).as_posix().replace(" ", "%20")
+    return [f"![{_plain(picture.title)}]({target})", "", _plain(picture.caption)]
+
+
+def _plain(text: str) -> str:
+    """One line in which Markdown sees no markup, table cell or HTML."""
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", escape(" ".join(text.split()), quote=False))

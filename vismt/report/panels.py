@@ -1,0 +1,79 @@
+"""The files that pictures of images are drawn from: arrays of a known layout, one .npz without a pickle, written at once."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vismt.errors import UserError
+from vismt.files import atomic_write
+
+# Kind of panel -> array -> type and axes; an axis has one length in all arrays of a file, "3" is three. "?": may be NaN.
+LAYOUTS = {
+    "examples": {
+        "images": ("uint8", "n3hw"), "truth": ("str", "n"), "tasks": ("str", "n"), "arms": ("str", "a"),
+        "predictions": ("str", "an"),
+    },
+    "routers": {"images": ("uint8", "n3hw"), "omega": ("float16", "bnerc"), "blocks": ("int64", "b"), "depth": ("int64", "")},
+    "dense": {
+        "images": ("uint8", "n3hw"), "ids": ("str", "n"), "tasks": ("str", "t"), "metrics": ("str", "t"),
+        "lower_is_better": ("bool", "t"), "truth": ("uint8", "tn3hw"), "arms": ("str", "a"), "trainings": ("str", "a"),
+        "trained": ("bool", "at"), "predictions": ("uint8", "atn3hw"), "scores": ("float64?", "atn"),
+    },
+}
+
+
+def read_panel(path: Path, kind: str) -> dict[str, np.ndarray]:
+    """The arrays of a panel of LAYOUTS; UserError, with the file's name, for one that is missing, damaged or another's."""
+    try:
+        with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as file:
+            return _checked({name: file[name] for name in LAYOUTS[kind]}, kind)
+    except (
+        ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, NotImplementedError, zipfile.BadZipFile, zlib.error,
+    ) as error:
+        raise UserError(f"report: '{path}' is no panel of {kind} ({error}); delete it and evaluate the run again.") from error
+
+
+def write_panel(path: Path, kind: str, arrays: dict[str, np.ndarray]) -> Path:
+    """Write the arrays of a panel; returns `path`. UserError, and no file, for arrays that do not fit the layout."""
+    buffer = io.BytesIO()
+    try:
+        np.savez_compressed(buffer, **_checked(arrays, kind))
+    except ValueError as error:
+        raise UserError(f"{kind}: {error}; nothing is written to '{path}'.") from error
+    atomic_write(path, buffer.getvalue())
+    return path
+
+
+def spread(total: int, count: int) -> Tensor:
+    """int64 (min(total, count),): positions evenly over 0 .. total - 1, ascending, none twice."""
+    kept = min(total, count)
+    return (2 * torch.arange(kept) + 1) * total // (2 * kept)
+
+
+def to_bytes(images: Tensor) -> np.ndarray:
+    """uint8 of images in [0, 1], same shape."""
+    return images.detach().cpu().mul(255).round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def _checked(arrays: dict[str, Any], kind: str) -> dict[str, np.ndarray]:
+    """The arrays as they are, or a ValueError that says which does not fit the layout."""
+    lengths: dict[str, int] = {"3": 3}
+    for name, (told, axes) in LAYOUTS[kind].items():
+        array, dtype = arrays[name], told.rstrip("?")
+        fits = array.dtype.kind == "U" if dtype == "str" else array.dtype == dtype
+        if not fits or array.ndim != len(axes) or 0 in array.shape:
+            raise ValueError(f"{name} is {array.dtype} {array.shape}, needed {dtype} ({', '.join(axes)})")
+        for axis, length in zip(axes, array.shape):
+            if lengths.setdefault(axis, length) != length:
+                raise ValueError(f"{name} is {array.shape} on ({', '.join(axes)}), needed {lengths[axis]} for {axis}")
+        if array.dtype.kind == "f" and dtype == told and not np.isfinite(array).all():
+            raise ValueError(f"{name} is not finite")
+    return arrays

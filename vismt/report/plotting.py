@@ -1,0 +1,133 @@
+"""The look of every figure: colours, fonts, and PNG files drawn without any global state of matplotlib.
+
+Colours are those of Okabe and Ito, which colour-blind readers tell apart.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vismt.errors import UserError
+from vismt.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MUTED, GRID = "#1b1f24", "#667080", "#e6e9ee"
+PALETTE = ("#9aa4b2", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#f0e442", "#8c510a", "#5e4fa2")
+RIGHT, WRONG = PALETTE[1], PALETTE[2]
+DASHES = (0, (3, 3))
+
+
+def dress(axes: Axes, title: str) -> None:
+    """Title to the left in bold, quiet ticks, no frame."""
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+    axes.tick_params(colors=MUTED, labelsize=8.5, length=0)
+    axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK)
+
+
+def write(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
+    """Text at inches from the upper left corner."""
+    width, height = figure.get_size_inches()
+    figure.text(x / width, 1 - y / height, text, **{"fontsize": 9, "color": INK, **style})
+
+
+def short(text: str, most: int) -> str:
+    """`text` for a label: at most `most` characters, and `$` kept from starting a formula."""
+    return (text if len(text) <= most else text[: most - 1] + "…").replace("$", r"\$")
+
+
+def color_of(model: str, models: Sequence[str]) -> str:
+    """Grey for "frozen", then the palette in order; beyond its end again, but paler."""
+    if model == "frozen":
+        return PALETTE[0]
+    turn, place = divmod([name for name in models if name != "frozen"].index(model), len(PALETTE) - 1)
+    color = PALETTE[1 + place]
+    if not turn:
+        return color
+    parts = (int(color[at : at + 2], 16) for at in (1, 3, 5))
+    return "#" + "".join(f"{255 - (255 - part) // (turn + 1):02x}" for part in parts)
+
+
+def legend_rows(names: Sequence[str], width: float, chance: bool = False) -> int:
+    """How many rows of 0.22 inches the legend needs within `width` inches."""
+    return math.ceil((len(names) + chance) / _legend_columns(names, width, chance))
+
+
+def legend(figure: Figure, names: Sequence[str], colors: Sequence[str], left: float, *, chance: bool = False) -> None:
+    """Names by colour, from `left` inches to the right edge, under the upper edge; `chance`: also its dashed line."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    width, height = figure.get_size_inches()
+    handles = [Patch(color=color, label=name) for name, color in zip(names, colors, strict=True)]
+    if chance:
+        handles.append(Line2D([], [], color=MUTED, linewidth=1.0, linestyle=DASHES, label="chance"))
+    columns = _legend_columns(names, width - left, chance)
+    rows = math.ceil(len(handles) / columns)
+    # matplotlib fills column by column; read row by row, the names stay in their order
+    handles = [handles[at] for column in range(columns) for at in range(column, len(handles), columns)]
+    figure.legend(
+        handles=handles, loc="center left", bbox_to_anchor=(left / width, 1 - (0.16 + 0.11 * rows) / height), ncols=columns,
+        frameon=False, fontsize=9, labelcolor=INK, handlelength=1.3, borderaxespad=0, columnspacing=1.6, labelspacing=0.35,
+    )
+
+
+def _legend_columns(names: Sequence[str], width: float, chance: bool) -> int:
+    longest = max(map(len, names), default=0)
+    return max(1, min(len(names) + chance, int(width / (0.075 * max(longest, 6) + 0.5))))
+
+
+def running_mean(values: np.ndarray) -> np.ndarray:
+    """Exponential mean whose weights sum to one from the first value on; its memory is a twentieth of the run."""
+    keep = 1 - 2 / (max(1, len(values) // 20) + 1)
+    total = weight = 0.0
+    smooth = np.empty_like(values)
+    for i, value in enumerate(values):
+        total, weight = keep * total + value, keep * weight + 1
+        smooth[i] = total / weight
+    return smooth
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty white figure of inches on its own Agg canvas; raises UserError without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError('report: figures need matplotlib; `pip install "vismt[report]"`.') from error
+    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def axes_at(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+    """Axes at inches from the upper left corner."""
+    across, down = figure.get_size_inches()
+    return figure.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
+
+
+def show_image(axes: Axes, image: np.ndarray) -> None:
+    """An image (3, h, w) of bytes in a thin frame; small ones keep their pixels."""
+    axes.imshow(np.moveaxis(image, 0, -1), interpolation="nearest" if image.shape[-1] < 96 else "antialiased")
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set_color(GRID)
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write the PNG at once; returns `path`."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": "vismt"})
+    atomic_write(path, buffer.getvalue())
+    return path
