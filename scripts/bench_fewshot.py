@@ -40,13 +40,21 @@ def config(options: argparse.Namespace) -> dict:
     return {
         "title": f"{options.model}, frozen",
         "model": {
-            "name": options.model, "img_size": options.size, "block": options.block, "position": options.position,
+            "name": options.model,
+            "img_size": options.size,
+            "block": options.block,
+            "position": options.position,
             "pretrained": not options.random_weights,
         },
-        "adapt": None, "train": None,
+        "adapt": None,
+        "train": None,
         "evaluate": {
-            "data": options.data, "models": ["frozen"], "ways": options.ways, "shots": options.shots,
-            "queries": options.queries, "episodes": options.episodes,
+            "data": options.data,
+            "models": ["frozen"],
+            "ways": options.ways,
+            "shots": options.shots,
+            "queries": options.queries,
+            "episodes": options.episodes,
             "attacks": [{"name": "pgd", "epsilon": options.epsilon}] if options.epsilon else [],
         },
     }

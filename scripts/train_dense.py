@@ -25,11 +25,20 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", required=True, help="dense cards")
     parser.add_argument("--split", default="train", help="of the cards, trained on")
     parser.add_argument("--test", default="test", help="of the cards, tested on")
-    parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK",
-                        help="semseg:CLASSES, depth, normals, edge, saliency, parts, classify:CLASSES")
-    parser.add_argument("--size", type=int, nargs=2, required=True, help="height and width in pixels, multiples of the patch")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        required=True,
+        metavar="TASK",
+        help="semseg:CLASSES, depth, normals, edge, saliency, parts, classify:CLASSES",
+    )
+    parser.add_argument(
+        "--size", type=int, nargs=2, required=True, help="height and width in pixels, multiples of the patch"
+    )
     parser.add_argument("--head", default="segformer", help="linear, conv, segformer or dpt")
-    parser.add_argument("--method", default="lora", help="of `vismt list`; full for the whole backbone, none for heads alone")
+    parser.add_argument(
+        "--method", default="lora", help="of `vismt list`; full for the whole backbone, none for heads alone"
+    )
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--balancing", help="of the tasks' losses, for example pcgrad; the weighted sum without")
     parser.add_argument("--steps", type=int, default=1000)
@@ -47,14 +56,21 @@ def config(options: argparse.Namespace) -> dict:
     # What is no number stays as it is: the task says what it needs.
     counts = {text: int(text) if text.isdecimal() else text for _, _, text in tasks}
     return {
-        "task": "dense", "title": f"{options.model}, {options.method}, {' '.join(options.tasks)}", "seed": options.seed,
+        "task": "dense",
+        "title": f"{options.model}, {options.method}, {' '.join(options.tasks)}",
+        "seed": options.seed,
         "model": {"name": options.model, "position": options.position, "pretrained": not options.random_weights},
         "adapt": None if options.method in ("none", "full") else {"method": options.method, "rank": options.rank},
-        "full": options.method == "full", "fade": {} if options.method == "moe_lora" else None,
-        "data": {part: [f"{name}:{split}" for name in options.data]
-                 for part, split in (("train", options.split), ("test", options.test))},
+        "full": options.method == "full",
+        "fade": {} if options.method == "moe_lora" else None,
+        "data": {
+            part: [f"{name}:{split}" for name in options.data]
+            for part, split in (("train", options.split), ("test", options.test))
+        },
         "tasks": [{"name": name, **({"classes": counts[classes]} if classes else {})} for name, _, classes in tasks],
-        "size": options.size, "head": {"name": options.head}, "batch": options.batch,
+        "size": options.size,
+        "head": {"name": options.head},
+        "batch": options.batch,
         "balancing": {"method": options.balancing} if options.balancing else None,
         "train": {"steps": options.steps, "lr": options.lr, "warmup": options.steps // 10, "checkpoint_every": 100},
     }

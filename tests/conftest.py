@@ -31,6 +31,14 @@ def drawn(monkeypatch):
         figure.canvas.draw()
         return plotting.save(figure, path)
 
-    for module in (classification_figures, dense_figures, episode_figure, fewshot_figures, figures, routers, study_figures):
+    for module in (
+        classification_figures,
+        dense_figures,
+        episode_figure,
+        fewshot_figures,
+        figures,
+        routers,
+        study_figures,
+    ):
         monkeypatch.setattr(module, "save", keep)
     return saved

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from vismt.config import config_hash, fraction, override, read_yaml, resolved, typed
-from vismt.jobs.fewshot.job import FewShotConfig
-from vismt.jobs import load_config, make_job
 from vismt.errors import UserError
+from vismt.jobs import load_config, make_job
+from vismt.jobs.fewshot.job import FewShotConfig
 
 
 def write(folder: Path, text: str) -> Path:
@@ -49,11 +49,17 @@ def test_missing_file_names_the_near_one(tmp_path: Path) -> None:
 
 def test_overrides_reach_any_depth_and_are_typed(tmp_path: Path) -> None:
     path = write(tmp_path, "train: {steps: 3}\nevaluate: {data: [a]}")
-    config = load_config(path, ["train.lr=1e-3", "train.steps=5", "evaluate.data=[b, 'c:test']", "adapt.options.split_qkv=true"])
+    config = load_config(
+        path, ["train.lr=1e-3", "train.steps=5", "evaluate.data=[b, 'c:test']", "adapt.options.split_qkv=true"]
+    )
     assert (config.train.lr, config.train.steps) == (1e-3, 5)
     assert config.evaluate.data == ["b", "c:test"] and config.adapt.options == {"split_qkv": True}
     assert load_config(path, ["adapt=null"]).adapt is None
-    for wrong, match in (("train.steps", "write key=value"), ("train.steps.x=1", "'steps' is a value"), ("seed=[", "no YAML")):
+    for wrong, match in (
+        ("train.steps", "write key=value"),
+        ("train.steps.x=1", "'steps' is a value"),
+        ("seed=[", "no YAML"),
+    ):
         with pytest.raises(UserError, match=match):
             override(read_yaml(path), [wrong])
 
@@ -62,8 +68,12 @@ def test_resolved_round_trips_and_the_hash_moves_with_values_only(tmp_path: Path
     config = load_config(write(tmp_path, "seed: 4\nevaluate: {attacks: [{epsilon: 8/255}]}"), [])
     again = typed(resolved(config), FewShotConfig, "x")
     assert again == config and config_hash(again) == config_hash(config)
-    assert config_hash(load_config(write(tmp_path, "seed: 5"), [])) != config_hash(load_config(write(tmp_path, "seed: 4"), []))
-    assert config_hash(load_config(write(tmp_path, "title: a"), [])) == config_hash(load_config(write(tmp_path, "title: b"), []))
+    assert config_hash(load_config(write(tmp_path, "seed: 5"), [])) != config_hash(
+        load_config(write(tmp_path, "seed: 4"), [])
+    )
+    assert config_hash(load_config(write(tmp_path, "title: a"), [])) == config_hash(
+        load_config(write(tmp_path, "title: b"), [])
+    )
     path = write(tmp_path, "task: lm\ncalibration: {data: [a]}")
     changes = ([], ["calibration.memory_mb=3"], ["calibration.rows=3"])
     plain, memory, rows = (config_hash(load_config(path, change)) for change in changes)

@@ -12,18 +12,40 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vismt"
 # What a package may import besides itself: everything on a floor to its left. Files directly under vismt/ serve all floors.
 FLOORS = (
-    ("lowrank",), ("backbones", "data"), ("multitask", "metatune", "llm"), ("robustness",), ("engine", "report", "jobs"),
+    ("lowrank",),
+    ("backbones", "data"),
+    ("multitask", "metatune", "llm"),
+    ("robustness",),
+    ("engine", "report", "jobs"),
 )
 EVERYTHING = ("bench",)
 GROUND = {"errors", "files"}  # of vismt/*.py, what the core may import
 CORE_LIBRARIES = {"torch", "einops", "safetensors"}
 LAZY = (
-    "learn2learn", "torchattacks", "transformers", "peft", "matplotlib", "sklearn", "skimage", "onnx", "accelerate", "wandb",
-    "torchmetrics", "onnxruntime",
+    "learn2learn",
+    "torchattacks",
+    "transformers",
+    "peft",
+    "matplotlib",
+    "sklearn",
+    "skimage",
+    "onnx",
+    "accelerate",
+    "wandb",
+    "torchmetrics",
+    "onnxruntime",
 )
 LIGHT = (
-    "vismt", "vismt.cli", "vismt.metatune", "vismt.multitask", "vismt.backbones.vit", "vismt.backbones.lm",
-    "vismt.backbones.convert", "vismt.data.images", "vismt.robustness.evaluate", "vismt.robustness.attacks",
+    "vismt",
+    "vismt.cli",
+    "vismt.metatune",
+    "vismt.multitask",
+    "vismt.backbones.vit",
+    "vismt.backbones.lm",
+    "vismt.backbones.convert",
+    "vismt.data.images",
+    "vismt.robustness.evaluate",
+    "vismt.robustness.attacks",
     "vismt.report.report",
 )
 ONLY_IN = {"torchattacks": {"robustness/attacks.py"}, "learn2learn": {"metatune/maml.py"}}
@@ -100,7 +122,9 @@ def test_no_init_in_datasets_nor_pickle_nor_paths_of_a_machine() -> None:
     for path in files():
         text = path.read_text(encoding="utf8")
         assert "allow_pickle=True" not in text and "weights_only=False" not in text, path
-        assert not any(line.strip().startswith("print(") for line in text.splitlines()) or path.name == "console.py", path
+        assert not any(line.strip().startswith("print(") for line in text.splitlines()) or path.name == "console.py", (
+            path
+        )
 
 
 def test_scripts_stay_thin() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vismt.jobs import load_config, make_job
 from vismt.engine.log import read_lines
+from vismt.jobs import load_config, make_job
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
@@ -29,10 +29,18 @@ def settings(script: str, flags: list[str], folder: Path, monkeypatch) -> dict:
 
 def test_train_dense_flags(tmp_path: Path, monkeypatch) -> None:
     common = ["--model", "test_vit", "--data", "motorcycle", "--size", "32", "48"]
-    raw = settings("train_dense.py", [*common, "--tasks", "semseg:5", "depth", "--method", "moe_lora", "--balancing", "dwa"],
-                   tmp_path, monkeypatch)
+    raw = settings(
+        "train_dense.py",
+        [*common, "--tasks", "semseg:5", "depth", "--method", "moe_lora", "--balancing", "dwa"],
+        tmp_path,
+        monkeypatch,
+    )
     assert raw["tasks"] == [{"name": "semseg", "classes": 5}, {"name": "depth"}]
-    assert raw["adapt"] == {"method": "moe_lora", "rank": 8} and raw["fade"] == {} and raw["balancing"] == {"method": "dwa"}
+    assert (
+        raw["adapt"] == {"method": "moe_lora", "rank": 8}
+        and raw["fade"] == {}
+        and raw["balancing"] == {"method": "dwa"}
+    )
     assert raw["data"] == {"train": ["motorcycle:train"], "test": ["motorcycle:test"]}
     for method, full in (("full", True), ("none", False)):
         raw = settings("train_dense.py", [*common, "--tasks", "depth", "--method", method], tmp_path, monkeypatch)
@@ -45,7 +53,19 @@ def test_a_task_of_train_dense_has_a_number_of_classes(tmp_path: Path, monkeypat
         (["depth", "classify:1.5"], "classify: classes 1.5; it must be a whole number"),
         (["semseg"], "task: 'semseg' needs 'classes'"),
     ):
-        flags = ["--model", "test_vit", "--data", "motorcycle", "--size", "32", "48", "--tasks", *tasks, "--out", str(tmp_path)]
+        flags = [
+            "--model",
+            "test_vit",
+            "--data",
+            "motorcycle",
+            "--size",
+            "32",
+            "48",
+            "--tasks",
+            *tasks,
+            "--out",
+            str(tmp_path),
+        ]
         monkeypatch.setattr(sys, "argv", ["train_dense.py", *flags])
         with pytest.raises(SystemExit) as left:
             runpy.run_path(str(SCRIPTS / "train_dense.py"), run_name="__main__")
@@ -67,9 +87,29 @@ def test_bench_fewshot_flags(tmp_path: Path, monkeypatch) -> None:
 @pytest.mark.slow
 def test_train_dense_runs_to_its_report(tmp_path: Path) -> None:
     pytest.importorskip("skimage")
-    flags = ["--model", "test_vit", "--random-weights", "--data", "motorcycle", "--tasks", "depth", "--size", "32", "48",
-             "--head", "linear", "--steps", "2", "--batch", "3", "--out", str(tmp_path)]
-    done = subprocess.run([sys.executable, str(SCRIPTS / "train_dense.py"), *flags], capture_output=True, text=True, timeout=240)
+    flags = [
+        "--model",
+        "test_vit",
+        "--random-weights",
+        "--data",
+        "motorcycle",
+        "--tasks",
+        "depth",
+        "--size",
+        "32",
+        "48",
+        "--head",
+        "linear",
+        "--steps",
+        "2",
+        "--batch",
+        "3",
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / "train_dense.py"), *flags], capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     folder = next(tmp_path.iterdir())
     assert (folder / "report.html").exists() and len(read_lines(folder / "results.jsonl")) == 1

@@ -10,6 +10,14 @@ from vismt.registry import adapt, list_methods
 __version__ = "0.1.0"
 
 __all__ = [
-    "UserError", "adapt", "export_peft", "import_peft", "list_methods", "llm", "load_adapter", "merge", "save_adapter",
+    "UserError",
+    "adapt",
+    "export_peft",
+    "import_peft",
+    "list_methods",
+    "llm",
+    "load_adapter",
+    "merge",
+    "save_adapter",
     "unadapt",
 ]

@@ -42,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vismt", description="Low-rank adaptation methods with numbers that can be trusted.")
+    parser = argparse.ArgumentParser(
+        prog="vismt", description="Low-rank adaptation methods with numbers that can be trusted."
+    )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--quiet", action="store_true", help="print errors only")
     common.add_argument("--verbose", action="store_true", help="let the dependencies' warnings through")
@@ -60,20 +62,28 @@ def _parser() -> argparse.ArgumentParser:
     ):
         made = add(name, call, text)
         made.add_argument("config", type=Path, help="a YAML file, see configs/")
-        made.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, for example train.steps=20")
+        made.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="dotted overrides, for example train.steps=20"
+        )
         made.add_argument("--out", type=Path, default=Path("runs"), help="where run folders are made (runs)")
     add("evaluate", _evaluate, "evaluate a run folder and write its report").add_argument("run", type=Path)
     _attack_options(add("attack", _attack, "attack a run folder, or any timm classifier with --model and --data"))
     made = add("merge", _merge, "write the merged stock model of a run folder")
     made.add_argument("run", type=Path)
-    made.add_argument("--expert", help="of a pool: the label of one expert, or average; of several arms: arm or arm:seed")
+    made.add_argument(
+        "--expert", help="of a pool: the label of one expert, or average; of several arms: arm or arm:seed"
+    )
     made = add("predict", _predict, "draw a dense run's predictions on your own images")
     made.add_argument("run", type=Path)
     made.add_argument("images", type=Path, nargs="+", help="image files of any size")
     made.add_argument("--to", type=Path, default=None, help="target folder (RUN/predictions)")
     made.add_argument("--expert", help="of several arms: arm or arm:seed")
-    made.add_argument("--own-size", action="store_true", help="by windows at the image's own size, not fitted into the run's")
-    made.add_argument("--flip", action="store_true", help="mean with the mirrored image's prediction, as evaluate.flip does")
+    made.add_argument(
+        "--own-size", action="store_true", help="by windows at the image's own size, not fitted into the run's"
+    )
+    made.add_argument(
+        "--flip", action="store_true", help="mean with the mirrored image's prediction, as evaluate.flip does"
+    )
     made.add_argument("--maps", action="store_true", help="also write what is predicted, as arrays in an .npz")
     made = add("pool", _pool, "assemble experts that were trained apart into one pool folder")
     made.add_argument("action", choices=("assemble",))
@@ -107,7 +117,9 @@ def _attack_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--data", help="card or card:split for --model")
     made.add_argument("--images", type=int, help="how many images (all)")
     made.add_argument("--batch", type=int, default=32)
-    made.add_argument("--attack", action="append", help="pgd, pgd_l2, fgsm, apgd_ce, apgd_t, fab, square, autoattack, ... (pgd)")
+    made.add_argument(
+        "--attack", action="append", help="pgd, pgd_l2, fgsm, apgd_ce, apgd_t, fab, square, autoattack, ... (pgd)"
+    )
     made.add_argument("--epsilon", default="4.5/255", help="radius in pixels of [0, 1], also as a fraction (4.5/255)")
     made.add_argument("--step-size", default=None, help="step (epsilon / 10)")
     made.add_argument("--steps", type=int, default=None, help="steps (the attack's own number)")
@@ -143,19 +155,29 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _attack(options: argparse.Namespace) -> None:
-    from vismt.jobs.fewshot.config import AttackConfig
     from vismt.engine.run import open_run
+    from vismt.jobs.fewshot.config import AttackConfig
 
     if (options.run is None) == (options.model is None):
         raise UserError("attack: give either a run folder or --model (with --data).")
     attacks = [
-        AttackConfig(name, options.epsilon, options.step_size, options.steps, options.norm) for name in options.attack or ["pgd"]
+        AttackConfig(name, options.epsilon, options.step_size, options.steps, options.norm)
+        for name in options.attack or ["pgd"]
     ]
     if options.run is not None:
-        alone = {"data": None, "images": None, "architecture": None, "out": None, "random_weights": False, "masking": False}
+        alone = {
+            "data": None,
+            "images": None,
+            "architecture": None,
+            "out": None,
+            "random_weights": False,
+            "masking": False,
+        }
         for name, unset in alone.items():
             if getattr(options, name) != unset:
-                raise UserError(f"attack: --{name.replace('_', '-')} goes with --model; a run has its own in its configuration.")
+                raise UserError(
+                    f"attack: --{name.replace('_', '-')} goes with --model; a run has its own in its configuration."
+                )
         run = open_run(options.run)
         run.on_main(lambda: run.evaluate(attacks))
         run.on_main(run.report)
@@ -169,13 +191,22 @@ def _attack(options: argparse.Namespace) -> None:
     stem = re.sub(r"[^\w.]+", "-", f"attack-{Path(options.model).stem}-{options.data}-{how}-{options.images or 'all'}")
     folder = options.out or Path("runs") / stem
     rows = audit(
-        options.model, options.data, specs, folder=folder,
-        architecture=options.architecture, pretrained=not options.random_weights, images=options.images,
-        batch=options.batch, seed=options.seed, masking=options.masking,
+        options.model,
+        options.data,
+        specs,
+        folder=folder,
+        architecture=options.architecture,
+        pretrained=not options.random_weights,
+        images=options.images,
+        batch=options.batch,
+        seed=options.seed,
+        masking=options.masking,
     )
     for row in rows:
         interval = f"[{100 * row.low:.1f}, {100 * row.high:.1f}]"
-        console.stage("attack", f"{row.condition:<28}{100 * row.value:5.1f} %  95 % CI {interval}  n = {row.n} {row.unit}")
+        console.stage(
+            "attack", f"{row.condition:<28}{100 * row.value:5.1f} %  95 % CI {interval}  n = {row.n} {row.unit}"
+        )
     console.stage("records", str(folder))
 
 

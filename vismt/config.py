@@ -102,7 +102,9 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in known if tag != "tag:yaml.org,2002:bool"]
     for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -229,7 +231,9 @@ def _dataclass_in(kind: Any) -> type | None:
 def _shorten(text: str) -> str:
     """One line from jsonargparse's tree of reasons: the deepest key, what was expected, what was seen."""
     keys = [key.removeprefix("run.") for key in re.findall(r'Parser key "([^"]+)"', text) if key != "run"]
-    expected = [re.sub(r"<class '([^']+)'>", r"\1", found) for found in re.findall(r"Expected an? (.+?)(?:\. Got|\n|$)", text)]
+    expected = [
+        re.sub(r"<class '([^']+)'>", r"\1", found) for found in re.findall(r"Expected an? (.+?)(?:\. Got|\n|$)", text)
+    ]
     seen = re.findall(r"(?:Got value|Given value): (.*)", text)
     if not keys or not expected:
         return " ".join(text.split())

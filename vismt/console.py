@@ -75,8 +75,12 @@ def bar(name: str, text: str, total: int, done: int = 0) -> Iterator[Bar]:
         yield Bar(None, 0)
         return
     columns = (
-        TextColumn(f"{name:<7}"), TextColumn(text), BarColumn(bar_width=24), MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"), TimeElapsedColumn(),
+        TextColumn(f"{name:<7}"),
+        TextColumn(text),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
     )
     with Progress(*columns, console=_console) as progress:
         yield Bar(progress, progress.add_task(text, total=total, completed=done, note=""))

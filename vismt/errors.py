@@ -22,7 +22,7 @@ def require_known(told: str, names: Iterable[str], known: Iterable[str]) -> None
 
 
 def near(name: str, choices: Iterable[str], limit: int = 3) -> str:
-    """" Near: 'a', 'b'." for the choices closest to `name`, or the whole short list when none is close."""
+    """ " Near: 'a', 'b'." for the choices closest to `name`, or the whole short list when none is close."""
     known = [str(choice) for choice in choices]
     close = difflib.get_close_matches(name, known, n=limit, cutoff=0.5)
     if close:

@@ -57,7 +57,9 @@ def atomic_write(path: Path, data: bytes | str) -> None:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
         reason = error.strerror or str(error)
-        raise UserError(f"cannot write '{path}': {reason}. Free space or choose a folder that can be written.") from error
+        raise UserError(
+            f"cannot write '{path}': {reason}. Free space or choose a folder that can be written."
+        ) from error
 
 
 def _umask() -> int:

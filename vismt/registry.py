@@ -28,8 +28,15 @@ class Schedule(Protocol):
 MakeSchedule = Callable[[nn.Module, Optimizer], Schedule]
 
 METHOD_FILES = (
-    "vismt.llm.corda", "vismt.llm.ilora", "vismt.llm.lisa", "vismt.llm.lora", "vismt.llm.pissa", "vismt.llm.polar",
-    "vismt.llm.s2ft", "vismt.metatune.amt", "vismt.multitask.moe_lora",
+    "vismt.llm.corda",
+    "vismt.llm.ilora",
+    "vismt.llm.lisa",
+    "vismt.llm.lora",
+    "vismt.llm.pissa",
+    "vismt.llm.polar",
+    "vismt.llm.s2ft",
+    "vismt.metatune.amt",
+    "vismt.multitask.moe_lora",
 )
 
 _methods: dict[str, Method] = {}
@@ -83,8 +90,14 @@ def list_methods() -> list[str]:
 
 
 def adapt(
-    model: nn.Module, name: str | None = None, /, targets: Any = None, rank: int = 8, alpha: float | None = None,
-    seed: int = 0, **options: Any,
+    model: nn.Module,
+    name: str | None = None,
+    /,
+    targets: Any = None,
+    rank: int = 8,
+    alpha: float | None = None,
+    seed: int = 0,
+    **options: Any,
 ) -> AdaptReport:
     """Adapt `model` in place with a published method and freeze the rest: `adapt(model, method, targets, rank, ...)`.
 
@@ -118,7 +131,9 @@ def schedules(module: nn.Module) -> list[Callable[[Optimizer], Schedule]]:
     """For each adapted model in `module` whose method has a schedule: what makes it of the optimiser."""
     methods()  # the file of a loaded adapter's method may not be imported
     found = [(model, record_of(model)) for model in module.modules()]
-    return [partial(_schedules[record.method], model) for model, record in found if record and record.method in _schedules]
+    return [
+        partial(_schedules[record.method], model) for model, record in found if record and record.method in _schedules
+    ]
 
 
 def method_options(method: Method) -> list[str]:

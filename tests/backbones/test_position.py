@@ -25,8 +25,10 @@ def cubic_of_ramp(position: float, a: float = -0.75) -> float:
     def far(d: float) -> float:
         return a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
 
-    return sum(weight * k for weight, k in zip(
-        (far(1 + t), near(t), near(1 - t), far(2 - t)), (cell - 1, cell, cell + 1, cell + 2)))
+    return sum(
+        weight * k
+        for weight, k in zip((far(1 + t), near(t), near(1 - t), far(2 - t)), (cell - 1, cell, cell + 1, cell + 2))
+    )
 
 
 def test_onnx_samples_at_half_pixel_centres() -> None:

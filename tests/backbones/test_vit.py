@@ -97,11 +97,14 @@ def test_random_weights_follow_the_seed_and_leave_the_global_generator_alone() -
     assert torch.equal(torch.random.get_rng_state(), before)
     assert torch.equal(one.vit.blocks[0].mlp.fc1.weight, same.vit.blocks[0].mlp.fc1.weight)
     assert not torch.equal(one.vit.blocks[0].mlp.fc1.weight, other.vit.blocks[0].mlp.fc1.weight)
-    assert one.img_size == (32, 32) and one.grid == (2, 2) and one.vit.pos_embed.shape[1] == one.vit.num_prefix_tokens + 4
+    assert (
+        one.img_size == (32, 32) and one.grid == (2, 2) and one.vit.pos_embed.shape[1] == one.vit.num_prefix_tokens + 4
+    )
 
 
-@pytest.mark.parametrize("name", [
-    "test_vit2", "test_vit3", "test_vit_relpos", "deit_tiny_distilled_patch16_224", "eva02_tiny_patch14_224"])
+@pytest.mark.parametrize(
+    "name", ["test_vit2", "test_vit3", "test_vit_relpos", "deit_tiny_distilled_patch16_224", "eva02_tiny_patch14_224"]
+)
 def test_relatives_agree_with_their_own_forward(name) -> None:
     size = 28 if "patch14" in name else 32
     backbone = create(name, size).eval()
@@ -160,23 +163,34 @@ def test_backbone_needs_a_normalisation(vit) -> None:
         Backbone(vit)
 
 
-@pytest.mark.parametrize(("name", "options", "message"), [
-    ("vit_smal_patch16_224", {}, "neither an asset nor a timm model. Near: 'vit_small_patch16_224'"),
-    ("vit_small_patch16_224.dinno", {}, "no weights tagged 'dinno'. Near: 'vit_small_patch16_224.dino'"),
-    ("vit_small_patch14_imgfocuss", {}, "Near: 'vit_small_patch14_imgfocus'"),
-    ("smollm2-135m-instruct", {}, "is a language model"),
-    ("resnet10t", {}, "'resnet10t' is no plain vision transformer"),
-    ("resnet10t", {"img_size": 32}, "'resnet10t' is no plain vision transformer"),
-    ("test_mambaout", {}, "is no plain vision transformer"),
-    ("test_vit", {"img_size": 40}, "img_size 40 does not fit the 16-pixel patches of test_vit: use 32 or 48"),
-    ("test_vit", {"img_size": 8}, "does not fit the 16-pixel patches of test_vit: use 16"),
-    ("test_vit", {"img_size": 32, "block": 77}, r"block 77 is outside of VisionTransformer, which has blocks 0 to \d+ "),
-    ("test_vit", {"img_size": 32, "pool": "max"}, "pool 'max' is unknown"),
-    ("test_vit", {"img_size": 32, "position": "bilinear"}, "position 'bilinear' is unknown"),
-    ("test_vit_relpos", {"img_size": 32, "pool": "token"}, "has no class token"),
-    ("test_vit4", {"img_size": 32, "pretrained": "nowhere.safetensors"}, "checkpoint 'nowhere.safetensors' does not exist"),
-    ("vit_small_patch16_18x2_224", {"pretrained": True}, "timm has no weights for 'vit_small_patch16_18x2_224'"),
-])
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("vit_smal_patch16_224", {}, "neither an asset nor a timm model. Near: 'vit_small_patch16_224'"),
+        ("vit_small_patch16_224.dinno", {}, "no weights tagged 'dinno'. Near: 'vit_small_patch16_224.dino'"),
+        ("vit_small_patch14_imgfocuss", {}, "Near: 'vit_small_patch14_imgfocus'"),
+        ("smollm2-135m-instruct", {}, "is a language model"),
+        ("resnet10t", {}, "'resnet10t' is no plain vision transformer"),
+        ("resnet10t", {"img_size": 32}, "'resnet10t' is no plain vision transformer"),
+        ("test_mambaout", {}, "is no plain vision transformer"),
+        ("test_vit", {"img_size": 40}, "img_size 40 does not fit the 16-pixel patches of test_vit: use 32 or 48"),
+        ("test_vit", {"img_size": 8}, "does not fit the 16-pixel patches of test_vit: use 16"),
+        (
+            "test_vit",
+            {"img_size": 32, "block": 77},
+            r"block 77 is outside of VisionTransformer, which has blocks 0 to \d+ ",
+        ),
+        ("test_vit", {"img_size": 32, "pool": "max"}, "pool 'max' is unknown"),
+        ("test_vit", {"img_size": 32, "position": "bilinear"}, "position 'bilinear' is unknown"),
+        ("test_vit_relpos", {"img_size": 32, "pool": "token"}, "has no class token"),
+        (
+            "test_vit4",
+            {"img_size": 32, "pretrained": "nowhere.safetensors"},
+            "checkpoint 'nowhere.safetensors' does not exist",
+        ),
+        ("vit_small_patch16_18x2_224", {"pretrained": True}, "timm has no weights for 'vit_small_patch16_18x2_224'"),
+    ],
+)
 def test_one_line_per_mistake(name, options, message) -> None:
     with pytest.raises(UserError, match=message) as caught:
         create(name, **options)
@@ -201,10 +215,16 @@ def test_hub_weights_are_resampled_from_the_pretrained_grid(monkeypatch) -> None
     """timm's own weights under position "dino": built once at the pretrained size, then resampled, never twice."""
     source = create("test_vit", seed=5).vit
     real = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **options: (
-        copy.deepcopy(source) if pretrained else real(name, pretrained=False, **options)))
+    monkeypatch.setattr(
+        timm,
+        "create_model",
+        lambda name, pretrained=False, **options: (
+            copy.deepcopy(source) if pretrained else real(name, pretrained=False, **options)
+        ),
+    )
     small = create("test_vit", 80, pretrained=True, position="dino")
     from vismt.backbones.position import resample
+
     prefix = small.vit.pos_embed.shape[1] - 25
     assert torch.equal(small.vit.pos_embed, resample(source.pos_embed, (5, 5), "dino", prefix))
     assert torch.equal(small.vit.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)

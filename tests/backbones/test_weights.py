@@ -44,7 +44,9 @@ def test_the_position_table_is_resampled_the_way_asked_for(tmp_path, state, posi
     prefix = state["pos_embed"].shape[1] - 49
     assert torch.equal(backbone.vit.pos_embed, resample(state["pos_embed"], (4, 4), position, prefix))
     others = {"timm", "dino", "onnx"} - {position}
-    assert not any(torch.equal(backbone.vit.pos_embed, resample(state["pos_embed"], (4, 4), other, prefix)) for other in others)
+    assert not any(
+        torch.equal(backbone.vit.pos_embed, resample(state["pos_embed"], (4, 4), other, prefix)) for other in others
+    )
 
 
 def test_wrapped_and_prefixed_checkpoints(tmp_path, state) -> None:

@@ -44,7 +44,9 @@ def test_the_released_layers_are_the_same_function(init):
     images = episode()["query"]
     assert not adapted_modules(twin) and len(adapted_modules(net)) == 8
     assert torch.allclose(net.backbone(images), twin.backbone(images), rtol=0, atol=1e-9)
-    assert {n for n, p in twin.named_parameters() if p.requires_grad} == {n for n, p in net.named_parameters() if p.requires_grad}
+    assert {n for n, p in twin.named_parameters() if p.requires_grad} == {
+        n for n, p in net.named_parameters() if p.requires_grad
+    }
 
 
 @pytest.mark.parametrize("number", [0, 3])

@@ -11,8 +11,8 @@ import vismt
 from vismt.bench import emtal, emtal_released
 from vismt.bench.emtal_released import released
 from vismt.bench.timing import Timing
-from vismt.lowrank.memory import saved_activation_bytes
 from vismt.lowrank.inject import adapted_modules
+from vismt.lowrank.memory import saved_activation_bytes
 from vismt.multitask.moe_lora import set_fade
 
 LABELS = torch.tensor([0, 3, 4])
@@ -89,7 +89,9 @@ def test_another_fade_is_another_function() -> None:
 def test_the_release_keeps_what_it_spreads() -> None:
     model = routed(0.25)
     ours, theirs = (saved_activation_bytes(net, lambda net=net: net(images())) for net in (model, released(model)))
-    hidden = 2 * 3 * 17 * 128 * 4  # of both blocks, fp32: pre-activations and the spread weights are kept beside the product
+    hidden = (
+        2 * 3 * 17 * 128 * 4
+    )  # of both blocks, fp32: pre-activations and the spread weights are kept beside the product
     assert theirs - ours > 2 * hidden
 
 
@@ -107,7 +109,10 @@ def test_forms_are_one_model_before_and_after_its_merge(small: nn.Module) -> Non
     assert gap(found[emtal.FADED](images()), merged(images())) < 1e-5
     assert gap(merged(images()), stock(images())) > 1e-3 < gap(found[emtal.HALF](images()), merged(images()))
     assert not any(form.training for form in found.values())
-    assert {form.blocks[0].mlp.fade_value for name, form in found.items() if name in (emtal.FADED, emtal.HALF)} == {1.0, 0.5}
+    assert {form.blocks[0].mlp.fade_value for name, form in found.items() if name in (emtal.FADED, emtal.HALF)} == {
+        1.0,
+        0.5,
+    }
 
 
 def test_trainees_train_the_same_linears_and_the_head(small: nn.Module) -> None:
@@ -138,11 +143,21 @@ def test_tables_give_ratios_saved_activations_and_targets() -> None:
     targets = {emtal.PLAIN: (0.0, 1.1), emtal.RELEASED: (0.0, 0.75)}
     saved = {emtal.OURS: 1_500_000, emtal.PLAIN: 1_000_000, emtal.RELEASED: 3_000_000}
     lines = str(emtal.EmtalResult("step", timing, emtal.OURS, targets, saved)).splitlines()
-    assert lines[0] == "step" and lines[1].split() == ["vs", *emtal.PLAIN.split(), "min..max", "vs", "as", "released",
-                                                       "min..max", "saved", "MB"]
+    assert lines[0] == "step" and lines[1].split() == [
+        "vs",
+        *emtal.PLAIN.split(),
+        "min..max",
+        "vs",
+        "as",
+        "released",
+        "min..max",
+        "saved",
+        "MB",
+    ]
     assert lines[2].split() == [*emtal.OURS.split(), "1.000", "0.90..2.00", "0.900", "0.50..1.00", "1.5"]
     assert lines[5:] == [
-        f"target: {emtal.OURS} at most 1.10 of vismt lora", f"target: {emtal.OURS} at most 0.75 of as released"
+        f"target: {emtal.OURS} at most 1.10 of vismt lora",
+        f"target: {emtal.OURS} at most 0.75 of as released",
     ]
     forward = str(emtal.EmtalResult("pass", timing, emtal.OURS, {emtal.RELEASED: (0.98, 1.02)})).splitlines()
     assert "saved" not in forward[1] and forward[2].split()[-2:] == ["0.900", "0.50..1.00"]
@@ -153,4 +168,8 @@ def test_tables_give_ratios_saved_activations_and_targets() -> None:
 def test_bench_runs_as_a_whole() -> None:
     forward, training = emtal.run(rounds=1)
     assert forward.timing.seconds[emtal.MERGED] and not forward.saved_bytes
-    assert training.saved_bytes[emtal.OURS] < 1.02 * training.saved_bytes[emtal.PLAIN] < training.saved_bytes[emtal.RELEASED]
+    assert (
+        training.saved_bytes[emtal.OURS]
+        < 1.02 * training.saved_bytes[emtal.PLAIN]
+        < training.saved_bytes[emtal.RELEASED]
+    )

@@ -20,7 +20,9 @@ def test_copies_share_values_but_not_modules_or_parameters() -> None:
     assert made.blocks[0].attn.qkv.weight.data_ptr() == model.blocks[0].attn.qkv.weight.data_ptr()
     before = copy.deepcopy(model.state_dict())
     vismt.adapt(made, "pissa", rank=2)
-    assert type(model.blocks[0].attn.qkv) is torch.nn.Linear and torch.allclose(made(images()), model(images()), atol=1e-6)
+    assert type(model.blocks[0].attn.qkv) is torch.nn.Linear and torch.allclose(
+        made(images()), model(images()), atol=1e-6
+    )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

@@ -33,7 +33,11 @@ def test_every_size_but_the_peak_is_the_formula_to_the_byte(result) -> None:
     for name, seen in result.measured.items():
         told = result.predicted[name]
         gates = 4 * 4 * 2 if "ilora" in name else 0  # of 4 samples, for 2 experts
-        assert (seen.weights, seen.activations - gates, seen.gradients) == (told.weights, told.activations, told.gradients), name
+        assert (seen.weights, seen.activations - gates, seen.gradients) == (
+            told.weights,
+            told.activations,
+            told.gradients,
+        ), name
         counters = seen.optimizer - told.optimizer  # AdamW's step counters, 4 bytes a tensor
         assert 0 < counters < 4 * 200 and counters % 4 == 0, name
         # On a model this small what a block's backward pass makes in passing shows.
@@ -46,13 +50,20 @@ def test_the_order_of_the_variants(result) -> None:
     assert seen["LISA 2 of 8 alone"].activations < seen["LISA 2 of 8"].activations < full.activations
     # Embedding 40 * 32, head the same, norm 32; a layer: q and o 32 * 32, k and v 16 * 32, three of 48 * 32, two norms 32.
     layer = 2 * 1024 + 2 * 512 + 3 * 1536 + 64
-    assert result.trainable["LISA 2 of 8"] == 2 * 1280 + 32 + 2 * layer and result.trainable["LISA 2 of 8 alone"] == 2 * layer
-    assert full.gradients == 4 * (2 * 1280 + 32 + 8 * layer) == full.weights - 4 * 2 * 4  # rotary's frequencies: two buffers of 4
+    assert (
+        result.trainable["LISA 2 of 8"] == 2 * 1280 + 32 + 2 * layer
+        and result.trainable["LISA 2 of 8 alone"] == 2 * layer
+    )
+    assert (
+        full.gradients == 4 * (2 * 1280 + 32 + 8 * layer) == full.weights - 4 * 2 * 4
+    )  # rotary's frequencies: two buffers of 4
 
 
 def test_the_table_shows_each_variant_and_below_it_the_formula(result) -> None:
     lines = str(result).splitlines()
-    assert len(lines) == 3 + 2 * len(result.measured) and lines[-1].startswith("step of vismt ilora r=2 / vismt lora r=2: ")
+    assert len(lines) == 3 + 2 * len(result.measured) and lines[-1].startswith(
+        "step of vismt ilora r=2 / vismt lora r=2: "
+    )
     for number, name in enumerate(result.measured):
         assert lines[2 + 2 * number].startswith(name) and not lines[3 + 2 * number][:33].strip()
     assert lines[2].startswith(memory.FULL) and "1.000  1.000  1.000  1.000" in lines[2]
@@ -66,7 +77,12 @@ def test_a_model_by_its_name(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(memory, "RANK", 2)
     monkeypatch.setattr(memory, "EXPERTS", 2)
     shape = transformers.Qwen2Config(
-        hidden_size=32, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=50,
+        hidden_size=32,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
         tie_word_embeddings=True,
     )
     transformers.Qwen2ForCausalLM(shape).save_pretrained(tmp_path)
@@ -76,7 +92,9 @@ def test_a_model_by_its_name(tmp_path, monkeypatch) -> None:
     for name, seen in result.measured.items():
         told = result.predicted[name]
         assert (seen.weights, seen.gradients) == (told.weights, told.gradients), name
-        assert seen.activations == pytest.approx(told.activations, rel=0.02), name  # Qwen2's biases are no part of the formula
+        assert seen.activations == pytest.approx(told.activations, rel=0.02), (
+            name
+        )  # Qwen2's biases are no part of the formula
     full, lisa = result.trainable[memory.FULL], result.trainable["LISA 2 of 3"]
     layer = (full - 50 * 32 - 32) // 3
     assert lisa == 50 * 32 + 32 + 2 * layer and result.trainable["LISA 2 of 3 alone"] == 2 * layer

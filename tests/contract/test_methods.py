@@ -24,7 +24,9 @@ LAYERS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "patch_embed.proj"]
 # What a method needs on the tiny ViT to start at the original function, and its trainable parameters beside pairs of
 # factors on the ViT-S of the meta test (a router: 12 x 16 x 384; a core for each of q, k, v, proj, fc1, fc2; a gate).
 OWN = {
-    "moe_lora": {"n_experts": 4, "init": "zero"}, "s2ft": {"ratio": 0.25}, "ilora": {"n_experts": 2, "gate": None},
+    "moe_lora": {"n_experts": 4, "init": "zero"},
+    "s2ft": {"ratio": 0.25},
+    "ilora": {"n_experts": 2, "gate": None},
     "corda": {"mode": "kpm", "covariances": collect_covariance(tiny_vit(), [images()], LAYERS)},
 }
 BESIDE = {"moe_lora": 12 * 16 * 384, "ilora": 64 * 4 + 4, "polar": 12 * 6 * 8 * 8}
@@ -40,14 +42,20 @@ VARIANTS = {
 }
 # A method that trains no factors has layouts of its own.
 SLICES = {
-    "permute": {}, "index": {"mode": "index"}, "delta": {"mode": "delta"}, "every_part": {"parts": ["v", "o", "u", "d"]},
-    "rows_by_index": {"parts": ["v", "u"], "mode": "index"}, "rows_by_delta": {"parts": ["v", "u"], "mode": "delta"},
+    "permute": {},
+    "index": {"mode": "index"},
+    "delta": {"mode": "delta"},
+    "every_part": {"parts": ["v", "o", "u", "d"]},
+    "rows_by_index": {"parts": ["v", "u"], "mode": "index"},
+    "rows_by_delta": {"parts": ["v", "u"], "mode": "delta"},
     "slices_with_head": {"also_train": ["head"]},
 }
 VARIANTS_OF = {"s2ft": list(SLICES)}
 CASES = [(method, variant) for method in METHODS for variant in VARIANTS_OF.get(method, list(VARIANTS))]
 # What tracing can tell apart, which is slow: every layer as it is, and everything at once.
-VARIANTS |= SLICES | {"together": {**VARIANTS["rslora"], **VARIANTS["split_qkv"], **VARIANTS["with_head"], **VARIANTS["conv"]}}
+VARIANTS |= SLICES | {
+    "together": {**VARIANTS["rslora"], **VARIANTS["split_qkv"], **VARIANTS["with_head"], **VARIANTS["conv"]}
+}
 GRAPHS = [(method, variant) for method in METHODS for variant in VARIANTS_OF.get(method, ["plain", "together"])]
 FACTOR_METHODS = [method for method in METHODS if method not in VARIANTS_OF]
 
@@ -92,7 +100,9 @@ def test_gradient_reaches_exactly_the_declared_parameters(method: str, variant: 
 
 @pytest.mark.parametrize("method,variant", CASES)
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-def test_merge_is_the_same_function_in_stock_classes(method: str, variant: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_merge_is_the_same_function_in_stock_classes(
+    method: str, variant: str, dtype: torch.dtype, tolerance: float
+) -> None:
     model = tiny_vit().to(dtype)
     vismt.adapt(model, method, rank=2, **OWN.get(method, {}), **VARIANTS[variant])
     faded(shake(model))

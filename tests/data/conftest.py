@@ -50,6 +50,10 @@ def write_card(home: Path):
 def pets(home: Path, paint, write_card) -> Path:
     """A card over {split}/{class} with 2 + 1 cats and 1 + 1 dogs; the grey value of an image is its own."""
     data = home / "data" / "pets"
-    for value, name in enumerate(["train/cat/a.png", "train/cat/b.png", "train/dog/a.png", "test/cat/a.png", "test/dog/a.png"]):
+    for value, name in enumerate(
+        ["train/cat/a.png", "train/cat/b.png", "train/dog/a.png", "test/cat/a.png", "test/dog/a.png"]
+    ):
         paint(data / name, 10 * (value + 1))
-    return write_card('  - {kind: folder, root: pets, layout: "{split}/{class}", splits: {train: 3, test: 2}}', name="pets")
+    return write_card(
+        '  - {kind: folder, root: pets, layout: "{split}/{class}", splits: {train: 3, test: 2}}', name="pets"
+    )

@@ -51,7 +51,10 @@ def test_packed_bits(store, write_card):
     [
         ({**GREY}, "no array 'x_test'"),
         ({**GREY, **TEST, "y_test": np.array([2])}, "labels run from 0 to 2, but there are 2 classes"),
-        ({**GREY, **TEST, "y_test": np.array([0, 1])}, r"'y_test' is int64 \(2,\), must be whole numbers of shape \(1,\)"),
+        (
+            {**GREY, **TEST, "y_test": np.array([0, 1])},
+            r"'y_test' is int64 \(2,\), must be whole numbers of shape \(1,\)",
+        ),
         ({**GREY, **TEST, "x_test": np.zeros((1, 2, 2))}, "'x_test' is float64"),
         ({**GREY, **TEST, "y_test": np.array([0], dtype=object)}, "cannot be read as npz: Object arrays"),
         ({**GREY, **TEST, "x_train": GREY["x_train"][:1], "y_train": np.array([0])}, "1 of 2 images found"),

@@ -13,8 +13,8 @@ from vismt.data.cards import list_cards, load_card
 from vismt.data.check import check, listing, prepare
 from vismt.data.images import open_images
 from vismt.data.source_types import FilelistSource, MetaDatasetSource
-from vismt.jobs import load_config
 from vismt.errors import UserError
+from vismt.jobs import load_config
 from vismt.paths import shipped
 
 META = {  # classes of train, valid, test: table of the paper's appendix and the published dataset_spec files

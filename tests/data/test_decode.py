@@ -71,7 +71,9 @@ def test_truncated_file_names_itself(tmp_path, suffix):
         decode_file(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 30, b"\xff\xd8\xff\xe0" + b"\0" * 30])
+@pytest.mark.parametrize(
+    "content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 30, b"\xff\xd8\xff\xe0" + b"\0" * 30]
+)
 def test_no_image_names_itself(tmp_path, content):
     path = tmp_path / "odd.jpg"
     path.write_bytes(content)

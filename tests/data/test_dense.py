@@ -46,7 +46,9 @@ def test_values_and_what_is_none(room):
     assert torch.allclose(sample["image"][:, 0, 0] * 255, torch.tensor([1.0, 2.0, 3.0]), atol=1.5)  # a jpg
     assert sample["semseg"].tolist() == [[0, 1, 255], [1, 1, 0]] and sample["semseg"].dtype == torch.int64
     assert sample["depth"][0].tolist() == [0.0, 1.0, 2.5] and sample["depth"].dtype == torch.float32
-    assert sample["normals"][:, 0].T.tolist() == [[0, 0, 0], [0, 0, -1], [1, 0, 0]] and not sample["normals"][:, 1].any()
+    assert (
+        sample["normals"][:, 0].T.tolist() == [[0, 0, 0], [0, 0, -1], [1, 0, 0]] and not sample["normals"][:, 1].any()
+    )
     assert valid("normals", sample["normals"]).tolist() == [[False, True, True], [False] * 3]
     assert valid("depth", sample["depth"])[0].tolist() == [False, True, True]
 

@@ -81,7 +81,11 @@ def test_cityscapes_of_libmtl(small, name):
     card, base = small(name, train=1)
     libmtl(base, "train", 0, label={"cityscapes": "label_7", "cityscapes19": "label_19"}[name])
     data = open_dense(card, "train")
-    assert data.inverse_depth and len(data.classes) == (7 if name == "cityscapes" else 19) and size_of(data.read(0)) == (H, W)
+    assert (
+        data.inverse_depth
+        and len(data.classes) == (7 if name == "cityscapes" else 19)
+        and size_of(data.read(0)) == (H, W)
+    )
 
 
 @pytest.mark.parametrize("suffix", [".png", ".npy"])
@@ -107,7 +111,9 @@ def test_nyud_of_invpt_and_mti(small, suffix):
     data = open_dense(card, "train")
     assert data.targets == ["semseg", "edge", "depth", "normals"] and data.ids[0].startswith("images/2.")
     sample = data.read(0)
-    assert (sample["semseg"][0] == 255).all() and (sample["semseg"][1:] == 39).all() and data.classes[39] == "other prop"
+    assert (
+        (sample["semseg"][0] == 255).all() and (sample["semseg"][1:] == 39).all() and data.classes[39] == "other prop"
+    )
     assert sample["edge"].sum(1).tolist() == [0, 0, W, 0] and sample["image"].allclose(torch.tensor(0.2), atol=1e-2)
     assert not valid("normals", sample["normals"])[0].any() and (sample["normals"][2, 1:] > 0.99).all()
     assert check(card).ok
@@ -149,7 +155,10 @@ def test_pascal_context_of_astmt(small):
         put(base / "JPEGImages" / f"{name}.jpg", np.zeros((H, W, 3), np.uint8))
         put(base / "normals_distill" / f"{name}.png", np.full((H, W, 3), (128, 128, 255), np.uint8))
         put(base / "sal_distill" / f"{name}.png", (top * 200).astype(np.uint8))
-        for folder, values in (("human_parts", part_annotation(objects)), ("pascal-context/trainval", {"LabelMap": labels})):
+        for folder, values in (
+            ("human_parts", part_annotation(objects)),
+            ("pascal-context/trainval", {"LabelMap": labels}),
+        ):
             (base / folder).mkdir(parents=True, exist_ok=True)
             savemat(base / folder / f"{name}.mat", values)
     put(base / "semseg" / "VOC12" / "a.png", np.full((H, W), 15, np.uint8))
@@ -192,7 +201,10 @@ def test_taskonomy_with_domains_missing(small):
         for view in ("point_0_view_0", "point_0_view_1"):
             put(base / building / "rgb" / f"{view}_domain_rgb.png", np.zeros((H, W, 3), np.uint8))
     room, view = base / "ackermanville", "point_0_view_0"
-    put(room / "segment_semantic" / f"{view}_domain_segmentsemantic.png", np.arange(H * W, dtype=np.uint8).reshape(H, W) % 18)
+    put(
+        room / "segment_semantic" / f"{view}_domain_segmentsemantic.png",
+        np.arange(H * W, dtype=np.uint8).reshape(H, W) % 18,
+    )
     depth = np.full((H, W), 1024, np.uint16)
     depth[0] = 65535
     put(room / "depth_zbuffer" / f"{view}_domain_depth_zbuffer.png", depth)
@@ -237,11 +249,15 @@ def test_two_files_of_one_id_and_a_depth_image_taken_for_metres(small):
     with pytest.raises(UserError, match=r"depth/0.png: '0.npy' has the same id. Remove one of them"):
         open_dense(card, "train")
     (base / "train" / "depth" / "0.npy").unlink()
-    with pytest.raises(UserError, match=r"depth/0.png: depth_m is read from .npy files; an image of millimetres is depth_mm"):
+    with pytest.raises(
+        UserError, match=r"depth/0.png: depth_m is read from .npy files; an image of millimetres is depth_mm"
+    ):
         open_dense(card, "train").read(0)
 
 
-DENSE = '  - {kind: dense, root: d, image: "{split}/rgb", maps: {depth_mm: "{split}/depth"}, splits: {train: 1, test: 1}%s}'
+DENSE = (
+    '  - {kind: dense, root: d, image: "{split}/rgb", maps: {depth_mm: "{split}/depth"}, splits: {train: 1, test: 1}%s}'
+)
 
 
 @pytest.mark.parametrize(("change", "message"), [

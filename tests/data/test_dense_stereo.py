@@ -21,10 +21,14 @@ pytest.importorskip("skimage")
 
 def test_tiles_of_the_motorcycle():
     data = open_dense("motorcycle", "test")
-    assert len(data) == 6 and len(open_dense("motorcycle", "train")) == 48 and data.targets == ["edge", "depth", "normals"]
+    assert (
+        len(data) == 6 and len(open_dense("motorcycle", "train")) == 48 and data.targets == ["edge", "depth", "normals"]
+    )
     assert data.where == "the scikit-image package" and check("motorcycle").ok
     sample = data.read(5)  # tyre on the floor
-    assert size_of(sample) == (160, 128) and sample["image"].dtype == torch.float32 and sample["edge"].dtype == torch.int64
+    assert (
+        size_of(sample) == (160, 128) and sample["image"].dtype == torch.float32 and sample["edge"].dtype == torch.int64
+    )
     known = sample["depth"] > 0
     assert sample["depth"][known].min() > 2 and sample["depth"].max() < 5.1 and known.float().mean() > 0.9
     assert torch.equal(sample["edge"] != 255, known) and 0 < (sample["edge"] == 1).float().mean() < 0.1

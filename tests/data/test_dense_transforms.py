@@ -26,7 +26,13 @@ def coordinates(height: int, width: int) -> dict[str, torch.Tensor]:
     sample["edge"] = (rows == columns).to(torch.int64)
     image = torch.stack([rows / height, columns / width, torch.zeros(height, width)])
     normals = torch.nn.functional.normalize(vectors, dim=0)
-    return {"image": image, **sample, "depth": 1 + rows + columns / 1000, "normals": normals, "class": torch.tensor(255)}
+    return {
+        "image": image,
+        **sample,
+        "depth": 1 + rows + columns / 1000,
+        "normals": normals,
+        "class": torch.tensor(255),
+    }
 
 
 def same_class(sample) -> bool:
@@ -48,7 +54,9 @@ def aligned(sample, s: float = 1.0, mirrored: bool = False, apart: float = 0.0) 
     assert apart or torch.equal(edge == 1, rows == columns)
     assert torch.allclose(sample["depth"][known] * s, 1 + rows + columns / 1000, rtol=1e-5)
     x, y, z = sample["normals"][:, known]
-    assert torch.allclose(y / z, rows + 1.0, rtol=1e-4) and torch.allclose((-x if mirrored else x) / z, columns + 1.0, rtol=1e-4)
+    assert torch.allclose(y / z, rows + 1.0, rtol=1e-4) and torch.allclose(
+        (-x if mirrored else x) / z, columns + 1.0, rtol=1e-4
+    )
     assert torch.allclose(sample["normals"][:, known].norm(dim=0), torch.ones(()), atol=1e-5)
 
 
@@ -81,7 +89,12 @@ def test_nearest_takes_the_pixel_at_the_centre():
     # 4 -> 2: the centres of the new pixels lie between old ones 0|1 and 2|3, the later one counts; 2 -> 4 doubles each.
     sample = {"image": torch.zeros(3, 1, 4), "semseg": torch.tensor([[0, 1, 2, 3]])}
     assert scale(sample, 0.5)["semseg"].tolist() == [[1, 3]]
-    assert scale({"image": torch.zeros(3, 1, 2), "semseg": torch.tensor([[7, 9]])}, 2)["semseg"][0].tolist() == [7, 7, 9, 9]
+    assert scale({"image": torch.zeros(3, 1, 2), "semseg": torch.tensor([[7, 9]])}, 2)["semseg"][0].tolist() == [
+        7,
+        7,
+        9,
+        9,
+    ]
 
 
 @QUICK
@@ -98,7 +111,9 @@ def test_lines_of_a_stored_edge_map_survive_any_scale_one_pixel_wide(height, wid
         count = out.sum(0)
         # The ends of a widened line may be thinned away with its sides.
         ends = 0 if s <= 1 else 3
-        assert count.max() <= 1 and (count[ends : len(count) - ends] == 1).all() and set(out.unique().tolist()) <= {0, 1}
+        assert (
+            count.max() <= 1 and (count[ends : len(count) - ends] == 1).all() and set(out.unique().tolist()) <= {0, 1}
+        )
         middle = (out.nonzero()[:, 0] + 0.5) / len(out)
         assert (middle - (at + 0.5) / height).abs().max() <= 0.5 / height + 0.5 / len(out)
 
@@ -147,11 +162,15 @@ def test_padding_and_resize_by_hand():
     assert torch.equal(out["image"][:, :4, :6], sample["image"])
     assert (out["image"][:, 4] == 0.25).all() and (out["image"][:, :, 6:] == 0.25).all()
     for name in MAPS:
-        assert torch.equal(out[name][..., 4:, :], blank(name, 1, 8)) and torch.equal(out[name][..., :4, 6:], blank(name, 4, 2))
+        assert torch.equal(out[name][..., 4:, :], blank(name, 1, 8)) and torch.equal(
+            out[name][..., :4, 6:], blank(name, 4, 2)
+        )
     assert size_of(pad(sample, (2, 2))) == (4, 6) and same_class(out)
     # 4 x 6 into 12 x 12: twice as large, 8 x 12, four rows of padding, depth still in metres.
     fitted = resize(sample, (12, 12))
-    assert valid("depth", fitted["depth"]).sum(0).tolist() == [8] * 12 and fitted["depth"].max() == sample["depth"].max()
+    assert (
+        valid("depth", fitted["depth"]).sum(0).tolist() == [8] * 12 and fitted["depth"].max() == sample["depth"].max()
+    )
 
 
 def test_class_ratio_limit():
@@ -161,7 +180,9 @@ def test_class_ratio_limit():
     sample = {"image": torch.zeros(3, 10, 100), "semseg": labels}
 
     def mixed(ratio: float) -> int:
-        draws = (random_crop(sample, (10, 10), torch.Generator().manual_seed(s), cat_max_ratio=ratio) for s in range(60))
+        draws = (
+            random_crop(sample, (10, 10), torch.Generator().manual_seed(s), cat_max_ratio=ratio) for s in range(60)
+        )
         return sum(0.25 < out["semseg"].float().mean().item() < 0.75 for out in draws)
 
     # 5 of the 91 places hold each share; once about 10 %, in ten tries 1 - .9 ** 10 = 65 %.
@@ -187,7 +208,9 @@ def test_augment_is_a_function_of_its_seed(seed, partial):
     assert torch.equal(torch.get_rng_state(), state) and size_of(out) == (12, 20)
     assert all(torch.equal(out[name], again[name]) for name in out) and same_class(out)
     if partial:  # without semseg there are no repeated crops: the geometry is the same for any set of targets
-        less, one = ({k: v for k, v in sample.items() if k in ("image", *names)} for names in (("depth",), ("depth", "edge")))
+        less, one = (
+            {k: v for k, v in sample.items() if k in ("image", *names)} for names in (("depth",), ("depth", "edge"))
+        )
         assert torch.equal(augment(less, seed)["depth"], augment(one, seed)["depth"])
 
 
@@ -205,7 +228,11 @@ def test_augment_mirrors_half_of_the_time_and_varies():
 def test_collate_fills_what_a_sample_lacks():
     whole, bare = coordinates(4, 5), {"image": torch.zeros(3, 4, 5), "depth": torch.ones(4, 5)}
     batch = collate([bare, whole])
-    assert batch["image"].shape == (2, 3, 4, 5) and batch["normals"].shape == (2, 3, 4, 5) and batch["edge"].shape == (2, 4, 5)
+    assert (
+        batch["image"].shape == (2, 3, 4, 5)
+        and batch["normals"].shape == (2, 3, 4, 5)
+        and batch["edge"].shape == (2, 4, 5)
+    )
     assert not valid("semseg", batch["semseg"])[0].any() and valid("depth", batch["depth"])[0].all()
     assert torch.equal(batch["normals"][1], whole["normals"]) and not valid("normals", batch["normals"])[0].any()
     assert set(collate([bare])) == {"image", "depth"}

@@ -15,7 +15,9 @@ def test_parts_are_runs_of_neighbours_within_each_class() -> None:
     parts = divide(LABELS, {"test": 0.25, "validation": 0.25}, "birds")
     assert {part: index.tolist() for part, index in parts.items()} == {
         # class 0 is 0..9, 14, 15 in the set's order: 6 to train, then 3, then 3; class 1 is 10..13: 2, 1, 1.
-        "train": [0, 1, 2, 3, 4, 5, 10, 11], "test": [6, 7, 8, 12], "validation": [9, 13, 14, 15],
+        "train": [0, 1, 2, 3, 4, 5, 10, 11],
+        "test": [6, 7, 8, 12],
+        "validation": [9, 13, 14, 15],
     }
     assert sorted(torch.cat(list(parts.values())).tolist()) == list(range(16))
 

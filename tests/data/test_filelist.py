@@ -7,8 +7,8 @@ import json
 import pytest
 
 from vismt.data.check import check
-from vismt.data.json_lists import local_name
 from vismt.data.images import open_images
+from vismt.data.json_lists import local_name
 from vismt.errors import UserError
 
 BIRDS = ["001.Albatross", "002.Ani", "003.Auklet", "004.Bunting"]
@@ -17,7 +17,9 @@ WRITTEN = "/home/someone/CrossDomainFewShot/filelists/birds/source"
 
 def write_list(base, split, labels, names=None, classes=BIRDS):
     names = names or [f"{WRITTEN}/{classes[k]}/{i}.png" for i, k in enumerate(labels)]
-    (base / f"{split}.json").write_text(json.dumps({"label_names": classes, "image_names": names, "image_labels": labels}))
+    (base / f"{split}.json").write_text(
+        json.dumps({"label_names": classes, "image_names": names, "image_labels": labels})
+    )
 
 
 @pytest.fixture
@@ -39,7 +41,11 @@ def test_labels_are_those_of_label_names_in_every_split(birds):
     card, _ = birds
     novel = open_images(card, "novel")
     assert novel.classes == BIRDS and novel.labels.tolist() == [3, 3, 3]
-    assert novel.ids[0] == "source/004.Bunting/0.png" and [int(novel.read(i)[0, 0, 0]) for i in range(3)] == [30, 31, 32]
+    assert novel.ids[0] == "source/004.Bunting/0.png" and [int(novel.read(i)[0, 0, 0]) for i in range(3)] == [
+        30,
+        31,
+        32,
+    ]
     assert open_images(card, "base").labels.tolist() == [0, 0, 2] and len(open_images(card)) == 8
     report = check(card)
     assert report.ok and report.images == 8
@@ -61,7 +67,13 @@ def test_names_relative_to_the_folder(birds):
 
 @pytest.mark.parametrize(
     "name",
-    ["../secret.png", "/etc/secret.png", f"{WRITTEN}/../../../secret.png", "source/../../secret.png", "/filelists/other/x.png"],
+    [
+        "../secret.png",
+        "/etc/secret.png",
+        f"{WRITTEN}/../../../secret.png",
+        "source/../../secret.png",
+        "/filelists/other/x.png",
+    ],
 )
 def test_a_name_that_leads_outside_is_refused(birds, name):
     card, base = birds
@@ -87,7 +99,12 @@ def test_local_name_cuts_at_the_first_marker():
         ([3, 3], ["a.png"], BIRDS, "1 images, 2 labels"),
         ([3], None, ["x", "x", "y", "z"], "no class twice"),
         ([3, 2], None, BIRDS, "split 'novel' has 2 of 1 classes"),
-        ([3, 3, 3], ["source/004.Bunting/0.png", "a.png", "b.png"], BIRDS, r"1 of 3 images of split 'novel' .*missing 'a.png'"),
+        (
+            [3, 3, 3],
+            ["source/004.Bunting/0.png", "a.png", "b.png"],
+            BIRDS,
+            r"1 of 3 images of split 'novel' .*missing 'a.png'",
+        ),
         ([3], ["source/004.Bunting/0.png"], BIRDS, r"1 of 3 images found .*split 'novel'"),
     ],
 )
@@ -106,5 +123,7 @@ NOT_A_NUMBER = '{"label_names": ["a"], "image_names": ["x"], "image_labels": ["?
 def test_a_list_of_another_shape(birds, text):
     card, base = birds
     (base / "novel.json").write_text(text)
-    with pytest.raises(UserError, match=r"novel.json: must be JSON with the lists label_names, image_names, image_labels"):
+    with pytest.raises(
+        UserError, match=r"novel.json: must be JSON with the lists label_names, image_names, image_labels"
+    ):
         open_images(card, "novel")

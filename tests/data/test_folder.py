@@ -78,7 +78,9 @@ def test_wrong_layout_gets_a_hint(pets, write_card):
 
 def test_short_copy_says_how_many(home, pets):
     (home / "data" / "pets" / "train" / "cat" / "b.png").unlink()
-    with pytest.raises(UserError, match=r"pets: 2 of 3 images found under \$VISMT_DATA/pets \(split 'train'\).* See .*card.yaml"):
+    with pytest.raises(
+        UserError, match=r"pets: 2 of 3 images found under \$VISMT_DATA/pets \(split 'train'\).* See .*card.yaml"
+    ):
         open_images(pets, "train")
     assert len(open_images(pets, "test")) == 2
 

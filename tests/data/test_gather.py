@@ -15,8 +15,13 @@ from vismt.errors import UserError
 def store(name: str, first: int, count: int, size: int = 2) -> Pixels:
     """Images whose every pixel is their number."""
     images = ImageSet(
-        name, "train", ["a"], torch.zeros(count, dtype=torch.int64), [f"{i}" for i in range(count)],
-        lambda i: torch.full((3, size, size), first + i, dtype=torch.uint8), lambda: name,
+        name,
+        "train",
+        ["a"],
+        torch.zeros(count, dtype=torch.int64),
+        [f"{i}" for i in range(count)],
+        lambda i: torch.full((3, size, size), first + i, dtype=torch.uint8),
+        lambda: name,
     )
     return Pixels(images, size)
 
@@ -42,7 +47,9 @@ def test_a_pass_has_every_image_once_and_its_own_order(gathered: Gathered) -> No
     assert not torch.equal(passes[0], passes[1])
     # A batch is a function of its number, whatever was asked for before; another seed has another order.
     assert torch.equal(ShuffledBatches(gathered, 4, seed=3)(4)["images"], batches(4)["images"])
-    assert not torch.equal(ShuffledBatches(gathered, 8, seed=4)(0)["labels"], ShuffledBatches(gathered, 8, seed=3)(0)["labels"])
+    assert not torch.equal(
+        ShuffledBatches(gathered, 8, seed=4)(0)["labels"], ShuffledBatches(gathered, 8, seed=3)(0)["labels"]
+    )
 
 
 def test_what_is_left_of_a_pass_is_dropped(gathered: Gathered) -> None:

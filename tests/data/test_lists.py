@@ -48,7 +48,12 @@ def test_splits_labels_and_images(birds):
     assert open_images(card).ids == train.ids + test.ids
     report = check(card)
     assert report.ok and [row.found for row in report.splits] == [3, 2]
-    assert set(source_files(load_card(card).sources[0], birds[1])) == {"paths.txt", "labels.txt", "training.txt", "names.txt"}
+    assert set(source_files(load_card(card).sources[0], birds[1])) == {
+        "paths.txt",
+        "labels.txt",
+        "training.txt",
+        "names.txt",
+    }
 
 
 def test_other_labels_are_other_content(birds):
@@ -63,7 +68,9 @@ def test_other_labels_are_other_content(birds):
 def test_a_missing_list_is_named(birds, name):
     card, base = birds
     (base / name).unlink()
-    with pytest.raises(UserError, match=rf"missing list '\$VISMT_DATA/birds/{name}'. See .*card.yaml for how to get it"):
+    with pytest.raises(
+        UserError, match=rf"missing list '\$VISMT_DATA/birds/{name}'. See .*card.yaml for how to get it"
+    ):
         open_images(card, "train")
     assert not check(card).ok
 
@@ -71,12 +78,16 @@ def test_a_missing_list_is_named(birds, name):
 def test_a_missing_image_is_named(birds):
     card, base = birds
     (base / "images" / "003.Auklet" / "b c.png").unlink()
-    with pytest.raises(UserError, match=r"1 of 2 images of split 'test' found under .*missing 'images/003.Auklet/b c.png'"):
+    with pytest.raises(
+        UserError, match=r"1 of 2 images of split 'test' found under .*missing 'images/003.Auklet/b c.png'"
+    ):
         open_images(card, "test")
     assert len(open_images(card, "train")) == 3
 
 
-@pytest.mark.parametrize("path", ["../secret.png", "/etc/secret.png", "001.Albatross/../../secret.png", "C:/secret.png"])
+@pytest.mark.parametrize(
+    "path", ["../secret.png", "/etc/secret.png", "001.Albatross/../../secret.png", "C:/secret.png"]
+)
 def test_a_path_that_leaves_the_folder_is_refused(birds, paint, path):
     card, base = birds
     paint(base / "secret.png")
@@ -90,8 +101,18 @@ def test_a_path_that_leaves_the_folder_is_refused(birds, paint, path):
 @pytest.mark.parametrize(
     ("name", "old", "new", "message"),
     [
-        ("labels.txt", "7 3\n", "", r"1 of the 5 ids of '\$VISMT_DATA/birds/paths.txt' are not in 'labels.txt', .* '7'"),
-        ("labels.txt", "7 3\n", "7 3\n8 3\n", r"1 of the 6 ids of '.*labels.txt' are not in 'paths.txt', the first is '8'"),
+        (
+            "labels.txt",
+            "7 3\n",
+            "",
+            r"1 of the 5 ids of '\$VISMT_DATA/birds/paths.txt' are not in 'labels.txt', .* '7'",
+        ),
+        (
+            "labels.txt",
+            "7 3\n",
+            "7 3\n8 3\n",
+            r"1 of the 6 ids of '.*labels.txt' are not in 'paths.txt', the first is '8'",
+        ),
         ("training.txt", "9 1\n", "09 1\n", "ids of '.*paths.txt' are not in 'training.txt', the first is '9'"),
         ("paths.txt", "9 002.Ani/a.png\n", "", "ids of '.*labels.txt' are not in 'paths.txt', the first is '9'"),
         ("labels.txt", "7 3", "7 4", "labels.txt: id '7' has '4', which is no class of 'names.txt'"),

@@ -45,7 +45,12 @@ def synset(wn_id, *children):
 
 # Train: root over a (n0, n1) and b (n1, n2), so n1 has two parents; valid: one leaf; test: n4 below a root.
 GRAPHS = {
-    "TRAIN": [synset("root", "a", "b"), synset("a", "n0", "n1"), synset("b", "n1", "n2"), *map(synset, ("n0", "n1", "n2"))],
+    "TRAIN": [
+        synset("root", "a", "b"),
+        synset("a", "n0", "n1"),
+        synset("b", "n1", "n2"),
+        *map(synset, ("n0", "n1", "n2")),
+    ],
     "VALID": [synset("n3")],
     "TEST": [synset("top", "n4", "n5"), synset("n4"), synset("n5")],
 }
@@ -151,7 +156,9 @@ def test_a_slash_in_a_class_name_is_no_path(domain, paint):
 
 def test_hierarchy_needs_the_spec(domain):
     card, _ = domain(None, hierarchy="superclass")
-    with pytest.raises(UserError, match=r"no 'dataset_spec.json' under \$VISMT_DATA/md, which holds its hierarchy \(super"):
+    with pytest.raises(
+        UserError, match=r"no 'dataset_spec.json' under \$VISMT_DATA/md, which holds its hierarchy \(super"
+    ):
         open_images(card, "test")
 
 
@@ -172,7 +179,9 @@ def test_a_strange_spec_is_named(domain, spec, message):
 
 
 def test_a_loop_in_the_graph_is_no_endless_walk(domain):
-    loop = TREE | {"split_subgraphs": GRAPHS | {"TRAIN": [synset("a", "b"), synset("b", "a"), *map(synset, ("n0", "n1", "n2"))]}}
+    loop = TREE | {
+        "split_subgraphs": GRAPHS | {"TRAIN": [synset("a", "b"), synset("b", "a"), *map(synset, ("n0", "n1", "n2"))]}
+    }
     card, _ = domain(loop, "{train: 3, valid: 1, test: 2}", "nodes")
     with pytest.raises(UserError, match="not a dataset_spec of Meta-Dataset"):
         open_images(card, "train")
@@ -212,7 +221,11 @@ def test_skipping_damaged_images_keeps_the_nodes(domain):
     with h5py.File(base / "0.h5", "a") as file:
         del file["1"]["image"]
     kept = open_images(card, "train", on_bad_sample="skip")
-    assert kept.skipped == ["0.h5/1"] and kept.labels.tolist() == [0, 1, 1, 2, 2] and kept.nodes == [[0, 1, 2], [0, 1], [1, 2]]
+    assert (
+        kept.skipped == ["0.h5/1"]
+        and kept.labels.tolist() == [0, 1, 1, 2, 2]
+        and kept.nodes == [[0, 1, 2], [0, 1], [1, 2]]
+    )
 
 
 def test_without_h5py_the_extra_is_named(domain, monkeypatch):

@@ -37,7 +37,9 @@ def test_published_counts(name):
 def test_absent_set_says_how_to_get_it(home, name):
     report = check(name)
     steps = " ".join(load_card(name).how_to_get.split())
-    assert not report.ok and str(report).endswith(f"Get it so: {steps}") and "$VISMT_DATA" in steps and "https://" in steps
+    assert (
+        not report.ok and str(report).endswith(f"Get it so: {steps}") and "$VISMT_DATA" in steps and "https://" in steps
+    )
     with pytest.raises(UserError, match="cannot be downloaded by vismt"):
         prepare(name)
 
@@ -52,7 +54,9 @@ def test_birds_in_their_own_layout(home, paint):
     (base / "image_class_labels.txt").write_text("".join(f"{n} {k + 1}\n" for n, k in rows))
     (base / "train_test_split.txt").write_text("".join(f"{n} {int(n <= 200)}\n" for n, _ in rows))
     (base / "classes.txt").write_text("".join(f"{k + 1} {k + 1:03d}.Bird\n" for k in range(200)))
-    with pytest.raises(UserError, match=r"datasets/cub200: 200 of 5,994 images found under \$VISMT_DATA/CUB_200_2011 .*'train'"):
+    with pytest.raises(
+        UserError, match=r"datasets/cub200: 200 of 5,994 images found under \$VISMT_DATA/CUB_200_2011 .*'train'"
+    ):
         open_images("cub200", "train")
     card = load_card("cub200")
     card.sources[0].splits.update(train=200, test=400)

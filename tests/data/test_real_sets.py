@@ -45,7 +45,12 @@ def test_counts_and_one_decode(name):
     assert (len(images), len(images.classes)) == (count, classes)
     assert set(images.labels.tolist()) == set(range(classes)) and len(set(images.ids)) == count
     image = images.read(count // 2)
-    assert image.dtype == torch.uint8 and image.shape[0] == 3 and 28 <= max(image.shape[1:]) <= 84 and image.float().std() > 1
+    assert (
+        image.dtype == torch.uint8
+        and image.shape[0] == 3
+        and 28 <= max(image.shape[1:]) <= 84
+        and image.float().std() > 1
+    )
 
 
 @pytest.mark.realdata

@@ -25,7 +25,9 @@ def chest(home, paint, write_card):
     base = home / "data" / "x"
     rows = ["1.png,Mass", "2.png,Effusion|Mass", "3.png,No Finding", "4.png,Effusion", "5.png,Pneumonia", "6.png,Mass"]
     base.mkdir()
-    (base / "t.csv").write_text("\n".join([CHEST_HEAD, *(f"{row},0,1,58,M,PA,2682,2749,0.143,0.143," for row in rows)]) + "\n")
+    (base / "t.csv").write_text(
+        "\n".join([CHEST_HEAD, *(f"{row},0,1,58,M,PA,2682,2749,0.143,0.143," for row in rows)]) + "\n"
+    )
     for value, name in enumerate(["images_001/images/1.png", "images_001/images/4.png", "images_002/images/6.png"]):
         paint(base / name, 10 * (value + 1))
     return card_of(write_card, CHEST)
@@ -42,7 +44,9 @@ def test_only_single_findings_of_the_kept_classes(chest):
 
 def test_a_missing_image_is_named(home, chest):
     (home / "data" / "x" / "images_002" / "images" / "6.png").unlink()
-    with pytest.raises(UserError, match=r"2 of 3 images found in images, images_\*/images under \$VISMT_DATA/x; missing '6.png'"):
+    with pytest.raises(
+        UserError, match=r"2 of 3 images found in images, images_\*/images under \$VISMT_DATA/x; missing '6.png'"
+    ):
         open_images(chest)
     assert not check(chest).ok
 

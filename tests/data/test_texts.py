@@ -48,7 +48,11 @@ def test_mixed_line_ends_and_bare_quotes(put):
     content = b'plain\t1\r"whole ""field"" here"\t0\r"So with\t1\nend of line \x85 is none\t0\r\n"also" bare\t1'
     found = open_texts(put(content, LINES % (5, ", encoding: latin-1")))
     assert [row["text"] for row in found.rows] == [
-        "plain", 'whole "field" here', '"So with', "end of line \x85 is none", '"also" bare'
+        "plain",
+        'whole "field" here',
+        '"So with',
+        "end of line \x85 is none",
+        '"also" bare',
     ]
     assert [row["label"] for row in found.rows] == ["1", "0", "1", "0", "1"]
     assert found.ids == [f"all:{i}" for i in range(5)] and found.take([3, 1]).ids == ["all:3", "all:1"]
@@ -58,7 +62,9 @@ def test_mixed_line_ends_and_bare_quotes(put):
 def test_separators_are_taken_in_turn(put):
     fields = 'fields: [kind, fine, text], form: lines, separators: [":", " "]'
     source = f"{{kind: text, root: t, files: {{all: a.txt}}, {fields}, splits: {{all: 1}}}}"
-    assert open_texts(put(b"NUM:date When: 3 : 4 ?\n", source)).rows == [{"kind": "NUM", "fine": "date", "text": "When: 3 : 4 ?"}]
+    assert open_texts(put(b"NUM:date When: 3 : 4 ?\n", source)).rows == [
+        {"kind": "NUM", "fine": "date", "text": "When: 3 : 4 ?"}
+    ]
 
 
 def test_json_lines_and_groups(put):
@@ -78,7 +84,8 @@ def test_documents(put):
     starts = "form: documents, starts: '(?m)^= .* =$'"
     source = f"{{kind: text, root: t, files: {{all: a.txt}}, fields: [text], {starts}, splits: {{all: 2}}}}"
     assert [row["text"] for row in open_texts(put(b"\n= A =\none\n = no =\n= B =\ntwo\n", source)).rows] == [
-        "= A =\none\n = no =", "= B =\ntwo"
+        "= A =\none\n = no =",
+        "= B =\ntwo",
     ]
     with pytest.raises(UserError, match="no document starts at the beginning"):
         open_texts(put(b"before\n= A =\n= B =", source))
@@ -122,8 +129,13 @@ def test_rows_that_the_card_does_not_describe(put, content, told):
 def test_cards_that_contradict_themselves(put, change, told):
     key = change.partition(":")[0]
     base = {
-        "kind": "text", "root": "t", "files": "{all: a.txt}", "fields": "[text, label]", "form": "lines",
-        "separators": '["\\t"]', "splits": "{all: 1}",
+        "kind": "text",
+        "root": "t",
+        "files": "{all: a.txt}",
+        "fields": "[text, label]",
+        "form": "lines",
+        "separators": '["\\t"]',
+        "splits": "{all: 1}",
     }
     base[key] = change.partition(": ")[2]
     with pytest.raises(UserError, match=told):
@@ -154,8 +166,12 @@ def test_the_real_sets(name):
             pytest.skip(str(error))
         raise
     assert len(found) == count and len(set(found.ids)) == count
-    assert all(isinstance(value, str) and value and "\r" not in value for row in found.rows for key, value in row.items()
-               if key in ("text", "question", "sentence"))
+    assert all(
+        isinstance(value, str) and value and "\r" not in value
+        for row in found.rows
+        for key, value in row.items()
+        if key in ("text", "question", "sentence")
+    )
     for field, known in values.items():
         assert {row[field] for row in found.rows} == known
     assert check(name).ok and check(name).groups

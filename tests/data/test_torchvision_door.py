@@ -54,7 +54,9 @@ def test_every_door_matches_the_real_constructor():
 
 
 def test_download_then_found_without(home, cifar):
-    with pytest.raises(UserError, match=r"nothing found under \$VISMT_CACHE/torchvision/c. `vismt data prepare .*` downloads it"):
+    with pytest.raises(
+        UserError, match=r"nothing found under \$VISMT_CACHE/torchvision/c. `vismt data prepare .*` downloads it"
+    ):
         open_images(cifar, "train")
     train = open_images(cifar, "train", download=True)
     assert train.labels.tolist() == [1, 0, 1] and train.classes == ["cat", "dog"]
@@ -75,7 +77,9 @@ def test_folder_first_torchvision_for_the_split_it_lacks(home, paint, monkeypatc
     paint(home / "data" / "c" / "cat" / "1.png")
     paint(home / "data" / "c" / "dog" / "1.png")
     path = write_card('  - {kind: folder, root: c, layout: "{class}", splits: {all: 2}}\n' + CIFAR, extra="images: 5")
-    with pytest.raises(UserError, match=r"2 of 5 images found under \$VISMT_DATA/c; missing split file 'test'. `vismt data"):
+    with pytest.raises(
+        UserError, match=r"2 of 5 images found under \$VISMT_DATA/c; missing split file 'test'. `vismt data"
+    ):
         open_images(path, "test")
     prepare(path)
     assert len(open_images(path, "test")) == 2 and open_images(path, "all").ids == ["cat/1.png", "dog/1.png"]
@@ -163,7 +167,9 @@ def test_unknown_class_and_split(home, write_card):
 
 
 def test_prepare_without_a_download_gives_the_steps(home):
-    with pytest.raises(UserError, match=r"datasets/stanford_cars: cannot be downloaded by vismt. torchvision can no longer"):
+    with pytest.raises(
+        UserError, match=r"datasets/stanford_cars: cannot be downloaded by vismt. torchvision can no longer"
+    ):
         prepare("stanford_cars")
     with pytest.raises(UserError, match=r"datasets/grocery: cannot be downloaded by vismt. Clone the repository"):
         prepare("grocery")

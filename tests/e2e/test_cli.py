@@ -26,7 +26,11 @@ SMALL = {
     "source": {"data": ["digits"], "ways": 3, "shots": 2, "queries": 2, "augment": False},
     "train": {"steps": 4, "lr": 1e-3, "checkpoint_every": 2},
     "evaluate": {
-        "data": ["digits"], "ways": 3, "shots": [1], "queries": 2, "episodes": 3,
+        "data": ["digits"],
+        "ways": 3,
+        "shots": [1],
+        "queries": 2,
+        "episodes": 3,
         "attacks": [{"name": "pgd", "epsilon": "4/255", "steps": 2}],
     },
 }
@@ -125,10 +129,13 @@ def test_damaged_run_folders_are_named(run_folder: Path, tmp_path: Path, capsys)
     lines[1] = json.dumps({**json.loads(lines[1]), "clean": "abc"})
     changed = (run_folder / "config.resolved.yaml").read_text().replace("rank: 2", "rank: 3")
     for name, text, words in (
-        ("run.json", "[]", "run.json"), ("run.json", '{"wall_time_s": "a"}', "run.json"),
-        ("results.jsonl", "5\n{}\n", "results.jsonl"), ("results.jsonl", "{}\n", "results.jsonl"),
+        ("run.json", "[]", "run.json"),
+        ("run.json", '{"wall_time_s": "a"}', "run.json"),
+        ("results.jsonl", "5\n{}\n", "results.jsonl"),
+        ("results.jsonl", "{}\n", "results.jsonl"),
         (f"records/{records.name}", "\n".join(lines) + "\n", "line 2 is not a record"),
-        ("classifier.safetensors", "x", "classifier.safetensors"), ("config.resolved.yaml", changed, "changed after"),
+        ("classifier.safetensors", "x", "classifier.safetensors"),
+        ("config.resolved.yaml", changed, "changed after"),
     ):
         folder = tmp_path / "copy"
         shutil.copytree(run_folder, folder)
@@ -140,7 +147,12 @@ def test_damaged_run_folders_are_named(run_folder: Path, tmp_path: Path, capsys)
 
 
 def test_merging_before_training_says_what_to_do(tmp_path: Path, capsys) -> None:
-    assert main(["run", str(write(tmp_path, adapt=None, train=None, source={})), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
+    assert (
+        main(
+            ["run", str(write(tmp_path, adapt=None, train=None, source={})), "--out", str(tmp_path / "runs"), "--quiet"]
+        )
+        == 0
+    )
     folder = next((tmp_path / "runs").iterdir())
     for command in (["merge", str(folder)], ["export", str(folder), "--format", "peft"]):
         assert main(command) == 2
@@ -193,8 +205,17 @@ def test_an_image_classifier_from_elsewhere_is_attacked(tmp_path: Path, capsys) 
     safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_vit", "img_size": 32, "num_classes": 10}))
     command = [
-        "attack", "--model", str(tmp_path / "model.safetensors"), "--data", "digits", "--images", "12", "--steps", "2",
-        "--out", str(tmp_path / "out"),
+        "attack",
+        "--model",
+        str(tmp_path / "model.safetensors"),
+        "--data",
+        "digits",
+        "--images",
+        "12",
+        "--steps",
+        "2",
+        "--out",
+        str(tmp_path / "out"),
     ]
     code = main(command)
     captured = capsys.readouterr()
@@ -328,8 +349,19 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     """torchrun on two CPU processes: both see their own episodes, the gradients are averaged, one adapter is written."""
     path = write(tmp_path, evaluate={**SMALL["evaluate"], "attacks": []})
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611", "-m", "vismt.cli",
-        "run", str(path), "--out", str(tmp_path / "runs"),
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29611",
+        "-m",
+        "vismt.cli",
+        "run",
+        str(path),
+        "--out",
+        str(tmp_path / "runs"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]

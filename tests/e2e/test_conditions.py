@@ -22,8 +22,14 @@ BASE = {
     "train": {"steps": 2, "lr": 1e-3},
 }
 EVERY = [
-    {"name": "pgd"}, {"name": "pgd", "norm": "l2", "epsilon": 0.5}, {"name": "apgd_ce"}, {"name": "apgd_t"}, {"name": "fab"},
-    {"name": "square", "steps": 5}, {"name": "square", "steps": 5, "norm": "l2", "epsilon": 0.5}, {"name": "autoattack"},
+    {"name": "pgd"},
+    {"name": "pgd", "norm": "l2", "epsilon": 0.5},
+    {"name": "apgd_ce"},
+    {"name": "apgd_t"},
+    {"name": "fab"},
+    {"name": "square", "steps": 5},
+    {"name": "square", "steps": 5, "norm": "l2", "epsilon": 0.5},
+    {"name": "autoattack"},
 ]
 
 
@@ -34,7 +40,9 @@ def run(folder: Path, *overrides: str, **evaluate: object) -> Path:
     return next((folder / "runs").iterdir())
 
 
-@pytest.mark.parametrize(("ways", "text"), [(5, "AutoAttack-2 linf 4/255"), (3, "AutoAttack-2 (APGD-CE+FAB+Square) linf 4/255")])
+@pytest.mark.parametrize(
+    ("ways", "text"), [(5, "AutoAttack-2 linf 4/255"), (3, "AutoAttack-2 (APGD-CE+FAB+Square) linf 4/255")]
+)
 def test_every_attack_by_name(tmp_path: Path, monkeypatch, ways: int, text: str) -> None:
     monkeypatch.setattr(attacks, "AUTO_QUERIES", 5)
     chosen = [{"epsilon": "4/255", "steps": 2, **one} for one in EVERY if ways > 3 or one["name"] != "apgd_t"]
@@ -48,7 +56,14 @@ def test_every_attack_by_name(tmp_path: Path, monkeypatch, ways: int, text: str)
 
 def test_a_targeted_attack_on_three_ways_says_what_to_take(tmp_path: Path, capsys) -> None:
     path = tmp_path / "small.yaml"
-    evaluate = {"data": ["digits"], "shots": [1], "ways": 3, "queries": 1, "episodes": 2, "attacks": [{"name": "apgd_t"}]}
+    evaluate = {
+        "data": ["digits"],
+        "shots": [1],
+        "ways": 3,
+        "queries": 1,
+        "episodes": 2,
+        "attacks": [{"name": "apgd_t"}],
+    }
     path.write_text(yaml.safe_dump({**BASE, "evaluate": evaluate}))
     assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
     error = capsys.readouterr().err
@@ -60,7 +75,12 @@ def test_transfer_corruptions_and_masking_reach_the_report(tmp_path: Path, capsy
     pytest.importorskip("skimage")
     pgd = {"name": "pgd", "epsilon": "8/255", "steps": 2}
     folder = run(
-        tmp_path, data=["digits", "photo_crops:test"], ways=3, episodes=3, masking=True, masking_episodes=2,
+        tmp_path,
+        data=["digits", "photo_crops:test"],
+        ways=3,
+        episodes=3,
+        masking=True,
+        masking_episodes=2,
         attacks=[pgd, {**pgd, "source": "frozen"}, {**pgd, "source": "adapted"}],
         corruptions=[{"name": "fog", "severities": [1, 5]}, {"name": "contrast"}],
     )

@@ -18,21 +18,21 @@ import yaml
 
 from vismt.cli import main
 from vismt.data.dense_transforms import resize
+from vismt.engine.arms import unit, unit_config
+from vismt.engine.log import read_lines
+from vismt.engine.run import open_run
+from vismt.errors import UserError
+from vismt.jobs import load_config
 from vismt.jobs.dense import config as dense_config
 from vismt.jobs.dense import models as dense_models
 from vismt.jobs.dense import panels as dense_panels
-from vismt.engine.arms import unit, unit_config
-from vismt.jobs.dense.job import DenseJob
 from vismt.jobs.dense.config import check
-from vismt.jobs import load_config
-from vismt.engine.log import read_lines
-from vismt.report.panels import read_panel
-from vismt.engine.run import open_run
-from vismt.errors import UserError
+from vismt.jobs.dense.job import DenseJob
 from vismt.multitask.heads import resize_logits
 from vismt.multitask.moe_lora import routes
 from vismt.multitask.tasks.base import DARK
 from vismt.paths import shipped
+from vismt.report.panels import read_panel
 
 pytest.importorskip("skimage")
 pytest.importorskip("torchmetrics")
@@ -51,7 +51,9 @@ SMALL = {
     "augment": {"strength": 0},
     "batch": 3,
     "arms": {
-        "emtal": {}, "full": {**ALONE, "full": True}, "depth": {**ALONE, "only": ["depth"]},
+        "emtal": {},
+        "full": {**ALONE, "full": True},
+        "depth": {**ALONE, "only": ["depth"]},
         "others": {**ALONE, "only": ["normals", "edge"]},
     },
     "baseline": {"depth": "depth", "normals": "others", "edge": "others"},
@@ -80,7 +82,9 @@ def test_rows_of_every_arm_and_task(study: Path) -> None:
     every = ["depth RMSE in m", "normals mean angle in degrees", "edge odsF"]
     assert set(rows) == {
         *((arm, metric) for arm in ("emtal", "full") for metric in (*every, delta)),
-        ("depth", every[0]), ("others", every[1]), ("others", every[2]),
+        ("depth", every[0]),
+        ("others", every[1]),
+        ("others", every[2]),
     }
     lines = read_lines(study / "dense_seeds.jsonl")
     for (arm, metric), row in rows.items():
@@ -92,7 +96,8 @@ def test_rows_of_every_arm_and_task(study: Path) -> None:
             assert row["value"] == pytest.approx(sum(own) / 2)
     value = {(arm, metric): row["value"] for (arm, metric), row in rows.items()}
     gains = [
-        -(value["full", every[0]] / value["depth", every[0]] - 1), -(value["full", every[1]] / value["others", every[1]] - 1),
+        -(value["full", every[0]] / value["depth", every[0]] - 1),
+        -(value["full", every[1]] / value["others", every[1]] - 1),
         value["full", every[2]] / value["others", every[2]] - 1,
     ]
     assert value["full", delta] == pytest.approx(100 * sum(gains) / 3)
@@ -128,12 +133,18 @@ def test_panels_show_the_first_seed_on_images_evenly_over_the_set(study: Path) -
                 if task.name == "depth":
                     own_range += np.abs(drawn - task.picture(logits[task.name]).numpy()).max() > 2
                 stem = f"motorcycle-test-images-at-32-x-48-{arm}-{task.name}"
-                records = {line["episode"]: line["alone"][0] for line in read_lines(study / "records" / f"{stem}.jsonl")}
-                assert found["scores"][place, at, number] == pytest.approx(records.get(rows.ids[numbers[number]]), nan_ok=True)
+                records = {
+                    line["episode"]: line["alone"][0] for line in read_lines(study / "records" / f"{stem}.jsonl")
+                }
+                assert found["scores"][place, at, number] == pytest.approx(
+                    records.get(rows.ids[numbers[number]]), nan_ok=True
+                )
     assert own_range  # depth in its own colours would have been another picture
     routers = read_panel(study / "routers" / "emtal.npz", "routers")
     assert [path.name for path in (study / "routers").iterdir()] == ["emtal.npz"]
-    assert routers["omega"].shape[1:] == (4, 4, 2, 3) and np.ptp(routers["omega"]) > 0  # 16 px patches, before the merge
+    assert (
+        routers["omega"].shape[1:] == (4, 4, 2, 3) and np.ptp(routers["omega"]) > 0
+    )  # 16 px patches, before the merge
 
 
 def test_panels_are_predicted_again_only_for_other_trainings(study: Path, tmp_path: Path, monkeypatch) -> None:
@@ -143,7 +154,11 @@ def test_panels_are_predicted_again_only_for_other_trainings(study: Path, tmp_pa
     before = path.read_bytes()
     assert dense_panels.write_panels(evaluation) == path and not asked
     panel = dict(np.load(path))
-    for damaged in (before[:500], {**panel, "trainings": panel["trainings"][::-1]}, {**panel, "ids": panel["ids"][::-1]}):
+    for damaged in (
+        before[:500],
+        {**panel, "trainings": panel["trainings"][::-1]},
+        {**panel, "ids": panel["ids"][::-1]},
+    ):
         path.write_bytes(damaged) if isinstance(damaged, bytes) else np.savez(path, **damaged)
         dense_panels.write_panels(evaluation)
         assert asked == ["emtal", "full", "depth", "others"]
@@ -158,8 +173,16 @@ def test_the_report_of_a_folder_that_was_trained_before_panels(study: Path, tmp_
     assert main(["evaluate", str(folder), "--quiet"]) == 0
     text = (folder / "report.md").read_text()
     order = [
-        "### By seed, 2 seeds", "### Paired differences over images", "### Paired differences over 2 seeds", "### Merging",
-        "## Arms by seed", "## Training", "## Images", "### Predictions", "### Routers of emtal", "## How to cite",
+        "### By seed, 2 seeds",
+        "### Paired differences over images",
+        "### Paired differences over 2 seeds",
+        "### Merging",
+        "## Arms by seed",
+        "## Training",
+        "## Images",
+        "### Predictions",
+        "### Routers of emtal",
+        "## How to cite",
     ]
     assert sorted(order, key=text.index) == order and "Episodes" not in text and "class differs" not in text
     rows = read_lines(folder / "results.jsonl")
@@ -207,7 +230,11 @@ def test_merged_is_the_stock_backbone_with_heads_beside(study: Path, capsys) -> 
     heads = safetensors.torch.load_file(study / "merged" / "heads.safetensors")
     with safetensors.safe_open(study / "merged" / "heads.safetensors", "pt") as file:
         told = json.loads(file.metadata()["heads"])
-    assert told["head"] == "linear" and told["tasks"] == {"depth": 1, "normals": 3, "edge": 1} and told["blocks"] == [1, 2, 4, 5]
+    assert (
+        told["head"] == "linear"
+        and told["tasks"] == {"depth": 1, "normals": 3, "edge": 1}
+        and told["blocks"] == [1, 2, 4, 5]
+    )
     about = json.loads((study / "merged" / "config.json").read_text())
     assert about["num_classes"] == 0 and about["img_size"] == [32, 48]
     net = open_run(study).job.net("emtal:1")
@@ -230,7 +257,12 @@ def test_merged_is_the_stock_backbone_with_heads_beside(study: Path, capsys) -> 
 
 def test_exports_have_their_heads_beside_them(study: Path, tmp_path: Path) -> None:
     for form, name in (("timm", "model.safetensors"), ("peft", "adapter_model.safetensors")):
-        assert main(["export", str(study), "--format", form, "--expert", "emtal:1", "--to", str(tmp_path / form), "--quiet"]) == 0
+        assert (
+            main(
+                ["export", str(study), "--format", form, "--expert", "emtal:1", "--to", str(tmp_path / form), "--quiet"]
+            )
+            == 0
+        )
         assert (tmp_path / form / name).exists()
         heads = safetensors.torch.load_file(tmp_path / form / "heads.safetensors")
         assert torch.equal(heads["edge.predict.bias"], open_run(study).job.net("emtal:1").heads["edge"].predict.bias)
@@ -241,7 +273,9 @@ def test_predict_draws_images_of_any_size(study: Path, tmp_path: Path, capsys) -
 
     generator = torch.Generator().manual_seed(0)
     for name, size in (("wide", (20, 90)), ("tall", (70, 40))):
-        write_png(torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8), str(tmp_path / f"{name}.png"))
+        write_png(
+            torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8), str(tmp_path / f"{name}.png")
+        )
     given = [str(tmp_path / "wide.png"), str(tmp_path / "tall.png")]
     assert main(["predict", str(study), *given, "--expert", "emtal:1", "--maps"]) == 0
     told = capsys.readouterr().out
@@ -250,7 +284,9 @@ def test_predict_draws_images_of_any_size(study: Path, tmp_path: Path, capsys) -
         assert decode_image(str(study / "predictions" / f"{name}.png"), ImageReadMode.RGB).float().std() > 10
         with np.load(study / "predictions" / f"{name}.npz") as maps:
             assert {key: maps[key].shape for key in maps.files} == {
-                "depth": fitted, "normals": (3, *fitted), "edge": fitted
+                "depth": fitted,
+                "normals": (3, *fitted),
+                "edge": fitted,
             }
             assert maps["edge"].min() >= 0 and maps["edge"].max() <= 1
             assert np.allclose(np.linalg.norm(maps["normals"], axis=0), 1, atol=1e-5)
@@ -296,7 +332,8 @@ def test_a_canvas_larger_than_the_trained_size(tmp_path: Path) -> None:
         assert [json.loads(merged.read_text())["n"] for merged in folder.rglob("merge.json")] == [6]
     for arm, values in found.items():
         assert list(values) == [
-            "test images at 64 x 80, windows of 32 x 48 that share 0.5", "test images at 64 x 80",
+            "test images at 64 x 80, windows of 32 x 48 that share 0.5",
+            "test images at 64 x 80",
             "test images at 64 x 80, mean with the mirrored image",
         ]
         assert len(set(values.values())) == 3
@@ -307,7 +344,9 @@ def test_a_canvas_larger_than_the_trained_size(tmp_path: Path) -> None:
 def test_every_adapter_trains_dense_tasks_and_merges(tmp_path: Path, capsys) -> None:
     """pissa and polar in factors, s2ft and lisa in the weights themselves; one study, merged as exactly as LoRA."""
     settings = {"pissa": {}, "polar": {}, "s2ft": {"ratio": 0.25}, "lisa": {"active": 1, "interval": 1}}
-    arms = {name: {"adapt": {"method": name, "rank": 2, "options": own}, "fade": None} for name, own in settings.items()}
+    arms = {
+        name: {"adapt": {"method": name, "rank": 2, "options": own}, "fade": None} for name, own in settings.items()
+    }
     path = write(tmp_path, **{**ONE, "arms": arms}, tasks=["depth", "normals"], train={**SMALL["train"], "steps": 3})
     assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
     folder = next((tmp_path / "runs").iterdir())
@@ -355,8 +394,10 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path: Path, monkeypatch
     assert main(["train", str(path), "--out", str(tmp_path / "cut")]) == 130
     assert main(["train", str(path), "--out", str(tmp_path / "cut")]) == 0
     assert "at step 2 of 4" in capsys.readouterr().out
-    tensors, heads = ([next((tmp_path / name).rglob(file)) for name in ("whole", "cut")] for file in (
-        "checkpoint.pt", "heads.safetensors"))
+    tensors, heads = (
+        [next((tmp_path / name).rglob(file)) for name in ("whole", "cut")]
+        for file in ("checkpoint.pt", "heads.safetensors")
+    )
     one, two = (torch.load(path, weights_only=True)["tensors"] for path in tensors)
     assert {"fade.alpha", "fade.steps", "balancer.calls"} <= set(one) and float(one["fade.alpha"]) == 1
     for name, value in one.items():
@@ -467,7 +508,10 @@ def test_every_error_of_these_sections(tmp_path: Path, changes: dict, words: str
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"tasks": ["depth", "saliency"]}, "saliency: no train set has maps of it; motorcycle has depth, edge, normals"),
+        (
+            {"tasks": ["depth", "saliency"]},
+            "saliency: no train set has maps of it; motorcycle has depth, edge, normals",
+        ),
         ({"data": {"train": ["digits"], "test": ["motorcycle"]}}, "'digits' has class, which none of the tasks"),
         ({"evaluate": {"split": "validation"}}, "nothing to validate on"),
         ({"tune": {"rates": [0.1, 0.2]}}, "nothing to validate on"),
@@ -510,8 +554,19 @@ def test_two_processes_train_one_model(tmp_path: Path, balancing: dict | None) -
     """torchrun on two CPU processes: one model, evaluated once."""
     path = write(tmp_path, **ONE, balancing=balancing)
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617", "-m", "vismt.cli",
-        "run", str(path), "--out", str(tmp_path / "runs"),
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29617",
+        "-m",
+        "vismt.cli",
+        "run",
+        str(path),
+        "--out",
+        str(tmp_path / "runs"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -14,17 +14,19 @@ from PIL import Image
 
 from vismt.cli import main
 from vismt.engine.arms import unit, unit_config
-from vismt.jobs.dense.job import DenseJob
-from vismt.jobs.dense.data import DenseData
-from vismt.jobs import load_config
 from vismt.engine.log import read_lines
 from vismt.engine.run import open_run
+from vismt.jobs import load_config
+from vismt.jobs.dense.data import DenseData
+from vismt.jobs.dense.job import DenseJob
 from vismt.paths import data_root
 
 pytest.importorskip("torchmetrics")
 
 CARD = "name: {name}\ntitle: Made\nsource: own\nlicence: own\nclasses: {classes}\nsources:\n  - {source}\n"
-SCENES = '{kind: dense, root: scenes, image: "{split}/rgb", maps: {label: "{split}/label"}, splits: {train: 6, test: 3}}'
+SCENES = (
+    '{kind: dense, root: scenes, image: "{split}/rgb", maps: {label: "{split}/label"}, splits: {train: 6, test: 3}}'
+)
 TONES = '{kind: folder, root: ROOT, layout: "{split}/{class}", splits: {train: 6, test: 4}}'
 CLASSIFY = {"name": "classify", "classes": 2}
 SMALL = {
@@ -54,7 +56,9 @@ def room(tmp_path_factory) -> Path:
         for number in range(count):
             label = np.sort(generator.integers(0, 3, (20, 30)), axis=0)
             save(data / f"scenes/{split}/label/{number}.png", label)
-            save(data / f"scenes/{split}/rgb/{number}.png", np.stack([80 * label, 255 - 80 * label, 0 * label], axis=-1))
+            save(
+                data / f"scenes/{split}/rgb/{number}.png", np.stack([80 * label, 255 - 80 * label, 0 * label], axis=-1)
+            )
     for root, names in (("tones", ("bright", "dark")), ("others", ("bright", "dim"))):
         for split, count in (("train", 3), ("test", 2)):
             for name in names:
@@ -97,10 +101,16 @@ def study(room: Path, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("mixed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VISMT_DATA", str(room / "data"))
-        path = write(folder, **made(
-            room, seeds=[0, 1], retain={}, baseline={"semseg": "semseg", "classify": "classify"},
-            arms={"both": {}, "semseg": {"only": ["semseg"]}, "classify": {"only": ["classify"], "retain": None}},
-        ))
+        path = write(
+            folder,
+            **made(
+                room,
+                seeds=[0, 1],
+                retain={},
+                baseline={"semseg": "semseg", "classify": "classify"},
+                arms={"both": {}, "semseg": {"only": ["semseg"]}, "classify": {"only": ["classify"], "retain": None}},
+            ),
+        )
         assert main(["run", str(path), "--out", str(folder / "runs"), "--quiet"]) == 0
     return next((folder / "runs").iterdir())
 
@@ -117,11 +127,15 @@ def test_rows_are_over_the_images_that_have_the_task(study: Path) -> None:
     lines = read_lines(study / "dense_seeds.jsonl")
     for arm in ("both", "classify"):
         own = [line for line in lines if line["arm"] == arm and line["task"] == "classify"]
-        assert [line["measure"] for line in own] == ["accuracy"] * 2 and all(line["numbers"]["images"] == 4 for line in own)
+        assert [line["measure"] for line in own] == ["accuracy"] * 2 and all(
+            line["numbers"]["images"] == 4 for line in own
+        )
         assert rows[arm, "classify accuracy"]["value"] == pytest.approx(sum(line["value"] for line in own) / 2)
     value = {key: row["value"] for key, row in rows.items()}
-    gains = [value["both", metric] / value[task, metric] - 1 for task, metric in (
-        ("semseg", "semseg mIoU"), ("classify", "classify accuracy"))]
+    gains = [
+        value["both", metric] / value[task, metric] - 1
+        for task, metric in (("semseg", "semseg mIoU"), ("classify", "classify accuracy"))
+    ]
     assert value["both", delta] == pytest.approx(100 * sum(gains) / 2)
     assert "classify accuracy in %" in (study / "report.md").read_text()
 
@@ -163,10 +177,17 @@ def test_merging_is_checked_and_the_head_is_told(study: Path) -> None:
 
 def test_predict_says_the_class_and_draws_the_maps(study: Path, room: Path, tmp_path: Path) -> None:
     picture = next((room / "data" / "tones" / "test" / "dark").iterdir())
-    assert main(["predict", str(study), str(picture), "--expert", "both:1", "--maps", "--to", str(tmp_path), "--quiet"]) == 0
+    assert (
+        main(["predict", str(study), str(picture), "--expert", "both:1", "--maps", "--to", str(tmp_path), "--quiet"])
+        == 0
+    )
     assert (tmp_path / f"{picture.stem}.png").stat().st_size > 5000
     with np.load(tmp_path / f"{picture.stem}.npz") as maps:
-        assert set(maps.files) == {"semseg", "classify"} and maps["classify"].shape == () and int(maps["classify"]) in (0, 1)
+        assert (
+            set(maps.files) == {"semseg", "classify"}
+            and maps["classify"].shape == ()
+            and int(maps["classify"]) in (0, 1)
+        )
         assert maps["semseg"].ndim == 2
 
 
@@ -188,7 +209,11 @@ def test_a_changed_answer_is_counted_in_the_merge_check(study: Path, room: Path,
     monkeypatch.setattr(job.evaluation, "_final", lambda unit: job.loaded(unit))
     job.evaluation._check_merge(one)
     # Two classes with turned logits: the other answer for every image, also for those without a class.
-    assert written["tasks"]["classify"][2] == 7 and written["tasks"]["semseg"][2] == 0 and written["different_predictions"] == 7
+    assert (
+        written["tasks"]["classify"][2] == 7
+        and written["tasks"]["semseg"][2] == 0
+        and written["different_predictions"] == 7
+    )
 
 
 def test_arms_see_the_same_images_and_labels_where_there_are_any(study: Path, monkeypatch) -> None:
@@ -210,7 +235,9 @@ def test_arms_see_the_same_images_and_labels_where_there_are_any(study: Path, mo
 def test_a_class_is_learned_beside_maps(room: Path, tmp_path: Path) -> None:
     """Dark or bright, by the heads alone on a random backbone: all right in the end, half at chance."""
     train = {"steps": 40, "lr": 3e-2, "checkpoint_every": 40}
-    path = write(tmp_path, **made(room, adapt=None, fade=None, train=train, augment={"strength": 0, "scales": [1.0, 1.0]}))
+    path = write(
+        tmp_path, **made(room, adapt=None, fade=None, train=train, augment={"strength": 0, "scales": [1.0, 1.0]})
+    )
     assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
     rows = {row["metric"]: row["value"] for row in read_lines(next((tmp_path / "runs").iterdir()) / "results.jsonl")}
     assert rows["classify accuracy"] == 1.0
@@ -247,7 +274,10 @@ def test_tuning_takes_the_accuracy_into_its_score(room: Path, tmp_path: Path) ->
         ({"test": ["scenes:test"]}, "classify: no test set has classes of its images; scenes has semseg."),
         ({"train": ["tones:train"]}, "semseg: no train set has maps of it; tones has class."),
         ({"tasks": ["semseg"]}, "'tones' has class, which none of the tasks (semseg) learns from; leave it out."),
-        ({"train": ["scenes:train", "tones:train", "others:train"]}, "is 'dark' in 'tones' and 'dim' in 'others'; give both"),
+        (
+            {"train": ["scenes:train", "tones:train", "others:train"]},
+            "is 'dark' in 'tones' and 'dim' in 'others'; give both",
+        ),
         ({"head": {"name": "pooled"}}, "no head 'pooled'"),
         ({"batch": 13}, "batch: 13, with 12 training images"),
     ],
@@ -270,8 +300,10 @@ def test_depth_of_the_motorcycle_and_digits(tmp_path: Path) -> None:
     pytest.importorskip("skimage")
     pytest.importorskip("sklearn")
     path = write(
-        tmp_path, tasks=["depth", {"name": "classify", "classes": 10, "label_smoothing": 0.1}],
-        data={"train": ["motorcycle:train", "digits"], "test_share": 0.05}, augment={"flip": False, "strength": 0},
+        tmp_path,
+        tasks=["depth", {"name": "classify", "classes": 10, "label_smoothing": 0.1}],
+        data={"train": ["motorcycle:train", "digits"], "test_share": 0.05},
+        augment={"flip": False, "strength": 0},
         balancing={"method": "dwa"},
     )
     assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
@@ -279,7 +311,11 @@ def test_depth_of_the_motorcycle_and_digits(tmp_path: Path) -> None:
     rows = {row["metric"]: row for row in read_lines(folder / "results.jsonl")}
     assert {metric: row["n"] for metric, row in rows.items()} == {"depth RMSE in m": 2, "classify accuracy": 90}
     assert 0 <= rows["classify accuracy"]["value"] <= 1 and rows["depth RMSE in m"]["lower_is_better"]
-    labels = {int(images.labels[i]) for images, i in open_run(folder).job.data.part("test").entries if images.labels is not None}
+    labels = {
+        int(images.labels[i])
+        for images, i in open_run(folder).job.data.part("test").entries
+        if images.labels is not None
+    }
     assert labels == set(range(10))
     logged = next(folder.rglob("metrics.jsonl")).read_text()
     assert "classify" in logged and "weight/classify" in logged
@@ -292,8 +328,11 @@ def test_camvid_and_textures(tmp_path: Path) -> None:
     if root is None or not all((root / name).is_dir() for name in ("camvid", "dtd10")):
         pytest.skip("camvid and dtd10 are not under VISMT_DATA")
     path = write(
-        tmp_path, tasks=[{"name": "semseg", "classes": 11}, {"name": "classify", "classes": 10}], retain={},
-        data={"train": ["camvid:train", "dtd10"], "test_share": 0.1, "limit": 60}, batch=8,
+        tmp_path,
+        tasks=[{"name": "semseg", "classes": 11}, {"name": "classify", "classes": 10}],
+        retain={},
+        data={"train": ["camvid:train", "dtd10"], "test_share": 0.1, "limit": 60},
+        batch=8,
         balancing={"method": "pcgrad"},
     )
     assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0

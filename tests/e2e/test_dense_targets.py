@@ -13,8 +13,8 @@ from PIL import Image
 
 from vismt.cli import main
 from vismt.engine.log import read_lines
-from vismt.report.panels import read_panel
 from vismt.multitask.tasks.base import DARK
+from vismt.report.panels import read_panel
 
 pytest.importorskip("torchmetrics")
 
@@ -57,10 +57,17 @@ def rooms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run(folder: Path, **changes: object) -> int:
     card = folder / "cards" / "rooms" / "card.yaml"
     config = {
-        "task": "dense", "model": {"name": "test_vit", "pretrained": False}, "adapt": None, "size": list(SIZE),
-        "data": {"train": [f"{card}:train"], "test": [f"{card}:test"]}, "head": {"name": "linear"}, "batch": 2,
-        "tasks": [{"name": "semseg", "classes": 4}, "depth"], "augment": {"strength": 0, "scales": [1.0, 1.0]},
-        "train": {"steps": 12, "lr": 3e-2, "checkpoint_every": 12}, **changes,
+        "task": "dense",
+        "model": {"name": "test_vit", "pretrained": False},
+        "adapt": None,
+        "size": list(SIZE),
+        "data": {"train": [f"{card}:train"], "test": [f"{card}:test"]},
+        "head": {"name": "linear"},
+        "batch": 2,
+        "tasks": [{"name": "semseg", "classes": 4}, "depth"],
+        "augment": {"strength": 0, "scales": [1.0, 1.0]},
+        "train": {"steps": 12, "lr": 3e-2, "checkpoint_every": 12},
+        **changes,
     }
     path = folder / "rooms.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
@@ -86,7 +93,9 @@ def test_a_class_that_is_nowhere(rooms: Path, tmp_path: Path, capsys) -> None:
     assert min(classes) > 0 and skip["numbers"]["iou"][3] is None and zero["numbers"]["iou"] == [*classes, 0]
     assert zero["value"] == pytest.approx(sum(classes) / 4) and skip["value"] == pytest.approx(sum(classes) / 3)
     told = capsys.readouterr().err.lower()
-    assert told.count("\n") == 1 and "with absent 'nan' a class that is nowhere" in told and "use 'zero' or 'skip'" in told
+    assert (
+        told.count("\n") == 1 and "with absent 'nan' a class that is nowhere" in told and "use 'zero' or 'skip'" in told
+    )
     assert list(folder.rglob("done.json")) and not (folder / "results.jsonl").exists()  # trained, not scored
 
 
@@ -97,11 +106,16 @@ def test_an_image_without_a_valid_pixel_of_a_task(rooms: Path, tmp_path: Path) -
     (folder,) = (tmp_path / "runs").iterdir()
     rows = {(row["model"], row["metric"].split()[0]): row for row in read_lines(folder / "results.jsonl")}
     assert {key: row["n"] for key, row in rows.items()} == {
-        ("slow", "semseg"): 3, ("slow", "depth"): 3, ("fast", "semseg"): 3, ("fast", "depth"): 3, ("fast", "delta_m"): 4,
+        ("slow", "semseg"): 3,
+        ("slow", "depth"): 3,
+        ("fast", "semseg"): 3,
+        ("fast", "depth"): 3,
+        ("fast", "delta_m"): 4,
     }
     psi = {
         key: {line["episode"]: line["clean"] for line in read_lines(folder / "records" / f"{stem}-{key[1]}.jsonl")}
-        for key in rows for stem in [f"rooms-test-images-at-32-x-48-{key[0]}"]
+        for key in rows
+        for stem in [f"rooms-test-images-at-32-x-48-{key[0]}"]
     }
     names = [f"rooms:test/rgb/{number}.png" for number in range(4)]
     assert list(psi["fast", "semseg"]) == [names[0], names[2], names[3]] and names[2] not in psi["slow", "depth"]
@@ -125,7 +139,9 @@ def test_depth_is_compared_tuned_and_told_by_its_measure(rooms: Path, tmp_path: 
     """Rows, delta_m and the choice of the rate, each by the relative error and none by the RMSE."""
     card = tmp_path / "cards" / "rooms" / "card.yaml"
     changes = {
-        "tasks": [{"name": "depth", "measure": "abs_rel"}], "tune": {"rates": [1e-6, 3e-2]}, "baseline": "base",
+        "tasks": [{"name": "depth", "measure": "abs_rel"}],
+        "tune": {"rates": [1e-6, 3e-2]},
+        "baseline": "base",
         "data": {"train": [f"{card}:train"], "validation_share": 0.5, "test": [f"{card}:test"]},
         "arms": {"base": {}, "longer": {"train.steps": 24}},
     }
@@ -133,16 +149,23 @@ def test_depth_is_compared_tuned_and_told_by_its_measure(rooms: Path, tmp_path: 
     (folder,) = (tmp_path / "runs").iterdir()
     rows = {(row["model"], row["metric"]): row for row in read_lines(folder / "results.jsonl")}
     metric, delta = "depth mean relative error", "delta_m over base in per cent"
-    assert set(rows) == {("base", metric), ("longer", metric), ("longer", delta)} and rows["base", metric]["lower_is_better"]
+    assert (
+        set(rows) == {("base", metric), ("longer", metric), ("longer", delta)}
+        and rows["base", metric]["lower_is_better"]
+    )
     lines = {line["arm"]: line for line in read_lines(folder / "dense_seeds.jsonl") if line["task"] == "depth"}
     for arm, line in lines.items():
-        assert line["measure"] == "abs_rel" and line["numbers"]["abs_rel"] != pytest.approx(line["numbers"]["rmse"], rel=0.01)
+        assert line["measure"] == "abs_rel" and line["numbers"]["abs_rel"] != pytest.approx(
+            line["numbers"]["rmse"], rel=0.01
+        )
         assert rows[arm, metric]["value"] == line["value"] == line["numbers"]["abs_rel"]
     one, base = (rows[arm, metric]["value"] for arm in ("longer", "base"))
     assert rows["longer", delta]["value"] == pytest.approx(100 * (base - one) / base)
     chosen = json.loads((folder / "arms" / "base" / "chosen.json").read_text())
     for rate, score in chosen["validation"].items():
-        held = json.loads((folder / "arms" / "base" / f"lr-{float(rate):g}-seed-0" / "records" / "validation.json").read_text())
+        held = json.loads(
+            (folder / "arms" / "base" / f"lr-{float(rate):g}-seed-0" / "records" / "validation.json").read_text()
+        )
         assert score == pytest.approx(1 / held["tasks"]["depth"]["numbers"]["abs_rel"])
     assert chosen["lr"] == 3e-2
 

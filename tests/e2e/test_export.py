@@ -20,9 +20,11 @@ peft = pytest.importorskip("peft")
 
 FADED = {"start": 0.0, "end": 0.5}
 ARMS = {
-    "rslora": {"adapt.alpha": 5.0, "adapt.options": {"rslora": True}}, "pissa": {"adapt.method": "pissa"},
+    "rslora": {"adapt.alpha": 5.0, "adapt.options": {"rslora": True}},
+    "pissa": {"adapt.method": "pissa"},
     "polar": {"adapt.method": "polar", "adapt.options": {"split_qkv": True}},
-    "s2ft": {"adapt.method": "s2ft", "adapt.options": {"ratio": 0.1}}, "lisa": {"adapt.method": "lisa"},
+    "s2ft": {"adapt.method": "s2ft", "adapt.options": {"ratio": 0.1}},
+    "lisa": {"adapt.method": "lisa"},
     "emtal": {"adapt.method": "moe_lora", "adapt.options": {"n_experts": 4, "cluster": False}, "fade": FADED},
     "routed": {"adapt.method": "moe_lora", "adapt.options": {"n_experts": 4, "cluster": False}},
     "head": {"adapt": None},
@@ -33,12 +35,20 @@ NO_FACTORS = {"lisa": "'lisa' has no low-rank factors", "routed": "still routes"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
     folder = tmp_path_factory.mktemp("export")
-    (folder / "arms.yaml").write_text(yaml.safe_dump({
-        "task": "multitask", "model": {"name": "test_vit", "img_size": 32, "pretrained": False},
-        "adapt": {"method": "lora", "rank": 2}, "arms": ARMS,
-        "tasks": [{"name": "digits", "train": ["digits"], "test_share": 0.05, "limit": 40}],
-        "batch": 16, "train": {"steps": 3, "lr": 1.0e-2},
-    }, sort_keys=False))
+    (folder / "arms.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "task": "multitask",
+                "model": {"name": "test_vit", "img_size": 32, "pretrained": False},
+                "adapt": {"method": "lora", "rank": 2},
+                "arms": ARMS,
+                "tasks": [{"name": "digits", "train": ["digits"], "test_share": 0.05, "limit": 40}],
+                "batch": 16,
+                "train": {"steps": 3, "lr": 1.0e-2},
+            },
+            sort_keys=False,
+        )
+    )
     assert main(["train", str(folder / "arms.yaml"), "--out", str(folder / "runs"), "--quiet"]) == 0
     return open_run(next((folder / "runs").iterdir()))
 

@@ -19,10 +19,10 @@ from helpers.lm_parts import changed, save_lm, save_texts
 from vismt.cli import main
 from vismt.engine import checkpoint, runtime
 from vismt.engine.arms import arm_config, named_unit
-from vismt.jobs.lm.report import lm_tables
 from vismt.engine.log import read_lines
 from vismt.engine.run import open_run
 from vismt.errors import UserError
+from vismt.jobs.lm.report import lm_tables
 from vismt.llm import covariance
 from vismt.llm.covariance_files import load_covariances
 from vismt.llm.net import LmNet
@@ -45,12 +45,19 @@ def settings(home: dict[str, object], **changes: object) -> dict[str, object]:
         "model": {"name": home["lm"], "first_block": 1},
         "tasks": [
             {
-                "name": "sentiment", "kind": "classes", "prompt": "Review: {text}\nSentiment:",
-                "options": {"answers": {"0": " negative", "1": " positive"}}, "limit": 16,
-                "train": [f"{films}:train"], "validation": [f"{films}:dev"], "test": [f"{films}:test", home["other"]],
+                "name": "sentiment",
+                "kind": "classes",
+                "prompt": "Review: {text}\nSentiment:",
+                "options": {"answers": {"0": " negative", "1": " positive"}},
+                "limit": 16,
+                "train": [f"{films}:train"],
+                "validation": [f"{films}:dev"],
+                "test": [f"{films}:test", home["other"]],
             },
             {
-                "name": "stories", "kind": "causal", "options": {"answer": "{text}", "length": 16, "end": False},
+                "name": "stories",
+                "kind": "causal",
+                "options": {"answer": "{text}", "length": 16, "end": False},
                 "test": [home["stories"]],
             },
         ],
@@ -72,10 +79,13 @@ def write(folder: Path, config: dict[str, object]) -> Path:
 def study(home, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     config = settings(
-        home, seeds=[0, 1], tune={"rates": [1e-3, 3e-2]},
+        home,
+        seeds=[0, 1],
+        tune={"rates": [1e-3, 3e-2]},
         evaluate={"batch": 4, "temperature": True, "laplace": True, "samples": 5},
         arms={
-            "lora": {}, "head": {"adapt": None},
+            "lora": {},
+            "head": {"adapt": None},
             "polar-vbll": {"adapt.method": "polar", "head": {"name": "vbll", "alternate": {"steps": 1}}},
         },
     )
@@ -91,14 +101,24 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path, home) -> Non
     for model, extra in (("frozen", set()), ("lora", {"Laplace"}), ("head", {"Laplace"}), ("polar-vbll", bayes)):
         own = [row for row in rows if row["model"] == model]
         assert {(row["data"], row["metric"], row["condition"]) for row in own} == {
-            *((data, metric, condition) for data in sets for metric in ("accuracy", "ECE-15", "NLL in nats", "Brier", "AUROC")
-              for condition in plain | extra),
+            *(
+                (data, metric, condition)
+                for data in sets
+                for metric in ("accuracy", "ECE-15", "NLL in nats", "Brier", "AUROC")
+                for condition in plain | extra
+            ),
             *((str(home["stories"]), metric, "clean") for metric in ("NLL in nats a token", "perplexity")),
         }
     seeds = read_lines(study / "lm_seeds.jsonl")
     for row in rows:
-        own = [line["value"] for line in seeds if all(line[key] == row[name] for key, name in (
-            ("arm", "model"), ("data", "data"), ("metric", "metric"), ("condition", "condition")))]
+        own = [
+            line["value"]
+            for line in seeds
+            if all(
+                line[key] == row[name]
+                for key, name in (("arm", "model"), ("data", "data"), ("metric", "metric"), ("condition", "condition"))
+            )
+        ]
         assert len(own) == (1 if row["model"] == "frozen" else 2) and row["value"] == pytest.approx(sum(own) / len(own))
         assert (row["records"] is None) == (row["metric"] == "ECE-15")  # its interval is no mean's, and no pair's
         if row["records"] is None:
@@ -110,11 +130,16 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path, home) -> Non
     for arm in ("lora", "head", "polar-vbll"):
         chosen = json.loads((study / "arms" / arm / "chosen.json").read_text())
         assert chosen["validation"][f"{chosen['lr']:g}"] == max(chosen["validation"].values())
-        records = read_lines(next((study / "arms" / arm).glob(f"lr-{chosen['lr']:g}-seed-0/records/validation-*.jsonl")))[1:]
+        records = read_lines(
+            next((study / "arms" / arm).glob(f"lr-{chosen['lr']:g}-seed-0/records/validation-*.jsonl"))
+        )[1:]
         nll = -sum(record["log_p"][record["label"]] for record in records) / len(records)
         assert chosen["validation"][f"{chosen['lr']:g}"] == pytest.approx(math.exp(-nll))
     by = {(row["model"], row["metric"], row["condition"]): row["value"] for row in rows if row["data"] == sets[0]}
-    for metric in ("accuracy", "NLL in nats"):  # a temperature changes no answer; a Laplace posterior changes the probabilities
+    for metric in (
+        "accuracy",
+        "NLL in nats",
+    ):  # a temperature changes no answer; a Laplace posterior changes the probabilities
         same = by["lora", metric, "clean"] == pytest.approx(by["lora", metric, "temperature of validation"], abs=1e-12)
         assert same == (metric == "accuracy")
     assert by["lora", "NLL in nats", "clean"] != by["lora", "NLL in nats", "Laplace"]
@@ -133,10 +158,14 @@ def test_laplace_of_a_large_head_is_factored_and_called_so(home, tmp_path: Path,
     assert "Laplace (Kronecker)" in (run / "report.md").read_text()
 
 
-def test_a_bias_that_laplace_does_not_take_is_told_before_the_training(home, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_bias_that_laplace_does_not_take_is_told_before_the_training(
+    home, tmp_path: Path, monkeypatch, capsys
+) -> None:
     rows = LmNet.answer_rows
     monkeypatch.setattr(LmNet, "answer_rows", lambda net, tokens: (rows(net, tokens)[0], torch.zeros(len(tokens))))
-    config = settings(home, evaluate={"batch": 4, "laplace": True}, arms={"vbll": {"head": {"name": "vbll"}}, "linear": {}})
+    config = settings(
+        home, evaluate={"batch": 4, "laplace": True}, arms={"vbll": {"head": {"name": "vbll"}}, "linear": {}}
+    )
     assert main(["train", str(write(tmp_path, config)), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
     assert "evaluate.laplace: the LM's output embedding has a bias" in " ".join(capsys.readouterr().err.split())
     assert not list((tmp_path / "runs").rglob("metrics.jsonl"))
@@ -230,7 +259,11 @@ def test_merge_writes_a_folder_of_transformers(study: Path) -> None:
     transformers.AutoModelForCausalLM.from_pretrained(study / "merged")
     assert main(["export", str(study), "--expert", "lora", "--quiet"]) == 2  # timm
     found = json.loads(next((study / "arms" / "lora").glob("lr-*-seed-1/merge.json")).read_text())
-    assert found["n"] > 8 and found["different_predictions"] == 0 and found["largest_difference"] < 1e-3 * found["largest_logit"]
+    assert (
+        found["n"] > 8
+        and found["different_predictions"] == 0
+        and found["largest_difference"] < 1e-3 * found["largest_logit"]
+    )
     assert not (study / "arms" / "head" / "lr-0.03-seed-1" / "merge.json").exists()
 
 
@@ -264,27 +297,42 @@ def test_caching_the_lower_blocks_trains_the_same(home, tmp_path: Path) -> None:
         assert main(["train", str(write(tmp_path, config)), "--out", str(tmp_path / str(megabytes)), "--quiet"]) == 0
         run = open_run(next((tmp_path / str(megabytes)).iterdir()))
         net = run.job.net()
-        found.append(torch.cat([p.detach().flatten() for h in adapted_modules(net.lm).values() for p in (h.lora_A, h.lora_B)]))
+        found.append(
+            torch.cat([p.detach().flatten() for h in adapted_modules(net.lm).values() for p in (h.lora_A, h.lora_B)])
+        )
     assert torch.allclose(found[0], found[1], atol=1e-4)
 
 
-CAUSAL = {"name": "sums", "kind": "generation", "prompt": "Question: {question}\nAnswer:",
-          "options": {"answer": " {answer}", "gold": "answer", "new_tokens": 3, "pack": True, "length": 32}}
+CAUSAL = {
+    "name": "sums",
+    "kind": "generation",
+    "prompt": "Question: {question}\nAnswer:",
+    "options": {"answer": " {answer}", "gold": "answer", "new_tokens": 3, "pack": True, "length": 32},
+}
 
 
 def test_causal_training_with_calibration_and_forgetting(home, tmp_path: Path) -> None:
-    choices = {"name": "colours", "kind": "answers", "prompt": "Question: {question}\nAnswer:",
-               "options": {"answers": {"one": " {one}", "two": " {two}"}}, "test": [home["colours"]]}
+    choices = {
+        "name": "colours",
+        "kind": "answers",
+        "prompt": "Question: {question}\nAnswer:",
+        "options": {"answers": {"one": " {one}", "two": " {two}"}},
+        "test": [home["colours"]],
+    }
     config = settings(
-        home, tasks=[{**CAUSAL, "train": [home["sums"]], "test_share": 0.2}, settings(home)["tasks"][1], choices],
+        home,
+        tasks=[{**CAUSAL, "train": [home["sums"]], "test_share": 0.2}, settings(home)["tasks"][1], choices],
         adapt={"method": "corda", "rank": 2, "options": {"mode": "kpm"}},
         calibration={"data": [home["stories"]], "rows": 3, "batch": 2},
-        batch=1, arms={"kpm": {}, "pissa": {"adapt": {"method": "pissa", "rank": 2}}, "fast": {"train.lr": 0.03}},
+        batch=1,
+        arms={"kpm": {}, "pissa": {"adapt": {"method": "pissa", "rank": 2}}, "fast": {"train.lr": 0.03}},
     )
     assert main(["run", str(write(tmp_path, config)), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
     run = next((tmp_path / "runs").iterdir())
     rows = read_lines(run / "results.jsonl")
-    assert {(row["metric"], row["n"]) for row in rows if row["protocol"].startswith("sums")} == {("exact-match accuracy", 2)}
+    assert {(row["metric"], row["n"]) for row in rows if row["protocol"].startswith("sums")} == {
+        ("exact-match accuracy", 2)
+    }
     found = {row["metric"] for row in rows if row["protocol"].startswith("colours")}
     assert found == {"accuracy", "ECE-15", "NLL in nats", "Brier"}
     stories = {row["model"]: row["value"] for row in rows if row["metric"] == "perplexity"}
@@ -292,17 +340,24 @@ def test_causal_training_with_calibration_and_forgetting(home, tmp_path: Path) -
     unit = named_unit(open_run(run).job.config, run, "kpm")
     assert not (unit.folder / "head.safetensors").exists()
     logged = read_lines(unit.folder / "metrics.jsonl")
-    assert logged[-1]["loss"] < logged[0]["loss"] * 1.5 and open_run(run).job.net("kpm").lm.vismt_record.method == "corda"
+    assert (
+        logged[-1]["loss"] < logged[0]["loss"] * 1.5 and open_run(run).job.net("kpm").lm.vismt_record.method == "corda"
+    )
     ids = torch.arange(3, 12)[None]
     with torch.no_grad():
         wanted = open_run(run).job.net("kpm").lm(input_ids=ids).logits
-        for form in ("peft", "transformers"):  # B A - B0 A0 as one adapter of twice the rank, and folded into the weights
+        for form in (
+            "peft",
+            "transformers",
+        ):  # B A - B0 A0 as one adapter of twice the rank, and folded into the weights
             where = tmp_path / form
             assert main(["export", str(run), "--format", form, "--to", str(where), "--expert", "kpm", "--quiet"]) == 0
             if form == "peft":
                 peft = pytest.importorskip("peft")
                 assert json.loads((where / "adapter_config.json").read_text())["r"] == 4
-                model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(home["lm"]), str(where))
+                model = peft.PeftModel.from_pretrained(
+                    transformers.AutoModelForCausalLM.from_pretrained(home["lm"]), str(where)
+                )
             else:
                 model = transformers.AutoModelForCausalLM.from_pretrained(where)
             assert torch.allclose(model.eval()(input_ids=ids).logits, wanted, atol=1e-4), form
@@ -320,8 +375,12 @@ def trained(home, folder: Path, code: int = 0, **changes: object) -> Path:
     """The run folder of two steps of CorDA on sums, after `vismt train` that ends with `code`."""
     folder.mkdir(exist_ok=True)
     config = settings(
-        home, tasks=[{**CAUSAL, "train": [home["sums"]], "test_share": 0.2}], adapt=CORDA, batch=1,
-        train={"steps": 2, "lr": 1e-3}, **changes,
+        home,
+        tasks=[{**CAUSAL, "train": [home["sums"]], "test_share": 0.2}],
+        adapt=CORDA,
+        batch=1,
+        train={"steps": 2, "lr": 1e-3},
+        **changes,
     )
     assert main(["train", str(write(folder, config)), "--out", str(folder / "runs"), "--quiet"]) == code
     return next((folder / "runs").iterdir())
@@ -335,7 +394,9 @@ def test_an_arm_is_calibrated_on_its_own_texts(home, tmp_path: Path) -> None:
     found = {arm: tensors(run, arm) for arm in arms}
     assert len(set(found.values())) == 3
     base = trained(home, tmp_path / "base", calibration=films, arms={"films": {}, "stories": {"calibration": stories}})
-    assert {arm: tensors(base, arm) for arm in ("films", "stories")} == {arm: found[arm] for arm in ("films", "stories")}
+    assert {arm: tensors(base, arm) for arm in ("films", "stories")} == {
+        arm: found[arm] for arm in ("films", "stories")
+    }
 
 
 def test_an_interrupted_calibration_goes_on_and_ends_alike(home, tmp_path: Path, monkeypatch) -> None:
@@ -373,7 +434,9 @@ def test_a_calibration_in_little_memory_ends_alike(home, tmp_path: Path, monkeyp
 
     def tight(*given: object, memory_budget: float, **options: object) -> dict[str, torch.Tensor]:
         budgets.append(memory_budget)
-        return covariance.collect_covariance(*given, memory_budget=memory_budget / 200, **options)  # which takes two passes
+        return covariance.collect_covariance(
+            *given, memory_budget=memory_budget / 200, **options
+        )  # which takes two passes
 
     monkeypatch.setattr("vismt.jobs.lm.job.collect_covariance", tight)
     passes = trained(home, tmp_path / "passes", calibration={**calibration, "memory_mb": 3})
@@ -410,7 +473,10 @@ def test_texts_of_a_calibration_predict_their_tokens_but_the_first(home, tmp_pat
 
 
 def test_units_of_s2ft_are_chosen_by_the_texts_of_a_calibration(home, tmp_path: Path) -> None:
-    films, stories = {"data": [f"{home['films']}:train"], "rows": 24, "batch": 24}, {"data": [home["stories"]], "batch": 4}
+    films, stories = (
+        {"data": [f"{home['films']}:train"], "rows": 24, "batch": 24},
+        {"data": [home["stories"]], "batch": 4},
+    )
     arms = {"random": {}}
     for strategy, section in (("activation", films), ("product", films), ("gradient", stories)):
         arms[strategy] = {"adapt.options.strategy": strategy, "calibration": section}
@@ -425,12 +491,16 @@ def test_units_of_s2ft_are_chosen_by_the_texts_of_a_calibration(home, tmp_path: 
     moved = {}
     for arm in arms:
         merged = open_run(run).job.merged(arm)
-        columns = {path: (merged.get_submodule(path).mlp.down_proj.weight != value).any(0) for path, value in stock.items()}
+        columns = {
+            path: (merged.get_submodule(path).mlp.down_proj.weight != value).any(0) for path, value in stock.items()
+        }
         moved[arm] = {path: tuple(own.nonzero()[:, 0].tolist()) for path, own in columns.items() if own.any()}
     assert len({str(units) for units in moved.values()}) == len(arms)
 
     def rows(path: Path) -> list[torch.Tensor]:
-        return [tokens(json.loads(line)["text"], return_tensors="pt")["input_ids"] for line in path.read_text().splitlines()]
+        return [
+            tokens(json.loads(line)["text"], return_tensors="pt")["input_ids"] for line in path.read_text().splitlines()
+        ]
 
     one_by_one = [{"input_ids": ids} for ids in rows(Path(home["films"]) / "rows" / "train.jsonl")]
     together = torch.cat(rows(Path(home["stories"]) / "rows" / "all.jsonl"))
@@ -446,7 +516,10 @@ def test_units_of_s2ft_are_chosen_by_the_texts_of_a_calibration(home, tmp_path: 
     ({"adapt": CORDA, "calibration": {"data": ["x"], "memory_mb": 0}}, "memory_mb must be at least 1"),
 ])  # fmt: skip
 def test_what_is_missing_of_a_calibration(home, tmp_path: Path, capsys, changes, told) -> None:
-    assert main(["train", str(write(tmp_path, settings(home, **changes))), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
+    assert (
+        main(["train", str(write(tmp_path, settings(home, **changes))), "--out", str(tmp_path / "runs"), "--quiet"])
+        == 2
+    )
     assert told in " ".join(capsys.readouterr().err.split())
 
 
@@ -466,7 +539,9 @@ def test_weights_that_are_trained_in_place_begin_at_the_first_block(home, tmp_pa
         moved = {name for name, value in stock.items() if not torch.equal(value, merged[name])}
         assert any(".layers.2." in name for name in moved), arm
         assert not any(f".layers.{low}." in name or "embed" in name for name in moved for low in (0, 1)), arm
-    scores = {(row["model"], row["value"]) for row in read_lines(run / "results.jsonl") if row["metric"] == "perplexity"}
+    scores = {
+        (row["model"], row["value"]) for row in read_lines(run / "results.jsonl") if row["metric"] == "perplexity"
+    }
     assert len({value for _, value in scores}) == 3
 
 
@@ -492,10 +567,13 @@ def test_user_errors(home, tmp_path: Path, capsys, changes, told) -> None:
     assert told in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize(("apart", "told"), [
-    ({"train.rates": {"^head": 3.0}}, "'^head' is found in no trained parameter"),
-    ({"adapt.method": "lorra"}, "no method 'lorra'"),
-])
+@pytest.mark.parametrize(
+    ("apart", "told"),
+    [
+        ({"train.rates": {"^head": 3.0}}, "'^head' is found in no trained parameter"),
+        ({"adapt.method": "lorra"}, "no method 'lorra'"),
+    ],
+)
 def test_a_later_arm_is_built_before_the_first_one_is_trained(home, tmp_path: Path, capsys, apart, told) -> None:
     path = write(tmp_path, settings(home, arms={"lora": {}, "apart": apart}))
     assert main(["train", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2

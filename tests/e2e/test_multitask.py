@@ -17,17 +17,23 @@ import yaml
 
 from vismt.cli import main
 from vismt.engine.arms import arm_config, named_unit
-from vismt.jobs import load_config
 from vismt.engine.log import read_lines
-from vismt.jobs.classification.report import multitask_tables
 from vismt.engine.run import open_run
+from vismt.jobs import load_config
+from vismt.jobs.classification.report import multitask_tables
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
 
 TASKS = [
     {"name": "digits", "train": ["digits"], "test_share": 0.05, "validation_share": 0.03, "limit": 40},
-    {"name": "photos", "train": ["photo_crops:train"], "validation_share": 0.1, "test": ["photo_crops:test"], "limit": 36},
+    {
+        "name": "photos",
+        "train": ["photo_crops:train"],
+        "validation_share": 0.1,
+        "test": ["photo_crops:test"],
+        "limit": 36,
+    },
 ]
 SMALL = {
     "task": "multitask",
@@ -81,7 +87,11 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path) -> None:
     report = (study / "report.md").read_text()
     assert "average" in report and "By seed" in report and "Merging" in report and "Choice of the rate" in report
     assert {path.stem for path in (study / "figures").glob("*.png")} == {
-        "domains", "seeds", "training", "examples", "routers-emtal"
+        "domains",
+        "seeds",
+        "training",
+        "examples",
+        "routers-emtal",
     }
     assert all(f"{arm}: " in report for arm in ("head", "lora", "emtal"))  # what each adapted
 
@@ -93,7 +103,9 @@ def test_the_paired_table_is_what_the_records_say(study: Path) -> None:
             for line in read_lines(next((study / "arms" / arm).glob(f"lr-*-seed-{seed}/records/test-{task}.jsonl")))
             if "id" in line
         }
-        for arm in ("head", "emtal") for seed in (1,) for task in ("digits", "photos")
+        for arm in ("head", "emtal")
+        for seed in (1,)
+        for task in ("digits", "photos")
     }
     seeds = read_lines(study / "seeds.jsonl")
     for (arm, seed, task), answers in right.items():
@@ -102,7 +114,8 @@ def test_the_paired_table_is_what_the_records_say(study: Path) -> None:
     tables = {table.title: table for table, _ in multitask_tables(study)}
     means = {
         (arm, seed): sum(one["value"] for one in seeds if (one["arm"], one["seed"]) == (arm, seed)) / 2
-        for arm in ("head", "emtal") for seed in (0, 1)
+        for arm in ("head", "emtal")
+        for seed in (0, 1)
     }
     rows = {row[0]: row[1:] for row in tables["Paired differences, accuracy in points"].rows}
     assert set(rows) == {"lora − head", "emtal − head", "emtal − lora"}
@@ -114,8 +127,8 @@ def test_arms_of_a_seed_start_alike_and_see_the_same_batches(study: Path) -> Non
     job = open_run(study).job
     config = job.config
     nets = [job.fresh(config).stock.head.weight]
-    from vismt.jobs.classification import models as multitask_models
     from vismt.engine.arms import unit, unit_config
+    from vismt.jobs.classification import models as multitask_models
 
     for arm in ("head", "emtal"):
         own = unit_config(config, unit(config, study, arm, 1e-3, 0))
@@ -258,14 +271,23 @@ def test_a_rate_that_diverges_is_told_and_not_taken(tmp_path: Path, monkeypatch,
 
 def test_separate_heads_balanced_tasks_and_validation(tmp_path: Path) -> None:
     path = write(
-        tmp_path, head="separate", retain=None, fade=None, balancing={"method": "pcgrad"}, adapt={"method": "lora", "rank": 2},
-        arms={"told": {}, "union": {"head": "union"}}, seeds=[], tune=None, evaluate={"split": "validation", "batch": 64},
+        tmp_path,
+        head="separate",
+        retain=None,
+        fade=None,
+        balancing={"method": "pcgrad"},
+        adapt={"method": "lora", "rank": 2},
+        arms={"told": {}, "union": {"head": "union"}},
+        seeds=[],
+        tune=None,
+        evaluate={"split": "validation", "batch": 64},
     )
     assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
     folder = next((tmp_path / "runs").iterdir())
     rows = read_lines(folder / "results.jsonl")
     assert {(row["model"], row["protocol"]) for row in rows} == {
-        ("told", "validation images, task told"), ("union", "validation images, one of 28 classes"),
+        ("told", "validation images, task told"),
+        ("union", "validation images, one of 28 classes"),
     }
     metrics = read_lines(next(folder.rglob("metrics.jsonl")))
     assert {"weight/digits", "weight/photos"} <= set(metrics[0])
@@ -291,7 +313,10 @@ def test_overrides_of_an_arm_are_typed_and_its_units_are_named(tmp_path: Path) -
         ({"tasks": [{"name": "a/b", "train": ["digits"], "test_share": 0.1}]}, "'a/b' is no name"),
         ({"tasks": [{"name": "a", "train": [], "test_share": 0.1}]}, "train names no set"),
         ({"tasks": [{"name": "a", "train": ["digits"]}]}, "nothing to test on"),
-        ({"tasks": [{"name": "a", "train": ["digits"], "test": ["photo_crops"], "test_share": 0.1}]}, "give one of them"),
+        (
+            {"tasks": [{"name": "a", "train": ["digits"], "test": ["photo_crops"], "test_share": 0.1}]},
+            "give one of them",
+        ),
         ({"tasks": [{"name": "a", "train": ["digits"], "test": ["digits"]}]}, "is in train "),
         ({"tasks": [{"name": "a", "train": ["digits"], "test": ["photo_crops:test"]}]}, "training does not"),
         ({"tasks": [{"name": "a", "train": ["digits"], "test_share": 0.1, "limit": 5}]}, "no training image of class"),
@@ -336,8 +361,19 @@ def test_two_processes_train_one_model(tmp_path: Path, balancing: dict | None) -
     """torchrun on two CPU processes: one bank, one fade, one set of factors, with and without gradients of single tasks."""
     path = write(tmp_path, balancing=balancing, arms={}, seeds=[], tune=None if balancing else SMALL["tune"])
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29613", "-m", "vismt.cli",
-        "run", str(path), "--out", str(tmp_path / "runs"),
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29613",
+        "-m",
+        "vismt.cli",
+        "run",
+        str(path),
+        "--out",
+        str(tmp_path / "runs"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -358,8 +394,15 @@ def test_the_small_study_runs_on_the_real_sets(tmp_path: Path) -> None:
         pytest.skip("the four sets are not under VISMT_DATA")
     config = Path(__file__).resolve().parents[2] / "configs" / "multitask" / "emtal_small.yaml"
     changes = [
-        "arms={}", "seeds=[]", "tune=null", "train.steps=2", "train.warmup=0", "train.precision=no", "evaluate.split=validation",
-        "model={name: test_vit, img_size: 32, pretrained: false}", "adapt.options={n_experts: 4, cluster: false}",
+        "arms={}",
+        "seeds=[]",
+        "tune=null",
+        "train.steps=2",
+        "train.warmup=0",
+        "train.precision=no",
+        "evaluate.split=validation",
+        "model={name: test_vit, img_size: 32, pretrained: false}",
+        "adapt.options={n_experts: 4, cluster: false}",
     ]
     assert main(["run", str(config), *changes, "--out", str(tmp_path), "--quiet"]) == 0
     rows = read_lines(next(tmp_path.iterdir()) / "results.jsonl")

@@ -24,7 +24,11 @@ POOL = {
     "train": {"steps": 3, "lr": 1e-2, "checkpoint_every": 2},
     "pool": {"levels": [0.5, 4], "clean": True, "warmup": 2, "gamma": 1e-2},
     "evaluate": {
-        "data": ["digits"], "ways": 3, "shots": [1], "queries": 2, "episodes": 3,
+        "data": ["digits"],
+        "ways": 3,
+        "shots": [1],
+        "queries": 2,
+        "episodes": 3,
         "models": ["frozen", "clean", "merged", "average", "logits", "min_ce", "expert:4", "merged+finetune"],
     },
     "finetune": {"steps": 2},
@@ -63,7 +67,9 @@ def test_a_pool_run_trains_every_expert_and_evaluates_every_model(pool_run: Path
 
 
 def test_experts_differ_and_the_same_command_trains_nothing_again(pool_run: Path, capsys) -> None:
-    held = [safetensors.torch.load_file(next((pool_run / "pool" / f"expert-{i}").glob("*.safetensors"))) for i in (0, 1)]
+    held = [
+        safetensors.torch.load_file(next((pool_run / "pool" / f"expert-{i}").glob("*.safetensors"))) for i in (0, 1)
+    ]
     name = next(key for key in held[0] if key.endswith("lora_A"))
     assert torch.equal(held[0][f"{name}0"], held[1][f"{name}0"]) and not torch.equal(held[0][name], held[1][name])
     assert main(["run", str(write(pool_run.parent.parent)), "--out", str(pool_run.parent)]) == 0
@@ -81,9 +87,22 @@ def test_one_expert_or_the_average_can_be_merged_and_exported(pool_run: Path, tm
         found[expert] = safetensors.torch.load_file(tmp_path / expert / "model.safetensors")
     key = "blocks.0.mlp.fc1.weight"
     torch.testing.assert_close(found["average"][key], (found["0.5"][key] + found["4"][key]) / 2)
-    assert main(["export", str(pool_run), "--format", "peft", "--expert", "4", "--to", str(tmp_path / "peft"), "--quiet"]) == 0
+    assert (
+        main(["export", str(pool_run), "--format", "peft", "--expert", "4", "--to", str(tmp_path / "peft"), "--quiet"])
+        == 0
+    )
     assert (tmp_path / "peft" / "adapter_config.json").exists()
-    average = ["export", str(pool_run), "--format", "peft", "--expert", "average", "--to", str(tmp_path / "mixed"), "--quiet"]
+    average = [
+        "export",
+        str(pool_run),
+        "--format",
+        "peft",
+        "--expert",
+        "average",
+        "--to",
+        str(tmp_path / "mixed"),
+        "--quiet",
+    ]
     assert main(average) == 0
     model = vismt.merge(vismt.import_peft(create("test_vit", 32, False).vit, tmp_path / "mixed"))
     assert all(torch.allclose(value, found["average"][name], atol=1e-6) for name, value in model.state_dict().items())
@@ -109,7 +128,14 @@ def test_experts_of_separate_runs_make_the_same_pool(pool_run: Path, tmp_path: P
 
 
 def test_settings_are_chosen_on_classes_that_are_not_tested(pool_run: Path, tmp_path: Path) -> None:
-    select = {"class_share": 0.5, "episodes": 3, "shots": 1, "queries": 2, "trim": [{"blocks.0.mlp.fc1": 0.5}], "lr": [1e-4]}
+    select = {
+        "class_share": 0.5,
+        "episodes": 3,
+        "shots": 1,
+        "queries": 2,
+        "trim": [{"blocks.0.mlp.fc1": 0.5}],
+        "lr": [1e-4],
+    }
     evaluated = section("evaluate", models=["merged", "merged:default", "merged+finetune"])
     pool = {"folder": str(pool_run / "pool")}
     path = write(tmp_path, "select", pool=pool, train=None, select=select, evaluate=evaluated)
@@ -125,27 +151,38 @@ def test_settings_are_chosen_on_classes_that_are_not_tested(pool_run: Path, tmp_
     assert "Chosen settings" in (run / "report.html").read_text()
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"select": {"data": ["digits"]}}, "shares images with evaluate.data"),
-    ({"select": {}}, "give one of them"),
-    ({"select": {"data": ["mnist"]}, "pool": None, "evaluate": section("evaluate", models=["adapted"])}, "add a pool section"),
-    ({"select": {"class_share": 0.9}, "train": None, "evaluate": section("evaluate", models=["merged"])}, "leave fewer than 3"),
-    ({"pool": section("pool", rates={"8": 0.1})}, "no expert '8'"),
-    ({"pool": section("pool", kl="both")}, "pool.kl"),
-    ({"pool": section("pool", init="unifrom")}, "pool.init: 'unifrom'"),
-    ({"pool": section("pool", steps=0)}, "need steps >= 1"),
-    ({"pool": section("pool", levels=[300])}, "in 1/255"),
-    ({"evaluate": section("evaluate", models=["expert:7"])}, "expert:0.5"),
-    ({"evaluate": section("evaluate", models=["logits+finetune"])}, "no weights to tune"),
-    ({"evaluate": section("evaluate", models=["merged:default"])}, "without a select section"),
-    ({"evaluate": section("evaluate", models=["clean"]), "pool": {"levels": [1]}}, "pool.clean"),
-    ({"evaluate": section("evaluate", models=["merged"]), "pool": {"folder": "nowhere"}, "train": None}, "nowhere"),
-    ({"merging": {"balance": 2}}, "balance"),
-    ({"merging": {"trim": {"attn.qvk": 0.5}}}, "merging.trim: no module matches 'attn.qvk'"),
-    ({"meta": {"algorithm": "maml"}}, "no pool section"),
-    ({"meta": {"algorithm": "mamml"}, "pool": None, "evaluate": section("evaluate", models=["adapted"])}, "maml"),
-])
-def test_every_error_of_these_sections_is_one_line(pool_run: Path, tmp_path: Path, capsys, changes: dict, words: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"select": {"data": ["digits"]}}, "shares images with evaluate.data"),
+        ({"select": {}}, "give one of them"),
+        (
+            {"select": {"data": ["mnist"]}, "pool": None, "evaluate": section("evaluate", models=["adapted"])},
+            "add a pool section",
+        ),
+        (
+            {"select": {"class_share": 0.9}, "train": None, "evaluate": section("evaluate", models=["merged"])},
+            "leave fewer than 3",
+        ),
+        ({"pool": section("pool", rates={"8": 0.1})}, "no expert '8'"),
+        ({"pool": section("pool", kl="both")}, "pool.kl"),
+        ({"pool": section("pool", init="unifrom")}, "pool.init: 'unifrom'"),
+        ({"pool": section("pool", steps=0)}, "need steps >= 1"),
+        ({"pool": section("pool", levels=[300])}, "in 1/255"),
+        ({"evaluate": section("evaluate", models=["expert:7"])}, "expert:0.5"),
+        ({"evaluate": section("evaluate", models=["logits+finetune"])}, "no weights to tune"),
+        ({"evaluate": section("evaluate", models=["merged:default"])}, "without a select section"),
+        ({"evaluate": section("evaluate", models=["clean"]), "pool": {"levels": [1]}}, "pool.clean"),
+        ({"evaluate": section("evaluate", models=["merged"]), "pool": {"folder": "nowhere"}, "train": None}, "nowhere"),
+        ({"merging": {"balance": 2}}, "balance"),
+        ({"merging": {"trim": {"attn.qvk": 0.5}}}, "merging.trim: no module matches 'attn.qvk'"),
+        ({"meta": {"algorithm": "maml"}}, "no pool section"),
+        ({"meta": {"algorithm": "mamml"}, "pool": None, "evaluate": section("evaluate", models=["adapted"])}, "maml"),
+    ],
+)
+def test_every_error_of_these_sections_is_one_line(
+    pool_run: Path, tmp_path: Path, capsys, changes: dict, words: str
+) -> None:
     if "class_share" in changes.get("select", {}):
         changes = {**changes, "pool": {"folder": str(pool_run / "pool")}}
     assert main(["run", str(write(tmp_path, **changes)), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
@@ -156,8 +193,12 @@ def test_every_error_of_these_sections_is_one_line(pool_run: Path, tmp_path: Pat
 def test_a_collapsed_expert_is_said(tmp_path: Path, capsys) -> None:
     pytest.importorskip("skimage")
     strong = section("pool", levels=[8], clean=False, weight=1e4, warmup=0)
-    path = write(tmp_path, pool=strong, train={"steps": 200, "lr": 1.0, "optimizer": "sgd", "clip": None}, evaluate=section(
-        "evaluate", models=["merged"]))
+    path = write(
+        tmp_path,
+        pool=strong,
+        train={"steps": 200, "lr": 1.0, "optimizer": "sgd", "clip": None},
+        evaluate=section("evaluate", models=["merged"]),
+    )
     assert main(["train", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
     told = capsys.readouterr().err
     assert "collapsed to the uniform prediction" in told or "not finite" in told

@@ -16,10 +16,10 @@ from helpers.lm_parts import changed, save_interactions, save_lm, save_texts
 
 from vismt.cli import main
 from vismt.engine import checkpoint
-from vismt.jobs.lm.report import lm_tables
 from vismt.engine.log import read_lines
 from vismt.engine.run import open_run
 from vismt.errors import UserError
+from vismt.jobs.lm.report import lm_tables
 from vismt.llm.hybrid import Hybrid
 from vismt.llm.ilora import gate_part
 from vismt.robustness.evaluate import wilson
@@ -30,23 +30,35 @@ MODELS = ["frozen", "sasrec", "lora", "ilora", "random", "shuffled", "cnn"]
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("walks")
-    return {"lm": str(save_lm(folder / "tiny")), "walks": str(save_interactions(folder)),
-            "films": str(save_texts(folder)["films"])}
+    return {
+        "lm": str(save_lm(folder / "tiny")),
+        "walks": str(save_interactions(folder)),
+        "films": str(save_texts(folder)["films"]),
+    }
 
 
 def settings(home: dict[str, str], **changes: object) -> dict[str, object]:
     walks = home["walks"]
     task = {
-        "name": "ranked", "kind": "recommendation", "prompt": "the {history} : {candidates} Answer:", "limit": 12,
+        "name": "ranked",
+        "kind": "recommendation",
+        "prompt": "the {history} : {candidates} Answer:",
+        "limit": 12,
         "options": {"candidates": 4, "history": 3, "curriculum": 0.5, "length": 96},
-        "train": [f"{walks}:train"], "validation": [f"{walks}:validation"], "test": [f"{walks}:test"],
+        "train": [f"{walks}:train"],
+        "validation": [f"{walks}:validation"],
+        "test": [f"{walks}:test"],
     }
     return {
-        "task": "lm", "model": {"name": home["lm"], "first_block": 1}, "tasks": [task],
+        "task": "lm",
+        "model": {"name": home["lm"], "first_block": 1},
+        "tasks": [task],
         "adapt": {"method": "ilora", "rank": 4, "targets": ["q_proj", "v_proj"], "options": {"n_experts": 2}},
         "recommender": {"width": 8, "steps": 60, "batch": 30, "lr": 1e-2},
-        "train": {"steps": 6, "lr": 1e-2, "checkpoint_every": 3, "rates": {"instance_gate": 0.3}}, "batch": 4,
-        "evaluate": {"batch": 4}, **changes,
+        "train": {"steps": 6, "lr": 1e-2, "checkpoint_every": 3, "rates": {"instance_gate": 0.3}},
+        "batch": 4,
+        "evaluate": {"batch": 4},
+        **changes,
     }
 
 
@@ -64,8 +76,11 @@ def study(home, tmp_path_factory) -> Path:
         "ilora": {}, "random": {"gates": "random", "adapt.options.gate": None, "train.rates": {}},
         "shuffled": {"gates": "shuffled-user"}, "cnn": {"adapt.options.gate": "cnn"},
     })  # fmt: skip
-    written = {**config["tasks"][0], "name": "written", "options": {**config["tasks"][0]["options"], "answer": "write",
-                                                                     "new_tokens": 4}}
+    written = {
+        **config["tasks"][0],
+        "name": "written",
+        "options": {**config["tasks"][0]["options"], "answer": "write", "new_tokens": 4},
+    }
     config["tasks"].append({key: written[key] for key in ("name", "kind", "prompt", "options", "test")})
     assert main(["run", str(write(folder, config)), "--out", str(folder / "runs"), "--quiet"]) == 0
     return next((folder / "runs").iterdir())
@@ -85,7 +100,9 @@ def test_every_arm_and_both_references_answer_the_same_rows(study: Path) -> None
         assert sum(line["clean"] for line in records) / 30 == pytest.approx(row["value"])
     assert all(one == ids[0] for one in ids) and len(set(ids[0])) == 30  # paired, user by user
     by = {row["model"]: row["value"] for row in ranked if row["metric"] == "NLL in nats"}
-    assert by["sasrec"] < math.log(4) and len(set(by.values())) == 7  # the walk is easy, and every arm is a model of its own
+    assert (
+        by["sasrec"] < math.log(4) and len(set(by.values())) == 7
+    )  # the walk is easy, and every arm is a model of its own
     report = (study / "report.md").read_text()
     assert "clean (unpaired)" not in report and "HitRatio@1" in report
 
@@ -108,7 +125,12 @@ def test_arms_share_one_recommender_and_differ_in_their_gates(study: Path) -> No
     nets = {arm: job.net(f"{arm}:1") for arm in ("lora", "ilora", "random", "shuffled")}
     assert (study / "recommender" / "sasrec.safetensors").exists()
     conditions = {arm: (net.head.condition, len(net.head.others)) for arm, net in nets.items()}
-    assert conditions == {"lora": ("user", 0), "ilora": ("user", 0), "random": ("random", 0), "shuffled": ("shuffled-user", 120)}
+    assert conditions == {
+        "lora": ("user", 0),
+        "ilora": ("user", 0),
+        "random": ("random", 0),
+        "shuffled": ("shuffled-user", 120),
+    }
     weights = [net.head.recommender.item.weight for net in nets.values()]
     assert all(bool((one == weights[0]).all()) for one in weights)
     assert isinstance(job.net("ilora").head, Hybrid) and gate_part(job.net("ilora").lm).user_width == 8
@@ -149,7 +171,10 @@ def test_exporting_gates_of_many_users_is_refused(study: Path, tmp_path: Path, c
     where = ["--format", "transformers", "--to", str(tmp_path / "out"), "--quiet"]
     assert main(["export", str(study), "--expert", "ilora", *where]) == 2
     assert "gate" in capsys.readouterr().err
-    assert main(["export", str(study), "--expert", "lora", *where]) == 0 and (tmp_path / "out" / "head.safetensors").exists()
+    assert (
+        main(["export", str(study), "--expert", "lora", *where]) == 0
+        and (tmp_path / "out" / "head.safetensors").exists()
+    )
 
 
 @pytest.mark.parametrize("inside", ["recommender", "arms"])
@@ -167,8 +192,11 @@ def test_an_interrupted_run_goes_on_bit_for_bit(home, tmp_path: Path, monkeypatc
     assert main(["train", str(path), "--out", str(tmp_path / "stopped"), "--quiet"]) == 130
     monkeypatch.setattr(checkpoint, "save", real)
     assert main(["train", str(path), "--out", str(tmp_path / "stopped"), "--quiet"]) == 0
-    for name in ("recommender/sasrec.safetensors", "arms/adapted/lr-0.01-seed-0/head.safetensors",
-                 "arms/adapted/lr-0.01-seed-0/adapter/adapter.json"):
+    for name in (
+        "recommender/sasrec.safetensors",
+        "arms/adapted/lr-0.01-seed-0/head.safetensors",
+        "arms/adapted/lr-0.01-seed-0/adapter/adapter.json",
+    ):
         straight, stopped = (next((tmp_path / run).glob(f"*/{name}")).read_bytes() for run in ("straight", "stopped"))
         assert straight == stopped, name
 
@@ -204,7 +232,10 @@ def test_tasks_that_do_not_go_together(home, tmp_path: Path, capsys) -> None:
     lora = {"method": "lora", "rank": 2, "targets": ["q_proj"]}
     for changes, told in (
         ({"tasks": [ranked, films]}, "'films' has none; take tasks of kind recommendation only"),
-        ({"tasks": [with_options(items=False), seen]}, "'seen' shows item vectors that nothing trains; set items to false"),
+        (
+            {"tasks": [with_options(items=False), seen]},
+            "'seen' shows item vectors that nothing trains; set items to false",
+        ),
         ({"tasks": [with_options(history=2), seen]}, "'seen' has a history of 10, and the recommender reads 2"),
         ({"tasks": [plain], "adapt": lora}, "recommender: is for a recommendation, and 'causal' is trained"),
         ({"tasks": [plain], "adapt": lora, "recommender": None, "gates": "random"}, "gates: is for a recommendation"),
@@ -212,5 +243,8 @@ def test_tasks_that_do_not_go_together(home, tmp_path: Path, capsys) -> None:
         ({"tasks": [{**ranked, "test": [f"{other}:test"]}]}, "knows the items of one card"),
         ({"tasks": [{**ranked, "validation": [], "validation_share": 0.2}]}, "a share would cut through users"),
     ):
-        assert main(["train", str(write(tmp_path, settings(home, **changes))), "--out", str(tmp_path / "r"), "--quiet"]) == 2
+        assert (
+            main(["train", str(write(tmp_path, settings(home, **changes))), "--out", str(tmp_path / "r"), "--quiet"])
+            == 2
+        )
         assert told in " ".join(capsys.readouterr().err.split()), told

@@ -42,7 +42,8 @@ class Objective(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "mode,dtype", [("permute", torch.float32), ("index", torch.float32), ("delta", torch.float32), ("permute", torch.bfloat16)]
+    "mode,dtype",
+    [("permute", torch.float32), ("index", torch.float32), ("delta", torch.float32), ("permute", torch.bfloat16)],
 )
 def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, mode: str, dtype: torch.dtype) -> None:
     def run(name: str, stop_after: int | None = None) -> Objective:
@@ -54,7 +55,13 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path,
                 raise KeyboardInterrupt
 
         loop.train(
-            objective, lambda number: images(3, seed=number), config, tmp_path / name, "hash", runtime.accelerator(), seed=1,
+            objective,
+            lambda number: images(3, seed=number),
+            config,
+            tmp_path / name,
+            "hash",
+            runtime.accelerator(),
+            seed=1,
             after_step=after,
         )
         return objective
@@ -67,7 +74,10 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path,
         assert torch.equal(one, two), name
     kept = torch.load(tmp_path / "cut" / checkpoint.NAME, weights_only=True)["tensors"]
     assert not any(name.endswith("fc2.weight") for name in kept)  # slices, not weights
-    assert read_lines(tmp_path / "cut" / "metrics.jsonl")[-1]["loss"] < read_lines(tmp_path / "cut" / "metrics.jsonl")[0]["loss"]
+    assert (
+        read_lines(tmp_path / "cut" / "metrics.jsonl")[-1]["loss"]
+        < read_lines(tmp_path / "cut" / "metrics.jsonl")[0]["loss"]
+    )
     stock, start = vismt.unadapt(whole.vit).state_dict(), tiny_vit().to(dtype).state_dict()
     assert all(torch.equal(stock[name], start[name]) for name in start)
 
@@ -76,12 +86,22 @@ def test_a_run_from_its_configuration_to_merged_weights(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     peft = pytest.importorskip("peft")
     path = tmp_path / "slices.yaml"
-    path.write_text(yaml.safe_dump({
-        "task": "multitask", "model": {"name": "test_vit", "img_size": 32, "pretrained": False},
-        "adapt": {"method": "s2ft", "options": {"ratio": {"o": 0.5, "d": 0.1}, "parts": ["o", "d"], "mode": "permute"}},
-        "tasks": [{"name": "digits", "train": ["digits"], "test_share": 0.05, "limit": 40}],
-        "batch": 16, "train": {"steps": 4, "lr": 1.0e-2, "checkpoint_every": 2}, "evaluate": {"batch": 64},
-    }))
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "task": "multitask",
+                "model": {"name": "test_vit", "img_size": 32, "pretrained": False},
+                "adapt": {
+                    "method": "s2ft",
+                    "options": {"ratio": {"o": 0.5, "d": 0.1}, "parts": ["o", "d"], "mode": "permute"},
+                },
+                "tasks": [{"name": "digits", "train": ["digits"], "test_share": 0.05, "limit": 40}],
+                "batch": 16,
+                "train": {"steps": 4, "lr": 1.0e-2, "checkpoint_every": 2},
+                "evaluate": {"batch": 64},
+            }
+        )
+    )
     assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
     folder = next((tmp_path / "runs").iterdir())
     merged = json.loads(next(folder.rglob("merge.json")).read_text())
@@ -115,7 +135,9 @@ def test_an_optimiser_without_the_slices_that_the_weights_follow_is_refused(mode
     method_optimizer(torch.optim.SGD([p for p in trained if p is not host.slice_values], lr=0.1), objective)
     host.slice_values.requires_grad_(True)
     host.slice_values.data = host.slice_values.detach().clone()
-    with pytest.raises(UserError, match=r"'blocks\.1\.mlp\.fc2' no longer follows its weight; model\.to\(its device\) puts it"):
+    with pytest.raises(
+        UserError, match=r"'blocks\.1\.mlp\.fc2' no longer follows its weight; model\.to\(its device\) puts it"
+    ):
         method_optimizer(optimizer, objective)
     objective.vit.to("cpu")
     assert method_optimizer(optimizer, objective) is optimizer
@@ -125,7 +147,13 @@ def test_the_loop_ties_what_was_detached_and_refuses_what_is_not_in_place(tmp_pa
     def run(objective: Objective, name: str) -> None:
         config = TrainConfig(steps=3, lr=0.01)
         loop.train(
-            objective, lambda number: images(3, seed=number), config, tmp_path / name, "hash", runtime.accelerator(), seed=1
+            objective,
+            lambda number: images(3, seed=number),
+            config,
+            tmp_path / name,
+            "hash",
+            runtime.accelerator(),
+            seed=1,
         )
 
     plain, detached, lifted = (Objective("permute", torch.float32) for _ in range(3))
@@ -150,6 +178,8 @@ def test_two_processes_are_one_on_both_batches(tmp_path: Path) -> None:
         for name, value in alone.state_dict().items():
             assert torch.allclose(found[f"{mode}.{name}"], value, atol=1e-4), (mode, name)
             if name.endswith("slice_values"):
-                assert all(not torch.allclose(found[f"{kind}{mode}.{name}"], start[name], atol=1e-3) for kind in ("", "loop."))
+                assert all(
+                    not torch.allclose(found[f"{kind}{mode}.{name}"], start[name], atol=1e-3) for kind in ("", "loop.")
+                )
         for name, value in vismt.merge(alone).state_dict().items():
             assert torch.allclose(found[f"merged.{mode}.{name}"], value, atol=1e-4), (mode, name)

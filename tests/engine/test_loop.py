@@ -38,7 +38,9 @@ def batches(number: int) -> dict[str, Tensor]:
     return {"x": x, "y": x.sum(1, keepdim=True)}
 
 
-def run(folder: Path, objective: Toy | None = None, stop_after: int | None = None, seed: int = 1, **settings: object) -> Toy:
+def run(
+    folder: Path, objective: Toy | None = None, stop_after: int | None = None, seed: int = 1, **settings: object
+) -> Toy:
     objective = objective or Toy()
     config = TrainConfig(**{"steps": 8, "lr": 0.05, "warmup": 2, "checkpoint_every": 3, **settings})
 
@@ -106,7 +108,10 @@ def test_rates_and_decay_by_name() -> None:
     seen = {tuple(group["params"][0].shape): (group["lr"], group["weight_decay"]) for group in made.param_groups}
     # The first pattern that fits counts; a bias is not decayed.
     assert seen == {(1, 4): (1.0, 0.5), (1,): (0.05, 0.0)}
-    for rates, told in (({"head": 1.0}, "'head' is found in no trained parameter"), ({"(": 1.0}, "no regular expression")):
+    for rates, told in (
+        ({"head": 1.0}, "'head' is found in no trained parameter"),
+        ({"(": 1.0}, "no regular expression"),
+    ):
         with pytest.raises(UserError, match=told):
             loop.make_optimizer(named, TrainConfig(rates=rates))
 
@@ -122,6 +127,7 @@ def test_a_module_with_its_own_prior_is_not_decayed(tmp_path: Path) -> None:
 
 def test_a_factor_of_the_rate_holds_at_every_step(tmp_path: Path) -> None:
     """With SGD a step is rate * gradient: ten times the rate is the same as ten times the loss."""
+
     class Scaled(Toy):
         def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
             return {"loss": self.factor * (self.layer(batch["x"]) - batch["y"]).square().mean()}
@@ -133,7 +139,9 @@ def test_a_factor_of_the_rate_holds_at_every_step(tmp_path: Path) -> None:
         folder, settings = tmp_path / f"{len(weights)}", {"optimizer": "sgd", "lr": 1e-3, "momentum": 0.0, "clip": None}
         weights.append(run(folder, toy, rates=rates, **settings).layer.weight)
     assert torch.allclose(weights[0], weights[1]) and not torch.allclose(weights[0], weights[2])
-    assert read_lines(tmp_path / "0" / "metrics.jsonl")[3]["lr"] == read_lines(tmp_path / "2" / "metrics.jsonl")[3]["lr"]
+    assert (
+        read_lines(tmp_path / "0" / "metrics.jsonl")[3]["lr"] == read_lines(tmp_path / "2" / "metrics.jsonl")[3]["lr"]
+    )
 
 
 def test_a_finished_run_trains_no_further(tmp_path: Path) -> None:
@@ -206,8 +214,11 @@ def test_checkpoints_that_do_not_belong_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings,match",
     [
-        ({"optimizer": "adam"}, "'adam'.*'adamw'"), ({"steps": 0}, r"train\.steps: 0"), ({"lr": 0.0}, r"train\.lr"),
-        ({"clip": -1.0}, r"train\.clip"), ({"momentum": -1.0}, r"train\.momentum"),
+        ({"optimizer": "adam"}, "'adam'.*'adamw'"),
+        ({"steps": 0}, r"train\.steps: 0"),
+        ({"lr": 0.0}, r"train\.lr"),
+        ({"clip": -1.0}, r"train\.clip"),
+        ({"momentum": -1.0}, r"train\.momentum"),
         ({"weight_decay": -1.0}, r"train\.weight_decay"),
         ({"accumulate": 0}, r"train\.accumulate"),
     ],
@@ -233,7 +244,9 @@ def test_nothing_to_train_is_said(tmp_path: Path) -> None:
 
 def test_log_drops_a_torn_line_and_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": s, "elapsed_s": 2.0 * s}) + "\n" for s in (1, 2, 3)) + '{"step": 4, "el')
+    path.write_text(
+        "".join(json.dumps({"step": s, "elapsed_s": 2.0 * s}) + "\n" for s in (1, 2, 3)) + '{"step": 4, "el'
+    )
     log = MetricsLog(tmp_path, 2, True)
     assert [row["step"] for row in read_lines(path)] == [1, 2] and log.elapsed() == 4.0
     log.add({"step": 3, "loss": float("inf")})

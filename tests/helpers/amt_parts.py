@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 
 import torch
-from helpers.tiny import shake, tiny_vit
 from torch import Tensor, nn
 
+from helpers.tiny import shake, tiny_vit
 from vismt import adapt
 from vismt.backbones.vit import Backbone
 from vismt.lowrank.store import save_adapter
@@ -59,8 +59,11 @@ def episode(number: int, seed: int = 0, domain: str = "texture", **sizes: int) -
     classes = torch.randperm(6, generator=torch.Generator().manual_seed(own))[:ways]
     first, second = torch.arange(ways).repeat_interleave(shots), torch.arange(ways).repeat_interleave(queries)
     return {
-        "support": drawn(classes[first], own, domain), "support_labels": first,
-        "query": drawn(classes[second], own + 1, domain), "query_labels": second, "number": torch.tensor(number),
+        "support": drawn(classes[first], own, domain),
+        "support_labels": first,
+        "query": drawn(classes[second], own + 1, domain),
+        "query_labels": second,
+        "number": torch.tensor(number),
     }
 
 
@@ -76,7 +79,9 @@ def train(proto: ProtoNet, adversary: Adversary, steps: int, lr: float = 0.02, d
     return proto
 
 
-def saved(folder: Path, moves: tuple[int | None, ...] = (None, 3, 4), *, rank: int = 2, **options: object) -> list[Expert]:
+def saved(
+    folder: Path, moves: tuple[int | None, ...] = (None, 3, 4), *, rank: int = 2, **options: object
+) -> list[Expert]:
     """Experts with factors moved by a seed each, or untouched (None), in folders; labels "0", "1", ..."""
     experts = []
     for number, move in enumerate(moves):

@@ -7,15 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import images, tiny_vit
 from torch import Tensor, nn
+
+from helpers.tiny import images, tiny_vit
 
 transformers = pytest.importorskip("transformers")
 
 LMS = ("llama", "qwen2", "gpt2")
 SHAPE: dict[str, Any] = {
-    "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2,
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 

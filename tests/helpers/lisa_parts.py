@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from helpers.tiny import images, tiny_vit
 from torch import Tensor, nn
 
+from helpers.tiny import images, tiny_vit
 from vismt.llm import LISA
 
 FAMILIES = ("llama", "qwen2", "gpt2", "vit")
@@ -42,7 +42,9 @@ def case(family: str, seed: int = 0) -> Case:
         model = tiny_vit(seed, depth=DEPTH).train()
         labels = torch.tensor([0, 1, 4])
         return Case(
-            model, lambda number: nn.functional.cross_entropy(model(images(seed=number)), labels), "blocks",
+            model,
+            lambda number: nn.functional.cross_entropy(model(images(seed=number)), labels),
+            "blocks",
             ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"),
             ("norm.weight", "norm.bias", "head.weight", "head.bias"),
         )
@@ -51,8 +53,10 @@ def case(family: str, seed: int = 0) -> Case:
     shape = {"hidden_size": 16, "num_hidden_layers": DEPTH, "intermediate_size": 24, "vocab_size": VOCABULARY}
     if family == "gpt2":
         model = random_lm(family, seed, **shape, max_position_embeddings=16)
-        found = "transformer.h", ("transformer.wte.weight", "transformer.wpe.weight"), (
-            "transformer.ln_f.weight", "transformer.ln_f.bias"
+        found = (
+            "transformer.h",
+            ("transformer.wte.weight", "transformer.wpe.weight"),
+            ("transformer.ln_f.weight", "transformer.ln_f.bias"),
         )
     else:
         model = random_lm(family, seed, **shape, tie_word_embeddings=False)

@@ -8,26 +8,74 @@ from typing import Any
 
 import torch
 import transformers
-from helpers.language_models import random_lm
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 
+from helpers.language_models import random_lm
+
 WORDS = [
-    "a", "bad", "good", "film", "plot", "was", "very", "dull", "bright", "and", "the", "of", "it", "Review", ":",
-    "Sentiment", "negative", "positive", "Question", "Answer", "one", "two", "three", "four", "five", "six", "seven",
-    "eight", "nine", "ten", "plus", "is", "####", "what", "colour", "sky", "blue", "grass", "green",
+    "a",
+    "bad",
+    "good",
+    "film",
+    "plot",
+    "was",
+    "very",
+    "dull",
+    "bright",
+    "and",
+    "the",
+    "of",
+    "it",
+    "Review",
+    ":",
+    "Sentiment",
+    "negative",
+    "positive",
+    "Question",
+    "Answer",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "plus",
+    "is",
+    "####",
+    "what",
+    "colour",
+    "sky",
+    "blue",
+    "grass",
+    "green",
 ]
 
 
 def tokenizer(bos: bool = False) -> Any:
     """A word with the space before it is one token, as in byte-level BPE; "<s>" begins a text when asked for, "</s>" ends one."""
-    tokens = ["<unk>", "<s>", "</s>", *WORDS, *(f"Ġ{word}" for word in WORDS), *(chr(i) for i in range(33, 127)), "Ġ", "Ċ"]
+    tokens = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *WORDS,
+        *(f"Ġ{word}" for word in WORDS),
+        *(chr(i) for i in range(33, 127)),
+        "Ġ",
+        "Ċ",
+    ]
     words = Tokenizer(models.WordLevel({token: i for i, token in enumerate(dict.fromkeys(tokens))}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words.decoder = decoders.ByteLevel()
     if bos:
         words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 def tiny_lm(kind: str = "llama", seed: int = 0, vocabulary: int = 256) -> nn.Module:
@@ -64,20 +112,28 @@ def save_texts(folder: Path) -> dict[str, Path]:
     adjectives = {"0": ["bad", "dull"], "1": ["good", "bright"]}
     films = [
         {"text": f"the {noun} was {'very ' * (i % 3)}{adjectives[label][i % 2]}", "label": label}
-        for i in range(7) for noun in ("film", "plot", "sky") for label in ("0", "1")
+        for i in range(7)
+        for noun in ("film", "plot", "sky")
+        for label in ("0", "1")
     ]
     numbers = WORDS[WORDS.index("one") :][:10]
     sums = [
-        {"question": f"what is {numbers[i]} plus {numbers[j]}", "answer": numbers[i + j + 1]} for i in range(4) for j in range(3)
+        {"question": f"what is {numbers[i]} plus {numbers[j]}", "answer": numbers[i + j + 1]}
+        for i in range(4)
+        for j in range(3)
     ]
     stories = [{"text": " ".join(WORDS[(start + 3 * i) % len(WORDS)] for i in range(30))} for start in range(4)]
     choices = [
         {"question": f"what colour is the {thing}", "one": "blue", "two": "green", **extra, "answer": right}
-        for thing, right in (("sky", "one"), ("grass", "two")) for extra in ({}, {"three": "very bright"})
+        for thing, right in (("sky", "one"), ("grass", "two"))
+        for extra in ({}, {"three": "very bright"})
     ]
     parts = {
         "films": ({"train": films[:24], "dev": films[24:32], "test": films[32:]}, ["text", "label"]),
-        "other": ({"all": [{"text": f"a {row['text']}", "label": row["label"]} for row in films[:6]]}, ["text", "label"]),
+        "other": (
+            {"all": [{"text": f"a {row['text']}", "label": row["label"]} for row in films[:6]]},
+            ["text", "label"],
+        ),
         "sums": ({"all": sums}, ["question", "answer"]),
         "stories": ({"all": stories}, ["text"]),
         "colours": ({"all": choices * 2}, ["question", "one", "two", "three", "answer"]),
@@ -89,13 +145,26 @@ def save_texts(folder: Path) -> dict[str, Path]:
         for split, rows in splits.items():
             (base / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         kept = [key for key in fields if all(key in row for rows in splits.values() for row in rows)]
-        (folder / name / "card.yaml").write_text(json.dumps({
-            "name": name, "title": name, "source": "own", "licence": "own", "classes": 0,
-            "sources": [{
-                "kind": "text", "root": "rows", "files": {split: f"{split}.jsonl" for split in splits},
-                "splits": {split: len(rows) for split, rows in splits.items()}, "fields": kept,
-            }],
-        }))
+        (folder / name / "card.yaml").write_text(
+            json.dumps(
+                {
+                    "name": name,
+                    "title": name,
+                    "source": "own",
+                    "licence": "own",
+                    "classes": 0,
+                    "sources": [
+                        {
+                            "kind": "text",
+                            "root": "rows",
+                            "files": {split: f"{split}.jsonl" for split in splits},
+                            "splits": {split: len(rows) for split, rows in splits.items()},
+                            "fields": kept,
+                        }
+                    ],
+                }
+            )
+        )
         cards[name] = folder / name
     return cards
 
@@ -107,13 +176,32 @@ def save_interactions(folder: Path) -> Path:
     base = folder / "walks" / "rows"
     base.mkdir(parents=True)
     (base / "items.csv").write_text("item,title\n" + "".join(f"i{i},{title}\n" for i, title in enumerate(titles)))
-    events = [f"u{user},i{(5 * user + step) % 24},{1000 * user + step}\n" for user in range(30) for step in range(7 + user % 3)]
+    events = [
+        f"u{user},i{(5 * user + step) % 24},{1000 * user + step}\n"
+        for user in range(30)
+        for step in range(7 + user % 3)
+    ]
     (base / "events.csv").write_text("user,item,timestamp\n" + "".join(events))
-    (folder / "walks" / "card.yaml").write_text(json.dumps({
-        "name": "walks", "title": "walks", "source": "own", "licence": "own", "classes": 0,
-        "sources": [{
-            "kind": "interactions", "root": "rows", "items": "items.csv", "item_columns": ["item", "title"],
-            "events": "events.csv", "shortest": 2, "splits": {"train": 120, "validation": 30, "test": 30},
-        }],
-    }))
+    (folder / "walks" / "card.yaml").write_text(
+        json.dumps(
+            {
+                "name": "walks",
+                "title": "walks",
+                "source": "own",
+                "licence": "own",
+                "classes": 0,
+                "sources": [
+                    {
+                        "kind": "interactions",
+                        "root": "rows",
+                        "items": "items.csv",
+                        "item_columns": ["item", "title"],
+                        "events": "events.csv",
+                        "shortest": 2,
+                        "splits": {"train": 120, "validation": 30, "test": 30},
+                    }
+                ],
+            }
+        )
+    )
     return folder / "walks"

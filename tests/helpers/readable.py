@@ -14,7 +14,9 @@ def visible_texts(figure):
             for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
                 if not low <= tick.get_loc() <= high:
                     hidden |= {tick.label1, tick.label2}
-    texts = [text for text in figure.findobj(Text) if text not in hidden and text.get_visible() and text.get_text().strip()]
+    texts = [
+        text for text in figure.findobj(Text) if text not in hidden and text.get_visible() and text.get_text().strip()
+    ]
     return [(text.get_text(), text.get_window_extent(renderer)) for text in texts]
 
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from helpers.lisa_parts import Objective, case, tokens
-from helpers.tiny import snapshot
 from torch import nn
 
 import vismt
+from helpers.lisa_parts import Objective, case, tokens
+from helpers.tiny import snapshot
 from vismt.errors import UserError
 
 MODES = ("permute", "index")

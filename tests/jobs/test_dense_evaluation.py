@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from vismt.data.dense import DenseSet
-from vismt.jobs.dense import evaluation as dense_evaluation
 from vismt.engine.arms import ALONE, Unit
+from vismt.jobs.dense import evaluation as dense_evaluation
 from vismt.jobs.dense.config import DenseConfig, all_tasks
 from vismt.jobs.dense.data import Rows
 from vismt.jobs.dense.evaluation import Evaluation

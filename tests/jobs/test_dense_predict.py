@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from vismt.config import typed
-from vismt.jobs.dense import predict as dense_predict
 from vismt.engine.arms import Unit
+from vismt.jobs.dense import predict as dense_predict
 from vismt.jobs.dense.config import DenseConfig
 from vismt.multitask.tasks import make_task
 from vismt.multitask.tasks.depth import InverseDepth
@@ -32,7 +32,9 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dense_predict, "loaded", lambda *given: SimpleNamespace(to=lambda device: None))
     monkeypatch.setattr(dense_predict, "fold", lambda net, unit: net)
     monkeypatch.setattr(
-        dense_predict, "write", lambda figure, x, y, text, **how: seen["texts"].append(text) or written(figure, x, y, text, **how)
+        dense_predict,
+        "write",
+        lambda figure, x, y, text, **how: seen["texts"].append(text) or written(figure, x, y, text, **how),
     )
 
     def predicted(net, tasks, images, *, overlap, flip):
@@ -57,10 +59,14 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return SimpleNamespace(run=run, seen=seen)
 
 
-@pytest.mark.parametrize(("maps", "values"), [
-    # Fitted into 32 x 48: an image of 64 x 60 by 1/2, of 20 x 144 by 1/3, of 16 x 24 by 2.
-    ("{depth_m: depth}", (4.0, 6.0, 1.0)), ("{inverse_depth: depth}", (1.0, 2 / 3, 4.0)),
-])
+@pytest.mark.parametrize(
+    ("maps", "values"),
+    [
+        # Fitted into 32 x 48: an image of 64 x 60 by 1/2, of 20 x 144 by 1/3, of 16 x 24 by 2.
+        ("{depth_m: depth}", (4.0, 6.0, 1.0)),
+        ("{inverse_depth: depth}", (1.0, 2 / 3, 4.0)),
+    ],
+)
 def test_depth_at_an_images_own_size_is_in_the_unit_of_the_fitted_one(answers, maps, values) -> None:
     sizes = [(64, 60), (20, 144), (16, 24)]
     for found, size, value in zip(answers.run(maps, sizes, own_size=True), sizes, values):

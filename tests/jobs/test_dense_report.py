@@ -7,20 +7,22 @@ import numpy as np
 import pytest
 from helpers.readable import assert_readable, visible_texts
 
-from vismt.report.plotting import color_of
-from vismt.report.comparison import Cell, Comparison
+from vismt.errors import UserError
 from vismt.jobs.dense.figures import predictions_figure
 from vismt.jobs.dense.report import dense_curves, dense_panels, dense_tables
+from vismt.report.comparison import Cell, Comparison
 from vismt.report.figures import domain_bars
 from vismt.report.panels import read_panel, write_panel
-from vismt.errors import UserError
+from vismt.report.plotting import color_of
 
 DEPTH, EDGE, DELTA = "depth RMSE in m", "edge odsF", "delta_m over alone+edge in per cent"
 T = 12.7062  # Student's t of 0.975 at one degree of freedom: half width = T * |a - b| / 2 of two values
 PSI = {"alone": [2.0, 2.1, 2.2], "emtal": [1.0, 1.3, 1.3]}
 VALUES = {
-    ("alone", "depth"): (2.0, 2.2), ("emtal", "depth"): (1.0, 1.4),
-    ("edge", "edge"): (0.5, 0.52), ("emtal", "edge"): (0.56, 0.54),
+    ("alone", "depth"): (2.0, 2.2),
+    ("emtal", "depth"): (1.0, 1.4),
+    ("edge", "edge"): (0.5, 0.52),
+    ("emtal", "edge"): (0.56, 0.54),
     ("emtal", "delta_m"): (30.0, 20.0),
 }
 
@@ -37,16 +39,26 @@ def folder(tmp_path):
     lines, rows = [], []
     for (arm, task), values in VALUES.items():
         lines += [
-            {"arm": arm, "seed": seed, "lr": 0.1, "task": task, "value": value, "n": 3} for seed, value in enumerate(values)
+            {"arm": arm, "seed": seed, "lr": 0.1, "task": task, "value": value, "n": 3}
+            for seed, value in enumerate(values)
         ]
         images = PSI[arm] if task == "depth" else [sum(values) / 2] * 4
-        rows.append({
-            "data": "rooms", "protocol": "test", "condition": "clean", "metric": metrics[task], "model": arm,
-            "value": sum(images) / len(images), "n": len(images), "lower_is_better": task == "depth",
-        })
-        write(tmp_path / "records" / f"rooms-test-{arm}-{task}.jsonl", [
-            {"episode": f"image {i}", "clean": psi} for i, psi in enumerate(images)
-        ])
+        rows.append(
+            {
+                "data": "rooms",
+                "protocol": "test",
+                "condition": "clean",
+                "metric": metrics[task],
+                "model": arm,
+                "value": sum(images) / len(images),
+                "n": len(images),
+                "lower_is_better": task == "depth",
+            }
+        )
+        write(
+            tmp_path / "records" / f"rooms-test-{arm}-{task}.jsonl",
+            [{"episode": f"image {i}", "clean": psi} for i, psi in enumerate(images)],
+        )
     write(tmp_path / "dense_seeds.jsonl", lines)
     write(tmp_path / "results.jsonl", rows)
     (tmp_path / "config.resolved.yaml").write_text("baseline: {depth: alone, edge: edge}\n")
@@ -75,7 +87,13 @@ def test_by_seed_with_the_difference_to_the_arm_of_the_task(folder):
 def test_without_a_baseline_the_first_arm_of_a_task_is_the_other(folder):
     (folder / "config.resolved.yaml").write_text("baseline: null\n")
     table = tables(folder)["By seed, 2 seeds"]
-    assert table.heads[-1] == "− first arm" and [row[-1] for row in table.rows] == ["–", "−0.9 ± 1.3", "–", "+4.0 ± 25.4", "–"]
+    assert table.heads[-1] == "− first arm" and [row[-1] for row in table.rows] == [
+        "–",
+        "−0.9 ± 1.3",
+        "–",
+        "+4.0 ± 25.4",
+        "–",
+    ]
 
 
 def test_pairs_are_the_later_arm_minus_the_earlier_one(folder):
@@ -92,7 +110,9 @@ def test_arms_with_other_images_are_not_paired(folder):
     path = folder / "records" / "rooms-test-alone-depth.jsonl"
     path.write_text(path.read_text().replace("image 2", "image 7"))
     assert [row[1] for row in tables(folder)["Paired differences over images"].rows] == ["–"]
-    path.write_text(path.read_text().replace("image 7", "image 2").replace("2.1", "2.3"))  # nor where records give another number
+    path.write_text(
+        path.read_text().replace("image 7", "image 2").replace("2.1", "2.3")
+    )  # nor where records give another number
     assert "emtal − alone" not in [row[0] for row in tables(folder)["Paired differences over images"].rows]
 
 
@@ -112,7 +132,13 @@ def test_rates_and_merging(folder):
         path = folder / "arms" / arm / "chosen.json"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps({"lr": 0.1, "validation": scores}))
-    told = {"n": 4, "different_predictions": 3, "largest_difference": 1e-5, "largest_logit": 2.0, "tasks": {"depth": [0, 1, 0]}}
+    told = {
+        "n": 4,
+        "different_predictions": 3,
+        "largest_difference": 1e-5,
+        "largest_logit": 2.0,
+        "tasks": {"depth": [0, 1, 0]},
+    }
     for seed, tasks in ((0, {"depth": []}), (1, {"depth": []})):
         path = folder / "arms" / "emtal" / f"lr-0.1-seed-{seed}" / "merge.json"
         path.parent.mkdir(parents=True)
@@ -130,7 +156,9 @@ def test_rates_and_merging(folder):
 
 def test_seeds_and_curves_can_be_read(folder, drawn):
     for arm in ("alone", "emtal"):
-        rows = [{"step": s, "loss": 9 / s, "depth": 1 / s, "edge": None if arm == "alone" else 2 / s} for s in range(1, 9)]
+        rows = [
+            {"step": s, "loss": 9 / s, "depth": 1 / s, "edge": None if arm == "alone" else 2 / s} for s in range(1, 9)
+        ]
         write(folder / "arms" / arm / "lr-0.1-seed-0" / "metrics.jsonl", rows)
     seeds, training = dense_curves(folder)
     assert [seeds.title, training.title] == ["Arms by seed", "Training"]
@@ -145,7 +173,9 @@ def test_seeds_and_curves_can_be_read(folder, drawn):
     assert edge.lines[1].get_ydata() == pytest.approx([math.nan, 54.0, 52.0], nan_ok=True)
     assert delta.lines[0].get_ydata() == pytest.approx([math.nan, 30.0, math.nan], nan_ok=True)
     assert [axes.get_title(loc="left") for axes in curves.axes] == [
-        "Training loss of all tasks", "depth: training loss", "edge: training loss",
+        "Training loss of all tasks",
+        "depth: training loss",
+        "edge: training loss",
     ]
     assert [len(axes.lines) for axes in curves.axes] == [4, 4, 2]
 
@@ -172,15 +202,29 @@ def panel(path, arms=("heads", "emtal"), count=2, size=(24, 32), **changes):
     trained[0, 1] = False
     scores = generator.uniform(0.1, 0.9, (len(arms), 2, count))
     scores[1, 0, 0] = math.nan
-    return write_panel(path, "dense", {
-        "images": bytes_(count), "ids": np.array([f"rooms:test/{i}_a_name_that_is_long.png" for i in range(count)]),
-        "tasks": np.array(["depth", "edge"]), "metrics": np.array([DEPTH, EDGE]), "lower_is_better": np.array([True, False]),
-        "truth": bytes_(2, count), "arms": np.array(arms), "trainings": np.array(list(arms)), "trained": trained,
-        "predictions": bytes_(len(arms), 2, count), "scores": scores, **changes,
-    })
+    return write_panel(
+        path,
+        "dense",
+        {
+            "images": bytes_(count),
+            "ids": np.array([f"rooms:test/{i}_a_name_that_is_long.png" for i in range(count)]),
+            "tasks": np.array(["depth", "edge"]),
+            "metrics": np.array([DEPTH, EDGE]),
+            "lower_is_better": np.array([True, False]),
+            "truth": bytes_(2, count),
+            "arms": np.array(arms),
+            "trainings": np.array(list(arms)),
+            "trained": trained,
+            "predictions": bytes_(len(arms), 2, count),
+            "scores": scores,
+            **changes,
+        },
+    )
 
 
-@pytest.mark.parametrize(("arms", "count", "size"), [(2, 1, (24, 32)), (2, 4, (40, 32)), (7, 2, (24, 48)), (12, 2, (32, 32))])
+@pytest.mark.parametrize(
+    ("arms", "count", "size"), [(2, 1, (24, 32)), (2, 4, (40, 32)), (7, 2, (24, 48)), (12, 2, (32, 32))]
+)
 def test_panels_can_be_read(drawn, tmp_path, arms, count, size):
     names = ["heads", "a_name_that_does_not_end_soon", *(f"lora-{i}" for i in range(10))][:arms]
     predictions_figure(panel(tmp_path / "a.npz", names, count, size), tmp_path / "a.png")
@@ -214,17 +258,23 @@ def test_every_picture_stands_at_its_name_with_its_own_score(drawn, tmp_path):
 
 
 def test_files_that_do_not_fit(tmp_path):
-    for number, (changes, words) in enumerate([
-        ({"scores": np.zeros((2, 2, 3))}, "needed 2 for n"), ({"trained": np.ones((2, 2), int)}, "trained is int64"),
-        ({"truth": np.zeros((2, 2, 3, 24, 31), np.uint8)}, "needed 32 for w"), ({"ids": np.array([], str)}, "ids is"),
-        ({"scores": np.zeros((2, 2, 2), np.float32)}, "scores is float32"),
-    ]):
+    for number, (changes, words) in enumerate(
+        [
+            ({"scores": np.zeros((2, 2, 3))}, "needed 2 for n"),
+            ({"trained": np.ones((2, 2), int)}, "trained is int64"),
+            ({"truth": np.zeros((2, 2, 3, 24, 31), np.uint8)}, "needed 32 for w"),
+            ({"ids": np.array([], str)}, "ids is"),
+            ({"scores": np.zeros((2, 2, 2), np.float32)}, "scores is float32"),
+        ]
+    ):
         with pytest.raises(UserError, match=words):
             panel(tmp_path / f"{number}.npz", **changes)
     assert not list(tmp_path.iterdir())
     good = panel(tmp_path / "good.npz").read_bytes()
     (tmp_path / "bad.npz").write_bytes(good[:300])
-    np.savez(tmp_path / "pickle.npz", **{**dict(np.load(tmp_path / "good.npz")), "ids": np.array([{}, {}], dtype=object)})
+    np.savez(
+        tmp_path / "pickle.npz", **{**dict(np.load(tmp_path / "good.npz")), "ids": np.array([{}, {}], dtype=object)}
+    )
     for name in ("bad.npz", "pickle.npz", "none.npz"):
         with pytest.raises(UserError, match=f"{name}' is no panel of dense"):
             predictions_figure(tmp_path / name, tmp_path / "a.png")

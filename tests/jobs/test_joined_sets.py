@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from vismt.config import typed
+from vismt.errors import UserError
 from vismt.jobs.dense.config import DenseConfig
 from vismt.jobs.dense.data import DenseData
-from vismt.errors import UserError
 
 SIZE = (8, 12)
 
@@ -45,7 +45,9 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def joined(*cards: Path, tasks: list) -> DenseData:
     *train, test = (str(card) for card in cards)
-    return DenseData(typed({"data": {"train": train, "test": [test]}, "tasks": tasks, "size": list(SIZE)}, DenseConfig, "made"))
+    return DenseData(
+        typed({"data": {"train": train, "test": [test]}, "tasks": tasks, "size": list(SIZE)}, DenseConfig, "made")
+    )
 
 
 SEMSEG = {"name": "semseg", "classes": 2}
@@ -64,7 +66,10 @@ def test_depth_and_inverse_depth_are_not_one_task(made) -> None:
 
 def test_one_class_of_maps_has_one_name(made) -> None:
     road, same, swapped, silent = (
-        made("road", ["road", "sky"]), made("same", ["road", "sky"]), made("swapped", ["sky", "road"]), made("silent")
+        made("road", ["road", "sky"]),
+        made("same", ["road", "sky"]),
+        made("swapped", ["sky", "road"]),
+        made("silent"),
     )
     for cards in ((road, swapped), (road, same, swapped), (silent, road, swapped)):
         with pytest.raises(UserError, match="data: one class is 'road' in 'road' and 'sky' in 'swapped'; give both"):

@@ -11,22 +11,31 @@ from helpers.readable import assert_readable, visible_texts
 from helpers.tiny import images, shake, tiny_vit
 
 from vismt.backbones.vit import Backbone
+from vismt.engine.arms import ArmsConfig
+from vismt.errors import UserError
 from vismt.jobs.classification import figures as multitask_figures
 from vismt.jobs.classification import panels as multitask_panels
-from vismt.report import routers as router_maps
-from vismt.engine.arms import ArmsConfig
 from vismt.jobs.classification.figures import curves_figure, examples_figure, seeds_figure
 from vismt.jobs.classification.models import PixelNet
 from vismt.jobs.classification.panels import examples, routers, write_examples
-from vismt.report.panels import read_panel, spread
-from vismt.report.routers import routers_figure, write_routers
-from vismt.errors import UserError
 from vismt.lowrank.wrappers import parts_of
 from vismt.multitask.moe_lora import set_fade
 from vismt.multitask.union import Union
 from vismt.registry import adapt
+from vismt.report import routers as router_maps
+from vismt.report.panels import read_panel, spread
+from vismt.report.routers import routers_figure, write_routers
 
-ARMS = ["linear-probe", "lora-4", "emtal", "emtal-no-retain", "emtal-one-expert", "a_name_that_does_not_end_soon", "b", "c"]
+ARMS = [
+    "linear-probe",
+    "lora-4",
+    "emtal",
+    "emtal-no-retain",
+    "emtal-one-expert",
+    "a_name_that_does_not_end_soon",
+    "b",
+    "c",
+]
 TASKS = ["cub", "flowers", "dogs-of-a-name-that-is-long", "cars", "aircraft", "digits"]
 
 
@@ -53,8 +62,16 @@ def test_seeds_can_be_read(drawn, tmp_path, arms, tasks, seeds):
 
 
 def test_dots_are_clean_seeds_and_the_last_panel_is_the_mean_of_a_seed_over_tasks(drawn, tmp_path):
-    lines = [line("a", 0, "x", 0.5), line("a", 1, "x", 0.7), line("b", 0, "x", 0.6), line("b", 1, "x", 0.6),
-             line("a", 0, "y", 0.9), line("a", 1, "y", 0.1), line("b", 0, "y", 0.2), line("b", 0, "x", 0.0, "fgsm")]
+    lines = [
+        line("a", 0, "x", 0.5),
+        line("a", 1, "x", 0.7),
+        line("b", 0, "x", 0.6),
+        line("b", 1, "x", 0.6),
+        line("a", 0, "y", 0.9),
+        line("a", 1, "y", 0.1),
+        line("b", 0, "y", 0.2),
+        line("b", 0, "x", 0.0, "fgsm"),
+    ]
     seeds_figure(lines, tmp_path / "a.png")
     first, _, mean = drawn[0].axes
     paired = [one.get_ydata() for one in first.lines[:2]]
@@ -65,7 +82,9 @@ def test_dots_are_clean_seeds_and_the_last_panel_is_the_mean_of_a_seed_over_task
     assert mean.lines[0].get_ydata() == pytest.approx([70, 40])
     assert mean.lines[1].get_ydata() == pytest.approx([40, math.nan], nan_ok=True)
     found = texts(drawn[0])
-    assert {"x", "y", "mean over tasks", "accuracy (%), n = 12,345 images", "accuracy (%), 2 tasks", "55.0"} <= set(found)
+    assert {"x", "y", "mean over tasks", "accuracy (%), n = 12,345 images", "accuracy (%), 2 tasks", "55.0"} <= set(
+        found
+    )
     low, high = first.get_ylim()
     assert low < 50 and high > 70
 
@@ -82,7 +101,13 @@ def test_seeds_need_clean_lines(tmp_path):
 # ---- training
 def log(steps=40, fade=False):
     return [
-        {"step": s, "loss": 9.0, "ce": None if s == 3 else 2 / s, "accuracy": 0.5, "fade": min(1, s / 20) if fade else None}
+        {
+            "step": s,
+            "loss": 9.0,
+            "ce": None if s == 3 else 2 / s,
+            "accuracy": 0.5,
+            "fade": min(1, s / 20) if fade else None,
+        }
         for s in range(1, steps + 1)
     ]
 
@@ -93,7 +118,9 @@ def test_curves_of_all_arms(drawn, tmp_path):
     assert_readable(drawn[0])
     ce, accuracy, fade = drawn[0].axes
     assert [axes.get_title(loc="left") for axes in (ce, accuracy, fade)] == [
-        "Training cross-entropy", "Training accuracy (%)", "Router fade",
+        "Training cross-entropy",
+        "Training accuracy (%)",
+        "Router fade",
     ]
     assert len(ce.lines) == 10 and 3 not in ce.lines[0].get_xdata() and ce.lines[0].get_ydata()[0] == 2
     assert accuracy.lines[1].get_ydata() == pytest.approx([50.0] * 40)
@@ -152,10 +179,18 @@ def test_answers_are_marked_and_named_within_their_task(drawn, tmp_path):
 def test_examples_that_do_not_fit_are_not_written(tmp_path):
     pixels = np.zeros((2, 3, 4, 4), dtype=np.uint8)
     for changed, words in (
-        ({"images": pixels.astype(np.float32)}, "images is float32"), ({"truth": ["a"]}, r"truth is \(1,\)"),
-        ({"predictions": {"x": ["a"], "y": ["a", "b"]}}, "give every arm the same number"), ({"predictions": {}}, "arms is"),
+        ({"images": pixels.astype(np.float32)}, "images is float32"),
+        ({"truth": ["a"]}, r"truth is \(1,\)"),
+        ({"predictions": {"x": ["a"], "y": ["a", "b"]}}, "give every arm the same number"),
+        ({"predictions": {}}, "arms is"),
     ):
-        given = {"images": pixels, "truth": ["a", "b"], "tasks": ["t", "t"], "predictions": {"x": ["a", "b"]}, **changed}
+        given = {
+            "images": pixels,
+            "truth": ["a", "b"],
+            "tasks": ["t", "t"],
+            "predictions": {"x": ["a", "b"]},
+            **changed,
+        }
         with pytest.raises(UserError, match=words):
             write_examples(tmp_path / "a.npz", **given)
     assert not list(tmp_path.iterdir())
@@ -239,7 +274,9 @@ def test_routers_are_seen_on_the_patches_at_fade_0(tmp_path, options):
         assert torch.allclose(torch.tensor(found["omega"][1, :, :, row, column]).float(), expected, atol=2e-3)
     assert np.ptp(found["omega"]) > 0.2
     # The net is left as it was.
-    assert net.training and all(part.fade_value == 0.25 and not part._forward_pre_hooks for part in parts_of(net).values())
+    assert net.training and all(
+        part.fade_value == 0.25 and not part._forward_pre_hooks for part in parts_of(net).values()
+    )
     assert torch.equal(net.eval()(pixels), before)
     assert np.array_equal(found["images"], (255 * pixels).round().numpy().astype(np.uint8))
 
@@ -255,7 +292,9 @@ def test_an_arm_that_routes_is_seen_on_images_of_all_tasks(evaluation, tmp_path,
     evaluation.config.arms = {"a": {}, "b": {"adapt.method": "moe_lora"}}
     seen = []
     monkeypatch.setattr(multitask_panels, "loaded", lambda config, unit, classes: (unit.arm, unit.seed, classes))
-    monkeypatch.setattr(multitask_panels, "write_routers", lambda path, net, shown: seen.append((net, 255 * shown[:, 0, 0, 0])))
+    monkeypatch.setattr(
+        multitask_panels, "write_routers", lambda path, net, shown: seen.append((net, 255 * shown[:, 0, 0, 0]))
+    )
     methods = {"a": SimpleNamespace(adapt=None), "b": SimpleNamespace(adapt=SimpleNamespace(method="moe_lora"))}
     monkeypatch.setattr(router_maps, "arm_config", lambda config, arm: methods[arm])
     assert routers(evaluation, "a", tmp_path / "a.npz") is None and not seen
@@ -289,15 +328,19 @@ def test_a_damaged_or_foreign_file_is_named(tmp_path):
     good = panel(tmp_path / "good.npz")
     payload = good.read_bytes()
     fine = dict(np.load(good))
-    for number, (made, words) in enumerate([
-        (payload[:200], "no panel of examples"), (b"", "no panel of examples"), (b"text", "no panel of examples"),
-        (payload.replace(payload[100:140], bytes(40)), "no panel of examples"),
-        ({name: value for name, value in fine.items() if name != "arms"}, "arms"),
-        ({**fine, "predictions": fine["predictions"][:, :2]}, "needed 6 for n"),
-        ({**fine, "images": fine["images"][:, :2]}, "needed 3 for 3"),
-        ({**fine, "truth": fine["truth"].astype(object)}, "no panel of examples"),
-        ({**fine, "tasks": np.arange(6)}, "tasks is int64"),
-    ]):
+    for number, (made, words) in enumerate(
+        [
+            (payload[:200], "no panel of examples"),
+            (b"", "no panel of examples"),
+            (b"text", "no panel of examples"),
+            (payload.replace(payload[100:140], bytes(40)), "no panel of examples"),
+            ({name: value for name, value in fine.items() if name != "arms"}, "arms"),
+            ({**fine, "predictions": fine["predictions"][:, :2]}, "needed 6 for n"),
+            ({**fine, "images": fine["images"][:, :2]}, "needed 3 for 3"),
+            ({**fine, "truth": fine["truth"].astype(object)}, "no panel of examples"),
+            ({**fine, "tasks": np.arange(6)}, "tasks is int64"),
+        ]
+    ):
         path = tmp_path / f"bad-{number}.npz"
         path.write_bytes(made) if isinstance(made, bytes) else np.savez(path, **made)
         with pytest.raises(UserError, match=words) as caught:
@@ -307,7 +350,10 @@ def test_a_damaged_or_foreign_file_is_named(tmp_path):
     arrays = {"images": np.zeros((1, 3, 4, 4), np.uint8), "blocks": np.array([0]), "depth": np.array(1)}
     np.savez(tmp_path / "nan.npz", **arrays, omega=np.full((1, 1, 2, 2, 2), np.nan, np.float16))
     for name, words in (
-        ("good.npz", "omega"), ("none.npz", "No such file"), ("array.npy", "no panel of routers"), ("nan.npz", "not finite"),
+        ("good.npz", "omega"),
+        ("none.npz", "No such file"),
+        ("array.npy", "no panel of routers"),
+        ("nan.npz", "not finite"),
     ):
         with pytest.raises(UserError, match=words) as caught:
             routers_figure(tmp_path / name, tmp_path / "a.png")

@@ -5,10 +5,10 @@ import json
 import pytest
 from helpers.readable import assert_readable, visible_texts
 
-from vismt.jobs.fewshot import figures as pool_figures
-from vismt.report.comparison import Cell, Comparison
-from vismt.jobs.fewshot.report import corruption_pictures, pool_pictures
 from vismt.errors import UserError
+from vismt.jobs.fewshot import figures as pool_figures
+from vismt.jobs.fewshot.report import corruption_pictures, pool_pictures
+from vismt.report.comparison import Cell, Comparison
 from vismt.robustness.corruptions import CORRUPTIONS
 
 MODELS = ["frozen", "clean", "merged", "merged:default", "average", "logits", "min_ce", "expert:4.5", "merged+finetune"]
@@ -57,8 +57,10 @@ def test_mixture_bars(drawn, tmp_path, sets, experts):
     assert len(bars) == sets * experts and sum(bar.get_width() for bar in bars) == pytest.approx(100 * sets)
     # side by side from 0 to 100, the colours those of the legend
     assert bars[0].get_x() == 0 and bars[1].get_x() == pytest.approx(100 / experts)
-    shown = {text.get_text(): patch.get_facecolor() for text, patch in
-             zip(drawn[0].legends[0].get_texts(), drawn[0].legends[0].get_patches())}
+    shown = {
+        text.get_text(): patch.get_facecolor()
+        for text, patch in zip(drawn[0].legends[0].get_texts(), drawn[0].legends[0].get_patches())
+    }
     assert [shown[label] for label in labels] == [bar.get_facecolor() for bar in bars[:experts]]
     assert len(set(shown.values())) == experts  # colours do not come twice
 

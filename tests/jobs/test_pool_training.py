@@ -15,12 +15,12 @@ from helpers.amt_parts import adapted, episode, saved
 from torch import Tensor
 
 from vismt.config import TrainConfig
-from vismt.jobs.fewshot import pool_training as experts_file
 from vismt.engine import runtime
-from vismt.jobs.fewshot.pool_training import OWN_FILE, find_experts, read_scale, train_pool
-from vismt.jobs.fewshot.config import FewShotConfig, PoolConfig
 from vismt.engine.log import read_lines
 from vismt.errors import UserError
+from vismt.jobs.fewshot import pool_training as experts_file
+from vismt.jobs.fewshot.config import FewShotConfig, PoolConfig
+from vismt.jobs.fewshot.pool_training import OWN_FILE, find_experts, read_scale, train_pool
 from vismt.metatune.amt import AdversarialObjective
 from vismt.metatune.objective import EpisodeObjective
 from vismt.metatune.pool import Expert, assemble
@@ -33,7 +33,10 @@ def config(levels: list, *, seed: int = 0, rates: dict | None = None, **train: o
 
 
 def pooled(
-    folder: Path, settings: FewShotConfig, seen: list | None = None, stop: Callable[[int, int], bool] = lambda seed, number: False
+    folder: Path,
+    settings: FewShotConfig,
+    seen: list | None = None,
+    stop: Callable[[int, int], bool] = lambda seed, number: False,
 ) -> list[Expert]:
     """The experts; every episode that is asked for is noted as (seed, number)."""
     seen = [] if seen is None else seen
@@ -44,6 +47,7 @@ def pooled(
                 raise KeyboardInterrupt
             seen.append((seed, number))
             return episode(number, seed % 97)
+
         return batch
 
     return train_pool(settings, folder, "hash", runtime.accelerator(), adapted=adapted, batches=batches)
@@ -108,7 +112,9 @@ def test_levels_share_their_episodes_and_copies_have_their_own(tmp_path: Path, m
 def test_rates_are_an_experts_own(tmp_path: Path) -> None:
     settings = config([1, 2], rates={"2": 0.5, "clean": 0.25}, steps=1)
     pooled(tmp_path, settings)
-    rates = {label: read_lines(tmp_path / "experts" / label / "metrics.jsonl")[0]["lr"] for label in ("clean", "1", "2")}
+    rates = {
+        label: read_lines(tmp_path / "experts" / label / "metrics.jsonl")[0]["lr"] for label in ("clean", "1", "2")
+    }
     assert rates == {"clean": 0.25, "1": 0.02, "2": 0.5} and settings.train.lr == 0.02
 
 
@@ -123,7 +129,12 @@ def test_a_collapse_stops_the_pool_and_is_said(tmp_path: Path) -> None:
     settings.pool = replace(settings.pool, clean=False)
     with pytest.raises(UserError, match=r"collapsed to the uniform prediction .seen at step 10"):
         train_pool(
-            settings, tmp_path, "hash", runtime.accelerator(), adapted=flat, batches=lambda seed: lambda number: episode(number)
+            settings,
+            tmp_path,
+            "hash",
+            runtime.accelerator(),
+            adapted=flat,
+            batches=lambda seed: lambda number: episode(number),
         )
     assert not list(tmp_path.rglob("expert.json"))
 
@@ -155,7 +166,9 @@ def pool_run(folder: Path, trained: list[Path], labels: tuple[str, ...], done: t
 def test_experts_of_a_pools_run_that_are_done(tmp_path: Path, trained: list[Path]) -> None:
     run = pool_run(tmp_path / "run", trained, ("clean", "6", "8", "9"), ("clean", "6", "8"))
     assert [(e.label, e.folder, e.scale) for e in find_experts(run)] == [
-        ("6", run / "experts" / "6" / "adapter", 5.0), ("8", run / "experts" / "8" / "adapter", 6.0)]
+        ("6", run / "experts" / "6" / "adapter", 5.0),
+        ("8", run / "experts" / "8" / "adapter", 6.0),
+    ]
 
 
 def test_renaming_a_folder_renames_its_expert(tmp_path: Path, trained: list[Path]) -> None:
@@ -189,7 +202,9 @@ def test_folders_without_an_expert(tmp_path: Path, trained: list[Path]) -> None:
     for folder in (unfinished, tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match=rf"pool: '{folder}' holds no trained expert; give run folders"):
             find_experts(folder)
-    (tmp_path / "pool.json").write_text(json.dumps({"format": 1, "experts": [{"label": "a", "folder": "..", "scale": 1}]}))
+    (tmp_path / "pool.json").write_text(
+        json.dumps({"format": 1, "experts": [{"label": "a", "folder": "..", "scale": 1}]})
+    )
     with pytest.raises(UserError, match=r"names '\.\.', which is no folder of a pool"):
         find_experts(tmp_path)
 
@@ -210,6 +225,8 @@ def test_a_scale_that_is_none(tmp_path: Path, trained: list[Path]) -> None:
 def test_pools_of_another_rank_are_refused_with_the_reason(tmp_path: Path) -> None:
     two, three = (saved(tmp_path / str(rank), (3, 4), rank=rank) for rank in (2, 3))
     pools = [assemble([one], tmp_path / f"pool{rank}") for rank, one in ((2, two[0]), (3, three[1]))]
-    with pytest.raises(UserError, match=r"experts '0' and '1' differ at .*: rank 2 and 3. .* no mixture of them exists"):
+    with pytest.raises(
+        UserError, match=r"experts '0' and '1' differ at .*: rank 2 and 3. .* no mixture of them exists"
+    ):
         assemble([expert for pool in pools for expert in find_experts(pool)], tmp_path / "both")
     assert not (tmp_path / "both").exists()

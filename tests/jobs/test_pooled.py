@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from vismt.jobs.dense.pooled_score import PooledScore
 from vismt.errors import UserError
-from vismt.stats import mean_interval
+from vismt.jobs.dense.pooled_score import PooledScore
 from vismt.multitask.tasks import make_task
+from vismt.stats import mean_interval
 
 DEPTH = make_task("depth")
 
@@ -88,6 +88,10 @@ def test_images_without_a_value_are_passed_over_and_too_few_are_told() -> None:
         edge.result()
     nan = PooledScore(make_task({"name": "semseg", "classes": 3, "absent": "nan"}))
     for number in range(2):
-        nan.add(str(number), torch.eye(3)[torch.zeros(1, 4, 4, dtype=torch.int64)].movedim(-1, 1), torch.zeros(1, 4, 4).long())
+        nan.add(
+            str(number),
+            torch.eye(3)[torch.zeros(1, 4, 4, dtype=torch.int64)].movedim(-1, 1),
+            torch.zeros(1, 4, 4).long(),
+        )
     with pytest.raises(UserError, match="the score of semseg is nan"):
         nan.result()

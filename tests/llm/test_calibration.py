@@ -56,14 +56,20 @@ def test_calibrated_constant_and_uniform_predictions() -> None:
     assert expected_calibration_error(constant, labels, bins=1) == pytest.approx(0.2)
     for k in (2, 5):
         uniform = scores(torch.full((10, k), 1 / k), torch.arange(10) % k)
-        assert uniform.brier == pytest.approx(1 - 1 / k) and uniform.nll == pytest.approx(math.log(k)) and uniform.auroc == 0.5
+        assert (
+            uniform.brier == pytest.approx(1 - 1 / k)
+            and uniform.nll == pytest.approx(math.log(k))
+            and uniform.auroc == 0.5
+        )
 
 
 def test_bins_weigh_by_their_examples() -> None:
     p = two([0.95] * 9 + [0.55])  # nine right in one bin, one wrong in another
     assert expected_calibration_error(p, torch.tensor([0] * 9 + [1])) == pytest.approx(0.9 * 0.05 + 0.1 * 0.55)
     assert expected_calibration_error(two([0.62, 0.98]), torch.tensor([0, 0]), bins=2) == pytest.approx(0.2)
-    assert expected_calibration_error(two([0.62, 0.98]), torch.tensor([1, 0]), bins=15) == pytest.approx((0.62 + 0.02) / 2)
+    assert expected_calibration_error(two([0.62, 0.98]), torch.tensor([1, 0]), bins=15) == pytest.approx(
+        (0.62 + 0.02) / 2
+    )
 
 
 @pytest.mark.parametrize("k", [2, 3, 5])
@@ -161,14 +167,17 @@ def test_difference_of_two_models() -> None:
     assert value == 0.0 and low < 0 < high
 
 
-@pytest.mark.parametrize("p,y,told", [
-    (torch.randn(3, 2), torch.zeros(3).long(), "are they logits"),
-    (torch.full((3, 2), math.nan), torch.zeros(3).long(), "NaN"),
-    (torch.full((3, 2), 0.5), torch.zeros(4).long(), "needed \\(n, k\\)"),
-    (torch.full((3,), 0.5), torch.zeros(3).long(), "needed \\(n, k\\)"),
-    (torch.full((3, 2), 0.5), torch.tensor([0, 1, 2]), "in \\[0, 2\\], needed whole numbers in \\[0, 1\\]"),
-    (torch.full((3, 2), 0.5), torch.zeros(3), "torch.float32"),
-])
+@pytest.mark.parametrize(
+    "p,y,told",
+    [
+        (torch.randn(3, 2), torch.zeros(3).long(), "are they logits"),
+        (torch.full((3, 2), math.nan), torch.zeros(3).long(), "NaN"),
+        (torch.full((3, 2), 0.5), torch.zeros(4).long(), "needed \\(n, k\\)"),
+        (torch.full((3,), 0.5), torch.zeros(3).long(), "needed \\(n, k\\)"),
+        (torch.full((3, 2), 0.5), torch.tensor([0, 1, 2]), "in \\[0, 2\\], needed whole numbers in \\[0, 1\\]"),
+        (torch.full((3, 2), 0.5), torch.zeros(3), "torch.float32"),
+    ],
+)
 def test_inputs_that_are_no_predictions(p: Tensor, y: Tensor, told: str) -> None:
     with pytest.raises(UserError, match=told):
         scores(p, y)
@@ -203,12 +212,15 @@ def test_temperature_at_its_ends() -> None:
     assert fit_temperature(z, torch.tensor([1, 0])) == pytest.approx(1e3, rel=1e-6)
 
 
-@pytest.mark.parametrize("z,y,told", [
-    (torch.zeros(3, 2), torch.zeros(2).long(), "needed \\(n, k\\) and \\(n,\\)"),
-    (torch.zeros(0, 2), torch.zeros(0).long(), "needed"),
-    (torch.full((2, 2), -math.inf), torch.zeros(2).long(), "not all finite"),
-    (torch.zeros(2, 2), torch.tensor([0, 2]), "labels range over \\[0, 2\\]"),
-])
+@pytest.mark.parametrize(
+    "z,y,told",
+    [
+        (torch.zeros(3, 2), torch.zeros(2).long(), "needed \\(n, k\\) and \\(n,\\)"),
+        (torch.zeros(0, 2), torch.zeros(0).long(), "needed"),
+        (torch.full((2, 2), -math.inf), torch.zeros(2).long(), "not all finite"),
+        (torch.zeros(2, 2), torch.tensor([0, 2]), "labels range over \\[0, 2\\]"),
+    ],
+)
 def test_temperature_of_what_does_not_fit(z: Tensor, y: Tensor, told: str) -> None:
     with pytest.raises(UserError, match=told):
         fit_temperature(z, y)

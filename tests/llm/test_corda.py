@@ -123,7 +123,9 @@ def test_smallest_components_of_an_ill_conditioned_product_are_exact() -> None:
 
 def test_damping_always_ends() -> None:
     weight, covariance = pair((6, 9))
-    assert torch.equal(damped(covariance), covariance + 0.01 * covariance.diagonal().mean() * torch.eye(9, dtype=torch.float64))
+    assert torch.equal(
+        damped(covariance), covariance + 0.01 * covariance.diagonal().mean() * torch.eye(9, dtype=torch.float64)
+    )
     # One token: rank 1, trace 9, mean of the diagonal 1; the damped matrix is invertible.
     singular = torch.ones(9, 9)
     assert torch.allclose(damped(singular), singular + 0.01 * torch.eye(9))
@@ -153,8 +155,12 @@ def test_peft_starts_at_the_same_product(kind: str, mode: str) -> None:
     options = {"mode": mode, "balanced": False, "method": "exact"}
     report = vismt.adapt(ours, "corda", rank=4, alpha=8, covariances=covariances, **options)
     config = peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules=[site.path for site in report.sites], init_lora_weights="corda",
-        corda_config=CordaConfig(corda_method=mode), fan_in_fan_out=kind == "gpt2",
+        r=4,
+        lora_alpha=8,
+        target_modules=[site.path for site in report.sites],
+        init_lora_weights="corda",
+        corda_config=CordaConfig(corda_method=mode),
+        fan_in_fan_out=kind == "gpt2",
     )
     stock = tiny_lm(kind)
     preprocess_corda(stock, config, run_model=lambda: stock(**sample))
@@ -245,7 +251,10 @@ NAN, EYE = torch.full((32, 32), float("nan")), torch.eye(32)
         ({"covariances": {f"blocks.{n}.attn.qkv": torch.eye(5) for n in (0, 1)}}, r"\(5, 5\), needed \(32, 32\)"),
         ({"covariances": {f"blocks.{n}.attn.qkv": NAN for n in (0, 1)}}, "infinite or NaN"),
         ({"covariances": {f"blocks.{n}.attn.qkv": EYE.cumsum(1) for n in (0, 1)}}, "not symmetric"),
-        ({"covariances": {f"blocks.{n}.attn.qkv": -EYE if n else EYE for n in (0, 1)}}, r"\['blocks.1.attn.qkv'\].*no damping"),
+        (
+            {"covariances": {f"blocks.{n}.attn.qkv": -EYE if n else EYE for n in (0, 1)}},
+            r"\['blocks.1.attn.qkv'\].*no damping",
+        ),
         ({"mode": "kmp"}, "'kmp'.*'kpm'"),
         ({"mode": "kpm", "method": "randomized"}, "kpm needs the smallest"),
         ({"method": "svd"}, "no solver 'svd'"),

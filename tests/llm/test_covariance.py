@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 from helpers.language_models import padded, tiny_lm, tokens
-from safetensors.torch import load_file, save_file
 from helpers.tiny import images, tiny_vit
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vismt
@@ -39,7 +39,9 @@ def test_golden_numbers() -> None:
         assert torch.equal(collect_covariance(model, batches)["0"], wanted)
     # The signed maximum of sample 1 is 1, by which the released code divides. A sample of zeros counts and adds nothing.
     assert torch.equal(collect_covariance(model, [one, two, torch.zeros(1, 2, 2)])["0"], wanted * 2 / 3)
-    assert torch.equal(collect_covariance(model, [torch.tensor([[-3.0, -1.5]])])["0"], torch.tensor([[1.0, 0.5], [0.5, 0.25]]))
+    assert torch.equal(
+        collect_covariance(model, [torch.tensor([[-3.0, -1.5]])])["0"], torch.tensor([[1.0, 0.5], [0.5, 0.25]])
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
@@ -78,8 +80,12 @@ def test_peft_computes_the_same_at_batch_size_one_where_the_maximum_is_positive(
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
     samples = [torch.rand(1, 5, 6) for _ in range(3)]
     ours = collect_covariance(model, samples)
-    config = peft.LoraConfig(target_modules=["0", "2"], init_lora_weights="corda", r=2,
-                             corda_config=CordaConfig(prune_temporary_fields=False))
+    config = peft.LoraConfig(
+        target_modules=["0", "2"],
+        init_lora_weights="corda",
+        r=2,
+        corda_config=CordaConfig(prune_temporary_fields=False),
+    )
     preprocess_corda(model, config, run_model=lambda: [model(x) for x in samples])
     assert same(ours, {name: model.get_submodule(name).covariance_matrix for name in ("0", "2")})
 
@@ -104,7 +110,9 @@ def test_a_memory_budget_takes_passes_and_changes_nothing(tmp_path) -> None:
         parts = collect_covariance(tiny_lm("llama"), batches, memory_budget=10_000, folder=folder)
         assert all(torch.equal(parts[path], whole[path]) for path in whole)
     assert len(list(tmp_path.glob("covariances-*.safetensors"))) == 6
-    with pytest.raises(UserError, match=r"'model.layers.0.mlp.down_proj' alone takes 9,216 bytes, memory_budget is 5,000"):
+    with pytest.raises(
+        UserError, match=r"'model.layers.0.mlp.down_proj' alone takes 9,216 bytes, memory_budget is 5,000"
+    ):
         collect_covariance(tiny_lm("llama"), batches, memory_budget=5000)
     with pytest.raises(UserError, match=r"several passes.*give a list"):
         collect_covariance(tiny_lm("llama"), iter(batches), memory_budget=10_000)
@@ -175,17 +183,26 @@ def test_mistakes(tmp_path) -> None:
     ones = torch.ones(1, 2, 4)
     for call, words in (
         (lambda: collect_covariance(Odd(), [ones]), "'idle' gets no input"),
-        (lambda: collect_covariance(Odd(), [ones, -ones], ["one", "two"]), "'two' and 'one' share their input in some samples"),
+        (
+            lambda: collect_covariance(Odd(), [ones, -ones], ["one", "two"]),
+            "'two' and 'one' share their input in some samples",
+        ),
         (lambda: collect_covariance(Odd(), [ones], ["lost"]), "'lost' gets no input"),
         (lambda: collect_covariance(tiny_vit(), []), "no batches"),
         (lambda: collect_covariance(tiny_vit(), ["text"]), "a batch is str"),
         (lambda: collect_covariance(tiny_vit(), images()), "batches is one Tensor; give a list"),
         (lambda: collect_covariance(llama, padded()), "batches is one dict; give a list"),
         (lambda: collect_covariance(tiny_vit(), None), "batches is one NoneType; give a list"),
-        (lambda: collect_covariance(tiny_vit(), [images() * float("nan")]), "'blocks.0.attn.qkv' gets values that are infinite"),
+        (
+            lambda: collect_covariance(tiny_vit(), [images() * float("nan")]),
+            "'blocks.0.attn.qkv' gets values that are infinite",
+        ),
         (lambda: collect_covariance(tiny_vit(), [images()], save_every=0), "save_every"),
         (lambda: collect_covariance(tiny_vit(), [images()], ["qvk"]), "'qvk'"),
-        (lambda: collect_covariance(llama, [{**padded(), "attention_mask": torch.ones(3, 1, 8, 8)}]), r"mask is \(3, 1, 8, 8\)"),
+        (
+            lambda: collect_covariance(llama, [{**padded(), "attention_mask": torch.ones(3, 1, 8, 8)}]),
+            r"mask is \(3, 1, 8, 8\)",
+        ),
         (lambda: load_covariances(tmp_path / "nowhere"), "no file"),
         (lambda: save_covariances({"a": torch.ones(2, 3)}, tmp_path), r"'a' is \(2, 3\)"),
     ):
@@ -205,7 +222,8 @@ def test_files_are_strict_and_keep_what_is_shared(tmp_path) -> None:
     tensors = load_file(file)
     assert set(tensors) == {"a", "c"}
     for wrong, words in (
-        ({"a": shared}, "'c' is missing"), ({**tensors, "c": shared.clone()}, r"c: saved \(3, 3\), needed \(2, 2\)"),
+        ({"a": shared}, "'c' is missing"),
+        ({**tensors, "c": shared.clone()}, r"c: saved \(3, 3\), needed \(2, 2\)"),
         ({**tensors, "d": torch.eye(1)}, "unexpected 'd'"),
     ):
         save_file(wrong, file)

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vismt
 from vismt.errors import UserError
 from vismt.llm import gate_of, instance_gates, recompute_gates
-from vismt.lowrank.instance_gates import _current, _traced
 from vismt.lowrank.inject import adapted_modules
+from vismt.lowrank.instance_gates import _current, _traced
 from vismt.lowrank.linear import AdaptedConv2d, AdaptedLinear
 
 KINDS = (*LMS, "vit")
@@ -58,7 +58,9 @@ def some_gates(count: int = 3, experts: int = 2, seed: int = 3) -> Tensor:
     return (3 * drawn).softmax(-1)
 
 
-def host(experts: int | None = 2, rank: int = 4, blocks: tuple[int, ...] | None = None, **options: object) -> AdaptedLinear:
+def host(
+    experts: int | None = 2, rank: int = 4, blocks: tuple[int, ...] | None = None, **options: object
+) -> AdaptedLinear:
     """5 -> 6, fp64, all tensors random."""
     torch.manual_seed(0)
     made = AdaptedLinear(nn.Linear(5, 6).double(), rank, 1.5, blocks=blocks, experts=experts, **options)
@@ -262,7 +264,9 @@ def test_i6_nothing_is_built_or_kept_for_each_expert() -> None:
             def __torch_dispatch__(self, func, types, args=(), kwargs=None):
                 out = func(*args, **(kwargs or {}))
                 calls[0] += 1
-                sizes.extend(one.numel() for one in (out if isinstance(out, tuple) else (out,)) if isinstance(one, Tensor))
+                sizes.extend(
+                    one.numel() for one in (out if isinstance(out, tuple) else (out,)) if isinstance(one, Tensor)
+                )
                 return out
 
         def keep(tensor: Tensor) -> Tensor:
@@ -364,7 +368,9 @@ def test_i9_merging_without_one_users_gates_is_refused_and_changes_nothing(what:
         merging()
     with instance_gates(some_gates(1, 4)), pytest.raises(UserError, match="this model has 2 experts"):
         merging()
-    assert snapshot(model).keys() == before.keys() and all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+    assert snapshot(model).keys() == before.keys() and all(
+        torch.equal(model.state_dict()[k], v) for k, v in before.items()
+    )
     assert adapted_modules(model) and not list(tmp_path.iterdir())
 
 
@@ -392,7 +398,9 @@ def test_i9_merging_rounds_once() -> None:
     delta = 2.0 * (made.lora_B * gates.repeat_interleave(2)) @ made.lora_A
     with instance_gates(gates):
         merged, exact = made.merged().weight, made.weight.double() + delta.double()
-    half = 2.0 ** (exact.abs().log2().floor() - 8)  # of a last place in bf16; fp32 sums differ in their last place at most
+    half = 2.0 ** (
+        exact.abs().log2().floor() - 8
+    )  # of a last place in bf16; fp32 sums differ in their last place at most
     assert ((merged.double() - exact).abs() <= half * (1 + 1e-4)).all()
     twice = made.weight + delta.to(torch.bfloat16)
     assert ((twice.double() - exact).abs() > half * (1 + 1e-4)).any()
@@ -457,8 +465,15 @@ def test_i14_sampled_sequences_and_padding_on_the_left() -> None:
     ids, mask = (rows[key].flip(1) for key in ("input_ids", "attention_mask"))
     with instance_gates(gates):
         torch.manual_seed(0)
-        options = {"max_new_tokens": 4, "do_sample": True, "num_return_sequences": 3, "pad_token_id": 0, "eos_token_id": None,
-                   "output_logits": True, "return_dict_in_generate": True}
+        options = {
+            "max_new_tokens": 4,
+            "do_sample": True,
+            "num_return_sequences": 3,
+            "pad_token_id": 0,
+            "eos_token_id": None,
+            "output_logits": True,
+            "return_dict_in_generate": True,
+        }
         made = model.generate(ids, attention_mask=mask, **options)
     own = gates.repeat_interleave(3, 0)
     with instance_gates(own):

@@ -60,7 +60,9 @@ def test_one_step_of_sgd_is_the_field_of_each_factor_of_each_block(kind: str) ->
     for path, host in adapted_modules(model).items():
         A, B, C = (getattr(host, name) for name in ("lora_A", "lora_B", "lora_C"))
         # lora_A holds Y^T, block under block; lora_B X, block under block of the outputs.
-        Y, rows = zip(*[(z.T, by_definition(z.T, g.T, 0.7, kind).T) for z, g in zip(A.detach().split(3), A.grad.split(3))])
+        Y, rows = zip(
+            *[(z.T, by_definition(z.T, g.T, 0.7, kind).T) for z, g in zip(A.detach().split(3), A.grad.split(3))]
+        )
         X = [by_definition(z, g, 0.7, kind) for z, g in zip(B.detach().split(host.blocks), B.grad.split(host.blocks))]
         assert all(y.shape[0] >= y.shape[1] for y in Y)
         expected[path] = (A - 0.1 * torch.cat(rows), B - 0.1 * torch.cat(X), C - 0.1 * C.grad)
@@ -200,7 +202,9 @@ def test_a_retracted_step_leaves_the_step_at_second_order() -> None:
             landing = Landing(torch.optim.SGD(trained(model), lr=rate), model, 0.0, constraint=constraint)
             (100 * loss_of(model)).backward()
             landing.step()
-            ends[rate, constraint] = torch.cat([host.lora_B.detach().flatten() for host in adapted_modules(model).values()])
+            ends[rate, constraint] = torch.cat(
+                [host.lora_B.detach().flatten() for host in adapted_modules(model).values()]
+            )
     for constraint in RETRACTIONS:
         gaps = [float((ends[rate, constraint] - ends[rate, "landing"]).norm()) for rate in (1e-2, 1e-3)]
         assert gaps[1] > 1e-9 and gaps[0] / gaps[1] == pytest.approx(100, rel=0.2)
@@ -248,7 +252,11 @@ def test_it_is_the_wrapped_optimiser_for_schedules_checkpoints_and_copies() -> N
     inner = torch.optim.AdamW(trained(model), lr=0.1)
     landing = Landing(inner, model)
     assert isinstance(landing, torch.optim.Optimizer)
-    assert landing.param_groups is inner.param_groups and landing.state is inner.state and landing.defaults is inner.defaults
+    assert (
+        landing.param_groups is inner.param_groups
+        and landing.state is inner.state
+        and landing.defaults is inner.defaults
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(landing, lambda step: 0.5**step)
     calls = []
     landing.register_step_post_hook(lambda *_: calls.append(1))
@@ -263,7 +271,12 @@ def test_it_is_the_wrapped_optimiser_for_schedules_checkpoints_and_copies() -> N
     twin = copy.deepcopy(model)
     other = Landing(torch.optim.AdamW(trained(twin), lr=0.1), twin)
     other.load_state_dict(copy.deepcopy(landing.state_dict()))
-    pairs = [(model, landing), (twin, other), pickle.loads(pickle.dumps((model, landing))), copy.deepcopy((model, landing))]
+    pairs = [
+        (model, landing),
+        (twin, other),
+        pickle.loads(pickle.dumps((model, landing))),
+        copy.deepcopy((model, landing)),
+    ]
     for net, optimizer in pairs:
         loss_of(net, 1).backward()
         optimizer.step()
@@ -381,7 +394,9 @@ def test_two_processes_turn_the_mean_gradient(tmp_path: Path) -> None:
     path = os.pathsep.join([str(here), str(here.parent), str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), file], stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-c", WORKER, str(rank), file],
+            stderr=subprocess.PIPE,
+            text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         )
         for rank in range(2)

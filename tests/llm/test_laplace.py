@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.vbll_parts import moved_head, wave
 from torch import Tensor
 from torch.distributions import MultivariateNormal
-from helpers.vbll_parts import moved_head, wave
 
 from vismt.errors import UserError
 from vismt.llm import Laplace, fit_laplace
@@ -20,6 +20,7 @@ TRAIN, TEST = torch.randn(26, 4, generator=torch.Generator().manual_seed(0), dty
 
 def hessian(weight: Tensor, x: Tensor) -> Tensor:
     """(k d, k d) of the summed NLL by autograd; the labels do not matter."""
+
     def nll(flat: Tensor) -> Tensor:
         return F.cross_entropy(x @ flat.reshape(weight.shape).mT, torch.zeros(len(x)).long(), reduction="sum")
 
@@ -136,16 +137,24 @@ def test_after_vbll_it_keeps_the_means() -> None:
     assert laplace.mean.any()  # a copy
 
 
-@pytest.mark.parametrize("weight,batches,options,told", [
-    (WEIGHT, [TRAIN], {"structure": "ful"}, "no structure 'ful'. Near: 'full'"),
-    (WEIGHT, [TRAIN], {"prior_precision": 0.0}, "prior precision 0.0; it must be positive"),
-    (WEIGHT, [TRAIN[:, :3]], {}, "Laplace: features are torch.float64 \\(20, 3\\)"),
-    (WEIGHT[0], [TRAIN], {}, "the weight is \\(4,\\)"),
-    (WEIGHT, [TRAIN], {"noise": torch.ones(4)}, "the noise is \\(4,\\), needed 3 variances"),
-    (WEIGHT, [TRAIN], {"noise": torch.tensor([1.0, -0.1, 1.0])}, "noise variances from -0.1 to 1; they must be finite"),
-    (WEIGHT, [TRAIN], {"noise": torch.tensor([1.0, 0.0, torch.inf])}, "noise variances from 0 to inf"),
-    (torch.zeros(2, 3000), [], {}, "'full' for 6000 weights \\(at most 4096\\); use 'kronecker'"),
-])
+@pytest.mark.parametrize(
+    "weight,batches,options,told",
+    [
+        (WEIGHT, [TRAIN], {"structure": "ful"}, "no structure 'ful'. Near: 'full'"),
+        (WEIGHT, [TRAIN], {"prior_precision": 0.0}, "prior precision 0.0; it must be positive"),
+        (WEIGHT, [TRAIN[:, :3]], {}, "Laplace: features are torch.float64 \\(20, 3\\)"),
+        (WEIGHT[0], [TRAIN], {}, "the weight is \\(4,\\)"),
+        (WEIGHT, [TRAIN], {"noise": torch.ones(4)}, "the noise is \\(4,\\), needed 3 variances"),
+        (
+            WEIGHT,
+            [TRAIN],
+            {"noise": torch.tensor([1.0, -0.1, 1.0])},
+            "noise variances from -0.1 to 1; they must be finite",
+        ),
+        (WEIGHT, [TRAIN], {"noise": torch.tensor([1.0, 0.0, torch.inf])}, "noise variances from 0 to inf"),
+        (torch.zeros(2, 3000), [], {}, "'full' for 6000 weights \\(at most 4096\\); use 'kronecker'"),
+    ],
+)
 def test_what_cannot_be_fitted(weight: Tensor, batches: list, options: dict, told: str) -> None:
     with pytest.raises(UserError, match=told):
         fit_laplace(weight, batches, **options)
@@ -163,7 +172,8 @@ def test_labels_and_batches_that_do_not_fit() -> None:
     laplace = fit_laplace(WEIGHT, [TRAIN])
     for labels, told in (
         (torch.tensor([0, 1, 2, 3, 0, 1]), "labels range over \\[0, 3\\], needed \\[0, 2\\]"),
-        (torch.zeros(6, 1).long(), "labels are torch.int64 \\(6, 1\\)"), (torch.zeros(6), "labels are torch.float32 \\(6,\\)"),
+        (torch.zeros(6, 1).long(), "labels are torch.int64 \\(6, 1\\)"),
+        (torch.zeros(6), "labels are torch.float32 \\(6,\\)"),
     ):
         with pytest.raises(UserError, match=f"Laplace: {told}"):
             laplace.tune(TEST, labels)
@@ -189,7 +199,10 @@ def test_noise_widens_the_logits_at_prediction_and_is_not_in_the_hessian(structu
     assert torch.allclose(noisy.predict(TEST, 50_000, torch.Generator().manual_seed(1)), drawn, atol=0.01)
     assert (noisy.predict(TEST, method="probit") - drawn).abs().max() < 0.06
     assert (plain.predict(TEST, 50_000, torch.Generator().manual_seed(1)) - drawn).abs().max() > 0.02
-    entropy = [laplace.uncertainty(TEST, 2000, torch.Generator().manual_seed(1))["entropy"].mean() for laplace in (plain, noisy)]
+    entropy = [
+        laplace.uncertainty(TEST, 2000, torch.Generator().manual_seed(1))["entropy"].mean()
+        for laplace in (plain, noisy)
+    ]
     assert entropy[1] > entropy[0]
 
 
@@ -199,7 +212,10 @@ def test_around_vbll_the_covariances_alone_are_replaced() -> None:
     laplace = laplace_head(head, list(x.split(7)), (x, torch.zeros(30).long()))
     p = head(x).softmax(1)
     for c in range(3):
-        precision = torch.einsum("n,ni,nj->ij", p[:, c] * (1 - p[:, c]), x, x) + torch.eye(6, dtype=x.dtype) / head.prior_variance
+        precision = (
+            torch.einsum("n,ni,nj->ij", p[:, c] * (1 - p[:, c]), x, x)
+            + torch.eye(6, dtype=x.dtype) / head.prior_variance
+        )
         replaced = torch.einsum("bi,ij,bj->b", y, torch.linalg.inv(precision), y)
         assert torch.allclose(covariance(laplace, y)[:, c, c], replaced + torch.exp(2 * head.log_noise[c]), atol=1e-10)
     assert torch.equal(laplace(y), head(y)) and not list(laplace.parameters())
@@ -208,7 +224,9 @@ def test_around_vbll_the_covariances_alone_are_replaced() -> None:
 def test_around_a_head_that_is_too_large_for_all_of_the_hessian_it_is_factored() -> None:
     x = torch.randn(30, 120, generator=torch.Generator().manual_seed(0))
     for classes, structure in ((34, "full"), (35, "kronecker")):  # 34 * 120 = 4080, 35 * 120 = 4200
-        assert laplace_structure("linear", classes, 120) == structure and laplace_structure("vbll", classes, 120) == "rows"
+        assert (
+            laplace_structure("linear", classes, 120) == structure and laplace_structure("vbll", classes, 120) == "rows"
+        )
     head = LinearHead(torch.randn(35, 120, generator=torch.Generator().manual_seed(1)) / 10)
     labels = torch.arange(30)
     laplace = laplace_head(head, list(x.split(8)), (x, labels))

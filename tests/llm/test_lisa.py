@@ -25,7 +25,9 @@ def moved(one: Case, before: dict[str, torch.Tensor]) -> set[str]:
 
 
 def toy(count: int, width: int = 2) -> nn.ModuleDict:
-    return nn.ModuleDict({"first": nn.Linear(2, 2), "layers": nn.ModuleList(nn.Linear(width, width) for _ in range(count))})
+    return nn.ModuleDict(
+        {"first": nn.Linear(2, 2), "layers": nn.ModuleList(nn.Linear(width, width) for _ in range(count))}
+    )
 
 
 def schedule(count: int, **options: object) -> LISA:
@@ -62,11 +64,15 @@ def test_exactly_gamma_layers_have_a_gradient_and_the_outside_always(family: str
 
 
 @pytest.mark.parametrize("momentum", [False, True])
-@pytest.mark.parametrize("family,policy", [*((family, "drop") for family in FAMILIES), *(("llama", one) for one in POLICIES[1:])])
+@pytest.mark.parametrize(
+    "family,policy", [*((family, "drop") for family in FAMILIES), *(("llama", one) for one in POLICIES[1:])]
+)
 def test_frozen_layers_stand_still_bit_for_bit(family: str, momentum: bool, policy: str) -> None:
     """Also a layer that has just left: with a gradient of zeros in its place it would move by momentum and decay."""
     one = case(family)
-    made = torch.optim.SGD(one.model.parameters(), 0.05, momentum=0.9, weight_decay=0.1) if momentum else adamw(one.model)
+    made = (
+        torch.optim.SGD(one.model.parameters(), 0.05, momentum=0.9, weight_decay=0.1) if momentum else adamw(one.model)
+    )
     lisa = LISA(one.model, made, active=1, interval=2, seed=1, state_policy=policy)
     for step in range(10):
         before = snapshot(one.model)
@@ -101,7 +107,9 @@ def test_keep_grows_to_the_state_of_full_training(policy: str) -> None:
         train(one, lisa, range(step, step + 1))
         sizes.append(optimizer_bytes(lisa.optimizer))
     parameters = list(one.model.parameters())
-    assert sizes[:DEPTH] == sorted(set(sizes[:DEPTH])) and sizes[DEPTH - 1:] == 3 * [8 * numel(parameters) + 4 * len(parameters)]
+    assert sizes[:DEPTH] == sorted(set(sizes[:DEPTH])) and sizes[DEPTH - 1 :] == 3 * [
+        8 * numel(parameters) + 4 * len(parameters)
+    ]
 
 
 def test_the_outside_keeps_its_state_under_drop_and_loses_it_under_reset_all() -> None:
@@ -258,11 +266,13 @@ def test_every_layer_that_was_drawn_has_moved(family: str, built: str) -> None:
         with pytest.raises(UserError, match="no optimiser yet"):
             lisa.on_step(0)
     elif built != "before":
-        for layer in one.layers()[1 if built == "frozen" else 0:]:
+        for layer in one.layers()[1 if built == "frozen" else 0 :]:
             layer.requires_grad_(False)
     trained = [p for p in one.model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
-              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     if built == "after":
@@ -308,7 +318,9 @@ def test_resumed_at_any_step_is_the_uninterrupted_run_bit_for_bit(policy: str, c
     def start(model: nn.Module) -> LISA:
         lisa = LISA(model, adamw(model) if made == "before" else None, **options)
         if made == "later":  # of what requires a gradient at the time, which is not all
-            lisa.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+            lisa.optimizer = torch.optim.AdamW(
+                [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1
+            )
         return lisa
 
     started = start(first.model)
@@ -330,7 +342,11 @@ def test_resumed_at_any_step_is_the_uninterrupted_run_bit_for_bit(policy: str, c
 def test_a_checkpoint_of_another_schedule_is_refused() -> None:
     lisa = schedule(4)
     lisa.load_state_dict(lisa.state_dict())
-    for count, options, told in ((4, {"seed": 1}, "seed is 1"), (5, {}, "layers is 5"), (4, {"interval": 9}, "interval is 9")):
+    for count, options, told in (
+        (4, {"seed": 1}, "seed is 1"),
+        (5, {}, "layers is 5"),
+        (4, {"interval": 9}, "interval is 9"),
+    ):
         with pytest.raises(UserError, match=told):
             lisa.load_state_dict(schedule(count, **options).state_dict())
 
@@ -382,7 +398,11 @@ def test_it_trains_under_gradient_checkpointing_with_frozen_embeddings(family: s
         saving.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     before = snapshot(saving.model)
     runs = [
-        train(one, LISA(one.model, adamw(one.model), active=1, interval=1, cover=True, train_embeddings=False), range(DEPTH))
+        train(
+            one,
+            LISA(one.model, adamw(one.model), active=1, interval=1, cover=True, train_embeddings=False),
+            range(DEPTH),
+        )
         for one in (plain, saving)
     ]
     assert runs[0] == runs[1]
@@ -441,8 +461,10 @@ def test_layers_by_path_by_modules_by_paths_and_excluded_parts() -> None:
     one = case("llama")
     stack = one.model.model.layers
     for layers in (None, "model.layers", stack, list(stack), [f"model.layers.{i}" for i in range(DEPTH)]):
-        lisa = LISA(copy.deepcopy(one.model), adamw(one.model), layers=layers) if isinstance(layers, str) else LISA(
-            one.model, adamw(one.model), layers=layers
+        lisa = (
+            LISA(copy.deepcopy(one.model), adamw(one.model), layers=layers)
+            if isinstance(layers, str)
+            else LISA(one.model, adamw(one.model), layers=layers)
         )
         assert lisa.state_dict()["layers"] == DEPTH
     some = LISA(one.model, adamw(one.model), layers=list(stack)[1:3], active=1, interval=1)
@@ -490,12 +512,18 @@ def test_a_parameter_shared_between_layers_trains_with_either() -> None:
 @pytest.mark.parametrize(
     "options,told",
     [
-        ({"active": 5}, "active: 5; .* at most 4, the number of layers"), ({"active": -1}, "active: -1"),
-        ({"active": 1.0}, r"active: 1\.0"), ({"interval": 0}, "interval: 0; .* at least 1"), ({"seed": -1}, "seed: -1"),
-        ({"state_policy": "drip"}, "'drip'.*'drop'"), ({"layers": "laiers"}, "no module 'laiers'.*'layers'"),
+        ({"active": 5}, "active: 5; .* at most 4, the number of layers"),
+        ({"active": -1}, "active: -1"),
+        ({"active": 1.0}, r"active: 1\.0"),
+        ({"interval": 0}, "interval: 0; .* at least 1"),
+        ({"seed": -1}, "seed: -1"),
+        ({"state_policy": "drip"}, "'drip'.*'drop'"),
+        ({"layers": "laiers"}, "no module 'laiers'.*'layers'"),
         ({"layers": ["layers.0", "layers.9"]}, r"'layers\.9' is no module.*'layers\.\d'"),
-        ({"layers": [nn.Linear(2, 2)]}, "a Linear is no module"), ({"layers": ["layers.1", "layers.1"]}, "2 layers, 1 of them"),
-        ({"layers": []}, "0 layers"), ({"exclude": ["heed"]}, "no module matches 'heed'"),
+        ({"layers": [nn.Linear(2, 2)]}, "a Linear is no module"),
+        ({"layers": ["layers.1", "layers.1"]}, "2 layers, 1 of them"),
+        ({"layers": []}, "0 layers"),
+        ({"exclude": ["heed"]}, "no module matches 'heed'"),
     ],
 )
 def test_impossible_settings_are_named(options: dict, told: str) -> None:

@@ -71,8 +71,12 @@ def test_large_originals_lie_in_a_file_that_is_gone_when_they_are(monkeypatch, t
     monkeypatch.setattr(aside, "IN_MEMORY", 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     tensors = {
-        "odd": torch.arange(3, dtype=torch.bfloat16), "scalar": torch.tensor(2.5), "matrix": torch.randn(4, 5).t(),
-        "none": torch.empty(0), "double": torch.randn(3, dtype=torch.float64), "meta": torch.empty(2, device="meta"),
+        "odd": torch.arange(3, dtype=torch.bfloat16),
+        "scalar": torch.tensor(2.5),
+        "matrix": torch.randn(4, 5).t(),
+        "none": torch.empty(0),
+        "double": torch.randn(3, dtype=torch.float64),
+        "meta": torch.empty(2, device="meta"),
     }
     kept = aside.set_aside(tensors)
     assert not list(tmp_path.iterdir())  # it has no name any more
@@ -80,7 +84,9 @@ def test_large_originals_lie_in_a_file_that_is_gone_when_they_are(monkeypatch, t
     for name, value in kept.items():
         assert value.dtype == tensors[name].dtype and torch.equal(value, tensors[name]), name
     kept["odd"].fill_(7)
-    assert torch.equal(kept["double"], tensors["double"]) and torch.equal(tensors["odd"], torch.arange(3, dtype=torch.bfloat16))
+    assert torch.equal(kept["double"], tensors["double"]) and torch.equal(
+        tensors["odd"], torch.arange(3, dtype=torch.bfloat16)
+    )
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
     with pytest.raises(UserError, match=r"no room for .* of original weights in .*missing.*Point TMPDIR"):
         aside.set_aside(tensors)
@@ -99,8 +105,10 @@ def test_no_is_said_clearly(tmp_path: Path) -> None:
     model = tiny_vit()
     before = snapshot(model)
     for options, told in (
-        ({"targets": ["fc1"]}, "'lisa' trains whole layers and has no targets"), ({"alpha": 2.0}, "no targets or alpha"),
-        ({"active": 3}, "at most 2"), ({"layer": "blocks"}, "'lisa' has no option 'layer'.*'layers'"),
+        ({"targets": ["fc1"]}, "'lisa' trains whole layers and has no targets"),
+        ({"alpha": 2.0}, "no targets or alpha"),
+        ({"active": 3}, "at most 2"),
+        ({"layer": "blocks"}, "'lisa' has no option 'layer'.*'layers'"),
     ):
         with pytest.raises(UserError, match=told):
             vismt.adapt(model, "lisa", **options)
@@ -185,7 +193,9 @@ def test_the_loop_drives_the_schedule_and_resumes_bit_for_bit(tmp_path: Path, po
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", stop_after=cut, state_policy=policy)
     saved = torch.load(tmp_path / "cut" / checkpoint.NAME, weights_only=True)
-    assert set(saved["tensors"]) >= {f"model.{name}" for name, _ in whole.named_parameters()}  # frozen layers have moved before
+    assert set(saved["tensors"]) >= {
+        f"model.{name}" for name, _ in whole.named_parameters()
+    }  # frozen layers have moved before
     resumed = run(tmp_path / "cut", state_policy=policy)
     assert equal(resumed.state_dict(), whole.state_dict())
 
@@ -208,8 +218,13 @@ def test_the_loop_is_the_usual_loop_with_on_step(tmp_path: Path) -> None:
     assert equal(trained.state_dict(), model.state_dict())
     plain = case("gpt2").model
     loop.train(
-        Objective(plain), tokens, TrainConfig(steps=9, lr=1e-2, weight_decay=0.1, clip=1.0, warmup=2), tmp_path / "full", "hash",
-        runtime.accelerator(), seed=1,
+        Objective(plain),
+        tokens,
+        TrainConfig(steps=9, lr=1e-2, weight_decay=0.1, clip=1.0, warmup=2),
+        tmp_path / "full",
+        "hash",
+        runtime.accelerator(),
+        seed=1,
     )
     assert not equal(trained.state_dict(), plain.state_dict())
 
@@ -241,7 +256,9 @@ def test_two_processes_are_one_on_both_batches(tmp_path: Path) -> None:
     """DDP, FSDP2 and the engine's loop over gloo: the same layers on both ranks, and the weights of one process."""
     found = of_two("lisa_parts.py", tmp_path)
     alone = case("llama").model
-    active = steps(alone, LISA(alone, adamw(alone), active=1, interval=2, seed=0), lambda step: [2 * step, 2 * step + 1])
+    active = steps(
+        alone, LISA(alone, adamw(alone), active=1, interval=2, seed=0), lambda step: [2 * step, 2 * step + 1]
+    )
     assert found[0]["layers"].tolist() == active and found[0]["refused"]
     assert len({tuple(layers) for layers in active}) > 1
     for name, value in alone.named_parameters():

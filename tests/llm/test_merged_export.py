@@ -8,8 +8,8 @@ import pytest
 import timm
 import torch
 from helpers.language_models import LMS, tiny_lm, tokens
-from safetensors.torch import save_file
 from helpers.tiny import images, shake, tiny_vit
+from safetensors.torch import save_file
 
 import vismt
 
@@ -51,7 +51,13 @@ def test_timm_loads_a_merged_file(method: str, tmp_path: Path) -> None:
     vismt.merge(shake(model))
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     again = timm.create_model(
-        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=5,
+        "vit_tiny_patch16_224",
+        img_size=16,
+        patch_size=4,
+        embed_dim=32,
+        depth=2,
+        num_heads=4,
+        num_classes=5,
         checkpoint_path=str(tmp_path / "model.safetensors"),
     ).eval()
     assert torch.equal(again(images()), model(images())) and not torch.equal(again(images()), tiny_vit()(images()))

@@ -8,8 +8,8 @@ import json
 import pytest
 import torch
 from helpers.language_models import padded, relative, tiny_lm, tokens
-from safetensors.torch import load_file
 from helpers.tiny import images, shake, tiny_vit
+from safetensors.torch import load_file
 from torch import nn
 
 import vismt
@@ -18,7 +18,10 @@ from vismt.llm import collect_covariance
 from vismt.lowrank.inject import adapted_modules
 
 STARTS = {
-    "pissa": {}, "pissa randomized": {"method": "randomized"}, "corda ipm": {"mode": "ipm"}, "corda kpm": {"mode": "kpm"},
+    "pissa": {},
+    "pissa randomized": {"method": "randomized"},
+    "corda ipm": {"mode": "ipm"},
+    "corda kpm": {"mode": "kpm"},
 }
 started = pytest.mark.parametrize("name", STARTS)
 
@@ -65,10 +68,16 @@ def test_start_is_recomputed_on_loading(name: str, tmp_path) -> None:
 @started
 def test_export_asks_for_the_start_again(name: str, tmp_path) -> None:
     """init_lora_weights must be true, the rank doubled with its scale, per-module ranks written out."""
-    model = shake(start(tiny_vit(num_classes=5), name, targets=["qkv", "head"], rank=8, alpha=4, rslora=True, clamp_rank=True))
+    model = shake(
+        start(tiny_vit(num_classes=5), name, targets=["qkv", "head"], rank=8, alpha=4, rslora=True, clamp_rank=True)
+    )
     vismt.export_peft(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["init_lora_weights"] is True and config["use_rslora"] is False and config["r"] == config["lora_alpha"] == 16
+    assert (
+        config["init_lora_weights"] is True
+        and config["use_rslora"] is False
+        and config["r"] == config["lora_alpha"] == 16
+    )
     assert config["rank_pattern"] == config["alpha_pattern"] == {"head": 10}
     theirs = pytest.importorskip("peft").PeftModel.from_pretrained(tiny_vit(num_classes=5), str(tmp_path)).eval()
     assert torch.allclose(theirs(images()), model(images()), atol=1e-5)
@@ -123,7 +132,9 @@ def test_convolutions_are_unknown(name: str) -> None:
 def test_trained_head_is_dropped(name: str, tmp_path) -> None:
     model = shake(start(tiny_vit(), name, also_train=["head"]))
     vismt.export_peft(model, tmp_path)
-    assert torch.equal(load_file(tmp_path / "adapter_model.safetensors")["base_model.model.head.weight"], model.head.weight)
+    assert torch.equal(
+        load_file(tmp_path / "adapter_model.safetensors")["base_model.model.head.weight"], model.head.weight
+    )
 
 
 @started
@@ -170,5 +181,7 @@ def test_negative_and_zero_inputs(name: str) -> None:
     """The largest absolute value divides; an input of zeros, one sample or a repeated token still give a start."""
     for batch in (torch.zeros(1, 3, 16, 16), -torch.ones(1, 3, 16, 16), images(1)):
         model = start(tiny_vit(), name, batch, ["qkv", "patch_embed.proj"])
-        assert all(host.lora_A.isfinite().all() and host.lora_B.abs().sum() > 0 for host in adapted_modules(model).values())
+        assert all(
+            host.lora_A.isfinite().all() and host.lora_B.abs().sum() > 0 for host in adapted_modules(model).values()
+        )
         assert torch.allclose(model(images()), tiny_vit()(images()), atol=1e-6)

@@ -47,7 +47,10 @@ CASES = {
     "excluded": ("llama", {"target_modules": "all-linear", "exclude_modules": ["down_proj"]}),
     "excluded by regex": ("llama", {"target_modules": "all-linear", "exclude_modules": r".*\.0\..*"}),
     "rslora": ("llama", {**LLAMA, "use_rslora": True}),
-    "patterns": ("llama", {**LLAMA, "rank_pattern": {r"1\.mlp\.up_proj": 3}, "alpha_pattern": {"q_proj": 5, "up_proj": 1}}),
+    "patterns": (
+        "llama",
+        {**LLAMA, "rank_pattern": {r"1\.mlp\.up_proj": 3}, "alpha_pattern": {"q_proj": 5, "up_proj": 1}},
+    ),
     "gaussian": ("llama", {**LLAMA, "init_lora_weights": "gaussian"}),
     "orthogonal": ("llama", {**LLAMA, "init_lora_weights": "orthogonal"}),
     "head": ("llama", {**LLAMA, "modules_to_save": ["lm_head"]}),
@@ -57,11 +60,17 @@ CASES = {
     "all biases": ("qwen2", {"target_modules": "all-linear", "bias": "all"}),
     "adapted biases": ("qwen2", {"target_modules": ["q_proj", "o_proj"], "bias": "lora_only"}),
     "transposed": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
-    "transposed pissa": ("gpt2", {"target_modules": "all-linear", "init_lora_weights": "pissa", "fan_in_fan_out": True}),
+    "transposed pissa": (
+        "gpt2",
+        {"target_modules": "all-linear", "init_lora_weights": "pissa", "fan_in_fan_out": True},
+    ),
     "tied": ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
     "convolution": ("vit", {"target_modules": ["qkv", "proj"], "r": 5}),
     "timm head": ("vit", {"target_modules": "all-linear"}),
-    "everything": ("vit", {"target_modules": ["qkv"], "modules_to_save": ["norm", "head"], "bias": "all", "use_rslora": True}),
+    "everything": (
+        "vit",
+        {"target_modules": ["qkv"], "modules_to_save": ["norm", "head"], "bias": "all", "use_rslora": True},
+    ),
 }
 
 
@@ -127,12 +136,22 @@ REFUSED: dict[str, tuple[Change, str]] = {
         r"the file holds factors of 'model\.layers\.0\.mlp\.up_proj', which the settings do not name",
     ),
     "the regex names more": (
-        lambda c, t: c.update(target_modules=r".*(q|up|down)_proj"), r"the settings name '.*down_proj'.* \(2 such modules\)",
+        lambda c, t: c.update(target_modules=r".*(q|up|down)_proj"),
+        r"the settings name '.*down_proj'.* \(2 such modules\)",
     ),
-    "all-linear": (lambda c, t: c.update(target_modules="all-linear"), r"the settings name 'model\.layers\.0\.mlp\.down_proj'"),
-    "layers": (lambda c, t: c.update(layers_to_transform=[0]), r"layers\.1\.mlp\.up_proj', which the settings do not name"),
+    "all-linear": (
+        lambda c, t: c.update(target_modules="all-linear"),
+        r"the settings name 'model\.layers\.0\.mlp\.down_proj'",
+    ),
+    "layers": (
+        lambda c, t: c.update(layers_to_transform=[0]),
+        r"layers\.1\.mlp\.up_proj', which the settings do not name",
+    ),
     "excluded": (lambda c, t: c.update(exclude_modules=["up_proj"]), r"up_proj', which the settings do not name"),
-    "saved whole": (lambda c, t: c.update(modules_to_save=["lm_head"]), r"'lm_head\.weight' is missing, .*_save \['lm_head'\]"),
+    "saved whole": (
+        lambda c, t: c.update(modules_to_save=["lm_head"]),
+        r"'lm_head\.weight' is missing, .*_save \['lm_head'\]",
+    ),
     "not saved whole": (
         lambda c, t: t.update({"base_model.model.lm_head.weight": torch.zeros(40, 32)}),
         r"the file holds other values of 'lm_head\.weight', which the settings do not name",
@@ -140,8 +159,14 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "half a pair": (lambda c, t: _drop(t, KEY.format("A")), "has lora_B but not its partner"),
     "no prefix": (lambda c, t: t.update({"model.x.lora_A.weight": torch.zeros(2, 2)}), "lacks the prefix"),
     "wrong r": (lambda c, t: c.update(r=4), r"lora_A: saved \(2, 32\), needed \(4, 32\)"),
-    "wrong pattern": (lambda c, t: c.update(rank_pattern={"q_proj": 3}), r"q_proj\.lora_A: saved \(2, 32\), needed \(3, 32\)"),
-    "wrong shape": (lambda c, t: t.update({Q.format("A"): torch.zeros(2, 30)}), r"q_proj'.*\(32, 30\) weight, here it is"),
+    "wrong pattern": (
+        lambda c, t: c.update(rank_pattern={"q_proj": 3}),
+        r"q_proj\.lora_A: saved \(2, 32\), needed \(3, 32\)",
+    ),
+    "wrong shape": (
+        lambda c, t: t.update({Q.format("A"): torch.zeros(2, 30)}),
+        r"q_proj'.*\(32, 30\) weight, here it is",
+    ),
     "r zero": (lambda c, t: c.update(r=0), "cannot be read"),
     "no targets": (lambda c, t: c.update(target_modules=None), "name no module"),
     "bad regex": (lambda c, t: c.update(target_modules="(q_proj"), "what names the modules cannot be read"),
@@ -173,7 +198,9 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(case: str, tmp_path: P
     with pytest.raises(UserError, match=match):
         vismt.import_peft(model, folder)
     after = model.state_dict()
-    assert all(torch.equal(value, after[key]) for key, value in snapshot(tiny_lm("llama")).items()) and not adapted_modules(model)
+    assert all(
+        torch.equal(value, after[key]) for key, value in snapshot(tiny_lm("llama")).items()
+    ) and not adapted_modules(model)
 
 
 def test_names_of_peft_inside_the_file_are_read(tmp_path: Path) -> None:

@@ -26,9 +26,16 @@ peft = pytest.importorskip("peft")
 KINDS = (*LMS, "vit")
 HEAD = {"llama": "lm_head", "qwen2": "lm_head", "gpt2": "ln_f", "vit": "head"}  # GPT-2's head is tied
 METHODS = {
-    "lora": {"alpha": 6}, "rslora": {"alpha": 5, "rslora": True}, "pissa": {"alpha": 3}, "amt": {"split_qkv": False},
-    "corda ipm": {"mode": "ipm"}, "corda kpm": {"mode": "kpm"}, "polar": {"alpha": 4}, "ilora": {"n_experts": 2, "rank": 4},
-    "s2ft": {"ratio": 0.25}, "moe_lora": {"n_experts": 4},
+    "lora": {"alpha": 6},
+    "rslora": {"alpha": 5, "rslora": True},
+    "pissa": {"alpha": 3},
+    "amt": {"split_qkv": False},
+    "corda ipm": {"mode": "ipm"},
+    "corda kpm": {"mode": "kpm"},
+    "polar": {"alpha": 4},
+    "ilora": {"n_experts": 2, "rank": 4},
+    "s2ft": {"ratio": 0.25},
+    "moe_lora": {"n_experts": 4},
 }
 
 
@@ -96,14 +103,18 @@ def test_what_is_combined_is_one_adapter_of_peft(tmp_path: Path) -> None:
     assert (run(theirs, "llama") - run(put, "llama")).abs().max() < 1e-5
     weights = [vismt.merge(model).state_dict() for model in models]
     base = stock("llama")
-    base.load_state_dict({
-        key: value + sum(w * (one[key] - value) for w, one in zip((0.5, -1.0, 2.0), weights))
-        for key, value in stock("llama").state_dict().items()
-    })
+    base.load_state_dict(
+        {
+            key: value + sum(w * (one[key] - value) for w, one in zip((0.5, -1.0, 2.0), weights))
+            for key, value in stock("llama").state_dict().items()
+        }
+    )
     assert (run(put, "llama") - run(base, "llama")).abs().max() < 2e-5
 
 
-@pytest.mark.parametrize("zeta", [(0.0, 1.0, 0.0), (0.2, 0.5, 0.3), (1 / 3, 1 / 3, 1 / 3)], ids=["expert", "merged", "average"])
+@pytest.mark.parametrize(
+    "zeta", [(0.0, 1.0, 0.0), (0.2, 0.5, 0.3), (1 / 3, 1 / 3, 1 / 3)], ids=["expert", "merged", "average"]
+)
 @pytest.mark.parametrize("options", [{"split_qkv": False}, {}], ids=["fused", "blocks"])
 def test_a_pool_is_one_adapter_of_peft(zeta: tuple[float, ...], options: dict, tmp_path: Path) -> None:
     pool, mixture = ExpertPool(backbone(), saved(tmp_path, (3, 4, 5), **options)), torch.tensor(zeta)
@@ -146,7 +157,9 @@ def test_an_expert_of_a_pool_is_an_adapter(tmp_path: Path) -> None:
         ("vit", ["qkv"], ["norm1", "norm"], ["blocks.0.norm1", "blocks.1.norm1", "norm"], "none"),
     ],
 )
-def test_whole_modules_and_biases_go_to_peft_and_back(kind: str, targets, also, saved_whole, bias: str, tmp_path: Path) -> None:
+def test_whole_modules_and_biases_go_to_peft_and_back(
+    kind: str, targets, also, saved_whole, bias: str, tmp_path: Path
+) -> None:
     model = stock(kind)
     vismt.adapt(model, "pissa", targets, rank=2, also_train=also)
     expected = run(shake(model), kind)

@@ -16,10 +16,10 @@ import vismt
 from vismt.errors import UserError
 from vismt.llm.pissa import quantized_principal
 from vismt.lowrank.combining import combine
+from vismt.lowrank.detached_updates import read_updates
 from vismt.lowrank.init import principal, residual
 from vismt.lowrank.inject import adapted_modules
 from vismt.lowrank.nf4 import nf4
-from vismt.lowrank.detached_updates import read_updates
 from vismt.metatune.attention_scale import attention_heads
 from vismt.metatune.pool import Expert, check_alike
 
@@ -187,7 +187,9 @@ def test_quantised_base_under_its_update_is_nearer_to_the_weights(kind: str, opt
     assert torch.equal(answer(vismt.load_adapter(other, tmp_path), x), wanted)  # into a model that was adapted alike
     before = stock.state_dict()
     for one in (vismt.unadapt(model), vismt.unadapt(again)):
-        assert list(one.state_dict()) == list(before) and all(torch.equal(v, before[k]) for k, v in one.state_dict().items())
+        assert list(one.state_dict()) == list(before) and all(
+            torch.equal(v, before[k]) for k, v in one.state_dict().items()
+        )
         assert all(parameter.requires_grad for parameter in one.parameters())
     merged = vismt.merge(plain)
     assert (answer(merged, x) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
@@ -238,8 +240,11 @@ def test_updates_of_quantised_weights_are_merged_and_not_exported(tmp_path) -> N
     model = quantized_vit()
     folder = vismt.save_adapter(model, tmp_path / "own")
     reads = (
-        lambda: vismt.export_peft(model, tmp_path / "peft"), lambda: read_updates(model), lambda: read_updates(folder),
-        lambda: combine([folder, folder], [0.5, 0.5]), lambda: adapted_modules(model)["blocks.0.attn.qkv"].low_rank(),
+        lambda: vismt.export_peft(model, tmp_path / "peft"),
+        lambda: read_updates(model),
+        lambda: read_updates(folder),
+        lambda: combine([folder, folder], [0.5, 0.5]),
+        lambda: adapted_modules(model)["blocks.0.attn.qkv"].low_rank(),
     )
     for read in reads:
         with pytest.raises(UserError, match=r"on quantised weights.*; merge the model and save it whole"):
@@ -278,9 +283,11 @@ def test_files_of_quantised_weights_are_read_strictly(tmp_path) -> None:
 @pytest.mark.parametrize(
     "options,words",
     [
-        ({"quantize": "nf5"}, "no grid 'nf5'.*'nf4'"), ({"quantize": "nf4", "iterations": 0}, "iterations: 0"),
+        ({"quantize": "nf5"}, "no grid 'nf5'.*'nf4'"),
+        ({"quantize": "nf4", "iterations": 0}, "iterations: 0"),
         ({"grid": "nf4"}, "has no option 'grid'"),
-        ({"dropout": 0.1}, "dropout: 0.1 with 'pissa'"), ({"method": "svd"}, "no solver 'svd'"),
+        ({"dropout": 0.1}, "dropout: 0.1 with 'pissa'"),
+        ({"method": "svd"}, "no solver 'svd'"),
         ({"rank": 33}, "33 for .* is larger than 32"),
     ],
 )

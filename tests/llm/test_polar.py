@@ -22,7 +22,12 @@ def llama() -> nn.Module:
     """Two layers with four query heads and one key and value head."""
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=20, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1,
+        vocab_size=20,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=1,
         max_position_embeddings=16,
     )
     torch.manual_seed(0)
@@ -117,7 +122,9 @@ def test_orthonormalize_changes_the_gauge_and_not_the_function(theta: str, split
     shake(model, 0.3)
     before = model(images().double())
     deltas = {path: host.low_rank().delta() for path, host in adapted_modules(model).items()}
-    off = [float(infeasibility(z)) for host in adapted_modules(model).values() for x, _, y in updates(host) for z in (x, y)]
+    off = [
+        float(infeasibility(z)) for host in adapted_modules(model).values() for x, _, y in updates(host) for z in (x, y)
+    ]
     assert min(off) > 0.01
     assert orthonormalize_(model) is model
     assert torch.allclose(model(images().double()), before, atol=1e-12)
@@ -146,7 +153,9 @@ def test_logged_metrics_are_those_of_the_updates() -> None:
     assert float(found["stable_rank"]) == pytest.approx(sum(ranks) / len(ranks), rel=1e-9)
     landing.orthonormalize_()
     found = landing.metrics()
-    assert float(found["infeasibility"]) < 1e-20 and float(found["stable_rank"]) == pytest.approx(sum(ranks) / len(ranks))
+    assert float(found["infeasibility"]) < 1e-20 and float(found["stable_rank"]) == pytest.approx(
+        sum(ranks) / len(ranks)
+    )
 
 
 def test_bf16_base_keeps_fp32_factors_on_the_manifold() -> None:
@@ -157,18 +166,25 @@ def test_bf16_base_keeps_fp32_factors_on_the_manifold() -> None:
         assert infeasibility(host.lora_B.detach()) < 1e-10
     moved = shake(model)(TOKENS).logits
     assert moved.dtype == torch.bfloat16 and torch.isfinite(moved).all()
-    assert torch.allclose(vismt.merge(model)(TOKENS).logits.float(), moved.float(), atol=2e-2 * float(moved.detach().abs().max()))
+    assert torch.allclose(
+        vismt.merge(model)(TOKENS).logits.float(), moved.float(), atol=2e-2 * float(moved.detach().abs().max())
+    )
 
 
-@pytest.mark.parametrize("options,told", [
-    ({"theta": "diag"}, r"adapt\.theta: 'diag'.*'diagonal'"),
-    ({"attraction": -1.0}, r"adapt\.attraction: -1\.0; it must be a number >= 0"),
-    ({"attraction": "much"}, r"adapt\.attraction: 'much'"), ({"attraction": float("nan")}, r"adapt\.attraction: nan"),
-    ({"attraction": True}, r"adapt\.attraction: True"),
-    ({"attraction": 2.0, "constraint": "decoupled"}, r"adapt\.attraction: 2\.0;.*at most 1"),
-    ({"constraint": "landed"}, r"adapt\.constraint: 'landed'.*'landing'"),
-    ({"rank": 40}, r"adapt\.rank: 40 .* larger than 32"), ({"atraction": 1.0}, "no option 'atraction'.*'attraction'"),
-])
+@pytest.mark.parametrize(
+    "options,told",
+    [
+        ({"theta": "diag"}, r"adapt\.theta: 'diag'.*'diagonal'"),
+        ({"attraction": -1.0}, r"adapt\.attraction: -1\.0; it must be a number >= 0"),
+        ({"attraction": "much"}, r"adapt\.attraction: 'much'"),
+        ({"attraction": float("nan")}, r"adapt\.attraction: nan"),
+        ({"attraction": True}, r"adapt\.attraction: True"),
+        ({"attraction": 2.0, "constraint": "decoupled"}, r"adapt\.attraction: 2\.0;.*at most 1"),
+        ({"constraint": "landed"}, r"adapt\.constraint: 'landed'.*'landing'"),
+        ({"rank": 40}, r"adapt\.rank: 40 .* larger than 32"),
+        ({"atraction": 1.0}, "no option 'atraction'.*'attraction'"),
+    ],
+)
 def test_mistakes_are_named_and_change_nothing(options: dict, told: str) -> None:
     model = tiny_vit()
     with pytest.raises(UserError, match=told):

@@ -39,7 +39,10 @@ def task(**options):
 
 def encoded(made, rows=ROWS):
     words = tokenizer()
-    return [made.encode(f"row {i}", {"history": h, "next": t, "catalogue": CATALOGUE}, words) for i, (h, t) in enumerate(rows)]
+    return [
+        made.encode(f"row {i}", {"history": h, "next": t, "catalogue": CATALOGUE}, words)
+        for i, (h, t) in enumerate(rows)
+    ]
 
 
 def hybrid(lm, seed: int = 0, **options) -> Hybrid:
@@ -75,7 +78,9 @@ def test_i13_the_right_title_and_the_end_of_its_line_are_counted_and_nothing_els
         for form in (item, item.hybrid):
             (one,) = form.pieces
             counted = [token for token, label in zip(one.ids, one.labels) if label != IGNORE]
-            assert words.decode(counted) == f" {WORDS[target]}\n" and all(b in (IGNORE, a) for a, b in zip(one.ids, one.labels))
+            assert words.decode(counted) == f" {WORDS[target]}\n" and all(
+                b in (IGNORE, a) for a, b in zip(one.ids, one.labels)
+            )
             context = [token for token, label in zip(one.ids, one.labels) if label == IGNORE]
             assert list(one.ids) == context + counted
         titles = ", ".join(WORDS[i] for i in history[-3:])
@@ -164,8 +169,11 @@ def test_normalised_scores():
         made = task(normalise=how, items=False)
         items = encoded(made)
         found[how] = made.score(net, gather(items), items)[0]["log_p"]
-        sizes = {"none": [1] * 4, "token": [len(tokenizer()(f" {t}\n")["input_ids"]) for t in items[0].listed.titles],
-                 "character": [len(t) for t in items[0].listed.titles]}[how]
+        sizes = {
+            "none": [1] * 4,
+            "token": [len(tokenizer()(f" {t}\n")["input_ids"]) for t in items[0].listed.titles],
+            "character": [len(t) for t in items[0].listed.titles],
+        }[how]
         with torch.no_grad():
             nats = net.branch_nll(gather(items))[0][0].double()
         assert found[how] == pytest.approx((-nats / torch.tensor(sizes)).log_softmax(0).tolist(), abs=1e-6)
@@ -365,7 +373,12 @@ def test_sasrec_learns_what_follows():
 def test_i12_reading_what_was_written(text, right, valid, right_substring, valid_substring):
     titles = ["Nirvana", "The Cure", "Nirvana Tribute Band", "Muse"]
     found = judged(text, titles, 0)
-    assert found == {"right": right, "valid": valid, "right_substring": right_substring, "valid_substring": valid_substring}
+    assert found == {
+        "right": right,
+        "valid": valid,
+        "right_substring": right_substring,
+        "valid_substring": valid_substring,
+    }
 
 
 def test_i12_ratios_are_of_all_rows():

@@ -19,12 +19,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import vismt
 from vismt.errors import UserError
 from vismt.llm import Selection, check_slices, read_slices, select_units, switch
+from vismt.lowrank.inject import adapted_modules
 from vismt.lowrank.memory import optimizer_bytes, saved_activation_bytes
 from vismt.lowrank.structures import structures
-from vismt.lowrank.inject import adapted_modules
 from vismt.lowrank.wrappers import to_stock
 
 EVERY = ("v", "o", "u", "d")
+
+
 def move(model: nn.Module, scale: float) -> None:
     """Move every slice as the same noise on the stock weight would, whatever the mode and the order."""
     generator = torch.Generator().manual_seed(7)
@@ -61,11 +63,17 @@ def test_reordered_models_compute_the_same_and_every_weight_comes_back() -> None
         model, stock = make(), make()
         for parts in (EVERY, ("o", "d")):
             vismt.adapt(model, "s2ft", parts=parts, ratio=0.4, seed=3)
-            moved = [path for path, host in adapted_modules(model).items() if not torch.equal(
-                host.slice_order, torch.arange(len(host.slice_order), dtype=torch.int32))]
+            moved = [
+                path
+                for path, host in adapted_modules(model).items()
+                if not torch.equal(host.slice_order, torch.arange(len(host.slice_order), dtype=torch.int32))
+            ]
             assert moved or name == "llama-mqa", name
             expected = outputs(stock)
-            assert (outputs(model) - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max())), (name, parts)
+            assert (outputs(model) - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max())), (
+                name,
+                parts,
+            )
             shake(model)
             vismt.unadapt(model)
             before, after = stock.state_dict(), model.state_dict()
@@ -81,7 +89,9 @@ def test_illegal_orders_are_other_functions() -> None:
             attention, order = layer.self_attn, torch.tensor([4, 5, 6, 7, 0, 1, 2, 3])
             heads = torch.tensor([0, 5, 2, 7, 4, 1, 6, 3]) if wrong == "groups" else order
             rows = (heads[:, None] * 4 + torch.arange(4)).flatten()
-            pairs = (torch.tensor([1, 0])[:, None] * 4 + torch.arange(4)).flatten() if wrong == "bias" else torch.arange(8)
+            pairs = (
+                (torch.tensor([1, 0])[:, None] * 4 + torch.arange(4)).flatten() if wrong == "bias" else torch.arange(8)
+            )
             with torch.no_grad():
                 attention.q_proj.weight.copy_(attention.q_proj.weight[rows])
                 attention.o_proj.weight.copy_(attention.o_proj.weight[:, rows])
@@ -109,10 +119,13 @@ def test_gradients_are_slices_of_the_full_ones_in_every_mode(name: str) -> None:
             full = full_gradients(model)
             for path, host in adapted_modules(model).items():
                 wanted = full[path].index_select(host.dim, host.slice_index)
-                assert torch.allclose(host.slice_values.grad, wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max())), path
+                assert torch.allclose(
+                    host.slice_values.grad, wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max())
+                ), path
                 assert wanted.abs().max() > 0
         grads = [
-            host.slice_values.grad.index_select(host.dim, host.slice_index.argsort()) for host in adapted_modules(model).values()
+            host.slice_values.grad.index_select(host.dim, host.slice_index.argsort())
+            for host in adapted_modules(model).values()
         ]
         grads += [model.get_parameter(also).grad for also in model.vismt_record.also_train]
         for one, two in zip(grads, seen.setdefault("first", grads)):
@@ -186,7 +199,9 @@ def test_steps_are_masked_full_steps_and_frozen_bits_stay(mode: str) -> None:
     before = {path: full.get_submodule(path).weight.detach().clone() for path in masks}
     masked(0.1)
     frozen = masks["model.layers.0.mlp.down_proj"] == 0
-    assert (full.model.layers[0].mlp.down_proj.weight != before["model.layers.0.mlp.down_proj"])[frozen].float().mean() > 0.99
+    assert (full.model.layers[0].mlp.down_proj.weight != before["model.layers.0.mlp.down_proj"])[
+        frozen
+    ].float().mean() > 0.99
 
 
 def test_only_a_copy_of_the_slice_is_kept() -> None:
@@ -228,8 +243,11 @@ def test_published_budget_on_the_meta_device() -> None:
     """Oracle 9: Llama-2-7B with o 0.052 and d 0.02 of all layers: 53 heads and 7,045 channels, 56.6 million."""
     transformers = pytest.importorskip("transformers")
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-            vocab_size=320, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32))
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=320, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+            )
+        )
     report = vismt.adapt(model, "s2ft", ratio={"o": 0.052, "d": 0.02}, budget="global")
     assert report.trainable == 53 * 128 * 4096 + 7045 * 4096 == 56_643_584
     assert "o: 53 of 1,024 heads" in str(report) and "d: 7,045 of 352,256 channels" in str(report)
@@ -279,6 +297,7 @@ def test_accumulation_checkpointing_and_clipping_see_the_slice(mode: str) -> Non
 
 def test_the_slice_and_the_weight_stay_one(tmp_path: Path) -> None:
     """Oracle 11: after deepcopy, moves and loads p is W's storage again, a step on p moves the model, files can be written."""
+
     def one(model: nn.Module) -> bool:
         return all(
             host.slice_values.untyped_storage().data_ptr() == host.weight.untyped_storage().data_ptr()
@@ -348,7 +367,9 @@ def test_half_precision_weights_are_trained_through_an_fp32_master(mode: str) ->
     assert own.blocks[0].mlp.fc2.shares
 
 
-@pytest.mark.parametrize("mode,dtype", [("index", torch.float32), ("permute", torch.bfloat16), ("index", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "mode,dtype", [("index", torch.float32), ("permute", torch.bfloat16), ("index", torch.bfloat16)]
+)
 def test_a_state_dict_right_after_a_step_holds_it_in_the_weight_too(mode: str, dtype: torch.dtype) -> None:
     model = tiny_vit().to(dtype)
     vismt.adapt(model, "s2ft", ratio=0.25, mode=mode, parts=EVERY)
@@ -358,7 +379,9 @@ def test_a_state_dict_right_after_a_step_holds_it_in_the_weight_too(mode: str, d
     after = snapshot(model)
     outputs(model)  # writes what a step left to write
     assert all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
-    changed = {path: not torch.equal(after[f"{path}.weight"], before[f"{path}.weight"]) for path in adapted_modules(model)}
+    changed = {
+        path: not torch.equal(after[f"{path}.weight"], before[f"{path}.weight"]) for path in adapted_modules(model)
+    }
     host = model.blocks[0].mlp.fc2
     assert len(changed) == 8 and all(changed.values()) and not host.shares
     kept = host.weight.detach().clone()
@@ -460,6 +483,7 @@ def test_compiled_training_in_index_mode_moves_the_model() -> None:
 
 def test_five_steps_equal_a_sparse_adapter_beside_the_weight() -> None:
     """Oracle 14: the package's layer, y = x W^T + x[:, J] D^T with D from zero, has the same losses."""
+
     class Beside(nn.Module):
         def __init__(self, base: nn.Linear, index: Tensor) -> None:
             super().__init__()
@@ -524,10 +548,14 @@ def broken_groups() -> nn.Module:
     return moved_lm("llama", num_attention_heads=16, num_key_value_heads=4, head_dim=4)
 
 
-BROKEN = Selection({
-    "model.layers.0.self_attn": {"v": (1, 3), "o": (0, 4, 8)}, "model.layers.0.mlp": {"u": (3, 9, 40), "d": (0, 9, 21)},
-    "model.layers.1.self_attn": {"v": (2,), "o": (1, 2, 6, 9, 15)}, "model.layers.1.mlp": {"d": (5,)},
-})
+BROKEN = Selection(
+    {
+        "model.layers.0.self_attn": {"v": (1, 3), "o": (0, 4, 8)},
+        "model.layers.0.mlp": {"u": (3, 9, 40), "d": (0, 9, 21)},
+        "model.layers.1.self_attn": {"v": (2,), "o": (1, 2, 6, 9, 15)},
+        "model.layers.1.mlp": {"d": (5,)},
+    }
+)
 
 
 def test_heads_of_several_broken_groups_are_trained_like_any_other() -> None:
@@ -565,7 +593,9 @@ def test_files_of_several_broken_groups_are_exact(tmp_path: Path) -> None:
     assert torch.equal(outputs(vismt.load_adapter(broken_groups(), folder)), expected)
     switched = switch(broken_groups(), read_slices(folder))
     merged = vismt.merge(vismt.load_adapter(broken_groups(), folder))
-    assert torch.allclose(outputs(switched), expected, atol=near) and torch.allclose(outputs(merged), expected, atol=near)
+    assert torch.allclose(outputs(switched), expected, atol=near) and torch.allclose(
+        outputs(merged), expected, atol=near
+    )
     for name, value in merged.state_dict().items():
         changed = (value != stock[name]).any(0).nonzero()[:, 0].tolist() if value.ndim == 2 else []
         if name.endswith("o_proj.weight"):
@@ -580,11 +610,16 @@ def test_files_of_several_broken_groups_are_exact(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options,match",
     [
-        ({"targets": ["proj"]}, "adapt.targets.*set parts and ratio"), ({"alpha": 2.0}, "adapt.alpha"),
-        ({"mode": "indx"}, "adapt.mode: no 'indx'.*'index'"), ({"dtype": "float31"}, "adapt.dtype"),
+        ({"targets": ["proj"]}, "adapt.targets.*set parts and ratio"),
+        ({"alpha": 2.0}, "adapt.alpha"),
+        ({"mode": "indx"}, "adapt.mode: no 'indx'.*'index'"),
+        ({"dtype": "float31"}, "adapt.dtype"),
         ({"selection": Selection({"blocks.7.mlp": {"d": (0,)}})}, "no heads or channels 'blocks.7.mlp'"),
         ({"selection": Selection({"blocks.0.mlp": {"o": (0,)}})}, "'blocks.0.mlp' has no part 'o'"),
-        ({"selection": Selection({"blocks.0.attn": {"o": (4,)}})}, r"1 units of 'o' in 'blocks.0.attn'; .* from 0 to 3"),
+        (
+            {"selection": Selection({"blocks.0.attn": {"o": (4,)}})},
+            r"1 units of 'o' in 'blocks.0.attn'; .* from 0 to 3",
+        ),
         ({"selection": Selection({"blocks.0.attn": {"o": (1,)}}), "ratio": 0.5}, "both selection and ratio"),
     ],
 )

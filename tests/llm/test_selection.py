@@ -61,7 +61,10 @@ def test_random_choice_follows_its_seed_and_nothing_else() -> None:
     one = select_units(model, ratio=0.1, seed=4)
     random.seed(2)
     state = random.getstate(), torch.get_rng_state()
-    assert select_units(stack(), ratio=0.1, seed=4) == one and one.digest() == select_units(model, ratio=0.1, seed=4).digest()
+    assert (
+        select_units(stack(), ratio=0.1, seed=4) == one
+        and one.digest() == select_units(model, ratio=0.1, seed=4).digest()
+    )
     assert random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
     assert select_units(model, ratio=0.1, seed=5).digest() != one.digest()
     # Fewer layers do not change the choice of the others; each layer gets its own.
@@ -80,7 +83,12 @@ def test_the_parts_are_those_that_the_ratios_name() -> None:
     assert counts(ratio=0.25) == [0, 6, 0, 120] and counts(ratio={"v": 0.5, "o": 0.25}) == [12, 6, 0, 0]
     assert counts(ratio={"u": 0.5}) == [0, 0, 240, 0] and counts(ratio={"u": 0.5, "o": 0}) == [0, 0, 240, 0]
     assert counts(ratio={"o": 0.25, "v": 0}, parts=["o"]) == [0, 6, 0, 0]
-    assert counts(ratio={"o": 0.25, "v": 0}, parts=["o", "v"]) == [0, 6, 0, 0] and counts(ratio=0.5, parts="v") == [12, 0, 0, 0]
+    assert counts(ratio={"o": 0.25, "v": 0}, parts=["o", "v"]) == [0, 6, 0, 0] and counts(ratio=0.5, parts="v") == [
+        12,
+        0,
+        0,
+        0,
+    ]
     vit = tiny_vit()
     assert "v: 2 of 8 heads" in str(vismt.adapt(vit, "s2ft", ratio={"v": 0.25}))
     with pytest.raises(UserError, match=r"both selection and parts"):
@@ -120,7 +128,9 @@ def test_weight_scores_look_at_the_matrix_that_is_trained(part: str, loud: str) 
         model[0][1].up_proj.weight[44] *= 100
     taken = select_units(model, "weight", 0.006, parts=part, largest=True).units["0.1"][part]
     assert taken == ((33,) if loud == "down" else (44,))
-    assert not {33, 44} & set(select_units(model, "weight", 0.5, parts=part).units["0.1"][part]) - {33 if part == "u" else 44}
+    assert not {33, 44} & set(select_units(model, "weight", 0.5, parts=part).units["0.1"][part]) - {
+        33 if part == "u" else 44
+    }
 
 
 def test_activation_product_and_gradient_scores_are_what_they_say() -> None:
@@ -146,7 +156,8 @@ def test_activation_product_and_gradient_scores_are_what_they_say() -> None:
     handle.remove()
     grad = torch.autograd.grad(loss, ffn.down_proj.weight)[0]
     for strategy, score in (
-        ("activation", z["kept"].abs().mean(0)), ("gradient", grad.norm(dim=0)),
+        ("activation", z["kept"].abs().mean(0)),
+        ("gradient", grad.norm(dim=0)),
         ("product", z["kept"].abs().mean(0) * ffn.down_proj.weight.norm(dim=0)),
     ):
         wanted = sorted(score.argsort()[:16].tolist())
@@ -172,7 +183,8 @@ def test_padding_is_left_out_of_activations() -> None:
     of = [select_units(model, "activation", 0.3, parts="d", calibration=one) for one in (padded, plain)]
     assert of[0] == of[1]
     assert of[0] != select_units(
-        model, "activation", 0.3, parts="d", calibration=[{"x": x, "attention_mask": torch.ones_like(mask)}])
+        model, "activation", 0.3, parts="d", calibration=[{"x": x, "attention_mask": torch.ones_like(mask)}]
+    )
 
 
 def scored(strategy: str, calibration: object, name: str = "llama-gqa") -> Selection:
@@ -183,9 +195,16 @@ def scored(strategy: str, calibration: object, name: str = "llama-gqa") -> Selec
 def test_a_mapping_or_a_tensor_alone_is_one_batch(strategy: str) -> None:
     ids = tokens(4, 7)
     expected = scored(strategy, [ids])
-    assert scored(strategy, ids) == scored(strategy, {"input_ids": ids}) == scored(strategy, [{"input_ids": ids}]) == expected
+    assert (
+        scored(strategy, ids)
+        == scored(strategy, {"input_ids": ids})
+        == scored(strategy, [{"input_ids": ids}])
+        == expected
+    )
     assert scored(strategy, [ids[:2], ids[2:]]) == expected != scored(strategy, [ids[:1]])
-    vit = [select_units(tiny_vit(), strategy, 0.3, calibration=one) for one in (images(4), [images(4)], iter([images(4)]))]
+    vit = [
+        select_units(tiny_vit(), strategy, 0.3, calibration=one) for one in (images(4), [images(4)], iter([images(4)]))
+    ]
     assert vit[0] == vit[1] == vit[2]
 
 
@@ -199,7 +218,9 @@ def test_gradient_scores_of_a_language_model_are_those_of_the_next_token() -> No
         for part, units in parts.items():
             block = structures(MODELS["llama-gqa"]())[path].parts[part]
             grad = full.get_submodule(block.path).weight.grad
-            norms = torch.stack([grad.index_select(block.dim, block.features([unit])).norm() for unit in range(block.units)])
+            norms = torch.stack(
+                [grad.index_select(block.dim, block.features([unit])).norm() for unit in range(block.units)]
+            )
             assert sorted(norms.argsort()[: len(units)].tolist()) == list(units), (path, part)
     assert scored("gradient", {"input_ids": ids, "labels": labels}) == chosen != scored("gradient", [(ids, ids)])
     assert scored("gradient", [(ids[:, :6], labels[:, :6]), (ids, labels)]) != chosen
@@ -210,10 +231,19 @@ def test_gradient_scores_of_a_language_model_are_those_of_the_next_token() -> No
     [
         ("activation", {"input_ids": tokens(), "attention_mask": torch.zeros(2, 8)}, "no token of calibration is left"),
         ("product", [{"input_ids": tokens(), "attention_mask": torch.zeros(2, 8)}], "no token of calibration is left"),
-        ("gradient", [(tokens(), tokens()), (tokens(), torch.full((2, 8), -100))], "calibration batch 1 is nan: every label is"),
-        ("gradient", [{"input_ids": tokens(), "labels": torch.full((2, 8), -100)}], "calibration batch 0 is nan: every label"),
+        (
+            "gradient",
+            [(tokens(), tokens()), (tokens(), torch.full((2, 8), -100))],
+            "calibration batch 1 is nan: every label is",
+        ),
+        (
+            "gradient",
+            [{"input_ids": tokens(), "labels": torch.full((2, 8), -100)}],
+            "calibration batch 0 is nan: every label",
+        ),
         ("gradient", [(tokens(), tokens()[:, 1:])], r"labels \(2, 7\) for logits \(2, 8, 40\); .* the tokens \(b, n\)"),
-        ("gradient", tokens(), "needs a loss: give labels"), ("gradient", {"input_ids": tokens()}, "needs a loss"),
+        ("gradient", tokens(), "needs a loss: give labels"),
+        ("gradient", {"input_ids": tokens()}, "needs a loss"),
         ("activation", [3], r"calibration batch 0 is of type int; give a mapping"),
         ("gradient", [(tokens(),)], "calibration batch 0 is of type tuple"),
     ],
@@ -238,7 +268,9 @@ def test_ties_go_to_the_lower_unit_and_global_scores_compare_layers() -> None:
             layer[1].down_proj.weight.fill_(1.0)
         model[1][1].down_proj.weight.mul_(2)
     assert select_units(model, "weight", 0.02, parts="d").units["0.1"]["d"] == (0, 1, 2)
-    assert select_units(model, "weight", 0.02, parts="d", budget="global", largest=True).units == {"1.1": {"d": tuple(range(6))}}
+    assert select_units(model, "weight", 0.02, parts="d", budget="global", largest=True).units == {
+        "1.1": {"d": tuple(range(6))}
+    }
 
 
 def test_orders_are_those_of_the_released_code_and_keep_groups() -> None:
@@ -253,10 +285,13 @@ def test_orders_are_those_of_the_released_code_and_keep_groups() -> None:
     assert made(6, 3, "vo").order({"o": (0, 2, 3, 5)}) == [1, 0, 2, 3, 5, 4]
     for seed in range(40):
         stream = random.Random(seed)
-        chosen = {"v": stream.sample(range(4), stream.randint(0, 2)), "o": stream.sample(range(12), stream.randint(0, 5))}
+        chosen = {
+            "v": stream.sample(range(4), stream.randint(0, 2)),
+            "o": stream.sample(range(12), stream.randint(0, 5)),
+        }
         order = made(12, 4, "vo").order(chosen)
         assert sorted(order) == list(range(12))
-        assert all(len({unit // 3 for unit in order[start:start + 3]}) == 1 for start in range(0, 12, 3))
+        assert all(len({unit // 3 for unit in order[start : start + 3]}) == 1 for start in range(0, 12, 3))
         groups = [order[start] // 3 for start in range(0, 12, 3)]
         assert sorted(groups[: len(chosen["v"])]) == sorted(chosen["v"])
 
@@ -275,11 +310,19 @@ def test_structures_of_known_layouts() -> None:
 @pytest.mark.parametrize(
     "options,match",
     [
-        ({"strategy": "randm"}, "select_units.strategy: no 'randm'.*'random'"), ({"budget": "all"}, "select_units.budget"),
-        ({"parts": ["q"]}, "select_units.parts: no 'q'"), ({"ratio": 1.5}, "select_units.ratio: 1.5 for 'o'"),
-        ({"ratio": {"k": 0.1}}, "select_units.ratio: no part 'k'"), ({"strategy": "activation"}, "needs calibration"),
-        ({"ratio": 0.0}, "chooses nothing"), ({"ratio": {}}, "chooses nothing"), ({"parts": []}, "chooses nothing"),
-        ({"ratio": {"v": 0.5, "o": 0.3}, "parts": ("o", "d")}, r"ratio has 'v', parts \['o', 'd'\] has not; add it to parts or"),
+        ({"strategy": "randm"}, "select_units.strategy: no 'randm'.*'random'"),
+        ({"budget": "all"}, "select_units.budget"),
+        ({"parts": ["q"]}, "select_units.parts: no 'q'"),
+        ({"ratio": 1.5}, "select_units.ratio: 1.5 for 'o'"),
+        ({"ratio": {"k": 0.1}}, "select_units.ratio: no part 'k'"),
+        ({"strategy": "activation"}, "needs calibration"),
+        ({"ratio": 0.0}, "chooses nothing"),
+        ({"ratio": {}}, "chooses nothing"),
+        ({"parts": []}, "chooses nothing"),
+        (
+            {"ratio": {"v": 0.5, "o": 0.3}, "parts": ("o", "d")},
+            r"ratio has 'v', parts \['o', 'd'\] has not; add it to parts or",
+        ),
         ({"ratio": {"o": 0.3}, "parts": ("o", "d")}, r"parts has 'd', ratio \{'o': 0\.3\} has not; give it a ratio"),
     ],
 )

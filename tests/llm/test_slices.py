@@ -76,16 +76,23 @@ def test_slices_of_another_base_are_refused_and_nothing_is_changed(tmp_path: Pat
     with pytest.warns(UserWarning, match=told):
         switch(other, slices, on_other_base="warn")
     assert not torch.equal(other.blocks[0].mlp.fc2.weight, before["blocks.0.mlp.fc2.weight"])
-    with pytest.warns(UserWarning, match=told), serving(switch(other, None), [slices], torch.tensor([0]), on_other_base="warn"):
+    with (
+        pytest.warns(UserWarning, match=told),
+        serving(switch(other, None), [slices], torch.tensor([0]), on_other_base="warn"),
+    ):
         pass
     # The base that counts is the one below a switch, and a refused switch leaves the one in force.
     model, (_, second) = tiny_vit(), saved("vit", tmp_path, 2, ratio=0.9)
     large = {path: Slice(one.dim, one.index, one.delta + 5.0, one.base) for path, one in read_slices(second).items()}
     switch(switch(model, large), slices)
-    assert all(torch.equal(v, w) for v, w in zip(model.state_dict().values(), switch(tiny_vit(), slices).state_dict().values()))
+    assert all(
+        torch.equal(v, w) for v, w in zip(model.state_dict().values(), switch(tiny_vit(), slices).state_dict().values())
+    )
     switch(model, large)
     switched = snapshot(model)
-    wrong = {path: Slice(one.dim, one.index, one.delta, tuple(10 * v for v in one.base)) for path, one in slices.items()}
+    wrong = {
+        path: Slice(one.dim, one.index, one.delta, tuple(10 * v for v in one.base)) for path, one in slices.items()
+    }
     with pytest.raises(UserError, match="made for other weights"):
         switch(model, wrong)
     assert all(torch.equal(value, switched[name]) for name, value in model.state_dict().items())
@@ -97,7 +104,9 @@ def test_slices_of_another_base_are_refused_and_nothing_is_changed(tmp_path: Pat
     with pytest.raises(UserError, match="made for other weights"):
         switch(tiny_vit(seed=9), add_slices([slices]))
     unknown = {path: Slice(one.dim, one.index, one.delta) for path, one in slices.items()}
-    assert torch.equal(outputs(switch(tiny_vit(), unknown)), outputs(switch(tiny_vit(), add_slices([unknown, slices], [0, 1]))))
+    assert torch.equal(
+        outputs(switch(tiny_vit(), unknown)), outputs(switch(tiny_vit(), add_slices([unknown, slices], [0, 1])))
+    )
 
 
 def test_a_switched_model_is_not_adapted(tmp_path: Path) -> None:
@@ -116,7 +125,10 @@ def test_a_switched_model_is_not_adapted(tmp_path: Path) -> None:
             vismt.load_adapter(whole.vit, other)
     with pytest.raises(UserError, match="adapt: its part 'vit'" + told):
         vismt.adapt(whole, "lora", rank=2)
-    with pytest.raises(UserError, match="serving: the model" + told), serving(whole.vit, [read_slices(folder)], torch.zeros(1)):
+    with (
+        pytest.raises(UserError, match="serving: the model" + told),
+        serving(whole.vit, [read_slices(folder)], torch.zeros(1)),
+    ):
         pass
     assert all(isinstance(block.mlp.fc2, nn.Linear) for block in whole.vit.blocks) and not adapted_modules(whole)
     assert all(parameter.requires_grad for parameter in whole.parameters())
@@ -143,8 +155,10 @@ def test_sums_are_unions_with_overlaps_added(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2-conv1d", "vit"])
 def test_several_adapters_in_one_batch_answer_as_each_alone(name: str, tmp_path: Path) -> None:
     """Oracle 12: adapters of different units and sizes, and the base; 3e-6 of the largest logit."""
-    folders = [saved(name, tmp_path, seed, ratio=ratio, parts=parts)[1] for seed, ratio, parts in (
-        (1, 0.3, EVERY), (2, 0.5, ("o", "d")))]
+    folders = [
+        saved(name, tmp_path, seed, ratio=ratio, parts=parts)[1]
+        for seed, ratio, parts in ((1, 0.3, EVERY), (2, 0.5, ("o", "d")))
+    ]
     adapters = [read_slices(folder) for folder in folders]
     which = torch.tensor([1, -1, 0, 1])
     batch = images(4) if name == "vit" else tokens(4, 7, seed=4)

@@ -63,9 +63,14 @@ def test_the_answer_alone_is_counted():
     counted = [token for token, label in zip(one.ids, one.labels) if label != IGNORE]
     assert words.decode(counted) == " two plus three</s>"
     assert all(label in (IGNORE, token) for token, label in zip(one.ids, one.labels))
-    assert words.decode([t for t, label in zip(one.ids, one.labels) if label == IGNORE]) == "Question: what is one\nAnswer:"
+    assert (
+        words.decode([t for t, label in zip(one.ids, one.labels) if label == IGNORE])
+        == "Question: what is one\nAnswer:"
+    )
     with_bos = task.encode("a", {"question": "what is one", "answer": "two"}, tokenizer(bos=True)).pieces[0]
-    assert with_bos.ids[0] == 1 and with_bos.ids.count(1) == 1 and with_bos.labels[0] == IGNORE  # none before the answer
+    assert (
+        with_bos.ids[0] == 1 and with_bos.ids.count(1) == 1 and with_bos.labels[0] == IGNORE
+    )  # none before the answer
 
 
 def test_too_long_rows_lose_the_beginning_of_the_prompt():
@@ -102,7 +107,11 @@ def test_packing_keeps_every_label_but_those_that_another_document_would_predict
     assert both.labels == (IGNORE, 2, 3, IGNORE, 5, 6)
     second = pack([piece([7], [8], 9), piece([], [1, 2, 3], 9)], 9)[0]
     assert second.labels == (IGNORE, 8, IGNORE, 2, 3)  # token 1 is not predicted from 8
-    assert [len(one.ids) for one in pack(PIECES, 11)] == [11, 5] and [len(one.ids) for one in pack(PIECES, 5)] == [5, 6, 5]
+    assert [len(one.ids) for one in pack(PIECES, 11)] == [11, 5] and [len(one.ids) for one in pack(PIECES, 5)] == [
+        5,
+        6,
+        5,
+    ]
     assert sum(one.counted for one in pack(PIECES, 16)) == sum(one.counted for one in PIECES)
 
 
@@ -111,9 +120,15 @@ def test_positions_begin_anew_and_attention_stays_within_a_document():
     assert batch["positions"].tolist() == [[0, 1, 2, 0, 1], [0, 0, 0, 0, 1]]
     assert batch["mask"].shape == (2, 5, 5)
     assert batch["mask"][0].int().tolist() == [
-        [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [0, 0, 0, 1, 0],
+        [0, 0, 0, 1, 1],
     ]
-    assert batch["mask"][1].int()[3:].tolist() == [[0, 0, 0, 1, 0], [0, 0, 0, 1, 1]] and not batch["mask"][1, :, :3].any()
+    assert (
+        batch["mask"][1].int()[3:].tolist() == [[0, 0, 0, 1, 0], [0, 0, 0, 1, 1]] and not batch["mask"][1, :, :3].any()
+    )
 
 
 def test_a_packed_piece_has_the_nll_of_its_documents(lm):
@@ -171,7 +186,9 @@ def test_the_zero_shot_head_is_the_lm_restricted_to_the_answers(lm):
     for record, text in zip(records, texts):
         with torch.no_grad():
             logits = lm(torch.tensor([words(f"Review: {text}\nSentiment:")["input_ids"]])).logits[0, -1, tokens]
-        assert record["log_p"] == pytest.approx(logits.double().log_softmax(0).tolist(), abs=1e-4) and record["label"] == 1
+        assert (
+            record["log_p"] == pytest.approx(logits.double().log_softmax(0).tolist(), abs=1e-4) and record["label"] == 1
+        )
     with torch.no_grad():
         loss = task.loss(net, gather(items))["loss"]
     assert float(loss) == pytest.approx(-sum(record["log_p"][1] for record in records) / 2, rel=1e-4)
@@ -182,21 +199,28 @@ def test_answers_are_scored_list_wise(lm, normalise):
     words, net = tokenizer(), LmNet(lm)
     options = {"answers": {"one": " {one}", "two": " {two}", "three": " {three}"}, "normalise": normalise}
     task = make_task("answers", "Question: {q}", options)
-    rows = [{"q": "sky", "one": "blue", "two": "very bright green", "answer": "two"},
-            {"q": "grass is", "one": "green", "two": "blue", "three": "of the sky", "answer": "three"}]
+    rows = [
+        {"q": "sky", "one": "blue", "two": "very bright green", "answer": "two"},
+        {"q": "grass is", "one": "green", "two": "blue", "three": "of the sky", "answer": "three"},
+    ]
     items = [task.encode(str(i), row, words) for i, row in enumerate(rows)]
     assert [len(item.pieces) for item in items] == [1, 1] and [item.label for item in items] == [1, 2]
     records = task.score(net, gather(items), items)
     for record, item, row, count in zip(records, items, rows, (2, 3)):
         alone = [stem(item.pieces[0], answer) for answer in range(count)]
         assert len(record["log_p"]) == count
-        sizes = {"token": [one.counted for one in alone], "none": [1] * 3,
-                 "character": [len(row[key]) for key in options["answers"] if key in row]}[normalise]
+        sizes = {
+            "token": [one.counted for one in alone],
+            "none": [1] * 3,
+            "character": [len(row[key]) for key in options["answers"] if key in row],
+        }[normalise]
         scores = torch.tensor([-sum(naive(lm, one)) / size for one, size in zip(alone, sizes)], dtype=torch.float64)
         assert record["log_p"] == pytest.approx(scores.log_softmax(0).tolist(), abs=1e-3)
     embedding = net.lm.get_input_embeddings().weight.requires_grad_(True)
     loss = task.loss(net, gather(items))["loss"]
-    assert torch.autograd.grad(loss, embedding)[0].isfinite().all()  # the choice that the first row lacks divides by nothing
+    assert (
+        torch.autograd.grad(loss, embedding)[0].isfinite().all()
+    )  # the choice that the first row lacks divides by nothing
     embedding.requires_grad_(False)
     mean = -sum(record["log_p"][item.label] for record, item in zip(records, items)) / 2
     assert float(loss.detach()) == pytest.approx(mean, rel=1e-3)
@@ -209,8 +233,12 @@ def test_answers_are_scored_list_wise(lm, normalise):
 def test_perplexity_is_counted_over_tokens():
     # 2 nats on one token and 6 on seven: 8 nats / 8 tokens = 1. A mean over rows would be (2 + 6 / 7) / 2 = 1.43.
     found = ratio_measures([{"nats": 2.0, "tokens": 1}, {"nats": 6.0, "tokens": 7}])
-    assert mean_of(found["NLL in nats a token"]) == pytest.approx(1.0) and mean_of(found["perplexity"]) == pytest.approx(math.e)
-    assert found["NLL in nats a token"].values == pytest.approx([1 + (2 - 1) / 4, 1 + (6 - 7) / 4])  # effect of each row
+    assert mean_of(found["NLL in nats a token"]) == pytest.approx(1.0) and mean_of(
+        found["perplexity"]
+    ) == pytest.approx(math.e)
+    assert found["NLL in nats a token"].values == pytest.approx(
+        [1 + (2 - 1) / 4, 1 + (6 - 7) / 4]
+    )  # effect of each row
     assert found["perplexity"].lower_is_better
 
 
@@ -225,7 +253,9 @@ def test_perplexity_does_not_depend_on_the_batch(batch):
     each = [naive(lm, one) for item in items for one in item.pieces]
     tokens = [len(words(text)["input_ids"]) - 1 for text in texts]
     assert [record["tokens"] for record in records] == tokens and sum(map(len, each)) == sum(tokens)
-    assert mean_of(task.measures(records)["perplexity"]) == pytest.approx(math.exp(sum(map(sum, each)) / sum(tokens)), rel=1e-4)
+    assert mean_of(task.measures(records)["perplexity"]) == pytest.approx(
+        math.exp(sum(map(sum, each)) / sum(tokens)), rel=1e-4
+    )
     assert task.quality(records) == pytest.approx(1 / mean_of(task.measures(records)["perplexity"]))
 
 
@@ -299,7 +329,9 @@ def test_cached_lower_blocks_give_the_same_loss_and_gradient(kind):
 def test_alternating_moves_the_posterior_apart_from_the_lm_and_saves_its_moments():
     words = tokenizer()
     task = make_task("classes", "Review: {text}\nSentiment:", SENTIMENT)
-    items = [task.encode(text, {"text": text, "label": label}, words) for text, label in (("a bad film", "0"), ("good", "1"))]
+    items = [
+        task.encode(text, {"text": text, "label": label}, words) for text, label in (("a bad film", "0"), ("good", "1"))
+    ]
 
     def objective():
         lm = tiny_lm()
@@ -312,7 +344,11 @@ def test_alternating_moves_the_posterior_apart_from_the_lm_and_saves_its_moments
         before = {name: p.detach().clone() for name, p in one.net.named_parameters()}
         found = one(gather(items))
         moved = {name for name, p in one.net.named_parameters() if not torch.equal(p, before[name])}
-        assert moved == {"head.mean", "head.log_noise", "head.spread.log_std"}  # the posterior alone, by its own optimiser
+        assert moved == {
+            "head.mean",
+            "head.log_noise",
+            "head.spread.log_std",
+        }  # the posterior alone, by its own optimiser
         found["loss"].backward()
         assert all(p.grad is None for p in one.net.head.parameters())
         optimizer.step()
@@ -344,7 +380,10 @@ def test_the_prior_of_a_vbll_head_is_centred_at_the_rows():
         make_head("linear", rows, None, 10, 0, {"start_std": 0.25})
     biased = make_head("linear", rows, torch.ones(2), 10, 0, {})
     assert torch.equal(biased(torch.zeros(1, 32)), torch.ones(1, 2))
-    for refused in (check_laplace, lambda head: laplace_head(head, [torch.zeros(3, 32)], (torch.zeros(3, 32), torch.zeros(3)))):
+    for refused in (
+        check_laplace,
+        lambda head: laplace_head(head, [torch.zeros(3, 32)], (torch.zeros(3, 32), torch.zeros(3))),
+    ):
         with pytest.raises(UserError, match="has a bias, which Laplace does not take"):
             refused(biased)
     with pytest.raises(UserError, match=r"no head 'vbl'. Near: 'vbll'"):
@@ -386,7 +425,9 @@ def test_rows_that_do_not_fit():
     with pytest.raises(UserError, match="share a token"):
         make_task("classes", "{text}", {"answers": {"0": " bad", "1": " bad"}}).tokens(words)
     with pytest.raises(UserError, match="has label '2' and answers"):
-        make_task("answers", "{text}", {"answers": {"0": " {text}", "2": " {b}"}, "label": "{label}"}).encode("a", row, words)
+        make_task("answers", "{text}", {"answers": {"0": " {text}", "2": " {b}"}, "label": "{label}"}).encode(
+            "a", row, words
+        )
     with pytest.raises(UserError, match="has no token that is counted"):
         make_task("causal", "{text}", {"answer": "{empty}", "end": False}).encode("a", {**row, "empty": ""}, words)
 
@@ -409,6 +450,8 @@ def test_an_objective_gives_the_loss_of_its_task():
     items = [task.encode(row["q"], row, tokenizer()) for row in rows]
     each = [naive(lm, item.pieces[0]) for item in items]
     loss = LmObjective(LmNet(lm), task)(gather(items))["loss"]
-    assert float(loss) == pytest.approx(sum(map(sum, each)) / sum(map(len, each)), rel=1e-4)  # a mean over tokens, not rows
+    assert float(loss) == pytest.approx(
+        sum(map(sum, each)) / sum(map(len, each)), rel=1e-4
+    )  # a mean over tokens, not rows
     packed = task.training(items)
     assert len(packed) == 2 and len(make_task("causal", "{q}", {"answer": " {a}", "pack": True}).training(items)) == 1

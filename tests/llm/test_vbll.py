@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 from helpers.tiny import images, tiny_vit
+from helpers.vbll_parts import COVARIANCES, LABELS, covariances, features, moved_head, wave
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, kl_divergence
-from helpers.vbll_parts import COVARIANCES, LABELS, covariances, features, moved_head, wave
 
 import vismt
 from vismt.config import TrainConfig
@@ -20,12 +20,21 @@ from vismt.llm import VBLLClassifier
 
 # Loss, KL without its constant, bound of each example of `moved_head`: what vbll 0.4.9 (DiscClassification) gives in fp64.
 PACKAGE = {
-    "diagonal": (5.124080208647107, 24.278163494730748, [
-        -3.65049027260637, -3.0794713000910225, -4.199838064361538, -5.363614077009233, -6.65270655903988]),
-    "dense": (7.262421874546483, 26.28773491464025, [
-        -4.025663323624774, -7.618608375021067, -4.6825380592695405, -5.821180358988519, -11.238642058212331]),
-    "lowrank": (6.474506066749639, 19.23152141081289, [
-        -5.147285058748874, -4.7149807428878034, -5.311086118048498, -6.880977115831156, -8.274750788594101]),
+    "diagonal": (
+        5.124080208647107,
+        24.278163494730748,
+        [-3.65049027260637, -3.0794713000910225, -4.199838064361538, -5.363614077009233, -6.65270655903988],
+    ),
+    "dense": (
+        7.262421874546483,
+        26.28773491464025,
+        [-4.025663323624774, -7.618608375021067, -4.6825380592695405, -5.821180358988519, -11.238642058212331],
+    ),
+    "lowrank": (
+        6.474506066749639,
+        19.23152141081289,
+        [-5.147285058748874, -4.7149807428878034, -5.311086118048498, -6.880977115831156, -8.274750788594101],
+    ),
 }
 
 
@@ -47,7 +56,8 @@ def test_logits_and_bound_in_closed_form(covariance: str) -> None:
             assert mean[b, c].item() == pytest.approx((head.mean[c] @ x[b]).item(), abs=1e-12)
             assert variance[b, c].item() == pytest.approx(own.item(), rel=1e-12)
     expected = [
-        mean[b, y] - torch.log(sum(torch.exp(mean[b, c] + variance[b, c] / 2) for c in range(3))) for b, y in enumerate(LABELS)
+        mean[b, y] - torch.log(sum(torch.exp(mean[b, c] + variance[b, c] / 2) for c in range(3)))
+        for b, y in enumerate(LABELS)
     ]
     assert torch.allclose(head.bound(x, LABELS), torch.stack(expected), atol=1e-12)
     assert torch.equal(head(x), mean)
@@ -122,7 +132,9 @@ def test_gradients(covariance: str) -> None:
     def loss(x: Tensor, *values: Tensor) -> Tensor:
         return torch.func.functional_call(Loss(head), {f"head.{n}": v for n, v in zip(names, values)}, (x,))
 
-    assert torch.autograd.gradcheck(loss, (x, *(value.detach().clone().requires_grad_() for value in head.parameters())))
+    assert torch.autograd.gradcheck(
+        loss, (x, *(value.detach().clone().requires_grad_() for value in head.parameters()))
+    )
 
 
 class Loss(nn.Module):
@@ -185,7 +197,8 @@ def test_error_falls_with_the_root_of_the_samples() -> None:
     head, x = moved_head("diagonal"), features()[:1].expand(200, 6)
     exact = head.predict(x[:1], 400_000, torch.Generator().manual_seed(1))
     errors = [
-        (head.predict(x, samples, torch.Generator().manual_seed(2)) - exact).square().mean().sqrt() for samples in (10, 1000)
+        (head.predict(x, samples, torch.Generator().manual_seed(2)) - exact).square().mean().sqrt()
+        for samples in (10, 1000)
     ]
     assert 8 < errors[0] / errors[1] < 12.5  # sqrt(100)
 
@@ -280,7 +293,9 @@ def test_starts_at_the_rows_with_the_prior_there() -> None:
     head = VBLLClassifier(50, 3, 10, rows=rows.to(torch.bfloat16), start_std=0.03, start_noise=0.2)
     x = torch.randn(4, 50)
     assert torch.equal(head(x), x @ rows.to(torch.bfloat16).float().mT)
-    assert torch.allclose(head.spread.log_std.exp(), torch.tensor(0.03)) and head.log_noise.exp()[0].item() == pytest.approx(0.2)
+    assert torch.allclose(head.spread.log_std.exp(), torch.tensor(0.03)) and head.log_noise.exp()[
+        0
+    ].item() == pytest.approx(0.2)
     # Each of 150 weights: (0.03^2 / 0.04 - log(0.03^2 / 0.04) - 1) / 2 = 1.40846; centred at 0, 9 / 0.04 / 2 more.
     assert head.kl().item() == pytest.approx(150 * 1.40846, rel=1e-4)
     head.centre.zero_()
@@ -306,13 +321,19 @@ def test_rates_of_their_own_and_no_decay() -> None:
     names = {id(value): name for name, value in objective.named_parameters()}
     seen = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in made.param_groups for p in group["params"]}
     assert seen == {
-        "backbone.weight": (0.01, 0.1), "backbone.bias": (0.01, 0.0), "head.mean": (0.03, 0.0), "head.log_noise": (0.03, 0.0),
-        "head.spread.log_std": (0.3, 0.0), "head.spread.factor": (0.3, 0.0),
+        "backbone.weight": (0.01, 0.1),
+        "backbone.bias": (0.01, 0.0),
+        "head.mean": (0.03, 0.0),
+        "head.log_noise": (0.03, 0.0),
+        "head.spread.log_std": (0.3, 0.0),
+        "head.spread.factor": (0.3, 0.0),
     }
     groups = objective.head.parameter_groups(0.01, 0.2)
     assert sum(len(group["params"]) for group in groups) == len(list(objective.head.parameters()))
     assert {(names[id(p)], group["lr"], group["weight_decay"]) for group in groups for p in group["params"]} == {
-        ("head.mean", 0.01, 0.0), ("head.log_noise", 0.01, 0.0), ("head.spread.log_std", 0.2, 0.0),
+        ("head.mean", 0.01, 0.0),
+        ("head.log_noise", 0.01, 0.0),
+        ("head.spread.log_std", 0.2, 0.0),
         ("head.spread.factor", 0.2, 0.0),
     }
 
@@ -363,41 +384,52 @@ def make(**changes: object) -> VBLLClassifier:
     return VBLLClassifier(**{"in_features": 6, "num_classes": 3, "num_train": 40, **changes})
 
 
-@pytest.mark.parametrize("changes,told", [
-    ({"num_train": 0}, "num_train 0; it must be the number of training examples"),
-    ({"num_train": 0.5}, "num_train 0.5"),
-    ({"num_classes": 1}, "1 classes on 6 features"),
-    ({"covariance": "diagnal"}, "no covariance 'diagnal'. Near: 'diagonal'"),
-    ({"covariance_rank": 2}, "only 'lowrank' has a rank"),
-    ({"covariance": "lowrank", "covariance_rank": 7}, "covariance_rank 7; it must lie in \\[1, 6\\]"),
-    ({"prior_scale": 0.0}, "prior_scale leads to 0.0; it must be positive"),
-    ({"start_std": -1.0}, "start_std"),
-    ({"start_noise": 0.0}, "start_noise"),
-    ({"noise_scale": math.inf}, "noise_scale"),
-    ({"rows": torch.zeros(3, 5)}, "rows are \\(3, 5\\), needed \\(3, 6\\)"),
-])
+@pytest.mark.parametrize(
+    "changes,told",
+    [
+        ({"num_train": 0}, "num_train 0; it must be the number of training examples"),
+        ({"num_train": 0.5}, "num_train 0.5"),
+        ({"num_classes": 1}, "1 classes on 6 features"),
+        ({"covariance": "diagnal"}, "no covariance 'diagnal'. Near: 'diagonal'"),
+        ({"covariance_rank": 2}, "only 'lowrank' has a rank"),
+        ({"covariance": "lowrank", "covariance_rank": 7}, "covariance_rank 7; it must lie in \\[1, 6\\]"),
+        ({"prior_scale": 0.0}, "prior_scale leads to 0.0; it must be positive"),
+        ({"start_std": -1.0}, "start_std"),
+        ({"start_noise": 0.0}, "start_noise"),
+        ({"noise_scale": math.inf}, "noise_scale"),
+        ({"rows": torch.zeros(3, 5)}, "rows are \\(3, 5\\), needed \\(3, 6\\)"),
+    ],
+)
 def test_what_a_head_cannot_be(changes: dict, told: str) -> None:
     with pytest.raises(UserError, match=told):
         make(**changes)
 
 
-@pytest.mark.parametrize("x,y,told", [
-    (torch.zeros(2, 4, 6), torch.zeros(2).long(), "pool tokens"),
-    (torch.zeros(2, 5), torch.zeros(2).long(), "needed floats \\(b, 6\\)"),
-    (torch.zeros(2, 6).long(), torch.zeros(2).long(), "torch.int64"),
-    (torch.zeros(2, 6), torch.zeros(2), "labels are torch.float32"),
-    (torch.zeros(2, 6), torch.zeros(3).long(), "needed whole numbers \\(2,\\)"),
-    (torch.zeros(2, 6), torch.tensor([0, 3]), "labels range over \\[0, 3\\], needed \\[0, 2\\]"),
-    (torch.zeros(2, 6), torch.tensor([0, -100]), "labels range over \\[-100, 0\\]"),
-])
+@pytest.mark.parametrize(
+    "x,y,told",
+    [
+        (torch.zeros(2, 4, 6), torch.zeros(2).long(), "pool tokens"),
+        (torch.zeros(2, 5), torch.zeros(2).long(), "needed floats \\(b, 6\\)"),
+        (torch.zeros(2, 6).long(), torch.zeros(2).long(), "torch.int64"),
+        (torch.zeros(2, 6), torch.zeros(2), "labels are torch.float32"),
+        (torch.zeros(2, 6), torch.zeros(3).long(), "needed whole numbers \\(2,\\)"),
+        (torch.zeros(2, 6), torch.tensor([0, 3]), "labels range over \\[0, 3\\], needed \\[0, 2\\]"),
+        (torch.zeros(2, 6), torch.tensor([0, -100]), "labels range over \\[-100, 0\\]"),
+    ],
+)
 def test_inputs_that_do_not_fit(x: Tensor, y: Tensor, told: str) -> None:
     with pytest.raises(UserError, match=told):
         make().loss(x, y)
 
 
-@pytest.mark.parametrize("options,told", [
-    ({"samples": 0}, "samples 0"), ({"samples": 2.5}, "samples 2.5"), ({"method": "probbit"}, "Near: 'probit'"),
-])
+@pytest.mark.parametrize(
+    "options,told",
+    [
+        ({"samples": 0}, "samples 0"),
+        ({"samples": 2.5}, "samples 2.5"),
+        ({"method": "probbit"}, "Near: 'probit'"),
+    ],
+)
 def test_predictions_that_are_none(options: dict, told: str) -> None:
     with pytest.raises(UserError, match=told):
         make().predict(torch.zeros(2, 6), **options)

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
+from helpers.vbll_parts import LABELS, features, moved_generative, moved_head, wave
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
-from helpers.vbll_parts import LABELS, features, moved_generative, moved_head, wave
 
 from vismt.errors import UserError
 from vismt.llm import GenerativeVBLL
@@ -23,9 +23,12 @@ def test_density_and_bound_against_torch() -> None:
     noise, spread = torch.exp(2 * head.log_noise), torch.exp(2 * head.spread.log_std)
     joint = torch.stack([density(head.mean[c], noise + spread[c]).log_prob(x) for c in range(3)], 1)
     assert torch.allclose(head(x), joint, atol=1e-12)
-    own = torch.stack([
-        density(head.mean[y], noise).log_prob(x[b]) - 0.5 * (spread[y] / noise).sum() for b, y in enumerate(LABELS.tolist())
-    ])
+    own = torch.stack(
+        [
+            density(head.mean[y], noise).log_prob(x[b]) - 0.5 * (spread[y] / noise).sum()
+            for b, y in enumerate(LABELS.tolist())
+        ]
+    )
     assert torch.allclose(head.bound(x, LABELS), own - torch.logsumexp(joint, 1), atol=1e-12)
     assert torch.allclose(head.predict(x), joint.softmax(1), atol=1e-12)
     assert torch.allclose(head.uncertainty(x)["surprise"], -torch.logsumexp(joint - math.log(3), 1), atol=1e-12)
@@ -36,9 +39,12 @@ def test_the_numbers_of_the_package() -> None:
     head = moved_generative()
     assert head.loss(features(), LABELS).item() + 9 / 40 == pytest.approx(8.89556892441, rel=1e-11)
     assert head.bound(features(), LABELS).tolist() == pytest.approx(
-        [-10.043348305741013, -9.360598318813528, -7.0089655873001675, -8.031094365490794, -6.468794693396099], rel=1e-12)
+        [-10.043348305741013, -9.360598318813528, -7.0089655873001675, -8.031094365490794, -6.468794693396099],
+        rel=1e-12,
+    )
     assert head.predict(features())[0].tolist() == pytest.approx(
-        [0.0007949360330305737, 0.0021332226789955847, 0.9970718412879739], rel=1e-10)
+        [0.0007949360330305737, 0.0021332226789955847, 0.9970718412879739], rel=1e-10
+    )
 
 
 def test_bound_below_the_expected_log_likelihood() -> None:
@@ -46,7 +52,9 @@ def test_bound_below_the_expected_log_likelihood() -> None:
     torch.manual_seed(0)
     means = head.mean + head.spread.log_std.exp() * torch.randn(100_000, 3, 6, dtype=x.dtype)
     precision = torch.exp(-2 * head.log_noise)
-    logits = torch.stack([-0.5 * ((one - means).square() * precision).sum(-1) for one in x], 1)  # (s, b, k), up to a constant
+    logits = torch.stack(
+        [-0.5 * ((one - means).square() * precision).sum(-1) for one in x], 1
+    )  # (s, b, k), up to a constant
     logs = logits.log_softmax(-1)[:, torch.arange(5), LABELS]
     error = logs.std(0) / math.sqrt(len(logs))
     bound = head.bound(x, LABELS)

@@ -104,8 +104,11 @@ def test_checkpointing_saves_less():
 
 @pytest.mark.parametrize(
     ("build", "kind", "counters"),
-    [(lambda p: torch.optim.AdamW(p), "adamw", 4 * 4), (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), "sgd_momentum", 0),
-     (lambda p: torch.optim.SGD(p, 0.1), "sgd", 0)],
+    [
+        (lambda p: torch.optim.AdamW(p), "adamw", 4 * 4),
+        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), "sgd_momentum", 0),
+        (lambda p: torch.optim.SGD(p, 0.1), "sgd", 0),
+    ],
 )
 def test_optimiser_state(build, kind, counters):
     model = Tiny()
@@ -178,7 +181,12 @@ def test_account_prints():
     # 68 / 212 = 32.08 %
     assert str(costs).splitlines()[0] == "parameters        68 trainable of 212 (32.08 %)"
     assert [line[:18].strip() for line in str(costs).splitlines()[1:]] == [
-        "weights", "gradients", "activations", "optimiser", "optimiser formula", "peak of a step"
+        "weights",
+        "gradients",
+        "activations",
+        "optimiser",
+        "optimiser formula",
+        "peak of a step",
     ]
     assert account(model).activation_bytes is None and len(str(account(model)).splitlines()) == 3
 

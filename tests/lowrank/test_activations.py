@@ -8,8 +8,8 @@ from torch import nn
 
 import vismt
 from vismt.llm import LISA
-from vismt.lowrank.memory import saved_activation_bytes
 from vismt.lowrank.activations import Block, Decoder, decoder_activation_bytes
+from vismt.lowrank.memory import saved_activation_bytes
 
 BATCH, LENGTH, DEPTH = 3, 8, 3
 SIZES = Decoder(hidden=16, ffn=24, heads=4, kv_heads=2, head_dim=4, vocabulary=30)
@@ -20,8 +20,13 @@ def decoder(family: str) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     options = {
-        "hidden_size": 16, "num_hidden_layers": DEPTH, "intermediate_size": 24, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 30, "tie_word_embeddings": False,
+        "hidden_size": 16,
+        "num_hidden_layers": DEPTH,
+        "intermediate_size": 24,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 30,
+        "tie_word_embeddings": False,
     }
     if family == "llama":
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(**options)).train()

@@ -139,8 +139,12 @@ def test_stack():
     bank = FactorBank.stack(parts)
     assert bank.scale == 2.0 and torch.equal(bank.B[1], parts[1].L) and torch.equal(bank.A[2], parts[2].R)
     assert bank.A.requires_grad
-    mixed = [LowRank(p.L, p.R, core, scale) for p, core, scale in
-             zip(parts, (None, torch.tensor([2.0, 3.0]), torch.tensor([[0.0, 1.0], [2.0, 0.0]])), (1.0, 2.0, 3.0))]
+    mixed = [
+        LowRank(p.L, p.R, core, scale)
+        for p, core, scale in zip(
+            parts, (None, torch.tensor([2.0, 3.0]), torch.tensor([[0.0, 1.0], [2.0, 0.0]])), (1.0, 2.0, 3.0)
+        )
+    ]
     bank = FactorBank.stack(mixed)
     for index, part in enumerate(mixed):
         assert torch.allclose(bank.expert(index).delta(), part.delta(), atol=1e-6)

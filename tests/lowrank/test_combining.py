@@ -54,8 +54,14 @@ def test_both_methods_are_the_weighted_sum(data):
     out, inp = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 8))
     count = data.draw(st.integers(1, 4))
     parts = [
-        draw(data.draw(st.integers(0, 999)), out, inp, data.draw(st.integers(1, 4)),
-             data.draw(st.sampled_from(CORES)), data.draw(st.sampled_from(SCALES)))
+        draw(
+            data.draw(st.integers(0, 999)),
+            out,
+            inp,
+            data.draw(st.integers(1, 4)),
+            data.draw(st.sampled_from(CORES)),
+            data.draw(st.sampled_from(SCALES)),
+        )
         for _ in range(count)
     ]
     weights = data.draw(st.lists(st.floats(-2, 2), min_size=count, max_size=count))
@@ -89,8 +95,12 @@ def test_rank_above_what_the_sum_has_is_no_error():
 
 @pytest.mark.parametrize(
     ("weights", "message"),
-    [([1.0], "2 adapters but 1 weights"), ([1.0, math.nan], "weight 1 is nan"), ([math.inf, 1.0], "weight 0 is inf"),
-     (["a", 1.0], "weight 0 is 'a'")],
+    [
+        ([1.0], "2 adapters but 1 weights"),
+        ([1.0, math.nan], "weight 1 is nan"),
+        ([math.inf, 1.0], "weight 0 is inf"),
+        (["a", 1.0], "weight 0 is 'a'"),
+    ],
 )
 def test_bad_weights(weights, message):
     with pytest.raises(UserError, match=message):
@@ -117,9 +127,12 @@ def test_other_errors():
 @pytest.mark.parametrize(
     ("adapters", "weights", "message"),
     [
-        ((draw(0, 4, 4, 2) for _ in range(1)), [1.0], "adapters is one generator"), ("folder", [1.0], "adapters is one str"),
-        (draw(0, 4, 4, 2), [1.0], "adapters is one LowRank"), ([draw(0, 4, 4, 2)], 1.0, "weights is one float"),
-        ([draw(0, 4, 4, 2)], (w for w in [1.0]), "weights is one generator"), ({"a": draw(0, 4, 4, 2)}, [1.0], "one dict"),
+        ((draw(0, 4, 4, 2) for _ in range(1)), [1.0], "adapters is one generator"),
+        ("folder", [1.0], "adapters is one str"),
+        (draw(0, 4, 4, 2), [1.0], "adapters is one LowRank"),
+        ([draw(0, 4, 4, 2)], 1.0, "weights is one float"),
+        ([draw(0, 4, 4, 2)], (w for w in [1.0]), "weights is one generator"),
+        ({"a": draw(0, 4, 4, 2)}, [1.0], "one dict"),
     ],
 )
 def test_what_is_no_list_is_told(adapters, weights, message):

@@ -11,8 +11,8 @@ from torch import nn
 
 import vismt
 from vismt.errors import UserError
-from vismt.lowrank.memory import count_parameters, saved_activation_bytes
 from vismt.lowrank.inject import adapted_modules
+from vismt.lowrank.memory import count_parameters, saved_activation_bytes
 from vismt.lowrank.store import DESCRIPTION
 
 THETAS = ["full", "diagonal"]
@@ -39,13 +39,16 @@ def golden(theta: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("theta,output,merged", [
-    # x = (3, 1): W x + b = (5.5, -1); A x = (2, 2). C A x = (2 + 4, -2) = (6, -2); B (6, -2) = (6, 4); times 3: (18, 12).
-    # B C = [[1, 2], [1, 1]], B C A = [[1, 3], [1, 1]]. With C^T in its place C^T A x would be (2, 2).
-    ("full", [[23.5, 11.0]], [[4.0, 11.0], [3.0, 2.0]]),
-    # C A x = (4, -2); B (4, -2) = (4, 2); times 3: (12, 6). B C = [[2, 0], [2, -1]], B C A = [[2, -2], [2, -4]].
-    ("diagonal", [[17.5, 5.0]], [[7.0, -4.0], [6.0, -13.0]]),
-])
+@pytest.mark.parametrize(
+    "theta,output,merged",
+    [
+        # x = (3, 1): W x + b = (5.5, -1); A x = (2, 2). C A x = (2 + 4, -2) = (6, -2); B (6, -2) = (6, 4); times 3: (18, 12).
+        # B C = [[1, 2], [1, 1]], B C A = [[1, 3], [1, 1]]. With C^T in its place C^T A x would be (2, 2).
+        ("full", [[23.5, 11.0]], [[4.0, 11.0], [3.0, 2.0]]),
+        # C A x = (4, -2); B (4, -2) = (4, 2); times 3: (12, 6). B C = [[2, 0], [2, -1]], B C A = [[2, -2], [2, -4]].
+        ("diagonal", [[17.5, 5.0]], [[7.0, -4.0], [6.0, -13.0]]),
+    ],
+)
 def test_golden_numbers(theta: str, output: list, merged: list) -> None:
     model = golden(theta)
     assert model(torch.tensor([[3.0, 1.0]])).tolist() == output
@@ -73,7 +76,11 @@ def test_each_block_has_its_core() -> None:
 @pytest.mark.parametrize("theta", THETAS)
 def test_forward_update_and_merge_agree_in_double_precision(split: bool, theta: str) -> None:
     model = single(alpha=3.0, split_qkv=split, theta=theta)
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["qkv.lora_A", "qkv.lora_B", "qkv.lora_C"]
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        "qkv.lora_A",
+        "qkv.lora_B",
+        "qkv.lora_C",
+    ]
     x = torch.randn(2, 3, 5, dtype=torch.double)
     host, before = model.qkv, model(x)
     base = nn.functional.linear(x, host.weight, host.bias)

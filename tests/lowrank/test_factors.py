@@ -30,8 +30,12 @@ def dense(a):
 
 anything = st.builds(
     draw,
-    st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 9), st.integers(1, 6),
-    st.sampled_from(["none", "diagonal", "matrix"]), st.sampled_from([1.0, 0.5, -2.0, 16.0]),
+    st.integers(0, 10_000),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(1, 6),
+    st.sampled_from(["none", "diagonal", "matrix"]),
+    st.sampled_from([1.0, 0.5, -2.0, 16.0]),
 )
 
 
@@ -40,7 +44,10 @@ def test_delta_and_apply_by_hand():
     # L C = [[0, 3], [2, 0], [1, 3]];  L C R = [[0, 3], [2, 4], [1, 5]];  halved [[0, 1.5], [1, 2], [.5, 2.5]].
     # A transposed core would give L C^T R = [[0, 1], [6, 12], [3, 7]].
     a = LowRank(
-        torch.tensor([[1.0, 0], [0, 2], [1, 1]]), torch.tensor([[1.0, 2], [0, 1]]), torch.tensor([[0.0, 3], [1, 0]]), 0.5
+        torch.tensor([[1.0, 0], [0, 2], [1, 1]]),
+        torch.tensor([[1.0, 2], [0, 1]]),
+        torch.tensor([[0.0, 3], [1, 0]]),
+        0.5,
     )
     expected = torch.tensor([[0, 1.5], [1, 2], [0.5, 2.5]])
     assert torch.equal(a.delta(), expected)
@@ -147,8 +154,14 @@ def test_the_full_matrix_is_never_formed():
 
 @pytest.mark.parametrize(
     ("left", "right", "core"),
-    [((4, 2), (3, 5), None), ((4, 2, 1), (2, 5), None), ((4, 0), (0, 5), None), ((4, 2), (2, 5), (3,)),
-     ((4, 2), (2, 5), (2, 3)), ((4, 2), (2, 5), (1, 2, 2))],
+    [
+        ((4, 2), (3, 5), None),
+        ((4, 2, 1), (2, 5), None),
+        ((4, 0), (0, 5), None),
+        ((4, 2), (2, 5), (3,)),
+        ((4, 2), (2, 5), (2, 3)),
+        ((4, 2), (2, 5), (1, 2, 2)),
+    ],
 )
 def test_wrong_shapes_name_both(left, right, core):
     with pytest.raises(UserError) as caught:

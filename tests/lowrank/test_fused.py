@@ -8,20 +8,20 @@ import pytest
 import timm
 import torch
 from helpers.language_models import outputs, random_lm
+from helpers.tiny import shake, tiny_vit
 from timm.layers.diff_attention import DiffAttention
 from timm.models.efficientformer import Attention as EfficientFormerAttention
 from timm.models.gcvit import WindowAttentionGlobal
 from timm.models.maxxvit import AttentionCl
 from timm.models.swin_transformer_v2 import WindowAttention
 from timm.models.tiny_vit import Attention as TinyVitAttention
-from helpers.tiny import shake, tiny_vit
 from torch import Tensor, nn
 
 import vismt
 from vismt.errors import UserError
 from vismt.llm import Selection, select_units
-from vismt.lowrank.structures import structures
 from vismt.lowrank.inject import adapted_modules
+from vismt.lowrank.structures import structures
 
 HEADS = {"num_attention_heads": 8}
 
@@ -122,7 +122,9 @@ def test_rows_of_another_order_are_never_taken(name: str) -> None:
     assert bool(units) == (name == "bigcode-mha")
     expected, told = outputs(model), r"'c_attn' is not known for a GPTBigCodeAttention"
     if units:
-        with pytest.raises(UserError, match=rf"'transformer\.h\.0\.attn' cannot be reordered: .*{told}; use mode='index'"):
+        with pytest.raises(
+            UserError, match=rf"'transformer\.h\.0\.attn' cannot be reordered: .*{told}; use mode='index'"
+        ):
             vismt.adapt(model, "s2ft", selection=Selection(units))
         with pytest.raises(UserError, match=rf"nothing known to take part 'v' from: .*{told}"):
             select_units(model, parts="v")
@@ -145,6 +147,7 @@ def test_heads_first_and_missing_queries_leave_the_columns_of_o_alone(name: str)
 
 def test_known_by_the_class_that_computes() -> None:
     """A subclass with a forward of its own may read the rows otherwise; cross-attention has no queries in c_attn."""
+
     class Own(AttentionCl):
         def forward(self, x: Tensor) -> Tensor:
             return self.proj(self.qkv(x)[..., :32])

@@ -107,14 +107,18 @@ def test_clamped_rank_keeps_the_scale_of_its_own_rank() -> None:
 
 def test_patterns_set_rank_and_alpha_by_first_match() -> None:
     model = tiny_vit()
-    report = vismt.adapt(model, "lora", rank=2, rank_pattern={r"blocks\.1\..*": 4, "fc2": 3}, alpha_pattern={"attn.qkv": 6})
+    report = vismt.adapt(
+        model, "lora", rank=2, rank_pattern={r"blocks\.1\..*": 4, "fc2": 3}, alpha_pattern={"attn.qkv": 6}
+    )
     ranks = {site.path: (site.rank, site.scale) for site in report.sites}
     assert ranks["blocks.0.mlp.fc2"] == (3, 1.0) and ranks["blocks.1.mlp.fc2"] == (4, 1.0)
     assert ranks["blocks.0.attn.qkv"] == (2, 3.0) and ranks["blocks.1.attn.qkv"] == (4, 1.5)
 
 
 def test_refused_modules_are_named_or_left_out_with_a_reason() -> None:
-    model = nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2), "ok": nn.Linear(8, 8), "grouped": nn.Conv2d(4, 4, 3, groups=2)})
+    model = nn.ModuleDict(
+        {"mha": nn.MultiheadAttention(8, 2), "ok": nn.Linear(8, 8), "grouped": nn.Conv2d(4, 4, 3, groups=2)}
+    )
     report = vismt.adapt(model, "lora", rank=2)
     assert [site.path for site in report.sites] == ["ok"]
     assert any("MultiheadAttention" in text for text in report.skipped) and "left out" in str(report)
@@ -205,7 +209,12 @@ def test_conv_neighbour_values() -> None:
 def test_target_in_llama_and_the_head_left_out() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        hidden_size=16, num_hidden_layers=2, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, vocab_size=30
+        hidden_size=16,
+        num_hidden_layers=2,
+        intermediate_size=24,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=30,
     )
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).eval()
@@ -213,5 +222,8 @@ def test_target_in_llama_and_the_head_left_out() -> None:
     before = model(tokens).logits
     report = vismt.adapt(model, "pissa", rank=2)
     names = {site.path.split(".")[-1] for site in report.sites}
-    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"} and len(report.sites) == 14
+    assert (
+        names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+        and len(report.sites) == 14
+    )
     assert torch.allclose(model(tokens).logits, before, atol=1e-5)

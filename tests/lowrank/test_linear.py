@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 
 import vismt
-from vismt.lowrank.memory import saved_activation_bytes
 from vismt.lowrank.inject import adapted_modules
+from vismt.lowrank.memory import saved_activation_bytes
 
 
-def single(method: str = "lora", in_features: int = 5, out_features: int = 9, name: str = "qkv", **options: object) -> nn.Module:
+def single(
+    method: str = "lora", in_features: int = 5, out_features: int = 9, name: str = "qkv", **options: object
+) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential()
     model.add_module(name, nn.Linear(in_features, out_features).double())

@@ -15,9 +15,22 @@ from vismt.lowrank.nf4 import levels, nf4, on_grid
 
 # Dettmers et al., arXiv 2305.14314, appendix E.
 PUBLISHED = [
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
 ]
 
 
@@ -59,7 +72,9 @@ def test_bitsandbytes_is_asked_for_rows_of_one_block_and_remembered(monkeypatch,
         asked.append((tuple(blocks.shape), blocksize, quant_type))
         return blocks, None
 
-    functional = SimpleNamespace(quantize_4bit=quantize_4bit, dequantize_4bit=lambda packed, state: packed.round(decimals=1))
+    functional = SimpleNamespace(
+        quantize_4bit=quantize_4bit, dequantize_4bit=lambda packed, state: packed.round(decimals=1)
+    )
     model = nn.Sequential(nn.Linear(30, 5))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"'bitsandbytes' is not installed .*take quantize='nf4'"):

@@ -29,7 +29,9 @@ def lost(weight: Tensor, U: Tensor, rank: int) -> float:
 
 INDEX = torch.arange(160, dtype=torch.float64)
 SPECTRA = {
-    "slow decay": 2 * 0.98**INDEX, "power law": 1 / (1 + INDEX) ** 0.3, "flat": torch.linspace(1, 0.8, 160, dtype=torch.float64),
+    "slow decay": 2 * 0.98**INDEX,
+    "power law": 1 / (1 + INDEX) ** 0.3,
+    "flat": torch.linspace(1, 0.8, 160, dtype=torch.float64),
     "outlier": torch.cat([torch.tensor([1e3]).double(), 1 - INDEX[1:] / 300]),
 }
 

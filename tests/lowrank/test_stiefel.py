@@ -93,8 +93,12 @@ def test_pull_is_the_gradient_of_a_quarter_of_the_infeasibility():
 def test_a_batch_is_its_members():
     z, step = torch.linalg.qr(normal(0, 4, 9, 3))[0], 0.1 * normal(1, 4, 9, 3)
     for function in (
-        lambda z, step: landing_field(z + step, step, 0.3), lambda z, step: penalty_field(z + step, step, 0.3), qr_retraction,
-        polar_retraction, cayley_retraction, lambda z, step: infeasibility(z + step),
+        lambda z, step: landing_field(z + step, step, 0.3),
+        lambda z, step: penalty_field(z + step, step, 0.3),
+        qr_retraction,
+        polar_retraction,
+        cayley_retraction,
+        lambda z, step: infeasibility(z + step),
         lambda z, step: stable_rank(z + step, step[..., :3, :], step),
     ):
         assert torch.allclose(function(z, step), torch.stack([function(*one) for one in zip(z, step)]), atol=1e-12)
@@ -138,7 +142,9 @@ def test_retractions():
 def test_cayley_equals_its_n_by_n_definition(rank):
     z, grad = torch.linalg.qr(normal(3, 10, rank))[0], normal(4, 10, rank)
     skew, eye = grad @ z.T - z @ grad.T, torch.eye(10, dtype=z.dtype)
-    expected = torch.linalg.solve(eye + 0.15 * skew, (eye - 0.15 * skew) @ z)  # (I + eta/2 A)^-1 (I - eta/2 A) Z, eta = 0.3
+    expected = torch.linalg.solve(
+        eye + 0.15 * skew, (eye - 0.15 * skew) @ z
+    )  # (I + eta/2 A)^-1 (I - eta/2 A) Z, eta = 0.3
     assert torch.allclose(cayley_retraction(z, -0.3 * tangent_projection(z, grad)), expected, atol=1e-12)
     # of any other step it follows the tangent part: Z S with symmetric S points off the manifold and moves nothing
     away = z @ (lambda s: s + s.T)(normal(5, rank, rank))
@@ -159,7 +165,9 @@ def test_orthonormalize_keeps_the_product(seed, rank, more, extra, diagonal):
     theta = normal(seed + 2, rank) if diagonal else normal(seed + 2, rank, rank)
     new_x, new_theta, new_y = orthonormalize(x, theta, y)
     before, after = LowRank(x, y.T, theta), LowRank(new_x, new_y.T, new_theta)
-    assert torch.allclose(after.delta(), before.delta(), rtol=0, atol=1e-11 * max(1.0, float(before.delta().abs().max())))
+    assert torch.allclose(
+        after.delta(), before.delta(), rtol=0, atol=1e-11 * max(1.0, float(before.delta().abs().max()))
+    )
     assert float(infeasibility(new_x)) < 1e-20 and float(infeasibility(new_y)) < 1e-20
     assert new_theta.shape == theta.shape
     # the stable rank can now be read off the small matrix
@@ -203,9 +211,16 @@ def test_half_precision():
 
 def test_errors():
     wide, tall = torch.ones(2, 5), torch.ones(5, 2)
-    for call in (lambda: landing_field(wide, wide, 1.0), lambda: infeasibility(wide), lambda: qr_retraction(wide, wide),
-                 lambda: polar_retraction(wide, wide), lambda: orthonormalize(wide, torch.eye(2), tall),
-                 lambda: cayley_retraction(wide, wide), lambda: penalty_field(wide, wide, 1.0), lambda: pull(wide)):
+    for call in (
+        lambda: landing_field(wide, wide, 1.0),
+        lambda: infeasibility(wide),
+        lambda: qr_retraction(wide, wide),
+        lambda: polar_retraction(wide, wide),
+        lambda: orthonormalize(wide, torch.eye(2), tall),
+        lambda: cayley_retraction(wide, wide),
+        lambda: penalty_field(wide, wide, 1.0),
+        lambda: pull(wide),
+    ):
         with pytest.raises(UserError, match=r"\(2, 5\), needs \(n, r\) with n >= r; transpose"):
             call()
     with pytest.raises(UserError, match=r"gradient is \(2, 5\), factor \(5, 2\)"):

@@ -7,15 +7,15 @@ import json
 import pytest
 import safetensors.torch
 import torch
+from helpers.tiny import images, shake, snapshot, tiny_vit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from helpers.tiny import images, shake, snapshot, tiny_vit
 from torch import nn
 
 import vismt
+from vismt import files
 from vismt.errors import UserError
 from vismt.lowrank import store
-from vismt import files
 
 
 @pytest.fixture
@@ -58,7 +58,9 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(saved) -> None:
 
 def test_adapter_of_another_model_says_both_shapes(saved) -> None:
     _, folder = saved
-    check_refused(folder, r"made for VisionTransformer.*lora_A: saved \(2, 32\), needed \(2, 64\)", tiny_vit(embed_dim=64))
+    check_refused(
+        folder, r"made for VisionTransformer.*lora_A: saved \(2, 32\), needed \(2, 64\)", tiny_vit(embed_dim=64)
+    )
     check_refused(folder, r"no linear or convolution 'blocks\.1", tiny_vit(depth=1))
 
 
@@ -158,8 +160,12 @@ SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6))
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    shape=SHAPES, alpha=st.floats(0.1, 40), rslora=st.booleans(), method=st.sampled_from(ANYWHERE),
-    seed=st.integers(0, 99), conv=st.booleans(),
+    shape=SHAPES,
+    alpha=st.floats(0.1, 40),
+    rslora=st.booleans(),
+    method=st.sampled_from(ANYWHERE),
+    seed=st.integers(0, 99),
+    conv=st.booleans(),
 )
 def test_merge_unadapt_save_load_for_any_shape(tmp_path, shape, alpha, rslora, method, seed, conv) -> None:
     out_features, in_features, rank = shape
@@ -194,7 +200,9 @@ def peft_folder(tmp_path, **options: object):
     return model, tmp_path / "peft"
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"rank_pattern": {"fc1": 3}, "alpha_pattern": {"fc1": 1}}])
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True}, {"rank_pattern": {"fc1": 3}, "alpha_pattern": {"fc1": 1}}]
+)
 def test_what_peft_wrote_is_read_to_the_same_logits(tmp_path, options) -> None:
     theirs, folder = peft_folder(tmp_path, **options)
     ours = vismt.import_peft(tiny_vit(), folder)
@@ -262,7 +270,11 @@ def test_language_models_go_to_peft_and_back(tmp_path, method, family) -> None:
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     if family == "llama":
         config = transformers.LlamaConfig(
-            hidden_size=16, num_hidden_layers=2, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2,
+            hidden_size=16,
+            num_hidden_layers=2,
+            intermediate_size=24,
+            num_attention_heads=4,
+            num_key_value_heads=2,
             vocab_size=30,
         )
     else:

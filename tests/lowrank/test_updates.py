@@ -102,7 +102,9 @@ def test_a_rank_is_kept_of_each_weight_alone() -> None:
         assert update.rank == 3 and torch.allclose(update.delta(), U[:, :3] * S[:3] @ V[:3], atol=1e-6)
     least = combine([one, adapter("conv", 5)], [1.0, 1.0], "svd", rank=5)  # of rank 4 alone, or 2, or both
     assert {path: update.rank for path, update in least.low_rank.items() if ".1." not in path} == {
-        "blocks.0.attn.qkv": 5, "blocks.0.mlp.fc1": 2, "patch_embed.proj": 4
+        "blocks.0.attn.qkv": 5,
+        "blocks.0.mlp.fc1": 2,
+        "patch_embed.proj": 4,
     }
     with pytest.raises(UserError, match=r"rank 7 is outside 1\.\.6"):
         combine([one, two], [1.0, 1.0], "svd", rank=7)
@@ -118,7 +120,12 @@ def test_one_adapter_of_weight_one_is_itself(name: str, form: str, tmp_path: Pat
     itself = combine([vismt.save_adapter(model, tmp_path) if form == "folder" else model], [1.0])
     for path, update in (wanted or {}).items():
         own = itself.low_rank[path]
-        assert torch.equal(own.L, update.L) and torch.equal(own.R, update.R) and own.scale == update.scale and own.core is None
+        assert (
+            torch.equal(own.L, update.L)
+            and torch.equal(own.R, update.R)
+            and own.scale == update.scale
+            and own.core is None
+        )
     put = itself.put_on(tiny_vit())
     exact = name in ("lora", "rslora", "ranks")  # the others sum in another order
     assert torch.equal(put(images()), expected) if exact else torch.allclose(put(images()), expected, atol=1e-6)
@@ -150,7 +157,10 @@ def test_what_was_read_does_not_follow_the_model() -> None:
 def test_factors_keep_fp32_on_a_half_precision_model() -> None:
     one = adapter("lora")
     model = combine([one], [1.0]).put_on(tiny_vit().to(torch.bfloat16))
-    assert torch.equal(model.blocks[0].mlp.fc1.lora_A, one.blocks[0].mlp.fc1.lora_A) and model.head.weight.dtype == torch.bfloat16
+    assert (
+        torch.equal(model.blocks[0].mlp.fc1.lora_A, one.blocks[0].mlp.fc1.lora_A)
+        and model.head.weight.dtype == torch.bfloat16
+    )
 
 
 def test_transposed_weights_of_a_language_model(tmp_path: Path) -> None:
@@ -165,7 +175,9 @@ def test_transposed_weights_of_a_language_model(tmp_path: Path) -> None:
     weights = [vismt.merge(model).state_dict() for model in models]
     stock = tiny_lm("gpt2").state_dict()
     by_hand = tiny_lm("gpt2")
-    by_hand.load_state_dict({key: 2 * weights[0][key] - weights[1][key] for key in stock})  # W + 2 (W_0 - W) - (W_1 - W)
+    by_hand.load_state_dict(
+        {key: 2 * weights[0][key] - weights[1][key] for key in stock}
+    )  # W + 2 (W_0 - W) - (W_1 - W)
     assert torch.allclose(put(tokens()).logits, by_hand(tokens()).logits, atol=2e-5)
     assert not torch.allclose(put(tokens()).logits, tiny_lm("gpt2")(tokens()).logits, atol=1e-2)
 
@@ -313,7 +325,10 @@ def test_a_damaged_folder_is_named(tmp_path: Path) -> None:
     description = json.loads((folder / store.DESCRIPTION).read_text())
     tensors = safetensors.torch.load((folder / description["tensors"]).read_bytes())
     lacking = {key: value for key, value in tensors.items() if key != "blocks.0.mlp.fc1.lora_A"}
-    for changed, told in (({**tensors, "nobody": torch.zeros(1)}, "unexpected 'nobody'"), (lacking, r"lora_A' is missing")):
+    for changed, told in (
+        ({**tensors, "nobody": torch.zeros(1)}, "unexpected 'nobody'"),
+        (lacking, r"lora_A' is missing"),
+    ):
         payload = safetensors.torch.save(changed)
         (folder / description["tensors"]).write_bytes(payload)
         digest = hashlib.sha256(payload).hexdigest()

@@ -70,21 +70,26 @@ def test_kl_by_hand() -> None:
     two, other = torch.cat([p, q]), torch.cat([q, q])
     assert float(trades(two, other, torch.tensor([1, 0]), 6.0)[1].detach()) == pytest.approx(0.36806 / 2, abs=1e-5)
     # CE is of the clean branch: (2.30259 + ln 2) / 2.
-    assert float(trades(two, other, torch.tensor([1, 0]), 0.0)[0].detach()) == pytest.approx((2.30259 + 0.69315) / 2, abs=1e-5)
+    assert float(trades(two, other, torch.tensor([1, 0]), 0.0)[0].detach()) == pytest.approx(
+        (2.30259 + 0.69315) / 2, abs=1e-5
+    )
     assert trades(two, two, torch.tensor([1, 0]), 6.0)[1] == 0
 
 
 # ---- the objective against an explicit one
 
 
-def slow(proto: ProtoNet, batch: dict, attacked: Tensor, adversary: Adversary) -> tuple[float, float, dict[str, Tensor]]:
+def slow(
+    proto: ProtoNet, batch: dict, attacked: Tensor, adversary: Adversary
+) -> tuple[float, float, dict[str, Tensor]]:
     """Loss, KL and gradients of one episode from whole copies of the model, their weights moved in place."""
     factors = [name for name, p in proto.named_parameters() if ".lora_" in name]
     trained = [*factors, "scale"]
 
     def value(centres: Tensor, at: ProtoNet) -> tuple[Tensor, Tensor, Tensor]:
         logits = [
-            at.scale * F.normalize(at.backbone(images)) @ F.normalize(centres).T for images in (batch["query"], attacked)
+            at.scale * F.normalize(at.backbone(images)) @ F.normalize(centres).T
+            for images in (batch["query"], attacked)
         ]
         one, two = (part.softmax(1) for part in logits)
         first, second = (one, two) if adversary.kl == "clean_adv" else (two, one)
@@ -103,7 +108,9 @@ def slow(proto: ProtoNet, batch: dict, attacked: Tensor, adversary: Adversary) -
         for name in trained:
             if not name.endswith(kinds):
                 continue
-            parts = torch.autograd.grad(loss, [m.get_parameter(name) for m in models], retain_graph=True, allow_unused=True)
+            parts = torch.autograd.grad(
+                loss, [m.get_parameter(name) for m in models], retain_graph=True, allow_unused=True
+            )
             found[name] = sum(part for part in parts if part is not None)
         return loss.detach(), kl.detach(), found
 
@@ -158,9 +165,10 @@ def test_the_forms_are_different_functions(attacks: list[dict]) -> None:
         proto = train(adapted(), Adversary(epsilons=(0.0,), gamma=0.0), 3)
         adversary = Adversary(epsilons=(0.5 / 255,), weight_attack=weight, support=support, gamma=GAMMA[weight])
         AdversarialObjective(proto, adversary)(episode(7))["loss"].backward()
-        found[weight, support] = {kind: torch.cat([
-            p.grad.flatten() for name, p in proto.named_parameters() if name.endswith(kind)
-        ]) for kind in ("lora_A", "lora_B")}
+        found[weight, support] = {
+            kind: torch.cat([p.grad.flatten() for name, p in proto.named_parameters() if name.endswith(kind)])
+            for kind in ("lora_A", "lora_B")
+        }
     for one, left in found.items():
         for other, right in found.items():
             equal = one == other or (one[0] == other[0] == "none")
@@ -185,7 +193,8 @@ def test_what_is_trained_besides_learns_once(attacks: list[dict], weight: str) -
 def test_gamma_zero_is_plain_adversarial_training_bit_for_bit(weight: str, support: str) -> None:
     states = []
     for adversary in (
-        Adversary(weight_attack=weight, support=support, gamma=0.0), Adversary(weight_attack="none", gamma=0.3, support=support),
+        Adversary(weight_attack=weight, support=support, gamma=0.0),
+        Adversary(weight_attack="none", gamma=0.3, support=support),
     ):
         states.append(snapshot(train(adapted(), adversary, 3)))
     assert same(*states)
@@ -314,7 +323,9 @@ def test_a_collapse_is_said_after_ten_flat_episodes_in_a_row() -> None:
     run(9, 0.0)
     objective.collapsed(19)
     run(1, 0.0)
-    with pytest.raises(UserError, match=r"collapsed to the uniform prediction \(seen at step 20, 10 episodes in a row\)"):
+    with pytest.raises(
+        UserError, match=r"collapsed to the uniform prediction \(seen at step 20, 10 episodes in a row\)"
+    ):
         objective.collapsed(20)
     assert "flat" not in objective.state_dict()
 
@@ -322,10 +333,14 @@ def test_a_collapse_is_said_after_ten_flat_episodes_in_a_row() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kl": "clean_avd"}, "pool.kl: 'clean_avd'. Near: 'clean_adv'"), ({"weight_attack": "papr"}, "Near: 'paper'"),
-        ({"support": "perturb"}, "pool.support: 'perturb'"), ({"epsilons": ()}, "without a budget"),
+        ({"kl": "clean_avd"}, "pool.kl: 'clean_avd'. Near: 'clean_adv'"),
+        ({"weight_attack": "papr"}, "Near: 'paper'"),
+        ({"support": "perturb"}, "pool.support: 'perturb'"),
+        ({"epsilons": ()}, "without a budget"),
         ({"weight": -1.0}, "weight -1.0"),
-        ({"gamma": -1e-4}, "gamma -0.0001"), ({"warmup": -1}, "warmup -1"), ({"step_ratio": 0.0}, "step_ratio 0.0"),
+        ({"gamma": -1e-4}, "gamma -0.0001"),
+        ({"warmup": -1}, "warmup -1"),
+        ({"step_ratio": 0.0}, "step_ratio 0.0"),
     ],
 )
 def test_errors(change: dict, message: str) -> None:
@@ -341,14 +356,20 @@ def test_the_start_is_the_model_and_its_factors_the_leading_singular_triplets_of
     with torch.no_grad():
         assert torch.allclose(proto.backbone(batch), stock(batch), atol=1e-5)
     hosts = adapted_modules(proto.backbone.vit)
-    assert set(hosts) == {f"blocks.{k}.{site}" for k in (0, 1) for site in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    assert set(hosts) == {
+        f"blocks.{k}.{site}" for k in (0, 1) for site in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    }
     for path, host in hosts.items():
         weight = stock.vit.get_submodule(path).weight.detach()
         blocks = 3 if path.endswith("qkv") else 1
         assert host.lora_A.shape == (2 * blocks, weight.shape[1]) and host.lora_B.shape == (weight.shape[0], 2)
-        for rows, A, B in zip(weight.chunk(blocks), host.lora_A.detach().chunk(blocks), host.lora_B.detach().chunk(blocks)):
+        for rows, A, B in zip(
+            weight.chunk(blocks), host.lora_A.detach().chunk(blocks), host.lora_B.detach().chunk(blocks)
+        ):
             values = torch.linalg.svdvals(rows)
-            assert torch.allclose(A @ A.T, values[:2].diag(), atol=1e-4) and torch.allclose(B.T @ B, values[:2].diag(), atol=1e-4)
+            assert torch.allclose(A @ A.T, values[:2].diag(), atol=1e-4) and torch.allclose(
+                B.T @ B, values[:2].diag(), atol=1e-4
+            )
             left = torch.linalg.svdvals(rows - B @ A)
             assert torch.allclose(left[:-2], values[2:], atol=1e-4) and left[-2:].abs().max() < 1e-4
 
@@ -372,7 +393,8 @@ def test_the_other_start_is_lora() -> None:
     hosts = adapted_modules(proto.backbone.vit).values()
     assert all(host.lora_B.abs().max() == 0 and host.lora_A.abs().max() > 0 and host.lora_A0 is None for host in hosts)
     for options, message in (
-        ({"init": "sdv"}, "adapt.init: 'sdv' for 'amt'. Near: 'svd'"), ({"dropout": 0.1}, "adapt.dropout: 0.1 with 'amt'"),
+        ({"init": "sdv"}, "adapt.init: 'sdv' for 'amt'. Near: 'svd'"),
+        ({"dropout": 0.1}, "adapt.dropout: 0.1 with 'amt'"),
     ):
         with pytest.raises(UserError, match=message):
             adapted(**options)
@@ -384,8 +406,12 @@ def test_training_moves_factors_and_scale_alone(weight: str) -> None:
     before = snapshot(proto)
     train(proto, Adversary(epsilons=(1 / 255,), weight_attack=weight, gamma=0.01), 3)
     changed = {name for name, value in proto.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {name for name in before if name.endswith(("lora_A", "lora_B"))} | {"scale"} and len(changed) == 17
-    assert torch.equal(vismt.unadapt(proto.backbone.vit).blocks[0].attn.qkv.weight, backbone().vit.blocks[0].attn.qkv.weight)
+    assert (
+        changed == {name for name in before if name.endswith(("lora_A", "lora_B"))} | {"scale"} and len(changed) == 17
+    )
+    assert torch.equal(
+        vismt.unadapt(proto.backbone.vit).blocks[0].attn.qkv.weight, backbone().vit.blocks[0].attn.qkv.weight
+    )
 
 
 # ---- experiments
@@ -448,10 +474,18 @@ def test_the_weight_attack_flattens_the_loss() -> None:
 def test_switches_change_what_is_learned() -> None:
     """E8: no two settings of the attacks give the same weights after one step."""
     settings = {
-        "both": {}, "no input attack": {"epsilons": (0.0,)}, "no weight attack": {"weight_attack": "none"},
-        "neither": {"epsilons": (0.0,), "weight_attack": "none"}, "paper's form": {"weight_attack": "paper", "gamma": 0.2},
-        "clean support": {"support": "clean"}, "other kl": {"kl": "adv_clean"}, "weight": {"weight": 1.0},
-        "one level": {"pyramid": ((None, 1.0),)}, "steps": {"steps": 1}, "ratio": {"step_ratio": 0.1}, "seed": {"seed": 1},
+        "both": {},
+        "no input attack": {"epsilons": (0.0,)},
+        "no weight attack": {"weight_attack": "none"},
+        "neither": {"epsilons": (0.0,), "weight_attack": "none"},
+        "paper's form": {"weight_attack": "paper", "gamma": 0.2},
+        "clean support": {"support": "clean"},
+        "other kl": {"kl": "adv_clean"},
+        "weight": {"weight": 1.0},
+        "one level": {"pyramid": ((None, 1.0),)},
+        "steps": {"steps": 1},
+        "ratio": {"step_ratio": 0.1},
+        "seed": {"seed": 1},
         "init": {"init": "normal"},
     }
     marks = {}
@@ -493,7 +527,9 @@ def test_two_processes_train_what_one_does_with_two_episodes_a_step(
         call = [*command, str(script), weight, support, str(tmp_path / name), accumulate]
         done = subprocess.run(call, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-2000:]
-    one, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one-0", "two-0", "two-1"))
+    one, first, second = (
+        torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one-0", "two-0", "two-1")
+    )
     start = list(adapted().parameters())
     assert any(not torch.equal(a, b) for a, b in zip(start, one))
     for here, mine, theirs in zip(one, first, second):

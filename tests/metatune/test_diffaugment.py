@@ -33,7 +33,10 @@ def test_colour_keeps_its_ranges_and_reaches_their_ends():
     colourful = (found - found.mean(1, keepdim=True)).abs().amax((1, 2, 3))
     saturation = colourful / contrast
     for drawn, low, high in ((brightness, -0.5, 0.5), (contrast, 0.5, 1.5), (saturation, 0.0, 2.0)):
-        assert low - 1e-5 <= drawn.min() < low + 0.01 * (high - low) and high - 0.01 * (high - low) < drawn.max() <= high + 1e-5
+        assert (
+            low - 1e-5 <= drawn.min() < low + 0.01 * (high - low)
+            and high - 0.01 * (high - low) < drawn.max() <= high + 1e-5
+        )
         assert drawn.mean() == pytest.approx((low + high) / 2, abs=0.03)
     assert torch.corrcoef(torch.stack([brightness, contrast, saturation])).triu(1).abs().max() < 0.06  # a draw for each
 
@@ -57,7 +60,9 @@ def test_the_maths_in_normalised_space_by_hand():
 
 
 def test_brightness_is_in_units_of_the_normalised_image():
-    grey = torch.tensor(MEAN).view(1, 3, 1, 1).expand(3000, 3, 2, 2)  # normalised: zero, blind to saturation and contrast
+    grey = (
+        torch.tensor(MEAN).view(1, 3, 1, 1).expand(3000, 3, 2, 2)
+    )  # normalised: zero, blind to saturation and contrast
     moved = always(grey, types=("color",), mean=MEAN, std=STD) - grey
     reach = moved.abs().amax((0, 2, 3))
     assert torch.allclose(reach, 0.5 * torch.tensor(STD), atol=2e-3)

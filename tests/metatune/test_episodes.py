@@ -185,7 +185,9 @@ def test_what_cannot_be_drawn_is_one_clear_error(options, message):
 
 def test_small_class_is_named():
     labels = torch.tensor([0] * 9 + [1] * 20 + [2] * 20)
-    with pytest.raises(UserError, match=r"5 shots \+ 15 queries take 20 images of a class, too few in class 'oak' \(9\):"):
+    with pytest.raises(
+        UserError, match=r"5 shots \+ 15 queries take 20 images of a class, too few in class 'oak' \(9\):"
+    ):
         EpisodeSampler(labels, ways=2, shots=5, queries=15, names=["oak", "elm", "ash"])
 
 

@@ -108,8 +108,9 @@ def test_tasks_in_either_order_and_twice_give_the_same():
 
 def test_seed_fixes_the_result_and_another_seed_does_not():
     model, state = backbone(), torch.get_rng_state()
-    assert same(tune(model, seed=1), tune(model)) and not same(tune(model), finetune(
-        model, support(), LABELS, settings(seed=1), scale=10.0))
+    assert same(tune(model, seed=1), tune(model)) and not same(
+        tune(model), finetune(model, support(), LABELS, settings(seed=1), scale=10.0)
+    )
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -195,7 +196,7 @@ def test_scaled_rows_of_q_are_scaled_attention_logits():
     name = "vit.blocks.0.attn.qkv.weight"
     factors = (tuned[name] / dict(model.named_parameters())[name]).detach()[:32].view(4, -1).median(1).values
     attention, tokens = model.vit.blocks[0].attn, torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(4))
-    heads = {key[len("vit.blocks.0.attn."):]: value for key, value in tuned.items() if ".0.attn." in key}
+    heads = {key[len("vit.blocks.0.attn.") :]: value for key, value in tuned.items() if ".0.attn." in key}
     found = functional_call(attention, heads, (tokens,))
     q, k, v = attention.qkv(tokens).view(2, 17, 3, 4, 8).permute(2, 0, 3, 1, 4)
     logits = factors.view(1, 4, 1, 1) * (q @ k.transpose(-2, -1)) / 8**0.5
@@ -217,7 +218,10 @@ def test_attention_scale_reaches_a_low_rank_update_too():
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda attention: delattr(attention, "qkv"), "'vit.blocks.0.attn' .Attention.: it has no fused qkv projection"),
+        (
+            lambda attention: delattr(attention, "qkv"),
+            "'vit.blocks.0.attn' .Attention.: it has no fused qkv projection",
+        ),
         (lambda attention: setattr(attention, "qkv", nn.Sequential(attention.qkv)), "its qkv is Sequential"),
         (lambda attention: setattr(attention, "q_norm", nn.LayerNorm(8)), "it normalises q"),
         (lambda attention: setattr(attention, "q_bias", nn.Parameter(torch.zeros(32))), "its bias of q"),
@@ -275,7 +279,11 @@ def test_an_attack_of_ones_own_is_used_at_the_moments_prototypes():
         return pyramid_attack(logits, batch, epsilon=0.02, step_size=0.01)
 
     tuned = tune(model, adversarial=True, attack=pyramid)
-    assert len(before) == 6 and len(set(before)) == 6 and before[0] == pytest.approx(loss(model, {}, first_view(model)), abs=1e-5)
+    assert (
+        len(before) == 6
+        and len(set(before)) == 6
+        and before[0] == pytest.approx(loss(model, {}, first_view(model)), abs=1e-5)
+    )
     assert not same(tuned, tune(model, adversarial=True))
     with pytest.raises(UserError, match="adversarial is off"):
         tune(model, attack=pyramid)
@@ -347,9 +355,14 @@ def test_a_classifier_without_prototypes_is_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lr": -1.0}, "lr -1.0"), ({"lr": float("nan")}, "lr nan"), ({"lr": 1e38}, r"lr 1e\+38"), ({"steps": -1}, "steps -1"),
-        ({"probability": 2.0}, "probability 2.0"), ({"parameters": "attn_scale"}, "'attn_scale'. Near: 'attention_scale'"),
-        ({"epsilon": 8.0}, "epsilon 8.0"), ({"attack_steps": 0}, "attack_steps 0"),
+        ({"lr": -1.0}, "lr -1.0"),
+        ({"lr": float("nan")}, "lr nan"),
+        ({"lr": 1e38}, r"lr 1e\+38"),
+        ({"steps": -1}, "steps -1"),
+        ({"probability": 2.0}, "probability 2.0"),
+        ({"parameters": "attn_scale"}, "'attn_scale'. Near: 'attention_scale'"),
+        ({"epsilon": 8.0}, "epsilon 8.0"),
+        ({"attack_steps": 0}, "attack_steps 0"),
     ],
 )
 def test_settings_that_are_none(change, message):

@@ -27,8 +27,18 @@ def fixed(height: int, width: int, classes: int = 3, seed: int = 0, dtype: torch
 
 
 def looped(
-    logits_fn, batch: Tensor, epsilon: float, step: float, steps: int, levels, seed: int, mean=(0.0,) * 3, std=(1.0,) * 3,
-    *, clamps: str = "each", swapped: bool = False,
+    logits_fn,
+    batch: Tensor,
+    epsilon: float,
+    step: float,
+    steps: int,
+    levels,
+    seed: int,
+    mean=(0.0,) * 3,
+    std=(1.0,) * 3,
+    *,
+    clamps: str = "each",
+    swapped: bool = False,
 ) -> Tensor:
     """The attack written out for fp64: a pixel's cell is looked up, KL is a sum of p (log p - log q)."""
     _, _, height, width = batch.shape
@@ -69,7 +79,13 @@ def test_equals_the_loop_and_no_near_miss_does(size: tuple[int, int], steps: int
     batch = torch.rand(5, 3, *size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     logits, seed = fixed(*size), 11
     found = pyramid_attack(
-        logits, batch, epsilon=0.05, step_size=0.02, steps=steps, levels=SMALL, generator=torch.Generator().manual_seed(seed)
+        logits,
+        batch,
+        epsilon=0.05,
+        step_size=0.02,
+        steps=steps,
+        levels=SMALL,
+        generator=torch.Generator().manual_seed(seed),
     )
     given = (logits, batch, 0.05, 0.02, steps, SMALL, seed)
     assert torch.allclose(found, looped(*given), rtol=0, atol=1e-12)
@@ -91,7 +107,14 @@ def test_normalised_images_have_a_budget_in_pixels() -> None:
     assert torch.allclose(found * std + mean, inside, rtol=0, atol=1e-12)
     # Three bounds, one a channel, all of them reached: eps / .25, eps / .2 and eps / .3.
     single = pyramid_attack(
-        logits, torch.zeros(4, 3, 8, 8).double(), epsilon=0.03, step_size=0.03, steps=4, levels=((None, 1.0),), mean=MEAN, std=STD
+        logits,
+        torch.zeros(4, 3, 8, 8).double(),
+        epsilon=0.03,
+        step_size=0.03,
+        steps=4,
+        levels=((None, 1.0),),
+        mean=MEAN,
+        std=STD,
     )
     assert single.abs().amax((0, 2, 3)).tolist() == pytest.approx([0.12, 0.15, 0.1], abs=1e-12)
 
@@ -244,12 +267,19 @@ def test_the_default_is_no_start_without_a_gradient() -> None:
     """At zero the KL is at its minimum: what moves there is rounding noise, and the attack is no attack."""
     logits, batch = classifier()
     default = pyramid_attack(logits, batch, epsilon=8 / 255, step_size=4 / 255, steps=1)
-    assert torch.equal(default, pyramid_attack(logits, batch, epsilon=8 / 255, step_size=4 / 255, steps=1, init="uniform"))
+    assert torch.equal(
+        default, pyramid_attack(logits, batch, epsilon=8 / 255, step_size=4 / 255, steps=1, init="uniform")
+    )
     # The quadratic in exact arithmetic: a classifier whose clean and attacked branches agree bit for bit moves nothing.
     flat = torch.full((2, 3, 4, 4), 0.5).double()
     still = pyramid_attack(
-        lambda x: torch.stack([x.mean((1, 2, 3)), 0 * x[:, 0, 0, 0]], 1) - 0.25, flat, epsilon=0.03, step_size=0.03, steps=3,
-        levels=((None, 1.0),), init="zero",
+        lambda x: torch.stack([x.mean((1, 2, 3)), 0 * x[:, 0, 0, 0]], 1) - 0.25,
+        flat,
+        epsilon=0.03,
+        step_size=0.03,
+        steps=3,
+        levels=((None, 1.0),),
+        init="zero",
     )
     assert torch.equal(still, flat)
 
@@ -303,13 +333,20 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epsilon": 8.0}, r"epsilon 8.0.*8/255, not 8"), ({"epsilon": -0.1}, "epsilon -0.1"),
+        ({"epsilon": 8.0}, r"epsilon 8.0.*8/255, not 8"),
+        ({"epsilon": -0.1}, "epsilon -0.1"),
         ({"step_size": 0.0}, "step_size 0.0"),
-        ({"steps": 0}, "steps 0"), ({"levels": ()}, r"levels \(\)"), ({"levels": ((17, 1.0),)}, "from 1 to the smaller side"),
-        ({"levels": ((0, 1.0),)}, "from 1"), ({"levels": ((4, 0.0),)}, "multiplier > 0"),
-        ({"init": "unifrom"}, "'unifrom'. Near: 'uniform'"), ({"mean": MEAN}, "mean and std together"),
-        ({"std": STD}, "mean and std together"), ({"images": torch.ones(2, 3, 4)}, r"\(2, 3, 4\)"),
-        ({"images": torch.ones(2, 3, 4, 4).byte()}, "torch.uint8"), ({"epsilon": float("nan")}, "epsilon nan"),
+        ({"steps": 0}, "steps 0"),
+        ({"levels": ()}, r"levels \(\)"),
+        ({"levels": ((17, 1.0),)}, "from 1 to the smaller side"),
+        ({"levels": ((0, 1.0),)}, "from 1"),
+        ({"levels": ((4, 0.0),)}, "multiplier > 0"),
+        ({"init": "unifrom"}, "'unifrom'. Near: 'uniform'"),
+        ({"mean": MEAN}, "mean and std together"),
+        ({"std": STD}, "mean and std together"),
+        ({"images": torch.ones(2, 3, 4)}, r"\(2, 3, 4\)"),
+        ({"images": torch.ones(2, 3, 4, 4).byte()}, "torch.uint8"),
+        ({"epsilon": float("nan")}, "epsilon nan"),
     ],
 )
 def test_errors(change: dict, message: str) -> None:

@@ -27,7 +27,10 @@ def test_domain_table_averages_only_what_all_have():
     values = torch.tensor([0.5, 0.7])
     table = domain_table({"a": {"clean": values, "PGD": values}, "b": {"clean": values - 0.2}})
     assert [(row.domain, row.condition, row.n) for row in table] == [
-        ("a", "clean", 2), ("a", "PGD", 2), ("b", "clean", 2), ("average", "clean", 4),
+        ("a", "clean", 2),
+        ("a", "PGD", 2),
+        ("b", "clean", 2),
+        ("average", "clean", 4),
     ]
     assert table[-1].value == pytest.approx(0.5)
     assert len(domain_table({"a": {"clean": values}})) == 1

@@ -41,7 +41,10 @@ def colours(number, ways=3, shots=3, queries=4):
     images[torch.arange(len(labels)), order[labels]] += 0.5
     split = ways * shots
     return {
-        "support": images[:split], "support_labels": labels[:split], "query": images[split:], "query_labels": labels[split:],
+        "support": images[:split],
+        "support_labels": labels[:split],
+        "query": images[split:],
+        "query_labels": labels[split:],
     }
 
 
@@ -87,7 +90,9 @@ def meta_gradients(objective, batch):
     objective.zero_grad()
     found = objective(batch)
     found["loss"].backward()
-    return found["loss"].detach(), {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
+    return found["loss"].detach(), {
+        name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None
+    }
 
 
 # ---- numbers by hand
@@ -106,7 +111,9 @@ def slopes(w, a, b):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_two_steps_on_a_scalar_equal_the_derivative_by_hand(algorithm):
     w, rate, pixels = 0.7, 0.8, {"support": (0.9, 0.6), "query": (0.4, 1.0)}
-    batch = {name: torch.tensor(x, dtype=torch.float64).view(2, 1, 1, 1).expand(2, 3, 4, 4) for name, x in pixels.items()}
+    batch = {
+        name: torch.tensor(x, dtype=torch.float64).view(2, 1, 1, 1).expand(2, 3, 4, 4) for name, x in pixels.items()
+    }
     batch |= {"support_labels": torch.tensor([0, 1]), "query_labels": torch.tensor([0, 1])}
     g0, h0 = slopes(w, *pixels["support"])
     g1, h1 = slopes(w - rate * g0, *pixels["support"])
@@ -185,7 +192,9 @@ def test_the_engines_agree_on_shared_weights_unused_weights_and_batch_norm():
         with torch.no_grad():
             learner.backbone.norm.bias.fill_(0.5)
         learner.unused = nn.Parameter(torch.ones(2))
-        results.append((*meta_gradients(MamlObjective(learner, settings("metasgd", engine=engine)), batch), snapshot(learner)))
+        results.append(
+            (*meta_gradients(MamlObjective(learner, settings("metasgd", engine=engine)), batch), snapshot(learner))
+        )
     (loss, gradients, state), (other, others, other_state) = results
     assert abs(loss - other) < 1e-12 and len(gradients) == len(others) == 10
     assert all(torch.allclose(value, others[name], atol=1e-12) for name, value in gradients.items())
@@ -260,7 +269,9 @@ def test_learned_rates_get_gradients_and_are_used_at_test(engine):
     with torch.no_grad():
         net.rates[net.adapted.index("head.bias")].fill_(1)
     moved = net.classifier(batch["support"], batch["support_labels"]).weights
-    assert [name for name, value in net.learner.named_parameters() if not torch.equal(value, moved[name])] == ["head.bias"]
+    assert [name for name, value in net.learner.named_parameters() if not torch.equal(value, moved[name])] == [
+        "head.bias"
+    ]
 
 
 def test_a_classifier_equals_the_training_forward_pass():
@@ -307,7 +318,9 @@ def test_a_saved_run_gives_the_same_classifier(tmp_path):
     payload = safetensors.torch.save({name: value.detach() for name, value in net.own_tensors().items()})
     tensors = safetensors.torch.load(payload)
     factors = [f"backbone.vit.blocks.{i}.attn.qkv.lora_{x}" for i in range(2) for x in "AB"]
-    assert set(tensors) == {"head.weight", "head.bias", "rates.head.weight", "rates.head.bias"} | {f"rates.{f}" for f in factors}
+    assert set(tensors) == {"head.weight", "head.bias", "rates.head.weight", "rates.head.bias"} | {
+        f"rates.{f}" for f in factors
+    }
     vit = load_adapter(tiny_vit(num_classes=0), tmp_path / "adapter")
     other = MamlNet(LinearLearner(Backbone(vit), 3, seed=9), net.settings)
     other.load_own_tensors(tensors, "run 'x'")
@@ -316,7 +329,10 @@ def test_a_saved_run_gives_the_same_classifier(tmp_path):
     with pytest.raises(UserError, match=r"run 'x': unexpected 'rates\."):
         MamlNet(other.learner, settings("maml")).load_own_tensors(tensors, "run 'x'")
     assert set(MamlNet(LinearLearner(Small(), 3), settings()).own_tensors()) == {
-        "backbone.conv.weight", "backbone.conv.bias", "head.weight", "head.bias"
+        "backbone.conv.weight",
+        "backbone.conv.bias",
+        "head.weight",
+        "head.bias",
     }
 
 
@@ -324,7 +340,7 @@ def test_the_head_is_a_function_of_its_seed_alone():
     backbone, state = Small(), torch.get_rng_state()
     first, same, other = (LinearLearner(backbone, 4, seed=seed).head.weight for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(first, same) and not torch.equal(first, other) and 0 < first.abs().max() <= 6 ** -0.5
+    assert torch.equal(first, same) and not torch.equal(first, other) and 0 < first.abs().max() <= 6**-0.5
     half = LinearLearner(Small().to(torch.bfloat16), 4)
     assert half(torch.rand(2, 3, 8, 8, dtype=torch.bfloat16)).dtype == torch.float32
 

@@ -97,9 +97,11 @@ def test_the_balance() -> None:
 @pytest.mark.parametrize(
     ("cosines", "labels", "message"),
     [
-        (torch.ones(3, 4), torch.arange(3), r"\(3, 4\)"), (torch.ones(2, 3, 1), torch.zeros(3), "N > 1"),
+        (torch.ones(3, 4), torch.arange(3), r"\(3, 4\)"),
+        (torch.ones(2, 3, 1), torch.zeros(3), "N > 1"),
         (torch.ones(2, 3, 2), torch.tensor([0, 1]), r"labels \(2,\)"),
-        (torch.ones(2, 2, 2), torch.tensor([0, 2]), "run to 2 for 2"), (torch.ones(2, 2, 2), torch.tensor([-1, 1]), "labels run"),
+        (torch.ones(2, 2, 2), torch.tensor([0, 2]), "run to 2 for 2"),
+        (torch.ones(2, 2, 2), torch.tensor([-1, 1]), "labels run"),
         (torch.ones(2, 2, 2), torch.tensor([1, 1]), "of class 0 of 2"),
     ],
 )
@@ -119,7 +121,9 @@ def test_mixture_by_hand() -> None:
     w = [torch.tensor(-10 * (1 - score)).exp() for score in (0.5, 0.4)]
     assert zeta[1] == pytest.approx(float(w[0] / (w[0] + w[1])))
     # Scores lie close together: at beta 1 a difference of .01 hardly matters, the choice of the k does.
-    assert mixture_weights(torch.tensor([0.51, 0.5, 0.1]), 1.0, 2).tolist() == pytest.approx([0.5025, 0.4975, 0], abs=1e-4)
+    assert mixture_weights(torch.tensor([0.51, 0.5, 0.1]), 1.0, 2).tolist() == pytest.approx(
+        [0.5025, 0.4975, 0], abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 9])
@@ -240,8 +244,12 @@ def test_logits_equal_weights_for_equal_experts_only(tmp_path: Path) -> None:
     alike = ExpertPool(backbone(), saved(tmp_path, (3, 3, 3)))
     expected, batch = task(alike, strategy="expert", expert="0")
     for settings in (
-        {"beta": 0.0, "top_k": 3}, {"beta": 12.0, "balance": 0.0}, {"balance": 1.0, "top_k": 1}, {"strategy": "average"},
-        {"strategy": "logits"}, {"strategy": "min_ce"},
+        {"beta": 0.0, "top_k": 3},
+        {"beta": 12.0, "balance": 0.0},
+        {"balance": 1.0, "top_k": 1},
+        {"strategy": "average"},
+        {"strategy": "logits"},
+        {"strategy": "min_ce"},
     ):
         assert torch.allclose(task(alike, **settings)[0](batch["query"]), expected(batch["query"]), atol=1e-3), settings
 
@@ -249,7 +257,9 @@ def test_logits_equal_weights_for_equal_experts_only(tmp_path: Path) -> None:
 def test_all_experts_at_beta_zero_are_the_uniform_average(pool: ExpertPool) -> None:
     one, batch = task(pool, beta=0.0, top_k=3)
     other, _ = task(pool, strategy="average")
-    assert torch.allclose(one.mixture, other.mixture) and torch.allclose(one(batch["query"]), other(batch["query"]), atol=1e-5)
+    assert torch.allclose(one.mixture, other.mixture) and torch.allclose(
+        one(batch["query"]), other(batch["query"]), atol=1e-5
+    )
 
 
 def test_a_pool_of_one(tmp_path: Path) -> None:
@@ -273,7 +283,9 @@ def test_one_shot_is_perfectly_compact_unless_augmented(pool: ExpertPool) -> Non
     plain = PoolNet(pool, MergeSettings()).cosines(support, labels)
     _, compact, divergent = expert_scores(plain, labels)
     assert torch.allclose(compact, torch.ones(3), atol=1e-5) and divergent.max() < 0.99
-    assert int(PoolNet(pool, MergeSettings(top_k=1)).classifier(support, labels).mixture.argmax()) == int(divergent.argmin())
+    assert int(PoolNet(pool, MergeSettings(top_k=1)).classifier(support, labels).mixture.argmax()) == int(
+        divergent.argmin()
+    )
     net = PoolNet(pool, MergeSettings(augment=True, seed=1))
     assert expert_scores(net.cosines(support, labels), labels)[1].max() < 0.999
     # One augmented support for all experts; prototypes and the classifier stay those of the clean one.
@@ -281,12 +293,16 @@ def test_one_shot_is_perfectly_compact_unless_augmented(pool: ExpertPool) -> Non
     with torch.no_grad():
         for index, found in enumerate(net.cosines(support, labels)):
             expert = Functional(pool.backbone, pool.expert_weights(index))
-            assert torch.allclose(found, cosine_logits(expert(views), prototypes(expert(support), labels), 1.0), atol=1e-5)
+            assert torch.allclose(
+                found, cosine_logits(expert(views), prototypes(expert(support), labels), 1.0), atol=1e-5
+            )
     augmented, zeta = net.classifier(support, labels), net.classifier(support, labels).mixture
     merged = Functional(pool.backbone, pool.weights(zeta))
     assert torch.allclose(augmented.prototypes, prototypes(merged(support).detach(), labels), atol=1e-5)
     assert torch.equal(net.cosines(support, labels), net.cosines(support, labels))
-    assert not torch.equal(net.cosines(support, labels), PoolNet(pool, MergeSettings(augment=True)).cosines(support, labels))
+    assert not torch.equal(
+        net.cosines(support, labels), PoolNet(pool, MergeSettings(augment=True)).cosines(support, labels)
+    )
 
 
 def test_modes_and_the_protocols_contract(pool: ExpertPool) -> None:
@@ -308,15 +324,27 @@ def test_modes_and_the_protocols_contract(pool: ExpertPool) -> None:
 # ---- trimming
 
 
-@pytest.mark.parametrize(("shape", "share", "rank"), [
-    ((12, 8), 0.5, 4), ((8, 12), 0.4, 3), ((12, 8), 0.05, 1), ((12, 8), 1.0, 8), ((6, 2, 2, 2), 0.5, 3), ((9, 7), 0.99, 6),
-])
+@pytest.mark.parametrize(
+    ("shape", "share", "rank"),
+    [
+        ((12, 8), 0.5, 4),
+        ((8, 12), 0.4, 3),
+        ((12, 8), 0.05, 1),
+        ((12, 8), 1.0, 8),
+        ((6, 2, 2, 2), 0.5, 3),
+        ((9, 7), 0.99, 6),
+    ],
+)
 def test_trimming_is_the_best_approximation(shape: tuple[int, ...], share: float, rank: int) -> None:
     weight = rand(*shape, seed=3).float()
     cut = trim(weight, share)
     U, S, V = torch.linalg.svd(weight.double().flatten(1), full_matrices=False)
     best = (U[:, :rank] * S[:rank]) @ V[:rank]
-    assert torch.allclose(cut.flatten(1).double(), best, atol=1e-5) and cut.shape == weight.shape and cut.dtype == weight.dtype
+    assert (
+        torch.allclose(cut.flatten(1).double(), best, atol=1e-5)
+        and cut.shape == weight.shape
+        and cut.dtype == weight.dtype
+    )
     assert int(torch.linalg.matrix_rank(cut.flatten(1), atol=1e-4)) == rank
     assert torch.allclose(trim(cut, share), cut, atol=1e-5)  # once more changes nothing
     if share == 1:
@@ -328,7 +356,11 @@ def test_the_merged_weight_is_trimmed_where_the_settings_say(pool: ExpertPool) -
     whole = pool.weights(zeta)
     cut = PoolNet(pool, MergeSettings(trim={"blocks.1.mlp.fc1": 0.25, r"blocks\.0\.attn\..*": 0.5})).weights(zeta)
     for name, weight in cut.items():
-        share = {"vit.blocks.1.mlp.fc1.weight": 0.25, "vit.blocks.0.attn.qkv.weight": 0.5, "vit.blocks.0.attn.proj.weight": 0.5}
+        share = {
+            "vit.blocks.1.mlp.fc1.weight": 0.25,
+            "vit.blocks.0.attn.qkv.weight": 0.5,
+            "vit.blocks.0.attn.proj.weight": 0.5,
+        }
         if name not in share:
             assert torch.equal(weight, whole[name])
             continue
@@ -337,8 +369,11 @@ def test_the_merged_weight_is_trimmed_where_the_settings_say(pool: ExpertPool) -
         # Not W plus a trimmed update, which has full rank.
         assert torch.allclose(weight, (U[:, :rank] * S[:rank]) @ V[:rank], atol=1e-4), name
         assert not torch.allclose(weight, whole[name], atol=1e-3)
-    assert PoolNet(pool, MergeSettings(trim={"mlp.fc1": 1.0})).weights(zeta)["vit.blocks.0.mlp.fc1.weight"].allclose(
-        whole["vit.blocks.0.mlp.fc1.weight"], atol=1e-5)
+    assert (
+        PoolNet(pool, MergeSettings(trim={"mlp.fc1": 1.0}))
+        .weights(zeta)["vit.blocks.0.mlp.fc1.weight"]
+        .allclose(whole["vit.blocks.0.mlp.fc1.weight"], atol=1e-5)
+    )
 
 
 @pytest.mark.parametrize("strategy", ["merge", "average", "logits", "min_ce", "expert"])
@@ -354,11 +389,16 @@ def test_trimming_reaches_every_strategy_and_not_the_router(pool: ExpertPool, st
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"strategy": "merged"}, "merging.strategy: 'merged'. Near: 'merge'"), ({"beta": -1.0}, "beta -1.0"),
-        ({"beta": float("inf")}, "beta inf"), ({"balance": 1.1}, "balance 1.1"), ({"top_k": 0}, "top_k 0"),
-        ({"trim": {"mlp.fc1": 0.0}}, r"merging.trim\['mlp.fc1'\]: 0.0"), ({"trim": {"mlp.fc1": 30}}, "keep a share"),
+        ({"strategy": "merged"}, "merging.strategy: 'merged'. Near: 'merge'"),
+        ({"beta": -1.0}, "beta -1.0"),
+        ({"beta": float("inf")}, "beta inf"),
+        ({"balance": 1.1}, "balance 1.1"),
+        ({"top_k": 0}, "top_k 0"),
+        ({"trim": {"mlp.fc1": 0.0}}, r"merging.trim\['mlp.fc1'\]: 0.0"),
+        ({"trim": {"mlp.fc1": 30}}, "keep a share"),
         ({"trim": {"mlp.fc3": 0.5}}, "merging.trim: no module matches 'mlp.fc3'. Near: 'mlp.fc"),
-        ({"strategy": "expert"}, "no expert 'None'"), ({"strategy": "expert", "expert": "7"}, "no expert '7'; it has 0, 1, 2"),
+        ({"strategy": "expert"}, "no expert 'None'"),
+        ({"strategy": "expert", "expert": "7"}, "no expert '7'; it has 0, 1, 2"),
     ],
 )
 def test_errors(pool: ExpertPool, change: dict, message: str) -> None:
@@ -418,5 +458,7 @@ def test_merging_helps_and_a_little_trimming_does_not_hurt(mixed: ExpertPool) ->
     merged, average = (score(mixed, "texture", **options) for options in ({"beta": 12.0}, {"strategy": "average"}))
     drifted = score(mixed, "texture", strategy="expert", expert="lost")
     assert merged > drifted + 0.1 and merged != average
-    shares = [score(mixed, "texture", beta=12.0, trim={"attn.proj": share, "mlp.fc1": share}) for share in (1.0, 0.8, 0.05)]
+    shares = [
+        score(mixed, "texture", beta=12.0, trim={"attn.proj": share, "mlp.fc1": share}) for share in (1.0, 0.8, 0.05)
+    ]
     assert shares[0] == pytest.approx(merged, abs=0.02) and shares[1] > merged - 0.1 and shares[2] < shares[0] - 0.1

@@ -156,7 +156,8 @@ def test_signs_of_singular_vectors_do_not_matter(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"rank": 3}, r"'0' and 'other' differ at blocks.0.attn.proj: rank 2 and 3\. What"),
-        ({"alpha": 4.0}, "scale 1.0 and 2.0"), ({"split_qkv": False}, "blocks .* What the principal start leaves of W"),
+        ({"alpha": 4.0}, "scale 1.0 and 2.0"),
+        ({"split_qkv": False}, "blocks .* What the principal start leaves of W"),
         ({"targets": ["attn.qkv", "attn.proj", "mlp.fc1"]}, "'other' lacks blocks.0.mlp.fc2"),
         ({"init": "lora"}, "'0' and 'other' did not start from the same factors"),
         ({"also_train": ["norm"]}, "it trains 'norm.bias' too; a pool mixes low-rank factors alone"),
@@ -208,8 +209,9 @@ def test_a_pool_folder_holds_all_there_is(tmp_path: Path) -> None:
     # Reassembled in another order, from its own folder, over itself.
     assemble(again[::-1], tmp_path / "pool")
     turned = ExpertPool(backbone(), read_pool(tmp_path / "pool"))
-    assert turned.labels == ["2", "1", "0"] and same(spread(turned, 0.3, 0.5, 0.2), spread(
-        ExpertPool(backbone(), experts[::-1]), 0.3, 0.5, 0.2))
+    assert turned.labels == ["2", "1", "0"] and same(
+        spread(turned, 0.3, 0.5, 0.2), spread(ExpertPool(backbone(), experts[::-1]), 0.3, 0.5, 0.2)
+    )
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -260,14 +262,22 @@ ENTRY = {"label": "a", "folder": "expert-0", "scale": 10.0}
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ({"format": 1, "experts": [{**ENTRY, "folder": "../other"}]}, r"pool.json names '../other', which is no folder"),
+        (
+            {"format": 1, "experts": [{**ENTRY, "folder": "../other"}]},
+            r"pool.json names '../other', which is no folder",
+        ),
         ({"format": 1, "experts": [{**ENTRY, "folder": "/etc"}]}, "names '/etc'"),
         ({"format": 1, "experts": [{**ENTRY, "folder": "expert-0/../.."}]}, "names 'expert-0/../..'"),
         ({"format": 1, "experts": [{**ENTRY, "folder": ""}]}, "names ''"),
         ({"format": 2, "experts": []}, r"^pool '.*': format 2, this version reads 1; use a matching vismt\.$"),
-        ({"format": 1, "experts": [{"label": "a"}]}, r"is not what `vismt pool assemble` writes \(KeyError\('folder'\)\)"),
+        (
+            {"format": 1, "experts": [{"label": "a"}]},
+            r"is not what `vismt pool assemble` writes \(KeyError\('folder'\)\)",
+        ),
         ({"format": 1, "experts": [{**ENTRY, "scale": "big"}]}, "is not what `vismt pool assemble` writes"),
-        ({"format": 1, "experts": None}, "is not what"), ([1], "is not what"), ({}, "is not what"),
+        ({"format": 1, "experts": None}, "is not what"),
+        ([1], "is not what"),
+        ({}, "is not what"),
     ],
 )
 def test_an_index_that_is_none(tmp_path: Path, index: object, message: str) -> None:

@@ -160,11 +160,13 @@ def test_full_disk_keeps_earlier_episodes(tmp_path, monkeypatch):
     def fails_at_third(log, row):
         rows.append(row)
         if len(rows) == 3:
+
             class Full:
                 name = str(path)
 
                 def write(self, line):
                     raise OSError(28, "No space left on device")
+
             log = Full()
         real(log, row)
 
@@ -257,4 +259,6 @@ def test_an_attack_may_be_prepared_with_the_support_once_an_episode():
     run(attacks=[attack], batch=7)
     assert len(attack.prepared) == 6
     for index, (support, labels) in enumerate(attack.prepared):
-        assert torch.equal(support, Pixels()[sampler[index].support]) and torch.equal(labels, sampler[index].support_labels)
+        assert torch.equal(support, Pixels()[sampler[index].support]) and torch.equal(
+            labels, sampler[index].support_labels
+        )

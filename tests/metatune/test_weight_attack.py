@@ -35,8 +35,10 @@ def test_by_hand() -> None:
 def loss_of(proto: nn.Module, batch: dict, weights: dict[str, Tensor]) -> Tensor:
     features = functional_call(proto.backbone, weights, (torch.cat([batch["support"], batch["query"]]),))
     ways = batch["support_labels"].max() + 1
-    centres = torch.stack([features[: len(batch["support"])][batch["support_labels"] == k].mean(0) for k in range(ways)])
-    query = features[len(batch["support"]):]
+    centres = torch.stack(
+        [features[: len(batch["support"])][batch["support_labels"] == k].mean(0) for k in range(ways)]
+    )
+    query = features[len(batch["support"]) :]
     return F.cross_entropy(10 * F.normalize(query, dim=1) @ F.normalize(centres, dim=1).T, batch["query_labels"])
 
 
@@ -65,7 +67,9 @@ def test_every_tensor_moves_by_gamma_of_its_norm_along_its_gradient() -> None:
     assert all(value.abs().max() == 0 for value in weight_perturbation_at(proto, batch, factors, 0.0).values())
 
 
-def weight_perturbation_at(proto: nn.Module, batch: dict, factors: dict[str, Tensor], gamma: float) -> dict[str, Tensor]:
+def weight_perturbation_at(
+    proto: nn.Module, batch: dict, factors: dict[str, Tensor], gamma: float
+) -> dict[str, Tensor]:
     with torch.enable_grad():
         return weight_perturbation(loss_of(proto, batch, {}), factors, gamma)
 
@@ -121,8 +125,11 @@ def test_the_graph_is_kept_on_request() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"gamma": -1.0}, "gamma -1.0"), ({"gamma": float("nan")}, "gamma nan"), ({"gamma": float("inf")}, "gamma inf"),
-        ({"form": "normalized"}, "'normalized'. Near: 'normalised'"), ({"loss": torch.ones(2)}, r"loss of shape \(2,\)"),
+        ({"gamma": -1.0}, "gamma -1.0"),
+        ({"gamma": float("nan")}, "gamma nan"),
+        ({"gamma": float("inf")}, "gamma inf"),
+        ({"form": "normalized"}, "'normalized'. Near: 'normalised'"),
+        ({"loss": torch.ones(2)}, r"loss of shape \(2,\)"),
     ],
 )
 def test_errors(call: dict, message: str) -> None:

@@ -77,7 +77,12 @@ def test_dwa_by_hand_over_two_windows():
 
 def test_dwa_passes_over_absent_tasks():
     balancer, g = make("dwa", window=2), matrix()
-    for values, keep in (([1, 2, 4], TASKS), ([3, 9, 4], ("depth", "normals")), ([1, 1, 4], ("depth",)), ([1, 1, 4], ("depth",))):
+    for values, keep in (
+        ([1, 2, 4], TASKS),
+        ([3, 9, 4], ("depth", "normals")),
+        ([1, 1, 4], ("depth",)),
+        ([1, 1, 4], ("depth",)),
+    ):
         direction(balancer, g, values, keep)
     assert balancer.means[1].tolist() != balancer.means[0].tolist()
     direction(balancer, g, [1, 1, 1], ("depth", "edges"))
@@ -305,7 +310,9 @@ def test_nash_solves_its_equation_whatever_the_sizes(seed, spread):
     assert (alpha > 0).all() and close(alpha * (g @ g.T @ alpha), torch.ones(4), 1e-8)
     d = direction(make_balancer("nash", tasks), g)
     assert d.norm().item() == pytest.approx(2.0)  # sqrt(T)
-    assert close(direction(make_balancer("nash", tasks), g * torch.tensor([[2.0], [5.0], [0.1], [1.0]]).double()), d, 1e-6)
+    assert close(
+        direction(make_balancer("nash", tasks), g * torch.tensor([[2.0], [5.0], [0.1], [1.0]]).double()), d, 1e-6
+    )
 
 
 def test_nash_against_cvxpy_and_where_gradients_cancel():
@@ -439,7 +446,9 @@ def test_eval_and_no_grad_sum_the_losses_and_move_nothing(name):
     with torch.no_grad():
         assert balancer.combine(losses, parameters).item() == 8.0
     assert balancer.eval().combine(losses, parameters).item() == 8.0
-    assert all(torch.equal(value.nan_to_num(), before[key].nan_to_num()) for key, value in balancer.state_dict().items())
+    assert all(
+        torch.equal(value.nan_to_num(), before[key].nan_to_num()) for key, value in balancer.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -530,21 +539,28 @@ def test_autocast_of_the_caller_does_not_round_the_balance():
 def test_gram_of_wide_gradients_in_parts_is_exact(monkeypatch):
     monkeypatch.setattr("vismt.multitask.task_gradients.COLUMNS", 4)
     g = matrix(0, 3, 11, dtype=torch.float32)
-    assert torch.equal(gram_matrix(g).float(), (g.double() @ g.double().T).float()) and gram_matrix(g).dtype == torch.float64
+    assert (
+        torch.equal(gram_matrix(g).float(), (g.double() @ g.double().T).float())
+        and gram_matrix(g).dtype == torch.float64
+    )
 
 
 def test_parameters_of_the_balancer_are_never_balanced():
     losses, parameters = problem(matrix(), [1.0, 2.0, 3.0])
     balancer = make("imtl").double()
     balancer.combine(losses, [*parameters, *balancer.parameters()]).backward()
-    assert close(balancer.log_scale.grad, [0.0, 1.0, 2.0]) and close(parameters[0].grad, direction(make("imtl_g"), matrix())[:2])
+    assert close(balancer.log_scale.grad, [0.0, 1.0, 2.0]) and close(
+        parameters[0].grad, direction(make("imtl_g"), matrix())[:2]
+    )
 
 
 def test_last_alpha_by_name():
     balancer = make("gls")
     direction(balancer, matrix(), [1.0, 4.0, 9.0], TASKS[:2])
     assert {task: round(value.item(), 6) for task, value in balancer.last_alpha().items()} == {
-        "depth": 1.0, "edges": 0.25, "normals": 0.0
+        "depth": 1.0,
+        "edges": 0.25,
+        "normals": 0.0,
     }
 
 

@@ -52,7 +52,12 @@ def routed(
 
 
 def train(
-    model: nn.Module, fade: FadeState, retain: QualityRetaining, weight: float = 1.0, seed: int = 0, steps: int | None = None
+    model: nn.Module,
+    fade: FadeState,
+    retain: QualityRetaining,
+    weight: float = 1.0,
+    seed: int = 0,
+    steps: int | None = None,
 ) -> Tensor:
     """Train in place, for EPOCHS or `steps`. Returns (steps, 2): cross-entropy and L_QR of each."""
     x, labels = pictures(12, seed)

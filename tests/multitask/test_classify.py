@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from vismt.backbones.vit import Backbone
 from vismt.data.dense_sample import Sample, collate
-from vismt.jobs.dense.pooled_score import PooledScore
 from vismt.errors import UserError
+from vismt.jobs.dense.pooled_score import PooledScore
 from vismt.multitask.balancing import balancers, make_balancer
 from vismt.multitask.dense import DenseNet, DenseObjective
 from vismt.multitask.heads import HEADS, PooledHead, make_head, make_pooled_head
@@ -101,10 +101,18 @@ def test_its_logits_have_no_size_and_no_picture() -> None:
 @pytest.mark.parametrize(
     ("prediction", "target", "told"),
     [
-        (torch.zeros(2, 3, 4, 6), torch.zeros(2).long(), r"classify: the prediction is \(2, 3, 4, 6\).*needed.*\(b, 3\)"),
+        (
+            torch.zeros(2, 3, 4, 6),
+            torch.zeros(2).long(),
+            r"classify: the prediction is \(2, 3, 4, 6\).*needed.*\(b, 3\)",
+        ),
         (torch.zeros(2, 4), torch.zeros(2).long(), r"needed floating point \(b, 3\), one row for each image"),
         (torch.zeros(2, 3).long(), torch.zeros(2).long(), "needed floating point"),
-        (torch.zeros(2, 3), torch.zeros(2, 4, 6).long(), r"the target is \(2, 4, 6\), needed \(2,\), a class for each image"),
+        (
+            torch.zeros(2, 3),
+            torch.zeros(2, 4, 6).long(),
+            r"the target is \(2, 4, 6\), needed \(2,\), a class for each image",
+        ),
         (torch.zeros(2, 3), torch.zeros(1).long(), r"needed \(2,\)"),
         (torch.zeros(2, 3), torch.zeros(2), "float32, needed int64"),
         (torch.zeros(2, 3), torch.tensor([0, 255]), "label 255 found, classes are 0 to 2, -1 is none"),
@@ -178,11 +186,15 @@ def test_the_pooled_head_by_itself() -> None:
     taps = [torch.randn(2, 5, 3, 4, generator=generator) for _ in range(2)]
     head = make_pooled_head([5, 5], 7, seed=3)
     assert head(taps).shape == (2, 7) and sum(p.numel() for p in head.parameters()) == 5 * 7 + 7
-    assert torch.equal(head([taps[0] + 1, taps[1]]), head(taps)) and not torch.allclose(head([taps[0], taps[1] + 1]), head(taps))
+    assert torch.equal(head([taps[0] + 1, taps[1]]), head(taps)) and not torch.allclose(
+        head([taps[0], taps[1] + 1]), head(taps)
+    )
     moved = taps[1].flatten(2)[..., torch.randperm(12, generator=generator)].unflatten(2, (4, 3))
     assert torch.allclose(head([moved, moved]), head(taps), atol=1e-6)  # where a token lies does not count
     same, other = make_pooled_head([5, 5], 7, seed=3), make_pooled_head([5, 5], 7, seed=4)
-    assert torch.equal(head.predict.weight, same.predict.weight) and not torch.equal(head.predict.weight, other.predict.weight)
+    assert torch.equal(head.predict.weight, same.predict.weight) and not torch.equal(
+        head.predict.weight, other.predict.weight
+    )
     assert PooledHead not in HEADS.values()  # no choice for maps
     with pytest.raises(UserError, match="no head 'pooled'"):
         make_head("pooled", [5], 7)
@@ -217,7 +229,9 @@ def test_heads_without_a_labelled_image_get_a_gradient_of_zero(balancing: str | 
 def test_a_single_task_passes_over_a_batch_of_the_other(balancing: str | None) -> None:
     model = net(TASKS[1:])
     balancer = make_balancer(balancing, ["classify"]) if balancing else None
-    found = DenseObjective(model, TASKS[1:], balancer=balancer, balanced=list(model.backbone.vit.parameters()))(batch(3, 0))
+    found = DenseObjective(model, TASKS[1:], balancer=balancer, balanced=list(model.backbone.vit.parameters()))(
+        batch(3, 0)
+    )
     found["loss"].backward()
     assert float(found["loss"].detach()) == 0 and found["classify"].isnan()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.heads.parameters())
@@ -227,7 +241,10 @@ def test_a_mixed_batch_is_the_sum_of_its_two_halves() -> None:
     """The loss of either task is that of the images that have it: the others change nothing of it."""
     mixed, halves = net(), [net(), net()]
     data = batch(2, 3)
-    parts = [{"image": data["image"][:2], "semseg": data["semseg"][:2]}, {"image": data["image"][2:], "class": data["class"][2:]}]
+    parts = [
+        {"image": data["image"][:2], "semseg": data["semseg"][:2]},
+        {"image": data["image"][2:], "class": data["class"][2:]},
+    ]
     found = DenseObjective(mixed, TASKS)(data)
     found["loss"].backward()
     alone = [DenseObjective(model, TASKS)(part) for model, part in zip(halves, parts)]

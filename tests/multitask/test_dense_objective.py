@@ -31,10 +31,15 @@ def batch(count: int = 3, **without: tuple[int, ...]) -> dict:
     """Samples of 16 x 24; `semseg=(0, 2)` leaves that target out of samples 0 and 2."""
     generator = torch.Generator().manual_seed(count)
     pictures = images(count, 24)[:, :, :16]
-    samples = [{
-        "image": pictures[i], "semseg": torch.randint(0, 4, (16, 24), generator=generator),
-        "edge": torch.randint(0, 2, (16, 24), generator=generator), "depth": 1 + torch.rand(16, 24, generator=generator),
-    } for i in range(count)]
+    samples = [
+        {
+            "image": pictures[i],
+            "semseg": torch.randint(0, 4, (16, 24), generator=generator),
+            "edge": torch.randint(0, 2, (16, 24), generator=generator),
+            "depth": 1 + torch.rand(16, 24, generator=generator),
+        }
+        for i in range(count)
+    ]
     return collate([{k: v for k, v in one.items() if i not in without.get(k, ())} for i, one in enumerate(samples)])
 
 
@@ -44,7 +49,9 @@ def test_one_forward_of_the_backbone_gives_every_head_its_taps() -> None:
     model.backbone.vit.patch_embed.register_forward_hook(lambda module, given, out: calls.append(given[0].shape))
     found = model(batch()["image"])
     assert {task: tuple(value.shape) for task, value in found.items()} == {
-        "semseg": (3, 4, 4, 6), "depth": (3, 1, 4, 6), "edge": (3, 1, 4, 6)
+        "semseg": (3, 4, 4, 6),
+        "depth": (3, 1, 4, 6),
+        "edge": (3, 1, 4, 6),
     }
     assert calls == [(3, 3, 16, 24)]
     taps = model.backbone.maps(batch()["image"], [0, 1])
@@ -105,7 +112,9 @@ def test_equal_weighting_is_the_sum_and_other_balancers_are_told_their_parameter
     data, plain, balanced = batch(), net(), net()
     DenseObjective(plain, TASKS)(data)["loss"].backward()
     shared = list(balanced.backbone.vit.parameters())
-    found = DenseObjective(balanced, TASKS, balancer=make_balancer("ew", [t.name for t in TASKS]), balanced=shared)(data)
+    found = DenseObjective(balanced, TASKS, balancer=make_balancer("ew", [t.name for t in TASKS]), balanced=shared)(
+        data
+    )
     found["loss"].backward()
     assert {"weight/semseg", "weight/depth", "weight/edge"} <= set(found)
     pairs = zip(plain.named_parameters(), balanced.parameters())
@@ -133,8 +142,14 @@ def test_retaining_sees_the_heads_own_logits_of_all_batches_of_a_step() -> None:
 
 
 def test_state_of_all_parts_is_saved() -> None:
-    objective = DenseObjective(net(), TASKS, balancer=make_balancer("dwa", [t.name for t in TASKS]), balanced=[nn.Parameter(
-        torch.zeros(1))], retain=DenseRetaining(4), fade=RouterFade(4))
+    objective = DenseObjective(
+        net(),
+        TASKS,
+        balancer=make_balancer("dwa", [t.name for t in TASKS]),
+        balanced=[nn.Parameter(torch.zeros(1))],
+        retain=DenseRetaining(4),
+        fade=RouterFade(4),
+    )
     assert {"retain.bank", "retain.ema", "fade.alpha", "fade.steps", "balancer.calls"} <= set(objective.state_dict())
 
 

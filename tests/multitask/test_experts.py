@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from timm.layers import GluMlp, Mlp, SwiGLU
 from helpers.tiny import images, snapshot, tiny_vit
+from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
 import vismt.multitask.experts as experts
@@ -57,7 +57,9 @@ def test_planted_clusters_are_found_whatever_the_norms(seed: int) -> None:
 def test_scaling_a_unit_or_the_dtype_changes_nothing() -> None:
     weight, _ = planted()
     labels = cluster_neurons(weight, 8, seed=1)
-    assert torch.equal(labels, cluster_neurons(weight * 2.0 ** torch.arange(-128, 128).div(16).floor()[:, None], 8, seed=1))
+    assert torch.equal(
+        labels, cluster_neurons(weight * 2.0 ** torch.arange(-128, 128).div(16).floor()[:, None], 8, seed=1)
+    )
     assert torch.equal(cluster_neurons(weight.bfloat16(), 8), cluster_neurons(weight.bfloat16().float(), 8))
     weight[3:5] = 0  # pruned units
     assert cluster_neurons(weight, 8).bincount().tolist() == [32] * 8
@@ -153,12 +155,12 @@ def test_coactivation_parts_units_that_never_fire_together() -> None:
         fc1.weight[1::2] = -fc1.weight[::2]
     vit.train()
     state, pictures = snapshot(vit), images(8)
-    labels, = cluster_model(vit, 2, by="activations", images=pictures, tokens=64)
+    (labels,) = cluster_model(vit, 2, by="activations", images=pictures, tokens=64)
     assert labels.bincount().tolist() == [64, 64]
     assert (labels[::2] != labels[1::2]).float().mean() > 0.9
     assert vit.training and all(torch.equal(value, state[name]) for name, value in vit.state_dict().items())
     assert not fc1._forward_hooks and not vit.blocks[0].mlp.fc2._forward_pre_hooks
-    again, = cluster_model(vit, 2, by="activations", images=pictures, tokens=64)
+    (again,) = cluster_model(vit, 2, by="activations", images=pictures, tokens=64)
     assert torch.equal(again, labels)
 
 

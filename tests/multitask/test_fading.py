@@ -29,7 +29,9 @@ def test_values_at_the_epochs_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("total", [1, 3, 7, 10, 30, 1000])
-@pytest.mark.parametrize(("start", "end"), [(0.0, 0.5), (0.1, 0.7), (0.2, 0.3), (0.5, 1.0), (0.3, 0.3), (0.0, 0.0), (1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("start", "end"), [(0.0, 0.5), (0.1, 0.7), (0.2, 0.3), (0.5, 1.0), (0.3, 0.3), (0.0, 0.0), (1.0, 1.0)]
+)
 def test_zero_until_the_start_linear_then_exactly_one(total: int, start: float, end: float) -> None:
     fade = RouterFade(total, start, end)
     for step in range(total + 3):

@@ -67,13 +67,18 @@ def test_which_taps_count(name: str) -> None:
 
 def test_the_linear_head_is_a_product_at_every_place() -> None:
     model, maps = head("linear"), taps(2, 3)
-    wanted = torch.einsum("bdrc,kd->bkrc", maps[3], model.predict.weight[:, :, 0, 0]) + model.predict.bias[:, None, None]
+    wanted = (
+        torch.einsum("bdrc,kd->bkrc", maps[3], model.predict.weight[:, :, 0, 0]) + model.predict.bias[:, None, None]
+    )
     assert torch.allclose(model(maps), wanted, atol=1e-6)
 
 
 def test_segformer_fuses_on_the_small_grid_what_it_would_on_the_large() -> None:
     model, maps = head("segformer"), taps(3, 5)
-    large = [F.interpolate(p(tap), scale_factor=4, mode="bilinear", align_corners=False) for p, tap in zip(model.project, maps)]
+    large = [
+        F.interpolate(p(tap), scale_factor=4, mode="bilinear", align_corners=False)
+        for p, tap in zip(model.project, maps)
+    ]
     wanted = model.predict(F.gelu(model.norm(model.fuse(torch.cat(large, 1)))))
     assert torch.allclose(model(maps), wanted, atol=1e-5)
 

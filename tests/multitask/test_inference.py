@@ -6,9 +6,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from helpers.tiny import images, tiny_vit
 from hypothesis import given
 from hypothesis import strategies as st
-from helpers.tiny import images, tiny_vit
 
 from vismt.backbones.vit import Backbone
 from vismt.data.dense_sample import blank
@@ -20,7 +20,9 @@ from vismt.multitask.inference import predict, starts
 from vismt.multitask.tasks import make_task
 
 CLASSIFY = make_task({"name": "classify", "classes": 5})
-TASKS = {task.name: task for task in (make_task({"name": "semseg", "classes": 4}), make_task("depth"), make_task("normals"))}
+TASKS = {
+    task.name: task for task in (make_task({"name": "semseg", "classes": 4}), make_task("depth"), make_task("normals"))
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,11 @@ def test_every_pixel_is_the_mean_of_the_windows_that_hold_it(net: DenseNet) -> N
             values = [single[t, l][name][0, :, row - t, column - l] for t, l in holding]
             if name == "normals":
                 values = [value / value.norm() for value in values]
-            assert torch.allclose(found[name][0, :, row, column], torch.stack(values).mean(0), atol=1e-5), (name, row, column)
+            assert torch.allclose(found[name][0, :, row, column], torch.stack(values).mean(0), atol=1e-5), (
+                name,
+                row,
+                column,
+            )
     assert max(len([1 for t, l in single if t <= row < t + 16]) for row in range(30)) > 1
 
 
@@ -97,8 +103,10 @@ def test_a_class_of_the_image_is_the_mean_of_the_views() -> None:
     found = predict(net, tasks, x, flip=True)["classify"]
     assert len(views) == 6 and found.shape == (2, 5)
     assert torch.allclose(found, torch.stack(views).mean(0), atol=1e-6)
-    assert torch.equal(predict(net, tasks, x[..., :20])["classify"].argmax(1)[0], CLASSIFY.answer(
-        predict(net, tasks, x[:1, ..., :20])["classify"][0]))
+    assert torch.equal(
+        predict(net, tasks, x[..., :20])["classify"].argmax(1)[0],
+        CLASSIFY.answer(predict(net, tasks, x[:1, ..., :20])["classify"][0]),
+    )
 
 
 def test_a_smaller_image_is_padded_with_the_grey_of_training_and_cut_again(net: DenseNet) -> None:

@@ -96,8 +96,14 @@ def test_it_stops_when_nothing_is_gained(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     ("clusters", "told"),
-    [(5, "5 experts cannot share 12 rows equally; use 4 or 6"), (24, "use 12"), (7, "use 6 or 12"), (0, "is 0, needed"),
-     (2.0, r"is 2\.0"), (True, "is True")],
+    [
+        (5, "5 experts cannot share 12 rows equally; use 4 or 6"),
+        (24, "use 12"),
+        (7, "use 6 or 12"),
+        (0, "is 0, needed"),
+        (2.0, r"is 2\.0"),
+        (True, "is True"),
+    ],
 )
 def test_numbers_that_do_not_divide(clusters: object, told: str) -> None:
     with pytest.raises(UserError, match=told):

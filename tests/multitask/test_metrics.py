@@ -32,7 +32,11 @@ def test_mean_iou_of_a_2x2_map_by_hand() -> None:
     # target 0 1 / 1 ignored, prediction 0 0 / 1 2; class 3 is nowhere, class 2 only predicted where it is ignored.
     target, pred = torch.tensor([[[0, 1], [1, 255]]]), torch.tensor([[[0, 0], [1, 2]]])
     # class 0: TP 1, FP 1, FN 0 -> 1/2; class 1: TP 1, FP 0, FN 1 -> 1/2; classes 2, 3: 0/0. 2 of 3 pixels are right.
-    for absent, mean, rest in (("zero", (1 / 2 + 1 / 2) / 4, 0.0), ("skip", 1 / 2, math.nan), ("nan", math.nan, math.nan)):
+    for absent, mean, rest in (
+        ("zero", (1 / 2 + 1 / 2) / 4, 0.0),
+        ("skip", 1 / 2, math.nan),
+        ("nan", math.nan, math.nan),
+    ):
         found = filled(MeanIoU(4, absent=absent), (pred, target))
         assert found["miou"] == pytest.approx(mean, nan_ok=True)
         assert found["iou"] == pytest.approx([0.5, 0.5, rest, rest], nan_ok=True)
@@ -62,11 +66,16 @@ def test_mean_iou_against_numpy(ignore: int | None, dtype: torch.dtype) -> None:
     for given in (logits, logits.argmax(1), logits.argmax(1)[:, None].int()):
         found = filled(MeanIoU(classes, ignore_index=ignore), (given, label))
         assert found["iou"] == pytest.approx(iou) and found["miou"] == pytest.approx(np.mean(iou))
-        assert found["pixel_accuracy"] == pytest.approx((pred == target)[valid].mean()) and found["pixels"] == valid.sum()
+        assert (
+            found["pixel_accuracy"] == pytest.approx((pred == target)[valid].mean()) and found["pixels"] == valid.sum()
+        )
 
 
 def test_mean_iou_is_pooled_over_the_set_and_skips_images_without_labels() -> None:
-    one, two = (torch.tensor([[[0, 0]]]), torch.tensor([[[0, 0]]])), (torch.tensor([[[0, 0]]]), torch.tensor([[[0, 1]]]))
+    one, two = (
+        (torch.tensor([[[0, 0]]]), torch.tensor([[[0, 0]]])),
+        (torch.tensor([[[0, 0]]]), torch.tensor([[[0, 1]]])),
+    )
     empty = (torch.tensor([[[1, 1]]]), torch.tensor([[[255, 255]]]))
     found = filled(MeanIoU(2), one, two, empty)
     assert found["miou"] == pytest.approx((3 / 4 + 0 / 1) / 2)  # the mean of the images would be (1/2 + 1/4) / 2
@@ -85,7 +94,9 @@ def test_depth_errors_of_2x2_maps_by_hand() -> None:
     assert found["rmse"] == pytest.approx(math.sqrt((9 + 1) / 4))
     assert found["rmse"] != pytest.approx((3 + math.sqrt(1 / 3)) / 2)  # the mean of per-image RMSEs
     assert found["abs_err"] == pytest.approx((3 + 1) / 4)
-    assert found["abs_rel"] == pytest.approx((3 / 4 + 1 / 2) / 4) and found["sq_rel"] == pytest.approx((9 / 4 + 1 / 2) / 4)
+    assert found["abs_rel"] == pytest.approx((3 / 4 + 1 / 2) / 4) and found["sq_rel"] == pytest.approx(
+        (9 / 4 + 1 / 2) / 4
+    )
     assert found["log_rmse"] == pytest.approx(math.sqrt((math.log(7 / 4) ** 2 + math.log(2) ** 2) / 4))
     # ratios 1.75, 1, 2, 1 against 1.25, 1.5625, 1.953125
     assert [found[f"delta{k}"] for k in (1, 2, 3)] == [2 / 4, 2 / 4, 3 / 4]
@@ -96,7 +107,10 @@ def test_depth_errors_against_numpy_with_every_kind_of_validity(channel: bool) -
     target, pred = rng(3).uniform(0.5, 10, (4, 6, 5)), rng(4).uniform(-0.5, 10, (4, 6, 5))
     target[rng(5).random(target.shape) < 0.2] = 255
     target[0, 0, 0], mask = math.nan, rng(6).random(target.shape) < 0.7
-    batch = [torch.from_numpy(values).unsqueeze(1) if channel else torch.from_numpy(values) for values in (pred, target, mask)]
+    batch = [
+        torch.from_numpy(values).unsqueeze(1) if channel else torch.from_numpy(values)
+        for values in (pred, target, mask)
+    ]
     cases: list[tuple[DepthErrors, np.ndarray, list[Tensor]]] = [
         (DepthErrors(ignore=255), (target != 255) & np.isfinite(target), batch[:2]),
         (DepthErrors(ignore=255), (target != 255) & mask & np.isfinite(target), batch),
@@ -108,8 +122,12 @@ def test_depth_errors_against_numpy_with_every_kind_of_validity(channel: bool) -
         least = np.maximum(p, 1e-9)
         q = p if metric.convention == "libmtl" else least
         want = {
-            "rmse": np.sqrt(np.mean((q - g) ** 2)), "abs_err": np.abs(q - g).mean(), "abs_rel": (np.abs(q - g) / g).mean(),
-            "sq_rel": ((q - g) ** 2 / g).mean(), "log_rmse": np.sqrt(np.mean(np.log(least / g) ** 2)), "pixels": valid.sum(),
+            "rmse": np.sqrt(np.mean((q - g) ** 2)),
+            "abs_err": np.abs(q - g).mean(),
+            "abs_rel": (np.abs(q - g) / g).mean(),
+            "sq_rel": ((q - g) ** 2 / g).mean(),
+            "log_rmse": np.sqrt(np.mean(np.log(least / g) ** 2)),
+            "pixels": valid.sum(),
             **{f"delta{k}": np.mean(np.maximum(least / g, g / least) < 1.25**k) for k in (1, 2, 3)},
         }
         assert found == pytest.approx(want)
@@ -248,9 +266,15 @@ ONE = torch.ones(1, 2, 2)
     [
         (lambda: MeanIoU(1), "at least 2"),
         (lambda: MeanIoU(3, absent="zeros"), r"absent 'zeros' is not known. Near: 'zero'"),
-        (lambda: MeanIoU(3).update(torch.rand(1, 2, 2, 2), ONE.long()), r"logits \(b, 3, h, w\), these are \(1, 2, 2, 2\)"),
+        (
+            lambda: MeanIoU(3).update(torch.rand(1, 2, 2, 2), ONE.long()),
+            r"logits \(b, 3, h, w\), these are \(1, 2, 2, 2\)",
+        ),
         (lambda: MeanIoU(3).update(ONE.long(), ONE), "integer labels, is torch.float32"),
-        (lambda: MeanIoU(3).update(ONE.long(), 3 * ONE.long()), "label 3 found, classes are 0 to 2; ignore_index is 255"),
+        (
+            lambda: MeanIoU(3).update(ONE.long(), 3 * ONE.long()),
+            "label 3 found, classes are 0 to 2; ignore_index is 255",
+        ),
         (lambda: MeanIoU(3).update(-ONE.long(), ONE.long()), "predicted class -1 found"),
         (lambda: MeanIoU(3).update(ONE.long(), torch.ones(2, 2, dtype=torch.long)), r"target must be .* is \(2, 2\)"),
         (lambda: DepthErrors(valid_range=(3, 1)), r"valid_range \(3, 1\) is empty"),

@@ -118,7 +118,9 @@ def test_counts_are_added_over_images_per_threshold() -> None:
 def test_ods_f_against_a_slow_reference() -> None:
     skimage = pytest.importorskip("skimage.morphology")
     truth = [thin(np.abs(blobs(30, 26, 2, seed) - 0.5) < 0.05) for seed in range(2)]
-    scores = [2 * gaussian_filter(one.astype(float), 1.2) + 0.4 * blobs(30, 26, 1, 9 + n) for n, one in enumerate(truth)]
+    scores = [
+        2 * gaussian_filter(one.astype(float), 1.2) + 0.4 * blobs(30, 26, 1, 9 + n) for n, one in enumerate(truth)
+    ]
     scores = [one.clip(0, 1) for one in scores]
     ignored = np.zeros((30, 26), dtype=bool)
     ignored[:, :5] = True
@@ -215,7 +217,11 @@ def test_max_f_by_hand() -> None:
     metric.update(torch.tensor([[[0.5, 0.8, 0.25, 0.1, 0.9]]]), torch.tensor([[[1, 0, 1, 0, 255]]]))
     # t=1/4: TP 2 of 3, R 1: 1.3 (2/3) / (0.3 (2/3) + 1); t=1/2: P 1/2, R 1/2: 1/2; t=3/4: 0
     found = metric.compute()
-    assert found["max_f"] == pytest.approx(1.3 * (2 / 3) / (0.2 + 1)) and found["threshold"] == 0.25 and found["pixels"] == 4
+    assert (
+        found["max_f"] == pytest.approx(1.3 * (2 / 3) / (0.2 + 1))
+        and found["threshold"] == 0.25
+        and found["pixels"] == 4
+    )
     assert (found["precision"], found["recall"]) == pytest.approx((2 / 3, 1))
 
 
@@ -248,7 +254,10 @@ MAP = torch.full((1, 2, 2), 2.0)
         (lambda: BoundaryF(scores="logit"), "Near: 'logits'"),
         (lambda: BoundaryF(scores="probabilities").update(MAP, MAP * 0), r"range over \[2, 2\]: are they logits"),
         (lambda: BoundaryF().update(MAP, MAP), "target holds 2: it must be 0 or 1, or ignore_index"),
-        (lambda: BoundaryF().update(MAP.long(), MAP * 0), "needs scores to put thresholds on, not a map of torch.int64"),
+        (
+            lambda: BoundaryF().update(MAP.long(), MAP * 0),
+            "needs scores to put thresholds on, not a map of torch.int64",
+        ),
         (lambda: BoundaryF().update(torch.ones(1, 3, 2, 2), MAP * 0), r"prediction must be .* is \(1, 3, 2, 2\)"),
         (lambda: MaxF(beta_squared=0), "must be positive"),
         (lambda: MaxF(ignore_index=None).update(MAP, 255 * MAP.bool().byte()), "target holds 255"),

@@ -10,8 +10,8 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import GluMlp, Mlp, SwiGLU
 from helpers.tiny import images, shake, snapshot, tiny_vit
+from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
 import vismt
@@ -22,7 +22,9 @@ from vismt.multitask.moe_lora import MoEfiedMlp, set_fade
 from vismt.multitask.routing import expert_weights, gate
 
 
-def ffn(width: int = 6, hidden: int = 24, experts: int = 3, act: type[nn.Module] = nn.GELU, **options: object) -> MoEfiedMlp:
+def ffn(
+    width: int = 6, hidden: int = 24, experts: int = 3, act: type[nn.Module] = nn.GELU, **options: object
+) -> MoEfiedMlp:
     """A small fp64 FFN whose router is far from uniform."""
     torch.manual_seed(0)
     module = MoEfiedMlp(Mlp(width, hidden, act_layer=act).double(), 2, experts, **{"temperature": 2.0, **options})
@@ -137,7 +139,9 @@ def test_backward_keeps_no_tensor_of_the_hidden_width_for_the_router() -> None:
     routed = saved_activation_bytes(module, lambda: module(x))
     module.fade = 1.0
     faded = saved_activation_bytes(module, lambda: module(x))
-    assert routed - faded <= 4 * 8 * 50 * 4 < 4 * 8 * 50 * 64  # logits (b, n, e) in fp32; a plain product keeps (b, n, H)
+    assert (
+        routed - faded <= 4 * 8 * 50 * 4 < 4 * 8 * 50 * 64
+    )  # logits (b, n, e) in fp32; a plain product keeps (b, n, H)
 
 
 # ---- the start
@@ -172,15 +176,20 @@ def test_one_ffn_alone_draws_from_its_seed_and_freezes_its_weights() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     for name, value in one.state_dict().items():
         assert torch.equal(value, two.state_dict()[name])
-    assert not torch.equal(one.fc1.lora_B, other.fc1.lora_B) and not torch.equal(one.lora_router.weight, other.lora_router.weight)
+    assert not torch.equal(one.fc1.lora_B, other.fc1.lora_B) and not torch.equal(
+        one.lora_router.weight, other.lora_router.weight
+    )
     trained = {name for name, p in one.named_parameters() if p.requires_grad}
     assert trained == {"fc1.lora_A", "fc1.lora_B", "fc2.lora_A", "fc2.lora_B", "lora_router.weight"}
 
 
 COUNTS = [  # L (16 D r + D K) + C (D + 1)
-    ("vit_base_patch16_224", 598, 1, 754_774), ("vit_base_patch16_224", 598, 2, 902_230),
-    ("vit_base_patch16_224", 598, 4, 1_197_142), ("vit_base_patch16_224", 62, 1, 342_590),
-    ("vit_base_patch16_224", 62, 2, 490_046), ("vit_base_patch16_224", 62, 4, 784_958),
+    ("vit_base_patch16_224", 598, 1, 754_774),
+    ("vit_base_patch16_224", 598, 2, 902_230),
+    ("vit_base_patch16_224", 598, 4, 1_197_142),
+    ("vit_base_patch16_224", 62, 1, 342_590),
+    ("vit_base_patch16_224", 62, 2, 490_046),
+    ("vit_base_patch16_224", 62, 4, 784_958),
     ("vit_large_patch14_dinov2", 62, 4, 2_029_630),
 ]
 
@@ -294,7 +303,9 @@ def test_clustering_moves_units_and_not_the_faded_function() -> None:
         assert labels.bincount().tolist() == [32] * 4
         order = labels.argsort(stable=True)
         assert not torch.equal(order, torch.arange(128))
-        assert torch.equal(mlp.fc1.weight, old.mlp.fc1.weight[order]) and torch.equal(mlp.fc1.bias, old.mlp.fc1.bias[order])
+        assert torch.equal(mlp.fc1.weight, old.mlp.fc1.weight[order]) and torch.equal(
+            mlp.fc1.bias, old.mlp.fc1.bias[order]
+        )
         assert torch.equal(mlp.fc2.weight, old.mlp.fc2.weight[:, order]) and torch.equal(mlp.fc2.bias, old.mlp.fc2.bias)
     assert not torch.equal(*(block.mlp.labels for block in model.blocks))
     assert not torch.allclose(model(x), flat(x), atol=1e-6)
@@ -343,7 +354,9 @@ def test_merge_says_how_far_the_router_is_and_leaves_the_model() -> None:
         schedule.step()
     before = model(images())
     for act in (vismt.merge, lambda m: vismt.export_peft(m, "nowhere")):
-        with pytest.raises(UserError, match=r"'blocks\.0\.mlp' still routes \(fade 0\.25 of 1, step 5 of 40, 1 from 20\)"):
+        with pytest.raises(
+            UserError, match=r"'blocks\.0\.mlp' still routes \(fade 0\.25 of 1, step 5 of 40, 1 from 20\)"
+        ):
             act(model)
     assert torch.equal(model(images()), before)
     set_fade(model, 1.0)
@@ -409,7 +422,11 @@ def test_files_carry_router_fade_and_order(tmp_path, also: tuple[str, ...]) -> N
         vismt.load_adapter(target, tmp_path)
         assert torch.equal(target(images()), expected)
         for block, saved in zip(target.blocks, model.blocks):
-            assert block.mlp.fade == 0.3 and block.mlp.temperature == 2.5 and torch.equal(block.mlp.labels, saved.mlp.labels)
+            assert (
+                block.mlp.fade == 0.3
+                and block.mlp.temperature == 2.5
+                and torch.equal(block.mlp.labels, saved.mlp.labels)
+            )
         original = snapshot(tiny_vit())
         assert all(torch.equal(value, original[name]) for name, value in vismt.unadapt(target).state_dict().items())
 
@@ -422,7 +439,11 @@ def test_loading_is_strict_and_leaves_the_model(tmp_path) -> None:
     for model, change, message in (
         (tiny_vit(mlp_layer=GluMlp), {}, "gated FFN|made for"),
         (adapted(temperature=3.0), {}, "already carries another 'moe_lora'"),
-        (tiny_vit(), {"settings": {"n_experts": 8, "temperature": 5.0}}, r"router\.weight: saved \(4, 32\), needed \(8, 32\)"),
+        (
+            tiny_vit(),
+            {"settings": {"n_experts": 8, "temperature": 5.0}},
+            r"router\.weight: saved \(4, 32\), needed \(8, 32\)",
+        ),
         (tiny_vit(), {"settings": {}}, "n_experts None"),
         (tiny_vit(), {"type": "os:system"}, "needs 'os:system', which this version of vismt does not have"),
         (tiny_vit(), {"type": "vismt.nothing:MoEfiedMlp"}, "needs 'vismt.nothing:MoEfiedMlp'"),
@@ -454,7 +475,9 @@ def test_other_vits() -> None:
         model = timm.create_model(name, num_classes=3, **options).eval()
         report = vismt.adapt(model, "moe_lora", rank=2, n_experts=4, init="zero", cluster=False)
         ends = {site.path.split(".", 2)[2] for site in report.sites}
-        assert all(end.endswith(("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")) and "rel_pos" not in end for end in ends), ends
+        assert all(
+            end.endswith(("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")) and "rel_pos" not in end for end in ends
+        ), ends
         shake(model)
         set_fade(model, 1.0)
         out = model(images(size=size))
@@ -467,25 +490,36 @@ def test_any_resolution_goes_through_the_routers() -> None:
     assert model(torch.rand(2, 3, 24, 16)).shape == (2, 5)
 
 
-@pytest.mark.parametrize("model,options,message", [
-    (lambda: tiny_vit(mlp_layer=SwiGLU), {}, r"'blocks\.0\.mlp' is a gated FFN"),
-    (lambda: tiny_vit(mlp_layer=GluMlp), {}, r"'blocks\.0\.mlp' is a gated FFN"),
-    (lambda: tiny_vit(scale_mlp_norm=True), {}, "normalises its hidden units"),
-    (lambda: tiny_vit(block_fn=timm.models.vision_transformer.ParallelScalingBlock), {}, "without an FFN of its own"),
-    (lambda: nn.Sequential(nn.Linear(4, 4)), {}, "Sequential has no blocks; it needs a timm ViT"),
-    (tiny_vit, {"n_experts": 24}, r"n_experts 24 does not divide the 128 hidden units of 'blocks\.0\.mlp'; take one of 2, 4, 8"),
-    (tiny_vit, {"n_experts": 0}, "n_experts 0; it must be a whole number"),
-    (tiny_vit, {"n_experts": True}, "n_experts True"),
-    (tiny_vit, {"temperature": 0}, "temperature 0; it must be a positive number"),
-    (tiny_vit, {"init": "zeros"}, "init 'zeros'. Near: 'zero'"),
-    (tiny_vit, {"fade": 1.5}, "fade 1.5; it must be a number from 0"),
-    (tiny_vit, {"fade": True}, "fade True"),
-    (tiny_vit, {"cluster": [torch.arange(128) // 32]}, "cluster holds 1 entries"),
-    (tiny_vit, {"cluster": [torch.zeros(128, dtype=torch.int64)] * 2}, "with 32 units for each of 0 .. 3"),
-    (tiny_vit, {"n_expert": 4}, "no option 'n_expert'. Near: 'n_experts'"),
-    (tiny_vit, {"targets": ["mlp.fc3"]}, "no module matches 'mlp.fc3'"),
-    (adapted, {}, "already carries 'moe_lora'"),
-])
+@pytest.mark.parametrize(
+    "model,options,message",
+    [
+        (lambda: tiny_vit(mlp_layer=SwiGLU), {}, r"'blocks\.0\.mlp' is a gated FFN"),
+        (lambda: tiny_vit(mlp_layer=GluMlp), {}, r"'blocks\.0\.mlp' is a gated FFN"),
+        (lambda: tiny_vit(scale_mlp_norm=True), {}, "normalises its hidden units"),
+        (
+            lambda: tiny_vit(block_fn=timm.models.vision_transformer.ParallelScalingBlock),
+            {},
+            "without an FFN of its own",
+        ),
+        (lambda: nn.Sequential(nn.Linear(4, 4)), {}, "Sequential has no blocks; it needs a timm ViT"),
+        (
+            tiny_vit,
+            {"n_experts": 24},
+            r"n_experts 24 does not divide the 128 hidden units of 'blocks\.0\.mlp'; take one of 2, 4, 8",
+        ),
+        (tiny_vit, {"n_experts": 0}, "n_experts 0; it must be a whole number"),
+        (tiny_vit, {"n_experts": True}, "n_experts True"),
+        (tiny_vit, {"temperature": 0}, "temperature 0; it must be a positive number"),
+        (tiny_vit, {"init": "zeros"}, "init 'zeros'. Near: 'zero'"),
+        (tiny_vit, {"fade": 1.5}, "fade 1.5; it must be a number from 0"),
+        (tiny_vit, {"fade": True}, "fade True"),
+        (tiny_vit, {"cluster": [torch.arange(128) // 32]}, "cluster holds 1 entries"),
+        (tiny_vit, {"cluster": [torch.zeros(128, dtype=torch.int64)] * 2}, "with 32 units for each of 0 .. 3"),
+        (tiny_vit, {"n_expert": 4}, "no option 'n_expert'. Near: 'n_experts'"),
+        (tiny_vit, {"targets": ["mlp.fc3"]}, "no module matches 'mlp.fc3'"),
+        (adapted, {}, "already carries 'moe_lora'"),
+    ],
+)
 def test_refusals_leave_the_model_as_it_was(model, options: dict, message: str) -> None:
     given = model()
     before = snapshot(given)

@@ -48,7 +48,9 @@ def test_golden_loss_of_two_samples() -> None:
     assert retain.loss(torch.tensor(now), torch.tensor([0, 3])).item() == pytest.approx((first + second) / 4, rel=1e-5)
     reverse = QualityRetaining(6, TASKS, ema_decay=1.0, ema_init=1.0, mode="ema", reverse=True, temperature=1.0)
     reverse.bank[0, 0] = torch.tensor(older)
-    assert reverse.loss(torch.tensor(now[:1]), torch.tensor([0])).item() == pytest.approx(2 * kl(now[0], older, 1), rel=1e-5)
+    assert reverse.loss(torch.tensor(now[:1]), torch.tensor([0])).item() == pytest.approx(
+        2 * kl(now[0], older, 1), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("mode", ["fifo2", "ema"])
@@ -151,7 +153,9 @@ def test_halving_a_task_doubles_its_gradient_and_nothing_else() -> None:
 
 def test_the_floor_is_off_unless_asked_for() -> None:
     logits, labels = batch(3)
-    free, bounded = (QualityRetaining(6, TASKS, ema_init=1e-4, ema_decay=1.0, ema_floor=floor) for floor in (None, 1e-2))
+    free, bounded = (
+        QualityRetaining(6, TASKS, ema_init=1e-4, ema_decay=1.0, ema_floor=floor) for floor in (None, 1e-2)
+    )
     assert free.loss(logits, labels).item() == pytest.approx(100 * bounded.loss(logits, labels).item(), rel=1e-5)
 
 
@@ -254,7 +258,9 @@ def test_two_processes_hold_the_state_of_one(tmp_path: Path, mode: str) -> None:
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, str(rank), str(file), mode],
-            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         for rank in range(2)
     ]

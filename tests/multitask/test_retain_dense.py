@@ -90,7 +90,9 @@ def test_the_running_cross_entropy_is_that_of_pixels() -> None:
     assert F.cross_entropy(means, torch.tensor([0, 1])).item() != pytest.approx(sum(each) / 5, rel=0.05)
     # The loss weighs by the value that includes its own batch: a decay of 0 leaves the batch's alone.
     now, later = DenseRetaining(3, ema_decay=0.0), DenseRetaining(3, ema_decay=1.0)
-    assert now.loss(logits, TARGET).item() == pytest.approx(later.loss(logits, TARGET).item() * 10 / (sum(each) / 5), rel=1e-5)
+    assert now.loss(logits, TARGET).item() == pytest.approx(
+        later.loss(logits, TARGET).item() * 10 / (sum(each) / 5), rel=1e-5
+    )
 
 
 def test_ignored_pixels_have_no_influence() -> None:

@@ -126,7 +126,9 @@ def test_saliency_is_balanced_on_valid_pixels() -> None:
     one = make_task({"name": "saliency", "channels": 1})
     assert one.loss(torch.full((1, 1, 1, 5), LN3), target).item() == pytest.approx(wanted)
     # Two logits are a weighted softmax cross-entropy over the number of pixels, not over the sum of weights.
-    summed = torch.nn.functional.cross_entropy(two, target, torch.tensor([0.25, 0.75]), ignore_index=IGNORE, reduction="sum")
+    summed = torch.nn.functional.cross_entropy(
+        two, target, torch.tensor([0.25, 0.75]), ignore_index=IGNORE, reduction="sum"
+    )
     assert summed.item() / 4 == pytest.approx(wanted)
     background = two.clone().requires_grad_()
     loss = make_task("saliency").loss(background, torch.zeros(1, 1, 5, dtype=torch.int64))  # no salient pixel: w = 1
@@ -141,7 +143,12 @@ def test_weights_of_the_literature() -> None:
     assert {*tasks, "classify"} == set(TASKS)  # which is no task of theirs: test_classify.py
     assert {name: task.loss_weight for name, task in tasks.items()} == NYUD_WEIGHTS | PASCAL_WEIGHTS
     assert {name: task.channels for name, task in tasks.items()} == {
-        "semseg": 3, "depth": 1, "normals": 3, "edge": 1, "parts": 7, "saliency": 2,
+        "semseg": 3,
+        "depth": 1,
+        "normals": 3,
+        "edge": 1,
+        "parts": 7,
+        "saliency": 2,
     }
     assert {name for name, task in tasks.items() if task.lower_is_better} == {"depth", "normals"}
     assert make_task({"name": "edge", "loss_weight": 3}).loss_weight == 3
@@ -226,7 +233,9 @@ def test_colours() -> None:
     assert len(set(colors)) == 40 and all(len(set(color)) > 1 for color in colors)
     task = make_task({"name": "semseg", "classes": 2, "colors": [[1, 2, 3], [4, 5, 6]]})
     assert task.picture(torch.tensor([[0, 1, IGNORE]]))[:, 0].T.tolist() == [[1, 2, 3], [4, 5, 6], [64, 64, 64]]
-    normal = torch.tensor([[1.0, 0, 0], [0, -1, 0], [0, 0, 0]]).T.reshape(3, 1, 3)  # (v + 1) / 2: 0 is 127.5, even is 128
+    normal = torch.tensor([[1.0, 0, 0], [0, -1, 0], [0, 0, 0]]).T.reshape(
+        3, 1, 3
+    )  # (v + 1) / 2: 0 is 127.5, even is 128
     assert make_task("normals").picture(normal)[:, 0].T.tolist() == [[255, 128, 128], [128, 0, 128], [64, 64, 64]]
     edge = make_task("edge").picture(torch.tensor([[[0.0, -50.0, 50.0, math.nan]]]))
     assert edge[:, 0].T.tolist() == [[128] * 3, [0] * 3, [255] * 3, [64] * 3]
@@ -309,7 +318,12 @@ def test_bad_specifications(spec: object, told: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "prediction", "target", "told"),
     [
-        (SPECS[0], torch.zeros(1, 2, 2, 3), torch.zeros(1, 2, 3).long(), r"semseg: the prediction is \(1, 2, 2, 3\).*\(b, 3, h"),
+        (
+            SPECS[0],
+            torch.zeros(1, 2, 2, 3),
+            torch.zeros(1, 2, 3).long(),
+            r"semseg: the prediction is \(1, 2, 2, 3\).*\(b, 3, h",
+        ),
         (SPECS[0], torch.zeros(1, 3, 2, 3).long(), torch.zeros(1, 2, 3).long(), "needed floating point"),
         (SPECS[0], torch.zeros(1, 3, 2, 3), torch.zeros(1, 4, 6).long(), r"target \(1, 4, 6\): resize the prediction"),
         (SPECS[0], torch.zeros(1, 3, 2, 3), torch.zeros(2, 2, 3).long(), r"target \(2, 2, 3\)"),

@@ -61,7 +61,9 @@ def test_one_mean_over_the_mixed_batch(smoothing: float) -> None:
     expected = F.cross_entropy(net.logits, LABELS, label_smoothing=smoothing)
     assert torch.allclose(found["loss"], expected) and torch.allclose(found["ce"], expected)
     # Not the mean of the tasks' means: birds have four images, cars two.
-    means = [F.cross_entropy(net.logits[rows], LABELS[rows], label_smoothing=smoothing) for rows in ([0, 1, 2, 5], [3, 4])]
+    means = [
+        F.cross_entropy(net.logits[rows], LABELS[rows], label_smoothing=smoothing) for rows in ([0, 1, 2, 5], [3, 4])
+    ]
     assert not torch.allclose(found["loss"], sum(means) / 2)
 
 
@@ -120,11 +122,15 @@ def test_a_balancer_gets_one_mean_for_each_task_that_is_there() -> None:
 
 
 def test_the_fade_goes_on_with_every_step_and_its_state_is_the_objectives() -> None:
-    objective = UnionObjective(Fixed(), UNION, fade=RouterFade(4, end=1.0), retain=QualityRetaining(9, UNION.task_of_class()))
+    objective = UnionObjective(
+        Fixed(), UNION, fade=RouterFade(4, end=1.0), retain=QualityRetaining(9, UNION.task_of_class())
+    )
     assert float(objective(batch())["fade"]) == 0
     objective.step()
     assert float(objective(batch())["fade"]) == 0.25
-    twin = UnionObjective(Fixed(1), UNION, fade=RouterFade(4, end=1.0), retain=QualityRetaining(9, UNION.task_of_class()))
+    twin = UnionObjective(
+        Fixed(1), UNION, fade=RouterFade(4, end=1.0), retain=QualityRetaining(9, UNION.task_of_class())
+    )
     twin.load_state_dict(objective.state_dict())
     assert twin.fade.taken == 1 and torch.equal(twin.retain.ema, objective.retain.ema)
 

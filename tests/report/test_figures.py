@@ -8,22 +8,32 @@ import torch
 from helpers.readable import assert_readable, visible_texts
 from torchvision.io import decode_png, read_file
 
-from vismt.report import plotting as canvas
-
-from vismt.report import figures
-from vismt.report.comparison import Cell, Comparison
 from vismt.errors import UserError
+from vismt.report import figures
+from vismt.report import plotting as canvas
+from vismt.report.comparison import Cell, Comparison
 
 LONG = "a_data_set_with_a_name_that_does_not_end"
 
 
-def comparisons(sets, protocols=("5-way 1-shot",), conditions=("clean", "PGD-10 linf 4.5/255"), models=("frozen", "adapted")):
+def comparisons(
+    sets, protocols=("5-way 1-shot",), conditions=("clean", "PGD-10 linf 4.5/255"), models=("frozen", "adapted")
+):
     return [
         Comparison(
-            name, protocol, condition, "accuracy", "episodes", 0,
-            {model: Cell(0.4 + 0.01 * j, 0.02, 60) for model in models}, None, False,
+            name,
+            protocol,
+            condition,
+            "accuracy",
+            "episodes",
+            0,
+            {model: Cell(0.4 + 0.01 * j, 0.02, 60) for model in models},
+            None,
+            False,
         )
-        for protocol in protocols for j, name in enumerate(sets) for condition in conditions
+        for protocol in protocols
+        for j, name in enumerate(sets)
+        for condition in conditions
     ]
 
 
@@ -36,7 +46,8 @@ def test_labels_never_overlap(drawn, tmp_path, count):
 
 def test_many_models_and_conditions(drawn, tmp_path):
     made = comparisons(
-        ["digits", LONG, "average"], ("variable way and shot",),
+        ["digits", LONG, "average"],
+        ("variable way and shot",),
         ("clean", "a", "b", "c", "a condition with a very long text of 60 characters"),
         ("frozen", "adapted", "merged", "pool"),
     )
@@ -100,7 +111,9 @@ def test_running_mean_by_hand():
     assert canvas.running_mean(np.array([5.0])).tolist() == [5.0]
 
 
-@pytest.mark.parametrize("rows", [[{"step": 1, "loss": 2.0}], [{"step": 1, "accuracy": 0.3}, {"step": 2, "accuracy": 0.4}]])
+@pytest.mark.parametrize(
+    "rows", [[{"step": 1, "loss": 2.0}], [{"step": 1, "accuracy": 0.3}, {"step": 2, "accuracy": 0.4}]]
+)
 def test_short_curves(drawn, tmp_path, rows):
     figures.training_curve(rows, tmp_path / "a.png")
     assert len(drawn[0].axes) == 1
@@ -116,8 +129,12 @@ def panel(classes, size=16, attacked=True):
     images = generator.integers(20, 230, (2 * len(classes), 3, size, size), dtype=np.uint8)
     labels = np.repeat(np.arange(len(classes)), 2)
     arrays = {
-        "support": images[::2], "support_labels": labels[::2], "query": images, "query_labels": labels,
-        "predictions": labels, "classes": np.array(classes),
+        "support": images[::2],
+        "support_labels": labels[::2],
+        "query": images,
+        "query_labels": labels,
+        "predictions": labels,
+        "classes": np.array(classes),
     }
     if attacked:
         arrays["adversarial"] = images + np.uint8(4)
@@ -139,6 +156,7 @@ def test_episode_grid(drawn, tmp_path):
     right = drawn[0].axes[3].spines["top"].get_edgecolor()
     wrong = drawn[0].axes[6].spines["top"].get_edgecolor()
     from matplotlib.colors import to_rgba
+
     assert right == to_rgba(canvas.RIGHT) and wrong == to_rgba(canvas.WRONG)
 
 
@@ -170,13 +188,25 @@ def test_without_matplotlib(monkeypatch, tmp_path):
 
 
 def test_twelve_models_have_twelve_colours_and_a_legend_that_fits(drawn, tmp_path):
-    models = ["frozen", "clean", "merged", "merged:default", "average", "logits", "min_ce", "merged+finetune",
-              *(f"expert:{level}" for level in (0.01, 0.1, 6, 8))]
+    models = [
+        "frozen",
+        "clean",
+        "merged",
+        "merged:default",
+        "average",
+        "logits",
+        "min_ce",
+        "merged+finetune",
+        *(f"expert:{level}" for level in (0.01, 0.1, 6, 8)),
+    ]
     path = figures.domain_bars(comparisons(["digits", LONG], models=models, conditions=("clean",)), tmp_path / "a.png")
     assert_readable(drawn[0])
     legend = drawn[0].legends[0]
     assert {text.get_text() for text in legend.get_texts()} == {*models, "chance"} and path.exists()
     assert len({canvas.color_of(model, models) for model in models}) == 12
     # read row by row, the names stand in their order
-    places = [(-round(text.get_window_extent().y0), text.get_window_extent().x0, text.get_text()) for text in legend.get_texts()]
+    places = [
+        (-round(text.get_window_extent().y0), text.get_window_extent().x0, text.get_text())
+        for text in legend.get_texts()
+    ]
     assert [name for _, _, name in sorted(places)] == [*models, "chance"]

@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from vismt.errors import UserError
 from vismt.report.comparison import compare, read_results
 from vismt.report.report import write_report
-from vismt.errors import UserError
 
 PGD = "PGD-10 linf 4.5/255"
 FROZEN = [0.2, 0.4, 0.6, 0.8]
@@ -29,11 +29,21 @@ def add(folder, data, model, clean, attacked, protocol="5-way 1-shot", records=T
     for condition, values in (("clean", clean), (PGD, attacked)):
         mean = sum(values) / len(values)
         spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-        rows.append({
-            "data": data, "protocol": protocol, "condition": condition, "metric": "accuracy", "model": model,
-            "value": mean, "ci95": 1.96 * spread / math.sqrt(len(values)), "n": len(values), "unit": "episodes",
-            "seed": 1, "config_hash": "4f2a9c1e",
-        })
+        rows.append(
+            {
+                "data": data,
+                "protocol": protocol,
+                "condition": condition,
+                "metric": "accuracy",
+                "model": model,
+                "value": mean,
+                "ci95": 1.96 * spread / math.sqrt(len(values)),
+                "n": len(values),
+                "unit": "episodes",
+                "seed": 1,
+                "config_hash": "4f2a9c1e",
+            }
+        )
     write_rows(folder / "results.jsonl", rows, "a")
     if records:
         lines = [{"protocol": "0011", "settings": {"data": data}}]
@@ -48,25 +58,52 @@ def make_folder(parent):
     add(folder, "digits", "adapted", [v + 0.1 for v in FROZEN], [0.2, 0.2, 0.3, 0.3])
     add(folder, "crops", "frozen", FROZEN, [0.0, 0.2, 0.0, 0.2])
     add(folder, "crops", "adapted", [0.3, 0.35, 0.7, 0.75], [0.4, 0.5, 0.4, 0.5])
-    (folder / "run.json").write_text(json.dumps({
-        "title": "Digits <script>alert(1)</script> & crops", "command": "vismt run configs/quickstart.yaml seed=0",
-        "git_revision": "0123456789ab", "config_hash": "4f2a9c1e", "hardware": "a processor, 2 cores", "seed": 0,
-        "started": "2026-01-05T10:00:00+00:00", "finished": "2026-01-05T10:07:12+00:00", "wall_time_s": 432.4,
-        "versions": {"python": "3.11.7", "torch": "2.13.0"},
-        "adapt": {"method": "lora", "rank": 8, "trainable": 250, "total": 1000},
-    }))
+    (folder / "run.json").write_text(
+        json.dumps(
+            {
+                "title": "Digits <script>alert(1)</script> & crops",
+                "command": "vismt run configs/quickstart.yaml seed=0",
+                "git_revision": "0123456789ab",
+                "config_hash": "4f2a9c1e",
+                "hardware": "a processor, 2 cores",
+                "seed": 0,
+                "started": "2026-01-05T10:00:00+00:00",
+                "finished": "2026-01-05T10:07:12+00:00",
+                "wall_time_s": 432.4,
+                "versions": {"python": "3.11.7", "torch": "2.13.0"},
+                "adapt": {"method": "lora", "rank": 8, "trainable": 250, "total": 1000},
+            }
+        )
+    )
     (folder / "config.resolved.yaml").write_text("title: <img src=x onerror=alert(2)>\nseed: 0\n")
-    write_rows(folder / "metrics.jsonl", [
-        {"step": s, "loss": 2 / s, "accuracy": None if s == 3 else 1 - 1 / s, "lr": 1e-3, "grad_norm": 1.0, "elapsed_s": s}
-        for s in range(1, 30)
-    ])
+    write_rows(
+        folder / "metrics.jsonl",
+        [
+            {
+                "step": s,
+                "loss": 2 / s,
+                "accuracy": None if s == 3 else 1 - 1 / s,
+                "lr": 1e-3,
+                "grad_norm": 1.0,
+                "elapsed_s": s,
+            }
+            for s in range(1, 30)
+        ],
+    )
     labels = np.repeat(np.arange(5), 2)
     images = np.random.default_rng(0).integers(0, 250, (10, 3, 8, 8), dtype=np.uint8)
     (folder / "panels").mkdir()
     np.savez(
-        folder / "panels" / "digits-5-way-1-shot.npz", support=images[::2], support_labels=labels[::2], query=images,
-        query_labels=labels, predictions=np.where(labels == 4, 0, labels), adversarial=images + 5,
-        adversarial_predictions=np.where(labels == 0, 0, (labels + 1) % 5), classes=np.array(list("abcde")), condition=PGD,
+        folder / "panels" / "digits-5-way-1-shot.npz",
+        support=images[::2],
+        support_labels=labels[::2],
+        query=images,
+        query_labels=labels,
+        predictions=np.where(labels == 4, 0, labels),
+        adversarial=images + 5,
+        adversarial_predictions=np.where(labels == 0, 0, (labels + 1) % 5),
+        classes=np.array(list("abcde")),
+        condition=PGD,
     )
     return folder
 
@@ -171,10 +208,21 @@ def test_records_of_an_added_attack_and_of_examples(folder):
     assert comparisons(folder)["digits", PGD].paired
     rows = []
     for model, right in (("frozen", [1, 0, 0, 0]), ("adapted", [1, 1, 1, 0])):
-        rows.append({
-            "data": "set", "protocol": "all images", "condition": "clean", "metric": "accuracy", "model": model,
-            "value": sum(right) / 4, "ci95": 0.4, "n": 4, "unit": "images", "seed": 1, "config_hash": "4f2a9c1e",
-        })
+        rows.append(
+            {
+                "data": "set",
+                "protocol": "all images",
+                "condition": "clean",
+                "metric": "accuracy",
+                "model": model,
+                "value": sum(right) / 4,
+                "ci95": 0.4,
+                "n": 4,
+                "unit": "images",
+                "seed": 1,
+                "config_hash": "4f2a9c1e",
+            }
+        )
         lines = [{"id": f"{i}.png", "label": 3, "clean": 3 if ok else 5} for i, ok in enumerate(right)]
         write_rows(folder / "records" / f"set-all-images-{model}.jsonl", lines)
     write_rows(folder / "results.jsonl", rows, "a")
@@ -196,7 +244,10 @@ def test_average_over_sets(folder):
 @pytest.mark.parametrize("records", [True, False])
 def test_where_lower_is_better_the_lowest_is_best(folder, records):
     """By the same numbers, with and without pairs, on the sets and on their average."""
-    rows = [{**json.loads(line), "metric": "depth RMSE in m"} for line in (folder / "results.jsonl").read_text().splitlines()]
+    rows = [
+        {**json.loads(line), "metric": "depth RMSE in m"}
+        for line in (folder / "results.jsonl").read_text().splitlines()
+    ]
     if not records:
         shutil.rmtree(folder / "records")
     marks = {}
@@ -205,7 +256,8 @@ def test_where_lower_is_better_the_lowest_is_best(folder, records):
         found = comparisons(folder)
         assert all(c.lower_is_better == lower for c in found.values())
         marks[lower] = {
-            data: [found[data, "clean"].cells[model].mark for model in ("frozen", "adapted")] for data in ("digits", "average")
+            data: [found[data, "clean"].cells[model].mark for model in ("frozen", "adapted")]
+            for data in ("digits", "average")
         }
     # 0.5 and 0.6 on digits, 0.5 and 0.5625 on average: beyond the widths; the average's unpaired reach is 2 * 0.04 / sqrt 2
     assert marks[False] == {"digits": ["", "best"], "average": ["", "best"]}
@@ -214,7 +266,9 @@ def test_where_lower_is_better_the_lowest_is_best(folder, records):
 
 
 def test_lower_is_better_is_yes_or_no(folder):
-    rows = [{**json.loads(line), "lower_is_better": "no"} for line in (folder / "results.jsonl").read_text().splitlines()]
+    rows = [
+        {**json.loads(line), "lower_is_better": "no"} for line in (folder / "results.jsonl").read_text().splitlines()
+    ]
     write_rows(folder / "results.jsonl", rows)
     with pytest.raises(UserError, match="'lower_is_better' is no"):
         write_report(folder)
@@ -248,8 +302,16 @@ def test_page_stands_alone(reported):
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert "http" not in html.split("base64", 1)[0] and "url(" not in html and "@import" not in html
     assert "prefers-color-scheme: dark" in html
-    for text in ("vismt run configs/quickstart.yaml seed=0", "0123456789ab", "4f2a9c1e", "a processor, 2 cores",
-                 "0 (run), 1 (evaluation)", "7 min 12 s", "torch 2.13.0", "How to cite these numbers"):
+    for text in (
+        "vismt run configs/quickstart.yaml seed=0",
+        "0123456789ab",
+        "4f2a9c1e",
+        "a processor, 2 cores",
+        "0 (run), 1 (evaluation)",
+        "7 min 12 s",
+        "torch 2.13.0",
+        "How to cite these numbers",
+    ):
         assert text in page.text
     # from the files it comes as text, not as tags
     assert "Digits <script>alert(1)</script> & crops" in page.text and "onerror=alert(2)" in page.text
@@ -277,8 +339,13 @@ def test_it_writes_nothing_but_its_own_files_and_the_same_twice(folder):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     first = write_report(folder).read_bytes()
     new = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path not in before}
-    assert new == {"report.md", "report.html", "figures/training.png", "figures/domains.png",
-                   "figures/episode-digits-5-way-1-shot.png"}
+    assert new == {
+        "report.md",
+        "report.html",
+        "figures/training.png",
+        "figures/domains.png",
+        "figures/episode-digits-5-way-1-shot.png",
+    }
     assert all(path.read_bytes() == data for path, data in before.items())
     assert write_report(folder).read_bytes() == first
 
@@ -299,10 +366,20 @@ def test_two_seeds_are_two_tables(folder):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"n": None}, "no 'n'"), ({"ci95": None}, "no 'ci95'"), ({"config_hash": ""}, "no 'config_hash'"),
-     ({"config_hash": None}, "no 'config_hash'"), ({"value": math.nan}, "'value' is nan"), ({"n": 0}, "n = 0"),
-     ({"n": 2.5}, "n = 2.5"), ({"ci95": -0.1}, "ci95 = -0.1"), ({"n": True}, "'n' is True"), ({"unit": 3}, "no 'unit'"),
-     ({"config_hash": "beef"}, "config hash beef is not this run's 4f2a9c1e"), ({}, "same thing as an earlier row")],
+    [
+        ({"n": None}, "no 'n'"),
+        ({"ci95": None}, "no 'ci95'"),
+        ({"config_hash": ""}, "no 'config_hash'"),
+        ({"config_hash": None}, "no 'config_hash'"),
+        ({"value": math.nan}, "'value' is nan"),
+        ({"n": 0}, "n = 0"),
+        ({"n": 2.5}, "n = 2.5"),
+        ({"ci95": -0.1}, "ci95 = -0.1"),
+        ({"n": True}, "'n' is True"),
+        ({"unit": 3}, "no 'unit'"),
+        ({"config_hash": "beef"}, "config hash beef is not this run's 4f2a9c1e"),
+        ({}, "same thing as an earlier row"),
+    ],
 )
 def test_incomplete_numbers_are_refused(folder, change, message):
     row = json.loads((folder / "results.jsonl").read_text().splitlines()[0])
@@ -317,11 +394,15 @@ def test_incomplete_numbers_are_refused(folder, change, message):
 
 @pytest.mark.parametrize(
     ("break_it", "message"),
-    [(lambda f: (f / "results.jsonl").unlink(), "vismt evaluate"), (lambda f: (f / "run.json").unlink(), "vismt run CONFIG"),
-     (lambda f: (f / "run.json").write_text("{"), "is no JSON"), (lambda f: (f / "run.json").write_text("{}"), "no config_hash"),
-     (lambda f: (f / "panels" / "x.npz").write_bytes(b"PK\x03\x04 cut"), "x.npz"),
-     (lambda f: np.savez(f / "panels" / "x.npz", support=np.array([{}], dtype=object)), "x.npz"),
-     (lambda f: np.savez(f / "panels" / "x.npz", support=np.zeros(3)), "is no panel")],
+    [
+        (lambda f: (f / "results.jsonl").unlink(), "vismt evaluate"),
+        (lambda f: (f / "run.json").unlink(), "vismt run CONFIG"),
+        (lambda f: (f / "run.json").write_text("{"), "is no JSON"),
+        (lambda f: (f / "run.json").write_text("{}"), "no config_hash"),
+        (lambda f: (f / "panels" / "x.npz").write_bytes(b"PK\x03\x04 cut"), "x.npz"),
+        (lambda f: np.savez(f / "panels" / "x.npz", support=np.array([{}], dtype=object)), "x.npz"),
+        (lambda f: np.savez(f / "panels" / "x.npz", support=np.zeros(3)), "is no panel"),
+    ],
 )
 def test_broken_files(folder, break_it, message):
     break_it(folder)

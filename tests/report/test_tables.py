@@ -81,7 +81,9 @@ def test_many_corruptions_have_a_table_of_their_own(tmp_path):
     assert corrupted.folded and "corruptions" in corrupted.title and len(corrupted.best) == 4
     html = render_html(report([plain, corrupted]))
     assert re.search(r"<details><summary>5-way 1-shot, corruptions, accuracy in %</summary><div", html)
-    assert "| digits | fog 5 | 40.0 ± 2.5 ≈ | **41.0 ± 2.5 ★** | 60 |" in render_markdown(report([plain, corrupted]), tmp_path)
+    assert "| digits | fog 5 | 40.0 ± 2.5 ≈ | **41.0 ± 2.5 ★** | 60 |" in render_markdown(
+        report([plain, corrupted]), tmp_path
+    )
 
 
 @pytest.fixture
@@ -89,8 +91,13 @@ def lines(tmp_path):
     """Two models on one set, the second masked."""
     about = {"data": "digits", "protocol": "5-way 1-shot", "chance": 0.2, "n": 10, "epsilons": [0.0, 1 / 255, 64 / 255]}
     good = {**about, "model": "frozen", "accuracies": [0.6, 0.3, 0.0], "verdict": "pass", "passed": True}
-    bad = {**about, "model": "adapted", "accuracies": [0.6, 0.55, 0.5], "passed": False,
-           "verdict": "FAIL: still 50.0 % at 64/255, chance is 20.0 %"}
+    bad = {
+        **about,
+        "model": "adapted",
+        "accuracies": [0.6, 0.55, 0.5],
+        "passed": False,
+        "verdict": "FAIL: still 50.0 % at 64/255, chance is 20.0 %",
+    }
     (tmp_path / "masking.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (good, bad)))
     return [good, bad]
 
@@ -103,17 +110,23 @@ def test_the_masking_check_is_a_table(tmp_path, lines):
     assert rows[0] == ["frozen", "digits, 5-way 1-shot", "60.0", "30.0", "0.0", "20.0", "10", "pass"]
     assert rows[1][-1] == "FAIL: still 50.0 % at 64/255, chance is 20.0 %"
     assert told(lines[:1]) == "frozen   pass   at 64/255: digits 0.0 %   (n = 10 episodes)"
-    assert told(lines[1:]).startswith("adapted   FAIL   digits still 50.0 % at 64/255") and "no evidence" in told(lines[1:])
+    assert told(lines[1:]).startswith("adapted   FAIL   digits still 50.0 % at 64/255") and "no evidence" in told(
+        lines[1:]
+    )
     assert read_masking(tmp_path / "none") == ([], [])
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"accuracies": [0.5]}, "other radii"), ({"accuracies": ["a", "b", "c"]}, "is not what an evaluation writes"),
-    ({"epsilons": 3}, "is not what an evaluation writes"),
-])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"accuracies": [0.5]}, "other radii"),
+        ({"accuracies": ["a", "b", "c"]}, "is not what an evaluation writes"),
+        ({"epsilons": 3}, "is not what an evaluation writes"),
+    ],
+)
 def test_broken_masking_lines_are_named(tmp_path, lines, change, words):
-    from vismt.jobs.fewshot.masking_report import read_masking
     from vismt.errors import UserError
+    from vismt.jobs.fewshot.masking_report import read_masking
 
     (tmp_path / "masking.jsonl").write_text(json.dumps({**lines[0], **change}) + "\n" + json.dumps(lines[1]) + "\n")
     with pytest.raises(UserError, match=words):

@@ -85,7 +85,9 @@ def test_pgd_l2_steps_along_the_normalised_gradient(case):
 
 CASES = [
     (name, norm, classes)
-    for name in sorted(TEXTS) for norm in ("linf", "l2") for classes in (2, 3, 5, 12)
+    for name in sorted(TEXTS)
+    for norm in ("linf", "l2")
+    for classes in (2, 3, 5, 12)
     if (norm == "linf" or name in {*attacks.EITHER_NORM, "pgd"}) and not (name == "apgd_t" and classes < 4)
 ]
 
@@ -107,8 +109,10 @@ def test_every_attack_keeps_its_budget_and_hurts(name, norm, classes):
 
 def test_autoattack_is_at_least_as_strong_as_its_parts(case):
     net, images, labels = case
-    left = {n: accuracy(net, attack(net, images, labels, quick(n, 0.01), num_classes=CLASSES), labels)
-            for n in ("autoattack", "apgd_ce", "apgd_t", "square")}
+    left = {
+        n: accuracy(net, attack(net, images, labels, quick(n, 0.01), num_classes=CLASSES), labels)
+        for n in ("autoattack", "apgd_ce", "apgd_t", "square")
+    }
     assert left["autoattack"] <= min(left.values()) and left["square"] > left["autoattack"]
 
 
@@ -223,14 +227,23 @@ def test_a_broken_budget_is_not_passed_on(case):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"images": torch.full((6, 3, 10, 10), 1.01)}, r"run from 1.01 to 1.01, need \[0, 1\]: the model must normalise"),
+        (
+            {"images": torch.full((6, 3, 10, 10), 1.01)},
+            r"run from 1.01 to 1.01, need \[0, 1\]: the model must normalise",
+        ),
         ({"images": torch.full((6, 3, 10, 10), float("nan"))}, r"need \[0, 1\]"),
         ({"images": torch.zeros(6, 3, 10, 10, dtype=torch.uint8) + 200}, r"run from 200 to 200"),
         ({"labels": torch.tensor([0, 1, 2, 3, 4, 5])}, "labels 0 to 5 for 5 classes: need 0 to 4"),
         ({"labels": torch.tensor([0])}, r"labels \(1,\)"),
         ({"num_classes": 1}, "for 1 classes"),
-        ({"images": torch.zeros(6, 3, 24, 24), "spec": AttackSpec("square", 1.0, norm="l2")}, "cannot tile 24 x 24 pixels"),
-        ({"images": torch.zeros(6, 3, 4, 4), "spec": AttackSpec("autoattack", 1.0, norm="l2")}, "cannot tile 4 x 4 pixels"),
+        (
+            {"images": torch.zeros(6, 3, 24, 24), "spec": AttackSpec("square", 1.0, norm="l2")},
+            "cannot tile 24 x 24 pixels",
+        ),
+        (
+            {"images": torch.zeros(6, 3, 4, 4), "spec": AttackSpec("autoattack", 1.0, norm="l2")},
+            "cannot tile 4 x 4 pixels",
+        ),
     ],
 )
 def test_input_errors(case, change, message):

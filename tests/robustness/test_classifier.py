@@ -67,7 +67,9 @@ def test_folder_with_config(tmp_path):
 
 
 def test_errors(tmp_path):
-    with pytest.raises(UserError, match=r"'vit_smal_patch16_224' is neither a timm name.*Near: 'vit_small_patch16_224'"):
+    with pytest.raises(
+        UserError, match=r"'vit_smal_patch16_224' is neither a timm name.*Near: 'vit_small_patch16_224'"
+    ):
         load_classifier("vit_smal_patch16_224")
     with pytest.raises(UserError, match="timm cannot build it"):
         load_classifier("test_vit.no_such_tag", pretrained=False)

@@ -3,9 +3,16 @@
 import pytest
 
 from vismt.config import typed
-from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions, conditions, corruption, summary
-from vismt.jobs.fewshot.config import FewShotConfig, check
 from vismt.errors import UserError
+from vismt.jobs.fewshot.config import FewShotConfig, check
+from vismt.robustness.conditions import (
+    AttackConfig,
+    CorruptionConfig,
+    check_conditions,
+    conditions,
+    corruption,
+    summary,
+)
 from vismt.robustness.corruptions import CORRUPTIONS, CorruptionSpec
 from vismt.robustness.transfer import Source, Transfer
 
@@ -25,23 +32,35 @@ def test_attacks_come_first_and_share_their_sources():
         made.append(name)
         return Source(name, None, f"of {name}")
 
-    attacks = [AttackConfig(), AttackConfig(source="frozen"), AttackConfig("fgsm", source="frozen"), AttackConfig(source="clean")]
+    attacks = [
+        AttackConfig(),
+        AttackConfig(source="frozen"),
+        AttackConfig("fgsm", source="frozen"),
+        AttackConfig(source="clean"),
+    ]
     found = conditions(attacks, [CorruptionConfig("snow", [2])], source)
     assert [one.describe(5) for one in found] == [
-        PGD, f"{PGD} from frozen", "FGSM linf 4.5/255 from frozen", f"{PGD} from clean", "snow 2",
+        PGD,
+        f"{PGD} from frozen",
+        "FGSM linf 4.5/255 from frozen",
+        f"{PGD} from clean",
+        "snow 2",
     ]
     assert made == ["frozen", "clean"] and isinstance(found[1], Transfer) and found[1].source is found[2].source
 
 
-@pytest.mark.parametrize(("attacks", "corruptions", "words"), [
-    ([AttackConfig(source="frozen"), AttackConfig(source="frozen")], [], f"'{PGD} from frozen' is asked for twice"),
-    ([], [CorruptionConfig("all", [3]), CorruptionConfig("fog", [3])], "'fog 3' is asked for twice"),
-    ([], [CorruptionConfig("fgo")], "evaluate.corruptions: 'fgo'. Near: 'fog'"),
-    ([], [CorruptionConfig("fog", [6])], "severity 6"),
-    ([], [CorruptionConfig("fog", [])], "fog has no severities"),
-    ([AttackConfig(epsilon=5)], [], "'5/255'"),
-    ([AttackConfig("apgd_t")], [], "needs 4 classes, here are 3"),
-])
+@pytest.mark.parametrize(
+    ("attacks", "corruptions", "words"),
+    [
+        ([AttackConfig(source="frozen"), AttackConfig(source="frozen")], [], f"'{PGD} from frozen' is asked for twice"),
+        ([], [CorruptionConfig("all", [3]), CorruptionConfig("fog", [3])], "'fog 3' is asked for twice"),
+        ([], [CorruptionConfig("fgo")], "evaluate.corruptions: 'fgo'. Near: 'fog'"),
+        ([], [CorruptionConfig("fog", [6])], "severity 6"),
+        ([], [CorruptionConfig("fog", [])], "fog has no severities"),
+        ([AttackConfig(epsilon=5)], [], "'5/255'"),
+        ([AttackConfig("apgd_t")], [], "needs 4 classes, here are 3"),
+    ],
+)
 def test_refused(attacks, corruptions, words):
     with pytest.raises(UserError) as caught:
         check_conditions(attacks, corruptions, 3)
@@ -53,14 +72,17 @@ def config(evaluate, **sections):
     return typed(raw, FewShotConfig, "test.yaml")
 
 
-@pytest.mark.parametrize(("evaluate", "sections", "words"), [
-    ({"attacks": [{"source": "frosen"}]}, {}, "evaluate.attacks: source: 'frosen'"),
-    ({"attacks": [{"source": "logits+finetune"}]}, {"pool": {}}, "no weights to tune"),
-    ({"attacks": [{"source": "clean"}]}, {"pool": {}}, "needs pool.clean"),
-    ({"attacks": [{"source": "adapted"}], "models": ["frozen"]}, {"train": None}, "'adapted' needs a training"),
-    ({"masking_episodes": 1}, {}, "evaluate.masking_episodes: 1"),
-    ({}, {"pool": {}, "select": {"class_share": 0.5, "attack": {"source": "frozen"}}}, "select.attack"),
-])
+@pytest.mark.parametrize(
+    ("evaluate", "sections", "words"),
+    [
+        ({"attacks": [{"source": "frosen"}]}, {}, "evaluate.attacks: source: 'frosen'"),
+        ({"attacks": [{"source": "logits+finetune"}]}, {"pool": {}}, "no weights to tune"),
+        ({"attacks": [{"source": "clean"}]}, {"pool": {}}, "needs pool.clean"),
+        ({"attacks": [{"source": "adapted"}], "models": ["frozen"]}, {"train": None}, "'adapted' needs a training"),
+        ({"masking_episodes": 1}, {}, "evaluate.masking_episodes: 1"),
+        ({}, {"pool": {}, "select": {"class_share": 0.5, "attack": {"source": "frozen"}}}, "select.attack"),
+    ],
+)
 def test_sources_are_models_that_the_run_will_have(evaluate, sections, words):
     if "pool" in sections:
         evaluate = {"models": ["frozen"], **evaluate}

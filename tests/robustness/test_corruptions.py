@@ -90,7 +90,9 @@ def test_contrast_and_brightness_by_hand():
     assert found[:, 0].tolist() == pytest.approx([0.8, 0.4, 0.16]) and found[:, 1].tolist() == pytest.approx([0.3] * 3)
 
 
-@pytest.mark.parametrize("name", ["defocus_blur", "motion_blur", "zoom_blur", "glass_blur", "pixelate", "elastic_transform"])
+@pytest.mark.parametrize(
+    "name", ["defocus_blur", "motion_blur", "zoom_blur", "glass_blur", "pixelate", "elastic_transform"]
+)
 def test_geometry_and_blur_keep_a_flat_image(name):
     flat = torch.full((1, 3, 40, 40), 0.4)
     assert (corrupt(flat, name, 5) - 0.4).abs().max() < 3e-3  # pixelate goes through 8 bit

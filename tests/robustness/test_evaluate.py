@@ -58,8 +58,10 @@ def test_wilson_by_hand():
 
 def test_robust_means_right_before_and_after():
     rows = [
-        {"label": 0, "clean": 0, "a": 0, "c": 0}, {"label": 0, "clean": 0, "a": 1, "c": 1},
-        {"label": 0, "clean": 1, "a": 0, "c": 0}, {"label": 1, "clean": 0, "a": 0, "c": 0},
+        {"label": 0, "clean": 0, "a": 0, "c": 0},
+        {"label": 0, "clean": 0, "a": 1, "c": 1},
+        {"label": 0, "clean": 1, "a": 0, "c": 0},
+        {"label": 1, "clean": 0, "a": 0, "c": 0},
     ]
     clean, attacked, corrupted = summarise(rows, {"a": True, "c": False}, 2)
     # The third was wrong when clean: luck under attack does not make it robust; under a corruption it counts.
@@ -70,14 +72,24 @@ def test_robust_means_right_before_and_after():
 def test_rows_and_records(tmp_path):
     path = tmp_path / "a" / "records.jsonl"
     net = Linear().train()
-    clean, robust, fog = evaluate_classifier(net, batches(), [PGD, CorruptionSpec("fog", 1)], num_classes=3, records=path)
+    clean, robust, fog = evaluate_classifier(
+        net, batches(), [PGD, CorruptionSpec("fog", 1)], num_classes=3, records=path
+    )
     assert net.training and net.drop.training and net.gain.requires_grad and net.gain.grad is None
     # 6 of 60 labels are wrong; a linear model with margin m falls when m < 2 * 8/255 = 0.0627.
     assert (clean.condition, clean.value, clean.n) == ("clean", 0.9, 60)
-    margins = [m for images, labels, _ in batches() for m in
-               (images.mean((2, 3)).gather(1, labels[:, None])[:, 0]
-                - images.mean((2, 3)).scatter(1, labels[:, None], -1).amax(1)).tolist()]
-    assert robust.condition == "PGD-20 linf 8/255 step 2/255" and robust.value == sum(m > 2 * 8 / 255 for m in margins) / 60
+    margins = [
+        m
+        for images, labels, _ in batches()
+        for m in (
+            images.mean((2, 3)).gather(1, labels[:, None])[:, 0]
+            - images.mean((2, 3)).scatter(1, labels[:, None], -1).amax(1)
+        ).tolist()
+    ]
+    assert (
+        robust.condition == "PGD-20 linf 8/255 step 2/255"
+        and robust.value == sum(m > 2 * 8 / 255 for m in margins) / 60
+    )
     assert fog.condition == "fog 1"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(lines) == 61 and lines[1]["id"] == "image/0.png" and lines[1]["label"] == 1 and lines[1]["clean"] == 0

@@ -76,7 +76,9 @@ def test_one_classifier_an_episode_from_its_own_support():
     assert len(task.seen) == 4  # two attacks, four pieces, four episodes
     sampler, pixels = EpisodeSampler(LABELS, ways=5, shots=2, queries=5, seed=1), Pixels()
     for index, (support, labels) in enumerate(task.seen):
-        assert torch.equal(support, pixels[sampler[index].support]) and torch.equal(labels, sampler[index].support_labels)
+        assert torch.equal(support, pixels[sampler[index].support]) and torch.equal(
+            labels, sampler[index].support_labels
+        )
 
 
 def test_records_of_another_source_or_of_other_weights_are_not_continued(tmp_path):

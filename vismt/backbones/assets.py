@@ -168,7 +168,9 @@ def _alone(card: AssetCard) -> Iterator[Path]:
         console.stage("asset", f"{card.name}   another process is fetching it, waiting")
         lock.acquire()
     try:
-        for left in root.glob(f".{escape(card.name)}.part-*"):  # of processes that were killed: nobody else holds the lock
+        for left in root.glob(
+            f".{escape(card.name)}.part-*"
+        ):  # of processes that were killed: nobody else holds the lock
             rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=f".{card.name}.part-") as scratch:
             yield Path(scratch)

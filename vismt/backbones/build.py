@@ -36,7 +36,9 @@ def build(architecture: str, *, pretrained: bool = False, **options: int) -> nn.
     except TypeError as error:
         if "img_size" not in str(error):
             raise
-        raise UserError(f"'{architecture}' is no plain vision transformer: timm gives it no img_size.{ADVICE}") from error
+        raise UserError(
+            f"'{architecture}' is no plain vision transformer: timm gives it no img_size.{ADVICE}"
+        ) from error
     except OSError:  # the hub cannot be reached; in some versions such an error is a ValueError as well
         raise
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -53,7 +55,9 @@ def from_hub(architecture: str, **options: int) -> nn.Module:
     """timm's own pretrained model, through its own downloader and cache."""
     if not timm.models.is_model_pretrained(architecture.partition(".")[0]):
         hint = near(architecture, timm.list_pretrained())
-        raise UserError(f"timm has no weights for '{architecture}'.{hint} Or pass the path of a checkpoint as pretrained.")
+        raise UserError(
+            f"timm has no weights for '{architecture}'.{hint} Or pass the path of a checkpoint as pretrained."
+        )
     try:
         with quiet_logger("huggingface_hub"):
             return build(architecture, pretrained=True, **options)

@@ -89,7 +89,9 @@ def load_asset_card(name: str | Path) -> AssetCard:
     else:
         path = SHIPPED / f"{name}.yaml" if str(name) in list_assets() else None
     if path is None or not path.is_file():
-        raise UserError(f"asset '{name}': there is no such card.{near(str(name), list_assets())} `vismt assets list` shows all.")
+        raise UserError(
+            f"asset '{name}': there is no such card.{near(str(name), list_assets())} `vismt assets list` shows all."
+        )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -125,7 +127,9 @@ def _source(entry: Any, path: Path) -> Source:
     needed = {"wheel": ("version", "member"), "hub": ("member",), "file": ()}[place]
     _check_keys(details, known, needed, where)
     if "member" in details and not is_plain(str(details["member"])):
-        raise UserError(f"{where}: member '{details['member']}' leaves its archive; it must be a relative path without '..'.")
+        raise UserError(
+            f"{where}: member '{details['member']}' leaves its archive; it must be a relative path without '..'."
+        )
     if "version" in details and not isinstance(details["version"], str):
         raise UserError(f"{where}: version {details['version']} must be written in quotes, YAML reads it as a number.")
     words = {key: str(value) if key != "megabytes" and value is not None else value for key, value in details.items()}

@@ -34,8 +34,13 @@ PLAIN_NAMES = {
     "layernorm.bias": "norm.bias",
 }
 LAYER_NAMES = {
-    "norm1": "norm1", "norm2": "norm2", "layer_scale1.lambda1": "ls1.gamma", "layer_scale2.lambda1": "ls2.gamma",
-    "attention.output.dense": "attn.proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "layer_scale1.lambda1": "ls1.gamma",
+    "layer_scale2.lambda1": "ls2.gamma",
+    "attention.output.dense": "attn.proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
 }
 QKV = ("query", "key", "value")
 
@@ -103,7 +108,7 @@ def _anonymous_weights(graph: GraphProto, arrays: dict[str, np.ndarray]) -> dict
 def _layer(named: dict[str, np.ndarray], old: str, new: str) -> dict[str, np.ndarray]:
     state = {}
     for ours, theirs in LAYER_NAMES.items():
-        for end in ([""] if ours.endswith("lambda1") else [".weight", ".bias"]):
+        for end in [""] if ours.endswith("lambda1") else [".weight", ".bias"]:
             state[f"{new}{theirs}{end}"] = _take(named, f"{old}{ours}{end}")
     for end in ("weight", "bias"):
         parts = [_take(named, f"{old}attention.attention.{part}.{end}") for part in QKV]
@@ -115,10 +120,15 @@ def _position_table(arrays: dict[str, np.ndarray], width: int) -> np.ndarray:
     """(1, 1 + g*g, width): the export split the class row from the grid."""
     anonymous = [value for name, value in arrays.items() if name.startswith("onnx::") and value.ndim == 3]
     rows = [value for value in anonymous if value.shape == (1, 1, width)]
-    grids = [value for value in anonymous if value.shape[::2] == (1, width) and value.shape[1] > 1
-             and math.isqrt(value.shape[1]) ** 2 == value.shape[1]]
+    grids = [
+        value
+        for value in anonymous
+        if value.shape[::2] == (1, width) and value.shape[1] > 1 and math.isqrt(value.shape[1]) ** 2 == value.shape[1]
+    ]
     if len(rows) != 1 or len(grids) != 1:
-        raise NotConvertible(f"found {len(grids)} position grids and {len(rows)} class rows of width {width}, one each is needed")
+        raise NotConvertible(
+            f"found {len(grids)} position grids and {len(rows)} class rows of width {width}, one each is needed"
+        )
     return np.concatenate([rows[0], grids[0]], axis=1)
 
 

@@ -41,7 +41,9 @@ def create_lm(
     if place in list_assets():
         card = load_asset_card(place)
         if card.kind != "lm":
-            raise UserError(f"asset '{place}' is a vision transformer, not a language model: use vismt.backbones.vit.create.")
+            raise UserError(
+                f"asset '{place}' is a vision transformer, not a language model: use vismt.backbones.vit.create."
+            )
         gguf_file = gguf_file or (card.file if card.file.endswith(".gguf") else None)
         _transformers(gguf_file)
         place = str(get_asset(place))
@@ -60,7 +62,9 @@ def create_lm(
     try:
         with quiet_logger("huggingface_hub"), _quiet(transformers):
             tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
-            model = transformers.AutoModelForCausalLM.from_pretrained(place, **{_dtype_keyword(): wanted}, **options, **expanded)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                place, **{_dtype_keyword(): wanted}, **options, **expanded
+            )
     except ImportError as error:
         raise UserError(f"language model '{place}' needs another package: {_told(error)}. {INSTALL}") from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:

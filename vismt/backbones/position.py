@@ -33,7 +33,9 @@ POSITIONS = ("timm", "dino", "onnx")
 def check_position(position: str) -> None:
     """UserError for a name that is none of POSITIONS."""
     if position not in POSITIONS:
-        raise UserError(f"position '{position}' is unknown, it must be one of {', '.join(POSITIONS)}.{near(position, POSITIONS)}")
+        raise UserError(
+            f"position '{position}' is unknown, it must be one of {', '.join(POSITIONS)}.{near(position, POSITIONS)}"
+        )
 
 
 def resample(table: Tensor, grid: tuple[int, int], position: str, prefix: int = 1) -> Tensor:
@@ -46,7 +48,9 @@ def resample(table: Tensor, grid: tuple[int, int], position: str, prefix: int = 
     cells = table.shape[1] - prefix
     side = math.isqrt(max(cells, 0))
     if side * side != cells or cells == 0:
-        raise UserError(f"position table {tuple(table.shape)}: {cells} rows are no square grid, so it cannot be resampled.")
+        raise UserError(
+            f"position table {tuple(table.shape)}: {cells} rows are no square grid, so it cannot be resampled."
+        )
     if grid == (side, side):
         return table
     if position == "timm":
@@ -56,5 +60,7 @@ def resample(table: Tensor, grid: tuple[int, int], position: str, prefix: int = 
         cells = F.interpolate(cells, size=grid, mode="bicubic", align_corners=False)
     else:
         scale = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
-        cells = F.interpolate(cells, scale_factor=scale, mode="bicubic", align_corners=False, recompute_scale_factor=False)
+        cells = F.interpolate(
+            cells, scale_factor=scale, mode="bicubic", align_corners=False, recompute_scale_factor=False
+        )
     return torch.cat([table[:, :prefix], rearrange(cells, "b d h w -> b (h w) d").to(table.dtype)], dim=1)

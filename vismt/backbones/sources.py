@@ -104,9 +104,15 @@ def _from_hub(card: AssetCard, source: Source, refresh: bool) -> Path:
         console.stage("asset", f"{card.name}   asking the {source}")
     try:
         with quiet_logger("huggingface_hub"):
-            return Path(huggingface_hub.hf_hub_download(
-                source.of, str(source.member), revision=source.revision,
-                local_files_only=offline, force_download=refresh and not offline))
+            return Path(
+                huggingface_hub.hf_hub_download(
+                    source.of,
+                    str(source.member),
+                    revision=source.revision,
+                    local_files_only=offline,
+                    force_download=refresh and not offline,
+                )
+            )
     except LocalEntryNotFoundError as error:
         reason = "HF_HUB_OFFLINE is set and the hub's cache has no copy" if offline else "the hub cannot be reached"
         raise SourceFailed(reason) from error

@@ -84,7 +84,9 @@ class Backbone(nn.Module):
         Raises UserError when the model was created without classes.
         """
         if not self.vit.num_classes:
-            raise UserError(f"{type(self.vit).__name__}: the model has no classifier head; create it with num_classes > 0.")
+            raise UserError(
+                f"{type(self.vit).__name__}: the model has no classifier head; create it with num_classes > 0."
+            )
         if self.block is None and self.pool is None:
             return self.vit(self.normalise(images))
         return self.vit.head(self(images))
@@ -93,7 +95,9 @@ class Backbone(nn.Module):
         """(images - mean) / std of the pretrained configuration, in the dtype of the model; checks kind and size."""
         if images.ndim != 4 or images.shape[1:] != (self.mean.shape[1], *self.img_size):
             needed = f"(b, {self.mean.shape[1]}, {self.img_size[0]}, {self.img_size[1]})"
-            raise UserError(f"images are {tuple(images.shape)}, needed {needed}: resize them or create it with another img_size.")
+            raise UserError(
+                f"images are {tuple(images.shape)}, needed {needed}: resize them or create it with another img_size."
+            )
         if not images.is_floating_point():
             raise UserError(f"images are {images.dtype}, the backbone takes floating point in [0, 1]: divide by 255.")
         return ((images - self.mean) / self.std).to(self.mean.dtype)
@@ -106,7 +110,9 @@ class Backbone(nn.Module):
         """
         change = getattr(self.vit, "set_input_size", None)
         if change is None:
-            raise UserError(f"{type(self.vit).__name__} cannot change its input size; create it with img_size {size} instead.")
+            raise UserError(
+                f"{type(self.vit).__name__} cannot change its input size; create it with img_size {size} instead."
+            )
         check_size(size, self.vit, type(self.vit).__name__)
         change(img_size=tuple(size))
         if table is not None:
@@ -120,14 +126,19 @@ class Backbone(nn.Module):
 
     def _taps(self, images: Tensor, blocks: list[int], layout: str) -> list[Tensor] | list[tuple[Tensor, Tensor]]:
         return self.vit.forward_intermediates(
-            self.normalise(images), indices=blocks, return_prefix_tokens=self.vit.num_prefix_tokens > 0, norm=True,
-            stop_early=True, output_fmt=layout, intermediates_only=True,
+            self.normalise(images),
+            indices=blocks,
+            return_prefix_tokens=self.vit.num_prefix_tokens > 0,
+            norm=True,
+            stop_early=True,
+            output_fmt=layout,
+            intermediates_only=True,
         )
 
     def _pooled(self, tokens: Tensor) -> Tensor:
         if self.pool is None:
             return self.vit.forward_head(tokens, pre_logits=True)
-        picked = tokens[:, 0] if self.pool == "token" else tokens[:, self.vit.num_prefix_tokens:].mean(dim=1)
+        picked = tokens[:, 0] if self.pool == "token" else tokens[:, self.vit.num_prefix_tokens :].mean(dim=1)
         return self.vit.fc_norm(picked) if hasattr(self.vit, "fc_norm") else picked
 
 
@@ -177,7 +188,9 @@ def create(
         told = f"the weights of '{pretrained}'"
         load_weights(vit, read_checkpoint(pretrained), position, told, own_head=True, new_head=new_head)
     elif pretrained and not by_timm:
-        state: Mapping[str, Tensor] = from_hub(architecture).state_dict() if card is None else read_checkpoint(get_asset(name))
+        state: Mapping[str, Tensor] = (
+            from_hub(architecture).state_dict() if card is None else read_checkpoint(get_asset(name))
+        )
         load_weights(vit, state, position, f"the weights of '{name}'", new_head=new_head)
     return backbone
 
@@ -185,7 +198,9 @@ def create(
 def check_vit(model: nn.Module, name: str) -> None:
     """UserError unless `model` is a plain ViT of timm: patches, prefix tokens, a row of blocks that can be tapped."""
     lacking = [part for part in NEEDED if not hasattr(model, part)]
-    if not lacking and not (hasattr(model.patch_embed, "grid_size") and isinstance(model.blocks, nn.Sequential | nn.ModuleList)):
+    if not lacking and not (
+        hasattr(model.patch_embed, "grid_size") and isinstance(model.blocks, nn.Sequential | nn.ModuleList)
+    ):
         lacking = ["a plain row of blocks on a grid of patches"]
     if not lacking and "return_prefix_tokens" not in inspect.signature(model.forward_intermediates).parameters:
         lacking = ["prefix tokens at every block"]

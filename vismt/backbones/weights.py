@@ -46,12 +46,20 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"checkpoint '{path}' holds no state dict (names to tensors), alone or under {', '.join(WRAPPERS)}.")
+        raise UserError(
+            f"checkpoint '{path}' holds no state dict (names to tensors), alone or under {', '.join(WRAPPERS)}."
+        )
     return _without_shared_prefixes(state)
 
 
 def load_weights(
-    vit: nn.Module, state: Mapping[str, Tensor], position: str, origin: str, *, own_head: bool = False, new_head: bool = False
+    vit: nn.Module,
+    state: Mapping[str, Tensor],
+    position: str,
+    origin: str,
+    *,
+    own_head: bool = False,
+    new_head: bool = False,
 ) -> None:
     """Copy `state` into `vit`, its position table resampled to the model's grid.
 
@@ -65,21 +73,31 @@ def load_weights(
     grid = tuple(vit.patch_embed.grid_size)
     prefix = 0 if needed is None else needed.shape[1] - grid[0] * grid[1]
     if position != "timm" and needed is None:
-        raise UserError(f"position '{position}' needs a learned position table; {origin} has none: use position 'timm'.")
+        raise UserError(
+            f"position '{position}' needs a learned position table; {origin} has none: use position 'timm'."
+        )
     if isinstance(table, Tensor) and table.ndim == 3 and needed is not None and position != "timm":
         state["pos_embed"] = resample(table, grid, position, prefix)
     try:
         # Converts the layouts a family was released in, and resamples the table where position is "timm".
-        state = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", lambda found, model: found)(state, vit)
+        state = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", lambda found, model: found)(
+            state, vit
+        )
     except (AttributeError, KeyError, RuntimeError, IndexError, ValueError) as error:
         raise UserError(f"{origin} do not fit {_called(vit)}: {' '.join(str(error).split())[:160]}") from error
     own = vit.state_dict()
-    fresh = {key for key in own if key.startswith(HEADS) and (
-        new_head or key not in state or (state[key].shape != own[key].shape and not own_head))}
+    fresh = {
+        key
+        for key in own
+        if key.startswith(HEADS)
+        and (new_head or key not in state or (state[key].shape != own[key].shape and not own_head))
+    }
     state = {key: value for key, value in state.items() if key in own or not key.startswith(HEADS)}
     _check(own, state, fresh, origin, _called(vit))
     if fresh and not new_head:
-        console.stage("model", f"{_called(vit)}   fresh head for {vit.num_classes} classes: {origin} have none that fits")
+        console.stage(
+            "model", f"{_called(vit)}   fresh head for {vit.num_classes} classes: {origin} have none that fits"
+        )
     vit.load_state_dict({**state, **{key: own[key] for key in fresh}})
 
 
@@ -91,7 +109,9 @@ def _check(own: Mapping[str, Tensor], state: Mapping[str, Tensor], free: set[str
         key = wrong[0]
         seen, needed = tuple(state[key].shape), tuple(own[key].shape)
         hint = f" (num_classes {seen[0]})" if key.startswith("head.") else ""
-        raise UserError(f"{origin} do not fit {model}: '{key}' is {seen}{hint}, needed {needed} ({len(wrong)} such keys).")
+        raise UserError(
+            f"{origin} do not fit {model}: '{key}' is {seen}{hint}, needed {needed} ({len(wrong)} such keys)."
+        )
     if missing or unexpected:
         raise UserError(
             f"{origin} do not fit {model}: {len(missing)} keys missing{_first(missing)}, "

@@ -71,10 +71,16 @@ def run(rounds: int = 9, device: str = "cpu") -> list[AmtResult]:
 def episode(shots: int, queries: int, size: int, device: torch.device, number: int = 0) -> dict[str, Tensor]:
     """Random images under the names of a batch of `EpisodeBatches`; `WAYS` classes."""
     generator = torch.Generator().manual_seed(number)
-    support, query = (torch.rand(WAYS * count, 3, size, size, generator=generator).to(device) for count in (shots, queries))
+    support, query = (
+        torch.rand(WAYS * count, 3, size, size, generator=generator).to(device) for count in (shots, queries)
+    )
     truth, labels = (torch.arange(WAYS, device=device).repeat_interleave(count) for count in (shots, queries))
     return {
-        "support": support, "support_labels": truth, "query": query, "query_labels": labels, "number": torch.tensor(number)
+        "support": support,
+        "support_labels": truth,
+        "query": query,
+        "query_labels": labels,
+        "number": torch.tensor(number),
     }
 
 
@@ -128,7 +134,13 @@ def _sgd(net: nn.Module) -> torch.optim.Optimizer:
 
 
 def _task(
-    pool: ExpertPool, twin: nn.Module, shots: int, settings: MergeSettings, target: float, rounds: int, device: torch.device
+    pool: ExpertPool,
+    twin: nn.Module,
+    shots: int,
+    settings: MergeSettings,
+    target: float,
+    rounds: int,
+    device: torch.device,
 ) -> AmtResult:
     net, batch = PoolNet(pool, settings), episode(shots, 0, SIZE, device)
     support, labels = batch["support"], batch["support_labels"]

@@ -102,7 +102,9 @@ def released_net(net: ProtoNet) -> ProtoNet:
     return twin
 
 
-def train_step(net: ProtoNet, optimiser: torch.optim.Optimizer, batch: Mapping[str, Tensor], adversary: Adversary) -> Tensor:
+def train_step(
+    net: ProtoNet, optimiser: torch.optim.Optimizer, batch: Mapping[str, Tensor], adversary: Adversary
+) -> Tensor:
     """One episode (see AdversarialObjective): gradients are left in `.grad`, the optimiser has stepped. Returns the loss, ()."""
     truth, query, labels = batch["support_labels"], batch["query"], batch["query_labels"]
     proxy = copy.deepcopy(net)

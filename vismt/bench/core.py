@@ -50,7 +50,12 @@ def run(rounds: int = 9, device: str = "cpu") -> list[CoreResult]:
 
 
 def _compare(
-    title: str, model: nn.Module, step: Callable[[nn.Module], torch.Tensor], head: str, rounds: int, device: torch.device
+    title: str,
+    model: nn.Module,
+    step: Callable[[nn.Module], torch.Tensor],
+    head: str,
+    rounds: int,
+    device: torch.device,
 ) -> CoreResult:
     variants = _variants(model, head)
 
@@ -61,7 +66,10 @@ def _compare(
 
         return call
 
-    saved = {name: saved_activation_bytes(variant, lambda variant=variant: step(variant)) for name, variant in variants.items()}
+    saved = {
+        name: saved_activation_bytes(variant, lambda variant=variant: step(variant))
+        for name, variant in variants.items()
+    }
     timing = interleave({name: backward(v) for name, v in variants.items()}, rounds, label=title, device=device)
     return CoreResult(title, timing, saved)
 
@@ -110,7 +118,11 @@ def llama(device: torch.device) -> nn.Module:
         raise UserError('this benchmark needs transformers: pip install "vismt[llm]".') from error
     torch.manual_seed(0)
     shape = LlamaConfig(
-        hidden_size=512, num_hidden_layers=8, intermediate_size=1376, num_attention_heads=8, num_key_value_heads=8,
+        hidden_size=512,
+        num_hidden_layers=8,
+        intermediate_size=1376,
+        num_attention_heads=8,
+        num_key_value_heads=8,
         vocab_size=2048,
     )
     return LlamaForCausalLM(shape).to(device)

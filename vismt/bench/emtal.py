@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from vismt.bench.emtal_released import released
 from vismt.bench.timing import Timing, interleave
-from vismt.lowrank.memory import saved_activation_bytes
 from vismt.lowrank.inject import merge
+from vismt.lowrank.memory import saved_activation_bytes
 from vismt.multitask.moe_lora import set_fade
 from vismt.registry import adapt
 
@@ -81,7 +81,11 @@ def forms(model: nn.Module) -> dict[str, nn.Module]:
 def trainees(model: nn.Module) -> dict[str, nn.Module]:
     """`model` in training mode: with routers, with plain LoRA on the same linears, and in the release's layout."""
     ours, plain = _routed(model, FADE), copy.deepcopy(model)
-    paths = [f"blocks.{n}.{name}" for n in range(len(model.blocks)) for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+    paths = [
+        f"blocks.{n}.{name}"
+        for n in range(len(model.blocks))
+        for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    ]
     adapt(plain, "lora", targets=paths, rank=RANK, also_train=["head"])
     found = {OURS: ours, PLAIN: plain, RELEASED: released(ours)}
     return {name: trainee.train() for name, trainee in found.items()}
@@ -124,7 +128,10 @@ def _training(
     title: str, model: nn.Module, images: Tensor, labels: Tensor, rounds: int, device: torch.device
 ) -> EmtalResult:
     compared = trainees(model)
-    saved = {name: saved_activation_bytes(net, lambda net=net: loss_of(net, images, labels)) for name, net in compared.items()}
+    saved = {
+        name: saved_activation_bytes(net, lambda net=net: loss_of(net, images, labels))
+        for name, net in compared.items()
+    }
     steps = {name: step_of(net, images, labels) for name, net in compared.items()}
     timing = interleave(steps, rounds, label=title, device=device)
     return EmtalResult(title, timing, OURS, {PLAIN: (0.0, 1.10), RELEASED: (0.0, 0.75)}, saved)

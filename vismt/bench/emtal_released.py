@@ -32,7 +32,9 @@ class Linear(nn.Module):
 
     def __init__(self, host: Adapted) -> None:
         super().__init__()
-        self.lora_a, self.lora_b = (nn.Parameter(factor.detach().t().contiguous()) for factor in (host.lora_A, host.lora_B))
+        self.lora_a, self.lora_b = (
+            nn.Parameter(factor.detach().t().contiguous()) for factor in (host.lora_A, host.lora_B)
+        )
         self.base, self.scale = host.restored(), host.scale
 
     def forward(self, x: Tensor) -> Tensor:

@@ -32,7 +32,13 @@ from vismt.lowrank.threads import one_thread
 from vismt.registry import adapt
 
 VIT, LM, SAMPLES, LENGTH = "vit_small_patch14_imgfocus", "smollm2-135m-instruct", 16, 128
-EXACT, FAST, PEFT_EXACT, PEFT_FAST, PEFT_CORDA = "vismt exact", "vismt randomized", "peft pissa", "peft niter_4", "peft corda"
+EXACT, FAST, PEFT_EXACT, PEFT_FAST, PEFT_CORDA = (
+    "vismt exact",
+    "vismt randomized",
+    "peft pissa",
+    "peft niter_4",
+    "peft corda",
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,10 @@ def energies(title: str, weights: Sequence[Tensor]) -> EnergyResult:
     with one_thread():
         for weight in console.track(weights, "bench", f"energy, {title}"):
             best = torch.linalg.svdvals(weight.double())[:RANK].square().sum()
-            found = {FAST: top_randomized(weight, RANK, generator)[0], PEFT_FAST: torch.svd_lowrank(weight, q=RANK, niter=4)[0]}
+            found = {
+                FAST: top_randomized(weight, RANK, generator)[0],
+                PEFT_FAST: torch.svd_lowrank(weight, q=RANK, niter=4)[0],
+            }
             for name, U in found.items():
                 missed[name].append(float(1 - (U.double().T @ weight.double()).square().sum() / best))
     return EnergyResult(f"captured energy at rank {RANK}, {title}", missed)
@@ -96,8 +105,10 @@ def _pissa(title: str, model: nn.Module, rounds: int, device: torch.device) -> R
         return lambda made: peft.get_peft_model(made, config)
 
     starts = {
-        EXACT: lambda made: adapt(made, "pissa", rank=RANK), PEFT_EXACT: theirs("pissa"),
-        FAST: lambda made: adapt(made, "pissa", rank=RANK, method="randomized"), PEFT_FAST: theirs("pissa_niter_4"),
+        EXACT: lambda made: adapt(made, "pissa", rank=RANK),
+        PEFT_EXACT: theirs("pissa"),
+        FAST: lambda made: adapt(made, "pissa", rank=RANK, method="randomized"),
+        PEFT_FAST: theirs("pissa_niter_4"),
     }
     timing = _time(title, starts, model, rounds, device)
     return Ratios(title, timing, [(EXACT, PEFT_EXACT, 0.6), (FAST, PEFT_FAST, 1.5)])
@@ -121,7 +132,11 @@ def _corda(rounds: int, device: torch.device) -> Ratios:
     @torch.no_grad()
     def theirs(made: nn.Module) -> None:
         config = peft.LoraConfig(
-            r=RANK, lora_alpha=RANK, target_modules=paths, init_lora_weights="corda", corda_config=CordaConfig(corda_method="kpm")
+            r=RANK,
+            lora_alpha=RANK,
+            target_modules=paths,
+            init_lora_weights="corda",
+            corda_config=CordaConfig(corda_method="kpm"),
         )
         preprocess_corda(made, config, run_model=lambda: [made(input_ids=sample[None]) for sample in tokens])
         peft.get_peft_model(made, config)
@@ -164,5 +179,7 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise UserError('bench lowrank compares with peft, which is not installed: pip install "vismt[llm]".') from error
+        raise UserError(
+            'bench lowrank compares with peft, which is not installed: pip install "vismt[llm]".'
+        ) from error
     return peft

@@ -26,6 +26,7 @@ from vismt.backbones.lm import create_lm
 from vismt.bench.timing import Timing, interleave
 from vismt.errors import UserError
 from vismt.llm import LISA, instance_gates
+from vismt.lowrank.activations import Block, Decoder, decoder_activation_bytes
 from vismt.lowrank.memory import (
     count_parameters,
     gradient_bytes,
@@ -35,7 +36,6 @@ from vismt.lowrank.memory import (
     saved_activation_bytes,
     weight_bytes,
 )
-from vismt.lowrank.activations import Block, Decoder, decoder_activation_bytes
 from vismt.registry import adapt
 
 RANK, ACTIVE, DEPTH, BATCH, LENGTH = 16, 2, 8, 4, 256
@@ -82,10 +82,16 @@ class MemoryResult:
         ratio = self.timing.ratio(gated, plain)
         for name, costs in self.measured.items():
             median, low, high = self.timing.ratio(name, FULL)
-            shares = (costs.activations / full.activations, costs.together / full.together, costs.peak / full.peak, median)
+            shares = (
+                costs.activations / full.activations,
+                costs.together / full.together,
+                costs.peak / full.peak,
+                median,
+            )
             lines.append(
                 f"{name:<22}{self.trainable[name]:>11,}{_row(costs)}{'':>11}"
-                + "".join(f"{share:>7.3f}" for share in shares) + f"{f'{low:.2f}..{high:.2f}':>11}"
+                + "".join(f"{share:>7.3f}" for share in shares)
+                + f"{f'{low:.2f}..{high:.2f}':>11}"
             )
             lines.append(f"{'':<33}{_row(self.predicted[name])}")
         lines.append(f"step of {gated} / {plain}: {ratio[0]:.3f} ({ratio[1]:.2f}..{ratio[2]:.2f}), target at most 1.05")
@@ -117,7 +123,9 @@ def run(rounds: int = 9, device: str = "cpu", name: str | None = None) -> list[M
         measured[label] = _measure(variant, tokens)
         steps[label] = _step(variant, tokens)
     title = f"{name or 'Llama'} {sizes.hidden} x {depth}"
-    return [MemoryResult(title, trainable, measured, predicted, interleave(steps, rounds, label="memory", device=where))]
+    return [
+        MemoryResult(title, trainable, measured, predicted, interleave(steps, rounds, label="memory", device=where))
+    ]
 
 
 def _measure(variant: Variant, tokens: Tensor) -> Costs:
@@ -133,9 +141,14 @@ def _measure(variant: Variant, tokens: Tensor) -> Costs:
 
 def _predict(variant: Variant, sizes: Decoder) -> Costs:
     trained = [parameter for parameter in variant.model.parameters() if parameter.requires_grad]
-    weights, gradients = weight_bytes(variant.model), sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    weights, gradients = (
+        weight_bytes(variant.model),
+        sum(parameter.numel() * parameter.element_size() for parameter in trained),
+    )
     embeddings, norm, head = variant.outside
-    activations = decoder_activation_bytes(sizes, BATCH, LENGTH, variant.blocks, embeddings=embeddings, norm=norm, head=head)
+    activations = decoder_activation_bytes(
+        sizes, BATCH, LENGTH, variant.blocks, embeddings=embeddings, norm=norm, head=head
+    )
     state = optimizer_bytes_formula(trained, "adamw")
     start = activations + 2 * BATCH * LENGTH * sizes.vocabulary * trained[0].element_size()
     return Costs(weights, activations, gradients, state, weights + state + max(gradients, start))
@@ -152,17 +165,22 @@ def _variants(model: nn.Module, sizes: Decoder, depth: int) -> dict[str, Variant
     gates = torch.rand(BATCH, EXPERTS, generator=torch.Generator().manual_seed(0)).softmax(1)
     gates = gates.to(next(model.parameters()).device)
     sites = adapt(ours, "lora", rank=RANK).sites
-    theirs = get_peft_model(copy.deepcopy(model), LoraConfig(r=RANK, lora_alpha=RANK, target_modules=[s.path for s in sites]))
+    theirs = get_peft_model(
+        copy.deepcopy(model), LoraConfig(r=RANK, lora_alpha=RANK, target_modules=[s.path for s in sites])
+    )
     heads, channels = _units(sizes, count_parameters(ours)[0] // depth)
     adapt(sliced, "s2ft", ratio={"o": heads / sizes.heads, "d": channels / sizes.ffn}, parts=("o", "d"))
     lora = [Block("lora", RANK)] * depth
     return {
         FULL: Variant(model, _adamw(model), [Block("trained")] * depth, (True, True, True)),
-        f"{PLAIN} r={RANK}": Variant(ours, _adamw(ours), lora), f"peft lora r={RANK}": Variant(theirs, _adamw(theirs), lora),
+        f"{PLAIN} r={RANK}": Variant(ours, _adamw(ours), lora),
+        f"peft lora r={RANK}": Variant(theirs, _adamw(theirs), lora),
         f"{GATED} r={RANK}": Variant(gated, _adamw(gated), lora, gates=gates),
         f"LISA {ACTIVE} of {depth}": _lisa(copy.deepcopy(model), True),
         f"LISA {ACTIVE} of {depth} alone": _lisa(copy.deepcopy(model), False),
-        "S2FT O and D": Variant(sliced, _adamw(sliced), [Block("sliced", sliced=(heads * sizes.head_dim, channels))] * depth),
+        "S2FT O and D": Variant(
+            sliced, _adamw(sliced), [Block("sliced", sliced=(heads * sizes.head_dim, channels))] * depth
+        ),
     }
 
 
@@ -177,7 +195,9 @@ def _lisa(model: nn.Module, outside: bool) -> Variant:
     optimizer = _adamw(model)
     kept = () if outside else ("lm_head", "model.norm")
     lisa = LISA(model, optimizer, active=ACTIVE, train_embeddings=outside, exclude=kept)
-    blocks = [Block("trained" if layer in lisa.active_layers else "frozen") for layer in range(model.config.num_hidden_layers)]
+    blocks = [
+        Block("trained" if layer in lisa.active_layers else "frozen") for layer in range(model.config.num_hidden_layers)
+    ]
     return Variant(model, optimizer, blocks, (outside, outside, outside))
 
 
@@ -206,8 +226,12 @@ def _llama() -> nn.Module:
         raise UserError('bench memory needs transformers: pip install "vismt[llm]".') from error
     torch.manual_seed(0)
     shape = LlamaConfig(
-        hidden_size=SIZES.hidden, num_hidden_layers=DEPTH, intermediate_size=SIZES.ffn, num_attention_heads=SIZES.heads,
-        num_key_value_heads=SIZES.kv_heads, vocab_size=SIZES.vocabulary,
+        hidden_size=SIZES.hidden,
+        num_hidden_layers=DEPTH,
+        intermediate_size=SIZES.ffn,
+        num_attention_heads=SIZES.heads,
+        num_key_value_heads=SIZES.kv_heads,
+        vocab_size=SIZES.vocabulary,
     )
     return LlamaForCausalLM(shape)
 
@@ -215,7 +239,9 @@ def _llama() -> nn.Module:
 def _named(name: str) -> nn.Module:
     model = create_lm(name, dtype=torch.float32)[0]
     if model.config.model_type not in LIKE:
-        raise UserError(f"bench memory: '{name}' is of type {model.config.model_type}; the formula is of {' and '.join(LIKE)}.")
+        raise UserError(
+            f"bench memory: '{name}' is of type {model.config.model_type}; the formula is of {' and '.join(LIKE)}."
+        )
     return model
 
 

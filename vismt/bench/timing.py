@@ -47,7 +47,11 @@ class Ratios:
 
 
 def interleave(
-    candidates: Mapping[str, Callable[[], object]], rounds: int, *, label: str, device: torch.device | None = None,
+    candidates: Mapping[str, Callable[[], object]],
+    rounds: int,
+    *,
+    label: str,
+    device: torch.device | None = None,
     warmup: int = 1,
 ) -> Timing:
     """Time every candidate `rounds` times after `warmup` uncounted rounds."""

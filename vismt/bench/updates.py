@@ -52,7 +52,9 @@ def summed(peft: Any, model: nn.Module, rank: int) -> tuple[Sum, Sum]:
     for path, (out_features, in_features) in shapes.items():
         host = net.base_model.model.get_submodule(path)
         for name in names:
-            left, right = (torch.randn(*shape, generator=generator) for shape in ((out_features, rank), (rank, in_features)))
+            left, right = (
+                torch.randn(*shape, generator=generator) for shape in ((out_features, rank), (rank, in_features))
+            )
             host.lora_B[name].weight.data, host.lora_A[name].weight.data = left.to(device), right.to(device)
             adapters.setdefault(path, []).append(LowRank(left.to(device), right.to(device)))
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from vismt.data.cards import Card
-from vismt.data.source_types import ArraysSource
 from vismt.data.manifest import digest
+from vismt.data.source_types import ArraysSource
 from vismt.data.sources import Loaded, fix, shown_path, verify_classes, verify_counts
 from vismt.errors import UserError
 
@@ -42,7 +42,9 @@ def _images(arrays: Mapping[str, np.ndarray], key: str, shown: str) -> np.ndarra
         shape = tuple(int(size) for size in arrays["shape"])
         rows, bits = arrays[f"{key}_packed"], int(np.prod(shape[1:]))
         if rows.dtype != np.uint8 or rows.shape != (shape[0], -(-bits // 8)):
-            raise UserError(f"{shown}: '{key}_packed' is {rows.dtype} {rows.shape}, which does not hold images of shape {shape}.")
+            raise UserError(
+                f"{shown}: '{key}_packed' is {rows.dtype} {rows.shape}, which does not hold images of shape {shape}."
+            )
         images = np.unpackbits(rows, axis=1, count=bits).reshape(shape) * np.uint8(255)
     else:
         raise UserError(f"{shown}: no array '{key}' or '{key}_packed' with 'shape'; it holds {sorted(arrays)}.")
@@ -70,10 +72,14 @@ def load(card: Card, source: ArraysSource, base: Path, split: str) -> Loaded:
         parts[name] = images, _labels(arrays, f"y{suffix}", len(images), shown)
     verify_counts(card, source, base, {name: len(images) for name, (images, _) in parts.items()}, {})
     labels = [label for _, part in parts.values() for label in part]
-    classes = [str(name) for name in arrays["classes"]] if "classes" in arrays else [str(k) for k in range(card.classes)]
+    classes = (
+        [str(name) for name in arrays["classes"]] if "classes" in arrays else [str(k) for k in range(card.classes)]
+    )
     verify_classes(card, source, base, len(classes))
     if labels and not 0 <= min(labels) <= max(labels) < len(classes):
-        raise UserError(f"{shown}: labels run from {min(labels)} to {max(labels)}, but there are {len(classes)} classes.")
+        raise UserError(
+            f"{shown}: labels run from {min(labels)} to {max(labels)}, but there are {len(classes)} classes."
+        )
     rows = [(images, row) for images, _ in parts.values() for row in range(len(images))]
 
     def read(i: int) -> Tensor:

@@ -35,8 +35,8 @@ from vismt.data.source_types import (
     TorchvisionSource,
     counted,
 )
-from vismt.data.typed_yaml import build, inside, read_yaml
 from vismt.data.text_kind import check_texts
+from vismt.data.typed_yaml import build, inside, read_yaml
 from vismt.errors import UserError, near
 from vismt.paths import shipped
 
@@ -61,7 +61,9 @@ class Card:
     notes: str = ""
     how_to_get: str = ""
     names: str | None = None  # JSON beside the card: class folder -> readable name; or a list in class order
-    superclasses: str | None = None  # JSON beside the card: class -> superclass; or 'prefix': the part before the last '/'
+    superclasses: str | None = (
+        None  # JSON beside the card: class -> superclass; or 'prefix': the part before the last '/'
+    )
     path: Path = Path()
     shown: str = ""
 
@@ -102,8 +104,21 @@ def _source(raw: object, shown: str) -> Source:
     if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(f"{shown}: kind {kind!r} is not known.{near(str(kind), KINDS)}")
     source: Source = build(KINDS[kind], raw, f"{shown} ({kind})")
-    for key in ("root", "file", "manifest", "image", "table", "folder", "paths", "labels", "training", "names", "listed",
-                "disparity", "normal_classes"):
+    for key in (
+        "root",
+        "file",
+        "manifest",
+        "image",
+        "table",
+        "folder",
+        "paths",
+        "labels",
+        "training",
+        "names",
+        "listed",
+        "disparity",
+        "normal_classes",
+    ):
         text = getattr(source, key, None)
         if isinstance(text, str):
             inside(text, f"{shown}.{key}")
@@ -113,7 +128,9 @@ def _source(raw: object, shown: str) -> Source:
     for text in [*texts, *getattr(source, "folders", ())]:
         inside(text, shown)
     if not source.splits:
-        raise UserError(f"{shown}: 'splits' is empty: name each split and its number of {counted(source)} (null when unknown).")
+        raise UserError(
+            f"{shown}: 'splits' is empty: name each split and its number of {counted(source)} (null when unknown)."
+        )
     for split, count in source.splits.items():
         if not SPLIT_NAME.fullmatch(split) or (split == "all" and len(source.splits) > 1):
             raise UserError(f"{shown}: '{split}' cannot name a split beside others; 'all' means every image.")
@@ -136,7 +153,9 @@ def _source(raw: object, shown: str) -> Source:
     if isinstance(source, LabelListSource):
         strange = next((name for name in source.splits if name not in LIST_SPLITS), None)
         if strange is not None:
-            raise UserError(f"{shown}: no split '{strange}'; 'training' tells train from test.{near(strange, LIST_SPLITS)}")
+            raise UserError(
+                f"{shown}: no split '{strange}'; 'training' tells train from test.{near(strange, LIST_SPLITS)}"
+            )
     return source
 
 
@@ -147,7 +166,10 @@ def _check_dense(source: DenseSource, shown: str) -> None:
     held = [DENSE_MAPS[name] for name in source.maps]
     if len(set(held)) < len(held):
         raise UserError(f"{shown}: the maps {list(source.maps)} become {held}; each target once.")
-    for path in (source.image, *(p for value in source.maps.values() for p in ([value] if isinstance(value, str) else value))):
+    for path in (
+        source.image,
+        *(p for value in source.maps.values() for p in ([value] if isinstance(value, str) else value)),
+    ):
         unknown = [name for name in re.findall(r"{(.*?)}", path) if name not in ("split", "group", "id")]
         if unknown or "{id}" in path.rpartition("/")[0] or path.count("{id}") > 1:
             raise UserError(f"{shown}: '{path}' may hold {{split}} and {{group}}, and {{id}} once, in the file name.")
@@ -156,7 +178,9 @@ def _check_dense(source: DenseSource, shown: str) -> None:
     for target, origin in source.derive.items():
         if origin not in DERIVED.get(target, ()) or origin not in held or target in held:
             known = ", ".join(f"{a} from {b}" for a, names in DERIVED.items() for b in names)
-            raise UserError(f"{shown}: cannot derive {target} from {origin} of {held} (known: {known}; a target held is read).")
+            raise UserError(
+                f"{shown}: cannot derive {target} from {origin} of {held} (known: {known}; a target held is read)."
+            )
     if "inverse_depth" in source.maps and "depth" in source.derive.values():
         raise UserError(f"{shown}: nothing is derived from inverse_depth, which has no scale.")
     if "normals" in source.derive:

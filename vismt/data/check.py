@@ -7,12 +7,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vismt import console
-from vismt.data import arrays, dense, dense_files, embedded, folder, interaction_wheel, interactions, meta_dataset, stereo, texts, torchvision_door
-from vismt.data import json_lists as filelist
-from vismt.data import id_lists as lists
+from vismt.data import (
+    arrays,
+    dense,
+    dense_files,
+    embedded,
+    folder,
+    interaction_wheel,
+    interactions,
+    meta_dataset,
+    stereo,
+    texts,
+    torchvision_door,
+)
 from vismt.data import csv_table as table
+from vismt.data import id_lists as lists
+from vismt.data import json_lists as filelist
 from vismt.data.cards import Card, list_cards, load_card
 from vismt.data.images import load_source
+from vismt.data.manifest import Files, digest, read_manifest
 from vismt.data.source_types import (
     DENSE,
     TEXTS,
@@ -32,7 +45,6 @@ from vismt.data.source_types import (
     TorchvisionSource,
     counted,
 )
-from vismt.data.manifest import Files, digest, read_manifest
 from vismt.data.sources import Loaded, candidates, fix, from_wheel, not_found, place, shown_path
 from vismt.errors import UserError
 
@@ -158,7 +170,9 @@ def _opened(card: Card, source: Source, base: Path, split: str) -> dense.DenseSe
     """A split of the copy, by the door of its kind."""
     if isinstance(source, DENSE):
         return dense.open_dense(card, split, root=base)
-    return texts.load(card, source, base, split) if isinstance(source, TEXTS) else load_source(card, source, base, split)
+    return (
+        texts.load(card, source, base, split) if isinstance(source, TEXTS) else load_source(card, source, base, split)
+    )
 
 
 def check_source(card: Card, source: Source, base: Path) -> CheckReport:
@@ -174,7 +188,9 @@ def check_source(card: Card, source: Source, base: Path) -> CheckReport:
         splits.append(CheckRow(split, expected, found, _state(expected, found)))
     classes = source.classes or card.classes
     groups = _groups(card, source, files)
-    return CheckReport(card.name, card.shown, shown_path(base), classes, splits, groups, problem, fix(card), counted(source))
+    return CheckReport(
+        card.name, card.shown, shown_path(base), classes, splits, groups, problem, fix(card), counted(source)
+    )
 
 
 def check(name: str | Path) -> CheckReport:
@@ -185,7 +201,9 @@ def check(name: str | Path) -> CheckReport:
         if base is not None:
             return check_source(card, source, base)
     rows = [CheckRow(split, count, 0, "missing") for split, count in card.sources[0].splits.items()]
-    return CheckReport(card.name, card.shown, None, card.classes, rows, problem=str(not_found(card, "all")), fix=fix(card))
+    return CheckReport(
+        card.name, card.shown, None, card.classes, rows, problem=str(not_found(card, "all")), fix=fix(card)
+    )
 
 
 def prepare(name: str | Path) -> CheckReport:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from vismt.data.cards import Card
 from vismt.data.decode import decode_file
-from vismt.data.source_types import TableSource
 from vismt.data.manifest import digest
+from vismt.data.source_types import TableSource
 from vismt.data.sources import Loaded, fix, shown_path, verify_classes, verify_counts
 from vismt.data.typed_yaml import inside
 from vismt.errors import UserError, near
@@ -88,5 +88,9 @@ def load(card: Card, source: TableSource, base: Path, split: str) -> Loaded:
     ids = [path.relative_to(base).as_posix() for path in paths]
     # The labels are not in the image files: they have to be part of what tells one content from another.
     return Loaded(
-        list(source.keep), labels, ids, lambda i: decode_file(paths[i]), lambda: f"{digest(zip(ids, paths)).sha256}:{labels}"
+        list(source.keep),
+        labels,
+        ids,
+        lambda i: decode_file(paths[i]),
+        lambda: f"{digest(zip(ids, paths)).sha256}:{labels}",
     )

@@ -52,7 +52,9 @@ def decode_bytes(data: bytes, shown: str) -> Tensor:
     except DAMAGED as error:
         size = f"{len(data):,} bytes"
         reason = "no image format is recognised" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise UserError(f"{shown}: cannot be decoded ({size}: {reason}). Replace the file, or set on_bad_sample=skip.") from error
+        raise UserError(
+            f"{shown}: cannot be decoded ({size}: {reason}). Replace the file, or set on_bad_sample=skip."
+        ) from error
 
 
 def decode_file(path: Path) -> Tensor:

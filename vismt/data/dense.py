@@ -19,8 +19,8 @@ from vismt.data.dense_maps import read_maps
 from vismt.data.dense_sample import CLASS, MAPS, Sample
 from vismt.data.derived import edges_from_depth, edges_from_labels, normals_from_depth
 from vismt.data.images import ImageSet, open_images
-from vismt.data.source_types import DENSE, DENSE_MAPS, DenseSource
 from vismt.data.pascal_context import PARTS
+from vismt.data.source_types import DENSE, DENSE_MAPS, DenseSource
 from vismt.data.sources import not_found, place, shown_path, verify_counts
 from vismt.errors import UserError, near
 
@@ -100,7 +100,9 @@ def open_dense(card: Card | str | Path, split: str = "all", *, root: Path | None
     card = card if isinstance(card, Card) else load_card(card)
     sources = [source for source in card.sources if isinstance(source, DENSE)]
     if not sources:
-        raise UserError(f"{card.shown}: is a set of {card.sources[0].kind} images without maps; open it with open_images.")
+        raise UserError(
+            f"{card.shown}: is a set of {card.sources[0].kind} images without maps; open it with open_images."
+        )
     if split != "all" and split not in card.splits:
         raise UserError(f"{card.shown}: no split '{split}'.{near(split, [*card.splits, 'all'])}")
     for source in sources:
@@ -121,7 +123,14 @@ def classified(images: ImageSet) -> DenseSet:
         return {"image": images.read(i).to(torch.float32) / 255, CLASS: images.labels[i]}
 
     return DenseSet(
-        images.name, images.split, [], [CLASS], images.ids, stored, where=images.where, image_classes=images.classes,
+        images.name,
+        images.split,
+        [],
+        [CLASS],
+        images.ids,
+        stored,
+        where=images.where,
+        image_classes=images.classes,
         labels=images.labels,
     )
 

@@ -53,7 +53,9 @@ def _lines(card: Card, base: Path, name: str) -> list[str]:
     try:
         lines = [line.strip() for line in (base / name).read_text(encoding="utf8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{card.shown}: the list {shown_path(base / name)} cannot be read: {error}. {fix(card)}") from error
+        raise UserError(
+            f"{card.shown}: the list {shown_path(base / name)} cannot be read: {error}. {fix(card)}"
+        ) from error
     found = [line for line in lines if line]
     if not found:
         raise UserError(f"{card.shown}: the list {shown_path(base / name)} is empty. {fix(card)}")
@@ -85,7 +87,9 @@ def pairs(card: Card, source: DenseSource, base: Path, split: str) -> list[dict[
         for name, value in source.maps.items():
             if not source.partial:
                 lost += [(key, name, value) for key in wanted if key not in maps[name]]
-                lost += [(key, "image", source.image) for key in sorted(maps[name].keys() - images.keys()) if ids is None]
+                lost += [
+                    (key, "image", source.image) for key in sorted(maps[name].keys() - images.keys()) if ids is None
+                ]
         if lost:
             key, name, value = lost[0]
             folders = " or ".join(shown_path(base / _fill(path, split, group)[0]) for path in _paths(value))
@@ -97,7 +101,9 @@ def pairs(card: Card, source: DenseSource, base: Path, split: str) -> list[dict[
 def count(source: DenseSource, base: Path, split: str) -> int:
     """How many images of a damaged copy are there for `split`, listed or not."""
     groups = [path.name for path in base.iterdir() if path.is_dir()] if "{group}" in source.image else [""]
-    return sum(len(_in_folder(base / folder, *name)) for folder, *name in (_fill(source.image, split, g) for g in groups))
+    return sum(
+        len(_in_folder(base / folder, *name)) for folder, *name in (_fill(source.image, split, g) for g in groups)
+    )
 
 
 def files(source: DenseSource, base: Path) -> dict[str, list[tuple[str, Path]]]:

@@ -25,8 +25,8 @@ from PIL import Image
 
 from vismt.data.decode import DAMAGED, decode_file
 from vismt.data.dense_sample import IGNORE, Sample
-from vismt.data.source_types import DENSE_MAPS, DenseSource
 from vismt.data.pascal_context import read_context, read_parts
+from vismt.data.source_types import DENSE_MAPS, DenseSource
 from vismt.errors import UserError
 
 UNIT_LENGTH = (0.5, 1.5)  # what an 8-bit or interpolated unit vector may have become
@@ -75,12 +75,18 @@ def read_label(path: Path, classes: int, void: int | None, first: int = 0) -> Sa
         values = _plane(path, "a label map must be one 8-bit channel", "u")
         if values.dtype != np.uint8:
             raise UserError(f"{path}: a label map must be one 8-bit channel, is {values.dtype} {values.shape}.")
-    strange = [v for v in np.unique(values) if v != void and not (first <= v < first + classes and v == round(float(v)))]
+    strange = [
+        v for v in np.unique(values) if v != void and not (first <= v < first + classes and v == round(float(v)))
+    ]
     if strange:
         start = f", the first is {first}" if first else ""
         raise UserError(f"{path}: label {strange[0]:g} found, but there are {classes} classes (void {void}{start}).")
     whole = values.astype(np.int64)
-    return {"semseg": torch.from_numpy(np.where(whole == void, IGNORE, whole - first) if void is not None else whole - first)}
+    return {
+        "semseg": torch.from_numpy(
+            np.where(whole == void, IGNORE, whole - first) if void is not None else whole - first
+        )
+    }
 
 
 def read_depth(name: str, path: Path) -> Sample:

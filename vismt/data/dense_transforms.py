@@ -117,7 +117,12 @@ def _draw(generator: torch.Generator, low: float, high: float) -> float:
 
 
 def random_crop(
-    sample: Sample, size: tuple[int, int], generator: torch.Generator, *, cat_max_ratio: float = 0.75, fill: float = FILL
+    sample: Sample,
+    size: tuple[int, int],
+    generator: torch.Generator,
+    *,
+    cat_max_ratio: float = 0.75,
+    fill: float = FILL,
 ) -> Sample:
     """A random window of `size` (h, w) of the sample, padded first where it is smaller.
 

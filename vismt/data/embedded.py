@@ -11,8 +11,8 @@ from torch import Tensor
 
 from vismt.data.cards import Card
 from vismt.data.decode import decode_file
-from vismt.data.source_types import DigitsSource, PhotoCropsSource
 from vismt.data.manifest import digest
+from vismt.data.source_types import DigitsSource, PhotoCropsSource
 from vismt.data.sources import Loaded, fix, verify_classes, verify_counts
 from vismt.errors import UserError
 
@@ -82,9 +82,7 @@ def load_photo_crops(card: Card, source: PhotoCropsSource, base: Path, split: st
     found = photo_files(source, base)
     absent = next((name for name, entries in found.items() if not entries), None)
     if absent is not None:
-        raise UserError(
-            f"{card.shown}: the installed scikit-image has no '{source.photographs[absent]}'. {fix(card)}"
-        )
+        raise UserError(f"{card.shown}: the installed scikit-image has no '{source.photographs[absent]}'. {fix(card)}")
     paths = {name: entries[0][1] for name, entries in found.items()}
 
     @functools.cache

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from vismt.data.cards import Card
 from vismt.data.decode import decode_file, is_image_name
-from vismt.data.source_types import FolderSource
 from vismt.data.manifest import digest
+from vismt.data.source_types import FolderSource
 from vismt.data.sources import Loaded, fix, shown_path, verify_classes, verify_counts, verify_present
 from vismt.data.typed_yaml import inside
 from vismt.errors import UserError

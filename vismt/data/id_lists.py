@@ -10,8 +10,8 @@ from pathlib import Path
 
 from vismt.data.cards import Card
 from vismt.data.decode import decode_file
-from vismt.data.source_types import LabelListSource
 from vismt.data.manifest import digest
+from vismt.data.source_types import LabelListSource
 from vismt.data.sources import Loaded, fix, shown_path, verify_classes, verify_counts, verify_present
 from vismt.data.typed_yaml import inside
 from vismt.errors import UserError

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from vismt import console
 from vismt.data import arrays, embedded, folder, meta_dataset, torchvision_door
-from vismt.data import json_lists as filelist
-from vismt.data import id_lists as lists
 from vismt.data import csv_table as table
+from vismt.data import id_lists as lists
+from vismt.data import json_lists as filelist
 from vismt.data.cards import Card, load_card
 from vismt.data.source_types import (
     DENSE,
@@ -71,8 +71,12 @@ class ImageSet:
         kept = [int(i) for i in chosen]
         content = f"{hashlib.sha256(repr(kept).encode()).hexdigest()}:{list(skipped)}"
         return replace(
-            self, labels=self.labels[kept], ids=[self.ids[i] for i in kept], reader=lambda i: self.reader(kept[i]),
-            content=lambda: f"{self.content()}:{content}", skipped=list(skipped),
+            self,
+            labels=self.labels[kept],
+            ids=[self.ids[i] for i in kept],
+            reader=lambda i: self.reader(kept[i]),
+            content=lambda: f"{self.content()}:{content}",
+            skipped=list(skipped),
         )
 
 
@@ -140,12 +144,16 @@ def _drop_damaged(images: ImageSet) -> ImageSet:
     if not skipped:
         return images
     names = ", ".join(skipped[:5]) + (" ..." if len(skipped) > 5 else "")
-    console.stage("data", f"{images.name}: {len(skipped)} of {len(images):,} images skipped, they cannot be decoded: {names}")
+    console.stage(
+        "data", f"{images.name}: {len(skipped)} of {len(images):,} images skipped, they cannot be decoded: {names}"
+    )
     labels = images.labels[kept]
     emptied = sorted(set(images.labels.tolist()) - set(labels.tolist()))
     if emptied:
         lost = images.classes[emptied[0]]
-        raise UserError(f"data '{images.name}': no image of class '{lost}' can be decoded. Replace its files in {images.where}.")
+        raise UserError(
+            f"data '{images.name}': no image of class '{lost}' can be decoded. Replace its files in {images.where}."
+        )
     return images.take(kept, skipped)
 
 
@@ -170,7 +178,9 @@ def open_images(
     if on_bad_sample not in ("error", "skip"):
         raise UserError(f"on_bad_sample is '{on_bad_sample}'.{near(str(on_bad_sample), ['error', 'skip'])}")
     if card.dense or card.textual:
-        raise UserError(f"{card.shown}: is a {'dense' if card.dense else 'text'} set; open it with {DOORS[card.dense]}.")
+        raise UserError(
+            f"{card.shown}: is a {'dense' if card.dense else 'text'} set; open it with {DOORS[card.dense]}."
+        )
     if split != "all" and split not in card.splits:
         raise UserError(f"{card.shown}: no split '{split}'.{near(split, dict.fromkeys([*card.splits, 'all']))}")
     usable = [s for s in card.sources if not isinstance(s, (*DENSE, *TEXTS)) and (split == "all" or split in s.splits)]

@@ -69,11 +69,15 @@ def check_interactions(source: InteractionsSource, shown: str) -> None:
     tables = {"separator": source.events is not None, "item_separator": bool(source.item_columns)}
     for key, table in tables.items():
         if not getattr(source, key) or (table and len(getattr(source, key)) != 1):
-            raise UserError(f"{shown}: {key} {getattr(source, key)!r} must be {'one character' if table else 'some text'}.")
+            raise UserError(
+                f"{shown}: {key} {getattr(source, key)!r} must be {'one character' if table else 'some text'}."
+            )
     if source.shortest < 1:
         raise UserError(f"{shown}: shortest {source.shortest}; a history has at least 1 item.")
     if source.wheel is not None and (not re.fullmatch(r"[\w.-]+==[\w.]+", source.wheel) or source.manifest is None):
-        raise UserError(f"{shown}: wheel '{source.wheel}' must be 'package==version', with a 'manifest' of the files' hashes.")
+        raise UserError(
+            f"{shown}: wheel '{source.wheel}' must be 'package==version', with a 'manifest' of the files' hashes."
+        )
     inside(source.inside, f"{shown}.inside")
     check_pattern(source.title, f"{shown}: title")
     try:

@@ -39,5 +39,7 @@ def fetch(card: Card, source: InteractionsSource, base: Path) -> None:
         raise UserError(f"{card.shown}: wheel {source.wheel}: {failure}. {fix(card)}") from failure
     except OSError as error:
         where = shown_path(base)
-        raise UserError(f"{card.shown}: '{where}' cannot be written ({error.strerror or error}); set VISMT_CACHE.") from error
+        raise UserError(
+            f"{card.shown}: '{where}' cannot be written ({error.strerror or error}); set VISMT_CACHE."
+        ) from error
     console.stage("data", f"{card.name}   wheel {source.wheel} -> {shown_path(base)}")

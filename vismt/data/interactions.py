@@ -74,10 +74,13 @@ def load(card: Card, source: InteractionsSource, base: Path, split: str) -> Inte
     hashed = [(name, base / name) for name in dict.fromkeys(read)]
     settings = repr((source.shortest, source.title, names))
     return InteractionSet(
-        card.name, split,
+        card.name,
+        split,
         [{"history": h, "next": t, "catalogue": catalogue} for rows in kept.values() for _, h, t in rows],
         [f"{name}:{row_id}" for name, rows in kept.items() for row_id, _, _ in rows],
-        lambda: f"{digest(hashed).sha256}:{settings}", shown_path(base), catalogue,
+        lambda: f"{digest(hashed).sha256}:{settings}",
+        shown_path(base),
+        catalogue,
     )
 
 
@@ -98,7 +101,9 @@ def draw_candidates(
     found, turn = [target], 0
     while len(found) < count:
         if turn > 1000 * count:
-            raise UserError(f"candidates: fewer than {count} titles that differ are left for row '{name}'; lower the number.")
+            raise UserError(
+                f"candidates: fewer than {count} titles that differ are left for row '{name}'; lower the number."
+            )
         drawn = mix_seed(seed, "candidate", name, turn) % len(catalogue)
         turn += 1
         if key(drawn) not in taken:
@@ -113,7 +118,9 @@ def _catalogue(card: Card, source: InteractionsSource, base: Path) -> Catalogue:
     if source.item_columns:
         pairs = _table(text, source.item_separator, source.item_columns, shown)
     else:
-        lines = ((f"{shown}: line {number}", line) for number, line in enumerate(LINE_ENDS.split(text), 1) if line.strip())
+        lines = (
+            (f"{shown}: line {number}", line) for number, line in enumerate(LINE_ENDS.split(text), 1) if line.strip()
+        )
         pairs = ((where, list(line.partition(source.item_separator)[::2])) for where, line in lines)
     titles: dict[str, str] = {}
     for where, (name, title) in pairs:
@@ -128,8 +135,11 @@ def _catalogue(card: Card, source: InteractionsSource, base: Path) -> Catalogue:
 
 def _table(text: str, separator: str, columns: Sequence[str], shown: str) -> Iterator[tuple[str, list[str]]]:
     """(where, values of the columns) of each line after the first, which names the columns."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator,
-                        quoting=csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE)
+    reader = csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter=separator,
+        quoting=csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE,
+    )
     head = next(reader, [])
     for column in columns:
         if column not in head:
@@ -138,7 +148,9 @@ def _table(text: str, separator: str, columns: Sequence[str], shown: str) -> Ite
     for row in reader:
         if row:
             if len(row) <= max(places):
-                raise UserError(f"{shown}: line {reader.line_num}: has {len(row)} fields, the first line names {len(head)}.")
+                raise UserError(
+                    f"{shown}: line {reader.line_num}: has {len(row)} fields, the first line names {len(head)}."
+                )
             yield f"{shown}: line {reader.line_num}", [row[place] for place in places]
 
 
@@ -183,7 +195,9 @@ def _sequences(
         history, target = (found.get(name) if isinstance(found, dict) else None for name in source.fields)
         if not isinstance(history, list) or target is None:
             raise UserError(f"{where}: is no object with {source.fields[0]}, a list, and {source.fields[1]}.")
-        rows.append((str(len(rows)), [_known(item, numbers, where) for item in history], _known(target, numbers, where)))
+        rows.append(
+            (str(len(rows)), [_known(item, numbers, where) for item in history], _known(target, numbers, where))
+        )
     return rows
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from vismt.data.cards import Card
 from vismt.data.decode import decode_file
-from vismt.data.source_types import FilelistSource
 from vismt.data.manifest import digest
+from vismt.data.source_types import FilelistSource
 from vismt.data.sources import Loaded, fix, shown_path, verify_classes, verify_counts, verify_present
 from vismt.data.typed_yaml import inside
 from vismt.errors import UserError
@@ -35,11 +35,17 @@ def read_list(card: Card, base: Path, split: str) -> List:
         raise UserError(f"{card.shown}: missing list '{shown}' of split '{split}'. {fix(card)}")
     try:
         raw = json.loads(path.read_text(encoding="utf8"))
-        names, images, labels = ([str(x) for x in raw[KEYS[0]]], [str(x) for x in raw[KEYS[1]]], [int(x) for x in raw[KEYS[2]]])
+        names, images, labels = (
+            [str(x) for x in raw[KEYS[0]]],
+            [str(x) for x in raw[KEYS[1]]],
+            [int(x) for x in raw[KEYS[2]]],
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{shown}: must be JSON with the lists {', '.join(KEYS)} ({error!r}). {fix(card)}") from error
     if len(images) != len(labels) or len(set(names)) != len(names):
-        raise UserError(f"{shown}: {len(images)} images, {len(labels)} labels; there must be as many, and no class twice.")
+        raise UserError(
+            f"{shown}: {len(images)} images, {len(labels)} labels; there must be as many, and no class twice."
+        )
     if labels and not 0 <= min(labels) <= max(labels) < len(names):
         raise UserError(f"{shown}: labels run from {min(labels)} to {max(labels)}, but label_names has {len(names)}.")
     return names, images, labels
@@ -52,14 +58,18 @@ def local_name(name: str, after: str | None, shown: str) -> str:
         name = name.partition(f"/{after}")[2]
     elif absolute:
         hint = f"; of an absolute path, what follows '{after}' counts" if after else ""
-        raise UserError(f"{shown}: '{name}' lies outside the folder of the set{hint}. Write names relative to that folder.")
+        raise UserError(
+            f"{shown}: '{name}' lies outside the folder of the set{hint}. Write names relative to that folder."
+        )
     return inside(name, shown)
 
 
 def _check_split(card: Card, source: FilelistSource, base: Path, split: str, found: int) -> None:
     wanted = source.classes_per_split.get(split)
     if wanted is not None and found != wanted:
-        raise UserError(f"{card.shown}: split '{split}' has {found} of {wanted} classes under {shown_path(base)}. {fix(card)}")
+        raise UserError(
+            f"{card.shown}: split '{split}' has {found} of {wanted} classes under {shown_path(base)}. {fix(card)}"
+        )
 
 
 def load(card: Card, source: FilelistSource, base: Path, split: str) -> Loaded:

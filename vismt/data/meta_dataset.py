@@ -102,9 +102,13 @@ def read_spec(card: Card, source: MetaDatasetSource, base: Path) -> Spec:
         raise UserError(f"{shown_path(path)}: not a dataset_spec of Meta-Dataset ({error!r}). {fix(card)}") from error
     stated = {split: len(found) for split, found in spec.ranges.items() if found}
     if stated != {split: count for split, count in source.classes_per_split.items() if count}:
-        raise UserError(f"{shown_path(path)}: classes per split {stated}, the card says {source.classes_per_split}. {fix(card)}")
+        raise UserError(
+            f"{shown_path(path)}: classes per split {stated}, the card says {source.classes_per_split}. {fix(card)}"
+        )
     if spec.ranges["test"].stop != len(spec.names) or (spec.above and len(spec.above) != len(spec.names)):
-        raise UserError(f"{shown_path(path)}: names {len(spec.names)} classes, its splits hold {spec.ranges['test'].stop}.")
+        raise UserError(
+            f"{shown_path(path)}: names {len(spec.names)} classes, its splits hold {spec.ranges['test'].stop}."
+        )
     return spec
 
 
@@ -124,7 +128,9 @@ def _h5py(card: Card) -> Any:
     try:
         import h5py
     except ImportError as error:
-        raise UserError(f'{card.shown}: needs h5py, which is not installed: pip install "vismt[metadataset]".') from error
+        raise UserError(
+            f'{card.shown}: needs h5py, which is not installed: pip install "vismt[metadataset]".'
+        ) from error
     return h5py
 
 

@@ -65,7 +65,9 @@ class Pixels:
         room = len(images) * 3 * size * size if cache else 0
         self.store: np.ndarray | OnDemand
         if room > STORE_BYTES:
-            console.stage("data", f"{self.name}: {len(images):,} images are decoded as they are drawn, too many to store")
+            console.stage(
+                "data", f"{self.name}: {len(images):,} images are decoded as they are drawn, too many to store"
+            )
             self.store = OnDemand(images, size)
         else:
             self.store = self._on_disk() if room > MEMORY_BYTES else self._in_memory()
@@ -126,7 +128,9 @@ class Pixels:
             os.replace(part, path)
         except OSError as error:
             reason = error.strerror or error
-            raise UserError(f"pixel store '{path}': {reason}. Free space, set VISMT_CACHE, or use cache=False.") from error
+            raise UserError(
+                f"pixel store '{path}': {reason}. Free space, set VISMT_CACHE, or use cache=False."
+            ) from error
         finally:
             if part is not None and os.path.exists(part):
                 os.unlink(part)

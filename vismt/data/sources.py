@@ -11,8 +11,15 @@ from torch import Tensor
 
 from vismt.data.cards import Card
 from vismt.data.interaction_kind import InteractionsSource
-from vismt.data.source_types import DigitsSource, PhotoCropsSource, Source, StereoTilesSource, TorchvisionSource, counted
 from vismt.data.manifest import read_manifest
+from vismt.data.source_types import (
+    DigitsSource,
+    PhotoCropsSource,
+    Source,
+    StereoTilesSource,
+    TorchvisionSource,
+    counted,
+)
 from vismt.errors import UserError
 from vismt.paths import cache_root, data_root, shipped
 

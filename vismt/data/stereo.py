@@ -78,7 +78,9 @@ def load(card: Card, source: StereoTilesSource, base: Path, split: str) -> tuple
     height, width = whole()["image"].shape[-2:]
     spans = source.columns.values()
     if tall > height or any(end > width or end - start < wide for start, end in spans):
-        raise UserError(f"{card.shown}: tiles of {source.tile} do not fit into the columns {list(spans)} of {height} x {width}.")
+        raise UserError(
+            f"{card.shown}: tiles of {source.tile} do not fit into the columns {list(spans)} of {height} x {width}."
+        )
     names = list(source.splits) if split == "all" else [split]
     entries = [(name, top, left) for name in names for top, left in tiles(source, height, name)]
     verify_counts(card, source, base, {name: sum(entry[0] == name for entry in entries) for name in names}, {})

@@ -44,9 +44,17 @@ def check_texts(source: TextSource, shown: str) -> None:
         names = f"'files' names {sorted(source.files)}, 'splits' names {sorted(source.splits)}"
         raise UserError(f"{shown}: {names}; they must agree.")
     wanted = {"jsonl": 0, "lines": len(source.fields) - 1, "documents": 0}[source.form]
-    if not 0 < len(set(source.fields)) == len(source.fields) or len(source.separators) != wanted or "" in source.separators:
-        raise UserError(f"{shown}: fields {source.fields} of form '{source.form}' need {wanted} separators and no name twice.")
-    if (source.form == "documents") != (source.starts is not None) or (source.starts is not None and len(source.fields) > 1):
+    if (
+        not 0 < len(set(source.fields)) == len(source.fields)
+        or len(source.separators) != wanted
+        or "" in source.separators
+    ):
+        raise UserError(
+            f"{shown}: fields {source.fields} of form '{source.form}' need {wanted} separators and no name twice."
+        )
+    if (source.form == "documents") != (source.starts is not None) or (
+        source.starts is not None and len(source.fields) > 1
+    ):
         raise UserError(f"{shown}: 'starts' and one field are for form 'documents', and it needs them.")
     for key, pattern in {**source.extract, **({"starts": source.starts} if source.starts else {})}.items():
         try:

@@ -35,7 +35,10 @@ class TextSet:
         kept = [int(i) for i in chosen]
         told = hashlib.sha256(repr(kept).encode()).hexdigest()
         return replace(
-            self, rows=[self.rows[i] for i in kept], ids=[self.ids[i] for i in kept], content=lambda: f"{self.content()}:{told}"
+            self,
+            rows=[self.rows[i] for i in kept],
+            ids=[self.ids[i] for i in kept],
+            content=lambda: f"{self.content()}:{told}",
         )
 
 

@@ -15,8 +15,8 @@ from typing import Any
 from vismt.data import interactions
 from vismt.data.cards import Card, load_card
 from vismt.data.interaction_kind import InteractionsSource
-from vismt.data.source_types import TEXTS, Source
 from vismt.data.manifest import digest
+from vismt.data.source_types import TEXTS, Source
 from vismt.data.sources import fix, not_found, place, shown_path, verify_counts
 from vismt.data.text_kind import TextSource
 from vismt.data.text_set import TextSet, read_text
@@ -47,7 +47,9 @@ def open_texts(card: Card | str | Path, split: str = "all", *, root: Path | None
 
 def files(source: TextSource, base: Path) -> dict[str, list[tuple[str, Path]]]:
     """The file of each split, a group of its own."""
-    return {name: [(name, base / name)] if (base / name).is_file() else [] for name in dict.fromkeys(source.files.values())}
+    return {
+        name: [(name, base / name)] if (base / name).is_file() else [] for name in dict.fromkeys(source.files.values())
+    }
 
 
 def load(card: Card, source: Source, base: Path, split: str) -> TextSet:
@@ -60,9 +62,12 @@ def load(card: Card, source: Source, base: Path, split: str) -> TextSet:
     kept = [(source.files[name], base / source.files[name]) for name in names]
     settings = repr((source.form, source.fields, source.separators, source.starts, source.extract, source.encoding))
     return TextSet(
-        card.name, split, [row for rows in parts.values() for row in rows],
+        card.name,
+        split,
+        [row for rows in parts.values() for row in rows],
         [f"{name}:{number}" for name, rows in parts.items() for number in range(len(rows))],
-        lambda: f"{digest(kept).sha256}:{settings}", shown_path(base),
+        lambda: f"{digest(kept).sha256}:{settings}",
+        shown_path(base),
     )
 
 
@@ -79,7 +84,8 @@ def _read(card: Card, source: TextSource, path: Path) -> list[dict[str, Any]]:
     lines = enumerate(LINE_ENDS.split(text), 1)
     return [
         _extracted(source, parse(source, line, f"{shown}: line {number}"), f"{shown}: line {number}")
-        for number, line in lines if line.strip()
+        for number, line in lines
+        if line.strip()
     ]
 
 
@@ -98,7 +104,9 @@ def _fields(source: TextSource, line: str, where: str) -> dict[str, Any]:
     for separator in source.separators:
         value, found, rest = rest.partition(separator)
         if not found:
-            raise UserError(f"{where}: has no {separator!r} after '{value[:40]}'; it must hold {', '.join(source.fields)}.")
+            raise UserError(
+                f"{where}: has no {separator!r} after '{value[:40]}'; it must hold {', '.join(source.fields)}."
+            )
         values.append(value)
     values.append(rest)
     if any(separator in values[-1] for separator in set(source.separators) if separator == "\t"):

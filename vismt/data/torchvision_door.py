@@ -95,7 +95,9 @@ def door_of(card: Card, source: TorchvisionSource) -> Door:
     """The table's entry for the source; UserError for a class or a split that it does not know."""
     door = DOORS.get(source.dataset)
     if door is None:
-        raise UserError(f"{card.shown}: torchvision class '{source.dataset}' is not known.{near(source.dataset, DOORS)}")
+        raise UserError(
+            f"{card.shown}: torchvision class '{source.dataset}' is not known.{near(source.dataset, DOORS)}"
+        )
     strange = next((split for split in source.splits if split not in door.splits), None)
     if strange is not None:
         raise UserError(f"{card.shown}: {source.dataset} has no split '{strange}'.{near(strange, door.splits)}")

@@ -92,7 +92,9 @@ def check_arms(config: ArmsConfig, check: Callable[[Any], None]) -> None:
             raise UserError(f"arms: '{name}' is no name for an arm; take letters, digits and + - . _")
         for key in values:
             if key.partition(".")[0] in ("arms", "seeds", "seed", "tune", "tasks", "evaluate", "model", "task"):
-                raise UserError(f"arms.{name}: {key} must be the same for all arms, or they cannot be compared; leave it out.")
+                raise UserError(
+                    f"arms.{name}: {key} must be the same for all arms, or they cannot be compared; leave it out."
+                )
         check(arm_config(config, name))
     if len(set(config.seeds)) < len(config.seeds):
         raise UserError(f"seeds: {config.seeds}; name each once.")
@@ -108,7 +110,9 @@ def train_arms(config: Any, folder: Path, train: Callable[[Unit], None], validat
         train_arm(config, folder, arm, train, validate)
 
 
-def train_arm(config: Any, folder: Path, arm: str, train: Callable[[Unit], None], validate: Callable[[Unit], float]) -> None:
+def train_arm(
+    config: Any, folder: Path, arm: str, train: Callable[[Unit], None], validate: Callable[[Unit], float]
+) -> None:
     """One arm: its grid with the first seed, the choice, then the other seeds."""
     first, *others = seeds(config)
     path = folder / "arms" / arm / CHOSEN
@@ -155,7 +159,11 @@ def chosen(config: ArmsConfig, folder: Path, arm: str) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"run '{folder}': arm '{arm}' is not trained yet; `vismt train` goes on with it.")
     found = read_json(path, f"run '{folder}': {path.name} of arm '{arm}'")
-    if not isinstance(found, dict) or not isinstance(found.get("lr"), float) or not isinstance(found.get("validation"), dict):
+    if (
+        not isinstance(found, dict)
+        or not isinstance(found.get("lr"), float)
+        or not isinstance(found.get("validation"), dict)
+    ):
         raise UserError(f"run '{folder}': {path} is not what a run writes; delete it to choose again.")
     return found
 
@@ -176,5 +184,7 @@ def named_unit(config: ArmsConfig, folder: Path, name: str | None) -> Unit:
     found = final_units(config, folder, arm)
     one = next((one for one in found if not seed or str(one.seed) == seed), None)
     if one is None:
-        raise UserError(f"run '{folder}': arm '{arm}' has no seed '{seed}'; take one of {', '.join(str(u.seed) for u in found)}.")
+        raise UserError(
+            f"run '{folder}': arm '{arm}' has no seed '{seed}'; take one of {', '.join(str(u.seed) for u in found)}."
+        )
     return one

@@ -32,8 +32,14 @@ def moving_state(module: nn.Module, trained: Iterable[torch.Tensor] = ()) -> dic
 
 
 def save(
-    folder: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, scaler: Any,
-    config_hash: str, trained: Iterable[torch.Tensor] = (),
+    folder: Path,
+    step: int,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Any,
+    scaler: Any,
+    config_hash: str,
+    trained: Iterable[torch.Tensor] = (),
 ) -> None:
     """Write the checkpoint of `step` finished steps; the one before stands until the new one is whole.
 
@@ -65,9 +71,13 @@ def load(
         state = torch.load(path, map_location="cpu", weights_only=True)
         seen, tensors = state["config_hash"], dict(state["tensors"])
     except Exception as error:  # a torn file makes the reader raise whatever its bytes spell
-        raise UserError(f"checkpoint '{path}' is damaged ({type(error).__name__}); delete it to train from the start.") from error
+        raise UserError(
+            f"checkpoint '{path}' is damaged ({type(error).__name__}); delete it to train from the start."
+        ) from error
     if seen != config_hash:
-        raise UserError(f"checkpoint '{path}' is of configuration {seen}, this is {config_hash}; use another run folder.")
+        raise UserError(
+            f"checkpoint '{path}' is of configuration {seen}, this is {config_hash}; use another run folder."
+        )
     wanted = {name: tuple(value.shape) for name, value in moving_state(module).items()}
     check_tensors(f"checkpoint '{path}'", wanted, tensors)
     try:
@@ -78,7 +88,9 @@ def load(
         torch.set_rng_state(state["random"])
         step = int(state["step"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"checkpoint '{path}' does not fit this training ({error}); delete it to start again.") from error
+        raise UserError(
+            f"checkpoint '{path}' does not fit this training ({error}); delete it to start again."
+        ) from error
     module.load_state_dict(tensors, strict=False)  # frozen parameters are not in it
     if state["cuda_random"] and len(state["cuda_random"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda_random"])

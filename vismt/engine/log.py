@@ -31,7 +31,9 @@ def read_lines(path: Path, needed: tuple[str, ...] = ()) -> list[dict[str, Any]]
             if line.strip():
                 rows.append(json.loads(line))
                 if not isinstance(rows[-1], dict) or not set(needed) <= set(rows[-1]):
-                    raise UserError(f"'{path}' line {number} lacks {', '.join(needed) or 'keys'}; the file was changed by hand.")
+                    raise UserError(
+                        f"'{path}' line {number} lacks {', '.join(needed) or 'keys'}; the file was changed by hand."
+                    )
         except UserError:
             raise
         except ValueError as error:
@@ -67,7 +69,9 @@ class MetricsLog:
             with self.path.open("a", encoding="utf8") as file:
                 file.write(json.dumps(clean) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write '{self.path}': {error.strerror}. Free space, then run again: it resumes.") from error
+            raise UserError(
+                f"cannot write '{self.path}': {error.strerror}. Free space, then run again: it resumes."
+            ) from error
 
 
 def record_stem(data: str, protocol: str, model: str) -> str:

@@ -46,8 +46,15 @@ class _Numbered(Dataset):
 
 
 def train(
-    objective: nn.Module, batches: Batches, config: TrainConfig, folder: Path, config_hash: str, accelerator: Accelerator,
-    *, seed: int, after_step: Callable[[int], None] | None = None,
+    objective: nn.Module,
+    batches: Batches,
+    config: TrainConfig,
+    folder: Path,
+    config_hash: str,
+    accelerator: Accelerator,
+    *,
+    seed: int,
+    after_step: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """Train the objective's parameters that require a gradient; resumes from the run folder. Returns the last metrics.
 
@@ -61,7 +68,12 @@ def train(
 
 
 def _train(
-    objective: nn.Module, batches: Batches, config: TrainConfig, folder: Path, config_hash: str, accelerator: Accelerator,
+    objective: nn.Module,
+    batches: Batches,
+    config: TrainConfig,
+    folder: Path,
+    config_hash: str,
+    accelerator: Accelerator,
     after_step: Callable[[int], None] | None,
 ) -> dict[str, float]:
     # ---- objective, optimiser, schedule -------------------------------------------------------------------------------
@@ -88,7 +100,9 @@ def _train(
     for one in scheduled:
         one.on_step(finished)
     stream = _stream(batches, config, finished, accelerator)
-    first_bad = torch.zeros((), device=accelerator.device)  # number of the first step whose loss or gradient was not finite
+    first_bad = torch.zeros(
+        (), device=accelerator.device
+    )  # number of the first step whose loss or gradient was not finite
     last: dict[str, float] = {}
 
     # ---- steps ---------------------------------------------------------------------------------------------------------
@@ -124,13 +138,19 @@ def _train(
                 progress.note("  ".join(f"{name} {last[name]:.3g}" for name in means))
             # ---- checkpoint: only what was found finite
             if due and accelerator.is_main_process:
-                checkpoint.save(folder, step, objective, optimizer, schedule, accelerator.scaler, config_hash, parameters)
+                checkpoint.save(
+                    folder, step, objective, optimizer, schedule, accelerator.scaler, config_hash, parameters
+                )
             progress.advance()
     return last
 
 
 def _step(
-    wrapped: nn.Module, stream: Iterator[Any], config: TrainConfig, optimizer: Any, parameters: list[Tensor],
+    wrapped: nn.Module,
+    stream: Iterator[Any],
+    config: TrainConfig,
+    optimizer: Any,
+    parameters: list[Tensor],
     accelerator: Accelerator,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """One optimiser step over `accumulate` batches: mean metrics and the gradient norm before clipping."""
@@ -172,7 +192,8 @@ def with_own_prior(objective: nn.Module) -> set[str]:
     """Names of parameters in modules that say `own_prior`: their loss holds their prior, so weight decay would be another."""
     return {
         f"{path}.{name}" if path else name
-        for path, module in objective.named_modules() if getattr(module, "own_prior", False)
+        for path, module in objective.named_modules()
+        if getattr(module, "own_prior", False)
         for name, _ in module.named_parameters()
     }
 
@@ -190,7 +211,9 @@ def make_optimizer(
     for name, parameter in parameters.items():
         pattern = next((one for one in config.rates if _search(one, name)), None)
         found.add(pattern)
-        groups.setdefault((config.rates.get(pattern, 1.0), parameter.ndim > 1 and name not in undecayed), []).append(parameter)
+        groups.setdefault((config.rates.get(pattern, 1.0), parameter.ndim > 1 and name not in undecayed), []).append(
+            parameter
+        )
     for pattern in config.rates:
         if pattern not in found:
             raise UserError(f"train.rates: '{pattern}' is found in no trained parameter.{near(pattern, parameters)}")
@@ -222,12 +245,17 @@ def check(config: TrainConfig) -> None:
     """Values that no type can exclude."""
     if config.optimizer not in OPTIMIZERS:
         raise UserError(f"train.optimizer: '{config.optimizer}'.{near(config.optimizer, OPTIMIZERS)}")
-    for low, names in ((1, ("steps", "accumulate", "log_every", "checkpoint_every")), (0, ("warmup", "cooldown", "workers"))):
+    for low, names in (
+        (1, ("steps", "accumulate", "log_every", "checkpoint_every")),
+        (0, ("warmup", "cooldown", "workers")),
+    ):
         for name in names:
             if getattr(config, name) < low:
                 raise UserError(f"train.{name}: {getattr(config, name)}; it must be at least {low}.")
     if config.warmup + config.cooldown > config.steps:
-        raise UserError(f"train: warmup {config.warmup} and cooldown {config.cooldown} do not fit into {config.steps} steps.")
+        raise UserError(
+            f"train: warmup {config.warmup} and cooldown {config.cooldown} do not fit into {config.steps} steps."
+        )
     for name in ("momentum", "weight_decay", "min_lr"):
         if not getattr(config, name) >= 0:
             raise UserError(f"train.{name}: {getattr(config, name)}; it must not be negative.")

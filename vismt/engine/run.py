@@ -17,14 +17,13 @@ from typing import Any
 import safetensors.torch
 import yaml
 
-from vismt import console
+from vismt import console, jobs
 from vismt.config import RunConfig, config_hash, read_yaml, resolved, typed
 from vismt.engine import log, runtime
-from vismt import jobs
-from vismt.report import report
 from vismt.errors import UserError, near
 from vismt.files import atomic_write, read_json
 from vismt.lowrank.peft_folder import export_peft
+from vismt.report import report
 
 RESOLVED, FACTS, RESULTS = "config.resolved.yaml", "run.json", "results.jsonl"
 FORMATS = ("timm", "transformers", "peft")
@@ -46,7 +45,9 @@ class Run:
         if not isinstance(facts, dict) or not isinstance(facts.get("wall_time_s", 0.0), int | float):
             raise UserError(f"run '{self.folder}': {FACTS} is not what a run writes; the file was changed by hand.")
         if facts.get("config_hash", self.hash) != self.hash:
-            raise UserError(f"run '{self.folder}': {RESOLVED} was changed after the run; start a run of its own instead.")
+            raise UserError(
+                f"run '{self.folder}': {RESOLVED} was changed after the run; start a run of its own instead."
+            )
         return facts
 
     def train(self) -> None:
@@ -84,7 +85,9 @@ class Run:
 
     def _need_adapter(self) -> None:
         if not any((self.folder / place).is_dir() for place in ("adapter", "pool", "arms")):
-            raise UserError(f"run '{self.folder}': it holds no trained adapter; `vismt train` or `vismt run` makes one.")
+            raise UserError(
+                f"run '{self.folder}': it holds no trained adapter; `vismt train` or `vismt run` makes one."
+            )
 
     def merge(self, expert: str | None = None) -> Path:
         """Write merged/model.safetensors: the stock state dict with the update folded in; of a pool, one expert's."""
@@ -110,11 +113,15 @@ class Run:
             model.save_pretrained(target)
         return self._write_beside(target, expert)
 
-    def predict(self, images: list[Path], target: Path | None = None, expert: str | None = None, **how: bool) -> list[Path]:
+    def predict(
+        self, images: list[Path], target: Path | None = None, expert: str | None = None, **how: bool
+    ) -> list[Path]:
         """Pictures of a dense run's predictions, under RUN/predictions unless told otherwise; how: see `predict_images`."""
         predict = getattr(self.job, "predict", None)
         if predict is None:
-            raise UserError(f"predict: run '{self.folder}' is of the job '{self.config.task}'; only dense runs draw predictions.")
+            raise UserError(
+                f"predict: run '{self.folder}' is of the job '{self.config.task}'; only dense runs draw predictions."
+            )
         return predict(images, target or self.folder / "predictions", expert, **how)
 
     def _write_merged(self, target: Path, expert: str | None) -> Path:
@@ -124,7 +131,11 @@ class Run:
             return self._write_beside(target, expert)
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         atomic_write(target / "model.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
-        about = {"architecture": self.config.model.name, "img_size": self.config.model.img_size, "merged_from": self.folder.name}
+        about = {
+            "architecture": self.config.model.name,
+            "img_size": self.config.model.img_size,
+            "merged_from": self.folder.name,
+        }
         about |= {"num_classes": model.num_classes, **self.job.about()}
         known = getattr(model, "pretrained_cfg", None)
         if known:  # what timm needs to build the model of the folder alone ("local-dir:...")
@@ -146,9 +157,13 @@ class Run:
         now = time.monotonic()
         before = self.facts
         facts = {
-            "title": self.config.title or self.folder.name, "command": before.get("command") or _command(),
-            "git_revision": runtime.git_revision(), "config_hash": self.hash, "seed": self.config.seed,
-            "hardware": runtime.hardware(), "versions": runtime.versions(),
+            "title": self.config.title or self.folder.name,
+            "command": before.get("command") or _command(),
+            "git_revision": runtime.git_revision(),
+            "config_hash": self.hash,
+            "seed": self.config.seed,
+            "hardware": runtime.hardware(),
+            "versions": runtime.versions(),
             "wall_time_s": before.get("wall_time_s", 0.0) + now - self.started,
         }
         self.started = now

@@ -43,13 +43,15 @@ def accelerator(precision: str = "no", trackers: list[str] | None = None, folder
     AcceleratorState._reset_state()
     try:
         made = Accelerator(
-            cpu=_cpu_only(), mixed_precision=precision, log_with=list(trackers) if trackers else None,
+            cpu=_cpu_only(),
+            mixed_precision=precision,
+            log_with=list(trackers) if trackers else None,
             project_dir=str(folder) if folder else None,
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"train.trackers: {trackers}: {' '.join(str(error).split())}") from error
     if trackers and len(made.log_with) < len(trackers):
-        raise UserError(f"train.trackers: {trackers}: not all are installed; pip install \"vismt[log]\".")
+        raise UserError(f'train.trackers: {trackers}: not all are installed; pip install "vismt[log]".')
     return made
 
 
@@ -74,7 +76,9 @@ def hardware() -> str:
     state = processes()
     if state.device.type == "cuda":
         return f"{state.num_processes} x {torch.cuda.get_device_name(state.device)}"
-    return f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {state.num_processes} process(es)"
+    return (
+        f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {state.num_processes} process(es)"
+    )
 
 
 def versions() -> dict[str, str]:

@@ -47,4 +47,6 @@ def _overlap(one: str, other: str) -> bool:
 
 def shares(parts: PartsConfig) -> dict[str, float]:
     """{part: share} of what is kept apart from the training sets."""
-    return {part: share for part, share in (("test", parts.test_share), ("validation", parts.validation_share)) if share}
+    return {
+        part: share for part, share in (("test", parts.test_share), ("validation", parts.validation_share)) if share
+    }

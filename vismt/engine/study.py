@@ -28,9 +28,9 @@ from vismt.engine.arms import (
     unit_config,
 )
 from vismt.errors import UserError, near
-from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.inject import merge, record_of
 from vismt.lowrank.layer_spec import factor_rank
+from vismt.lowrank.memory import count_parameters
 from vismt.multitask.balancing import Balancer, make_balancer
 from vismt.multitask.fading import RouterFade
 from vismt.multitask.moe_lora import set_fade
@@ -158,14 +158,22 @@ class StudyJob(ABC):
         trainable, total = count_parameters(net)
         rank = factor_rank(record_of(net.stock).sites) if config.adapt is not None else 0
         name = f"{method} rank {rank}" if rank else method
-        console.stage("adapt", f"{unit.arm}   {name}   {trainable:,} trainable of {total:,} ({100 * trainable / total:.2f} %)")
+        console.stage(
+            "adapt", f"{unit.arm}   {name}   {trainable:,} trainable of {total:,} ({100 * trainable / total:.2f} %)"
+        )
         console.stage("train", f"{unit.arm}   lr {unit.lr:g}   seed {unit.seed}")
         objective = self.objective(config, net, balanced)
         accelerator = runtime.accelerator(config.train.precision, config.train.trackers, unit.folder)
         if config.train.trackers:
             accelerator.init_trackers("vismt")
         loop.train(
-            objective, self.batches(config), config.train, unit.folder, self.hash, accelerator, seed=unit.seed,
+            objective,
+            self.batches(config),
+            config.train,
+            unit.folder,
+            self.hash,
+            accelerator,
+            seed=unit.seed,
             after_step=lambda step: objective.step(),
         )
         told = {"method": method, "rank": rank, "trainable": trainable, "total": total}
@@ -217,7 +225,11 @@ class StudyJob(ABC):
 
     def balancer(self, config: Any, tasks: Sequence[str]) -> Balancer | None:
         """The balancer of an arm's configuration."""
-        return None if config.balancing is None else make_balancer(config.balancing.method, tasks, **config.balancing.options)
+        return (
+            None
+            if config.balancing is None
+            else make_balancer(config.balancing.method, tasks, **config.balancing.options)
+        )
 
     def fade(self, config: Any, net: nn.Module) -> RouterFade | None:
         """The schedule that the net's routers follow from here on."""
@@ -245,5 +257,7 @@ class StudyJob(ABC):
         """The stock model of one arm with its adapter; UserError for an arm without one."""
         unit = named_unit(self.config, self.folder, expert)
         if not study_files.adapted(unit):
-            raise UserError(f"run '{self.folder}': arm '{unit.arm}' has no adapter: it trains the heads alone, or everything.")
+            raise UserError(
+                f"run '{self.folder}': arm '{unit.arm}' has no adapter: it trains the heads alone, or everything."
+            )
         return self.loaded(unit).stock

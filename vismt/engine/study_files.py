@@ -67,5 +67,7 @@ def state(module: nn.Module) -> dict[str, Tensor]:
 def load_state(module: nn.Module, path: Path, what: str) -> None:
     """Load what `state` gave; UserError for a missing or damaged file and tensors that do not fit."""
     tensors = read_tensors(path, f"{what}: {path.name}")[1]
-    check_tensors(f"{what}: {path.name}", {name: tuple(value.shape) for name, value in module.state_dict().items()}, tensors)
+    check_tensors(
+        f"{what}: {path.name}", {name: tuple(value.shape) for name, value in module.state_dict().items()}, tensors
+    )
     module.load_state_dict(tensors)

@@ -31,13 +31,17 @@ class Job(Protocol):
 
     def evaluate(self, attacks: list[Any] | None = None) -> list[dict[str, Any]]: ...  # rows of results.jsonl
 
-    def adapted(self, expert: str | None = None) -> nn.Module: ...  # the stock model with the adapter (of one expert) in it
+    def adapted(
+        self, expert: str | None = None
+    ) -> nn.Module: ...  # the stock model with the adapter (of one expert) in it
 
     def merged(self, expert: str | None = None) -> nn.Module: ...  # the same with the update folded in
 
     def about(self) -> dict[str, Any]: ...  # what config.json beside merged weights says besides
 
-    def beside(self, expert: str | None = None) -> dict[str, bytes]: ...  # files that go with what is merged or exported, by name
+    def beside(
+        self, expert: str | None = None
+    ) -> dict[str, bytes]: ...  # files that go with what is merged or exported, by name
 
 
 def load_config(path: Path, overrides: list[str]) -> RunConfig:

@@ -32,9 +32,13 @@ def alternating_loss(
     own = {id(parameter) for parameter in head.parameters()}
     for group in optimizer.param_groups:
         if group.get("weight_decay"):
-            raise UserError(f"alternating: weight decay {group['weight_decay']} on the posterior; set 0, the KL is its prior.")
+            raise UserError(
+                f"alternating: weight decay {group['weight_decay']} on the posterior; set 0, the KL is its prior."
+            )
         if not all(id(parameter) in own for parameter in group["params"]):
-            raise UserError("alternating: the optimiser holds parameters that are not the head's; give the head one of its own.")
+            raise UserError(
+                "alternating: the optimiser holds parameters that are not the head's; give the head one of its own."
+            )
     if steps < 1:
         raise UserError(f"alternating: {steps} steps of the head; it must be at least 1.")
     fixed = features.detach()

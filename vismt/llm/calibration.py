@@ -49,12 +49,19 @@ def shared_inputs(model: nn.Module, found: Mapping[str, nn.Module], batch: Batch
     groups: dict[tuple[Any, ...], list[str]] = {}
     for path, tensors in seen.items():
         groups.setdefault((*map(id, tensors), _geometry(found[path])), []).append(path)
-    return Groups({paths[0]: paths for paths in groups.values()}, {path: len(tensors) for path, tensors in seen.items()})
+    return Groups(
+        {paths[0]: paths for paths in groups.values()}, {path: len(tensors) for path, tensors in seen.items()}
+    )
 
 
 @torch.no_grad()
 def add_batch(
-    model: nn.Module, groups: Groups, leaders: Sequence[str], sums: Sums, inputs: Mapping[str, Any], mask: Tensor | None,
+    model: nn.Module,
+    groups: Groups,
+    leaders: Sequence[str],
+    sums: Sums,
+    inputs: Mapping[str, Any],
+    mask: Tensor | None,
     count: int,
 ) -> None:
     """One forward pass that adds to every leader's sum, sees that its followers get the same tensor, and ends after them."""
@@ -70,7 +77,9 @@ def add_batch(
             sums.sums[path].addmm_(rows.T, rows)
             sums.tokens[path] = sums.tokens.get(path, 0) + tokens
         elif leader not in latest or latest[leader]() is not x:
-            raise UserError(f"covariance: '{path}' and '{leader}' share their input in some samples only; exclude one of them.")
+            raise UserError(
+                f"covariance: '{path}' and '{leader}' share their input in some samples only; exclude one of them."
+            )
         left[path] -= 1
         if not any(left.values()):
             raise _Reached
@@ -91,9 +100,13 @@ def arguments(model: nn.Module, batch: Batch) -> tuple[dict[str, Any], Tensor | 
     named.pop("labels", None)
     tensors = [value for value in named.values() if isinstance(value, Tensor) and value.ndim]
     if not tensors or not isinstance(batch, Mapping | Tensor):
-        raise UserError(f"covariance: a batch is {type(batch).__name__}; give a dict of arguments or a tensor of images.")
+        raise UserError(
+            f"covariance: a batch is {type(batch).__name__}; give a dict of arguments or a tensor of images."
+        )
     moved = {
-        name: value.to(weight.device, weight.dtype if value.is_floating_point() else None) if isinstance(value, Tensor) else value
+        name: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
+        if isinstance(value, Tensor)
+        else value
         for name, value in named.items()
     }
     mask = moved.get("attention_mask")
@@ -108,7 +121,9 @@ def _samples(path: str, module: nn.Module, x: Tensor, count: int) -> Tensor:
     """Input of a linear or convolution as (b, n, i)."""
     if isinstance(module, nn.Conv2d):
         if module.padding_mode != "zeros" or isinstance(module.padding, str):
-            raise UserError(f"covariance: '{path}' pads by '{module.padding_mode}', {module.padding!r}; only zeros, in pixels.")
+            raise UserError(
+                f"covariance: '{path}' pads by '{module.padding_mode}', {module.padding!r}; only zeros, in pixels."
+            )
         return F.unfold(x.float(), module.kernel_size, module.dilation, module.padding, module.stride).transpose(1, 2)
     if x.ndim < 2 or x[..., 0].numel() % count:
         seen = f"{tuple(x.shape)} for {count} samples"
@@ -122,7 +137,9 @@ def _normalised(path: str, x: Tensor, mask: Tensor | None) -> tuple[Tensor, int]
     if mask is not None and x.shape[1] == mask.shape[1]:
         x, tokens = x.masked_fill(~mask[..., None], 0), int(mask.sum())
     elif mask is not None and x.shape[1] > 1 and not bool(mask.all()):
-        raise UserError(f"covariance: '{path}' gets {x.shape[1]} tokens, the attention mask has {mask.shape[1]}; exclude it.")
+        raise UserError(
+            f"covariance: '{path}' gets {x.shape[1]} tokens, the attention mask has {mask.shape[1]}; exclude it."
+        )
     peak = x.abs().amax((1, 2), keepdim=True)
     if not bool(peak.isfinite().all()):
         raise UserError(f"covariance: '{path}' gets values that are infinite or NaN; look at the data and the weights.")
@@ -141,7 +158,9 @@ def _watched(model: nn.Module, watches: Mapping[str, Watch]) -> Iterator[None]:
     """`watches[path](module, input)` before each call, the model in eval mode; both are undone whatever happens."""
     modes = {module: module.training for module in model.modules()}
     handles = [
-        model.get_submodule(path).register_forward_pre_hook(lambda module, inputs, watch=watch: watch(module, inputs[0]))
+        model.get_submodule(path).register_forward_pre_hook(
+            lambda module, inputs, watch=watch: watch(module, inputs[0])
+        )
         for path, watch in watches.items()
     ]
     model.eval()

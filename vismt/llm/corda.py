@@ -40,8 +40,16 @@ MODES = ("ipm", "kpm")
 
 @register_method("corda")
 def corda(
-    model: nn.Module, *, targets: Targets, rank: int, alpha: float | None, seed: int, mode: str = "ipm",
-    covariances: Mapping[str, Tensor] | str | Path | None = None, balanced: bool | None = None, method: str | None = None,
+    model: nn.Module,
+    *,
+    targets: Targets,
+    rank: int,
+    alpha: float | None,
+    seed: int,
+    mode: str = "ipm",
+    covariances: Mapping[str, Tensor] | str | Path | None = None,
+    balanced: bool | None = None,
+    method: str | None = None,
     **options: Any,
 ) -> AdaptReport:
     """Factors from the SVD of each weight times the covariance of its inputs, as `collect_covariance` gives it.
@@ -63,23 +71,35 @@ def corda(
     if all(module.weight.is_meta for module in found.values()):
         covariances = dict.fromkeys(found)  # nothing is computed there
     else:
-        covariances = _checked(found, load_covariances(covariances) if isinstance(covariances, str | Path) else covariances)
+        covariances = _checked(
+            found, load_covariances(covariances) if isinstance(covariances, str | Path) else covariances
+        )
     even = mode == "kpm" if balanced is None else balanced
     dead: list[str] = []
     start = partial(_start, smallest=mode == "kpm", balanced=even, method=solver, dead=dead)
     starts = {path: partial(start, path, covariances[path]) for path in found}
     with threadpool_limits(1, user_api="blas"):  # scipy's; as torch's own, one thread for each module is fastest
-        report = inject(model, "corda", starts, offset=True, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)
+        report = inject(
+            model, "corda", starts, offset=True, targets=targets, rank=rank, alpha=alpha, seed=seed, **options
+        )
     if dead:
         warnings.warn(
             f"corda: the {mode} components of '{min(dead)}' ({len(set(dead))} of {len(found)} modules) vanish, so A and B start "
-            "at zero and get no gradient; exclude it, or take the other mode.", stacklevel=3,
+            "at zero and get no gradient; exclude it, or take the other mode.",
+            stacklevel=3,
         )
     return report
 
 
 def _start(
-    path: str, covariance: Tensor, weight: Tensor, rank: int, scale: float, generator: torch.Generator, *, dead: list[str],
+    path: str,
+    covariance: Tensor,
+    weight: Tensor,
+    rank: int,
+    scale: float,
+    generator: torch.Generator,
+    *,
+    dead: list[str],
     **how: Any,
 ) -> tuple[Tensor, Tensor]:
     try:
@@ -102,15 +122,21 @@ def _checked(found: Mapping[str, nn.Module], covariances: Mapping[str, Tensor] |
     for path, module in found.items():
         value, width = covariances.get(path), matrix_shape(module)[1]
         if value is None:
-            raise UserError(f"adapt.covariances: none for '{path}'.{near(path, covariances)} Collect it, or exclude the module.")
+            raise UserError(
+                f"adapt.covariances: none for '{path}'.{near(path, covariances)} Collect it, or exclude the module."
+            )
         if not isinstance(value, Tensor) or tuple(value.shape) != (width, width):
             seen = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise UserError(f"adapt.covariances['{path}']: {seen}, needed ({width}, {width}), the module's input width twice.")
+            raise UserError(
+                f"adapt.covariances['{path}']: {seen}, needed ({width}, {width}), the module's input width twice."
+            )
         if id(value) in fine:
             continue
         if not bool(value.isfinite().all()):
             raise UserError(f"adapt.covariances['{path}']: it has values that are infinite or NaN; collect it again.")
         if float((value - value.T).abs().max()) > 1e-3 * float(value.abs().max()):
-            raise UserError(f"adapt.covariances['{path}']: it is not symmetric, so it is no sum of x x^T; collect it again.")
+            raise UserError(
+                f"adapt.covariances['{path}']: it is not symmetric, so it is no sum of x x^T; collect it again."
+            )
         fine.add(id(value))
     return covariances

@@ -28,8 +28,15 @@ DAMPING, DOUBLINGS = 0.01, 20
 
 
 def context(
-    weight: Tensor, covariance: Tensor, rank: int, scale: float, *, smallest: bool, balanced: bool,
-    method: str = "exact", generator: torch.Generator,
+    weight: Tensor,
+    covariance: Tensor,
+    rank: int,
+    scale: float,
+    *,
+    smallest: bool,
+    balanced: bool,
+    method: str = "exact",
+    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Factors of the part of `weight` (o, i) that the first or last `rank` components of W C' span, C' the damped covariance.
 

@@ -28,15 +28,21 @@ from vismt.errors import UserError
 from vismt.llm.calibration import Batch, Groups, add_batch, arguments, shared_inputs
 from vismt.llm.covariance_files import Calibration, batch_digest
 from vismt.lowrank.inject import refuse_adapted
-from vismt.lowrank.svd import double
 from vismt.lowrank.store import fingerprint
+from vismt.lowrank.svd import double
 from vismt.lowrank.targets import Targets, find_targets, matrix_shape
 from vismt.lowrank.threads import each
 
 
 def collect_covariance(
-    model: nn.Module, batches: Iterable[Batch], targets: Targets = None, *, exclude: Sequence[str] | str = (),
-    memory_budget: float | None = None, folder: str | Path | None = None, save_every: int = 64,
+    model: nn.Module,
+    batches: Iterable[Batch],
+    targets: Targets = None,
+    *,
+    exclude: Sequence[str] | str = (),
+    memory_budget: float | None = None,
+    folder: str | Path | None = None,
+    save_every: int = 64,
 ) -> dict[str, Tensor]:
     """Covariance (i, i) of the input of every target, fp32 on the CPU, by module path; layers with one input share a tensor.
 
@@ -62,7 +68,9 @@ def collect_covariance(
     passes = _passes({leader: widths[leader] for leader in groups.paths}, memory_budget)
     again = None if iterator is batches else batches
     if len(passes) > 1 and again is None:
-        raise UserError("covariance: this memory_budget takes several passes, and the batches can be read once; give a list.")
+        raise UserError(
+            "covariance: this memory_budget takes several passes, and the batches can be read once; give a list."
+        )
     length = len(batches) if hasattr(batches, "__len__") else 0
     data = f"{batch_digest(first)} of {length}"
     store = Calibration(folder, fingerprint(model, found), data, groups.paths, passes, widths)
@@ -76,7 +84,12 @@ def collect_covariance(
 
 
 def _one_pass(
-    model: nn.Module, groups: Groups, leaders: Sequence[str], source: Iterator[Batch], store: Calibration, save_every: int,
+    model: nn.Module,
+    groups: Groups,
+    leaders: Sequence[str],
+    source: Iterator[Batch],
+    store: Calibration,
+    save_every: int,
     advance: Callable[[], None],
 ) -> None:
     """Sums of the leaders over all batches, from where the store left off."""
@@ -111,8 +124,11 @@ def _tell_of_tokens(tokens: Mapping[str, int], widths: Mapping[str, int]) -> Non
     short = {path: (tokens[path], widths[path]) for path in tokens if tokens[path] < widths[path]}
     if short:
         path, (count, width) = min(short.items(), key=lambda item: item[1][0] / item[1][1])
-        console.stage("corda", f"{len(short)} of {len(tokens)} covariances have no full rank: '{path}' saw {count} tokens of "
-                      f"width {width}. Damping fills the rest; more or longer samples tell more.")
+        console.stage(
+            "corda",
+            f"{len(short)} of {len(tokens)} covariances have no full rank: '{path}' saw {count} tokens of "
+            f"width {width}. Damping fills the rest; more or longer samples tell more.",
+        )
 
 
 def _passes(widths: Mapping[str, int], budget: float | None) -> list[list[str]]:

@@ -58,7 +58,9 @@ def load_covariances(folder: str | Path) -> dict[str, Tensor]:
     folder = Path(folder)
     description = _read(folder)
     if len(description["finished"]) < len(description["passes"]):
-        raise UserError(f"covariances '{folder}': the calibration is not finished; run it again, it goes on where it was.")
+        raise UserError(
+            f"covariances '{folder}': the calibration is not finished; run it again, it goes on where it was."
+        )
     found: dict[str, Tensor] = {}
     for name, leaders in zip(description["finished"], description["passes"]):
         tensors = _mapped(folder, name)
@@ -77,13 +79,22 @@ class Calibration:
     """
 
     def __init__(
-        self, folder: str | Path | None, model: str, data: str, groups: Mapping[str, Sequence[str]],
-        passes: Sequence[Sequence[str]], widths: Mapping[str, int],
+        self,
+        folder: str | Path | None,
+        model: str,
+        data: str,
+        groups: Mapping[str, Sequence[str]],
+        passes: Sequence[Sequence[str]],
+        widths: Mapping[str, int],
     ) -> None:
         self.folder = None if folder is None else Path(folder)
         self.about = {
-            "format": FORMAT, "model": model, "data": data, "groups": {k: list(v) for k, v in groups.items()},
-            "passes": [list(leaders) for leaders in passes], "widths": dict(widths),
+            "format": FORMAT,
+            "model": model,
+            "data": data,
+            "groups": {k: list(v) for k, v in groups.items()},
+            "passes": [list(leaders) for leaders in passes],
+            "widths": dict(widths),
         }
         self.files: list[str] = []
         self.memory: dict[str, Tensor] = {}
@@ -122,7 +133,12 @@ class Calibration:
     def _write(self, name: str, tensors: Mapping[str, Tensor], *, under_way: bool) -> None:
         payload = safetensors.torch.save({path: value.detach().cpu().contiguous() for path, value in tensors.items()})
         atomic_write(self.folder / name, payload)
-        begun = {"file": name, "tokens": self.begun.tokens, "samples": self.begun.samples, "batches": self.begun.batches}
+        begun = {
+            "file": name,
+            "tokens": self.begun.tokens,
+            "samples": self.begun.samples,
+            "batches": self.begun.batches,
+        }
         state = {"finished": self.files, "tokens": self.tokens, "begun": begun if under_way else None}
         atomic_write(self.folder / DESCRIPTION, json.dumps({**self.about, **state}))
         for stale in set(self.folder.glob("sums-*.safetensors")) - {self.folder / name}:
@@ -130,8 +146,11 @@ class Calibration:
 
     def _resume(self, description: Mapping[str, Any]) -> None:
         for key, what in (
-            ("model", "another model"), ("widths", "other targets"), ("groups", "other shared inputs"),
-            ("passes", "another memory_budget"), ("data", "other data"),
+            ("model", "another model"),
+            ("widths", "other targets"),
+            ("groups", "other shared inputs"),
+            ("passes", "another memory_budget"),
+            ("data", "other data"),
         ):
             if description[key] != self.about[key]:
                 raise UserError(f"covariances '{self.folder}': it holds a calibration with {what}; use another folder.")
@@ -169,10 +188,22 @@ def batch_digest(batch: Any) -> str:
 def _read(folder: Path) -> dict[str, Any]:
     what = f"covariances '{folder}'"
     description = read_json(folder / DESCRIPTION, what)
-    kinds = {"model": str, "data": str, "groups": dict, "passes": list, "widths": dict, "finished": list, "tokens": dict}
-    shaped = isinstance(description, dict) and all(isinstance(description.get(key), kind) for key, kind in kinds.items())
+    kinds = {
+        "model": str,
+        "data": str,
+        "groups": dict,
+        "passes": list,
+        "widths": dict,
+        "finished": list,
+        "tokens": dict,
+    }
+    shaped = isinstance(description, dict) and all(
+        isinstance(description.get(key), kind) for key, kind in kinds.items()
+    )
     if not shaped or "begun" not in description or description.get("format") != FORMAT:
-        raise UserError(f"{what}: {DESCRIPTION} is not what this version of vismt writes; collect the covariances again.")
+        raise UserError(
+            f"{what}: {DESCRIPTION} is not what this version of vismt writes; collect the covariances again."
+        )
     return description
 
 
@@ -182,4 +213,6 @@ def _mapped(folder: Path, name: str) -> dict[str, Tensor]:
         with safe_open(folder / name, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError) as error:
-        raise UserError(f"covariances '{folder}': '{name}' is missing or damaged ({error}); collect them again.") from error
+        raise UserError(
+            f"covariances '{folder}': '{name}' is missing or damaged ({error}); collect them again."
+        ) from error

@@ -39,14 +39,32 @@ class LinearHead(nn.Module):
 
 
 def vbll_head(
-    rows: Tensor, num_train: int, seed: int, covariance: str = "diagonal", prior_scale: float = 1.0,
-    covariance_rank: int | None = None, noise_dof: float = 1.0, noise_scale: float = 1.0, start_std: float = 0.03,
+    rows: Tensor,
+    num_train: int,
+    seed: int,
+    covariance: str = "diagonal",
+    prior_scale: float = 1.0,
+    covariance_rank: int | None = None,
+    noise_dof: float = 1.0,
+    noise_scale: float = 1.0,
+    start_std: float = 0.03,
     start_noise: float = 0.37,
 ) -> VBLLClassifier:
     """VBLLClassifier on these rows; it has no bias, whatever the LM has."""
     return VBLLClassifier(
-        rows.shape[1], len(rows), num_train, covariance, prior_scale, covariance_rank=covariance_rank, noise_dof=noise_dof,
-        noise_scale=noise_scale, start_std=start_std, start_noise=start_noise, rows=rows, seed=seed, device=rows.device,
+        rows.shape[1],
+        len(rows),
+        num_train,
+        covariance,
+        prior_scale,
+        covariance_rank=covariance_rank,
+        noise_dof=noise_dof,
+        noise_scale=noise_scale,
+        start_std=start_std,
+        start_noise=start_noise,
+        rows=rows,
+        seed=seed,
+        device=rows.device,
     )
 
 
@@ -54,7 +72,9 @@ HEADS: dict[str, Any] = {"linear": LinearHead, "vbll": vbll_head}
 GIVEN = ("rows", "bias", "num_train", "seed")  # what a job gives to a head that asks for it
 
 
-def make_head(name: str, rows: Tensor, bias: Tensor | None, num_train: int, seed: int, options: dict[str, Any]) -> nn.Module:
+def make_head(
+    name: str, rows: Tensor, bias: Tensor | None, num_train: int, seed: int, options: dict[str, Any]
+) -> nn.Module:
     """The head called `name`. num_train: training rows; seed: of start values. UserError for unknown names and options."""
     check_head(name, options)
     asked = inspect.signature(HEADS[name]).parameters
@@ -88,7 +108,9 @@ def laplace_structure(name: str, classes: int, width: int) -> str:
 def check_laplace(head: nn.Module) -> None:
     """UserError for a head that `laplace_head` does not take, to be told before the training."""
     if isinstance(head, LinearHead) and head.bias is not None:
-        raise UserError("evaluate.laplace: the LM's output embedding has a bias, which Laplace does not take; set it to false.")
+        raise UserError(
+            "evaluate.laplace: the LM's output embedding has a bias, which Laplace does not take; set it to false."
+        )
 
 
 def laplace_head(head: nn.Module, training: list[Tensor], validation: tuple[Tensor, Tensor]) -> nn.Module:

@@ -36,8 +36,10 @@ class Hybrid(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             inner = recommender.width
-            self.projector = nn.Identity() if width is None else nn.Sequential(
-                nn.Linear(inner, width), nn.GELU(), nn.Linear(width, width)
+            self.projector = (
+                nn.Identity()
+                if width is None
+                else nn.Sequential(nn.Linear(inner, width), nn.GELU(), nn.Linear(width, width))
             )
         self.register_buffer("others", others if others is not None else torch.empty(0, inner))
         if gates == "shuffled-user" and not len(self.others):
@@ -66,7 +68,9 @@ class Hybrid(nn.Module):
 
 def random_gates(keys: Tensor, experts: int) -> Tensor:
     """(b, e) from the flat distribution over the simplex, a function of each row's key int64 (b,)."""
-    drawn = [torch.rand(experts, generator=torch.Generator().manual_seed(key)).clamp_min(1e-12) for key in keys.tolist()]
+    drawn = [
+        torch.rand(experts, generator=torch.Generator().manual_seed(key)).clamp_min(1e-12) for key in keys.tolist()
+    ]
     spacing = -torch.stack(drawn).log()
     return (spacing / spacing.sum(1, keepdim=True)).to(keys.device)
 

@@ -25,13 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.errors import UserError, near
-from vismt.lowrank.memory import count_parameters
-from vismt.lowrank.instance_gates import instance_gates, recompute_gates, repeat_gates
 from vismt.lowrank.init import kaiming
 from vismt.lowrank.inject import attach, inject, refuse_adapted, site_generator
-from vismt.lowrank.wrappers import Guest
+from vismt.lowrank.instance_gates import instance_gates, recompute_gates, repeat_gates
 from vismt.lowrank.layer_spec import AdaptReport
+from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.targets import Targets
+from vismt.lowrank.wrappers import Guest
 from vismt.registry import register_method
 
 __all__ = ["InstanceGate", "gate_of", "gate_part", "ilora", "instance_gates", "recompute_gates"]
@@ -42,8 +42,16 @@ KINDS = ("linear", "cnn")
 
 @register_method("ilora")
 def ilora(
-    model: nn.Module, *, targets: Targets, rank: int, alpha: float | None, seed: int, n_experts: int = 4,
-    gate: str | None = "linear", user_width: int = 64, **options: Any,
+    model: nn.Module,
+    *,
+    targets: Targets,
+    rank: int,
+    alpha: float | None,
+    seed: int,
+    n_experts: int = 4,
+    gate: str | None = "linear",
+    user_width: int = 64,
+    **options: Any,
 ) -> AdaptReport:
     """Kaiming A, zero B: under any gates the model computes what it computed until the first step.
 
@@ -59,9 +67,20 @@ def ilora(
         return kaiming(weight, rank, generator)
 
     report = inject(
-        model, "ilora", start, offset=False, experts=n_experts, targets=targets, rank=rank, alpha=alpha, seed=seed, **options
+        model,
+        "ilora",
+        start,
+        offset=False,
+        experts=n_experts,
+        targets=targets,
+        rank=rank,
+        alpha=alpha,
+        seed=seed,
+        **options,
     )
-    part = InstanceGate(gate, n_experts, user_width, int(torch.randint(2**62, (), generator=site_generator(seed, PATH))))
+    part = InstanceGate(
+        gate, n_experts, user_width, int(torch.randint(2**62, (), generator=site_generator(seed, PATH)))
+    )
     attach(model, PATH, part)
     trainable, total = count_parameters(model)
     size = sum(parameter.numel() for parameter in part.parameters())
@@ -120,7 +139,11 @@ class InstanceGate(Guest):
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and the running statistics of batch norms: without them the gates would be others after loading."""
-        return {} if self.network is None else {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        return (
+            {}
+            if self.network is None
+            else {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        )
 
     def join(self, model: nn.Module, path: str) -> None:
         first = next(model.parameters())

@@ -34,7 +34,9 @@ Views = list[tuple[Tensor, ...]]
 
 
 def _forwarded(name: str) -> property:
-    return property(lambda self: getattr(self.optimizer, name), lambda self, value: setattr(self.optimizer, name, value))
+    return property(
+        lambda self: getattr(self.optimizer, name), lambda self, value: setattr(self.optimizer, name, value)
+    )
 
 
 class Landing(torch.optim.Optimizer):
@@ -53,11 +55,18 @@ class Landing(torch.optim.Optimizer):
     _step_supports_amp_scaling = False  # also a fused optimiser has to get unscaled gradients: the pull has no scale
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, model: nn.Module, attraction: float = 5e-3, *, constraint: str = "landing"
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        attraction: float = 5e-3,
+        *,
+        constraint: str = "landing",
     ) -> None:
         check_constraint("landing", attraction, constraint)
         if getattr(optimizer, "scaler", None) is not None:
-            raise UserError("landing: the optimiser is prepared and scales gradients; wrap it before accelerator.prepare.")
+            raise UserError(
+                "landing: the optimiser is prepared and scales gradients; wrap it before accelerator.prepare."
+            )
         self.optimizer, self.attraction, self.constraint = optimizer, float(attraction), constraint
         self.hosts = polar_hosts(model)
         if self._held().isdisjoint(id(p) for host in self.hosts for p in (host.lora_A, host.lora_B)):

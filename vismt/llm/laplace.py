@@ -138,7 +138,12 @@ class Laplace(GaussianHead):
 
     @full_precision
     def predict(
-        self, features: Tensor, samples: int = 20, generator: torch.Generator | None = None, *, method: str = "sample",
+        self,
+        features: Tensor,
+        samples: int = 20,
+        generator: torch.Generator | None = None,
+        *,
+        method: str = "sample",
     ) -> Tensor:
         """Class probabilities (b, k), as `VBLLClassifier.predict`."""
         check_method(method)
@@ -155,8 +160,13 @@ class Laplace(GaussianHead):
         return uncertainty_scores(draw_logits(*self.logit_distribution(features), samples, generator))
 
     def tune(
-        self, features: Tensor, labels: Tensor, grid: Sequence[float] = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0), *,
-        samples: int = 200, seed: int = 0,
+        self,
+        features: Tensor,
+        labels: Tensor,
+        grid: Sequence[float] = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0),
+        *,
+        samples: int = 200,
+        seed: int = 0,
     ) -> dict[float, float]:
         """Set prior_precision to the value of `grid` with the least validation NLL; returns {precision: NLL}.
 
@@ -181,7 +191,11 @@ class Laplace(GaussianHead):
 
 @torch.no_grad()
 def fit_laplace(
-    weight: Tensor, batches: Iterable[Tensor], prior_precision: float = 1.0, structure: str = "full", *,
+    weight: Tensor,
+    batches: Iterable[Tensor],
+    prior_precision: float = 1.0,
+    structure: str = "full",
+    *,
     noise: Tensor | None = None,
 ) -> Laplace:
     """Laplace around a trained head's `weight` (k, d), float.

@@ -42,7 +42,9 @@ def find_shares(model: nn.Module, layers: Layers, train_embeddings: bool, exclud
     aliases: dict[str, list[str]] = {name: [] for name in first.values()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases[first[id(parameter)]].append(name)
-    check_patterns("LISA.exclude", exclude, sorted({end for names in aliases.values() for one in names for end in _ends(one)}))
+    check_patterns(
+        "LISA.exclude", exclude, sorted({end for names in aliases.values() for one in names for end in _ends(one)})
+    )
     heads = head_paths(model)
     shares = Shares({path: [] for path in paths}, [])
     for name, names in aliases.items():
@@ -85,14 +87,18 @@ def _stack(model: nn.Module) -> nn.Module:
     """The outermost ModuleList or Sequential of like children with the most parameters."""
     sizes: dict[str, int] = {}
     for path, module in model.named_modules():
-        alike = isinstance(module, nn.ModuleList | nn.Sequential) and len({type(child) for child in module.children()}) == 1
+        alike = (
+            isinstance(module, nn.ModuleList | nn.Sequential) and len({type(child) for child in module.children()}) == 1
+        )
         if alike and not any(path.startswith(f"{outer}.") for outer in sizes):
             sizes[path] = count_parameters(module)[1]
     ranked = sorted(sizes, key=lambda path: -sizes[path])
     if not ranked:
         raise UserError(f"LISA.layers: {type(model).__name__} has no list of like layers; name them with layers=.")
     if len(ranked) > 1 and 2 * sizes[ranked[1]] >= sizes[ranked[0]]:
-        raise UserError(f"LISA.layers: '{ranked[0]}' or '{ranked[1]}'? Name one with layers=, or give all layers as a list.")
+        raise UserError(
+            f"LISA.layers: '{ranked[0]}' or '{ranked[1]}'? Name one with layers=, or give all layers as a list."
+        )
     return model.get_submodule(ranked[0])
 
 
@@ -104,4 +110,6 @@ def _ends(name: str) -> list[str]:
 def _embeds(model: nn.Module, name: str, heads: set[str]) -> bool:
     """Whether this name of a parameter is one of the input embeddings."""
     owner = name.rpartition(".")[0]
-    return owner not in heads and (isinstance(model.get_submodule(owner), nn.Embedding) or EMBEDDING.fullmatch(name) is not None)
+    return owner not in heads and (
+        isinstance(model.get_submodule(owner), nn.Embedding) or EMBEDDING.fullmatch(name) is not None
+    )

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError, near
 from vismt.llm.layers import Layers, find_shares
-from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.inject import install, need_record, refuse_adapted
 from vismt.lowrank.layer_spec import AdaptReport
+from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.targets import Targets
 from vismt.registry import register_method, register_schedule
 
@@ -54,8 +54,17 @@ class LISA:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, layers: Layers = None, active: int = 2,
-        interval: int = 20, seed: int = 0, state_policy: str = "drop", train_embeddings: bool = True, *, cover: bool = False,
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        layers: Layers = None,
+        active: int = 2,
+        interval: int = 20,
+        seed: int = 0,
+        state_policy: str = "drop",
+        train_embeddings: bool = True,
+        *,
+        cover: bool = False,
         exclude: str | Sequence[str] = (),
     ) -> None:
         shares = find_shares(model, layers, train_embeddings, exclude)
@@ -128,7 +137,9 @@ class LISA:
         """UserError where a checkpoint is of another schedule."""
         for name, own in self.state_dict().items():
             if state.get(name) != own:
-                raise UserError(f"LISA: the checkpoint's {name} is {state.get(name)!r}, this schedule's {own!r}; use the same.")
+                raise UserError(
+                    f"LISA: the checkpoint's {name} is {state.get(name)!r}, this schedule's {own!r}; use the same."
+                )
 
     def _show(self, active: list[int]) -> None:
         """Exactly these layers have gradients from here on."""
@@ -164,8 +175,18 @@ def schedule(model: nn.Module, optimizer: torch.optim.Optimizer) -> LISA:
 
 @register_method("lisa")
 def lisa(
-    model: nn.Module, *, targets: Targets, rank: int, alpha: float | None, seed: int, layers: Layers = None, active: int = 2,
-    interval: int = 20, state_policy: str = "drop", train_embeddings: bool = True, cover: bool = False,
+    model: nn.Module,
+    *,
+    targets: Targets,
+    rank: int,
+    alpha: float | None,
+    seed: int,
+    layers: Layers = None,
+    active: int = 2,
+    interval: int = 20,
+    state_policy: str = "drop",
+    train_embeddings: bool = True,
+    cover: bool = False,
     exclude: str | Sequence[str] = (),
 ) -> AdaptReport:
     """Layers train in turn, embeddings, head and norm always; no factors (rank is not read). Options: those of `LISA`.
@@ -175,13 +196,21 @@ def lisa(
     """
     refuse_adapted(model)
     if targets is not None or alpha is not None:
-        raise UserError("adapt: 'lisa' trains whole layers and has no targets or alpha; name its layers with layers=, exclude=.")
+        raise UserError(
+            "adapt: 'lisa' trains whole layers and has no targets or alpha; name its layers with layers=, exclude=."
+        )
     shares = find_shares(model, layers, train_embeddings, exclude)
     count = len(shares.drawn)
     check_settings(count, active, interval, seed, state_policy)
     settings = {
-        "layers": list(shares.layers), "active": active, "interval": interval, "seed": seed, "state_policy": state_policy,
-        "train_embeddings": train_embeddings, "cover": cover, "exclude": exclude if isinstance(exclude, str) else list(exclude),
+        "layers": list(shares.layers),
+        "active": active,
+        "interval": interval,
+        "seed": seed,
+        "state_policy": state_policy,
+        "train_embeddings": train_embeddings,
+        "cover": cover,
+        "exclude": exclude if isinstance(exclude, str) else list(exclude),
     }
     install(model, "lisa", [], settings, shares.all())
     trainable, total = count_parameters(model)
@@ -192,7 +221,11 @@ def lisa(
 
 def check_settings(count: int, active: int, interval: int, seed: int, state_policy: str) -> None:
     """UserError for a schedule that cannot be."""
-    for name, value, low, high in (("active", active, 0, count), ("interval", interval, 1, None), ("seed", seed, 0, None)):
+    for name, value, low, high in (
+        ("active", active, 0, count),
+        ("interval", interval, 1, None),
+        ("seed", seed, 0, None),
+    ):
         if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
             upper = "" if high is None else f" and at most {high}, the number of layers that have parameters to train"
             raise UserError(f"LISA.{name}: {value!r}; it must be a whole number, at least {low}{upper}.")

@@ -71,9 +71,16 @@ def scores(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> Scores:
     briers = p.square().sum(1) - 2 * chosen + 1
     nlls = -chosen.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
     return Scores(
-        n=len(y), accuracy=float(multiclass_accuracy(p, y, num_classes=k, average="micro")),
-        ece=expected_calibration_error(p, y, bins), nll=float(nlls.mean()), brier=float(briers.mean()), auroc=_auroc(p, y),
-        correct=(p.argmax(1) == y).double(), nlls=nlls, briers=briers, orders=_orders(p, y),
+        n=len(y),
+        accuracy=float(multiclass_accuracy(p, y, num_classes=k, average="micro")),
+        ece=expected_calibration_error(p, y, bins),
+        nll=float(nlls.mean()),
+        brier=float(briers.mean()),
+        auroc=_auroc(p, y),
+        correct=(p.argmax(1) == y).double(),
+        nlls=nlls,
+        briers=briers,
+        orders=_orders(p, y),
     )
 
 
@@ -104,7 +111,9 @@ def ece_difference(
     It lies about the difference of the two without their excess, m_a - m_b, so the first number need not be its centre:
     low = m_a - m_b - sqrt((m_a - low_a)^2 + (high_b - m_b)^2), high likewise. Conservative, as it does not use the pairing.
     """
-    (low_a, m_a, high_a), (low_b, m_b, high_b) = (_true_ece(*_checked(p, labels), bins, resamples, seed) for p in (a, b))
+    (low_a, m_a, high_a), (low_b, m_b, high_b) = (
+        _true_ece(*_checked(p, labels), bins, resamples, seed) for p in (a, b)
+    )
     value = expected_calibration_error(a, labels, bins) - expected_calibration_error(b, labels, bins)
     below, above = math.hypot(m_a - low_a, high_b - m_b), math.hypot(high_a - m_a, m_b - low_b)
     return value, m_a - m_b - below, m_a - m_b + above
@@ -117,7 +126,9 @@ def detection_auroc(inside: Tensor, outside: Tensor) -> float:
     """
     values = torch.cat([inside.detach().flatten(), outside.detach().flatten()]).cpu().double()
     if not (inside.numel() and outside.numel()) or bool(values.isnan().any()):
-        raise UserError(f"AUROC of {inside.numel()} inside and {outside.numel()} outside: both are needed, without NaN.")
+        raise UserError(
+            f"AUROC of {inside.numel()} inside and {outside.numel()} outside: both are needed, without NaN."
+        )
     # Ranks in [0, 1]: torchmetrics puts other scores through a sigmoid, which makes ties of large ones.
     ranks = torch.unique(values, return_inverse=True)[1].double()
     truth = torch.cat([torch.zeros(inside.numel()), torch.ones(outside.numel())]).long()
@@ -201,7 +212,12 @@ def _resamples(n: int, resamples: int, seed: int) -> Iterator[Tensor]:
 
 def _checked(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """fp64 (n, k) and int64 (n,) on the CPU."""
-    if probabilities.ndim != 2 or not len(probabilities) or probabilities.shape[1] < 2 or labels.shape != (len(probabilities),):
+    if (
+        probabilities.ndim != 2
+        or not len(probabilities)
+        or probabilities.shape[1] < 2
+        or labels.shape != (len(probabilities),)
+    ):
         seen = f"probabilities {tuple(probabilities.shape)}, labels {tuple(labels.shape)}"
         raise UserError(f"metrics: {seen}: needed (n, k) with k >= 2 and (n,).")
     p, y = probabilities.detach().cpu().double(), labels.detach().cpu()
@@ -209,5 +225,7 @@ def _checked(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         seen = f"labels are {y.dtype} in [{y.min()}, {y.max()}]"
         raise UserError(f"metrics: {seen}, needed whole numbers in [0, {p.shape[1] - 1}].")
     if not bool((p >= 0).all()) or not torch.allclose(p.sum(1), p.new_ones(len(p)), atol=1e-2):
-        raise UserError("metrics: rows are no probabilities (negative, NaN, or not summing to 1); are they logits? Use softmax.")
+        raise UserError(
+            "metrics: rows are no probabilities (negative, NaN, or not summing to 1); are they logits? Use softmax."
+        )
     return p, y.long()

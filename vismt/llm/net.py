@@ -78,7 +78,9 @@ class LmNet(nn.Module):
         places = rows * count + batch["branch"][rows, columns] - 1
         total = torch.zeros(len(batch["labels"]) * count, device=rows.device)
         nats = total.index_add(0, places, self._nll(states, batch["labels"][rows, columns], at_once))
-        return nats.view(-1, count), total.index_add(0, places, torch.ones_like(places, dtype=total.dtype)).view(-1, count)
+        return nats.view(-1, count), total.index_add(0, places, torch.ones_like(places, dtype=total.dtype)).view(
+            -1, count
+        )
 
     def _nll(self, states: Tensor, targets: Tensor, at_once: int) -> Tensor:
         """(m,) nats of the tokens `targets` from the states (m, d) before them."""
@@ -154,7 +156,9 @@ class LmNet(nn.Module):
     def _additive(self, mask: Tensor) -> Tensor:
         """(b, n, n) bool -> (b, 1, n, n) in the LM's dtype: 0 where attention may go, the lowest number where not."""
         kind = self.lm.dtype
-        return torch.zeros(mask.shape, dtype=kind, device=mask.device).masked_fill_(~mask, torch.finfo(kind).min)[:, None]
+        return torch.zeros(mask.shape, dtype=kind, device=mask.device).masked_fill_(~mask, torch.finfo(kind).min)[
+            :, None
+        ]
 
 
 def check_logits(lm: nn.Module) -> None:
@@ -172,7 +176,9 @@ def blocks(lm: nn.Module) -> nn.ModuleList:
     depth = getattr(lm.config, "num_hidden_layers", None)
     found = next((m for m in lm.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth), None)
     if found is None:
-        raise UserError(f"{type(lm).__name__} has no plain row of {depth} blocks; take a decoder such as Llama, Qwen2 or GPT-2.")
+        raise UserError(
+            f"{type(lm).__name__} has no plain row of {depth} blocks; take a decoder such as Llama, Qwen2 or GPT-2."
+        )
     return found
 
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from vismt.errors import UserError, near
 from vismt.lowrank.init import principal, residual, working_dtype
 from vismt.lowrank.inject import inject
-from vismt.lowrank.nf4 import GRIDS, need_bitsandbytes, on_grid
 from vismt.lowrank.layer_spec import AdaptReport
+from vismt.lowrank.nf4 import GRIDS, need_bitsandbytes, on_grid
 from vismt.lowrank.targets import Targets
 from vismt.registry import register_method
 
@@ -33,8 +33,16 @@ SOLVERS = ("exact", "randomized")
 
 @register_method("pissa")
 def pissa(
-    model: nn.Module, *, targets: Targets, rank: int, alpha: float | None, seed: int, method: str = "exact",
-    quantize: str | None = None, iterations: int = 5, **options: Any,
+    model: nn.Module,
+    *,
+    targets: Targets,
+    rank: int,
+    alpha: float | None,
+    seed: int,
+    method: str = "exact",
+    quantize: str | None = None,
+    iterations: int = 5,
+    **options: Any,
 ) -> AdaptReport:
     """Principal factors of each weight (each q, k, v block with split_qkv). method: exact or randomized; and `inject`'s.
 
@@ -51,21 +59,39 @@ def pissa(
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise UserError(f"adapt.iterations: {iterations!r}; it must be a whole number, at least 1.")
     if quantize is not None and any(parameter.is_meta for parameter in model.parameters()):
-        raise UserError("adapt.quantize: the model lies on the meta device, and there is nothing to quantise; load its weights.")
+        raise UserError(
+            "adapt.quantize: the model lies on the meta device, and there is nothing to quantise; load its weights."
+        )
 
     def start(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         if quantize:
-            return quantized_principal(weight, rank, scale, iterations, grid=quantize, method=method, generator=generator)
+            return quantized_principal(
+                weight, rank, scale, iterations, grid=quantize, method=method, generator=generator
+            )
         return principal(weight, rank, scale, method=method, generator=generator)
 
     return inject(
-        model, "pissa", start, offset=quantize is None, targets=targets, rank=rank, alpha=alpha, seed=seed,
-        grid=quantize or "", **options,
+        model,
+        "pissa",
+        start,
+        offset=quantize is None,
+        targets=targets,
+        rank=rank,
+        alpha=alpha,
+        seed=seed,
+        grid=quantize or "",
+        **options,
     )
 
 
 def quantized_principal(
-    weight: Tensor, rank: int, scale: float, iterations: int, *, grid: str = "nf4", method: str = "exact",
+    weight: Tensor,
+    rank: int,
+    scale: float,
+    iterations: int,
+    *,
+    grid: str = "nf4",
+    method: str = "exact",
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Factors whose residual loses least on the grid: the best of `iterations` rounds by |W - grid(W - s B A) - s B A|_F."""
@@ -84,4 +110,6 @@ def quantized_principal(
 def refuse_dropout(method: str, options: Mapping[str, Any]) -> None:
     """A UserError where a method whose factors carry a part of W is asked to drop some of it."""
     if options.get("dropout"):
-        raise UserError(f"adapt.dropout: {options['dropout']} with '{method}', whose factors carry a part of W; set it to 0.")
+        raise UserError(
+            f"adapt.dropout: {options['dropout']} with '{method}', whose factors carry a part of W; set it to 0."
+        )

@@ -33,8 +33,16 @@ THETAS = ("full", "diagonal")
 
 @register_method("polar")
 def polar(
-    model: nn.Module, *, targets: Targets, rank: int, alpha: float | None, seed: int, theta: str = "full",
-    attraction: float = 5e-3, constraint: str = "landing", **options: Any,
+    model: nn.Module,
+    *,
+    targets: Targets,
+    rank: int,
+    alpha: float | None,
+    seed: int,
+    theta: str = "full",
+    attraction: float = 5e-3,
+    constraint: str = "landing",
+    **options: Any,
 ) -> AdaptReport:
     """Orthonormal X and Y, zero Theta: the model computes what it computed until the first step.
 

@@ -29,7 +29,9 @@ def draw_logits(mean: Tensor, root: Tensor, samples: int, generator: torch.Gener
     generator: on any device, None for the global one of the logits' device; it gives s b k normal numbers and no more.
     """
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise UserError(f"predict: samples {samples!r}; it must be a whole number, at least 1 (method 'probit' draws none).")
+        raise UserError(
+            f"predict: samples {samples!r}; it must be a whole number, at least 1 (method 'probit' draws none)."
+        )
     device = generator.device if generator is not None else mean.device
     noise = torch.randn(samples, *mean.shape, generator=generator, device=device, dtype=mean.dtype).to(mean.device)
     return mean + (noise * root if root.ndim == 2 else einsum(root, noise, "b k j, s b j -> s b k"))
@@ -69,5 +71,7 @@ def uncertainty_scores(logits: Tensor) -> dict[str, Tensor]:
     entropy = -(mean.exp() * mean).sum(-1)
     inner = -(logs.exp() * logs).sum(-1).mean(0)
     return {
-        "least_confidence": 1 - mean.exp().amax(-1), "entropy": entropy, "mutual_information": (entropy - inner).clamp_min(0),
+        "least_confidence": 1 - mean.exp().amax(-1),
+        "entropy": entropy,
+        "mutual_information": (entropy - inner).clamp_min(0),
     }

@@ -24,14 +24,14 @@ from torch import nn
 
 from vismt.errors import UserError, require_known
 from vismt.llm.selection import Selection, select_units
-from vismt.lowrank.memory import count_parameters
-from vismt.lowrank.structures import Structure, structures
 from vismt.lowrank.inject import also_trained, install, refuse_adapted
-from vismt.lowrank.options import checked
-from vismt.lowrank.wrappers import to_own
 from vismt.lowrank.layer_spec import AdaptReport, Site
+from vismt.lowrank.memory import count_parameters
+from vismt.lowrank.options import checked
 from vismt.lowrank.slice_linear import MODES, SlicedLinear
+from vismt.lowrank.structures import Structure, structures
 from vismt.lowrank.targets import Targets, find_targets, kind_of, matrix_shape
+from vismt.lowrank.wrappers import to_own
 from vismt.registry import register_method, register_optimizer
 
 DEFAULTS = {"strategy": "random", "ratio": 0.02, "budget": "per_layer", "parts": None, "largest": False, "exclude": ()}
@@ -39,10 +39,22 @@ DEFAULTS = {"strategy": "random", "ratio": 0.02, "budget": "per_layer", "parts":
 
 @register_method("s2ft")
 def s2ft(
-    model: nn.Module, *, targets: Targets, rank: int, alpha: float | None, seed: int, selection: Selection | None = None,
-    mode: str = "permute", strategy: str = "random", ratio: float | Mapping[str, float] = 0.02, budget: str = "per_layer",
-    parts: Sequence[str] | None = None, largest: bool = False, calibration: Iterable[Any] | None = None,
-    exclude: str | Selection | Sequence[str | Selection] = (), also_train: Sequence[str] = (),
+    model: nn.Module,
+    *,
+    targets: Targets,
+    rank: int,
+    alpha: float | None,
+    seed: int,
+    selection: Selection | None = None,
+    mode: str = "permute",
+    strategy: str = "random",
+    ratio: float | Mapping[str, float] = 0.02,
+    budget: str = "per_layer",
+    parts: Sequence[str] | None = None,
+    largest: bool = False,
+    calibration: Iterable[Any] | None = None,
+    exclude: str | Selection | Sequence[str | Selection] = (),
+    also_train: Sequence[str] = (),
     dtype: torch.dtype | str | None = None,
 ) -> AdaptReport:
     """Train the units of `selection`, or of `select_units` with the other settings and adapt's seed.
@@ -54,12 +66,19 @@ def s2ft(
     """
     for name, value in (("targets", targets), ("alpha", alpha)):
         if value is not None:
-            raise UserError(f"adapt.{name}: {value!r} with 's2ft', which takes units: set parts and ratio, leave {name} out.")
+            raise UserError(
+                f"adapt.{name}: {value!r} with 's2ft', which takes units: set parts and ratio, leave {name} out."
+            )
     require_known("adapt.mode: no", [mode], MODES)
     options = checked({"targets": None, "rank": 1, "alpha": None, "also_train": also_train, "dtype": dtype})
     refuse_adapted(model)
     settings = {
-        "strategy": strategy, "ratio": ratio, "budget": budget, "parts": parts, "largest": largest, "exclude": exclude
+        "strategy": strategy,
+        "ratio": ratio,
+        "budget": budget,
+        "parts": parts,
+        "largest": largest,
+        "exclude": exclude,
     }
     if selection is None:
         selection = select_units(model, seed=seed, calibration=calibration, **settings)
@@ -79,7 +98,9 @@ def s2ft(
     to_own(model)
     trainable, with_slices = count_parameters(model)
     # What shares the weight's storage, or is written into it, is no parameter more.
-    return AdaptReport("s2ft", sites, trainable, with_slices if mode == "delta" else total, beside=_told(found, selection))
+    return AdaptReport(
+        "s2ft", sites, trainable, with_slices if mode == "delta" else total, beside=_told(found, selection)
+    )
 
 
 def check_slices(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -94,11 +115,17 @@ def check_slices(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
         if not isinstance(host, SlicedLinear):
             continue
         if not host.settled:
-            raise UserError(f"s2ft: the slice of '{path}' is not in its weight: a save or merge was cut short; adapt anew.")
+            raise UserError(
+                f"s2ft: the slice of '{path}' is not in its weight: a save or merge was cut short; adapt anew."
+            )
         if host.mode != "delta" and not host.holds():
-            raise UserError(f"s2ft: the slice of '{path}' no longer follows its weight; model.to(its device) puts it back.")
+            raise UserError(
+                f"s2ft: the slice of '{path}' no longer follows its weight; model.to(its device) puts it back."
+            )
         if held is not None and host.slice_values.requires_grad and id(host.slice_values) not in held:
-            raise UserError(f"s2ft: the optimiser does not hold the slice of '{path}'; build it from this model's parameters.")
+            raise UserError(
+                f"s2ft: the optimiser does not hold the slice of '{path}'; build it from this model's parameters."
+            )
 
 
 @register_optimizer("s2ft")

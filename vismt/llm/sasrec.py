@@ -22,7 +22,14 @@ class SASRec(nn.Module):
     """items: how many there are; length: of the longest history. Drawn from `seed` alone. Raises UserError for sizes below 1."""
 
     def __init__(
-        self, items: int, length: int, width: int = 64, blocks: int = 1, heads: int = 1, dropout: float = 0.1, seed: int = 0
+        self,
+        items: int,
+        length: int,
+        width: int = 64,
+        blocks: int = 1,
+        heads: int = 1,
+        dropout: float = 0.1,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if min(items, length, width, blocks, heads) < 1 or width % heads or not 0 <= dropout < 1:
@@ -52,7 +59,9 @@ class SASRec(nn.Module):
         present = history >= 0
         n = history.shape[1]
         if n > len(self.position.weight) or not bool(present[:, 0].all()):
-            raise UserError(f"recommender: histories of 1 to {len(self.position.weight)} items are needed, these have up to {n}.")
+            raise UserError(
+                f"recommender: histories of 1 to {len(self.position.weight)} items are needed, these have up to {n}."
+            )
         states = self.item(history.clamp_min(0)) + self.position.weight[:n]
         states = F.dropout(states, self.dropout, self.training) * present[..., None]
         causal = torch.ones(n, n, dtype=torch.bool, device=history.device).tril()
@@ -79,8 +88,10 @@ class _Block(nn.Module):
     def forward(self, states: Tensor, causal: Tensor) -> Tensor:
         """(b, n, d) -> (b, n, d). What follows the last item is masked by being after it."""
         queries = self.query_norm(states)
-        parts = [part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (self.query(queries), self.key(states),
-                                                                                   self.value(states))]
+        parts = [
+            part.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for part in (self.query(queries), self.key(states), self.value(states))
+        ]
         mixed = F.scaled_dot_product_attention(
             *parts, attn_mask=causal, dropout_p=self.dropout if self.training else 0.0
         )
@@ -98,7 +109,10 @@ class NextItem(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         scores = self.recommender.scores(self.recommender(batch["history"]))
-        return {"loss": F.cross_entropy(scores, batch["next"]), "first": (scores.argmax(1) == batch["next"]).float().mean()}
+        return {
+            "loss": F.cross_entropy(scores, batch["next"]),
+            "first": (scores.argmax(1) == batch["next"]).float().mean(),
+        }
 
 
 def padded(histories: list[list[int]]) -> Tensor:

@@ -19,8 +19,8 @@ from torch import nn
 
 from vismt.errors import UserError, require_known
 from vismt.llm.unit_scores import SCORES, Slots, unit_scores
-from vismt.lowrank.structures import PARTS, structures
 from vismt.lowrank.inject import refuse_adapted
+from vismt.lowrank.structures import PARTS, structures
 from vismt.lowrank.targets import check_patterns, matches
 
 STRATEGIES = ("random", *SCORES)
@@ -44,8 +44,15 @@ class Selection:
 
 
 def select_units(
-    model: nn.Module, strategy: str = "random", ratio: float | Mapping[str, float] = 0.02, budget: str = "per_layer",
-    parts: Sequence[str] | None = None, largest: bool = False, seed: int = 0, calibration: Iterable[Any] | None = None, *,
+    model: nn.Module,
+    strategy: str = "random",
+    ratio: float | Mapping[str, float] = 0.02,
+    budget: str = "per_layer",
+    parts: Sequence[str] | None = None,
+    largest: bool = False,
+    seed: int = 0,
+    calibration: Iterable[Any] | None = None,
+    *,
     exclude: str | Selection | Sequence[str | Selection] = (),
 ) -> Selection:
     """Choose units of a stock model.
@@ -67,20 +74,29 @@ def select_units(
         require_known(f"select_units.{name}: no", given, known)
     ratios = _ratios(ratio, parts)
     given = [exclude] if isinstance(exclude, str | Selection) else list(exclude)
-    earlier, patterns = [one for one in given if isinstance(one, Selection)], [one for one in given if isinstance(one, str)]
+    earlier, patterns = (
+        [one for one in given if isinstance(one, Selection)],
+        [one for one in given if isinstance(one, str)],
+    )
     found = structures(model)
     check_patterns("select_units.exclude", patterns, list(found))
     slots = {
-        (path, part): structure.parts[part] for part in PARTS if ratios.get(part)
+        (path, part): structure.parts[part]
+        for part in PARTS
+        if ratios.get(part)
         for path, structure in found.items()
         if part in structure.parts and not any(matches(pattern, path) for pattern in patterns)
     }
     for part in [part for part, value in ratios.items() if value]:
         if not any(name == part for _, name in slots):
             reason = next((f": {one.without_v}" for one in found.values() if part == "v" and one.without_v), "")
-            raise UserError(f"select_units: {type(model).__name__} has nothing known to take part '{part}' from{reason}.")
+            raise UserError(
+                f"select_units: {type(model).__name__} has nothing known to take part '{part}' from{reason}."
+            )
     free = {
-        (path, part): [j for j in range(block.units) if not any(j in one.units.get(path, {}).get(part, ()) for one in earlier)]
+        (path, part): [
+            j for j in range(block.units) if not any(j in one.units.get(path, {}).get(part, ()) for one in earlier)
+        ]
         for (path, part), block in slots.items()
     }
     scores = None if strategy == "random" else unit_scores(model, strategy, slots, calibration)
@@ -98,7 +114,9 @@ def _ratios(ratio: float | Mapping[str, float], parts: Sequence[str] | None) -> 
     """{part: ratio} of every part wanted; a mapping and explicit parts have to agree, so that neither is cut silently."""
     wanted = [parts] if isinstance(parts, str) else None if parts is None else list(parts)
     require_known("select_units.parts: no", wanted or [], PARTS)
-    given = dict(ratio) if isinstance(ratio, Mapping) else dict.fromkeys(("o", "d") if wanted is None else wanted, ratio)
+    given = (
+        dict(ratio) if isinstance(ratio, Mapping) else dict.fromkeys(("o", "d") if wanted is None else wanted, ratio)
+    )
     require_known("select_units.ratio: no part", given, PARTS)
     for part, value in given.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
@@ -106,7 +124,9 @@ def _ratios(ratio: float | Mapping[str, float], parts: Sequence[str] | None) -> 
     named = {part for part, value in given.items() if value}
     for part in PARTS if wanted is not None else ():
         if part in named and part not in wanted:
-            raise UserError(f"select_units: ratio has '{part}', parts {wanted} has not; add it to parts or leave parts out.")
+            raise UserError(
+                f"select_units: ratio has '{part}', parts {wanted} has not; add it to parts or leave parts out."
+            )
         if part in wanted and part not in given:
             raise UserError(f"select_units: parts has '{part}', ratio {given} has not; give it a ratio, 0 for none.")
     return {part: float(value) for part, value in given.items()}
@@ -149,7 +169,9 @@ def _together(
 
 def _need(where: str, part: str, count: int, free: Sequence[Any]) -> None:
     if count > len(free):
-        raise UserError(f"select_units: {count} units of '{part}' wanted of {where}, {len(free)} are left; lower ratio.")
+        raise UserError(
+            f"select_units: {count} units of '{part}' wanted of {where}, {len(free)} are left; lower ratio."
+        )
 
 
 def _best(rated: list[tuple[float, int]], count: int, largest: bool) -> list[int]:

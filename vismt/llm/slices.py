@@ -47,12 +47,16 @@ def read_slices(folder: str | Path) -> dict[str, Slice]:
     description, sites, tensors = read_adapter(Path(folder))
     if description["method"] != "s2ft" or description["also_train"]:
         seen = f"method '{description['method']}'" + (" with also_train" if description["also_train"] else "")
-        raise UserError(f"adapter '{folder}': {seen}; only an 's2ft' without also_train is slices alone: use load_adapter.")
+        raise UserError(
+            f"adapter '{folder}': {seen}; only an 's2ft' without also_train is slices alone: use load_adapter."
+        )
     found = {}
     for site in sites:
         own = {name: tensors.get(f"{site.path}.{name}") for name in site.tensors()}
         if any(value is None or tuple(value.shape) != site.tensors()[name] for name, value in own.items()):
-            raise UserError(f"adapter '{folder}': the tensors of '{site.path}' are missing or misshapen; save it again.")
+            raise UserError(
+                f"adapter '{folder}': the tensors of '{site.path}' are missing or misshapen; save it again."
+            )
         delta = own["slice_values"].float()
         if "slice_start" in own:
             delta = delta - own["slice_start"].float()
@@ -71,10 +75,14 @@ def add_slices(adapters: Sequence[Slices], weights: Sequence[float] | None = Non
         own = [(weight, one[path]) for weight, one in zip(weights, adapters) if path in one]
         dim = own[0][1].dim
         if any(one.dim != dim or one.delta.shape[1 - dim] != own[0][1].delta.shape[1 - dim] for _, one in own):
-            raise UserError(f"add_slices: '{path}' has slices of other shapes in these adapters; they are for other models.")
+            raise UserError(
+                f"add_slices: '{path}' has slices of other shapes in these adapters; they are for other models."
+            )
         bases = [one.base for _, one in own if one.base]
         if any(not same_base({path: list(base)}, {path: list(bases[0])}) for base in bases):
-            raise UserError(f"add_slices: '{path}': these adapters were made for different weights; add those of one base.")
+            raise UserError(
+                f"add_slices: '{path}': these adapters were made for different weights; add those of one base."
+            )
         index, places = torch.cat([one.index for _, one in own]).unique(return_inverse=True)
         parts = torch.cat([weight * one.delta for weight, one in own], dim)
         shape = list(parts.shape)
@@ -131,7 +139,9 @@ def serving(
     refuse_adapted(model, "serving")
     refuse_switched(model, "serving")
     if not adapters or which.ndim != 1 or not (int(which.min()) >= -1 and int(which.max()) < len(adapters)):
-        raise UserError(f"serving: which must be (b,) with numbers from -1 to {len(adapters) - 1}, one for each sample.")
+        raise UserError(
+            f"serving: which must be (b,) with numbers from -1 to {len(adapters) - 1}, one for each sample."
+        )
     for one in adapters:
         _check(model, one)
         _check_base(model, one, on_other_base)
@@ -186,7 +196,9 @@ def _check(model: nn.Module, slices: Slices) -> None:
             raise UserError(f"slices: {type(model).__name__} has no linear '{path}' to change.")
         shape = matrix_shape(modules[path])
         if one.delta.shape[1 - one.dim] != shape[1 - one.dim] or int(one.index.max()) >= shape[one.dim]:
-            raise UserError(f"slices: '{path}': the change is {tuple(one.delta.shape)}, the weight {shape}: another model.")
+            raise UserError(
+                f"slices: '{path}': the change is {tuple(one.delta.shape)}, the weight {shape}: another model."
+            )
 
 
 def _check_base(model: nn.Module, slices: Slices, on_other_base: str) -> None:

@@ -21,12 +21,18 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     Raises UserError for shapes that do not fit, labels out of range and logits that are not finite.
     """
     if logits.ndim != 2 or not len(logits) or labels.shape != (len(logits),):
-        raise UserError(f"temperature: logits {tuple(logits.shape)}, labels {tuple(labels.shape)}: needed (n, k) and (n,).")
+        raise UserError(
+            f"temperature: logits {tuple(logits.shape)}, labels {tuple(labels.shape)}: needed (n, k) and (n,)."
+        )
     z, y = logits.detach().cpu().double(), labels.detach().cpu().long()
     if not bool(z.isfinite().all()):
-        raise UserError("temperature: logits are not all finite; take log-probabilities of a predictive that is never 0.")
+        raise UserError(
+            "temperature: logits are not all finite; take log-probabilities of a predictive that is never 0."
+        )
     if not 0 <= int(y.min()) <= int(y.max()) < z.shape[1]:
-        raise UserError(f"temperature: labels range over [{int(y.min())}, {int(y.max())}], needed [0, {z.shape[1] - 1}].")
+        raise UserError(
+            f"temperature: labels range over [{int(y.min())}, {int(y.max())}], needed [0, {z.shape[1] - 1}]."
+        )
     chosen = z.gather(1, y[:, None]).squeeze(1)
     low, high = -math.log(HOTTEST), -math.log(COLDEST)  # of log (1 / T)
     for _ in range(60):

@@ -35,12 +35,16 @@ def unit_scores(model: nn.Module, strategy: str, slots: Slots, calibration: Iter
     one = isinstance(calibration, (Mapping, Tensor))
     batches = [calibration] if one else list(calibration) if calibration is not None else []
     if strategy != "weight" and not batches:
-        raise UserError(f"select_units: strategy '{strategy}' needs calibration, a list of batches; 'random' needs none.")
+        raise UserError(
+            f"select_units: strategy '{strategy}' needs calibration, a list of batches; 'random' needs none."
+        )
     for number, batch in enumerate(batches):
         pair = isinstance(batch, (tuple, list)) and len(batch) == 2
         if not pair and not isinstance(batch, (Mapping, Tensor)):
             told = f"calibration batch {number} is of type {type(batch).__name__}"
-            raise UserError(f"select_units: {told}; give a mapping of the model's arguments, a tensor, or (inputs, labels).")
+            raise UserError(
+                f"select_units: {told}; give a mapping of the model's arguments, a tensor, or (inputs, labels)."
+            )
     if strategy == "gradient":
         return _gradients(model, slots, batches)
     scores = {}
@@ -89,7 +93,9 @@ def _activations(model: nn.Module, slots: Slots, batches: Sequence[Any]) -> Scor
             kept["mask"] = None if mask is None else mask.bool()
             _call(model, batch)
     if not any(tokens.values()):  # one expert of many may see none
-        raise UserError("select_units: no token of calibration is left to score by; its attention_mask must not be all zero.")
+        raise UserError(
+            "select_units: no token of calibration is left to score by; its attention_mask must not be all zero."
+        )
     return {slot: (sums[slot] / max(1, tokens[slot])).float() for slot in slots}
 
 
@@ -121,7 +127,9 @@ def _gradients(model: nn.Module, slots: Slots, batches: Sequence[Any]) -> Scores
             for number, batch in enumerate(batches):
                 loss = _loss(model, batch)
                 if not bool(loss.isfinite()):
-                    raise UserError(f"select_units: the loss of calibration batch {number} is {float(loss.detach())}: {FINITE}.")
+                    raise UserError(
+                        f"select_units: the loss of calibration batch {number} is {float(loss.detach())}: {FINITE}."
+                    )
                 loss.backward()
     finally:
         for name, parameter in model.named_parameters():

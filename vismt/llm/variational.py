@@ -154,9 +154,13 @@ class GaussianHead(nn.Module):
         """(b, 1), fit for gather. The range is looked at on the CPU alone: elsewhere it would wait for the device."""
         what, k = type(self).__name__, len(self.mean)
         if labels.shape != (count,) or labels.is_floating_point() or labels.dtype == torch.bool:
-            raise UserError(f"{what}: labels are {labels.dtype} {tuple(labels.shape)}, needed whole numbers ({count},).")
+            raise UserError(
+                f"{what}: labels are {labels.dtype} {tuple(labels.shape)}, needed whole numbers ({count},)."
+            )
         if labels.device.type == "cpu" and count and not 0 <= int(labels.min()) <= int(labels.max()) < k:
-            raise UserError(f"{what}: labels range over [{int(labels.min())}, {int(labels.max())}], needed [0, {k - 1}].")
+            raise UserError(
+                f"{what}: labels range over [{int(labels.min())}, {int(labels.max())}], needed [0, {k - 1}]."
+            )
         return labels.long().unsqueeze(1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -179,15 +183,30 @@ class VariationalHead(GaussianHead, ABC):
     centre: Tensor
 
     def __init__(
-        self, spread: Spread, num_train: int, noise: int, *, prior_variance: float, noise_dof: float, noise_scale: float,
-        start_std: float, start_noise: float, mean_std: float, rows: Tensor | None, seed: int, device: Any,
+        self,
+        spread: Spread,
+        num_train: int,
+        noise: int,
+        *,
+        prior_variance: float,
+        noise_dof: float,
+        noise_scale: float,
+        start_std: float,
+        start_noise: float,
+        mean_std: float,
+        rows: Tensor | None,
+        seed: int,
+        device: Any,
     ) -> None:
         super().__init__()
         what = type(self).__name__
         if isinstance(num_train, bool) or not isinstance(num_train, int) or num_train < 1:
             raise UserError(f"{what}: num_train {num_train!r}; it must be the number of training examples, at least 1.")
         given = {
-            "prior_scale": prior_variance, "noise_dof": noise_dof, "noise_scale": noise_scale, "start_std": start_std,
+            "prior_scale": prior_variance,
+            "noise_dof": noise_dof,
+            "noise_scale": noise_scale,
+            "start_std": start_std,
             "start_noise": start_noise,
         }
         for name, value in given.items():
@@ -195,7 +214,9 @@ class VariationalHead(GaussianHead, ABC):
                 raise UserError(f"{what}: {name} leads to {value}; it must be positive.")
         shape = tuple(spread.log_std.shape)
         if rows is not None and tuple(rows.shape) != shape:
-            raise UserError(f"{what}: rows are {tuple(rows.shape)}, needed {shape}: one row of the features' width a class.")
+            raise UserError(
+                f"{what}: rows are {tuple(rows.shape)}, needed {shape}: one row of the features' width a class."
+            )
         self.num_train, self.prior_variance = num_train, prior_variance
         self.noise_dof, self.noise_scale = noise_dof, noise_scale
         self.start_std, self.start_noise, self.mean_std = start_std, start_noise, mean_std if rows is None else 0.0
@@ -229,7 +250,9 @@ class VariationalHead(GaussianHead, ABC):
     @full_precision
     def noise_log_prior(self) -> Tensor:
         """The log density of the noise variances up to a constant, a scalar."""
-        return -2 * self.noise_dof * self.log_noise.sum() - 0.5 * self.noise_scale * torch.exp(-2 * self.log_noise).sum()
+        return (
+            -2 * self.noise_dof * self.log_noise.sum() - 0.5 * self.noise_scale * torch.exp(-2 * self.log_noise).sum()
+        )
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
         """Negative ELBO for each training example, a scalar to minimise. features: (b, d) float; labels: (b,) int."""

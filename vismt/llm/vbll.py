@@ -49,16 +49,39 @@ class VBLLClassifier(VariationalHead):
     """
 
     def __init__(
-        self, in_features: int, num_classes: int, num_train: int, covariance: str = "diagonal", prior_scale: float = 1.0, *,
-        covariance_rank: int | None = None, noise_dof: float = 1.0, noise_scale: float = 1.0, start_std: float = 0.03,
-        start_noise: float = 0.37, rows: Tensor | None = None, seed: int = 0, device: Any = None,
+        self,
+        in_features: int,
+        num_classes: int,
+        num_train: int,
+        covariance: str = "diagonal",
+        prior_scale: float = 1.0,
+        *,
+        covariance_rank: int | None = None,
+        noise_dof: float = 1.0,
+        noise_scale: float = 1.0,
+        start_std: float = 0.03,
+        start_noise: float = 0.37,
+        rows: Tensor | None = None,
+        seed: int = 0,
+        device: Any = None,
     ) -> None:
         if num_classes < 2 or in_features < 1:
-            raise UserError(f"VBLLClassifier: {num_classes} classes on {in_features} features; needed 2 and 1 at least.")
+            raise UserError(
+                f"VBLLClassifier: {num_classes} classes on {in_features} features; needed 2 and 1 at least."
+            )
         super().__init__(
-            make_spread(covariance, num_classes, in_features, covariance_rank, device), num_train, num_classes,
-            prior_variance=prior_scale * 2 / in_features, noise_dof=(noise_dof + num_classes + 1) / 2, noise_scale=noise_scale,
-            start_std=start_std, start_noise=start_noise, mean_std=(2 / in_features) ** 0.5, rows=rows, seed=seed, device=device,
+            make_spread(covariance, num_classes, in_features, covariance_rank, device),
+            num_train,
+            num_classes,
+            prior_variance=prior_scale * 2 / in_features,
+            noise_dof=(noise_dof + num_classes + 1) / 2,
+            noise_scale=noise_scale,
+            start_std=start_std,
+            start_noise=start_noise,
+            mean_std=(2 / in_features) ** 0.5,
+            rows=rows,
+            seed=seed,
+            device=device,
         )
 
     @full_precision
@@ -76,7 +99,12 @@ class VBLLClassifier(VariationalHead):
 
     @full_precision
     def predict(
-        self, features: Tensor, samples: int = 20, generator: torch.Generator | None = None, *, method: str = "sample",
+        self,
+        features: Tensor,
+        samples: int = 20,
+        generator: torch.Generator | None = None,
+        *,
+        method: str = "sample",
     ) -> Tensor:
         """Class probabilities (b, k), fp32. features: (b, d) float, of one pass of the backbone whatever `samples` is.
 

@@ -29,16 +29,37 @@ class GenerativeVBLL(VariationalHead):
     """
 
     def __init__(
-        self, in_features: int, num_classes: int, num_train: int, prior_scale: float = 1.0, *, noise_dof: float = 1.0,
-        noise_scale: float = 1.0, start_std: float = 0.03, start_noise: float = 1.0, rows: Tensor | None = None,
-        seed: int = 0, device: Any = None,
+        self,
+        in_features: int,
+        num_classes: int,
+        num_train: int,
+        prior_scale: float = 1.0,
+        *,
+        noise_dof: float = 1.0,
+        noise_scale: float = 1.0,
+        start_std: float = 0.03,
+        start_noise: float = 1.0,
+        rows: Tensor | None = None,
+        seed: int = 0,
+        device: Any = None,
     ) -> None:
         if num_classes < 2 or in_features < 1:
-            raise UserError(f"GenerativeVBLL: {num_classes} classes on {in_features} features; needed 2 and 1 at least.")
+            raise UserError(
+                f"GenerativeVBLL: {num_classes} classes on {in_features} features; needed 2 and 1 at least."
+            )
         super().__init__(
-            Diagonal(num_classes, in_features, device), num_train, in_features, prior_variance=prior_scale,
-            noise_dof=(noise_dof + in_features + 1) / 2, noise_scale=noise_scale, start_std=start_std,
-            start_noise=start_noise, mean_std=0.1, rows=rows, seed=seed, device=device,
+            Diagonal(num_classes, in_features, device),
+            num_train,
+            in_features,
+            prior_variance=prior_scale,
+            noise_dof=(noise_dof + in_features + 1) / 2,
+            noise_scale=noise_scale,
+            start_std=start_std,
+            start_noise=start_noise,
+            mean_std=0.1,
+            rows=rows,
+            seed=seed,
+            device=device,
         )
 
     @full_precision
@@ -69,7 +90,8 @@ class GenerativeVBLL(VariationalHead):
         joint = self(features)
         logs = joint.log_softmax(1)
         return {
-            "least_confidence": 1 - logs.exp().amax(1), "entropy": -(logs.exp() * logs).sum(1),
+            "least_confidence": 1 - logs.exp().amax(1),
+            "entropy": -(logs.exp() * logs).sum(1),
             "surprise": math.log(joint.shape[1]) - torch.logsumexp(joint, 1),
         }
 

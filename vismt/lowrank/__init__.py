@@ -1,7 +1,7 @@
 """The low-rank core: factors, initialisers, hosts, banks, combination, storage. Imports torch, einops and safetensors."""
 
 from vismt.lowrank.combining import combine
-from vismt.lowrank.factors import LowRank
 from vismt.lowrank.detached_updates import Updates, read_updates
+from vismt.lowrank.factors import LowRank
 
 __all__ = ["LowRank", "Updates", "combine", "read_updates"]

@@ -42,7 +42,15 @@ class Block:
 
 
 def decoder_activation_bytes(
-    model: Decoder, batch: int, length: int, blocks: Sequence[Block], *, embeddings: bool, norm: bool, head: bool, size: int = 4
+    model: Decoder,
+    batch: int,
+    length: int,
+    blocks: Sequence[Block],
+    *,
+    embeddings: bool,
+    norm: bool,
+    head: bool,
+    size: int = 4,
 ) -> int:
     """Bytes kept by one forward pass with its cross-entropy over `batch` x `length` tokens.
 
@@ -59,7 +67,9 @@ def decoder_activation_bytes(
     trains = flows or norm or head
     kept += trains * model.vocabulary
     scalars = trains * size  # the loss's divisor
-    return tokens * (size * kept + INT64 * (embeddings + trains)) + rotary * 2 * length * model.head_dim * size + scalars
+    return (
+        tokens * (size * kept + INT64 * (embeddings + trains)) + rotary * 2 * length * model.head_dim * size + scalars
+    )
 
 
 def _block(model: Decoder, block: Block, flows: bool) -> int:

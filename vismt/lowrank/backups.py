@@ -48,8 +48,10 @@ def set_aside(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if path is not None:
             os.unlink(path)
     return {
-        name: mapped[starts[name]:starts[name] + sizes[name]].view(value.dtype).view(value.shape) if name in sizes
-        else value.detach().clone() for name, value in tensors.items()
+        name: mapped[starts[name] : starts[name] + sizes[name]].view(value.dtype).view(value.shape)
+        if name in sizes
+        else value.detach().clone()
+        for name, value in tensors.items()
     }
 
 

@@ -85,8 +85,13 @@ class FactorBank(nn.Module):
                 )
         plain = all(expert.core is None and expert.scale == first.scale for expert in experts)
         bank = cls(
-            first.shape[1], first.shape[0], len(experts), first.rank,
-            scale=first.scale if plain else 1.0, device=first.L.device, dtype=first.L.dtype,
+            first.shape[1],
+            first.shape[0],
+            len(experts),
+            first.rank,
+            scale=first.scale if plain else 1.0,
+            device=first.L.device,
+            dtype=first.L.dtype,
         )
         for position, expert in enumerate(experts):
             bank.A[position] = expert.R

@@ -17,20 +17,24 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError, near
+from vismt.lowrank.detached_updates import Updates, read_updates
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.store import same_base
-from vismt.lowrank.detached_updates import Updates, read_updates
 
 METHODS = ("cat", "svd")
 Adapter = Updates | nn.Module | str | Path
 
 
 @overload
-def combine(adapters: Sequence[LowRank], weights: Sequence[float], method: str = ..., rank: int | None = ...) -> LowRank: ...
+def combine(
+    adapters: Sequence[LowRank], weights: Sequence[float], method: str = ..., rank: int | None = ...
+) -> LowRank: ...
 
 
 @overload
-def combine(adapters: Sequence[Adapter], weights: Sequence[float], method: str = ..., rank: int | None = ...) -> Updates: ...
+def combine(
+    adapters: Sequence[Adapter], weights: Sequence[float], method: str = ..., rank: int | None = ...
+) -> Updates: ...
 
 
 def combine(

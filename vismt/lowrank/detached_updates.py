@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from vismt.errors import UserError
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.inject import adapted_modules, install, need_record, refuse_adapted
+from vismt.lowrank.layer_spec import Site
 from vismt.lowrank.linear import AdaptedLinear
-from vismt.lowrank.wrappers import need_idle, part_type, stock_order
 from vismt.lowrank.peft_files import CONFIG, PeftAdapter, read_peft
 from vismt.lowrank.quantized import MERGE
-from vismt.lowrank.layer_spec import Site
 from vismt.lowrank.store import (
     DESCRIPTION,
     base_samples,
@@ -33,6 +32,7 @@ from vismt.lowrank.store import (
     same_base,
 )
 from vismt.lowrank.targets import kind_of, matrix_shape, refusals
+from vismt.lowrank.wrappers import need_idle, part_type, stock_order
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,9 @@ def put_on(
     return model
 
 
-def read_updates(source: Updates | nn.Module | str | Path, *, also_train: bool = True, what: str = "updates") -> Updates:
+def read_updates(
+    source: Updates | nn.Module | str | Path, *, also_train: bool = True, what: str = "updates"
+) -> Updates:
     """The updates of a folder that save_adapter, export_peft or peft wrote, or of an adapted model, copied.
 
     also_train: False leaves out whole parameters that were trained along (a head). what: how messages begin.
@@ -154,7 +156,11 @@ def _of_folder(folder: Path, what: str) -> Updates:
     wanted = factor_shapes(sites, tensors)
     kept = {key: value for key, value in tensors.items() if key in description["also_train"]}
     beside = tuple(f"{path}." for path in description["parts"])
-    factors = {key: value for key, value in tensors.items() if key not in kept and (key in wanted or not key.startswith(beside))}
+    factors = {
+        key: value
+        for key, value in tensors.items()
+        if key not in kept and (key in wanted or not key.startswith(beside))
+    }
     check_tensors(name, wanted, factors)
     found = {site.path: _of_site(what, site, factors) for site in sites}
     return Updates(found, kept, description["base_samples"], name=name)
@@ -163,8 +169,12 @@ def _of_folder(folder: Path, what: str) -> Updates:
 def _of_site(what: str, site: Site, tensors: Mapping[str, Tensor]) -> LowRank:
     """What a host of these tensors says of itself; it needs no weight for that."""
     host = AdaptedLinear(
-        nn.Linear(*reversed(site.shape), bias=False, device="meta"), site.rank, site.scale, blocks=site.blocks,
-        core=site.core_shape, experts=site.experts,
+        nn.Linear(*reversed(site.shape), bias=False, device="meta"),
+        site.rank,
+        site.scale,
+        blocks=site.blocks,
+        core=site.core_shape,
+        experts=site.experts,
     )
     host.need_idle(what, site.path)
     for name, value in tensors.items():

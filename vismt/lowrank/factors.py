@@ -60,6 +60,7 @@ class LowRank:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LowRank:
         """The same factors on another device, in another dtype, or both."""
+
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device=device, dtype=dtype)
 

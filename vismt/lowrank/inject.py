@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError
-from vismt.lowrank.backups import set_aside
-from vismt.lowrank.permutation import couple, movable
 from vismt.lowrank.adapter_layer import Host
+from vismt.lowrank.backups import set_aside
+from vismt.lowrank.layer_spec import AdaptReport, Site, plan_site
 from vismt.lowrank.linear import Adapted, AdaptedConv2d, AdaptedLinear
 from vismt.lowrank.options import checked
-from vismt.lowrank.wrappers import Part, described, need_idle, put, replace, take_out, to_stock
+from vismt.lowrank.permutation import couple, movable
 from vismt.lowrank.quantized import QuantizedConv2d, QuantizedLinear
-from vismt.lowrank.layer_spec import AdaptReport, Site, plan_site
 from vismt.lowrank.slice_linear import SlicedLinear
 from vismt.lowrank.targets import Targets, check_patterns, find_targets, matches, pattern_value
 from vismt.lowrank.threads import each
+from vismt.lowrank.wrappers import Part, described, need_idle, put, replace, take_out, to_stock
 
 # (weight (o, i), rank, scale, generator) -> (A (r, i), B (o, r)), called once per output block.
 Initialiser = Callable[[Tensor, int, float, torch.Generator], tuple[Tensor, Tensor]]
@@ -45,11 +45,27 @@ class AdaptRecord:
 
 
 def inject(
-    model: nn.Module, method: str, init: Initialiser | Mapping[str, Initialiser], *, offset: bool, targets: Targets, rank: int,
-    alpha: float | None, seed: int, exclude: Sequence[str] = (), rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None, rslora: bool = False, clamp_rank: bool = False,
-    split_qkv: bool = False, dropout: float = 0.0, also_train: Sequence[str] = (), dtype: torch.dtype | str | None = None,
-    core: str = "", experts: int | None = None, grid: str = "",
+    model: nn.Module,
+    method: str,
+    init: Initialiser | Mapping[str, Initialiser],
+    *,
+    offset: bool,
+    targets: Targets,
+    rank: int,
+    alpha: float | None,
+    seed: int,
+    exclude: Sequence[str] = (),
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    rslora: bool = False,
+    clamp_rank: bool = False,
+    split_qkv: bool = False,
+    dropout: float = 0.0,
+    also_train: Sequence[str] = (),
+    dtype: torch.dtype | str | None = None,
+    core: str = "",
+    experts: int | None = None,
+    grid: str = "",
 ) -> AdaptReport:
     """Adapt `model` in place; only the factors and `also_train` keep a gradient.
 
@@ -63,20 +79,38 @@ def inject(
     experts: the rank is so many groups, gated by `instance_gates`; each has the scale alpha / (its own rank).
     grid: one of nf4.GRIDS puts what 4 bits hold of W less the start below the update, see quantized.py.
     """
-    given = checked({
-        "targets": targets, "rank": rank, "alpha": alpha, "exclude": exclude, "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern, "rslora": rslora, "clamp_rank": clamp_rank, "split_qkv": split_qkv,
-        "dropout": dropout, "also_train": also_train, "dtype": dtype,
-    })
+    given = checked(
+        {
+            "targets": targets,
+            "rank": rank,
+            "alpha": alpha,
+            "exclude": exclude,
+            "rank_pattern": rank_pattern,
+            "alpha_pattern": alpha_pattern,
+            "rslora": rslora,
+            "clamp_rank": clamp_rank,
+            "split_qkv": split_qkv,
+            "dropout": dropout,
+            "also_train": also_train,
+            "dtype": dtype,
+        }
+    )
     refuse_adapted(model)
     found, remarks = find_targets(model, given["targets"], given["exclude"])
     check_patterns("adapt.rank_pattern", given["rank_pattern"], list(found))
     check_patterns("adapt.alpha_pattern", given["alpha_pattern"], list(found))
     plan = [
         plan_site(
-            path, module, pattern_value(path, given["rank_pattern"], given["rank"]),
-            pattern_value(path, given["alpha_pattern"], given["alpha"]), rslora=rslora, clamp_rank=clamp_rank,
-            split_qkv=split_qkv, core=core, experts=experts, grid=grid,
+            path,
+            module,
+            pattern_value(path, given["rank_pattern"], given["rank"]),
+            pattern_value(path, given["alpha_pattern"], given["alpha"]),
+            rslora=rslora,
+            clamp_rank=clamp_rank,
+            split_qkv=split_qkv,
+            core=core,
+            experts=experts,
+            grid=grid,
         )
         for path, module in found.items()
     ]
@@ -107,12 +141,19 @@ def refuse_switched(model: nn.Module, what: str = "adapt") -> None:
         if getattr(module, "vismt_switched", None):
             where = f"its part '{path}'" if path else "the model"
             told = f"{where} is switched to S2FT slices"
-            raise UserError(f"{what}: {told}; call vismt.llm.switch(..., None) first, or load_adapter and merge to keep them.")
+            raise UserError(
+                f"{what}: {told}; call vismt.llm.switch(..., None) first, or load_adapter and merge to keep them."
+            )
 
 
 def install(
-    model: nn.Module, method: str, sites: Sequence[Site], options: dict[str, Any], also_train: Sequence[str],
-    *, dtype: torch.dtype | None = None,
+    model: nn.Module,
+    method: str,
+    sites: Sequence[Site],
+    options: dict[str, Any],
+    also_train: Sequence[str],
+    *,
+    dtype: torch.dtype | None = None,
 ) -> list[Host]:
     """Place a host at every site, freeze the rest but `also_train` (parameter names), and leave the record."""
     refuse_switched(model)
@@ -176,7 +217,8 @@ def _forget(model: nn.Module, record: AdaptRecord) -> None:
 def also_trained(model: nn.Module, patterns: Sequence[str], adapted: Sequence[str]) -> list[str]:
     """Names of the parameters that `patterns` keep trainable; every pattern must match one, none may be adapted."""
     owners = {
-        name: [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)] for name, _ in model.named_parameters()
+        name: [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)]
+        for name, _ in model.named_parameters()
     }
     check_patterns("adapt.also_train", patterns, sorted({path for paths in owners.values() for path in paths}))
     names = [name for name, paths in owners.items() if any(matches(p, path) for p in patterns for path in paths)]
@@ -188,7 +230,9 @@ def also_trained(model: nn.Module, patterns: Sequence[str], adapted: Sequence[st
 
 def train_along(model: nn.Module, names: Sequence[str]) -> None:
     """Note parameters of an adapted model as trained along, so that they are saved and exported; undoing leaves them."""
-    need_record(model, "train_along").also_train.update({name: model.get_parameter(name).detach().clone() for name in names})
+    need_record(model, "train_along").also_train.update(
+        {name: model.get_parameter(name).detach().clone() for name in names}
+    )
 
 
 def site_generator(seed: int, path: str) -> torch.Generator:
@@ -203,9 +247,17 @@ def place(model: nn.Module, site: Site, *, dropout: float = 0.0, dtype: torch.dt
     if site.dim is not None:
         host = SlicedLinear(base, site.rank, site.dim, site.mode, dtype=dtype)
     else:
-        plain, quantized = (AdaptedConv2d, QuantizedConv2d) if site.kind == "conv2d" else (AdaptedLinear, QuantizedLinear)
+        plain, quantized = (
+            (AdaptedConv2d, QuantizedConv2d) if site.kind == "conv2d" else (AdaptedLinear, QuantizedLinear)
+        )
         host = (partial(quantized, grid=site.grid) if site.grid else plain)(
-            base, site.rank, site.scale, blocks=site.blocks, core=site.core_shape, dropout=dropout, dtype=dtype,
+            base,
+            site.rank,
+            site.scale,
+            blocks=site.blocks,
+            core=site.core_shape,
+            dropout=dropout,
+            dtype=dtype,
             experts=site.experts,
         )
     put(model, site.path, host)
@@ -219,7 +271,11 @@ def attach(model: nn.Module, path: str, part: Part) -> None:
 
 
 def _start(
-    hosts: Sequence[Adapted], plan: Sequence[Site], init: Initialiser | Mapping[str, Initialiser], seed: int, offset: bool
+    hosts: Sequence[Adapted],
+    plan: Sequence[Site],
+    init: Initialiser | Mapping[str, Initialiser],
+    seed: int,
+    offset: bool,
 ) -> None:
     """Fill all hosts, on the CPU several at a time."""
 
@@ -244,7 +300,9 @@ def initialise(host: Adapted, site: Site, init: Initialiser, seed: int, *, offse
         return
     generator = site_generator(seed, site.path)
     try:
-        pairs = [init(rows, site.rank, site.scale, generator) for rows in host.matrix(host.weight).split(site.blocks, 0)]
+        pairs = [
+            init(rows, site.rank, site.scale, generator) for rows in host.matrix(host.weight).split(site.blocks, 0)
+        ]
         whole = all(bool(factor.isfinite().all()) for pair in pairs for factor in pair)
     except torch.linalg.LinAlgError:
         whole = False

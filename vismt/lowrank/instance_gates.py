@@ -33,7 +33,9 @@ class instance_gates:
     def __init__(self, gates: Tensor) -> None:
         if not isinstance(gates, Tensor) or gates.ndim not in (1, 2) or not gates.is_floating_point():
             seen = f"{gates.dtype} {tuple(gates.shape)}" if isinstance(gates, Tensor) else type(gates).__name__
-            raise UserError(f"instance_gates: gates are {seen}, needed a floating tensor (samples, experts) or (experts,).")
+            raise UserError(
+                f"instance_gates: gates are {seen}, needed a floating tensor (samples, experts) or (experts,)."
+            )
         self.gates, self.repeats = gates, 1
         self._before: list[tuple[Token, instance_gates | None]] = []
 
@@ -103,7 +105,9 @@ def _need(experts: int, what: str) -> instance_gates:
     if scope is None:
         known = "gates (samples, experts)" if what == "forward" else "one user's gates (experts,)"
         hint = "; checkpointed blocks need context_fn=vismt.llm.recompute_gates" if what == "forward" else ""
-        raise UserError(f"{what}: the rank groups of this model are gated and no gates are given; {UNDER}, {known}{hint}.")
+        raise UserError(
+            f"{what}: the rank groups of this model are gated and no gates are given; {UNDER}, {known}{hint}."
+        )
     if scope.gates.shape[-1] != experts:
         raise UserError(f"{what}: gates are {tuple(scope.gates.shape)}, this model has {experts} experts.")
     return scope

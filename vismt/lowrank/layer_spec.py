@@ -104,8 +104,17 @@ def qkv_blocks(path: str, out_features: int, in_features: int) -> tuple[int, ...
 
 
 def plan_site(
-    path: str, module: nn.Module, rank: int, alpha: float | None, *, rslora: bool, clamp_rank: bool, split_qkv: bool,
-    core: str = "", experts: int | None = None, grid: str = "",
+    path: str,
+    module: nn.Module,
+    rank: int,
+    alpha: float | None,
+    *,
+    rslora: bool,
+    clamp_rank: bool,
+    split_qkv: bool,
+    core: str = "",
+    experts: int | None = None,
+    grid: str = "",
 ) -> Site:
     """Shape, rank, scale and blocks of one module; UserError for a rank that does not fit."""
     kind = kind_of(module)

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor, nn
 
+from vismt.lowrank.adapter_layer import Host
 from vismt.lowrank.factors import LowRank, times_core
 from vismt.lowrank.instance_gates import by_sample, fixed_gates, gated, sample_gates
-from vismt.lowrank.adapter_layer import Host
 
 
 def _add_product(out: Tensor, hidden: Tensor, B: Tensor, scale: float, blocks: tuple[int, ...]) -> None:
@@ -60,8 +60,16 @@ class _FusedLowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None,
-        gate: Tensor | None, scale: float, blocks: tuple[int, ...],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        A0: Tensor | None,
+        B0: Tensor | None,
+        gate: Tensor | None,
+        scale: float,
+        blocks: tuple[int, ...],
     ) -> tuple[Tensor, Tensor]:
         kind = x.dtype
         out = F.linear(x, weight.to(kind), None if bias is None else bias.to(kind))
@@ -77,7 +85,9 @@ class _FusedLowRank(torch.autograd.Function):
         ctx.has_bias = bias is not None
         ctx.set_materialize_grads(False)
         # x serves the gradient of A and W alone: with both frozen it need not be kept.
-        ctx.save_for_backward(x if A.requires_grad or weight.requires_grad else None, weight, A, B, A0, B0, gate, output[1])
+        ctx.save_for_backward(
+            x if A.requires_grad or weight.requires_grad else None, weight, A, B, A0, B0, gate, output[1]
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_hidden: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -117,8 +127,16 @@ class Adapted(Host):
     """
 
     def __init__(
-        self, base: nn.Module, rank: int, scale: float, *, blocks: tuple[int, ...] | None = None, dropout: float = 0.0,
-        dtype: torch.dtype | None = None, core: tuple[int, ...] = (), experts: int | None = None,
+        self,
+        base: nn.Module,
+        rank: int,
+        scale: float,
+        *,
+        blocks: tuple[int, ...] | None = None,
+        dropout: float = 0.0,
+        dtype: torch.dtype | None = None,
+        core: tuple[int, ...] = (),
+        experts: int | None = None,
     ) -> None:
         super().__init__(base)
         self.experts = experts
@@ -201,7 +219,9 @@ class Adapted(Host):
             A, B = (self.lora_A0, self.lora_B0) if start else (self.lora_A, self.fixed_left())
             if A is None:
                 continue
-            parts = zip(total.split(self.blocks, 0), B.to(kind).split(self.blocks, 0), A.to(kind).chunk(len(self.blocks)))
+            parts = zip(
+                total.split(self.blocks, 0), B.to(kind).split(self.blocks, 0), A.to(kind).chunk(len(self.blocks))
+            )
             for rows, b, a in parts:
                 rows.addmm_(b, a, alpha=-self.scale if start else self.scale)
         weight = torch.empty_like(self.weight)
@@ -211,7 +231,9 @@ class Adapted(Host):
     def extra_repr(self) -> str:
         out_features, in_features = self.matrix(self.weight).shape
         start = ", start kept" if self.lora_A0 is not None else ""
-        return f"{type(self.shell).__name__}({in_features}, {out_features}), rank={self.rank}, scale={self.scale:g}{start}"
+        return (
+            f"{type(self.shell).__name__}({in_features}, {out_features}), rank={self.rank}, scale={self.scale:g}{start}"
+        )
 
 
 class AdaptedLinear(Adapted):

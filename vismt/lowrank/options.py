@@ -23,7 +23,9 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(result.get(name, False), bool):
             raise UserError(f"adapt.{name}: {result[name]!r}; it must be true or false.")
     result["rank_pattern"] = {p: _rank(f"rank_pattern['{p}']", v) for p, v in _table("rank_pattern", result).items()}
-    result["alpha_pattern"] = {p: _alpha(f"alpha_pattern['{p}']", v) for p, v in _table("alpha_pattern", result).items()}
+    result["alpha_pattern"] = {
+        p: _alpha(f"alpha_pattern['{p}']", v) for p, v in _table("alpha_pattern", result).items()
+    }
     result["rank"] = _rank("rank", result["rank"])
     result["alpha"] = None if result["alpha"] is None else _alpha("alpha", result["alpha"])
     dropout = result.get("dropout", 0.0)
@@ -41,7 +43,9 @@ def _patterns(name: str, value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
     if not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):
-        raise UserError(f"adapt.{name}: {value!r}; give module paths, suffixes or regular expressions as a list of texts.")
+        raise UserError(
+            f"adapt.{name}: {value!r}; give module paths, suffixes or regular expressions as a list of texts."
+        )
     return list(value)
 
 

@@ -22,16 +22,26 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError
-from vismt.lowrank.factors import LowRank
 from vismt.files import read_json, read_tensors
+from vismt.lowrank.factors import LowRank
 from vismt.lowrank.targets import kind_of
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 # Starts that leave the base as it is; every other one moved a part of it into the factors.
 STARTS = ("gaussian", "eva", "orthogonal", "mica")
 VARIANTS = (
-    "use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "trainable_token_indices",
-    "target_parameters", "use_qalora", "use_bdlora", "velora_config", "monteclora_config", "arrow_config", "kasa_config",
+    "use_dora",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "use_qalora",
+    "use_bdlora",
+    "velora_config",
+    "monteclora_config",
+    "arrow_config",
+    "kasa_config",
     "megatron_config",
 )
 OF_A_START = ("loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config")
@@ -59,9 +69,13 @@ class PeftAdapter:
         """Paths of the linears and convolutions that the settings name."""
         found = {path for path, module in model.named_modules() if path and kind_of(module) and self._names(path)}
         if str(self.config.get("target_modules")).lower() == "all-linear":
-            getter = getattr(model, "get_output_embeddings", None)  # transformers' alone are left out, a timm head is not
+            getter = getattr(
+                model, "get_output_embeddings", None
+            )  # transformers' alone are left out, a timm head is not
             head = getter() if callable(getter) else None
-            found = {p for p in found if kind_of(model.get_submodule(p)) != "conv2d" and model.get_submodule(p) is not head}
+            found = {
+                p for p in found if kind_of(model.get_submodule(p)) != "conv2d" and model.get_submodule(p) is not head
+            }
         return found
 
     def need_the_same_modules(self, model: nn.Module) -> None:
@@ -113,7 +127,9 @@ class PeftAdapter:
         """Names of the parameters that the settings say are in the file: of modules_to_save, and biases."""
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         wanted = _texts(self.config.get("modules_to_save"))
-        paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path and path.endswith(tuple(wanted))]
+        paths = [
+            path for path, _ in model.named_modules(remove_duplicate=False) if path and path.endswith(tuple(wanted))
+        ]
         found = {name for path in paths for name in names if name.startswith(f"{path}.")} if wanted else set()
         biases = {name for name in names if name == "bias" or name.endswith(".bias")}
         if self.config.get("bias") == "lora_only":
@@ -130,7 +146,9 @@ class PeftAdapter:
             return targets.lower() == "all-linear" or re.fullmatch(targets, path) is not None
         layers = self.config.get("layers_to_transform")
         # A full path counts whatever the layers are.
-        return path in targets or (_ends(path, targets) and (layers in (None, []) or self._layer(path) in _numbers(layers)))
+        return path in targets or (
+            _ends(path, targets) and (layers in (None, []) or self._layer(path) in _numbers(layers))
+        )
 
     def _layer(self, path: str) -> int | None:
         patterns = _texts(self.config.get("layers_pattern"))
@@ -147,7 +165,9 @@ def read_peft(folder: Path) -> PeftAdapter:
         raise UserError(f"{what}: {CONFIG} holds no settings.")
     _refuse(what, config)
     pairs, extras = _sort(what, _load(folder, what))
-    return PeftAdapter(what, config, {path: _low_rank(what, config, path, pair) for path, pair in pairs.items()}, extras)
+    return PeftAdapter(
+        what, config, {path: _low_rank(what, config, path, pair) for path, pair in pairs.items()}, extras
+    )
 
 
 def _refuse(what: str, config: Mapping[str, Any]) -> None:
@@ -176,7 +196,9 @@ def _refuse(what: str, config: Mapping[str, Any]) -> None:
     except (TypeError, re.error) as error:
         raise UserError(f"{what}: {CONFIG}: what names the modules cannot be read ({error}).") from error
     if not whole:
-        raise UserError(f"{what}: {CONFIG}: target_modules {targets!r} and layers_to_transform {layers!r} name no module.")
+        raise UserError(
+            f"{what}: {CONFIG}: target_modules {targets!r} and layers_to_transform {layers!r} name no module."
+        )
 
 
 def _load(folder: Path, what: str) -> dict[str, Tensor]:
@@ -196,7 +218,7 @@ def _sort(what: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str,
     for key, value in sorted(tensors.items()):
         if not key.startswith(PREFIX):
             raise UserError(f"{what}: key '{key}' lacks the prefix '{PREFIX}'; the file was not written by peft.")
-        name = key[len(PREFIX):]
+        name = key[len(PREFIX) :]
         found = re.fullmatch(r"(.*)\.lora_([AB])(?:\.default)?\.weight", name)
         if found:
             pairs.setdefault(found[1], {})[found[2]] = value

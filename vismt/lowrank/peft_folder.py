@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError
 from vismt.files import atomic_write
+from vismt.lowrank.detached_updates import of_peft, put_on, refuse_grid
 from vismt.lowrank.init import principal
 from vismt.lowrank.inject import AdaptRecord, adapted_modules, need_record, refuse_adapted
 from vismt.lowrank.linear import AdaptedConv2d
-from vismt.lowrank.wrappers import need_idle, stock_order
 from vismt.lowrank.peft_files import CONFIG, PREFIX, TENSORS, PeftAdapter, read_peft
 from vismt.lowrank.store import fill
 from vismt.lowrank.targets import kind_of, matrix_shape
-from vismt.lowrank.detached_updates import of_peft, put_on, refuse_grid
+from vismt.lowrank.wrappers import need_idle, stock_order
 
 
 def export_peft(model: nn.Module, folder: str | Path, *, compact: bool = False) -> Path:
@@ -54,17 +54,29 @@ def export_peft(model: nn.Module, folder: str | Path, *, compact: bool = False) 
     paths = [path for path, module in model.named_modules() if path and (path in ranks or kind_of(module))]
     # peft takes a path for a suffix, too: where another module ends so, the start is said.
     anchored = {path: any(other.endswith(f".{path}") for other in paths) for path in ranks}
-    pattern = {("^" if anchored[path] else "") + re.escape(path): rank for path, rank in ranks.items() if rank != common}
+    pattern = {
+        ("^" if anchored[path] else "") + re.escape(path): rank for path, rank in ranks.items() if rank != common
+    }
     targets = "|".join(re.escape(path) for path in sorted(ranks)) if any(anchored.values()) else sorted(ranks)
     generates = getattr(model, "can_generate", None)
     causal = callable(generates) and generates() and not model.config.is_encoder_decoder
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM" if causal else None, "inference_mode": True,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if causal else None,
+        "inference_mode": True,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        "r": common, "lora_alpha": common, "rank_pattern": pattern, "alpha_pattern": dict(pattern),
-        "target_modules": targets, "modules_to_save": saved or None, "bias": bias,
-        "lora_dropout": 0.0, "fan_in_fan_out": any(site.kind == "conv1d" for site in record.sites),
-        "init_lora_weights": True, "use_rslora": False, "use_dora": False,
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "target_modules": targets,
+        "modules_to_save": saved or None,
+        "bias": bias,
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": any(site.kind == "conv1d" for site in record.sites),
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
     }
     if not causal:
         config["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
@@ -114,7 +126,9 @@ def _replayed(model: nn.Module, adapter: PeftAdapter) -> dict[str, Tensor]:
     for path, update in adapter.low_rank.items():
         module = model.get_submodule(path)
         if update.shape != matrix_shape(module) or kind_of(module) == "conv2d" or update.rank > min(update.shape):
-            raise UserError(f"{adapter.what}: '{path}' is no linear that a start of rank {update.rank} could be replayed on.")
+            raise UserError(
+                f"{adapter.what}: '{path}' is no linear that a start of rank {update.rank} could be replayed on."
+            )
         weight = module.weight.detach().t() if kind_of(module) == "conv1d" else module.weight.detach()
         one_more = min(update.rank + 1, *update.shape)
         A, B = principal(weight, one_more, update.scale, generator=torch.Generator())

@@ -26,7 +26,8 @@ class Coupling:
         some = next(iter(self.hosts.values()))
         if not stock:
             chosen = {
-                part: self.structure.parts[part].units_of(host.slice_index) for part, host in self.hosts.items()
+                part: self.structure.parts[part].units_of(host.slice_index)
+                for part, host in self.hosts.items()
                 if not host.weight.is_meta
             }
             order = torch.tensor(self.structure.order(chosen), device=some.weight.device)
@@ -47,7 +48,7 @@ class Coupling:
             weight = module.matrix(module.weight) if hasattr(module, "matrix") else weight
             index = torch.arange(weight.shape[dim], device=order.device)
             for block in own:
-                index[block.start:block.start + block.units * block.size] = expand(order, block, self.structure)
+                index[block.start : block.start + block.units * block.size] = expand(order, block, self.structure)
             weight.copy_(weight.index_select(dim, index))
             bias = getattr(module, "bias", None)
             if dim == 0 and bias is not None:

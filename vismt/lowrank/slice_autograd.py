@@ -35,7 +35,14 @@ class PartialLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, place: Tensor, span: Span, dim: int, adds: bool,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        values: Tensor,
+        place: Tensor,
+        span: Span,
+        dim: int,
+        adds: bool,
         keeps: bool,
     ) -> tuple[Tensor, Tensor]:
         kind = x.dtype

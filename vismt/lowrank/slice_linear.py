@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.lowrank.structures import Block, Structure
-from vismt.lowrank.permutation import Coupling, expand
-from vismt.lowrank.factors import LowRank
 from vismt.lowrank.adapter_layer import Host
+from vismt.lowrank.factors import LowRank
+from vismt.lowrank.permutation import Coupling, expand
 from vismt.lowrank.slice_autograd import PartialLinear, take
+from vismt.lowrank.structures import Block, Structure
 
 MODES = ("permute", "index", "delta")
 
@@ -94,7 +94,9 @@ class SlicedLinear(Host):
         if self.weight.is_meta:
             return
         place = self._places()
-        if not bool((place.diff() > 0).all()):  # only together with their values in the order of the weight are they a range
+        if not bool(
+            (place.diff() > 0).all()
+        ):  # only together with their values in the order of the weight are they a range
             order = place.argsort()
             place, self.slice_index = place[order], self.slice_index[order]
             self.slice_values.data = self.slice_values.detach().index_select(self.dim, order)
@@ -115,7 +117,9 @@ class SlicedLinear(Host):
     @torch.no_grad()
     def _write(self, shares: bool) -> None:
         """Put the values into the weight, and with `shares` let them be one."""
-        weight = self.matrix(self.weight.data)  # .data: graphs that keep W need not hear that the same values are written
+        weight = self.matrix(
+            self.weight.data
+        )  # .data: graphs that keep W need not hear that the same values are written
         if shares:
             view = take(weight, self.dim, self.slice_place, self.span)
             if view.data_ptr() != self.slice_values.data_ptr() or view.stride() != self.slice_values.stride():
@@ -146,7 +150,9 @@ class SlicedLinear(Host):
         elif not self.shares:
             self._write(shares=False)
         keeps = torch.is_grad_enabled() and values.requires_grad
-        out, _ = PartialLinear.apply(flat, weight, self.bias, values, self.slice_place, self.span, self.dim, adds, keeps)
+        out, _ = PartialLinear.apply(
+            flat, weight, self.bias, values, self.slice_place, self.span, self.dim, adds, keeps
+        )
         return out.view(*x.shape[:-1], out.shape[-1])
 
     # ---- what moves or copies the tensors one by one
@@ -179,8 +185,14 @@ class SlicedLinear(Host):
 
     @torch.no_grad()
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, missing: list[str],
-        unexpected: list[str], errors: list[str],
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
     ) -> None:
         order = state_dict.get(f"{prefix}slice_order")
         alone = order is not None and self.slice_order is not None and f"{prefix}weight" not in state_dict

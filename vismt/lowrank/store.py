@@ -23,14 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError
-from vismt.lowrank.backups import same_bits
 from vismt.files import atomic_write, read_json, read_tensors
 from vismt.lowrank.adapter_layer import Host
+from vismt.lowrank.backups import same_bits
 from vismt.lowrank.inject import adapted_modules, attach, install, need_record, record_of, refuse_switched
-from vismt.lowrank.nf4 import GRIDS
-from vismt.lowrank.wrappers import Guest, Part, part_type, parts_of, stock_order
 from vismt.lowrank.layer_spec import Site
+from vismt.lowrank.nf4 import GRIDS
 from vismt.lowrank.targets import kind_of, matrix_shape
+from vismt.lowrank.wrappers import Guest, Part, part_type, parts_of, stock_order
 
 FORMAT = 1
 DESCRIPTION = "adapter.json"
@@ -56,7 +56,9 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         "method": record.method,
         "model": type(model).__name__,
         "options": record.options,
-        "sites": [{name: value for name, value in asdict(site).items() if value not in ("", None)} for site in record.sites],
+        "sites": [
+            {name: value for name, value in asdict(site).items() if value not in ("", None)} for site in record.sites
+        ],
         "also_train": sorted(record.also_train),
         "unchanged": unchanged,
         "parts": record.parts,
@@ -92,7 +94,9 @@ def load_adapter(model: nn.Module, folder: str | Path, *, on_other_base: str = "
         samples, own = base_samples(model, paths), fingerprint(model, paths)
     if not same_base(samples, description["base_samples"]):
         made_for = f"{description['model']} (weights {description['base']})"
-        other_base(f"adapter '{folder}' was made for {made_for}, this is {type(model).__name__} (weights {own})", on_other_base)
+        other_base(
+            f"adapter '{folder}' was made for {made_for}, this is {type(model).__name__} (weights {own})", on_other_base
+        )
     _check_tensors(model, folder, description, sites, tensors)
     if record is None:
         install(model, description["method"], sites, description["options"], description["also_train"])
@@ -137,7 +141,10 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def _compared(sites: Iterable[Site], unchanged: Iterable[str]) -> list[str]:
     """Paths of the modules whose weights tell the base."""
-    return [*(site.path for site in sites), *(name[: -len(".weight")] for name in unchanged if name.endswith(".weight"))]
+    return [
+        *(site.path for site in sites),
+        *(name[: -len(".weight")] for name in unchanged if name.endswith(".weight")),
+    ]
 
 
 def base_samples(model: nn.Module, paths: Iterable[str]) -> dict[str, list[float]]:
@@ -183,19 +190,28 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], list[Site], dict[str, Te
     description = read_json(folder / DESCRIPTION, what)
     try:
         if description["format"] != FORMAT:
-            raise UserError(f"{what}: format {description['format']}, this version reads {FORMAT}; use a matching vismt.")
+            raise UserError(
+                f"{what}: format {description['format']}, this version reads {FORMAT}; use a matching vismt."
+            )
         sites = [
-            Site(**{**site, "shape": tuple(site["shape"]), "blocks": tuple(site["blocks"])}) for site in description["sites"]
+            Site(**{**site, "shape": tuple(site["shape"]), "blocks": tuple(site["blocks"])})
+            for site in description["sites"]
         ]
         name, parts = str(description["tensors"]), description.setdefault("parts", {})
         unchanged = description.setdefault("unchanged", [])
-        shaped = all(isinstance(site.core_shape, tuple) and site.grid in ("", *GRIDS) for site in sites)  # KeyError: no core
+        shaped = all(
+            isinstance(site.core_shape, tuple) and site.grid in ("", *GRIDS) for site in sites
+        )  # KeyError: no core
         shaped = shaped and all(s.experts is None or (s.experts > 0 and s.rank % s.experts == 0) for s in sites)
-        shaped = shaped and all(isinstance(part["type"], str) and isinstance(part["settings"], dict) for part in parts.values())
+        shaped = shaped and all(
+            isinstance(part["type"], str) and isinstance(part["settings"], dict) for part in parts.values()
+        )
         texts = [description[key] for key in ("method", "model", "base", "tensors_sha256")]
         shaped = shaped and isinstance(description["options"], dict) and isinstance(description["also_train"], list)
         shaped = shaped and isinstance(unchanged, list) and set(unchanged) <= set(description["also_train"])
-        shaped = shaped and isinstance(description["base_samples"], dict) and all(isinstance(text, str) for text in texts)
+        shaped = (
+            shaped and isinstance(description["base_samples"], dict) and all(isinstance(text, str) for text in texts)
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{what}: {DESCRIPTION} is not what vismt.save_adapter writes ({error!r}).") from error
     if not shaped or not re.fullmatch(r"adapter-[0-9a-f]{12}\.safetensors", name):
@@ -235,7 +251,9 @@ def _check_tensors(
     for path, part in description["parts"].items():
         kind = part_type(part["type"], f"adapter '{folder}'")
         if path not in modules and not issubclass(kind, Guest):
-            raise UserError(f"adapter '{folder}': this model has no '{path}' to put a {part['type'].split(':')[-1]} on.")
+            raise UserError(
+                f"adapter '{folder}': this model has no '{path}' to put a {part['type'].split(':')[-1]} on."
+            )
         shapes = kind.check(path, modules.get(path), part["settings"])
         wanted.update({f"{path}.{name}": shape for name, shape in shapes.items()})
     for name in description["also_train"]:

@@ -26,15 +26,26 @@ from torch import Tensor, nn
 from vismt.lowrank.targets import READ_DIRECTLY, head_paths, kind_of, matrix_shape, read_directly
 
 HEADS = (
-    (("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj", "proj")), (("qkv",), ("proj",)), (("qkv_proj",), ("o_proj",)),
+    (("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj", "proj")),
+    (("qkv",), ("proj",)),
+    (("qkv_proj",), ("o_proj",)),
     (("c_attn",), ("c_proj",)),
 )
 CHANNELS = (
-    (("gate_proj", "up_proj"), ("down_proj",)), (("gate_up_proj",), ("down_proj",)), (("fc1_g", "fc1_x"), ("fc2",)),
-    (("fc1",), ("fc2",)), (("c_fc",), ("c_proj",)),
+    (("gate_proj", "up_proj"), ("down_proj",)),
+    (("gate_up_proj",), ("down_proj",)),
+    (("fc1_g", "fc1_x"), ("fc2",)),
+    (("fc1",), ("fc2",)),
+    (("c_fc",), ("c_proj",)),
 )
 PARTS = ("v", "o", "u", "d")
-STACKED = ("GPT2Attention", "DecisionTransformerGPT2Attention", "ImageGPTAttention", "Phi3Attention", "Phi4MultimodalAttention")
+STACKED = (
+    "GPT2Attention",
+    "DecisionTransformerGPT2Attention",
+    "ImageGPTAttention",
+    "Phi3Attention",
+    "Phi4MultimodalAttention",
+)
 
 
 @dataclass(frozen=True)
@@ -159,7 +170,9 @@ def _heads(model: nn.Module, path: str, module: nn.Module) -> Structure | None:
         return None
     norms, obstacle = _beside(path, module, {*inputs, last}, units, groups, size)
     if any(read_directly(module, name) for name in inputs):
-        return Structure(path, units, groups, (*blocks, out, *norms), {"o": out}, obstacle, READ_DIRECTLY.format(path=path))
+        return Structure(
+            path, units, groups, (*blocks, out, *norms), {"o": out}, obstacle, READ_DIRECTLY.format(path=path)
+        )
     return Structure(path, units, groups, (*blocks, out, *norms), {"v": blocks[2], "o": out}, obstacle)
 
 

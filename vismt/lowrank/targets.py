@@ -19,7 +19,9 @@ from torch import nn
 from vismt.errors import UserError, near
 
 HEAD_NAMES = {"head", "fc", "classifier", "score", "lm_head"}
-READ_DIRECTLY = "'{path}' adds q_bias itself and reads the weight without calling the linear; set its qkv_bias_separate to True"
+READ_DIRECTLY = (
+    "'{path}' adds q_bias itself and reads the weight without calling the linear; set its qkv_bias_separate to True"
+)
 
 Targets = str | Sequence[str] | None
 
@@ -53,17 +55,19 @@ def head_paths(model: nn.Module) -> set[str]:
         head = found() if callable(found) else None
         heads.extend(head if isinstance(head, tuple) else [head])
     inside = {id(part) for head in heads if isinstance(head, nn.Module) for part in head.modules()}
-    return {
-        path for path, module in model.named_modules() if id(module) in inside or path.split(".")[0] in HEAD_NAMES
-    }
+    return {path for path, module in model.named_modules() if id(module) in inside or path.split(".")[0] in HEAD_NAMES}
 
 
 def read_directly(owner: nn.Module, name: str) -> bool:
     """Whether a module uses its child's weight without calling the child: timm's BEiT, EVA and Swin v2 with a q_bias."""
-    return name == "qkv" and getattr(owner, "q_bias", None) is not None and not getattr(owner, "qkv_bias_separate", False)
+    return (
+        name == "qkv" and getattr(owner, "q_bias", None) is not None and not getattr(owner, "qkv_bias_separate", False)
+    )
 
 
-def _refusal(path: str, module: nn.Module, owner: nn.Module, owners: Mapping[int, list[str]], inside_mha: bool) -> str | None:
+def _refusal(
+    path: str, module: nn.Module, owner: nn.Module, owners: Mapping[int, list[str]], inside_mha: bool
+) -> str | None:
     """Why this module cannot carry an update, or None."""
     weight = getattr(module, "weight", None)
     stock = {"conv1d": None, "linear": nn.Linear.forward, "conv2d": nn.Conv2d.forward}[str(kind_of(module))]
@@ -164,7 +168,7 @@ def _select_suffix(entry: str, candidates: Mapping[str, nn.Module]) -> set[str]:
 
 
 def _nearest(pattern: object, candidates: Iterable[str]) -> str:
-    """" Near: 'attn.qkv' (12 modules)" among the suffixes that follow the last number of each path."""
+    """ " Near: 'attn.qkv' (12 modules)" among the suffixes that follow the last number of each path."""
     suffixes = Counter(re.split(r"(?:^|\.)\d+\.", path)[-1] for path in candidates)
     text = near(str(pattern), suffixes, limit=2)
     for suffix, count in suffixes.items():

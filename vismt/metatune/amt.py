@@ -35,7 +35,9 @@ from vismt.registry import register_method
 from vismt.seeds import mix_seed
 
 CHOICES = {
-    "kl": ("clean_adv", "adv_clean"), "weight_attack": ("joint", "paper", "none"), "support": ("perturbed", "clean"),
+    "kl": ("clean_adv", "adv_clean"),
+    "weight_attack": ("joint", "paper", "none"),
+    "support": ("perturbed", "clean"),
     "init": STARTS,
 }
 PATIENCE = 10  # episodes in a row with a flat prediction that count as collapsed
@@ -44,8 +46,15 @@ FLAT = 0.01  # the surest prediction of an episode exceeds 1/k by no more
 
 @register_method("amt")
 def amt(
-    model: nn.Module, *, targets: Targets, rank: int, alpha: float | None, seed: int, init: str = "svd",
-    split_qkv: bool = True, **options: Any,
+    model: nn.Module,
+    *,
+    targets: Targets,
+    rank: int,
+    alpha: float | None,
+    seed: int,
+    init: str = "svd",
+    split_qkv: bool = True,
+    **options: Any,
 ) -> AdaptReport:
     """One AMT expert: factors per q, k, v block and linear, from the SVD. init: svd, or lora (zero B); and `inject`'s."""
     if init not in ("svd", "lora"):
@@ -54,10 +63,20 @@ def amt(
         raise UserError(f"adapt.dropout: {options['dropout']} with 'amt', whose factors carry most of W; set it to 0.")
 
     def start(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return principal(weight, rank, scale, generator=generator) if init == "svd" else kaiming(weight, rank, generator)
+        return (
+            principal(weight, rank, scale, generator=generator) if init == "svd" else kaiming(weight, rank, generator)
+        )
 
     return inject(
-        model, "amt", start, offset=init == "svd", targets=targets, rank=rank, alpha=alpha, seed=seed, split_qkv=split_qkv,
+        model,
+        "amt",
+        start,
+        offset=init == "svd",
+        targets=targets,
+        rank=rank,
+        alpha=alpha,
+        seed=seed,
+        split_qkv=split_qkv,
         **options,
     )
 
@@ -128,7 +147,9 @@ class AdversarialObjective(nn.Module):
         number, adversary = int(batch["number"]), self.adversary
         strength = min(1.0, (number + 1) / adversary.warmup) if adversary.warmup else 1.0
         gamma = 0.0 if adversary.weight_attack == "none" else strength * adversary.gamma
-        factors = {name: p for name, p in self.proto.backbone.named_parameters() if _is_factor(name) and p.requires_grad}
+        factors = {
+            name: p for name, p in self.proto.backbone.named_parameters() if _is_factor(name) and p.requires_grad
+        }
 
         # ---- at theta: the input attack needs the predictions, the weight attack their graph
         centres = prototypes(self.proto.backbone(support), truth)
@@ -157,7 +178,9 @@ class AdversarialObjective(nn.Module):
         images = [query] if attacked is None else [query, attacked]
         held = (centres, truth, None if adversary.support == "clean" else support)
         if joint:
-            loss, kl = self._moved({name: p + nu[name] for name, p in factors.items()}, held, images, labels, self.proto.scale)
+            loss, kl = self._moved(
+                {name: p + nu[name] for name, p in factors.items()}, held, images, labels, self.proto.scale
+            )
             return {"loss": loss, **metrics, "kl": kl.detach()}
         # A learns from the loss with A alone moved, B likewise: a pass for each. What else is trained learns in A's.
         passes = []
@@ -181,7 +204,9 @@ class AdversarialObjective(nn.Module):
                 "pool.warmup and train.warmup."
             )
 
-    def _attack_input(self, query: Tensor, clean: Tensor, centres: Tensor, number: int, strength: float) -> Tensor | None:
+    def _attack_input(
+        self, query: Tensor, clean: Tensor, centres: Tensor, number: int, strength: float
+    ) -> Tensor | None:
         adversary = self.adversary
         generator = torch.Generator().manual_seed(mix_seed(adversary.seed, "attack", number))
         drawn = int(torch.randint(len(adversary.epsilons), (1,), generator=generator))
@@ -193,21 +218,35 @@ class AdversarialObjective(nn.Module):
         middle, scale = centres.detach(), self.proto.scale.detach()
         return pyramid_attack(
             lambda images: cosine_logits(functional_call(self.proto.backbone, fixed, (images,)), middle, scale),
-            query, epsilon=epsilon, step_size=adversary.step_ratio * epsilon, steps=adversary.steps, levels=adversary.pyramid,
-            init=adversary.init, generator=generator, clean_logits=clean,
+            query,
+            epsilon=epsilon,
+            step_size=adversary.step_ratio * epsilon,
+            steps=adversary.steps,
+            levels=adversary.pyramid,
+            init=adversary.init,
+            generator=generator,
+            clean_logits=clean,
         )
 
     def _moved(
-        self, moved: Mapping[str, Tensor], held: tuple[Tensor, Tensor, Tensor | None], images: list[Tensor], labels: Tensor,
+        self,
+        moved: Mapping[str, Tensor],
+        held: tuple[Tensor, Tensor, Tensor | None],
+        images: list[Tensor],
+        labels: Tensor,
         scale: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Loss and KL with the parameters in `moved` replaced; the prototypes are recomputed when the support is given."""
         centres, truth, support = held
         parts = images if support is None else [support, *images]
-        features = functional_call(self.proto.backbone, dict(moved), (torch.cat(parts),)).split([len(part) for part in parts])
+        features = functional_call(self.proto.backbone, dict(moved), (torch.cat(parts),)).split(
+            [len(part) for part in parts]
+        )
         if support is not None:
             centres, features = prototypes(features[0], truth), features[1:]
-        return self._value(cosine_logits(features[0], centres, scale), cosine_logits(features[-1], centres, scale), labels)
+        return self._value(
+            cosine_logits(features[0], centres, scale), cosine_logits(features[-1], centres, scale), labels
+        )
 
     def _score(self, features: Tensor, centres: Tensor) -> Tensor:
         return cosine_logits(features, centres, self.proto.scale)
@@ -222,7 +261,9 @@ class AdversarialObjective(nn.Module):
         self.flat.copy_(torch.where(surest - 1 / clean.shape[1] < FLAT, self.flat + 1, torch.zeros_like(self.flat)))
 
 
-def trades(clean: Tensor, adversarial: Tensor, labels: Tensor, weight: float, kl: str = "clean_adv") -> tuple[Tensor, Tensor]:
+def trades(
+    clean: Tensor, adversarial: Tensor, labels: Tensor, weight: float, kl: str = "clean_adv"
+) -> tuple[Tensor, Tensor]:
     """CE(clean, labels) + weight * mean KL, and that KL (Zhang et al., arXiv 1901.08573); logits (m, k), labels (m,).
 
     kl: "clean_adv" is KL(p(clean) || p(adversarial)), "adv_clean" the reverse. Gradients reach both logits.

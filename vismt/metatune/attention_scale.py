@@ -49,7 +49,9 @@ def attention_heads(backbone: nn.Module) -> list[QueryRows]:
         tensors = tuple(f"{path}.qkv.{name}" if path else f"qkv.{name}" for name in names)
         found.append(QueryRows(module.num_heads, qkv.out_features // 3, tensors))
     if not found:
-        raise UserError(f"attention_scale: {type(backbone).__name__} has no attention with heads; use parameters='all'.")
+        raise UserError(
+            f"attention_scale: {type(backbone).__name__} has no attention with heads; use parameters='all'."
+        )
     return found
 
 

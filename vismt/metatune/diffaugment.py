@@ -23,8 +23,13 @@ TYPES = ("color", "translation")
 
 
 def diff_augment(
-    images: Tensor, generator: torch.Generator, *, types: Sequence[str] = TYPES, probability: float = 0.9,
-    mean: Sequence[float] | Tensor | None = None, std: Sequence[float] | Tensor | None = None,
+    images: Tensor,
+    generator: torch.Generator,
+    *,
+    types: Sequence[str] = TYPES,
+    probability: float = 0.9,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
 ) -> Tensor:
     """Floating images (b, c, h, w) -> the same shape, dtype and device, changed as a batch with `probability`.
 
@@ -55,9 +60,7 @@ def _uniform(count: int, generator: torch.Generator) -> Tensor:
 
 
 def _colour(images: Tensor, generator: torch.Generator) -> Tensor:
-    brightness, saturation, contrast = (
-        _uniform(len(images), generator).to(images).view(-1, 1, 1, 1) for _ in range(3)
-    )
+    brightness, saturation, contrast = (_uniform(len(images), generator).to(images).view(-1, 1, 1, 1) for _ in range(3))
     images = images + (brightness - 0.5)
     grey = images.mean(1, keepdim=True)
     images = grey + (images - grey) * (2 * saturation)

@@ -57,8 +57,15 @@ class EpisodeSampler(Labelled):
     """
 
     def __init__(
-        self, labels: Tensor, *, ways: int = 5, shots: int = 1, queries: int = 15, seed: int = 0,
-        superclass: Tensor | None = None, classes: Sequence[int] | Tensor | None = None,
+        self,
+        labels: Tensor,
+        *,
+        ways: int = 5,
+        shots: int = 1,
+        queries: int = 15,
+        seed: int = 0,
+        superclass: Tensor | None = None,
+        classes: Sequence[int] | Tensor | None = None,
         names: Sequence[str] | None = None,
     ) -> None:
         for field, value, least in (("ways", ways, 2), ("shots", shots, 1), ("queries", queries, 1)):
@@ -101,10 +108,20 @@ class VariableSampler(Labelled):
     """
 
     def __init__(
-        self, labels: Tensor, *, seed: int = 0, superclass: Tensor | None = None,
-        classes: Sequence[int] | Tensor | None = None, nodes: Sequence[Sequence[int]] | None = None,
-        names: Sequence[str] | None = None, min_ways: int = 5, max_ways: int = 50, max_queries: int = 10,
-        max_support: int = 500, max_contribution: int = 100, max_leaves: int = 392,
+        self,
+        labels: Tensor,
+        *,
+        seed: int = 0,
+        superclass: Tensor | None = None,
+        classes: Sequence[int] | Tensor | None = None,
+        nodes: Sequence[Sequence[int]] | None = None,
+        names: Sequence[str] | None = None,
+        min_ways: int = 5,
+        max_ways: int = 50,
+        max_queries: int = 10,
+        max_support: int = 500,
+        max_contribution: int = 100,
+        max_leaves: int = 392,
     ) -> None:
         if not 2 <= min_ways <= max_ways <= max_support or max_queries < 1 or max_contribution < 1:
             raise UserError(

@@ -72,8 +72,14 @@ class FineTuneSettings:
 
 
 def finetune(
-    backbone: nn.Module, support: Tensor, labels: Tensor, settings: FineTuneSettings, *, scale: float | Tensor,
-    weights: Mapping[str, Tensor] | None = None, attack: SupportAttack | None = None,
+    backbone: nn.Module,
+    support: Tensor,
+    labels: Tensor,
+    settings: FineTuneSettings,
+    *,
+    scale: float | Tensor,
+    weights: Mapping[str, Tensor] | None = None,
+    attack: SupportAttack | None = None,
 ) -> dict[str, Tensor]:
     """The backbone's weights tuned on one support set, by name, for `Functional(backbone, ...)`; the backbone is unchanged.
 
@@ -87,12 +93,16 @@ def finetune(
     UserError for weights or labels that do not fit, a backbone with nothing to tune, and a loss that is not finite.
     """
     if attack is not None and not settings.adversarial:
-        raise UserError("fine-tuning: an attack is given, but adversarial is off: switch it on or leave the attack out.")
+        raise UserError(
+            "fine-tuning: an attack is given, but adversarial is off: switch it on or leave the attack out."
+        )
     start = dict(weights or {})
     check_weights(backbone, start)
     with torch.inference_mode(False), torch.enable_grad(), _evaluating(backbone):
         given = {name: _usable(tensor) for name, tensor in start.items()}
-        held = {name: _usable(value) for name, value in (*backbone.named_parameters(), *backbone.named_buffers())} | given
+        held = {
+            name: _usable(value) for name, value in (*backbone.named_parameters(), *backbone.named_buffers())
+        } | given
         tuned = _All(backbone, held) if settings.parameters == "all" else _AttentionScale(backbone, held)
         task = _Task(backbone, held, tuned, _usable(support), _usable(labels).long(), scale, settings, attack)
         if settings.lr > 0:
@@ -117,19 +127,32 @@ class FineTuned(nn.Module):
         """(s, 3, h, w), (s,) -> the tuned query classifier. `batch`: images at a time for the final prototypes."""
         task = self.proto.classifier(support_images, support_labels)
         if not isinstance(task, PrototypeClassifier):
-            raise UserError(f"fine-tuning: the task's classifier is {type(task).__name__}: it needs one with prototypes.")
+            raise UserError(
+                f"fine-tuning: the task's classifier is {type(task).__name__}: it needs one with prototypes."
+            )
         if self.settings.lr == 0 or self.settings.steps == 0:
             return task
         merged = isinstance(task.backbone, Functional)
         module, start = (task.backbone.module, task.backbone.weights) if merged else (task.backbone, None)
-        tuned = Functional(module, finetune(
-            module, support_images, support_labels, self.settings, scale=task.scale, weights=start, attack=self.attack,
-        ))
+        tuned = Functional(
+            module,
+            finetune(
+                module,
+                support_images,
+                support_labels,
+                self.settings,
+                scale=task.scale,
+                weights=start,
+                attack=self.attack,
+            ),
+        )
         with torch.no_grad():
             features = torch.cat([tuned(piece) for piece in support_images.split(batch)])
             result = PrototypeClassifier(tuned, prototypes(features, support_labels), task.scale)
         for name, buffer in task.named_buffers(recurse=False):
-            if name not in dict(result.named_buffers(recurse=False)):  # a pool's account of the task, such as its mixture
+            if name not in dict(
+                result.named_buffers(recurse=False)
+            ):  # a pool's account of the task, such as its mixture
                 result.register_buffer(name, buffer, persistent=False)
         result.training = task.training
         return result
@@ -139,7 +162,9 @@ class _All:
     """Every parameter of the backbone, as fp32 (or wider) leaves."""
 
     def __init__(self, backbone: nn.Module, held: Mapping[str, Tensor]) -> None:
-        self._kinds = {name: held[name].dtype for name, _ in backbone.named_parameters() if held[name].is_floating_point()}
+        self._kinds = {
+            name: held[name].dtype for name, _ in backbone.named_parameters() if held[name].is_floating_point()
+        }
         self._leaves = {
             name: held[name].to(torch.promote_types(kind, torch.float32), copy=True).requires_grad_(True)
             for name, kind in self._kinds.items()
@@ -165,7 +190,8 @@ class _AttentionScale:
     def weights(self) -> dict[str, Tensor]:
         return {
             name: scaled_queries(self._held[name], factor, site)
-            for site, factor in zip(self._heads, self.leaves) for name in site.tensors
+            for site, factor in zip(self._heads, self.leaves)
+            for name in site.tensors
         }
 
 
@@ -199,14 +225,18 @@ class _Task:
                 where = f"the loss is {loss.item()} in step {step + 1} at lr {settings.lr}"
                 raise UserError(f"fine-tuning: {where}: lower lr, or mend images or weights that are not finite.")
             # Not .backward(): the attack's logits and the caller's graph, if any, must not collect gradients.
-            for leaf, gradient in zip(self.tuned.leaves, torch.autograd.grad(loss, self.tuned.leaves, allow_unused=True)):
+            for leaf, gradient in zip(
+                self.tuned.leaves, torch.autograd.grad(loss, self.tuned.leaves, allow_unused=True)
+            ):
                 leaf.grad = gradient
             optimiser.step()
 
     def _features(self, images: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         return functional_call(self.backbone, {**self.held, **weights}, (images,))
 
-    def _attacked(self, images: Tensor, weights: Mapping[str, Tensor], centres: Tensor, scale: float | Tensor) -> Tensor:
+    def _attacked(
+        self, images: Tensor, weights: Mapping[str, Tensor], centres: Tensor, scale: float | Tensor
+    ) -> Tensor:
         fixed, centres = {name: tensor.detach() for name, tensor in weights.items()}, centres.detach()
 
         def logits(changed: Tensor) -> Tensor:

@@ -39,4 +39,6 @@ def check_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
             raise UserError(f"weights: '{name}' is no tensor of {type(module).__name__}.{near(name, own)}")
         if weight.shape != own[name].shape:
             seen, needed = tuple(weight.shape), tuple(own[name].shape)
-            raise UserError(f"weights: '{name}' is {seen}, {type(module).__name__} has {needed}: take them from this model.")
+            raise UserError(
+                f"weights: '{name}' is {seen}, {type(module).__name__} has {needed}: take them from this model."
+            )

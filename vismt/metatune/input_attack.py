@@ -27,9 +27,17 @@ SCALE = 1024.0  # of the objective: its gradient is used by sign alone, and smal
 
 
 def pyramid_attack(
-    logits_fn: Callable[[Tensor], Tensor], images: Tensor, *, epsilon: float, step_size: float, steps: int = 2,
-    levels: Levels = PYRAMID, init: str = "uniform", mean: Sequence[float] | Tensor | None = None,
-    std: Sequence[float] | Tensor | None = None, generator: torch.Generator | None = None,
+    logits_fn: Callable[[Tensor], Tensor],
+    images: Tensor,
+    *,
+    epsilon: float,
+    step_size: float,
+    steps: int = 2,
+    levels: Levels = PYRAMID,
+    init: str = "uniform",
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
+    generator: torch.Generator | None = None,
     clean_logits: Tensor | None = None,
 ) -> Tensor:
     """Images (m, c, h, w) that move the predictions of `logits_fn` away from those of the clean `images`.
@@ -103,13 +111,17 @@ def _check(
     images: Tensor, epsilon: float, step_size: float, steps: int, levels: Levels, init: str, mean: object, std: object
 ) -> None:
     if images.ndim != 4 or not images.is_floating_point():
-        raise UserError(f"pyramid attack: images are {images.dtype} {tuple(images.shape)}, needed floating (m, c, h, w).")
+        raise UserError(
+            f"pyramid attack: images are {images.dtype} {tuple(images.shape)}, needed floating (m, c, h, w)."
+        )
     if not 0 <= epsilon <= 1 or not (step_size > 0 or epsilon == 0) or steps < 1:
         raise UserError(
             f"pyramid attack: epsilon {epsilon}, step_size {step_size}, steps {steps}: need 0 <= epsilon <= 1 and "
             "step_size > 0 in pixel units of [0, 1] (8/255, not 8), and steps >= 1."
         )
-    if not levels or any((cells is not None and not 1 <= cells <= min(images.shape[-2:])) or m <= 0 for cells, m in levels):
+    if not levels or any(
+        (cells is not None and not 1 <= cells <= min(images.shape[-2:])) or m <= 0 for cells, m in levels
+    ):
         raise UserError(
             f"pyramid attack: levels {levels} on {images.shape[-2]} x {images.shape[-1]} images: give (cells a side, "
             "multiplier > 0) with cells from 1 to the smaller side, or None for one a pixel."

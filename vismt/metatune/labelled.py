@@ -44,8 +44,12 @@ class Labelled:
     """
 
     def __init__(
-        self, labels: Tensor, seed: int, superclass: Tensor | None = None,
-        classes: Sequence[int] | Tensor | None = None, names: Sequence[str] | None = None,
+        self,
+        labels: Tensor,
+        seed: int,
+        superclass: Tensor | None = None,
+        classes: Sequence[int] | Tensor | None = None,
+        names: Sequence[str] | None = None,
     ) -> None:
         labels = torch.as_tensor(labels).long().flatten().cpu()
         if not len(labels) or int(labels.min()) < 0:
@@ -64,10 +68,12 @@ class Labelled:
             raise UserError(f"episodes: no image in {some(empty)}: add images or leave it out of classes.")
         self.superclass = None if superclass is None else torch.as_tensor(superclass).long().cpu()
         if self.superclass is not None and len(self.superclass) < size:
-            raise UserError(f"episodes: superclass has {len(self.superclass)} entries for {size} classes: give each one.")
+            raise UserError(
+                f"episodes: superclass has {len(self.superclass)} entries for {size} classes: give each one."
+            )
 
     def name(self, class_id: int) -> str:
-        """"class 'oak'" where names are known, else "class 3"."""
+        """ "class 'oak'" where names are known, else "class 3"."""
         named = self.names is not None and class_id < len(self.names)
         return f"class '{self.names[class_id]}'" if named else f"class {class_id}"
 

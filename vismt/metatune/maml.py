@@ -38,7 +38,9 @@ from vismt.metatune.objective import EpisodeObjective
 ALGORITHMS = ("maml", "fomaml", "metasgd")
 ENGINES = ("func", "learn2learn")
 Tensors = dict[str, Tensor]
-Loss = Callable[[nn.Module, Tensors], Tensor]  # of the support set, by the module with these tensors in place of its own
+Loss = Callable[
+    [nn.Module, Tensors], Tensor
+]  # of the support set, by the module with these tensors in place of its own
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,9 @@ class MamlNet(nn.Module):
             _learn2learn()
         trainable = {name: value for name, value in learner.named_parameters() if value.requires_grad}
         if not trainable:
-            raise UserError(f"maml: nothing is trainable in {type(learner).__name__}: the inner loop needs a parameter to move.")
+            raise UserError(
+                f"maml: nothing is trainable in {type(learner).__name__}: the inner loop needs a parameter to move."
+            )
         self.learner, self.settings, self.adapted = learner, settings, tuple(trainable)
         learned = trainable.values() if settings.algorithm == "metasgd" else ()
         self.rates = nn.ParameterList(nn.Parameter(torch.empty_like(value)) for value in learned)
@@ -141,7 +145,8 @@ class MamlNet(nn.Module):
         """What a run saves beside the adapter: adapted parameters that no adapter file holds, and rates by parameter."""
         held = {
             f"{path}.{name}".lstrip(".")
-            for path, module in self.learner.named_modules() if record_of(module) is not None
+            for path, module in self.learner.named_modules()
+            if record_of(module) is not None
             for name in adapter_tensors(module)
         }
         own = dict(self.learner.named_parameters())
@@ -173,7 +178,9 @@ class MamlNet(nn.Module):
                 )
             return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels)
 
-        rates = [rate if attached else rate.detach() for rate in self.rates] or [self.settings.inner_lr] * len(self.adapted)
+        rates = [rate if attached else rate.detach() for rate in self.rates] or [self.settings.inner_lr] * len(
+            self.adapted
+        )
         second_order = attached and self.settings.algorithm != "fomaml"
         steps = self._func_steps if self.settings.engine == "func" else self._learn2learn_steps
         # The fused attention kernels have no second derivative.
@@ -194,7 +201,9 @@ class MamlNet(nn.Module):
             }
         return now
 
-    def _learn2learn_steps(self, loss: Loss, rates: list, buffers: Tensors, attached: bool, second_order: bool) -> Tensors:
+    def _learn2learn_steps(
+        self, loss: Loss, rates: list, buffers: Tensors, attached: bool, second_order: bool
+    ) -> Tensors:
         library = _learn2learn()
         with torch.set_grad_enabled(attached):
             clone = library.clone_module(self.learner)
@@ -243,7 +252,7 @@ def _learn2learn() -> ModuleType:
             import learn2learn
     except ImportError as error:
         raise UserError(
-            'maml.engine: \'learn2learn\' needs learn2learn: pip install "vismt[meta]" (Python 3.11 or later: pip install -r '
+            "maml.engine: 'learn2learn' needs learn2learn: pip install \"vismt[meta]\" (Python 3.11 or later: pip install -r "
             f"requirements.txt), or use engine 'func', which computes the same ({error})."
         ) from error
     return learn2learn

@@ -123,7 +123,9 @@ class PoolNet(nn.Module):
         return self.task(zeta, support_images, support_labels, batch=batch)
 
     @torch.no_grad()
-    def task(self, zeta: Tensor, support_images: Tensor, support_labels: Tensor, *, batch: int = 256) -> PrototypeClassifier:
+    def task(
+        self, zeta: Tensor, support_images: Tensor, support_labels: Tensor, *, batch: int = 256
+    ) -> PrototypeClassifier:
         """The query classifier under a mixture (P,) that is decided elsewhere; prototypes are of the clean support."""
         task = self._task(self.weights(zeta), support_images, support_labels, batch)
         task.register_buffer("mixture", zeta, persistent=False)

@@ -29,14 +29,20 @@ class EpisodeObjective(nn.Module):
         """support (s, 3, h, w), support_labels (s,), query (m, 3, h, w), query_labels (m,) -> two scalars."""
         logits = self.proto(batch["support"], batch["support_labels"], batch["query"])
         labels = batch["query_labels"]
-        return {"loss": F.cross_entropy(logits.float(), labels), "accuracy": (logits.argmax(1) == labels).float().mean()}
+        return {
+            "loss": F.cross_entropy(logits.float(), labels),
+            "accuracy": (logits.argmax(1) == labels).float().mean(),
+        }
 
 
 class EpisodeBatches:
     """batches(k) -> the k-th training episode as image tensors; sources are drawn uniformly."""
 
     def __init__(
-        self, sources: Sequence[tuple[Callable[[Tensor], Tensor], Callable[[int], Episode]]], *, seed: int,
+        self,
+        sources: Sequence[tuple[Callable[[Tensor], Tensor], Callable[[int], Episode]]],
+        *,
+        seed: int,
         augment: Augmentation | None,
     ) -> None:
         self.sources, self.seed, self.augment = sources, seed, augment
@@ -50,6 +56,9 @@ class EpisodeBatches:
             images = self.augment(images, mix_seed(self.seed, "augment", number))
         support, query = images.split([len(episode.support), len(episode.query)])
         return {
-            "support": support, "support_labels": episode.support_labels, "query": query,
-            "query_labels": episode.query_labels, "number": torch.tensor(number),
+            "support": support,
+            "support_labels": episode.support_labels,
+            "query": query,
+            "query_labels": episode.query_labels,
+            "number": torch.tensor(number),
         }

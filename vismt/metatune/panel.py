@@ -54,8 +54,10 @@ def write_panel(path: Path, outcome: Outcome, names: Sequence[str] | None = None
     episode = outcome.episode
     near, far = _first_of_each(episode.support_labels), _first_of_each(episode.query_labels)
     arrays = {
-        "support": _bytes(outcome.support[near]), "support_labels": episode.support_labels[near].numpy(),
-        "query": _bytes(outcome.query[far]), "query_labels": episode.query_labels[far].numpy(),
+        "support": _bytes(outcome.support[near]),
+        "support_labels": episode.support_labels[near].numpy(),
+        "query": _bytes(outcome.query[far]),
+        "query_labels": episode.query_labels[far].numpy(),
         "predictions": outcome.predictions["clean"][far].numpy(),
         "classes": np.array([str(names[c]) if names else str(c) for c in episode.classes.tolist()]),
     }

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError
-from vismt.lowrank.bank import FactorBank
-from vismt.lowrank.factors import LowRank
 from vismt.files import atomic_write, read_json
+from vismt.lowrank.bank import FactorBank
+from vismt.lowrank.detached_updates import Updates
+from vismt.lowrank.factors import LowRank
 from vismt.lowrank.inject import adapted_modules, record_of, unadapt
 from vismt.lowrank.layer_spec import Site
 from vismt.lowrank.store import DESCRIPTION, base_samples, load_adapter
-from vismt.lowrank.detached_updates import Updates
 
 INDEX, FORMAT = "pool.json", 1
 
@@ -81,7 +81,9 @@ class ExpertPool(nn.Module):
         for site in self.sites:
             weight = self.backbone.vit.get_submodule(site.path).weight.detach()
             rows = [next(banks).merged(part, gates) for part in weight.flatten(1).split(site.blocks, 0)]
-            made[f"vit.{site.path}.weight"] = torch.cat(rows).view(weight.shape) if len(rows) > 1 else rows[0].view(weight.shape)
+            made[f"vit.{site.path}.weight"] = (
+                torch.cat(rows).view(weight.shape) if len(rows) > 1 else rows[0].view(weight.shape)
+            )
         return made
 
     def mixture(self, zeta: Tensor) -> Updates:
@@ -94,7 +96,9 @@ class ExpertPool(nn.Module):
             parts = [next(banks).delta(gates) for _ in site.blocks]
             kept = parts[0].core != 0  # the same in every block
             left = torch.block_diag(*(part.L[:, kept] * part.core[kept] for part in parts))
-            found[site.path] = LowRank(left.cpu(), torch.cat([part.R[kept] for part in parts]).cpu(), scale=parts[0].scale)
+            found[site.path] = LowRank(
+                left.cpu(), torch.cat([part.R[kept] for part in parts]).cpu(), scale=parts[0].scale
+            )
         return Updates(found, base=base_samples(self.backbone.vit, found), name="pool")
 
     def expert_weights(self, index: int) -> dict[str, Tensor]:
@@ -138,10 +142,14 @@ def check_alike(experts: Sequence[Expert]) -> None:
             first, other = sites[0].get(path), own.get(path)
             if first is None or other is None:
                 lacking = experts[0].label if first is None else expert.label
-                raise UserError(f"pool: experts '{experts[0].label}' and '{expert.label}' differ: '{lacking}' lacks {path}.")
+                raise UserError(
+                    f"pool: experts '{experts[0].label}' and '{expert.label}' differ: '{lacking}' lacks {path}."
+                )
             if first != other:
                 names = ("rank", "scale", "blocks", "shape", "core")
-                said = ", ".join(f"{n} {first.get(n)} and {other.get(n)}" for n in names if first.get(n) != other.get(n))
+                said = ", ".join(
+                    f"{n} {first.get(n)} and {other.get(n)}" for n in names if first.get(n) != other.get(n)
+                )
                 raise UserError(
                     f"pool: experts '{experts[0].label}' and '{expert.label}' differ at {path}: {said}. What the principal "
                     "start leaves of W then differs too, so no mixture of them exists; train them with the same settings."
@@ -179,7 +187,9 @@ def assemble(experts: Sequence[Expert], folder: Path) -> Path:
             try:
                 files[folder / name / part] = (expert.folder / part).read_bytes()
             except OSError as error:
-                raise UserError(f"expert '{expert.label}': '{expert.folder / part}' cannot be read ({error}).") from error
+                raise UserError(
+                    f"expert '{expert.label}': '{expert.folder / part}' cannot be read ({error})."
+                ) from error
         entries.append({"label": expert.label, "folder": name, "scale": expert.scale})
     # All is read before anything is written, for the experts may be this folder's; an old index must not outlive its files.
     if (folder / INDEX).exists():
@@ -195,7 +205,9 @@ def _sites(expert: Expert) -> dict[str, dict]:
     description = read_json(expert.folder / DESCRIPTION, what)
     try:
         if description["also_train"]:
-            raise UserError(f"{what}: it trains '{description['also_train'][0]}' too; a pool mixes low-rank factors alone.")
+            raise UserError(
+                f"{what}: it trains '{description['also_train'][0]}' too; a pool mixes low-rank factors alone."
+            )
         if any(site.get("grid") for site in description["sites"]):
             raise UserError(f"{what}: it lies on quantised weights; a pool mixes updates of the original ones.")
         return {site["path"]: site for site in description["sites"]}

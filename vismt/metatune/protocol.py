@@ -16,14 +16,19 @@ from torch import Tensor, nn
 
 from vismt import console
 from vismt.errors import UserError
-from vismt.stats import DomainRow, domain_average, domain_table, mean_interval, paired_bootstrap
 from vismt.metatune.labelled import Episode
 from vismt.metatune.panel import Outcome, write_panel
 from vismt.records import Records
 from vismt.seeds import mix_seed
+from vismt.stats import DomainRow, domain_average, domain_table, mean_interval, paired_bootstrap
 
 __all__ = [
-    "DomainRow", "domain_average", "domain_table", "mean_interval", "paired_bootstrap", "run_protocol",
+    "DomainRow",
+    "domain_average",
+    "domain_table",
+    "mean_interval",
+    "paired_bootstrap",
+    "run_protocol",
 ]
 
 
@@ -66,9 +71,19 @@ class PixelStore(Protocol):
 
 
 def run_protocol(
-    proto: Task, pixels: PixelStore, sampler: Sampler, *, episodes: int, attacks: Sequence[Attack] = (),
-    records: Path | None = None, panel: Path | None = None, device: torch.device | str | None = None,
-    data: str = "data", fingerprint: str = "", label: str | None = None, batch: int = 256,
+    proto: Task,
+    pixels: PixelStore,
+    sampler: Sampler,
+    *,
+    episodes: int,
+    attacks: Sequence[Attack] = (),
+    records: Path | None = None,
+    panel: Path | None = None,
+    device: torch.device | str | None = None,
+    data: str = "data",
+    fingerprint: str = "",
+    label: str | None = None,
+    batch: int = 256,
 ) -> dict[str, Tensor]:
     """Query accuracy of every episode, by condition: "clean" first, then each attack's text; float64 (episodes,) in [0, 1].
 
@@ -86,8 +101,11 @@ def run_protocol(
     if len(set(conditions)) < len(conditions):
         raise UserError(f"evaluate {data}: two attacks are called alike in {conditions[1:]}: leave one out.")
     settings = {
-        "data": data, "fingerprint": fingerprint, "sampler": dict(sampler.describe()),
-        "conditions": conditions, "attacks": [dict(attack.settings()) for attack in attacks],
+        "data": data,
+        "fingerprint": fingerprint,
+        "sampler": dict(sampler.describe()),
+        "conditions": conditions,
+        "attacks": [dict(attack.settings()) for attack in attacks],
     }
     module = proto if isinstance(proto, nn.Module) else nn.Module()
     if device is None:

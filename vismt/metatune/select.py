@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from vismt import console
 from vismt.metatune.finetune import FineTuned, FineTuneSettings
-from vismt.stats import mean_interval
 from vismt.metatune.merging import MergeSettings, PoolNet, expert_scores, mixture_weights
 from vismt.metatune.pool import ExpertPool
+from vismt.stats import mean_interval
 
 # support (s, 3, h, w), its labels (s,), query (m, 3, h, w), its labels (m,)
 Task = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -51,7 +51,12 @@ class Candidate:
 
 
 def choose(
-    pool: ExpertPool, tasks: Sequence[Task], merging: MergeSettings, tuning: FineTuneSettings, grid: Grid, judge: Judge,
+    pool: ExpertPool,
+    tasks: Sequence[Task],
+    merging: MergeSettings,
+    tuning: FineTuneSettings,
+    grid: Grid,
+    judge: Judge,
 ) -> tuple[MergeSettings, FineTuneSettings, list[Candidate]]:
     """The best settings of the grid on `tasks` (two or more), and every candidate that was tried, stage by stage."""
     found: list[Candidate] = []
@@ -77,7 +82,11 @@ def choose(
 
 
 def _mixtures(
-    pool: ExpertPool, tasks: Sequence[Task], base: MergeSettings, pairs: Sequence[tuple[float, float]], judge: Judge,
+    pool: ExpertPool,
+    tasks: Sequence[Task],
+    base: MergeSettings,
+    pairs: Sequence[tuple[float, float]],
+    judge: Judge,
 ) -> list[list[float]]:
     """Values of every pair on every task; experts are scored once a task, and equal mixtures are judged once."""
     net = PoolNet(pool, base)
@@ -102,7 +111,9 @@ def _judged(nets: Sequence[nn.Module], tasks: Sequence[Task], judge: Judge, labe
     return values
 
 
-def _keep(found: list[Candidate], stage: str, settings: Sequence[dict[str, Any]], values: Sequence[Sequence[float]]) -> int:
+def _keep(
+    found: list[Candidate], stage: str, settings: Sequence[dict[str, Any]], values: Sequence[Sequence[float]]
+) -> int:
     """Note every candidate of a stage; the place of the first best one."""
     means = torch.tensor([mean_interval(one)[0] for one in values])
     best = next(place for place, mean in enumerate(means) if mean >= means.max() - 1e-9)

@@ -22,7 +22,12 @@ SCALE = 1024.0
 
 
 def weight_perturbation(
-    loss: Tensor, named_params: Mapping[str, Tensor], gamma: float, *, form: str = "normalised", retain_graph: bool = False
+    loss: Tensor,
+    named_params: Mapping[str, Tensor],
+    gamma: float,
+    *,
+    form: str = "normalised",
+    retain_graph: bool = False,
 ) -> dict[str, Tensor]:
     """One ascent step nu of `loss` for each parameter, by name: detached, of the parameter's shape, dtype and device.
 
@@ -35,7 +40,9 @@ def weight_perturbation(
     if form not in FORMS:
         raise UserError(f"weight attack: form '{form}'.{near(form, FORMS)}")
     if not 0 <= gamma < float("inf") or loss.ndim:
-        raise UserError(f"weight attack: gamma {gamma}, loss of shape {tuple(loss.shape)}: need gamma >= 0 and a scalar loss.")
+        raise UserError(
+            f"weight attack: gamma {gamma}, loss of shape {tuple(loss.shape)}: need gamma >= 0 and a scalar loss."
+        )
     names, parameters = list(named_params), list(named_params.values())
     if not parameters:
         return {}
@@ -54,7 +61,9 @@ def _step(parameter: Tensor, gradient: Tensor, gamma: float, form: str) -> Tenso
     if form == "plain":
         return (gamma / SCALE * slope).to(parameter.dtype)
     largest = slope.abs().max()
-    unit = slope / torch.where(largest > 0, largest, torch.ones_like(largest))  # squares of tiny gradients would be zero
+    unit = slope / torch.where(
+        largest > 0, largest, torch.ones_like(largest)
+    )  # squares of tiny gradients would be zero
     length = unit.norm()
     size = gamma * parameter.to(kind).norm() / torch.where(length > 0, length, torch.ones_like(length))
     return (size * unit).to(parameter.dtype)

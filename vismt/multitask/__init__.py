@@ -11,6 +11,19 @@ from vismt.multitask.retain_dense import DenseRetaining
 from vismt.multitask.tasks import DenseTask, make_task
 
 __all__ = [
-    "Balancer", "DenseRetaining", "DenseTask", "FadeState", "MoEfiedMlp", "QualityRetaining", "RouterFade", "cluster_model",
-    "cluster_neurons", "make_balancer", "make_head", "make_task", "permute_experts", "resize_logits", "set_fade",
+    "Balancer",
+    "DenseRetaining",
+    "DenseTask",
+    "FadeState",
+    "MoEfiedMlp",
+    "QualityRetaining",
+    "RouterFade",
+    "cluster_model",
+    "cluster_neurons",
+    "make_balancer",
+    "make_head",
+    "make_task",
+    "permute_experts",
+    "resize_logits",
+    "set_fade",
 ]

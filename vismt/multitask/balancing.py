@@ -124,7 +124,9 @@ class Balancer(nn.Module):
         own = {id(parameter) for parameter in self.parameters()}
         parameters = [parameter for parameter in parameters if parameter.requires_grad and id(parameter) not in own]
         if not parameters:
-            raise UserError("balancing: none of the parameters to balance is trainable; name a method in the adapt section.")
+            raise UserError(
+                "balancing: none of the parameters to balance is trainable; name a method in the adapt section."
+            )
         # A parameter that only other processes reach must take part in the mean of gradients here, too: 0, with a gradient of 0.
         tied = parameters if processes() > 1 or not weighted else ()
         nothing = sum((p.flatten()[:0].sum() for p in (*tied, *self.parameters())), parameters[0].new_zeros(()))
@@ -132,7 +134,9 @@ class Balancer(nn.Module):
             return sum(weighted.values(), nothing)
         for number, loss in weighted.items():
             if not loss.requires_grad:
-                raise UserError(f"balancing: the loss of '{self.tasks[number]}' has no graph; leave an absent task out.")
+                raise UserError(
+                    f"balancing: the loss of '{self.tasks[number]}' has no graph; leave an absent task out."
+                )
         with torch.autocast(parameters[0].device.type, enabled=False):
             batch = self._gather(weighted, parameters[0])
             result = nothing + self.surrogate(batch, parameters) if batch.present.any() else nothing

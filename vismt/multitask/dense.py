@@ -72,7 +72,9 @@ def check_blocks(blocks: Sequence[int], depth: int) -> list[int]:
     """The blocks from 0; UserError unless they lie in the model, from shallow to deep, and end with its last."""
     found = [block % depth for block in blocks if -depth <= block < depth]
     if len(found) < len(blocks) or not found or found != sorted(found) or found[-1] != depth - 1:
-        raise UserError(f"blocks: {list(blocks)}; name blocks from 0 to {depth - 1}, shallow to deep, that end with {depth - 1}.")
+        raise UserError(
+            f"blocks: {list(blocks)}; name blocks from 0 to {depth - 1}, shallow to deep, that end with {depth - 1}."
+        )
     return found
 
 
@@ -87,13 +89,20 @@ class DenseObjective(TaskObjective):
     """
 
     def __init__(
-        self, net: DenseNet, tasks: Sequence[DenseTask], balancer: Balancer | None = None, balanced: Sequence[Tensor] = (),
-        retain: DenseRetaining | None = None, fade: RouterFade | None = None,
+        self,
+        net: DenseNet,
+        tasks: Sequence[DenseTask],
+        balancer: Balancer | None = None,
+        balanced: Sequence[Tensor] = (),
+        retain: DenseRetaining | None = None,
+        fade: RouterFade | None = None,
     ) -> None:
         super().__init__(net, balancer, balanced, retain, fade)
         self.tasks = {task.name: task for task in tasks}
         if len(self.tasks) < len(tasks) or set(self.tasks) != set(net.heads):
-            raise UserError(f"dense: tasks {[task.name for task in tasks]}, heads {list(net.heads)}; they must be the same.")
+            raise UserError(
+                f"dense: tasks {[task.name for task in tasks]}, heads {list(net.heads)}; they must be the same."
+            )
         if retain is not None and SEGMENTATION not in self.tasks:
             raise UserError(f"retain: compares class logits and needs the task {SEGMENTATION}; set retain to null.")
 

@@ -72,8 +72,14 @@ def permute_experts(block_or_mlp: nn.Module, labels: Tensor, n_experts: int) -> 
 
 
 def cluster_model(
-    vit: nn.Module, n_experts: int, seed: int = 0, *, by: str = "weights", images: Tensor | None = None,
-    tokens: int = 1024, restarts: int = RESTARTS,
+    vit: nn.Module,
+    n_experts: int,
+    seed: int = 0,
+    *,
+    by: str = "weights",
+    images: Tensor | None = None,
+    tokens: int = 1024,
+    restarts: int = RESTARTS,
 ) -> list[Tensor]:
     """Labels of every block of a timm ViT, each as of `cluster_neurons`; the model stays as it is.
 
@@ -89,7 +95,9 @@ def cluster_model(
     if (images is None) != (by == "weights"):
         raise UserError(f"experts: by='{by}' {'needs images' if images is None else 'takes no images'}.")
     if not hasattr(vit, "blocks"):
-        raise UserError(f"experts: {type(vit).__name__} has no blocks; give the timm model (of a Backbone: backbone.vit).")
+        raise UserError(
+            f"experts: {type(vit).__name__} has no blocks; give the timm model (of a Backbone: backbone.vit)."
+        )
     mlps = [plain_mlp(block, f"block {number}") for number, block in enumerate(vit.blocks)]
     for mlp in mlps:
         check_divides(mlp.fc1.out_features, n_experts, "hidden units")
@@ -119,7 +127,9 @@ def plain_mlp(block_or_mlp: nn.Module, name: str = "") -> nn.Module:
         seen = f"fc1 is {type(fc1).__name__}, fc2 {type(fc2).__name__}" if fc1 is not None else "it has no fc1 and fc2"
         raise UserError(f"{what}: {seen}, needed two nn.Linear; take a plain ViT before anything is adapted.")
     if not isinstance(getattr(mlp, "norm", None), nn.Identity | None):
-        raise UserError(f"{what} normalises its hidden units, which ties experts to each other; use a ViT without that norm.")
+        raise UserError(
+            f"{what} normalises its hidden units, which ties experts to each other; use a ViT without that norm."
+        )
     return mlp
 
 
@@ -133,7 +143,9 @@ def _balanced(labels: Tensor, n_experts: int) -> bool:
 def _activations(vit: nn.Module, mlps: list[nn.Module], images: Tensor, tokens: int, seed: int) -> list[Tensor]:
     """For each FFN max(0, activation), fp32 (H, tokens) on the CPU; the same tokens in every block."""
     if images.ndim != 4 or not len(images) or tokens < 1:
-        raise UserError(f"experts: images are {tuple(images.shape)}, tokens {tokens}: need (b, 3, h, w), at least one token.")
+        raise UserError(
+            f"experts: images are {tuple(images.shape)}, tokens {tokens}: need (b, 3, h, w), at least one token."
+        )
     seen: list[list[Tensor]] = [[] for _ in mlps]
     hooks = [
         mlp.fc2.register_forward_pre_hook(lambda _, inputs, kept=kept: kept.append(inputs[0].flatten(0, -2)))
@@ -176,5 +188,10 @@ def _read(file: Path, hidden: int, n_experts: int) -> Tensor | None:
         labels = read_tensors(file, "experts")[1].get("labels")
     except UserError:
         return None
-    fits = labels is not None and labels.dtype == torch.int64 and labels.shape == (hidden,) and _balanced(labels, n_experts)
+    fits = (
+        labels is not None
+        and labels.dtype == torch.int64
+        and labels.shape == (hidden,)
+        and _balanced(labels, n_experts)
+    )
     return labels if fits else None

@@ -70,7 +70,9 @@ class RouterFade(FadeState):
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise UserError(f"fade: total_steps {total_steps!r}, needed the number of optimiser steps of the training.")
         if not 0 <= start <= end <= 1:
-            raise UserError(f"fade: start {start}, end {end}: need 0 <= start <= end <= 1, so that it ends within the training.")
+            raise UserError(
+                f"fade: start {start}, end {end}: need 0 <= start <= end <= 1, so that it ends within the training."
+            )
         self.total_steps, self.start, self.end = total_steps, float(start), float(end)
         self.taken = 0
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
@@ -102,4 +104,6 @@ class RouterFade(FadeState):
         self.taken, self.value = taken, planned
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, step {self.taken} of {self.total_steps}, start={self.start:g}, end={self.end:g}"
+        return (
+            f"{super().extra_repr()}, step {self.taken} of {self.total_steps}, start={self.start:g}, end={self.end:g}"
+        )

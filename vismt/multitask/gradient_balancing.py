@@ -184,7 +184,9 @@ class NashMtl(GradientBalancer):
             slope = cosines @ alpha - 1 / alpha
             step = torch.linalg.solve(cosines + torch.diag(alpha**-2), slope)
             decrement = float((slope @ step).clamp_min(0).sqrt())
-            alpha = alpha - step / (1 + decrement if decrement > 0.25 else 1)  # stays positive: the function is self-concordant
+            alpha = alpha - step / (
+                1 + decrement if decrement > 0.25 else 1
+            )  # stays positive: the function is self-concordant
             if decrement < 1e-10:
                 break
         return alpha / norms

@@ -67,7 +67,7 @@ class Head(nn.Module, ABC):
 
 
 class LinearHead(Head):
-    """"linear", at the taps' grid."""
+    """ "linear", at the taps' grid."""
 
     def __init__(self, widths: Sequence[int], channels: int) -> None:
         super().__init__(widths, channels)
@@ -78,10 +78,16 @@ class LinearHead(Head):
 
 
 class ConvHead(Head):
-    """"conv". hidden: width between, None for the tap's. scale: of the bilinear upsampling. norm: "group" or "batch"."""
+    """ "conv". hidden: width between, None for the tap's. scale: of the bilinear upsampling. norm: "group" or "batch"."""
 
     def __init__(
-        self, widths: Sequence[int], channels: int, *, hidden: int | None = None, scale: int = 4, norm: str = "group",
+        self,
+        widths: Sequence[int],
+        channels: int,
+        *,
+        hidden: int | None = None,
+        scale: int = 4,
+        norm: str = "group",
     ) -> None:
         super().__init__(widths, channels)
         hidden = self.widths[-1] if hidden is None else positive("conv", "hidden", hidden)
@@ -95,10 +101,16 @@ class ConvHead(Head):
 
 
 class SegFormerHead(Head):
-    """"segformer", of any number of taps. hidden: width for each tap and after fusion. scale, norm: as in `ConvHead`."""
+    """ "segformer", of any number of taps. hidden: width for each tap and after fusion. scale, norm: as in `ConvHead`."""
 
     def __init__(
-        self, widths: Sequence[int], channels: int, *, hidden: int = 256, scale: int = 4, norm: str = "group",
+        self,
+        widths: Sequence[int],
+        channels: int,
+        *,
+        hidden: int = 256,
+        scale: int = 4,
+        norm: str = "group",
     ) -> None:
         super().__init__(widths, channels)
         positive("segformer", "hidden", hidden)
@@ -115,7 +127,7 @@ class SegFormerHead(Head):
 
 
 class DptHead(Head):
-    """"dpt", of four taps from the shallowest to the deepest. hidden: width of all maps, even."""
+    """ "dpt", of four taps from the shallowest to the deepest. hidden: width of all maps, even."""
 
     def __init__(self, widths: Sequence[int], channels: int, *, hidden: int = 256) -> None:
         super().__init__(widths, channels)
@@ -124,16 +136,20 @@ class DptHead(Head):
         if positive("dpt", "hidden", hidden) % 2:
             raise UserError(f"dpt: hidden {hidden}; it must be even.")
         self.project = nn.ModuleList(nn.Conv2d(width, hidden, 1) for width in self.widths)
-        self.resample = nn.ModuleList([
-            nn.ConvTranspose2d(hidden, hidden, 4, stride=4),
-            nn.ConvTranspose2d(hidden, hidden, 2, stride=2),
-            nn.Identity(),
-            nn.Conv2d(hidden, hidden, 3, stride=2, padding=1),
-        ])
+        self.resample = nn.ModuleList(
+            [
+                nn.ConvTranspose2d(hidden, hidden, 4, stride=4),
+                nn.ConvTranspose2d(hidden, hidden, 2, stride=2),
+                nn.Identity(),
+                nn.Conv2d(hidden, hidden, 3, stride=2, padding=1),
+            ]
+        )
         self.lateral = nn.ModuleList(ResidualUnit(hidden) for _ in range(3))
         self.refine = nn.ModuleList(ResidualUnit(hidden) for _ in range(4))
         self.predict = nn.Sequential(
-            nn.Conv2d(hidden, hidden // 2, 3, padding=1), nn.GELU(), nn.Conv2d(hidden // 2, channels, 1),
+            nn.Conv2d(hidden, hidden // 2, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(hidden // 2, channels, 1),
         )
 
     def decode(self, taps: list[Tensor]) -> Tensor:

@@ -53,8 +53,13 @@ def predict(
                 else:
                     found[name] = found.get(name, 0) + part
             count[here] += 1
-        found = {name: value / (count if isinstance(tasks[name], MapTask) else len(views)) for name, value in found.items()}
-    return {name: value[..., :height, :width] if isinstance(tasks[name], MapTask) else value for name, value in found.items()}
+        found = {
+            name: value / (count if isinstance(tasks[name], MapTask) else len(views)) for name, value in found.items()
+        }
+    return {
+        name: value[..., :height, :width] if isinstance(tasks[name], MapTask) else value
+        for name, value in found.items()
+    }
 
 
 def starts(side: int, window: int, overlap: float) -> list[int]:

@@ -101,7 +101,10 @@ def check_divides(rows: int, clusters: int, what: str) -> None:
         raise UserError(f"experts: n_experts is {clusters!r}, needed a whole number from 1.")
     if clusters > rows or rows % clusters:
         fits = [number for number in range(1, rows + 1) if rows % number == 0]
-        below, above = max((n for n in fits if n < clusters), default=1), min((n for n in fits if n > clusters), default=rows)
+        below, above = (
+            max((n for n in fits if n < clusters), default=1),
+            min((n for n in fits if n > clusters), default=rows),
+        )
         close = " or ".join(str(number) for number in sorted({below, above}))
         raise UserError(f"experts: {clusters} experts cannot share {rows} {what} equally; use {close}.")
 

@@ -87,12 +87,16 @@ class DynamicWeightAverage(Balancer):
         self.temperature, self.window = temperature, window
         self.register_buffer("sums", torch.zeros(len(self.tasks)))  # of the window under way
         self.register_buffer("counts", torch.zeros(len(self.tasks)))
-        self.register_buffer("means", torch.full((2, len(self.tasks)), torch.nan))  # of the window before last, the last
+        self.register_buffer(
+            "means", torch.full((2, len(self.tasks)), torch.nan)
+        )  # of the window before last, the last
 
     def weigh(self, batch: TaskLosses) -> Tensor:
         calls = int(self.calls)
         if calls and calls % self.window == 0:
-            self.means.copy_(torch.stack([self.means[1], self.sums / self.counts]))  # 0 / 0: nan, as the task was absent
+            self.means.copy_(
+                torch.stack([self.means[1], self.sums / self.counts])
+            )  # 0 / 0: nan, as the task was absent
             self.sums.zero_()
             self.counts.zero_()
         self.sums += batch.means.to(self.sums)
@@ -152,7 +156,12 @@ class Famo(Balancer):
     before: Tensor
 
     def __init__(
-        self, tasks: Sequence[str], *, lr: float = 0.025, gamma: float = 0.01, least: Mapping[str, float] | None = None,
+        self,
+        tasks: Sequence[str],
+        *,
+        lr: float = 0.025,
+        gamma: float = 0.01,
+        least: Mapping[str, float] | None = None,
         **common: Any,
     ) -> None:
         super().__init__(tasks, **common)

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError
-from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.inject import attach, inject, refuse_adapted, site_generator
-from vismt.lowrank.wrappers import parts_of
 from vismt.lowrank.layer_spec import AdaptReport
+from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.targets import Targets, find_targets, kind_of
+from vismt.lowrank.wrappers import parts_of
 from vismt.multitask.experts import cluster_model
 from vismt.multitask.moefied import Fade, MoEfiedMlp, check_labels, checked_fade, starter
 from vismt.registry import register_method
@@ -36,8 +36,17 @@ ATTENTION = ("qkv", "q_proj", "k_proj", "v_proj", "proj")
 
 @register_method("moe_lora")
 def moe_lora(
-    model: nn.Module, *, targets: Targets, rank: int, alpha: float | None, seed: int, n_experts: int = 16,
-    temperature: float = 5.0, init: str = "normal", cluster: bool | Sequence[Tensor] = True, fade: float | Fade = 0.0,
+    model: nn.Module,
+    *,
+    targets: Targets,
+    rank: int,
+    alpha: float | None,
+    seed: int,
+    n_experts: int = 16,
+    temperature: float = 5.0,
+    init: str = "normal",
+    cluster: bool | Sequence[Tensor] = True,
+    fade: float | Fade = 0.0,
     **options: Any,
 ) -> AdaptReport:
     """LoRA at `targets` (None: qkv, proj, fc1, fc2 of all blocks) and a router in the FFN of every block.
@@ -59,7 +68,9 @@ def moe_lora(
     if targets is None:
         attention = [path for path, module in model.named_modules() if kind_of(module) == "linear" and _projects(path)]
         targets = [*attention, *linears]
-    report = inject(model, "moe_lora", start, offset=False, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)
+    report = inject(
+        model, "moe_lora", start, offset=False, targets=targets, rank=rank, alpha=alpha, seed=seed, **options
+    )
     parts = []
     for number, path in enumerate(found):
         own_seed = int(torch.randint(2**62, (), generator=site_generator(seed, path)))
@@ -84,7 +95,8 @@ def ffns(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for prefix, block in blocks.items():
         own = {
-            f"{prefix}.{path}": module for path, module in block.named_modules()
+            f"{prefix}.{path}": module
+            for path, module in block.named_modules()
             if type(module).forward is Mlp.forward and not any(name.startswith("attn") for name in path.split("."))
         }
         if not own and isinstance(getattr(block, "mlp", None), nn.Module):
@@ -114,16 +126,20 @@ def routes(model: nn.Module) -> bool:
 def _projects(path: str) -> bool:
     """A projection of a block's attention, fused or not."""
     block = BLOCK.match(path)
-    names = path[block.end() + 1:].split(".") if block else []
+    names = path[block.end() + 1 :].split(".") if block else []
     return len(names) > 1 and names[-2].startswith("attn") and names[-1] in ATTENTION
 
 
-def _labels(mlps: list[nn.Module], cluster: bool | Sequence[Tensor], n_experts: int, seed: int) -> Sequence[Tensor] | None:
+def _labels(
+    mlps: list[nn.Module], cluster: bool | Sequence[Tensor], n_experts: int, seed: int
+) -> Sequence[Tensor] | None:
     """Labels of each FFN; None where the units stay as they lie."""
     if not isinstance(cluster, bool):
         labels = list(cluster)
         if len(labels) != len(mlps) or not all(isinstance(label, Tensor) for label in labels):
-            raise UserError(f"moe_lora: cluster holds {len(labels)} entries, needed labels (tensors) of {len(mlps)} FFNs.")
+            raise UserError(
+                f"moe_lora: cluster holds {len(labels)} entries, needed labels (tensors) of {len(mlps)} FFNs."
+            )
         for mlp, label in zip(mlps, labels):
             check_labels(label, len(mlp.fc1.weight), n_experts)
         return labels

@@ -22,15 +22,18 @@ from torch import Tensor, nn
 from vismt.errors import UserError, near
 from vismt.lowrank.init import working_dtype
 from vismt.lowrank.inject import Initialiser, initialise, site_generator
+from vismt.lowrank.layer_spec import plan_site
 from vismt.lowrank.linear import Adapted, AdaptedLinear
 from vismt.lowrank.wrappers import Part
-from vismt.lowrank.layer_spec import plan_site
 from vismt.multitask.experts import plain_mlp
 from vismt.multitask.routing import expert_weights, gate, idle
 
 INITS = ("normal", "zero")
 STD = 0.02
-TABLES = {"fc1": (("weight", 0), ("bias", 0), ("lora_B", 0)), "fc2": (("weight", 1), ("lora_A", 1))}  # axes of hidden units
+TABLES = {
+    "fc1": (("weight", 0), ("bias", 0), ("lora_B", 0)),
+    "fc2": (("weight", 1), ("lora_A", 1)),
+}  # axes of hidden units
 
 
 def starter(init: str) -> Initialiser:
@@ -95,7 +98,13 @@ class MoEfiedMlp(Part):
     labels: Tensor
 
     def __init__(
-        self, mlp: nn.Module, rank: int | None, n_experts: int, temperature: float = 5.0, init: str = "normal", seed: int = 0
+        self,
+        mlp: nn.Module,
+        rank: int | None,
+        n_experts: int,
+        temperature: float = 5.0,
+        init: str = "normal",
+        seed: int = 0,
     ) -> None:
         self.check("mlp", mlp, {"n_experts": n_experts, "temperature": temperature})
         start = starter(init)
@@ -207,7 +216,9 @@ class MoEfiedMlp(Part):
         if not adapted and not isinstance(base, cls):
             plain_mlp(base, f"'{path}'")
         if not isinstance(base, cls) and type(base).forward is not Mlp.forward:
-            raise UserError(f"moe_lora: '{path}' is a {type(base).__name__}, needed timm's Mlp: fc1, an activation, fc2.")
+            raise UserError(
+                f"moe_lora: '{path}' is a {type(base).__name__}, needed timm's Mlp: fc1, an activation, fc2."
+            )
         hidden, width = base.fc1.weight.shape
         if hidden % n_experts:
             fitting = ", ".join(str(k) for k in range(2, 65) if hidden % k == 0) or "1"
@@ -230,7 +241,9 @@ class MoEfiedMlp(Part):
 
     def need_idle(self, what: str, path: str) -> None:
         taken, total = getattr(self._fade, "taken", None), getattr(self._fade, "total_steps", None)
-        where = "" if taken is None else f", step {taken} of {total}, 1 from {math.ceil((self._fade.end - 1e-9) * total)}"
+        where = (
+            "" if taken is None else f", step {taken} of {total}, 1 from {math.ceil((self._fade.end - 1e-9) * total)}"
+        )
         refuse_routing(what, path, self.fade_value, where)
 
     @classmethod

@@ -20,7 +20,11 @@ class TaskObjective(nn.Module):
     """
 
     def __init__(
-        self, net: nn.Module, balancer: Balancer | None, balanced: Sequence[Tensor], retain: QualityRetaining | None,
+        self,
+        net: nn.Module,
+        balancer: Balancer | None,
+        balanced: Sequence[Tensor],
+        retain: QualityRetaining | None,
         fade: RouterFade | None,
     ) -> None:
         super().__init__()
@@ -38,7 +42,11 @@ class TaskObjective(nn.Module):
 
     def logged(self) -> dict[str, Tensor]:
         """ "weight/<task>", a balancer's alpha of the last batch, and "fade", a."""
-        found = {} if self.balancer is None else {f"weight/{name}": value for name, value in self.balancer.last_alpha().items()}
+        found = (
+            {}
+            if self.balancer is None
+            else {f"weight/{name}": value for name, value in self.balancer.last_alpha().items()}
+        )
         return found if self.fade is None else {**found, "fade": self.fade.alpha.clone()}
 
     def step(self) -> None:

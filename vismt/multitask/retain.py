@@ -45,9 +45,18 @@ class QualityRetaining(nn.Module):
     task_of_class: Tensor
 
     def __init__(
-        self, num_classes: int, task_of_class: Tensor | Sequence[int], temperature: float = 2.0, mode: str = "fifo2",
-        ema_decay: float = 0.95, ema_init: float = 10.0, *, momentum: float = 0.5, reduction: str = "mean",
-        ema_floor: float | None = None, reverse: bool = False,
+        self,
+        num_classes: int,
+        task_of_class: Tensor | Sequence[int],
+        temperature: float = 2.0,
+        mode: str = "fifo2",
+        ema_decay: float = 0.95,
+        ema_init: float = 10.0,
+        *,
+        momentum: float = 0.5,
+        reduction: str = "mean",
+        ema_floor: float | None = None,
+        reverse: bool = False,
     ) -> None:
         super().__init__()
         tasks = torch.as_tensor(task_of_class)
@@ -86,7 +95,9 @@ class QualityRetaining(nn.Module):
         teacher = (self.bank[labels].to(student.dtype) / T).log_softmax(-1)
         ours = (student / T).log_softmax(-1)[:, None].expand_as(teacher)
         first, second = (teacher, ours) if not self.reverse else (ours, teacher)
-        distance = F.kl_div(second, first, reduction="none", log_target=True).sum((1, 2)) * (T * T * 2 / self.bank.shape[1])
+        distance = F.kl_div(second, first, reduction="none", log_target=True).sum((1, 2)) * (
+            T * T * 2 / self.bank.shape[1]
+        )
         each = distance / weight[self.task_of_class[labels]].to(student.dtype)
         return each.mean() if self.reduction == "mean" else each.sum()
 
@@ -102,7 +113,9 @@ class QualityRetaining(nn.Module):
         student, labels = _from_all(student.float()), _from_all(labels)
         place = torch.arange(len(labels), device=labels.device)
         place = torch.where(student.isfinite().all(1), place, -1)
-        last = torch.full((self.num_classes,), -1, device=labels.device).scatter_reduce(0, labels, place, "amax")[labels]
+        last = torch.full((self.num_classes,), -1, device=labels.device).scatter_reduce(0, labels, place, "amax")[
+            labels
+        ]
         newest = self.bank[labels, -1]
         stored = student[last.clamp_min(0)]
         if self.mode == "ema":
@@ -130,7 +143,12 @@ class QualityRetaining(nn.Module):
 
     def _check(self, logits: Tensor, labels: Tensor) -> None:
         shape = (len(labels) if labels.ndim else 0, self.num_classes)
-        if tuple(logits.shape) != shape or not logits.is_floating_point() or labels.ndim != 1 or labels.dtype != torch.int64:
+        if (
+            tuple(logits.shape) != shape
+            or not logits.is_floating_point()
+            or labels.ndim != 1
+            or labels.dtype != torch.int64
+        ):
             raise UserError(
                 f"quality retaining: logits {tuple(logits.shape)} {logits.dtype}, labels {tuple(labels.shape)} {labels.dtype}; "
                 f"needed (b, {self.num_classes}) floating point and (b,) int64."

@@ -57,7 +57,9 @@ class DenseRetaining(QualityRetaining):
 
     def _pixels(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (p, C), labels (p,) and image (p,) of the valid pixels, image by image."""
-        fits = logits.ndim == 4 and target.ndim == 3 and len(logits) == len(target) and logits.shape[1] == self.num_classes
+        fits = (
+            logits.ndim == 4 and target.ndim == 3 and len(logits) == len(target) and logits.shape[1] == self.num_classes
+        )
         if not fits or target.dtype != torch.int64:
             raise UserError(
                 f"quality retaining: logits {tuple(logits.shape)}, target {tuple(target.shape)} {target.dtype}; needed "

@@ -29,7 +29,9 @@ class GradientBalancer(Balancer, ABC):
 
     default_heads = "plain"
 
-    def __init__(self, tasks: Sequence[str], *, heads: str | None = None, loss_scale: float = 1.0, **common: Any) -> None:
+    def __init__(
+        self, tasks: Sequence[str], *, heads: str | None = None, loss_scale: float = 1.0, **common: Any
+    ) -> None:
         super().__init__(tasks, **common)
         self.heads, self.loss_scale = self.default_heads if heads is None else heads, loss_scale
         one_of("heads", self.heads, HEADS)
@@ -48,7 +50,9 @@ class GradientBalancer(Balancer, ABC):
             alpha[tasks] = self.solve(gram[tasks][:, tasks], tasks, batch.host()[tasks])
         self.alpha.copy_(alpha)
         if self.heads == "weighted":
-            return sum((alpha[number].item() * loss for number, loss in batch.losses.items()), batch.means.new_zeros(()))
+            return sum(
+                (alpha[number].item() * loss for number, loss in batch.losses.items()), batch.means.new_zeros(())
+            )
         total = sum(batch.losses.values(), batch.means.new_zeros(()))
         if not finite:
             return total
@@ -64,7 +68,9 @@ class GradientBalancer(Balancer, ABC):
         rows = torch.zeros(len(self.tasks), size, dtype=kind, device=parameters[0].device)
         for number, loss in losses.items():
             scaled = loss * self.loss_scale
-            found = torch.autograd.grad(scaled, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+            found = torch.autograd.grad(
+                scaled, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
             rows[number] = torch.cat([gradient.flatten().to(kind) for gradient in found])
         if processes() > 1:
             dist.all_reduce(rows)

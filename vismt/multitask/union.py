@@ -85,8 +85,15 @@ class UnionObjective(TaskObjective):
     """
 
     def __init__(
-        self, net: nn.Module, union: Union, *, head: str = "union", label_smoothing: float = 0.0,
-        balancer: Balancer | None = None, balanced: Sequence[Tensor] = (), retain: QualityRetaining | None = None,
+        self,
+        net: nn.Module,
+        union: Union,
+        *,
+        head: str = "union",
+        label_smoothing: float = 0.0,
+        balancer: Balancer | None = None,
+        balanced: Sequence[Tensor] = (),
+        retain: QualityRetaining | None = None,
         fade: RouterFade | None = None,
     ) -> None:
         super().__init__(net, balancer, balanced, retain, fade)
@@ -95,7 +102,9 @@ class UnionObjective(TaskObjective):
         if not 0 <= label_smoothing < 1:
             raise UserError(f"label_smoothing: {label_smoothing}; it lies in [0, 1).")
         if retain is not None and head != "union":
-            raise UserError("retain: quality retaining compares logits over the classes of all tasks; it needs head: union.")
+            raise UserError(
+                "retain: quality retaining compares logits over the classes of all tasks; it needs head: union."
+            )
         self.union, self.head, self.label_smoothing = union, head, label_smoothing
         self.register_buffer("task_of_class", union.task_of_class(), persistent=False)
 

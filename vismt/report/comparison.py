@@ -68,7 +68,9 @@ def read_results(folder: Path, config_hash: str) -> list[Row]:
         if fault is None and key in seen:
             fault = "says the same thing as an earlier row"
         if fault is not None:
-            raise UserError(f"report: {name}: {fault}; a number needs n, CI and config hash. Run `vismt evaluate` again.")
+            raise UserError(
+                f"report: {name}: {fault}; a number needs n, CI and config hash. Run `vismt evaluate` again."
+            )
         seen.add(key)
     return rows
 
@@ -77,8 +79,13 @@ def compare(rows: Sequence[Row], folder: Path) -> list[Comparison]:
     """One comparison per (data, protocol, condition, metric, seed), by protocol, then sets in order, then the average."""
     data, protocols = (list(dict.fromkeys(row[name] for row in rows)) for name in ("data", "protocol"))
     order = lambda row: (  # noqa: E731
-        protocols.index(row["protocol"]), row["metric"], row["seed"], row["unit"],
-        data.index(row["data"]), row["condition"] != "clean", row["condition"],
+        protocols.index(row["protocol"]),
+        row["metric"],
+        row["seed"],
+        row["unit"],
+        data.index(row["data"]),
+        row["condition"] != "clean",
+        row["condition"],
     )
     found: list[Comparison] = []
     for _, table in groupby(sorted(rows, key=order), key=lambda row: order(row)[:4]):
@@ -160,9 +167,15 @@ def _compare(group: Sequence[Row], episodes: Sequence[Episodes | None]) -> Compa
     difference = None
     if len(group) == 2 and paired:
         difference = paired_bootstrap(*aligned(episodes[1], episodes[0]))[:3]
-    return _comparison(group[0], {
-        row["model"]: Cell(row["value"], row["ci95"], int(row["n"]), mark) for row, mark in zip(group, marks, strict=True)
-    }, difference, paired)
+    return _comparison(
+        group[0],
+        {
+            row["model"]: Cell(row["value"], row["ci95"], int(row["n"]), mark)
+            for row, mark in zip(group, marks, strict=True)
+        },
+        difference,
+        paired,
+    )
 
 
 def _averages(groups: Sequence[Sequence[Row]], episodes: dict[int, Episodes | None]) -> list[Comparison]:
@@ -227,6 +240,10 @@ def _comparison(
 ) -> Comparison:
     texts = {name: row[name] for name in ("data", "protocol", "condition", "metric", "unit")}
     return Comparison(
-        **texts, seed=int(row["seed"]), cells=cells, difference=difference, paired=paired,
+        **texts,
+        seed=int(row["seed"]),
+        cells=cells,
+        difference=difference,
+        paired=paired,
         lower_is_better=bool(row.get("lower_is_better")),
     )

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vismt.errors import UserError
+from vismt.jobs.fewshot.episode_figure import episode_grid
+from vismt.report.comparison import AVERAGE, Comparison, is_share
 from vismt.report.plotting import (
     DASHES,
     GRID,
@@ -26,9 +29,6 @@ from vismt.report.plotting import (
     save,
     short,
 )
-from vismt.report.comparison import AVERAGE, Comparison, is_share
-from vismt.jobs.fewshot.episode_figure import episode_grid
-from vismt.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,8 +60,15 @@ def training_curve(metrics: Sequence[Mapping[str, Any]], path: Path) -> Path:
         axes.plot(steps, smooth, color=color, linewidth=2.2, solid_capstyle="round")
         unit = " %" if name == "accuracy" else ""
         axes.annotate(
-            f"{smooth[-1]:.3g}{unit}", (steps[-1], smooth[-1]), xytext=(7, 0), textcoords="offset points",
-            va="center", color=color, fontsize=10, fontweight="bold", annotation_clip=False,
+            f"{smooth[-1]:.3g}{unit}",
+            (steps[-1], smooth[-1]),
+            xytext=(7, 0),
+            textcoords="offset points",
+            va="center",
+            color=color,
+            fontsize=10,
+            fontweight="bold",
+            annotation_clip=False,
         )
         dress(axes, "Training loss" if name == "loss" else "Training accuracy (%)")
         axes.grid(axis="y", color=GRID, linewidth=0.8)
@@ -97,14 +104,21 @@ def domain_bars(comparisons: Sequence[Comparison], path: Path, order: Sequence[s
     figure = new_figure(width, height)
     colors = {model: color_of(model, models if order is None else order) for model in models}
     legend(figure, models, list(colors.values()), label, chance=chance)
-    reach = 1.0 if is_share(comparisons[0].metric) else max(c.value + c.ci95 for x in comparisons for c in x.cells.values())
+    reach = (
+        1.0 if is_share(comparisons[0].metric) else max(c.value + c.ci95 for x in comparisons for c in x.cells.values())
+    )
     panel = (width - label - 0.35) / columns
     offset = top
     for place, rows in enumerate(heights):
         block, band = divmod(place, bands)
         offset += 0.55
         for column, condition in enumerate(conditions[band * columns : (band + 1) * columns]):
-            box = ((label + column * panel) / width, 1 - (offset + rows) / height, (panel - 0.45) / width, rows / height)
+            box = (
+                (label + column * panel) / width,
+                1 - (offset + rows) / height,
+                (panel - 0.45) / width,
+                rows / height,
+            )
             axes = figure.add_axes(box)
             chosen = {
                 c.data: c for c in comparisons if (c.protocol, c.seed, c.condition) == (*blocks[block], condition)
@@ -116,7 +130,13 @@ def domain_bars(comparisons: Sequence[Comparison], path: Path, order: Sequence[s
 
 
 def _bars(
-    axes: Axes, chosen: Mapping[str, Comparison], names: Sequence[str], colors: Mapping[str, str], reach: float, *, first: bool
+    axes: Axes,
+    chosen: Mapping[str, Comparison],
+    names: Sequence[str],
+    colors: Mapping[str, str],
+    reach: float,
+    *,
+    first: bool,
 ) -> None:
     thickness = 0.78 / len(colors)
     factor = 100.0 if reach == 1.0 else 1.0
@@ -128,12 +148,25 @@ def _bars(
             y = row + (place - (len(colors) - 1) / 2) * thickness
             axes.barh(y, factor * cell.value, height=0.9 * thickness, color=color)
             axes.errorbar(
-                factor * cell.value, y, xerr=factor * cell.ci95, color=INK, elinewidth=1.1, capsize=2.2, capthick=1.1,
+                factor * cell.value,
+                y,
+                xerr=factor * cell.ci95,
+                color=INK,
+                elinewidth=1.1,
+                capsize=2.2,
+                capthick=1.1,
             )
             axes.annotate(
-                f"{factor * cell.value:.1f}" if factor > 1 else f"{cell.value:.3g}", (factor * (cell.value + cell.ci95), y),
-                xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5, color=INK, annotation_clip=False,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8}, zorder=4,
+                f"{factor * cell.value:.1f}" if factor > 1 else f"{cell.value:.3g}",
+                (factor * (cell.value + cell.ci95), y),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7.5,
+                color=INK,
+                annotation_clip=False,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+                zorder=4,
             )
     cells = [cell for comparison in chosen.values() for cell in comparison.cells.values()]
     least = min((cell.value - cell.ci95 for cell in cells), default=0.0)  # below 0 only where values may be negative
@@ -157,10 +190,25 @@ def _heading(axes: Axes, chosen: Mapping[str, Comparison], condition: str, proto
     several = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0]) if counts else "0"
     share = ", per cent" if chosen and is_share(next(iter(chosen.values())).metric) else ""
     title = condition[:1].upper() + condition[1:]
-    axes.annotate(short(title, 42), (0, 1), xytext=(0, 20), xycoords="axes fraction", textcoords="offset points",
-                  fontsize=10.5 if len(title) <= 34 else 8.5, fontweight="bold", color=INK)
-    axes.annotate(f"{protocol}, n = {several} {unit}{share}", (0, 1), xytext=(0, 7), xycoords="axes fraction",
-                  textcoords="offset points", fontsize=8.5, color=MUTED)
+    axes.annotate(
+        short(title, 42),
+        (0, 1),
+        xytext=(0, 20),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        fontsize=10.5 if len(title) <= 34 else 8.5,
+        fontweight="bold",
+        color=INK,
+    )
+    axes.annotate(
+        f"{protocol}, n = {several} {unit}{share}",
+        (0, 1),
+        xytext=(0, 7),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        fontsize=8.5,
+        color=MUTED,
+    )
 
 
 def _chance(comparison: Comparison | None) -> float | None:
@@ -169,4 +217,3 @@ def _chance(comparison: Comparison | None) -> float | None:
         return None
     ways = re.match(r"(\d+)-way\b", comparison.protocol)
     return 1 / int(ways[1]) if ways and int(ways[1]) else None
-

@@ -18,14 +18,30 @@ from vismt.files import atomic_write
 # Kind of panel -> array -> type and axes; an axis has one length in all arrays of a file, "3" is three. "?": may be NaN.
 LAYOUTS = {
     "examples": {
-        "images": ("uint8", "n3hw"), "truth": ("str", "n"), "tasks": ("str", "n"), "arms": ("str", "a"),
+        "images": ("uint8", "n3hw"),
+        "truth": ("str", "n"),
+        "tasks": ("str", "n"),
+        "arms": ("str", "a"),
         "predictions": ("str", "an"),
     },
-    "routers": {"images": ("uint8", "n3hw"), "omega": ("float16", "bnerc"), "blocks": ("int64", "b"), "depth": ("int64", "")},
+    "routers": {
+        "images": ("uint8", "n3hw"),
+        "omega": ("float16", "bnerc"),
+        "blocks": ("int64", "b"),
+        "depth": ("int64", ""),
+    },
     "dense": {
-        "images": ("uint8", "n3hw"), "ids": ("str", "n"), "tasks": ("str", "t"), "metrics": ("str", "t"),
-        "lower_is_better": ("bool", "t"), "truth": ("uint8", "tn3hw"), "arms": ("str", "a"), "trainings": ("str", "a"),
-        "trained": ("bool", "at"), "predictions": ("uint8", "atn3hw"), "scores": ("float64?", "atn"),
+        "images": ("uint8", "n3hw"),
+        "ids": ("str", "n"),
+        "tasks": ("str", "t"),
+        "metrics": ("str", "t"),
+        "lower_is_better": ("bool", "t"),
+        "truth": ("uint8", "tn3hw"),
+        "arms": ("str", "a"),
+        "trainings": ("str", "a"),
+        "trained": ("bool", "at"),
+        "predictions": ("uint8", "atn3hw"),
+        "scores": ("float64?", "atn"),
     },
 }
 
@@ -36,9 +52,19 @@ def read_panel(path: Path, kind: str) -> dict[str, np.ndarray]:
         with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as file:
             return _checked({name: file[name] for name in LAYOUTS[kind]}, kind)
     except (
-        ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, NotImplementedError, zipfile.BadZipFile, zlib.error,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        OSError,
+        NotImplementedError,
+        zipfile.BadZipFile,
+        zlib.error,
     ) as error:
-        raise UserError(f"report: '{path}' is no panel of {kind} ({error}); delete it and evaluate the run again.") from error
+        raise UserError(
+            f"report: '{path}' is no panel of {kind} ({error}); delete it and evaluate the run again."
+        ) from error
 
 
 def write_panel(path: Path, kind: str, arrays: dict[str, np.ndarray]) -> Path:

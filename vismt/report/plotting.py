@@ -78,8 +78,17 @@ def legend(figure: Figure, names: Sequence[str], colors: Sequence[str], left: fl
     # matplotlib fills column by column; read row by row, the names stay in their order
     handles = [handles[at] for column in range(columns) for at in range(column, len(handles), columns)]
     figure.legend(
-        handles=handles, loc="center left", bbox_to_anchor=(left / width, 1 - (0.16 + 0.11 * rows) / height), ncols=columns,
-        frameon=False, fontsize=9, labelcolor=INK, handlelength=1.3, borderaxespad=0, columnspacing=1.6, labelspacing=0.35,
+        handles=handles,
+        loc="center left",
+        bbox_to_anchor=(left / width, 1 - (0.16 + 0.11 * rows) / height),
+        ncols=columns,
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+        handlelength=1.3,
+        borderaxespad=0,
+        columnspacing=1.6,
+        labelspacing=0.35,
     )
 
 

@@ -15,20 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from vismt.report import figures
-from vismt.report.comparison import AVERAGE, Comparison, compare, is_share, read_results
-from vismt.jobs.dense.report import dense_curves, dense_panels, dense_tables
-from vismt.jobs.lm.report import lm_curves, lm_tables
 from vismt.engine.log import read_lines
-from vismt.jobs.fewshot.masking_report import NOTE, read_masking
-from vismt.jobs.classification.report import multitask_curves, multitask_panels, multitask_tables
-from vismt.report.html import render_html, render_markdown
-from vismt.jobs.fewshot.report import Picture, corruption_pictures, pool_pictures
-from vismt.report.routers import router_pictures
-from vismt.jobs.fewshot.merge_settings import chosen_settings
-from vismt.report.tables import Table, difference_text, number_text, result_tables, split_corruptions
 from vismt.errors import UserError
 from vismt.files import atomic_write
+from vismt.jobs.classification.report import multitask_curves, multitask_panels, multitask_tables
+from vismt.jobs.dense.report import dense_curves, dense_panels, dense_tables
+from vismt.jobs.fewshot.masking_report import NOTE, read_masking
+from vismt.jobs.fewshot.merge_settings import chosen_settings
+from vismt.jobs.fewshot.report import Picture, corruption_pictures, pool_pictures
+from vismt.jobs.lm.report import lm_curves, lm_tables
+from vismt.report import figures
+from vismt.report.comparison import AVERAGE, Comparison, compare, is_share, read_results
+from vismt.report.html import render_html, render_markdown
+from vismt.report.routers import router_pictures
+from vismt.report.tables import Table, difference_text, number_text, result_tables, split_corruptions
 
 LEGEND = (
     "Mean ± half width of the 95 % confidence interval over n. ★ best of the models, ≈ statistical tie with the best: "
@@ -73,12 +73,19 @@ def write_report(run_folder: Path) -> Path:
         tables=result_tables(comparisons),
         legend=LEGEND + FLAT * any(cell.ci95 == 0 for c in comparisons for cell in c.cells.values()),
         aside=[
-            *[(Table("Gradient masking", heads, checks, set()), NOTE)] * bool(checks), *chosen_settings(folder),
-            *multitask_tables(folder), *dense_tables(folder), *lm_tables(folder),
+            *[(Table("Gradient masking", heads, checks, set()), NOTE)] * bool(checks),
+            *chosen_settings(folder),
+            *multitask_tables(folder),
+            *dense_tables(folder),
+            *lm_tables(folder),
         ],
         curves=[
-            *_curves(folder, comparisons, list(dict.fromkeys(row["model"] for row in results))), *multitask_curves(folder),
-            *dense_curves(folder), *lm_curves(folder), *corruption_pictures(folder, comparisons), *pool_pictures(folder, results),
+            *_curves(folder, comparisons, list(dict.fromkeys(row["model"] for row in results))),
+            *multitask_curves(folder),
+            *dense_curves(folder),
+            *lm_curves(folder),
+            *corruption_pictures(folder, comparisons),
+            *pool_pictures(folder, results),
         ],
         panels=[*_panels(folder), *multitask_panels(folder), *dense_panels(folder), *router_pictures(folder)],
         citation=_citation(about, comparisons),
@@ -107,16 +114,25 @@ def _facts(about: dict[str, Any], comparisons: Sequence[Comparison]) -> list[tup
     adapted = about.get("adapt") or {}
     seeds = ", ".join(str(seed) for seed in sorted({c.seed for c in comparisons}))
     training = "" if about.get("seed") is None else f"{about['seed']} (run), "
-    method = "; ".join(f"{arm}: {_adaptation(told)}" for arm, told in adapted.get("arms", {}).items()) or _adaptation(adapted)
+    method = "; ".join(f"{arm}: {_adaptation(told)}" for arm, told in adapted.get("arms", {}).items()) or _adaptation(
+        adapted
+    )
     versions = "  ".join(f"{name} {version}" for name, version in (about.get("versions") or {}).items())
     times = " to ".join(
-        str(about[name]).replace("T", " ").replace("+00:00", " UTC") for name in ("started", "finished") if about.get(name)
+        str(about[name]).replace("T", " ").replace("+00:00", " UTC")
+        for name in ("started", "finished")
+        if about.get(name)
     )
     pairs = [
-        ("Command", about.get("command")), ("Git revision", about.get("git_revision")),
-        ("Config hash", about["config_hash"]), ("Adaptation", method), ("Hardware", about.get("hardware")),
-        ("Seeds", f"{training}{seeds} (evaluation)"), ("Wall time", _duration(about.get("wall_time_s"))),
-        ("Run", times), ("Versions", versions),
+        ("Command", about.get("command")),
+        ("Git revision", about.get("git_revision")),
+        ("Config hash", about["config_hash"]),
+        ("Adaptation", method),
+        ("Hardware", about.get("hardware")),
+        ("Seeds", f"{training}{seeds} (evaluation)"),
+        ("Wall time", _duration(about.get("wall_time_s"))),
+        ("Run", times),
+        ("Versions", versions),
     ]
     return [(name, str(value)) for name, value in pairs if value]
 
@@ -189,7 +205,9 @@ def _citation(about: dict[str, Any], comparisons: Sequence[Comparison]) -> list[
         sentences.append(f"{c.protocol}, {c.condition}, {c.metric} {where}: {values}{difference}.")
     if corrupted:
         kinds = len({c.condition for c in corrupted})
-        sentences.append(f"The numbers under {kinds} corruptions are in the table of corruptions, n and intervals with them.")
+        sentences.append(
+            f"The numbers under {kinds} corruptions are in the table of corruptions, n and intervals with them."
+        )
     revision = f", git revision {about['git_revision']}" if about.get("git_revision") else ""
     seeds = ", ".join(str(seed) for seed in sorted({c.seed for c in comparisons}))
     sentences.append(

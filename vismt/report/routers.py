@@ -13,6 +13,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vismt.engine.arms import Unit, arm_config, final_units
+from vismt.errors import UserError
+from vismt.jobs.fewshot.report import Picture
+from vismt.lowrank.wrappers import parts_of
+from vismt.multitask.moefied import MoEfiedMlp
+from vismt.multitask.routing import expert_weights
+from vismt.report.panels import read_panel, to_bytes, write_panel
 from vismt.report.plotting import (
     MUTED,
     axes_at,
@@ -24,12 +30,6 @@ from vismt.report.plotting import (
     show_image,
     write,
 )
-from vismt.report.panels import read_panel, to_bytes, write_panel
-from vismt.jobs.fewshot.report import Picture
-from vismt.errors import UserError
-from vismt.lowrank.wrappers import parts_of
-from vismt.multitask.moefied import MoEfiedMlp
-from vismt.multitask.routing import expert_weights
 
 ROUTERS, IMAGES = "routers", "Images"  # the folder of the files; the section of the report
 ROUTED_IMAGES, ROUTED_BLOCKS = 4, 3
@@ -55,7 +55,9 @@ def write_routers(path: Path, net: nn.Module, images: Tensor) -> Path:
     routed = [(name, part) for name, part in parts_of(net).items() if isinstance(part, MoEfiedMlp)]
     if not routed:
         raise UserError("routers: this net has no router; take one that was adapted with moe_lora and is not merged.")
-    chosen = [routed[i] for i in sorted({round(i * (len(routed) - 1) / (ROUTED_BLOCKS - 1)) for i in range(ROUTED_BLOCKS)})]
+    chosen = [
+        routed[i] for i in sorted({round(i * (len(routed) - 1) / (ROUTED_BLOCKS - 1)) for i in range(ROUTED_BLOCKS)})
+    ]
     seen: dict[str, Tensor] = {}
     hooks = [part.register_forward_pre_hook(partial(_weigh, seen, name)) for name, part in chosen]
     training = net.training
@@ -67,14 +69,18 @@ def write_routers(path: Path, net: nn.Module, images: Tensor) -> Path:
         for hook in hooks:
             hook.remove()
     rows, columns = net.backbone.grid
-    patches = [seen[name][:, net.stock.num_prefix_tokens:] for name, _ in chosen]
+    patches = [seen[name][:, net.stock.num_prefix_tokens :] for name, _ in chosen]
     maps = [rearrange(omega, "b (r c) e -> b e r c", r=rows, c=columns) for omega in patches]
-    return write_panel(path, "routers", {
-        "images": to_bytes(images),
-        "omega": torch.stack(maps).to("cpu", torch.float16).numpy(),
-        "blocks": np.array([int(re.search(r"blocks\.(\d+)", name)[1]) for name, _ in chosen], dtype=np.int64),
-        "depth": np.array(net.backbone.depth, dtype=np.int64),
-    })
+    return write_panel(
+        path,
+        "routers",
+        {
+            "images": to_bytes(images),
+            "omega": torch.stack(maps).to("cpu", torch.float16).numpy(),
+            "blocks": np.array([int(re.search(r"blocks\.(\d+)", name)[1]) for name, _ in chosen], dtype=np.int64),
+            "depth": np.array(net.backbone.depth, dtype=np.int64),
+        },
+    )
 
 
 def _weigh(seen: dict[str, Tensor], name: str, part: MoEfiedMlp, inputs: tuple[Tensor]) -> None:

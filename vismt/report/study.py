@@ -10,8 +10,8 @@ from typing import Any
 from vismt.engine.arms import CHOSEN, unit_folder
 from vismt.engine.log import METRICS, read_lines
 from vismt.engine.study_files import MERGE
-from vismt.report.tables import Table
 from vismt.files import read_json
+from vismt.report.tables import Table
 
 RATE_RULE = (
     "of the first seed trained at each rate. Every arm has the same grid, the best rate is kept for all seeds, no test image "
@@ -38,7 +38,9 @@ def training_logs(folder: Path, lines: Sequence[Mapping[str, Any]]) -> dict[str,
     logs: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         if line["arm"] not in logs:
-            logs[line["arm"]] = read_lines(unit_folder(folder, line["arm"], line["lr"], line["seed"]) / METRICS, ("step",))
+            logs[line["arm"]] = read_lines(
+                unit_folder(folder, line["arm"], line["lr"], line["seed"]) / METRICS, ("step",)
+            )
     return {arm: rows for arm, rows in logs.items() if rows}
 
 
@@ -56,7 +58,9 @@ def rates_table(folder: Path, arms: Sequence[str], text: Callable[[float], str])
     best = {(row, 1 + rates.index(chosen)) for row, (chosen, _) in enumerate(found.values())}
     rows = []
     for arm, (chosen, tried) in found.items():
-        scores = ["–" if rate not in tried else "diverged" if tried[rate] is None else text(tried[rate]) for rate in rates]
+        scores = [
+            "–" if rate not in tried else "diverged" if tried[rate] is None else text(tried[rate]) for rate in rates
+        ]
         rows.append([arm, *scores, chosen])
     return [Table("Choice of the rate", ["Arm", *rates, "chosen"], rows, best, texts=1)]
 
@@ -64,7 +68,9 @@ def rates_table(folder: Path, arms: Sequence[str], text: Callable[[float], str])
 def merge_files(folder: Path, arms: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """merge.json of every training by arm, for arms that have one."""
     found = {
-        arm: [read_json(path, f"run '{folder}': {MERGE}") for path in sorted((folder / "arms" / arm).glob(f"*/{MERGE}"))]
+        arm: [
+            read_json(path, f"run '{folder}': {MERGE}") for path in sorted((folder / "arms" / arm).glob(f"*/{MERGE}"))
+        ]
         for arm in arms
     }
     return {arm: told for arm, told in found.items() if told}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vismt.errors import UserError
 from vismt.report.plotting import (
     GRID,
     INK,
@@ -25,7 +26,6 @@ from vismt.report.plotting import (
     short,
     write,
 )
-from vismt.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,15 +76,31 @@ def _seeds(axes: Axes, panel: SeedsPanel, arms: Sequence[str]) -> None:
         values = [table.get((arm, seed), math.nan) for arm in arms]
         at = [number + beside for number in range(len(arms))]
         axes.plot(at, values, color=MUTED, alpha=0.45, linewidth=0.8, zorder=1)
-        axes.scatter(at, values, color=[color_of(arm, arms) for arm in arms], s=16, zorder=3, edgecolor="white", linewidth=0.5)
+        axes.scatter(
+            at, values, color=[color_of(arm, arms) for arm in arms], s=16, zorder=3, edgecolor="white", linewidth=0.5
+        )
     for number, arm in enumerate(arms):
         own = [value for (name, _), value in table.items() if name == arm]
         if own:
             mean = math.fsum(own) / len(own)
-            axes.plot([number - 0.32, number + 0.32], [mean] * 2, color=color_of(arm, arms), linewidth=2.4, alpha=0.75, zorder=2)
+            axes.plot(
+                [number - 0.32, number + 0.32],
+                [mean] * 2,
+                color=color_of(arm, arms),
+                linewidth=2.4,
+                alpha=0.75,
+                zorder=2,
+            )
             axes.annotate(
-                format(mean, panel.digits).replace("-", "−"), (number, 1), xycoords=("data", "axes fraction"), xytext=(0, 6),
-                textcoords="offset points", ha="center", color=INK, fontsize=8, fontweight="bold",
+                format(mean, panel.digits).replace("-", "−"),
+                (number, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 6),
+                textcoords="offset points",
+                ha="center",
+                color=INK,
+                fontsize=8,
+                fontweight="bold",
             )
     dress(axes, "")
     axes.grid(axis="y", color=GRID, linewidth=0.8)

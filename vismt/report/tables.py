@@ -43,7 +43,9 @@ def result_tables(comparisons: Sequence[Comparison]) -> list[Table]:
     """One table for each protocol, metric and seed, with a row for each set and condition; many corruptions apart."""
     seeds = {c.seed for c in comparisons}
     tables = []
-    for (protocol, metric, seed, _), group in groupby(comparisons, key=lambda c: (c.protocol, c.metric, c.seed, c.unit)):
+    for (protocol, metric, seed, _), group in groupby(
+        comparisons, key=lambda c: (c.protocol, c.metric, c.seed, c.unit)
+    ):
         title = protocol + (f", seed {seed}" if len(seeds) > 1 else "")
         unit = f", {metric} in %" if is_share(metric) else f", {metric}"
         kept = list(group)
@@ -62,7 +64,9 @@ def _table(title: str, group: Sequence[Comparison], folded: bool = False) -> Tab
     for number, c in enumerate(group):
         note = "" if c.paired or len(c.cells) < 2 else " (unpaired)"
         texts = [c.data, c.condition + note, *(cell_text(c.cells.get(model), c.metric) for model in models)]
-        best |= {(number, 2 + i) for i, model in enumerate(models) if model in c.cells and c.cells[model].mark == "best"}
+        best |= {
+            (number, 2 + i) for i, model in enumerate(models) if model in c.cells and c.cells[model].mark == "best"
+        }
         texts += [difference_text(c)] * show_difference
         rows.append([*texts, " / ".join(f"{n:,}" for n in dict.fromkeys(cell.n for cell in c.cells.values()))])
     return Table(title, heads, rows, best, many=len(models) >= MANY_MODELS, folded=folded)
@@ -78,13 +82,19 @@ def turned(table: Table, conditions: int = 6) -> list[Table]:
             counts = " / ".join(dict.fromkeys(table.rows[number][-1] for number in chosen))
             rows = [
                 [head, *(table.rows[number][column] for number in chosen)]
-                for column, head in enumerate(table.heads[:-1]) if column > 1
+                for column, head in enumerate(table.heads[:-1])
+                if column > 1
             ]
             best = {
-                (column - 2, 1 + place) for place, number in enumerate(chosen) for row, column in table.best if row == number
+                (column - 2, 1 + place)
+                for place, number in enumerate(chosen)
+                for row, column in table.best
+                if row == number
             }
             heads = [f"{data}, {table.heads[-1].replace('(', '= ' + counts + ' ').rstrip(')')}"]
-            found.append(Table(table.title, [*heads, *(table.rows[number][1] for number in chosen)], rows, best, texts=1))
+            found.append(
+                Table(table.title, [*heads, *(table.rows[number][1] for number in chosen)], rows, best, texts=1)
+            )
     return found
 
 

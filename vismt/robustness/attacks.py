@@ -23,8 +23,17 @@ from vismt.errors import UserError, near
 from vismt.robustness.checks import check_input, within_budget
 
 TEXTS = {
-    "pgd": "PGD", "pgd_l2": "PGD", "fgsm": "FGSM", "mifgsm": "MI-FGSM", "difgsm": "DI-FGSM", "tifgsm": "TI-FGSM",
-    "apgd_ce": "APGD-CE", "apgd_t": "APGD-T", "fab": "FAB", "square": "Square", "autoattack": "AutoAttack",
+    "pgd": "PGD",
+    "pgd_l2": "PGD",
+    "fgsm": "FGSM",
+    "mifgsm": "MI-FGSM",
+    "difgsm": "DI-FGSM",
+    "tifgsm": "TI-FGSM",
+    "apgd_ce": "APGD-CE",
+    "apgd_t": "APGD-T",
+    "fab": "FAB",
+    "square": "Square",
+    "autoattack": "AutoAttack",
 }
 NORMS = {"linf": "Linf", "l2": "L2"}
 EITHER_NORM = {"apgd_ce", "apgd_t", "fab", "square", "autoattack"}
@@ -68,7 +77,9 @@ class AttackSpec:
             object.__setattr__(self, "steps", STEPS.get(self.name, 10))
         if self.norm == "linf" and self.epsilon > 1:
             meant = f"{self.epsilon:g}/255"
-            raise UserError(f"attack {self.name}: epsilon {self.epsilon:g} is more than all of [0, 1]; do you mean '{meant}'?")
+            raise UserError(
+                f"attack {self.name}: epsilon {self.epsilon:g} is more than all of [0, 1]; do you mean '{meant}'?"
+            )
         if not (math.isfinite(self.epsilon) and self.epsilon >= 0) or self.steps < 1 or self.step <= 0 < self.epsilon:
             raise UserError(
                 f"attack {self.name}: epsilon {self.epsilon}, steps {self.steps}, step_size {self.step_size}: "
@@ -118,7 +129,12 @@ def attack(model: nn.Module, images: Tensor, labels: Tensor, spec: AttackSpec, *
 
 
 def _attack(
-    model: nn.Module, images: Tensor, labels: Tensor, spec: AttackSpec, num_classes: int, seed: int,
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    spec: AttackSpec,
+    num_classes: int,
+    seed: int,
 ) -> Tensor:
     clean = images.detach().float().clone()
     check_input(clean, labels, spec, num_classes)

@@ -36,8 +36,17 @@ class _Batches:
 
 
 def audit(
-    model: str, data: str, specs: Sequence[AttackSpec], *, folder: Path, architecture: str | None = None,
-    pretrained: bool = True, images: int | None = None, batch: int = 32, seed: int = 0, masking: bool = False,
+    model: str,
+    data: str,
+    specs: Sequence[AttackSpec],
+    *,
+    folder: Path,
+    architecture: str | None = None,
+    pretrained: bool = True,
+    images: int | None = None,
+    batch: int = 32,
+    seed: int = 0,
+    masking: bool = False,
     device: str | None = None,
 ) -> list[Row]:
     """Evaluate `model` on `data` ('card' or 'card:split'), write records.jsonl and rows.json to `folder`.
@@ -61,10 +70,18 @@ def audit(
     pixels = Pixels(found, max(classifier.size))
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[: images or len(found)]
     batches = _Batches(pixels, order, batch, where)
-    state = b"".join(value.detach().cpu().float().numpy().tobytes()[:4096] for value in classifier.state_dict().values())
+    state = b"".join(
+        value.detach().cpu().float().numpy().tobytes()[:4096] for value in classifier.state_dict().values()
+    )
     rows = evaluate_classifier(
-        classifier, batches, specs, num_classes=outputs, records=folder / "records.jsonl", data=data,
-        fingerprint=digest(state), label=f"{model} on {data}",
+        classifier,
+        batches,
+        specs,
+        num_classes=outputs,
+        records=folder / "records.jsonl",
+        data=data,
+        fingerprint=digest(state),
+        label=f"{model} on {data}",
     )
     about = {"model": model, "data": data, "seed": seed, "rows": [{**vars(row), "ci95": row.ci95} for row in rows]}
     if masking and specs:
@@ -75,7 +92,9 @@ def audit(
 
 def _masked(classifier: torch.nn.Module, batches: _Batches, spec: AttackSpec, classes: int) -> MaskingCheck:
     check = check_masking(classifier, batches, spec, num_classes=classes)
-    curve = ", ".join(f"{255 * radius:.3g}/255: {100 * value:.1f} %" for radius, value in zip(check.epsilons, check.accuracies))
+    curve = ", ".join(
+        f"{255 * radius:.3g}/255: {100 * value:.1f} %" for radius, value in zip(check.epsilons, check.accuracies)
+    )
     verdict = check.verdict() + ("" if check.passed else ": this attack is no evidence of robustness")
     console.stage("masking", f"accuracy by radius {curve}; {verdict}")
     return check

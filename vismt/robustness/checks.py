@@ -37,7 +37,9 @@ def check_input(images: Tensor, labels: Tensor, spec: Spec, num_classes: int) ->
         raise UserError(f"attack {spec}: its targeted loss needs 4 classes, here are {num_classes}: take apgd_ce.")
     if spec.norm == "l2" and spec.name in ("square", "autoattack") and not _tiles(*images.shape[-2:]):
         side = f"{images.shape[-2]} x {images.shape[-1]}"
-        raise UserError(f"attack {spec}: l2 Square cannot tile {side} pixels: resize to a square of side 5, 10, 15, ...")
+        raise UserError(
+            f"attack {spec}: l2 Square cannot tile {side} pixels: resize to a square of side 5, 10, 15, ..."
+        )
 
 
 def _tiles(height: int, width: int) -> bool:

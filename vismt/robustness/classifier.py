@@ -30,7 +30,10 @@ class PixelClassifier(nn.Module):
 
 
 def load_classifier(
-    name_or_checkpoint: str | Path, num_classes: int | None = None, *, architecture: str | None = None,
+    name_or_checkpoint: str | Path,
+    num_classes: int | None = None,
+    *,
+    architecture: str | None = None,
     pretrained: bool = True,
 ) -> PixelClassifier:
     """A timm classifier in eval mode, on the CPU, taking pixels in [0, 1] of any size.
@@ -62,7 +65,12 @@ def _create(name: str, num_classes: int | None, pretrained: bool, **options: int
     fresh = {"num_classes": num_classes} if num_classes and not pretrained else {}
     try:
         net = timm.create_model(name, pretrained=pretrained, **fresh, **options)
-    except (OSError, RuntimeError, ValueError, TypeError) as error:  # TypeError: an img_size that the model does not take
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+    ) as error:  # TypeError: an img_size that the model does not take
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model '{name}': timm cannot build it or get its weights ({reason}).") from error
     if num_classes is not None and net.num_classes != num_classes:
@@ -116,7 +124,9 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format has its own error for a broken file; all mean the same to the user
-        raise UserError(f"checkpoint '{path}' cannot be read ({type(error).__name__}): broken, or not plain weights.") from error
+        raise UserError(
+            f"checkpoint '{path}' cannot be read ({type(error).__name__}): broken, or not plain weights."
+        ) from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

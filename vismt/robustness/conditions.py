@@ -51,13 +51,17 @@ class CorruptionConfig:
         if self.name != "all" and self.name not in CORRUPTIONS:
             raise UserError(f"evaluate.corruptions: '{self.name}'.{near(self.name, ('all', *CORRUPTIONS))}")
         if not self.severities:
-            raise UserError(f"evaluate.corruptions: {self.name} has no severities; name some of 1 to 5, or leave the key out.")
+            raise UserError(
+                f"evaluate.corruptions: {self.name} has no severities; name some of 1 to 5, or leave the key out."
+            )
         names = CORRUPTIONS if self.name == "all" else (self.name,)
         return [CorruptionSpec(name, severity) for name in names for severity in self.severities]
 
 
 def conditions(
-    attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], source: Callable[[str], Source] | None = None,
+    attacks: Sequence[AttackConfig],
+    corruptions: Sequence[CorruptionConfig],
+    source: Callable[[str], Source] | None = None,
 ) -> list[Condition]:
     """Attacks in their order, then corruptions; `source` gives the model of an attack's source by name, where one has any."""
     made: list[Condition] = []
@@ -83,7 +87,9 @@ def check_conditions(attacks: Sequence[AttackConfig], corruptions: Sequence[Corr
     texts += [spec.describe() for corruption in corruptions for spec in corruption.specs()]
     twice = next((text for text in texts if texts.count(text) > 1), None)
     if twice is not None:
-        raise UserError(f"evaluate: '{twice}' is asked for twice; leave one out of evaluate.attacks or evaluate.corruptions.")
+        raise UserError(
+            f"evaluate: '{twice}' is asked for twice; leave one out of evaluate.attacks or evaluate.corruptions."
+        )
 
 
 def corruption(condition: str) -> tuple[str, int] | None:
@@ -96,7 +102,9 @@ def summary(values: Sequence[tuple[str, float, float]]) -> str:
     """One line of (condition, accuracy, half width) for the console; many corruptions are told by their mean."""
     corrupted = [value for condition, value, _ in values if corruption(condition)]
     few = len(corrupted) <= 3
-    texts = [f"{name} {100 * value:.1f} ± {100 * half:.1f}" for name, value, half in values if few or not corruption(name)]
+    texts = [
+        f"{name} {100 * value:.1f} ± {100 * half:.1f}" for name, value, half in values if few or not corruption(name)
+    ]
     if not few:
         texts.append(f"mean of {len(corrupted)} corruptions {100 * sum(corrupted) / len(corrupted):.1f}")
     return "   ".join(texts)

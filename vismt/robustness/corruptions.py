@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from vismt.errors import UserError, near
 
 Rng = np.random.Generator
-Corruption = Callable[[np.ndarray, int, Rng, float], np.ndarray]  # (h, w, 3) in [0, 1], level 0..4, rng, min(h, w) / 224
+Corruption = Callable[
+    [np.ndarray, int, Rng, float], np.ndarray
+]  # (h, w, 3) in [0, 1], level 0..4, rng, min(h, w) / 224
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ def corrupt(images: Tensor, name: str, severity: int, *, seed: int = 0) -> Tenso
     if images.ndim != 4 or images.shape[1] != 3 or not len(images):
         raise UserError(f"corruption {name}: images {tuple(images.shape)}: need (b, 3, h, w).")
     if not (float(images.min()) >= 0 and float(images.max()) <= 1):
-        raise UserError(f"corruption {name}: pixels {float(images.min()):.4g} to {float(images.max()):.4g}, need [0, 1].")
+        raise UserError(
+            f"corruption {name}: pixels {float(images.min()):.4g} to {float(images.max()):.4g}, need [0, 1]."
+        )
     scale = min(images.shape[-2:]) / 224
     arrays = images.detach().cpu().double().permute(0, 2, 3, 1).numpy()
     changed = [
@@ -165,8 +169,11 @@ def _plasma(height: int, width: int, decay: float, rng: Rng) -> np.ndarray:
 
 def snow(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray:
     mean, spread, size, least, radius, sigma, keep = (
-        (0.1, 0.3, 3, 0.5, 10, 4, 0.8), (0.2, 0.3, 2, 0.5, 12, 4, 0.7), (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
-        (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65), (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
+        (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
+        (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
+        (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
+        (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
+        (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
     )[level]
     # Drawn as if the shorter side had 224 pixels: flakes thinner than a pixel become shades of grey.
     flakes = _zoom(rng.normal(mean, spread, (*(round(side / scale) for side in x.shape[:2]), 1)), size)
@@ -217,7 +224,9 @@ def elastic_transform(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.n
     # Rows of `back` take a point of the moved image to the original: moved @ back = corners.
     back = np.linalg.solve(lifted, corners) if abs(np.linalg.det(lifted)) > 1e-6 else np.eye(3)[:, :2]
     drift = rng.uniform(-1, 1, (2, height, width))
-    drift = ndimage.gaussian_filter(drift, (0, sigma * side, sigma * side), mode="reflect", truncate=3) * strength * side
+    drift = (
+        ndimage.gaussian_filter(drift, (0, sigma * side, sigma * side), mode="reflect", truncate=3) * strength * side
+    )
     points = np.stack(np.mgrid[:height, :width] + drift, axis=-1)
     source = np.moveaxis(points @ back[:2] + back[2], -1, 0)
     channels = [ndimage.map_coordinates(x[..., c], source, order=1, mode="mirror") for c in range(3)]
@@ -244,7 +253,20 @@ def jpeg_compression(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.nd
 CORRUPTIONS: dict[str, Corruption] = {
     function.__name__: function
     for function in (
-        gaussian_noise, shot_noise, impulse_noise, defocus_blur, glass_blur, motion_blur, zoom_blur, snow, frost, fog,
-        brightness, contrast, elastic_transform, pixelate, jpeg_compression,
+        gaussian_noise,
+        shot_noise,
+        impulse_noise,
+        defocus_blur,
+        glass_blur,
+        motion_blur,
+        zoom_blur,
+        snow,
+        frost,
+        fog,
+        brightness,
+        contrast,
+        elastic_transform,
+        pixelate,
+        jpeg_compression,
     )
 }

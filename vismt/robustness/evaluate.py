@@ -54,8 +54,15 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
 
 
 def evaluate_classifier(
-    model: nn.Module, batches: Iterable[Batch], specs: Sequence[AttackSpec | CorruptionSpec], *, num_classes: int,
-    records: Path | None = None, data: str = "data", fingerprint: str = "", label: str = "robustness",
+    model: nn.Module,
+    batches: Iterable[Batch],
+    specs: Sequence[AttackSpec | CorruptionSpec],
+    *,
+    num_classes: int,
+    records: Path | None = None,
+    data: str = "data",
+    fingerprint: str = "",
+    label: str = "robustness",
 ) -> list[Row]:
     """Rows "clean" and one per attack or corruption.
 
@@ -70,7 +77,9 @@ def evaluate_classifier(
     if len(conditions) < len(specs):
         raise UserError(f"evaluate {data}: two attacks are called alike in {list(conditions)}: leave one out.")
     settings = {
-        "data": data, "fingerprint": fingerprint, "num_classes": num_classes,
+        "data": data,
+        "fingerprint": fingerprint,
+        "num_classes": num_classes,
         "attacks": [dict(spec.settings()) for spec in specs],
     }
     known = Records(records, settings, ("label", "clean", *conditions), key="id")
@@ -78,7 +87,9 @@ def evaluate_classifier(
     with known, console.bar("eval", label, len(batches) if isinstance(batches, Sized) else 0) as bar:
         for number, batch in enumerate(batches):
             images, labels = batch[0], torch.as_tensor(batch[1])
-            ids = [str(name) for name in batch[2]] if len(batch) > 2 else [str(len(rows) + i) for i in range(len(labels))]
+            ids = (
+                [str(name) for name in batch[2]] if len(batch) > 2 else [str(len(rows) + i) for i in range(len(labels))]
+            )
             _check_batch(images, labels, ids, rows, known, num_classes)
             if not all(name in known for name in ids):
                 for row in _examples(model, images, labels, ids, conditions, num_classes, number):
@@ -105,7 +116,12 @@ def summarise(rows: Sequence[Mapping], worst_case: Mapping[str, bool], num_class
 
 
 def _check_batch(
-    images: Tensor, labels: Tensor, ids: Sequence[str], seen: Mapping[str, dict], known: Records, num_classes: int,
+    images: Tensor,
+    labels: Tensor,
+    ids: Sequence[str],
+    seen: Mapping[str, dict],
+    known: Records,
+    num_classes: int,
 ) -> None:
     if not len(labels) == len(images) == len(ids) or not len(ids):
         raise UserError(f"evaluate: a batch has {len(images)} images, {len(labels)} labels and {len(ids)} ids.")
@@ -123,8 +139,13 @@ def _check_batch(
 
 
 def _examples(
-    model: nn.Module, images: Tensor, labels: Tensor, ids: Sequence[str], conditions: Mapping[str, AttackSpec | CorruptionSpec],
-    num_classes: int, number: int,
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    ids: Sequence[str],
+    conditions: Mapping[str, AttackSpec | CorruptionSpec],
+    num_classes: int,
+    number: int,
 ) -> list[dict]:
     device = next((p.device for p in model.parameters()), images.device)
     images, labels = images.to(device), labels.to(device)
@@ -193,8 +214,13 @@ class MaskingCheck:
 
 
 def check_masking(
-    model: nn.Module, batches: Sequence[Batch], spec: AttackSpec, *, num_classes: int,
-    epsilons: Sequence[float] | None = None, slack: float = 0.02,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    spec: AttackSpec,
+    *,
+    num_classes: int,
+    epsilons: Sequence[float] | None = None,
+    slack: float = 0.02,
 ) -> MaskingCheck:
     """Run `spec` at growing radii over the same batches (a re-iterable): 0, half, once and twice its own, and 64/255.
 
@@ -210,7 +236,10 @@ def check_masking(
         rows.append(evaluate_classifier(model, batches, [at_radius], num_classes=num_classes, label=str(at_radius))[1])
     values = tuple(row.value for row in rows)
     return MaskingCheck(
-        tuple(radii), values, 1 / num_classes, rows[-1].n,
+        tuple(radii),
+        values,
+        1 / num_classes,
+        rows[-1].n,
         monotone=all(later <= earlier + slack for earlier, later in pairwise(values)),
         reaches_chance=rows[-1].low <= 1 / num_classes,
     )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 
 from vismt.engine.arms import ArmsConfig, check_arms
-from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
 from vismt.engine.splits import PartsConfig, check_parts
 from vismt.engine.study import BalancingConfig, FadeConfig, RetainConfig, check_study, check_weighing
 from vismt.errors import UserError, near
 from vismt.multitask.retain import QualityRetaining
 from vismt.multitask.union import HEADS
+from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
 
 
 @dataclass
@@ -69,8 +69,13 @@ def check(config: MultitaskConfig) -> None:
     check_weighing(config, names)
     model = config.model
     if model.block is not None or model.pool is not None:
-        raise UserError("model: block and pool must be null: the head stands where timm's does, so that timm can load it.")
-    for name, value, known in (("head", config.head, HEADS), ("on_bad_sample", config.on_bad_sample, ("error", "skip"))):
+        raise UserError(
+            "model: block and pool must be null: the head stands where timm's does, so that timm can load it."
+        )
+    for name, value, known in (
+        ("head", config.head, HEADS),
+        ("on_bad_sample", config.on_bad_sample, ("error", "skip")),
+    ):
         if value not in known:
             raise UserError(f"{name}: '{value}'.{near(value, known)}")
     if not 0 < config.augment.crop <= 1 or config.augment.jitter < 0:
@@ -79,11 +84,15 @@ def check(config: MultitaskConfig) -> None:
         raise UserError(f"label_smoothing: {config.label_smoothing}; it lies in [0, 1).")
     if config.retain is not None:
         if config.head != "union":
-            raise UserError("retain: quality retaining compares logits over the classes of all tasks; it needs head: union.")
+            raise UserError(
+                "retain: quality retaining compares logits over the classes of all tasks; it needs head: union."
+            )
         QualityRetaining(1, [0], **asdict(config.retain))
     source = next((attack.source for attack in config.evaluate.attacks if attack.source is not None), None)
     if source is not None:
-        raise UserError(f"evaluate.attacks: source '{source}': attacks from another model are for few-shot runs; leave it out.")
+        raise UserError(
+            f"evaluate.attacks: source '{source}': attacks from another model are for few-shot runs; leave it out."
+        )
     check_conditions(config.evaluate.attacks, config.evaluate.corruptions, 4)
     check_arms(config, check)
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from vismt import console
-from vismt.data.splits import divide, limited
 from vismt.data.batching import Gathered
 from vismt.data.images import ImageSet, open_images
 from vismt.data.pixels import Pixels
-from vismt.jobs.classification.config import MultitaskConfig, TaskConfig
+from vismt.data.splits import divide, limited
 from vismt.engine.splits import shares
 from vismt.errors import UserError
+from vismt.jobs.classification.config import MultitaskConfig, TaskConfig
 from vismt.multitask.union import Union
 
 Chosen = tuple[ImageSet, Tensor]  # images, their labels within the task
@@ -44,7 +44,7 @@ class TaskData:
 
     @property
     def label_names(self) -> list[str]:
-        """"task/class" for every label of the union."""
+        """ "task/class" for every label of the union."""
         return [f"{task}/{name}" for task, own in zip(self.union.tasks, self.classes) for name in own]
 
     def training(self) -> Gathered:
@@ -55,7 +55,9 @@ class TaskData:
         """UserError where a task has no "validation" images."""
         if not self._parts[task][part]:
             name = self.union.tasks[task]
-            raise UserError(f"tasks: {name}: nothing to validate on; name a set in validation, or give validation_share.")
+            raise UserError(
+                f"tasks: {name}: nothing to validate on; name a set in validation, or give validation_share."
+            )
 
     def part(self, task: int, part: str) -> Gathered:
         """The "validation" or "test" images of a task under the labels of the union."""
@@ -103,7 +105,9 @@ class TaskData:
         labels = numbers[images.labels]
         if bool((labels < 0).any()):
             unknown = images.classes[int(images.labels[labels < 0][0])]
-            raise UserError(f"tasks: {task.name}: '{images.name}:{images.split}' has class '{unknown}', training does not.")
+            raise UserError(
+                f"tasks: {task.name}: '{images.name}:{images.split}' has class '{unknown}', training does not."
+            )
         return images, labels
 
 

@@ -17,17 +17,17 @@ from vismt import console
 from vismt.data.batching import InOrder
 from vismt.engine import runtime
 from vismt.engine.arms import Unit, arm_config, arm_names, final_units, unit_config
-from vismt.robustness.conditions import Condition, summary
 from vismt.engine.log import read_lines, record_stem, write_lines
+from vismt.engine.study_files import MERGE, fold, mergeable
+from vismt.files import atomic_write
 from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.models import PixelNet, loaded
-from vismt.engine.study_files import MERGE, fold, mergeable
-from vismt.files import atomic_write
-from vismt.stats import mean_interval
 from vismt.multitask.union import TaskClassifier
+from vismt.robustness.conditions import Condition, summary
 from vismt.robustness.evaluate import evaluate_classifier
 from vismt.seeds import digest
+from vismt.stats import mean_interval
 
 SEEDS = "seeds.jsonl"
 
@@ -46,7 +46,11 @@ class Evaluation:
 
     def rows(self, specs: Sequence[Condition], own: bool) -> list[dict[str, Any]]:
         """Rows of results.jsonl for every arm. own: the configuration's conditions, with which the merge is checked, too."""
-        apart = "" if own else "-" + digest(json.dumps([dict(spec.settings()) for spec in specs], sort_keys=True).encode())[:8]
+        apart = (
+            ""
+            if own
+            else "-" + digest(json.dumps([dict(spec.settings()) for spec in specs], sort_keys=True).encode())[:8]
+        )
         found, lines = [], []
         for arm in arm_names(self.config):
             units = final_units(self.config, self.folder, arm)
@@ -58,10 +62,17 @@ class Evaluation:
                     for condition, right in seen.items():
                         values.setdefault(task, {}).setdefault(condition, []).append(right)
                         value, n = sum(right.values()) / len(right), len(right)
-                        lines.append({
-                            "arm": arm, "seed": unit.seed, "lr": unit.lr, "data": task, "condition": condition,
-                            "value": value, "n": n,
-                        })
+                        lines.append(
+                            {
+                                "arm": arm,
+                                "seed": unit.seed,
+                                "lr": unit.lr,
+                                "data": task,
+                                "condition": condition,
+                                "value": value,
+                                "n": n,
+                            }
+                        )
                 if own and mergeable(net, unit):
                     self._check_merge(net, unit)
             for task, by_condition in values.items():
@@ -83,18 +94,30 @@ class Evaluation:
         for condition, seeds in by_condition.items():
             means = {name: sum(right[name] for right in seeds) / len(seeds) for name in seeds[0]}
             value, half = mean_interval(list(means.values()))
-            rows.append({
-                "data": task, "protocol": protocol, "condition": condition, "metric": "accuracy", "model": arm,
-                "value": value, "ci95": half, "n": len(means), "unit": "images", "seed": self.config.seed,
-                "config_hash": self.hash,
-            })
+            rows.append(
+                {
+                    "data": task,
+                    "protocol": protocol,
+                    "condition": condition,
+                    "metric": "accuracy",
+                    "model": arm,
+                    "value": value,
+                    "ci95": half,
+                    "n": len(means),
+                    "unit": "images",
+                    "seed": self.config.seed,
+                    "config_hash": self.hash,
+                }
+            )
             for name, mean in means.items():
                 records.setdefault(name, {"episode": name})[condition] = mean
         path = self.folder / "records" / f"{record_stem(task, protocol, arm)}{apart}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_lines(path, list(records.values()))
         count = f"n = {len(records):,} images, {len(next(iter(by_condition.values())))} seed(s)"
-        console.stage("eval", f"{task}  {arm}   {summary([(r['condition'], r['value'], r['ci95']) for r in rows])}   ({count})")
+        console.stage(
+            "eval", f"{task}  {arm}   {summary([(r['condition'], r['value'], r['ci95']) for r in rows])}   ({count})"
+        )
         return rows
 
     def _evaluate(
@@ -106,15 +129,21 @@ class Evaluation:
         path.parent.mkdir(parents=True, exist_ok=True)
         evaluate_classifier(
             TaskClassifier(net, union, number, unit_config(self.config, unit).head == "separate").eval(),
-            InOrder(self.data.part(number, split), self.config.evaluate.batch), specs, num_classes=union.num_classes,
-            records=path, data=f"{task}:{split}", fingerprint=net.fingerprint(), label=f"{task} {unit.arm} seed {unit.seed}",
+            InOrder(self.data.part(number, split), self.config.evaluate.batch),
+            specs,
+            num_classes=union.num_classes,
+            records=path,
+            data=f"{task}:{split}",
+            fingerprint=net.fingerprint(),
+            label=f"{task} {unit.arm} seed {unit.seed}",
         )
         strict = {"clean": False, **{spec.describe(union.num_classes): spec.worst_case for spec in specs}}
         rows = [row for row in read_lines(path) if "id" in row]
         # An attack counts where the clean image is right as well, see robustness.evaluate.
         return {
             condition: {
-                row["id"]: float(row[condition] == row["label"] and (not both or row["clean"] == row["label"])) for row in rows
+                row["id"]: float(row[condition] == row["label"] and (not both or row["clean"] == row["label"]))
+                for row in rows
             }
             for condition, both in strict.items()
         }

@@ -9,14 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from vismt.report import study_figures
-from vismt.report.plotting import MUTED, RIGHT, WRONG, axes_at, new_figure, save, short, show_image, write
-from vismt.report.panels import read_panel
-from vismt.report.study_figures import LETTER, SeedsPanel
 from vismt.errors import UserError
+from vismt.report import study_figures
+from vismt.report.panels import read_panel
+from vismt.report.plotting import MUTED, RIGHT, WRONG, axes_at, new_figure, save, short, show_image, write
+from vismt.report.study_figures import LETTER, SeedsPanel
 
 MEAN = "mean over tasks"
-CURVES = {"ce": "Training cross-entropy", "loss": "Training loss", "accuracy": "Training accuracy (%)", "fade": "Router fade"}
+CURVES = {
+    "ce": "Training cross-entropy",
+    "loss": "Training loss",
+    "accuracy": "Training accuracy (%)",
+    "fade": "Router fade",
+}
 SHOWN = 8
 
 
@@ -38,7 +43,9 @@ def seeds_figure(lines: Sequence[Mapping[str, Any]], path: Path) -> Path:
     return study_figures.seeds_figure(panels, list(dict.fromkeys(line["arm"] for line in clean)), path)
 
 
-def _by_task(clean: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[tuple[Any, Any], float]], dict[str, list[int]]]:
+def _by_task(
+    clean: Sequence[Mapping[str, Any]],
+) -> tuple[dict[str, dict[tuple[Any, Any], float]], dict[str, list[int]]]:
     """Per cent by task, arm and seed, the mean over tasks last where all tasks have it; and the numbers of images."""
     tables: dict[str, dict[tuple[Any, Any], float]] = {}
     found: dict[str, set[int]] = {}
@@ -58,7 +65,9 @@ def _by_task(clean: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[tuple[A
 def curves_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
     """The figure of study_figures with cross-entropy (the loss where it was not logged), accuracy and fade."""
     known = any(row.get("ce") is not None for rows in logs.values() for row in rows)
-    return study_figures.curves_figure(logs, {name: told for name, told in CURVES.items() if name != "loss" or not known}, path)
+    return study_figures.curves_figure(
+        logs, {name: told for name, told in CURVES.items() if name != "loss" or not known}, path
+    )
 
 
 def examples_figure(panel: Path, path: Path) -> Path:

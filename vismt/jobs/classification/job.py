@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from vismt.backbones import vit
 from vismt.data.batching import ShuffledBatches
 from vismt.data.transforms import augment
+from vismt.engine.arms import Unit, arm_names
+from vismt.engine.study import StudyJob
 from vismt.jobs.classification import models as multitask_models
 from vismt.jobs.classification import panels as multitask_panels
-from vismt.engine.arms import Unit, arm_names
-from vismt.robustness.conditions import AttackConfig, conditions
 from vismt.jobs.classification.config import MultitaskConfig, check
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.evaluation import Evaluation
 from vismt.jobs.classification.models import PixelNet
-from vismt.report.routers import ROUTERS
-from vismt.engine.study import StudyJob
 from vismt.lowrank.inject import train_along
 from vismt.multitask.retain import QualityRetaining
 from vismt.multitask.union import UnionObjective
+from vismt.report.routers import ROUTERS
+from vismt.robustness.conditions import AttackConfig, conditions
 
 
 class MultitaskJob(StudyJob):
@@ -62,8 +62,14 @@ class MultitaskJob(StudyJob):
         if config.retain is not None:
             retain = QualityRetaining(union.num_classes, union.task_of_class(), **asdict(config.retain))
         return UnionObjective(
-            net, union, head=config.head, label_smoothing=config.label_smoothing, balancer=self.balancer(config, union.tasks),
-            balanced=balanced, retain=retain, fade=self.fade(config, net),
+            net,
+            union,
+            head=config.head,
+            label_smoothing=config.label_smoothing,
+            balancer=self.balancer(config, union.tasks),
+            balanced=balanced,
+            retain=retain,
+            fade=self.fade(config, net),
         )
 
     def batches(self, config: MultitaskConfig) -> ShuffledBatches:

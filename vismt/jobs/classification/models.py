@@ -11,8 +11,8 @@ from vismt.backbones import vit
 from vismt.backbones.vit import Backbone
 from vismt.engine import study_files
 from vismt.engine.arms import Unit, unit_config
-from vismt.jobs.classification.config import MultitaskConfig
 from vismt.files import atomic_write
+from vismt.jobs.classification.config import MultitaskConfig
 from vismt.lowrank.store import fingerprint
 
 HEAD = "head.safetensors"
@@ -35,16 +35,25 @@ class PixelNet(nn.Module):
 
     def fingerprint(self) -> str:
         """What tells the weights of this net from another's."""
-        return fingerprint(self.stock, [path for path, module in self.stock.named_modules() if isinstance(module, nn.Linear)])
+        return fingerprint(
+            self.stock, [path for path, module in self.stock.named_modules() if isinstance(module, nn.Linear)]
+        )
 
 
 def fresh(config: MultitaskConfig, num_classes: int) -> PixelNet:
     """The backbone before adaptation, its head drawn from the configuration's seed."""
     model = config.model
-    return PixelNet(vit.create(
-        model.name, model.img_size, model.pretrained, position=model.position, num_classes=num_classes, new_head=True,
-        seed=config.seed,
-    ))
+    return PixelNet(
+        vit.create(
+            model.name,
+            model.img_size,
+            model.pretrained,
+            position=model.position,
+            num_classes=num_classes,
+            new_head=True,
+            seed=config.seed,
+        )
+    )
 
 
 def save_head(net: PixelNet, folder: Path) -> None:

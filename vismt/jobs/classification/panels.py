@@ -10,11 +10,11 @@ import torch
 
 from vismt.engine.arms import Unit, arm_names, final_units
 from vismt.engine.log import read_lines
+from vismt.errors import UserError
 from vismt.jobs.classification.evaluation import Evaluation
 from vismt.jobs.classification.models import loaded
 from vismt.report.panels import spread, to_bytes, write_panel
 from vismt.report.routers import ROUTED_IMAGES, routed, write_routers
-from vismt.errors import UserError
 
 EXAMPLES, PER_TASK = "examples.npz", 6
 
@@ -28,7 +28,9 @@ def write_examples(
     Raises UserError for numbers of things that do not fit together.
     """
     arrays = {
-        "images": images, "truth": np.array(list(truth), dtype=str), "tasks": np.array(list(tasks), dtype=str),
+        "images": images,
+        "truth": np.array(list(truth), dtype=str),
+        "tasks": np.array(list(tasks), dtype=str),
         "arms": np.array(list(predictions), dtype=str),
     }
     lengths = {arm: len(answers) for arm, answers in predictions.items()}
@@ -63,9 +65,13 @@ def examples(evaluation: Evaluation, path: Path, count: int = PER_TASK) -> Path:
 def _answers(folder: Path, unit: Unit, stem: str, ids: Sequence[str], names: Sequence[str]) -> list[str]:
     path = unit.folder / "records" / f"{stem}.jsonl"
     found = {row["id"]: row.get("clean") for row in read_lines(path) if "id" in row}
-    lacking = next((name for name in ids if not isinstance(found.get(name), int) or not 0 <= found[name] < len(names)), None)
+    lacking = next(
+        (name for name in ids if not isinstance(found.get(name), int) or not 0 <= found[name] < len(names)), None
+    )
     if lacking is not None:
-        raise UserError(f"examples: '{path}' says nothing of image '{lacking}'; `vismt evaluate {folder}` completes it.")
+        raise UserError(
+            f"examples: '{path}' says nothing of image '{lacking}'; `vismt evaluate {folder}` completes it."
+        )
     return [names[found[name]] for name in ids]
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vismt.jobs.classification import figures as multitask_figures
 from vismt.engine.log import read_lines, record_stem
+from vismt.errors import UserError
+from vismt.jobs.classification import figures as multitask_figures
 from vismt.jobs.classification.evaluation import SEEDS
 from vismt.jobs.classification.panels import EXAMPLES
 from vismt.jobs.fewshot.report import Picture
@@ -24,7 +25,6 @@ from vismt.report.study import (
     training_logs,
 )
 from vismt.report.tables import Table
-from vismt.errors import UserError
 from vismt.stats import domain_average
 
 FIELDS = ("arm", "seed", "lr", "data", "condition", "value", "n")
@@ -80,7 +80,9 @@ def multitask_tables(folder: Path) -> list[tuple[Table, str]]:
     rates = rates_table(folder, arms, lambda value: f"{100 * value:.1f}")
     merging = merge_table(merge_files(folder, arms), "answers that differ")
     return [
-        *_by_seed(lines, arms), *_pairs(folder, lines, arms), *((table, RATE_NOTE) for table in rates),
+        *_by_seed(lines, arms),
+        *_pairs(folder, lines, arms),
+        *((table, RATE_NOTE) for table in rates),
         *((table, MERGE_NOTE) for table in merging),
     ]
 
@@ -101,10 +103,15 @@ def _by_seed(lines: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> list[tu
         by_task = [_spread([values[arm, seed, task] for seed in seeds]) for task in tasks]
         difference = [one - other for one, other in zip(means[arm], means[arms[0]])]
         best |= {(len(rows), 1 + len(tasks) + len(seeds))} if arm == highest else set()
-        rows.append([
-            arm, *by_task, *(f"{100 * value:.1f}" for value in means[arm]), _spread(means[arm]),
-            "–" if arm == arms[0] else _spread(difference, sign=True),
-        ])
+        rows.append(
+            [
+                arm,
+                *by_task,
+                *(f"{100 * value:.1f}" for value in means[arm]),
+                _spread(means[arm]),
+                "–" if arm == arms[0] else _spread(difference, sign=True),
+            ]
+        )
     heads = ["Arm", *tasks, *(f"mean, seed {seed}" for seed in seeds), "mean", f"− {arms[0]}"]
     return [(Table(f"By seed, accuracy in %, {len(seeds)} seeds", heads, rows, best, texts=1), SEED_NOTE)]
 
@@ -115,12 +122,16 @@ def _pairs(folder: Path, lines: Sequence[Mapping[str, Any]], arms: Sequence[str]
     asked = {row["model"]: row["protocol"] for row in rows if row["condition"] == "clean"}
     tasks = list(dict.fromkeys(line["data"] for line in lines))
     images = {arm: {task: _images(folder, task, asked.get(arm, ""), arm) for task in tasks} for arm in arms}
-    values = {(line["arm"], line["seed"], line["data"]): line["value"] for line in lines if line["condition"] == "clean"}
+    values = {
+        (line["arm"], line["seed"], line["data"]): line["value"] for line in lines if line["condition"] == "clean"
+    }
     seeds = list(dict.fromkeys(line["seed"] for line in lines))
     told = []
     for first, second in itertools.combinations(arms, 2):
         pairs = {task: (images[second][task], images[first][task]) for task in tasks}
-        if asked.get(first) != asked.get(second) or any(not one or one.keys() != other.keys() for one, other in pairs.values()):
+        if asked.get(first) != asked.get(second) or any(
+            not one or one.keys() != other.keys() for one, other in pairs.values()
+        ):
             continue
         mean, half = domain_average({task: [one[i] - other[i] for i in one] for task, (one, other) in pairs.items()})
         by_seed = [sum(values[second, s, t] - values[first, s, t] for t in tasks) / len(tasks) for s in seeds]

@@ -117,7 +117,9 @@ def check(config: DenseConfig) -> None:
     for name, values in config.arms.items():
         for key in values:
             if key.partition(".")[0] in SAME_FOR_ALL:
-                raise UserError(f"arms.{name}: {key} must be the same for all arms, or they cannot be compared; leave it out.")
+                raise UserError(
+                    f"arms.{name}: {key} must be the same for all arms, or they cannot be compared; leave it out."
+                )
     check_arms(config, _check_values)
     _check_baseline(config)
 
@@ -137,7 +139,9 @@ def _check_values(config: DenseConfig) -> None:
         raise UserError(f"size: {config.size}; give [height, width] in pixels, multiples of the model's patch.")
     _check_canvas(config)
     if config.full and config.adapt is not None:
-        raise UserError("full: trains the whole backbone, which leaves nothing to adapt; set adapt to null, or full to false.")
+        raise UserError(
+            "full: trains the whole backbone, which leaves nothing to adapt; set adapt to null, or full to false."
+        )
     _check_data(config.data)
     check_head(config.head.name, config.head.options)
     _check_augment(config.augment)
@@ -193,9 +197,13 @@ def _check_baseline(config: DenseConfig) -> None:
     tasks, arms = [task.name for task in all_tasks(config)], list(config.arms)
     if isinstance(config.baseline, dict) and set(config.baseline) != set(tasks):
         odd = min(set(config.baseline) ^ set(tasks))
-        raise UserError(f"baseline: '{odd}' is in only one of tasks and baseline; name an arm for each of {', '.join(tasks)}.")
+        raise UserError(
+            f"baseline: '{odd}' is in only one of tasks and baseline; name an arm for each of {', '.join(tasks)}."
+        )
     for task, arm in baseline_arms(config).items():
         if arm not in arms:
             raise UserError(f"baseline: no arm '{arm}'.{near(arm, arms) or ' There are no arms.'}")
         if task not in [one.name for one in trained_tasks(arm_config(config, arm))]:
-            raise UserError(f"baseline: arm '{arm}' does not train '{task}'; name another arm for it, as {{task: arm}}.")
+            raise UserError(
+                f"baseline: arm '{arm}' does not train '{task}'; name another arm for it, as {{task: arm}}."
+            )

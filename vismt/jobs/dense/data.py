@@ -9,13 +9,13 @@ import torch
 
 from vismt import console
 from vismt.data import dense_transforms as transforms
+from vismt.data.batching import Passes
 from vismt.data.dense import DenseSet, open_samples
 from vismt.data.dense_sample import CLASS, Sample, collate
 from vismt.data.splits import divide
-from vismt.data.batching import Passes
-from vismt.jobs.dense.config import DenseAugmentConfig, DenseConfig, all_tasks, canvas_of
 from vismt.engine.splits import shares
 from vismt.errors import UserError
+from vismt.jobs.dense.config import DenseAugmentConfig, DenseConfig, all_tasks, canvas_of
 from vismt.multitask.dense import SEGMENTATION
 from vismt.multitask.tasks import DenseTask, MapTask
 from vismt.multitask.tasks.depth import Depth, InverseDepth
@@ -33,7 +33,7 @@ class Rows:
 
     @property
     def ids(self) -> list[str]:
-        """"set:id" of each."""
+        """ "set:id" of each."""
         return [f"{images.name}:{images.ids[i]}" for images, i in self.entries]
 
     @property
@@ -113,8 +113,15 @@ class DenseBatches:
     """
 
     def __init__(
-        self, rows: Rows, canvas: tuple[int, int], size: tuple[int, int], batch: int, augment: DenseAugmentConfig,
-        targets: Sequence[str], *, seed: int,
+        self,
+        rows: Rows,
+        canvas: tuple[int, int],
+        size: tuple[int, int],
+        batch: int,
+        augment: DenseAugmentConfig,
+        targets: Sequence[str],
+        *,
+        seed: int,
     ) -> None:
         self._passes = Passes(len(rows), batch, seed=seed)
         self.rows, self.canvas, self.size, self.augment, self.seed = rows, canvas, size, augment, seed
@@ -122,15 +129,24 @@ class DenseBatches:
 
     def __call__(self, number: int) -> Sample:
         found = self._passes(number).tolist()
-        return collate([self._sample(row, mix_seed(self.seed, "augment", number, place)) for place, row in enumerate(found)])
+        return collate(
+            [self._sample(row, mix_seed(self.seed, "augment", number, place)) for place, row in enumerate(found)]
+        )
 
     def _sample(self, row: int, seed: int) -> Sample:
         own, (images, i) = self.augment, self.rows.entries[row]
 
         def augmented(sample: Sample) -> Sample:
             return transforms.augment(
-                transforms.resize(sample, self.canvas), seed, self.size, scales=(own.scales[0], own.scales[1]), mirror=own.flip,
-                cat_max_ratio=own.cat_max_ratio, strength=own.strength, hue=own.hue, inverse_depth=images.inverse_depth,
+                transforms.resize(sample, self.canvas),
+                seed,
+                self.size,
+                scales=(own.scales[0], own.scales[1]),
+                mirror=own.flip,
+                cat_max_ratio=own.cat_max_ratio,
+                strength=own.strength,
+                hue=own.hue,
+                inverse_depth=images.inverse_depth,
             )
 
         # Labels decide which crop is taken, so what an arm does not train is dropped only afterwards: arms see the same crops.
@@ -151,7 +167,9 @@ def _check_set(images: DenseSet, tasks: Sequence[DenseTask]) -> None:
     """One of the tasks has a target here, and as many classes."""
     if not any(task.key in images.targets for task in tasks):
         held, names = ", ".join(images.targets), ", ".join(task.name for task in tasks)
-        raise UserError(f"data: '{images.name}' has {held}, which none of the tasks ({names}) learns from; leave it out.")
+        raise UserError(
+            f"data: '{images.name}' has {held}, which none of the tasks ({names}) learns from; leave it out."
+        )
     for task in tasks:
         names = {"semseg": images.classes, "parts": images.parts, CLASS: images.image_classes}.get(task.key)
         if names and task.key in images.targets and task.channels != len(names):
@@ -164,7 +182,9 @@ def _check_names(named: Sequence[tuple[str, Sequence[str]]]) -> None:
         first, others = named[0]
         one, other = next(((one, other) for one, other in zip(others, classes) if one != other), (None, None))
         if one is not None:
-            raise UserError(f"data: one class is '{one}' in '{first}' and '{other}' in '{name}'; give both the same names.")
+            raise UserError(
+                f"data: one class is '{one}' in '{first}' and '{other}' in '{name}'; give both the same names."
+            )
 
 
 def _numbered(classes: Sequence[str]) -> bool:
@@ -178,5 +198,7 @@ def _inverse(sets: Sequence[DenseSet]) -> bool:
     odd = next((images for images in deep if images.inverse_depth != deep[0].inverse_depth), None)
     if odd is not None:
         one, other = (odd, deep[0]) if odd.inverse_depth else (deep[0], odd)
-        raise UserError(f"data: '{one.name}' has inverse depth, '{other.name}' depth; take sets of one kind, or no task depth.")
+        raise UserError(
+            f"data: '{one.name}' has inverse depth, '{other.name}' depth; take sets of one kind, or no task depth."
+        )
     return bool(deep) and deep[0].inverse_depth

@@ -29,15 +29,14 @@ from vismt.data.dense_sample import Sample, collate, size_of
 from vismt.data.dense_transforms import pad
 from vismt.engine import runtime
 from vismt.engine.arms import Unit, arm_config, arm_names, final_units, unit_config
-from vismt.jobs.dense.config import DELTA, SEEDS, DenseConfig, baseline_arms, trained_tasks, window_of
-from vismt.jobs.dense.data import DenseData
-from vismt.jobs.dense.models import fingerprint, loaded
 from vismt.engine.log import record_stem, write_lines
-from vismt.jobs.dense.pooled_score import PooledScore, Scored
 from vismt.engine.study_files import MERGE, fold, mergeable
 from vismt.errors import UserError
 from vismt.files import atomic_write, read_json
-from vismt.stats import mean_interval
+from vismt.jobs.dense.config import DELTA, SEEDS, DenseConfig, baseline_arms, trained_tasks, window_of
+from vismt.jobs.dense.data import DenseData
+from vismt.jobs.dense.models import fingerprint, loaded
+from vismt.jobs.dense.pooled_score import PooledScore, Scored
 from vismt.multitask.dense import DenseNet
 from vismt.multitask.inference import predict
 from vismt.multitask.metrics import delta_m
@@ -45,10 +44,18 @@ from vismt.multitask.tasks import DenseTask, MapTask
 from vismt.multitask.tasks.classification import Classification
 from vismt.multitask.tasks.depth import Depth
 from vismt.multitask.tasks.segmentation import Segmentation
+from vismt.stats import mean_interval
 
 MEASURES = {
-    "miou": "mIoU", "rmse": "RMSE", "abs_err": "mean absolute error", "abs_rel": "mean relative error",
-    "log_rmse": "RMSE of the log", "mean": "mean angle in degrees", "ods_f": "odsF", "max_f": "maxF", "accuracy": "accuracy",
+    "miou": "mIoU",
+    "rmse": "RMSE",
+    "abs_err": "mean absolute error",
+    "abs_rel": "mean relative error",
+    "log_rmse": "RMSE of the log",
+    "mean": "mean angle in degrees",
+    "ods_f": "odsF",
+    "max_f": "maxF",
+    "accuracy": "accuracy",
 }
 LENGTHS = ("rmse", "abs_err")  # measures in the unit of the target
 LEAST = 1e-6  # of a score, before its logarithm
@@ -69,7 +76,10 @@ class Evaluation:
         baseline; so none has to be trained before.
         """
         scored = self._scored(unit, "validation")
-        logs = [math.log(max(one.value, LEAST)) * (-1 if self.tasks[task].lower_is_better else 1) for task, one in scored.items()]
+        logs = [
+            math.log(max(one.value, LEAST)) * (-1 if self.tasks[task].lower_is_better else 1)
+            for task, one in scored.items()
+        ]
         return math.exp(math.fsum(logs) / len(logs))
 
     def rows(self) -> list[dict[str, Any]]:
@@ -77,15 +87,27 @@ class Evaluation:
         found: dict[tuple[str, str], tuple[float, Images, list[dict[str, Any]]]] = {}
         lines: list[dict[str, Any]] = []
         for arm in arm_names(self.config):
-            seeds = {unit: self._scored(unit, self.config.evaluate.split) for unit in final_units(self.config, self.folder, arm)}
+            seeds = {
+                unit: self._scored(unit, self.config.evaluate.split)
+                for unit in final_units(self.config, self.folder, arm)
+            }
             for unit in seeds:
                 self._check_merge(unit)
             for task in trained_tasks(arm_config(self.config, arm)):
                 own = {unit: scored[task.name] for unit, scored in seeds.items()}
-                lines += [{
-                    "arm": arm, "seed": unit.seed, "lr": unit.lr, "task": task.name, "measure": task.measure, "value": one.value,
-                    "n": len(one.images), "numbers": one.numbers,
-                } for unit, one in own.items()]
+                lines += [
+                    {
+                        "arm": arm,
+                        "seed": unit.seed,
+                        "lr": unit.lr,
+                        "task": task.name,
+                        "measure": task.measure,
+                        "value": one.value,
+                        "n": len(one.images),
+                        "numbers": one.numbers,
+                    }
+                    for unit, one in own.items()
+                ]
                 found[arm, task.name] = _mean(list(own.values()))
         rows = [self._row(arm, self.metric(self.tasks[task]), task, *one) for (arm, task), one in found.items()]
         for arm in arm_names(self.config):
@@ -101,7 +123,9 @@ class Evaluation:
     def _views(self) -> str:
         """How the protocol names what is averaged."""
         how, (height, width) = self.config.evaluate, window_of(self.config)
-        windows = "" if (height, width) == self.data.size else f", windows of {height} x {width} that share {how.overlap:g}"
+        windows = (
+            "" if (height, width) == self.data.size else f", windows of {height} x {width} that share {how.overlap:g}"
+        )
         return windows + ", mean with the mirrored image" * how.flip
 
     def _row(
@@ -113,18 +137,32 @@ class Evaluation:
         half = mean_interval(list(images.values()))[1]
         path = self.folder / "records" / f"{record_stem(data, protocol, arm)}-{task}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_lines(path, [
-            {"episode": name, "clean": psi, **({"alone": [one[name] for one in alone]} if alone else {})}
-            for name, psi in images.items()
-        ])
+        write_lines(
+            path,
+            [
+                {"episode": name, "clean": psi, **({"alone": [one[name] for one in alone]} if alone else {})}
+                for name, psi in images.items()
+            ],
+        )
         console.stage("eval", f"{arm}   {metric} {value:.4g} ± {half:.2g}   (n = {len(images):,} images)")
         return {
-            "data": data, "protocol": protocol, "condition": "clean", "metric": metric, "model": arm, "value": value,
-            "ci95": half, "n": len(images), "unit": "images", "seed": self.config.seed, "config_hash": self.hash,
+            "data": data,
+            "protocol": protocol,
+            "condition": "clean",
+            "metric": metric,
+            "model": arm,
+            "value": value,
+            "ci95": half,
+            "n": len(images),
+            "unit": "images",
+            "seed": self.config.seed,
+            "config_hash": self.hash,
             "lower_is_better": task in self.tasks and self.tasks[task].lower_is_better,
         }
 
-    def shown(self, unit: Unit, numbers: Sequence[int]) -> tuple[Sample, dict[str, Tensor], dict[str, list[float | None]]]:
+    def shown(
+        self, unit: Unit, numbers: Sequence[int]
+    ) -> tuple[Sample, dict[str, Tensor], dict[str, list[float | None]]]:
         """Of images by number: the collated sample, and by task the merged net's logits and each image's own score, if any."""
         rows = self.data.part(self.config.evaluate.split)
         batch = collate([rows.fitted(i, self.data.size) for i in numbers])
@@ -132,7 +170,9 @@ class Evaluation:
         alone = {task: [one.alone.get(rows.ids[i]) for i in numbers] for task, one in scored.items()}
         return batch, self._logits(self._final(unit), batch), alone
 
-    def _delta(self, arm: str, found: Mapping[tuple[str, str], Any], lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _delta(
+        self, arm: str, found: Mapping[tuple[str, str], Any], lines: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
         """The row of delta_m of an arm with all tasks, and its lines by seed; none for the baseline itself."""
         arms = baseline_arms(self.config)
         if not arms or set(arms.values()) == {arm} or any((arm, task) not in found for task in arms):
@@ -144,14 +184,21 @@ class Evaluation:
         by_seed = {(line["arm"], line["seed"], line["task"]): line for line in lines}
         gains: list[dict[str, Any]] = []
         try:
-            value = delta_m({t: pair[0][0] for t, pair in pairs.items()}, {t: pair[1][0] for t, pair in pairs.items()}, lower)
+            value = delta_m(
+                {t: pair[0][0] for t, pair in pairs.items()}, {t: pair[1][0] for t, pair in pairs.items()}, lower
+            )
             for seed in dict.fromkeys(line["seed"] for line in lines):
                 own = {task: by_seed[arm, seed, task]["value"] for task in arms}
                 base = {task: by_seed[arms[task], seed, task]["value"] for task in arms}
-                gains.append({
-                    **by_seed[arm, seed, next(iter(arms))], "task": DELTA, "measure": f"over {named}, seed by seed",
-                    "value": delta_m(own, base, lower), "numbers": {},
-                })
+                gains.append(
+                    {
+                        **by_seed[arm, seed, next(iter(arms))],
+                        "task": DELTA,
+                        "measure": f"over {named}, seed by seed",
+                        "value": delta_m(own, base, lower),
+                        "numbers": {},
+                    }
+                )
         except UserError as error:
             console.stage("eval", f"{arm}   no delta_m: {error}")
             return []
@@ -184,7 +231,9 @@ class Evaluation:
                         own = _inside(self.tasks[task], logits[task][place : place + 1], size_of(sample))
                         pool.add(name, own, sample[key][None])
         scored = {task: pool.result() for task, pool in pools.items()}
-        atomic_write(path, json.dumps({"fingerprint": seen, "tasks": {task: asdict(one) for task, one in scored.items()}}))
+        atomic_write(
+            path, json.dumps({"fingerprint": seen, "tasks": {task: asdict(one) for task, one in scored.items()}})
+        )
         return scored
 
     def _batches(self, split: str, told: str) -> Iterator[tuple[list[str], list[Sample], Sample]]:
@@ -220,10 +269,18 @@ class Evaluation:
                 apart = float((merged[task] - other[task]).abs().max())
                 found[task] = [max(difference, apart), max(largest, float(other[task].abs().max())), answers + changed]
         worst = max(found.values(), key=lambda one: one[0] / max(one[1], LEAST))
-        atomic_write(unit.folder / MERGE, json.dumps({
-            "n": len(self.data.part(self.config.evaluate.split)), "different_predictions": sum(one[2] for one in found.values()),
-            "largest_difference": worst[0], "largest_logit": worst[1], "tasks": found,
-        }))
+        atomic_write(
+            unit.folder / MERGE,
+            json.dumps(
+                {
+                    "n": len(self.data.part(self.config.evaluate.split)),
+                    "different_predictions": sum(one[2] for one in found.values()),
+                    "largest_difference": worst[0],
+                    "largest_logit": worst[1],
+                    "tasks": found,
+                }
+            ),
+        )
 
     def _final(self, unit: Unit) -> DenseNet:
         return fold(loaded(self.config, unit, window_of(self.config)), unit).to(runtime.processes().device)

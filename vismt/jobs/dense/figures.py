@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vismt.report.plotting import MUTED, axes_at, new_figure, save, short, show_image, write
 from vismt.report.panels import read_panel
+from vismt.report.plotting import MUTED, axes_at, new_figure, save, short, show_image, write
 from vismt.report.study_figures import LETTER
 from vismt.report.tables import number_text, scale_text
 
@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIDE, WIDEST, GAP = 1.35, 11.0, 0.07  # inches: of a square picture, of a figure, between pictures
-HEAD, LINE, BELOW, APART = 0.22, 0.22, 0.19, 0.3  # of the names over a block, a task over its row, scores, between blocks
+HEAD, LINE, BELOW, APART = (
+    0.22,
+    0.22,
+    0.19,
+    0.3,
+)  # of the names over a block, a task over its row, scores, between blocks
 
 
 def predictions_figure(panel: Path, path: Path) -> Path:
@@ -34,7 +39,10 @@ def predictions_figure(panel: Path, path: Path) -> Path:
     pictures = 2 + len(found["arms"])
     width = min(SIDE * math.sqrt(columns / rows), (WIDEST - 0.2) / pictures - GAP)
     size = (width, width * rows / columns)
-    wide, high = pictures * (width + GAP) - GAP + APART, HEAD + len(found["tasks"]) * (LINE + size[1] + BELOW) + APART / 2
+    wide, high = (
+        pictures * (width + GAP) - GAP + APART,
+        HEAD + len(found["tasks"]) * (LINE + size[1] + BELOW) + APART / 2,
+    )
     across = max(1, min(count, int((WIDEST - 0.2 + APART) / wide)))
     figure = new_figure(0.2 + across * wide - APART, 0.05 + high * math.ceil(count / across))
     for number in range(count):
@@ -50,7 +58,9 @@ def _block(
     (width, height), arms = size, found["arms"].tolist()
     pitch, most = width + GAP, max(4, int(width / LETTER))
     for place, name in enumerate(["Input", "Truth", *arms]):
-        write(figure, left + place * pitch, top + HEAD - 0.03, short(name, int(most * 0.85)), va="bottom", weight="bold")
+        write(
+            figure, left + place * pitch, top + HEAD - 0.03, short(name, int(most * 0.85)), va="bottom", weight="bold"
+        )
     for row, metric in enumerate(found["metrics"].tolist()):
         y = top + HEAD + LINE + row * (LINE + height + BELOW)
         told = short(scale_text(metric, bool(found["lower_is_better"][row])), int((1 + len(arms)) * pitch / LETTER))

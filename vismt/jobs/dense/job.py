@@ -10,16 +10,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vismt.jobs.dense import models as dense_models
-
-from vismt.jobs.dense import panels as dense_panels
 from vismt.engine.arms import Unit, arm_config, arm_names, named_unit, unit_config
+from vismt.engine.study import StudyJob
+from vismt.errors import UserError
+from vismt.jobs.dense import models as dense_models
+from vismt.jobs.dense import panels as dense_panels
 from vismt.jobs.dense.config import DenseConfig, check, trained_tasks, window_of
 from vismt.jobs.dense.data import DenseBatches, DenseData
 from vismt.jobs.dense.evaluation import Evaluation
 from vismt.jobs.dense.predict import predict_images
-from vismt.engine.study import StudyJob
-from vismt.errors import UserError
 from vismt.multitask.dense import SEGMENTATION, DenseNet, DenseObjective
 from vismt.multitask.retain_dense import DenseRetaining
 
@@ -73,14 +72,23 @@ class DenseJob(StudyJob):
             classes = next(task.channels for task in tasks if task.name == SEGMENTATION)
             retain = DenseRetaining(classes, **asdict(config.retain))
         return DenseObjective(
-            net, tasks, balancer=self.balancer(config, [task.name for task in tasks]), balanced=balanced, retain=retain,
+            net,
+            tasks,
+            balancer=self.balancer(config, [task.name for task in tasks]),
+            balanced=balanced,
+            retain=retain,
             fade=self.fade(config, net),
         )
 
     def batches(self, config: DenseConfig) -> DenseBatches:
         keys = [task.key for task in trained_tasks(config)]
         return DenseBatches(
-            self.data.parts["train"], self.data.size, (config.size[0], config.size[1]), config.batch, config.augment, keys,
+            self.data.parts["train"],
+            self.data.size,
+            (config.size[0], config.size[1]),
+            config.batch,
+            config.augment,
+            keys,
             seed=config.seed,
         )
 

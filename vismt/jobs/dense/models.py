@@ -14,8 +14,8 @@ import safetensors.torch
 from vismt.backbones import vit
 from vismt.engine import study_files
 from vismt.engine.arms import Unit, unit_config
-from vismt.jobs.dense.config import DenseConfig, trained_tasks
 from vismt.files import atomic_write, read_tensors
+from vismt.jobs.dense.config import DenseConfig, trained_tasks
 from vismt.multitask.dense import DenseNet, default_blocks
 from vismt.multitask.heads import Head, make_head, make_pooled_head
 from vismt.multitask.tasks import DenseTask, MapTask
@@ -56,7 +56,10 @@ def save(net: DenseNet, config: DenseConfig, folder: Path) -> None:
 def heads_file(net: DenseNet, config: DenseConfig) -> bytes:
     """heads.safetensors; its metadata "heads" say which, on which blocks and at which size, so that they can be made again."""
     told = {
-        "head": config.head.name, "options": config.head.options, "blocks": net.blocks, "size": config.size,
+        "head": config.head.name,
+        "options": config.head.options,
+        "blocks": net.blocks,
+        "size": config.size,
         "tasks": {task.name: task.channels for task in trained_tasks(config)},
         "pooled": [task.name for task in trained_tasks(config) if not isinstance(task, MapTask)],
     }
@@ -77,7 +80,9 @@ def loaded(config: DenseConfig, unit: Unit, size: tuple[int, int] | None = None)
         study_files.load_state(net.stock, unit.folder / BACKBONE, what)
     study_files.load_state(net.heads, unit.folder / HEADS, what)
     if size is not None and size != net.backbone.img_size:
-        net.backbone.set_input_size(size, None if own.full else getattr(make_backbone(own, size).vit, "pos_embed", None))
+        net.backbone.set_input_size(
+            size, None if own.full else getattr(make_backbone(own, size).vit, "pos_embed", None)
+        )
     return net.requires_grad_(False).eval()
 
 

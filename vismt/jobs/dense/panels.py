@@ -9,14 +9,14 @@ import numpy as np
 from torch import Tensor, stack
 
 from vismt.engine.arms import arm_names, final_units
+from vismt.errors import UserError
 from vismt.jobs.dense.config import PANELS
 from vismt.jobs.dense.evaluation import Evaluation
 from vismt.jobs.dense.models import fingerprint, loaded
-from vismt.report.panels import read_panel, spread, to_bytes, write_panel
-from vismt.report.routers import ROUTED_IMAGES, ROUTERS, routed, write_routers
-from vismt.errors import UserError
 from vismt.multitask.tasks import MapTask
 from vismt.multitask.tasks.base import DARK
+from vismt.report.panels import read_panel, spread, to_bytes, write_panel
+from vismt.report.routers import ROUTED_IMAGES, ROUTERS, routed, write_routers
 
 SHOWN = 4
 
@@ -38,7 +38,8 @@ def write_panels(evaluation: Evaluation, count: int = SHOWN) -> Path | None:
     numbers = spread(len(rows), count).tolist()
     first = [final_units(config, evaluation.folder, arm)[0] for arm in arm_names(config)]
     about = {
-        "ids": np.array([rows.ids[i] for i in numbers], dtype=str), "arms": np.array([unit.arm for unit in first], dtype=str),
+        "ids": np.array([rows.ids[i] for i in numbers], dtype=str),
+        "arms": np.array([unit.arm for unit in first], dtype=str),
         "trainings": np.array([fingerprint(unit) for unit in first], dtype=str),
     }
     path = evaluation.folder / PANELS
@@ -51,16 +52,26 @@ def write_panels(evaluation: Evaluation, count: int = SHOWN) -> Path | None:
             images = to_bytes(sample["image"])
             truth = [_pictures(task, sample.get(task.key), sample["image"]) for task in tasks]
         trained.append([task.name in logits for task in tasks])
-        predictions.append([_pictures(task, logits.get(task.name), sample["image"], sample.get(task.key)) for task in tasks])
+        predictions.append(
+            [_pictures(task, logits.get(task.name), sample["image"], sample.get(task.key)) for task in tasks]
+        )
         own = [alone.get(task.name, [None] * len(numbers)) for task in tasks]
         scores.append([[math.nan if one is None else one for one in line] for line in own])
-    return write_panel(path, "dense", {
-        **about, "images": images, "tasks": np.array([task.name for task in tasks], dtype=str),
-        "metrics": np.array([evaluation.metric(task) for task in tasks], dtype=str),
-        "lower_is_better": np.array([task.lower_is_better for task in tasks]), "truth": np.stack(truth),
-        "trained": np.array(trained), "predictions": np.stack([np.stack(own) for own in predictions]),
-        "scores": np.array(scores, dtype=np.float64),
-    })
+    return write_panel(
+        path,
+        "dense",
+        {
+            **about,
+            "images": images,
+            "tasks": np.array([task.name for task in tasks], dtype=str),
+            "metrics": np.array([evaluation.metric(task) for task in tasks], dtype=str),
+            "lower_is_better": np.array([task.lower_is_better for task in tasks]),
+            "truth": np.stack(truth),
+            "trained": np.array(trained),
+            "predictions": np.stack([np.stack(own) for own in predictions]),
+            "scores": np.array(scores, dtype=np.float64),
+        },
+    )
 
 
 def write_router_panels(evaluation: Evaluation) -> None:
@@ -87,6 +98,6 @@ def _pictures(task: MapTask, maps: Tensor | None, images: Tensor, like: Tensor |
     """uint8 (n, 3, h, w) of a batch of maps; without maps all of it has no value."""
     if maps is None:
         return np.full(tuple(images.shape), DARK, dtype=np.uint8)
-    return np.stack([
-        task.picture(one, None if like is None else like[place]).numpy() for place, one in enumerate(maps)
-    ])
+    return np.stack(
+        [task.picture(one, None if like is None else like[place]).numpy() for place, one in enumerate(maps)]
+    )

@@ -27,7 +27,9 @@ from vismt.multitask.tasks import DenseTask
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-LARGEST = 100_000  # numbers of a state kept for each image; the histogram of angles has more, and no score is read from it
+LARGEST = (
+    100_000  # numbers of a state kept for each image; the histogram of angles has more, and no score is read from it
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,9 @@ class PooledScore:
 
     def _compute(self, states: Mapping[str, Tensor]) -> dict[str, Any]:
         metric = copy.deepcopy(self._metric)  # one that has seen data; its states are replaced
-        metric.distributed_available_fn = lambda: False  # one process evaluates while the others wait: nobody would answer
+        metric.distributed_available_fn = lambda: (
+            False
+        )  # one process evaluates while the others wait: nobody would answer
         for key, value in states.items():
             setattr(metric, key, value)
         return metric.compute()

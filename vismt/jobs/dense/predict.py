@@ -20,27 +20,33 @@ from vismt import console
 from vismt.data.cards import Card, load_card
 from vismt.data.decode import decode_file
 from vismt.data.dense_transforms import fitting, resize
-from vismt.data.source_types import DENSE, DenseSource
 from vismt.data.pascal_context import PARTS
+from vismt.data.source_types import DENSE, DenseSource
 from vismt.engine import runtime
 from vismt.engine.arms import Unit, unit_config
-from vismt.report.plotting import GRID, INK, MUTED, axes_at, new_figure, save, short, write
-from vismt.jobs.dense.config import DenseConfig, canvas_of, trained_tasks, window_of
-from vismt.jobs.dense.models import loaded
 from vismt.engine.study_files import fold
 from vismt.errors import UserError
 from vismt.files import atomic_write
+from vismt.jobs.dense.config import DenseConfig, canvas_of, trained_tasks, window_of
+from vismt.jobs.dense.models import loaded
 from vismt.multitask.inference import predict
 from vismt.multitask.tasks import DenseTask, MapTask
 from vismt.multitask.tasks.classification import Classification
 from vismt.multitask.tasks.depth import Depth, InverseDepth
 from vismt.multitask.tasks.segmentation import Segmentation
+from vismt.report.plotting import GRID, INK, MUTED, axes_at, new_figure, save, short, write
 
 WIDTH, LINE, MOST = 2.6, 0.18, 8  # inches: of a panel, and of a line of the legend; classes in the legend
 
 
 def predict_images(
-    config: DenseConfig, unit: Unit, images: Sequence[Path], target: Path, *, own_size: bool = False, flip: bool = False,
+    config: DenseConfig,
+    unit: Unit,
+    images: Sequence[Path],
+    target: Path,
+    *,
+    own_size: bool = False,
+    flip: bool = False,
     maps: bool = False,
 ) -> list[Path]:
     """Write <target>/<image's stem>.png, with `maps` also .npz, for each image; the pictures' paths.
@@ -53,7 +59,9 @@ def predict_images(
     for path in images:
         other = names.setdefault(path.stem, path)
         if other is not path:
-            raise UserError(f"predict: '{other}' and '{path}' would both become {path.stem}.png; give one of them another --to.")
+            raise UserError(
+                f"predict: '{other}' and '{path}' would both become {path.stem}.png; give one of them another --to."
+            )
         decode_file(path)
     size = (config.size[0], config.size[1]) if own_size else window_of(config)
     net = fold(loaded(config, unit, size), unit).to(runtime.processes().device)
@@ -69,8 +77,13 @@ def predict_images(
             height, width = fitting(own, canvas_of(config))
             image = resize({"image": image}, canvas_of(config))["image"]
         with torch.no_grad():
-            found = predict(net, tasks, image[None].to(runtime.processes().device), overlap=config.evaluate.overlap, flip=flip)
-        found = {name: value[0, :, :height, :width].cpu() if value.ndim == 4 else value[0].cpu() for name, value in found.items()}
+            found = predict(
+                net, tasks, image[None].to(runtime.processes().device), overlap=config.evaluate.overlap, flip=flip
+            )
+        found = {
+            name: value[0, :, :height, :width].cpu() if value.ndim == 4 else value[0].cpu()
+            for name, value in found.items()
+        }
         if own_size and depth is not None:
             larger = max(side / fitted for side, fitted in zip(own, canvas_of(config)))
             found[Depth.name] = depth.rescaled(found[Depth.name], larger)
@@ -84,7 +97,9 @@ def predict_images(
 
 def class_names(config: DenseConfig, tasks: Mapping[str, DenseTask]) -> dict[str, list[str]]:
     """Names of the classes of each task that the cards of the training sets name; the sets themselves need not be here."""
-    found: dict[str, list[str]] = {"parts": list(PARTS)} if "parts" in tasks and tasks["parts"].channels == len(PARTS) else {}
+    found: dict[str, list[str]] = (
+        {"parts": list(PARTS)} if "parts" in tasks and tasks["parts"].channels == len(PARTS) else {}
+    )
     for card in _cards(config):
         told = [str(one) for one in card.read_json(card.names)] if card.names else []
         task = "semseg" if isinstance(card.sources[0], DENSE) else Classification.name
@@ -105,7 +120,10 @@ def _inverse(config: DenseConfig) -> bool:
 
 
 def picture(
-    image: Tensor, predictions: Mapping[str, Tensor], tasks: Mapping[str, DenseTask], classes: Mapping[str, Sequence[str]],
+    image: Tensor,
+    predictions: Mapping[str, Tensor],
+    tasks: Mapping[str, DenseTask],
+    classes: Mapping[str, Sequence[str]],
     path: Path,
 ) -> Path:
     """The image and each task's prediction side by side, at most four in a row; the commonest classes are named by colour.
@@ -132,7 +150,9 @@ def picture(
             write(figure, left, top - 0.08, name, weight="bold")
             write(figure, left + WIDTH, top - 0.08, told, color=MUTED, fontsize=8, ha="right")
             axes = axes_at(figure, left, top, WIDTH, tall)
-            axes.imshow(pixels.movedim(0, -1).numpy(), interpolation="nearest" if image.shape[-1] < 384 else "antialiased")
+            axes.imshow(
+                pixels.movedim(0, -1).numpy(), interpolation="nearest" if image.shape[-1] < 384 else "antialiased"
+            )
             axes.set(xticks=[], yticks=[])
             for spine in axes.spines.values():
                 spine.set_color(GRID)

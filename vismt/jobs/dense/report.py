@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from vismt.config import read_yaml
-from vismt.report import study_figures
-from vismt.report.comparison import aligned, episodes_of, is_share
+from vismt.engine.log import read_lines
+from vismt.errors import UserError
 from vismt.jobs.dense.config import DELTA, PANELS, SEEDS
 from vismt.jobs.dense.figures import predictions_figure
-from vismt.engine.log import read_lines
 from vismt.jobs.fewshot.report import Picture
+from vismt.multitask.tasks import TASKS
+from vismt.multitask.tasks.segmentation import Segmentation
+from vismt.report import study_figures
+from vismt.report.comparison import aligned, episodes_of, is_share
 from vismt.report.routers import IMAGES
-from vismt.report.study_figures import SeedsPanel
 from vismt.report.study import (
     RATE_RULE,
     SEEDS_CAPTION,
@@ -28,13 +30,14 @@ from vismt.report.study import (
     seeds_interval,
     training_logs,
 )
+from vismt.report.study_figures import SeedsPanel
 from vismt.report.tables import Table, number_text, scale_text
-from vismt.errors import UserError
 from vismt.stats import mean_interval
-from vismt.multitask.tasks import TASKS
-from vismt.multitask.tasks.segmentation import Segmentation
 
-FIELDS, ROW = ("arm", "seed", "lr", "task", "value", "n"), ("data", "protocol", "condition", "metric", "model", "value", "n")
+FIELDS, ROW = (
+    ("arm", "seed", "lr", "task", "value", "n"),
+    ("data", "protocol", "condition", "metric", "model", "value", "n"),
+)
 ARROWS = "↓ lower is better, ↑ higher is better."
 SEED_NOTE = (
     f"{ARROWS} Mean over the training seeds ± half width of its 95 % interval (Student's t), and the same of the difference to "
@@ -105,7 +108,9 @@ def dense_curves(folder: Path) -> list[Picture]:
     lines, scores = _read(folder)
     pictures, arms = [], list(dict.fromkeys(line["arm"] for line in lines))
     if scores:
-        path = study_figures.seeds_figure([_seeds_panel(score) for score in scores], arms, folder / "figures" / "seeds.png")
+        path = study_figures.seeds_figure(
+            [_seeds_panel(score) for score in scores], arms, folder / "figures" / "seeds.png"
+        )
         pictures.append(Picture(path, "Arms by seed", f"{SEEDS_CAPTION} n counts images. {ARROWS}"))
     logs = training_logs(folder, lines)
     if logs:
@@ -131,13 +136,21 @@ def dense_tables(folder: Path) -> list[tuple[Table, str]]:
         return []
     arms, seeds = (list(dict.fromkeys(line[name] for line in lines)) for name in ("arm", "seed"))
     merging = merge_files(folder, arms)
-    classes = any(issubclass(TASKS[task], Segmentation) for told in merging.values() for task in told[0].get("tasks", ()))
+    classes = any(
+        issubclass(TASKS[task], Segmentation) for told in merging.values() for task in told[0].get("tasks", ())
+    )
     images = {score.task: {arm: episodes_of(folder, row) for arm, row in score.rows.items()} for score in scores}
     return [
         *_by_seed(folder, scores, seeds),
-        *_pairs("Paired differences over images", arms, scores, lambda *pair: _over_images(images, *pair), IMAGES_NOTE, True),
         *_pairs(
-            f"Paired differences over {len(seeds)} seeds", arms, scores, lambda *pair: _over_seeds(seeds, *pair), OVER_SEEDS_NOTE
+            "Paired differences over images", arms, scores, lambda *pair: _over_images(images, *pair), IMAGES_NOTE, True
+        ),
+        *_pairs(
+            f"Paired differences over {len(seeds)} seeds",
+            arms,
+            scores,
+            lambda *pair: _over_seeds(seeds, *pair),
+            OVER_SEEDS_NOTE,
         ),
         *((table, RATE_NOTE) for table in rates_table(folder, arms, lambda value: f"{value:.4g}")),
         *((table, MERGE_NOTE) for table in merge_table(merging, "pixels whose class differs" * classes)),
@@ -151,11 +164,15 @@ def _read(folder: Path) -> tuple[list[dict[str, Any]], list[Score]]:
     scores = []
     for task in sorted(dict.fromkeys(line["task"] for line in lines), key=lambda task: task == DELTA):
         # The metric of a row begins with its task.
-        own = {row["model"]: row for row in rows if row["metric"].partition(" ")[0] == task and row["condition"] == "clean"}
+        own = {
+            row["model"]: row for row in rows if row["metric"].partition(" ")[0] == task and row["condition"] == "clean"
+        }
         values = {(line["arm"], line["seed"]): line["value"] for line in lines if line["task"] == task}
         seeds = {line["seed"] for line in lines}
         if {(arm, seed) for arm in own for seed in seeds} != set(values):
-            raise UserError(f"report: {SEEDS} lacks a seed or an arm of {task}; `vismt evaluate {folder}` writes it anew.")
+            raise UserError(
+                f"report: {SEEDS} lacks a seed or an arm of {task}; `vismt evaluate {folder}` writes it anew."
+            )
         scores.append(Score(task, own, values))
     return lines, scores
 
@@ -191,16 +208,28 @@ def _by_seed(folder: Path, scores: Sequence[Score], seeds: Sequence[int]) -> lis
             rows.append([score.told, arm, *numbers, score.interval(*seeds_interval(own)), difference])
     other = "baseline" if baseline else "first arm"
     heads = ["Score", "Arm", *(f"seed {seed}" for seed in seeds), "mean", f"− {other}"]
-    named = f"the arm that is the task's baseline ({_baselines(baseline)})" if baseline else "the first arm that trains the task"
+    named = (
+        f"the arm that is the task's baseline ({_baselines(baseline)})"
+        if baseline
+        else "the first arm that trains the task"
+    )
     return [(Table(f"By seed, {len(seeds)} seeds", heads, rows, best), SEED_NOTE.format(other=named))]
 
 
 def _baselines(baseline: Any) -> str:
-    return ", ".join(f"{task}: {arm}" for task, arm in baseline.items()) if isinstance(baseline, Mapping) else str(baseline)
+    return (
+        ", ".join(f"{task}: {arm}" for task, arm in baseline.items())
+        if isinstance(baseline, Mapping)
+        else str(baseline)
+    )
 
 
 def _pairs(
-    title: str, arms: Sequence[str], scores: Sequence[Score], cell: Callable[[Score, str, str], str], note: str,
+    title: str,
+    arms: Sequence[str],
+    scores: Sequence[Score],
+    cell: Callable[[Score, str, str], str],
+    note: str,
     counted: bool = False,
 ) -> list[tuple[Table, str]]:
     """A row for each two arms that have a score in common. cell(score, later arm, earlier arm): the text, "" for none."""
@@ -223,4 +252,6 @@ def _over_images(images: Mapping[str, Mapping[str, Any]], score: Score, later: s
 def _over_seeds(seeds: Sequence[int], score: Score, later: str, earlier: str) -> str:
     if len(seeds) < 2:
         return ""
-    return score.interval(*seeds_interval([score.values[later, s] - score.values[earlier, s] for s in seeds]), sign=True)
+    return score.interval(
+        *seeds_interval([score.values[later, s] - score.values[earlier, s] for s in seeds]), sign=True
+    )

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from vismt.config import RunConfig
-from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
 from vismt.errors import UserError, near
 from vismt.metatune.amt import Adversary, AdversaryForm
 from vismt.metatune.finetune import FineTuneSettings
 from vismt.metatune.input_attack import PYRAMID
 from vismt.metatune.maml import MamlSettings
 from vismt.metatune.merging import MergeSettings
+from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
 
 SINGLE = ("frozen", "adapted")
 POOLED = ("frozen", "clean", "merged", "merged:default", "average", "logits", "min_ce")
@@ -145,7 +145,9 @@ def check(config: FewShotConfig) -> None:
             raise UserError(f"evaluate.{name}: {values}; name at least one, each once.")
     _check_models(config, trains)
     _check_selection(config)
-    if config.meta is not None and (config.pool is not None or (settings.rule, settings.ways) != ("uniform", source.ways)):
+    if config.meta is not None and (
+        config.pool is not None or (settings.rule, settings.ways) != ("uniform", source.ways)
+    ):
         raise UserError(
             f"meta: a head of source.ways = {source.ways} outputs; it needs evaluate.rule uniform, evaluate.ways "
             f"{source.ways} and no pool section."
@@ -157,7 +159,9 @@ def check(config: FewShotConfig) -> None:
     if settings.episodes < 2:
         raise UserError(f"evaluate.episodes: {settings.episodes}; an interval needs 2 or more.")
     if not 0 < source.crop <= 1 or source.jitter < 0:
-        raise UserError(f"source: crop {source.crop}, jitter {source.jitter}; crop lies in (0, 1], jitter is not negative.")
+        raise UserError(
+            f"source: crop {source.crop}, jitter {source.jitter}; crop lies in (0, 1], jitter is not negative."
+        )
     own = {"targets", "rank", "alpha", "seed"} & set(config.adapt.options if config.adapt else {})
     if own:
         raise UserError(f"adapt.options: '{min(own)}' has a key of its own: adapt.{min(own)} (seed: at the top).")
@@ -178,7 +182,9 @@ def _check_models(config: FewShotConfig, trains: bool) -> None:
         for label in pool.rates:
             if label not in (*trained, "clean"):
                 raise UserError(f"pool.rates: no expert '{label}'.{near(label, (*trained, 'clean'))}")
-    sources = [("evaluate.attacks: source", attack.source) for attack in config.evaluate.attacks if attack.source is not None]
+    sources = [
+        ("evaluate.attacks: source", attack.source) for attack in config.evaluate.attacks if attack.source is not None
+    ]
     for where, model in [*(("evaluate.models", model) for model in config.evaluate.models), *sources]:
         stem = model.removesuffix(TUNED)
         if stem == "merged:default" and config.select is None:
@@ -207,7 +213,9 @@ def _check_selection(config: FewShotConfig) -> None:
     if config.pool is None:
         raise UserError("select: chooses the settings of a pool's merging; add a pool section, or leave it out.")
     if bool(select.data) == bool(select.class_share) or not 0 <= select.class_share < 1:
-        raise UserError(f"select: data {select.data}, class_share {select.class_share:g}; give one of them, the share below 1.")
+        raise UserError(
+            f"select: data {select.data}, class_share {select.class_share:g}; give one of them, the share below 1."
+        )
     if select.episodes < 2:
         raise UserError(f"select.episodes: {select.episodes}; an interval needs 2 or more.")
     if select.class_share and config.evaluate.rule != "uniform":
@@ -217,7 +225,9 @@ def _check_selection(config: FewShotConfig) -> None:
         for other in config.evaluate.data:
             same, _, tested = other.partition(":")
             if card == same and (split in ("", "all", tested) or tested in ("", "all")):
-                raise UserError(f"select.data: '{name}' shares images with evaluate.data '{other}'; choose on other sets.")
+                raise UserError(
+                    f"select.data: '{name}' shares images with evaluate.data '{other}'; choose on other sets."
+                )
 
 
 def models(config: FewShotConfig) -> list[str]:

@@ -39,7 +39,9 @@ def episode_grid(panel: Mapping[str, np.ndarray], path: Path) -> Path:
         if attacked:
             rows += [("adversarial", "attacked", shot), ("change", f"change × {gain:.0f}", shot)]
     cell, left, top = 1.25, 1.15, 0.45
-    steps = [cell + (0.34 if kind in ("query", "adversarial") else 0.12) + 0.2 * (kind == "query") for kind, _, _ in rows]
+    steps = [
+        cell + (0.34 if kind in ("query", "adversarial") else 0.12) + 0.2 * (kind == "query") for kind, _, _ in rows
+    ]
     figure = new_figure(left + cell * 1.1 * len(classes) + 0.1, top + sum(steps) + 0.1)
     offset = top
     for (kind, label, shot), step in zip(rows, steps, strict=True):

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from vismt.errors import UserError
+from vismt.report.comparison import Comparison
 from vismt.report.plotting import (
     GRID,
     INK,
@@ -25,9 +27,7 @@ from vismt.report.plotting import (
     short,
     write,
 )
-from vismt.report.comparison import Comparison
 from vismt.robustness.conditions import SEVERITIES, corruption
-from vismt.errors import UserError
 
 QUANTITIES = {"loss": "Loss", "accuracy": "Accuracy (%)", "robust": "Accuracy under attack (%)"}
 LINES = {"loss": PALETTE[2], "accuracy": PALETTE[1], "robust": PALETTE[3]}
@@ -67,16 +67,27 @@ def expert_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -
             else:
                 axes.set_xlabel("step", color=MUTED, fontsize=9)
             if column == 0:
-                write(figure, 0.1, at[1] + height / 2, short(key, 13), ha="left", va="center", fontsize=10, weight="bold")
+                write(
+                    figure, 0.1, at[1] + height / 2, short(key, 13), ha="left", va="center", fontsize=10, weight="bold"
+                )
             if not len(steps):
                 axes.annotate("not logged", (0.5, 0.5), xycoords="axes fraction", ha="center", color=MUTED, fontsize=9)
                 continue
             smooth = running_mean(values)
-            axes.plot(steps, values, color=LINES[name], alpha=0.28, linewidth=1.0, marker="o" if len(steps) == 1 else None)
+            axes.plot(
+                steps, values, color=LINES[name], alpha=0.28, linewidth=1.0, marker="o" if len(steps) == 1 else None
+            )
             axes.plot(steps, smooth, color=LINES[name], linewidth=2.0, solid_capstyle="round")
             axes.annotate(
-                f"{smooth[-1]:.3g}", (steps[-1], smooth[-1]), xytext=(5, 0), textcoords="offset points", va="center",
-                color=LINES[name], fontsize=9, fontweight="bold", annotation_clip=False,
+                f"{smooth[-1]:.3g}",
+                (steps[-1], smooth[-1]),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                color=LINES[name],
+                fontsize=9,
+                fontweight="bold",
+                annotation_clip=False,
             )
     return save(figure, path)
 
@@ -111,8 +122,15 @@ def mixture_bars(
             for color, weight in zip(colors, weights, strict=True):
                 axes.barh(row, 100 * weight, left=left, height=0.72, color=color, edgecolor="white", linewidth=0.8)
                 if weight >= 0.07:
-                    axes.annotate(f"{100 * weight:.0f}", (left + 50 * weight, row), ha="center", va="center", fontsize=8,
-                                  color="white" if _dark(color) else INK, fontweight="bold")
+                    axes.annotate(
+                        f"{100 * weight:.0f}",
+                        (left + 50 * weight, row),
+                        ha="center",
+                        va="center",
+                        fontsize=8,
+                        color="white" if _dark(color) else INK,
+                        fontweight="bold",
+                    )
                 left += 100 * weight
         axes.set(xlim=(0, 100), ylim=(len(panel) - 0.5, -0.5), yticks=range(len(panel)))
         dress(axes, short(model, 40))
@@ -148,14 +166,18 @@ def corruption_curves(comparisons: Sequence[Comparison], path: Path) -> Path:
     models = list(dict.fromkeys(model for panel in found.values() for one in panel.values() for model in one.cells))
     curves = {name: {model: _by_severity(panel, model) for model in models} for name, panel in found.items()}
     if len(found) > 1:
-        curves[f"mean of {len(found)}"] = {model: _mean([panel[model] for panel in curves.values()]) for model in models}
+        curves[f"mean of {len(found)}"] = {
+            model: _mean([panel[model] for panel in curves.values()]) for model in models
+        }
     columns, size = min(ACROSS, len(curves)), (2.2, 1.55)
     down = math.ceil(len(curves) / columns)
     left, width = 0.55, 0.55 + max(columns * size[0], 4.4)
     top = 0.3 + 0.22 * legend_rows(models, width - left)
     figure = new_figure(width, top + down * (size[1] + 0.45) + 0.25)
     legend(figure, models, [color_of(model, models) for model in models], left)
-    highest = max(100 * (value + half) for panel in curves.values() for line in panel.values() for value, half in line.values())
+    highest = max(
+        100 * (value + half) for panel in curves.values() for line in panel.values() for value, half in line.values()
+    )
     for place, (name, panel) in enumerate(curves.items()):
         row, column = divmod(place, columns)
         at = (left + column * size[0], top + 0.3 + row * (size[1] + 0.45))
@@ -165,8 +187,14 @@ def corruption_curves(comparisons: Sequence[Comparison], path: Path) -> Path:
             values = [100 * value for value, _ in line.values()]
             halves = [100 * half for _, half in line.values()]
             axes.errorbar(
-                [severity + beside for severity in line], values, yerr=halves if any(halves) else None,
-                color=color_of(model, models), linewidth=1.6, elinewidth=0.8, marker="o", markersize=3.2,
+                [severity + beside for severity in line],
+                values,
+                yerr=halves if any(halves) else None,
+                color=color_of(model, models),
+                linewidth=1.6,
+                elinewidth=0.8,
+                marker="o",
+                markersize=3.2,
             )
         dress(axes, name.replace("_", " "))
         axes.grid(axis="y", color=GRID, linewidth=0.8)

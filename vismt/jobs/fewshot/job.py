@@ -17,12 +17,11 @@ from vismt.data.images import ImageSet, open_images
 from vismt.data.pixels import Pixels
 from vismt.data.transforms import augment
 from vismt.engine import runtime
+from vismt.engine.log import record_stem, write_lines
 from vismt.jobs.fewshot import masking_report as masking
-from vismt.robustness.conditions import AttackConfig, Condition, CorruptionConfig, conditions, summary
-from vismt.jobs.fewshot.pool_training import train_one, train_pool
 from vismt.jobs.fewshot.config import FewShotConfig, check, models
 from vismt.jobs.fewshot.models import Models
-from vismt.engine.log import record_stem, write_lines
+from vismt.jobs.fewshot.pool_training import train_one, train_pool
 from vismt.lowrank.layer_spec import AdaptReport, factor_rank
 from vismt.lowrank.store import load_adapter
 from vismt.lowrank.targets import check_patterns
@@ -33,6 +32,7 @@ from vismt.metatune.pool import assemble
 from vismt.metatune.protocol import mean_interval, run_protocol
 from vismt.metatune.protonet import ProtoNet
 from vismt.registry import adapt
+from vismt.robustness.conditions import AttackConfig, Condition, CorruptionConfig, conditions, summary
 from vismt.robustness.masking import check_episodes
 from vismt.robustness.transfer import Source
 from vismt.seeds import digest
@@ -58,7 +58,9 @@ class FewShotJob:
         config = self.config
         if not self.trains or (config.pool is not None and config.pool.folder):
             return {}
-        for name in config.evaluate.data:  # a set that is not here, or too small, is said before the training, not after
+        for (
+            name
+        ) in config.evaluate.data:  # a set that is not here, or too small, is said before the training, not after
             self._samplers(self._open(name))
         accelerator = runtime.accelerator(config.train.precision, config.train.trackers, self.folder)
         if config.train.trackers:
@@ -68,9 +70,17 @@ class FewShotJob:
             model = proto.backbone.vit
             objective = EpisodeObjective(proto)
             if config.meta is not None:
-                objective = MamlObjective(LinearLearner(proto.backbone, config.source.ways, seed=config.seed), config.meta)
+                objective = MamlObjective(
+                    LinearLearner(proto.backbone, config.source.ways, seed=config.seed), config.meta
+                )
             train_one(
-                objective, self._batches(config.seed), config.train, self.folder, self.hash, accelerator, model,
+                objective,
+                self._batches(config.seed),
+                config.train,
+                self.folder,
+                self.hash,
+                accelerator,
+                model,
                 seed=config.seed,
             )
         else:
@@ -85,7 +95,12 @@ class FewShotJob:
         if self._told is None:  # every expert was done before
             self._adapted()
         told = self._told
-        return {"method": told.method, "rank": factor_rank(told.sites), "trainable": told.trainable, "total": told.total}
+        return {
+            "method": told.method,
+            "rank": factor_rank(told.sites),
+            "trainable": told.trainable,
+            "total": told.total,
+        }
 
     def _adapted(self) -> ProtoNet:
         """A fresh backbone with untrained factors."""
@@ -94,7 +109,12 @@ class FewShotJob:
         unused = [re.escape(name) + r"\..*" for name in backbone.unused_modules()]
         options["exclude"] = [*options.get("exclude", ()), *unused]
         told = adapt(
-            backbone.vit, config.adapt.method, config.adapt.targets, config.adapt.rank, config.adapt.alpha, config.seed,
+            backbone.vit,
+            config.adapt.method,
+            config.adapt.targets,
+            config.adapt.rank,
+            config.adapt.alpha,
+            config.seed,
             **options,
         )
         trims = [config.merging.trim, *(config.select.trim if config.select is not None else ())]
@@ -140,9 +160,14 @@ class FewShotJob:
                 sampler = self._samplers(pixels)[0]
                 shown, protocol = _shown(name), str(sampler)
                 found = check_episodes(
-                    self._models.task(model, name), pixels, sampler, episodes=self.config.evaluate.masking_episodes,
-                    records=self.folder / "masking" / f"{record_stem(shown, protocol, model)}.jsonl", data=name,
-                    fingerprint=self._models.fingerprint(model, name), label=f"{shown} {protocol} {model} by radius",
+                    self._models.task(model, name),
+                    pixels,
+                    sampler,
+                    episodes=self.config.evaluate.masking_episodes,
+                    records=self.folder / "masking" / f"{record_stem(shown, protocol, model)}.jsonl",
+                    data=name,
+                    fingerprint=self._models.fingerprint(model, name),
+                    label=f"{shown} {protocol} {model} by radius",
                 )
                 lines.append(masking.line(shown, protocol, model, found, self.hash))
             console.stage("masking", masking.told([one for one in lines if one["model"] == model]))
@@ -169,26 +194,47 @@ class FewShotJob:
         return {}
 
     def _evaluate_one(
-        self, name: str, pixels: Pixels, sampler: EpisodeSampler | VariableSampler, model: str, specs: list[Condition],
+        self,
+        name: str,
+        pixels: Pixels,
+        sampler: EpisodeSampler | VariableSampler,
+        model: str,
+        specs: list[Condition],
         ending: str,
     ) -> list[dict[str, Any]]:
         settings = self.config.evaluate
         shown, protocol = _shown(name), str(sampler)
         stem = f"{shown}-{protocol.replace(' ', '-')}"
         found = run_protocol(
-            self._models.task(model, name), pixels, sampler, episodes=settings.episodes, attacks=specs,
+            self._models.task(model, name),
+            pixels,
+            sampler,
+            episodes=settings.episodes,
+            attacks=specs,
             records=self.folder / "records" / f"{record_stem(shown, protocol, model)}{ending}.jsonl",
             panel=self.folder / "panels" / f"{stem}.npz" if model == models(self.config)[-1] and not ending else None,
-            data=name, fingerprint=self._models.fingerprint(model, name), label=f"{shown} {protocol} {model}",
+            data=name,
+            fingerprint=self._models.fingerprint(model, name),
+            label=f"{shown} {protocol} {model}",
         )
         rows = []
         for condition, values in found.items():
             value, half = mean_interval(values)
-            rows.append({
-                "data": shown, "protocol": protocol, "condition": condition, "metric": "accuracy", "model": model,
-                "value": value, "ci95": half, "n": len(values), "unit": "episodes", "seed": settings.seed,
-                "config_hash": self.hash,
-            })
+            rows.append(
+                {
+                    "data": shown,
+                    "protocol": protocol,
+                    "condition": condition,
+                    "metric": "accuracy",
+                    "model": model,
+                    "value": value,
+                    "ci95": half,
+                    "n": len(values),
+                    "unit": "episodes",
+                    "seed": settings.seed,
+                    "config_hash": self.hash,
+                }
+            )
         text = summary([(row["condition"], row["value"], row["ci95"]) for row in rows])
         console.stage("eval", f"{shown}  {protocol}  {model}   {text}   (n = {settings.episodes} episodes)")
         return rows
@@ -204,24 +250,35 @@ class FewShotJob:
         sets = [self._open(name) for name in source.data]
         samplers = [
             EpisodeSampler(
-                pixels.labels, ways=source.ways, shots=source.shots, queries=source.queries, seed=seed,
-                superclass=pixels.images.superclass if source.hierarchy else None, names=pixels.classes,
+                pixels.labels,
+                ways=source.ways,
+                shots=source.shots,
+                queries=source.queries,
+                seed=seed,
+                superclass=pixels.images.superclass if source.hierarchy else None,
+                names=pixels.classes,
             )
             for pixels in sets
         ]
         change = None
         if source.augment:
+
             def change(images: torch.Tensor, number: int) -> torch.Tensor:
                 return augment(images, number, crop=(source.crop, 1.0), jitter=source.jitter, flip=source.flip)
+
         return EpisodeBatches(
-            [(pixels.__getitem__, sampler.__getitem__) for pixels, sampler in zip(sets, samplers)], seed=seed, augment=change
+            [(pixels.__getitem__, sampler.__getitem__) for pixels, sampler in zip(sets, samplers)],
+            seed=seed,
+            augment=change,
         )
 
     def _samplers(self, pixels: Pixels) -> list[EpisodeSampler | VariableSampler]:
         settings = self.config.evaluate
         superclass = pixels.images.superclass if settings.hierarchy else None
         common = {
-            "seed": settings.seed, "names": pixels.classes, "superclass": superclass,
+            "seed": settings.seed,
+            "names": pixels.classes,
+            "superclass": superclass,
             "classes": self._models.selection.classes(pixels, "test"),
         }
         if settings.rule == "variable":

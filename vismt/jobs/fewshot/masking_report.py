@@ -44,8 +44,12 @@ def read_masking(folder: Path) -> tuple[list[str], list[list[str]]]:
         radii = [float(radius) for radius in lines[0]["epsilons"]]
         rows = [
             [
-                str(one["model"]), f"{one['data']}, {one['protocol']}", *(f"{100 * value:.1f}" for value in one["accuracies"]),
-                f"{100 * one['chance']:.1f}", str(one["n"]), str(one["verdict"]),
+                str(one["model"]),
+                f"{one['data']}, {one['protocol']}",
+                *(f"{100 * value:.1f}" for value in one["accuracies"]),
+                f"{100 * one['chance']:.1f}",
+                str(one["n"]),
+                str(one["verdict"]),
             ]
             for one in sorted(lines, key=lambda one: [other["model"] for other in lines].index(one["model"]))
         ]
@@ -54,5 +58,7 @@ def read_masking(folder: Path) -> tuple[list[str], list[list[str]]]:
     heads = ["clean" if not radius else f"{255 * radius:.3g}/255" for radius in radii]
     heads = ["Model", "Data", *heads, "chance", "n (episodes)", "Verdict"]
     if any(len(row) != len(heads) for row in rows):
-        raise UserError(f"report: '{folder / LINES}' has checks at other radii than the first; delete it and evaluate again.")
+        raise UserError(
+            f"report: '{folder / LINES}' has checks at other radii than the first; delete it and evaluate again."
+        )
     return heads, rows

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from vismt import console
 from vismt.data.pixels import Pixels
 from vismt.engine import runtime
-from vismt.jobs.fewshot.config import FewShotConfig
-from vismt.report.tables import Table
 from vismt.errors import UserError
 from vismt.files import atomic_write, read_json
+from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.metatune.episodes import EpisodeSampler
 from vismt.metatune.finetune import FineTuneSettings
 from vismt.metatune.merging import MergeSettings
 from vismt.metatune.pool import ExpertPool
 from vismt.metatune.select import Grid, choose
+from vismt.report.tables import Table
 from vismt.seeds import mix_seed
 
 SELECTION = "selection.json"
@@ -56,7 +56,8 @@ class Selection:
                 saved[key] = self._choose(select.data if key == "all" else [data], key)
                 atomic_write(path, json.dumps(saved, indent=1))
             self._known[key] = (
-                replace(config.merging, **saved[key]["merging"]), replace(config.finetune, lr=saved[key]["lr"])
+                replace(config.merging, **saved[key]["merging"]),
+                replace(config.finetune, lr=saved[key]["lr"]),
             )
         return self._known[key]
 
@@ -103,16 +104,23 @@ class Selection:
                 console.stage("select", f"{key}  {one.stage}  {what} {one.settings}   {value}")
         criterion = "clean accuracy" if attack is None else f"mean of clean accuracy and accuracy under {attack}"
         return {
-            "merging": {"beta": merging.beta, "balance": merging.balance, "trim": dict(merging.trim)}, "lr": tuning.lr,
-            "on": names if key == "all" else f"{select.class_share:g} of the classes of {key}", "criterion": criterion,
+            "merging": {"beta": merging.beta, "balance": merging.balance, "trim": dict(merging.trim)},
+            "lr": tuning.lr,
+            "on": names if key == "all" else f"{select.class_share:g} of the classes of {key}",
+            "criterion": criterion,
             "tried": [asdict(one) for one in tried],
         }
 
     def _tasks(self, name: str) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         pixels, settings, select = self._open(name), self.config.evaluate, self.config.select
         sampler = EpisodeSampler(
-            pixels.labels, ways=settings.ways, shots=select.shots, queries=select.queries, seed=select.seed,
-            classes=self.classes(pixels, "validation"), names=pixels.classes,
+            pixels.labels,
+            ways=settings.ways,
+            shots=select.shots,
+            queries=select.queries,
+            seed=select.seed,
+            classes=self.classes(pixels, "validation"),
+            names=pixels.classes,
         )
         drawn = [sampler[index] for index in range(select.episodes)]
         return [(pixels[one.support], one.support_labels, pixels[one.query], one.query_labels) for one in drawn]
@@ -125,12 +133,18 @@ def chosen_settings(folder: Path) -> list[tuple[Table, str]]:
         return []
     rows, best, on = [], set(), []
     for data, told in read_json(path, f"run '{folder}'").items():
-        on.append(f"{data}: {told['on'] if isinstance(told['on'], str) else ', '.join(told['on'])}; {told['criterion']}")
+        on.append(
+            f"{data}: {told['on'] if isinstance(told['on'], str) else ', '.join(told['on'])}; {told['criterion']}"
+        )
         for one in told["tried"]:
             mark = " and ".join(word for word, said in (("default", one["default"]), ("chosen", one["chosen"])) if said)
-            texts = ", ".join(f"{name} {value if value or value == 0.0 else 'none'}" for name, value in one["settings"].items())
+            texts = ", ".join(
+                f"{name} {value if value or value == 0.0 else 'none'}" for name, value in one["settings"].items()
+            )
             best |= {(len(rows), 4)} if one["chosen"] else set()
-            rows.append([data, one["stage"], texts, mark, f"{100 * one['value']:.1f} ± {100 * one['ci95']:.1f}", str(one["n"])])
+            rows.append(
+                [data, one["stage"], texts, mark, f"{100 * one['value']:.1f} ± {100 * one['ci95']:.1f}", str(one["n"])]
+            )
     heads = ["Evaluated", "Stage", "Setting", "", "Value in %", "n (tasks)"]
     note = (
         "Tried stage by stage on validation tasks, none of which can be a test task; ties keep the earlier setting, the "

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from vismt.backbones.vit import Backbone
 from vismt.data.pixels import Pixels
 from vismt.engine import runtime
-from vismt.jobs.fewshot.pool_training import CLEAN, load_own, trained
+from vismt.errors import UserError
 from vismt.jobs.fewshot.config import TUNED, FewShotConfig
 from vismt.jobs.fewshot.merge_settings import Selection
-from vismt.errors import UserError
+from vismt.jobs.fewshot.pool_training import CLEAN, load_own, trained
 from vismt.lowrank.inject import merge
 from vismt.lowrank.store import fingerprint, load_adapter
 from vismt.metatune.finetune import FineTuned
@@ -92,7 +92,9 @@ class Models:
         experts = {one.label: one.folder for one in read_pool(Path(named) if named else self.folder / "pool")}
         if expert not in experts:
             why = "a pool is merged anew for every task" if expert is None else f"there is no single adapter '{expert}'"
-            raise UserError(f"run '{self.folder}': {why}; name one with --expert: {', '.join(experts)}, or average to merge all.")
+            raise UserError(
+                f"run '{self.folder}': {why}; name one with --expert: {', '.join(experts)}, or average to merge all."
+            )
         return experts[expert]
 
     def _is_pooled(self, stem: str) -> bool:

@@ -18,9 +18,9 @@ from torch import nn
 from vismt import console
 from vismt.config import TrainConfig
 from vismt.engine import loop
-from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.errors import UserError
 from vismt.files import atomic_write, read_tensors
+from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.lowrank.store import DESCRIPTION, check_tensors, save_adapter
 from vismt.metatune.amt import AdversarialObjective
 from vismt.metatune.maml import MamlNet
@@ -32,10 +32,18 @@ OWN_FILE, DONE, CLEAN = "classifier.safetensors", "expert.json", "clean"
 
 
 def train_one(
-    objective: EpisodeObjective, batches: EpisodeBatches, config: TrainConfig, folder: Path, config_hash: str,
-    accelerator: Accelerator, model: nn.Module, *, seed: int,
+    objective: EpisodeObjective,
+    batches: EpisodeBatches,
+    config: TrainConfig,
+    folder: Path,
+    config_hash: str,
+    accelerator: Accelerator,
+    model: nn.Module,
+    *,
+    seed: int,
 ) -> None:
     """Meta-tune the adapted `model` inside `objective`; writes adapter/ and what the classifier trained besides into `folder`."""
+
     def watch(step: int) -> None:
         if step % 10 == 0 and isinstance(objective, AdversarialObjective):
             objective.collapsed(step)
@@ -61,8 +69,13 @@ def trained(folder: Path, label: str) -> Path:
 
 
 def train_pool(
-    config: FewShotConfig, folder: Path, config_hash: str, accelerator: Accelerator, *,
-    adapted: Callable[[], ProtoNet], batches: Callable[[int], EpisodeBatches],
+    config: FewShotConfig,
+    folder: Path,
+    config_hash: str,
+    accelerator: Accelerator,
+    *,
+    adapted: Callable[[], ProtoNet],
+    batches: Callable[[int], EpisodeBatches],
 ) -> list[Expert]:
     """Train what is not done yet; the experts in the order of the levels.
 
@@ -78,14 +91,19 @@ def train_pool(
         copy, adversary = planned.get(label, (0, None))
         seed = config.seed + 1_000_003 * copy
         proto = adapted()
-        objective = EpisodeObjective(proto) if adversary is None else AdversarialObjective(proto, replace(adversary, seed=seed))
+        objective = (
+            EpisodeObjective(proto) if adversary is None else AdversarialObjective(proto, replace(adversary, seed=seed))
+        )
         console.stage("train", f"expert {label}" + ("" if adversary is None else f"   input attack {label}/255"))
         settings = TrainConfig(**{**vars(config.train), "lr": pool.rates.get(label, config.train.lr)})
         train_one(objective, batches(seed), settings, own, config_hash, accelerator, proto.backbone.vit, seed=seed)
         if accelerator.is_main_process:
             atomic_write(own / DONE, json.dumps({"label": label, "seed": seed}))
         accelerator.wait_for_everyone()
-    return [Expert(label, folder / "experts" / label / "adapter", read_scale(folder / "experts" / label)) for label in planned]
+    return [
+        Expert(label, folder / "experts" / label / "adapter", read_scale(folder / "experts" / label))
+        for label in planned
+    ]
 
 
 def read_scale(folder: Path) -> float:

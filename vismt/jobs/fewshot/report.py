@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from vismt.config import read_yaml
-from vismt.jobs.fewshot import figures as pool_figures
-from vismt.report.comparison import AVERAGE, Comparison
 from vismt.engine.log import METRICS, read_lines, record_stem
-from vismt.report.tables import split_corruptions
 from vismt.errors import UserError
 from vismt.files import read_json
+from vismt.jobs.fewshot import figures as pool_figures
 from vismt.metatune.pool import INDEX
+from vismt.report.comparison import AVERAGE, Comparison
+from vismt.report.tables import split_corruptions
 
 FINETUNE = "+finetune"
 
@@ -67,7 +67,9 @@ def _labels(folder: Path) -> list[str]:
             try:
                 return [str(entry["label"]) for entry in index["experts"]]
             except (KeyError, TypeError) as error:
-                raise UserError(f"report: '{pool / INDEX}' is no index of a pool ({error!r}); assemble it again.") from error
+                raise UserError(
+                    f"report: '{pool / INDEX}' is no index of a pool ({error!r}); assemble it again."
+                ) from error
     return []
 
 
@@ -75,11 +77,15 @@ def _expert_curves(folder: Path, labels: Sequence[str]) -> list[Picture]:
     logs = {path.parent.name: read_lines(path) for path in sorted((folder / "experts").glob(f"*/{METRICS}"))}
     order = sorted(logs, key=lambda name: labels.index(name) if name in labels else -1)
     logs = {name: logs[name] for name in order}
-    if not any(row.get("loss") is not None or row.get("accuracy") is not None for rows in logs.values() for row in rows):
+    if not any(
+        row.get("loss") is not None or row.get("accuracy") is not None for rows in logs.values() for row in rows
+    ):
         return []
     path = pool_figures.expert_curves(logs, folder / "figures" / "experts.png")
     steps = max(int(row["step"]) for rows in logs.values() for row in rows if "step" in row)
-    text = f"Training of each expert by its input budget in 1/255, {steps:,} steps. Thin: as logged. Thick: running mean."
+    text = (
+        f"Training of each expert by its input budget in 1/255, {steps:,} steps. Thin: as logged. Thick: running mean."
+    )
     return [Picture(path, "Training of the experts", text)]
 
 
@@ -94,7 +100,9 @@ def _mixtures(folder: Path, results: Sequence[Mapping[str, Any]], labels: Sequen
         weights = [line["mixture"] for line in read_lines(path) if isinstance(line.get("mixture"), list)]
         if not weights or row["condition"] != "clean":
             continue
-        if len({len(one) for one in weights}) > 1 or not all(isinstance(value, int | float) for one in weights for value in one):
+        if len({len(one) for one in weights}) > 1 or not all(
+            isinstance(value, int | float) for one in weights for value in one
+        ):
             raise UserError(f"report: '{path}' has mixtures of different pools; move the file away and evaluate again.")
         mean = [math.fsum(column) / len(weights) for column in zip(*weights, strict=True)]
         note = (f"{protocol}, " if several else "") + f"n = {len(weights):,}"

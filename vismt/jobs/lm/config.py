@@ -169,10 +169,14 @@ def check(config: LmConfig) -> None:
     for arm, values in config.arms.items():
         changed = next((key for key in values if key.partition(".")[0] == "recommender"), None)
         if changed is not None:
-            raise UserError(f"arms.{arm}: {changed} must be the same for all arms: they share the recommender; leave it out.")
+            raise UserError(
+                f"arms.{arm}: {changed} must be the same for all arms: they share the recommender; leave it out."
+            )
     for task in config.tasks:
         if config.evaluate.split == "validation" and not (task.validation or task.validation_share):
-            raise UserError(f"tasks: {task.name}: nothing to validate on; name a set in validation, or give validation_share.")
+            raise UserError(
+                f"tasks: {task.name}: nothing to validate on; name a set in validation, or give validation_share."
+            )
 
 
 def _check_values(config: LmConfig) -> None:
@@ -188,17 +192,23 @@ def _check_values(config: LmConfig) -> None:
         if task.limit is not None and task.limit < 1:
             raise UserError(f"tasks: {task.name}: limit {task.limit}; it must be at least 1.")
         if made.head and not task.train:
-            raise UserError(f"tasks: {task.name}: '{task.kind}' needs a trained head; name sets to train on, or take 'answers'.")
+            raise UserError(
+                f"tasks: {task.name}: '{task.kind}' needs a trained head; name sets to train on, or take 'answers'."
+            )
     own = trained_task(config)
     validates = config.tune is not None or config.evaluate.temperature or config.evaluate.laplace
     if validates and not (own.validation or own.validation_share):
-        raise UserError(f"tasks: {own.name}: nothing to validate on; name a set in validation, or give validation_share.")
+        raise UserError(
+            f"tasks: {own.name}: nothing to validate on; name a set in validation, or give validation_share."
+        )
     if config.adapt is None and not task_of(own).head:
         raise UserError(f"adapt: is null, and '{own.kind}' has no head: nothing would be trained; name a method.")
     _check_recommendation(config)
     check_head(config.head.name, config.head.options)
     if config.head.alternate is not None and config.head.name != "vbll":
-        raise UserError(f"head.alternate: '{config.head.name}' has no posterior to alternate with; set head.name to vbll.")
+        raise UserError(
+            f"head.alternate: '{config.head.name}' has no posterior to alternate with; set head.name to vbll."
+        )
     seen = config.calibration
     if seen is not None:
         numbers = [value for value in (seen.rows, seen.batch, seen.length, seen.memory_mb) if value is not None]
@@ -207,7 +217,8 @@ def _check_values(config: LmConfig) -> None:
     if config.model.dtype is not None:
         require_known("model.dtype: no precision", [config.model.dtype], DTYPES)
     least = {
-        "model.cache_mb": (config.model.cache_mb, 0), "evaluate.limit": (config.evaluate.limit, 2),
+        "model.cache_mb": (config.model.cache_mb, 0),
+        "evaluate.limit": (config.evaluate.limit, 2),
         "evaluate.samples": (config.evaluate.samples, 1),
     }
     for name, (value, low) in least.items():
@@ -222,7 +233,9 @@ def _check_texts(config: LmConfig, where: str) -> None:
     method, options = config.adapt.method, config.adapt.options
     if method == "corda" and options.get("covariances") is None:
         told = "'corda' needs covariances"
-        raise UserError(f"{where}calibration: {told}; name texts here, or a folder of them in adapt.options.covariances.")
+        raise UserError(
+            f"{where}calibration: {told}; name texts here, or a folder of them in adapt.options.covariances."
+        )
     if method == "s2ft" and options.get("strategy") in [score for score in SCORES if score != "weight"]:
         told = f"'s2ft' chooses by texts with strategy '{options['strategy']}'"
         raise UserError(f"{where}calibration: {told}; name some here, or take 'weight' or 'random'.")
@@ -236,7 +249,9 @@ def _check_recommendation(config: LmConfig) -> None:
     if not recommends(config):
         given = "recommender" if config.recommender is not None else "gates" if config.gates != "user" else None
         if given is not None:
-            raise UserError(f"{given}: is for a recommendation, and '{trained_task(config).kind}' is trained; leave it out.")
+            raise UserError(
+                f"{given}: is for a recommendation, and '{trained_task(config).kind}' is trained; leave it out."
+            )
     own = task_of(trained_task(config))
     for task in config.tasks if recommends(config) else ():
         made = task_of(task) if task.kind == KIND else own
@@ -249,11 +264,17 @@ def _check_recommendation(config: LmConfig) -> None:
             )
     other = next((task.name for task in config.tasks if task.kind != KIND), None)
     if gated and other is not None:
-        raise UserError(f"adapt: '{method}' is gated by a user's history and '{other}' has none; take tasks of kind {KIND} only.")
+        raise UserError(
+            f"adapt: '{method}' is gated by a user's history and '{other}' has none; take tasks of kind {KIND} only."
+        )
     if config.gates != "user" and not gated:
-        raise UserError(f"gates: '{config.gates}', and '{method}' has no gates; set adapt.method to ilora, or gates to user.")
+        raise UserError(
+            f"gates: '{config.gates}', and '{method}' has no gates; set adapt.method to ilora, or gates to user."
+        )
     if gated and (config.adapt.options.get("gate", "linear") is None) != (config.gates == "random"):
-        raise UserError("gates: adapt.options.gate is null where gates are random, and else a gate network; change one of them.")
+        raise UserError(
+            "gates: adapt.options.gate is null where gates are random, and else a gate network; change one of them."
+        )
     if config.recommender is not None:
         for name in ("steps", "batch"):
             if getattr(config.recommender, name) < 1:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from vismt import console
-from vismt.data.splits import divide, limited
 from vismt.data.batching import Passes
 from vismt.data.interactions import Catalogue, InteractionSet
+from vismt.data.splits import divide, limited
 from vismt.data.texts import TextSet, open_texts
-from vismt.jobs.lm.config import KIND, LmCalibrationConfig, LmConfig, LmTaskConfig, task_of, trained_task
 from vismt.engine.splits import shares
 from vismt.errors import UserError
+from vismt.jobs.lm.config import KIND, LmCalibrationConfig, LmConfig, LmTaskConfig, task_of, trained_task
 from vismt.llm.net import LmNet
 from vismt.llm.tasks.base import Item, Task, context_tokens, fill, gather
 from vismt.llm.tasks.pieces import IGNORE, collate, piece
@@ -38,7 +38,9 @@ class LmData:
         self._items: dict[tuple[str, str, str], list[Item]] = {}
         self._held = 0
         for name, parts in self._sets.items():
-            numbers = {part: [f"{sum(map(len, own)):,}" for own in found.values()] for part, found in parts.items() if found}
+            numbers = {
+                part: [f"{sum(map(len, own)):,}" for own in found.values()] for part, found in parts.items() if found
+            }
             counts = "   ".join(f"{part} {' + '.join(own)}" for part, own in numbers.items())
             console.stage("data", f"{name}   {counts}")
 
@@ -51,9 +53,15 @@ class LmData:
         key = (task, part, name)
         if key not in self._items:
             limit, made = self._limit(task, part), self.tasks[task]
-            rows = [(f"{texts.name}:{i}", r) for texts in self._sets[task][part][name] for i, r in zip(texts.ids, texts.rows)]
+            rows = [
+                (f"{texts.name}:{i}", r)
+                for texts in self._sets[task][part][name]
+                for i, r in zip(texts.ids, texts.rows)
+            ]
             if limit is not None and not made.labelled:
-                rows = [rows[i] for i in limited(torch.zeros(len(rows)), [row_id for row_id, _ in rows], limit).tolist()]
+                rows = [
+                    rows[i] for i in limited(torch.zeros(len(rows)), [row_id for row_id, _ in rows], limit).tolist()
+                ]
             items = [made.encode(row_id, row, self.tokenizer) for row_id, row in rows]
             if limit is not None and made.labelled:
                 kept = limited(torch.tensor([item.label for item in items]), [item.id for item in items], limit)
@@ -73,7 +81,9 @@ class LmData:
         """What is trained on, packed where the task packs."""
         key = (self.trained, "train", "")
         if key not in self._items:
-            rows = [item for name in self.names(self.trained, "train") for item in self.rows(self.trained, "train", name)]
+            rows = [
+                item for name in self.names(self.trained, "train") for item in self.rows(self.trained, "train", name)
+            ]
             self._items[key] = self.tasks[self.trained].training(rows)
         return self._items[key]
 
@@ -84,10 +94,15 @@ class LmData:
     @property
     def catalogue(self) -> Catalogue:
         """The items of a recommendation; UserError where its sets are not of one card."""
-        found = {name.partition(":")[0]: texts.catalogue for name, texts in self._opened.items()
-                 if isinstance(texts, InteractionSet)}
+        found = {
+            name.partition(":")[0]: texts.catalogue
+            for name, texts in self._opened.items()
+            if isinstance(texts, InteractionSet)
+        }
         if len(found) != 1:
-            raise UserError(f"tasks: a recommendation knows the items of one card, here are {sorted(found)}; name sets of one.")
+            raise UserError(
+                f"tasks: a recommendation knows the items of one card, here are {sorted(found)}; name sets of one."
+            )
         return next(iter(found.values()))
 
     def interactions(self) -> list[tuple[list[int], int]]:
@@ -109,7 +124,9 @@ class LmData:
 
     def calibration(self, asked: LmCalibrationConfig, labels: bool = False) -> list[dict[str, Tensor]]:
         """Arguments of the LM's forward pass on the texts that a section names; labels: every token but a text's first."""
-        held = [(f"{texts.name}:{i}", row) for texts in map(self._open, asked.data) for i, row in zip(texts.ids, texts.rows)]
+        held = [
+            (f"{texts.name}:{i}", row) for texts in map(self._open, asked.data) for i, row in zip(texts.ids, texts.rows)
+        ]
         chosen = limited(torch.zeros(len(held)), [name for name, _ in held], asked.rows)
         texts = [fill(asked.text, held[i][1], "calibration: text") for i in chosen.tolist()]
         pieces = [piece(context_tokens(self.tokenizer, text), [], asked.length) for text in texts]
@@ -122,7 +139,9 @@ class LmData:
         for batch in found:
             batch["labels"] = batch["input_ids"].masked_fill(batch["position_ids"] == 0, IGNORE)
             if not bool((batch["labels"] != IGNORE).any()):
-                raise UserError(f"calibration: text '{asked.text}' gives rows of one token, which predict nothing; lengthen it.")
+                raise UserError(
+                    f"calibration: text '{asked.text}' gives rows of one token, which predict nothing; lengthen it."
+                )
         return found
 
     def training_fingerprint(self) -> str:
@@ -139,7 +158,9 @@ class LmData:
         if not net.first or not missing or (self._held + size) > self.config.model.cache_mb * 2**20:
             return
         self._held += size
-        console.stage("cache", f"{told}   {tokens:,} tokens through blocks 0 to {net.first - 1}   {size / 2**20:.0f} MB")
+        console.stage(
+            "cache", f"{told}   {tokens:,} tokens through blocks 0 to {net.first - 1}   {size / 2**20:.0f} MB"
+        )
         states = iter(net.lower_states([piece for item in missing for piece in item.pieces]))
         for item in missing:
             item.lower = [next(states) for _ in item.pieces]
@@ -159,7 +180,9 @@ class LmData:
                 parts[part][name] = [self._open(name)]
         for name in (*task.train, *task.validation, *task.test):
             if task.kind == KIND and not isinstance(self._open(name), InteractionSet):
-                raise UserError(f"tasks: {task.name}: '{name}' holds no items; '{KIND}' needs sets of kind interactions.")
+                raise UserError(
+                    f"tasks: {task.name}: '{name}' holds no items; '{KIND}' needs sets of kind interactions."
+                )
         return parts
 
     def _open(self, name: str) -> TextSet:

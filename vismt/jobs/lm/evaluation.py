@@ -20,31 +20,41 @@ from torch import Tensor, nn
 from vismt import console
 from vismt.engine import runtime
 from vismt.engine.arms import Unit, arm_config, arm_names, final_units
+from vismt.engine.log import read_lines, record_stem, write_lines
+from vismt.engine.study_files import MERGE, mergeable
+from vismt.files import atomic_write
 from vismt.jobs.lm.config import FROZEN, RECOMMENDER, REFERENCES, LmConfig
 from vismt.jobs.lm.data import LmData
 from vismt.jobs.lm.models import LmModels, fingerprint
 from vismt.jobs.lm.recommender import Recommender
-from vismt.engine.log import read_lines, record_stem, write_lines
-from vismt.engine.study_files import MERGE, mergeable
 from vismt.llm.heads import laplace_head, laplace_structure
 from vismt.llm.net import LmNet
 from vismt.llm.tasks.base import Item, Measure, Record, Task, gather, mean_of, tempered
 from vismt.llm.tasks.recommendation import Recommendation
-from vismt.files import atomic_write
 from vismt.lowrank.inject import merge
-from vismt.stats import mean_interval
 from vismt.robustness.evaluate import wilson
+from vismt.stats import mean_interval
 
 SEEDS = "lm_seeds.jsonl"
 TEMPERED, MEANS = "temperature of validation", "means of the head"  # conditions
-LAPLACE = {"full": "Laplace", "kronecker": "Laplace (Kronecker)", "rows": "Laplace"}  # and by what is kept of the Hessian
+LAPLACE = {
+    "full": "Laplace",
+    "kronecker": "Laplace (Kronecker)",
+    "rows": "Laplace",
+}  # and by what is kept of the Hessian
 
 
 class Evaluation:
     """What a run folder's trainings say of the rows in `data`."""
 
     def __init__(
-        self, config: LmConfig, folder: Path, config_hash: str, data: LmData, models: LmModels, recommender: Recommender | None
+        self,
+        config: LmConfig,
+        folder: Path,
+        config_hash: str,
+        data: LmData,
+        models: LmModels,
+        recommender: Recommender | None,
     ) -> None:
         self.config, self.folder, self.hash, self.data, self.models = config, folder, config_hash, data, models
         self.recommender = recommender
@@ -63,7 +73,9 @@ class Evaluation:
         for model in references + arm_names(self.config):
             alone = [Unit(model, 0.0, self.config.seed, self.folder / model)]
             units = alone if model in references else final_units(self.config, self.folder, model)
-            chooses = [task for task, made in self.data.tasks.items() if isinstance(made, Recommendation) and made.reads]
+            chooses = [
+                task for task, made in self.data.tasks.items() if isinstance(made, Recommendation) and made.reads
+            ]
             tasks = chooses if model == RECOMMENDER else list(self.data.tasks)
             sets = [(task, name) for task in tasks for name in self.data.names(task, self.config.evaluate.split)]
             for unit in units:  # one net after the other, not one set after the other
@@ -88,12 +100,22 @@ class Evaluation:
                 ids = [record["id"] for record in own]
                 for metric, measure in made.measures(own).items():
                     seen.setdefault(metric, {}).setdefault(condition, []).append(measure)
-                    lines.append({
-                        "arm": model, "seed": unit.seed, "lr": unit.lr, "task": task, "data": name, "condition": condition,
-                        "metric": metric, "value": mean_of(measure), "n": len(own), "lower_is_better": measure.lower_is_better,
-                        "tokens": sum(record.get("tokens", 0) for record in own),
-                        **({"wilson": wilson(round(sum(measure.values)), len(own))} if measure.counts else {}),
-                    })
+                    lines.append(
+                        {
+                            "arm": model,
+                            "seed": unit.seed,
+                            "lr": unit.lr,
+                            "task": task,
+                            "data": name,
+                            "condition": condition,
+                            "metric": metric,
+                            "value": mean_of(measure),
+                            "n": len(own),
+                            "lower_is_better": measure.lower_is_better,
+                            "tokens": sum(record.get("tokens", 0) for record in own),
+                            **({"wilson": wilson(round(sum(measure.values)), len(own))} if measure.counts else {}),
+                        }
+                    )
         rows = []
         for metric, conditions in seen.items():
             own = {condition: _averaged(measures) for condition, measures in conditions.items()}
@@ -118,11 +140,23 @@ class Evaluation:
             value, half = mean_interval(measure.values)
             if measure.interval is not None:
                 half = max(value - measure.interval[0], measure.interval[1] - value)
-            rows.append({
-                "data": name, "protocol": protocol, "condition": condition, "metric": metric, "model": model, "value": value,
-                "ci95": half, "n": len(ids), "unit": "rows", "seed": self.config.seed, "config_hash": self.hash,
-                "lower_is_better": measure.lower_is_better, "records": None if measure.interval is not None else stem,
-            })
+            rows.append(
+                {
+                    "data": name,
+                    "protocol": protocol,
+                    "condition": condition,
+                    "metric": metric,
+                    "model": model,
+                    "value": value,
+                    "ci95": half,
+                    "n": len(ids),
+                    "unit": "rows",
+                    "seed": self.config.seed,
+                    "config_hash": self.hash,
+                    "lower_is_better": measure.lower_is_better,
+                    "records": None if measure.interval is not None else stem,
+                }
+            )
         return rows
 
     def _conditions(self, unit: Unit, task: str, name: str) -> Iterator[tuple[str, list[Record]]]:
@@ -146,7 +180,9 @@ class Evaluation:
 
     def _validation(self, unit: Unit) -> list[Record]:
         task = self.data.trained
-        return [one for name in self.data.names(task, "validation") for one in self._records(unit, task, "validation", name)]
+        return [
+            one for name in self.data.names(task, "validation") for one in self._records(unit, task, "validation", name)
+        ]
 
     def _records(self, unit: Unit, task: str, part: str, name: str, laplace: str = "") -> list[Record]:
         """A record for each row; rows that are on record are not evaluated again. laplace: a structure, around the head."""
@@ -183,8 +219,11 @@ class Evaluation:
         """The net of a training with the Laplace approximation in the place of its head."""
         net = self._net(unit)
         if self._posterior[:2] != (unit, self.models.given):
-            rows = [one for name in self.data.names(self.data.trained, "validation")
-                    for one in self.data.rows(self.data.trained, "validation", name)]
+            rows = [
+                one
+                for name in self.data.names(self.data.trained, "validation")
+                for one in self.data.rows(self.data.trained, "validation", name)
+            ]
             held, labels = self._features(net, rows)
             head = laplace_head(net.head, list(self._features(net, self.data.training())[0].split(256)), (held, labels))
             self._posterior = (unit, self.models.given, head.to(held.device))
@@ -227,12 +266,19 @@ class Evaluation:
         plain = [_last_logits(net, batch) for batch in batches]
         whole = LmNet(merge(copy.deepcopy(net.stock)), first=net.first)
         merged = [_last_logits(whole, batch) for batch in batches]
-        atomic_write(unit.folder / MERGE, json.dumps({
-            "n": sum(map(len, plain)),
-            "different_predictions": sum(int((a.argmax(1) != b.argmax(1)).sum()) for a, b in zip(plain, merged)),
-            "largest_difference": max(float((a - b).abs().max()) for a, b in zip(plain, merged)),
-            "largest_logit": max(float(a.abs().max()) for a in plain),
-        }))
+        atomic_write(
+            unit.folder / MERGE,
+            json.dumps(
+                {
+                    "n": sum(map(len, plain)),
+                    "different_predictions": sum(
+                        int((a.argmax(1) != b.argmax(1)).sum()) for a, b in zip(plain, merged)
+                    ),
+                    "largest_difference": max(float((a - b).abs().max()) for a, b in zip(plain, merged)),
+                    "largest_logit": max(float(a.abs().max()) for a in plain),
+                }
+            ),
+        )
 
     def _net(self, unit: Unit) -> LmNet:
         """The net of a training, or the one before any, kept while no other was asked for."""

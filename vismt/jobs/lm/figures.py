@@ -7,7 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vismt.report.plotting import GRID, INK, MUTED, axes_at, color_of, dress, legend, legend_rows, new_figure, save, short
+from vismt.report.plotting import (
+    GRID,
+    INK,
+    MUTED,
+    axes_at,
+    color_of,
+    dress,
+    legend,
+    legend_rows,
+    new_figure,
+    save,
+    short,
+)
 
 
 @dataclass(frozen=True)
@@ -45,14 +57,22 @@ def forgetting_figure(
             own = [one for one in points if one.lr == lr]
             means.append([math.fsum(getattr(one, axis) for one in own) / len(own) for axis in ("score", "perplexity")])
             axes.annotate(
-                f"{lr:g}", means[-1], xytext=(5, 4), textcoords="offset points", color=INK, fontsize=7.5, zorder=4,
+                f"{lr:g}",
+                means[-1],
+                xytext=(5, 4),
+                textcoords="offset points",
+                color=INK,
+                fontsize=7.5,
+                zorder=4,
                 bbox={"boxstyle": "square,pad=0.05", "facecolor": "white", "edgecolor": "none", "alpha": 0.7},
             )
         axes.plot(*zip(*means, strict=True), color=color, linewidth=1.6, marker="s", markersize=4, zorder=2)
     axes.margins(0.09)
     if frozen is not None:
         spans = (axes.get_xlim(), axes.get_ylim())
-        for line, value, (low, high) in zip((axes.axvline, axes.axhline), (frozen.score, frozen.perplexity), spans, strict=True):
+        for line, value, (low, high) in zip(
+            (axes.axvline, axes.axhline), (frozen.score, frozen.perplexity), spans, strict=True
+        ):
             if low <= value <= high:
                 line(value, color=MUTED, linewidth=1.0, linestyle=(0, (3, 3)), zorder=1)
     axes.grid(color=GRID, linewidth=0.8)

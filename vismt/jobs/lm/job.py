@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from vismt.config import AdaptConfig
 from vismt.engine import runtime
-from vismt.jobs.lm import models as lm_models
 from vismt.engine.arms import Unit, arm_config, arm_names, named_unit
+from vismt.engine.study import StudyJob
+from vismt.errors import UserError
+from vismt.jobs.lm import models as lm_models
 from vismt.jobs.lm.config import LmConfig, check, recommends
 from vismt.jobs.lm.data import ItemBatches, LmData
 from vismt.jobs.lm.evaluation import Evaluation
 from vismt.jobs.lm.models import LmModels
 from vismt.jobs.lm.recommender import Recommender
-from vismt.engine.study import StudyJob
-from vismt.errors import UserError
 from vismt.llm.covariance import collect_covariance
 from vismt.llm.covariance_files import batch_digest
 from vismt.llm.heads import check_laplace
@@ -94,9 +94,13 @@ class LmJob(StudyJob):
             options = {**options, **self._calibrated(net, config, options, known)}
             config = replace(config, adapt=replace(config.adapt, options=options))
         method = super().prepare(net, config)
-        below = [name for block in blocks(net.lm)[: net.first] for name, p in block.named_parameters() if p.requires_grad]
+        below = [
+            name for block in blocks(net.lm)[: net.first] for name, p in block.named_parameters() if p.requires_grad
+        ]
         if below:
-            raise UserError(f"adapt: '{method}' trains '{below[0]}' below model.first_block {net.first}; name other targets.")
+            raise UserError(
+                f"adapt: '{method}' trains '{below[0]}' below model.first_block {net.first}; name other targets."
+            )
         if net.first and any(p.requires_grad for p in net.lm.get_input_embeddings().parameters()):
             raise UserError(
                 f"adapt: '{method}' trains the input embeddings, and blocks below model.first_block {net.first} are computed "
@@ -139,7 +143,11 @@ class LmJob(StudyJob):
         if key not in self._seen:
             with runtime.processes().main_process_first():  # which computes them; the others read what it wrote
                 self._seen[key] = collect_covariance(
-                    net.stock, batches, config.adapt.targets, exclude=excluded, folder=self.folder / CALIBRATION / key,
+                    net.stock,
+                    batches,
+                    config.adapt.targets,
+                    exclude=excluded,
+                    folder=self.folder / CALIBRATION / key,
                     memory_budget=None if asked.memory_mb is None else asked.memory_mb * 2**20,
                     save_every=min(64, max(1, len(batches) // 4)),
                 )

@@ -17,6 +17,7 @@ from torch import nn
 from vismt.backbones.lm import create_lm
 from vismt.engine import study_files
 from vismt.engine.arms import Unit, unit_config
+from vismt.files import atomic_write
 from vismt.jobs.lm.config import LmConfig, LmHeadConfig, task_of, trained_task
 from vismt.jobs.lm.data import LmData
 from vismt.llm.heads import make_head
@@ -24,7 +25,6 @@ from vismt.llm.hybrid import Hybrid
 from vismt.llm.net import LmNet, check_logits
 from vismt.llm.tasks.classes import Classes
 from vismt.llm.tasks.recommendation import Recommendation
-from vismt.files import atomic_write
 from vismt.lowrank.inject import record_of, unadapt
 from vismt.lowrank.store import DESCRIPTION
 from vismt.seeds import digest
@@ -63,7 +63,9 @@ class LmModels:
         if self._lm is None:
             model = self.config.model
             kind = None if model.dtype is None else getattr(torch, model.dtype)
-            self._lm, self._tokenizer = create_lm(model.name, gguf_file=model.gguf_file, dtype=kind, revision=model.revision)
+            self._lm, self._tokenizer = create_lm(
+                model.name, gguf_file=model.gguf_file, dtype=kind, revision=model.revision
+            )
             check_logits(self._lm)
         if record_of(self._lm) is not None:
             unadapt(self._lm)

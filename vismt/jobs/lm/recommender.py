@@ -20,12 +20,12 @@ from vismt import console
 from vismt.config import TrainConfig
 from vismt.data.batching import Passes
 from vismt.engine import loop, runtime, study_files
+from vismt.files import atomic_write
 from vismt.jobs.lm.config import LmConfig, LmRecommenderConfig, task_of, trained_task
 from vismt.jobs.lm.data import LmData
 from vismt.llm.hybrid import Hybrid
 from vismt.llm.sasrec import NextItem, SASRec, padded
 from vismt.llm.tasks.base import Item, Record
-from vismt.files import atomic_write
 from vismt.seeds import digest, mix_seed
 
 FOLDER, FILE = "recommender", "sasrec.safetensors"
@@ -44,8 +44,13 @@ class Recommender:
         """SASRec, frozen and in evaluation mode, on the CPU."""
         settings, path = self.settings, self.folder / FILE
         made = SASRec(
-            len(self.data.catalogue), task_of(trained_task(self.config)).history, settings.width, settings.blocks, settings.heads,
-            settings.dropout, self.config.seed,
+            len(self.data.catalogue),
+            task_of(trained_task(self.config)).history,
+            settings.width,
+            settings.blocks,
+            settings.heads,
+            settings.dropout,
+            self.config.seed,
         )
         if path.exists():
             study_files.load_state(made, path, f"run '{self.folder}'")
@@ -88,8 +93,13 @@ class Recommender:
         )
         accelerator = runtime.accelerator()
         loop.train(
-            NextItem(net), _Histories(rows, settings.batch, len(net.position.weight), self.config.seed), config, self.folder,
-            self.hash, accelerator, seed=self.config.seed,
+            NextItem(net),
+            _Histories(rows, settings.batch, len(net.position.weight), self.config.seed),
+            config,
+            self.folder,
+            self.hash,
+            accelerator,
+            seed=self.config.seed,
         )
         if accelerator.is_main_process:
             atomic_write(self.folder / FILE, safetensors.torch.save(study_files.state(net)))

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from vismt.config import read_yaml
-from vismt.report import study_figures
-from vismt.report.comparison import is_share
+from vismt.engine.log import read_lines
+from vismt.errors import UserError
+from vismt.jobs.fewshot.report import Picture
 from vismt.jobs.lm.config import FROZEN, REFERENCES
 from vismt.jobs.lm.evaluation import SEEDS
 from vismt.jobs.lm.figures import Point, forgetting_figure
-from vismt.engine.log import read_lines
-from vismt.jobs.fewshot.report import Picture
-from vismt.report.study_figures import SeedsPanel
+from vismt.report import study_figures
+from vismt.report.comparison import is_share
 from vismt.report.study import (
     SEEDS_CAPTION,
     TRAINING_CAPTION,
@@ -25,8 +25,8 @@ from vismt.report.study import (
     seeds_interval,
     training_logs,
 )
+from vismt.report.study_figures import SeedsPanel
 from vismt.report.tables import Table, number_text, scale_text
-from vismt.errors import UserError
 
 FIELDS = ("arm", "seed", "lr", "task", "data", "condition", "metric", "value", "n", "lower_is_better", "tokens")
 SEED_NOTE = (
@@ -50,7 +50,9 @@ FORGETTING_CAPTION = (
     "model before training, where it is within the picture."
 )
 LOGGED = {
-    "loss": "Training loss", "kl": "KL of the last layer's posterior", "infeasibility": "Infeasibility of the factors",
+    "loss": "Training loss",
+    "kl": "KL of the last layer's posterior",
+    "infeasibility": "Infeasibility of the factors",
     "stable_rank": "Stable rank of the updates",
 }
 
@@ -102,11 +104,21 @@ def _forgetting(
 ) -> None:
     """The figure of one set that was not trained on."""
     own = next(line for line in lines if line["task"] == trained)
-    score = {(line["arm"], line["seed"]): line for line in lines
-             if (line["task"], line["data"], line["metric"]) == (trained, own["data"], own["metric"])}
-    texts = {(line["arm"], line["seed"]): line for line in lines
-             if (line["task"], line["data"], line["metric"]) == (*other, PERPLEXITY)}
-    points = {key: Point(line["lr"], key[1], line["value"], texts[key]["value"]) for key, line in score.items() if key in texts}
+    score = {
+        (line["arm"], line["seed"]): line
+        for line in lines
+        if (line["task"], line["data"], line["metric"]) == (trained, own["data"], own["metric"])
+    }
+    texts = {
+        (line["arm"], line["seed"]): line
+        for line in lines
+        if (line["task"], line["data"], line["metric"]) == (*other, PERPLEXITY)
+    }
+    points = {
+        key: Point(line["lr"], key[1], line["value"], texts[key]["value"])
+        for key, line in score.items()
+        if key in texts
+    }
     families: dict[str, list[Point]] = {}
     named = _families(folder)
     for (arm, _), point in points.items():
@@ -122,7 +134,9 @@ def _families(folder: Path) -> dict[str, str]:
     arms = read_yaml(folder / "config.resolved.yaml").get("arms") or {}
     groups: dict[str, list[str]] = {}
     for arm, changes in arms.items():
-        groups.setdefault(repr(sorted((key, value) for key, value in changes.items() if key != "train.lr")), []).append(arm)
+        groups.setdefault(repr(sorted((key, value) for key, value in changes.items() if key != "train.lr")), []).append(
+            arm
+        )
     found = {}
     for group in groups.values():
         common = "".join(letters[0] for letters in takewhile(lambda one: len(set(one)) == 1, zip(*group)))
@@ -138,7 +152,8 @@ def lm_tables(folder: Path) -> list[tuple[Table, str]]:
     arms = [arm for arm in dict.fromkeys(line["arm"] for line in lines) if arm not in REFERENCES]
     merging = merge_table(merge_files(folder, arms), "tokens that differ", "rows")
     return [
-        *_by_seed(lines), *((table, RATE_NOTE) for table in rates_table(folder, arms, lambda value: f"{100 * value:.1f}")),
+        *_by_seed(lines),
+        *((table, RATE_NOTE) for table in rates_table(folder, arms, lambda value: f"{100 * value:.1f}")),
         *((table, MERGE_NOTE) for table in merging),
     ]
 

@@ -17,7 +17,11 @@ def kinds() -> dict[str, type]:
     from vismt.llm.tasks.recommendation import Recommendation
 
     return {
-        "answers": Answers, "causal": Causal, "classes": Classes, "generation": Generation, "recommendation": Recommendation,
+        "answers": Answers,
+        "causal": Causal,
+        "classes": Classes,
+        "generation": Generation,
+        "recommendation": Recommendation,
     }
 
 
@@ -27,7 +31,9 @@ def make_task(kind: str, prompt: str, options: dict[str, Any], where: str = "tas
     require_known(f"{where}: no kind", [kind], known)
     parameters = inspect.signature(known[kind]).parameters
     require_known(f"{where}: '{kind}' has no option", options, [name for name in parameters if name != "prompt"])
-    needed = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty and n not in ("prompt", *options)]
+    needed = [
+        n for n, p in parameters.items() if p.default is inspect.Parameter.empty and n not in ("prompt", *options)
+    ]
     if needed:
         raise UserError(f"{where}: '{kind}' needs the option '{needed[0]}'.")
     try:

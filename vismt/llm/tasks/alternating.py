@@ -28,7 +28,9 @@ class AlternatingObjective(LmObjective):
     def __init__(self, net: LmNet, task: Classes, lr: float, spread_lr: float, steps: int) -> None:
         super().__init__(net, task)
         if not isinstance(net.head, VariationalHead):
-            raise UserError("head.alternate: needs a variational posterior; set head.name to vbll, or alternate to null.")
+            raise UserError(
+                "head.alternate: needs a variational posterior; set head.name to vbll, or alternate to null."
+            )
         self.rates, self.steps = (lr, spread_lr), steps
         self._own: torch.optim.Adam | None = None
         for number, parameter in enumerate(net.head.parameters()):

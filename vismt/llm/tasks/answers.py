@@ -59,7 +59,9 @@ class Answers(Task):
         held = {key: text for key, text in self.answers.items() if has_fields(text, row, "tasks: answers")}
         label = fill(self.label, row, "tasks: label")
         if label not in held or len(held) < 2:
-            raise UserError(f"tasks: row '{name}' has label '{label}' and answers {list(held)}; needed two, and the right one.")
+            raise UserError(
+                f"tasks: row '{name}' has label '{label}' and answers {list(held)}; needed two, and the right one."
+            )
         texts = [fill(text, row, "tasks: answers") for text in held.values()]
         answers = [answer_tokens(tokenizer, text) for text in texts]
         if not all(answers):

@@ -167,7 +167,11 @@ def _parts(template: str, what: str) -> list[tuple[str, str | None, str | None, 
 def context_tokens(tokenizer: Any, text: str) -> list[int]:
     """Tokens of a prompt as the tokenizer begins one, without an end-of-text token after it."""
     ids = list(tokenizer(text)["input_ids"])
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id != tokenizer.bos_token_id else ids
+    return (
+        ids[:-1]
+        if ids and ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id != tokenizer.bos_token_id
+        else ids
+    )
 
 
 def answer_tokens(tokenizer: Any, text: str) -> list[int]:
@@ -188,8 +192,10 @@ def probability_measures(records: Sequence[Record]) -> dict[str, Measure]:
     effect = (gaps * gaps.sum(0).sign()).sum(1)
     _, low, high = ece_interval(logs.exp(), labels, resamples=500)
     return {
-        "accuracy": Measure(found.correct.tolist()), "ECE-15": Measure(effect.tolist(), True, interval=(low, high)),
-        "NLL in nats": Measure(found.nlls.tolist(), True), "Brier": Measure(found.briers.tolist(), True),
+        "accuracy": Measure(found.correct.tolist()),
+        "ECE-15": Measure(effect.tolist(), True, interval=(low, high)),
+        "NLL in nats": Measure(found.nlls.tolist(), True),
+        "Brier": Measure(found.briers.tolist(), True),
         **({} if math.isnan(found.auroc) else {"AUROC": Measure(found.orders.tolist())}),
     }
 

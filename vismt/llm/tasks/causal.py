@@ -37,7 +37,13 @@ class Causal(Task):
     """
 
     def __init__(
-        self, prompt: str, answer: str, length: int = 512, end: bool = True, pack: bool = False, windows: int | None = None
+        self,
+        prompt: str,
+        answer: str,
+        length: int = 512,
+        end: bool = True,
+        pack: bool = False,
+        windows: int | None = None,
     ) -> None:
         super().__init__(prompt, length)
         if windows is not None and (prompt or windows < 1):
@@ -51,7 +57,11 @@ class Causal(Task):
         """What is counted."""
         if self.prompt:
             return f"answer tokens, at most {self.length} in all"
-        held = "all tokens" if self.windows is None else f"the first {self.windows * (self.length - 1) + 1} tokens of each text"
+        held = (
+            "all tokens"
+            if self.windows is None
+            else f"the first {self.windows * (self.length - 1) + 1} tokens of each text"
+        )
         return f"{held}, context {self.length}"
 
     def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
@@ -61,7 +71,11 @@ class Causal(Task):
             if tokenizer.eos_token_id is None:
                 raise UserError("tasks: end: the tokenizer has no end-of-text token; set the option end to false.")
             answer.append(tokenizer.eos_token_id)
-        pieces = [piece(context, answer, self.length)] if self.prompt else windows(context, answer, self.length)[: self.windows]
+        pieces = (
+            [piece(context, answer, self.length)]
+            if self.prompt
+            else windows(context, answer, self.length)[: self.windows]
+        )
         if not sum(one.counted for one in pieces):
             raise UserError(f"tasks: row '{name}' has no token that is counted.")
         return Item(name, pieces)
@@ -78,9 +92,7 @@ class Causal(Task):
     def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
         nats, tokens = (values.double().cpu() for values in net.token_nll(batch))
         sums = [values.new_zeros(len(items)).index_add(0, batch["row"].cpu(), values) for values in (nats, tokens)]
-        return [
-            {"id": item.id, "nats": float(own), "tokens": int(count)} for item, own, count in zip(items, *sums)
-        ]
+        return [{"id": item.id, "nats": float(own), "tokens": int(count)} for item, own, count in zip(items, *sums)]
 
     def measures(self, records: Sequence[Record]) -> dict[str, Measure]:
         return ratio_measures(records)

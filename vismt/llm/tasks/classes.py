@@ -56,7 +56,9 @@ class Classes(Task):
             ids = answer_tokens(tokenizer, text)
             if len(ids) != 1:
                 told = tokenizer.convert_ids_to_tokens(ids)
-                raise UserError(f"tasks: answer '{text}' is {told}, needed one token; begin it with a space or choose another.")
+                raise UserError(
+                    f"tasks: answer '{text}' is {told}, needed one token; begin it with a space or choose another."
+                )
             found += ids
         if len(set(found)) < len(found):
             raise UserError(f"tasks: answers {list(self.answers.values())} share a token; they cannot be told apart.")

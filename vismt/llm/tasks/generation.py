@@ -29,8 +29,16 @@ class Generation(Causal):
     reads = False
 
     def __init__(
-        self, prompt: str, answer: str, gold: str, pattern: str | None = None, stop: str | None = None, new_tokens: int = 128,
-        length: int = 512, end: bool = True, pack: bool = False,
+        self,
+        prompt: str,
+        answer: str,
+        gold: str,
+        pattern: str | None = None,
+        stop: str | None = None,
+        new_tokens: int = 128,
+        length: int = 512,
+        end: bool = True,
+        pack: bool = False,
     ) -> None:
         super().__init__(prompt, answer, length, end, pack)
         if not prompt or new_tokens < 1:
@@ -67,13 +75,19 @@ class Generation(Causal):
 
     def generate(self, net: LmNet, items: Sequence[Item]) -> list[str]:
         """What the LM writes after each prompt."""
-        prompts = [[t for t, label in zip(one.ids, one.labels) if label < 0] for one in (item.pieces[0] for item in items)]
+        prompts = [
+            [t for t, label in zip(one.ids, one.labels) if label < 0] for one in (item.pieces[0] for item in items)
+        ]
         batch = collate([piece(prompt, [], self.length) for prompt in prompts])
         device = next(net.lm.parameters()).device
         end = self._decode.eos_token_id
         made = net.lm.generate(
-            batch["ids"].to(device), attention_mask=batch["mask"].long().to(device), do_sample=False,
-            max_new_tokens=self.new_tokens, pad_token_id=end if end is not None else 0, eos_token_id=end,
+            batch["ids"].to(device),
+            attention_mask=batch["mask"].long().to(device),
+            do_sample=False,
+            max_new_tokens=self.new_tokens,
+            pad_token_id=end if end is not None else 0,
+            eos_token_id=end,
         )
         return self._decode.batch_decode(made[:, batch["ids"].shape[1] :], skip_special_tokens=True)
 

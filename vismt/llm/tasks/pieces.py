@@ -74,12 +74,16 @@ def pack(pieces: Sequence[Piece], length: int) -> list[Piece]:
     return found
 
 
-def tree(context: Sequence[int], answers: Sequence[Sequence[int]], length: int, items: Sequence[int] | None = None) -> Piece:
+def tree(
+    context: Sequence[int], answers: Sequence[Sequence[int]], length: int, items: Sequence[int] | None = None
+) -> Piece:
     """A prompt with each of the answers after it; a prompt that is too long for the longest one loses its beginning."""
     room = length - max(len(answer) for answer in answers)
     kept = list(context)[-room:] if room > 0 else []
     if not kept or not all(answers):
-        raise UserError(f"tasks: length {length}: no room for a prompt before an answer of {length - room} tokens; raise it.")
+        raise UserError(
+            f"tasks: length {length}: no room for a prompt before an answer of {length - room} tokens; raise it."
+        )
     tokens = [token for answer in answers for token in answer]
     documents = [0] * len(kept) + [number for number, answer in enumerate(answers, 1) for _ in answer]
     places = None if items is None else (*list(items)[-room:], *[-1] * len(tokens))
@@ -118,10 +122,13 @@ def collate(pieces: Sequence[Piece], lower: Sequence[Tensor] | None = None) -> d
             documents[row, start:] = torch.tensor(one.documents)
     before = torch.zeros(shape, dtype=torch.int64)
     # Tokens before the document's first: its first place in the row. cummax carries it to the document's other tokens.
-    begins = mask & torch.cat([torch.ones(len(pieces), 1, dtype=torch.bool), (documents[:, 1:] != documents[:, :-1])
-                               | ~mask[:, :-1]], 1)
+    begins = mask & torch.cat(
+        [torch.ones(len(pieces), 1, dtype=torch.bool), (documents[:, 1:] != documents[:, :-1]) | ~mask[:, :-1]], 1
+    )
     shared = torch.tensor([one.shared for one in pieces])[:, None]
-    before[begins] = (torch.arange(width) - shared * (documents > 0))[begins]  # an answer's positions go on from the prompt's
+    before[begins] = (torch.arange(width) - shared * (documents > 0))[
+        begins
+    ]  # an answer's positions go on from the prompt's
     positions = (torch.arange(width) - before.cummax(1).values) * mask
     batch = {"ids": ids, "labels": labels, "positions": positions, "mask": mask}
     if any(one.documents is not None for one in pieces):
@@ -133,9 +140,9 @@ def collate(pieces: Sequence[Piece], lower: Sequence[Tensor] | None = None) -> d
         batch["branch"] = documents
         batch["previous"] = torch.where(begins & (documents > 0), start + shared, torch.arange(width)) - 1
     if any(one.items is not None for one in pieces):
-        batch["items"] = torch.stack([
-            torch.tensor([*[-1] * (width - len(one.ids)), *(one.items or [-1] * len(one.ids))]) for one in pieces
-        ])
+        batch["items"] = torch.stack(
+            [torch.tensor([*[-1] * (width - len(one.ids)), *(one.items or [-1] * len(one.ids))]) for one in pieces]
+        )
     if lower is not None:
         batch["lower"] = torch.stack([torch.cat([one.new_zeros(width - len(one), one.shape[1]), one]) for one in lower])
     return batch

@@ -60,9 +60,19 @@ class Recommendation(Task):
     labelled = False
 
     def __init__(
-        self, prompt: str, answer: str = "choose", candidates: int = 20, history: int = 10, items: bool = True,
-        curriculum: float = 1.0, normalise: str = "none", new_tokens: int = 32, slot: str = " *", join: str = ", ",
-        seed: int = 0, length: int = 768,
+        self,
+        prompt: str,
+        answer: str = "choose",
+        candidates: int = 20,
+        history: int = 10,
+        items: bool = True,
+        curriculum: float = 1.0,
+        normalise: str = "none",
+        new_tokens: int = 32,
+        slot: str = " *",
+        join: str = ", ",
+        seed: int = 0,
+        length: int = 768,
     ) -> None:
         super().__init__(prompt, length)
         for name, value, known in (("answer", answer, ANSWERS), ("normalise", normalise, LENGTHS)):
@@ -88,7 +98,11 @@ class Recommendation(Task):
     def about(self) -> str:
         """What is asked."""
         by = "" if self.normalise == "none" else f" a {self.normalise}"
-        how = f"largest log-likelihood{by}" if self.answer == "choose" else f"written greedily, at most {self.new_tokens} tokens"
+        how = (
+            f"largest log-likelihood{by}"
+            if self.answer == "choose"
+            else f"written greedily, at most {self.new_tokens} tokens"
+        )
         return f"the next of {self.candidates} items, {how}"
 
     def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
@@ -186,8 +200,12 @@ class Recommendation(Task):
         stops = [*([end] if end is not None else []), *(line if len(line) == 1 else [])]
         with _seen(net, named) as whole, net.inserted(whole):
             made = net.lm.generate(
-                named["ids"], attention_mask=named["mask"].long(), do_sample=False, max_new_tokens=self.new_tokens,
-                pad_token_id=end if end is not None else 0, eos_token_id=stops or None,
+                named["ids"],
+                attention_mask=named["mask"].long(),
+                do_sample=False,
+                max_new_tokens=self.new_tokens,
+                pad_token_id=end if end is not None else 0,
+                eos_token_id=stops or None,
             )
         return self._decode.batch_decode(made[:, named["ids"].shape[1] :], skip_special_tokens=True)
 
@@ -196,8 +214,10 @@ class Recommendation(Task):
             found = probability_measures(records)
             return {"HitRatio@1": replace(found["accuracy"], counts=True), "NLL in nats": found["NLL in nats"]}
         columns = {
-            "HitRatio@1": "right", "ValidRatio": "valid",
-            "HitRatio@1 by substring": "right_substring", "ValidRatio by substring": "valid_substring",
+            "HitRatio@1": "right",
+            "ValidRatio": "valid",
+            "HitRatio@1 by substring": "right_substring",
+            "ValidRatio by substring": "valid_substring",
         }
         return {name: Measure([float(record[key]) for record in records], counts=True) for name, key in columns.items()}
 
@@ -214,8 +234,10 @@ def judged(text: str, titles: Sequence[str], label: int) -> dict[str, bool]:
     held = [name for name in names if name in line]
     longest = [name for name in held if not any(name != other and name in other for other in held)]
     return {
-        "right": line == names[label], "valid": line in names,
-        "right_substring": longest == [names[label]], "valid_substring": len(longest) == 1,
+        "right": line == names[label],
+        "valid": line in names,
+        "right_substring": longest == [names[label]],
+        "valid_substring": len(longest) == 1,
     }
 
 

@@ -51,16 +51,30 @@ class BoundaryF(Metric):
     images: Tensor
 
     def __init__(
-        self, *, max_dist: float = 0.0075, thresholds: int = 99, thinning: bool = True, scores: str = "logits",
-        ignore_index: int | None = 255, **options: Any,
+        self,
+        *,
+        max_dist: float = 0.0075,
+        thresholds: int = 99,
+        thinning: bool = True,
+        scores: str = "logits",
+        ignore_index: int | None = 255,
+        **options: Any,
     ) -> None:
         super().__init__(**options)
         if not 0 <= max_dist < 1:
-            raise UserError(f"BoundaryF: max_dist = {max_dist}: a fraction of the diagonal, 0.0075 for PASCAL, 0.011 for NYUD.")
+            raise UserError(
+                f"BoundaryF: max_dist = {max_dist}: a fraction of the diagonal, 0.0075 for PASCAL, 0.011 for NYUD."
+            )
         self.thresholds = threshold_count("BoundaryF", thresholds)
         self.max_dist, self.thinning, self.ignore_index = max_dist, thinning, ignore_index
         self.scores = one_of("BoundaryF", "scores", scores, SCORES)
-        for name, shape in (("matched", thresholds), ("predicted", thresholds), ("true", ()), ("best", 2), ("images", ())):
+        for name, shape in (
+            ("matched", thresholds),
+            ("predicted", thresholds),
+            ("true", ()),
+            ("best", 2),
+            ("images", ()),
+        ):
             self.add_state(name, torch.zeros(shape, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, pred: Tensor, target: Tensor) -> None:
@@ -97,8 +111,13 @@ class BoundaryF(Metric):
         best = int(f.argmax())
         own = curves(*self.best.cpu(), total)[2]
         return {
-            "ods_f": float(f[best]), "threshold": (best + 1) / (self.thresholds + 1), "precision": float(precision[best]),
-            "recall": float(recall[best]), "ois_f": float(own), "images": int(self.images), "pixels": true,
+            "ods_f": float(f[best]),
+            "threshold": (best + 1) / (self.thresholds + 1),
+            "precision": float(precision[best]),
+            "recall": float(recall[best]),
+            "ois_f": float(own),
+            "images": int(self.images),
+            "pixels": true,
         }
 
     def _counts(self, levels: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -21,14 +21,18 @@ def delta_m(scores: Mapping[str, float], baseline: Mapping[str, float], lower_is
         odd = sorted(scores.keys() ^ given.keys())
         if odd:
             lacks = what if odd[0] in scores else "scores"
-            raise UserError(f"delta_m: '{odd[0]}' is missing from {lacks}: scores, baseline, lower_is_better need equal tasks.")
+            raise UserError(
+                f"delta_m: '{odd[0]}' is missing from {lacks}: scores, baseline, lower_is_better need equal tasks."
+            )
     total = 0.0
     for task, score in scores.items():
         reference = baseline[task]
         if not (math.isfinite(score) and math.isfinite(reference)):
             raise UserError(f"delta_m: '{task}' has score {score} and baseline {reference}: both must be finite.")
         if reference <= 0:
-            raise UserError(f"delta_m: the baseline of '{task}' is {reference}: a relative change needs a positive one.")
+            raise UserError(
+                f"delta_m: the baseline of '{task}' is {reference}: a relative change needs a positive one."
+            )
         gain = (score - reference) / reference
         total += -gain if lower_is_better[task] else gain
     return 100 * total / len(scores)

@@ -40,7 +40,11 @@ class DepthErrors(Metric):
     pixels: Tensor
 
     def __init__(
-        self, *, valid_range: tuple[float, float] | None = None, ignore: float | None = 0.0, convention: str = "pooled",
+        self,
+        *,
+        valid_range: tuple[float, float] | None = None,
+        ignore: float | None = 0.0,
+        convention: str = "pooled",
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -87,8 +91,13 @@ class DepthErrors(Metric):
         squared, squared_log, absolute, relative, squared_relative = (self.sums / pixels).tolist()
         shares = {f"delta{power}": int(count) / pixels for power, count in enumerate(self.within, 1)}
         return {
-            "rmse": squared**0.5, "log_rmse": squared_log**0.5, "abs_err": absolute, "abs_rel": relative,
-            "sq_rel": squared_relative, **shares, "pixels": pixels,
+            "rmse": squared**0.5,
+            "log_rmse": squared_log**0.5,
+            "abs_err": absolute,
+            "abs_rel": relative,
+            "sq_rel": squared_relative,
+            **shares,
+            "pixels": pixels,
         }
 
     def _valid(self, target: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ def same_size(metric: str, pred: Tensor, target: Tensor, what: str = "target") -
             f"prediction to the {what}'s size (bilinear, before any argmax), never the {what}."
         )
     if len(pred) != len(target):
-        raise UserError(f"{metric}: {len(pred)} predictions, but {len(target)} of the {what}: give both of the same images.")
+        raise UserError(
+            f"{metric}: {len(pred)} predictions, but {len(target)} of the {what}: give both of the same images."
+        )
 
 
 def exact(values: Tensor) -> Tensor:
@@ -61,7 +63,9 @@ def probability(metric: str, pred: Tensor, scores: str) -> Tensor:
     scores: "logits" (sigmoid, softmax over the two) or "probabilities"; UserError for one outside [0, 1].
     """
     if not pred.is_floating_point():
-        raise UserError(f"{metric}: needs scores to put thresholds on, not a map of {pred.dtype}: give the model's float output.")
+        raise UserError(
+            f"{metric}: needs scores to put thresholds on, not a map of {pred.dtype}: give the model's float output."
+        )
     pred = exact(sound(metric, pred, infinite=True))
     two = pred.ndim == 4 and pred.shape[1] == 2
     if scores == "logits":
@@ -69,7 +73,9 @@ def probability(metric: str, pred: Tensor, scores: str) -> Tensor:
     found = pred[:, 1].contiguous() if two else plane(metric, "prediction", pred)
     if found.numel() and not 0 <= float(found.min()) <= float(found.max()) <= 1:
         low, high = float(found.min()), float(found.max())
-        raise UserError(f"{metric}: probabilities range over [{low:.3g}, {high:.3g}]: are they logits? Then scores='logits'.")
+        raise UserError(
+            f"{metric}: probabilities range over [{low:.3g}, {high:.3g}]: are they logits? Then scores='logits'."
+        )
     return found
 
 
@@ -80,7 +86,9 @@ def binary(metric: str, target: Tensor, ignore_index: int | None) -> tuple[Tenso
     valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
     strange = target[valid & (target != 0) & (target != 1)]
     if strange.numel():
-        raise UserError(f"{metric}: the target holds {strange[0].item():g}: it must be 0 or 1, or ignore_index ({ignore_index}).")
+        raise UserError(
+            f"{metric}: the target holds {strange[0].item():g}: it must be 0 or 1, or ignore_index ({ignore_index})."
+        )
     return valid & (target == 1), valid
 
 

@@ -33,7 +33,12 @@ class MaxF(Metric):
     counts: Tensor  # (2, n + 1): negatives and positives by how many thresholds the probability reaches
 
     def __init__(
-        self, *, thresholds: int = 255, beta_squared: float = 0.3, ignore_index: int | None = 255, scores: str = "logits",
+        self,
+        *,
+        thresholds: int = 255,
+        beta_squared: float = 0.3,
+        ignore_index: int | None = 255,
+        scores: str = "logits",
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -63,17 +68,27 @@ class MaxF(Metric):
 
         Raises UserError when no pixel, or none that is salient, was seen: recall would be 0 / 0.
         """
-        seen("MaxF", self.counts[1].sum(), "salient pixel", f"give it data, check targets and ignore_index={self.ignore_index}")
+        seen(
+            "MaxF",
+            self.counts[1].sum(),
+            "salient pixel",
+            f"give it data, check targets and ignore_index={self.ignore_index}",
+        )
         negatives, positives = self.counts.cpu().flip(1).cumsum(1).flip(1)[:, 1:]
         precision, recall, f = curves(positives, positives + negatives, self.counts[1].sum().cpu(), self.beta_squared)
         best = int(f.argmax())
         return {
-            "max_f": float(f[best]), "threshold": (best + 1) / (self.thresholds + 1), "precision": float(precision[best]),
-            "recall": float(recall[best]), "pixels": int(self.counts.sum()),
+            "max_f": float(f[best]),
+            "threshold": (best + 1) / (self.thresholds + 1),
+            "precision": float(precision[best]),
+            "recall": float(recall[best]),
+            "pixels": int(self.counts.sum()),
         }
 
 
-def curves(true: Tensor, predicted: Tensor, positives: Tensor, beta_squared: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def curves(
+    true: Tensor, predicted: Tensor, positives: Tensor, beta_squared: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Precision, recall and F, fp64, of counts; 0 where they would be 0 / 0."""
     precision = (true / predicted.double()).nan_to_num(0.0)
     recall = (true / positives.double()).nan_to_num(0.0)

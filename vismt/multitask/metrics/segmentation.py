@@ -32,7 +32,9 @@ class MeanIoU(Metric):
     full_state_update, higher_is_better, is_differentiable = False, True, False
     confusion: Tensor
 
-    def __init__(self, num_classes: int, *, ignore_index: int | None = 255, absent: str = "zero", **options: Any) -> None:
+    def __init__(
+        self, num_classes: int, *, ignore_index: int | None = 255, absent: str = "zero", **options: Any
+    ) -> None:
         super().__init__(**options)
         if num_classes < 2:
             raise UserError(f"MeanIoU: num_classes = {num_classes}: at least 2; background counts as one.")
@@ -47,7 +49,9 @@ class MeanIoU(Metric):
         classes outside [0, k) at pixels that count, NaN, and targets that are not integers.
         """
         if target.is_floating_point():
-            raise UserError(f"MeanIoU: the target must hold integer labels, is {target.dtype}: convert it with .long().")
+            raise UserError(
+                f"MeanIoU: the target must hold integer labels, is {target.dtype}: convert it with .long()."
+            )
         target = plane("MeanIoU", "target", target).long()
         classes = self._classes(pred)
         same_size("MeanIoU", classes, target, "label map")
@@ -64,14 +68,21 @@ class MeanIoU(Metric):
 
         Raises UserError when no labelled pixel was seen.
         """
-        pixels = seen("MeanIoU", self.confusion.sum(), "labelled pixel", f"give it data, check ignore_index={self.ignore_index}")
+        pixels = seen(
+            "MeanIoU", self.confusion.sum(), "labelled pixel", f"give it data, check ignore_index={self.ignore_index}"
+        )
         confusion = self.confusion.cpu().double()
         true = confusion.diag()
         iou = true / (confusion.sum(0) + confusion.sum(1) - true)
         if self.absent == "zero":
             iou = iou.nan_to_num(0.0)
         mean = iou.nanmean() if self.absent == "skip" else iou.mean()
-        return {"miou": float(mean), "iou": iou.tolist(), "pixel_accuracy": float(true.sum() / pixels), "pixels": pixels}
+        return {
+            "miou": float(mean),
+            "iou": iou.tolist(),
+            "pixel_accuracy": float(true.sum() / pixels),
+            "pixels": pixels,
+        }
 
     def _classes(self, pred: Tensor) -> Tensor:
         if not pred.is_floating_point():
@@ -86,4 +97,6 @@ class MeanIoU(Metric):
     def _in_range(self, what: str, values: Tensor, hint: str) -> None:
         strange = values[(values < 0) | (values >= self.num_classes)]
         if strange.numel():
-            raise UserError(f"MeanIoU: {what} {int(strange[0])} found, classes are 0 to {self.num_classes - 1}; {hint}.")
+            raise UserError(
+                f"MeanIoU: {what} {int(strange[0])} found, classes are 0 to {self.num_classes - 1}; {hint}."
+            )

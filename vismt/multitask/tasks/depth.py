@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 
 CONVENTIONS = {"pooled": "rmse", "libmtl": "abs_err"}  # the measure of each
 MEASURES = ("rmse", "abs_err", "abs_rel", "log_rmse")
-RAMP = ((0.99, 0.91, 0.15), (0.45, 0.80, 0.36), (0.13, 0.57, 0.55), (0.22, 0.35, 0.55), (0.27, 0.00, 0.33))  # near to far
+RAMP = (
+    (0.99, 0.91, 0.15),
+    (0.45, 0.80, 0.36),
+    (0.13, 0.57, 0.55),
+    (0.22, 0.35, 0.55),
+    (0.27, 0.00, 0.33),
+)  # near to far
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -46,7 +46,9 @@ class Segmentation(LabelTask):
             raise UserError(f"{self.name}: absent '{self.absent}'.{near(str(self.absent), ABSENT)}")
         if self.colors is not None:
             sound = all(isinstance(color, Sequence) and len(color) == 3 for color in self.colors)
-            sound = sound and all(isinstance(level, int) and 0 <= level <= 255 for color in self.colors for level in color)
+            sound = sound and all(
+                isinstance(level, int) and 0 <= level <= 255 for color in self.colors for level in color
+            )
             if not sound or len(self.colors) != self.classes:
                 raise UserError(f"{self.name}: colors must be (r, g, b) in 0..255 for each of {self.classes} classes.")
 
