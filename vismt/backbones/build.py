@@ -30,7 +30,7 @@ def architecture_of(name: str, card: AssetCard | None) -> str:
 
 
 def build(architecture: str, *, pretrained: bool = False, **options: int) -> nn.Module:
-    """timm's model; what timm raises for a model without img_size, or a size it cannot build, becomes a UserError."""
+    """Timm's model; what timm raises for a model without img_size, or a size it cannot build, becomes a UserError."""
     try:
         return timm.create_model(architecture, pretrained=pretrained, **options)
     except TypeError as error:
@@ -52,7 +52,7 @@ def build(architecture: str, *, pretrained: bool = False, **options: int) -> nn.
 
 
 def from_hub(architecture: str, **options: int) -> nn.Module:
-    """timm's own pretrained model, through its own downloader and cache."""
+    """Timm's own pretrained model, through its own downloader and cache."""
     if not timm.models.is_model_pretrained(architecture.partition(".")[0]):
         hint = near(architecture, timm.list_pretrained())
         raise UserError(

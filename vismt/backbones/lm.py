@@ -103,7 +103,7 @@ def _quiet(transformers: ModuleType) -> Iterator[None]:
 
 
 def _dtype_keyword() -> str:
-    """transformers renamed torch_dtype to dtype in 4.56."""
+    """Transformers renamed torch_dtype to dtype in 4.56."""
     major, minor = (int(part) for part in version("transformers").split(".")[:2])
     return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
 

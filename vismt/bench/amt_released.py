@@ -71,7 +71,7 @@ class PoolLayer(nn.Module):
         self.kept: nn.Parameter | None = None
 
     def merge(self, experts: list[int], gates: Tensor) -> None:
-        """weight <- W_res + sum of gate * s B A; W_res is kept apart."""
+        """Weight <- W_res + sum of gate * s B A; W_res is kept apart."""
         self.kept = copy.deepcopy(self.weight)
         for expert, gate in zip(experts, gates):
             A, B = self.lora_A[expert], self.lora_B[expert]
@@ -79,7 +79,7 @@ class PoolLayer(nn.Module):
             self.weight.data += gate * (update * self.scale)
 
     def unmerge(self) -> None:
-        """weight <- W_res."""
+        """Weight <- W_res."""
         self.weight.data.copy_(self.kept)
 
     def forward(self, x: Tensor) -> Tensor:

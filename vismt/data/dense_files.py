@@ -27,7 +27,7 @@ def _paths(value: str | list[str]) -> list[str]:
 
 
 def _in_folder(folder: Path, before: str = "", after: str = "") -> dict[str, Path]:
-    """id -> file of a folder, sorted; UserError for an id with two files. Empty when there is no such folder."""
+    """Id -> file of a folder, sorted; UserError for an id with two files. Empty when there is no such folder."""
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         name = path.stem

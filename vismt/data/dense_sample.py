@@ -36,7 +36,7 @@ def blank(target: str, height: int, width: int) -> Tensor:
 
 
 def valid(target: str, values: Tensor) -> Tensor:
-    """bool (..., h, w): where a map of `target` holds a value; values (..., h, w), normals (..., 3, h, w), classes (...)."""
+    """Bool (..., h, w): where a map of `target` holds a value; values (..., h, w), normals (..., 3, h, w), classes (...)."""
     if target == CLASS:
         return values != NO_CLASS
     if target in LABELS:

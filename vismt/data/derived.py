@@ -85,7 +85,7 @@ def _last(depth: Tensor) -> Tensor:
 
 
 def _jumps(depth: Tensor, jump: float) -> Tensor:
-    """bool (h, w): pixels with a depth, nearer than a neighbour in their row by more than `jump`, gaps bridged."""
+    """Bool (h, w): pixels with a depth, nearer than a neighbour in their row by more than `jump`, gaps bridged."""
     known = depth > 0
     filled = torch.where(known, depth, torch.maximum(_last(depth), _last(depth.flip(-1)).flip(-1)))
     out = torch.zeros_like(known)

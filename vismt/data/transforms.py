@@ -15,7 +15,7 @@ def augment(
     jitter: float = 0.4,
     flip: bool = True,
 ) -> Tensor:
-    """float (b, 3, h, w) in [0, 1] -> the same shape, dtype, device and range; every image gets its own draw.
+    """Float (b, 3, h, w) in [0, 1] -> the same shape, dtype, device and range; every image gets its own draw.
 
     `crop` is the range of the cropped area (aspect 3/4 to 4/3, resized back, bilinear, antialiased), None for no crop;
     `jitter` the strength of brightness, contrast and saturation; `flip` mirrors left and right with probability 1/2.

@@ -83,7 +83,7 @@ def check_study(config: Any, tasks: Sequence[str]) -> None:
 
 
 def check_weighing(config: Any, trained: Sequence[str]) -> None:
-    """balancing and fade of a configuration of several tasks. trained: the tasks that this arm trains."""
+    """Balancing and fade of a configuration of several tasks. trained: the tasks that this arm trains."""
     if config.balancing is not None:
         make_balancer(config.balancing.method, trained, **config.balancing.options)
     if config.fade is not None:

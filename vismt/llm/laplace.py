@@ -126,7 +126,7 @@ class Laplace(GaussianHead):
 
     @full_precision
     def logit_distribution(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """m (b, k) and R, (b, k, k) with covariance R R^T of the logits, or (b, k) their independent std."""
+        """M (b, k) and R, (b, k, k) with covariance R R^T of the logits, or (b, k) their independent std."""
         x = self._features(features)
         root = self.curvature.root(x, self.prior_precision)
         if self.noise is None:

@@ -52,7 +52,7 @@ class SASRec(nn.Module):
         return self.item.weight.shape[1]
 
     def forward(self, history: Tensor) -> Tensor:
-        """history int64 (b, n), numbers of items, -1 after the last -> users (b, d): the state at the last item.
+        """History int64 (b, n), numbers of items, -1 after the last -> users (b, d): the state at the last item.
 
         Raises UserError for an empty history and for one that is too long.
         """
@@ -71,7 +71,7 @@ class SASRec(nn.Module):
         return self.norm(states[torch.arange(len(states), device=states.device), last])
 
     def scores(self, users: Tensor, items: Tensor | None = None) -> Tensor:
-        """users (b, d) -> (b, all items), or (b, c) of the items int64 (b, c)."""
+        """Users (b, d) -> (b, all items), or (b, c) of the items int64 (b, c)."""
         if items is None:
             return users @ self.item.weight.T
         return torch.einsum("bd,bcd->bc", users, self.item(items))

@@ -49,7 +49,7 @@ class Spread(nn.Module, ABC):
 
     @abstractmethod
     def logdet(self) -> Tensor:
-        """log det S_c (k,)."""
+        """Log det S_c (k,)."""
 
 
 class Diagonal(Spread):

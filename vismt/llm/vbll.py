@@ -86,7 +86,7 @@ class VBLLClassifier(VariationalHead):
 
     @full_precision
     def logit_distribution(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """m and v, both (b, k): the logits of an example are independent N(m_c, v_c). features: (b, d) float."""
+        """M and v, both (b, k): the logits of an example are independent N(m_c, v_c). features: (b, d) float."""
         x = self._features(features)
         return x @ self.mean.mT, self.spread.quadratic(x) + torch.exp(2 * self.log_noise)
 

@@ -64,7 +64,7 @@ class GenerativeVBLL(VariationalHead):
 
     @full_precision
     def forward(self, features: Tensor) -> Tensor:
-        """log N(phi; m_c, Sigma + S_c) (b, k), fp32: unnormalised log-probabilities. features: (b, d) float."""
+        """Log N(phi; m_c, Sigma + S_c) (b, k), fp32: unnormalised log-probabilities. features: (b, d) float."""
         x, means = self._centred(features)
         variance = torch.exp(2 * self.log_noise) + self.spread.variances()
         # (x - m)^2 / t as three products, so that no (b, k, d) tensor arises; centring keeps the cancellation small.

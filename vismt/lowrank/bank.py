@@ -143,7 +143,7 @@ class FactorBank(nn.Module):
 
     @torch.no_grad()
     def merged(self, weight: Tensor, gates: Tensor) -> Tensor:
-        """weight (o, i) + the mixture of static `gates` (e,), in one GEMM over the experts whose gate is not zero.
+        """Weight (o, i) + the mixture of static `gates` (e,), in one GEMM over the experts whose gate is not zero.
 
         Summed in fp32 (fp64 for fp64), rounded once to the weight's dtype; a new tensor on the weight's device.
         """

@@ -59,7 +59,8 @@ def _scope() -> instance_gates | None:
 
 def recompute_gates() -> tuple[AbstractContextManager, AbstractContextManager]:
     """The `context_fn` of torch.utils.checkpoint (not reentrant): blocks recomputed in the backward pass see the gates of
-    their forward pass, on whatever thread it runs and after the block has ended."""
+    their forward pass, on whatever thread it runs and after the block has ended.
+    """
     scope = _current.get()
     if scope is None:
         return nullcontext(), nullcontext()
@@ -114,7 +115,7 @@ def _need(experts: int, what: str) -> instance_gates:
 
 
 def gated(hidden: Tensor, gate: Tensor | None) -> Tensor:
-    """hidden (n, k) times gate (b, k), the row of each sample for its n / b tokens."""
+    """Hidden (n, k) times gate (b, k), the row of each sample for its n / b tokens."""
     if gate is None:
         return hidden
     return (by_sample(hidden, gate) * gate[:, None]).view(hidden.shape)

@@ -27,7 +27,7 @@ from vismt.lowrank.instance_gates import by_sample, fixed_gates, gated, sample_g
 
 
 def _add_product(out: Tensor, hidden: Tensor, B: Tensor, scale: float, blocks: tuple[int, ...]) -> None:
-    """out (n, o) += scale * hidden (n, g*r) times B^T, block by block of the outputs, in place."""
+    """Out (n, o) += scale * hidden (n, g*r) times B^T, block by block of the outputs, in place."""
     if len(blocks) == 1:
         out.addmm_(hidden, B.t(), alpha=scale)
         return

@@ -249,7 +249,7 @@ def _low_rank(what: str, config: Mapping[str, Any], path: str, pair: Mapping[str
 
 
 def _pattern(table: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """peft's rule: the first key whose regex matches the end of the path after a dot."""
+    """Peft's rule: the first key whose regex matches the end of the path after a dot."""
     return next((value for key, value in (table or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
 

@@ -154,7 +154,7 @@ def _whole_modules(model: nn.Module, record: AdaptRecord) -> list[str]:
 
 
 def _refuse_suffixes(model: nn.Module, saved: list[str]) -> None:
-    """peft takes the names of whole modules for endings of paths, and adapts nothing there."""
+    """Peft takes the names of whole modules for endings of paths, and adapts nothing there."""
     for path in adapted_modules(model):
         for name in saved:
             inside = any(f"{path}.".startswith(f"{own}.") for own in _ending(model, name))
@@ -176,7 +176,7 @@ def _below(model: nn.Module, name: str) -> set[str]:
 
 
 def _bias_setting(model: nn.Module, trained: set[str], whole: set[str]) -> str:
-    """peft's setting that saves what is trained beside whole modules; UserError where there is none."""
+    """Peft's setting that saves what is trained beside whole modules; UserError where there is none."""
     rest = trained - whole
     if not rest:
         return "none"

@@ -27,7 +27,7 @@ Targets = str | Sequence[str] | None
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D, told by name so that transformers need not be installed."""
+    """Transformers' Conv1D, told by name so that transformers need not be installed."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 

@@ -142,7 +142,7 @@ class AdversarialObjective(nn.Module):
         self.register_buffer("flat", torch.zeros((), dtype=torch.long), persistent=False)
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """support (s, 3, h, w), support_labels (s,), query (m, 3, h, w), query_labels (m,), number () -> scalars."""
+        """Support (s, 3, h, w), support_labels (s,), query (m, 3, h, w), query_labels (m,), number () -> scalars."""
         support, truth, query, labels = (batch[name] for name in ("support", "support_labels", "query", "query_labels"))
         number, adversary = int(batch["number"]), self.adversary
         strength = min(1.0, (number + 1) / adversary.warmup) if adversary.warmup else 1.0

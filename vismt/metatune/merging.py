@@ -88,7 +88,7 @@ def expert_scores(cosines: Tensor, labels: Tensor, balance: float = 0.6) -> tupl
 
 
 def mixture_weights(scores: Tensor, beta: float = 1.0, top_k: int = 2) -> Tensor:
-    """zeta (P,) from scores (P,): softmax(beta * score) over the `top_k` highest, zero elsewhere; equal scores: the first."""
+    """Zeta (P,) from scores (P,): softmax(beta * score) over the `top_k` highest, zero elsewhere; equal scores: the first."""
     if scores.ndim != 1 or top_k < 1 or not len(scores):
         raise UserError(f"mixture: scores {tuple(scores.shape)}, top_k {top_k}: need (P,) with P > 0 and top_k >= 1.")
     kept = torch.sort(scores, descending=True, stable=True).indices[:top_k]

@@ -26,7 +26,7 @@ class EpisodeObjective(nn.Module):
         self.proto = proto
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """support (s, 3, h, w), support_labels (s,), query (m, 3, h, w), query_labels (m,) -> two scalars."""
+        """Support (s, 3, h, w), support_labels (s,), query (m, 3, h, w), query_labels (m,) -> two scalars."""
         logits = self.proto(batch["support"], batch["support_labels"], batch["query"])
         labels = batch["query_labels"]
         return {

@@ -41,7 +41,7 @@ def prototypes(features: Tensor, labels: Tensor) -> Tensor:
 
 
 def cosine_logits(features: Tensor, prototypes: Tensor, scale: float | Tensor = 10.0) -> Tensor:
-    """scale * cos(feature, prototype): features (M, d), prototypes (N, d) -> (M, N) within [-scale, scale].
+    """Scale * cos(feature, prototype): features (M, d), prototypes (N, d) -> (M, N) within [-scale, scale].
 
     Norms below 1e-12 are taken as 1e-12, so a zero feature has zero logits.
     """

@@ -76,7 +76,8 @@ def balancer_options(kind: type[Balancer]) -> list[str]:
 @dataclass(frozen=True)
 class TaskLosses:
     """losses: this process's, by task number, scaled so that their mean over the processes is L_t. means: L_t of every task
-    (T,), 0 where absent, without gradient. present: (T,) bool on the CPU, whether any process has the task."""
+    (T,), 0 where absent, without gradient. present: (T,) bool on the CPU, whether any process has the task.
+    """
 
     losses: dict[int, Tensor]
     means: Tensor
@@ -150,7 +151,7 @@ class Balancer(nn.Module):
         return sum((alpha[number].item() * loss for number, loss in batch.losses.items()), batch.means.new_zeros(()))
 
     def weigh(self, batch: TaskLosses) -> Tensor:
-        """alpha (T,), float64 on the CPU, 0 for absent tasks."""
+        """Alpha (T,), float64 on the CPU, 0 for absent tasks."""
         return batch.present.double()
 
     def rescale(self, number: int, loss: Tensor) -> Tensor:

@@ -217,7 +217,7 @@ class AlignedMtl(GradientBalancer):
 
 
 def min_norm_weights(gram: Tensor) -> Tensor:
-    """w (t,) >= 0 of sum 1 with w^T M w least, for a Gram matrix M (t, t) in float64; exact (active set), one w if several.
+    """W (t,) >= 0 of sum 1 with w^T M w least, for a Gram matrix M (t, t) in float64; exact (active set), one w if several.
 
     w is u over its sum, u >= 0 the minimiser of u^T M u + (sum u - 1)^2: least squares for a root of M, solved for M's
     cosines, as the solver's tolerance does not know that one gradient may be much smaller than another.

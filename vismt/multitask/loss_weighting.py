@@ -51,7 +51,8 @@ class UncertaintyWeighting(Balancer):
 @register_balancer("imtl_l")
 class ImtlL(Balancer):
     """sum_t exp(s_t) L_t - s_t with s_t learned from 0, at rest where all scaled losses are 1. Liu et al., "Towards Impartial
-    Multi-task Learning", ICLR 2021 (not on arXiv). An absent task leaves its s alone; weight decay as in "uncertainty"."""
+    Multi-task Learning", ICLR 2021 (not on arXiv). An absent task leaves its s alone; weight decay as in "uncertainty".
+    """
 
     def __init__(self, tasks: Sequence[str], **common: Any) -> None:
         super().__init__(tasks, **common)
@@ -214,7 +215,7 @@ class Famo(Balancer):
 
 
 def _logs(balancer: Balancer, losses: Tensor, present: Tensor) -> Tensor:
-    """log L_t (T,), 0 for absent tasks."""
+    """Log L_t (T,), 0 for absent tasks."""
     for task, loss in zip(balancer.tasks, losses.tolist()):
         if loss < 0:
             raise UserError(f"balancing: '{balancer.name}' takes logarithms of losses, that of '{task}' is {loss:.3g}.")

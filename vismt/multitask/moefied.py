@@ -135,13 +135,13 @@ class MoEfiedMlp(Part):
         self.ordered = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., d), the normed tokens -> (..., d). Exactly the plain FFN, at its cost, once the fade is at 1."""
+        """X (..., d), the normed tokens -> (..., d). Exactly the plain FFN, at its cost, once the fade is at 1."""
         fade, units = self.fade_value, self.fc1(x)
         units = idle(units, self.lora_router.weight) if fade == 1 else gate(units, self._logits(x), fade)
         return self.drop2(self.fc2(self.norm(self.drop1(self.act(units)))))
 
     def omega(self, x: Tensor) -> Tensor:
-        """omega (..., e) of tokens x (..., d) at the present fade: what each expert's pre-activations are multiplied with."""
+        """Omega (..., e) of tokens x (..., d) at the present fade: what each expert's pre-activations are multiplied with."""
         return expert_weights(self._logits(x), self.fade_value)
 
     def _logits(self, x: Tensor) -> Tensor:

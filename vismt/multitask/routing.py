@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 def expert_weights(logits: Tensor, fade: float) -> Tensor:
-    """omega (..., e) for logits (..., e); in fp32, or fp64 for fp64 logits. Exactly 1 at fade = 1."""
+    """Omega (..., e) for logits (..., e); in fp32, or fp64 for fp64 logits. Exactly 1 at fade = 1."""
     shares = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     return (1 - fade) * logits.shape[-1] * shares + fade
 

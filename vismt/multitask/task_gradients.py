@@ -39,7 +39,7 @@ class GradientBalancer(Balancer, ABC):
 
     @abstractmethod
     def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
-        """alpha (t,) of the t tasks that have a gradient. gram (t, t), losses (t,): float64 on the CPU; tasks (t,): numbers."""
+        """Alpha (t,) of the t tasks that have a gradient. gram (t, t), losses (t,): float64 on the CPU; tasks (t,): numbers."""
 
     def surrogate(self, batch: TaskLosses, parameters: Sequence[Tensor]) -> Tensor:
         gradients = self._gradients(batch.losses, parameters)

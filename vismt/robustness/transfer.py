@@ -33,7 +33,7 @@ class Source:
         self._classifier: nn.Module | None = None
 
     def classifier(self, support: Tensor, labels: Tensor) -> nn.Module:
-        """support (s, 3, h, w) in [0, 1], labels (s,) -> the source's classifier of this episode, in eval mode."""
+        """Support (s, 3, h, w) in [0, 1], labels (s,) -> the source's classifier of this episode, in eval mode."""
         if self._classifier is None or self._support is not support:
             self._classifier, self._support = self._task.classifier(support, labels).eval(), support
         return self._classifier

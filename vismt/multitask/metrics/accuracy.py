@@ -37,6 +37,6 @@ class Accuracy(MulticlassAccuracy):
         super().update(sound("Accuracy", pred, infinite=True), target.to(pred.device))
 
     def compute(self) -> dict[str, Any]:
-        """accuracy in [0, 1]; images: how many were counted. Raises UserError when no image was seen."""
+        """Accuracy in [0, 1]; images: how many were counted. Raises UserError when no image was seen."""
         images = seen("Accuracy", self.tp + self.fn, "image with a class", "give it data")
         return {"accuracy": float(self.tp) / images, "images": images}

@@ -47,7 +47,7 @@ def sound(metric: str, pred: Tensor, infinite: bool = False) -> Tensor:
 
 
 def masked(metric: str, valid: Tensor, mask: Tensor | None) -> Tensor:
-    """valid & mask, bool (b, h, w); mask: bool (b, h, w) or (b, 1, h, w), True where the target holds a value."""
+    """Valid & mask, bool (b, h, w); mask: bool (b, h, w) or (b, 1, h, w), True where the target holds a value."""
     if mask is None:
         return valid
     if mask.dtype != torch.bool:

@@ -104,7 +104,7 @@ class DenseTask(ABC):
 
     @abstractmethod
     def valid(self, target: Tensor) -> Tensor:
-        """bool (b, h, w), (b,) of whole images: where the target has a value."""
+        """Bool (b, h, w), (b,) of whole images: where the target has a value."""
 
     @abstractmethod
     def pixel_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
