@@ -1,8 +1,9 @@
-"""How robust is a timm classifier that never saw vismt? Clean and attacked accuracy with intervals, one record an image.
+"""Clean and attacked accuracy of any timm classifier, with intervals and one record per image.
 
     python scripts/eval_robustness.py --model CHECKPOINT_OR_TIMM_NAME --data cifar10:test --images 200 --attack pgd apgd_ce
 
-The same as `vismt attack --model ... --data ...`; the model takes pixels in [0, 1] and its own normalisation is applied.
+Runs `vismt attack --model ... --data ...` and passes other options on to it. Pixels are in [0, 1]; the model's normalisation
+is applied to them.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from vismt.cli import main
 
 def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--attack", nargs="+", default=["pgd"])
+    parser.add_argument("--model", required=True, help="a timm name or a checkpoint file")
+    parser.add_argument("--data", required=True, help="card or card:split")
+    parser.add_argument("--attack", nargs="+", default=["pgd"], help="names of attacks (pgd)")
     return parser.parse_known_args()
 
 
 if __name__ == "__main__":
-    chosen, more = arguments()
-    attacks = [word for name in chosen.attack for word in ("--attack", name)]
-    sys.exit(main(["attack", "--model", chosen.model, "--data", chosen.data, *attacks, *more]))
+    options, rest = arguments()
+    attacks = [word for name in options.attack for word in ("--attack", name)]
+    sys.exit(main(["attack", "--model", options.model, "--data", options.data, *attacks, *rest]))

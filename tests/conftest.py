@@ -1,4 +1,4 @@
-"""Two workers on two cores: one intra-op thread each. No test leaves the console quiet for the next."""
+"""Fixtures of all tests. One intra-op thread, because the tests run in several processes."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def loud():
+    """Leave no console quiet for the next test."""
     console.set_quiet(False)
     yield
     console.set_quiet(False)
@@ -17,7 +18,7 @@ def loud():
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that were saved, with everything laid out."""
+    """The figures saved during the test, each after its layout."""
     from vismt.jobs.classification import figures as classification_figures
     from vismt.jobs.dense import figures as dense_figures
     from vismt.jobs.fewshot import episode_figure

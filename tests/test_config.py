@@ -1,4 +1,4 @@
-"""Configuration: types, near names, overrides, hash."""
+"""Configuration files: types, near names, overrides and the hash."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write(folder: Path, text: str) -> Path:
         ("evaluate: null", ["evaluate is null"]),
         ("task: fewshots", ["'fewshots'", "'fewshot'"]),
         ("- a", ["holds list"]),
-        ("a: [", ["is no YAML"]),
+        ("a: [", ["not readable as YAML"]),
     ],
 )
 def test_a_wrong_file_is_one_line_that_names_the_key(tmp_path: Path, text: str, words: list[str]) -> None:
@@ -58,7 +58,7 @@ def test_overrides_reach_any_depth_and_are_typed(tmp_path: Path) -> None:
     for wrong, match in (
         ("train.steps", "write key=value"),
         ("train.steps.x=1", "'steps' is a value"),
-        ("seed=[", "no YAML"),
+        ("seed=[", "not YAML"),
     ):
         with pytest.raises(UserError, match=match):
             override(read_yaml(path), [wrong])
@@ -77,7 +77,7 @@ def test_resolved_round_trips_and_the_hash_moves_with_values_only(tmp_path: Path
     path = write(tmp_path, "task: lm\ncalibration: {data: [a]}")
     changes = ([], ["calibration.memory_mb=3"], ["calibration.rows=3"])
     plain, memory, rows = (config_hash(load_config(path, change)) for change in changes)
-    assert plain == memory != rows  # what is held in memory changes no number
+    assert plain == memory != rows  # a memory limit changes no result
 
 
 def test_no_is_a_word(tmp_path: Path) -> None:
@@ -100,11 +100,11 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_config_is_valid(path: Path, tmp_path: Path) -> None:
     config = load_config(path, [])
-    assert make_job(config, tmp_path).config is config  # with the checks that no type can make
+    assert make_job(config, tmp_path).config is config  # the job checks what types cannot express
 
 
 def test_what_is_read_twice_is_not_shared() -> None:
     raw = {"adapt": {"options": {"temperature": 2.0}}}
-    one, two = (typed(raw, FewShotConfig, "x") for _ in range(2))
-    one.adapt.options["temperature"] = one.train.lr = 9.0
-    assert two.adapt.options == {"temperature": 2.0} and typed(raw, FewShotConfig, "x") == two
+    first, second = (typed(raw, FewShotConfig, "x") for _ in range(2))
+    first.adapt.options["temperature"] = first.train.lr = 9.0
+    assert second.adapt.options == {"temperature": 2.0} and typed(raw, FewShotConfig, "x") == second

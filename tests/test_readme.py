@@ -1,4 +1,4 @@
-"""What README shows in Python runs as it stands there."""
+"""The Python and YAML examples of README.md run as they are printed there."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 from helpers.tiny import images, shake, tiny_vit
 
 import vismt
-from vismt import registry
+from vismt import methods
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf8")
 
 
-def block(word: str) -> str:
-    return next(code for code in re.findall(r"```python\n(.*?)```", README, flags=re.S) if word in code)
+def block(word: str, language: str = "python") -> str:
+    """Return the first code block of a language that contains `word`."""
+    return next(code for code in re.findall(rf"```{language}\n(.*?)```", README, flags=re.S) if word in code)
 
 
 def test_own_method(capsys) -> None:
@@ -32,7 +33,7 @@ def test_own_method(capsys) -> None:
         moved = shake(model)(images())
         assert torch.allclose(vismt.merge(model)(images()), moved, atol=1e-5)
     finally:
-        registry._methods.pop("orthogonal", None)
+        methods.METHODS._items.pop("orthogonal", None)
 
 
 def test_timm_example(tmp_path, monkeypatch, capsys) -> None:
@@ -57,11 +58,12 @@ def test_combining_example(tmp_path, monkeypatch) -> None:
     exec(block("import combine").replace("    ...  ", "    shake(model)  "), names)
     model = names["model"]
     assert (tmp_path / "both" / "adapter_config.json").exists() and model.vismt_record.method == "lora"
-    one, two, stock = stocks
-    one, two = (vismt.merge(vismt.load_adapter(m, name)).state_dict() for m, name in ((one, "flowers"), (two, "birds")))
+    flowers = vismt.merge(vismt.load_adapter(stocks[0], "flowers")).state_dict()
+    birds = vismt.merge(vismt.load_adapter(stocks[1], "birds")).state_dict()
+    stock = stocks[2]
     for key, value in vismt.merge(model).state_dict().items():
         base = stock.state_dict()[key]
-        assert torch.allclose(value, base + 0.7 * (one[key] - base) + 0.3 * (two[key] - base), atol=1e-5)
+        assert torch.allclose(value, base + 0.7 * (flowers[key] - base) + 0.3 * (birds[key] - base), atol=1e-5)
     assert not torch.equal(model(images()), stock(images()))
 
 
@@ -84,8 +86,7 @@ def test_own_card_is_valid(tmp_path) -> None:
 
     from vismt.data.images import open_images
 
-    text = next(code for code in re.findall(r"```yaml\n(.*?)```", README, flags=re.S) if "kind: folder" in code)
-    (tmp_path / "card.yaml").write_text(text)
+    (tmp_path / "card.yaml").write_text(block("kind: folder", "yaml"))
     for name in "abc":
         (tmp_path / "images" / name).mkdir(parents=True)
         write_png(torch.zeros(3, 8, 8, dtype=torch.uint8), str(tmp_path / "images" / name / "0.png"))
@@ -95,14 +96,13 @@ def test_own_card_is_valid(tmp_path) -> None:
 def test_language_model_configuration_is_sound(tmp_path) -> None:
     from vismt.jobs import load_config, make_job
 
-    text = next(code for code in re.findall(r"```yaml\n(.*?)```", README, flags=re.S) if "task: lm" in code)
-    (tmp_path / "sentiment.yaml").write_text(text)
+    (tmp_path / "sentiment.yaml").write_text(block("task: lm", "yaml"))
     config = make_job(load_config(tmp_path / "sentiment.yaml", []), tmp_path).config
     assert config.adapt.method == "polar" and config.head.name == "vbll" and config.tasks[0].limit == 400
 
 
 def test_multitask_loop(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("VISMT_CACHE", str(tmp_path))  # the clustering is kept there
+    monkeypatch.setenv("VISMT_CACHE", str(tmp_path))  # where the clustering is cached
     scope: dict = {}
     exec(block("RouterFade"), scope)
     assert scope["fade"].value == 1 and scope["loss"].isfinite()

@@ -1,4 +1,4 @@
-"""The scripts are thin: what their flags become is a sound configuration, and the job runs from there."""
+"""The scripts turn their flags into a valid configuration, and the job runs from there."""
 
 from __future__ import annotations
 
@@ -10,40 +10,37 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vismt.engine.log import read_lines
 from vismt.jobs import load_config, make_job
+from vismt.report.results import read_results
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+COMMON = ["--model", "test_vit", "--data", "motorcycle", "--size", "32", "48"]
 
 
 def settings(script: str, flags: list[str], folder: Path, monkeypatch) -> dict:
-    """The configuration that a script makes of its flags, checked by its job."""
+    """Return the configuration that a script makes from its flags, after its job has checked it."""
     monkeypatch.setattr(sys, "argv", [script, *flags])
-    found = runpy.run_path(str(SCRIPTS / script))
-    raw = found["config"](found["arguments"]())
-    path = folder / "made.yaml"
+    names = runpy.run_path(str(SCRIPTS / script))
+    raw = names["config"](names["arguments"]())
+    path = folder / "script.yaml"
     path.write_text(yaml.safe_dump(raw))
     make_job(load_config(path, []), folder)
     return raw
 
 
 def test_train_dense_flags(tmp_path: Path, monkeypatch) -> None:
-    common = ["--model", "test_vit", "--data", "motorcycle", "--size", "32", "48"]
     raw = settings(
         "train_dense.py",
-        [*common, "--tasks", "semseg:5", "depth", "--method", "moe_lora", "--balancing", "dwa"],
+        [*COMMON, "--tasks", "semseg:5", "depth", "--method", "moe_lora", "--balancing", "dwa"],
         tmp_path,
         monkeypatch,
     )
     assert raw["tasks"] == [{"name": "semseg", "classes": 5}, {"name": "depth"}]
-    assert (
-        raw["adapt"] == {"method": "moe_lora", "rank": 8}
-        and raw["fade"] == {}
-        and raw["balancing"] == {"method": "dwa"}
-    )
+    assert raw["adapt"] == {"method": "moe_lora", "rank": 8} and raw["fade"] == {}
+    assert raw["balancing"] == {"method": "dwa"}
     assert raw["data"] == {"train": ["motorcycle:train"], "test": ["motorcycle:test"]}
     for method, full in (("full", True), ("none", False)):
-        raw = settings("train_dense.py", [*common, "--tasks", "depth", "--method", method], tmp_path, monkeypatch)
+        raw = settings("train_dense.py", [*COMMON, "--tasks", "depth", "--method", method], tmp_path, monkeypatch)
         assert raw["adapt"] is None and raw["fade"] is None and raw["full"] is full
 
 
@@ -53,24 +50,12 @@ def test_a_task_of_train_dense_has_a_number_of_classes(tmp_path: Path, monkeypat
         (["depth", "classify:1.5"], "classify: classes 1.5; it must be a whole number"),
         (["semseg"], "task: 'semseg' needs 'classes'"),
     ):
-        flags = [
-            "--model",
-            "test_vit",
-            "--data",
-            "motorcycle",
-            "--size",
-            "32",
-            "48",
-            "--tasks",
-            *tasks,
-            "--out",
-            str(tmp_path),
-        ]
+        flags = [*COMMON, "--tasks", *tasks, "--out", str(tmp_path)]
         monkeypatch.setattr(sys, "argv", ["train_dense.py", *flags])
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as exit_info:
             runpy.run_path(str(SCRIPTS / "train_dense.py"), run_name="__main__")
-        told = capsys.readouterr().err
-        assert left.value.code == 2 and told.startswith(f"error: {words}") and told.count("\n") == 1
+        error = capsys.readouterr().err
+        assert exit_info.value.code == 2 and error.startswith(f"error: {words}") and error.count("\n") == 1
         assert not list(tmp_path.iterdir())
     monkeypatch.setattr(sys, "argv", ["train_dense.py", "--help"])
     with pytest.raises(SystemExit):
@@ -87,29 +72,9 @@ def test_bench_fewshot_flags(tmp_path: Path, monkeypatch) -> None:
 @pytest.mark.slow
 def test_train_dense_runs_to_its_report(tmp_path: Path) -> None:
     pytest.importorskip("skimage")
-    flags = [
-        "--model",
-        "test_vit",
-        "--random-weights",
-        "--data",
-        "motorcycle",
-        "--tasks",
-        "depth",
-        "--size",
-        "32",
-        "48",
-        "--head",
-        "linear",
-        "--steps",
-        "2",
-        "--batch",
-        "3",
-        "--out",
-        str(tmp_path),
-    ]
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "train_dense.py"), *flags], capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    command = [sys.executable, str(SCRIPTS / "train_dense.py"), *COMMON, "--random-weights", "--tasks", "depth"]
+    command += ["--head", "linear", "--steps", "2", "--batch", "3", "--out", str(tmp_path)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert process.returncode == 0, process.stderr[-2000:]
     folder = next(tmp_path.iterdir())
-    assert (folder / "report.html").exists() and len(read_lines(folder / "results.jsonl")) == 1
+    assert (folder / "report.html").exists() and len(read_results(folder / "results.jsonl")) == 1

@@ -5,7 +5,7 @@ from vismt.errors import UserError
 from vismt.lowrank.inject import merge, unadapt
 from vismt.lowrank.peft_folder import export_peft, import_peft
 from vismt.lowrank.store import load_adapter, save_adapter
-from vismt.registry import adapt, list_methods
+from vismt.methods import adapt, list_methods
 
 __version__ = "0.1.0"
 

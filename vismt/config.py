@@ -1,7 +1,8 @@
-"""From a YAML file and dotted overrides to one typed dataclass; an unknown key or a wrong type is a UserError with the path.
+"""Run configurations: a YAML file and dotted overrides become one typed dataclass.
 
-jsonargparse does the typing. What every job has in common is declared here; a job adds its own sections by subclassing
-RunConfig (vismt/jobs/__init__.py lists them).
+An unknown key and a value of another type are UserErrors with the dotted key. The sections that all jobs share are declared
+here; a job adds its sections by subclassing RunConfig (vismt/jobs/__init__.py lists the jobs). vismt/typed_yaml.py does the
+typing.
 """
 
 from __future__ import annotations
@@ -10,28 +11,36 @@ import copy
 import dataclasses
 import hashlib
 import json
-import re
-import typing
-from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser
 
+from vismt import typed_yaml
 from vismt.errors import UserError, near
 
-UNHASHED = {"hashed": False}  # metadata of a field that says how a run is computed and changes no number
-KEPT = 64  # configurations that are remembered
-_made: dict[tuple[str, type, str], Any] = {}
+# Metadata of a field that changes how a run is computed, but not its numbers.
+UNHASHED = {"hashed": False}
+# Metadata of a field that was added later: its default leaves the hashes of older configurations unchanged.
+HASHED_IF_SET = {"hashed": "if set"}
+# What happens with an image that cannot be decoded.
+OnBadSample = Literal["error", "skip"]
+T = TypeVar("T")
 
 
 @dataclass
-class ModelConfig:
-    """name: asset or timm model; img_size: pixels; pretrained: true, false or a checkpoint file.
+class ModelSection:
+    """The key that the model sections of all jobs share. name: of the model, where each job's section says what is known."""
+
+    name: str = ""
+
+
+@dataclass
+class ModelConfig(ModelSection):
+    """The backbone. name: asset or timm model; img_size: pixels; pretrained: true, false or a checkpoint file.
 
     block, position, pool: see vismt.backbones.vit.create.
     """
@@ -46,7 +55,7 @@ class ModelConfig:
 
 @dataclass
 class AdaptConfig:
-    """What vismt.adapt takes; options are the method's own."""
+    """The arguments of vismt.adapt; options: further arguments of the method."""
 
     method: str = "lora"
     targets: str | list[str] | None = None
@@ -57,11 +66,12 @@ class AdaptConfig:
 
 @dataclass
 class TrainConfig:
-    """steps: of the optimiser; lr: the peak, after `warmup` steps, then a cosine to min_lr; accumulate: batches a step.
+    """Optimisation. steps: optimiser steps; accumulate: batches in one step.
 
-    cooldown: last steps at min_lr. rates: {pattern: factor of lr} for the parameters whose name a regular expression is
-    found in, the first that fits. weight_decay: of matrices; vectors and scalars have none. clip: largest gradient norm,
-    null for none; precision: no, bf16 or fp16; trackers: accelerate's (tensorboard, wandb).
+    lr: the peak learning rate, reached after `warmup` steps, then a cosine down to min_lr. cooldown: number of last steps at
+    min_lr. rates: {regular expression: factor of lr}; a parameter takes the factor of the first expression that matches
+    anywhere in its name. weight_decay: of matrices; vectors and scalars have none. momentum: of sgd. clip: largest gradient
+    norm, null for none. precision: no, bf16 or fp16. trackers: accelerate's (tensorboard, wandb).
     """
 
     steps: int = 100
@@ -84,47 +94,29 @@ class TrainConfig:
 
 @dataclass
 class RunConfig:
-    """What every job has."""
+    """The sections that every job has; a job declares the type of its model section."""
 
     task: str = "fewshot"
     title: str = ""
     seed: int = 0
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelSection = field(default_factory=ModelConfig)
     adapt: AdaptConfig | None = field(default_factory=AdaptConfig)
     train: TrainConfig | None = field(default_factory=TrainConfig)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with the booleans of version 1.2: `precision: no` is the word."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in known if tag != "tag:yaml.org,2002:bool"]
-    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file."""
-    try:
-        raw = yaml.load(path.read_text(encoding="utf8"), _Loader)
-    except FileNotFoundError as error:
-        known = [str(found) for found in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise UserError(f"config: no file '{path}'.{near(str(path), known)}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config: '{path}' cannot be read ({error}).") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"config: '{path}' is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"config: '{path}' holds {type(raw).__name__}, not sections and keys.")
-    return raw
+    """Return the mapping in the YAML file `path`.
+
+    Raises UserError for a file that cannot be read; for a missing file the message names similar files.
+    """
+    if not path.exists():
+        names = [str(file) for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise UserError(f"config: no file '{path}'.{near(str(path), names)}")
+    return typed_yaml.read_yaml(path, f"config: '{path}'")
 
 
 def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """A copy of `raw` with dotted `key=value` assignments applied; values are read as YAML."""
+    """Return a copy of `raw` with dotted `key=value` assignments applied; values are read as YAML."""
     result = copy.deepcopy(raw)
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
@@ -138,57 +130,75 @@ def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
                 raise UserError(f"override '{assignment}': '{parent}' is a value, not a section.")
             node = child
         try:
-            node[leaf] = yaml.load(value, _Loader)
+            node[leaf] = typed_yaml.parse_yaml(value)
         except yaml.YAMLError as error:
-            raise UserError(f"override '{assignment}': the value is no YAML.") from error
+            raise UserError(f"override '{assignment}': the value is not YAML.") from error
     return result
 
 
-def typed(raw: Mapping[str, Any], kind: type, source: str) -> Any:
-    """An instance of the dataclass `kind` from plain values; `source` names the file in errors."""
-    key = (repr(raw), kind, source)
-    if key not in _made:  # jsonargparse takes 50 ms, and a study asks for the same arms hundreds of times
-        if len(_made) == KEPT:
-            _made.clear()
-        _made[key] = _typed(raw, kind, source)
-    return copy.deepcopy(_made[key])
+def typed(raw: Mapping[str, Any], kind: type[T], source: str) -> T:
+    """Return an instance of the dataclass `kind` from plain values; `source` names the file in errors."""
+    return typed_yaml.build(kind, raw, source)
 
 
-def _typed(raw: Mapping[str, Any], kind: type, source: str) -> Any:
-    """What `typed` copies."""
-    _check_keys(raw, kind, source, "")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--run", type=kind)
-    try:
-        parsed = parser.parse_object({"run": copy.deepcopy(dict(raw))})  # it writes into nested values
-        made = parser.instantiate(parsed) if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed)
-    except (ArgumentError, TypeError, ValueError) as error:
-        raise UserError(f"{source}: {_shorten(str(error))}") from error
-    return made.run
+def with_values(config: T, changes: Mapping[str, Any], source: str) -> T:
+    """Return a copy of a configuration with values replaced along dotted paths, each typed as its field.
+
+    Raises UserError for an unknown key, a path through a value, and a value of another type; `source` names the place.
+    """
+    for key, value in changes.items():
+        config = _replaced(config, key.split("."), value, source, "")
+    return config
+
+
+def _replaced(node: Any, path: Sequence[str], value: Any, source: str, prefix: str) -> Any:
+    """Return a copy of a dataclass or mapping with the value at `path` replaced."""
+    name, *rest = path
+    if isinstance(node, dict):
+        return {**node, name: _replaced(node.get(name, {}), rest, value, source, f"{prefix}{name}.") if rest else value}
+    if not dataclasses.is_dataclass(node) or isinstance(node, type):
+        raise UserError(f"{source}: '{prefix.rstrip('.')}' is a value, not a section.")
+    names = [item.name for item in dataclasses.fields(node)]
+    if name not in names:
+        raise UserError(f"{source}: unknown key '{prefix}{name}'.{near(name, names)}")
+    if rest:
+        value = _replaced(getattr(node, name), rest, value, source, f"{prefix}{name}.")
+    if not dataclasses.is_dataclass(value):
+        value = getattr(typed({name: value}, type(node), source), name)
+    return dataclasses.replace(node, **{name: value})
 
 
 def resolved(config: Any) -> dict[str, Any]:
-    """The whole configuration as plain values, defaults included."""
+    """Return the whole configuration as plain values, defaults included."""
     return dataclasses.asdict(config)
 
 
 def config_hash(config: Any) -> str:
-    """Eight hex digits that change with any value of the resolved configuration but the title and fields marked UNHASHED."""
+    """Return eight hex digits that change with every value of the resolved configuration except the title and unhashed fields."""
     plain = _hashed(config)
     plain.pop("title", None)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _hashed(value: Any) -> Any:
-    """`resolved` without what is marked UNHASHED."""
-    if dataclasses.is_dataclass(value):
-        kept = [one.name for one in dataclasses.fields(value) if one.metadata.get("hashed", True)]
-        return {name: _hashed(getattr(value, name)) for name in kept}
-    return [_hashed(one) for one in value] if isinstance(value, list) else value
+    """Return `resolved` without fields marked UNHASHED, and without fields marked HASHED_IF_SET at their default."""
+    if isinstance(value, list):
+        return [_hashed(item) for item in value]
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    fields = [item for item in dataclasses.fields(value) if item.metadata != UNHASHED]
+    if any(item.metadata == HASHED_IF_SET for item in fields):
+        default = type(value)()
+        fields = [item for item in fields if item.metadata != HASHED_IF_SET or _differs(value, default, item.name)]
+    return {item.name: _hashed(getattr(value, item.name)) for item in fields}
+
+
+def _differs(value: Any, default: Any, name: str) -> bool:
+    return getattr(value, name) != getattr(default, name)
 
 
 def fraction(value: float | str, name: str) -> float:
-    """A number, also written as '4.5/255'."""
+    """Return a number that may be written as a fraction, '4.5/255'; `name` is the key in errors."""
     if not isinstance(value, str):
         return float(value)
     parts = value.split("/")
@@ -198,44 +208,4 @@ def fraction(value: float | str, name: str) -> float:
             raise ValueError
         return numbers[0] / (numbers[1] if len(numbers) == 2 else 1.0)
     except (ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{name}: '{value}' is no number and no fraction such as 4.5/255.") from error
-
-
-def _check_keys(raw: Any, kind: Any, source: str, prefix: str) -> None:
-    """Every key of `raw` is a field of the dataclass, at every depth."""
-    if raw is None and type(None) not in typing.get_args(kind):
-        raise UserError(f"{source}: {prefix.rstrip('.')} is null; it needs a value.")
-    kind = _dataclass_in(kind)
-    if kind is None or raw is None:
-        return
-    if isinstance(raw, list):
-        for index, item in enumerate(raw):
-            _check_keys(item, kind, source, f"{prefix.rstrip('.')}[{index}].")
-        return
-    if not isinstance(raw, Mapping):
-        raise UserError(f"{source}: {prefix.rstrip('.')} is {raw!r}, not a section.")
-    hints = typing.get_type_hints(kind)
-    for key, value in raw.items():
-        if key not in hints:
-            raise UserError(f"{source}: unknown key '{prefix}{key}'.{near(str(key), hints)}")
-        _check_keys(value, hints[key], source, f"{prefix}{key}.")
-
-
-def _dataclass_in(kind: Any) -> type | None:
-    """The dataclass in `X`, `X | None` or `list[X]`, else None."""
-    if dataclasses.is_dataclass(kind):
-        return kind
-    return next((found for part in typing.get_args(kind) if (found := _dataclass_in(part))), None)
-
-
-def _shorten(text: str) -> str:
-    """One line from jsonargparse's tree of reasons: the deepest key, what was expected, what was seen."""
-    keys = [key.removeprefix("run.") for key in re.findall(r'Parser key "([^"]+)"', text) if key != "run"]
-    expected = [
-        re.sub(r"<class '([^']+)'>", r"\1", found) for found in re.findall(r"Expected an? (.+?)(?:\. Got|\n|$)", text)
-    ]
-    seen = re.findall(r"(?:Got value|Given value): (.*)", text)
-    if not keys or not expected:
-        return " ".join(text.split())
-    wanted = " or ".join(dict.fromkeys(expected))
-    return f"{'.'.join(keys)}: expected {wanted}, got {seen[0] if seen else 'something else'}."
+        raise UserError(f"{name}: '{value}' is neither a number nor a fraction such as 4.5/255.") from error

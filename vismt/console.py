@@ -1,4 +1,4 @@
-"""What a run prints: one aligned line per stage, a bar for what takes time, plain lines when it is not a terminal."""
+"""Terminal output: one aligned line per stage and progress bars, which become plain lines outside a terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 T = TypeVar("T")
 
@@ -17,34 +17,39 @@ _quiet = False
 
 
 def set_quiet(quiet: bool) -> None:
-    """Silence stage lines and bars (errors still go to stderr); also used on every rank but the first."""
+    """Turn stage lines and bars off or on; errors are printed either way. Ranks other than the first are quiet."""
     global _quiet
     _quiet = quiet
 
 
 def stage(name: str, text: str) -> None:
-    """Print `name` in a column of eight, then `text`."""
+    """Print `name`, padded to eight characters, then `text`."""
     if not _quiet:
         _console.print(f"{name:<8}{text}", markup=False)
 
 
 def block(text: str) -> None:
-    """Print several lines as they are."""
+    """Print a text of several lines without a stage name."""
     if not _quiet:
         _console.print(text, markup=False)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print aligned columns; None shows as '-', True and False as yes and no."""
-    shown = [tuple(columns), *(tuple(_cell(value) for value in row) for row in rows)]
-    widths = [max(len(row[i]) for row in shown) for i in range(len(columns))]
-    block("\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in shown))
+    """Print aligned columns under a header; None is printed as '-', booleans as yes and no, integers with separators."""
+    cells = [tuple(columns), *(tuple(_cell(value) for value in row) for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
+    block("\n".join(lines))
 
 
 def _cell(value: object) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(value)
 
 
 def error(text: str) -> None:
@@ -53,26 +58,40 @@ def error(text: str) -> None:
 
 
 class Bar:
-    """Handle of a running progress bar: `advance` moves it, `note` sets the text behind it."""
+    """Handle of a progress bar; without a terminal, `progress` is None and nothing is drawn."""
 
-    def __init__(self, progress: Progress | None, task: int) -> None:
-        self._progress, self._task = progress, task
+    def __init__(self, progress: Progress | None, task: TaskID) -> None:
+        self._progress = progress
+        self._task = task
 
     def advance(self, steps: int = 1) -> None:
+        """Move the bar by `steps`."""
         if self._progress is not None:
             self._progress.advance(self._task, steps)
 
     def note(self, text: str) -> None:
+        """Set the text after the bar."""
         if self._progress is not None:
             self._progress.update(self._task, note=text)
 
 
 @contextmanager
 def bar(name: str, text: str, total: int, done: int = 0) -> Iterator[Bar]:
-    """A progress bar of `total` steps of which `done` are behind us; nothing but a line when not a terminal."""
+    """Show a progress bar while the body runs; outside a terminal print one line instead.
+
+    Args:
+        name: the stage, as in `stage`.
+        text: the description before the bar.
+        total: the number of steps.
+        done: the number of steps finished earlier.
+
+    Yields:
+        The bar, which the body advances.
+    """
     if _quiet or not _console.is_terminal:
-        stage(name, f"{text} ({done}/{total} done)" if done else f"{text} ({total})")
-        yield Bar(None, 0)
+        count = f"{done}/{total} done" if done else str(total)
+        stage(name, f"{text} ({count})")
+        yield Bar(None, TaskID(0))
         return
     columns = (
         TextColumn(f"{name:<7}"),
@@ -87,9 +106,10 @@ def bar(name: str, text: str, total: int, done: int = 0) -> Iterator[Bar]:
 
 
 def track(items: Iterable[T], name: str, text: str, total: int | None = None) -> Iterator[T]:
-    """Iterate over `items` under a bar; `total` is needed when `items` has no length."""
-    count = total if total is not None else len(items) if isinstance(items, Sized) else 0
-    with bar(name, text, count) as running:
+    """Iterate over `items` under a bar; `total` is required when `items` has no length."""
+    if total is None:
+        total = len(items) if isinstance(items, Sized) else 0
+    with bar(name, text, total) as progress_bar:
         for item in items:
             yield item
-            running.advance()
+            progress_bar.advance()

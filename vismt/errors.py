@@ -1,4 +1,4 @@
-"""The one error that a user can cause, and the near-name hint that every message uses."""
+"""The exception for user errors, and the hint of near names that error texts share."""
 
 from __future__ import annotations
 
@@ -7,26 +7,46 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something the user can mend: the message names the thing, what was seen and the fix.
+    """An error that the user can fix. The message names the thing, what was seen and the fix.
 
     The command line prints it as one line and exits with code 2.
     """
 
 
-def require_known(told: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """UserError for the first of `names` that is not `known`: `told`, the name, and the near ones."""
+def require_known(prefix: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Check that every name is known.
+
+    Args:
+        prefix: the start of the error text, for example "adapt: no method".
+        names: the names to check.
+        known: the names that are allowed.
+
+    Raises:
+        UserError: for the first unknown name: `prefix`, the name and the near ones.
+    """
     choices = list(known)
     for name in names:
         if name not in choices:
-            raise UserError(f"{told} {str(name)!r}.{near(str(name), choices) if choices else ' It has none.'}")
+            hint = near(str(name), choices) if choices else " It has none."
+            raise UserError(f"{prefix} {str(name)!r}.{hint}")
 
 
 def near(name: str, choices: Iterable[str], limit: int = 3) -> str:
-    """ " Near: 'a', 'b'." for the choices closest to `name`, or the whole short list when none is close."""
-    known = [str(choice) for choice in choices]
-    close = difflib.get_close_matches(name, known, n=limit, cutoff=0.5)
+    """Return a hint for an unknown name, with a space in front, to append to an error text.
+
+    Args:
+        name: the unknown name.
+        choices: the allowed names.
+        limit: how many near names to give at most.
+
+    Returns:
+        " Near: 'a', 'b'." for the closest choices; when none is close, " Known: ..." with all of them where they are at most
+        12, else an empty string.
+    """
+    allowed = [str(choice) for choice in choices]
+    close = difflib.get_close_matches(name, allowed, n=limit, cutoff=0.5)
     if close:
         return " Near: " + ", ".join(repr(choice) for choice in close) + "."
-    if known and len(known) <= 12:
-        return " Known: " + ", ".join(repr(choice) for choice in sorted(known)) + "."
+    if allowed and len(allowed) <= 12:
+        return " Known: " + ", ".join(repr(choice) for choice in sorted(allowed)) + "."
     return ""

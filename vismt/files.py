@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read with one clear line when they are damaged."""
+"""Files that are written whole or not at all; damaged ones raise a one-line UserError."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vismt.errors import UserError
 
 
 def read_json(path: Path, what: str) -> Any:
-    """A JSON file, or a UserError that names it."""
+    """Return the content of a JSON file; a UserError names the file where it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf8"))
     except FileNotFoundError as error:
@@ -26,20 +26,20 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def read_tensors(path: Path, what: str) -> tuple[bytes, dict[str, Tensor]]:
-    """A safetensors file as bytes and tensors, or a UserError that names it."""
+    """Return a safetensors file as bytes and tensors; a UserError names the file where it cannot be read."""
     try:
         payload = path.read_bytes()
         return payload, safetensors.torch.load(payload)
     except FileNotFoundError as error:
         raise UserError(f"{what}: no file '{path}'.") from error
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{what}: '{path}' is damaged or no safetensors file ({error}).") from error
+        raise UserError(f"{what}: '{path}' is damaged or not a safetensors file ({error}).") from error
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
     """Write `data` to `path` so that a reader sees the old file or the whole new one, never a part.
 
-    Raises UserError when the folder cannot be written or the disk is full; the old file then stands.
+    Raises UserError when the folder cannot be written or the disk is full; the old file is then kept.
     """
     path = Path(path)
     payload = data.encode("utf8") if isinstance(data, str) else data
@@ -63,7 +63,7 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 
 
 def _umask() -> int:
-    """The process's umask; reading it needs setting it."""
+    """Return the process's umask, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

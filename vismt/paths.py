@@ -1,10 +1,11 @@
-"""Where things lie: the user's data, the cache and the cards that travel with the package."""
+"""Folders: the user's data, the cache and the cards that travel with the package."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from vismt.errors import UserError
 
@@ -12,23 +13,36 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 def data_root() -> Path | None:
-    """`VISMT_DATA`, else a folder `shared/data` beside the checkout, else None."""
-    named = os.environ.get("VISMT_DATA")
-    if named:
-        root = Path(named).expanduser()
+    """Return `VISMT_DATA`, else a folder `shared/data` beside the checkout, else None."""
+    folder = os.environ.get("VISMT_DATA")
+    if folder:
+        root = Path(folder).expanduser()
         if not root.is_dir():
-            raise UserError(f"VISMT_DATA is '{named}', which is not a folder: set it to where your image sets lie.")
+            raise UserError(f"VISMT_DATA is '{folder}', which is not a folder: set it to the folder of your data sets.")
         return root
     beside = CHECKOUT.parent / "shared" / "data"
     return beside if beside.is_dir() else None
 
 
 def cache_root() -> Path:
-    """`VISMT_CACHE`, else ~/.cache/vismt. It is not created here."""
+    """Return `VISMT_CACHE`, else ~/.cache/vismt. The folder is not created."""
     return Path(os.environ.get("VISMT_CACHE", "~/.cache/vismt")).expanduser()
 
 
 def shipped(folder: str) -> Path:
-    """`datasets` or `configs`: beside the package in a checkout, under <prefix>/share/vismt in an installed wheel."""
+    """Return the folder `datasets` or `configs`: beside the package in a checkout, under <prefix>/share/vismt when installed."""
     beside = CHECKOUT / folder
     return beside if beside.is_dir() else Path(sys.prefix) / "share" / "vismt" / folder
+
+
+def package_folder(module: str) -> Path | None:
+    """Return the folder of an installed Python package, without importing it; None when it is not installed."""
+    spec = importlib.util.find_spec(module)
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+
+
+def stays_inside(path: str) -> bool:
+    """Return whether `path` is relative and stays inside its folder, on every system."""
+    pure = PurePosixPath(path)
+    plain = not any(character in path for character in "\\\0:")
+    return bool(path) and plain and not pure.is_absolute() and ".." not in pure.parts

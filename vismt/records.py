@@ -1,4 +1,4 @@
-"""Records on disk, one per episode or example: JSON lines behind a header, resumable, never mixed with another run."""
+"""Records of a run on disk, one for each episode or example: JSON lines after a header, resumable."""
 
 from __future__ import annotations
 
@@ -14,12 +14,19 @@ from vismt.seeds import digest
 
 
 class Records:
-    """Rows by their field `key` ("episode", "id"). `path` None keeps them in memory only.
+    """Rows by their field `key` ("episode", "id"), in a file that a later run continues.
 
-    settings: JSON-able account of the run; the file's first line is {"protocol": hash, "settings": settings}, and a file
-    with other settings is refused. fields: what each row has besides `key`. A last line without its newline was torn and
-    is dropped. Use as a context manager; `add` hands one row to the system at once.
-    Raises UserError for a file of another run or with a broken line, and when it cannot be written.
+    Use as a context manager. The file's first line is {"protocol": hash, "settings": settings}. A last line without its
+    newline was interrupted and is dropped.
+
+    Args:
+        path: The file; None keeps the rows in memory only.
+        settings: JSON-able description of the run. A file with other settings is refused.
+        fields: Numeric fields of every row.
+        key: The field that identifies a row.
+
+    Raises:
+        UserError: A file of another run or with a broken line, or a file that cannot be written.
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, object], fields: Sequence[str], key: str) -> None:
@@ -27,7 +34,7 @@ class Records:
         self._rows: dict[object, dict] = {}
         self._log: BinaryIO | None = None
         if path is not None:
-            plain = json.loads(json.dumps(settings))  # tuples as lists, as the file gives them back
+            plain = json.loads(json.dumps(settings))  # tuples as lists, as in the file
             self._rows = {row[key]: row for row in _read(path, plain, key, fields)}
 
     def __contains__(self, name: object) -> bool:
@@ -40,7 +47,7 @@ class Records:
         return len(self._rows)
 
     def add(self, row: dict) -> None:
-        """Keep `row` in memory and on disk; one whose key is already there stays as it was."""
+        """Add `row` in memory and on disk; a row with a key that is present already is ignored."""
         if row[self.key] in self._rows:
             return
         self._rows[row[self.key]] = row
@@ -49,7 +56,7 @@ class Records:
 
     def __enter__(self) -> Records:
         if self.path is not None:
-            # Unbuffered, so that nothing is left to fail when the file is closed.
+            # Unbuffered: a write fails here and not when the file is closed.
             self._log = self.path.open("ab", buffering=0)
         return self
 
@@ -65,7 +72,7 @@ class Records:
 
 
 def _append(log: BinaryIO, row: Mapping[str, object]) -> None:
-    """One line, handed to the system at once; a line cut short by a full disk is dropped when the run is continued."""
+    """Write a line in a single call; a line that a full disk cut short is dropped when the run is continued."""
     line = (json.dumps(row) + "\n").encode()
     try:
         written = log.write(line)
@@ -76,7 +83,7 @@ def _append(log: BinaryIO, row: Mapping[str, object]) -> None:
 
 
 def _read(path: Path, settings: dict, key: str, fields: Sequence[str]) -> list[dict]:
-    """The complete rows of the file, which afterwards holds its header and exactly these; a new file is begun."""
+    """Return the complete rows of the file and truncate it to them; create a file that does not exist."""
     lines = path.read_text(encoding="utf8", errors="replace").splitlines(keepends=True) if path.exists() else []
     whole = [line for line in lines if line.endswith("\n")]
     if not whole:
@@ -86,17 +93,19 @@ def _read(path: Path, settings: dict, key: str, fields: Sequence[str]) -> list[d
     try:
         header, *rows = [json.loads(line) for line in whole]
     except json.JSONDecodeError as error:
-        raise UserError(f"records '{path}': a line is no JSON ({error}): move the file away to start anew.") from error
-    seen = header.get("settings") if isinstance(header, dict) else None
-    if seen != settings:
-        differs = [key for key in settings if not isinstance(seen, dict) or seen.get(key) != settings[key]]
         raise UserError(
-            f"records '{path}' are of another run (different: {', '.join(differs) or 'settings'}): "
-            "choose another run folder, or move the file away to start anew."
+            f"records '{path}': a line is not JSON ({error}): move the file away to start again."
+        ) from error
+    recorded = header.get("settings") if isinstance(header, dict) else None
+    if recorded != settings:
+        differences = [key for key in settings if not isinstance(recorded, dict) or recorded.get(key) != settings[key]]
+        raise UserError(
+            f"records '{path}' are of another run (different: {', '.join(differences) or 'settings'}): "
+            "choose another run folder, or move the file away to start again."
         )
     for number, row in enumerate(rows, start=2):
         whole_row = isinstance(row, dict) and isinstance(row.get(key), int | str)
         if not whole_row or not all(isinstance(row.get(name), int | float) for name in fields):
-            raise UserError(f"records '{path}': line {number} is not a record: move the file away to start anew.")
+            raise UserError(f"records '{path}': line {number} is not a record: move the file away to start again.")
     atomic_write(path, "".join(whole))
     return rows

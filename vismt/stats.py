@@ -1,15 +1,24 @@
-"""Confidence intervals over episodes, averages over domains, and paired comparison of two methods on the same episodes."""
+"""Scores with a value for each example, their 95 % intervals, averages over sets and seeds, and paired comparisons."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vismt.errors import UserError
+
+# Which values of a measure are better; and its scale: in [0, 1] and shown in per cent, or any number.
+Better = Literal["higher", "lower"]
+Scale = Literal["share", "number"]
+HIGHER: Better = "higher"
+LOWER: Better = "lower"
+SHARE: Scale = "share"
+NUMBER: Scale = "number"
 
 
 def mean_interval(values: Tensor | Sequence[float]) -> tuple[float, float]:
@@ -87,3 +96,93 @@ def paired_bootstrap(
     low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     tail = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
     return float(difference.mean()), low, high, min(1.0, 2 * (tail + 1) / (resamples + 1))
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What was done to the examples before a score was taken.
+
+    label: its full text, unique within a run. kind: "clean", "attack", "corruption" or "variant" (of the model's outputs).
+    family: what conditions of different strength have in common. level: the strength (radius, severity), None without one.
+    """
+
+    label: str = "clean"
+    kind: str = "clean"
+    family: str = "clean"
+    level: float | None = None
+
+
+CLEAN = Condition()
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A score as one value for each example, whose mean is the score; everything else about the score follows from them.
+
+    A score that is no mean (mIoU, perplexity, ECE) enters with the jackknife's pseudo-values, centred on the score.
+
+    Args:
+        metric: name of the score with its unit, "accuracy" or "RMSE in m".
+        values: value by example.
+        scale: "share" for scores in [0, 1], which are shown in per cent, else "number".
+        better: "higher" or "lower".
+        counts: whether every value is 0 or 1, so that the interval of one training is Wilson's.
+        bounds: 95 % interval where another than that of a mean is wanted.
+        paired: whether two models may be compared by the differences of their values.
+        chance: score of a guess, None where there is none.
+    """
+
+    metric: str
+    values: Mapping[str, float]
+    scale: Scale = SHARE
+    better: Better = HIGHER
+    counts: bool = False
+    bounds: tuple[float, float] | None = None
+    paired: bool = True
+    chance: float | None = None
+
+    @property
+    def score(self) -> float:
+        """The mean of the values."""
+        return math.fsum(self.values.values()) / len(self.values)
+
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the score over its examples: `bounds`, or 1.96 standard errors to both sides."""
+        if self.bounds is not None:
+            return self.bounds
+        score, half = mean_interval(list(self.values.values()))
+        return score - half, score + half
+
+    def training_interval(self) -> tuple[float, float]:
+        """95 % interval of the score of a single training: Wilson's where the values are 0 or 1."""
+        return wilson(round(math.fsum(self.values.values())), len(self.values)) if self.counts else self.interval()
+
+
+def averaged(measures: Sequence[Measure]) -> Measure:
+    """Return the mean of one measure over several trainings, example by example; bounds are averaged, too."""
+    first, n = measures[0], len(measures)
+    if n == 1:
+        return first
+    bounds = None
+    if first.bounds is not None:
+        lows, highs = zip(*(measure.interval() for measure in measures), strict=True)
+        bounds = (math.fsum(lows) / n, math.fsum(highs) / n)
+    values = {name: math.fsum(measure.values[name] for measure in measures) / n for name in first.values}
+    return replace(first, values=values, counts=False, bounds=bounds)
+
+
+def wilson(correct: int, n: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a share, `correct` out of `n` > 0."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(correct, n).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def seeds_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return (mean, half width of the 95 % interval by Student's t) of two or more values, one for each training seed."""
+    from scipy.stats import t as student
+
+    n, mean = len(values), math.fsum(values) / len(values)
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+    return mean, float(student.ppf(0.975, n - 1)) * deviation / math.sqrt(n)

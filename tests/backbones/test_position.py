@@ -93,5 +93,5 @@ def test_dino_gives_the_grid_asked_for(old: int, new: int) -> None:
 def test_errors() -> None:
     with pytest.raises(UserError, match=r"position 'dini' is unknown.*Near: 'dino'"):
         resample(ramp(4), (2, 2), "dini")
-    with pytest.raises(UserError, match=r"\(1, 12, 2\): 11 rows are no square grid"):
+    with pytest.raises(UserError, match=r"\(1, 12, 2\): 11 rows are not a square grid"):
         resample(torch.zeros(1, 12, 2), (2, 2), "onnx")

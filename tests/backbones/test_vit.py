@@ -93,12 +93,14 @@ def test_mean_and_std_come_from_timm_and_are_not_saved() -> None:
 
 def test_random_weights_follow_the_seed_and_leave_the_global_generator_alone() -> None:
     before = torch.random.get_rng_state()
-    one, same, other = create("test_vit", 32, seed=1), create("test_vit", 32, seed=1), create("test_vit", 32, seed=2)
+    first, same, other = create("test_vit", 32, seed=1), create("test_vit", 32, seed=1), create("test_vit", 32, seed=2)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert torch.equal(one.vit.blocks[0].mlp.fc1.weight, same.vit.blocks[0].mlp.fc1.weight)
-    assert not torch.equal(one.vit.blocks[0].mlp.fc1.weight, other.vit.blocks[0].mlp.fc1.weight)
+    assert torch.equal(first.vit.blocks[0].mlp.fc1.weight, same.vit.blocks[0].mlp.fc1.weight)
+    assert not torch.equal(first.vit.blocks[0].mlp.fc1.weight, other.vit.blocks[0].mlp.fc1.weight)
     assert (
-        one.img_size == (32, 32) and one.grid == (2, 2) and one.vit.pos_embed.shape[1] == one.vit.num_prefix_tokens + 4
+        first.img_size == (32, 32)
+        and first.grid == (2, 2)
+        and first.vit.pos_embed.shape[1] == first.vit.num_prefix_tokens + 4
     )
 
 
@@ -113,7 +115,10 @@ def test_relatives_agree_with_their_own_forward(name) -> None:
     torch.testing.assert_close(backbone(images), features)
     assert backbone(images).shape == (1, backbone.width)
     assert backbone.tokens(images).shape[1] == backbone.vit.num_prefix_tokens + 4
-    assert [tuple(found.shape[2:]) for found in backbone.maps(images, [1, 0])] == [(2, 2), (2, 2)]
+    assert [tuple(features_of_block.shape[2:]) for features_of_block in backbone.maps(images, [1, 0])] == [
+        (2, 2),
+        (2, 2),
+    ]
 
 
 def test_compiles_without_a_graph_break(vit, images) -> None:
@@ -170,9 +175,9 @@ def test_backbone_needs_a_normalisation(vit) -> None:
         ("vit_small_patch16_224.dinno", {}, "no weights tagged 'dinno'. Near: 'vit_small_patch16_224.dino'"),
         ("vit_small_patch14_imgfocuss", {}, "Near: 'vit_small_patch14_imgfocus'"),
         ("smollm2-135m-instruct", {}, "is a language model"),
-        ("resnet10t", {}, "'resnet10t' is no plain vision transformer"),
-        ("resnet10t", {"img_size": 32}, "'resnet10t' is no plain vision transformer"),
-        ("test_mambaout", {}, "is no plain vision transformer"),
+        ("resnet10t", {}, "'resnet10t' is not a plain vision transformer"),
+        ("resnet10t", {"img_size": 32}, "'resnet10t' is not a plain vision transformer"),
+        ("test_mambaout", {}, "is not a plain vision transformer"),
         ("test_vit", {"img_size": 40}, "img_size 40 does not fit the 16-pixel patches of test_vit: use 32 or 48"),
         ("test_vit", {"img_size": 8}, "does not fit the 16-pixel patches of test_vit: use 16"),
         (
@@ -207,7 +212,7 @@ def test_the_hub_out_of_reach_is_a_user_error(monkeypatch) -> None:
         raise ConnectionError("no route to the hub")
 
     monkeypatch.setattr(timm, "create_model", refuse)
-    with pytest.raises(UserError, match=r"'test_vit' could not be fetched by timm \(no route to the hub\)"):
+    with pytest.raises(UserError, match=r"'test_vit' could not be downloaded by timm \(no route to the hub\)"):
         create("test_vit", 32, pretrained=True)
 
 

@@ -51,8 +51,8 @@ def test_the_position_table_is_resampled_the_way_asked_for(tmp_path, state, posi
 
 def test_wrapped_and_prefixed_checkpoints(tmp_path, state) -> None:
     wrapped = {"epoch": 3, "model": {f"module.vit.{key}": value for key, value in state.items()}}
-    found = read_checkpoint(saved(tmp_path, wrapped, "run.pt"))
-    assert found.keys() == state.keys() and torch.equal(found["norm.weight"], state["norm.weight"])
+    tensors = read_checkpoint(saved(tmp_path, wrapped, "run.pt"))
+    assert tensors.keys() == state.keys() and torch.equal(tensors["norm.weight"], state["norm.weight"])
 
 
 def test_a_missing_head_is_fresh_and_said(tmp_path, state, capsys) -> None:
@@ -69,8 +69,8 @@ def test_a_head_of_another_size_in_the_users_checkpoint_is_an_error(tmp_path, st
 
 def test_missing_unexpected_and_wrong_keys_are_named(tmp_path, state) -> None:
     path = saved(tmp_path, {key.replace("0.attn.qkv.bias", "0.attn.qkw.bias"): value for key, value in state.items()})
-    told = r"1 keys missing \(first 'blocks.0.attn.qkv.bias'\), 1 unexpected \(first 'blocks.0.attn.qkw.bias'\)"
-    with pytest.raises(UserError, match=told):
+    message = r"1 keys missing \(first 'blocks.0.attn.qkv.bias'\), 1 unexpected \(first 'blocks.0.attn.qkw.bias'\)"
+    with pytest.raises(UserError, match=message):
         create(NAME, 112, pretrained=path)
     path = saved(tmp_path, {**state, "norm.weight": torch.ones(9)})
     with pytest.raises(UserError, match=r"'norm.weight' is \(9,\), needed \(64,\)"):
@@ -90,7 +90,7 @@ class Payload:
 def test_files_that_are_no_checkpoint(tmp_path, state) -> None:
     path = saved(tmp_path, state)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match="is damaged or no checkpoint"):
+    with pytest.raises(UserError, match="is damaged or not a checkpoint"):
         read_checkpoint(path)
     torch.save({"model": Payload()}, tmp_path / "object.pt")
     with pytest.raises(UserError, match="holds more than tensors"):
@@ -109,8 +109,10 @@ def test_files_that_are_no_checkpoint(tmp_path, state) -> None:
 @pytest.mark.parametrize("classes", [7, 4])
 def test_a_new_head_is_drawn_from_the_seed_whatever_the_weights_have(tmp_path, state, capsys, classes: int) -> None:
     path = saved(tmp_path, state)  # with a head of 7 classes
-    made, other = (create(NAME, 112, pretrained=path, num_classes=classes, new_head=True, seed=seed) for seed in (1, 2))
+    first, other = (
+        create(NAME, 112, pretrained=path, num_classes=classes, new_head=True, seed=seed) for seed in (1, 2)
+    )
     untrained = create(NAME, 112, num_classes=classes, seed=1)
-    assert torch.equal(made.vit.head.weight, untrained.vit.head.weight)
-    assert not torch.equal(made.vit.head.weight, other.vit.head.weight)
-    assert torch.equal(made.vit.norm.weight, state["norm.weight"]) and "fresh head" not in capsys.readouterr().out
+    assert torch.equal(first.vit.head.weight, untrained.vit.head.weight)
+    assert not torch.equal(first.vit.head.weight, other.vit.head.weight)
+    assert torch.equal(first.vit.norm.weight, state["norm.weight"]) and "fresh head" not in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The yardstick of `bench amt` computes what we compute: a ratio between two different things would say nothing."""
+"""The reference of `bench amt` computes the same values as vismt, so that the ratio compares equal work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vismt import adapt, cli
 from vismt.backbones.vit import Backbone
 from vismt.bench import amt, amt_released
 from vismt.bench.timing import Timing
-from vismt.lowrank.inject import adapted_modules
+from vismt.lowrank.inject import adapter_layers
 from vismt.metatune.amt import AdversarialObjective, Adversary
 from vismt.metatune.merging import MergeSettings, PoolNet
 from vismt.metatune.protonet import ProtoNet
@@ -21,12 +21,12 @@ ADVERSARY = Adversary(support="clean", gamma=0.05)
 
 
 def backbone():
-    # Weights of a trained model's size: timm's start is so small that attention hardly matters.
+    # Weights as large as a trained model's: at timm's start attention has almost no effect.
     return shake(Backbone(tiny_vit(num_classes=0)), 0.2)
 
 
 def nets(init="svd"):
-    """Our net and its twin, in fp64: the release recovers the weight attack from a difference of weights."""
+    """A net and its released twin, in fp64: the release recovers the weight attack from a difference of weights."""
     net = ProtoNet(backbone())
     adapt(net.backbone.vit, "amt", rank=3, init=init, alpha=6)
     shake(net.backbone).double()
@@ -42,7 +42,7 @@ def episode(number=3):
 def test_the_released_layers_are_the_same_function(init):
     net, twin = nets(init)
     images = episode()["query"]
-    assert not adapted_modules(twin) and len(adapted_modules(net)) == 8
+    assert not adapter_layers(twin) and len(adapter_layers(net)) == 8
     assert torch.allclose(net.backbone(images), twin.backbone(images), rtol=0, atol=1e-9)
     assert {n for n, p in twin.named_parameters() if p.requires_grad} == {
         n for n, p in net.named_parameters() if p.requires_grad
@@ -57,12 +57,12 @@ def test_the_released_step_has_our_loss_our_gradients_and_our_update(number):
     loss.backward()
     before = {name: p.detach().clone() for name, p in twin.named_parameters()}
     optimiser = torch.optim.SGD(twin.parameters(), lr=0.1)
-    theirs = amt_released.train_step(twin, optimiser, batch, ADVERSARY)
-    assert abs(float(theirs) - float(loss.detach())) < 1e-5 * float(theirs)
-    own = dict(net.named_parameters())
+    released_loss = amt_released.train_step(twin, optimiser, batch, ADVERSARY)
+    assert abs(float(released_loss) - float(loss.detach())) < 1e-5 * float(released_loss)
+    parameters = dict(net.named_parameters())
     for name, parameter in twin.named_parameters():
         if parameter.requires_grad:
-            assert (parameter.grad - own[name].grad).norm() < 1e-5 * own[name].grad.norm(), name
+            assert (parameter.grad - parameters[name].grad).norm() < 1e-5 * parameters[name].grad.norm(), name
             assert torch.allclose(parameter, before[name] - 0.1 * parameter.grad, rtol=0, atol=1e-12), name
         else:
             assert torch.equal(parameter, before[name]), name
@@ -72,9 +72,9 @@ def test_the_released_step_has_our_loss_our_gradients_and_our_update(number):
 def test_the_comparison_would_see_another_form(change):
     net, twin = nets()
     batch = episode()
-    ours = AdversarialObjective(net, Adversary(**{**vars(ADVERSARY), **change}))(batch)["loss"]
-    theirs = amt_released.train_step(twin, torch.optim.SGD(twin.parameters(), lr=0.0), batch, ADVERSARY)
-    assert abs(float(theirs) - float(ours.detach())) > 1e-4 * float(theirs)
+    loss = AdversarialObjective(net, Adversary(**{**vars(ADVERSARY), **change}))(batch)["loss"]
+    released_loss = amt_released.train_step(twin, torch.optim.SGD(twin.parameters(), lr=0.0), batch, ADVERSARY)
+    assert abs(float(released_loss) - float(loss.detach())) > 1e-4 * float(released_loss)
 
 
 @pytest.mark.parametrize("augment", [False, True])
@@ -86,9 +86,9 @@ def test_the_released_task_finds_our_mixture_and_our_prototypes(augment, shots):
     twin = amt_released.released_pool(pool)
     before = snapshot(twin)
     zeta, centres = amt_released.task(twin, batch["support"], batch["support_labels"], settings)
-    ours = PoolNet(pool, settings).classifier(batch["support"], batch["support_labels"])
-    assert int((zeta > 0).sum()) == 2 and torch.allclose(ours.mixture, zeta, rtol=0, atol=1e-5)
-    assert torch.allclose(ours.prototypes, centres, rtol=0, atol=1e-5)
+    classifier = PoolNet(pool, settings).classifier(batch["support"], batch["support_labels"])
+    assert int((zeta > 0).sum()) == 2 and torch.allclose(classifier.mixture, zeta, rtol=0, atol=1e-5)
+    assert torch.allclose(classifier.prototypes, centres, rtol=0, atol=1e-5)
     assert all(torch.equal(value, before[name]) for name, value in twin.state_dict().items())
 
 
@@ -100,7 +100,7 @@ def test_experts_of_the_pool_differ():
 
 
 def test_the_table_gives_the_ratio_to_the_release_and_the_target():
-    timing = Timing({amt.OURS: [1.0, 2.0, 9.0], amt.RELEASED: [2.0, 2.0, 10.0], amt.DEFAULT: [4.0, 4.0, 20.0]})
+    timing = Timing({amt.VISMT: [1.0, 2.0, 9.0], amt.RELEASED: [2.0, 2.0, 10.0], amt.DEFAULT: [4.0, 4.0, 20.0]})
     table = str(amt.AmtResult("step", timing, 0.75)).splitlines()
     assert table[0] == "step"
     assert table[2].split() == ["vismt", "0.900", "0.50..1.00", "0.75"]
@@ -109,13 +109,13 @@ def test_the_table_gives_the_ratio_to_the_release_and_the_target():
 
 @pytest.mark.parametrize("what", ["amt", "core", "emtal"])
 def test_the_command_runs_the_bench_with_its_options(what, monkeypatch, capsys):
-    asked = []
-    monkeypatch.setattr(f"vismt.bench.{what}.run", lambda *options: asked.append(options) or ["a table"])
+    calls = []
+    monkeypatch.setattr(f"vismt.bench.{what}.run", lambda *options: calls.append(options) or ["a table"])
     assert not cli.main(["bench", what, "--rounds", "3", "--device", "meta"])
-    assert asked == [(3, "meta")] and "a table" in "".join(capsys.readouterr())
+    assert calls == [(3, "meta")] and "a table" in "".join(capsys.readouterr())
 
 
 @pytest.mark.slow
 def test_bench_runs_as_a_whole():
     results = amt.run(rounds=1)
-    assert len(results) == 5 and all(result.timing.seconds[amt.OURS] for result in results)
+    assert len(results) == 5 and all(result.timing.seconds[amt.VISMT] for result in results)

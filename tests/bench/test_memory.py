@@ -1,4 +1,4 @@
-"""The memory bench on a model of a few kilobytes: what is measured is what the formula says; the sizes of the real one."""
+"""The memory bench on a model of a few kilobytes: measured sizes equal the formula; the sizes of the real model."""
 
 from __future__ import annotations
 
@@ -30,33 +30,30 @@ def result():
 
 def test_every_size_but_the_peak_is_the_formula_to_the_byte(result) -> None:
     assert set(VARIANTS) <= set(result.measured)
-    for name, seen in result.measured.items():
-        told = result.predicted[name]
+    for name, measured in result.measured.items():
+        predicted = result.predicted[name]
         gates = 4 * 4 * 2 if "ilora" in name else 0  # of 4 samples, for 2 experts
-        assert (seen.weights, seen.activations - gates, seen.gradients) == (
-            told.weights,
-            told.activations,
-            told.gradients,
+        assert (measured.weights, measured.activations - gates, measured.gradients) == (
+            predicted.weights,
+            predicted.activations,
+            predicted.gradients,
         ), name
-        counters = seen.optimizer - told.optimizer  # AdamW's step counters, 4 bytes a tensor
+        counters = measured.optimizer - predicted.optimizer  # AdamW's step counters, 4 bytes a tensor
         assert 0 < counters < 4 * 200 and counters % 4 == 0, name
-        # On a model this small what a block's backward pass makes in passing shows.
-        assert 0.99 * told.peak <= seen.peak < 1.1 * told.peak, name
+        # On a model this small the temporaries of a block's backward pass are visible.
+        assert 0.99 * predicted.peak <= measured.peak < 1.1 * predicted.peak, name
 
 
 def test_the_order_of_the_variants(result) -> None:
-    full, seen = result.measured[memory.FULL], result.measured
-    assert seen["vismt lora r=2"].activations == seen["peft lora r=2"].activations < full.activations
-    assert seen["LISA 2 of 8 alone"].activations < seen["LISA 2 of 8"].activations < full.activations
+    full, measured = result.measured[memory.FULL], result.measured
+    assert measured["vismt lora r=2"].activations == measured["peft lora r=2"].activations < full.activations
+    assert measured["LISA 2 of 8 alone"].activations < measured["LISA 2 of 8"].activations < full.activations
     # Embedding 40 * 32, head the same, norm 32; a layer: q and o 32 * 32, k and v 16 * 32, three of 48 * 32, two norms 32.
     layer = 2 * 1024 + 2 * 512 + 3 * 1536 + 64
-    assert (
-        result.trainable["LISA 2 of 8"] == 2 * 1280 + 32 + 2 * layer
-        and result.trainable["LISA 2 of 8 alone"] == 2 * layer
-    )
-    assert (
-        full.gradients == 4 * (2 * 1280 + 32 + 8 * layer) == full.weights - 4 * 2 * 4
-    )  # rotary's frequencies: two buffers of 4
+    assert result.trainable["LISA 2 of 8"] == 2 * 1280 + 32 + 2 * layer
+    assert result.trainable["LISA 2 of 8 alone"] == 2 * layer
+    # Beside the parameters the weights contain rotary's frequencies, two buffers of 4.
+    assert full.gradients == 4 * (2 * 1280 + 32 + 8 * layer) == full.weights - 4 * 2 * 4
 
 
 def test_the_table_shows_each_variant_and_below_it_the_formula(result) -> None:
@@ -89,12 +86,11 @@ def test_a_model_by_its_name(tmp_path, monkeypatch) -> None:
     tokenizer().save_pretrained(tmp_path)
     result = memory.run(1, "cpu", str(tmp_path))[0]
     assert str(result).splitlines()[0].startswith(f"{tmp_path} 32 x 3, 4 x 8 tokens")
-    for name, seen in result.measured.items():
-        told = result.predicted[name]
-        assert (seen.weights, seen.gradients) == (told.weights, told.gradients), name
-        assert seen.activations == pytest.approx(told.activations, rel=0.02), (
-            name
-        )  # Qwen2's biases are no part of the formula
+    for name, measured in result.measured.items():
+        predicted = result.predicted[name]
+        assert (measured.weights, measured.gradients) == (predicted.weights, predicted.gradients), name
+        # Qwen2's biases are not part of the formula.
+        assert measured.activations == pytest.approx(predicted.activations, rel=0.02), name
     full, lisa = result.trainable[memory.FULL], result.trainable["LISA 2 of 3"]
     layer = (full - 50 * 32 - 32) // 3
     assert lisa == 50 * 32 + 32 + 2 * layer and result.trainable["LISA 2 of 3 alone"] == 2 * layer
@@ -103,22 +99,22 @@ def test_a_model_by_its_name(tmp_path, monkeypatch) -> None:
 
 
 def test_models_that_the_formula_does_not_describe(tmp_path, capsys) -> None:
-    with pytest.raises(UserError, match="is of type gpt2; the formula is of llama and qwen2"):
+    with pytest.raises(UserError, match="is of type gpt2; the formula is for llama and qwen2"):
         memory.run(1, "cpu", str(save_lm(tmp_path, "gpt2")))
     assert main(["bench", "core", "--model", "some"]) == 2
-    assert "--model is of 'memory', 'core' has models of its own" in " ".join(capsys.readouterr().err.split())
+    assert "--model applies to 'memory' only, and 'core' has fixed models" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.slow
 def test_the_real_sizes() -> None:
     pytest.importorskip("peft")
     result = memory.run(rounds=1)[0]
-    seen, full = result.measured, result.measured[memory.FULL]
-    shares = {name: (costs.activations / full.activations, costs.peak / full.peak) for name, costs in seen.items()}
+    measured, full = result.measured, result.measured[memory.FULL]
+    shares = {name: (costs.activations / full.activations, costs.peak / full.peak) for name, costs in measured.items()}
     assert shares["vismt lora r=16"] == pytest.approx((0.900, 0.661), abs=2e-3)
     assert shares["LISA 2 of 8"] == pytest.approx((0.768, 0.667), abs=2e-3)
     assert shares["S2FT O and D"] == pytest.approx((0.678, 0.547), abs=2e-3)
     assert result.trainable["S2FT O and D"] == 1_249_280
     assert result.trainable["vismt lora r=16"] == 1_249_280 and result.trainable["LISA 2 of 8"] == 8_423_936
     for name in (memory.FULL, "vismt lora r=16", "LISA 2 of 8"):
-        assert seen[name].peak == pytest.approx(result.predicted[name].peak, rel=0.01)
+        assert measured[name].peak == pytest.approx(result.predicted[name].peak, rel=0.01)

@@ -14,12 +14,13 @@ from torch import nn
 
 import vismt
 from vismt.llm import collect_covariance, instance_gates
-from vismt.lowrank.adapter_layer import Host
-from vismt.lowrank.inject import adapted_modules
+from vismt.lowrank.adapter_layer import AdapterLayer
+from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.slice_linear import SliceLinear
+from vismt.methods import METHODS as DECLARED
 
-# These train the weights themselves; what they promise is tested beside each (tests/llm).
-WITHOUT_FACTORS = {"lisa"}
-METHODS = [method for method in vismt.list_methods() if method not in WITHOUT_FACTORS]
+# Methods without an update of their own (lisa) train the weights; what they promise is tested in tests/llm.
+METHODS = [name for name, method in DECLARED.items() if method.exports]
 LAYERS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "patch_embed.proj"]
 # What a method needs on the tiny ViT to start at the original function, and its trainable parameters beside pairs of
 # factors on the ViT-S of the meta test (a router: 12 x 16 x 384; a core for each of q, k, v, proj, fc1, fc2; a gate).
@@ -50,7 +51,7 @@ SLICES = {
     "rows_by_delta": {"parts": ["v", "u"], "mode": "delta"},
     "slices_with_head": {"also_train": ["head"]},
 }
-VARIANTS_OF = {"s2ft": list(SLICES)}
+VARIANTS_OF = {name: list(SLICES) for name in METHODS if SliceLinear in DECLARED[name].layers}
 CASES = [(method, variant) for method in METHODS for variant in VARIANTS_OF.get(method, list(VARIANTS))]
 # What tracing can tell apart, which is slow: every layer as it is, and everything at once.
 VARIANTS |= SLICES | {
@@ -125,7 +126,7 @@ def test_unadapt_gives_back_every_bit(method: str, variant: str) -> None:
     state = model.state_dict()
     assert list(state) == list(original)
     assert all(torch.equal(state[name], original[name]) for name in original)
-    assert not any(isinstance(module, Host) for module in model.modules())
+    assert not any(isinstance(module, AdapterLayer) for module in model.modules())
 
 
 @pytest.mark.parametrize("method,variant", CASES)
@@ -202,28 +203,28 @@ def test_gradient_checkpointing_gives_the_same_gradients(method: str, variant: s
     for model in (plain, saving):
         model.train()
         model(images()).square().sum().backward()
-    for (name, one), two in zip(plain.named_parameters(), saving.parameters()):
-        assert one.grad is None or torch.allclose(one.grad, two.grad, atol=1e-6), name
+    for (name, parameter), twin in zip(plain.named_parameters(), saving.parameters()):
+        assert parameter.grad is None or torch.allclose(parameter.grad, twin.grad, atol=1e-6), name
 
 
 @pytest.mark.parametrize("method", FACTOR_METHODS)
 def test_start_depends_on_the_seed_alone(method: str) -> None:
     torch.manual_seed(11)
-    one = adapted(method, "plain", seed=3)
+    first = adapted(method, "plain", seed=3)
     state = torch.get_rng_state()
     torch.manual_seed(12)
-    two = adapted(method, "plain", seed=3)
+    second = adapted(method, "plain", seed=3)
     fewer = tiny_vit()
     vismt.adapt(fewer, method, targets=["mlp.fc2"], rank=2, seed=3, **OWN.get(method, {}))
-    assert torch.equal(one.blocks[1].mlp.fc2.lora_A, two.blocks[1].mlp.fc2.lora_A)
-    assert torch.equal(one.blocks[1].mlp.fc2.lora_A, fewer.blocks[1].mlp.fc2.lora_A)
+    assert torch.equal(first.blocks[1].mlp.fc2.lora_A, second.blocks[1].mlp.fc2.lora_A)
+    assert torch.equal(first.blocks[1].mlp.fc2.lora_A, fewer.blocks[1].mlp.fc2.lora_A)
     torch.manual_seed(11)
     tiny_vit()
     before = torch.get_rng_state()
     model = tiny_vit()
-    kept = torch.get_rng_state()
+    state_before = torch.get_rng_state()
     vismt.adapt(model, method, rank=2, **OWN.get(method, {}))
-    assert torch.equal(torch.get_rng_state(), kept) and before is not None and state is not None
+    assert torch.equal(torch.get_rng_state(), state_before) and before is not None and state is not None
 
 
 @pytest.mark.parametrize("method", FACTOR_METHODS)
@@ -235,4 +236,4 @@ def test_meta_device_counts_parameters_without_memory(method: str) -> None:
     report = vismt.adapt(model, method, rank=8, split_qkv=True)
     # Per block and d = 384: q, k, v 3 (r d + r d) = 6 r d; proj 2 r d; fc1 r d + 4 r d = 5 r d; fc2 5 r d: 18 r d; 12 blocks.
     assert report.trainable - BESIDE.get(method, 0) == 216 * 8 * 384 == 663_552
-    assert all(host.lora_A.is_meta for host in adapted_modules(model).values())
+    assert all(layer.lora_A.is_meta for layer in adapter_layers(model).values())

@@ -1,4 +1,4 @@
-"""Tiny image sets in a temporary folder that stands for VISMT_DATA."""
+"""Tiny image sets in a temporary folder that VISMT_DATA names."""
 
 from __future__ import annotations
 

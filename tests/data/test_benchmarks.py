@@ -12,7 +12,8 @@ from vismt.cli import main
 from vismt.data.cards import list_cards, load_card
 from vismt.data.check import check, listing, prepare
 from vismt.data.images import open_images
-from vismt.data.source_types import FilelistSource, MetaDatasetSource
+from vismt.data.json_lists import FilelistSource
+from vismt.data.meta_dataset import MetaDatasetSource
 from vismt.errors import UserError
 from vismt.jobs import load_config
 from vismt.paths import shipped
@@ -61,7 +62,7 @@ def test_absent_set_says_how_to_get_it(home, name, capsys):
     if name == "bscd_eurosat":
         assert "`vismt data prepare bscd_eurosat` downloads it" in text
     else:
-        assert text.endswith(f"Get it so: {steps}") and "$VISMT_DATA" in steps
+        assert text.endswith(f"How to get it: {steps}") and "$VISMT_DATA" in steps
         with pytest.raises(UserError, match="cannot be downloaded by vismt"):
             prepare(name)
     assert main(["data", "check", name]) == 1 and name in capsys.readouterr().out
@@ -69,7 +70,7 @@ def test_absent_set_says_how_to_get_it(home, name, capsys):
 
 def test_listed_with_their_classes(home, capsys):
     rows = {row.name: row for row in listing()}
-    assert set(CARDS) <= set(list_cards()) and all(rows[name].found == "-" for name in CARDS)
+    assert set(CARDS) <= set(list_cards()) and all(rows[name].where == "-" for name in CARDS)
     assert {n: rows[f"bscd_{n}"].classes for n in BSCD} == BSCD
     assert main(["data", "list"]) == 0 and any(
         line.split()[:2] == ["md_ilsvrc_2012", "meta_dataset"] for line in capsys.readouterr().out.splitlines()
@@ -157,7 +158,7 @@ def test_config_loads_and_names_known_splits(name):
         assert config.train is None and config.pool.folder == "pools/amt" and config.model.img_size == 128
         assert config.evaluate.queries == (10 if name == "meta_dataset" else 15)
     else:
-        # Substitutes are never one of the benchmarks' own cards, and say so.
+        # Substitutes are never cards of the benchmarks, and their configurations state that.
         assert not names & set(CARDS) and "NOT Meta-Dataset, NOT BSCD-FSL" in path.read_text()
     assert "Not run here" in path.read_text()
 

@@ -1,4 +1,4 @@
-"""check, prepare and listing: each way a copy can be wrong has its own word."""
+"""check, prepare and listing: each defect of a copy has its state."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from vismt.data.cards import list_cards, load_card
-from vismt.data.check import check, listing, prepare, source_files
+from vismt.data.check import check, listing, prepare
 from vismt.data.manifest import digest, write_manifest
 from vismt.errors import UserError
 
@@ -16,7 +16,7 @@ def with_manifest(card_path) -> None:
     """Record the hashes of the pets set and name the manifest in its card."""
     card = load_card(card_path)
     data = card_path.parents[2] / "data" / "pets"
-    write_manifest(card_path.parent / "manifest.json", source_files(card.sources[0], data))
+    write_manifest(card_path.parent / "manifest.json", card.sources[0].list_files(data))
     card_path.write_text(card_path.read_text().replace("test: 2}}", "test: 2}, manifest: manifest.json}"))
 
 
@@ -98,7 +98,7 @@ def test_manifest_of_another_shape(recorded):
 def test_listing_has_a_row_per_card(home):
     rows = {row.name: row for row in listing()}
     assert sorted(rows) == list_cards()
-    assert rows["cifar100"].found == "-" and rows["cifar100"].images == 8000 and rows["cifar100"].classes == 100
+    assert rows["cifar100"].where == "-" and rows["cifar100"].images == 8000 and rows["cifar100"].classes == 100
     assert rows["pcam"].kind == "torchvision" and rows["pcam"].images == 262144 + 2 * 32768
 
 

@@ -101,15 +101,15 @@ def test_wrong_door_absent_set_and_strange_map(room, home, pets, write_card):
 
 def test_classified_images_as_samples(pets, room, home, paint):
     paint(home / "data" / "pets" / "train" / "dog" / "a.png", 51, size=(9, 4))
-    found = open_samples(str(pets), "train")
-    assert found.name == "pets" and found.ids == ["train/cat/a.png", "train/cat/b.png", "train/dog/a.png"]
-    assert found.targets == ["class"] and found.image_classes == ["cat", "dog"] and found.labels.tolist() == [0, 0, 1]
-    assert found.classes == [] and found.parts == [] and found.where == "$VISMT_DATA/pets"
-    samples = [found.read(i) for i in range(3)]
+    data = open_samples(str(pets), "train")
+    assert data.name == "pets" and data.ids == ["train/cat/a.png", "train/cat/b.png", "train/dog/a.png"]
+    assert data.targets == ["class"] and data.image_classes == ["cat", "dog"] and data.labels.tolist() == [0, 0, 1]
+    assert data.classes == [] and data.parts == [] and data.where == "$VISMT_DATA/pets"
+    samples = [data.read(i) for i in range(3)]
     assert [size_of(sample) for sample in samples] == [(5, 6), (5, 6), (4, 9)] and set(samples[0]) == {"image", "class"}
     assert samples[2]["image"].dtype == torch.float32 and torch.allclose(samples[2]["image"], torch.tensor(0.2))
     assert collate(samples[:2])["class"].tolist() == [0, 0] and samples[2]["class"].item() == 1
-    assert len(open_samples(str(pets))) == 5 and [one["class"].item() for one in map(found.read, (1, 2))] == [0, 1]
+    assert len(open_samples(str(pets))) == 5 and [sample["class"].item() for sample in map(data.read, (1, 2))] == [0, 1]
     maps = open_samples(room, "train")  # a set of maps is opened as before
     assert maps.targets == ["semseg", "depth", "normals"] and maps.labels is None and maps.image_classes == []
     (home / "data" / "pets" / "train" / "cat" / "b.png").write_bytes(b"no")

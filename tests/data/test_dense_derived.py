@@ -31,9 +31,9 @@ def test_a_plane_has_its_normal_everywhere_and_in_the_mirror(x, y, step):
     wanted = torch.nn.functional.normalize(torch.tensor([x, y, 1.0]), dim=0)
     depth = plane(*wanted.tolist())
     normals = normals_from_depth(depth, **CAMERA, step=step)
-    known = valid("normals", normals)
-    assert known[step:-step, step:-step].all() and int(known.sum()) == (H - 2 * step) * (W - 2 * step)
-    assert torch.allclose(normals[:, known], wanted[:, None].expand(-1, int(known.sum())), atol=2e-3)
+    valid_pixels = valid("normals", normals)
+    assert valid_pixels[step:-step, step:-step].all() and int(valid_pixels.sum()) == (H - 2 * step) * (W - 2 * step)
+    assert torch.allclose(normals[:, valid_pixels], wanted[:, None].expand(-1, int(valid_pixels.sum())), atol=2e-3)
     # The mirrored picture, seen by the mirrored camera, has the mirrored normals: flip must agree with geometry.
     mirrored = flip({"image": torch.zeros(3, H, W), "depth": depth, "normals": normals})
     again = normals_from_depth(mirrored["depth"], **{**CAMERA, "cx": W - 1 - CAMERA["cx"]}, step=step)
@@ -44,9 +44,9 @@ def test_no_normal_at_holes_and_jumps():
     depth = torch.full((9, 12), 2.0)
     depth[4, 3] = 0
     depth[:, 8:] = 3.0
-    known = valid("normals", normals_from_depth(depth, **CAMERA, step=1))
-    assert not known[4, 2:5].any() and not known[3:6, 3].any() and not known[:, 7:9].any()
-    assert known[1:3, 1:7].all() and known[1:8, 9:11].all()
+    valid_pixels = valid("normals", normals_from_depth(depth, **CAMERA, step=1))
+    assert not valid_pixels[4, 2:5].any() and not valid_pixels[3:6, 3].any() and not valid_pixels[:, 7:9].any()
+    assert valid_pixels[1:3, 1:7].all() and valid_pixels[1:8, 9:11].all()
     assert not normals_from_depth(depth[:2], **CAMERA, step=1).any()  # too small for any
 
 
@@ -61,11 +61,11 @@ def test_edges_run_along_every_change_one_pixel_wide():
     labels = torch.from_numpy((6 * blobs(60, 80, 5, 2)).astype(np.int64))
     labels[20:30, 30:50] = 255
     edge = edges_from_labels(labels)
-    known = labels != 255
-    assert edge.dtype == torch.int64 and torch.equal(edge == 255, ~known)
+    valid_pixels = labels != 255
+    assert edge.dtype == torch.int64 and torch.equal(edge == 255, ~valid_pixels)
     beside = torch.nn.functional.pad(labels, (0, 1, 0, 1), value=255)
     others = torch.stack([beside[:-1, 1:], beside[1:, :-1]])
-    change = known & ((others != 255) & (others != labels)).any(0)
+    change = valid_pixels & ((others != 255) & (others != labels)).any(0)
     assert not ((edge == 1) & ~change).any()
     near = torch.nn.functional.max_pool2d((edge == 1).float()[None], 3, stride=1, padding=1)[0] > 0
     assert (near | ~change).all()  # a thinner line, but nowhere a gap

@@ -99,7 +99,7 @@ def test_nyud_of_invpt_and_mti(small, suffix):
         put(base / "depth" / f"{name}.npy", np.full((H, W), 2.0, np.float32))
         edge = np.zeros((H, W), np.uint8)
         edge[2] = 255
-        # 2 v / 255 - 1 of (128, 128, 255) is (.004, .004, 1); (128, 128, 128) is no direction.
+        # 2 v / 255 - 1 of (128, 128, 255) is (.004, .004, 1); (128, 128, 128) has no direction.
         normal = np.full((H, W, 3), 128, np.uint8)
         normal[1:, :, 2] = 255
         floats = normal / 127.5 - 1
@@ -133,14 +133,14 @@ def test_nyud_of_invpt_and_mti(small, suffix):
 
 def part_annotation(objects):
     """`anno` as PASCAL-Part stores it: image name, objects of (class name, class, mask, parts of (name, mask))."""
-    held = np.zeros((1, len(objects)), dtype=[(n, "O") for n in ("class", "class_ind", "mask", "parts")])
+    objects_array = np.zeros((1, len(objects)), dtype=[(n, "O") for n in ("class", "class_ind", "mask", "parts")])
     for k, (number, mask, parts) in enumerate(objects):
         inner = np.zeros((1, len(parts)) if parts else (0, 0), dtype=[("part_name", "O"), ("mask", "O")])
         for j, (name, where) in enumerate(parts):
             inner[0, j] = (name, where)
-        held[0, k] = ("x", number, mask, inner)
+        objects_array[0, k] = ("x", number, mask, inner)
     anno = np.zeros((1, 1), dtype=[("imname", "O"), ("objects", "O")])
-    anno[0, 0] = ("a", held)
+    anno[0, 0] = ("a", objects_array)
     return {"anno": anno}
 
 
@@ -289,7 +289,7 @@ def test_derived_targets_and_wrong_names(write_card, home):
     assert sample["normals"][:, 4, 4].tolist() == [0, 0, 1] and not sample["edge"].any()
     # What is done to a sample is done before edges are derived.
     assert data.edges == "depth" and "edge" not in data.stored(0)
-    nearer = data.read(0, lambda held: {**held, "depth": held["depth"].index_fill(1, torch.tensor([3]), 1.0)})
+    nearer = data.read(0, lambda sample: {**sample, "depth": sample["depth"].index_fill(1, torch.tensor([3]), 1.0)})
     assert nearer["edge"].tolist() == [[0, 0, 0, 1, 0, 0, 0, 0, 0]] * 9
     path.with_name("names.json").write_text('["one"]')
     path.write_text(path.read_text().replace("title:", "names: names.json\ntitle:"))

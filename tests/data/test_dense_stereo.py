@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vismt.data import sources
+from vismt.data import source_types
 from vismt.data.cards import load_card
 from vismt.data.check import check
 from vismt.data.dense import open_dense
@@ -29,9 +29,9 @@ def test_tiles_of_the_motorcycle():
     assert (
         size_of(sample) == (160, 128) and sample["image"].dtype == torch.float32 and sample["edge"].dtype == torch.int64
     )
-    known = sample["depth"] > 0
-    assert sample["depth"][known].min() > 2 and sample["depth"].max() < 5.1 and known.float().mean() > 0.9
-    assert torch.equal(sample["edge"] != 255, known) and 0 < (sample["edge"] == 1).float().mean() < 0.1
+    has_depth = sample["depth"] > 0
+    assert sample["depth"][has_depth].min() > 2 and sample["depth"].max() < 5.1 and has_depth.float().mean() > 0.9
+    assert torch.equal(sample["edge"] != 255, has_depth) and 0 < (sample["edge"] == 1).float().mean() < 0.1
     # The floor, below right: its normal points up, a little towards the camera.
     floor = sample["normals"][:, 100:, 100:].flatten(1)
     floor = floor[:, (floor != 0).any(0)].median(dim=1).values
@@ -54,7 +54,7 @@ def test_splits_share_no_pixel_and_derive_from_their_own():
 
 def test_depth_by_hand():
     source = load_card("motorcycle").sources[0]
-    base = sources.package_folder(source)
+    (base,) = source.candidates(load_card("motorcycle"))
     disparity = np.load(base / "data" / source.disparity)["arr_0"]
     depth = read_pair(source, base)["depth"]
     assert np.array_equal(np.isfinite(disparity), depth.numpy() > 0)
@@ -84,7 +84,7 @@ def package(home, monkeypatch):
     disparity[0, 0] = np.inf
     np.savez(home / "skimage" / "data" / "d.npz", disparity)
     Image.new("RGB", (12, 8)).save(home / "skimage" / "data" / "l.png")
-    monkeypatch.setattr(sources, "package_folder", lambda source: home / "skimage")
+    monkeypatch.setattr(source_types, "package_folder", lambda module: home / "skimage")
     return home / "skimage" / "data"
 
 
@@ -120,6 +120,6 @@ def test_damaged_pair_and_wrong_doors(package, write_card, monkeypatch):
     (package / "d.npz").write_bytes(b"no")
     with pytest.raises(UserError, match=r"d.npz: cannot be read .*Install scikit-image again"):
         open_dense(path)
-    monkeypatch.setattr(sources, "package_folder", lambda source: None)
+    monkeypatch.setattr(source_types, "package_folder", lambda module: None)
     with pytest.raises(UserError, match=r"motorcycle: needs scikit-image, which is not installed: pip install"):
         open_dense("motorcycle")

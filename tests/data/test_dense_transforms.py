@@ -40,24 +40,27 @@ def same_class(sample) -> bool:
     return sample["class"].shape == () and sample["class"].dtype == torch.int64 and sample["class"].item() == 255
 
 
-def aligned(sample, s: float = 1.0, mirrored: bool = False, apart: float = 0.0) -> None:
+def aligned(sample, s: float = 1.0, mirrored: bool = False, edge_distance: float = 0.0) -> None:
     """Fails unless every valid pixel of every target names the same source pixel, and the class is the image's.
 
     apart: how far from the source pixel that is at its centre a pixel may be an edge.
     """
     assert same_class(sample)
-    known = valid("depth", sample["depth"])
-    assert all(torch.equal(valid(name, sample[name]), known) for name in MAPS)
-    rows, columns = sample["semseg"][known], sample["parts"][known]
-    edge = sample["edge"][known]
-    assert torch.equal(rows, sample["saliency"][known]) and ((rows - columns).abs()[edge == 1] <= apart).all()
-    assert apart or torch.equal(edge == 1, rows == columns)
-    assert torch.allclose(sample["depth"][known] * s, 1 + rows + columns / 1000, rtol=1e-5)
-    x, y, z = sample["normals"][:, known]
+    valid_pixels = valid("depth", sample["depth"])
+    assert all(torch.equal(valid(name, sample[name]), valid_pixels) for name in MAPS)
+    rows, columns = sample["semseg"][valid_pixels], sample["parts"][valid_pixels]
+    edge = sample["edge"][valid_pixels]
+    assert (
+        torch.equal(rows, sample["saliency"][valid_pixels])
+        and ((rows - columns).abs()[edge == 1] <= edge_distance).all()
+    )
+    assert edge_distance or torch.equal(edge == 1, rows == columns)
+    assert torch.allclose(sample["depth"][valid_pixels] * s, 1 + rows + columns / 1000, rtol=1e-5)
+    x, y, z = sample["normals"][:, valid_pixels]
     assert torch.allclose(y / z, rows + 1.0, rtol=1e-4) and torch.allclose(
         (-x if mirrored else x) / z, columns + 1.0, rtol=1e-4
     )
-    assert torch.allclose(sample["normals"][:, known].norm(dim=0), torch.ones(()), atol=1e-5)
+    assert torch.allclose(sample["normals"][:, valid_pixels].norm(dim=0), torch.ones(()), atol=1e-5)
 
 
 @QUICK
@@ -80,7 +83,7 @@ def test_scale_keeps_depth_times_s_and_alignment(height, width, s):
     sample = coordinates(height, width)
     out = scale(sample, s)
     assert size_of(out) == (max(1, round(height * s)), max(1, round(width * s)))
-    aligned(out, s, apart=1 + 2 / s)
+    aligned(out, s, edge_distance=1 + 2 / s)
     far = scale(sample, s, inverse_depth=True)["depth"]
     assert torch.allclose(far / s, out["depth"] * s, rtol=1e-5)
 
@@ -153,7 +156,7 @@ def test_crop_keeps_targets_aligned_and_padding_is_never_valid(height, width, ta
     assert int(valid("depth", out["depth"]).sum()) == min(tall, height) * min(wide, width)
     fitted = resize(sample, (tall, wide))
     assert size_of(fitted) == (tall, wide)
-    aligned(fitted, apart=1 + 2 * max(height / tall, width / wide))
+    aligned(fitted, edge_distance=1 + 2 * max(height / tall, width / wide))
 
 
 def test_padding_and_resize_by_hand():
@@ -208,10 +211,10 @@ def test_augment_is_a_function_of_its_seed(seed, partial):
     assert torch.equal(torch.get_rng_state(), state) and size_of(out) == (12, 20)
     assert all(torch.equal(out[name], again[name]) for name in out) and same_class(out)
     if partial:  # without semseg there are no repeated crops: the geometry is the same for any set of targets
-        less, one = (
+        less, more = (
             {k: v for k, v in sample.items() if k in ("image", *names)} for names in (("depth",), ("depth", "edge"))
         )
-        assert torch.equal(augment(less, seed)["depth"], augment(one, seed)["depth"])
+        assert torch.equal(augment(less, seed)["depth"], augment(more, seed)["depth"])
 
 
 def test_augment_mirrors_half_of_the_time_and_varies():
@@ -254,7 +257,7 @@ def test_the_class_of_an_image_in_a_batch():
     (lambda s: augment(s, 0, scales=(2, 1)), r"scales \(2, 1\) must be two factors"),
     (lambda s: flip({**s, "normal": s["normals"]}), "target 'normal' is not known. Near: 'normals'"),
     (lambda s: flip({**s, "edge": s["edge"][1:]}), r"'edge' is \(3, 5\), must be \(4, 5\)"),
-    (lambda s: flip({**s, "class": torch.tensor([1])}), r"'class' is \(1,\), must be \(\) beside"),
+    (lambda s: flip({**s, "class": torch.tensor([1])}), r"'class' is \(1,\), must be \(\) for its image"),
     (lambda s: flip({"depth": s["depth"]}), r"has no 'image', holds \['depth'\]"),
     (lambda s: collate([s, crop(s, 0, 0, (2, 2))]), r"of sizes \[\(2, 2\), \(4, 5\)\]; crop or resize"),
 ])  # fmt: skip

@@ -29,16 +29,16 @@ def test_every_part_has_every_class_whatever_the_share() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shares", "told"),
+    ("shares", "message"),
     [
         ({"test": 1.0}, "between 0 and 1"),
-        ({"test": 0.6, "validation": 0.5}, "together they are below 1"),
+        ({"test": 0.6, "validation": 0.5}, "and their sum below 1"),
         ({"test": -0.1}, "between 0 and 1"),
         ({"test": 0.1, "validation": 0.1, "more": 0.1, "most": 0.1}, "class 1 has 4 images, too few for 5 parts"),
     ],
 )
-def test_shares_that_do_not_work(shares: dict, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_shares_that_do_not_work(shares: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         divide(LABELS, shares, "birds")
 
 

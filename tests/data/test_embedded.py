@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vismt.data import sources
+from vismt.data import source_types
 from vismt.data.embedded import crop_boxes
 from vismt.data.images import open_images
 from vismt.errors import UserError
@@ -62,7 +62,7 @@ def test_photo_crops_sets():
 
 
 def test_package_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(sources, "package_folder", lambda source: None)
+    monkeypatch.setattr(source_types, "package_folder", lambda module: None)
     fix = r'photo_crops: needs scikit-image, which is not installed: pip install "vismt\[quickstart\]"'
     with pytest.raises(UserError, match=fix):
         open_images("photo_crops")

@@ -87,7 +87,7 @@ def test_local_name_cuts_at_the_first_marker():
     assert local_name("/a/filelists/cub/source/x.jpg", "filelists/cub/", "l") == "source/x.jpg"
     with pytest.raises(UserError, match="what follows 'filelists/cub/' counts"):
         local_name("/a/myfilelists/cub/x.jpg", "filelists/cub/", "l")
-    with pytest.raises(UserError, match="lies outside"):
+    with pytest.raises(UserError, match="is outside the folder"):
         local_name("/a/x.jpg", None, "l")
 
 

@@ -13,7 +13,7 @@ from vismt.errors import UserError
 
 
 def store(name: str, first: int, count: int, size: int = 2) -> Pixels:
-    """Images whose every pixel is their number."""
+    """Images with all pixels equal to their number."""
     images = ImageSet(
         name,
         "train",
@@ -45,7 +45,7 @@ def test_a_pass_has_every_image_once_and_its_own_order(gathered: Gathered) -> No
     passes = [torch.cat([batches(turn * 2 + k)["labels"] for k in range(2)]) for turn in range(3)]
     assert all(sorted(labels.tolist()) == sorted(gathered.labels.tolist()) for labels in passes)
     assert not torch.equal(passes[0], passes[1])
-    # A batch is a function of its number, whatever was asked for before; another seed has another order.
+    # A batch is a function of its number, whatever was read before; another seed has another order.
     assert torch.equal(ShuffledBatches(gathered, 4, seed=3)(4)["images"], batches(4)["images"])
     assert not torch.equal(
         ShuffledBatches(gathered, 8, seed=4)(0)["labels"], ShuffledBatches(gathered, 8, seed=3)(0)["labels"]
@@ -60,26 +60,26 @@ def test_what_is_left_of_a_pass_is_dropped(gathered: Gathered) -> None:
 
 
 def test_augmentation_has_a_seed_for_each_batch(gathered: Gathered) -> None:
-    seen: list[int] = []
+    seeds: list[int] = []
 
     def change(images: Tensor, seed: int) -> Tensor:
-        seen.append(seed)
+        seeds.append(seed)
         return images + 1
 
     batches = ShuffledBatches(gathered, 4, seed=0, augment=change)
     assert float(batches(0)["images"].min()) >= 1
     batches(1), batches(0)
-    assert seen[0] == seen[2] != seen[1]
+    assert seeds[0] == seeds[2] != seeds[1]
 
 
 def test_in_order_can_be_gone_through_again(gathered: Gathered) -> None:
     batches = InOrder(gathered, 3)
     assert len(batches) == 3
     for _ in range(2):
-        found = list(batches)
-        assert [name for _, _, ids in found for name in ids] == gathered.ids
-        assert torch.equal(torch.cat([labels for _, labels, _ in found]), gathered.labels)
-        assert [len(images) for images, _, _ in found] == [3, 3, 2]
+        passed = list(batches)
+        assert [name for _, _, ids in passed for name in ids] == gathered.ids
+        assert torch.equal(torch.cat([labels for _, labels, _ in passed]), gathered.labels)
+        assert [len(images) for images, _, _ in passed] == [3, 3, 2]
 
 
 def test_errors(gathered: Gathered) -> None:

@@ -12,7 +12,7 @@ from vismt import wheels
 from vismt.data.cards import load_card
 from vismt.data.check import check, prepare
 from vismt.data.images import open_images
-from vismt.data.interactions import Catalogue, draw_candidates, files
+from vismt.data.interactions import Catalogue, draw_candidates
 from vismt.data.manifest import write_manifest
 from vismt.data.texts import open_texts
 from vismt.errors import UserError
@@ -36,12 +36,10 @@ def put(home, write_card):
     return write
 
 
-def told(path, split: str) -> list[tuple[list[str], str, str]]:
-    found = open_texts(path, split)
-    titles = found.catalogue.titles
-    return [
-        ([titles[i] for i in row["history"]], titles[row["next"]], name) for row, name in zip(found.rows, found.ids)
-    ]
+def rows_of(path, split: str) -> list[tuple[list[str], str, str]]:
+    data = open_texts(path, split)
+    titles = data.catalogue.titles
+    return [([titles[i] for i in row["history"]], titles[row["next"]], name) for row, name in zip(data.rows, data.ids)]
 
 
 def test_the_last_of_each_user_is_the_test_and_nothing_later_is_before_it(put):
@@ -49,12 +47,12 @@ def test_the_last_of_each_user_is_the_test_and_nothing_later_is_before_it(put):
     events = "timestamp,user,item\n30,1,c\n10,1,a\n20,1,b\n40,1,a\n50,1,d\n1,2,d\n2,2,a\n7,3,a\n8,3,b\n9,3,c\n"
     path = put(EVENTS % "{train: 2, validation: 2, test: 2}", e_csv=events, i_csv=ITEMS)
     beta = "Beta, the second"
-    assert told(path, "train") == [(["Alpha"], beta, "train:1:1"), (["Delta"], "Alpha", "train:2:1")]
-    assert told(path, "test") == [
+    assert rows_of(path, "train") == [(["Alpha"], beta, "train:1:1"), (["Delta"], "Alpha", "train:2:1")]
+    assert rows_of(path, "test") == [
         (["Alpha", beta, "Gamma"], "Delta", "test:1:3"),
         (["Alpha", beta], "Gamma", "test:3:2"),
     ]
-    assert told(path, "validation") == [
+    assert rows_of(path, "validation") == [
         (["Alpha", beta], "Gamma", "validation:1:2"),
         (["Alpha"], beta, "validation:3:1"),
     ]
@@ -69,10 +67,12 @@ def test_sequences_with_their_own_split(put):
     )
     path = put(source, s_jsonl="", i_txt="0::Zero (1990)\n1::One :: more\n2::Two\n", u_jsonl=json.dumps(rows[0]))
     (path.parent.parent.parent / "data" / "t" / "s.jsonl.gz").write_bytes(packed)
-    assert told(path, "train") == [(["Two", "Zero"], "One", "train:0")]
+    assert rows_of(path, "train") == [(["Two", "Zero"], "One", "train:0")]
     assert len(open_texts(path)) == 2 and open_texts(path).ids == ["train:0", "test:0"]
     assert open_texts(path, "train").take([0]).catalogue.titles == ("Zero", "One", "Two")
-    write_manifest(path.parent / "m.json", files(load_card(path).sources[0], path.parent.parent.parent / "data" / "t"))
+    write_manifest(
+        path.parent / "m.json", load_card(path).sources[0].list_files(path.parent.parent.parent / "data" / "t")
+    )
     assert check(path).ok and "2 rows, 3 hashes agree" in str(check(path))
     (path.parent.parent.parent / "data" / "t" / "i.txt").write_text("0::Nil\n1::One\n2::Two\n")
     assert not check(path).ok and "changed 'i.txt'" in str(check(path))
@@ -82,18 +82,22 @@ CATALOGUE = Catalogue(tuple(map(str, range(60))), tuple(f"title {i // 2}" for i 
 
 
 def test_i11_candidates():
-    seen: list[list[int]] = []
+    drawn: list[list[int]] = []
     for row in range(40):
         history, target = [row % 60, (row + 2) % 60, (row + 7) % 60], (row + 12) % 60
-        found = draw_candidates(CATALOGUE, history, target, 20, f"user {row}")
-        titles = [CATALOGUE.titles[i] for i in found]
-        assert len(found) == len(set(titles)) == 20 and found.count(target) == 1  # titles come twice in the catalogue
+        candidates = draw_candidates(CATALOGUE, history, target, 20, f"user {row}")
+        titles = [CATALOGUE.titles[i] for i in candidates]
+        assert (
+            len(candidates) == len(set(titles)) == 20 and candidates.count(target) == 1
+        )  # titles come twice in the catalogue
         assert not {CATALOGUE.titles[i] for i in history} & set(titles)
-        assert found == draw_candidates(CATALOGUE, history, target, 20, f"user {row}")
-        assert found != draw_candidates(CATALOGUE, history, target, 20, f"user {row}", seed=1)
-        seen.append(found)
-    places = [found.index((row + 12) % 60) for row, found in enumerate(seen)]
-    assert len(set(places)) > 10 and len({tuple(found) for found in seen}) == 40  # the target's place tells nothing
+        assert candidates == draw_candidates(CATALOGUE, history, target, 20, f"user {row}")
+        assert candidates != draw_candidates(CATALOGUE, history, target, 20, f"user {row}", seed=1)
+        drawn.append(candidates)
+    places = [candidates.index((row + 12) % 60) for row, candidates in enumerate(drawn)]
+    assert (
+        len(set(places)) > 10 and len({tuple(candidates) for candidates in drawn}) == 40
+    )  # the target's place tells nothing
     assert draw_candidates(CATALOGUE, [0], 2, 4, "a") == draw_candidates(CATALOGUE, [0], 2, 4, "a") != [2, 3, 4, 5]
 
 
@@ -107,7 +111,7 @@ def test_too_many_candidates(count, message):
 
 @pytest.mark.parametrize(("files", "message"), [
     ({"e_csv": "user,item,time\n"}, "e.csv: has no column 'timestamp'"),
-    ({"e_csv": "user,item,timestamp\n1,a,x\n"}, "line 2: time 'x' is no number"),
+    ({"e_csv": "user,item,timestamp\n1,a,x\n"}, "line 2: time 'x' is not a number"),
     ({"e_csv": "user,item,timestamp\n1,z,3\n"}, "item 'z' has no title"),
     ({"e_csv": "user,item,timestamp\n1,a\n"}, "line 2: has 2 fields, the first line names 3"),
     ({"e_csv": "user,item,timestamp\n1,a,1\n1,b,2\n1,c,3\n"}, "1 of 2 rows found under .VISMT_DATA/t"),
@@ -123,8 +127,8 @@ def test_tables_that_the_card_does_not_describe(put, files, message):
 
 
 @pytest.mark.parametrize(("line", "message"), [
-    ("{", "line 1: is no JSON"), ("[1]", "is no object with history, a list, and next"),
-    ('{"history": 1, "next": 0}', "is no object"), ('{"history": [5], "next": 0}', "item '5' has no title"),
+    ("{", "line 1: is not JSON"), ("[1]", "is not an object with history, a list, and next"),
+    ('{"history": 1, "next": 0}', "is not an object"), ('{"history": [5], "next": 0}', "item '5' has no title"),
 ])  # fmt: skip
 def test_sequences_that_the_card_does_not_describe(put, line, message):
     with pytest.raises(UserError, match=message):
@@ -139,7 +143,7 @@ def test_a_damaged_archive(put):
     (path.parent.parent.parent / "data" / "t" / "s.jsonl.gz").unlink()
     with pytest.raises(UserError, match="missing file"):
         open_texts(path)
-    with pytest.raises(UserError, match="is a text set; open it with open_texts"):
+    with pytest.raises(UserError, match=r"is a set of texts \(kind interactions\); open it with open_texts"):
         open_images(path)
 
 
@@ -150,8 +154,8 @@ def test_a_damaged_archive(put):
     ("separator: ', '", "separator ', ' must be one character"),
     ("item_separator: ''", "item_separator '' must be one character"),
     ("shortest: 0", "shortest 0; a history has at least 1 item"),
-    ("title: 'x'", "has 0 groups, needed one"),
-    ("title: '('", "is no regular expression"),
+    ("title: 'x'", "has 0 groups, must have one"),
+    ("title: '('", "is not a regular expression"),
     ("encoding: latin-99", "encoding 'latin-99' is not known"),
     ("inside: ../data", "must be a relative path"),
     ("wheel: recbole", "wheel 'recbole' must be 'package==version', with a 'manifest'"),
@@ -178,7 +182,7 @@ def test_cards_that_contradict_themselves(put, change, message):
 
 @pytest.fixture
 def wheeled(home, write_card, monkeypatch, tmp_path):
-    """wheeled(**members): a card whose files are in a wheel that a pip of ours gives."""
+    """wheeled(**members): a card with its files in a wheel that a fake pip delivers."""
     source = EVENTS.replace("root: t,", "root: t, wheel: some-package==1.0, inside: pkg/data, manifest: m.json,")
     path = write_card(f"  - {source}" % "{test: 1}", classes=0)
     content = {"i.csv": ITEMS, "e.csv": "user,item,timestamp\n1,a,1\n1,b,2\n1,c,3\n"}

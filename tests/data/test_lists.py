@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vismt.data.cards import load_card
-from vismt.data.check import check, source_files
+from vismt.data.check import check
 from vismt.data.images import open_images
 from vismt.errors import UserError
 
@@ -47,8 +47,8 @@ def test_splits_labels_and_images(birds):
     assert test.ids == ["images/001.Albatross/b.png", "images/003.Auklet/b c.png"] and test.labels.tolist() == [0, 2]
     assert open_images(card).ids == train.ids + test.ids
     report = check(card)
-    assert report.ok and [row.found for row in report.splits] == [3, 2]
-    assert set(source_files(load_card(card).sources[0], birds[1])) == {
+    assert report.ok and [row.actual for row in report.splits] == [3, 2]
+    assert set(load_card(card).sources[0].list_files(birds[1])) == {
         "paths.txt",
         "labels.txt",
         "training.txt",
@@ -115,7 +115,7 @@ def test_a_path_that_leaves_the_folder_is_refused(birds, paint, path):
         ),
         ("training.txt", "9 1\n", "09 1\n", "ids of '.*paths.txt' are not in 'training.txt', the first is '9'"),
         ("paths.txt", "9 002.Ani/a.png\n", "", "ids of '.*labels.txt' are not in 'paths.txt', the first is '9'"),
-        ("labels.txt", "7 3", "7 4", "labels.txt: id '7' has '4', which is no class of 'names.txt'"),
+        ("labels.txt", "7 3", "7 4", "labels.txt: id '7' has '4', which is not a class of 'names.txt'"),
         ("training.txt", "9 1", "9 2", r"training.txt: id '9' has '2', which is neither 1 \(train\) nor 0 \(test\)"),
         ("training.txt", "9 1", "9 0", r"2 of 3 images found under \$VISMT_DATA/birds \(split 'train'\)"),
         ("names.txt", "3 003.Auklet\n", "3 003.Auklet\n4 004.Bunting\n", "4 of 3 classes found"),

@@ -38,7 +38,10 @@ def test_absent_set_says_how_to_get_it(home, name):
     report = check(name)
     steps = " ".join(load_card(name).how_to_get.split())
     assert (
-        not report.ok and str(report).endswith(f"Get it so: {steps}") and "$VISMT_DATA" in steps and "https://" in steps
+        not report.ok
+        and str(report).endswith(f"How to get it: {steps}")
+        and "$VISMT_DATA" in steps
+        and "https://" in steps
     )
     with pytest.raises(UserError, match="cannot be downloaded by vismt"):
         prepare(name)

@@ -81,13 +81,13 @@ def test_cache_false_stays_in_memory(home, pets, on_disk):
 def test_a_store_too_large_to_keep_is_decoded_on_demand(home, pets, monkeypatch):
     whole = Pixels(open_images(pets), 8)
     monkeypatch.setattr(module, "STORE_BYTES", 100)
-    images, asked = open_images(pets), []
+    images, decoded = open_images(pets), []
     read = images.reader
-    images.reader = lambda i: asked.append(i) or read(i)
+    images.reader = lambda i: decoded.append(i) or read(i)
     lazy = Pixels(images, 8)
-    assert asked == [] and not (home / "cache").exists()
+    assert decoded == [] and not (home / "cache").exists()
     index = torch.tensor([4, 0, 4])
-    assert torch.equal(lazy[index], whole[index]) and asked == [4, 0, 4]
+    assert torch.equal(lazy[index], whole[index]) and decoded == [4, 0, 4]
     assert isinstance(Pixels(open_images(pets), 8, cache=False).store, np.ndarray)
 
 

@@ -117,8 +117,12 @@ def test_camvid_maps():
     rows = torch.arange(180.0)[:, None].expand(180, 240)
     assert rows[sky].mean() + 60 < rows[road].mean()
     assert sample["image"][:, sky].float().mean() > 2 * sample["image"][:, road].float().mean()
-    known = sample["semseg"] != 255
-    assert int(sample["semseg"][known].max()) <= 10 and (~known).any() and torch.equal(known, sample["edge"] != 255)
+    labelled = sample["semseg"] != 255
+    assert (
+        int(sample["semseg"][labelled].max()) <= 10
+        and (~labelled).any()
+        and torch.equal(labelled, sample["edge"] != 255)
+    )
     assert 0.01 < (sample["edge"] == 1).float().mean() < 0.1
 
 

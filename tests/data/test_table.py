@@ -101,7 +101,7 @@ def test_no_table(home, paint, write_card):
 
 @pytest.fixture
 def graded(home, paint, write_card):
-    """A table for training, and one that holds validation and test rows, told apart by the column Usage."""
+    """A table for training, and one with validation and test rows that the column Usage distinguishes."""
     base = home / "data" / "x"
     base.mkdir()
     (base / "train.csv").write_text("image,level\na,0\nb,1\nc,1\n")
@@ -116,13 +116,13 @@ def graded(home, paint, write_card):
 
 
 def test_a_table_for_each_split(graded):
-    found = {split: open_images(graded, split) for split in ("train", "val", "test", "all")}
-    assert found["train"].ids == ["in/a.png", "in/b.png", "in/c.png"] and found["train"].labels.tolist() == [0, 1, 1]
-    assert found["val"].ids == ["out/e.png", "out/g.png"] and found["val"].labels.tolist() == [0, 1]
-    assert found["test"].ids == ["out/d.png", "out/f.png"] and found["test"].labels.tolist() == [1, 0]
-    assert found["all"].ids == [name for split in ("train", "val", "test") for name in found[split].ids]
+    parts = {split: open_images(graded, split) for split in ("train", "val", "test", "all")}
+    assert parts["train"].ids == ["in/a.png", "in/b.png", "in/c.png"] and parts["train"].labels.tolist() == [0, 1, 1]
+    assert parts["val"].ids == ["out/e.png", "out/g.png"] and parts["val"].labels.tolist() == [0, 1]
+    assert parts["test"].ids == ["out/d.png", "out/f.png"] and parts["test"].labels.tolist() == [1, 0]
+    assert parts["all"].ids == [name for split in ("train", "val", "test") for name in parts[split].ids]
     report = check(graded)
-    assert report.ok and [row.found for row in report.splits] == [3, 2, 2]
+    assert report.ok and [row.actual for row in report.splits] == [3, 2, 2]
 
 
 def test_rows_that_the_split_lacks_are_missed(home, graded):

@@ -46,17 +46,17 @@ def put(home, write_card):
 def test_mixed_line_ends_and_bare_quotes(put):
     # A csv reader takes the quote before "So with" as the beginning of a field and swallows the two rows after it.
     content = b'plain\t1\r"whole ""field"" here"\t0\r"So with\t1\nend of line \x85 is none\t0\r\n"also" bare\t1'
-    found = open_texts(put(content, LINES % (5, ", encoding: latin-1")))
-    assert [row["text"] for row in found.rows] == [
+    data = open_texts(put(content, LINES % (5, ", encoding: latin-1")))
+    assert [row["text"] for row in data.rows] == [
         "plain",
         'whole "field" here',
         '"So with',
         "end of line \x85 is none",
         '"also" bare',
     ]
-    assert [row["label"] for row in found.rows] == ["1", "0", "1", "0", "1"]
-    assert found.ids == [f"all:{i}" for i in range(5)] and found.take([3, 1]).ids == ["all:3", "all:1"]
-    assert found.take([3, 1]).content() != found.take([1, 3]).content() != found.content()
+    assert [row["label"] for row in data.rows] == ["1", "0", "1", "0", "1"]
+    assert data.ids == [f"all:{i}" for i in range(5)] and data.take([3, 1]).ids == ["all:3", "all:1"]
+    assert data.take([3, 1]).content() != data.take([1, 3]).content() != data.content()
 
 
 def test_separators_are_taken_in_turn(put):
@@ -73,8 +73,8 @@ def test_json_lines_and_groups(put):
         " extract: {answer: '(?s)(?P<why>.*?)(?: or (?P<other>.*?))? #### (?P<final>.*)'}}"
     )
     rows = [{"answer": "a\nb #### 7", "left": 1}, {"answer": "x or y #### 8"}]
-    found = open_texts(put("\n".join(json.dumps(row) for row in rows).encode(), source))
-    assert found.rows == [
+    data = open_texts(put("\n".join(json.dumps(row) for row in rows).encode(), source))
+    assert data.rows == [
         {"answer": "a\nb #### 7", "why": "a\nb", "final": "7"},
         {"answer": "x or y #### 8", "why": "x", "other": "y", "final": "8"},
     ]
@@ -95,38 +95,37 @@ def test_check_tells_a_changed_file(home, put):
     path = put(b"a\t1\nb\t0\n", LINES % (2, ", manifest: m.json"))
     from vismt.data.cards import load_card
     from vismt.data.manifest import write_manifest
-    from vismt.data.texts import files
 
     source = load_card(path).sources[0]
-    write_manifest(path.parent / "m.json", files(source, home / "data" / "t"))
+    write_manifest(path.parent / "m.json", source.list_files(home / "data" / "t"))
     report = check(path)
     assert report.ok and "2 rows" in str(report) and "1 hash agrees" in str(report)
     (home / "data" / "t" / "a.txt").write_bytes(b"a\t1\nc\t0\n")
     assert not check(path).ok and "changed 'a.txt'" in str(check(path))
 
 
-@pytest.mark.parametrize(("content", "told"), [
+@pytest.mark.parametrize(("content", "message"), [
     (b"a\t1\n", "1 of 2 rows found under .VISMT_DATA/t"),
     (b"a\t1\nb\n", r"line 2: has no '\\t' after 'b'; it must hold text, label"),
     (b"a\t1\nb\t0\tc\n", "line 2: has more than the fields text, label"),
     (b"a\t1\n\xe5\t0\n", "a.txt' cannot be read: 'utf-8' codec"),
 ])  # fmt: skip
-def test_rows_that_the_card_does_not_describe(put, content, told):
-    with pytest.raises(UserError, match=told):
+def test_rows_that_the_card_does_not_describe(put, content, message):
+    with pytest.raises(UserError, match=message):
         open_texts(put(content, LINES % (2, "")))
 
 
-@pytest.mark.parametrize(("change", "told"), [
+@pytest.mark.parametrize(("change", "message"), [
     ("form: line", "form 'line' is not known. Near: 'lines'"),
     ("separators: []", "need 1 separators"),
     ("files: {test: a.txt}", "they must agree"),
     ("encoding: latin-99", "encoding 'latin-99' is not known"),
     ("extract: {text: '(?P<label>.)'}", "named like no other field"),
-    ("extract: {text: '('}", "is no regular expression"),
-    ("starts: x", "'starts' and one field are for form 'documents'"),
+    ("extract: {text: '('}", "is not a regular expression"),
+    ("starts: x", "form 'documents' needs 'starts' and one field"),
     ("files: {all: ../a.txt}", "must be a relative path"),
 ])  # fmt: skip
-def test_cards_that_contradict_themselves(put, change, told):
+def test_cards_that_contradict_themselves(put, change, message):
     key = change.partition(":")[0]
     base = {
         "kind": "text",
@@ -138,14 +137,14 @@ def test_cards_that_contradict_themselves(put, change, told):
         "splits": "{all: 1}",
     }
     base[key] = change.partition(": ")[2]
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         open_texts(put(b"a\t1", "{" + ", ".join(f"{name}: {value}" for name, value in base.items()) + "}"))
 
 
 def test_the_wrong_door(put, pets):
-    with pytest.raises(UserError, match="is a text set; open it with open_texts"):
+    with pytest.raises(UserError, match=r"is a set of texts \(kind text\); open it with open_texts"):
         open_images(put(b"a\t1", LINES % (1, "")))
-    with pytest.raises(UserError, match="is no set of texts"):
+    with pytest.raises(UserError, match=r"is a set of labelled images \(kind folder\); open it with open_images"):
         open_texts(pets)
     path = put(b"a\t1", LINES % (1, ""))
     with pytest.raises(UserError, match=r"no split 'al'. Near: 'all'"):
@@ -160,18 +159,18 @@ def test_the_wrong_door(put, pets):
 def test_the_real_sets(name):
     split, count, values = REAL[name]
     try:
-        found = open_texts(name, split)
+        data = open_texts(name, split)
     except UserError as error:
         if "nothing found" in str(error):
             pytest.skip(str(error))
         raise
-    assert len(found) == count and len(set(found.ids)) == count
+    assert len(data) == count and len(set(data.ids)) == count
     assert all(
         isinstance(value, str) and value and "\r" not in value
-        for row in found.rows
+        for row in data.rows
         for key, value in row.items()
         if key in ("text", "question", "sentence")
     )
-    for field, known in values.items():
-        assert {row[field] for row in found.rows} == known
+    for field, expected in values.items():
+        assert {row[field] for row in data.rows} == expected
     assert check(name).ok and check(name).groups

@@ -25,9 +25,9 @@ def test_thinning_is_that_of_skimage_for_all_maps_of_a_word(band: int, monkeypat
     monkeypatch.setattr(thinning, "BAND", band)  # bands of rows, few or many, change nothing
     maps = [blobs(23, 31, sigma, seed) > 0.5 for seed, sigma in enumerate(np.linspace(0.4, 5, 64))]
     words = np.zeros((23, 31), dtype=np.uint64)
-    for bit, one in enumerate(maps):
-        words |= one.astype(np.uint64) << np.uint64(bit)
+    for bit, single in enumerate(maps):
+        words |= single.astype(np.uint64) << np.uint64(bit)
     thinned = thin(words)
-    for bit, one in enumerate(maps):
-        want = skimage.thin(one)
-        assert ((thinned >> np.uint64(bit) & np.uint64(1)) == want).all() and (thin(one) == want).all()
+    for bit, single in enumerate(maps):
+        want = skimage.thin(single)
+        assert ((thinned >> np.uint64(bit) & np.uint64(1)) == want).all() and (thin(single) == want).all()

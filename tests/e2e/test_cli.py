@@ -1,4 +1,4 @@
-"""The command line from configuration to report on a tiny random ViT and real digits; every user error ends with code 2."""
+"""The command line on a tiny random ViT and real digits, from configuration to report; user errors exit with code 2."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from vismt.engine.log import read_lines
 
 pytest.importorskip("sklearn")
 
+TRAINING, EPISODES = "arms/adapted/lr-0.001-seed-0", "episodes/seed-0"
 SMALL = {
     "model": {"name": "test_vit", "img_size": 32, "pretrained": False, "block": 4},
     "on_bad_sample": "error",
@@ -52,25 +53,36 @@ def run_folder(tmp_path_factory) -> Path:
 def test_a_run_leaves_everything_a_number_needs(run_folder: Path) -> None:
     assert run_folder.name.startswith("small-")
     rows = read_lines(run_folder / "results.jsonl")
-    assert {(row["model"], row["condition"]) for row in rows} == {
+    assert {(row["arm"], row["condition"]) for row in rows} == {
         (model, condition) for model in ("frozen", "adapted") for condition in ("clean", rows[1]["condition"])
     }
     facts = json.loads((run_folder / "run.json").read_text())
     for row in rows:
-        assert row["n"] == 3 and row["ci95"] >= 0 and row["config_hash"] == facts["config_hash"] == run_folder.name[-8:]
-    assert facts["adapt"]["method"] == "lora" and facts["finished"] and facts["wall_time_s"] > 0
-    assert [row["step"] for row in read_lines(run_folder / "metrics.jsonl")] == [1, 2, 3, 4]
-    for name in ("report.md", "report.html", "config.resolved.yaml", "checkpoint.pt", "adapter/adapter.json"):
+        assert (
+            row["n"] == 3
+            and row["low"] <= row["value"] <= row["high"]
+            and row["config_hash"] == facts["config_hash"] == run_folder.name[-8:]
+        )
+    assert facts["adapt"]["arms"]["adapted"]["method"] == "lora" and facts["finished"] and facts["wall_time_s"] > 0
+    assert [row["step"] for row in read_lines(run_folder / TRAINING / "metrics.jsonl")] == [1, 2, 3, 4]
+    for name in (
+        "report.md",
+        "report.html",
+        "config.resolved.yaml",
+        f"{TRAINING}/checkpoint.pt",
+        f"{TRAINING}/adapter/adapter.json",
+    ):
         assert (run_folder / name).stat().st_size > 0
     assert list((run_folder / "figures").glob("*.png")) and list((run_folder / "panels").glob("*.npz"))
-    # 2 records of a header and 3 episodes each
-    assert [len(read_lines(path)) for path in sorted((run_folder / "records").iterdir())] == [4, 4]
+    # a header and 3 episodes of each model; the values by example of each model
+    assert [len(read_lines(path)) for path in sorted((run_folder / EPISODES).iterdir())] == [4, 4]
+    assert [len(read_lines(path)) for path in sorted((run_folder / "records").iterdir())] == [3, 3]
 
 
 def test_the_same_command_again_does_nothing_twice(run_folder: Path, capsys) -> None:
-    before = {path: path.read_text() for path in (run_folder / "records").iterdir()}
+    before = {path: path.read_text() for path in (run_folder / EPISODES).iterdir()}
     assert main(["run", str(write(run_folder.parent.parent)), "--out", str(run_folder.parent)]) == 0
-    assert {path: path.read_text() for path in (run_folder / "records").iterdir()} == before
+    assert {path: path.read_text() for path in (run_folder / EPISODES).iterdir()} == before
     out = capsys.readouterr().out
     assert "done before" in out and out.strip().splitlines()[-1].endswith("report.html")
 
@@ -83,10 +95,10 @@ def test_merged_export_is_a_stock_timm_checkpoint(run_folder: Path, tmp_path: Pa
     model = timm.create_model("test_vit", img_size=32, num_classes=0, checkpoint_path=str(file))
     assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
     assert (run_folder / "merged" / "model.safetensors").read_bytes() == file.read_bytes()
-    alone = timm.create_model(f"local-dir:{file.parent}", pretrained=True)  # the folder says all that is needed
-    assert set(alone.state_dict()) == set(state) and alone.patch_embed.img_size == (32, 32)
-    assert all(torch.equal(alone.state_dict()[name], value) for name, value in state.items())
-    assert list(timm.data.resolve_model_data_config(alone)["input_size"]) == [3, 32, 32]
+    from_folder = timm.create_model(f"local-dir:{file.parent}", pretrained=True)  # the folder alone is enough
+    assert set(from_folder.state_dict()) == set(state) and from_folder.patch_embed.img_size == (32, 32)
+    assert all(torch.equal(from_folder.state_dict()[name], value) for name, value in state.items())
+    assert list(timm.data.resolve_model_data_config(from_folder)["input_size"]) == [3, 32, 32]
 
 
 def test_peft_export_is_read_by_peft(run_folder: Path, tmp_path: Path) -> None:
@@ -97,11 +109,11 @@ def test_peft_export_is_read_by_peft(run_folder: Path, tmp_path: Path) -> None:
     stock = create("test_vit", 32, False).vit
     images = torch.rand(2, 3, 32, 32)
     before = stock(images)
-    theirs = peft.PeftModel.from_pretrained(stock, str(tmp_path)).eval()
-    merged = safetensors.torch.load_file(run_folder / "merged" / "model.safetensors")
-    ours = timm.create_model("test_vit", img_size=32, num_classes=0).eval()
-    ours.load_state_dict(merged)
-    assert torch.allclose(theirs(images), ours(images), atol=1e-5) and not torch.equal(theirs(images), before)
+    peft_model = peft.PeftModel.from_pretrained(stock, str(tmp_path)).eval()
+    merged_model = timm.create_model("test_vit", img_size=32, num_classes=0).eval()
+    merged_model.load_state_dict(safetensors.torch.load_file(run_folder / "merged" / "model.safetensors"))
+    after = peft_model(images)
+    assert torch.allclose(after, merged_model(images), atol=1e-5) and not torch.equal(after, before)
 
 
 def test_attacking_a_run_adds_rows_and_keeps_the_others(run_folder: Path) -> None:
@@ -124,7 +136,7 @@ def test_two_radii_of_one_attack_stand_side_by_side(run_folder: Path) -> None:
 def test_damaged_run_folders_are_named(run_folder: Path, tmp_path: Path, capsys) -> None:
     import shutil
 
-    records = next((run_folder / "records").glob("*frozen.jsonl"))
+    records = next((run_folder / EPISODES).glob("*frozen.jsonl"))
     lines = records.read_text().splitlines()
     lines[1] = json.dumps({**json.loads(lines[1]), "clean": "abc"})
     changed = (run_folder / "config.resolved.yaml").read_text().replace("rank: 2", "rank: 3")
@@ -133,8 +145,8 @@ def test_damaged_run_folders_are_named(run_folder: Path, tmp_path: Path, capsys)
         ("run.json", '{"wall_time_s": "a"}', "run.json"),
         ("results.jsonl", "5\n{}\n", "results.jsonl"),
         ("results.jsonl", "{}\n", "results.jsonl"),
-        (f"records/{records.name}", "\n".join(lines) + "\n", "line 2 is not a record"),
-        ("classifier.safetensors", "x", "classifier.safetensors"),
+        (f"{EPISODES}/{records.name}", "\n".join(lines) + "\n", "line 2 is not a record"),
+        (f"{TRAINING}/classifier.safetensors", "x", "classifier.safetensors"),
         ("config.resolved.yaml", changed, "changed after"),
     ):
         folder = tmp_path / "copy"
@@ -147,47 +159,60 @@ def test_damaged_run_folders_are_named(run_folder: Path, tmp_path: Path, capsys)
 
 
 def test_merging_before_training_says_what_to_do(tmp_path: Path, capsys) -> None:
-    assert (
-        main(
-            ["run", str(write(tmp_path, adapt=None, train=None, source={})), "--out", str(tmp_path / "runs"), "--quiet"]
-        )
-        == 0
-    )
+    path = write(tmp_path, adapt=None, train=None, source={})
+    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
     folder = next((tmp_path / "runs").iterdir())
     for command in (["merge", str(folder)], ["export", str(folder), "--format", "peft"]):
         assert main(command) == 2
         assert "no trained adapter" in capsys.readouterr().err
 
 
+def test_expert_is_a_hidden_alias_of_arm(run_folder: Path, capsys) -> None:
+    for option in ("--arm", "--expert"):
+        assert main(["merge", str(run_folder), option, "nowhere"]) == 2
+        output = capsys.readouterr()
+        assert "nowhere" in output.err
+        assert ("--expert is now --arm" in output.out) == (option == "--expert")
+    assert main(["export", str(run_folder), "--arm", "a", "--expert", "b"]) == 2
+    assert "give --arm only" in capsys.readouterr().err
+    for command in ("merge", "export", "predict"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = capsys.readouterr().out
+        assert "--arm NAME[:SEED]" in text and "--expert" not in text
+
+
 def test_interrupted_training_and_evaluation_go_on(tmp_path: Path, monkeypatch, capsys) -> None:
     from vismt.engine import checkpoint
     from vismt.metatune import protocol
 
-    path, out = write(tmp_path), tmp_path / "runs"
-    save, once = checkpoint.save, []
+    path = write(tmp_path)
+    out = tmp_path / "runs"
+    save = checkpoint.save
+    saves = []
 
     def interrupted(*arguments: object) -> None:
         save(*arguments)
-        if not once:
-            once.append(1)
+        saves.append(arguments)
+        if len(saves) == 1:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "save", interrupted)
     assert main(["run", str(path), "--out", str(out)]) == 130
-    assert "goes on from here" in capsys.readouterr().err
+    assert "continue from here" in capsys.readouterr().err
     calls = []
-    whole = protocol._Run.__call__
+    run_episode = protocol._EpisodeRunner.__call__
 
     def second_fails(self, index: int):
         calls.append(index)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return whole(self, index)
+        return run_episode(self, index)
 
-    monkeypatch.setattr(protocol._Run, "__call__", second_fails)
+    monkeypatch.setattr(protocol._EpisodeRunner, "__call__", second_fails)
     assert main(["run", str(path), "--out", str(out)]) == 130
     assert "at step 2 of 4" in capsys.readouterr().out
-    monkeypatch.setattr(protocol._Run, "__call__", whole)
+    monkeypatch.setattr(protocol._EpisodeRunner, "__call__", run_episode)
     assert main(["run", str(path), "--out", str(out)]) == 0
     assert "1 of 3 are on record" in capsys.readouterr().out
 
@@ -196,7 +221,7 @@ def test_evaluation_of_frozen_features_needs_no_training(tmp_path: Path) -> None
     path = write(tmp_path, adapt=None, train=None, source={})
     assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
     rows = read_lines(next((tmp_path / "runs").iterdir()) / "results.jsonl")
-    assert {row["model"] for row in rows} == {"frozen"}
+    assert {row["arm"] for row in rows} == {"frozen"}
 
 
 def test_an_image_classifier_from_elsewhere_is_attacked(tmp_path: Path, capsys) -> None:
@@ -220,10 +245,10 @@ def test_an_image_classifier_from_elsewhere_is_attacked(tmp_path: Path, capsys) 
     code = main(command)
     captured = capsys.readouterr()
     assert code == 0, captured.err
-    assert captured.out.count("n = 12 images") == 2
-    assert len(read_lines(tmp_path / "out" / "records.jsonl")) == 13
-    rows = json.loads((tmp_path / "out" / "rows.json").read_text())["rows"]
+    assert captured.out.count("(n = 12 images)") == 1 and "report.html" in captured.out
+    rows = read_lines(tmp_path / "out" / "results.jsonl")
     assert [row["n"] for row in rows] == [12, 12] and rows[1]["value"] <= rows[0]["value"]
+    assert [row["kind"] for row in rows] == ["clean", "attack"] and rows[0]["chance"] == 0.1
 
 
 @pytest.mark.parametrize(
@@ -260,7 +285,7 @@ def test_an_image_classifier_from_elsewhere_is_attacked(tmp_path: Path, capsys) 
         (["attack", "--model", "test_vit"], ["--data"]),
         (["attack", "--model", "test_vit", "--random-weights", "--data", "digits"], ["1000 outputs", "10 classes"]),
         (["export", "{run}", "--format", "onnx"], ["'onnx'", "'timm'"]),
-        (["export", "{run}", "--format", "transformers"], ["no transformers model"]),
+        (["export", "{run}", "--format", "transformers"], ["not a transformers model"]),
         (["data", "check", "digitz"], ["digitz"]),
         (["data", "prepare"], ["name a card"]),
         (["assets", "get", "vit_small_patch14_imgfocs"], ["vit_small_patch14_imgfocus"]),
@@ -276,15 +301,15 @@ def test_user_errors_are_one_line_and_code_2(command, words, run_folder: Path, t
     assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words), error
 
 
-def test_a_divergent_run_says_so_and_keeps_its_folder(tmp_path: Path, capsys) -> None:
+def test_a_divergent_run_is_reported_and_keeps_its_folder(tmp_path: Path, capsys) -> None:
     path = write(tmp_path, train={"steps": 6, "lr": 1e30, "checkpoint_every": 1, "clip": None, "optimizer": "sgd"})
     assert main(["train", str(path), "--out", str(tmp_path / "runs")]) == 2
     assert "not finite at step" in capsys.readouterr().err
 
 
 @pytest.fixture
-def own_card(tmp_path: Path) -> Path:
-    """A card of three classes with one file that is no image."""
+def card_path(tmp_path: Path) -> Path:
+    """A card of three classes with one file that is not an image."""
     from torchvision.io import write_png
 
     generator = torch.Generator().manual_seed(0)
@@ -293,15 +318,15 @@ def own_card(tmp_path: Path) -> Path:
         for number in range(5):
             image = torch.randint(0, 256, (3, 20, 24), generator=generator, dtype=torch.uint8)
             write_png(image, str(tmp_path / "set" / "images" / name / f"{number}.png"))
-    (tmp_path / "set" / "images" / "b" / "9.png").write_bytes(b"this is no image")
+    (tmp_path / "set" / "images" / "b" / "9.png").write_bytes(b"not an image")
     source = {"kind": "folder", "root": "images", "layout": "{class}", "splits": {"all": None}}
-    card = {"name": "own", "title": "t", "source": "s", "licence": "l", "classes": 3, "sources": [source]}
+    card = {"name": "small_set", "title": "t", "source": "s", "licence": "l", "classes": 3, "sources": [source]}
     (tmp_path / "set" / "card.yaml").write_text(yaml.safe_dump(card))
     return tmp_path / "set" / "card.yaml"
 
 
-def test_a_file_that_is_no_image_stops_the_run_or_is_counted(own_card: Path, tmp_path: Path, capsys) -> None:
-    evaluate = {**SMALL["evaluate"], "data": [str(own_card)], "attacks": []}
+def test_a_file_that_is_no_image_stops_the_run_or_is_counted(card_path: Path, tmp_path: Path, capsys) -> None:
+    evaluate = {**SMALL["evaluate"], "data": [str(card_path)], "attacks": []}
     path = write(tmp_path, adapt=None, train=None, source={}, evaluate=evaluate)
     command = ["run", str(path), "--out", str(tmp_path / "runs")]
     assert main(command) == 2
@@ -310,18 +335,20 @@ def test_a_file_that_is_no_image_stops_the_run_or_is_counted(own_card: Path, tmp
     assert main([*command, "on_bad_sample=skip"]) == 0
     out = capsys.readouterr().out
     assert "15 images" in out and "9.png" in out
-    (own_card.parent / "images" / "d").mkdir()
+    (card_path.parent / "images" / "d").mkdir()
     assert main(command) == 2
     assert "images/d' holds no image" in capsys.readouterr().err
 
 
 def test_bf16_trains_beside_a_full_precision_run(tmp_path: Path) -> None:
-    """Two runs of different precision in one process; accelerate would keep the first one's."""
+    """Two runs of different precision in one process; accelerate alone would keep the first precision."""
     train = {"steps": 2, "lr": 1e-3}
     for precision in ("no", "bf16", "no"):
         path = write(tmp_path, train={**train, "precision": precision})
         assert main(["train", str(path), "--out", str(tmp_path / precision), "--quiet"]) == 0
-    losses = [read_lines(next((tmp_path / name).iterdir()) / "metrics.jsonl")[0]["loss"] for name in ("no", "bf16")]
+    losses = [
+        read_lines(next((tmp_path / name).iterdir()) / TRAINING / "metrics.jsonl")[0]["loss"] for name in ("no", "bf16")
+    ]
     assert losses[0] != losses[1] and abs(losses[0] - losses[1]) < 0.1 * losses[0]
 
 
@@ -346,7 +373,7 @@ def test_data_check_of_an_embedded_set(capsys) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
-    """torchrun on two CPU processes: both see their own episodes, the gradients are averaged, one adapter is written."""
+    """torchrun on two CPU processes: each draws its own episodes, gradients are averaged, one adapter is written."""
     path = write(tmp_path, evaluate={**SMALL["evaluate"], "attacks": []})
     command = [
         sys.executable,
@@ -363,20 +390,20 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
         "--out",
         str(tmp_path / "runs"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert process.returncode == 0, process.stderr[-2000:]
     folder = next((tmp_path / "runs").iterdir())
-    assert len(read_lines(folder / "metrics.jsonl")) == 4 and (folder / "report.html").exists()
-    assert done.stdout.count("report  ") == 1
+    assert len(read_lines(folder / TRAINING / "metrics.jsonl")) == 4 and (folder / "report.html").exists()
+    assert process.stdout.count("report  ") == 1
 
 
 @pytest.mark.slow
 def test_the_list_answers_quickly() -> None:
-    """Two seconds beyond importing torch is the promise; counted in imports of heavy packages rather than in time."""
+    """`vismt list` imports no heavy package, which keeps it within two seconds of importing torch."""
     heavy = ("transformers", "torchattacks", "matplotlib", "accelerate", "sklearn", "skimage", "onnx")
     code = f"import sys; from vismt.cli import main; main(['list']); print([n for n in {heavy} if n in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip().splitlines()[-1] == "[]"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip().splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("what", ["core", "amt", "emtal"])

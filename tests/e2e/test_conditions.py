@@ -1,4 +1,4 @@
-"""Every attack, transfer, corruptions and the masking check from a few-shot configuration to its report."""
+"""Attacks, transfer, corruptions and the masking check of the few-shot job, from configuration to report."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run(folder: Path, *overrides: str, **evaluate: object) -> Path:
 )
 def test_every_attack_by_name(tmp_path: Path, monkeypatch, ways: int, text: str) -> None:
     monkeypatch.setattr(attacks, "AUTO_QUERIES", 5)
-    chosen = [{"epsilon": "4/255", "steps": 2, **one} for one in EVERY if ways > 3 or one["name"] != "apgd_t"]
+    chosen = [{"epsilon": "4/255", "steps": 2, **attack} for attack in EVERY if ways > 3 or attack["name"] != "apgd_t"]
     folder = run(tmp_path, "--quiet", ways=ways, episodes=2, attacks=chosen, models=["frozen"])
     rows = read_lines(folder / "results.jsonl")
     conditions = [row["condition"] for row in rows]
@@ -67,7 +67,7 @@ def test_a_targeted_attack_on_three_ways_says_what_to_take(tmp_path: Path, capsy
     path.write_text(yaml.safe_dump({**BASE, "evaluate": evaluate}))
     assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
     error = capsys.readouterr().err
-    assert not list((tmp_path / "runs").glob("*/adapter"))  # said before the training
+    assert not list((tmp_path / "runs").glob("*/adapter"))  # refused before the training
     assert "needs 4 classes" in error and "take apgd_ce" in error and error.count("\n") == 1
 
 
@@ -89,28 +89,28 @@ def test_transfer_corruptions_and_masking_reach_the_report(tmp_path: Path, capsy
     white, frozen, adapted = "PGD-2 linf 8/255", "PGD-2 linf 8/255 from frozen", "PGD-2 linf 8/255 from adapted"
     corrupted = [f"contrast {s}" for s in (1, 2, 3, 4, 5)] + ["fog 1", "fog 5"]
     assert {row["condition"] for row in rows} == {"clean", white, frozen, adapted, *corrupted}
-    value = {(row["model"], row["data"], row["condition"]): row["value"] for row in rows}
+    value = {(row["arm"], row["data"], row["condition"]): row["value"] for row in rows}
     for data in ("digits", "photo_crops-test"):
-        # from itself is white-box: the same images
+        # transfer from the model itself is white-box: the same images
         assert value["frozen", data, white] == value["frozen", data, frozen]
         assert value["adapted", data, white] == value["adapted", data, adapted]
-    header = read_lines(folder / "records" / "digits-3-way-1-shot-adapted.jsonl")[0]["settings"]
-    by_source = {one["source"]: one["source_fingerprint"] for one in header["attacks"] if "source" in one}
+    header = read_lines(folder / "episodes" / "seed-0" / "digits-3-way-1-shot-adapted.jsonl")[0]["settings"]
+    by_source = {spec["source"]: spec["source_fingerprint"] for spec in header["attacks"] if "source" in spec}
     assert len(set(by_source.values())) == 2 and by_source["adapted"] == header["fingerprint"]
-    # one line a model on the console, a line a model and set in the folder, a table in the report
+    # console: one line per model; folder: one line per model and set; report: one table
     assert [line.split()[1] for line in out.splitlines() if line.startswith("masking ")] == ["frozen", "adapted"]
     lines = read_lines(folder / "masking.jsonl")
-    assert [(one["model"], one["data"]) for one in lines] == [
+    assert [(line["model"], line["data"]) for line in lines] == [
         (model, data) for model in ("frozen", "adapted") for data in ("digits", "photo_crops-test")
     ]
-    assert all(len(one["accuracies"]) == 7 and one["n"] == 2 and isinstance(one["passed"], bool) for one in lines)
+    assert all(len(line["accuracies"]) == 7 and line["n"] == 2 and isinstance(line["passed"], bool) for line in lines)
     text = (folder / "report.md").read_text()
-    assert "### Gradient masking" in text and "corruptions, accuracy in %" in text and "mean of 7 corruptions" in out
+    assert "## Gradient masking" in text and "corruptions, accuracy in %" in text and "mean of 7 corruptions" in out
     averages = [line for line in text.splitlines() if line.startswith("| average |")]
     assert len(averages) == 4 + len(corrupted)
-    assert (folder / "figures" / "corruptions-average-3-way-1-shot-accuracy-1.png").exists()
-    # again: nothing is done twice; another attack later leaves the check alone
-    kept = {path: path.read_text() for path in (folder / "records").iterdir()} | {
+    assert len(list((folder / "figures").glob("corruption-levels-average-*.png"))) == 1
+    # a second evaluation and a later attack leave the records and the check unchanged
+    kept = {path: path.read_text() for path in (folder / "episodes" / "seed-0").iterdir()} | {
         path: path.read_text() for path in (folder / "masking").iterdir()
     }
     assert main(["evaluate", str(folder), "--quiet"]) == 0

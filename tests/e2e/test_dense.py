@@ -18,21 +18,20 @@ import yaml
 
 from vismt.cli import main
 from vismt.data.dense_transforms import resize
-from vismt.engine.arms import unit, unit_config
 from vismt.engine.log import read_lines
-from vismt.engine.run import open_run
 from vismt.errors import UserError
-from vismt.jobs import load_config
+from vismt.jobs import load_config, open_run
 from vismt.jobs.dense import config as dense_config
-from vismt.jobs.dense import models as dense_models
 from vismt.jobs.dense import panels as dense_panels
 from vismt.jobs.dense.config import check
 from vismt.jobs.dense.job import DenseJob
+from vismt.methods import schedules
 from vismt.multitask.heads import resize_logits
 from vismt.multitask.moe_lora import routes
 from vismt.multitask.tasks.base import DARK
 from vismt.paths import shipped
 from vismt.report.panels import read_panel
+from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
 
 pytest.importorskip("skimage")
 pytest.importorskip("torchmetrics")
@@ -60,13 +59,18 @@ SMALL = {
     "seeds": [0, 1],
     "train": {"steps": 2, "lr": 3.0e-3, "checkpoint_every": 2},
 }
-ONE = {"arms": {}, "seeds": [], "baseline": None}
+SINGLE = {"arms": {}, "seeds": [], "baseline": None}
 
 
 def write(folder: Path, **changes: object) -> Path:
     path = folder / "rooms.yaml"
     path.write_text(yaml.safe_dump({**SMALL, **changes}, sort_keys=False))
     return path
+
+
+def rows_of_arms(results: list[Result]) -> dict[tuple[str, str], Result]:
+    """Return the means over the trainings by arm and task."""
+    return {(row.arm, row.task): row for row in results if row.seed is None}
 
 
 @pytest.fixture(scope="module")
@@ -77,69 +81,78 @@ def study(tmp_path_factory) -> Path:
 
 
 def test_rows_of_every_arm_and_task(study: Path) -> None:
-    rows = {(row["model"], row["metric"]): row for row in read_lines(study / "results.jsonl")}
-    delta = "delta_m over depth+others in per cent"
-    every = ["depth RMSE in m", "normals mean angle in degrees", "edge odsF"]
-    assert set(rows) == {
-        *((arm, metric) for arm in ("emtal", "full") for metric in (*every, delta)),
-        ("depth", every[0]),
-        ("others", every[1]),
-        ("others", every[2]),
+    results = read_results(study / "results.jsonl", open_run(study).hash)
+    rows = rows_of_arms(results)
+    metrics = {
+        "depth": "RMSE in m",
+        "normals": "mean angle in degrees",
+        "edge": "odsF",
+        "delta_m": "over depth+others in per cent",
     }
-    lines = read_lines(study / "dense_seeds.jsonl")
-    for (arm, metric), row in rows.items():
-        assert row["data"] == "motorcycle" and row["protocol"] == "test images at 32 x 48" and row["n"] == 6
-        assert row["lower_is_better"] == (metric in every[:2])
-        own = [line["value"] for line in lines if line["arm"] == arm and metric.startswith(line["task"])]
-        assert len(own) == 2
-        if metric != delta:
-            assert row["value"] == pytest.approx(sum(own) / 2)
-    value = {(arm, metric): row["value"] for (arm, metric), row in rows.items()}
-    gains = [
-        -(value["full", every[0]] / value["depth", every[0]] - 1),
-        -(value["full", every[1]] / value["others", every[1]] - 1),
-        value["full", every[2]] / value["others", every[2]] - 1,
-    ]
-    assert value["full", delta] == pytest.approx(100 * sum(gains) / 3)
+    assert set(rows) == {
+        *((arm, task) for arm in ("emtal", "full") for task in metrics),
+        ("depth", "depth"),
+        ("others", "normals"),
+        ("others", "edge"),
+    }
+    value = {(row.arm, row.task, row.seed): row.value for row in results}
+    for (arm, task), row in rows.items():
+        assert row.metric == metrics[task] and row.scale == ("share" if task == "edge" else "number")
+        assert row.data == "motorcycle" and row.protocol == "test images at 32 x 48" and row.n == 6
+        assert row.better == ("lower" if task in ("depth", "normals") else "higher")
+        by_seed = [value[arm, task, seed] for seed in (0, 1)]
+        assert {row.seed for row in results if (row.arm, row.task) == (arm, task)} == {None, 0, 1}
+        if task != "delta_m":
+            assert row.value == pytest.approx(sum(by_seed) / 2)
+        records = read_lines(study / RECORDS / f"{row.stem}.jsonl")
+        assert len({line[EXAMPLE] for line in records}) == 6
+        assert row.value == pytest.approx(sum(line["clean"] for line in records) / 6)
+    for seed in (None, 0, 1):
+        gains = [
+            -(value["full", "depth", seed] / value["depth", "depth", seed] - 1),
+            -(value["full", "normals", seed] / value["others", "normals", seed] - 1),
+            value["full", "edge", seed] / value["others", "edge", seed] - 1,
+        ]
+        assert value["full", "delta_m", seed] == pytest.approx(100 * sum(gains) / 3)
     text = (study / "report.md").read_text()
-    assert "depth RMSE in m, lower is better" in text and "(unpaired)" not in text
+    assert "depth: test images at 32 x 48, RMSE in m, lower is better" in text and "(unpaired)" not in text
 
 
 def test_panels_show_the_first_seed_on_images_evenly_over_the_set(study: Path) -> None:
     job = open_run(study).job
-    found, rows = read_panel(study / "dense_panels.npz", "dense"), job.data.part("test")
+    panel, rows = read_panel(study / "dense_panels.npz", "maps"), job.data.part("test")
     numbers = [0, 2, 3, 5]
-    assert found["ids"].tolist() == [rows.ids[i] for i in numbers]
-    arms, tasks = found["arms"].tolist(), found["tasks"].tolist()
+    assert panel["ids"].tolist() == [rows.ids[i] for i in numbers]
+    arms, tasks = panel["arms"].tolist(), panel["tasks"].tolist()
     assert arms == ["emtal", "full", "depth", "others"] and tasks == ["depth", "normals", "edge"]
-    assert found["trained"].tolist() == [[True] * 3, [True] * 3, [True, False, False], [False, True, True]]
-    assert found["metrics"][0] == "depth RMSE in m" and found["lower_is_better"].tolist() == [True, True, False]
+    assert panel["trained"].tolist() == [[True] * 3, [True] * 3, [True, False, False], [False, True, True]]
+    assert panel["metrics"].tolist() == ["RMSE in m", "mean angle in degrees", "odsF"]
+    assert panel["lower_is_better"].tolist() == [True, True, False]
+    assert panel["shares"].tolist() == [False, False, True]
     samples = [rows.fitted(i, (32, 48)) for i in numbers]
-    own_range = 0
+    other_colors = 0
     for place, arm in enumerate(arms):
-        net = job.net(f"{arm}:0")
+        training = job.study.find(f"{arm}:0")
+        net = job.loaded(training)
+        scored = json.loads((training.folder / "records" / "test.json").read_text())["tasks"]
         for number, sample in enumerate(samples):
             with torch.no_grad():
                 logits = {name: resize_logits(value, (32, 48))[0] for name, value in net(sample["image"][None]).items()}
             for at, task in enumerate(job.evaluation.tasks.values()):
-                assert np.array_equal(found["truth"][at, number], task.picture(sample[task.key]).numpy())
+                assert np.array_equal(panel["truth"][at, number], task.picture(sample[task.key]).numpy())
                 if task.name not in logits:
-                    assert math.isnan(found["scores"][place, at, number])
-                    assert (found["predictions"][place, at, number] == DARK).all()
+                    assert math.isnan(panel["scores"][place, at, number]) and task.name not in scored
+                    assert (panel["predictions"][place, at, number] == DARK).all()
                     continue
-                drawn = found["predictions"][place, at, number].astype(int)
-                apart = np.abs(drawn - task.picture(logits[task.name], sample[task.key]).numpy())
-                assert apart.max() <= 2  # merged and batched, so the last digits of a logit are others
+                drawn = panel["predictions"][place, at, number].astype(int)
+                difference = np.abs(drawn - task.picture(logits[task.name], sample[task.key]).numpy())
+                assert difference.max() <= 2  # merged and batched, so the last digits of a logit differ
                 if task.name == "depth":
-                    own_range += np.abs(drawn - task.picture(logits[task.name]).numpy()).max() > 2
-                stem = f"motorcycle-test-images-at-32-x-48-{arm}-{task.name}"
-                records = {
-                    line["episode"]: line["alone"][0] for line in read_lines(study / "records" / f"{stem}.jsonl")
-                }
-                assert found["scores"][place, at, number] == pytest.approx(
-                    records.get(rows.ids[numbers[number]]), nan_ok=True
-                )
-    assert own_range  # depth in its own colours would have been another picture
+                    other_colors += np.abs(drawn - task.picture(logits[task.name]).numpy()).max() > 2
+                alone = scored[task.name]["alone"][rows.ids[numbers[number]]]
+                expected = math.nan if alone is None else alone
+                assert panel["scores"][place, at, number] == pytest.approx(expected, nan_ok=True)
+    assert other_colors  # depth in the colours of its own range would have been another picture
     routers = read_panel(study / "routers" / "emtal.npz", "routers")
     assert [path.name for path in (study / "routers").iterdir()] == ["emtal.npz"]
     assert (
@@ -148,11 +161,11 @@ def test_panels_show_the_first_seed_on_images_evenly_over_the_set(study: Path) -
 
 
 def test_panels_are_predicted_again_only_for_other_trainings(study: Path, tmp_path: Path, monkeypatch) -> None:
-    evaluation, asked = open_run(study).job.evaluation, []
-    path, shown = study / dense_config.PANELS, evaluation.shown
-    monkeypatch.setattr(evaluation, "shown", lambda unit, numbers: asked.append(unit.arm) or shown(unit, numbers))
+    job, predicted = open_run(study).job, []
+    path, final = study / dense_config.PANELS, job.final
+    monkeypatch.setattr(job, "final", lambda training: predicted.append(str(training)) or final(training))
     before = path.read_bytes()
-    assert dense_panels.write_panels(evaluation) == path and not asked
+    assert dense_panels.write_predictions(job) == path and not predicted
     panel = dict(np.load(path))
     for damaged in (
         before[:500],
@@ -160,10 +173,10 @@ def test_panels_are_predicted_again_only_for_other_trainings(study: Path, tmp_pa
         {**panel, "ids": panel["ids"][::-1]},
     ):
         path.write_bytes(damaged) if isinstance(damaged, bytes) else np.savez(path, **damaged)
-        dense_panels.write_panels(evaluation)
-        assert asked == ["emtal", "full", "depth", "others"]
-        asked.clear()
-    again = read_panel(path, "dense")
+        dense_panels.write_predictions(job)
+        assert predicted == [f"{arm}   lr 0.003   seed 0" for arm in ("emtal", "full", "depth", "others")]
+        predicted.clear()
+    again = read_panel(path, "maps")
     assert all(np.array_equal(again[name], panel[name], equal_nan=name == "scores") for name in panel)
 
 
@@ -173,20 +186,25 @@ def test_the_report_of_a_folder_that_was_trained_before_panels(study: Path, tmp_
     assert main(["evaluate", str(folder), "--quiet"]) == 0
     text = (folder / "report.md").read_text()
     order = [
-        "### By seed, 2 seeds",
-        "### Paired differences over images",
-        "### Paired differences over 2 seeds",
-        "### Merging",
+        "## Results",
+        "## Scores by set",
         "## Arms by seed",
+        "### By seed, 2 seeds",
+        "## Paired differences",
+        "### Over examples",
+        "### Over 2 seeds",
         "## Training",
+        "## Merging",
+        "### Merged and unmerged",
         "## Images",
         "### Predictions",
         "### Routers of emtal",
-        "## How to cite",
+        "## How to cite these numbers",
     ]
-    assert sorted(order, key=text.index) == order and "Episodes" not in text and "class differs" not in text
-    rows = read_lines(folder / "results.jsonl")
-    value = {row["model"]: row["value"] for row in rows if row["metric"] == "depth RMSE in m"}
+    assert [line for line in text.splitlines() if line in order] == order and "Episodes" not in text
+    assert "| emtal | 2 | 12 | – |" in text  # maps of depth, normals and edges have no answer that could differ
+    rows = rows_of_arms(read_results(folder / "results.jsonl"))
+    value = {arm: row.value for (arm, task), row in rows.items() if task == "depth"}
     line = next(line for line in text.splitlines() if line.startswith("| full − emtal | "))
     assert line.count("±") == 4
     mean, half = (float(part) for part in line.split(" | ")[1].replace("−", "-").split(" ± "))
@@ -197,47 +215,47 @@ def test_a_baseline_of_zero_at_one_seed_leaves_a_report_without_delta_m(study: P
     folder = tmp_path / study.name
     shutil.copytree(study, folder, ignore=shutil.ignore_patterns("report.*"))
     path = next((folder / "arms" / "others").glob("*seed-1/records/test.json"))
-    held = json.loads(path.read_text())
-    held["tasks"]["edge"]["value"] = 0.0
-    path.write_text(json.dumps(held))
+    record = json.loads(path.read_text())
+    record["tasks"]["edge"]["value"] = 0.0
+    record["tasks"]["edge"]["images"] = dict.fromkeys(record["tasks"]["edge"]["images"], 0.0)
+    path.write_text(json.dumps(record))
     assert main(["evaluate", str(folder)]) == 0
     assert "no delta_m: delta_m: the baseline of 'edge' is 0.0" in capsys.readouterr().out
-    assert {line["task"] for line in read_lines(folder / "dense_seeds.jsonl")} == {"depth", "normals", "edge"}
+    assert {row.task for row in read_results(folder / "results.jsonl")} == {"depth", "normals", "edge"}
     text = (folder / "report.md").read_text()
-    assert "### By seed, 2 seeds" in text and "| others |" in text and "delta_m over" not in text
+    assert "### By seed, 2 seeds" in text and "| others |" in text and "delta" not in text
 
 
 def test_arms_of_a_seed_start_alike_and_see_the_same_crops(study: Path) -> None:
     job = open_run(study).job
-    configs = [unit_config(job.config, unit(job.config, study, arm, 1e-3, 0)) for arm in ("emtal", "depth")]
-    nets = [dense_models.fresh(config) for config in configs]
+    configs = [job.study.config_of(job.study.training(arm, 1e-3, 0)) for arm in ("emtal", "depth")]
+    nets = [job.fresh(config) for config in configs]
     assert list(nets[1].heads) == ["depth"] and list(nets[0].heads) == ["depth", "normals", "edge"]
     assert torch.equal(nets[0].heads["depth"].predict.weight, nets[1].heads["depth"].predict.weight)
     assert not torch.equal(nets[0].heads["depth"].predict.weight, nets[0].heads["edge"].predict.weight)
-    one, two = (job.batches(config)(3) for config in configs)
-    assert set(one) == {"image", "depth", "normals", "edge"} and set(two) == {"image", "depth"}
-    assert one["image"].shape == (3, 3, 32, 48) and torch.equal(one["image"], two["image"])
+    emtal, depth = (job.batches(config)(3) for config in configs)
+    assert set(emtal) == {"image", "depth", "normals", "edge"} and set(depth) == {"image", "depth"}
+    assert emtal["image"].shape == (3, 3, 32, 48) and torch.equal(emtal["image"], depth["image"])
 
 
 def test_merged_is_the_stock_backbone_with_heads_beside(study: Path, capsys) -> None:
     for path in (study / "arms" / "emtal").glob("*/merge.json"):
-        found = json.loads(path.read_text())
-        assert found["n"] == 6 and found["largest_difference"] < 1e-5 * found["largest_logit"]
+        check = json.loads(path.read_text())
+        assert check["n"] == 6 and check["largest_difference"] < 1e-5 * check["largest_logit"]
+        assert set(check["outputs"]) == {"depth", "normals", "edge"}
     assert {path.parts[-3] for path in study.rglob("merge.json")} == {"emtal"}
-    assert main(["merge", str(study), "--expert", "emtal:1"]) == 0
+    assert main(["merge", str(study), "--arm", "emtal:1"]) == 0
     stock = timm.create_model("test_vit", img_size=(32, 48), num_classes=0).eval()
     stock.load_state_dict(safetensors.torch.load_file(study / "merged" / "model.safetensors"))
     heads = safetensors.torch.load_file(study / "merged" / "heads.safetensors")
     with safetensors.safe_open(study / "merged" / "heads.safetensors", "pt") as file:
-        told = json.loads(file.metadata()["heads"])
-    assert (
-        told["head"] == "linear"
-        and told["tasks"] == {"depth": 1, "normals": 3, "edge": 1}
-        and told["blocks"] == [1, 2, 4, 5]
-    )
+        metadata = json.loads(file.metadata()["heads"])
+    assert metadata["head"] == "linear" and metadata["blocks"] == [1, 2, 4, 5]
+    assert metadata["tasks"] == {"depth": 1, "normals": 3, "edge": 1}
     about = json.loads((study / "merged" / "config.json").read_text())
     assert about["num_classes"] == 0 and about["img_size"] == [32, 48]
-    net = open_run(study).job.net("emtal:1")
+    job = open_run(study).job
+    net = job.loaded(job.study.find("emtal:1"))
     images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         tap = stock.forward_intermediates(
@@ -247,8 +265,8 @@ def test_merged_is_the_stock_backbone_with_heads_beside(study: Path, capsys) -> 
         assert torch.allclose(depth, net(images)["depth"], atol=1e-5)
     capsys.readouterr()
     for command, words in (
-        (["merge", str(study)], "several arms; name one with --expert"),
-        (["export", str(study), "--format", "peft", "--expert", "full"], "arm 'full' has no adapter"),
+        (["merge", str(study)], "several arms; name one with --arm"),
+        (["export", str(study), "--format", "peft", "--arm", "full"], "arm 'full' has no adapter"),
         (["attack", str(study), "--attack", "fgsm", "--epsilon", "8/255"], "a dense run has none"),
     ):
         assert main(command) == 2
@@ -256,16 +274,14 @@ def test_merged_is_the_stock_backbone_with_heads_beside(study: Path, capsys) -> 
 
 
 def test_exports_have_their_heads_beside_them(study: Path, tmp_path: Path) -> None:
+    job = open_run(study).job
+    net = job.loaded(job.study.find("emtal:1"))
     for form, name in (("timm", "model.safetensors"), ("peft", "adapter_model.safetensors")):
-        assert (
-            main(
-                ["export", str(study), "--format", form, "--expert", "emtal:1", "--to", str(tmp_path / form), "--quiet"]
-            )
-            == 0
-        )
+        command = ["export", str(study), "--format", form, "--arm", "emtal:1", "--to", str(tmp_path / form), "--quiet"]
+        assert main(command) == 0
         assert (tmp_path / form / name).exists()
         heads = safetensors.torch.load_file(tmp_path / form / "heads.safetensors")
-        assert torch.equal(heads["edge.predict.bias"], open_run(study).job.net("emtal:1").heads["edge"].predict.bias)
+        assert torch.equal(heads["edge.predict.bias"], net.heads["edge"].predict.bias)
 
 
 def test_predict_draws_images_of_any_size(study: Path, tmp_path: Path, capsys) -> None:
@@ -276,11 +292,11 @@ def test_predict_draws_images_of_any_size(study: Path, tmp_path: Path, capsys) -
         write_png(
             torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8), str(tmp_path / f"{name}.png")
         )
-    given = [str(tmp_path / "wide.png"), str(tmp_path / "tall.png")]
-    assert main(["predict", str(study), *given, "--expert", "emtal:1", "--maps"]) == 0
-    told = capsys.readouterr().out
+    paths = [str(tmp_path / "wide.png"), str(tmp_path / "tall.png")]
+    assert main(["predict", str(study), *paths, "--arm", "emtal:1", "--maps"]) == 0
+    output = capsys.readouterr().out
     for name, fitted in (("wide", (11, 48)), ("tall", (32, 18))):  # into 32 x 48: times 48 / 90, and 32 / 70
-        assert str(study / "predictions" / f"{name}.png") in told
+        assert str(study / "predictions" / f"{name}.png") in output
         assert decode_image(str(study / "predictions" / f"{name}.png"), ImageReadMode.RGB).float().std() > 10
         with np.load(study / "predictions" / f"{name}.npz") as maps:
             assert {key: maps[key].shape for key in maps.files} == {
@@ -290,15 +306,16 @@ def test_predict_draws_images_of_any_size(study: Path, tmp_path: Path, capsys) -
             }
             assert maps["edge"].min() >= 0 and maps["edge"].max() <= 1
             assert np.allclose(np.linalg.norm(maps["normals"], axis=0), 1, atol=1e-5)
-    # What is written is what the merged net says of the fitted image.
-    net, picture = open_run(study).job.net("emtal:1"), decode_image(given[1], ImageReadMode.RGB).float() / 255
+    # The maps are the merged net's outputs for the fitted image.
+    job = open_run(study).job
+    net, picture = job.loaded(job.study.find("emtal:1")), decode_image(paths[1], ImageReadMode.RGB).float() / 255
     fitted = resize({"image": picture}, (32, 48))["image"]
     with torch.no_grad():
         depth = resize_logits(net(fitted[None])["depth"], (32, 48))[0, 0, :, :18]
     with np.load(study / "predictions" / "tall.npz") as maps:
         assert np.allclose(maps["depth"], depth.numpy(), atol=1e-4)
-    own = ["--expert", "depth", "--own-size", "--flip", "--maps", "--to", str(tmp_path / "own")]
-    assert main(["predict", str(study), given[1], *own]) == 0
+    options = ["--arm", "depth", "--own-size", "--flip", "--maps", "--to", str(tmp_path / "own")]
+    assert main(["predict", str(study), paths[1], *options]) == 0
     with np.load(tmp_path / "own" / "tall.npz") as maps:
         assert maps.files == ["depth"] and maps["depth"].shape == (70, 40)
     capsys.readouterr()
@@ -306,10 +323,10 @@ def test_predict_draws_images_of_any_size(study: Path, tmp_path: Path, capsys) -
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "wide.jpg").write_bytes((tmp_path / "wide.png").read_bytes())
     for arguments, words in (
-        ([given[0]], "several arms; name one with --expert"),
-        ([str(tmp_path / "none.png"), "--expert", "full"], "none.png: cannot be read"),
-        ([str(tmp_path / "text.png"), "--expert", "full"], "text.png: cannot be decoded"),
-        ([given[0], str(tmp_path / "b" / "wide.jpg"), "--expert", "full"], "would both become wide.png"),
+        ([paths[0]], "several arms; name one with --arm"),
+        ([str(tmp_path / "none.png"), "--arm", "full"], "none.png: cannot be read"),
+        ([str(tmp_path / "text.png"), "--arm", "full"], "text.png: cannot be decoded"),
+        ([paths[0], str(tmp_path / "b" / "wide.jpg"), "--arm", "full"], "would both become wide.png"),
     ):
         assert main(["predict", str(study), *arguments, "--to", str(tmp_path / "bad")]) == 2
         error = capsys.readouterr().err
@@ -317,27 +334,27 @@ def test_predict_draws_images_of_any_size(study: Path, tmp_path: Path, capsys) -
 
 
 def test_a_canvas_larger_than_the_trained_size(tmp_path: Path) -> None:
-    """Crops of the size in training; windows or the whole canvas in evaluation, and the two are told apart."""
+    """Crops of the size in training; windows or the whole canvas in evaluation, which have different protocols."""
     arms = {"emtal": {}, "full": {**ALONE, "full": True}}
-    path = write(tmp_path, **{**ONE, "arms": arms}, canvas=[64, 80], tasks=["depth", "normals"])
+    path = write(tmp_path, **{**SINGLE, "arms": arms}, canvas=[64, 80], tasks=["depth", "normals"])
     job = DenseJob(load_config(path, []), tmp_path, "hash")
     assert job.batches(job.config)(0)["image"].shape == (3, 3, 32, 48) and job.data.size == (64, 80)
-    found = {arm: {} for arm in arms}
+    values_of: dict[str, dict[str, float]] = {arm: {} for arm in arms}
     for mode, flip in (("slide", False), ("whole", False), ("whole", True)):
         words = [f"evaluate.mode={mode}", f"evaluate.flip={str(flip).lower()}"]
         assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet", *words]) == 0
-        folder = max((tmp_path / "runs").iterdir(), key=lambda one: one.stat().st_mtime)
-        for row in read_lines(folder / "results.jsonl"):
-            found[row["model"]].setdefault(row["protocol"], row["value"])
+        folder = max((tmp_path / "runs").iterdir(), key=lambda path: path.stat().st_mtime)
+        for row in read_results(folder / "results.jsonl"):
+            values_of[row.arm].setdefault(row.protocol, row.value)
         assert [json.loads(merged.read_text())["n"] for merged in folder.rglob("merge.json")] == [6]
-    for arm, values in found.items():
+    for arm, values in values_of.items():
         assert list(values) == [
             "test images at 64 x 80, windows of 32 x 48 that share 0.5",
             "test images at 64 x 80",
             "test images at 64 x 80, mean with the mirrored image",
         ]
         assert len(set(values.values())) == 3
-        heads = [one.read_bytes() for one in (tmp_path / "runs").glob(f"*/arms/{arm}/**/heads.safetensors")]
+        heads = [path.read_bytes() for path in (tmp_path / "runs").glob(f"*/arms/{arm}/**/heads.safetensors")]
         assert len(heads) == 3 and len(set(heads)) == 1  # evaluation has no part in training
 
 
@@ -345,19 +362,20 @@ def test_every_adapter_trains_dense_tasks_and_merges(tmp_path: Path, capsys) -> 
     """pissa and polar in factors, s2ft and lisa in the weights themselves; one study, merged as exactly as LoRA."""
     settings = {"pissa": {}, "polar": {}, "s2ft": {"ratio": 0.25}, "lisa": {"active": 1, "interval": 1}}
     arms = {
-        name: {"adapt": {"method": name, "rank": 2, "options": own}, "fade": None} for name, own in settings.items()
+        name: {"adapt": {"method": name, "rank": 2, "options": options}, "fade": None}
+        for name, options in settings.items()
     }
-    path = write(tmp_path, **{**ONE, "arms": arms}, tasks=["depth", "normals"], train={**SMALL["train"], "steps": 3})
+    path = write(tmp_path, **{**SINGLE, "arms": arms}, tasks=["depth", "normals"], train={**SMALL["train"], "steps": 3})
     assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
     folder = next((tmp_path / "runs").iterdir())
-    rows = read_lines(folder / "results.jsonl")
-    assert {row["model"] for row in rows} == set(settings) and len({row["value"] for row in rows}) == len(rows)
+    rows = read_results(folder / "results.jsonl")
+    assert {row.arm for row in rows} == set(settings) and len({row.value for row in rows}) == len(rows)
     for name in settings:
-        told = json.loads(next((folder / "arms" / name).rglob("merge.json")).read_text())
-        assert told["n"] == 6 and told["largest_difference"] <= 1e-5 * told["largest_logit"], name
+        check = json.loads(next((folder / "arms" / name).rglob("merge.json")).read_text())
+        assert check["n"] == 6 and check["largest_difference"] <= 1e-5 * check["largest_logit"], name
         done = json.loads(next((folder / "arms" / name).rglob("done.json")).read_text())
         assert done["rank"] == (0 if name in ("s2ft", "lisa") else 2), name  # nothing of low rank there
-        assert main(["merge", str(folder), "--expert", name, "--quiet"]) == 0
+        assert main(["merge", str(folder), "--arm", name, "--quiet"]) == 0
         stock = timm.create_model("test_vit", img_size=(32, 48), num_classes=0)
         stock.load_state_dict(safetensors.torch.load_file(folder / "merged" / "model.safetensors"))
         fresh = open_run(folder).job.fresh(open_run(folder).config).stock.state_dict()
@@ -380,14 +398,14 @@ def test_the_same_command_again_trains_and_evaluates_nothing(study: Path, monkey
 def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path: Path, monkeypatch, capsys) -> None:
     from vismt.engine import checkpoint
 
-    path = write(tmp_path, **ONE, train={**SMALL["train"], "steps": 4}, balancing={"method": "dwa"}, tasks=TASKS[:2])
+    path = write(tmp_path, **SINGLE, train={**SMALL["train"], "steps": 4}, balancing={"method": "dwa"}, tasks=TASKS[:2])
     assert main(["train", str(path), "--out", str(tmp_path / "whole"), "--quiet"]) == 0
-    save, once = checkpoint.save, []
+    save, interruptions = checkpoint.save, []
 
     def interrupted(folder: Path, step: int, *rest: object) -> None:
         save(folder, step, *rest)
-        if not once:
-            once.append(1)
+        if not interruptions:
+            interruptions.append(step)
             raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "save", interrupted)
@@ -398,17 +416,18 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path: Path, monkeypatch
         [next((tmp_path / name).rglob(file)) for name in ("whole", "cut")]
         for file in ("checkpoint.pt", "heads.safetensors")
     )
-    one, two = (torch.load(path, weights_only=True)["tensors"] for path in tensors)
-    assert {"fade.alpha", "fade.steps", "balancer.calls"} <= set(one) and float(one["fade.alpha"]) == 1
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+    whole, cut = (torch.load(path, weights_only=True)["tensors"] for path in tensors)
+    fades = [float(value) for name, value in whole.items() if name.endswith("mlp._extra_state")]
+    assert "balancer.calls" in whole and fades and set(fades) == {1.0} and set(whole) == set(cut)
+    for name, value in whole.items():
+        torch.testing.assert_close(cut[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
     assert heads[0].read_bytes() == heads[1].read_bytes()
 
 
 def test_a_rate_is_chosen_on_validation_images(tmp_path: Path) -> None:
     """A rate of next to nothing leaves the depth at its start, far from the truth."""
     data = {**SMALL["data"], "validation_share": 0.1}
-    path = write(tmp_path, **{**ONE, **ALONE}, tasks=["depth"], data=data, tune={"rates": [1e-6, 3e-2]})
+    path = write(tmp_path, **{**SINGLE, **ALONE}, tasks=["depth"], data=data, tune={"rates": [1e-6, 3e-2]})
     assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
     chosen = json.loads(next((tmp_path / "runs").rglob("chosen.json")).read_text())
     assert chosen["lr"] == 3e-2 and set(chosen["validation"]) == {"1e-06", "0.03"}
@@ -420,7 +439,7 @@ def test_a_rate_is_chosen_on_validation_images(tmp_path: Path) -> None:
 
 def test_retaining_and_fading_come_from_the_configuration(tmp_path: Path) -> None:
     tasks = [{"name": "semseg", "classes": 4}, "depth"]
-    config = load_config(write(tmp_path, **ONE, tasks=tasks, retain={"temperature": 3.0}), [])
+    config = load_config(write(tmp_path, **SINGLE, tasks=tasks, retain={"temperature": 3.0}), [])
     job = DenseJob(config, tmp_path, "hash")
     net = job.fresh(config).requires_grad_(False)
     assert job.prepare(net, config) == "moe_lora"
@@ -428,17 +447,20 @@ def test_retaining_and_fading_come_from_the_configuration(tmp_path: Path) -> Non
     objective = job.objective(config, net, [])
     assert objective.retain.temperature == 3.0 and objective.retain.bank.shape == (4, 2, 4)
     labels = torch.arange(4).repeat_interleave(12).expand(2, 32, 48)
-    found = objective({"image": torch.rand(2, 3, 32, 48), "semseg": labels})
-    found["loss"].backward()
+    losses = objective({"image": torch.rand(2, 3, 32, 48), "semseg": labels})
+    losses["loss"].backward()
     objective.step()
-    assert routes(net) is False and float(objective.fade.alpha) == 1 and bool(objective.retain.bank.any())
+    assert bool(objective.retain.bank.any()) and routes(net)
+    (fade,) = schedules(objective, torch.optim.SGD(net.parameters()), config.train.steps, config)
+    fade.on_step(config.train.steps)
+    assert float(fade.alpha) == 1 and routes(net) is False
     trained = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
     assert all(net.get_parameter(name).grad is not None for name in trained)
     assert not any(name.endswith("norm.weight") for name in trained)
 
 
 def test_full_training_reaches_every_parameter_that_is_run(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path, **{**ONE, **ALONE}, full=True), [])
+    config = load_config(write(tmp_path, **{**SINGLE, **ALONE}, full=True), [])
     job = DenseJob(config, tmp_path, "hash")
     net = job.fresh(config).requires_grad_(False)
     assert job.prepare(net, config) == "full"
@@ -479,7 +501,7 @@ def test_shipped_configurations_are_sound() -> None:
         ({"evaluate": {"split": "train"}}, "evaluate.split: 'train'"),
         ({"retain": {}}, "needs the task semseg"),
         ({"balancing": {"method": "pcgrat"}}, "no method 'pcgrat'"),
-        ({"adapt": {"method": "lora"}}, "nothing has a router to fade"),
+        ({"adapt": {"method": "lora"}}, "fade: 'lora' has no schedule with this section; set adapt.method to moe_lora"),
         ({"fade": {"end": 1.5}}, "need 0 <= start <= end <= 1"),
         ({"data": {"train": [], "test": ["motorcycle"]}}, "data.train: names no set"),
         ({"data": {"train": ["motorcycle"]}}, "nothing to test on"),
@@ -524,9 +546,9 @@ def test_every_error_of_these_sections(tmp_path: Path, changes: dict, words: str
     ],
 )
 def test_errors_of_data_and_model_are_one_line(tmp_path: Path, capsys, changes: dict, words: str) -> None:
-    assert main(["run", str(write(tmp_path, **{**ONE, **changes})), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
-    told = capsys.readouterr().err
-    assert words in told and told.startswith("error: ") and told.count("\n") == 1
+    assert main(["run", str(write(tmp_path, **{**SINGLE, **changes})), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
+    message = capsys.readouterr().err
+    assert words in message and message.startswith("error: ") and message.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -541,10 +563,10 @@ def test_errors_of_data_and_model_are_one_line(tmp_path: Path, capsys, changes: 
     ],
 )
 def test_a_later_arm_is_built_before_the_first_one_is_trained(tmp_path: Path, capsys, later: dict, words: str) -> None:
-    path = write(tmp_path, **{**ONE, "arms": {"first": {}, "later": later}})
+    path = write(tmp_path, **{**SINGLE, "arms": {"first": {}, "later": later}})
     assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
-    told = capsys.readouterr().err
-    assert words in told and told.startswith("error: arms.later: ") and told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert words in message and message.startswith("error: arms.later: ") and message.count("\n") == 1
     assert not list((tmp_path / "runs").glob("*/arms"))
 
 
@@ -552,7 +574,7 @@ def test_a_later_arm_is_built_before_the_first_one_is_trained(tmp_path: Path, ca
 @pytest.mark.parametrize("balancing", [None, {"method": "pcgrad"}])
 def test_two_processes_train_one_model(tmp_path: Path, balancing: dict | None) -> None:
     """torchrun on two CPU processes: one model, evaluated once."""
-    path = write(tmp_path, **ONE, balancing=balancing)
+    path = write(tmp_path, **SINGLE, balancing=balancing)
     command = [
         sys.executable,
         "-m",
@@ -568,9 +590,9 @@ def test_two_processes_train_one_model(tmp_path: Path, balancing: dict | None) -
         "--out",
         str(tmp_path / "runs"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert process.returncode == 0, process.stderr[-2000:]
     folder = next((tmp_path / "runs").iterdir())
-    assert len(read_lines(folder / "results.jsonl")) == 3 and done.stdout.count("report  ") == 1
-    found = json.loads(next(folder.rglob("merge.json")).read_text())
-    assert found["largest_difference"] < 1e-5 * found["largest_logit"]
+    assert len(read_results(folder / "results.jsonl")) == 3 and process.stdout.count("report  ") == 1
+    check = json.loads(next(folder.rglob("merge.json")).read_text())
+    assert check["largest_difference"] < 1e-5 * check["largest_logit"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +15,16 @@ import yaml
 from PIL import Image
 
 from vismt.cli import main
-from vismt.engine.arms import unit, unit_config
 from vismt.engine.log import read_lines
-from vismt.engine.run import open_run
-from vismt.jobs import load_config
+from vismt.jobs import load_config, open_run
 from vismt.jobs.dense.data import DenseData
 from vismt.jobs.dense.job import DenseJob
 from vismt.paths import data_root
+from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
 
 pytest.importorskip("torchmetrics")
 
-CARD = "name: {name}\ntitle: Made\nsource: own\nlicence: own\nclasses: {classes}\nsources:\n  - {source}\n"
+CARD = "name: {name}\ntitle: Made\nsource: tests\nlicence: none\nclasses: {classes}\nsources:\n  - {source}\n"
 SCENES = (
     '{kind: dense, root: scenes, image: "{split}/rgb", maps: {label: "{split}/label"}, splits: {train: 6, test: 3}}'
 )
@@ -74,7 +75,7 @@ def room(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def found_there(room: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+def data_folder(room: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     if "realdata" not in request.keywords:
         monkeypatch.setenv("VISMT_DATA", str(room / "data"))
 
@@ -86,12 +87,12 @@ def write(folder: Path, **changes: object) -> Path:
 
 
 def sets(room: Path, *names: str) -> list[str]:
-    """Names of cards and splits, the cards of `room` by their path."""
+    """Return names of cards and splits, the cards of `room` by their path."""
     return [f"{room / name.partition(':')[0]}:{name.partition(':')[2]}" for name in names]
 
 
-def made(room: Path, **changes: object) -> dict:
-    """The configuration on the sets of `room`."""
+def on_room(room: Path, **changes: object) -> dict:
+    """Return the configuration on the sets of `room`."""
     data = {"train": sets(room, "scenes:train", "tones:train"), "test": sets(room, "scenes:test", "tones:test")}
     return {"data": data, "tasks": [{"name": "semseg", "classes": 3}, CLASSIFY], **changes}
 
@@ -103,7 +104,7 @@ def study(room: Path, tmp_path_factory) -> Path:
         patch.setenv("VISMT_DATA", str(room / "data"))
         path = write(
             folder,
-            **made(
+            **on_room(
                 room,
                 seeds=[0, 1],
                 retain={},
@@ -115,111 +116,119 @@ def study(room: Path, tmp_path_factory) -> Path:
     return next((folder / "runs").iterdir())
 
 
+def rows_of_arms(results: list[Result]) -> dict[tuple[str, str], Result]:
+    """Return the means over the trainings by arm and task."""
+    return {(row.arm, row.task): row for row in results if row.seed is None}
+
+
 def test_rows_are_over_the_images_that_have_the_task(study: Path) -> None:
-    rows = {(row["model"], row["metric"]): row for row in read_lines(study / "results.jsonl")}
-    delta = "delta_m over semseg+classify in per cent"
-    both = {("both", metric) for metric in ("semseg mIoU", "classify accuracy", delta)}
-    assert set(rows) == both | {("semseg", "semseg mIoU"), ("classify", "classify accuracy")}
-    counts = {"semseg mIoU": 3, "classify accuracy": 4, delta: 7}
-    for (_, metric), row in rows.items():
-        assert row["n"] == counts[metric] and row["unit"] == "images" and row["data"] == "scenes+tones"
-        assert row["lower_is_better"] is False and row["protocol"] == "test images at 32 x 48"
-    lines = read_lines(study / "dense_seeds.jsonl")
+    job = open_run(study).job
+    results = read_results(study / "results.jsonl", job.hash)
+    rows = rows_of_arms(results)
+    assert {(arm, task, row.metric) for (arm, task), row in rows.items()} == {
+        ("both", "semseg", "mIoU"),
+        ("both", "classify", "accuracy"),
+        ("both", "delta_m", "over semseg+classify in per cent"),
+        ("semseg", "semseg", "mIoU"),
+        ("classify", "classify", "accuracy"),
+    }
+    counts = {"semseg": 3, "classify": 4, "delta_m": 7}
+    for (_, task), row in rows.items():
+        assert row.n == counts[task] and row.unit == "images" and row.data == "scenes+tones"
+        assert row.better == "higher" and row.protocol == "test images at 32 x 48"
+        assert row.scale == ("number" if task == "delta_m" else "share")
+    value = {(row.arm, row.task, row.seed): row.value for row in results}
     for arm in ("both", "classify"):
-        own = [line for line in lines if line["arm"] == arm and line["task"] == "classify"]
-        assert [line["measure"] for line in own] == ["accuracy"] * 2 and all(
-            line["numbers"]["images"] == 4 for line in own
-        )
-        assert rows[arm, "classify accuracy"]["value"] == pytest.approx(sum(line["value"] for line in own) / 2)
-    value = {key: row["value"] for key, row in rows.items()}
-    gains = [
-        value["both", metric] / value[task, metric] - 1
-        for task, metric in (("semseg", "semseg mIoU"), ("classify", "classify accuracy"))
-    ]
-    assert value["both", delta] == pytest.approx(100 * sum(gains) / 2)
-    assert "classify accuracy in %" in (study / "report.md").read_text()
+        by_seed = []
+        for training in job.study.trainings(arm):
+            scored = json.loads((training.folder / "records" / "test.json").read_text())["tasks"]["classify"]
+            assert scored["numbers"]["images"] == 4
+            assert scored["value"] == scored["numbers"]["accuracy"]
+            assert value[arm, "classify", training.seed] == pytest.approx(scored["value"])
+            by_seed.append(scored["value"])
+        assert len(by_seed) == 2 and value[arm, "classify", None] == pytest.approx(sum(by_seed) / 2)
+    gains = [value["both", task, None] / value[task, task, None] - 1 for task in ("semseg", "classify")]
+    assert value["both", "delta_m", None] == pytest.approx(100 * sum(gains) / 2)
+    assert "classify: test images at 32 x 48, accuracy in %" in (study / "report.md").read_text()
 
 
-def test_records_say_which_images_were_right(study: Path) -> None:
+def test_records_have_the_answers_by_image(study: Path) -> None:
     """psi of an image is 1 or 0 at each seed, and their mean the row; delta_m's records are over the images of both sets."""
-    rows = {(row["model"], row["metric"]): row for row in read_lines(study / "results.jsonl")}
-    paths = {path.name for path in (study / "records").glob("*.jsonl")}
+    job = open_run(study).job
+    rows = rows_of_arms(read_results(study / "results.jsonl"))
     for arm in ("both", "classify"):
-        name = next(name for name in paths if name.endswith(f"{arm}-classify.jsonl"))
-        records = read_lines(study / "records" / name)
-        assert len(records) == 4 and all(record["episode"].startswith("tones:test/") for record in records)
-        assert all(set(record["alone"]) <= {0.0, 1.0} for record in records)
-        assert all(record["clean"] == pytest.approx(sum(record["alone"]) / 2) for record in records)
+        row = rows[arm, "classify"]
+        records = read_lines(study / RECORDS / f"{row.stem}.jsonl")
+        assert len(records) == 4 and all(record[EXAMPLE].startswith("tones:test/") for record in records)
+        scored = [job.evaluation.known(training, "test")["classify"] for training in job.study.trainings(arm)]
+        for record in records:
+            alone = [training.alone[record[EXAMPLE]] for training in scored]
+            assert set(alone) <= {0.0, 1.0} and record["clean"] == pytest.approx(sum(alone) / 2)
         right = [record["clean"] for record in records]
-        assert rows[arm, "classify accuracy"]["value"] == pytest.approx(sum(right) / 4)
+        assert row.value == pytest.approx(sum(right) / 4)
         half = 1.96 * np.std(right, ddof=1) / 2  # sqrt(4) images
-        assert rows[arm, "classify accuracy"]["ci95"] == pytest.approx(half, rel=1e-4, abs=1e-9)
-    name = next(name for name in paths if name.endswith("both-delta_m.jsonl"))
-    records = read_lines(study / "records" / name)
-    assert {record["episode"].partition(":")[0] for record in records} == {"scenes", "tones"} and len(records) == 7
-    delta = rows["both", "delta_m over semseg+classify in per cent"]["value"]
-    assert sum(record["clean"] for record in records) / 7 == pytest.approx(delta)
+        assert row.high - row.value == pytest.approx(half, rel=1e-4, abs=1e-9)
+        assert row.value - row.low == pytest.approx(half, rel=1e-4, abs=1e-9)
+    row = rows["both", "delta_m"]
+    records = read_lines(study / RECORDS / f"{row.stem}.jsonl")
+    assert {record[EXAMPLE].partition(":")[0] for record in records} == {"scenes", "tones"} and len(records) == 7
+    assert sum(record["clean"] for record in records) / 7 == pytest.approx(row.value)
 
 
-def test_merging_is_checked_and_the_head_is_told(study: Path) -> None:
-    for path in (study / "arms" / "both").glob("*/merge.json"):
-        found = json.loads(path.read_text())
-        assert set(found["tasks"]) == {"semseg", "classify"} and found["n"] == 7
-        assert found["largest_difference"] < 1e-5 * found["largest_logit"] and found["tasks"]["classify"][2] == 0
-        assert found["tasks"]["classify"][1] > 0
-    assert main(["merge", str(study), "--expert", "both:1"]) == 0
+def test_merging_is_checked_and_the_file_of_heads_describes_them(study: Path) -> None:
+    paths = list((study / "arms" / "both").glob("*/merge.json"))
+    assert len(paths) == 2
+    for path in paths:
+        check = json.loads(path.read_text())
+        assert set(check["outputs"]) == {"semseg", "classify"} and check["n"] == 7
+        assert check["largest_difference"] < 1e-5 * check["largest_logit"] and check["different_predictions"] == 0
+        classify = check["outputs"]["classify"]
+        assert classify["different"] == 0 and classify["largest"] > 0 and classify["n"] == 7
+    assert main(["merge", str(study), "--arm", "both:1"]) == 0
     with safetensors.safe_open(study / "merged" / "heads.safetensors", "pt") as file:
-        told = json.loads(file.metadata()["heads"])
+        metadata = json.loads(file.metadata()["heads"])
         weight = file.get_tensor("classify.predict.weight")
-    assert told["tasks"] == {"semseg": 3, "classify": 2} and told["pooled"] == ["classify"] and told["head"] == "linear"
+    assert metadata["tasks"] == {"semseg": 3, "classify": 2}
+    assert metadata["pooled"] == ["classify"] and metadata["head"] == "linear"
     assert weight.shape == (2, 64)
 
 
-def test_predict_says_the_class_and_draws_the_maps(study: Path, room: Path, tmp_path: Path) -> None:
+def test_predict_writes_the_class_and_draws_the_maps(study: Path, room: Path, tmp_path: Path) -> None:
     picture = next((room / "data" / "tones" / "test" / "dark").iterdir())
-    assert (
-        main(["predict", str(study), str(picture), "--expert", "both:1", "--maps", "--to", str(tmp_path), "--quiet"])
-        == 0
-    )
+    command = ["predict", str(study), str(picture), "--arm", "both:1", "--maps", "--to", str(tmp_path), "--quiet"]
+    assert main(command) == 0
     assert (tmp_path / f"{picture.stem}.png").stat().st_size > 5000
     with np.load(tmp_path / f"{picture.stem}.npz") as maps:
-        assert (
-            set(maps.files) == {"semseg", "classify"}
-            and maps["classify"].shape == ()
-            and int(maps["classify"]) in (0, 1)
-        )
+        assert set(maps.files) == {"semseg", "classify"}
+        assert maps["classify"].shape == () and int(maps["classify"]) in (0, 1)
         assert maps["semseg"].ndim == 2
 
 
-def test_a_changed_answer_is_counted_in_the_merge_check(study: Path, room: Path, tmp_path: Path, monkeypatch) -> None:
-    from vismt.jobs.dense import evaluation as dense_evaluation
-
+def test_a_changed_answer_is_counted_in_the_merge_check(study: Path, tmp_path: Path, monkeypatch) -> None:
     job = open_run(study).job
-    one = unit(job.config, study, "both", 3e-3, 0)
-    job.evaluation.folder = tmp_path
-    other = job.loaded(one)
+    training = job.study.training("both", 3e-3, 0)
+    turned = job.loaded(training)
     with torch.no_grad():
-        head = other.heads["classify"].predict
+        head = turned.heads["classify"].predict
         head.weight.neg_()
         head.bias.neg_()
-    monkeypatch.setattr(dense_evaluation, "loaded", lambda config, unit, size: other)
-    monkeypatch.setattr(dense_evaluation, "mergeable", lambda net, unit: True)
-    written = {}
-    monkeypatch.setattr(dense_evaluation, "atomic_write", lambda path, text: written.update(json.loads(text)))
-    monkeypatch.setattr(job.evaluation, "_final", lambda unit: job.loaded(unit))
-    job.evaluation._check_merge(one)
+    copy = replace(training, folder=tmp_path)
+    shutil.copytree(training.folder, copy.folder, dirs_exist_ok=True)
+    (copy.folder / "merge.json").unlink()
+    nets = [job.loaded(training), turned]  # the one that is merged, and the one that is not
+    monkeypatch.setattr(job, "loaded", lambda training: nets.pop(0))
+    job.check_merge(copy)
+    check = json.loads((copy.folder / "merge.json").read_text())
     # Two classes with turned logits: the other answer for every image, also for those without a class.
-    assert (
-        written["tasks"]["classify"][2] == 7
-        and written["tasks"]["semseg"][2] == 0
-        and written["different_predictions"] == 7
-    )
+    assert check["outputs"]["classify"]["different"] == 7 and check["outputs"]["semseg"]["different"] == 0
+    assert check["different_predictions"] == 7 and check["largest_difference"] > 1e-3 * check["largest_logit"]
 
 
 def test_arms_see_the_same_images_and_labels_where_there_are_any(study: Path, monkeypatch) -> None:
     job = open_run(study).job
-    configs = [unit_config(job.config, unit(job.config, study, arm, 3e-3, 0)) for arm in ("both", "classify", "semseg")]
-    seen = set()
+    arms = ("both", "classify", "semseg")
+    configs = [job.study.config_of(job.study.training(arm, 3e-3, 0)) for arm in arms]
+    with_class = set()
     for number in range(6):
         both, classify, semseg = (job.batches(config)(number) for config in configs)
         assert torch.equal(both["image"], classify["image"]) and torch.equal(both["image"], semseg["image"])
@@ -228,39 +237,39 @@ def test_arms_see_the_same_images_and_labels_where_there_are_any(study: Path, mo
         has_class = both["class"] >= 0 if "class" in both else torch.zeros(4, dtype=torch.bool)
         has_map = (both["semseg"] != 255).flatten(1).any(1) if "semseg" in both else torch.zeros(4, dtype=torch.bool)
         assert torch.equal(has_class, ~has_map)
-        seen |= set(has_class.tolist())
-    assert seen == {True, False}
+        with_class |= set(has_class.tolist())
+    assert with_class == {True, False}
 
 
 def test_a_class_is_learned_beside_maps(room: Path, tmp_path: Path) -> None:
     """Dark or bright, by the heads alone on a random backbone: all right in the end, half at chance."""
     train = {"steps": 40, "lr": 3e-2, "checkpoint_every": 40}
     path = write(
-        tmp_path, **made(room, adapt=None, fade=None, train=train, augment={"strength": 0, "scales": [1.0, 1.0]})
+        tmp_path, **on_room(room, adapt=None, fade=None, train=train, augment={"strength": 0, "scales": [1.0, 1.0]})
     )
     assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
-    rows = {row["metric"]: row["value"] for row in read_lines(next((tmp_path / "runs").iterdir()) / "results.jsonl")}
-    assert rows["classify accuracy"] == 1.0
+    results = read_results(next((tmp_path / "runs").iterdir()) / "results.jsonl")
+    assert rows_of_arms(results)["adapted", "classify"].value == 1.0
 
 
 def test_shares_are_of_every_class(room: Path, tmp_path: Path) -> None:
     """In a set sorted by class the last images are all of one class."""
     data = {"train": sets(room, "scenes:train", "tones:train"), "test_share": 0.34, "validation_share": 0.3}
-    found = DenseData(load_config(write(tmp_path, **made(room, data=data)), []))
+    dense = DenseData(load_config(write(tmp_path, **on_room(room, data=data)), []))
     for part in ("train", "validation", "test"):
-        entries = [(images, i) for images, i in found.part(part).entries if images.labels is not None]
+        entries = [(images, i) for images, i in dense.part(part).entries if images.labels is not None]
         assert sorted(int(images.labels[i]) for images, i in entries) == [0, 1]
-    assert len(found.part("test")) == 4 and found.part("train").name == "scenes+tones"
+    assert len(dense.part("test")) == 4 and dense.part("train").name == "scenes+tones"
 
 
 def test_tuning_takes_the_accuracy_into_its_score(room: Path, tmp_path: Path) -> None:
     data = {"train": sets(room, "scenes:train", "tones:train"), "test_share": 0.34, "validation_share": 0.34}
-    config = load_config(write(tmp_path, **made(room, data=data, adapt=None, fade=None)), [])
+    config = load_config(write(tmp_path, **on_room(room, data=data, adapt=None, fade=None)), [])
     job = DenseJob(config, tmp_path, "hash")
     job.train()
-    one = unit(config, tmp_path, "adapted", 3e-3, 0)
-    scored = job.evaluation._scored(one, "validation")
-    assert job.validate(one) == pytest.approx(
+    training = job.study.training("adapted", 3e-3, 0)
+    scored = job.scored(training, "validation")
+    assert job.validate(training) == pytest.approx(
         (max(scored["semseg"].value, 1e-6) * max(scored["classify"].value, 1e-6)) ** 0.5
     )
     assert len(scored["classify"].images) == 2 and len(scored["semseg"].images) == 2
@@ -283,7 +292,7 @@ def test_tuning_takes_the_accuracy_into_its_score(room: Path, tmp_path: Path) ->
     ],
 )
 def test_errors_are_one_line(room: Path, tmp_path: Path, capsys, changes: dict, words: str) -> None:
-    config = made(room)
+    config = on_room(room)
     for part in ("train", "test"):
         if part in changes:
             config["data"] = {**config["data"], part: sets(room, *changes[part])}
@@ -291,8 +300,8 @@ def test_errors_are_one_line(room: Path, tmp_path: Path, capsys, changes: dict, 
         config["tasks"] = [{"name": "semseg", "classes": 3} if task == "semseg" else task for task in changes["tasks"]]
     config |= {key: value for key, value in changes.items() if key in ("head", "batch")}
     assert main(["run", str(write(tmp_path, **config)), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
-    told = capsys.readouterr().err
-    assert words in told and told.startswith("error: ") and told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert words in message and message.startswith("error: ") and message.count("\n") == 1
 
 
 def test_depth_of_the_motorcycle_and_digits(tmp_path: Path) -> None:
@@ -308,9 +317,10 @@ def test_depth_of_the_motorcycle_and_digits(tmp_path: Path) -> None:
     )
     assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
     folder = next((tmp_path / "runs").iterdir())
-    rows = {row["metric"]: row for row in read_lines(folder / "results.jsonl")}
-    assert {metric: row["n"] for metric, row in rows.items()} == {"depth RMSE in m": 2, "classify accuracy": 90}
-    assert 0 <= rows["classify accuracy"]["value"] <= 1 and rows["depth RMSE in m"]["lower_is_better"]
+    rows = {(row.task, row.metric): row for row in read_results(folder / "results.jsonl")}
+    depth, classify = ("depth", "RMSE in m"), ("classify", "accuracy")
+    assert {key: row.n for key, row in rows.items()} == {depth: 2, classify: 90}
+    assert 0 <= rows[classify].value <= 1 and rows[depth].better == "lower"
     labels = {
         int(images.labels[i])
         for images, i in open_run(folder).job.data.part("test").entries
@@ -337,7 +347,7 @@ def test_camvid_and_textures(tmp_path: Path) -> None:
     )
     assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
     folder = next((tmp_path / "runs").iterdir())
-    rows = {row["metric"]: row for row in read_lines(folder / "results.jsonl")}
-    assert {metric: row["n"] for metric, row in rows.items()} == {"semseg mIoU": 37, "classify accuracy": 100}
-    found = json.loads(next(folder.rglob("merge.json")).read_text())
-    assert found["n"] == 137 and found["tasks"]["classify"][2] == 0
+    counts = {(row.task, row.metric): row.n for row in read_results(folder / "results.jsonl")}
+    assert counts == {("semseg", "mIoU"): 37, ("classify", "accuracy"): 100}
+    check = json.loads(next(folder.rglob("merge.json")).read_text())
+    assert check["n"] == 137 and check["outputs"]["classify"]["different"] == 0

@@ -13,15 +13,17 @@ from PIL import Image
 
 from vismt.cli import main
 from vismt.engine.log import read_lines
+from vismt.jobs import open_run
 from vismt.multitask.tasks.base import DARK
 from vismt.report.panels import read_panel
+from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
 
 pytest.importorskip("torchmetrics")
 
 CARD = """name: rooms
 title: Rooms
-source: own
-licence: own
+source: tests
+licence: none
 classes: 4
 sources:
   - kind: dense
@@ -75,27 +77,39 @@ def run(folder: Path, **changes: object) -> int:
 
 
 def refuse(constant: str) -> None:
-    raise AssertionError(f"{constant} is no JSON")
+    raise AssertionError(f"{constant} is not JSON")
+
+
+def only_training(folder: Path) -> dict:
+    """Return the scores by task of the only training of a run; NaN and the like are not JSON."""
+    (path,) = folder.glob("arms/*/*/records/test.json")
+    return json.loads(path.read_text(), parse_constant=refuse)["tasks"]
+
+
+def rows_by_task(folder: Path) -> dict[tuple[str, str], Result]:
+    """Return the rows of results.jsonl by arm and task."""
+    return {(row.arm, row.task): row for row in read_results(folder / "results.jsonl")}
 
 
 def test_a_class_that_is_nowhere(rooms: Path, tmp_path: Path, capsys) -> None:
-    found = {}
+    scored = {}
     for absent in ("zero", "skip", "nan"):
         before = set((tmp_path / "runs").glob("*"))
         code = run(tmp_path, tasks=[{"name": "semseg", "classes": 4, "absent": absent}])
         (folder,) = set((tmp_path / "runs").glob("*")) - before
         assert code == (2 if absent == "nan" else 0)
         if absent != "nan":
-            (line,) = (folder / "dense_seeds.jsonl").read_text().splitlines()
-            found[absent] = json.loads(line, parse_constant=refuse)
-    zero, skip = found["zero"], found["skip"]
+            scored[absent] = only_training(folder)["semseg"]
+            (row,) = read_results(folder / "results.jsonl")
+            assert (row.task, row.metric) == ("semseg", "mIoU")
+            assert row.value == pytest.approx(scored[absent]["value"])
+    zero, skip = scored["zero"], scored["skip"]
     classes = skip["numbers"]["iou"][:3]
     assert min(classes) > 0 and skip["numbers"]["iou"][3] is None and zero["numbers"]["iou"] == [*classes, 0]
     assert zero["value"] == pytest.approx(sum(classes) / 4) and skip["value"] == pytest.approx(sum(classes) / 3)
-    told = capsys.readouterr().err.lower()
-    assert (
-        told.count("\n") == 1 and "with absent 'nan' a class that is nowhere" in told and "use 'zero' or 'skip'" in told
-    )
+    message = capsys.readouterr().err.lower()
+    assert message.count("\n") == 1 and "with absent 'nan' a class that is nowhere" in message
+    assert "use 'zero' or 'skip'" in message
     assert list(folder.rglob("done.json")) and not (folder / "results.jsonl").exists()  # trained, not scored
 
 
@@ -104,8 +118,8 @@ def test_an_image_without_a_valid_pixel_of_a_task(rooms: Path, tmp_path: Path) -
     Image.fromarray(np.zeros(SIZE, np.uint16)).save(rooms / "depth" / "2.png")
     assert run(tmp_path, arms={"slow": {"train.lr": 3e-3}, "fast": {}}, baseline="slow") == 0
     (folder,) = (tmp_path / "runs").iterdir()
-    rows = {(row["model"], row["metric"].split()[0]): row for row in read_lines(folder / "results.jsonl")}
-    assert {key: row["n"] for key, row in rows.items()} == {
+    rows = rows_by_task(folder)
+    assert {key: row.n for key, row in rows.items()} == {
         ("slow", "semseg"): 3,
         ("slow", "depth"): 3,
         ("fast", "semseg"): 3,
@@ -113,18 +127,17 @@ def test_an_image_without_a_valid_pixel_of_a_task(rooms: Path, tmp_path: Path) -
         ("fast", "delta_m"): 4,
     }
     psi = {
-        key: {line["episode"]: line["clean"] for line in read_lines(folder / "records" / f"{stem}-{key[1]}.jsonl")}
-        for key in rows
-        for stem in [f"rooms-test-images-at-32-x-48-{key[0]}"]
+        key: {line[EXAMPLE]: line["clean"] for line in read_lines(folder / RECORDS / f"{row.stem}.jsonl")}
+        for key, row in rows.items()
     }
     names = [f"rooms:test/rgb/{number}.png" for number in range(4)]
     assert list(psi["fast", "semseg"]) == [names[0], names[2], names[3]] and names[2] not in psi["slow", "depth"]
     # Image 1 has a depth alone: psi - delta_m = -100 / 2 * 4 / 3 * d(M / B), four images, three of them with a depth.
-    score, base = (rows[arm, "depth"]["value"] for arm in ("fast", "slow"))
-    apart, other = psi["fast", "depth"][names[1]] - score, psi["slow", "depth"][names[1]] - base
-    effect = psi["fast", "delta_m"][names[1]] - rows["fast", "delta_m"]["value"]
-    assert effect == pytest.approx(-100 / 2 * 4 / 3 * (apart / base - score * other / base**2))
-    panel = read_panel(folder / "dense_panels.npz", "dense")
+    score, base = (rows[arm, "depth"].value for arm in ("fast", "slow"))
+    change, base_change = psi["fast", "depth"][names[1]] - score, psi["slow", "depth"][names[1]] - base
+    effect = psi["fast", "delta_m"][names[1]] - rows["fast", "delta_m"].value
+    assert effect == pytest.approx(-100 / 2 * 4 / 3 * (change / base - score * base_change / base**2))
+    panel = read_panel(folder / "dense_panels.npz", "maps")
     assert panel["ids"].tolist() == names and panel["tasks"].tolist() == ["semseg", "depth"]
     lacking = {(0, 1), (1, 2)}
     for task in (0, 1):
@@ -132,10 +145,13 @@ def test_an_image_without_a_valid_pixel_of_a_task(rooms: Path, tmp_path: Path) -
             assert bool((panel["truth"][task, image] == DARK).all()) == ((task, image) in lacking)
             assert all(math.isnan(score) == ((task, image) in lacking) for score in panel["scores"][:, task, image])
     assert not any((picture == DARK).all() for picture in panel["predictions"].reshape(-1, 3, *SIZE))
-    assert "semseg mIoU in % ↑, n = 3" in (folder / "report.md").read_text()
+    report = (folder / "report.md").read_text()
+    assert "### semseg: test images at 32 x 48, mIoU in %" in report
+    counts = [line.split("|")[-2].strip() for line in report.splitlines() if line.startswith("| rooms | clean |")]
+    assert counts == ["3", "3", "4"]
 
 
-def test_depth_is_compared_tuned_and_told_by_its_measure(rooms: Path, tmp_path: Path) -> None:
+def test_depth_is_compared_tuned_and_reported_by_its_measure(rooms: Path, tmp_path: Path) -> None:
     """Rows, delta_m and the choice of the rate, each by the relative error and none by the RMSE."""
     card = tmp_path / "cards" / "rooms" / "card.yaml"
     changes = {
@@ -147,26 +163,27 @@ def test_depth_is_compared_tuned_and_told_by_its_measure(rooms: Path, tmp_path: 
     }
     assert run(tmp_path, **changes) == 0
     (folder,) = (tmp_path / "runs").iterdir()
-    rows = {(row["model"], row["metric"]): row for row in read_lines(folder / "results.jsonl")}
-    metric, delta = "depth mean relative error", "delta_m over base in per cent"
-    assert (
-        set(rows) == {("base", metric), ("longer", metric), ("longer", delta)}
-        and rows["base", metric]["lower_is_better"]
-    )
-    lines = {line["arm"]: line for line in read_lines(folder / "dense_seeds.jsonl") if line["task"] == "depth"}
-    for arm, line in lines.items():
-        assert line["measure"] == "abs_rel" and line["numbers"]["abs_rel"] != pytest.approx(
-            line["numbers"]["rmse"], rel=0.01
-        )
-        assert rows[arm, metric]["value"] == line["value"] == line["numbers"]["abs_rel"]
-    one, base = (rows[arm, metric]["value"] for arm in ("longer", "base"))
-    assert rows["longer", delta]["value"] == pytest.approx(100 * (base - one) / base)
+    rows = rows_by_task(folder)
+    assert {(arm, row.task, row.metric) for (arm, _), row in rows.items()} == {
+        ("base", "depth", "mean relative error"),
+        ("longer", "depth", "mean relative error"),
+        ("longer", "delta_m", "over base in per cent"),
+    }
+    assert rows["base", "depth"].better == "lower"
+    job = open_run(folder).job
+    for arm in ("base", "longer"):
+        (training,) = job.study.trainings(arm)
+        scored = json.loads((training.folder / "records" / "test.json").read_text())["tasks"]["depth"]
+        assert scored["numbers"]["abs_rel"] != pytest.approx(scored["numbers"]["rmse"], rel=0.01)
+        assert scored["value"] == scored["numbers"]["abs_rel"]
+        assert rows[arm, "depth"].value == pytest.approx(scored["value"])
+    longer, base = (rows[arm, "depth"].value for arm in ("longer", "base"))
+    assert rows["longer", "delta_m"].value == pytest.approx(100 * (base - longer) / base)
     chosen = json.loads((folder / "arms" / "base" / "chosen.json").read_text())
     for rate, score in chosen["validation"].items():
-        held = json.loads(
-            (folder / "arms" / "base" / f"lr-{float(rate):g}-seed-0" / "records" / "validation.json").read_text()
-        )
-        assert score == pytest.approx(1 / held["tasks"]["depth"]["numbers"]["abs_rel"])
+        training = job.study.training("base", float(rate), 0)
+        scored = json.loads((training.folder / "records" / "validation.json").read_text())["tasks"]["depth"]
+        assert score == pytest.approx(1 / scored["numbers"]["abs_rel"])
     assert chosen["lr"] == 3e-2
 
 
@@ -182,9 +199,9 @@ def test_a_label_map_of_another_size(rooms: Path, tmp_path: Path, capsys) -> Non
     good = (rooms / "label" / "2.png").read_bytes()
     Image.fromarray(np.zeros((16, 24), np.uint8)).save(rooms / "label" / "2.png")
     assert run(tmp_path) == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "rooms/test/label/2.png: the map is (16, 24), its image is (32, 48)" in told
-    assert "bring the file to the size of its image" in told
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "rooms/test/label/2.png: the map is (16, 24), its image is (32, 48)" in message
+    assert "bring the file to the size of its image" in message
     (rooms / "label" / "2.png").write_bytes(good)
     assert run(tmp_path) == 0
     assert "done before" in capsys.readouterr().out and len(list((tmp_path / "runs").glob("*/report.html"))) == 1

@@ -1,4 +1,4 @@
-"""What a run exports answers as the run does: each method, as a timm folder and as an adapter of peft; the head goes along."""
+"""Exports of a run give the logits of the run: each method, as a timm folder and as a peft adapter, the head included."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 import yaml
 
 from vismt.cli import main
-from vismt.engine.run import Run, open_run
+from vismt.engine.run import Run
 from vismt.errors import UserError
+from vismt.jobs import open_run
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
@@ -55,7 +56,8 @@ def run(tmp_path_factory) -> Run:
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_exports_answer_as_the_run(run: Run, arm: str, tmp_path: Path) -> None:
-    net, images = run.job.net(arm), run.job.data.part(0, "test")[torch.arange(8)]
+    net = run.job.loaded(run.job.study.find(arm))
+    images = run.job.data.part(0, "test")[torch.arange(8)]
     with torch.no_grad():
         wanted, x = net(images), net.backbone.normalise(images)
         stock = run.job.fresh(run.job.config).stock.eval()

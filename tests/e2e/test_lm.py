@@ -18,22 +18,21 @@ from helpers.lm_parts import changed, save_lm, save_texts
 
 from vismt.cli import main
 from vismt.engine import checkpoint, runtime
-from vismt.engine.arms import arm_config, named_unit
 from vismt.engine.log import read_lines
-from vismt.engine.run import open_run
 from vismt.errors import UserError
-from vismt.jobs.lm.report import lm_tables
+from vismt.jobs import open_run
 from vismt.llm import covariance
 from vismt.llm.covariance_files import load_covariances
 from vismt.llm.net import LmNet
-from vismt.llm.selection import select_units
 from vismt.llm.tasks.base import gather
-from vismt.lowrank.inject import adapted_modules
+from vismt.llm.unit_selection import select_units
+from vismt.lowrank.inject import adapter_layers
+from vismt.report.results import RECORDS, read_results
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> dict[str, object]:
-    """A folder with a tiny LM, and the cards."""
+    """Return the folder of a tiny LM, and those of cards."""
     folder = tmp_path_factory.mktemp("lm")
     return {"lm": str(save_lm(folder / "tiny")), **{name: str(path) for name, path in save_texts(folder).items()}}
 
@@ -94,13 +93,13 @@ def study(home, tmp_path_factory) -> Path:
 
 
 def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path, home) -> None:
-    rows = read_lines(study / "results.jsonl")
-    assert list(dict.fromkeys(row["model"] for row in rows)) == ["frozen", "lora", "head", "polar-vbll"]
+    results = read_results(study / "results.jsonl", open_run(study).hash)
+    rows = [row for row in results if row.seed is None]
+    assert list(dict.fromkeys(row.arm for row in rows)) == ["frozen", "lora", "head", "polar-vbll"]
     sets = [f"{home['films']}:test", str(home["other"])]
     plain, bayes = {"clean", "temperature of validation"}, {"Laplace", "means of the head"}
-    for model, extra in (("frozen", set()), ("lora", {"Laplace"}), ("head", {"Laplace"}), ("polar-vbll", bayes)):
-        own = [row for row in rows if row["model"] == model]
-        assert {(row["data"], row["metric"], row["condition"]) for row in own} == {
+    for arm, extra in (("frozen", set()), ("lora", {"Laplace"}), ("head", {"Laplace"}), ("polar-vbll", bayes)):
+        assert {(row.data, row.metric, row.condition) for row in rows if row.arm == arm} == {
             *(
                 (data, metric, condition)
                 for data in sets
@@ -109,24 +108,20 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path, home) -> Non
             ),
             *((str(home["stories"]), metric, "clean") for metric in ("NLL in nats a token", "perplexity")),
         }
-    seeds = read_lines(study / "lm_seeds.jsonl")
+    value = {row.key: row.value for row in results}
     for row in rows:
-        own = [
-            line["value"]
-            for line in seeds
-            if all(
-                line[key] == row[name]
-                for key, name in (("arm", "model"), ("data", "data"), ("metric", "metric"), ("condition", "condition"))
-            )
-        ]
-        assert len(own) == (1 if row["model"] == "frozen" else 2) and row["value"] == pytest.approx(sum(own) / len(own))
-        assert (row["records"] is None) == (row["metric"] == "ECE-15")  # its interval is no mean's, and no pair's
-        if row["records"] is None:
-            assert 0 < row["ci95"] <= 1
+        assert {other.seed for other in results if other.key[:-1] == row.key[:-1]} == (
+            {None} if row.arm == "frozen" else {None, 0, 1}
+        )
+        if row.arm != "frozen":
+            assert row.value == pytest.approx(sum(value[(*row.key[:-1], seed)] for seed in (0, 1)) / 2)
+        path = study / RECORDS / f"{row.stem}.jsonl"
+        assert path.exists() == (row.metric != "ECE-15")  # which is compared by its own interval, not row by row
+        if row.metric == "ECE-15":
+            assert 0 < row.half <= 1
             continue
-        records = read_lines(study / "records" / f"{row['records']}.jsonl")
-        values = [line[row["condition"]] for line in records]
-        assert len(values) == row["n"] and sum(values) / row["n"] == pytest.approx(row["value"])
+        values = [line[row.condition] for line in read_lines(path)]
+        assert len(values) == row.n and sum(values) / row.n == pytest.approx(row.value)
     for arm in ("lora", "head", "polar-vbll"):
         chosen = json.loads((study / "arms" / arm / "chosen.json").read_text())
         assert chosen["validation"][f"{chosen['lr']:g}"] == max(chosen["validation"].values())
@@ -135,30 +130,28 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path, home) -> Non
         )[1:]
         nll = -sum(record["log_p"][record["label"]] for record in records) / len(records)
         assert chosen["validation"][f"{chosen['lr']:g}"] == pytest.approx(math.exp(-nll))
-    by = {(row["model"], row["metric"], row["condition"]): row["value"] for row in rows if row["data"] == sets[0]}
-    for metric in (
-        "accuracy",
-        "NLL in nats",
-    ):  # a temperature changes no answer; a Laplace posterior changes the probabilities
+    by = {(row.arm, row.metric, row.condition): row.value for row in rows if row.data == sets[0]}
+    # A temperature changes no answer; a Laplace posterior changes the probabilities.
+    for metric in ("accuracy", "NLL in nats"):
         same = by["lora", metric, "clean"] == pytest.approx(by["lora", metric, "temperature of validation"], abs=1e-12)
         assert same == (metric == "accuracy")
     assert by["lora", "NLL in nats", "clean"] != by["lora", "NLL in nats", "Laplace"]
     assert by["polar-vbll", "NLL in nats", "clean"] != by["polar-vbll", "NLL in nats", "means of the head"]
 
 
-def test_laplace_of_a_large_head_is_factored_and_called_so(home, tmp_path: Path, monkeypatch) -> None:
+def test_laplace_of_a_large_head_is_factored_and_named_kronecker(home, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("vismt.llm.heads.LARGEST", 2 * 32 - 1)  # two answers, an LM of width 32
     arms = {"linear": {}, "vbll": {"head": {"name": "vbll"}}}
     path = write(tmp_path, settings(home, arms=arms, evaluate={"batch": 4, "laplace": True}))
     assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
     run = next((tmp_path / "runs").iterdir())
-    rows = [row for row in read_lines(run / "results.jsonl") if row["metric"] == "NLL in nats"]
-    found = {model: {row["condition"] for row in rows if row["model"] == model} for model in arms}
-    assert found == {"linear": {"clean", "Laplace (Kronecker)"}, "vbll": {"clean", "means of the head", "Laplace"}}
+    rows = [row for row in read_results(run / "results.jsonl") if row.metric == "NLL in nats"]
+    conditions = {arm: {row.condition for row in rows if row.arm == arm} for arm in arms}
+    assert conditions == {"linear": {"clean", "Laplace (Kronecker)"}, "vbll": {"clean", "means of the head", "Laplace"}}
     assert "Laplace (Kronecker)" in (run / "report.md").read_text()
 
 
-def test_a_bias_that_laplace_does_not_take_is_told_before_the_training(
+def test_a_bias_that_laplace_does_not_take_is_refused_before_the_training(
     home, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     rows = LmNet.answer_rows
@@ -171,13 +164,13 @@ def test_a_bias_that_laplace_does_not_take_is_told_before_the_training(
     assert not list((tmp_path / "runs").rglob("metrics.jsonl"))
 
 
-def test_the_report_pairs_rows_and_tells_tokens(study: Path) -> None:
+def test_the_report_pairs_rows_and_counts_tokens(study: Path) -> None:
     report = (study / "report.md").read_text()
     # All but ECE is paired, of both sets and in their mean.
     assert report.count("clean (unpaired)") == 3
     assert "Choice of the rate" in report and "Merging" in report and "perplexity" in report
-    titles = [table.title for table, _ in lm_tables(study)]
-    assert any(title.startswith("stories on") and "116 tokens" in title for title in titles)
+    titles = [line for line in report.splitlines() if line.startswith("### stories: ") and "test rows" in line]
+    assert len(titles) == 2 and all(", 116 tokens, " in title for title in titles)
     metrics = [line for path in (study / "arms" / "polar-vbll").glob("*/metrics.jsonl") for line in read_lines(path)]
     assert metrics and all("infeasibility" in line and "kl" in line for line in metrics)
 
@@ -187,7 +180,7 @@ def test_several_processes_take_no_alternating_head(study: Path, monkeypatch) ->
     monkeypatch.setattr("vismt.jobs.lm.job.runtime.processes", lambda: SimpleNamespace(num_processes=2))
     with pytest.raises(UserError, match=r"head.alternate: with 2 processes.*joint update, or run one process"):
         job.check_data()  # before any arm is trained
-    joint = arm_config(job.config, "polar-vbll")
+    joint = job.study.arms["polar-vbll"]
     assert job.batches(replace(joint, head=replace(joint.head, alternate=None)))
     monkeypatch.undo()
     assert job.batches(joint)
@@ -202,14 +195,15 @@ def test_an_arm_on_quantised_weights_leaves_the_others_alone(home, tmp_path: Pat
     run, other = (next((tmp_path / out).iterdir()) for out in ("both", "alone"))
     trained = [next((folder / "arms" / "lora").glob("*/adapter/*.safetensors")) for folder in (run, other)]
     assert trained[0].read_bytes() == trained[1].read_bytes()
-    assert {row["model"] for row in read_lines(run / "results.jsonl")} == {"frozen", "qpissa", "lora"}
-    where = ["--expert", "qpissa", "--quiet"]
+    assert {row.arm for row in read_results(run / "results.jsonl")} == {"frozen", "qpissa", "lora"}
+    where = ["--arm", "qpissa", "--quiet"]
     assert main(["export", str(run), "--format", "peft", *where]) == 2
     assert "'pissa' lies on quantised weights" in capsys.readouterr().err
     # Another process has the stock LM and the files alone.
     subprocess.run([sys.executable, "-m", "vismt.cli", "merge", str(run), *where], check=True)
     job = open_run(run).job
-    merged, net = transformers.AutoModelForCausalLM.from_pretrained(run / "merged"), job.net("qpissa")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(run / "merged")
+    net = job.loaded(job.study.find("qpissa"))
     ids = torch.arange(40, 60)[None]
     with torch.no_grad():
         wanted = net.lm(ids).logits
@@ -219,10 +213,10 @@ def test_an_arm_on_quantised_weights_leaves_the_others_alone(home, tmp_path: Pat
 
 def test_blocks_below_the_first_are_not_adapted(study: Path) -> None:
     job = open_run(study).job
-    hosts = adapted_modules(job.net("lora:1").lm)
-    assert set(hosts) == {f"model.layers.{i}.self_attn.{x}_proj" for i in (1, 2) for x in "qv"}
+    net = job.loaded(job.study.find("lora:1"))
+    assert set(adapter_layers(net.lm)) == {f"model.layers.{i}.self_attn.{x}_proj" for i in (1, 2) for x in "qv"}
     assert "lower" not in gather(job.data.training())
-    job.data.cache(job.data.training(), job.net("lora:1"), "rows")
+    job.data.cache(job.data.training(), net, "rows")
     assert "lower" in gather(job.data.training())
 
 
@@ -239,10 +233,10 @@ def test_exports_load_elsewhere_and_answer_alike(study: Path, tmp_path: Path, ar
     peft = pytest.importorskip("peft")
     for form in ("transformers", "peft"):
         where = ["--format", form, "--to", str(tmp_path / form)]
-        assert main(["export", str(study), *where, "--expert", f"{arm}:1", "--quiet"]) == 0
+        assert main(["export", str(study), *where, "--arm", f"{arm}:1", "--quiet"]) == 0
         assert (tmp_path / form / "head.safetensors").exists()
     job = open_run(study).job
-    net, ids = job.net(f"{arm}:1"), torch.tensor([[5, 6, 7, 8, 9]])
+    net, ids = job.loaded(job.study.find(f"{arm}:1")), torch.tensor([[5, 6, 7, 8, 9]])
     base = transformers.AutoModelForCausalLM.from_pretrained(job.config.model.name)
     with torch.no_grad():
         wanted, stock = net.lm(input_ids=ids).logits, base(input_ids=ids).logits
@@ -255,15 +249,12 @@ def test_exports_load_elsewhere_and_answer_alike(study: Path, tmp_path: Path, ar
 
 
 def test_merge_writes_a_folder_of_transformers(study: Path) -> None:
-    assert main(["merge", str(study), "--expert", "lora", "--quiet"]) == 0
+    assert main(["merge", str(study), "--arm", "lora", "--quiet"]) == 0
     transformers.AutoModelForCausalLM.from_pretrained(study / "merged")
-    assert main(["export", str(study), "--expert", "lora", "--quiet"]) == 2  # timm
-    found = json.loads(next((study / "arms" / "lora").glob("lr-*-seed-1/merge.json")).read_text())
-    assert (
-        found["n"] > 8
-        and found["different_predictions"] == 0
-        and found["largest_difference"] < 1e-3 * found["largest_logit"]
-    )
+    assert main(["export", str(study), "--arm", "lora", "--quiet"]) == 2  # timm
+    check = json.loads(next((study / "arms" / "lora").glob("lr-*-seed-1/merge.json")).read_text())
+    assert check["n"] > 8 and check["different_predictions"] == 0
+    assert check["largest_difference"] < 1e-3 * check["largest_logit"]
     assert not (study / "arms" / "head" / "lr-0.03-seed-1" / "merge.json").exists()
 
 
@@ -282,25 +273,23 @@ def test_an_interrupted_training_goes_on_bit_for_bit(home, tmp_path: Path, monke
     assert main(["train", str(path), "--out", str(tmp_path / "stopped"), "--quiet"]) == 130
     monkeypatch.setattr(checkpoint, "save", real)
     assert main(["train", str(path), "--out", str(tmp_path / "stopped"), "--quiet"]) == 0
-    units = [next((tmp_path / name).glob("*/arms/adapted/lr-0.01-seed-0")) for name in ("straight", "stopped")]
+    folders = [next((tmp_path / name).glob("*/arms/adapted/lr-0.01-seed-0")) for name in ("straight", "stopped")]
     for name in ("head.safetensors", "adapter/adapter.json"):  # which holds the sha256 of the adapter's tensors
-        assert (units[0] / name).read_bytes() == (units[1] / name).read_bytes()
-    logs = [read_lines(unit / "metrics.jsonl") for unit in units]
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+    logs = [read_lines(folder / "metrics.jsonl") for folder in folders]
     steps = [[{name: value for name, value in line.items() if name != "elapsed_s"} for line in log] for log in logs]
     assert steps[0] == steps[1] and len(steps[0]) == 4
 
 
 def test_caching_the_lower_blocks_trains_the_same(home, tmp_path: Path) -> None:
-    found = []
+    factors = []
     for megabytes in (0, 100):
         config = settings(home, model={"name": home["lm"], "first_block": 1, "cache_mb": megabytes})
         assert main(["train", str(write(tmp_path, config)), "--out", str(tmp_path / str(megabytes)), "--quiet"]) == 0
         run = open_run(next((tmp_path / str(megabytes)).iterdir()))
-        net = run.job.net()
-        found.append(
-            torch.cat([p.detach().flatten() for h in adapted_modules(net.lm).values() for p in (h.lora_A, h.lora_B)])
-        )
-    assert torch.allclose(found[0], found[1], atol=1e-4)
+        layers = adapter_layers(run.job.loaded(run.job.study.find(None)).lm).values()
+        factors.append(torch.cat([p.detach().flatten() for layer in layers for p in (layer.lora_A, layer.lora_B)]))
+    assert torch.allclose(factors[0], factors[1], atol=1e-4)
 
 
 CAUSAL = {
@@ -329,29 +318,25 @@ def test_causal_training_with_calibration_and_forgetting(home, tmp_path: Path) -
     )
     assert main(["run", str(write(tmp_path, config)), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
     run = next((tmp_path / "runs").iterdir())
-    rows = read_lines(run / "results.jsonl")
-    assert {(row["metric"], row["n"]) for row in rows if row["protocol"].startswith("sums")} == {
-        ("exact-match accuracy", 2)
-    }
-    found = {row["metric"] for row in rows if row["protocol"].startswith("colours")}
-    assert found == {"accuracy", "ECE-15", "NLL in nats", "Brier"}
-    stories = {row["model"]: row["value"] for row in rows if row["metric"] == "perplexity"}
+    rows = read_results(run / "results.jsonl")
+    assert {(row.metric, row.n) for row in rows if row.task == "sums"} == {("exact-match accuracy", 2)}
+    metrics = {row.metric for row in rows if row.task == "colours"}
+    assert metrics == {"accuracy", "ECE-15", "NLL in nats", "Brier"}
+    stories = {row.arm: row.value for row in rows if row.metric == "perplexity"}
     assert set(stories) == {"frozen", "kpm", "pissa", "fast"} and len(set(stories.values())) == 4
-    unit = named_unit(open_run(run).job.config, run, "kpm")
-    assert not (unit.folder / "head.safetensors").exists()
-    logged = read_lines(unit.folder / "metrics.jsonl")
-    assert (
-        logged[-1]["loss"] < logged[0]["loss"] * 1.5 and open_run(run).job.net("kpm").lm.vismt_record.method == "corda"
-    )
+    job = open_run(run).job
+    training = job.study.find("kpm")
+    assert not (training.folder / "head.safetensors").exists()
+    logged = read_lines(training.folder / "metrics.jsonl")
+    lm = job.loaded(training).lm
+    assert logged[-1]["loss"] < logged[0]["loss"] * 1.5 and lm.vismt_record.method == "corda"
     ids = torch.arange(3, 12)[None]
     with torch.no_grad():
-        wanted = open_run(run).job.net("kpm").lm(input_ids=ids).logits
-        for form in (
-            "peft",
-            "transformers",
-        ):  # B A - B0 A0 as one adapter of twice the rank, and folded into the weights
+        wanted = lm(input_ids=ids).logits
+        # B A - B0 A0 as one adapter of twice the rank, and folded into the weights.
+        for form in ("peft", "transformers"):
             where = tmp_path / form
-            assert main(["export", str(run), "--format", form, "--to", str(where), "--expert", "kpm", "--quiet"]) == 0
+            assert main(["export", str(run), "--format", form, "--to", str(where), "--arm", "kpm", "--quiet"]) == 0
             if form == "peft":
                 peft = pytest.importorskip("peft")
                 assert json.loads((where / "adapter_config.json").read_text())["r"] == 4
@@ -367,12 +352,12 @@ CORDA = {"method": "corda", "rank": 2, "targets": ["q_proj", "down_proj"]}
 
 
 def tensors(run: Path, arm: str = "adapted") -> str:
-    """The sha256 of what an arm trained."""
+    """Return the sha256 of what an arm trained."""
     return json.loads(next((run / "arms" / arm).glob("*/adapter/adapter.json")).read_text())["tensors_sha256"]
 
 
 def trained(home, folder: Path, code: int = 0, **changes: object) -> Path:
-    """The run folder of two steps of CorDA on sums, after `vismt train` that ends with `code`."""
+    """Return the run folder of two steps of CorDA on sums, after `vismt train` that ends with `code`."""
     folder.mkdir(exist_ok=True)
     config = settings(
         home,
@@ -386,45 +371,45 @@ def trained(home, folder: Path, code: int = 0, **changes: object) -> Path:
     return next((folder / "runs").iterdir())
 
 
-def test_an_arm_is_calibrated_on_its_own_texts(home, tmp_path: Path) -> None:
+def test_an_arm_is_calibrated_on_the_texts_it_names(home, tmp_path: Path) -> None:
     stories, films = ({"data": [name], "rows": 4, "batch": 2} for name in (home["stories"], f"{home['films']}:train"))
     sections = {"stories": stories, "films": films, "fewer": {**stories, "rows": 2}}
     arms = {arm: {"calibration": section} for arm, section in sections.items()}
     run = trained(home, tmp_path / "arms", arms=arms)
-    found = {arm: tensors(run, arm) for arm in arms}
-    assert len(set(found.values())) == 3
+    hashes = {arm: tensors(run, arm) for arm in arms}
+    assert len(set(hashes.values())) == 3
     base = trained(home, tmp_path / "base", calibration=films, arms={"films": {}, "stories": {"calibration": stories}})
     assert {arm: tensors(base, arm) for arm in ("films", "stories")} == {
-        arm: found[arm] for arm in ("films", "stories")
+        arm: hashes[arm] for arm in ("films", "stories")
     }
 
 
 def test_an_interrupted_calibration_goes_on_and_ends_alike(home, tmp_path: Path, monkeypatch) -> None:
-    seen: list[int] = []
+    batches: list[int] = []
     real = covariance.add_batch
 
-    def counted(*given: object) -> None:
-        if len(seen) == stop:
+    def counted(*arguments: object) -> None:
+        if len(batches) == stop:
             raise KeyboardInterrupt
-        seen.append(1)
-        real(*given)
+        batches.append(1)
+        real(*arguments)
 
     monkeypatch.setattr(covariance, "add_batch", counted)
     calibration = {"data": [f"{home['films']}:train"], "rows": 8, "batch": 1}
     stop = 99
     straight = trained(home, tmp_path / "straight", calibration=calibration)
-    assert len(seen) == 8
-    seen.clear()
+    assert len(batches) == 8
+    batches.clear()
     stop = 5
     trained(home, tmp_path / "stopped", 130, calibration=calibration)
     stop = 99
-    seen.clear()
+    batches.clear()
     stopped = trained(home, tmp_path / "stopped", calibration=calibration)
-    assert len(seen) == 8 - 4  # sums are written every second batch of eight
+    assert len(batches) == 8 - 4  # sums are written every second batch of eight
     assert tensors(straight) == tensors(stopped)
     kept = load_covariances(next((stopped / "calibration").iterdir()))
     assert set(kept) == {f"model.layers.{i}.{x}" for i in (1, 2) for x in ("self_attn.q_proj", "mlp.down_proj")}
-    seen.clear()
+    batches.clear()
 
 
 def test_a_calibration_in_little_memory_ends_alike(home, tmp_path: Path, monkeypatch) -> None:
@@ -432,16 +417,15 @@ def test_a_calibration_in_little_memory_ends_alike(home, tmp_path: Path, monkeyp
     straight = trained(home, tmp_path / "straight", calibration=calibration)
     budgets = []
 
-    def tight(*given: object, memory_budget: float, **options: object) -> dict[str, torch.Tensor]:
+    def tight(*arguments: object, memory_budget: float, **options: object) -> dict[str, torch.Tensor]:
         budgets.append(memory_budget)
-        return covariance.collect_covariance(
-            *given, memory_budget=memory_budget / 200, **options
-        )  # which takes two passes
+        # Two passes.
+        return covariance.collect_covariance(*arguments, memory_budget=memory_budget / 200, **options)
 
-    monkeypatch.setattr("vismt.jobs.lm.job.collect_covariance", tight)
+    monkeypatch.setattr("vismt.llm.corda.collect_covariance", tight)
     passes = trained(home, tmp_path / "passes", calibration={**calibration, "memory_mb": 3})
     assert set(budgets) == {3 * 2**20} and len(list((passes / "calibration").rglob("covariances-*.safetensors"))) == 2
-    assert passes.name == straight.name  # what is held at a time changes no result, and is no part of the hash
+    assert passes.name == straight.name  # the memory changes no result, and is not part of the hash
     assert tensors(straight) == tensors(passes)
 
 
@@ -450,11 +434,11 @@ def test_the_lm_is_on_its_device_before_it_is_calibrated(home, tmp_path: Path, m
     to = LmNet.to
     monkeypatch.setattr(LmNet, "to", lambda net, device: moved.append((id(net.lm), device)) or to(net, device))
 
-    def looked(lm: torch.nn.Module, *given: object, **options: object) -> dict[str, torch.Tensor]:
+    def checked(lm: torch.nn.Module, *arguments: object, **options: object) -> dict[str, torch.Tensor]:
         assert moved[-1] == (id(lm), runtime.processes().device)
-        return covariance.collect_covariance(lm, *given, **options)
+        return covariance.collect_covariance(lm, *arguments, **options)
 
-    monkeypatch.setattr("vismt.jobs.lm.job.collect_covariance", looked)
+    monkeypatch.setattr("vismt.llm.corda.collect_covariance", checked)
     trained(home, tmp_path, calibration={"data": [home["stories"]], "rows": 2})
     assert moved
 
@@ -494,7 +478,7 @@ def test_units_of_s2ft_are_chosen_by_the_texts_of_a_calibration(home, tmp_path: 
         columns = {
             path: (merged.get_submodule(path).mlp.down_proj.weight != value).any(0) for path, value in stock.items()
         }
-        moved[arm] = {path: tuple(own.nonzero()[:, 0].tolist()) for path, own in columns.items() if own.any()}
+        moved[arm] = {path: tuple(units.nonzero()[:, 0].tolist()) for path, units in columns.items() if units.any()}
     assert len({str(units) for units in moved.values()}) == len(arms)
 
     def rows(path: Path) -> list[torch.Tensor]:
@@ -509,18 +493,16 @@ def test_units_of_s2ft_are_chosen_by_the_texts_of_a_calibration(home, tmp_path: 
         assert {path.removesuffix(".mlp"): parts["d"] for path, parts in wanted.items()} == moved[strategy]
 
 
-@pytest.mark.parametrize(("changes", "told"), [
+@pytest.mark.parametrize(("changes", "words"), [
     ({"adapt": CORDA}, "calibration: 'corda' needs covariances; name texts here"),
     ({"adapt": {"method": "s2ft", "options": {"strategy": "gradient"}}}, "chooses by texts with strategy 'gradient'"),
     ({"arms": {"a": {}, "b": {"adapt": {"method": "s2ft", "options": {"strategy": "product"}}}}}, "arms.b: calibration: 's2ft'"),
     ({"adapt": CORDA, "calibration": {"data": ["x"], "memory_mb": 0}}, "memory_mb must be at least 1"),
 ])  # fmt: skip
-def test_what_is_missing_of_a_calibration(home, tmp_path: Path, capsys, changes, told) -> None:
-    assert (
-        main(["train", str(write(tmp_path, settings(home, **changes))), "--out", str(tmp_path / "runs"), "--quiet"])
-        == 2
-    )
-    assert told in " ".join(capsys.readouterr().err.split())
+def test_errors_of_a_calibration(home, tmp_path: Path, capsys, changes, words) -> None:
+    path = write(tmp_path, settings(home, **changes))
+    assert main(["train", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
 
 
 def test_weights_that_are_trained_in_place_begin_at_the_first_block(home, tmp_path: Path) -> None:
@@ -539,13 +521,11 @@ def test_weights_that_are_trained_in_place_begin_at_the_first_block(home, tmp_pa
         moved = {name for name, value in stock.items() if not torch.equal(value, merged[name])}
         assert any(".layers.2." in name for name in moved), arm
         assert not any(f".layers.{low}." in name or "embed" in name for name in moved for low in (0, 1)), arm
-    scores = {
-        (row["model"], row["value"]) for row in read_lines(run / "results.jsonl") if row["metric"] == "perplexity"
-    }
-    assert len({value for _, value in scores}) == 3
+    rows = [row for row in read_results(run / "results.jsonl") if row.metric == "perplexity"]
+    assert [row.arm for row in rows] == ["frozen", "s2ft", "lisa"] and len({row.value for row in rows}) == 3
 
 
-@pytest.mark.parametrize(("changes", "told"), [
+@pytest.mark.parametrize(("changes", "words"), [
     ({"tasks": []}, "name at least one"),
     ({"head": {"name": "vbl"}}, "no head 'vbl'. Near: 'vbll'"),
     ({"head": {"alternate": {}}}, "set head.name to vbll"),
@@ -561,36 +541,36 @@ def test_weights_that_are_trained_in_place_begin_at_the_first_block(home, tmp_pa
     ({"arms": {"a": {"model.dtype": "float32"}}}, "model.dtype must be the same for all arms"),
     ({"evaluate.split": "validation"}, "stories: nothing to validate on"),
 ])  # fmt: skip
-def test_user_errors(home, tmp_path: Path, capsys, changes, told) -> None:
+def test_user_errors(home, tmp_path: Path, capsys, changes, words) -> None:
     path = write(tmp_path, changed(settings(home), changes))
     assert main(["train", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
-    assert told in " ".join(capsys.readouterr().err.split())
+    assert words in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
-    ("apart", "told"),
+    ("later", "words"),
     [
         ({"train.rates": {"^head": 3.0}}, "'^head' is found in no trained parameter"),
         ({"adapt.method": "lorra"}, "no method 'lorra'"),
     ],
 )
-def test_a_later_arm_is_built_before_the_first_one_is_trained(home, tmp_path: Path, capsys, apart, told) -> None:
-    path = write(tmp_path, settings(home, arms={"lora": {}, "apart": apart}))
+def test_a_later_arm_is_built_before_the_first_one_is_trained(home, tmp_path: Path, capsys, later, words) -> None:
+    path = write(tmp_path, settings(home, arms={"lora": {}, "later": later}))
     assert main(["train", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert said.startswith("error: arms.apart: ") and told in said
+    message = " ".join(capsys.readouterr().err.split())
+    assert message.startswith("error: arms.later: ") and words in message
     assert not list((tmp_path / "runs").rglob("metrics.jsonl"))
 
 
-@pytest.mark.parametrize(("change", "told"), [
+@pytest.mark.parametrize(("change", "words"), [
     ({"train": []}, "one task must"),
     ({"validation": []}, "nothing to validate on"),
     ({"kind": "causal", "options": {"answer": "{text}"}, "validation": [], "limit": 0}, "limit 0; it must be at least 1"),
     ({"options": {"answers": {"0": " negative", "2": " positive"}}}, "has label '1'"),
-    ({"train": ["cifar10"], "limit": None}, "is no set of texts"),
+    ({"train": ["cifar10"], "limit": None}, "datasets/cifar10: is a set of labelled images"),
 ])  # fmt: skip
-def test_tasks_that_cannot_be_trained(home, tmp_path: Path, capsys, change, told) -> None:
+def test_tasks_that_cannot_be_trained(home, tmp_path: Path, capsys, change, words) -> None:
     config = settings(home, tune={"rates": [1e-3, 1e-2]} if "validation" in change and "limit" not in change else None)
     config["tasks"][0] = {**config["tasks"][0], **change}
     assert main(["train", str(write(tmp_path, config)), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
-    assert told in " ".join(capsys.readouterr().err.split())
+    assert words in " ".join(capsys.readouterr().err.split())

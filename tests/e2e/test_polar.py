@@ -10,6 +10,7 @@ import yaml
 
 from vismt.cli import main
 from vismt.engine.log import read_lines
+from vismt.report.results import read_results
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
@@ -62,10 +63,11 @@ def run(folder: Path, config: dict) -> Path:
 
 def test_fewshot(tmp_path: Path) -> None:
     folder = run(tmp_path, FEWSHOT)
-    rows = read_lines(folder / "metrics.jsonl")
+    training = folder / "arms" / "adapted" / "lr-0.001-seed-0"
+    rows = read_lines(training / "metrics.jsonl")
     assert len(rows) == 4 and all(0 <= row["infeasibility"] < 1 for row in rows) and rows[-1]["infeasibility"] > 0
-    assert {row["model"] for row in read_lines(folder / "results.jsonl")} == {"frozen", "adapted"}
-    adapter = json.loads((folder / "adapter" / "adapter.json").read_text())
+    assert {row.arm for row in read_results(folder / "results.jsonl")} == {"frozen", "adapted"}
+    adapter = json.loads((training / "adapter" / "adapter.json").read_text())
     assert adapter["method"] == "polar" and adapter["options"]["attraction"] == 5e-3
     assert main(["export", str(folder), "--format", "peft", "--to", str(tmp_path / "peft"), "--quiet"]) == 0
     assert (tmp_path / "peft" / "adapter_model.safetensors").exists()
@@ -85,12 +87,12 @@ def test_multitask_arms_with_and_without_landing(tmp_path: Path) -> None:
 def test_dense(tmp_path: Path) -> None:
     folder = run(tmp_path, DENSE)
     assert all(1 <= row["stable_rank"] <= 2 for row in read_lines(next(folder.glob("arms/*/lr-*/metrics.jsonl"))))
-    assert {row["metric"] for row in read_lines(folder / "results.jsonl")} >= {"depth RMSE in m"}
+    assert {(row.task, row.metric) for row in read_results(folder / "results.jsonl")} >= {("depth", "RMSE in m")}
 
 
 def test_a_constraint_that_does_not_exist_is_one_line(tmp_path: Path, capsys) -> None:
     path = tmp_path / "polar.yaml"
     path.write_text(yaml.safe_dump({**FEWSHOT, "adapt": {**POLAR, "options": {"constraint": "landng"}}}))
     assert main(["run", str(path), "--out", str(tmp_path / "runs")]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: adapt.constraint: 'landng'") and told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: adapt.constraint: 'landng'") and message.count("\n") == 1

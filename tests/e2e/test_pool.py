@@ -1,4 +1,4 @@
-"""A pool of AMT experts, MAML and the choice of settings through the command line, on a tiny random ViT and real digits."""
+"""A pool of AMT experts, MAML and the choice of merging settings through the command line, on a tiny ViT and digits."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from vismt.engine.log import read_lines
 
 pytest.importorskip("sklearn")
 
+TRAINING = "lr-0.01-seed-0"
 POOL = {
     "model": {"name": "test_vit", "img_size": 32, "pretrained": False, "block": 3},
     "adapt": {"method": "amt", "rank": 2},
@@ -54,41 +55,42 @@ def pool_run(tmp_path_factory) -> Path:
 
 
 def test_a_pool_run_trains_every_expert_and_evaluates_every_model(pool_run: Path) -> None:
-    assert {path.name for path in (pool_run / "experts").iterdir()} == {"clean", "0.5", "4"}
-    index = json.loads((pool_run / "pool" / "pool.json").read_text())
-    assert [one["label"] for one in index["experts"]] == ["0.5", "4"]
+    assert {path.name for path in (pool_run / "arms").iterdir()} == {"clean", "0.5", "4"}
+    index = json.loads((pool_run / "pool" / "seed-0" / "pool.json").read_text())
+    assert [expert["label"] for expert in index["experts"]] == ["0.5", "4"]
     rows = read_lines(pool_run / "results.jsonl")
-    assert [row["model"] for row in rows] == POOL["evaluate"]["models"] and all(row["n"] == 3 for row in rows)
-    logged = read_lines(pool_run / "experts" / "4" / "metrics.jsonl")
+    assert [row["arm"] for row in rows] == POOL["evaluate"]["models"] and all(row["n"] == 3 for row in rows)
+    logged = read_lines(pool_run / "arms" / "4" / TRAINING / "metrics.jsonl")
     assert [row["step"] for row in logged] == [1, 2, 3] and {"loss", "accuracy", "robust", "kl"} <= set(logged[0])
-    assert "kl" not in read_lines(pool_run / "experts" / "clean" / "metrics.jsonl")[0]
+    assert "kl" not in read_lines(pool_run / "arms" / "clean" / TRAINING / "metrics.jsonl")[0]
     text = (pool_run / "report.md").read_text().replace("\\", "")
     assert all(model in text for model in POOL["evaluate"]["models"])
 
 
 def test_experts_differ_and_the_same_command_trains_nothing_again(pool_run: Path, capsys) -> None:
-    held = [
-        safetensors.torch.load_file(next((pool_run / "pool" / f"expert-{i}").glob("*.safetensors"))) for i in (0, 1)
-    ]
-    name = next(key for key in held[0] if key.endswith("lora_A"))
-    assert torch.equal(held[0][f"{name}0"], held[1][f"{name}0"]) and not torch.equal(held[0][name], held[1][name])
+    first, second = (
+        safetensors.torch.load_file(next((pool_run / "pool" / "seed-0" / f"expert-{i}").glob("*.safetensors")))
+        for i in (0, 1)
+    )
+    name = next(key for key in first if key.endswith("lora_A"))
+    assert torch.equal(first[f"{name}0"], second[f"{name}0"]) and not torch.equal(first[name], second[name])
     assert main(["run", str(write(pool_run.parent.parent)), "--out", str(pool_run.parent)]) == 0
     assert "done before" in capsys.readouterr().out
 
 
 def test_one_expert_or_the_average_can_be_merged_and_exported(pool_run: Path, tmp_path: Path, capsys) -> None:
     assert main(["merge", str(pool_run)]) == 2
-    assert "--expert: 0.5, 4, or average" in capsys.readouterr().err
-    assert main(["merge", str(pool_run), "--expert", "5"]) == 2
+    assert "--arm: clean, 0.5, 4, or average" in capsys.readouterr().err
+    assert main(["merge", str(pool_run), "--arm", "5"]) == 2
     assert "no single adapter '5'" in capsys.readouterr().err
-    found = {}
+    states = {}
     for expert in ("0.5", "4", "average"):
-        assert main(["export", str(pool_run), "--expert", expert, "--to", str(tmp_path / expert), "--quiet"]) == 0
-        found[expert] = safetensors.torch.load_file(tmp_path / expert / "model.safetensors")
+        assert main(["export", str(pool_run), "--arm", expert, "--to", str(tmp_path / expert), "--quiet"]) == 0
+        states[expert] = safetensors.torch.load_file(tmp_path / expert / "model.safetensors")
     key = "blocks.0.mlp.fc1.weight"
-    torch.testing.assert_close(found["average"][key], (found["0.5"][key] + found["4"][key]) / 2)
+    torch.testing.assert_close(states["average"][key], (states["0.5"][key] + states["4"][key]) / 2)
     assert (
-        main(["export", str(pool_run), "--format", "peft", "--expert", "4", "--to", str(tmp_path / "peft"), "--quiet"])
+        main(["export", str(pool_run), "--format", "peft", "--arm", "4", "--to", str(tmp_path / "peft"), "--quiet"])
         == 0
     )
     assert (tmp_path / "peft" / "adapter_config.json").exists()
@@ -97,7 +99,7 @@ def test_one_expert_or_the_average_can_be_merged_and_exported(pool_run: Path, tm
         str(pool_run),
         "--format",
         "peft",
-        "--expert",
+        "--arm",
         "average",
         "--to",
         str(tmp_path / "mixed"),
@@ -105,15 +107,15 @@ def test_one_expert_or_the_average_can_be_merged_and_exported(pool_run: Path, tm
     ]
     assert main(average) == 0
     model = vismt.merge(vismt.import_peft(create("test_vit", 32, False).vit, tmp_path / "mixed"))
-    assert all(torch.allclose(value, found["average"][name], atol=1e-6) for name, value in model.state_dict().items())
+    assert all(torch.allclose(value, states["average"][name], atol=1e-6) for name, value in model.state_dict().items())
 
 
 def test_experts_of_separate_runs_make_the_same_pool(pool_run: Path, tmp_path: Path, capsys) -> None:
-    """Trained apart, assembled, evaluated: the numbers of the run that trained them together."""
+    """Experts of separate runs, assembled into a pool, give the numbers of the run that trained them together."""
     runs = tmp_path / "runs"
     for level in (0.5, 4):
-        alone = write(tmp_path, f"only{level}", pool=section("pool", levels=[level], clean=False))
-        assert main(["train", str(alone), "--out", str(runs), "evaluate.models=[frozen]", "--quiet"]) == 0
+        path = write(tmp_path, f"only{level}", pool=section("pool", levels=[level], clean=False))
+        assert main(["train", str(path), "--out", str(runs), "evaluate.models=[frozen]", "--quiet"]) == 0
     parts = [str(path) for path in sorted(runs.iterdir())]
     assert main(["pool", "assemble", *parts, "--to", str(tmp_path / "both")]) == 0
     assert "0.5, 4" in capsys.readouterr().out
@@ -121,7 +123,7 @@ def test_experts_of_separate_runs_make_the_same_pool(pool_run: Path, tmp_path: P
     path = write(tmp_path, "joined", pool={"folder": str(tmp_path / "both")}, train=None, evaluate=evaluated)
     assert main(["run", str(path), "--out", str(tmp_path / "joined"), "--quiet"]) == 0
     joined = read_lines(next((tmp_path / "joined").iterdir()) / "results.jsonl")
-    before = {row["model"]: row["value"] for row in read_lines(pool_run / "results.jsonl")}
+    before = {row["arm"]: row["value"] for row in read_lines(pool_run / "results.jsonl")}
     assert [row["value"] for row in joined] == [before["merged"], before["expert:4"]]
     assert main(["pool", "assemble", str(tmp_path), "--to", str(tmp_path / "none")]) == 2
     assert "holds no trained expert" in capsys.readouterr().err
@@ -137,15 +139,15 @@ def test_settings_are_chosen_on_classes_that_are_not_tested(pool_run: Path, tmp_
         "lr": [1e-4],
     }
     evaluated = section("evaluate", models=["merged", "merged:default", "merged+finetune"])
-    pool = {"folder": str(pool_run / "pool")}
+    pool = {"folder": str(pool_run / "pool" / "seed-0")}
     path = write(tmp_path, "select", pool=pool, train=None, select=select, evaluate=evaluated)
     assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
     run = next((tmp_path / "runs").iterdir())
-    chosen = json.loads((run / "selection.json").read_text())["digits"]
-    stages = [one["stage"] for one in chosen["tried"]]
+    chosen = json.loads((run / "pool" / "seed-0" / "selection.json").read_text())["digits"]
+    stages = [candidate["stage"] for candidate in chosen["tried"]]
     assert stages.count("merging") == 12 and stages.count("trim") == 2 and stages.count("finetune") == 2
-    assert sum(one["chosen"] for one in chosen["tried"]) == 3 and sum(one["default"] for one in chosen["tried"]) == 3
-    assert {row["model"] for row in read_lines(run / "results.jsonl")} == set(evaluated["models"])
+    assert all(sum(candidate[mark] for candidate in chosen["tried"]) == 3 for mark in ("chosen", "default"))
+    assert {row["arm"] for row in read_lines(run / "results.jsonl")} == set(evaluated["models"])
     text = (run / "report.md").read_text()
     assert "Chosen settings" in text and "default and chosen" in text and "trim" in text and "lr 0.0001" in text
     assert "Chosen settings" in (run / "report.html").read_text()
@@ -158,7 +160,7 @@ def test_settings_are_chosen_on_classes_that_are_not_tested(pool_run: Path, tmp_
         ({"select": {}}, "give one of them"),
         (
             {"select": {"data": ["mnist"]}, "pool": None, "evaluate": section("evaluate", models=["adapted"])},
-            "add a pool section",
+            "add pool or tune",
         ),
         (
             {"select": {"class_share": 0.9}, "train": None, "evaluate": section("evaluate", models=["merged"])},
@@ -184,10 +186,10 @@ def test_every_error_of_these_sections_is_one_line(
     pool_run: Path, tmp_path: Path, capsys, changes: dict, words: str
 ) -> None:
     if "class_share" in changes.get("select", {}):
-        changes = {**changes, "pool": {"folder": str(pool_run / "pool")}}
+        changes = {**changes, "pool": {"folder": str(pool_run / "pool" / "seed-0")}}
     assert main(["run", str(write(tmp_path, **changes)), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
-    told = capsys.readouterr().err
-    assert words in told and told.count("\n") == 1 and told.startswith("error: ")
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and error.startswith("error: ")
 
 
 def test_a_collapsed_expert_is_said(tmp_path: Path, capsys) -> None:
@@ -200,8 +202,8 @@ def test_a_collapsed_expert_is_said(tmp_path: Path, capsys) -> None:
         evaluate=section("evaluate", models=["merged"]),
     )
     assert main(["train", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
-    told = capsys.readouterr().err
-    assert "collapsed to the uniform prediction" in told or "not finite" in told
+    error = capsys.readouterr().err
+    assert "collapsed to the uniform prediction" in error or "not finite" in error
 
 
 @pytest.mark.parametrize("algorithm", ["maml", "metasgd"])
@@ -212,6 +214,6 @@ def test_maml_runs_through_the_same_job(tmp_path: Path, algorithm: str) -> None:
     path = write(tmp_path, pool=None, adapt={"method": "lora", "rank": 2}, meta=meta, evaluate=evaluated)
     assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
     run = next((tmp_path / "runs").iterdir())
-    assert [row["model"] for row in read_lines(run / "results.jsonl")] == ["frozen", "adapted"]
-    own = safetensors.torch.load_file(run / "classifier.safetensors")
-    assert "head.weight" in own and any(name.startswith("rates.") for name in own) == (algorithm == "metasgd")
+    assert [row["arm"] for row in read_lines(run / "results.jsonl")] == ["frozen", "adapted"]
+    tensors = safetensors.torch.load_file(run / "arms" / "adapted" / TRAINING / "classifier.safetensors")
+    assert "head.weight" in tensors and any(name.startswith("rates.") for name in tensors) == (algorithm == "metasgd")

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 pytest.importorskip("transformers")
@@ -17,14 +18,14 @@ from helpers.lm_parts import changed, save_interactions, save_lm, save_texts
 from vismt.cli import main
 from vismt.engine import checkpoint
 from vismt.engine.log import read_lines
-from vismt.engine.run import open_run
 from vismt.errors import UserError
-from vismt.jobs.lm.report import lm_tables
+from vismt.jobs import open_run
 from vismt.llm.hybrid import Hybrid
 from vismt.llm.ilora import gate_part
-from vismt.robustness.evaluate import wilson
+from vismt.report.results import EXAMPLE, RECORDS, read_results
+from vismt.stats import wilson
 
-MODELS = ["frozen", "sasrec", "lora", "ilora", "random", "shuffled", "cnn"]
+ARMS = ["frozen", "sasrec", "lora", "ilora", "random", "shuffled", "cnn"]
 
 
 @pytest.fixture(scope="module")
@@ -87,42 +88,38 @@ def study(home, tmp_path_factory) -> Path:
 
 
 def test_every_arm_and_both_references_answer_the_same_rows(study: Path) -> None:
-    rows = read_lines(study / "results.jsonl")
-    ranked = [row for row in rows if row["protocol"].startswith("ranked")]
-    assert [row["model"] for row in ranked if row["metric"] == "HitRatio@1"] == MODELS
-    assert {row["metric"] for row in ranked} == {"HitRatio@1", "NLL in nats"} and {row["n"] for row in rows} == {30}
-    told = {row["metric"] for row in rows if row["protocol"].startswith("written")}
-    assert told == {"HitRatio@1", "ValidRatio", "HitRatio@1 by substring", "ValidRatio by substring"}
+    rows = [row for row in read_results(study / "results.jsonl", open_run(study).hash) if row.seed is None]
+    ranked = [row for row in rows if row.task == "ranked"]
+    assert [row.arm for row in ranked if row.metric == "HitRatio@1"] == ARMS
+    assert {row.metric for row in ranked} == {"HitRatio@1", "NLL in nats"} and {row.n for row in rows} == {30}
+    metrics = {row.metric for row in rows if row.task == "written"}
+    assert metrics == {"HitRatio@1", "ValidRatio", "HitRatio@1 by substring", "ValidRatio by substring"}
     ids = []
     for row in ranked:
-        records = read_lines(study / "records" / f"{row['records']}.jsonl")
-        ids.append([line["episode"] for line in records])
-        assert sum(line["clean"] for line in records) / 30 == pytest.approx(row["value"])
-    assert all(one == ids[0] for one in ids) and len(set(ids[0])) == 30  # paired, user by user
-    by = {row["model"]: row["value"] for row in ranked if row["metric"] == "NLL in nats"}
-    assert (
-        by["sasrec"] < math.log(4) and len(set(by.values())) == 7
-    )  # the walk is easy, and every arm is a model of its own
+        records = read_lines(study / RECORDS / f"{row.stem}.jsonl")
+        ids.append([line[EXAMPLE] for line in records])
+        assert sum(line["clean"] for line in records) / 30 == pytest.approx(row.value)
+    assert all(names == ids[0] for names in ids) and len(set(ids[0])) == 30  # paired, user by user
+    nll = {row.arm: row.value for row in ranked if row.metric == "NLL in nats"}
+    assert nll["sasrec"] < math.log(4) and len(set(nll.values())) == 7  # the walk is easy, and no two arms are alike
     report = (study / "report.md").read_text()
     assert "clean (unpaired)" not in report and "HitRatio@1" in report
 
 
 def test_shares_have_wilsons_interval(study: Path) -> None:
-    lines = read_lines(study / "lm_seeds.jsonl")
-    for line in lines:
-        if line["metric"] == "NLL in nats":
-            assert "wilson" not in line
-        else:
-            assert line["wilson"] == pytest.approx(list(wilson(round(line["value"] * 30), 30)))
-    text = str([table.rows for table, _ in lm_tables(study)])
-    line = next(line for line in lines if line["arm"] == "sasrec")
-    low, high = line["wilson"]
-    assert f"{100 * line['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}]" in text
+    """Of single trainings; that of a mean over trainings, whose values by row are not 0 or 1, is symmetric."""
+    rows = read_results(study / "results.jsonl")
+    shares = [row for row in rows if row.seed is not None and row.metric != "NLL in nats"]
+    assert len(shares) == 2 * 5 * 5
+    for row in shares:
+        assert (row.low, row.high) == pytest.approx(wilson(round(row.value * 30), 30))
+    others = [row for row in rows if row.seed is None or row.metric == "NLL in nats"]
+    assert all(row.high - row.value == pytest.approx(row.value - row.low, abs=1e-9) for row in others)
 
 
 def test_arms_share_one_recommender_and_differ_in_their_gates(study: Path) -> None:
     job = open_run(study).job
-    nets = {arm: job.net(f"{arm}:1") for arm in ("lora", "ilora", "random", "shuffled")}
+    nets = {arm: job.loaded(job.study.find(f"{arm}:1")) for arm in ("lora", "ilora", "random", "shuffled")}
     assert (study / "recommender" / "sasrec.safetensors").exists()
     conditions = {arm: (net.head.condition, len(net.head.others)) for arm, net in nets.items()}
     assert conditions == {
@@ -132,8 +129,9 @@ def test_arms_share_one_recommender_and_differ_in_their_gates(study: Path) -> No
         "shuffled": ("shuffled-user", 120),
     }
     weights = [net.head.recommender.item.weight for net in nets.values()]
-    assert all(bool((one == weights[0]).all()) for one in weights)
-    assert isinstance(job.net("ilora").head, Hybrid) and gate_part(job.net("ilora").lm).user_width == 8
+    assert all(torch.equal(weight, weights[0]) for weight in weights)
+    net = job.loaded(job.study.find("ilora"))
+    assert isinstance(net.head, Hybrid) and gate_part(net.lm).user_width == 8
     logged = read_lines(next((study / "arms" / "ilora").glob("*-seed-0/metrics.jsonl")))
     assert {line["hybrid"] for line in logged} == {0.0, 1.0} and [line["hybrid"] for line in logged[3:]] == [1.0] * 3
     merged = {arm: list((study / "arms" / arm).glob("*/merge.json")) for arm in ("lora", "ilora")}
@@ -144,9 +142,9 @@ def test_the_recommender_sees_training_rows_alone(study: Path) -> None:
     data = open_run(study).job.data
     rows = data.interactions()
     assert len(rows) == 120  # all of them, though the LM trains on twelve
-    held = {name: next(iter(data._sets["ranked"][name].values()))[0].rows for name in ("validation", "test")}
-    users = {tuple(row["history"][:2]): (row["history"], row["next"]) for row in held["test"]}
-    for history, target in rows:  # of every user all is before the last but one
+    test = next(iter(data._sets["ranked"]["test"].values()))[0].rows
+    users = {tuple(row["history"][:2]): (row["history"], row["next"]) for row in test}
+    for history, target in rows:  # all of it before the last but one interaction of the user
         whole, last = users[tuple(history[:2])]
         assert [*history, target] == whole[: len(history) + 1] and len(history) + 1 < len(whole) and target != last
     assert len(data.training()) == 12
@@ -169,12 +167,10 @@ def test_evaluating_again_computes_nothing(study: Path, monkeypatch) -> None:
 
 def test_exporting_gates_of_many_users_is_refused(study: Path, tmp_path: Path, capsys) -> None:
     where = ["--format", "transformers", "--to", str(tmp_path / "out"), "--quiet"]
-    assert main(["export", str(study), "--expert", "ilora", *where]) == 2
+    assert main(["export", str(study), "--arm", "ilora", *where]) == 2
     assert "gate" in capsys.readouterr().err
-    assert (
-        main(["export", str(study), "--expert", "lora", *where]) == 0
-        and (tmp_path / "out" / "head.safetensors").exists()
-    )
+    assert main(["export", str(study), "--arm", "lora", *where]) == 0
+    assert (tmp_path / "out" / "head.safetensors").exists()
 
 
 @pytest.mark.parametrize("inside", ["recommender", "arms"])
@@ -201,7 +197,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(home, tmp_path: Path, monkeypatc
         assert straight == stopped, name
 
 
-@pytest.mark.parametrize(("changes", "told"), [
+@pytest.mark.parametrize(("changes", "words"), [
     ({"arms": {"a": {"recommender.width": 4}}}, "arms.a: recommender.width must be the same for all arms"),
     ({"arms": {"sasrec": {}}}, "'sasrec' is the recommender itself"),
     ({"gates": "shuffled"}, "gates: 'shuffled'. Near: 'shuffled-user'"),
@@ -213,38 +209,36 @@ def test_an_interrupted_run_goes_on_bit_for_bit(home, tmp_path: Path, monkeypatc
     ({"adapt.options": {"user_width": 16}}, "needed (samples, 16)"),
     ({"evaluate.split": "tests"}, "evaluate.split: 'tests'. Near: 'test'"),
 ])  # fmt: skip
-def test_user_errors(home, tmp_path: Path, capsys, changes, told) -> None:
+def test_user_errors(home, tmp_path: Path, capsys, changes, words) -> None:
     path = write(tmp_path, changed(settings(home), changes))
     assert main(["train", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
-    assert told in " ".join(capsys.readouterr().err.split())
+    assert words in " ".join(capsys.readouterr().err.split())
 
 
 def test_tasks_that_do_not_go_together(home, tmp_path: Path, capsys) -> None:
     films = {"name": "films", "kind": "causal", "options": {"answer": "{text}"}, "test": [f"{home['films']}:test"]}
     plain = {**films, "train": [f"{home['films']}:train"]}
     ranked = settings(home)["tasks"][0]
-    seen = {**{key: ranked[key] for key in ("kind", "prompt", "test")}, "name": "seen", "options": {"length": 96}}
+    shown = {**{key: ranked[key] for key in ("kind", "prompt", "test")}, "name": "seen", "options": {"length": 96}}
 
     def with_options(**options: object) -> dict[str, object]:
         return {**ranked, "options": {**ranked["options"], **options}}
 
     other = save_interactions(tmp_path / "other")
     lora = {"method": "lora", "rank": 2, "targets": ["q_proj"]}
-    for changes, told in (
+    for changes, words in (
         ({"tasks": [ranked, films]}, "'films' has none; take tasks of kind recommendation only"),
         (
-            {"tasks": [with_options(items=False), seen]},
+            {"tasks": [with_options(items=False), shown]},
             "'seen' shows item vectors that nothing trains; set items to false",
         ),
-        ({"tasks": [with_options(history=2), seen]}, "'seen' has a history of 10, and the recommender reads 2"),
+        ({"tasks": [with_options(history=2), shown]}, "'seen' has a history of 10, and the recommender reads 2"),
         ({"tasks": [plain], "adapt": lora}, "recommender: is for a recommendation, and 'causal' is trained"),
         ({"tasks": [plain], "adapt": lora, "recommender": None, "gates": "random"}, "gates: is for a recommendation"),
         ({"tasks": [{**ranked, "train": films["test"]}], "adapt": lora}, "needs sets of kind interactions"),
         ({"tasks": [{**ranked, "test": [f"{other}:test"]}]}, "knows the items of one card"),
         ({"tasks": [{**ranked, "validation": [], "validation_share": 0.2}]}, "a share would cut through users"),
     ):
-        assert (
-            main(["train", str(write(tmp_path, settings(home, **changes))), "--out", str(tmp_path / "r"), "--quiet"])
-            == 2
-        )
-        assert told in " ".join(capsys.readouterr().err.split()), told
+        path = write(tmp_path, settings(home, **changes))
+        assert main(["train", str(path), "--out", str(tmp_path / "r"), "--quiet"]) == 2
+        assert words in " ".join(capsys.readouterr().err.split()), words

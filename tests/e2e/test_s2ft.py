@@ -19,11 +19,11 @@ from vismt.cli import main
 from vismt.config import TrainConfig
 from vismt.engine import checkpoint, loop, runtime
 from vismt.engine.log import read_lines
-from vismt.engine.run import open_run
 from vismt.errors import UserError
-from vismt.lowrank.inject import adapted_modules
+from vismt.jobs import open_run
+from vismt.lowrank.inject import adapter_layers
 from vismt.lowrank.wrappers import to_stock
-from vismt.registry import method_optimizer
+from vismt.methods import method_optimizer
 
 EVERY = ["v", "o", "u", "d"]
 
@@ -70,14 +70,12 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path,
     with pytest.raises(KeyboardInterrupt):
         run("cut", stop_after=5)
     cut = run("cut")
-    for (name, one), two in zip(whole.state_dict().items(), cut.state_dict().values()):
-        assert torch.equal(one, two), name
+    for (name, value), resumed in zip(whole.state_dict().items(), cut.state_dict().values(), strict=True):
+        assert torch.equal(value, resumed), name
     kept = torch.load(tmp_path / "cut" / checkpoint.NAME, weights_only=True)["tensors"]
     assert not any(name.endswith("fc2.weight") for name in kept)  # slices, not weights
-    assert (
-        read_lines(tmp_path / "cut" / "metrics.jsonl")[-1]["loss"]
-        < read_lines(tmp_path / "cut" / "metrics.jsonl")[0]["loss"]
-    )
+    logged = read_lines(tmp_path / "cut" / "metrics.jsonl")
+    assert logged[-1]["loss"] < logged[0]["loss"]
     stock, start = vismt.unadapt(whole.vit).state_dict(), tiny_vit().to(dtype).state_dict()
     assert all(torch.equal(stock[name], start[name]) for name in start)
 
@@ -107,8 +105,8 @@ def test_a_run_from_its_configuration_to_merged_weights(tmp_path: Path) -> None:
     merged = json.loads(next(folder.rglob("merge.json")).read_text())
     assert merged["different_predictions"] == 0 and merged["largest_difference"] < 1e-5 * merged["largest_logit"]
     run = open_run(folder)
-    net = run.job.net()
-    assert type(net.stock.blocks[0].mlp.fc2).__name__ == "SlicedLinear"
+    net = run.job.loaded(run.job.study.find(None))
+    assert type(net.stock.blocks[0].mlp.fc2).__name__ == "SliceLinear"
     x = run.job.data.part(0, "test")[torch.arange(8)]
     wanted = net(x)
     model = timm.create_model("test_vit", img_size=32, num_classes=net.stock.head.out_features)
@@ -116,8 +114,8 @@ def test_a_run_from_its_configuration_to_merged_weights(tmp_path: Path) -> None:
 
     model.load_state_dict(safetensors.torch.load_file(run.merge(None) / "model.safetensors"))
     assert torch.allclose(model.eval()(net.backbone.normalise(x)), wanted, atol=1e-5)
-    theirs = peft.PeftModel.from_pretrained(run.job.fresh(run.job.config).stock, str(run.export("peft", None))).eval()
-    assert torch.allclose(theirs(net.backbone.normalise(x)), wanted, atol=1e-5)
+    exported = peft.PeftModel.from_pretrained(run.job.fresh(run.job.config).stock, str(run.export("peft", None))).eval()
+    assert torch.allclose(exported(net.backbone.normalise(x)), wanted, atol=1e-5)
 
 
 # ---- the optimiser ---------------------------------------------------------------------------------------------------------
@@ -127,14 +125,14 @@ def test_a_run_from_its_configuration_to_merged_weights(tmp_path: Path) -> None:
 def test_an_optimiser_without_the_slices_that_the_weights_follow_is_refused(mode: str) -> None:
     objective = Objective(mode, torch.float32)
     trained = [p for p in objective.parameters() if p.requires_grad]
-    optimizer, host = torch.optim.SGD(trained, lr=0.1), objective.vit.blocks[1].mlp.fc2
+    optimizer, layer = torch.optim.SGD(trained, lr=0.1), objective.vit.blocks[1].mlp.fc2
     assert method_optimizer(optimizer, objective) is optimizer
     with pytest.raises(UserError, match=r"optimiser does not hold the slice of 'blocks\.1\.mlp\.fc2'; build it"):
-        method_optimizer(torch.optim.SGD([p for p in trained if p is not host.slice_values], lr=0.1), objective)
-    host.slice_values.requires_grad_(False)  # frozen on purpose
-    method_optimizer(torch.optim.SGD([p for p in trained if p is not host.slice_values], lr=0.1), objective)
-    host.slice_values.requires_grad_(True)
-    host.slice_values.data = host.slice_values.detach().clone()
+        method_optimizer(torch.optim.SGD([p for p in trained if p is not layer.slice_values], lr=0.1), objective)
+    layer.slice_values.requires_grad_(False)  # frozen on purpose
+    method_optimizer(torch.optim.SGD([p for p in trained if p is not layer.slice_values], lr=0.1), objective)
+    layer.slice_values.requires_grad_(True)
+    layer.slice_values.data = layer.slice_values.detach().clone()
     with pytest.raises(
         UserError, match=r"'blocks\.1\.mlp\.fc2' no longer follows its weight; model\.to\(its device\) puts it"
     ):
@@ -157,11 +155,12 @@ def test_the_loop_ties_what_was_detached_and_refuses_what_is_not_in_place(tmp_pa
         )
 
     plain, detached, lifted = (Objective("permute", torch.float32) for _ in range(3))
-    for module in adapted_modules(detached.vit).values():
+    for module in adapter_layers(detached.vit).values():
         module.slice_values.data = module.slice_values.detach().clone()
     run(plain, "plain")
     run(detached, "detached")
-    assert all(torch.equal(one, two) for one, two in zip(plain.state_dict().values(), detached.state_dict().values()))
+    states = zip(plain.state_dict().values(), detached.state_dict().values(), strict=True)
+    assert all(torch.equal(value, tied) for value, tied in states)
     to_stock(lifted.vit)
     with pytest.raises(UserError, match=r"'blocks\.0\.attn\.qkv' is not in its weight: a save or merge was cut short"):
         run(lifted, "lifted")
@@ -170,16 +169,17 @@ def test_the_loop_ties_what_was_detached_and_refuses_what_is_not_in_place(tmp_pa
 @pytest.mark.slow
 def test_two_processes_are_one_on_both_batches(tmp_path: Path) -> None:
     """DDP and the engine's loop over gloo, co-permuted and by index; processes that chose differently are refused."""
-    found = of_two("s2ft_parts.py", tmp_path)[0]
-    assert found["refused"]
+    reports = of_two("s2ft_parts.py", tmp_path)[0]
+    assert reports["refused"]
     for mode in MODES:
         alone, start = sliced(mode), snapshot(sliced(mode))
         steps(alone, lambda step: [2 * step, 2 * step + 1])
         for name, value in alone.state_dict().items():
-            assert torch.allclose(found[f"{mode}.{name}"], value, atol=1e-4), (mode, name)
+            assert torch.allclose(reports[f"{mode}.{name}"], value, atol=1e-4), (mode, name)
             if name.endswith("slice_values"):
                 assert all(
-                    not torch.allclose(found[f"{kind}{mode}.{name}"], start[name], atol=1e-3) for kind in ("", "loop.")
+                    not torch.allclose(reports[f"{kind}{mode}.{name}"], start[name], atol=1e-3)
+                    for kind in ("", "loop.")
                 )
         for name, value in vismt.merge(alone).state_dict().items():
-            assert torch.allclose(found[f"merged.{mode}.{name}"], value, atol=1e-4), (mode, name)
+            assert torch.allclose(reports[f"merged.{mode}.{name}"], value, atol=1e-4), (mode, name)

@@ -110,7 +110,7 @@ def test_rates_and_decay_by_name() -> None:
     assert seen == {(1, 4): (1.0, 0.5), (1,): (0.05, 0.0)}
     for rates, told in (
         ({"head": 1.0}, "'head' is found in no trained parameter"),
-        ({"(": 1.0}, "no regular expression"),
+        ({"(": 1.0}, "is not a regular expression"),
     ):
         with pytest.raises(UserError, match=told):
             loop.make_optimizer(named, TrainConfig(rates=rates))
@@ -252,5 +252,5 @@ def test_log_drops_a_torn_line_and_what_came_after_the_checkpoint(tmp_path: Path
     log.add({"step": 3, "loss": float("inf")})
     assert read_lines(path)[-1] == {"step": 3, "loss": None}
     path.write_text("nonsense\n{}\n")
-    with pytest.raises(UserError, match="line 1 is no JSON"):
+    with pytest.raises(UserError, match="line 1 is not JSON"):
         read_lines(path)

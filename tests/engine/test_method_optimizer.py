@@ -1,8 +1,9 @@
-"""The training loop with a method's own optimiser around its one: PoLAR's landing, resumed, accumulated, clipped, logged."""
+"""The training loop with the optimiser of a method around its optimiser: PoLAR's landing, resumed, accumulated, logged."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from vismt.config import TrainConfig
 from vismt.engine import loop, runtime
 from vismt.engine.log import read_lines
 from vismt.llm import Landing
+from vismt.lowrank.wrappers import wrappers_of
+from vismt.multitask.fading import FadeConfig
 
 
 class Classify(nn.Module):
@@ -32,14 +35,21 @@ def batches(number: int) -> dict[str, Tensor]:
     return {"x": images(4, seed=number), "y": torch.arange(4)}
 
 
-def run(folder: Path, objective: Classify, stop_after: int | None = None, **settings: object) -> Classify:
+def run(
+    folder: Path,
+    objective: Classify,
+    stop_after: int | None = None,
+    sections: object = None,
+    **settings: object,
+) -> Classify:
     config = TrainConfig(**{"steps": 6, "lr": 0.02, "warmup": 2, "checkpoint_every": 2, **settings})
 
     def after(step: int) -> None:
         if step == stop_after:
             raise KeyboardInterrupt
 
-    loop.train(objective, batches, config, folder, "hash", runtime.accelerator(), seed=1, after_step=after)
+    accelerator = runtime.accelerator()
+    loop.train(objective, batches, config, folder, "hash", accelerator, seed=1, after_step=after, sections=sections)
     return objective
 
 
@@ -50,8 +60,8 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, optimi
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", Classify(constraint=constraint), stop_after=5, **settings)
     cut = run(tmp_path / "cut", Classify(constraint=constraint), **settings)
-    for (name, one), two in zip(whole.named_parameters(), cut.parameters()):
-        assert torch.equal(one, two), name
+    for (name, parameter), twin in zip(whole.named_parameters(), cut.parameters()):
+        assert torch.equal(parameter, twin), name
     rows = [read_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut")]
     for row in rows[0] + rows[1]:
         del row["elapsed_s"]
@@ -80,8 +90,8 @@ def test_the_loop_is_the_optimiser_by_hand(tmp_path: Path) -> None:
             norm = nn.utils.clip_grad_norm_(trained, 0.05)
             landing.step()
             landing.zero_grad()
-    for (name, one), two in zip(looped.named_parameters(), model.parameters()):
-        assert torch.allclose(one, two, atol=1e-6), name
+    for (name, parameter), twin in zip(looped.named_parameters(), model.parameters()):
+        assert torch.allclose(parameter, twin, atol=1e-6), name
     last = read_lines(tmp_path / "metrics.jsonl")[-1]
     assert last["grad_norm"] == pytest.approx(float(norm), rel=1e-4)  # of the gradients, not of the field
     assert last["infeasibility"] == pytest.approx(float(landing.metrics()["infeasibility"]), rel=1e-4)
@@ -90,3 +100,27 @@ def test_the_loop_is_the_optimiser_by_hand(tmp_path: Path) -> None:
 def test_other_methods_train_as_before(tmp_path: Path) -> None:
     run(tmp_path, Classify("lora"), steps=2)
     assert set(read_lines(tmp_path / "metrics.jsonl")[0]) == {"step", "loss", "lr", "grad_norm", "elapsed_s"}
+
+
+def test_routers_fade_by_the_section_of_the_configuration_and_resume_bit_for_bit(tmp_path: Path) -> None:
+    def objective() -> Classify:
+        return Classify("moe_lora", n_experts=4, cluster=False)
+
+    sections = SimpleNamespace(fade=FadeConfig(0.0, 0.5))
+    whole = run(tmp_path / "whole", objective(), sections=sections)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", objective(), stop_after=3, sections=sections)
+    cut = run(tmp_path / "cut", objective(), sections=sections)
+    for (name, parameter), twin in zip(whole.named_parameters(), cut.parameters()):
+        assert torch.equal(parameter, twin), name
+    logs = [[row["fade"] for row in read_lines(tmp_path / name / "metrics.jsonl")] for name in ("whole", "cut")]
+    assert logs[0] == logs[1] == pytest.approx([0, 1 / 3, 2 / 3, 1, 1, 1])  # the value of the step's forward pass
+    x = images()
+    expected = whole.eval().vit(x)
+    assert torch.allclose(vismt.merge(whole.vit)(x), expected, atol=1e-5)
+
+
+def test_routers_stay_at_their_start_value_without_the_section(tmp_path: Path) -> None:
+    objective = run(tmp_path, Classify("moe_lora", n_experts=4, cluster=False, fade=0.25), steps=2)
+    assert {wrapper.fade_value for wrapper in wrappers_of(objective.vit).values()} == {0.25}
+    assert "fade" not in read_lines(tmp_path / "metrics.jsonl")[0]

@@ -1,4 +1,4 @@
-"""What the tests of AMT share: a small backbone, two domains of drawn images, episodes, expert folders."""
+"""Parts of the tests of AMT: a small backbone, two domains of drawn images, episodes, expert folders."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ MEAN, STD = (0.5, 0.4, 0.45), (0.25, 0.2, 0.3)
 
 
 def backbone(seed: int = 0, **options: object) -> Backbone:
-    """Weights of a trained model's size: timm's start is so small that attention hardly matters."""
+    """Return a backbone with weights as large as a trained model's: at timm's start attention has almost no effect."""
     vit = tiny_vit(seed, num_classes=0, **options)
     return shake(Backbone(vit, mean=MEAN, std=STD), 0.2, seed + 2).requires_grad_(True).eval()
 
 
 def adapted(rank: int = 2, seed: int = 0, **options: object) -> ProtoNet:
-    """An untrained expert."""
+    """Return an untrained expert."""
     net = backbone()
     adapt(net.vit, "amt", rank=rank, seed=seed, **options)
     return ProtoNet(net)
 
 
 def drawn(labels: Tensor, seed: int, domain: str = "texture", size: int = 16) -> Tensor:
-    """Images (n, 3, size, size) of classes 0..5: gratings of six directions, or six shapes at random places."""
+    """Draw images (n, 3, size, size) of classes 0..5: gratings of six directions, or six shapes at random places."""
     generator = torch.Generator().manual_seed(seed)
     count = len(labels)
     rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
@@ -53,22 +53,22 @@ def drawn(labels: Tensor, seed: int, domain: str = "texture", size: int = 16) ->
 
 
 def episode(number: int, seed: int = 0, domain: str = "texture", **sizes: int) -> dict[str, Tensor]:
-    """A batch as `EpisodeBatches` makes them."""
+    """Return an episode in the form of a batch of `EpisodeBatches`."""
     ways, shots, queries = (sizes.get(name, value) for name, value in (("ways", 3), ("shots", 2), ("queries", 4)))
-    own = 1_000_003 * seed + 2 * number
-    classes = torch.randperm(6, generator=torch.Generator().manual_seed(own))[:ways]
+    draw_seed = 1_000_003 * seed + 2 * number
+    classes = torch.randperm(6, generator=torch.Generator().manual_seed(draw_seed))[:ways]
     first, second = torch.arange(ways).repeat_interleave(shots), torch.arange(ways).repeat_interleave(queries)
     return {
-        "support": drawn(classes[first], own, domain),
+        "support": drawn(classes[first], draw_seed, domain),
         "support_labels": first,
-        "query": drawn(classes[second], own + 1, domain),
+        "query": drawn(classes[second], draw_seed + 1, domain),
         "query_labels": second,
         "number": torch.tensor(number),
     }
 
 
 def train(proto: ProtoNet, adversary: Adversary, steps: int, lr: float = 0.02, domain: str = "texture") -> ProtoNet:
-    """Plain SGD with momentum on `steps` episodes."""
+    """Train with SGD and momentum on `steps` episodes."""
     objective = AdversarialObjective(proto, adversary)
     optimiser = torch.optim.SGD([p for p in proto.parameters() if p.requires_grad], lr=lr, momentum=0.9)
     for number in range(steps):
@@ -82,7 +82,7 @@ def train(proto: ProtoNet, adversary: Adversary, steps: int, lr: float = 0.02, d
 def saved(
     folder: Path, moves: tuple[int | None, ...] = (None, 3, 4), *, rank: int = 2, **options: object
 ) -> list[Expert]:
-    """Experts with factors moved by a seed each, or untouched (None), in folders; labels "0", "1", ..."""
+    """Save experts with the labels "0", "1", ... in folders; `moves` are seeds of changes to their factors, None for none."""
     experts = []
     for number, move in enumerate(moves):
         proto = adapted(rank, **options)
@@ -92,6 +92,6 @@ def saved(
     return experts
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    """Equal names and equal bits."""
-    return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+def same(tensors: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Return whether two dicts of tensors have equal names and equal bits."""
+    return set(tensors) == set(other) and all(torch.equal(tensors[name], other[name]) for name in tensors)

@@ -1,4 +1,6 @@
-"""A problem of known losses and gradients for the tests of balancing, and the two-process run that they start."""
+"""A problem with known losses and gradients for the tests of balancing, and the script of their two-process run."""
+
+from __future__ import annotations
 
 import sys
 from pathlib import Path
@@ -15,13 +17,13 @@ STEPS = 4
 
 
 def matrix(seed=0, tasks=3, size=7, dtype=torch.float64):
-    """Gradients (T, P) of which some conflict."""
+    """Return gradients (T, P), some of them in conflict."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(tasks, size, generator=generator, dtype=dtype)
 
 
 def problem(gradients, values=None):
-    """(losses, parameters): L_t of these values, linear in two parameters with these gradients (T, P)."""
+    """Return (losses, parameters): losses with these values, linear in two parameters with these gradients (T, P)."""
     tasks, size = gradients.shape
     parameters = [nn.Parameter(torch.zeros(shape, dtype=gradients.dtype)) for shape in ((2,), (1, size - 2))]
     flat = torch.cat([parameter.flatten() for parameter in parameters])
@@ -31,7 +33,7 @@ def problem(gradients, values=None):
 
 
 def direction(balancer, gradients, values=None, keep=None):
-    """Gradient (P,) of what the balancer returns; only the tasks in `keep` are present."""
+    """Return the gradient (P,) of the balancer's result with the tasks in `keep` (None: all) present."""
     losses, parameters = problem(gradients, values)
     losses = {name: loss for name, loss in losses.items() if keep is None or name in keep}
     balancer.combine(losses, parameters).backward()
@@ -39,9 +41,9 @@ def direction(balancer, gradients, values=None, keep=None):
 
 
 class Net(nn.Module):
-    """objective((x, targets)) -> scalar: a shared layer, one head a task, a balancer. A task without targets is absent.
+    """objective((x, targets)) -> scalar: a shared layer, a head for each task, a balancer.
 
-    targets: by task, of the first rows of x.
+    targets: targets of the first rows of x by task; tasks without targets are absent.
     """
 
     def __init__(self, method, **options):
@@ -61,12 +63,12 @@ class Net(nn.Module):
 
     def forward(self, batch):
         scalar = self.balancer.combine(self.losses(batch), list(self.shared.parameters()))
-        # DistributedDataParallel wants every head in every graph.
+        # DistributedDataParallel needs every head in every graph.
         return scalar + sum(p.flatten()[:0].sum() for p in self.heads.parameters())
 
 
 def batch_of(step, rank, lacking=()):
-    """(x, targets) of one process. lacking: tasks that process 1 has no targets of."""
+    """Return (x, targets) of a process. lacking: tasks without targets on process 1."""
     generator = torch.Generator().manual_seed(100 * step + rank)
     x = torch.randn(6, 5, generator=generator, dtype=torch.float64)
     targets = {task: torch.randn(6, generator=generator, dtype=torch.float64) for task in TASKS}
@@ -74,14 +76,14 @@ def batch_of(step, rank, lacking=()):
 
 
 def whole_batch(step, lacking=()):
-    """The batches of both processes as one."""
+    """Return the concatenated batches of both processes."""
     (x, targets), (more_x, more_targets) = batch_of(step, 0, lacking), batch_of(step, 1, lacking)
     joined = {task: torch.cat([y, more_targets[task]]) if task in more_targets else y for task, y in targets.items()}
     return torch.cat([x, more_x]), joined
 
 
 def train(net, wrapped, step_batches, accumulate=1):
-    """STEPS steps of SGD with clipping; every parameter and buffer at the end."""
+    """Take STEPS steps of SGD with clipping; return all parameters and buffers."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     for step in range(STEPS):
         for part in range(accumulate):
@@ -101,15 +103,15 @@ CASES = (((), 1), (("edges",), 1), (TASKS, 1), ((), 2))  # (lacking, accumulate)
 
 
 def run_rank(rank, folder, methods):
-    """One process of the two: trains every method and writes what it ended at."""
+    """Train with every method on a process of two, and write the final parameters and buffers."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     for method in methods:
         for lacking, accumulate in CASES:
             net = Net(method)
             wrapped = nn.parallel.DistributedDataParallel(net)
-            ended = train(net, wrapped, lambda step, lacking=lacking: batch_of(step, rank, lacking), accumulate)
-            torch.save(ended, Path(folder) / f"{method}-{len(lacking)}-{accumulate}-{rank}.pt")
+            final = train(net, wrapped, lambda step, lacking=lacking: batch_of(step, rank, lacking), accumulate)
+            torch.save(final, Path(folder) / f"{method}-{len(lacking)}-{accumulate}-{rank}.pt")
     del net, wrapped
     leave()
 

@@ -1,4 +1,4 @@
-"""Smooth noise that tests of boundaries cut into regions."""
+"""Smooth noise, from which tests of boundaries make regions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from scipy.ndimage import gaussian_filter
 
 
 def blobs(height: int, width: int, sigma: float, seed: int) -> np.ndarray:
-    """float64 (h, w) in [0, 1]: white noise smoothed over `sigma` pixels."""
+    """Return white noise smoothed over `sigma` pixels, float64 (h, w) in [0, 1]."""
     noise = gaussian_filter(np.random.default_rng(seed).standard_normal((height, width)), sigma)
     return (noise - noise.min()) / (noise.max() - noise.min())

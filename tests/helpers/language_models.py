@@ -1,4 +1,4 @@
-"""Random language models of two blocks in the layouts that occur: grouped queries, biases, norms, fused and transposed."""
+"""Random language models of two blocks in common layouts: grouped queries, biases, norms, fused and transposed weights."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 def random_lm(kind: str, seed: int = 0, **changes: object) -> nn.Module:
-    """A causal LM of this model type as it is initialised, in evaluation mode; `changes` to SHAPE, which GPT-2 renames."""
+    """Return a newly initialised causal LM of a model type in eval mode. changes: to SHAPE, which GPT-2 renames."""
     torch.manual_seed(seed)
-    own = NO_DROPOUT if kind == "gpt2" else {}
-    config = transformers.AutoConfig.for_model(kind, **{**SHAPE, **own, **changes})
+    defaults = NO_DROPOUT if kind == "gpt2" else {}
+    config = transformers.AutoConfig.for_model(kind, **{**SHAPE, **defaults, **changes})
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
 def tiny_lm(kind: str, seed: int = 0) -> nn.Module:
-    """Weights of standard deviation 0.2 so that the logits differ from each other; biases that are not zero."""
+    """Return an LM with weights of standard deviation 0.2, so that the logits differ, and with biases that are not zero."""
     model = random_lm(kind, seed, initializer_range=0.2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -47,7 +47,7 @@ def tiny_lm(kind: str, seed: int = 0) -> nn.Module:
 
 
 def moved_lm(kind: str, **changes: object) -> nn.Module:
-    """Eight heads; every parameter moved, norms and biases as well."""
+    """Return an LM with eight heads and noise on every parameter, including norms and biases."""
     model = random_lm(kind, **{"num_attention_heads": 8, **changes})
     with torch.no_grad():
         for parameter in model.parameters():
@@ -70,25 +70,25 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def tokens(count: int = 2, length: int = 8, seed: int = 1) -> Tensor:
-    """int64 (count, length), words of these models."""
+    """Return random token ids int64 (count, length) of these models."""
     return torch.randint(40, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
 def padded(lengths: tuple[int, ...] = (8, 5, 3), seed: int = 1) -> dict[str, Tensor]:
-    """Token ids and mask (b, n) of samples of several lengths, padded on the right."""
+    """Return token ids and mask (b, n) of samples of several lengths, padded on the right."""
     ids = tokens(len(lengths), max(lengths), seed)
     mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
     return {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long()}
 
 
 def outputs(model: nn.Module, seed: int = 0) -> Tensor:
-    """Logits of two small inputs."""
+    """Return the logits of two small inputs."""
     if hasattr(model, "config"):
         return model(tokens(2, 7, seed)).logits
     return model(images(2, seed=seed).to(next(model.parameters()).dtype))
 
 
-def relative(found: Tensor, wanted: Tensor) -> float:
-    """|found - wanted| / |wanted| in the Frobenius norm."""
-    found, wanted = found.detach().double(), wanted.detach().double()
-    return float((found - wanted).norm() / wanted.norm())
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """Return |actual - expected| / |expected| in the Frobenius norm."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / expected.norm())

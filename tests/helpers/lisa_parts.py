@@ -1,4 +1,4 @@
-"""Four tiny models with four layers each, what lies outside the layers, and a training that LISA drives."""
+"""Four tiny models of four layers, their other parameters, and a training loop driven by LISA."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEPTH, VOCABULARY = 4, 30
 
 @dataclass
 class Case:
-    """A model; loss(number) of a batch; the stack of layers; names of the parameters before and after it."""
+    """A model, loss(number) of a batch, the path of its stack of layers, and the parameters before and after the stack."""
 
     model: nn.Module
     loss: Callable[[int], Tensor]
@@ -53,33 +53,33 @@ def case(family: str, seed: int = 0) -> Case:
     shape = {"hidden_size": 16, "num_hidden_layers": DEPTH, "intermediate_size": 24, "vocab_size": VOCABULARY}
     if family == "gpt2":
         model = random_lm(family, seed, **shape, max_position_embeddings=16)
-        found = (
+        parts = (
             "transformer.h",
             ("transformer.wte.weight", "transformer.wpe.weight"),
             ("transformer.ln_f.weight", "transformer.ln_f.bias"),
         )
     else:
         model = random_lm(family, seed, **shape, tie_word_embeddings=False)
-        found = "model.layers", ("model.embed_tokens.weight",), ("model.norm.weight", "lm_head.weight")
+        parts = "model.layers", ("model.embed_tokens.weight",), ("model.norm.weight", "lm_head.weight")
     model.train()
 
     def loss(number: int) -> Tensor:
         tokens = torch.randint(VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(number))
         return model(input_ids=tokens, labels=tokens).loss
 
-    return Case(model, loss, *found)
+    return Case(model, loss, *parts)
 
 
 def adamw(model: nn.Module, **options: object) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), **{"lr": 1e-2, "weight_decay": 0.1, **options})
 
 
-def train(one: Case, lisa: LISA, steps: range, set_to_none: bool = True) -> list[float]:
-    """The usual loop: on_step first, then one optimiser step; the losses."""
+def train(setup: Case, lisa: LISA, steps: range, set_to_none: bool = True) -> list[float]:
+    """Run the usual loop, on_step and then an optimiser step, and return the losses."""
     losses = []
     for step in steps:
         lisa.on_step(step)
-        loss = one.loss(step)
+        loss = setup.loss(step)
         loss.backward()
         lisa.optimizer.step()
         lisa.optimizer.zero_grad(set_to_none=set_to_none)
@@ -99,7 +99,7 @@ def tokens(number: int) -> Tensor:
 
 
 class Objective(nn.Module):
-    """The model's loss on a batch of tokens, as the engine's loop takes it."""
+    """The loss of the model on a batch of tokens, as an objective of the engine's loop."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class Objective(nn.Module):
 
 
 def steps(model: nn.Module, lisa: LISA, numbers: Callable[[int], list[int]]) -> list[list[int]]:
-    """Six optimiser steps on the mean loss of the batches of each; the active layers."""
+    """Take six optimiser steps, each on the mean loss of its batches, and return the active layers."""
     active = []
     for step in range(6):
         lisa.on_step(step)
@@ -125,7 +125,7 @@ def steps(model: nn.Module, lisa: LISA, numbers: Callable[[int], list[int]]) -> 
 
 
 def rank_main(folder: Path) -> None:
-    """Train the tiny Llama under DDP, FSDP2 and the engine's loop, and write what came out."""
+    """Train the tiny Llama under DDP, FSDP2 and the engine's loop, and write the results."""
     import numpy as np
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -137,7 +137,7 @@ def rank_main(folder: Path) -> None:
     from vismt.engine import loop, runtime
 
     dist.init_process_group("gloo")
-    rank, found = dist.get_rank(), {}
+    rank, results = dist.get_rank(), {}
     np.random.seed(rank)
 
     def mine(step: int) -> list[int]:
@@ -146,14 +146,14 @@ def rank_main(folder: Path) -> None:
     model = case("llama").model
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     lisa = LISA(wrapped, adamw(wrapped), active=1, interval=2, seed=0)
-    found["layers"] = torch.tensor(steps(wrapped, lisa, mine))
-    found.update({f"ddp.{name}": value.detach() for name, value in model.named_parameters()})
+    results["layers"] = torch.tensor(steps(wrapped, lisa, mine))
+    results.update({f"ddp.{name}": value.detach() for name, value in model.named_parameters()})
 
     wrapped = DistributedDataParallel(case("llama").model)
     try:
         steps(wrapped, LISA(wrapped, adamw(wrapped), active=1, interval=2, seed=0), mine)
     except RuntimeError as error:
-        found["refused"] = torch.tensor("find_unused_parameters" in str(error))
+        results["refused"] = torch.tensor("find_unused_parameters" in str(error))
 
     model = case("llama").model
     mesh = init_device_mesh("cpu", (2,))
@@ -163,14 +163,14 @@ def rank_main(folder: Path) -> None:
     lisa = LISA(model, adamw(model), active=1, interval=2, seed=0)
     steps(model, lisa, mine)
     assert set(lisa.optimizer.state) == {parameter for parameter in model.parameters() if parameter.requires_grad}
-    found.update({f"fsdp.{name}": value.full_tensor().detach() for name, value in model.named_parameters()})
+    results.update({f"fsdp.{name}": value.full_tensor().detach() for name, value in model.named_parameters()})
 
     model = case("llama").model
     vismt.adapt(model, "lisa", active=1, interval=2, seed=0)
     config = TrainConfig(steps=6, lr=1e-2, weight_decay=0.1, clip=None, checkpoint_every=4)
     loop.train(Objective(model), tokens, config, folder / "run", "hash", runtime.accelerator(), seed=0)
-    found.update({f"loop.{name}": value.detach() for name, value in model.named_parameters()})
-    torch.save(found, folder / f"{rank}.pt")
+    results.update({f"loop.{name}": value.detach() for name, value in model.named_parameters()})
+    torch.save(results, folder / f"{rank}.pt")
     del model, wrapped, lisa
     runtime.leave()
 

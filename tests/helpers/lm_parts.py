@@ -1,4 +1,4 @@
-"""A tiny random LM with a tokenizer of its own, and small sets of texts, for tests of the language-model job."""
+"""A tiny random LM, its tokenizer and small sets of texts for tests of the language-model job."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ WORDS = [
 
 
 def tokenizer(bos: bool = False) -> Any:
-    """A word with the space before it is one token, as in byte-level BPE; "<s>" begins a text when asked for, "</s>" ends one."""
+    """Return a tokenizer: a word with the space before it is one token, as in byte-level BPE; "<s>" begins a text with `bos`."""
     tokens = [
         "<unk>",
         "<s>",
@@ -79,17 +79,17 @@ def tokenizer(bos: bool = False) -> Any:
 
 
 def tiny_lm(kind: str = "llama", seed: int = 0, vocabulary: int = 256) -> nn.Module:
-    """llama (grouped heads), qwen2 (biases) or gpt2 (Conv1D, learned positions, tied), random, in evaluation mode."""
+    """Return a random llama (grouped heads), qwen2 (biases) or gpt2 (Conv1D, learned positions, tied) in eval mode."""
     lm = random_lm(kind, seed, vocab_size=vocabulary, num_hidden_layers=3, max_position_embeddings=128, pad_token_id=0)
     with torch.no_grad():
         for parameter in lm.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(4)  # logits that tell tokens apart
+                parameter.mul_(4)  # so that the logits of tokens differ
     return lm
 
 
 def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a configuration with the values at dotted keys replaced."""
+    """Return a copy of a configuration with the values at dotted keys replaced."""
     config = json.loads(json.dumps(config))
     for key, value in changes.items():
         *outer, last = key.split(".")
@@ -101,14 +101,14 @@ def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_lm(folder: Path, kind: str = "llama") -> Path:
-    """A folder that create_lm reads."""
+    """Write a folder that create_lm reads."""
     tiny_lm(kind).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 
 
 def save_texts(folder: Path) -> dict[str, Path]:
-    """Cards by name: films (train 24, dev 8, test 10), other (all 6), sums (all 12), stories (all 4)."""
+    """Write cards and return them by name: films (train 24, dev 8, test 10), other (all 6), sums (all 12), stories (all 4)."""
     adjectives = {"0": ["bad", "dull"], "1": ["good", "bright"]}
     films = [
         {"text": f"the {noun} was {'very ' * (i % 3)}{adjectives[label][i % 2]}", "label": label}
@@ -144,7 +144,7 @@ def save_texts(folder: Path) -> dict[str, Path]:
         base.mkdir(parents=True)
         for split, rows in splits.items():
             (base / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        kept = [key for key in fields if all(key in row for rows in splits.values() for row in rows)]
+        common = [key for key in fields if all(key in row for rows in splits.values() for row in rows)]
         (folder / name / "card.yaml").write_text(
             json.dumps(
                 {
@@ -159,7 +159,7 @@ def save_texts(folder: Path) -> dict[str, Path]:
                             "root": "rows",
                             "files": {split: f"{split}.jsonl" for split in splits},
                             "splits": {split: len(rows) for split, rows in splits.items()},
-                            "fields": kept,
+                            "fields": common,
                         }
                     ],
                 }
@@ -170,7 +170,7 @@ def save_texts(folder: Path) -> dict[str, Path]:
 
 
 def save_interactions(folder: Path) -> Path:
-    """A card of 30 users, each of whom takes items one after the other in the order of the catalogue of 24, by time."""
+    """Write a card of 30 users who take items in the order of a catalogue of 24, by time."""
     numbers = WORDS[WORDS.index("one") :][:8]
     titles = [f"{adjective} {number}" for adjective in ("bright", "dull", "blue") for number in numbers]
     base = folder / "walks" / "rows"

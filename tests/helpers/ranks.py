@@ -1,4 +1,4 @@
-"""A script run as two processes over gloo, as torchrun would start them."""
+"""Run a script as two processes over gloo, with the environment of torchrun."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HELPERS = Path(__file__).resolve().parent
 
 
 def of_two(script: str, folder: Path) -> list[dict[str, Tensor]]:
-    """`python tests/helpers/SCRIPT FOLDER` as rank 0 and 1 of two; what each wrote to FOLDER/RANK.pt, which has to be the same."""
+    """Run `python tests/helpers/SCRIPT FOLDER` as ranks 0 and 1; return the equal results that they wrote to FOLDER/RANK.pt."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -24,6 +24,8 @@ def of_two(script: str, folder: Path) -> list[dict[str, Tensor]]:
     call = [sys.executable, HELPERS / script, folder]
     ranks = [subprocess.Popen(call, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
     assert [rank.wait(300) for rank in ranks] == [0, 0]
-    found = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-    assert set(found[0]) == set(found[1]) and all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-    return found
+    results = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    assert set(results[0]) == set(results[1]) and all(
+        torch.equal(results[0][name], results[1][name]) for name in results[0]
+    )
+    return results

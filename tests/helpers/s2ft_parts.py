@@ -1,4 +1,4 @@
-"""S2FT in a plain loop on the tiny Llama; as a script one of two processes: python s2ft_parts.py FOLDER."""
+"""S2FT in a plain loop on the tiny Llama; as a script, a rank of two processes: python s2ft_parts.py FOLDER."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def sliced(mode: str, seed: int = 3) -> nn.Module:
 
 
 def steps(model: nn.Module, numbers: Callable[[int], list[int]]) -> None:
-    """Five optimiser steps on the mean loss of the batches of each."""
+    """Take five optimiser steps, each on the mean loss of its batches."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     for step in range(5):
         for number in numbers(step):
@@ -43,23 +43,23 @@ def rank_main(folder: Path) -> None:
     from vismt.engine import loop, runtime
 
     dist.init_process_group("gloo")
-    rank, found = dist.get_rank(), {}
+    rank, results = dist.get_rank(), {}
     for mode in MODES:
         model = sliced(mode)
         steps(DistributedDataParallel(model), lambda step: [2 * step + rank])
-        found.update({f"{mode}.{name}": value for name, value in snapshot(model).items()})
+        results.update({f"{mode}.{name}": value for name, value in snapshot(model).items()})
         vismt.merge(model)
-        found.update({f"merged.{mode}.{name}": value for name, value in snapshot(model).items()})
+        results.update({f"merged.{mode}.{name}": value for name, value in snapshot(model).items()})
 
         model = sliced(mode)
         config = TrainConfig(steps=5, lr=1e-2, weight_decay=0.1, clip=None, checkpoint_every=5)
         loop.train(Objective(model), tokens, config, folder / mode, "hash", runtime.accelerator(), seed=0)
-        found.update({f"loop.{mode}.{name}": value for name, value in snapshot(model).items()})
+        results.update({f"loop.{mode}.{name}": value for name, value in snapshot(model).items()})
     try:
         sliced("permute", seed=rank)
     except UserError as error:
-        found["refused"] = torch.tensor("the processes chose different units" in str(error))
-    torch.save(found, folder / f"{rank}.pt")
+        results["refused"] = torch.tensor("the processes chose different units" in str(error))
+    torch.save(results, folder / f"{rank}.pt")
     del model
     runtime.leave()
 

@@ -1,4 +1,4 @@
-"""Ten-line models for tests: a small timm ViT, a GPT-2-like pair of Conv1D, a convolution; nothing is downloaded."""
+"""A small timm ViT for tests, images for it, and changes of a model's parameters; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from torch import Tensor, nn
 
 
 def tiny_vit(seed: int = 0, num_classes: int = 5, **options: object) -> nn.Module:
-    """A timm ViT of 2 blocks, width 32, 4 patches a side of 16 px."""
+    """Return a timm ViT with 2 blocks of width 32, for images of 16 x 16 pixels with 4 x 4 patches."""
     torch.manual_seed(seed)
     shape = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": num_classes}
     return timm.create_model("vit_tiny_patch16_224", **{**shape, **options}).eval()
 
 
 def images(count: int = 3, size: int = 16, seed: int = 1) -> Tensor:
-    """float32 (count, 3, size, size) in [0, 1]."""
+    """Return random images, float32 (count, 3, size, size) in [0, 1]."""
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 def shake(model: nn.Module, scale: float = 0.05, seed: int = 2) -> nn.Module:
-    """Move every trainable parameter, as training would."""
+    """Add noise to every trainable parameter, as training would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -31,5 +31,5 @@ def shake(model: nn.Module, scale: float = 0.05, seed: int = 2) -> nn.Module:
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the state dict."""
+    """Return a copy of the state dict."""
     return {name: value.clone() for name, value in model.state_dict().items()}

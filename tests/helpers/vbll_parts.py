@@ -1,4 +1,4 @@
-"""Heads with every parameter moved to known values, and their covariances written out, for the tests of VBLL."""
+"""VBLL heads with known values of every parameter, and their explicit covariances."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ LABELS = torch.tensor([0, 2, 1, 1, 0])
 
 
 def wave(*shape: int, speed: float) -> Tensor:
-    """sin(speed * 1, 2, ...) in fp64: numbers anyone can make again, for other programs as well."""
+    """Return sin(speed * 1, 2, ...) in fp64: reproducible numbers, also in other programs."""
     count = math.prod(shape)
     return torch.sin(speed * torch.arange(1, count + 1, dtype=torch.float64)).reshape(shape)
 
 
 def features() -> Tensor:
-    """fp64 (5, 6)."""
+    """Return features fp64 (5, 6)."""
     return 2 * wave(5, 6, speed=0.7)
 
 
 def moved_head(covariance: str, **options: object) -> VBLLClassifier:
-    """fp64, 3 classes on 6 features, N = 40, prior variance 1.5 * 2 / 6 = 0.5; nothing at its start value."""
+    """Return an fp64 head of 3 classes on 6 features, N = 40, prior variance 1.5 * 2 / 6 = 0.5, with no start values left."""
     rank = {"covariance_rank": 2} if covariance == "lowrank" else {}
-    given = {"noise_dof": 2.0, "noise_scale": 0.7, **rank, **options}
-    head = VBLLClassifier(6, 3, 40, covariance, 1.5, **given).double()
+    settings = {"noise_dof": 2.0, "noise_scale": 0.7, **rank, **options}
+    head = VBLLClassifier(6, 3, 40, covariance, 1.5, **settings).double()
     logs = 0.5 * wave(3, 6, speed=2.1) - 1
     with torch.no_grad():
         head.mean.copy_(wave(3, 6, speed=1.3))
@@ -42,7 +42,7 @@ def moved_head(covariance: str, **options: object) -> VBLLClassifier:
 
 
 def moved_generative() -> GenerativeVBLL:
-    """fp64, as `moved_head`, with the prior variance 1.5."""
+    """Return an fp64 generative head as `moved_head`, with prior variance 1.5."""
     head = GenerativeVBLL(6, 3, 40, 1.5, noise_dof=2.0, noise_scale=0.7).double()
     with torch.no_grad():
         head.mean.copy_(wave(3, 6, speed=1.3))
@@ -52,11 +52,11 @@ def moved_generative() -> GenerativeVBLL:
 
 
 def covariances(head: VBLLClassifier) -> Tensor:
-    """S (k, d, d), entry by entry from the parameters."""
+    """Return S (k, d, d), computed explicitly from the parameters."""
     spread = head.spread
     std = spread.log_std.detach().exp()
     if hasattr(spread, "lower"):
-        lower = torch.stack([torch.tril(one, -1) + torch.diag(row) for one, row in zip(spread.lower.detach(), std)])
+        lower = torch.stack([torch.tril(part, -1) + torch.diag(row) for part, row in zip(spread.lower.detach(), std)])
         return lower @ lower.mT
     plain = torch.diag_embed(std**2)
     return plain + spread.factor.detach() @ spread.factor.detach().mT if hasattr(spread, "factor") else plain

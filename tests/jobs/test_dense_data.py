@@ -48,13 +48,13 @@ def test_edges_of_a_fitted_and_padded_depth(scenes) -> None:
 @pytest.mark.parametrize("name", ["small", "depth"])
 def test_edges_are_those_of_the_scaled_and_cropped_maps_in_training(scenes, name) -> None:
     make = DenseBatches(scenes[name], SIZE, (64, 64), 1, DenseAugmentConfig(), ["edge", "semseg", "depth"], seed=0)
-    found = 0
+    edges = 0
     for number in range(6):
         batch = make(number)
         derive, origin = (edges_from_labels, "semseg") if name == "small" else (edges_from_depth, "depth")
         assert torch.equal(batch["edge"][0], derive(batch[origin][0]))
-        found += int((batch["edge"] == 1).sum())
+        edges += int((batch["edge"] == 1).sum())
         assert all(torch.equal(value, make(number)[key]) for key, value in batch.items())
-    assert found > 200
+    assert edges > 200
     alone = DenseBatches(scenes[name], SIZE, (64, 64), 1, DenseAugmentConfig(), ["edge"], seed=0)(5)
     assert set(alone) == {"image", "edge"} and torch.equal(alone["edge"], batch["edge"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vismt.data.dense import DenseSet
-from vismt.engine.arms import ALONE, Unit
+from vismt.engine.study import ALONE, Training
 from vismt.jobs.dense import evaluation as dense_evaluation
 from vismt.jobs.dense.config import DenseConfig, all_tasks
 from vismt.jobs.dense.data import Rows
@@ -17,7 +17,7 @@ from vismt.jobs.dense.evaluation import Evaluation
 pytest.importorskip("torchmetrics")
 
 
-class Held:
+class Samples:
     """Samples as DenseData holds them, on the canvas of the configuration."""
 
     def __init__(self, samples: list[dict[str, torch.Tensor]], config: DenseConfig) -> None:
@@ -39,23 +39,30 @@ def evaluated(tmp_path, monkeypatch):
         return {name: whole.get(name, images[:, : task.channels]) for name, task in tasks.items()}
 
     monkeypatch.setattr(dense_evaluation, "predict", shown)
-    monkeypatch.setattr(dense_evaluation, "fingerprint", lambda unit: "of none")
-    monkeypatch.setattr(Evaluation, "_final", lambda self, unit: None)
+    monkeypatch.setattr(dense_evaluation, "fingerprint", lambda training: "of none")
 
     def score(tasks, samples, canvas):
         folder = tmp_path / "x".join(map(str, canvas))
         (folder / "records").mkdir(parents=True)
         config = DenseConfig(tasks=tasks, size=list(canvas))
-        return Evaluation(config, folder, "hash", Held(samples, config)).validate(Unit(ALONE, 1e-3, 0, folder))
+        evaluation = Evaluation(config, Samples(samples, config))
+        training = Training(ALONE, 1e-3, 0, folder)
+        scored = evaluation.scored(None, training, config, "validation")
+        (result,) = evaluation.scores(scored, "validation")
+        assert evaluation.known(training, "validation") == scored
+        # one task: the quality is its score, 1 / score where lower is better
+        expected = 1 / result.measure.score if result.measure.better == "lower" else result.measure.score
+        assert evaluation.quality([result]) == pytest.approx(expected)
+        return evaluation.quality([result])
 
     return score
 
 
-def lines(edge_columns: list[int], seen_columns: list[int]) -> dict[str, torch.Tensor]:
+def lines(edge_columns: list[int], predicted_columns: list[int]) -> dict[str, torch.Tensor]:
     """512 x 384 pixels with true lines, and a picture whose first channel is a sure prediction of others."""
     edge, image = torch.zeros(512, 384, dtype=torch.int64), torch.full((3, 512, 384), -20.0)
     edge[:, edge_columns] = 1
-    image[:, :, seen_columns] = 20.0
+    image[:, :, predicted_columns] = 20.0
     return {"image": image, "edge": edge}
 
 

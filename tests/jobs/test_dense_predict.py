@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from vismt.config import typed
-from vismt.engine.arms import Unit
+from vismt.errors import UserError
 from vismt.jobs.dense import predict as dense_predict
 from vismt.jobs.dense.config import DenseConfig
 from vismt.multitask.tasks import make_task
@@ -27,18 +27,16 @@ CANVAS = (32, 48)
 @pytest.fixture
 def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """answers(maps, task, channels, images, **how): the .npz of each image of a run whose net says 2.0 everywhere."""
-    seen: dict[str, list] = {"flip": [], "texts": []}
+    calls: dict[str, list] = {"flip": [], "texts": []}
     written = dense_predict.write
-    monkeypatch.setattr(dense_predict, "loaded", lambda *given: SimpleNamespace(to=lambda device: None))
-    monkeypatch.setattr(dense_predict, "fold", lambda net, unit: net)
     monkeypatch.setattr(
         dense_predict,
         "write",
-        lambda figure, x, y, text, **how: seen["texts"].append(text) or written(figure, x, y, text, **how),
+        lambda figure, x, y, text, **how: calls["texts"].append(text) or written(figure, x, y, text, **how),
     )
 
     def predicted(net, tasks, images, *, overlap, flip):
-        seen["flip"].append(flip)
+        calls["flip"].append(flip)
         return {name: torch.full((1, task.channels, *images.shape[-2:]), 2.0) for name, task in tasks.items()}
 
     monkeypatch.setattr(dense_predict, "predict", predicted)
@@ -53,10 +51,11 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         for number, (height, width) in enumerate(sizes):
             images.append(tmp_path / f"{number}.png")
             Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(images[-1])
-        dense_predict.predict_images(config, Unit("adapted", 1e-3, 0, tmp_path), images, tmp_path, maps=True, **how)
+        net = SimpleNamespace(to=lambda device: None)
+        dense_predict.predict_images(config, net, "adapted", images, tmp_path, maps=True, **how)
         return [dict(np.load(path.with_suffix(".npz"))) for path in images]
 
-    return SimpleNamespace(run=run, seen=seen)
+    return SimpleNamespace(run=run, calls=calls)
 
 
 @pytest.mark.parametrize(
@@ -69,30 +68,30 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 )
 def test_depth_at_an_images_own_size_is_in_the_unit_of_the_fitted_one(answers, maps, values) -> None:
     sizes = [(64, 60), (20, 144), (16, 24)]
-    for found, size, value in zip(answers.run(maps, sizes, own_size=True), sizes, values):
-        assert found["depth"].shape == size and np.allclose(found["depth"], value)
-    assert answers.seen["texts"].count(f"near {values[0]:.2f} to far {values[0]:.2f}") == 1  # the picture says it, too
-    assert all(np.allclose(found["depth"], 2.0) for found in answers.run(maps, sizes))
+    for arrays, size, value in zip(answers.run(maps, sizes, own_size=True), sizes, values):
+        assert arrays["depth"].shape == size and np.allclose(arrays["depth"], value)
+    assert answers.calls["texts"].count(f"near {values[0]:.2f} to far {values[0]:.2f}") == 1  # the picture says it, too
+    assert all(np.allclose(arrays["depth"], 2.0) for arrays in answers.run(maps, sizes))
 
 
 def test_the_mirrored_image_is_averaged_as_in_the_runs_evaluation(answers) -> None:
     for evaluate, how, flip in (({}, {}, False), ({"flip": True}, {}, True), ({}, {"flip": True}, True)):
-        answers.seen["flip"].clear()
+        answers.calls["flip"].clear()
         answers.run("{depth_m: depth}", [(32, 48)], evaluate, **how)
-        assert answers.seen["flip"] == [flip]
+        assert answers.calls["flip"] == [flip]
 
 
 def test_the_ends_of_the_range_are_near_and_far(answers) -> None:
     values = torch.linspace(0, 100, 101)[None, None].flip(-1)
     depth = make_task("depth")
-    assert dense_predict._range(depth, values) == "near 1.00 to far 99.00"
-    assert dense_predict._range(InverseDepth.of(depth), values) == "near 99.00 to far 1.00"
-    assert dense_predict._range(make_task("normals"), values) == ""
+    assert depth.caption(values[0]) == "near 1.00 to far 99.00"
+    assert InverseDepth.of(depth).caption(values[0]) == "near 99.00 to far 1.00"
+    assert make_task("normals").caption(values[0]) == ""
 
 
 def test_pictures_of_any_number_of_pixels_have_a_range() -> None:
     values = torch.arange(2**24 + 2).remainder(1000).float()[None, None]  # torch.quantile ends at 2^24
-    assert dense_predict._range(make_task("depth"), values) == "near 9.00 to far 989.00"
+    assert make_task("depth").caption(values[0]) == "near 9.00 to far 989.00"
 
 
 def test_parts_are_called_by_their_names(answers, tmp_path: Path) -> None:
@@ -101,5 +100,34 @@ def test_parts_are_called_by_their_names(answers, tmp_path: Path) -> None:
     names = dense_predict.class_names(config, tasks)
     torso = torch.eye(7)[2].reshape(7, 1, 1).expand(7, *CANVAS)
     dense_predict.picture(torch.zeros(3, *CANVAS), {"parts": torso}, tasks, names, tmp_path / "a.png")
-    assert "torso" in answers.seen["texts"] and not any(text.startswith("class ") for text in answers.seen["texts"])
+    assert "torso" in answers.calls["texts"] and not any(text.startswith("class ") for text in answers.calls["texts"])
     assert dense_predict.class_names(config, {"parts": make_task({"name": "parts", "classes": 5})}) == {}
+
+
+def test_classes_of_pixels_and_of_the_image_are_named(answers, tmp_path: Path) -> None:
+    tasks = {
+        "semseg": make_task({"name": "semseg", "classes": 3}),
+        "classify": make_task({"name": "classify", "classes": 2}),
+    }
+    labels = torch.zeros(CANVAS, dtype=torch.int64)
+    labels[:10] = 2
+    outputs = {"semseg": torch.eye(3)[labels].movedim(-1, 0), "classify": torch.tensor([0.0, 3.0])}
+    names = {"classify": ["indoor", "outdoor"]}
+    dense_predict.picture(torch.zeros(3, *CANVAS), outputs, tasks, names, tmp_path / "a.png")
+    texts = answers.calls["texts"]
+    # softmax of 3 and 0: 1 / (1 + exp(-3)) = 95 %; the commoner class comes first, one that is nowhere not at all
+    assert "outdoor 95 %" in texts and "class 1" not in texts
+    assert texts.index("class 0") < texts.index("class 2")
+
+
+def test_images_of_one_name_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    paths = [tmp_path / folder / "0.png" for folder in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(path)
+    dense_predict.check_images(paths[:1])
+    with pytest.raises(UserError, match=r"would both become 0.png; give one of them another --to"):
+        dense_predict.check_images(paths)
+    paths[0].write_bytes(b"not an image")
+    with pytest.raises(UserError):
+        dense_predict.check_images(paths[:1])

@@ -18,8 +18,8 @@ SIZE = (8, 12)
 
 
 @pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """made(name, names, inverse): the path of a card of two images with labels and depth, and its data."""
+def make_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """make_card(name, names, inverse): the path of a card of two images with labels and depth, and its data."""
     monkeypatch.setenv("VISMT_DATA", str(tmp_path / "data"))
 
     def make(name: str, names: list[str] | None = None, inverse: bool = False) -> Path:
@@ -32,10 +32,10 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             Image.fromarray(np.full(SIZE, number, np.uint8)).save(folder / "label" / f"{number}.png")
             np.save(folder / "depth" / f"{number}.npy", np.full(SIZE, 2.0, np.float32))
         card.mkdir()
-        told = "" if names is None else "names: names.json\n"
+        names_line = "" if names is None else "names: names.json\n"
         (card / "names.json").write_text(json.dumps(names))
         (card / "card.yaml").write_text(
-            f"name: {name}\ntitle: Made\nsource: own\nlicence: own\nclasses: 2\n{told}sources:\n  - kind: dense\n"
+            f"name: {name}\ntitle: Made\nsource: own\nlicence: own\nclasses: 2\n{names_line}sources:\n  - kind: dense\n"
             f"    root: {name}\n    image: rgb\n    maps: {{label: label, {depth}: depth}}\n    splits: {{all: 2}}\n"
         )
         return card
@@ -53,8 +53,8 @@ def joined(*cards: Path, tasks: list) -> DenseData:
 SEMSEG = {"name": "semseg", "classes": 2}
 
 
-def test_depth_and_inverse_depth_are_not_one_task(made) -> None:
-    metric, inverse, other = made("metric"), made("inverse", inverse=True), made("other", inverse=True)
+def test_depth_and_inverse_depth_are_not_one_task(make_card) -> None:
+    metric, inverse, other = make_card("metric"), make_card("inverse", inverse=True), make_card("other", inverse=True)
     for cards in ((metric, metric, inverse), (inverse, metric, metric), (inverse, inverse, metric)):
         with pytest.raises(UserError, match="data: 'inverse' has inverse depth, 'metric' depth; take sets of one kind"):
             joined(*cards, tasks=["depth"])
@@ -64,12 +64,12 @@ def test_depth_and_inverse_depth_are_not_one_task(made) -> None:
     assert not joined(metric, metric, tasks=["depth"]).tasks["depth"].inverse
 
 
-def test_one_class_of_maps_has_one_name(made) -> None:
+def test_one_class_of_maps_has_one_name(make_card) -> None:
     road, same, swapped, silent = (
-        made("road", ["road", "sky"]),
-        made("same", ["road", "sky"]),
-        made("swapped", ["sky", "road"]),
-        made("silent"),
+        make_card("road", ["road", "sky"]),
+        make_card("same", ["road", "sky"]),
+        make_card("swapped", ["sky", "road"]),
+        make_card("silent"),
     )
     for cards in ((road, swapped), (road, same, swapped), (silent, road, swapped)):
         with pytest.raises(UserError, match="data: one class is 'road' in 'road' and 'sky' in 'swapped'; give both"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,43 +13,84 @@ import torch
 from helpers.amt_parts import adapted, episode, saved
 from torch import Tensor
 
-from vismt.config import TrainConfig
-from vismt.engine import runtime
+from vismt.config import AdaptConfig, TrainConfig
 from vismt.engine.log import read_lines
 from vismt.errors import UserError
-from vismt.jobs.fewshot import pool_training as experts_file
-from vismt.jobs.fewshot.config import FewShotConfig, PoolConfig
-from vismt.jobs.fewshot.pool_training import OWN_FILE, find_experts, read_scale, train_pool
+from vismt.jobs import job as job_file
+from vismt.jobs.fewshot.config import EvaluateConfig, FewShotConfig, PoolConfig, SourceConfig
+from vismt.jobs.fewshot.job import FewShotJob
+from vismt.jobs.fewshot.models import OWN_FILE
+from vismt.jobs.fewshot.pool_training import find_experts, read_scale
 from vismt.metatune.amt import AdversarialObjective
 from vismt.metatune.objective import EpisodeObjective
-from vismt.metatune.pool import Expert, assemble
+from vismt.metatune.pool import Expert, assemble, read_pool
+from vismt.metatune.protonet import ProtoNet
 
 
-def config(levels: list, *, seed: int = 0, rates: dict | None = None, **train: object) -> FewShotConfig:
+def config(
+    levels: list, *, seed: int = 0, rates: dict | None = None, clean: bool = True, **train: object
+) -> FewShotConfig:
     settings = TrainConfig(**{"steps": 5, "optimizer": "sgd", "lr": 0.02, "checkpoint_every": 2, **train})
-    pool = PoolConfig(levels=levels, clean=True, gamma=0.02, rates=rates or {})
-    return FewShotConfig(train=settings, pool=pool, seed=seed)
+    pool = PoolConfig(levels=levels, clean=clean, gamma=0.02, rates=rates or {})
+    return FewShotConfig(
+        adapt=AdaptConfig(method="amt", rank=2),
+        train=settings,
+        pool=pool,
+        seed=seed,
+        source=SourceConfig(data=["drawn"]),
+        evaluate=EvaluateConfig(data=["other"], models=["frozen"]),
+    )
 
 
-def pooled(
-    folder: Path,
-    settings: FewShotConfig,
-    seen: list | None = None,
-    stop: Callable[[int, int], bool] = lambda seed, number: False,
-) -> list[Expert]:
-    """The experts; every episode that is asked for is noted as (seed, number)."""
-    seen = [] if seen is None else seen
+class PoolJob(FewShotJob):
+    """A pool of small experts on drawn episodes; every episode that is read is noted as (seed, number)."""
 
-    def batches(seed: int) -> Callable[[int], dict[str, Tensor]]:
+    def __init__(
+        self,
+        settings: FewShotConfig,
+        folder: Path,
+        calls: list | None = None,
+        stop: Callable[[int, int], bool] = lambda count, number: False,
+    ) -> None:
+        super().__init__(settings, folder, "hash")
+        self.calls = [] if calls is None else calls
+        self.objectives: list[EpisodeObjective] = []
+        self.stop = stop
+
+    def check_data(self) -> None:
+        pass
+
+    def check_arm(self, config: FewShotConfig) -> None:
+        pass
+
+    def fresh(self, config: FewShotConfig) -> ProtoNet:
+        return adapted()
+
+    def objective(self, config: FewShotConfig, net: ProtoNet, balanced: list) -> EpisodeObjective:
+        self.objectives.append(super().objective(config, net, balanced))
+        return self.objectives[-1]
+
+    def batches(self, config: FewShotConfig) -> Callable[[int], dict[str, Tensor]]:
+        seed = config.training_seed
+
         def batch(number: int) -> dict[str, Tensor]:
-            if stop(len(seen), number):
+            if self.stop(len(self.calls), number):
                 raise KeyboardInterrupt
-            seen.append((seed, number))
+            self.calls.append((seed, number))
             return episode(number, seed % 97)
 
         return batch
 
-    return train_pool(settings, folder, "hash", runtime.accelerator(), adapted=adapted, batches=batches)
+
+def pooled(folder: Path, settings: FewShotConfig, calls: list | None = None, **options: object) -> list[Expert]:
+    """The experts of the pool that a run assembles."""
+    PoolJob(settings, folder, calls, **options).train()
+    return read_pool(folder / "pool" / f"seed-{settings.seed}")
+
+
+def training(folder: Path, label: str, lr: float = 0.02, seed: int = 0) -> Path:
+    """The folder of an expert's training."""
+    return folder / "arms" / label / f"lr-{lr:g}-seed-{seed}"
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -59,21 +99,25 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_an_interrupted_pool_goes_on_inside_the_expert_it_was_at(tmp_path: Path) -> None:
-    settings, seen, again = config([0.1, 1]), [], []
-    whole = pooled(tmp_path / "whole", settings, seen)
-    assert seen == [(0, number) for number in range(5)] * 3
+    settings = config([0.1, 1])
+    calls: list = []
+    again: list = []
+    whole = pooled(tmp_path / "whole", settings, calls)
+    assert calls == [(0, number) for number in range(5)] * 3
     # Cut in the fourth episode of the second of three experts; its checkpoint is of step 2.
     first: list = []
     with pytest.raises(KeyboardInterrupt):
         pooled(tmp_path / "cut", settings, first, stop=lambda count, number: count == 8)
     torch.manual_seed(99)
     cut = pooled(tmp_path / "cut", settings, again)
-    assert first == seen[:8] and again == [(0, 2), (0, 3), (0, 4), *seen[10:]]
-    for one, other in zip(whole, cut):
-        assert one.label == other.label and one.scale == other.scale != 10
-        assert files(one.folder.parent) == files(other.folder.parent) and len(files(one.folder.parent)) == 2
+    assert first == calls[:8] and again == [(0, 2), (0, 3), (0, 4), *calls[10:]]
+    assert len(whole) == len(cut) == 2
+    for expert, other in zip(whole, cut):
+        assert expert.label == other.label and expert.scale == other.scale != 10
+        folders = [training(tmp_path / name, expert.label) for name in ("whole", "cut")]
+        assert files(folders[0]) == files(folders[1]) and len(files(folders[0])) == 2
     for label in ("clean", "0.1", "1"):
-        rows = [read_lines(tmp_path / name / "experts" / label / "metrics.jsonl") for name in ("whole", "cut")]
+        rows = [read_lines(training(tmp_path / name, label) / "metrics.jsonl") for name in ("whole", "cut")]
         for row in rows[0] + rows[1]:
             del row["elapsed_s"]
         assert rows[0] == rows[1] and len(rows[0]) == 5
@@ -86,57 +130,52 @@ def test_an_interrupted_pool_goes_on_inside_the_expert_it_was_at(tmp_path: Path)
 
 
 def test_levels_share_their_episodes_and_copies_have_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, attacks = [], []
-    one = experts_file.train_one
+    loop_seeds, train = [], job_file.loop.train
 
-    def watched(objective: EpisodeObjective, *rest: object, seed: int, **more: object) -> None:
-        made.append((type(objective), seed))
-        attacks.append(objective.adversary if isinstance(objective, AdversarialObjective) else None)
-        one(objective, *rest, seed=seed, **more)
+    def watched(*args: object, seed: int, **options: object) -> None:
+        loop_seeds.append(seed)
+        train(*args, seed=seed, **options)
 
-    monkeypatch.setattr(experts_file, "train_one", watched)
-    seen: list = []
-    found = pooled(tmp_path, config([2, 8, 2, [2, 8], 2], seed=3, steps=1), seen)
-    assert [expert.label for expert in found] == ["2", "8", "2-copy2", "2-8", "2-copy3"]
-    seeds = [seed for seed, _ in seen]  # clean and the five experts, in that order
+    monkeypatch.setattr(job_file.loop, "train", watched)
+    job = PoolJob(config([2, 8, 2, [2, 8], 2], seed=3, steps=1), tmp_path)
+    job.train()
+    experts = read_pool(tmp_path / "pool" / "seed-3")
+    assert [expert.label for expert in experts] == ["2", "8", "2-copy2", "2-8", "2-copy3"]
+    seeds = [seed for seed, _ in job.calls]  # clean and the five experts, in that order
     assert seeds[:3] == [3, 3, 3] and seeds[4] == 3 and len({3, seeds[3], seeds[5]}) == 3
-    assert [kind for kind, _ in made] == [EpisodeObjective] + [AdversarialObjective] * 5
+    assert [type(objective) for objective in job.objectives] == [EpisodeObjective] + [AdversarialObjective] * 5
     # Everything of a copy that is drawn follows its seed: dropout's, and the random start of the attack.
-    assert [seed for _, seed in made] == seeds and [a.seed for a in attacks[1:]] == seeds[1:]
-    assert [a.epsilons for a in attacks[1:]] == [(2 / 255,), (8 / 255,), (2 / 255,), (2 / 255, 8 / 255), (2 / 255,)]
+    attacks = [objective.adversary for objective in job.objectives[1:]]
+    assert loop_seeds == seeds and [attack.seed for attack in attacks] == seeds[1:]
+    budgets = [(2 / 255,), (8 / 255,), (2 / 255,), (2 / 255, 8 / 255), (2 / 255,)]
+    assert [attack.epsilons for attack in attacks] == budgets
     # The first episode of "2-8" is one of 2 or of 8, so one step of it is theirs.
-    tensors = {expert.label: tuple(files(expert.folder).values()) for expert in found}
+    tensors = {expert.label: tuple(files(training(tmp_path, expert.label, seed=3)).values()) for expert in experts}
     assert tensors.pop("2-8") in (tensors["2"], tensors["8"]) and len(set(tensors.values())) == 4
 
 
-def test_rates_are_an_experts_own(tmp_path: Path) -> None:
+def test_every_expert_has_its_rate(tmp_path: Path) -> None:
     settings = config([1, 2], rates={"2": 0.5, "clean": 0.25}, steps=1)
     pooled(tmp_path, settings)
+    expected = {"clean": 0.25, "1": 0.02, "2": 0.5}
     rates = {
-        label: read_lines(tmp_path / "experts" / label / "metrics.jsonl")[0]["lr"] for label in ("clean", "1", "2")
+        label: read_lines(training(tmp_path, label, lr) / "metrics.jsonl")[0]["lr"] for label, lr in expected.items()
     }
-    assert rates == {"clean": 0.25, "1": 0.02, "2": 0.5} and settings.train.lr == 0.02
+    assert rates == expected and settings.train.lr == 0.02
 
 
-def test_a_collapse_stops_the_pool_and_is_said(tmp_path: Path) -> None:
-    def flat() -> object:
-        proto = adapted()
-        with torch.no_grad():
-            proto.scale.fill_(0.0)
-        return proto
+def test_a_collapse_stops_the_pool(tmp_path: Path) -> None:
+    class Flat(PoolJob):
+        def fresh(self, config: FewShotConfig) -> ProtoNet:
+            proto = adapted()
+            with torch.no_grad():
+                proto.scale.fill_(0.0)
+            return proto
 
-    settings = config([1], steps=20, lr=1e-12)
-    settings.pool = replace(settings.pool, clean=False)
+    job = Flat(config([1], clean=False, steps=20, lr=1e-12), tmp_path)
     with pytest.raises(UserError, match=r"collapsed to the uniform prediction .seen at step 10"):
-        train_pool(
-            settings,
-            tmp_path,
-            "hash",
-            runtime.accelerator(),
-            adapted=flat,
-            batches=lambda seed: lambda number: episode(number),
-        )
-    assert not list(tmp_path.rglob("expert.json"))
+        job.train()
+    assert not list(tmp_path.rglob("done.json")) and not (tmp_path / "pool").exists()
 
 
 # ---- finding experts
@@ -154,29 +193,31 @@ def trained(tmp_path: Path) -> list[Path]:
 
 
 def pool_run(folder: Path, trained: list[Path], labels: tuple[str, ...], done: tuple[str, ...]) -> Path:
+    """A run folder with the trainings of several experts, some of them finished."""
     for number, label in enumerate(labels):
-        own = folder / "experts" / label
-        shutil.copytree(trained[number % 2], own / "adapter")
-        scale_file(own, 4.0 + number)
+        place = training(folder, label)
+        shutil.copytree(trained[number % 2], place / "adapter")
+        scale_file(place, 4.0 + number)
+        (folder / "arms" / label / "chosen.json").write_text(json.dumps({"lr": 0.02, "validation": {}}))
         if label in done:
-            (own / "expert.json").write_text(json.dumps({"label": label, "seed": 0}))
+            (place / "done.json").write_text("{}")
     return folder
 
 
 def test_experts_of_a_pools_run_that_are_done(tmp_path: Path, trained: list[Path]) -> None:
     run = pool_run(tmp_path / "run", trained, ("clean", "6", "8", "9"), ("clean", "6", "8"))
     assert [(e.label, e.folder, e.scale) for e in find_experts(run)] == [
-        ("6", run / "experts" / "6" / "adapter", 5.0),
-        ("8", run / "experts" / "8" / "adapter", 6.0),
+        ("6", training(run, "6") / "adapter", 5.0),
+        ("8", training(run, "8") / "adapter", 6.0),
     ]
 
 
 def test_renaming_a_folder_renames_its_expert(tmp_path: Path, trained: list[Path]) -> None:
     """What the message about two experts of one name advises."""
-    runs = [pool_run(tmp_path / name, trained, ("8",), ("8",)) for name in ("a", "b")]
-    with pytest.raises(UserError, match=r"two experts are called alike in 8, 8: rename a folder"):
+    runs = [pool_run(tmp_path / name, trained, ("clean", "8"), ("clean", "8")) for name in ("a", "b")]
+    with pytest.raises(UserError, match=r"two experts have the same label in 8, 8: rename a folder"):
         assemble([expert for run in runs for expert in find_experts(run)], tmp_path / "pool")
-    (runs[1] / "experts" / "8").rename(runs[1] / "experts" / "8-second")
+    (runs[1] / "arms" / "8").rename(runs[1] / "arms" / "8-second")
     experts = [expert for run in runs for expert in find_experts(run)]
     assert [expert.label for expert in experts] == ["8", "8-second"]
     assemble(experts, tmp_path / "pool")
@@ -191,10 +232,13 @@ def test_every_other_kind_of_folder(tmp_path: Path, trained: list[Path]) -> None
     assert find_experts(run / "adapter") == [Expert("single", run / "adapter", 7.0)]
     assert find_experts(trained[1]) == [Expert("1", trained[1], 10.0)]
     # one expert of a pool's run, and a pool
-    own = pool_run(tmp_path / "run", trained, ("6", "8"), ("6", "8")) / "experts" / "8"
-    assert find_experts(own) == [Expert("8", own / "adapter", 5.0)]
-    pool = assemble(find_experts(run) + find_experts(own), tmp_path / "pool")
+    place = training(pool_run(tmp_path / "run", trained, ("6", "8"), ("6", "8")), "8")
+    assert find_experts(place) == [Expert("8", place / "adapter", 5.0)]
+    pool = assemble(find_experts(run) + find_experts(place), tmp_path / "pool")
     assert find_experts(pool) == [Expert("single", pool / "expert-0", 7.0), Expert("8", pool / "expert-1", 5.0)]
+    # a run of one arm is called by its folder
+    alone = pool_run(tmp_path / "alone", trained, ("adapted",), ("adapted",))
+    assert find_experts(alone) == [Expert("alone", training(alone, "adapted") / "adapter", 4.0)]
 
 
 def test_folders_without_an_expert(tmp_path: Path, trained: list[Path]) -> None:
@@ -205,26 +249,26 @@ def test_folders_without_an_expert(tmp_path: Path, trained: list[Path]) -> None:
     (tmp_path / "pool.json").write_text(
         json.dumps({"format": 1, "experts": [{"label": "a", "folder": "..", "scale": 1}]})
     )
-    with pytest.raises(UserError, match=r"names '\.\.', which is no folder of a pool"):
+    with pytest.raises(UserError, match=r"names '\.\.', which is not a folder of a pool"):
         find_experts(tmp_path)
 
 
 def test_a_scale_that_is_none(tmp_path: Path, trained: list[Path]) -> None:
     run = pool_run(tmp_path / "run", trained, ("8",), ("8",))
-    (run / "experts" / "8" / OWN_FILE).write_bytes(safetensors.torch.save({"scale": torch.ones(2)}))
+    (training(run, "8") / OWN_FILE).write_bytes(safetensors.torch.save({"scale": torch.ones(2)}))
     with pytest.raises(UserError, match=r"scale: saved \(2,\), needed \(\)"):
         find_experts(run)
-    (run / "experts" / "8" / OWN_FILE).write_bytes(b"torn")
-    with pytest.raises(UserError, match="is damaged or no safetensors file"):
-        read_scale(run / "experts" / "8")
-    (run / "experts" / "8" / OWN_FILE).unlink()
+    (training(run, "8") / OWN_FILE).write_bytes(b"torn")
+    with pytest.raises(UserError, match="is damaged or not a safetensors file"):
+        read_scale(training(run, "8"))
+    (training(run, "8") / OWN_FILE).unlink()
     with pytest.raises(UserError, match="no file"):
         find_experts(run)
 
 
 def test_pools_of_another_rank_are_refused_with_the_reason(tmp_path: Path) -> None:
     two, three = (saved(tmp_path / str(rank), (3, 4), rank=rank) for rank in (2, 3))
-    pools = [assemble([one], tmp_path / f"pool{rank}") for rank, one in ((2, two[0]), (3, three[1]))]
+    pools = [assemble([expert], tmp_path / f"pool{rank}") for rank, expert in ((2, two[0]), (3, three[1]))]
     with pytest.raises(
         UserError, match=r"experts '0' and '1' differ at .*: rank 2 and 3. .* no mixture of them exists"
     ):

@@ -1,4 +1,4 @@
-"""The alternating step: each side moves alone, and the backbone's gradient is that of the bound after the head's step."""
+"""The alternating step: the head is updated first, and the backbone gets the gradient of the bound after that update."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def setting() -> tuple[nn.Module, VBLLClassifier, torch.Tensor, torch.Tensor]:
     return nn.Linear(4, 8), VBLLClassifier(8, 3, 20), torch.randn(6, 4), torch.arange(6) % 3
 
 
-def same(one: dict, two: dict) -> bool:
-    return all(torch.equal(one[name], two[name]) for name in one)
+def same(first: dict, second: dict) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -27,7 +27,7 @@ def test_head_moves_first_then_the_backbone_alone(steps: int) -> None:
     backbone, head, x, y = setting()
     twin, other = copy.deepcopy(head), copy.deepcopy(backbone)
     inner = torch.optim.Adam(head.parameter_groups(0.01, 0.1))
-    outer = torch.optim.Adam([*backbone.parameters(), *head.parameters()], lr=0.01)  # even one that holds the head
+    outer = torch.optim.Adam([*backbone.parameters(), *head.parameters()], lr=0.01)  # also holds the head
     before = snapshot(backbone)
     loss = alternating_loss(head, inner, backbone(x), y, steps)
     assert same(snapshot(backbone), before) and all(p.grad is None for p in backbone.parameters())

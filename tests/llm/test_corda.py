@@ -13,7 +13,7 @@ from vismt.errors import UserError
 from vismt.llm import collect_covariance, save_covariances
 from vismt.llm.corda_start import context, damped, last_left
 from vismt.lowrank.init import principal
-from vismt.lowrank.inject import adapted_modules
+from vismt.lowrank.inject import adapter_layers
 
 MODES = ("ipm", "kpm")
 SHAPES = [(6, 9), (9, 6), (8, 8)]
@@ -24,7 +24,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def pair(shape: tuple[int, int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight (o, i) and a covariance (i, i) far from the identity, fp64."""
+    """Return a weight (o, i) and a covariance (i, i) far from the identity, fp64."""
     weight = torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
     rows = torch.randn(3 * shape[1], shape[1], generator=generator(seed + 1), dtype=torch.float64)
     rows = rows * torch.logspace(0, -1, shape[1], dtype=torch.float64)
@@ -37,7 +37,7 @@ def start(weight, covariance, rank: int, mode: str, scale: float = 1.0, **option
 
 
 def published(weight, covariance, rank: int, mode: str, scale: float = 1.0):
-    """The paper's formulas as they stand, with the inverse."""
+    """Return A and B by the formulas of the paper, with an explicit inverse."""
     spread = covariance + 0.01 * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=covariance.dtype)
     U, S, Vh = torch.linalg.svd(weight @ spread, full_matrices=False)
     V = Vh @ torch.linalg.inv(spread)
@@ -66,14 +66,14 @@ def test_raw_factors_are_the_published_ones(mode: str, shape, scale: float) -> N
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_scale_of_the_covariance_moves_the_balance_of_raw_factors_alone(mode: str, shape) -> None:
     weight, covariance = pair(shape)
-    one, nine = start(weight, covariance, 2, mode), start(weight, 9 * covariance, 2, mode)
-    assert relative(nine[1] @ nine[0], one[1] @ one[0]) < 1e-9
-    assert relative(nine[1].abs(), 3 * one[1].abs()) < 1e-9 and relative(nine[0].abs(), one[0].abs() / 3) < 1e-9
+    base, scaled = start(weight, covariance, 2, mode), start(weight, 9 * covariance, 2, mode)
+    assert relative(scaled[1] @ scaled[0], base[1] @ base[0]) < 1e-9
+    assert relative(scaled[1].abs(), 3 * base[1].abs()) < 1e-9 and relative(scaled[0].abs(), base[0].abs() / 3) < 1e-9
     for times in (1, 9):
         A, B = start(weight, times * covariance, 2, mode, 2.0, balanced=True)
-        assert relative(2 * B @ A, one[1] @ one[0]) < 1e-9
+        assert relative(2 * B @ A, base[1] @ base[0]) < 1e-9
         assert relative(A @ A.T, B.T @ B) < 1e-9
-        assert relative(A @ A.T, torch.diag(torch.linalg.svdvals(one[1] @ one[0])[:2] / 2)) < 1e-9
+        assert relative(A @ A.T, torch.diag(torch.linalg.svdvals(base[1] @ base[0])[:2] / 2)) < 1e-9
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -94,7 +94,7 @@ def test_a_white_covariance_gives_the_ends_of_the_plain_spectrum(shape) -> None:
     assert relative(B @ A, B_pissa @ A_pissa) < 1e-9
     A, B = start(weight, white, 2, "kpm")
     assert relative(B @ A, (U[:, -2:] * S[-2:]) @ Vh[-2:]) < 1e-9
-    zero = start(weight, torch.zeros_like(white), 2, "kpm")  # an input that is always zero prefers nothing
+    zero = start(weight, torch.zeros_like(white), 2, "kpm")  # an input of zeros gives the plain spectrum
     assert relative(zero[1] @ zero[0], B @ A) < 1e-9
 
 
@@ -105,7 +105,7 @@ def test_ipm_is_the_best_of_its_rank_on_the_inputs(shape, method: str) -> None:
     spread = damped(covariance)
     A, B = start(weight, covariance, 2, "ipm", method=method)
     error = ((weight - B @ A) @ spread).norm()
-    tail = torch.linalg.svdvals(weight @ spread)[2:].norm()  # Eckart-Young: the least there is
+    tail = torch.linalg.svdvals(weight @ spread)[2:].norm()  # Eckart-Young: the minimum
     assert abs(error - tail) < 1e-6 * tail
     A, B = principal(weight, 2, 1.0, generator=generator())
     assert ((weight - B @ A) @ spread).norm() > 1.01 * tail
@@ -148,9 +148,11 @@ def test_peft_starts_at_the_same_product(kind: str, mode: str) -> None:
     from peft.tuners.lora.config import CordaConfig
     from peft.tuners.lora.corda import preprocess_corda
 
-    sample = {"input_ids": tokens(1, 250)}  # more than the widest input, or peft's fp32 inverse sets the difference
+    sample = {
+        "input_ids": tokens(1, 250)
+    }  # more tokens than the widest input, or the error of peft's fp32 inverse dominates
     ours = tiny_lm(kind)
-    # One sample: what peft divides by (the signed maximum) cancels in B A.
+    # One sample: the divisor of peft (the signed maximum) cancels in B A.
     covariances = collect_covariance(ours, [sample])
     options = {"mode": mode, "balanced": False, "method": "exact"}
     report = vismt.adapt(ours, "corda", rank=4, alpha=8, covariances=covariances, **options)
@@ -165,10 +167,10 @@ def test_peft_starts_at_the_same_product(kind: str, mode: str) -> None:
     stock = tiny_lm(kind)
     preprocess_corda(stock, config, run_model=lambda: stock(**sample))
     theirs = dict(peft.get_peft_model(stock, config).base_model.model.named_modules())
-    for path, host in adapted_modules(ours).items():
+    for path, host in adapter_layers(ours).items():
         layer = theirs[path]
         product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-        # peft's fp32 inverse and SVD are felt; in fp64 the formulas agree to 1e-9, see above.
+        # The tolerance covers peft's fp32 inverse and SVD; in fp64 the formulas agree to 1e-9, see above.
         assert relative(host.lora_B @ host.lora_A, product) < 5e-4, path
 
 
@@ -190,7 +192,9 @@ def test_language_models_start_unchanged_and_reach_peft(kind: str, options: dict
     theirs = peft.PeftModel.from_pretrained(stock, str(tmp_path)).eval()
     assert (theirs(ids).logits - trained).abs().max() <= 1e-5 * trained.abs().max()
     vismt.save_adapter(model, tmp_path / "own")
-    again = vismt.load_adapter(tiny_lm(kind), tmp_path / "own")  # peft cannot load a trained CorDA of its own
+    again = vismt.load_adapter(
+        tiny_lm(kind), tmp_path / "own"
+    )  # peft cannot load a trained CorDA adapter that it saved
     assert torch.equal(again(ids).logits, trained)
     vismt.unadapt(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -202,7 +206,7 @@ def test_kpm_is_balanced_by_default_and_ipm_is_not() -> None:
     def imbalance(**options: object) -> float:
         model = tiny_lm("llama")
         vismt.adapt(model, "corda", rank=4, covariances=covariances, **options)
-        return max(float(host.lora_A.norm() / host.lora_B.norm()) for host in adapted_modules(model).values())
+        return max(float(host.lora_A.norm() / host.lora_B.norm()) for host in adapter_layers(model).values())
 
     assert abs(imbalance(mode="kpm") - 1) < 1e-4 and abs(imbalance(balanced=True) - 1) < 1e-4
     assert imbalance(mode="kpm", balanced=False) > 3 and abs(imbalance() - 1) > 0.1
@@ -211,12 +215,12 @@ def test_kpm_is_balanced_by_default_and_ipm_is_not() -> None:
 def test_a_folder_of_covariances_and_the_variants_of_a_vit(tmp_path) -> None:
     covariances = collect_covariance(tiny_vit(), [images()], ["qkv", "proj", "head", "patch_embed.proj"])
     save_covariances(covariances, tmp_path)
-    one, two = tiny_vit(), tiny_vit()
+    from_memory, from_folder = tiny_vit(), tiny_vit()
     options = {"targets": ["qkv", "head", "patch_embed.proj"], "rank": 4, "split_qkv": True, "mode": "kpm"}
-    vismt.adapt(one, "corda", covariances=covariances, **options)
-    vismt.adapt(two, "corda", covariances=tmp_path, **options)
-    assert torch.allclose(one(images()), tiny_vit()(images()), atol=1e-6)
-    assert torch.equal(one.blocks[0].attn.qkv.lora_B, two.blocks[0].attn.qkv.lora_B)
+    vismt.adapt(from_memory, "corda", covariances=covariances, **options)
+    vismt.adapt(from_folder, "corda", covariances=tmp_path, **options)
+    assert torch.allclose(from_memory(images()), tiny_vit()(images()), atol=1e-6)
+    assert torch.equal(from_memory.blocks[0].attn.qkv.lora_B, from_folder.blocks[0].attn.qkv.lora_B)
 
 
 def test_a_half_precision_base_starts_where_it_was() -> None:

@@ -1,4 +1,4 @@
-"""Covariances of layer inputs: the convention by hand, batches and masks, sharing, passes, files, and what is refused."""
+"""Covariances of layer inputs: values by hand, batches and masks, shared inputs, passes, files, and refused arguments."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from vismt.llm import collect_covariance, covariance_ranks, load_covariances, sa
 QKV = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
 
 
-def same(found, wanted, tolerance: float = 1e-6) -> bool:
-    return set(found) == set(wanted) and all(
-        (found[path] - wanted[path]).abs().max() <= tolerance * wanted[path].abs().max() for path in wanted
+def same(actual, expected, tolerance: float = 1e-6) -> bool:
+    return set(actual) == set(expected) and all(
+        (actual[path] - expected[path]).abs().max() <= tolerance * expected[path].abs().max() for path in expected
     )
 
 
 def single(batch: dict) -> list[dict]:
-    """Each sample alone and without its padding."""
+    """Return each sample as a batch of one without padding."""
     return [{"input_ids": ids[mask.bool()][None]} for ids, mask in zip(batch["input_ids"], batch["attention_mask"])]
 
 
 def test_golden_numbers() -> None:
     model = nn.Sequential(nn.Linear(2, 3))
-    one, two = torch.tensor([[[1.0, -2.0], [0.5, 1.0]]]), torch.tensor([[[4.0, 0.0], [0.0, 0.0]]])
+    first, second = torch.tensor([[[1.0, -2.0], [0.5, 1.0]]]), torch.tensor([[[4.0, 0.0], [0.0, 0.0]]])
     # sample 1 over its largest absolute value 2: rows (.5, -1), (.25, .5); sums .25 + .0625, -.5 + .125, 1 + .25
     # sample 2 over 4: row (1, 0); mean over two samples
-    wanted = torch.tensor([[1.3125, -0.375], [-0.375, 1.25]]) / 2
-    for batches in ([one, two], [torch.cat([one, two])]):
-        assert torch.equal(collect_covariance(model, batches)["0"], wanted)
-    # The signed maximum of sample 1 is 1, by which the released code divides. A sample of zeros counts and adds nothing.
-    assert torch.equal(collect_covariance(model, [one, two, torch.zeros(1, 2, 2)])["0"], wanted * 2 / 3)
+    expected = torch.tensor([[1.3125, -0.375], [-0.375, 1.25]]) / 2
+    for batches in ([first, second], [torch.cat([first, second])]):
+        assert torch.equal(collect_covariance(model, batches)["0"], expected)
+    # The released code divides by the signed maximum, 1 for sample 1. A sample of zeros counts in N and adds nothing.
+    assert torch.equal(collect_covariance(model, [first, second, torch.zeros(1, 2, 2)])["0"], expected * 2 / 3)
     assert torch.equal(
         collect_covariance(model, [torch.tensor([[-3.0, -1.5]])])["0"], torch.tensor([[1.0, 0.5], [0.5, 0.25]])
     )
@@ -93,13 +93,13 @@ def test_peft_computes_the_same_at_batch_size_one_where_the_maximum_is_positive(
 def test_layers_with_one_input_share_a_sum_and_no_logits_are_computed() -> None:
     model, calls = tiny_lm("llama"), []
     model.lm_head.register_forward_hook(lambda *_: calls.append(1))
-    found = collect_covariance(model, [{"input_ids": tokens()}, {"input_ids": tokens(seed=2)}])
-    assert found[QKV[0]] is found[QKV[1]] is found[QKV[2]]
-    assert found["model.layers.0.mlp.gate_proj"] is found["model.layers.0.mlp.up_proj"]
-    assert len(found) == 14 and len({id(value) for value in found.values()}) == 8
-    assert len(calls) == 1  # the one sample that tells who shares what
+    covariances = collect_covariance(model, [{"input_ids": tokens()}, {"input_ids": tokens(seed=2)}])
+    assert covariances[QKV[0]] is covariances[QKV[1]] is covariances[QKV[2]]
+    assert covariances["model.layers.0.mlp.gate_proj"] is covariances["model.layers.0.mlp.up_proj"]
+    assert len(covariances) == 14 and len({id(value) for value in covariances.values()}) == 8
+    assert len(calls) == 1  # the pass over one sample that finds shared inputs
     alone = collect_covariance(tiny_lm("llama"), [{"input_ids": tokens(seed=s)} for s in (1, 2)], [QKV[1]])
-    assert same(alone, {QKV[1]: found[QKV[1]]})
+    assert same(alone, {QKV[1]: covariances[QKV[1]]})
 
 
 def test_a_memory_budget_takes_passes_and_changes_nothing(tmp_path) -> None:
@@ -126,7 +126,7 @@ def test_an_interrupted_calibration_goes_on_bit_for_bit(tmp_path, budget) -> Non
 
     def count(*_: object) -> None:
         calls.append(1)
-        if len(calls) == 5:  # the trace, three batches, and in the fourth
+        if len(calls) == 5:  # after the first pass and three batches, in the fourth batch
             raise KeyboardInterrupt
 
     handle = model.model.embed_tokens.register_forward_hook(count)
@@ -143,10 +143,10 @@ def test_an_interrupted_calibration_goes_on_bit_for_bit(tmp_path, budget) -> Non
     handle.remove()
     resumed: list[int] = []
     model.model.embed_tokens.register_forward_hook(lambda *_: resumed.append(1))
-    found = collect_covariance(model, batches, folder=tmp_path, save_every=2, memory_budget=budget)
-    assert all(torch.equal(found[path], whole[path]) for path in whole)
+    covariances = collect_covariance(model, batches, folder=tmp_path, save_every=2, memory_budget=budget)
+    assert all(torch.equal(covariances[path], whole[path]) for path in whole)
     passes = len(json.loads((tmp_path / "covariances.json").read_text())["passes"])
-    assert len(resumed) == 1 + 5 * passes - 2  # the trace, and all batches but the two that were kept
+    assert len(resumed) == 1 + 5 * passes - 2  # the first pass, and all batches except the two that were saved
     assert not list(tmp_path.glob("sums-*"))
     resumed.clear()
     assert same(collect_covariance(model, batches, folder=tmp_path, memory_budget=budget), whole) and len(resumed) == 1
@@ -155,7 +155,7 @@ def test_an_interrupted_calibration_goes_on_bit_for_bit(tmp_path, budget) -> Non
 def test_mode_hooks_and_weights_are_left_as_they_were() -> None:
     model = tiny_lm("llama").train()
     model.model.layers[1].eval()
-    for ids in (tokens(), tokens() + 1000):  # the second is out of the vocabulary
+    for ids in (tokens(), tokens() + 1000):  # the second batch is outside the vocabulary
         try:
             collect_covariance(model, [{"input_ids": ids}])
         except IndexError:
@@ -166,16 +166,16 @@ def test_mode_hooks_and_weights_are_left_as_they_were() -> None:
 
 
 class Odd(nn.Module):
-    """A layer that is not called, two that share an input for positive samples only, one that loses the sample axis."""
+    """A layer that is not called, two that share an input for positive samples only, and one without a sample axis."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.two, self.idle, self.lost = (nn.Linear(4, 4) for _ in range(4))
+        self.first, self.second, self.idle, self.lost = (nn.Linear(4, 4) for _ in range(4))
 
     def forward(self, x):
         if x.shape[0] > 1:
             self.lost(x.reshape(-1, 4)[:3])
-        return self.one(x) + self.two(x if x.sum() > 0 else x.clone())
+        return self.first(x) + self.second(x if x.sum() > 0 else x.clone())
 
 
 def test_mistakes(tmp_path) -> None:
@@ -184,8 +184,8 @@ def test_mistakes(tmp_path) -> None:
     for call, words in (
         (lambda: collect_covariance(Odd(), [ones]), "'idle' gets no input"),
         (
-            lambda: collect_covariance(Odd(), [ones, -ones], ["one", "two"]),
-            "'two' and 'one' share their input in some samples",
+            lambda: collect_covariance(Odd(), [ones, -ones], ["first", "second"]),
+            "'second' and 'first' share their input in some samples",
         ),
         (lambda: collect_covariance(Odd(), [ones], ["lost"]), "'lost' gets no input"),
         (lambda: collect_covariance(tiny_vit(), []), "no batches"),
@@ -195,7 +195,7 @@ def test_mistakes(tmp_path) -> None:
         (lambda: collect_covariance(tiny_vit(), None), "batches is one NoneType; give a list"),
         (
             lambda: collect_covariance(tiny_vit(), [images() * float("nan")]),
-            "'blocks.0.attn.qkv' gets values that are infinite",
+            "'blocks.0.attn.qkv' gets infinite values or NaN",
         ),
         (lambda: collect_covariance(tiny_vit(), [images()], save_every=0), "save_every"),
         (lambda: collect_covariance(tiny_vit(), [images()], ["qvk"]), "'qvk'"),
@@ -216,8 +216,12 @@ def test_mistakes(tmp_path) -> None:
 def test_files_are_strict_and_keep_what_is_shared(tmp_path) -> None:
     shared = torch.eye(3)
     save_covariances({"a": shared, "b": shared, "c": 2 * torch.eye(2)}, tmp_path)
-    found = load_covariances(tmp_path)
-    assert found["a"] is found["b"] and torch.equal(found["c"], 2 * torch.eye(2)) and list(found) == ["a", "b", "c"]
+    covariances = load_covariances(tmp_path)
+    assert (
+        covariances["a"] is covariances["b"]
+        and torch.equal(covariances["c"], 2 * torch.eye(2))
+        and list(covariances) == ["a", "b", "c"]
+    )
     (file,) = tmp_path.glob("*.safetensors")
     tensors = load_file(file)
     assert set(tensors) == {"a", "c"}
@@ -238,9 +242,9 @@ def test_files_are_strict_and_keep_what_is_shared(tmp_path) -> None:
 
 
 def test_rank_report(capsys) -> None:
-    found = collect_covariance(tiny_lm("llama"), [{"input_ids": tokens(1, 6)}], QKV)
-    assert covariance_ranks(found) == dict.fromkeys(QKV, (6, 32))
-    told = "1 of 1 covariances have no full rank: 'model.layers.0.self_attn.q_proj' saw 6 tokens of width 32"
-    assert told in capsys.readouterr().out
+    covariances = collect_covariance(tiny_lm("llama"), [{"input_ids": tokens(1, 6)}], QKV)
+    assert covariance_ranks(covariances) == dict.fromkeys(QKV, (6, 32))
+    message = "1 of 1 covariances have no full rank: 'model.layers.0.self_attn.q_proj' saw 6 tokens of width 32"
+    assert message in capsys.readouterr().out
     collect_covariance(tiny_lm("llama"), [{"input_ids": tokens(8, 8)}], QKV)
     assert "full rank" not in capsys.readouterr().out

@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vismt
 from vismt.errors import UserError
 from vismt.llm import gate_of, instance_gates, recompute_gates
-from vismt.lowrank.inject import adapted_modules
+from vismt.lowrank.inject import adapter_layers
 from vismt.lowrank.instance_gates import _current, _traced
-from vismt.lowrank.linear import AdaptedConv2d, AdaptedLinear
+from vismt.lowrank.linear import LowRankConv2d, LowRankLinear
 
 KINDS = (*LMS, "vit")
 WIDTH = 6
@@ -32,7 +32,10 @@ def stock(kind: str) -> nn.Module:
 
 
 def adapted(kind: str, **options: object) -> nn.Module:
-    """rank 4 in 2 experts by default, fp64, every factor moved; a shaken ResNet would saturate, so the gate is not."""
+    """Return an adapted fp64 model, by default rank 4 in 2 experts, with random factors.
+
+    The gate keeps its start values: a random ResNet would saturate.
+    """
     model = stock(kind).double()
     vismt.adapt(model, "ilora", **{"rank": 4, "n_experts": 2, "alpha": 8.0, "user_width": WIDTH, **options})
     gate = snapshot(model.instance_gate)
@@ -60,25 +63,25 @@ def some_gates(count: int = 3, experts: int = 2, seed: int = 3) -> Tensor:
 
 def host(
     experts: int | None = 2, rank: int = 4, blocks: tuple[int, ...] | None = None, **options: object
-) -> AdaptedLinear:
-    """5 -> 6, fp64, all tensors random."""
+) -> LowRankLinear:
+    """Return an adapted 5 -> 6 linear layer in fp64 with random tensors."""
     torch.manual_seed(0)
-    made = AdaptedLinear(nn.Linear(5, 6).double(), rank, 1.5, blocks=blocks, experts=experts, **options)
-    made.weight.requires_grad_(False)
+    layer = LowRankLinear(nn.Linear(5, 6).double(), rank, 1.5, blocks=blocks, experts=experts, **options)
+    layer.weight.requires_grad_(False)
     with torch.no_grad():
-        made.lora_A.normal_(), made.lora_B.normal_()
-    return made
+        layer.lora_A.normal_(), layer.lora_B.normal_()
+    return layer
 
 
-def by_loops(made: AdaptedLinear, x: Tensor, gates: Tensor) -> Tensor:
-    """x (b, n, i): one sample, one block, one expert at a time, each expert's own output built."""
-    rows, r = [], made.rank // made.experts
+def by_loops(layer: LowRankLinear, x: Tensor, gates: Tensor) -> Tensor:
+    """Return the output for x (b, n, i), one sample, one block and one expert at a time."""
+    rows, r = [], layer.rank // layer.experts
     for sample, gate in zip(x, gates):
         parts = []
-        for A, B in zip(made.lora_A.chunk(len(made.blocks)), made.lora_B.split(made.blocks)):
-            pairs = [(B[:, e * r : (e + 1) * r], A[e * r : (e + 1) * r]) for e in range(made.experts)]
+        for A, B in zip(layer.lora_A.chunk(len(layer.blocks)), layer.lora_B.split(layer.blocks)):
+            pairs = [(B[:, e * r : (e + 1) * r], A[e * r : (e + 1) * r]) for e in range(layer.experts)]
             parts.append(sum(g * (sample @ a.T @ b.T) for g, (b, a) in zip(gate, pairs)))
-        rows.append(sample @ made.weight.T + made.bias + made.scale * torch.cat(parts, 1))
+        rows.append(sample @ layer.weight.T + layer.bias + layer.scale * torch.cat(parts, 1))
     return torch.stack(rows)
 
 
@@ -114,7 +117,7 @@ def test_i1_sizes_are_the_published_ones() -> None:
     linear = vismt.adapt(tiny_vit(), "ilora", rank=8, alpha=32)
     assert linear.trainable - plain.trainable == 64 * 4 + 4
     # rank 8 in 4 experts of rank 2: 32 / 2
-    assert {site.scale for site in linear.sites} == {16.0}
+    assert {site.settings.scale for site in linear.sites} == {16.0}
 
 
 def test_start_is_the_original_function_under_any_gates_and_leaves_the_global_generator() -> None:
@@ -128,7 +131,7 @@ def test_start_is_the_original_function_under_any_gates_and_leaves_the_global_ge
     again, other = tiny_lm("gpt2"), tiny_lm("gpt2")
     vismt.adapt(again, "ilora", rank=4, user_width=WIDTH)
     vismt.adapt(other, "ilora", rank=4, user_width=WIDTH, seed=1)
-    weights = [gate_of(one).network.weight for one in (model, again, other)]
+    weights = [gate_of(net).network.weight for net in (model, again, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
@@ -142,25 +145,28 @@ def test_i2_host_equals_loops_with_all_gradients(options: dict) -> None:
     gates = some_gates(3, ours.experts) * 1.7
     leaves = [[tensor.clone().requires_grad_() for tensor in (x, gates)] for _ in range(2)]
     with instance_gates(leaves[0][1]):
-        found = ours(leaves[0][0])
+        actual = ours(leaves[0][0])
     expected = by_loops(theirs, *leaves[1])
-    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
-    for out in (found, expected):
+    assert torch.allclose(actual, expected, rtol=0, atol=1e-12)
+    for out in (actual, expected):
         out.square().sum().backward()
     pairs = [*zip(*leaves), (ours.lora_A, theirs.lora_A), (ours.lora_B, theirs.lora_B)]
-    for one, two in pairs:
-        assert torch.allclose(one.grad, two.grad, rtol=1e-11, atol=1e-11) and two.grad.abs().max() > 0
+    for tensor_ours, tensor_loops in pairs:
+        assert (
+            torch.allclose(tensor_ours.grad, tensor_loops.grad, rtol=1e-11, atol=1e-11)
+            and tensor_loops.grad.abs().max() > 0
+        )
 
 
 def test_i2_gradients_of_gradients() -> None:
-    made, x = host(blocks=(2, 4), rank=2), torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    layer, x = host(blocks=(2, 4), rank=2), torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     gates = some_gates(2).requires_grad_()
 
     def function(x: Tensor, gates: Tensor, A: Tensor, B: Tensor) -> Tensor:
         with instance_gates(gates):
-            return torch.func.functional_call(made, {"lora_A": A, "lora_B": B}, (x,))
+            return torch.func.functional_call(layer, {"lora_A": A, "lora_B": B}, (x,))
 
-    inputs = (x, gates, made.lora_A.detach().requires_grad_(), made.lora_B.detach().requires_grad_())
+    inputs = (x, gates, layer.lora_A.detach().requires_grad_(), layer.lora_B.detach().requires_grad_())
     assert torch.autograd.gradcheck(function, inputs) and torch.autograd.gradgradcheck(function, inputs)
 
 
@@ -170,8 +176,8 @@ def test_i2_a_batch_is_its_samples_one_by_one(kind: str) -> None:
     with instance_gates(gates):
         together = run(model, x)
     for i in range(3):
-        for own in (gates[i], gates[i : i + 1]):
-            with instance_gates(own):
+        for sample_gates in (gates[i], gates[i : i + 1]):
+            with instance_gates(sample_gates):
                 assert torch.allclose(run(model, x[i : i + 1])[0], together[i], rtol=0, atol=1e-11)
         with instance_gates(gates[i - 1]):
             assert not torch.allclose(run(model, x[i : i + 1])[0], together[i], rtol=0, atol=1e-4)
@@ -180,17 +186,17 @@ def test_i2_a_batch_is_its_samples_one_by_one(kind: str) -> None:
 def test_i2_convolution_and_dropout() -> None:
     torch.manual_seed(0)
     base = nn.Conv2d(2, 4, 3, padding=1).double()
-    conv = AdaptedConv2d(base, 2, 1.5, experts=2)
+    conv = LowRankConv2d(base, 2, 1.5, experts=2)
     with torch.no_grad():
         conv.lora_A.normal_(), conv.lora_B.normal_()
     x, gates = torch.randn(2, 2, 4, 4, dtype=torch.float64), some_gates(2)
     for i in range(2):
         delta = 1.5 * (conv.lora_B * gates[i]) @ conv.lora_A
         with instance_gates(gates):
-            one = conv(x)[i : i + 1]
+            output = conv(x)[i : i + 1]
         expected = torch.conv2d(x[i : i + 1], base.weight + delta.view_as(base.weight), base.bias, padding=1)
-        assert torch.allclose(one, expected, atol=1e-12)
-    dropped = host(dropout=1e-9).train()  # the path with dropout, which drops nothing
+        assert torch.allclose(output, expected, atol=1e-12)
+    dropped = host(dropout=1e-9).train()  # the dropout path with a rate close to 0
     tokens_of = torch.randn(2, 3, 5, dtype=torch.float64)
     with instance_gates(gates):
         assert torch.allclose(dropped(tokens_of), by_loops(dropped, tokens_of, gates), atol=1e-7)
@@ -203,21 +209,21 @@ def test_an_empty_batch() -> None:
     assert out.shape == (0, 3, 6)
 
 
-# ---- I3, I4: what gates mean
+# ---- I3, I4: special gates
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_i3_a_uniform_gate_is_lora(kind: str) -> None:
     model, plain, x = adapted(kind, rank=8, n_experts=4, alpha=32.0), stock(kind).double(), samples(kind)
     vismt.adapt(plain, "lora", rank=8, alpha=32.0)
-    for path, twin in adapted_modules(plain).items():
-        twin.fill(model.get_submodule(path).factors())
-    assert {site.scale for site in plain.vismt_record.sites} == {4.0}
+    for path, twin in adapter_layers(plain).items():
+        twin.fill(model.get_submodule(path).tensors())
+    assert {site.settings.scale for site in plain.vismt_record.sites} == {4.0}
     with instance_gates(torch.full((3, 4), 0.25).double()):
         out = run(model, x)
     assert torch.allclose(out, run(plain, x), rtol=0, atol=1e-11)
     out.square().sum().backward(), run(plain, x).square().sum().backward()
-    for path, twin in adapted_modules(plain).items():
+    for path, twin in adapter_layers(plain).items():
         assert relative(model.get_submodule(path).lora_A.grad, twin.lora_A.grad) < 1e-9
         assert relative(model.get_submodule(path).lora_B.grad, twin.lora_B.grad) < 1e-9
 
@@ -225,14 +231,14 @@ def test_i3_a_uniform_gate_is_lora(kind: str) -> None:
 def test_i4_a_one_hot_gate_is_one_expert() -> None:
     model, plain, x = adapted("llama", rank=8, n_experts=4, alpha=32.0), tiny_lm("llama").double(), tokens(3)
     vismt.adapt(plain, "lora", rank=2, alpha=32.0)  # alpha / r_e = 16
-    for path, twin in adapted_modules(plain).items():
-        own = model.get_submodule(path)
-        twin.fill({"lora_A": own.lora_A[4:6], "lora_B": own.lora_B[:, 4:6]})
+    for path, twin in adapter_layers(plain).items():
+        gated = model.get_submodule(path)
+        twin.fill({"lora_A": gated.lora_A[4:6], "lora_B": gated.lora_B[:, 4:6]})
     with instance_gates(torch.eye(4).double()[2]):
         assert torch.allclose(run(model, x), run(plain, x), rtol=0, atol=1e-11)
 
 
-# ---- I5: no leak
+# ---- I5: samples do not influence each other
 
 
 @pytest.mark.parametrize("gate,train,alone", [("linear", True, True), ("cnn", False, True), ("cnn", True, False)])
@@ -245,7 +251,7 @@ def test_i5_permuting_the_batch_permutes_the_outputs(gate: str, train: bool, alo
             return run(model, x)
 
     assert torch.allclose(through(x[order], who[order]), through(x, who)[order], atol=1e-10)
-    # What a batch-mate cannot change; the shipped gate's batch norms do let it while training, as its file says.
+    # Other samples of the batch change nothing, except through the batch norms of the shipped gate while it trains.
     mates = torch.cat([who[:1], users(2, seed=9)])
     assert torch.allclose(through(x, mates)[0], through(x, who)[0], atol=1e-10) == alone
 
@@ -255,28 +261,28 @@ def test_i5_permuting_the_batch_permutes_the_outputs(gate: str, train: bool, alo
 
 def test_i6_nothing_is_built_or_kept_for_each_expert() -> None:
     def cost(experts: int | None) -> tuple[int, int, int]:
-        made = AdaptedLinear(nn.Linear(64, 96), 8, 1.0, experts=experts)
-        made.weight.requires_grad_(False), made.bias.requires_grad_(False)
-        made.lora_B.data.normal_()
-        sizes, kept, calls = [0], {}, [0]
+        layer = LowRankLinear(nn.Linear(64, 96), 8, 1.0, experts=experts)
+        layer.weight.requires_grad_(False), layer.bias.requires_grad_(False)
+        layer.lora_B.data.normal_()
+        sizes, saved, calls = [0], {}, [0]
 
         class Watch(TorchDispatchMode):
             def __torch_dispatch__(self, func, types, args=(), kwargs=None):
                 out = func(*args, **(kwargs or {}))
                 calls[0] += 1
                 sizes.extend(
-                    one.numel() for one in (out if isinstance(out, tuple) else (out,)) if isinstance(one, Tensor)
+                    value.numel() for value in (out if isinstance(out, tuple) else (out,)) if isinstance(value, Tensor)
                 )
                 return out
 
         def keep(tensor: Tensor) -> Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
         x, gates = torch.ones(4, 50, 64, requires_grad=True), torch.rand(4, experts or 1, requires_grad=True)
         with instance_gates(gates), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), Watch():
-            made(x).square().sum().backward()
-        return max(sizes), sum(kept.values()), calls[0]
+            layer(x).square().sum().backward()
+        return max(sizes), sum(saved.values()), calls[0]
 
     plain, two, four = cost(None), cost(2), cost(4)
     assert two[0] == four[0] == plain[0] == 4 * 50 * 96 and two[2] == four[2]
@@ -323,17 +329,17 @@ def test_i7_damaged_files_are_refused(tmp_path) -> None:
 # ---- I8: gates that do not fit
 
 
-@pytest.mark.parametrize("gates,told", [
+@pytest.mark.parametrize("gates,message", [
     (some_gates(2), "gates of 2 samples for a batch of 4; give one row for each sample"),
     (some_gates(1), "gates of 1 samples for a batch of 4"), (some_gates(8), "gates of 8 samples for a batch of 4"),
     (some_gates(4, 3), r"gates are \(4, 3\), this model has 2 experts"),
     (some_gates(4, 1)[:, 0], r"gates are \(4,\), this model has 2 experts"),
 ])  # fmt: skip
-def test_i8_gates_that_do_not_match_the_batch_are_an_error(gates: Tensor, told: str) -> None:
+def test_i8_gates_that_do_not_match_the_batch_are_an_error(gates: Tensor, message: str) -> None:
     model = adapted("llama")
-    with instance_gates(gates), pytest.raises(UserError, match=told):
+    with instance_gates(gates), pytest.raises(UserError, match=message):
         run(model, tokens(4))
-    with instance_gates(gates), pytest.raises(UserError, match=told), torch.no_grad():
+    with instance_gates(gates), pytest.raises(UserError, match=message), torch.no_grad():
         run(model, tokens(4))
 
 
@@ -342,12 +348,12 @@ def test_i8_a_model_without_gates_says_so() -> None:
         run(adapted("vit"), samples("vit"))
 
 
-@pytest.mark.parametrize("gates,told", [
+@pytest.mark.parametrize("gates,message", [
     (torch.ones(2, 2, dtype=torch.long), r"torch.int64 \(2, 2\)"), (torch.ones(2, 3, 2), r"torch.float32 \(2, 3, 2\)"),
     (torch.tensor(1.0), r"torch.float32 \(\)"), ([[0.5, 0.5]], "list"),
 ])  # fmt: skip
-def test_i8_what_is_no_gates(gates: object, told: str) -> None:
-    with pytest.raises(UserError, match=f"instance_gates: gates are {told}, needed a floating tensor"):
+def test_i8_what_is_no_gates(gates: object, message: str) -> None:
+    with pytest.raises(UserError, match=f"instance_gates: gates are {message}, needed a floating tensor"):
         instance_gates(gates)
 
 
@@ -371,7 +377,7 @@ def test_i9_merging_without_one_users_gates_is_refused_and_changes_nothing(what:
     assert snapshot(model).keys() == before.keys() and all(
         torch.equal(model.state_dict()[k], v) for k, v in before.items()
     )
-    assert adapted_modules(model) and not list(tmp_path.iterdir())
+    assert adapter_layers(model) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -383,7 +389,7 @@ def test_i9_merged_for_a_user_is_the_model_under_the_users_gates(kind: str) -> N
         mine = copy.deepcopy(model)
         with instance_gates(gates[i] if i else gates[:1]):
             vismt.merge(mine)
-        assert torch.allclose(run(mine, x)[i], together[i], rtol=0, atol=1e-10)  # and needs no gates any more
+        assert torch.allclose(run(mine, x)[i], together[i], rtol=0, atol=1e-10)  # and the merged model needs no gates
         fresh = stock(kind).double()
         fresh.load_state_dict(mine.state_dict(), strict=True)
         assert [type(module) for module in fresh.modules()] == [type(module) for module in mine.modules()]
@@ -391,18 +397,18 @@ def test_i9_merged_for_a_user_is_the_model_under_the_users_gates(kind: str) -> N
 
 def test_i9_merging_rounds_once() -> None:
     torch.manual_seed(0)
-    made = AdaptedLinear(nn.Linear(5, 6, dtype=torch.bfloat16), 4, 2.0, experts=2)
-    for factor in (made.lora_A, made.lora_B):
+    layer = LowRankLinear(nn.Linear(5, 6, dtype=torch.bfloat16), 4, 2.0, experts=2)
+    for factor in (layer.lora_A, layer.lora_B):
         factor.data.normal_()
     gates = torch.tensor([0.3, 0.7])
-    delta = 2.0 * (made.lora_B * gates.repeat_interleave(2)) @ made.lora_A
+    delta = 2.0 * (layer.lora_B * gates.repeat_interleave(2)) @ layer.lora_A
     with instance_gates(gates):
-        merged, exact = made.merged().weight, made.weight.double() + delta.double()
+        merged, exact = layer.merged().weight, layer.weight.double() + delta.double()
     half = 2.0 ** (
         exact.abs().log2().floor() - 8
-    )  # of a last place in bf16; fp32 sums differ in their last place at most
+    )  # half a unit in the last place of bf16; fp32 sums differ in their last place at most
     assert ((merged.double() - exact).abs() <= half * (1 + 1e-4)).all()
-    twice = made.weight + delta.to(torch.bfloat16)
+    twice = layer.weight + delta.to(torch.bfloat16)
     assert ((twice.double() - exact).abs() > half * (1 + 1e-4)).any()
 
 
@@ -444,17 +450,17 @@ def test_i14_generation_repeats_the_gates(kind: str, options: dict) -> None:
     plan = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
     each = options.get("num_return_sequences", 1)
 
-    def write(ids: Tensor, own: Tensor) -> Tensor:
-        with instance_gates(own):
+    def write(ids: Tensor, row_gates: Tensor) -> Tensor:
+        with instance_gates(row_gates):
             return model.generate(ids, attention_mask=torch.ones_like(ids), **plan)
 
     together = write(ids, gates)
     alone = torch.cat([write(ids[i : i + 1], gates[i : i + 1]) for i in range(2)])
     assert torch.equal(together, alone) and len(together) == 2 * each
-    assert not torch.equal(together, write(ids, gates.flip(0)))  # the gates do matter here
+    assert not torch.equal(together, write(ids, gates.flip(0)))  # the gates change the output
     with instance_gates(gates):
         model.generate(ids, attention_mask=torch.ones_like(ids), **plan)
-        run(model, ids)  # the batch as it is, afterwards
+        run(model, ids)  # the original batch, afterwards
         with pytest.raises(UserError, match="gates of 2 samples for a batch of 10"):
             run(model, tokens(10))
 
@@ -474,13 +480,13 @@ def test_i14_sampled_sequences_and_padding_on_the_left() -> None:
             "output_logits": True,
             "return_dict_in_generate": True,
         }
-        made = model.generate(ids, attention_mask=mask, **options)
-    own = gates.repeat_interleave(3, 0)
-    with instance_gates(own):
+        generated = model.generate(ids, attention_mask=mask, **options)
+    repeated = gates.repeat_interleave(3, 0)
+    with instance_gates(repeated):
         wide = mask.repeat_interleave(3, 0)
         place = (wide.cumsum(1) - 1).clamp(min=0)
         first = model(ids.repeat_interleave(3, 0), attention_mask=wide, position_ids=place).logits[:, -1]
-    assert torch.allclose(made.logits[0].double(), first, atol=1e-4)
+    assert torch.allclose(generated.logits[0].double(), first, atol=1e-4)
 
 
 def test_i14_copies_expand_their_own_model() -> None:
@@ -505,28 +511,28 @@ def test_nothing_is_left_behind_and_blocks_nest() -> None:
 
 
 def test_threads_and_tasks_see_their_own_gates() -> None:
-    made, x = host(), torch.ones(1, 1, 5).double()
+    layer, x = host(), torch.ones(1, 1, 5).double()
     gates = [torch.tensor([1.0, 0.0]).double(), torch.tensor([0.0, 1.0]).double()]
     expected = []
-    for own in gates:
-        with instance_gates(own):
-            expected.append(made(x).detach())
-    barrier, found = threading.Barrier(2, timeout=20), [None, None]
+    for one_hot in gates:
+        with instance_gates(one_hot):
+            expected.append(layer(x).detach())
+    barrier, thread_results = threading.Barrier(2, timeout=20), [None, None]
 
     def work(i: int) -> None:
         with instance_gates(gates[i]):
             barrier.wait()
-            found[i] = made(x).detach()
+            thread_results[i] = layer(x).detach()
             barrier.wait()
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
     [thread.start() for thread in threads], [thread.join() for thread in threads]
-    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert torch.equal(thread_results[0], expected[0]) and torch.equal(thread_results[1], expected[1])
 
     async def task(i: int) -> Tensor:
         with instance_gates(gates[i]):
             await asyncio.sleep(0)
-            out = made(x).detach()
+            out = layer(x).detach()
             await asyncio.sleep(0)
             return out
 
@@ -544,49 +550,49 @@ def test_checkpointed_blocks_see_the_gates_of_their_forward_pass() -> None:
     )
     gates = [some_gates().requires_grad_() for _ in range(2)]
     losses = []
-    for model, own in zip((plain, saving), gates):
-        with instance_gates(own):
+    for model, model_gates in zip((plain, saving), gates):
+        with instance_gates(model_gates):
             losses.append(run(model, tokens(3)).square().mean())
     losses[0].backward()
-    thread = threading.Thread(target=losses[1].backward)  # as on an accelerator, and after the block
+    thread = threading.Thread(target=losses[1].backward)  # another thread, as on an accelerator, after the block
     thread.start(), thread.join()
     assert torch.allclose(gates[0].grad, gates[1].grad, atol=1e-10) and gates[0].grad.abs().max() > 0
-    for (name, one), two in zip(plain.named_parameters(), saving.parameters()):
-        assert one.grad is None or torch.allclose(one.grad, two.grad, atol=1e-10), name
+    for (name, expected), actual in zip(plain.named_parameters(), saving.parameters()):
+        assert expected.grad is None or torch.allclose(expected.grad, actual.grad, atol=1e-10), name
 
 
 def test_compiled_code_follows_the_gates() -> None:
     torch.compiler.reset()
-    made, x, compilations = host(), torch.randn(3, 2, 5).double(), []
+    layer, x, compilations = host(), torch.randn(3, 2, 5).double(), []
 
     def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
         compilations.append(graph)
         return graph.forward
 
-    compiled = torch.compile(made, backend=backend, fullgraph=True)
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
     for seed in range(3):
-        one, two = some_gates(seed=seed).requires_grad_(), some_gates(seed=seed).requires_grad_()
-        with instance_gates(one):
+        fast_gates, slow_gates = some_gates(seed=seed).requires_grad_(), some_gates(seed=seed).requires_grad_()
+        with instance_gates(fast_gates):
             fast = compiled(x)
-        with instance_gates(two):
-            slow = made(x)
+        with instance_gates(slow_gates):
+            slow = layer(x)
         assert torch.allclose(fast, slow, atol=1e-12)
         fast.square().sum().backward(), slow.square().sum().backward()
-        assert torch.allclose(one.grad, two.grad, atol=1e-12)
+        assert torch.allclose(fast_gates.grad, slow_gates.grad, atol=1e-12)
     assert len(compilations) == 1
 
 
 # ---- options
 
 
-@pytest.mark.parametrize("options,told", [
+@pytest.mark.parametrize("options,message", [
     ({"n_experts": 3}, "3 experts cannot share the rank 8 of"), ({"n_experts": 0}, "adapt.n_experts: 0"),
     ({"n_experts": 2.0}, "adapt.n_experts: 2.0"), ({"gate": "lineer"}, "adapt.gate: 'lineer'. Near: 'linear'"),
     ({"user_width": 0}, "adapt.user_width: 0"), ({"experts": 2}, "'ilora' has no option 'experts'"),
 ])  # fmt: skip
-def test_options_that_cannot_be(options: dict, told: str) -> None:
+def test_options_that_cannot_be(options: dict, message: str) -> None:
     model = tiny_vit()
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         vismt.adapt(model, "ilora", rank=8, **options)
     assert list(model.state_dict()) == list(tiny_vit().state_dict()) and not hasattr(model, "vismt_record")
 
@@ -601,5 +607,5 @@ def test_gate_networks_say_what_they_need() -> None:
         gate_of(adapted("vit"))(torch.ones(3, 7))
     taken = tiny_vit()
     taken.instance_gate = nn.Linear(2, 2)
-    with pytest.raises(UserError, match="has a 'instance_gate' of its own, a Linear"):
+    with pytest.raises(UserError, match="already has a 'instance_gate', a Linear"):
         vismt.adapt(taken, "ilora")

@@ -1,4 +1,4 @@
-"""The optimiser around an optimiser: what it does to gradients and when, and that torch and accelerate see an optimiser."""
+"""The Landing optimiser: its effect on gradients, and its use with torch schedulers, gradient scalers and accelerate."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ import vismt
 from vismt.errors import UserError
 from vismt.llm import Landing
 from vismt.llm.landing import CONSTRAINTS, RETRACTIONS, updates
-from vismt.lowrank.inject import adapted_modules
+from vismt.lowrank.inject import adapter_layers
 from vismt.lowrank.stiefel import infeasibility
-from vismt.registry import method_optimizer
+from vismt.methods import method_optimizer
 
 
 def adapted(seed: int = 0, **options: object) -> nn.Module:
@@ -39,14 +39,14 @@ def loss_of(model: nn.Module, number: int = 0, part: slice = slice(None)) -> Ten
 
 
 def worst(model: nn.Module) -> float:
-    """The largest infeasibility of any factor."""
+    """Return the largest infeasibility of any factor."""
     return max(
-        float(infeasibility(z)) for host in adapted_modules(model).values() for x, _, y in updates(host) for z in (x, y)
+        float(infeasibility(z)) for host in adapter_layers(model).values() for x, _, y in updates(host) for z in (x, y)
     )
 
 
 def by_definition(z: Tensor, grad: Tensor, attraction: float, kind: str = "landing") -> Tensor:
-    """With the n x n skew matrix of the released code."""
+    """Return the field computed with the n x n skew matrix of the released code."""
     turned = grad if kind == "euclidean" else (grad @ z.T - z @ grad.T) @ z
     return turned + attraction * z @ (z.T @ z - torch.eye(z.shape[1], dtype=z.dtype))
 
@@ -57,7 +57,7 @@ def test_one_step_of_sgd_is_the_field_of_each_factor_of_each_block(kind: str) ->
     landing = Landing(torch.optim.SGD(trained(model), lr=0.1), model, 0.7, constraint=kind)
     loss_of(model).backward()
     expected = {}
-    for path, host in adapted_modules(model).items():
+    for path, host in adapter_layers(model).items():
         A, B, C = (getattr(host, name) for name in ("lora_A", "lora_B", "lora_C"))
         # lora_A holds Y^T, block under block; lora_B X, block under block of the outputs.
         Y, rows = zip(
@@ -67,7 +67,7 @@ def test_one_step_of_sgd_is_the_field_of_each_factor_of_each_block(kind: str) ->
         assert all(y.shape[0] >= y.shape[1] for y in Y)
         expected[path] = (A - 0.1 * torch.cat(rows), B - 0.1 * torch.cat(X), C - 0.1 * C.grad)
     landing.step()
-    for path, host in adapted_modules(model).items():
+    for path, host in adapter_layers(model).items():
         for value, wanted in zip((host.lora_A, host.lora_B, host.lora_C), expected[path]):
             assert torch.allclose(value, wanted, atol=1e-12), path
 
@@ -88,7 +88,7 @@ def test_the_size_of_a_stack_changes_nothing(monkeypatch) -> None:
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
 def test_accumulated_batches_are_one_batch(constraint: str) -> None:
-    """The pull acts once a step, however many backward passes there were."""
+    """The pull is applied once per step, for any number of backward passes."""
     ends = []
     for parts in ([slice(None)], [slice(0, 2), slice(2, 4), slice(4, 6)]):
         model = adapted()
@@ -99,11 +99,11 @@ def test_accumulated_batches_are_one_batch(constraint: str) -> None:
             landing.step()
             landing.zero_grad()
         ends.append(trained(model))
-    assert all(torch.allclose(one, two, atol=1e-12) for one, two in zip(*ends))
+    assert all(torch.allclose(first, second, atol=1e-12) for first, second in zip(*ends))
 
 
 def test_clipping_comes_before_the_pull() -> None:
-    """The clipped gradient is turned; the pull of a factor far from the manifold is not clipped."""
+    """The field uses the clipped gradient; the pull of a factor far from the manifold is not clipped."""
     model = shake(adapted(), 0.5)
     landing = Landing(torch.optim.SGD(trained(model), lr=1.0), model, 1.0)
     host = model.blocks[0].mlp.fc1
@@ -121,13 +121,13 @@ def test_frozen_factors_and_those_of_others_stay(constraint: str) -> None:
     model = adapted()
     frozen, other = model.blocks[0].mlp.fc1, model.blocks[1].mlp.fc2
     mine = [parameter for parameter in trained(model) if parameter is not other.lora_B]
-    frozen.lora_A.requires_grad_(False)  # the optimiser holds it, but it gets no gradient
-    kept = [frozen.lora_A.clone(), other.lora_B.clone()]
+    frozen.lora_A.requires_grad_(False)  # in the optimiser, but without a gradient
+    expected = [frozen.lora_A.clone(), other.lora_B.clone()]
     landing = Landing(torch.optim.SGD(mine, lr=0.1), model, 0.5, constraint=constraint)
     loss_of(model).backward()
     before = frozen.lora_B.clone()
     landing.step()
-    assert torch.equal(frozen.lora_A, kept[0]) and torch.equal(other.lora_B, kept[1])
+    assert torch.equal(frozen.lora_A, expected[0]) and torch.equal(other.lora_B, expected[1])
     assert not torch.equal(frozen.lora_B, before)
 
 
@@ -135,7 +135,7 @@ def test_sgd_stays_near_the_manifold_and_the_pull_brings_it_back() -> None:
     model = tiny_vit().double()
     vismt.adapt(model, "polar", rank=3)
     with torch.no_grad():
-        for host in adapted_modules(model).values():
+        for host in adapter_layers(model).values():
             host.lora_C.normal_(generator=torch.Generator().manual_seed(1))
     landing = Landing(torch.optim.SGD(trained(model), lr=0.05), model, 1.0)
     losses, highest = [], 0.0
@@ -157,7 +157,7 @@ def test_sgd_stays_near_the_manifold_and_the_pull_brings_it_back() -> None:
 
 
 def test_adam_leaves_the_manifold_the_less_the_stronger_the_pull() -> None:
-    found = []
+    infeasibilities = []
     for attraction in (0.0, 5e-3, 1.0):
         model = adapted()
         landing = Landing(torch.optim.AdamW(trained(model), lr=2e-2), model, attraction)
@@ -165,9 +165,9 @@ def test_adam_leaves_the_manifold_the_less_the_stronger_the_pull() -> None:
             landing.zero_grad()
             loss_of(model).backward()
             landing.step()
-        found.append(float(landing.metrics()["infeasibility"]))
-    # Adam's scaling of each number breaks tangency: the published 5e-3 is hardly more than no pull.
-    assert found[0] > found[1] > 2 * found[2] > 0
+        infeasibilities.append(float(landing.metrics()["infeasibility"]))
+    # Adam's scaling of each number breaks tangency: the published 5e-3 has almost the effect of no pull.
+    assert infeasibilities[0] > infeasibilities[1] > 2 * infeasibilities[2] > 0
 
 
 @pytest.mark.parametrize("constraint", RETRACTIONS)
@@ -186,24 +186,24 @@ def test_retractions_end_every_step_on_the_manifold(constraint: str, optimizer: 
         landing.step()
         assert worst(model) < 1e-20
     assert losses[-1] < losses[0]
-    assert all(not torch.equal(one, two) for one, two in zip(start, trained(model)))
+    assert all(not torch.equal(before, after) for before, after in zip(start, trained(model)))
 
 
 def test_a_retracted_step_leaves_the_step_at_second_order() -> None:
-    """With plain SGD all ways move by -lr times the tangent field, but for what vanishes with the square of the rate."""
+    """With plain SGD all constraints step by -lr times the tangent field, up to terms of second order in the rate."""
     ends = {}
     for rate in (1e-2, 1e-3):
         for constraint in ("landing", *RETRACTIONS):
             model = tiny_vit().double()
             vismt.adapt(model, "polar", rank=3)
             with torch.no_grad():
-                for host in adapted_modules(model).values():
+                for host in adapter_layers(model).values():
                     host.lora_C.copy_(torch.eye(3, dtype=torch.double))
             landing = Landing(torch.optim.SGD(trained(model), lr=rate), model, 0.0, constraint=constraint)
             (100 * loss_of(model)).backward()
             landing.step()
             ends[rate, constraint] = torch.cat(
-                [host.lora_B.detach().flatten() for host in adapted_modules(model).values()]
+                [host.lora_B.detach().flatten() for host in adapter_layers(model).values()]
             )
     for constraint in RETRACTIONS:
         gaps = [float((ends[rate, constraint] - ends[rate, "landing"]).norm()) for rate in (1e-2, 1e-3)]
@@ -244,7 +244,7 @@ def test_a_closure_is_turned_as_well(constraint: str) -> None:
             closure()
             assert landing.step() is None
         ends.append(trained(model))
-    assert all(torch.equal(one, two) for one, two in zip(*ends))
+    assert all(torch.equal(first, second) for first, second in zip(*ends))
 
 
 def test_it_is_the_wrapped_optimiser_for_schedules_checkpoints_and_copies() -> None:
@@ -302,10 +302,10 @@ def test_a_gradient_scaler_unscales_first_and_skips_overflows() -> None:
             scaler.step(landing)
             scaler.update()
         ends.append([parameter.detach().clone() for parameter in trained(model)])
-    assert all(torch.allclose(one, two, atol=1e-5) for one, two in zip(*ends))
+    assert all(torch.allclose(first, second, atol=1e-5) for first, second in zip(*ends))
     scaler.scale(model(images(4)).sum() * float("inf")).backward()
     scaler.step(landing)
-    assert all(torch.equal(one, two) for one, two in zip(ends[1], trained(model)))
+    assert all(torch.equal(first, second) for first, second in zip(ends[1], trained(model)))
 
 
 def test_accelerate_prepares_it() -> None:
@@ -324,20 +324,24 @@ def test_accelerate_prepares_it() -> None:
         if number % 2:
             alone.step()
             alone.zero_grad()
-    assert all(torch.allclose(one, two, atol=1e-12) for one, two in zip(trained(model), trained(twin)))
+    assert all(torch.allclose(first, second, atol=1e-12) for first, second in zip(trained(model), trained(twin)))
 
 
 def test_the_method_brings_its_optimiser_with_its_settings(tmp_path: Path) -> None:
     model = adapted(attraction=0.25, constraint="qr")
     inner = torch.optim.SGD(trained(model), lr=0.1)
     whole = nn.ModuleDict({"inside": model, "head": nn.Linear(2, 2)})
-    made = method_optimizer(inner, whole)
-    assert isinstance(made, Landing) and (made.attraction, made.constraint) == (0.25, "qr") and made.optimizer is inner
+    landing = method_optimizer(inner, whole)
+    assert (
+        isinstance(landing, Landing)
+        and (landing.attraction, landing.constraint) == (0.25, "qr")
+        and landing.optimizer is inner
+    )
     vismt.save_adapter(model, tmp_path)
     loaded = vismt.load_adapter(tiny_vit().double(), tmp_path)
-    made = method_optimizer(torch.optim.SGD(trained(loaded), lr=0.1), loaded)
-    assert isinstance(made, Landing) and (made.attraction, made.constraint) == (0.25, "qr")
-    # A frozen PoLAR model (a teacher), plain LoRA and stock models need nothing.
+    landing = method_optimizer(torch.optim.SGD(trained(loaded), lr=0.1), loaded)
+    assert isinstance(landing, Landing) and (landing.attraction, landing.constraint) == (0.25, "qr")
+    # A frozen PoLAR model (a teacher), plain LoRA and stock models keep their optimiser.
     assert method_optimizer(inner, model.requires_grad_(False)) is inner
     other = tiny_vit()
     assert method_optimizer(inner, other) is inner
@@ -389,9 +393,9 @@ leave()
 
 @pytest.mark.slow
 def test_two_processes_turn_the_mean_gradient(tmp_path: Path) -> None:
-    """Half a batch each: the field is that of the whole batch, on both (of the own half it would differ)."""
-    file, here = str(tmp_path / "end"), Path(__file__).resolve().parent
-    path = os.pathsep.join([str(here), str(here.parent), str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
+    """With half a batch each, both ranks use the field of the whole batch; that of one half would differ."""
+    file, folder = str(tmp_path / "end"), Path(__file__).resolve().parent
+    path = os.pathsep.join([str(folder), str(folder.parent), str(folder.parents[1]), os.environ.get("PYTHONPATH", "")])
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, str(rank), file],
@@ -409,6 +413,6 @@ def test_two_processes_turn_the_mean_gradient(tmp_path: Path) -> None:
         loss_of(model, step).backward()
         landing.step()
         landing.zero_grad()
-    one, other = (torch.load(f"{file}.{rank}", weights_only=True) for rank in range(2))
-    for alone, first, second in zip(trained(model), one, other):
-        assert torch.equal(first, second) and torch.allclose(alone, first, atol=1e-12)
+    first, second = (torch.load(f"{file}.{rank}", weights_only=True) for rank in range(2))
+    for alone, rank0, rank1 in zip(trained(model), first, second):
+        assert torch.equal(rank0, rank1) and torch.allclose(alone, rank0, atol=1e-12)

@@ -11,7 +11,7 @@ from torch.distributions import MultivariateNormal
 
 from vismt.errors import UserError
 from vismt.llm import Laplace, fit_laplace
-from vismt.llm.heads import LinearHead, laplace_head, laplace_structure
+from vismt.llm.heads import LinearAnswerHead, laplace_head, laplace_structure
 
 STRUCTURES = ("full", "rows", "kronecker")
 WEIGHT = wave(3, 4, speed=1.3)
@@ -19,7 +19,7 @@ TRAIN, TEST = torch.randn(26, 4, generator=torch.Generator().manual_seed(0), dty
 
 
 def hessian(weight: Tensor, x: Tensor) -> Tensor:
-    """(k d, k d) of the summed NLL by autograd; the labels do not matter."""
+    """Return the Hessian (k d, k d) of the summed NLL by autograd; it does not depend on the labels."""
 
     def nll(flat: Tensor) -> Tensor:
         return F.cross_entropy(x @ flat.reshape(weight.shape).mT, torch.zeros(len(x)).long(), reduction="sum")
@@ -28,13 +28,13 @@ def hessian(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def covariance(laplace: Laplace, x: Tensor) -> Tensor:
-    """(b, k, k) of the logits."""
+    """Return the covariance (b, k, k) of the logits."""
     root = laplace.logit_distribution(x)[1]
     return torch.diag_embed(root.square()) if root.ndim == 2 else root @ root.mT
 
 
 def expected(structure: str, precision: float) -> Tensor:
-    """The covariance of all weights (k d, k d), by an explicit inverse."""
+    """Return the covariance (k d, k d) of all weights by an explicit inverse."""
     whole = hessian(WEIGHT, TRAIN)
     if structure == "rows":
         whole = whole * torch.block_diag(*[torch.ones(4, 4, dtype=whole.dtype)] * 3)
@@ -49,9 +49,9 @@ def expected(structure: str, precision: float) -> Tensor:
 def test_covariance_is_the_inverse_hessian(structure: str) -> None:
     laplace = fit_laplace(WEIGHT, TRAIN.split(7), 0.3, structure)  # batches of 7, 7, 6
     jacobian = torch.stack([torch.kron(torch.eye(3, dtype=TEST.dtype), x[None]) for x in TEST])
-    found = covariance(laplace, TEST)
-    assert torch.allclose(found, jacobian @ expected(structure, 0.3) @ jacobian.mT, atol=1e-10)
-    assert (torch.linalg.eigvalsh(found) > 0).all()
+    actual = covariance(laplace, TEST)
+    assert torch.allclose(actual, jacobian @ expected(structure, 0.3) @ jacobian.mT, atol=1e-10)
+    assert (torch.linalg.eigvalsh(actual) > 0).all()
     assert torch.equal(laplace(TEST), TEST @ WEIGHT.mT)
     laplace.prior_precision = 5.0
     assert torch.allclose(covariance(laplace, TEST), jacobian @ expected(structure, 5.0) @ jacobian.mT, atol=1e-10)
@@ -71,7 +71,7 @@ def test_kronecker_is_exact_where_features_do_not_vary() -> None:
 
 
 def test_rows_alone_double_the_variance_between_two_classes() -> None:
-    weight, flat = WEIGHT[:2], 1e-9  # a prior that says nothing
+    weight, flat = WEIGHT[:2], 1e-9  # an uninformative prior
     gap = torch.tensor([1.0, -1.0], dtype=TEST.dtype)
     full, rows = (gap @ covariance(fit_laplace(weight, [TRAIN], flat, name), TEST) @ gap for name in ("full", "rows"))
     assert torch.allclose(rows, 2 * full, rtol=1e-4)
@@ -83,8 +83,8 @@ def test_predictive_is_the_mean_over_drawn_weights(structure: str) -> None:
     torch.manual_seed(0)
     weights = MultivariateNormal(WEIGHT.flatten(), expected(structure, 0.3)).sample((50_000,)).reshape(-1, 3, 4)
     mean = torch.einsum("skd,bd->sbk", weights, TEST).softmax(-1).mean(0)
-    found = laplace.predict(TEST, 50_000, torch.Generator().manual_seed(1))
-    assert torch.allclose(found, mean, atol=0.01)
+    actual = laplace.predict(TEST, 50_000, torch.Generator().manual_seed(1))
+    assert torch.allclose(actual, mean, atol=0.01)
     assert (laplace.predict(TEST, method="probit") - mean).abs().max() < 0.06
     scores = laplace.uncertainty(TEST, 50, torch.Generator().manual_seed(1))
     assert all(score.shape == (6,) for score in scores.values())
@@ -118,12 +118,12 @@ def test_fp32_on_large_correlated_features(structure: str) -> None:
 def test_prior_chosen_by_validation_nll() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(60, 4), torch.arange(60) % 3
-    laplace = fit_laplace(5 * torch.randn(3, 4), [x])  # sure of itself, and wrong: only a wide prior can help
-    found = laplace.tune(x, y, (0.01, 1.0, 1e4))
-    assert list(found) == [0.01, 1.0, 1e4] and found[0.01] < found[1e4]
-    assert laplace.prior_precision == min(found, key=found.get) == 0.01
+    laplace = fit_laplace(5 * torch.randn(3, 4), [x])  # overconfident and wrong: a wide prior is best
+    nll_by_precision = laplace.tune(x, y, (0.01, 1.0, 1e4))
+    assert list(nll_by_precision) == [0.01, 1.0, 1e4] and nll_by_precision[0.01] < nll_by_precision[1e4]
+    assert laplace.prior_precision == min(nll_by_precision, key=nll_by_precision.get) == 0.01
     p = laplace.predict(x, 200, torch.Generator().manual_seed(0))
-    assert found[0.01] == pytest.approx(F.nll_loss(p.log(), y).item(), rel=1e-5)
+    assert nll_by_precision[0.01] == pytest.approx(F.nll_loss(p.log(), y).item(), rel=1e-5)
 
 
 def test_after_vbll_it_keeps_the_means() -> None:
@@ -138,7 +138,7 @@ def test_after_vbll_it_keeps_the_means() -> None:
 
 
 @pytest.mark.parametrize(
-    "weight,batches,options,told",
+    "weight,batches,options,message",
     [
         (WEIGHT, [TRAIN], {"structure": "ful"}, "no structure 'ful'. Near: 'full'"),
         (WEIGHT, [TRAIN], {"prior_precision": 0.0}, "prior precision 0.0; it must be positive"),
@@ -155,8 +155,8 @@ def test_after_vbll_it_keeps_the_means() -> None:
         (torch.zeros(2, 3000), [], {}, "'full' for 6000 weights \\(at most 4096\\); use 'kronecker'"),
     ],
 )
-def test_what_cannot_be_fitted(weight: Tensor, batches: list, options: dict, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_what_cannot_be_fitted(weight: Tensor, batches: list, options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         fit_laplace(weight, batches, **options)
 
 
@@ -170,12 +170,12 @@ def test_choices_that_are_none() -> None:
 
 def test_labels_and_batches_that_do_not_fit() -> None:
     laplace = fit_laplace(WEIGHT, [TRAIN])
-    for labels, told in (
+    for labels, message in (
         (torch.tensor([0, 1, 2, 3, 0, 1]), "labels range over \\[0, 3\\], needed \\[0, 2\\]"),
         (torch.zeros(6, 1).long(), "labels are torch.int64 \\(6, 1\\)"),
         (torch.zeros(6), "labels are torch.float32 \\(6,\\)"),
     ):
-        with pytest.raises(UserError, match=f"Laplace: {told}"):
+        with pytest.raises(UserError, match=f"Laplace: {message}"):
             laplace.tune(TEST, labels)
     with pytest.raises(UserError, match="tune: there are no validation examples"):
         laplace.tune(TEST[:0], torch.zeros(0).long())
@@ -227,7 +227,7 @@ def test_around_a_head_that_is_too_large_for_all_of_the_hessian_it_is_factored()
         assert (
             laplace_structure("linear", classes, 120) == structure and laplace_structure("vbll", classes, 120) == "rows"
         )
-    head = LinearHead(torch.randn(35, 120, generator=torch.Generator().manual_seed(1)) / 10)
+    head = LinearAnswerHead(torch.randn(35, 120, generator=torch.Generator().manual_seed(1)) / 10)
     labels = torch.arange(30)
     laplace = laplace_head(head, list(x.split(8)), (x, labels))
     wanted = fit_laplace(head.weight, [x], structure="kronecker")

@@ -1,4 +1,4 @@
-"""LISA as a method: the record it leaves, the one training loop under its schedule, files, undoing, several processes."""
+"""LISA as a method: its record, the training loop under its schedule, files, unadapt, several processes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,19 @@ from vismt.config import TrainConfig
 from vismt.engine import checkpoint, loop, runtime
 from vismt.errors import UserError
 from vismt.llm import LISA
-from vismt.llm.lisa import schedule
-from vismt.lowrank import backups as aside
+from vismt.lowrank import backups
 from vismt.lowrank.inject import record_of
+from vismt.methods import schedules
 
 
-def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
-    return list(one) == list(two) and all(torch.equal(one[name], two[name]) for name in one)
+def lisa_of(model: nn.Module) -> LISA:
+    """Return the schedule of an adapted model, on an AdamW optimiser."""
+    (lisa,) = schedules(model, adamw(model), steps=6)
+    return lisa
+
+
+def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
 
 
 # ---- adapt, merge, unadapt -----------------------------------------------------------------------------------------------
@@ -32,21 +38,23 @@ def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapted_trained_merged_and_undone(family: str, tmp_path: Path) -> None:
-    one = case(family)
-    original, keys = snapshot(one.model), list(one.model.state_dict())
-    flags = {name: p.requires_grad for name, p in one.model.named_parameters()}
-    report = vismt.adapt(one.model, "lisa", active=1, interval=2, seed=1)
-    parameters = list(one.model.parameters())
+    setup = case(family)
+    original, keys = snapshot(setup.model), list(setup.model.state_dict())
+    flags = {name: p.requires_grad for name, p in setup.model.named_parameters()}
+    report = vismt.adapt(setup.model, "lisa", active=1, interval=2, seed=1)
+    parameters = list(setup.model.parameters())
     assert report.trainable == report.total == sum(p.numel() for p in parameters)
     assert "1 of 4 layers at a time" in str(report) and "0 modules" not in str(report)
-    assert all(p.requires_grad for p in parameters) and not any(".lora_" in name for name in one.model.state_dict())
-    losses = train(one, schedule(one.model, adamw(one.model)), range(6))
+    assert all(p.requires_grad for p in parameters) and not any(".lora_" in name for name in setup.model.state_dict())
+    losses = train(setup, lisa_of(setup.model), range(6))
     by_hand = case(family)
     assert losses == train(by_hand, LISA(by_hand.model, adamw(by_hand.model), active=1, interval=2, seed=1), range(6))
-    trained = snapshot(one.model)
-    twin = copy.deepcopy(one.model)
-    assert vismt.merge(one.model) is one.model and equal(one.model.state_dict(), trained)
-    assert record_of(one.model) is None and flags == {name: p.requires_grad for name, p in one.model.named_parameters()}
+    trained = snapshot(setup.model)
+    twin = copy.deepcopy(setup.model)
+    assert vismt.merge(setup.model) is setup.model and equal(setup.model.state_dict(), trained)
+    assert record_of(setup.model) is None and flags == {
+        name: p.requires_grad for name, p in setup.model.named_parameters()
+    }
     vismt.unadapt(twin)
     assert equal(twin.state_dict(), original) and list(twin.state_dict()) == keys
     assert flags == {name: p.requires_grad for name, p in twin.named_parameters()}
@@ -54,12 +62,12 @@ def test_adapted_trained_merged_and_undone(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["memory", "file"])
 def test_originals_outlive_any_change_copies_and_pickles(monkeypatch, where: str) -> None:
-    monkeypatch.setattr(aside, "IN_MEMORY", 0 if where == "file" else 2**26)
+    monkeypatch.setattr(backups, "IN_MEMORY", 0 if where == "file" else 2**26)
     model = tiny_vit()
     original = snapshot(model)
     vismt.adapt(model, "lisa", active=1)
-    kept = model.vismt_record.also_train
-    pointers = {value.untyped_storage().data_ptr() for value in kept.values()}
+    originals = model.vismt_record.also_train
+    pointers = {value.untyped_storage().data_ptr() for value in originals.values()}
     assert (len(pointers) == 1) == (where == "file")  # one mapped file for all of them
     shake(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
@@ -68,7 +76,7 @@ def test_originals_outlive_any_change_copies_and_pickles(monkeypatch, where: str
 
 
 def test_large_originals_lie_in_a_file_that_is_gone_when_they_are(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(aside, "IN_MEMORY", 0)
+    monkeypatch.setattr(backups, "IN_MEMORY", 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     tensors = {
         "odd": torch.arange(3, dtype=torch.bfloat16),
@@ -78,18 +86,18 @@ def test_large_originals_lie_in_a_file_that_is_gone_when_they_are(monkeypatch, t
         "double": torch.randn(3, dtype=torch.float64),
         "meta": torch.empty(2, device="meta"),
     }
-    kept = aside.set_aside(tensors)
-    assert not list(tmp_path.iterdir())  # it has no name any more
-    assert kept.pop("meta").is_meta
-    for name, value in kept.items():
+    stored = backups.backup_tensors(tensors)
+    assert not list(tmp_path.iterdir())  # the file has been unlinked
+    assert stored.pop("meta").is_meta
+    for name, value in stored.items():
         assert value.dtype == tensors[name].dtype and torch.equal(value, tensors[name]), name
-    kept["odd"].fill_(7)
-    assert torch.equal(kept["double"], tensors["double"]) and torch.equal(
+    stored["odd"].fill_(7)
+    assert torch.equal(stored["double"], tensors["double"]) and torch.equal(
         tensors["odd"], torch.arange(3, dtype=torch.bfloat16)
     )
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
     with pytest.raises(UserError, match=r"no room for .* of original weights in .*missing.*Point TMPDIR"):
-        aside.set_aside(tensors)
+        backups.backup_tensors(tensors)
 
 
 def test_what_is_excluded_stays_frozen_and_is_not_kept() -> None:
@@ -104,13 +112,13 @@ def test_what_is_excluded_stays_frozen_and_is_not_kept() -> None:
 def test_no_is_said_clearly(tmp_path: Path) -> None:
     model = tiny_vit()
     before = snapshot(model)
-    for options, told in (
+    for options, message in (
         ({"targets": ["fc1"]}, "'lisa' trains whole layers and has no targets"),
         ({"alpha": 2.0}, "no targets or alpha"),
         ({"active": 3}, "at most 2"),
         ({"layer": "blocks"}, "'lisa' has no option 'layer'.*'layers'"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             vismt.adapt(model, "lisa", **options)
         assert record_of(model) is None and equal(model.state_dict(), before)
     vismt.adapt(model, "lisa", active=1)
@@ -127,34 +135,34 @@ def test_no_is_said_clearly(tmp_path: Path) -> None:
 def test_the_file_holds_what_changed_and_nothing_else(family: str, tmp_path: Path) -> None:
     import safetensors.torch
 
-    one = case(family)
-    vismt.adapt(one.model, "lisa", active=1, interval=5, seed=1)
-    lisa = schedule(one.model, adamw(one.model))
-    train(one, lisa, range(2))
-    vismt.save_adapter(one.model, tmp_path / "a")
+    setup = case(family)
+    vismt.adapt(setup.model, "lisa", active=1, interval=5, seed=1)
+    lisa = lisa_of(setup.model)
+    train(setup, lisa, range(2))
+    vismt.save_adapter(setup.model, tmp_path / "a")
     (file,) = (tmp_path / "a").glob("*.safetensors")
-    assert set(safetensors.torch.load_file(file)) == {*one.before, *one.after, *one.names(lisa.active_layers[0])}
+    assert set(safetensors.torch.load_file(file)) == {*setup.before, *setup.after, *setup.names(lisa.active_layers[0])}
     stock = case(family)
     vismt.load_adapter(stock.model, tmp_path / "a")
-    assert equal(stock.model.state_dict(), one.model.state_dict())
-    # Training can go on where it was: the schedule came along.
-    again = schedule(stock.model, adamw(stock.model))
+    assert equal(stock.model.state_dict(), setup.model.state_dict())
+    # The schedule is loaded too, so training can continue.
+    again = lisa_of(stock.model)
     assert again.state_dict() == lisa.state_dict()
-    # Into a model that has moved elsewhere: what the file does not hold goes back to the original.
+    # Into a model with other changes: parameters that are not in the file return to the original.
     other = case(family)
     vismt.adapt(other.model, "lisa", active=2)
     shake(other.model)
     vismt.load_adapter(other.model, tmp_path / "a")
-    assert equal(other.model.state_dict(), one.model.state_dict())
+    assert equal(other.model.state_dict(), setup.model.state_dict())
     for model in (stock.model, other.model):
         assert equal(vismt.unadapt(model).state_dict(), case(family).model.state_dict())
 
 
 def test_another_base_or_a_damaged_description_is_refused(tmp_path: Path) -> None:
-    one = case("vit")
-    vismt.adapt(one.model, "lisa", active=1)
-    train(one, schedule(one.model, adamw(one.model)), range(2))
-    vismt.save_adapter(one.model, tmp_path)
+    setup = case("vit")
+    vismt.adapt(setup.model, "lisa", active=1)
+    train(setup, lisa_of(setup.model), range(2))
+    vismt.save_adapter(setup.model, tmp_path)
     other = case("vit", seed=5).model
     before = snapshot(other)
     with pytest.raises(UserError, match="Load the base it was trained on"):
@@ -170,7 +178,7 @@ def test_another_base_or_a_damaged_description_is_refused(tmp_path: Path) -> Non
         vismt.load_adapter(case("vit").model, tmp_path)
 
 
-# ---- the one training loop -----------------------------------------------------------------------------------------------
+# ---- the training loop -----------------------------------------------------------------------------------------------
 
 
 def run(folder: Path, stop_after: int | None = None, **options: object) -> nn.Module:
@@ -187,7 +195,9 @@ def run(folder: Path, stop_after: int | None = None, **options: object) -> nn.Mo
 
 
 @pytest.mark.parametrize("policy", ["drop", "keep", "reset_all"])
-@pytest.mark.parametrize("cut", [3, 5, 8])  # resumes after steps 2, 4 and 6: in an interval, after a switch, at one
+@pytest.mark.parametrize(
+    "cut", [3, 5, 8]
+)  # resumes after steps 2, 4 and 6: within an interval, after a switch, at a switch
 def test_the_loop_drives_the_schedule_and_resumes_bit_for_bit(tmp_path: Path, policy: str, cut: int) -> None:
     whole = run(tmp_path / "whole", state_policy=policy)
     with pytest.raises(KeyboardInterrupt):
@@ -201,7 +211,7 @@ def test_the_loop_drives_the_schedule_and_resumes_bit_for_bit(tmp_path: Path, po
 
 
 def test_the_loop_is_the_usual_loop_with_on_step(tmp_path: Path) -> None:
-    """The same steps by hand: the layers of each interval, its Adam states, the rate and clipping of the loop."""
+    """The same steps by hand: layers and Adam states of each interval, learning rate and clipping of the loop."""
     trained = run(tmp_path)
     model = case("gpt2").model
     config = TrainConfig(steps=9, lr=1e-2, weight_decay=0.1, clip=1.0, warmup=2)
@@ -253,14 +263,14 @@ def test_an_adapted_part_of_an_objective_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_are_one_on_both_batches(tmp_path: Path) -> None:
-    """DDP, FSDP2 and the engine's loop over gloo: the same layers on both ranks, and the weights of one process."""
-    found = of_two("lisa_parts.py", tmp_path)
+    """DDP, FSDP2 and the engine's loop over gloo draw the same layers on both ranks and reach the weights of one process."""
+    results = of_two("lisa_parts.py", tmp_path)
     alone = case("llama").model
     active = steps(
         alone, LISA(alone, adamw(alone), active=1, interval=2, seed=0), lambda step: [2 * step, 2 * step + 1]
     )
-    assert found[0]["layers"].tolist() == active and found[0]["refused"]
+    assert results[0]["layers"].tolist() == active and results[0]["refused"]
     assert len({tuple(layers) for layers in active}) > 1
     for name, value in alone.named_parameters():
         for kind in ("ddp", "fsdp"):
-            assert torch.allclose(found[0][f"{kind}.{name}"], value, atol=1e-4), (kind, name)
+            assert torch.allclose(results[0][f"{kind}.{name}"], value, atol=1e-4), (kind, name)

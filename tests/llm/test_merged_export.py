@@ -1,4 +1,4 @@
-"""A merged model, written whole, is what transformers and timm load by themselves."""
+"""A merged model that is saved as a whole is loaded by transformers and timm without vismt."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_transformers_loads_a_merged_folder(kind: str, method: str, dtype: torch
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert not all(torch.equal(value, state[key]) for key, value in before.items())
     assert (again.get_output_embeddings().weight is again.get_input_embeddings().weight) == (kind == "gpt2")
-    if dtype == torch.float32:  # a cast model has rounded the angles of its positions, too
+    if dtype == torch.float32:  # a cast also rounds the rotary angles of the model
         assert torch.allclose(again(tokens()).logits, adapted, atol=2e-5)
 
 

@@ -1,4 +1,4 @@
-"""The defects that were measured in peft's PiSSA and CorDA, one test of that name each: none may be ours, for either start."""
+"""Defects measured in peft's PiSSA and CorDA, one test each: vismt has none of them, for either start."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 import vismt
 from vismt.errors import UserError
 from vismt.llm import collect_covariance
-from vismt.lowrank.inject import adapted_modules
+from vismt.lowrank.inject import adapter_layers
 
 STARTS = {
     "pissa": {},
@@ -27,18 +27,19 @@ started = pytest.mark.parametrize("name", STARTS)
 
 
 def start(model: nn.Module, name: str, batch: object = None, targets: object = None, **options: object) -> nn.Module:
-    """The model adapted; CorDA's covariances are collected on `batch`, by default a padded one."""
-    method, own = name.split()[0], STARTS[name]
+    """Return the adapted model; CorDA's covariances are collected on `batch`, by default a padded batch."""
+    method, settings = name.split()[0], STARTS[name]
     if method == "corda":
-        batch = batch if batch is not None else images() if hasattr(model, "patch_embed") else padded((30, 20, 12))
-        own = {**own, "covariances": collect_covariance(model, [batch], targets)}
-    vismt.adapt(model, method, targets, **{"rank": 4, **own, **options})
+        if batch is None:
+            batch = images() if hasattr(model, "patch_embed") else padded((30, 20, 12))
+        settings = {**settings, "covariances": collect_covariance(model, [batch], targets)}
+    vismt.adapt(model, method, targets, **{"rank": 4, **settings, **options})
     return model
 
 
 @started
 def test_scale_outside_the_root(name: str) -> None:
-    """Right only for alpha = r: the product must not depend on alpha or rslora."""
+    """peft is right for alpha = r only: the product must not depend on alpha or rslora."""
     products = []
     for options in ({}, {"alpha": 16}, {"alpha": 3, "rslora": True}):
         host = start(tiny_lm("llama"), name, **options).model.layers[0].mlp.up_proj
@@ -48,7 +49,7 @@ def test_scale_outside_the_root(name: str) -> None:
 
 @started
 def test_base_is_mutated(name: str) -> None:
-    """disable, unload and a second adapter must see the base as it was; a second adapter on top is refused."""
+    """disable, unload and a second adapter must see the original base; a second adapter on top is refused."""
     model = start(tiny_lm("llama"), name)
     for key, value in tiny_lm("llama").state_dict().items():
         assert torch.equal(model.state_dict()[key], value)
@@ -58,7 +59,7 @@ def test_base_is_mutated(name: str) -> None:
 
 @started
 def test_start_is_recomputed_on_loading(name: str, tmp_path) -> None:
-    """A trained adapter must load to the same outputs whatever the random state is, also a CorDA, also on meta-free bases."""
+    """A trained adapter must give the same outputs after loading for any random state, also with CorDA and on meta-free bases."""
     model = shake(start(tiny_lm("qwen2"), name))
     vismt.save_adapter(model, tmp_path)
     torch.manual_seed(123)
@@ -85,7 +86,7 @@ def test_export_asks_for_the_start_again(name: str, tmp_path) -> None:
 
 @started
 def test_rank_larger_than_the_matrix(name: str, tmp_path) -> None:
-    """Clamped and recorded, or refused; never a factor with fewer rows than its rank."""
+    """The rank is clamped and recorded, or refused; no factor has fewer rows than its rank."""
     with pytest.raises(UserError, match="clamp_rank"):
         start(tiny_vit(), name, targets=["head"], rank=16)
     model = start(tiny_vit(), name, targets=["head"], rank=16, alpha=32, clamp_rank=True)
@@ -160,15 +161,15 @@ def test_factors_are_rounded_after_the_residual(name: str) -> None:
 
 
 def test_one_sample_at_a_time() -> None:
-    """Any batch, any padding: the same start as from single samples."""
+    """For any batch and padding the start is that of single samples."""
     batch = padded((30, 20, 12))
     singles = [{"input_ids": ids[mask.bool()][None]} for ids, mask in zip(batch["input_ids"], batch["attention_mask"])]
-    whole, one = (collect_covariance(tiny_lm("llama"), batches) for batches in ([batch], singles))
-    assert all(relative(whole[path], one[path]) < 1e-5 for path in whole)
+    whole, by_sample = (collect_covariance(tiny_lm("llama"), batches) for batches in ([batch], singles))
+    assert all(relative(whole[path], by_sample[path]) < 1e-5 for path in whole)
 
 
 def test_calibration_leaves_traces() -> None:
-    """Train mode comes back, no hook stays, no attribute is left on a module."""
+    """Train mode is restored, and no hook or attribute is left on a module."""
     model = tiny_lm("llama").train()
     names = {path: set(vars(module)) for path, module in model.named_modules()}
     collect_covariance(model, [padded()])
@@ -178,10 +179,10 @@ def test_calibration_leaves_traces() -> None:
 
 @pytest.mark.parametrize("name", [name for name in STARTS if name.startswith("corda")])
 def test_negative_and_zero_inputs(name: str) -> None:
-    """The largest absolute value divides; an input of zeros, one sample or a repeated token still give a start."""
+    """The divisor is the largest absolute value; an input of zeros, a single sample or a repeated token still give a start."""
     for batch in (torch.zeros(1, 3, 16, 16), -torch.ones(1, 3, 16, 16), images(1)):
         model = start(tiny_vit(), name, batch, ["qkv", "patch_embed.proj"])
         assert all(
-            host.lora_A.isfinite().all() and host.lora_B.abs().sum() > 0 for host in adapted_modules(model).values()
+            host.lora_A.isfinite().all() and host.lora_B.abs().sum() > 0 for host in adapter_layers(model).values()
         )
         assert torch.allclose(model(images()), tiny_vit()(images()), atol=1e-6)

@@ -1,4 +1,4 @@
-"""Folders that peft itself wrote give its logits here; what it only warns of, and what cannot be replayed, is an error."""
+"""Folders written by peft give its logits here; its warnings, and starts that cannot be replayed, are errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import vismt
 from vismt.errors import UserError
-from vismt.lowrank.inject import adapted_modules
+from vismt.lowrank.inject import adapter_layers
 
 peft = pytest.importorskip("peft")
 
@@ -31,7 +31,7 @@ def run(model: nn.Module, kind: str) -> Tensor:
 
 
 def written(folder: Path, kind: str, **options: Any) -> tuple[nn.Module, Path]:
-    """peft's model, trained a little, and the folder that it saved."""
+    """Return a briefly trained model of peft and the folder that it saved."""
     model = peft.get_peft_model(stock(kind), peft.LoraConfig(**{"r": 2, "lora_alpha": 6, **options})).eval()
     shake(model, 0.1).save_pretrained(str(folder))
     return model, folder
@@ -55,7 +55,7 @@ CASES = {
     "orthogonal": ("llama", {**LLAMA, "init_lora_weights": "orthogonal"}),
     "head": ("llama", {**LLAMA, "modules_to_save": ["lm_head"]}),
     "embedding and norms": ("llama", {**LLAMA, "modules_to_save": ["embed_tokens", "norm"]}),
-    "adapted head": ("llama", {"target_modules": ["q_proj", "lm_head"]}),  # peft saves the embeddings along
+    "adapted head": ("llama", {"target_modules": ["q_proj", "lm_head"]}),  # peft saves the embeddings too
     "pissa": ("llama", {**LLAMA, "init_lora_weights": "pissa"}),
     "all biases": ("qwen2", {"target_modules": "all-linear", "bias": "all"}),
     "adapted biases": ("qwen2", {"target_modules": ["q_proj", "o_proj"], "bias": "lora_only"}),
@@ -83,7 +83,7 @@ def test_what_peft_wrote_gives_its_logits(case: str, tmp_path: Path) -> None:
     assert difference < 1e-5 * max(1.0, float(run(theirs, kind).abs().max()))
     assert not torch.allclose(run(ours, kind), run(stock(kind), kind), atol=1e-2)
     layers = sum(name.endswith("lora_A.default") for name, _ in theirs.named_modules())
-    assert len(adapted_modules(ours)) == layers
+    assert len(adapter_layers(ours)) == layers
     vismt.unadapt(ours)
     assert all(torch.equal(value, ours.state_dict()[key]) for key, value in snapshot(stock(kind)).items())
 
@@ -99,7 +99,7 @@ def test_a_replayed_start_is_kept_apart_and_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_start_that_is_not_determined_is_refused(tmp_path: Path) -> None:
-    """Equal singular values 2 and 3: another LAPACK would have taken another part of W out."""
+    """With equal singular values 2 and 3, the part of W that is removed depends on the LAPACK."""
     model = nn.ModuleDict({"layer": nn.Linear(6, 6, bias=False)})
     config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["layer"], init_lora_weights="pissa")
     with torch.no_grad():
@@ -129,7 +129,7 @@ def _rename(tensors: dict[str, Tensor]) -> None:
 REFUSED: dict[str, tuple[Change, str]] = {
     "a module is missing": (
         lambda c, t: _drop(t, KEY.format("A"), KEY.format("B")),
-        r"the settings name 'model\.layers\.1\.mlp\.up_proj', of which the file holds no factors",
+        r"the settings name 'model\.layers\.1\.mlp\.up_proj', but the file holds no factors",
     ),
     "a module is not named": (
         lambda c, t: c.update(target_modules=["q_proj"]),
@@ -169,8 +169,11 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "r zero": (lambda c, t: c.update(r=0), "cannot be read"),
     "no targets": (lambda c, t: c.update(target_modules=None), "name no module"),
-    "bad regex": (lambda c, t: c.update(target_modules="(q_proj"), "what names the modules cannot be read"),
-    "bad layers": (lambda c, t: c.update(layers_to_transform=["0"]), "what names the modules cannot be read"),
+    "bad regex": (lambda c, t: c.update(target_modules="(q_proj"), "the settings that name the modules cannot be read"),
+    "bad layers": (
+        lambda c, t: c.update(layers_to_transform=["0"]),
+        "the settings that name the modules cannot be read",
+    ),
     "pissa by iteration": (lambda c, t: c.update(init_lora_weights="pissa_niter_4"), "pissa_niter_4' changed the base"),
     "corda": (lambda c, t: c.update(init_lora_weights="corda"), "cannot be replayed; convert it"),
     "olora": (lambda c, t: c.update(init_lora_weights="olora"), "cannot be replayed"),
@@ -200,11 +203,11 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(case: str, tmp_path: P
     after = model.state_dict()
     assert all(
         torch.equal(value, after[key]) for key, value in snapshot(tiny_lm("llama")).items()
-    ) and not adapted_modules(model)
+    ) and not adapter_layers(model)
 
 
 def test_names_of_peft_inside_the_file_are_read(tmp_path: Path) -> None:
-    """`.default.` in keys, the older file format, and a list of targets that a suffix says."""
+    """`.default.` in keys, the older file format, and targets given by suffixes."""
     theirs, folder = written(tmp_path, "vit", target_modules=["fc1", "qkv"], modules_to_save=["head"])
     tensors = safetensors.torch.load((folder / "adapter_model.safetensors").read_bytes())
     _rename(tensors)
@@ -219,10 +222,10 @@ def test_names_of_peft_inside_the_file_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [{}, {"ensure_weight_tying": True}])
 @pytest.mark.parametrize("name", ["wte", "lm_head"])
 def test_a_tied_weight_that_was_trained_apart_is_refused(name: str, options: dict, tmp_path: Path) -> None:
-    """peft trains a copy, so that the two are two; here they are one. Where it kept them one, both are in the file."""
+    """peft trains a copy and unties the weights, which are tied here. Where peft keeps them tied, both are in the file."""
     theirs, folder = written(tmp_path, "gpt2", target_modules=["c_attn"], modules_to_save=[name], **options)
-    held = safetensors.torch.load((folder / "adapter_model.safetensors").read_bytes())
-    both = all(f"base_model.model.{path}.weight" in held for path in ("transformer.wte", "lm_head"))
+    tensors = safetensors.torch.load((folder / "adapter_model.safetensors").read_bytes())
+    both = all(f"base_model.model.{path}.weight" in tensors for path in ("transformer.wte", "lm_head"))
     assert not both or options
     if both:
         assert torch.allclose(run(vismt.import_peft(tiny_lm("gpt2"), folder), "gpt2"), run(theirs, "gpt2"), atol=1e-5)

@@ -1,4 +1,4 @@
-"""What is exported is read by peft to the same logits: every method with factors, on three language models and a ViT."""
+"""peft computes the same logits from exported folders: every method with factors, on three language models and a ViT."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import vismt
 from vismt.errors import UserError
 from vismt.llm import collect_covariance, instance_gates
 from vismt.lowrank import combine
-from vismt.lowrank.inject import adapted_modules
+from vismt.lowrank.inject import adapter_layers
 from vismt.metatune.pool import ExpertPool
 from vismt.multitask.moe_lora import set_fade
 
@@ -49,7 +49,7 @@ def run(model: nn.Module, kind: str) -> Tensor:
 
 
 def trained(name: str, kind: str, **more: object) -> nn.Module:
-    """A model whose every trainable tensor has moved."""
+    """Return a model with all trainable tensors changed."""
     model, method = stock(kind), "lora" if name == "rslora" else name.split()[0]
     options = {"rank": 2, **METHODS[name], **more}
     if method == "corda":
@@ -63,7 +63,7 @@ def trained(name: str, kind: str, **more: object) -> nn.Module:
 
 
 def read_by_peft(model: nn.Module, folder: Path) -> nn.Module:
-    """The folder on a stock model, and not a warning about keys."""
+    """Return a stock model with the folder loaded by peft; warnings about keys are errors."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(missing|unexpected).*")
         return peft.PeftModel.from_pretrained(model, str(folder)).eval()
@@ -86,7 +86,7 @@ def test_peft_gives_the_same_logits(name: str, kind: str, tmp_path: Path) -> Non
         theirs = read_by_peft(stock(kind), folder)
         assert (run(theirs, kind) - expected).abs().max() < 1e-5 * scale
         with theirs.disable_adapter():
-            assert torch.equal(run(theirs, kind), before)  # the base is as it was
+            assert torch.equal(run(theirs, kind), before)  # the base is unchanged
         assert (run(vismt.import_peft(stock(kind), folder), kind) - expected).abs().max() < 1e-5 * scale
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config["init_lora_weights"] is True and config["modules_to_save"] and not config["use_rslora"]
@@ -105,7 +105,7 @@ def test_what_is_combined_is_one_adapter_of_peft(tmp_path: Path) -> None:
     base = stock("llama")
     base.load_state_dict(
         {
-            key: value + sum(w * (one[key] - value) for w, one in zip((0.5, -1.0, 2.0), weights))
+            key: value + sum(w * (state[key] - value) for w, state in zip((0.5, -1.0, 2.0), weights))
             for key, value in stock("llama").state_dict().items()
         }
     )
@@ -119,8 +119,8 @@ def test_what_is_combined_is_one_adapter_of_peft(tmp_path: Path) -> None:
 def test_a_pool_is_one_adapter_of_peft(zeta: tuple[float, ...], options: dict, tmp_path: Path) -> None:
     pool, mixture = ExpertPool(backbone(), saved(tmp_path, (3, 4, 5), **options)), torch.tensor(zeta)
     updates = pool.mixture(mixture)
-    blocks = 1 if options else 3  # AMT's own is q, k and v apart
-    # two ranks of each expert that weighs something, and two of the start
+    blocks = 1 if options else 3  # AMT's default splits q, k and v
+    # two ranks of each expert with a weight above 0, and two of the start
     assert {update.rank for path, update in updates.low_rank.items() if "qkv" in path} == {
         blocks * 2 * (int((mixture != 0).sum()) + 1)
     }
@@ -136,13 +136,13 @@ def test_a_pool_is_one_adapter_of_peft(zeta: tuple[float, ...], options: dict, t
 
 def test_an_expert_of_a_pool_is_an_adapter(tmp_path: Path) -> None:
     experts = saved(tmp_path, (3, 4))
-    one = vismt.load_adapter(backbone().vit, experts[1].folder)
+    expert = vismt.load_adapter(backbone().vit, experts[1].folder)
     mixed = ExpertPool(backbone(), experts).mixture(torch.tensor([0.0, 1.0])).put_on(backbone().vit)
-    x = images(3, one.patch_embed.img_size[0])
-    assert torch.allclose(one(x), mixed(x), atol=1e-6)
+    x = images(3, expert.patch_embed.img_size[0])
+    assert torch.allclose(expert(x), mixed(x), atol=1e-6)
 
 
-# ---- parameters that are trained along
+# ---- further trained parameters
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_a_parameter_that_peft_cannot_save_is_named(tmp_path: Path) -> None:
 
 
 class Towers(nn.Module):
-    """Paths of which one ends as the other: `fc`, `inner.fc`."""
+    """A model in which a path is the suffix of another: `fc`, `inner.fc`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -193,18 +193,18 @@ class Towers(nn.Module):
 
 @pytest.mark.parametrize("targets,clamp", [(["fc", "gate"], True), (r"fc|inner\.gate", False)])
 def test_a_path_is_not_taken_for_a_suffix(targets, clamp: bool, tmp_path: Path) -> None:
-    """peft would take 'fc' for 'inner.fc', too: adapt it, or give it the rank of 'fc'."""
+    """peft would match 'fc' with 'inner.fc' too: adapt it, or give it the rank of 'fc'."""
     model, x = Towers(), torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
     vismt.adapt(model, "lora", targets, rank=4 if clamp else 2, clamp_rank=clamp)
     expected = shake(model)(x)
     theirs = read_by_peft(Towers(), vismt.export_peft(model, tmp_path))
     assert torch.allclose(theirs(x), expected, atol=1e-6)
-    assert sum("lora_A" in name for name, _ in theirs.named_parameters()) == len(adapted_modules(model))
+    assert sum("lora_A" in name for name, _ in theirs.named_parameters()) == len(adapter_layers(model))
     assert torch.allclose(vismt.import_peft(Towers(), tmp_path)(x), expected, atol=1e-6)
 
 
 def test_whole_modules_whose_names_are_endings(tmp_path: Path) -> None:
-    """Saving 'fc' whole, peft saves 'inner.fc' as well, and adapts neither."""
+    """When peft saves 'fc' whole, it saves 'inner.fc' as well and adapts neither."""
     model = Towers()
     vismt.adapt(model, "lora", ["gate"], rank=2, also_train=["^fc$"])
     x = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))

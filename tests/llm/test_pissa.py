@@ -18,7 +18,7 @@ from vismt.llm.pissa import quantized_principal
 from vismt.lowrank.combining import combine
 from vismt.lowrank.detached_updates import read_updates
 from vismt.lowrank.init import principal, residual
-from vismt.lowrank.inject import adapted_modules
+from vismt.lowrank.inject import adapter_layers
 from vismt.lowrank.nf4 import nf4
 from vismt.metatune.attention_scale import attention_heads
 from vismt.metatune.pool import Expert, check_alike
@@ -37,7 +37,7 @@ def test_language_models_start_unchanged_and_reach_peft(kind: str, options: dict
     vismt.adapt(model, "pissa", **{"rank": 4, **options})
     assert (model(ids).logits - wanted).abs().max() <= 3e-6 * float(wanted.abs().max())
     weights = {name: value for name, value in model.state_dict().items() if name in before}
-    assert all(torch.equal(value, before[name]) for name, value in weights.items())  # the base is never touched
+    assert all(torch.equal(value, before[name]) for name, value in weights.items())  # the base is unchanged
     shake(model)
     trained = model(ids).logits
     vismt.export_peft(model, tmp_path)
@@ -54,7 +54,7 @@ def test_language_models_start_unchanged_and_reach_peft(kind: str, options: dict
 def test_the_start_is_the_top_part_for_any_scale(kind: str, alpha: float, rslora: bool) -> None:
     model = tiny_lm(kind)
     vismt.adapt(model, "pissa", rank=4, alpha=alpha, rslora=rslora)
-    for path, host in adapted_modules(model).items():
+    for path, host in adapter_layers(model).items():
         weight = host.matrix(host.weight).detach()
         assert host.scale == alpha / (2 if rslora else 4)
         U, S, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
@@ -87,8 +87,8 @@ def test_half_precision_loses_one_rounding_of_the_residual_and_ours_none(dtype: 
     stored = residual(weight, A, B, 2.0).to(dtype)
     assert relative(stored.float() + 2 * B.float() @ A.float(), weight) <= floor
     exact = principal(weight, 8, 2.0, generator=generator())
-    other = residual(weight, *exact, 2.0).to(dtype)  # of the factors before they are rounded
-    assert relative(other.float() + 2 * B.float() @ A.float(), weight) > 1.3 * floor  # twice as far, as peft is
+    other = residual(weight, *exact, 2.0).to(dtype)  # from the factors before rounding
+    assert relative(other.float() + 2 * B.float() @ A.float(), weight) > 1.3 * floor  # twice the error, as in peft
     for factors in (None, dtype):
         model = tiny_lm("llama").to(dtype)
         before = snapshot(model)
@@ -100,16 +100,16 @@ def test_half_precision_loses_one_rounding_of_the_residual_and_ours_none(dtype: 
 
 def test_randomised_start_is_seeded_and_survives_a_file(tmp_path) -> None:
     torch.manual_seed(1)
-    one, two, other = tiny_vit(), tiny_vit(), tiny_vit()
-    for model, seed in ((one, 0), (two, 0), (other, 1)):
+    first, same, other = tiny_vit(), tiny_vit(), tiny_vit()
+    for model, seed in ((first, 0), (same, 0), (other, 1)):
         torch.rand(3)
         vismt.adapt(model, "pissa", rank=2, method="randomized", seed=seed)
-    assert torch.equal(one.blocks[0].attn.qkv.lora_A, two.blocks[0].attn.qkv.lora_A)
-    assert not torch.equal(one.blocks[0].attn.qkv.lora_A, other.blocks[0].attn.qkv.lora_A)
-    shake(one)
-    vismt.save_adapter(one, tmp_path)
+    assert torch.equal(first.blocks[0].attn.qkv.lora_A, same.blocks[0].attn.qkv.lora_A)
+    assert not torch.equal(first.blocks[0].attn.qkv.lora_A, other.blocks[0].attn.qkv.lora_A)
+    shake(first)
+    vismt.save_adapter(first, tmp_path)
     torch.manual_seed(99)
-    assert torch.equal(vismt.load_adapter(tiny_vit(), tmp_path)(images()), one(images()))
+    assert torch.equal(vismt.load_adapter(tiny_vit(), tmp_path)(images()), first(images()))
 
 
 def noisy(seed: int = 0) -> Tensor:
@@ -125,7 +125,7 @@ def quantisation_error(weight: Tensor, A: Tensor, B: Tensor) -> float:
 
 
 def loftq(weight: Tensor, rank: int, iterations: int) -> float:
-    """LoftQ: quantise first, decompose the error; it ends on the decomposition."""
+    """Return LoftQ's result: quantise, decompose the error, and repeat; the decomposition is last."""
     product = torch.zeros_like(weight)
     for _ in range(iterations):
         quantised = nf4(weight - product)
@@ -167,30 +167,36 @@ def test_quantised_base_under_its_update_is_nearer_to_the_weights(kind: str, opt
     model, plain, stock = make(), make(), make()
     vismt.adapt(model, "pissa", rank=8, quantize="nf4", **options)
     start = vismt.merge(copy.deepcopy(model))
-    for path, host in adapted_modules(model).items():
+    for path, host in adapter_layers(model).items():
         weight = stock.get_submodule(path).weight.detach()
         matrix = host.matrix(weight)
         assert host.lora_A0 is None
-        assert torch.equal(nf4(host.matrix(host.weight).contiguous()), host.matrix(host.weight))  # what 4 bits can hold
+        assert torch.equal(
+            nf4(host.matrix(host.weight).contiguous()), host.matrix(host.weight)
+        )  # representable in 4 bits
         assert not torch.equal(host.weight, weight)
-        held = host.matrix(start.get_submodule(path).weight)
-        assert relative(held, matrix) < 0.9 * relative(nf4(matrix.contiguous()), matrix)
+        merged_matrix = host.matrix(start.get_submodule(path).weight)
+        assert relative(merged_matrix, matrix) < 0.9 * relative(nf4(matrix.contiguous()), matrix)
     x = images() if kind == "vit" else tokens()
     shake(model)
     wanted = answer(model, x)
     vismt.save_adapter(model, tmp_path)
-    assert torch.equal(answer(model, x), wanted)  # for which the original weights were looked at
-    again = vismt.load_adapter(make(), tmp_path)  # on the original weights, of which the same values are made again
+    assert torch.equal(answer(model, x), wanted)  # saving reads the original weights
+    again = vismt.load_adapter(
+        make(), tmp_path
+    )  # on the original weights, which are quantised to the same values again
     assert torch.equal(answer(again, x), wanted)
     assert torch.equal(answer(vismt.load_adapter(plain, tmp_path), x), wanted)
     vismt.adapt(other := make(), "pissa", rank=8, quantize="nf4", seed=5, method="randomized", **options)
-    assert torch.equal(answer(vismt.load_adapter(other, tmp_path), x), wanted)  # into a model that was adapted alike
+    assert torch.equal(
+        answer(vismt.load_adapter(other, tmp_path), x), wanted
+    )  # into a model that was adapted in the same way
     before = stock.state_dict()
-    for one in (vismt.unadapt(model), vismt.unadapt(again)):
-        assert list(one.state_dict()) == list(before) and all(
-            torch.equal(v, before[k]) for k, v in one.state_dict().items()
+    for restored in (vismt.unadapt(model), vismt.unadapt(again)):
+        assert list(restored.state_dict()) == list(before) and all(
+            torch.equal(v, before[k]) for k, v in restored.state_dict().items()
         )
-        assert all(parameter.requires_grad for parameter in one.parameters())
+        assert all(parameter.requires_grad for parameter in restored.parameters())
     merged = vismt.merge(plain)
     assert (answer(merged, x) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
     assert [type(module) for module in merged.modules()] == [type(module) for module in stock.modules()]
@@ -244,16 +250,16 @@ def test_updates_of_quantised_weights_are_merged_and_not_exported(tmp_path) -> N
         lambda: read_updates(model),
         lambda: read_updates(folder),
         lambda: combine([folder, folder], [0.5, 0.5]),
-        lambda: adapted_modules(model)["blocks.0.attn.qkv"].low_rank(),
+        lambda: adapter_layers(model)["blocks.0.attn.qkv"].low_rank(),
     )
     for read in reads:
         with pytest.raises(UserError, match=r"on quantised weights.*; merge the model and save it whole"):
             read()
     assert not (tmp_path / "peft").exists()
     assert len(attention_heads(model)) == 2  # an attack on the logits of attention scales Q as it would scale W
-    with pytest.raises(UserError, match="expert 'a': it lies on quantised weights"):
+    with pytest.raises(UserError, match="expert 'a': it adapts quantised weights"):
         check_alike([Expert("a", folder)])
-    with pytest.raises(UserError, match="was made for"):  # W itself tells the base
+    with pytest.raises(UserError, match="was made for"):  # the base is recognised by W itself
         vismt.load_adapter(shake(tiny_vit(), 0.5), folder)
 
 
@@ -261,7 +267,7 @@ def test_a_model_without_values_is_not_quantised() -> None:
     model = tiny_vit().to("meta")
     with pytest.raises(UserError, match=r"adapt\.quantize: the model lies on the meta device"):
         vismt.adapt(model, "pissa", rank=2, quantize="nf4")
-    assert not adapted_modules(model)
+    assert not adapter_layers(model)
 
 
 def test_files_of_quantised_weights_are_read_strictly(tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""PoLAR as a method: its start, language models, peft's reading of the export, and the exact change of gauge."""
+"""PoLAR as a method: its start, language models, export to peft, and the exact change of gauge."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import vismt
 from vismt.errors import UserError
 from vismt.llm import Landing, orthonormalize_
 from vismt.llm.landing import updates
-from vismt.lowrank.inject import adapted_modules
+from vismt.lowrank.inject import adapter_layers
 from vismt.lowrank.stiefel import infeasibility
 
 THETAS = ["full", "diagonal"]
@@ -19,7 +19,7 @@ TOKENS = torch.tensor([[1, 5, 2, 7, 3], [4, 4, 9, 0, 6]])
 
 
 def llama() -> nn.Module:
-    """Two layers with four query heads and one key and value head."""
+    """Return a Llama of two layers with four query heads and one key and value head."""
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=20,
@@ -35,7 +35,7 @@ def llama() -> nn.Module:
 
 
 def gpt2() -> nn.Module:
-    """One layer of Conv1D, its head tied to the embedding."""
+    """Return a GPT-2 of one Conv1D layer with a head tied to the embedding."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     return transformers.GPT2LMHeadModel(
@@ -50,15 +50,15 @@ def test_start_is_on_the_manifold_and_computes_the_same_bits(theta: str, split: 
     model = tiny_vit().double()
     vismt.adapt(model, "polar", rank=5, split_qkv=split, theta=theta)
     count = 0
-    for host in adapted_modules(model).values():
+    for host in adapter_layers(model).values():
         assert not host.lora_C.any() and not host.low_rank().delta().any()
         for x, _, y in updates(host):
             count += 1
-            assert infeasibility(x) < 1e-20 and infeasibility(y) < 1e-20  # the square
+            assert infeasibility(x) < 1e-20 and infeasibility(y) < 1e-20  # squared norm
     assert count == 2 * (6 if split else 4)
     assert torch.equal(model(images().double()), original(images().double()))
-    # No two factors of one shape are alike, within a fused projection neither.
-    flat = [x for host in adapted_modules(model).values() for x, _, _ in updates(host) if x.shape == (32, 5)]
+    # No two factors of one shape are equal, also within a fused projection.
+    flat = [x for host in adapter_layers(model).values() for x, _, _ in updates(host) if x.shape == (32, 5)]
     assert len(flat) > 3 and all(not torch.equal(flat[0], other) for other in flat[1:])
 
 
@@ -66,7 +66,7 @@ def test_first_gradient_reaches_theta_alone() -> None:
     model = tiny_vit()
     vismt.adapt(model, "polar", rank=3)
     model(images()).square().sum().backward()
-    for host in adapted_modules(model).values():
+    for host in adapter_layers(model).values():
         assert host.lora_C.grad.abs().sum() > 0
         assert not host.lora_A.grad.any() and not host.lora_B.grad.any()
 
@@ -111,7 +111,7 @@ def test_peft_computes_what_we_compute(make, split: bool, compact: bool, tmp_pat
     assert torch.allclose(outputs(theirs.merge_and_unload()), expected, atol=1e-5)
     ours = vismt.import_peft(make(), tmp_path)
     assert torch.allclose(outputs(ours), expected, atol=1e-5)
-    assert all(host.lora_C is None for host in adapted_modules(ours).values())
+    assert all(host.lora_C is None for host in adapter_layers(ours).values())
 
 
 @pytest.mark.parametrize("theta", THETAS)
@@ -121,19 +121,19 @@ def test_orthonormalize_changes_the_gauge_and_not_the_function(theta: str, split
     vismt.adapt(model, "polar", rank=4, split_qkv=split, theta=theta)
     shake(model, 0.3)
     before = model(images().double())
-    deltas = {path: host.low_rank().delta() for path, host in adapted_modules(model).items()}
+    deltas = {path: host.low_rank().delta() for path, host in adapter_layers(model).items()}
     off = [
-        float(infeasibility(z)) for host in adapted_modules(model).values() for x, _, y in updates(host) for z in (x, y)
+        float(infeasibility(z)) for host in adapter_layers(model).values() for x, _, y in updates(host) for z in (x, y)
     ]
     assert min(off) > 0.01
     assert orthonormalize_(model) is model
     assert torch.allclose(model(images().double()), before, atol=1e-12)
-    for path, host in adapted_modules(model).items():
+    for path, host in adapter_layers(model).items():
         old, new = deltas[path], host.low_rank().delta()
         assert torch.allclose(new, old, atol=1e-12 * float(old.abs().max()) + 1e-13)
         for x, core, y in updates(host):
             assert infeasibility(x) < 1e-20 and infeasibility(y) < 1e-20
-            # The stable rank of the update is now Theta's.
+            # The stable rank of the update is now that of Theta.
             values = torch.linalg.svdvals(torch.diag(core) if theta == "diagonal" else core)
             whole = torch.linalg.svdvals(x @ (torch.diag(core) if theta == "diagonal" else core) @ y.T)
             ratio = float(values.square().sum() / values[0] ** 2)
@@ -145,15 +145,15 @@ def test_logged_metrics_are_those_of_the_updates() -> None:
     vismt.adapt(model, "polar", rank=3)
     shake(model, 0.2)
     landing = Landing(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1), model)
-    found = landing.metrics()
-    hosts = adapted_modules(model).values()
+    metrics = landing.metrics()
+    hosts = adapter_layers(model).values()
     off = [infeasibility(z) for host in hosts for x, _, y in updates(host) for z in (x, y)]
-    assert float(found["infeasibility"]) == pytest.approx(float(sum(off) / len(off)))
+    assert float(metrics["infeasibility"]) == pytest.approx(float(sum(off) / len(off)))
     ranks = [host.low_rank().stable_rank() for host in hosts]  # by QR and SVD of the whole update
-    assert float(found["stable_rank"]) == pytest.approx(sum(ranks) / len(ranks), rel=1e-9)
+    assert float(metrics["stable_rank"]) == pytest.approx(sum(ranks) / len(ranks), rel=1e-9)
     landing.orthonormalize_()
-    found = landing.metrics()
-    assert float(found["infeasibility"]) < 1e-20 and float(found["stable_rank"]) == pytest.approx(
+    metrics = landing.metrics()
+    assert float(metrics["infeasibility"]) < 1e-20 and float(metrics["stable_rank"]) == pytest.approx(
         sum(ranks) / len(ranks)
     )
 
@@ -161,7 +161,7 @@ def test_logged_metrics_are_those_of_the_updates() -> None:
 def test_bf16_base_keeps_fp32_factors_on_the_manifold() -> None:
     model = llama().to(torch.bfloat16)
     vismt.adapt(model, "polar", rank=3)
-    for host in adapted_modules(model).values():
+    for host in adapter_layers(model).values():
         assert host.lora_A.dtype == host.lora_B.dtype == host.lora_C.dtype == torch.float32
         assert infeasibility(host.lora_B.detach()) < 1e-10
     moved = shake(model)(TOKENS).logits
@@ -172,7 +172,7 @@ def test_bf16_base_keeps_fp32_factors_on_the_manifold() -> None:
 
 
 @pytest.mark.parametrize(
-    "options,told",
+    "options,message",
     [
         ({"theta": "diag"}, r"adapt\.theta: 'diag'.*'diagonal'"),
         ({"attraction": -1.0}, r"adapt\.attraction: -1\.0; it must be a number >= 0"),
@@ -185,8 +185,8 @@ def test_bf16_base_keeps_fp32_factors_on_the_manifold() -> None:
         ({"atraction": 1.0}, "no option 'atraction'.*'attraction'"),
     ],
 )
-def test_mistakes_are_named_and_change_nothing(options: dict, told: str) -> None:
+def test_mistakes_are_named_and_change_nothing(options: dict, message: str) -> None:
     model = tiny_vit()
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         vismt.adapt(model, "polar", **options)
-    assert not adapted_modules(model) and not hasattr(model, "vismt_record")
+    assert not adapter_layers(model) and not hasattr(model, "vismt_record")

@@ -1,4 +1,4 @@
-"""S2FT in whole models: the same function, the gradients of full fine-tuning, frozen bits, copies, precision, export."""
+"""S2FT in whole models: unchanged function, gradients of full fine-tuning, frozen weights, copies, precision, export."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vismt
 from vismt.errors import UserError
-from vismt.llm import Selection, check_slices, read_slices, select_units, switch
-from vismt.lowrank.inject import adapted_modules
+from vismt.llm import UnitSelection, check_slices, read_slices, select_units, switch
+from vismt.lowrank.inject import adapter_layers
 from vismt.lowrank.memory import optimizer_bytes, saved_activation_bytes
 from vismt.lowrank.structures import structures
 from vismt.lowrank.wrappers import to_stock
@@ -28,22 +28,22 @@ EVERY = ("v", "o", "u", "d")
 
 
 def move(model: nn.Module, scale: float) -> None:
-    """Move every slice as the same noise on the stock weight would, whatever the mode and the order."""
+    """Add the noise to every slice that the stock weight would get, for any mode and order of units."""
     generator = torch.Generator().manual_seed(7)
-    for host in adapted_modules(model).values():
+    for host in adapter_layers(model).values():
         noise = torch.randn(host.out_features, host.in_features, generator=generator)
         with torch.no_grad():
             host.slice_values.add_(scale * noise.index_select(host.dim, host.slice_index))
 
 
 def full_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Gradient matrices (o, i) of every stock linear, in the model's own order of units."""
+    """Return the gradients (o, i) of every stock linear layer in the unit order of the adapted model."""
     model = copy.deepcopy(model)
     to_stock(model)
-    values = {path: host.slice_values.detach().clone() for path, host in adapted_modules(model).items()}
-    for path, host in adapted_modules(model).items():
+    values = {path: host.slice_values.detach().clone() for path, host in adapter_layers(model).items()}
+    for path, host in adapter_layers(model).items():
         host.matrix(host.weight.data).index_copy_(host.dim, host.slice_index, values[path].to(host.weight.dtype))
-    stock = vismt.unadapt(model)  # lifted already: the weights stay as they were just written
+    stock = vismt.unadapt(model)  # the updates are removed already: the weights stay unchanged
     stock.requires_grad_(True)
     loss(stock).backward()
     kinds = {path: type(stock.get_submodule(path)).__name__ for path in values}
@@ -58,14 +58,14 @@ def loss(model: nn.Module, seed: int = 0) -> Tensor:
 
 
 def test_reordered_models_compute_the_same_and_every_weight_comes_back() -> None:
-    """Oracle 1 and 3: logits within 1e-5 of the largest, un-permuted weights bit for bit, wherever units live."""
+    """Logits agree within 1e-5 of the largest, and weights return bit for bit."""
     for name, make in MODELS.items():
         model, stock = make(), make()
         for parts in (EVERY, ("o", "d")):
             vismt.adapt(model, "s2ft", parts=parts, ratio=0.4, seed=3)
             moved = [
                 path
-                for path, host in adapted_modules(model).items()
+                for path, host in adapter_layers(model).items()
                 if not torch.equal(host.slice_order, torch.arange(len(host.slice_order), dtype=torch.int32))
             ]
             assert moved or name == "llama-mqa", name
@@ -81,7 +81,7 @@ def test_reordered_models_compute_the_same_and_every_weight_comes_back() -> None
 
 
 def test_illegal_orders_are_other_functions() -> None:
-    """Oracle 2, the negative control: heads across groups, or biases left behind, change the logits."""
+    """Negative control: heads moved across groups, or biases that are not moved, change the logits."""
     expected = outputs(MODELS["qwen2-biases"]())
     for wrong in ("groups", "bias"):
         model = MODELS["qwen2-biases"]()
@@ -104,20 +104,20 @@ def test_illegal_orders_are_other_functions() -> None:
 
 @pytest.mark.parametrize("name", ["llama-gqa", "qwen2-biases", "phi3-fused", "gpt2-conv1d", "vit"])
 def test_gradients_are_slices_of_the_full_ones_in_every_mode(name: str) -> None:
-    """Oracle 4 and 5: dp for o, d, v, u; and through a trained embedding or patch projection, dx."""
+    """dp for o, d, v, u, and dx through a trained embedding or patch projection."""
     lower = {"gpt2-conv1d": "transformer.wte", "vit": "patch_embed.proj"}.get(name, "model.embed_tokens")
-    seen: dict[str, list[Tensor]] = {}
+    by_mode: dict[str, list[Tensor]] = {}
     selection = select_units(MODELS[name](), parts=EVERY, ratio=0.3, seed=1)
     for mode in ("permute", "index", "delta"):
         model = MODELS[name]()
-        if name == "gpt2-conv1d":  # a tied head would be trained along
+        if name == "gpt2-conv1d":  # a tied head would be trained too
             model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
         vismt.adapt(model, "s2ft", selection=selection, mode=mode, also_train=[lower])
         move(model, 0.02)
         loss(model).backward()
         if mode != "delta":
             full = full_gradients(model)
-            for path, host in adapted_modules(model).items():
+            for path, host in adapter_layers(model).items():
                 wanted = full[path].index_select(host.dim, host.slice_index)
                 assert torch.allclose(
                     host.slice_values.grad, wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max())
@@ -125,12 +125,12 @@ def test_gradients_are_slices_of_the_full_ones_in_every_mode(name: str) -> None:
                 assert wanted.abs().max() > 0
         grads = [
             host.slice_values.grad.index_select(host.dim, host.slice_index.argsort())
-            for host in adapted_modules(model).values()
+            for host in adapter_layers(model).values()
         ]
         grads += [model.get_parameter(also).grad for also in model.vismt_record.also_train]
-        for one, two in zip(grads, seen.setdefault("first", grads)):
-            assert torch.allclose(one, two, rtol=1e-4, atol=2e-6 * float(two.abs().max())), mode
-            assert two.abs().max() > 0
+        for actual, expected in zip(grads, by_mode.setdefault("first", grads)):
+            assert torch.allclose(actual, expected, rtol=1e-4, atol=2e-6 * float(expected.abs().max())), mode
+            assert expected.abs().max() > 0
 
 
 def test_index_mode_leaves_the_forward_bits_alone() -> None:
@@ -154,19 +154,19 @@ def train(model: nn.Module, steps: int, weight_decay: float = 0.0, **settings: o
         optimizer.zero_grad(set_to_none=True)
     numel = sum(parameter.numel() for parameter in trained)
     counters = 4 * len(trained)
-    assert optimizer_bytes(optimizer) == 2 * 4 * numel + counters  # oracle 9: two moments of the slice, nothing else
+    assert optimizer_bytes(optimizer) == 2 * 4 * numel + counters  # two moments of the slice, nothing else
     return losses
 
 
 @pytest.mark.parametrize("mode", ["permute", "index", "delta"])
 def test_steps_are_masked_full_steps_and_frozen_bits_stay(mode: str) -> None:
-    """Oracle 6 and 7: equal to full fine-tuning under a mask; decay inside the slice alone; the mask's decay moves all."""
+    """Steps equal masked full fine-tuning; weight decay acts inside the slice only, where that of the mask moves all weights."""
     model, full = MODELS["llama-gqa"](), MODELS["llama-gqa"]()
     stock = snapshot(full)
     selection = select_units(model, parts=EVERY, ratio=0.3)
     vismt.adapt(model, "s2ft", selection=selection, mode=mode)
     masks = {}
-    for path, host in adapted_modules(model).items():
+    for path, host in adapter_layers(model).items():
         mask = torch.zeros(host.out_features, host.in_features)
         masks[path] = mask.index_fill_(host.dim, host.slice_index, 1.0)
     full.requires_grad_(False)
@@ -205,24 +205,24 @@ def test_steps_are_masked_full_steps_and_frozen_bits_stay(mode: str) -> None:
 
 
 def test_only_a_copy_of_the_slice_is_kept() -> None:
-    """Oracle 8, the layer: 2 x 32 rows of 8 inputs are 2,048 bytes; a view would keep all of x, 65,536."""
+    """A layer saves 2 x 32 rows of 8 inputs, 2,048 bytes; a view would keep all of x, 65,536."""
     for mode in ("permute", "index", "delta"):
         holder = nn.Module()
         holder.mlp = nn.Module()
         holder.mlp.fc1, holder.mlp.fc2 = nn.Linear(4, 256, bias=False), nn.Linear(256, 64)
-        vismt.adapt(holder, "s2ft", mode=mode, selection=Selection({"mlp": {"d": tuple(range(3, 11))}}))
+        vismt.adapt(holder, "s2ft", mode=mode, selection=UnitSelection({"mlp": {"d": tuple(range(3, 11))}}))
         x = torch.randn(2, 32, 256)
         assert saved_activation_bytes(holder, partial(holder.mlp.fc2, x)) == 2048, mode
         vismt.unadapt(holder)
         # The rows of fc1 need its whole input: 2 x 32 x 4 floats.
-        vismt.adapt(holder, "s2ft", mode=mode, selection=Selection({"mlp": {"u": (1, 2)}}))
+        vismt.adapt(holder, "s2ft", mode=mode, selection=UnitSelection({"mlp": {"u": (1, 2)}}))
         assert saved_activation_bytes(holder, partial(holder.mlp.fc1, torch.randn(2, 32, 4))) == 1024
 
 
 def test_activations_of_a_model_follow_the_formula() -> None:
-    """Oracle 8, the model: a frozen block keeps 6 h + 3 I a token and the slices, full fine-tuning 10 h + 4 I.
+    """A frozen block saves 6 h + 3 I per token and the slices, full fine-tuning 10 h + 4 I.
 
-    D alone keeps nothing at all below the first slice, so it saves more; a view would spoil both.
+    With D alone nothing is saved below the first slice; a view would break both numbers.
     """
     ids, h, i, n = torch.randint(48, (2, 32)), 64, 172, 64
     sizes = {"hidden_size": h, "intermediate_size": i, "vocab_size": 48, "num_key_value_heads": 8}
@@ -231,16 +231,16 @@ def test_activations_of_a_model_follow_the_formula() -> None:
         model = moved_lm("llama", num_hidden_layers=layers, **sizes).train()
         if parts:
             vismt.adapt(model, "s2ft", parts=list(parts), ratio={part: 0.1 for part in parts})
-        kept = saved_activation_bytes(model, partial(model, ids, use_cache=False))
-        floats[parts, layers] = kept / 4 / n
-    # Beside the formula: 8 log-sum-exps of attention and 2 scales of norms. One head of 8 inputs and 17 channels are kept.
+        saved = saved_activation_bytes(model, partial(model, ids, use_cache=False))
+        floats[parts, layers] = saved / 4 / n
+    # In addition: 8 log-sum-exps of attention and 2 scales of norms. One head of 8 inputs and 17 channels are saved.
     assert floats[None, 3] - floats[None, 2] == 10 * h + 4 * i + 10
     assert floats["od", 3] - floats["od", 2] == 6 * h + 3 * i + 8 + 17 + 10
     assert floats["d", 3] < floats["od", 3] - 4 * h
 
 
 def test_published_budget_on_the_meta_device() -> None:
-    """Oracle 9: Llama-2-7B with o 0.052 and d 0.02 of all layers: 53 heads and 7,045 channels, 56.6 million."""
+    """Llama-2-7B with o 0.052 and d 0.02 of all layers: 53 heads and 7,045 channels, 56.6 million."""
     transformers = pytest.importorskip("transformers")
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(
@@ -255,7 +255,7 @@ def test_published_budget_on_the_meta_device() -> None:
 
 @pytest.mark.parametrize("mode", ["permute", "index", "delta"])
 def test_accumulation_checkpointing_and_clipping_see_the_slice(mode: str) -> None:
-    """Oracle 10."""
+    """Accumulated, checkpointed, clipped and scaled gradients of the slices equal those of the whole batch."""
     model = MODELS["llama-gqa"]()
     vismt.adapt(model, "s2ft", mode=mode, ratio=0.3, parts=EVERY)
     shake(model)
@@ -276,12 +276,12 @@ def test_accumulation_checkpointing_and_clipping_see_the_slice(mode: str) -> Non
     second = model(ids[2:]).logits.square().mean() / 2
     first.backward()
     second.backward()
-    assert all(torch.allclose(one, two, rtol=1e-4, atol=1e-6) for one, two in zip(whole, take()))
+    assert all(torch.allclose(expected, actual, rtol=1e-4, atol=1e-6) for expected, actual in zip(whole, take()))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     run(ids)
-    assert all(torch.allclose(one, two, rtol=1e-5, atol=1e-7) for one, two in zip(whole, take()))
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):  # as offloading does
+    assert all(torch.allclose(expected, actual, rtol=1e-5, atol=1e-7) for expected, actual in zip(whole, take()))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):  # as with offloading
         run(ids)
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     assert float(norm) == pytest.approx(math.sqrt(sum(float(g.square().sum()) for g in whole)), rel=1e-4)
@@ -296,19 +296,19 @@ def test_accumulation_checkpointing_and_clipping_see_the_slice(mode: str) -> Non
 
 
 def test_the_slice_and_the_weight_stay_one(tmp_path: Path) -> None:
-    """Oracle 11: after deepcopy, moves and loads p is W's storage again, a step on p moves the model, files can be written."""
+    """After deepcopy, moves and loads, p shares the storage of W, a step on p changes the model, and files can be written."""
 
-    def one(model: nn.Module) -> bool:
+    def shared(model: nn.Module) -> bool:
         return all(
             host.slice_values.untyped_storage().data_ptr() == host.weight.untyped_storage().data_ptr()
-            for host in adapted_modules(model).values()
+            for host in adapter_layers(model).values()
         )
 
     def moves(model: nn.Module) -> bool:
         before, expected = outputs(model), outputs(copy.deepcopy(model))
         shake(model, 0.1)
         check_slices(model)
-        assert all(host.shares for host in adapted_modules(model).values())
+        assert all(host.shares for host in adapter_layers(model).values())
         return torch.equal(before, expected) and not torch.equal(outputs(model), before)
 
     def fresh(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -317,31 +317,31 @@ def test_the_slice_and_the_weight_stay_one(tmp_path: Path) -> None:
         return model
 
     model = shake(fresh())
-    assert one(model) and moves(model)
+    assert shared(model) and moves(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for moved in (copy.deepcopy(model), copy.deepcopy(model).to(torch.bfloat16), copy.deepcopy(model).double()):
-        assert one(moved) and moves(moved)
+        assert shared(moved) and moves(moved)
         with pytest.raises(UserError, match="optimiser does not hold the slice"):
             check_slices(moved, optimizer)
     model.to(torch.float64)
-    assert one(model)
+    assert shared(model)
     check_slices(model, optimizer)  # the same Parameter objects, so the optimiser still moves them
     other = fresh(5, torch.float64)
     safetensors.torch.save_file(model.state_dict(), tmp_path / "state.safetensors")
     other.load_state_dict(safetensors.torch.load_file(tmp_path / "state.safetensors"))
-    assert one(other) and torch.equal(outputs(other), outputs(model)) and moves(other)
-    # Without the weights, only a model whose units lie alike can take the slices.
+    assert shared(other) and torch.equal(outputs(other), outputs(model)) and moves(other)
+    # Without the weights, the slices fit only a model with the same order of units.
     slices = {name: value for name, value in fresh(1).state_dict().items() if "slice_" in name}
     with pytest.raises(RuntimeError, match="another order of units"):
         fresh(0).load_state_dict(slices, strict=False)
-    host = next(iter(adapted_modules(model).values()))
+    host = next(iter(adapter_layers(model).values()))
     host.slice_values.data = host.slice_values.detach().clone()
     before = outputs(model)
     with pytest.raises(UserError, match="no longer follows its weight"):
         check_slices(model)
     with torch.no_grad():
         host.slice_values.mul_(5.0)
-    assert not torch.allclose(outputs(model), before)  # p is what counts, even so
+    assert not torch.allclose(outputs(model), before)  # the values of p are used even so
 
 
 @pytest.mark.parametrize("mode", ["permute", "index"])
@@ -362,9 +362,9 @@ def test_half_precision_weights_are_trained_through_an_fp32_master(mode: str) ->
     outputs(model)
     vismt.merge(model)
     assert not torch.equal(model.blocks[0].mlp.fc2.weight, stock["blocks.0.mlp.fc2.weight"])
-    own = tiny_vit().to(torch.bfloat16)
-    vismt.adapt(own, "s2ft", ratio=0.25, dtype="bfloat16")
-    assert own.blocks[0].mlp.fc2.shares
+    half = tiny_vit().to(torch.bfloat16)
+    vismt.adapt(half, "s2ft", ratio=0.25, dtype="bfloat16")
+    assert half.blocks[0].mlp.fc2.shares
 
 
 @pytest.mark.parametrize(
@@ -377,21 +377,21 @@ def test_a_state_dict_right_after_a_step_holds_it_in_the_weight_too(mode: str, d
     outputs(model).float().square().sum().backward()
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0).step()
     after = snapshot(model)
-    outputs(model)  # writes what a step left to write
+    outputs(model)  # writes the pending step into the weight
     assert all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
     changed = {
-        path: not torch.equal(after[f"{path}.weight"], before[f"{path}.weight"]) for path in adapted_modules(model)
+        path: not torch.equal(after[f"{path}.weight"], before[f"{path}.weight"]) for path in adapter_layers(model)
     }
     host = model.blocks[0].mlp.fc2
     assert len(changed) == 8 and all(changed.values()) and not host.shares
-    kept = host.weight.detach().clone()
-    host.slice_values.data = host.slice_values.detach() + 1.0  # replaced by hand: no longer what the weight follows
-    assert torch.equal(model.state_dict()["blocks.0.mlp.fc2.weight"], kept)
+    weight = host.weight.detach().clone()
+    host.slice_values.data = host.slice_values.detach() + 1.0  # replaced by hand: the weight no longer follows it
+    assert torch.equal(model.state_dict()["blocks.0.mlp.fc2.weight"], weight)
 
 
 @pytest.mark.parametrize("mode", ["permute", "index", "delta"])
 def test_a_cast_of_a_half_precision_model_leaves_its_master(mode: str) -> None:
-    """Pitfall 10: to(bfloat16), which changes no weight, must not round what is trained; float() has no use for a master."""
+    """to(bfloat16), which changes no weight, must not round the trained values; after float() there is no separate master."""
     model = tiny_vit().to(torch.bfloat16)
     vismt.adapt(model, "s2ft", ratio=0.25, mode=mode)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-5, weight_decay=0.0)
@@ -409,14 +409,14 @@ def test_a_cast_of_a_half_precision_model_leaves_its_master(mode: str) -> None:
     assert not torch.equal(host.slice_values, values)
     model.float()
     assert host.slice_values.dtype == host.weight.dtype == torch.float32 and host.shares == (mode == "permute")
-    own = tiny_vit().to(torch.bfloat16)
-    vismt.adapt(own, "s2ft", ratio=0.25, dtype="bfloat16", mode=mode)
-    own.to(torch.float16)
-    assert own.blocks[0].mlp.fc2.slice_values.dtype == torch.float16
+    half = tiny_vit().to(torch.bfloat16)
+    vismt.adapt(half, "s2ft", ratio=0.25, dtype="bfloat16", mode=mode)
+    half.to(torch.float16)
+    assert half.blocks[0].mlp.fc2.slice_values.dtype == torch.float16
 
 
 def test_parameters_from_outside_are_used_and_leave_the_weight_alone() -> None:
-    """functional_call, as inner loops of meta-learning do it; a second derivative goes through it."""
+    """functional_call, as in the inner loops of meta-learning, with a second derivative."""
     for mode in ("permute", "index"):
         model = tiny_vit()
         vismt.adapt(model, "s2ft", ratio=0.25, mode=mode, parts=EVERY)
@@ -434,7 +434,7 @@ def test_parameters_from_outside_are_used_and_leave_the_weight_alone() -> None:
 
 
 def test_delta_mode_trains_under_fsdp() -> None:
-    """One process; sharded parameters are replaced, gathered and freed around each block. The steps are the plain ones."""
+    """Sharded parameters are gathered and freed around each block; in one process the steps equal those without FSDP."""
     from torch import distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -482,7 +482,7 @@ def test_compiled_training_in_index_mode_moves_the_model() -> None:
 
 
 def test_five_steps_equal_a_sparse_adapter_beside_the_weight() -> None:
-    """Oracle 14: the package's layer, y = x W^T + x[:, J] D^T with D from zero, has the same losses."""
+    """The layer of the package, y = x W^T + x[:, J] D^T with D from zero, has the same losses."""
 
     class Beside(nn.Module):
         def __init__(self, base: nn.Linear, index: Tensor) -> None:
@@ -496,7 +496,7 @@ def test_five_steps_equal_a_sparse_adapter_beside_the_weight() -> None:
     model, peer = MODELS["llama-gqa"](), MODELS["llama-gqa"]()
     vismt.adapt(model, "s2ft", ratio=0.3)
     peer.requires_grad_(False)
-    for path, host in adapted_modules(model).items():
+    for path, host in adapter_layers(model).items():
         parent, _, name = path.rpartition(".")
         setattr(peer.get_submodule(parent), name, Beside(peer.get_submodule(path), host.slice_index))
     losses = train(model, 5, betas=(0.9, 0.95))
@@ -506,7 +506,7 @@ def test_five_steps_equal_a_sparse_adapter_beside_the_weight() -> None:
 
 @pytest.mark.parametrize("name", ["gpt2-conv1d", "llama-gqa"])
 def test_export_is_an_exact_lora_and_merging_a_full_checkpoint(name: str, tmp_path: Path) -> None:
-    """Oracle 12, export: rank k, read by peft; the merged model is stock."""
+    """The export has rank k and is read by peft; the merged model has stock classes."""
     peft = pytest.importorskip("peft")
     model = MODELS[name]()
     vismt.adapt(model, "s2ft", parts=EVERY, ratio=0.25)
@@ -544,11 +544,11 @@ def test_what_cannot_be_reordered_is_told_and_index_mode_takes_it() -> None:
 
 
 def broken_groups() -> nn.Module:
-    """Four groups of four heads in two layers."""
+    """Return a model and a selection with heads of several groups: four groups of four heads in two layers."""
     return moved_lm("llama", num_attention_heads=16, num_key_value_heads=4, head_dim=4)
 
 
-BROKEN = Selection(
+BROKEN = UnitSelection(
     {
         "model.layers.0.self_attn": {"v": (1, 3), "o": (0, 4, 8)},
         "model.layers.0.mlp": {"u": (3, 9, 40), "d": (0, 9, 21)},
@@ -559,7 +559,7 @@ BROKEN = Selection(
 
 
 def test_heads_of_several_broken_groups_are_trained_like_any_other() -> None:
-    """They cannot lie together, so that their values are kept beside the weight; gradients and steps are those of index mode."""
+    """They cannot be contiguous, so their values are stored separately; gradients and steps equal those of index mode."""
     model, other = broken_groups(), broken_groups()
     expected = outputs(model)
     vismt.adapt(model, "s2ft", selection=BROKEN)
@@ -571,7 +571,7 @@ def test_heads_of_several_broken_groups_are_trained_like_any_other() -> None:
     assert torch.allclose(outputs(model), expected, atol=1e-5 * float(expected.detach().abs().max()))
     move(model, 0.02)
     loss(model).backward()
-    full, hosts = full_gradients(model), adapted_modules(model)
+    full, hosts = full_gradients(model), adapter_layers(model)
     assert len(hosts) == 7
     for path, host in hosts.items():
         wanted = full[path].index_select(host.dim, host.slice_index)
@@ -589,7 +589,7 @@ def test_files_of_several_broken_groups_are_exact(tmp_path: Path) -> None:
     expected = outputs(model)
     near = 1e-5 * float(expected.detach().abs().max())
     folder = vismt.save_adapter(model, tmp_path)
-    assert torch.equal(outputs(model), expected)  # saving puts the order back
+    assert torch.equal(outputs(model), expected)  # saving restores the order
     assert torch.equal(outputs(vismt.load_adapter(broken_groups(), folder)), expected)
     switched = switch(broken_groups(), read_slices(folder))
     merged = vismt.merge(vismt.load_adapter(broken_groups(), folder))
@@ -614,17 +614,17 @@ def test_files_of_several_broken_groups_are_exact(tmp_path: Path) -> None:
         ({"alpha": 2.0}, "adapt.alpha"),
         ({"mode": "indx"}, "adapt.mode: no 'indx'.*'index'"),
         ({"dtype": "float31"}, "adapt.dtype"),
-        ({"selection": Selection({"blocks.7.mlp": {"d": (0,)}})}, "no heads or channels 'blocks.7.mlp'"),
-        ({"selection": Selection({"blocks.0.mlp": {"o": (0,)}})}, "'blocks.0.mlp' has no part 'o'"),
+        ({"selection": UnitSelection({"blocks.7.mlp": {"d": (0,)}})}, "no heads or channels 'blocks.7.mlp'"),
+        ({"selection": UnitSelection({"blocks.0.mlp": {"o": (0,)}})}, "'blocks.0.mlp' has no part 'o'"),
         (
-            {"selection": Selection({"blocks.0.attn": {"o": (4,)}})},
+            {"selection": UnitSelection({"blocks.0.attn": {"o": (4,)}})},
             r"1 units of 'o' in 'blocks.0.attn'; .* from 0 to 3",
         ),
-        ({"selection": Selection({"blocks.0.attn": {"o": (1,)}}), "ratio": 0.5}, "both selection and ratio"),
+        ({"selection": UnitSelection({"blocks.0.attn": {"o": (1,)}}), "ratio": 0.5}, "both selection and ratio"),
     ],
 )
 def test_wrong_settings_are_named(options: dict, match: str) -> None:
     model = tiny_vit()
     with pytest.raises(UserError, match=match):
         vismt.adapt(model, "s2ft", **options)
-    assert structures(model) and not adapted_modules(model)
+    assert structures(model) and not adapter_layers(model)

@@ -14,7 +14,7 @@ import vismt
 from vismt.errors import UserError
 from vismt.llm import add_slices, read_slices, select_units, serving, switch
 from vismt.llm.slices import Slice
-from vismt.lowrank.inject import adapted_modules
+from vismt.lowrank.inject import adapter_layers
 
 EVERY = ("v", "o", "u", "d")
 
@@ -28,7 +28,7 @@ def saved(name: str, folder: Path, seed: int, **options: object) -> tuple[nn.Mod
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2-conv1d", "vit"])
 def test_files_are_in_the_order_of_the_base(name: str, tmp_path: Path) -> None:
-    """Oracle 12: loaded on a fresh base the logits are the same, and nothing but the chosen units differs."""
+    """Loaded on a fresh base the logits are the same, and only the chosen units differ."""
     for mode in ("permute", "index", "delta"):
         model, folder = saved(name, tmp_path, 1, mode=mode)
         stock, fresh = snapshot(MODELS[name]()), MODELS[name]()
@@ -39,18 +39,21 @@ def test_files_are_in_the_order_of_the_base(name: str, tmp_path: Path) -> None:
         selection = select_units(MODELS[name](), parts=EVERY, ratio=0.3, seed=1)
         assert sum(len(parts) for parts in selection.units.values()) == len(read_slices(folder))
         vismt.merge(fresh)
-        for key, one in read_slices(folder).items():
+        for key, change in read_slices(folder).items():
             weight, base = fresh.get_submodule(key).weight, stock[f"{key}.weight"]
             changed = (weight != base).t() if name.startswith("gpt2") else weight != base
-            features = changed.any(1 - one.dim).nonzero()[:, 0]
-            assert torch.equal(features, one.index.sort().values), key
+            features = changed.any(1 - change.dim).nonzero()[:, 0]
+            assert torch.equal(features, change.index.sort().values), key
 
 
 def test_switching_leaves_no_trace(tmp_path: Path) -> None:
-    """Oracle 12: A -> B -> none is the base bit for bit, though A and B overlap; B after A is B alone."""
+    """A -> B -> none is the base bit for bit, although A and B overlap; B after A equals B alone."""
     for dtype in (torch.float32, torch.bfloat16):
-        (_, one), (_, two) = saved("llama-gqa", tmp_path, 1), saved("llama-gqa", tmp_path, 2, mode="index", ratio=0.5)
-        first, second = read_slices(one), read_slices(two)
+        (_, first_folder), (_, second_folder) = (
+            saved("llama-gqa", tmp_path, 1),
+            saved("llama-gqa", tmp_path, 2, mode="index", ratio=0.5),
+        )
+        first, second = read_slices(first_folder), read_slices(second_folder)
         path = "model.layers.0.mlp.down_proj"
         assert set(first[path].index.tolist()) & set(second[path].index.tolist())
         model, alone = MODELS["llama-gqa"]().to(dtype), MODELS["llama-gqa"]().to(dtype)
@@ -65,25 +68,31 @@ def test_switching_leaves_no_trace(tmp_path: Path) -> None:
 
 
 def test_slices_of_another_base_are_refused_and_nothing_is_changed(tmp_path: Path) -> None:
-    """As load_adapter does, switched already or not; a cast of the base is the same base."""
+    """As with load_adapter, before and after a switch; a cast of the base counts as the same base."""
     _, folder = saved("vit", tmp_path, 1)
     slices, other = read_slices(folder), tiny_vit(seed=9)
-    before, told = snapshot(other), r"slices: made for other weights than those of this VisionTransformer \('blocks\.0"
+    before, message = (
+        snapshot(other),
+        r"slices: made for other weights than those of this VisionTransformer \('blocks\.0",
+    )
     for call in (lambda: switch(other, slices), lambda: serving(other, [slices], torch.tensor([0, 0])).__enter__()):
-        with pytest.raises(UserError, match=told + r".*pass on_other_base='warn'"):
+        with pytest.raises(UserError, match=message + r".*pass on_other_base='warn'"):
             call()
         assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
-    with pytest.warns(UserWarning, match=told):
+    with pytest.warns(UserWarning, match=message):
         switch(other, slices, on_other_base="warn")
     assert not torch.equal(other.blocks[0].mlp.fc2.weight, before["blocks.0.mlp.fc2.weight"])
     with (
-        pytest.warns(UserWarning, match=told),
+        pytest.warns(UserWarning, match=message),
         serving(switch(other, None), [slices], torch.tensor([0]), on_other_base="warn"),
     ):
         pass
-    # The base that counts is the one below a switch, and a refused switch leaves the one in force.
+    # The base below a switch is compared, and a refused switch leaves the current switch in place.
     model, (_, second) = tiny_vit(), saved("vit", tmp_path, 2, ratio=0.9)
-    large = {path: Slice(one.dim, one.index, one.delta + 5.0, one.base) for path, one in read_slices(second).items()}
+    large = {
+        path: Slice(change.dim, change.index, change.delta + 5.0, change.base)
+        for path, change in read_slices(second).items()
+    }
     switch(switch(model, large), slices)
     assert all(
         torch.equal(v, w) for v, w in zip(model.state_dict().values(), switch(tiny_vit(), slices).state_dict().values())
@@ -91,7 +100,8 @@ def test_slices_of_another_base_are_refused_and_nothing_is_changed(tmp_path: Pat
     switch(model, large)
     switched = snapshot(model)
     wrong = {
-        path: Slice(one.dim, one.index, one.delta, tuple(10 * v for v in one.base)) for path, one in slices.items()
+        path: Slice(change.dim, change.index, change.delta, tuple(10 * v for v in change.base))
+        for path, change in slices.items()
     }
     with pytest.raises(UserError, match="made for other weights"):
         switch(model, wrong)
@@ -103,34 +113,34 @@ def test_slices_of_another_base_are_refused_and_nothing_is_changed(tmp_path: Pat
         add_slices([slices, wrong])
     with pytest.raises(UserError, match="made for other weights"):
         switch(tiny_vit(seed=9), add_slices([slices]))
-    unknown = {path: Slice(one.dim, one.index, one.delta) for path, one in slices.items()}
+    unknown = {path: Slice(change.dim, change.index, change.delta) for path, change in slices.items()}
     assert torch.equal(
         outputs(switch(tiny_vit(), unknown)), outputs(switch(tiny_vit(), add_slices([unknown, slices], [0, 1])))
     )
 
 
 def test_a_switched_model_is_not_adapted(tmp_path: Path) -> None:
-    """What a switch keeps would come back over an update that was merged meanwhile."""
+    """The values that a switch keeps would overwrite an update that was merged meanwhile."""
     _, folder = saved("vit", tmp_path, 1)
     plain = tiny_vit()
     vismt.adapt(plain, "lora", rank=2)
     lora, whole = vismt.save_adapter(plain, tmp_path / "lora"), nn.Module()
     whole.vit = switch(tiny_vit(), read_slices(folder))
-    told = r" is switched to S2FT slices; call vismt\.llm\.switch\(\.\.\., None\) first"
+    message = r" is switched to S2FT slices; call vismt\.llm\.switch\(\.\.\., None\) first"
     for method in ("lora", "s2ft", "pissa", "lisa"):
-        with pytest.raises(UserError, match="adapt: the model" + told):
+        with pytest.raises(UserError, match="adapt: the model" + message):
             vismt.adapt(whole.vit, method)
     for other in (folder, lora):
-        with pytest.raises(UserError, match="load_adapter: the model" + told):
+        with pytest.raises(UserError, match="load_adapter: the model" + message):
             vismt.load_adapter(whole.vit, other)
-    with pytest.raises(UserError, match="adapt: its part 'vit'" + told):
+    with pytest.raises(UserError, match="adapt: its part 'vit'" + message):
         vismt.adapt(whole, "lora", rank=2)
     with (
-        pytest.raises(UserError, match="serving: the model" + told),
+        pytest.raises(UserError, match="serving: the model" + message),
         serving(whole.vit, [read_slices(folder)], torch.zeros(1)),
     ):
         pass
-    assert all(isinstance(block.mlp.fc2, nn.Linear) for block in whole.vit.blocks) and not adapted_modules(whole)
+    assert all(isinstance(block.mlp.fc2, nn.Linear) for block in whole.vit.blocks) and not adapter_layers(whole)
     assert all(parameter.requires_grad for parameter in whole.parameters())
     switch(whole.vit, None)
     assert torch.equal(outputs(whole.vit), outputs(tiny_vit()))
@@ -138,8 +148,8 @@ def test_a_switched_model_is_not_adapted(tmp_path: Path) -> None:
 
 
 def test_sums_are_unions_with_overlaps_added(tmp_path: Path) -> None:
-    (_, one), (_, two) = saved("vit", tmp_path, 1), saved("vit", tmp_path, 2, ratio=0.6)
-    first, second = read_slices(one), read_slices(two)
+    (_, first_folder), (_, second_folder) = saved("vit", tmp_path, 1), saved("vit", tmp_path, 2, ratio=0.6)
+    first, second = read_slices(first_folder), read_slices(second_folder)
     both = add_slices([first, second], [0.5, -2.0])
     base = {name: value for name, value in tiny_vit().state_dict().items()}
     states = [switch(tiny_vit(), slices).state_dict() for slices in (first, second, both)]
@@ -154,7 +164,7 @@ def test_sums_are_unions_with_overlaps_added(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2-conv1d", "vit"])
 def test_several_adapters_in_one_batch_answer_as_each_alone(name: str, tmp_path: Path) -> None:
-    """Oracle 12: adapters of different units and sizes, and the base; 3e-6 of the largest logit."""
+    """Adapters of different units and sizes, and the base, agree to 1e-5 of the largest logit."""
     folders = [
         saved(name, tmp_path, seed, ratio=ratio, parts=parts)[1]
         for seed, ratio, parts in ((1, 0.3, EVERY), (2, 0.5, ("o", "d")))
@@ -172,19 +182,19 @@ def test_several_adapters_in_one_batch_answer_as_each_alone(name: str, tmp_path:
     with serving(model, adapters, which):
         served = run(model)
     assert torch.equal(run(model), base)
-    alone = [run(switch(MODELS[name](), one)) for one in (*adapters, None)]
+    alone = [run(switch(MODELS[name](), adapter)) for adapter in (*adapters, None)]
     for sample, number in enumerate(which.tolist()):
         assert (served[sample] - alone[number][sample]).abs().max() <= 1e-5 * float(base.abs().max())
         assert number == -1 or (served[sample] - base[sample]).abs().max() > 1e-3
 
 
 def test_a_second_adapter_takes_the_place_of_the_first_in_training(tmp_path: Path) -> None:
-    """load_adapter on a model adapted alike first puts back what the other units replaced."""
-    (one, _), (two, folder) = saved("vit", tmp_path, 1), saved("vit", tmp_path, 2)
-    vismt.load_adapter(one, folder)
-    assert torch.equal(outputs(one), outputs(two))
-    vismt.unadapt(one)
-    assert all(torch.equal(value, tiny_vit().state_dict()[name]) for name, value in one.state_dict().items())
+    """load_adapter on a model adapted in the same way first restores the values that its units replaced."""
+    (model, _), (trained, folder) = saved("vit", tmp_path, 1), saved("vit", tmp_path, 2)
+    vismt.load_adapter(model, folder)
+    assert torch.equal(outputs(model), outputs(trained))
+    vismt.unadapt(model)
+    assert all(torch.equal(value, tiny_vit().state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:

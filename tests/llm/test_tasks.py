@@ -1,4 +1,4 @@
-"""Tasks on tiny random LMs: what is counted, packing, padding, log-likelihoods against a loop, measures by hand."""
+"""Tasks on tiny random LMs: counted tokens, packing, padding, log-likelihoods against a loop, measures by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytest.importorskip("tokenizers")
 from helpers.lm_parts import tiny_lm, tokenizer
 
 from vismt.errors import UserError
-from vismt.llm.heads import LinearHead, check_laplace, laplace_head, log_predictive, make_head
+from vismt.llm.heads import LinearAnswerHead, check_laplace, laplace_head, log_predictive, make_head
 from vismt.llm.net import LmNet, check_logits
 from vismt.llm.tasks import make_task
 from vismt.llm.tasks.alternating import AlternatingObjective
@@ -22,14 +22,13 @@ from vismt.llm.tasks.base import (
     Item,
     LmObjective,
     gather,
-    mean_of,
     probability_measures,
     ratio_measures,
     tempered,
 )
 from vismt.llm.tasks.generation import normalised
 from vismt.llm.tasks.pieces import IGNORE, Piece, collate, pack, piece, stem, windows
-from vismt.registry import adapt
+from vismt.methods import adapt
 
 KINDS = ("llama", "qwen2", "gpt2")
 PIECES = [piece([5, 6, 7], [8, 9], 20), piece([10], [11, 12, 13, 14, 15], 20), piece([16, 17, 18, 19], [20], 20)]
@@ -41,30 +40,30 @@ def lm(request):
     return tiny_lm(request.param).requires_grad_(False)
 
 
-def naive(lm, one: Piece) -> list[float]:
-    """-log p of each counted token, one forward pass a token, nothing padded or packed."""
-    found = []
-    for place in range(1, len(one.ids)):
-        if one.labels[place] != IGNORE:
+def naive(lm, part: Piece) -> list[float]:
+    """Return -log p of each counted token, with one forward pass per token and without padding or packing."""
+    nats = []
+    for position in range(1, len(part.ids)):
+        if part.labels[position] != IGNORE:
             with torch.no_grad():
-                logits = lm(input_ids=torch.tensor([one.ids[:place]])).logits[0, -1].double()
-            found.append(-float(logits.log_softmax(0)[one.ids[place]]))
-    return found
+                logits = lm(input_ids=torch.tensor([part.ids[:position]])).logits[0, -1].double()
+            nats.append(-float(logits.log_softmax(0)[part.ids[position]]))
+    return nats
 
 
-# ---- what is counted ---------------------------------------------------------------------------------------------------
+# ---- counted tokens ---------------------------------------------------------------------------------------------------
 
 
 def test_the_answer_alone_is_counted():
     words = tokenizer()
     task = make_task("causal", "Question: {question}\nAnswer:", {"answer": " {answer}", "length": 64})
     item = task.encode("a", {"question": "what is one", "answer": "two plus three"}, words)
-    (one,) = item.pieces
-    counted = [token for token, label in zip(one.ids, one.labels) if label != IGNORE]
+    (part,) = item.pieces
+    counted = [token for token, label in zip(part.ids, part.labels) if label != IGNORE]
     assert words.decode(counted) == " two plus three</s>"
-    assert all(label in (IGNORE, token) for token, label in zip(one.ids, one.labels))
+    assert all(label in (IGNORE, token) for token, label in zip(part.ids, part.labels))
     assert (
-        words.decode([t for t, label in zip(one.ids, one.labels) if label == IGNORE])
+        words.decode([t for t, label in zip(part.ids, part.labels) if label == IGNORE])
         == "Question: what is one\nAnswer:"
     )
     with_bos = task.encode("a", {"question": "what is one", "answer": "two"}, tokenizer(bos=True)).pieces[0]
@@ -83,10 +82,10 @@ def test_too_long_rows_lose_the_beginning_of_the_prompt():
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 6, 7, 8, 9, 12])
 def test_windows_count_every_token_once(count, context):
     text = list(range(count))
-    found = windows(context, text, 4)
-    counted = [label for one in found for label in one.labels[1:] if label != IGNORE]
+    pieces = windows(context, text, 4)
+    counted = [label for part in pieces for label in part.labels[1:] if label != IGNORE]
     assert counted == (text if context else text[1:])  # without context nothing predicts the first
-    assert all(1 <= len(one.ids) <= 4 for one in found) and all(a.ids[-1] == b.ids[0] for a, b in pairwise(found))
+    assert all(1 <= len(part.ids) <= 4 for part in pieces) and all(a.ids[-1] == b.ids[0] for a, b in pairwise(pieces))
 
 
 def test_of_long_texts_the_first_windows_can_be_taken():
@@ -107,12 +106,12 @@ def test_packing_keeps_every_label_but_those_that_another_document_would_predict
     assert both.labels == (IGNORE, 2, 3, IGNORE, 5, 6)
     second = pack([piece([7], [8], 9), piece([], [1, 2, 3], 9)], 9)[0]
     assert second.labels == (IGNORE, 8, IGNORE, 2, 3)  # token 1 is not predicted from 8
-    assert [len(one.ids) for one in pack(PIECES, 11)] == [11, 5] and [len(one.ids) for one in pack(PIECES, 5)] == [
+    assert [len(part.ids) for part in pack(PIECES, 11)] == [11, 5] and [len(part.ids) for part in pack(PIECES, 5)] == [
         5,
         6,
         5,
     ]
-    assert sum(one.counted for one in pack(PIECES, 16)) == sum(one.counted for one in PIECES)
+    assert sum(part.counted for part in pack(PIECES, 16)) == sum(part.counted for part in PIECES)
 
 
 def test_positions_begin_anew_and_attention_stays_within_a_document():
@@ -134,9 +133,9 @@ def test_positions_begin_anew_and_attention_stays_within_a_document():
 def test_a_packed_piece_has_the_nll_of_its_documents(lm):
     net = LmNet(lm)
     packed, tokens = net.token_nll(collate(pack(PIECES, 16)))
-    alone = [sum(naive(lm, one)) for one in PIECES]
+    alone = [sum(naive(lm, part)) for part in PIECES]
     assert float(packed) == pytest.approx(sum(alone), rel=1e-4) and int(tokens) == 8
-    # a document before it changes nothing
+    # another document before it changes nothing
     other = piece([30, 31, 32], [33, 34], 20)
     changed = net.token_nll(collate(pack([other, *PIECES[1:]], 16)))[0]
     assert float(changed) == pytest.approx(sum(naive(lm, other)) + sum(alone[1:]), rel=1e-4)
@@ -148,8 +147,8 @@ def test_a_packed_piece_has_the_nll_of_its_documents(lm):
 def test_log_likelihood_is_that_of_a_loop_over_tokens(lm):
     nats, tokens = LmNet(lm).token_nll(collate(PIECES), at_once=3)
     assert tokens.tolist() == [2, 5, 1]
-    for value, one in zip(nats.tolist(), PIECES):
-        assert value == pytest.approx(sum(naive(lm, one)), rel=1e-4)
+    for value, part in zip(nats.tolist(), PIECES):
+        assert value == pytest.approx(sum(naive(lm, part)), rel=1e-4)
     none = LmNet(lm).token_nll(collate([Piece((1, 2), (IGNORE, IGNORE))]))
     assert none[0].tolist() == [0.0] and none[1].tolist() == [0]
 
@@ -162,10 +161,10 @@ def test_left_padding_changes_neither_features_nor_generation(lm):
     assert len({len(item.pieces[0].ids) for item in items}) == 3
     together = task.generate(net, items)
     assert together == [task.generate(net, [item])[0] for item in items] and len(set(together)) > 1
-    for text, question in zip(together, questions):  # and what transformers writes of it alone
+    for text, question in zip(together, questions):  # and transformers generates the same text for the single prompt
         ids = torch.tensor([words(f"Question: {question}")["input_ids"]])
-        made = lm.generate(ids, do_sample=False, max_new_tokens=6, pad_token_id=2)
-        assert text == words.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+        generated = lm.generate(ids, do_sample=False, max_new_tokens=6, pad_token_id=2)
+        assert text == words.decode(generated[0, ids.shape[1] :], skip_special_tokens=True)
     prompts = [piece(item.pieces[0].ids, [], 99) for item in items]
     with torch.no_grad():
         both = net.features(collate(prompts))
@@ -210,21 +209,21 @@ def test_answers_are_scored_list_wise(lm, normalise):
         alone = [stem(item.pieces[0], answer) for answer in range(count)]
         assert len(record["log_p"]) == count
         sizes = {
-            "token": [one.counted for one in alone],
+            "token": [part.counted for part in alone],
             "none": [1] * 3,
             "character": [len(row[key]) for key in options["answers"] if key in row],
         }[normalise]
-        scores = torch.tensor([-sum(naive(lm, one)) / size for one, size in zip(alone, sizes)], dtype=torch.float64)
+        scores = torch.tensor([-sum(naive(lm, part)) / size for part, size in zip(alone, sizes)], dtype=torch.float64)
         assert record["log_p"] == pytest.approx(scores.log_softmax(0).tolist(), abs=1e-3)
     embedding = net.lm.get_input_embeddings().weight.requires_grad_(True)
     loss = task.loss(net, gather(items))["loss"]
     assert (
         torch.autograd.grad(loss, embedding)[0].isfinite().all()
-    )  # the choice that the first row lacks divides by nothing
+    )  # the choice that the first row lacks does not divide by zero
     embedding.requires_grad_(False)
     mean = -sum(record["log_p"][item.label] for record, item in zip(records, items)) / 2
     assert float(loss.detach()) == pytest.approx(mean, rel=1e-3)
-    assert mean_of(task.measures(records)["NLL in nats"]) == pytest.approx(mean, rel=1e-3)
+    assert task.measures(records)["NLL in nats"].score == pytest.approx(mean, rel=1e-3)
 
 
 # ---- measures ------------------------------------------------------------------------------------------------------------
@@ -232,14 +231,11 @@ def test_answers_are_scored_list_wise(lm, normalise):
 
 def test_perplexity_is_counted_over_tokens():
     # 2 nats on one token and 6 on seven: 8 nats / 8 tokens = 1. A mean over rows would be (2 + 6 / 7) / 2 = 1.43.
-    found = ratio_measures([{"nats": 2.0, "tokens": 1}, {"nats": 6.0, "tokens": 7}])
-    assert mean_of(found["NLL in nats a token"]) == pytest.approx(1.0) and mean_of(
-        found["perplexity"]
-    ) == pytest.approx(math.e)
-    assert found["NLL in nats a token"].values == pytest.approx(
-        [1 + (2 - 1) / 4, 1 + (6 - 7) / 4]
-    )  # effect of each row
-    assert found["perplexity"].lower_is_better
+    measures = ratio_measures([{"id": "a", "nats": 2.0, "tokens": 1}, {"id": "b", "nats": 6.0, "tokens": 7}])
+    nats, perplexity = measures["NLL in nats a token"], measures["perplexity"]
+    assert nats.score == pytest.approx(1.0) and perplexity.score == pytest.approx(math.e)
+    assert nats.values == pytest.approx({"a": 1 + (2 - 1) / 4, "b": 1 + (6 - 7) / 4})  # effect of each row
+    assert perplexity.better == "lower"
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
@@ -250,31 +246,34 @@ def test_perplexity_does_not_depend_on_the_batch(batch):
     items = [task.encode(text, {"text": text}, words) for text in texts]
     chunks = [items[i : i + batch] for i in range(0, len(items), batch)]
     records = [record for chunk in chunks for record in task.score(LmNet(lm), gather(chunk), chunk)]
-    each = [naive(lm, one) for item in items for one in item.pieces]
+    each = [naive(lm, part) for item in items for part in item.pieces]
     tokens = [len(words(text)["input_ids"]) - 1 for text in texts]
     assert [record["tokens"] for record in records] == tokens and sum(map(len, each)) == sum(tokens)
-    assert mean_of(task.measures(records)["perplexity"]) == pytest.approx(
+    assert task.measures(records)["perplexity"].score == pytest.approx(
         math.exp(sum(map(sum, each)) / sum(tokens)), rel=1e-4
     )
-    assert task.quality(records) == pytest.approx(1 / mean_of(task.measures(records)["perplexity"]))
+    assert task.quality(records) == pytest.approx(1 / task.measures(records)["perplexity"].score)
 
 
 def test_calibration_by_hand_and_rows_with_fewer_choices():
     records = [
-        {"label": 0, "log_p": [math.log(0.9), math.log(0.1)]},  # bin 13: right, 0.9
-        {"label": 1, "log_p": [math.log(0.9), math.log(0.1)]},  # bin 13: wrong, 0.9
-        {"label": 2, "log_p": [math.log(0.2), math.log(0.2), math.log(0.6)]},  # bin 8 or 9: right, 0.6
+        {"id": "a", "label": 0, "log_p": [math.log(0.9), math.log(0.1)]},  # bin 13: right, 0.9
+        {"id": "b", "label": 1, "log_p": [math.log(0.9), math.log(0.1)]},  # bin 13: wrong, 0.9
+        {"id": "c", "label": 2, "log_p": [math.log(0.2), math.log(0.2), math.log(0.6)]},  # bin 8 or 9: right, 0.6
     ]
-    found = probability_measures(records)
+    measures = probability_measures(records)
     # |(1 - .9) + (0 - .9)| / 3 + |1 - .6| / 3 = (.8 + .4) / 3; each row's part, by the sign of its bin: -.1, .9, .4
-    assert mean_of(found["ECE-15"]) == pytest.approx(0.4) and found["ECE-15"].values == pytest.approx([-0.1, 0.9, 0.4])
-    assert mean_of(found["accuracy"]) == pytest.approx(2 / 3)
-    assert found["NLL in nats"].values == pytest.approx([-math.log(0.9), -math.log(0.1), -math.log(0.6)])
-    assert found["Brier"].values == pytest.approx([0.02, 1.62, 0.24])
+    assert measures["ECE-15"].score == pytest.approx(0.4)
+    assert measures["ECE-15"].values == pytest.approx({"a": -0.1, "b": 0.9, "c": 0.4})
+    assert measures["accuracy"].score == pytest.approx(2 / 3)
+    assert measures["NLL in nats"].values == pytest.approx(
+        {"a": -math.log(0.9), "b": -math.log(0.1), "c": -math.log(0.6)}
+    )
+    assert measures["Brier"].values == pytest.approx({"a": 0.02, "b": 1.62, "c": 0.24})
     # Each class against the rest, pairs in the right order: class 0 (.9 over .9 and .2): .75; class 1: 0.5, .1 against .1 and .2
     # gives .25; class 2: 1.
-    assert mean_of(found["AUROC"]) == pytest.approx((0.75 + 0.25 + 1) / 3)
-    low, high = found["ECE-15"].interval
+    assert measures["AUROC"].score == pytest.approx((0.75 + 0.25 + 1) / 3)
+    low, high = measures["ECE-15"].interval()
     assert 0 <= low < high and "AUROC" not in probability_measures(records[:1])
     soft = tempered(records[:2], records[:2])
     assert [math.exp(p) for p in soft[0]["log_p"]] == pytest.approx([0.5, 0.5], abs=1e-2) and soft[0]["label"] == 0
@@ -287,7 +286,7 @@ def test_generated_answers_are_read_and_compared():
     assert normalised("The  Sky, is Blue!") == "sky is blue" and normalised("nan") == "nan"
     item = task.encode("x", {"q": "Question", "a": ["one", "two"]}, tokenizer())
     assert item.gold == ["one", "two"]
-    assert mean_of(task.measures([{"right": True}, {"right": False}])["exact-match accuracy"]) == 0.5
+    assert task.measures([{"id": "a", "right": True}, {"id": "b", "right": False}])["exact-match accuracy"].score == 0.5
 
 
 # ---- cached lower blocks ---------------------------------------------------------------------------------------------------
@@ -295,7 +294,7 @@ def test_generated_answers_are_read_and_compared():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_cached_lower_blocks_give_the_same_loss_and_gradient(kind):
-    found = []
+    results = []
     for cached in (False, True):
         lm = tiny_lm(kind)
         adapt(lm, "lora", targets=r".*\.2\..*", rank=2, seed=1)
@@ -306,7 +305,7 @@ def test_cached_lower_blocks_give_the_same_loss_and_gradient(kind):
         net, calls = LmNet(lm, first=2), []
         rows = next(m for m in lm.base_model.modules() if isinstance(m, torch.nn.ModuleList))
         inner = next(m for m in rows[0].modules() if not list(m.children()))
-        items = [Item(str(i), [one]) for i, one in enumerate([*PIECES, *pack(PIECES, 16)])]
+        items = [Item(str(i), [part]) for i, part in enumerate([*PIECES, *pack(PIECES, 16)])]
         if cached:
             states = net.lower_states([item.pieces[0] for item in items], at_once=2)
             assert [state.shape for state in states] == [(len(item.pieces[0].ids), 32) for item in items]
@@ -316,9 +315,9 @@ def test_cached_lower_blocks_give_the_same_loss_and_gradient(kind):
         nats, _ = net.token_nll(gather(items))
         nats.sum().backward()
         assert bool(calls) != cached  # the lower blocks did not run
-        found.append((nats.detach(), {name: p.grad for name, p in lm.named_parameters() if p.grad is not None}))
+        results.append((nats.detach(), {name: p.grad for name, p in lm.named_parameters() if p.grad is not None}))
         assert "forward" not in vars(rows[0])
-    (plain, slow), (quick, fast) = found
+    (plain, slow), (quick, fast) = results
     assert torch.allclose(plain, quick, rtol=1e-4) and slow.keys() == fast.keys() and slow
     assert all(torch.allclose(slow[name], fast[name], rtol=1e-3, atol=1e-4) for name in slow)
 
@@ -340,42 +339,45 @@ def test_alternating_moves_the_posterior_apart_from_the_lm_and_saves_its_moments
         net.head = make_head("vbll", *net.answer_rows(task.tokens(words)), 2, 0, {"start_std": 0.1})
         return AlternatingObjective(net, task, lr=1e-2, spread_lr=1e-1, steps=2)
 
-    def step(one, optimizer):
-        before = {name: p.detach().clone() for name, p in one.net.named_parameters()}
-        found = one(gather(items))
-        moved = {name for name, p in one.net.named_parameters() if not torch.equal(p, before[name])}
+    def step(target, optimizer):
+        before = {name: p.detach().clone() for name, p in target.net.named_parameters()}
+        losses = target(gather(items))
+        moved = {name for name, p in target.net.named_parameters() if not torch.equal(p, before[name])}
         assert moved == {
             "head.mean",
             "head.log_noise",
             "head.spread.log_std",
-        }  # the posterior alone, by its own optimiser
-        found["loss"].backward()
-        assert all(p.grad is None for p in one.net.head.parameters())
+        }  # only the posterior, by its separate optimiser
+        losses["loss"].backward()
+        assert all(p.grad is None for p in target.net.head.parameters())
         optimizer.step()
         optimizer.zero_grad()
 
     straight, stopped = objective(), objective()
-    sgd = [torch.optim.SGD([p for p in one.net.lm.parameters() if p.requires_grad], 0.1) for one in (straight, stopped)]
-    for one, optimizer in zip((straight, stopped), sgd):
-        step(one, optimizer)
+    sgd = [
+        torch.optim.SGD([p for p in target.net.lm.parameters() if p.requires_grad], 0.1)
+        for target in (straight, stopped)
+    ]
+    for target, optimizer in zip((straight, stopped), sgd):
+        step(target, optimizer)
     resumed = objective()
     resumed.load_state_dict(stopped.state_dict())
     step(straight, sgd[0])
     step(resumed, torch.optim.SGD([p for p in resumed.net.lm.parameters() if p.requires_grad], 0.1))
-    states = [one.state_dict() for one in (straight, resumed)]
+    states = [target.state_dict() for target in (straight, resumed)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0]) and float(states[0]["step0"]) == 4
     net = resumed.net.requires_grad_(False)
     features = net.features(gather(items))
     assert torch.equal(log_predictive(net.head, features), log_predictive(net.head, features))  # the same draws
     assert log_predictive(net.head, features).exp().sum(1).tolist() == pytest.approx([1, 1])
     with pytest.raises(UserError, match=r"set head.name to vbll"):
-        AlternatingObjective(LmNet(tiny_lm(), LinearHead(torch.zeros(2, 32))), task, 1e-3, 1e-2, 1)
+        AlternatingObjective(LmNet(tiny_lm(), LinearAnswerHead(torch.zeros(2, 32))), task, 1e-3, 1e-2, 1)
 
 
 def test_the_prior_of_a_vbll_head_is_centred_at_the_rows():
     rows = 30 * torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
     head = make_head("vbll", rows, None, 10, 0, {"start_std": 0.25})
-    assert torch.equal(head.mean, rows) and head.kl().item() < 50  # from a prior at zero: over ten thousand nats
+    assert torch.equal(head.mean, rows) and head.kl().item() < 50  # with a prior at zero it is over ten thousand nats
     with pytest.raises(UserError, match="'linear' has no option 'start_std'"):
         make_head("linear", rows, None, 10, 0, {"start_std": 0.25})
     biased = make_head("linear", rows, torch.ones(2), 10, 0, {})
@@ -393,22 +395,22 @@ def test_the_prior_of_a_vbll_head_is_centred_at_the_rows():
 # ---- errors -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "prompt", "options", "told"), [
+@pytest.mark.parametrize(("kind", "prompt", "options", "message"), [
     ("clases", "{text}", {}, "no kind 'clases'. Near: 'classes'"),
     ("causal", "{text}", {"anser": ""}, "'causal' has no option 'anser'. Near: 'answer'"),
     ("causal", "{text}", {}, "'causal' needs the option 'answer'"),
     ("causal", "{text}", {"answer": ""}, "answer: is empty"),
     ("causal", "", {"answer": "{text}", "length": 1}, "length 1"),
     ("causal", "", {"answer": "{text}", "windows": 0}, "windows 0; it must be at least 1"),
-    ("causal", "{text}", {"answer": "{text}", "windows": 2}, "is of texts that have no prompt"),
+    ("causal", "{text}", {"answer": "{text}", "windows": 2}, "is for texts without a prompt"),
     ("classes", "", SENTIMENT, "needs a prompt and two answers"),
-    ("classes", "x", {"answers": ["a", "b"]}, "of the wrong type"),
+    ("classes", "x", {"answers": ["a", "b"]}, "have the wrong type"),
     ("answers", "x", {"answers": {"a": "b", "c": "d"}, "normalise": "words"}, "normalise 'words'"),
-    ("generation", "x", {"answer": "y", "gold": "z", "pattern": "("}, "is no regular expression"),
+    ("generation", "x", {"answer": "y", "gold": "z", "pattern": "("}, "is not a regular expression"),
     ("generation", "x", {"answer": "y", "gold": "z", "pattern": "a"}, "has 0 groups, needed one"),
 ])  # fmt: skip
-def test_settings_that_do_not_go_together(kind, prompt, options, told):
-    with pytest.raises(UserError, match=told):
+def test_settings_that_do_not_go_together(kind, prompt, options, message):
+    with pytest.raises(UserError, match=message):
         make_task(kind, prompt, options)
 
 
@@ -416,7 +418,7 @@ def test_rows_that_do_not_fit():
     words, row = tokenizer(), {"text": "good", "label": "2"}
     with pytest.raises(UserError, match=r"prompt 'Review: {txt}': no field 'txt'. Near: 'text'"):
         make_task("causal", "Review: {txt}", {"answer": "{text}"}).encode("a", row, words)
-    with pytest.raises(UserError, match="is no template"):
+    with pytest.raises(UserError, match="is not a template"):
         make_task("causal", "Review: {text", {"answer": "{text}"}).encode("a", row, words)
     with pytest.raises(UserError, match="row 'a' has label '2'"):
         make_task("classes", "{text}", SENTIMENT).encode("a", row, words)
@@ -436,7 +438,7 @@ def test_an_lm_that_caps_its_logits_is_refused():
     lm = tiny_lm()
     check_logits(lm)
     head = lm.forward
-    lm.forward = lambda **given: type("Out", (), {"logits": head(**given).logits / 4})()
+    lm.forward = lambda **inputs: type("Out", (), {"logits": head(**inputs).logits / 4})()
     with pytest.raises(UserError, match="scales or caps its logits"):
         check_logits(lm)
     with pytest.raises(UserError, match=r"model.first_block: 3; LlamaForCausalLM has blocks 0 to 2"):

@@ -1,5 +1,4 @@
-"""The discriminative VBLL head against written-out covariances, weights drawn by the thousand, torch.distributions and the
-numbers of the authors' package."""
+"""The discriminative VBLL head against explicit covariances, drawn weights, torch.distributions and the authors' package."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from vismt.engine import loop
 from vismt.errors import UserError
 from vismt.llm import VBLLClassifier
 
-# Loss, KL without its constant, bound of each example of `moved_head`: what vbll 0.4.9 (DiscClassification) gives in fp64.
+# Loss, KL without its constant, bound of each example of `moved_head`, from vbll 0.4.9 (DiscClassification) in fp64.
 PACKAGE = {
     "diagonal": (
         5.124080208647107,
@@ -39,7 +38,7 @@ PACKAGE = {
 
 
 def drawn_logits(head: VBLLClassifier, x: Tensor, count: int) -> Tensor:
-    """(count, b, k) from drawn weights and noise, not from the logits' own distribution."""
+    """Return logits (count, b, k) from drawn weights and noise, not from the distribution of the logits."""
     torch.manual_seed(3)
     weights = MultivariateNormal(head.mean.detach(), covariances(head)).sample((count,))
     noise = torch.randn(count, len(x), len(head.mean), dtype=x.dtype) * head.log_noise.detach().exp()
@@ -52,9 +51,9 @@ def test_logits_and_bound_in_closed_form(covariance: str) -> None:
     mean, variance = head.logit_distribution(x)
     for b in range(5):
         for c in range(3):
-            own = x[b] @ covariances(head)[c] @ x[b] + head.log_noise[c].exp() ** 2
+            expected_variance = x[b] @ covariances(head)[c] @ x[b] + head.log_noise[c].exp() ** 2
             assert mean[b, c].item() == pytest.approx((head.mean[c] @ x[b]).item(), abs=1e-12)
-            assert variance[b, c].item() == pytest.approx(own.item(), rel=1e-12)
+            assert variance[b, c].item() == pytest.approx(expected_variance.item(), rel=1e-12)
     expected = [
         mean[b, y] - torch.log(sum(torch.exp(mean[b, c] + variance[b, c] / 2) for c in range(3)))
         for b, y in enumerate(LABELS)
@@ -79,7 +78,7 @@ def test_bound_below_expected_log_below_log_expected(covariance: str) -> None:
     error = logs.std(0) / math.sqrt(len(logs))
     bound = head.bound(x, LABELS)
     assert (bound <= logs.mean(0) + 3 * error).all()
-    assert (logs.mean(0) - bound < 1.0).all()  # and not below by being worthless
+    assert (logs.mean(0) - bound < 1.0).all()  # and the bound is not loose
     assert (logs.mean(0) <= logs.exp().mean(0).log()).all()
 
 
@@ -115,12 +114,12 @@ def test_kl_vanishes_at_the_prior_alone() -> None:
 
 def test_logdet_of_low_rank_neither_underflows_nor_cancels() -> None:
     wide = VBLLClassifier(400, 2, 10, "lowrank", start_std=1e-3)
-    assert float(torch.linalg.det(covariances(wide)[0])) == 0.0  # what a determinant gives
+    assert float(torch.linalg.det(covariances(wide)[0])) == 0.0  # the determinant underflows
     assert wide.spread.logdet()[0].item() == pytest.approx(torch.logdet(covariances(wide)[0].double()).item(), rel=1e-5)
     head = moved_head("lowrank")
     with torch.no_grad():
         head.spread.factor.mul_(1e4)
-        head.spread.factor[:, :, 1] = head.spread.factor[:, :, 0]  # a U of rank 1, huge beside D
+        head.spread.factor[:, :, 1] = head.spread.factor[:, :, 0]  # a U of rank 1, large relative to D
     assert head.spread.logdet().tolist() == pytest.approx(torch.linalg.slogdet(covariances(head))[1].tolist(), rel=1e-6)
 
 
@@ -183,9 +182,9 @@ def test_predictive_is_the_mean_over_drawn_weights(covariance: str) -> None:
     head, x = moved_head(covariance), features() / 2
     drawn = drawn_logits(head, x, 50_000)
     expected = drawn.softmax(-1).mean(0)
-    found = head.predict(x, 50_000, torch.Generator().manual_seed(0))
-    assert torch.allclose(found.sum(1), torch.ones(5, dtype=x.dtype))
-    assert torch.allclose(found, expected, atol=0.01)
+    actual = head.predict(x, 50_000, torch.Generator().manual_seed(0))
+    assert torch.allclose(actual.sum(1), torch.ones(5, dtype=x.dtype))
+    assert torch.allclose(actual, expected, atol=0.01)
     # Neither the softmax of mean logits nor the bound's normaliser would pass.
     mean, variance = head.logit_distribution(x)
     assert (mean.softmax(1) - expected).abs().max() > 0.05
@@ -219,7 +218,7 @@ def test_features_of_k_times_the_size_have_k_squared_the_variance() -> None:
     ones, threes = head.logit_distribution(x)[1], head.logit_distribution(3 * x)[1]
     assert torch.allclose(threes, 9 * ones, rtol=1e-12)
     assert torch.allclose(head.uncertainty(x, 2)["weight_variance"], ones.mean(1))
-    # At one mean the entropy rises with the variance; a linear head's falls to 0 along a ray, this one's does not.
+    # At a fixed mean the entropy rises with the variance; that of a linear head falls to 0 along a ray, this one does not.
     with torch.no_grad():
         low = head.uncertainty(x, 4000, torch.Generator().manual_seed(0))
         head.spread.log_std += 1
@@ -239,12 +238,12 @@ def test_predict_draws_logits_and_nothing_draws_before() -> None:
     head.predict(x, method="probit")
     VBLLClassifier(64, 3, 10, "lowrank", seed=4)
     assert torch.equal(torch.get_rng_state(), state)
-    one, two = (torch.Generator().manual_seed(5) for _ in range(2))
-    found = head.predict(x, 7, one)
-    noise = torch.randn(7, 5, 3, generator=two)  # samples x examples x classes, where weights would be 7 x 3 x 64
+    generator, same = (torch.Generator().manual_seed(5) for _ in range(2))
+    actual = head.predict(x, 7, generator)
+    noise = torch.randn(7, 5, 3, generator=same)  # samples x examples x classes, where weights would be 7 x 3 x 64
     mean, variance = head.logit_distribution(x)
-    assert torch.allclose(found, torch.softmax(mean + noise * variance.sqrt(), -1).mean(0), atol=1e-6)
-    assert torch.equal(torch.rand(1, generator=one), torch.rand(1, generator=two))
+    assert torch.allclose(actual, torch.softmax(mean + noise * variance.sqrt(), -1).mean(0), atol=1e-6)
+    assert torch.equal(torch.rand(1, generator=generator), torch.rand(1, generator=same))
 
 
 def test_one_pass_of_the_backbone_whatever_the_samples() -> None:
@@ -281,7 +280,7 @@ def test_fp32_whatever_is_around(covariance: str) -> None:
 
 @pytest.mark.parametrize("covariance", COVARIANCES)
 def test_no_tensor_of_another_device(covariance: str) -> None:
-    # Operations that mix devices raise on meta tensors too.
+    # Operations on mixed devices also raise on meta tensors.
     head = VBLLClassifier(6, 3, 40, covariance, device="meta")
     x, y = torch.empty(5, 6, device="meta"), torch.empty(5, dtype=torch.long, device="meta")
     assert head.loss(x, y).is_meta and head.predict(x).is_meta and head.predict(x, method="probit").is_meta
@@ -306,21 +305,23 @@ def test_starts_at_the_rows_with_the_prior_there() -> None:
 
 
 def test_start_values_are_a_function_of_the_seed() -> None:
-    one, same, other = (VBLLClassifier(200, 5, 10, "lowrank", seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(one.mean, same.mean) and torch.equal(one.spread.factor, same.spread.factor)
-    assert not torch.equal(one.mean, other.mean)
-    assert one.mean.std().item() == pytest.approx(0.1, rel=0.1)  # sqrt(2 / 200)
-    assert not one.centre.any()
+    first, same, other = (VBLLClassifier(200, 5, 10, "lowrank", seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.mean, same.mean) and torch.equal(first.spread.factor, same.spread.factor)
+    assert not torch.equal(first.mean, other.mean)
+    assert first.mean.std().item() == pytest.approx(0.1, rel=0.1)  # sqrt(2 / 200)
+    assert not first.centre.any()
 
 
 def test_rates_of_their_own_and_no_decay() -> None:
     objective = nn.ModuleDict({"backbone": nn.Linear(6, 6), "head": VBLLClassifier(6, 3, 40, "lowrank")})
     config = TrainConfig(lr=0.01, weight_decay=0.1, rates={"head.spread": 30.0, "head": 3.0})
-    kept = loop.with_own_prior(objective)
-    made = loop.make_optimizer(dict(objective.named_parameters()), config, kept)
+    undecayed = loop.with_own_prior(objective)
+    optimizer = loop.make_optimizer(dict(objective.named_parameters()), config, undecayed)
     names = {id(value): name for name, value in objective.named_parameters()}
-    seen = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in made.param_groups for p in group["params"]}
-    assert seen == {
+    rates = {
+        names[id(p)]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+    }
+    assert rates == {
         "backbone.weight": (0.01, 0.1),
         "backbone.bias": (0.01, 0.0),
         "head.mean": (0.03, 0.0),
@@ -371,7 +372,7 @@ def test_far_off_features_score_higher_in_every_score() -> None:
         head.loss(x, y).backward()
         optimizer.step()
     clear = torch.tensor([[6.0, 0, 0, 0], [-6.0, 0, 0, 0]])
-    far = torch.tensor([[0, 9.0, 9, 9], [0, -9.0, 9, -9]])  # nothing is known of these directions
+    far = torch.tensor([[0, 9.0, 9, 9], [0, -9.0, 9, -9]])  # directions without training data
     with torch.no_grad():
         inside, outside = (head.uncertainty(z, 2000, torch.Generator().manual_seed(0)) for z in (clear, far))
     assert set(inside) == {"least_confidence", "entropy", "mutual_information", "weight_variance"}
@@ -385,7 +386,7 @@ def make(**changes: object) -> VBLLClassifier:
 
 
 @pytest.mark.parametrize(
-    "changes,told",
+    "changes,message",
     [
         ({"num_train": 0}, "num_train 0; it must be the number of training examples"),
         ({"num_train": 0.5}, "num_train 0.5"),
@@ -400,13 +401,13 @@ def make(**changes: object) -> VBLLClassifier:
         ({"rows": torch.zeros(3, 5)}, "rows are \\(3, 5\\), needed \\(3, 6\\)"),
     ],
 )
-def test_what_a_head_cannot_be(changes: dict, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_what_a_head_cannot_be(changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         make(**changes)
 
 
 @pytest.mark.parametrize(
-    "x,y,told",
+    "x,y,message",
     [
         (torch.zeros(2, 4, 6), torch.zeros(2).long(), "pool tokens"),
         (torch.zeros(2, 5), torch.zeros(2).long(), "needed floats \\(b, 6\\)"),
@@ -417,19 +418,19 @@ def test_what_a_head_cannot_be(changes: dict, told: str) -> None:
         (torch.zeros(2, 6), torch.tensor([0, -100]), "labels range over \\[-100, 0\\]"),
     ],
 )
-def test_inputs_that_do_not_fit(x: Tensor, y: Tensor, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_inputs_that_do_not_fit(x: Tensor, y: Tensor, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         make().loss(x, y)
 
 
 @pytest.mark.parametrize(
-    "options,told",
+    "options,message",
     [
         ({"samples": 0}, "samples 0"),
         ({"samples": 2.5}, "samples 2.5"),
         ({"method": "probbit"}, "Near: 'probit'"),
     ],
 )
-def test_predictions_that_are_none(options: dict, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_predictions_that_are_none(options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         make().predict(torch.zeros(2, 6), **options)

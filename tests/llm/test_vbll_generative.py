@@ -1,4 +1,4 @@
-"""The generative VBLL head against torch's normal densities, drawn class means, and the numbers of the authors' package."""
+"""The generative VBLL head against torch's normal densities, drawn class means, and the authors' package."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def test_density_and_bound_against_torch() -> None:
     noise, spread = torch.exp(2 * head.log_noise), torch.exp(2 * head.spread.log_std)
     joint = torch.stack([density(head.mean[c], noise + spread[c]).log_prob(x) for c in range(3)], 1)
     assert torch.allclose(head(x), joint, atol=1e-12)
-    own = torch.stack(
+    expected_log = torch.stack(
         [
             density(head.mean[y], noise).log_prob(x[b]) - 0.5 * (spread[y] / noise).sum()
             for b, y in enumerate(LABELS.tolist())
         ]
     )
-    assert torch.allclose(head.bound(x, LABELS), own - torch.logsumexp(joint, 1), atol=1e-12)
+    assert torch.allclose(head.bound(x, LABELS), expected_log - torch.logsumexp(joint, 1), atol=1e-12)
     assert torch.allclose(head.predict(x), joint.softmax(1), atol=1e-12)
     assert torch.allclose(head.uncertainty(x)["surprise"], -torch.logsumexp(joint - math.log(3), 1), atol=1e-12)
 
@@ -53,7 +53,7 @@ def test_bound_below_the_expected_log_likelihood() -> None:
     means = head.mean + head.spread.log_std.exp() * torch.randn(100_000, 3, 6, dtype=x.dtype)
     precision = torch.exp(-2 * head.log_noise)
     logits = torch.stack(
-        [-0.5 * ((one - means).square() * precision).sum(-1) for one in x], 1
+        [-0.5 * ((row - means).square() * precision).sum(-1) for row in x], 1
     )  # (s, b, k), up to a constant
     logs = logits.log_softmax(-1)[:, torch.arange(5), LABELS]
     error = logs.std(0) / math.sqrt(len(logs))

@@ -8,12 +8,12 @@ from torch import nn
 
 import vismt
 from vismt.llm import LISA
-from vismt.lowrank.activations import Block, Decoder, decoder_activation_bytes
+from vismt.lowrank.activations import BlockTraining, Decoder, decoder_activation_bytes
 from vismt.lowrank.memory import saved_activation_bytes
 
 BATCH, LENGTH, DEPTH = 3, 8, 3
 SIZES = Decoder(hidden=16, ffn=24, heads=4, kv_heads=2, head_dim=4, vocabulary=30)
-TRAINED, FROZEN = Block("trained"), Block("frozen")
+TRAINED, FROZEN = BlockTraining("trained"), BlockTraining("frozen")
 
 
 def decoder(family: str) -> nn.Module:
@@ -38,7 +38,7 @@ def measured(model: nn.Module) -> int:
     return saved_activation_bytes(model, lambda: model(input_ids=tokens, labels=tokens).loss)
 
 
-def formula(blocks: list[Block], embeddings: bool = True, norm: bool = True, head: bool = True) -> int:
+def formula(blocks: list[BlockTraining], embeddings: bool = True, norm: bool = True, head: bool = True) -> int:
     return decoder_activation_bytes(SIZES, BATCH, LENGTH, blocks, embeddings=embeddings, norm=norm, head=head)
 
 
@@ -75,7 +75,7 @@ def test_full_lisa_and_lora_to_the_byte(family: str) -> None:
     for rank in (1, 3):
         model = decoder(family)
         vismt.adapt(model, "lora", rank=rank)
-        assert measured(model) == formula([Block("lora", rank)] * DEPTH, False, False, False)
+        assert measured(model) == formula([BlockTraining("lora", rank)] * DEPTH, False, False, False)
 
 
 class Slice(torch.autograd.Function):
@@ -108,4 +108,4 @@ def test_slices_of_o_and_d_to_the_byte(attention: int, ffn: int) -> None:
         if attention:
             layer.self_attn.o_proj = Sliced(layer.self_attn.o_proj, attention)
         layer.mlp.down_proj = Sliced(layer.mlp.down_proj, ffn)
-    assert measured(model) == formula([Block("sliced", sliced=(attention, ffn))] * DEPTH, False, False, False)
+    assert measured(model) == formula([BlockTraining("sliced", sliced=(attention, ffn))] * DEPTH, False, False, False)

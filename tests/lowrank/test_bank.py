@@ -63,8 +63,8 @@ def test_gradients_equal_the_loop():
     ours, theirs = gates.clone().requires_grad_(), gates.clone().requires_grad_()
     bank(x, ours).square().sum().backward()
     looped(twin, x, theirs[:, None].expand(3, 2, 3)).square().sum().backward()
-    for mine, reference in ((ours.grad, theirs.grad), (bank.A.grad, twin.A.grad), (bank.B.grad, twin.B.grad)):
-        assert torch.allclose(mine, reference, atol=1e-11) and mine.abs().max() > 0
+    for alone, reference in ((ours.grad, theirs.grad), (bank.A.grad, twin.A.grad), (bank.B.grad, twin.B.grad)):
+        assert torch.allclose(alone, reference, atol=1e-11) and alone.abs().max() > 0
 
 
 def test_uniform_gates_are_one_lora_and_one_hot_is_one_expert():
@@ -98,22 +98,22 @@ def test_delta_of_a_mixture_is_the_forward():
 
 
 def test_no_output_per_expert_and_no_loop():
-    seen, calls = [], []
+    sizes, calls = [], []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = func(*args, **(kwargs or {}))
             if isinstance(result, torch.Tensor):
-                seen.append(result.numel())
+                sizes.append(result.numel())
                 calls.append(func)
             return result
 
     def run(experts):
-        seen.clear(), calls.clear()
+        sizes.clear(), calls.clear()
         bank = FactorBank(64, 96, experts, 1)
         with Watch():
             bank(torch.ones(4, 50, 64), torch.ones(4, experts), torch.ones(4, 50, 96))
-        return max(seen), len(calls)
+        return max(sizes), len(calls)
 
     few, many = run(2), run(16)
     # the largest tensor stays (b n, o) = 4 * 50 * 96 = 19,200 and the number of operations does not grow with E
@@ -203,12 +203,12 @@ def test_merged_is_the_weight_plus_the_delta(seed, experts, values):
     bank, gates = filled(seed, 5, 4, experts, 2), torch.tensor(values[:experts], dtype=torch.float64)
     weight = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     copies = [tensor.detach().clone() for tensor in (weight, gates, bank.A, bank.B)]
-    found = bank.merged(weight, gates)
-    assert torch.allclose(found, weight + bank.delta(gates).delta(), rtol=0, atol=1e-12)
+    merged = bank.merged(weight, gates)
+    assert torch.allclose(merged, weight + bank.delta(gates).delta(), rtol=0, atol=1e-12)
     x = torch.randn(3, 5, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
-    assert torch.allclose(x @ found.T, bank(x, gates, x @ weight.T), rtol=0, atol=1e-12)
-    assert not found.requires_grad and found.data_ptr() != weight.data_ptr()
-    assert all(torch.equal(one, other) for one, other in zip(copies, (weight, gates, bank.A, bank.B)))
+    assert torch.allclose(x @ merged.T, bank(x, gates, x @ weight.T), rtol=0, atol=1e-12)
+    assert not merged.requires_grad and merged.data_ptr() != weight.data_ptr()
+    assert all(torch.equal(copied, value) for copied, value in zip(copies, (weight, gates, bank.A, bank.B)))
 
 
 def test_merged_without_a_gate_is_the_weight_and_unused_experts_do_not_enter():
@@ -224,8 +224,8 @@ def test_merged_is_summed_wide_and_rounded_once():
     bank = FactorBank(1, 1, 2, 1, dtype=torch.bfloat16)
     with torch.no_grad():
         bank.A.fill_(1.0), bank.B.fill_(1.0)
-    found = bank.merged(torch.full((1, 1), 256.0, dtype=torch.bfloat16), torch.ones(2))
-    assert found.dtype == torch.bfloat16 and float(found) == 258
+    merged = bank.merged(torch.full((1, 1), 256.0, dtype=torch.bfloat16), torch.ones(2))
+    assert merged.dtype == torch.bfloat16 and float(merged) == 258
     # 1.002 - 1 = .002; in bf16, where 1.002 is 1, the factors would cancel.
     wide = FactorBank(1, 1, 2, 1)
     with torch.no_grad():

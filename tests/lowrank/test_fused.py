@@ -1,4 +1,4 @@
-"""Fused projections: whose rows are taken for q, k and v, who is left out because they lie otherwise, who never calls them."""
+"""Fused projections: classes with a known order of q, k and v, classes with another order, and classes that never call them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import vismt
 from vismt.errors import UserError
-from vismt.llm import Selection, select_units
-from vismt.lowrank.inject import adapted_modules
+from vismt.llm import UnitSelection, select_units
+from vismt.lowrank.inject import adapter_layers
 from vismt.lowrank.structures import structures
 
 HEADS = {"num_attention_heads": 8}
@@ -96,7 +96,9 @@ def silenced(make: Callable[[], nn.Module], path: str, part: str, units: list[in
 def test_without_the_values_of_a_group_its_heads_say_nothing(name: str) -> None:
     """Zero rows of v and zero columns of o of the heads that read them are the same function, in the right layout alone."""
     make = STACKED[name]
-    path, structure = next((path, one) for path, one in structures(make()).items() if "o" in one.parts)
+    path, structure = next(
+        (path, structure) for path, structure in structures(make()).items() if "o" in structure.parts
+    )
     size = structure.units // structure.groups
     group = structure.groups - 1
     without_v = silenced(make, path, "v", [group])
@@ -107,46 +109,46 @@ def test_without_the_values_of_a_group_its_heads_say_nothing(name: str) -> None:
 def test_reordering_multi_query_heads_keeps_the_function() -> None:
     model = bigcode(True)
     expected = outputs(model)
-    vismt.adapt(model, "s2ft", selection=Selection({"transformer.h.0.attn": {"o": (2, 5)}}))
+    vismt.adapt(model, "s2ft", selection=UnitSelection({"transformer.h.0.attn": {"o": (2, 5)}}))
     assert torch.allclose(outputs(model), expected, atol=1e-5 * float(expected.detach().abs().max()))
-    assert next(iter(adapted_modules(model).values())).slice_order.tolist() != list(range(8))
+    assert next(iter(adapter_layers(model).values())).slice_order.tolist() != list(range(8))
 
 
 @pytest.mark.parametrize("name", OTHERWISE)
 def test_rows_of_another_order_are_never_taken(name: str) -> None:
-    """Whatever is offered of such a model computes the same when reordered, and no values are among it."""
+    """Reordering what such a model offers keeps the function; it offers no values."""
     model = OTHERWISE[name]()
-    found = structures(model)
-    assert not any("v" in one.parts for one in found.values())
-    units = {path: {"o": (2, 5)} for path, one in found.items() if "o" in one.parts}
+    by_path = structures(model)
+    assert not any("v" in structure.parts for structure in by_path.values())
+    units = {path: {"o": (2, 5)} for path, structure in by_path.items() if "o" in structure.parts}
     assert bool(units) == (name == "bigcode-mha")
-    expected, told = outputs(model), r"'c_attn' is not known for a GPTBigCodeAttention"
+    expected, reason = outputs(model), r"'c_attn' is not known for a GPTBigCodeAttention"
     if units:
         with pytest.raises(
-            UserError, match=rf"'transformer\.h\.0\.attn' cannot be reordered: .*{told}; use mode='index'"
+            UserError, match=rf"'transformer\.h\.0\.attn' cannot be reordered: .*{reason}; use mode='index'"
         ):
-            vismt.adapt(model, "s2ft", selection=Selection(units))
-        with pytest.raises(UserError, match=rf"nothing known to take part 'v' from: .*{told}"):
+            vismt.adapt(model, "s2ft", selection=UnitSelection(units))
+        with pytest.raises(UserError, match=rf"nothing known to take part 'v' from: .*{reason}"):
             select_units(model, parts="v")
-        with pytest.raises(UserError, match=rf"has no part 'v': .*{told}"):
-            vismt.adapt(model, "s2ft", selection=Selection({"transformer.h.0.attn": {"v": (1,)}}))
-        vismt.adapt(model, "s2ft", mode="index", selection=Selection(units))
-    channels = {path: {"d": (1, 7)} for path, one in found.items() if "d" in one.parts}
+        with pytest.raises(UserError, match=rf"has no part 'v': .*{reason}"):
+            vismt.adapt(model, "s2ft", selection=UnitSelection({"transformer.h.0.attn": {"v": (1,)}}))
+        vismt.adapt(model, "s2ft", mode="index", selection=UnitSelection(units))
+    channels = {path: {"d": (1, 7)} for path, structure in by_path.items() if "d" in structure.parts}
     if channels and not units:
-        vismt.adapt(model, "s2ft", selection=Selection(channels))
+        vismt.adapt(model, "s2ft", selection=UnitSelection(channels))
     assert torch.allclose(outputs(model), expected, atol=1e-5 * float(expected.detach().abs().max()))
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_heads_first_and_missing_queries_leave_the_columns_of_o_alone(name: str) -> None:
     module = MODULES[name]()
-    (one,) = [one for one in structures(module).values() if "o" in one.parts]
-    assert (one.units, set(one.parts), one.parts["o"].path) == (4, {"o"}, "proj")
-    assert "'qkv' is not known for a" in one.obstacle
+    (structure,) = [structure for structure in structures(module).values() if "o" in structure.parts]
+    assert (structure.units, set(structure.parts), structure.parts["o"].path) == (4, {"o"}, "proj")
+    assert "'qkv' is not known for a" in structure.obstacle
 
 
 def test_known_by_the_class_that_computes() -> None:
-    """A subclass with a forward of its own may read the rows otherwise; cross-attention has no queries in c_attn."""
+    """A subclass with another forward may read the rows differently; cross-attention has no queries in c_attn."""
 
     class Own(AttentionCl):
         def forward(self, x: Tensor) -> Tensor:
@@ -162,23 +164,23 @@ def test_known_by_the_class_that_computes() -> None:
 
 @pytest.mark.parametrize("make", [beit, eva], ids=["beit", "eva"])
 def test_a_weight_that_is_read_without_a_call_is_refused(make: Callable[[], nn.Module]) -> None:
-    """The owner applies it with biases of its own, so that an update in the linear's place would do nothing."""
-    told = r"'blocks\.0\.attn' adds q_bias itself .* set its qkv_bias_separate to True"
+    """The owner applies the weight with other biases, so that an update in the linear's place would do nothing."""
+    reason = r"'blocks\.0\.attn' adds q_bias itself .* set its qkv_bias_separate to True"
     for targets in (["attn.qkv"], [r"blocks.0.attn.qkv"]):
-        with pytest.raises(UserError, match=rf"adapt\.targets: 'blocks\.0\.attn\.qkv' is never called: {told}"):
+        with pytest.raises(UserError, match=rf"adapt\.targets: 'blocks\.0\.attn\.qkv' is never called: {reason}"):
             vismt.adapt(make(), "lora", targets=targets, rank=2)
     report = vismt.adapt(make(), "lora", rank=2)
-    assert "is never called" in str(report) and not any(site.path.endswith("qkv") for site in report.sites)
+    assert "is never called" in str(report) and not any(spec.path.endswith("qkv") for spec in report.sites)
     for mode in ("index", "delta"):
-        with pytest.raises(UserError, match=rf"nothing known to take part 'v' from: {told}"):
+        with pytest.raises(UserError, match=rf"nothing known to take part 'v' from: {reason}"):
             vismt.adapt(make(), "s2ft", parts=("v",), ratio=0.25, mode=mode)
-    assert all("v" not in one.parts for one in structures(make()).values())
+    assert all("v" not in structure.parts for structure in structures(make()).values())
     model = separate(make())
     expected = outputs(make())
     assert torch.allclose(outputs(model), expected, atol=1e-5)
     vismt.adapt(model, "s2ft", parts=("v",), ratio=0.25, mode="index")
     outputs(model).square().sum().backward()
-    grads = [host.slice_values.grad for host in adapted_modules(model).values()]
+    grads = [layer.slice_values.grad for layer in adapter_layers(model).values()]
     assert len(grads) == 2 and all(grad is not None and grad.abs().max() > 0 for grad in grads)
 
 
@@ -189,4 +191,4 @@ def test_swin_v2_is_refused_and_unbiased_attention_is_not() -> None:
     plain = beit(qkv_bias=False)
     vismt.adapt(plain, "lora", targets=["attn.qkv"], rank=2)
     outputs(plain).square().sum().backward()
-    assert all(host.lora_B.grad.abs().max() > 0 for host in adapted_modules(plain).values())
+    assert all(layer.lora_B.grad.abs().max() > 0 for layer in adapter_layers(plain).values())

@@ -40,9 +40,9 @@ def test_randomised_range_finder_is_seeded_and_accurate() -> None:
     left, right = (torch.linalg.qr(torch.randn(48, 48, generator=generator(s))).Q for s in (2, 3))
     weight = (left * spectrum) @ right
     exact = principal(weight, 4, 1.0, generator=generator())
-    one, two, other = (principal(weight, 4, 1.0, method="randomized", generator=generator(s)) for s in (0, 0, 1))
-    assert torch.equal(one[0], two[0])
-    for pair in (one, other):
+    first, again, other = (principal(weight, 4, 1.0, method="randomized", generator=generator(s)) for s in (0, 0, 1))
+    assert torch.equal(first[0], again[0])
+    for pair in (first, other):
         product, best = pair[1] @ pair[0], exact[1] @ exact[0]
         assert torch.linalg.matrix_norm(product - best) < 0.05 * torch.linalg.matrix_norm(best)
 

@@ -9,19 +9,19 @@ from torch import nn
 
 import vismt
 from vismt.errors import UserError
-from vismt.lowrank.inject import adapted_modules
+from vismt.lowrank.inject import adapter_layers
 
 
 def paths(targets: object, **options: object) -> list[str]:
     model = tiny_vit()
     vismt.adapt(model, "lora", targets, rank=2, **options)
-    return list(adapted_modules(model))
+    return list(adapter_layers(model))
 
 
 def test_all_linear_leaves_the_head_and_convolutions_out() -> None:
-    found = paths("all-linear")
-    assert len(found) == 8 and "head" not in found and "patch_embed.proj" not in found
-    assert paths(None) == found
+    adapted = paths("all-linear")
+    assert len(adapted) == 8 and "head" not in adapted and "patch_embed.proj" not in adapted
+    assert paths(None) == adapted
 
 
 def test_a_string_is_a_regex_over_the_full_path() -> None:
@@ -41,7 +41,7 @@ def test_a_suffix_does_not_take_the_patch_embedding_along() -> None:
         (["attn.qvk"], {}, ["'attn.qvk'", "'attn.qkv' (2 modules)"]),
         ("attn.qvk", {}, ["'attn.qvk'", "'attn.qkv' (2 modules)"]),
         ("attn.qkv", {}, ["'attn.qkv'", "full path", "['attn.qkv']"]),
-        ("blocks.[", {}, ["no regular expression"]),
+        ("blocks.[", {}, ["not a regular expression"]),
         (["qkv"], {"exclude": [".*"]}, ["nothing to adapt", "after exclude"]),
         (None, {"rank": 40}, ["rank", "40", "32", "rank_pattern", "clamp_rank"]),
         (None, {"rank": 0}, ["rank", "at least 1"]),
@@ -100,7 +100,7 @@ def test_adapting_twice_is_refused() -> None:
 def test_clamped_rank_keeps_the_scale_of_its_own_rank() -> None:
     model = tiny_vit()
     report = vismt.adapt(model, "lora", ["head", "qkv"], rank=8, alpha=16, clamp_rank=True)
-    ranks = {site.path: (site.rank, site.scale) for site in report.sites}
+    ranks = {spec.path: (spec.settings.rank, spec.settings.scale) for spec in report.sites}
     # head is 5 x 32, so rank 5; alpha / r = 16 / 5. qkv keeps 8 and 16 / 8.
     assert ranks["head"] == (5, 3.2) and ranks["blocks.0.attn.qkv"] == (8, 2.0)
 
@@ -110,7 +110,7 @@ def test_patterns_set_rank_and_alpha_by_first_match() -> None:
     report = vismt.adapt(
         model, "lora", rank=2, rank_pattern={r"blocks\.1\..*": 4, "fc2": 3}, alpha_pattern={"attn.qkv": 6}
     )
-    ranks = {site.path: (site.rank, site.scale) for site in report.sites}
+    ranks = {spec.path: (spec.settings.rank, spec.settings.scale) for spec in report.sites}
     assert ranks["blocks.0.mlp.fc2"] == (3, 1.0) and ranks["blocks.1.mlp.fc2"] == (4, 1.0)
     assert ranks["blocks.0.attn.qkv"] == (2, 3.0) and ranks["blocks.1.attn.qkv"] == (4, 1.5)
 
@@ -120,7 +120,7 @@ def test_refused_modules_are_named_or_left_out_with_a_reason() -> None:
         {"mha": nn.MultiheadAttention(8, 2), "ok": nn.Linear(8, 8), "grouped": nn.Conv2d(4, 4, 3, groups=2)}
     )
     report = vismt.adapt(model, "lora", rank=2)
-    assert [site.path for site in report.sites] == ["ok"]
+    assert [spec.path for spec in report.sites] == ["ok"]
     assert any("MultiheadAttention" in text for text in report.skipped) and "left out" in str(report)
     with pytest.raises(UserError, match="grouped convolution"):
         vismt.adapt(nn.ModuleDict({"grouped": nn.Conv2d(4, 4, 3, groups=2)}), "lora", ["grouped"])
@@ -145,10 +145,10 @@ def test_a_module_with_its_own_computation_is_never_bypassed() -> None:
             self.gain = nn.Parameter(torch.ones(1))
 
     model = nn.ModuleDict({"conv": Standardised(3, 4, 1), "gained": Gained(), "plain": nn.Linear(4, 4)})
-    with pytest.raises(UserError, match=r"'conv' is a Standardised with a computation of its own"):
+    with pytest.raises(UserError, match=r"'conv' is a Standardised with another forward"):
         vismt.adapt(model, "lora", ["conv"], rank=1)
     report = vismt.adapt(model, "lora", rank=1)
-    assert [site.path for site in report.sites] == ["plain"] and "Gained" in report.skipped[0]
+    assert [spec.path for spec in report.sites] == ["plain"] and "Gained" in report.skipped[0]
 
 
 def test_hooks_fire_while_adapted_and_after() -> None:
@@ -179,8 +179,8 @@ def test_a_part_that_is_adapted_blocks_the_whole() -> None:
 def test_dtype_of_the_factors_by_name() -> None:
     model = tiny_vit()
     vismt.adapt(model, "lora", rank=2, dtype="float64", exclude="mlp.fc1")
-    assert {host.lora_A.dtype for host in adapted_modules(model).values()} == {torch.float64}
-    assert not any(path.endswith("fc1") for path in adapted_modules(model))
+    assert {layer.lora_A.dtype for layer in adapter_layers(model).values()} == {torch.float64}
+    assert not any(path.endswith("fc1") for path in adapter_layers(model))
 
 
 def test_report_prints_a_table_with_totals() -> None:
@@ -195,12 +195,12 @@ def test_report_prints_a_table_with_totals() -> None:
 def test_conv_neighbour_values() -> None:
     model = nn.Sequential(nn.Conv2d(1, 1, 2, padding=1, stride=2))
     vismt.adapt(model, "lora", ["0"], rank=1, alpha=2)
-    host = model[0]
+    layer = model[0]
     with torch.no_grad():
-        host.weight.zero_()
-        host.bias.zero_()
-        host.lora_A.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
-        host.lora_B.fill_(0.5)
+        layer.weight.zero_()
+        layer.bias.zero_()
+        layer.lora_A.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+        layer.lora_B.fill_(0.5)
     # scale 2 * B 0.5 = 1, so the update is the 2x2 kernel A itself: corner windows see one pixel, at kernel (1, 1) = 4, ...
     out = model(torch.tensor([[[[1.0, 10.0], [100.0, 1000.0]]]]))
     assert torch.equal(out, torch.tensor([[[[4.0, 30.0], [200.0, 1000.0]]]]))
@@ -221,7 +221,7 @@ def test_target_in_llama_and_the_head_left_out() -> None:
     tokens = torch.arange(5)[None]
     before = model(tokens).logits
     report = vismt.adapt(model, "pissa", rank=2)
-    names = {site.path.split(".")[-1] for site in report.sites}
+    names = {spec.path.split(".")[-1] for spec in report.sites}
     assert (
         names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
         and len(report.sites) == 14

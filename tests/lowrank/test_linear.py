@@ -1,4 +1,4 @@
-"""The fused host: golden numbers, derivatives of first and second order, dropout, dtype rules, saved tensors."""
+"""The fused layer: golden numbers, derivatives of first and second order, dropout, dtype rules, saved tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import vismt
-from vismt.lowrank.inject import adapted_modules
+from vismt.lowrank.inject import adapter_layers
 from vismt.lowrank.memory import saved_activation_bytes
 
 
@@ -28,12 +28,12 @@ def single(
 def test_golden_number_of_one_linear() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     vismt.adapt(model, "lora", rank=1, alpha=3.0)
-    host = model[0]
+    layer = model[0]
     with torch.no_grad():
-        host.weight.copy_(torch.tensor([[1.0, 2.0], [0.0, -1.0]]))
-        host.bias.copy_(torch.tensor([0.5, 0.0]))
-        host.lora_A.copy_(torch.tensor([[1.0, -1.0]]))
-        host.lora_B.copy_(torch.tensor([[2.0], [4.0]]))
+        layer.weight.copy_(torch.tensor([[1.0, 2.0], [0.0, -1.0]]))
+        layer.bias.copy_(torch.tensor([0.5, 0.0]))
+        layer.lora_A.copy_(torch.tensor([[1.0, -1.0]]))
+        layer.lora_B.copy_(torch.tensor([[2.0], [4.0]]))
     # x = (3, 1): W x + b = (3 + 2 + 0.5, -1) = (5.5, -1); A x = 2; s B A x = 3 * (4, 8) = (12, 24).
     assert torch.equal(model(torch.tensor([[3.0, 1.0]])), torch.tensor([[17.5, 23.0]]))
     # merged W = W + 3 B A = [[1, 2], [0, -1]] + [[6, -6], [12, -12]]
@@ -44,15 +44,15 @@ def test_blocks_do_not_mix() -> None:
     model = nn.Sequential()
     model.add_module("qkv", nn.Linear(2, 6, bias=False))
     vismt.adapt(model, "lora", rank=1, split_qkv=True)
-    host = model.qkv
-    assert host.lora_A.shape == (3, 2) and host.lora_B.shape == (6, 1)
+    layer = model.qkv
+    assert layer.lora_A.shape == (3, 2) and layer.lora_B.shape == (6, 1)
     with torch.no_grad():
-        host.weight.zero_()
-        host.lora_A.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
-        host.lora_B.fill_(1.0)
+        layer.weight.zero_()
+        layer.lora_A.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
+        layer.lora_B.fill_(1.0)
     # q sees x0 = 3, k sees x1 = 5, v sees x0 + x1 = 8; a fused pair or an interleaved layout would mix them.
     assert torch.equal(model(torch.tensor([[3.0, 5.0]])), torch.tensor([[3.0, 3.0, 5.0, 5.0, 8.0, 8.0]]))
-    assert torch.equal(host.low_rank().delta(), torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1], [1, 1], [1, 1]]))
+    assert torch.equal(layer.low_rank().delta(), torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1], [1, 1], [1, 1]]))
 
 
 @pytest.mark.parametrize("method", ["lora", "pissa", "polar"])
@@ -89,12 +89,12 @@ def test_bf16_base_keeps_fp32_factors_and_merges_by_one_rounding() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 24)).to(torch.bfloat16)
     vismt.adapt(model, "pissa", rank=4, alpha=8.0)
-    host = model[0]
-    assert host.lora_A.dtype == host.lora_B.dtype == torch.float32
+    layer = model[0]
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
     assert model(torch.randn(3, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
     with torch.no_grad():
-        host.lora_B.add_(0.1 * torch.randn_like(host.lora_B))
-    total = host.weight.float() + 2.0 * (host.lora_B @ host.lora_A) - 2.0 * (host.lora_B0 @ host.lora_A0)
+        layer.lora_B.add_(0.1 * torch.randn_like(layer.lora_B))
+    total = layer.weight.float() + 2.0 * (layer.lora_B @ layer.lora_A) - 2.0 * (layer.lora_B0 @ layer.lora_A0)
     merged = vismt.merge(model)[0].weight
     assert merged.dtype == torch.bfloat16
     # One rounding: the fp32 sums differ by a few ulp at most, so nearly every entry rounds alike and none by two steps.
@@ -105,8 +105,8 @@ def test_bf16_base_keeps_fp32_factors_and_merges_by_one_rounding() -> None:
 def test_dropout_acts_on_the_update_alone() -> None:
     model = single("lora", dropout=0.5)
     x = torch.randn(4000, 5, dtype=torch.double)
-    host = model.qkv
-    base = nn.functional.linear(x, host.weight, host.bias)
+    layer = model.qkv
+    base = nn.functional.linear(x, layer.weight, layer.bias)
     model.eval()
     full = model(x)
     model.train()
@@ -116,7 +116,7 @@ def test_dropout_acts_on_the_update_alone() -> None:
     # Inverted dropout: the expectation is the update itself; 4000 rows of std about 1 give a mean within 0.1.
     assert torch.allclose((noisy - base).mean(0), (full - base).mean(0), atol=0.2)
     noisy.sum().backward()
-    assert host.lora_A.grad is not None
+    assert layer.lora_A.grad is not None
 
 
 def test_nothing_is_saved_but_input_and_hidden() -> None:
@@ -131,7 +131,7 @@ def test_shared_module_is_adapted_once_under_every_name() -> None:
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
     model["b"] = model["a"]
     vismt.adapt(model, "lora", rank=1)
-    assert model["a"] is model["b"] and len(adapted_modules(model)) == 2
+    assert model["a"] is model["b"] and len(adapter_layers(model)) == 2
     vismt.unadapt(model)
     assert model["a"] is model["b"] and type(model["a"]) is nn.Linear
 
@@ -152,17 +152,17 @@ def test_conv1d_of_gpt2() -> None:
     tokens = torch.arange(6)[None]
     original = model(tokens).logits
     report = vismt.adapt(model, "pissa", rank=2)
-    assert {site.kind for site in report.sites} == {"conv1d"}
-    assert {site.shape for site in report.sites} == {(48, 16), (16, 16), (64, 16), (16, 64)}
+    assert {spec.kind for spec in report.sites} == {"conv1d"}
+    assert {spec.shape for spec in report.sites} == {(48, 16), (16, 16), (64, 16), (16, 64)}
     assert torch.allclose(model(tokens).logits, original, atol=1e-5)
     with torch.no_grad():
-        for host in adapted_modules(model).values():
-            host.lora_B.add_(0.05)
+        for layer in adapter_layers(model).values():
+            layer.lora_B.add_(0.05)
     moved = model(tokens).logits
     assert not torch.allclose(moved, original, atol=1e-3)
     vismt.merge(model)
     assert torch.allclose(model(tokens).logits, moved, atol=1e-5)
-    assert not [type(m).__name__ for m in model.modules() if type(m).__name__ == "AdaptedLinear"]
+    assert not [type(m).__name__ for m in model.modules() if type(m).__name__ == "LowRankLinear"]
 
 
 @pytest.mark.slow

@@ -42,10 +42,10 @@ def test_nearest_level_of_each_block() -> None:
     matrix = torch.zeros(2, 66)
     matrix[0, :3] = torch.tensor([2.0, 1.2, -0.01])
     matrix[1, 65] = -5.0  # alone with three others in the last, short block
-    found = nf4(matrix)
+    quantized = nf4(matrix)
     # block 1 spans row 0 up to 64: 1.2 / 2 = 0.6 lies nearer to 0.5626 than to 0.7230, and -0.005 is zero
-    assert torch.allclose(found[0, :3], torch.tensor([2.0, 2 * PUBLISHED[13], 0.0])) and found[1, 65] == -5.0
-    assert found.count_nonzero() == 3
+    assert torch.allclose(quantized[0, :3], torch.tensor([2.0, 2 * PUBLISHED[13], 0.0])) and quantized[1, 65] == -5.0
+    assert quantized.count_nonzero() == 3
 
 
 def test_twice_is_once_and_nothing_is_nearer() -> None:
@@ -66,10 +66,10 @@ def test_the_kernels_of_bitsandbytes_give_the_same_values(shape: tuple[int, int]
 
 
 def test_bitsandbytes_is_asked_for_rows_of_one_block_and_remembered(monkeypatch, tmp_path) -> None:
-    asked = []
+    calls = []
 
     def quantize_4bit(blocks: torch.Tensor, blocksize: int, quant_type: str) -> tuple[torch.Tensor, None]:
-        asked.append((tuple(blocks.shape), blocksize, quant_type))
+        calls.append((tuple(blocks.shape), blocksize, quant_type))
         return blocks, None
 
     functional = SimpleNamespace(
@@ -83,7 +83,7 @@ def test_bitsandbytes_is_asked_for_rows_of_one_block_and_remembered(monkeypatch,
     monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(functional=functional))
     before = model.state_dict()["0.weight"].clone()
     vismt.adapt(model, "pissa", rank=2, quantize="bitsandbytes")
-    assert set(asked) == {((3, 64), 64, "nf4")}  # 150 numbers
+    assert set(calls) == {((3, 64), 64, "nf4")}  # 150 numbers
     assert torch.equal(model[0].weight, model[0].weight.round(decimals=1)) and not torch.equal(model[0].weight, before)
     vismt.save_adapter(model, tmp_path)
     fresh = nn.Sequential(nn.Linear(30, 5))

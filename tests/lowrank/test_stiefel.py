@@ -101,7 +101,7 @@ def test_a_batch_is_its_members():
         lambda z, step: infeasibility(z + step),
         lambda z, step: stable_rank(z + step, step[..., :3, :], step),
     ):
-        assert torch.allclose(function(z, step), torch.stack([function(*one) for one in zip(z, step)]), atol=1e-12)
+        assert torch.allclose(function(z, step), torch.stack([function(*pair) for pair in zip(z, step)]), atol=1e-12)
 
 
 def test_attraction_alone_reaches_the_manifold():
@@ -126,8 +126,8 @@ def test_retractions():
     gaps = []
     for eta in (1e-2, 1e-3):
         moved = [retract(z, -eta * step) for retract in (qr_retraction, polar_retraction, cayley_retraction)]
-        assert all((one.T @ one - eye).abs().max() < 1e-12 for one in moved)
-        gaps.append([float((one - z + eta * step).norm()) for one in moved])
+        assert all((end.T @ end - eye).abs().max() < 1e-12 for end in moved)
+        gaps.append([float((end - z + eta * step).norm()) for end in moved])
     # all leave the tangent step at second order: a tenth of the step, a hundredth of the gap
     for coarse, fine in zip(*gaps):
         assert coarse / fine == pytest.approx(100, rel=0.1)
@@ -154,8 +154,8 @@ def test_cayley_equals_its_n_by_n_definition(rank):
 def test_polar_is_the_nearest():
     target = normal(5, 7, 3)
     zero = torch.zeros_like(target)
-    nearest, other = polar_retraction(target, zero), qr_retraction(target, zero)
-    assert (target - nearest).norm() < (target - other).norm()
+    nearest, retracted = polar_retraction(target, zero), qr_retraction(target, zero)
+    assert (target - nearest).norm() < (target - retracted).norm()
 
 
 @settings(max_examples=50, deadline=None)

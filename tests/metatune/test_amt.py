@@ -6,6 +6,7 @@ import copy
 import hashlib
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 import vismt
 from vismt import adapt
 from vismt.errors import UserError
-from vismt.lowrank.inject import adapted_modules
+from vismt.lowrank.inject import adapter_layers
 from vismt.metatune import amt
 from vismt.metatune.amt import AdversarialObjective, Adversary, trades
 from vismt.metatune.objective import EpisodeObjective
@@ -27,28 +28,28 @@ from vismt.metatune.protonet import ProtoNet, cosine_logits, prototypes
 from vismt.metatune.weight_attack import weight_perturbation
 
 FORMS = [(weight, support) for weight in ("joint", "paper", "none") for support in ("perturbed", "clean")]
-# Plain gradients are some hundred times smaller than the factors: eta_1 is larger to be seen.
+# Plain gradients are some hundred times smaller than the factors, so eta_1 must be larger to have an effect.
 GAMMA = {"joint": 0.05, "paper": 0.2, "none": 0.05}
 
 
-def close(one: Tensor, other: Tensor, part: float = 1e-4) -> bool:
-    """Equal within a share of the other's length."""
-    return bool((one - other).norm() <= part * other.norm() + 1e-9)
+def close(value: Tensor, other: Tensor, part: float = 1e-4) -> bool:
+    """Return whether two tensors are equal within a share of the other's norm."""
+    return bool((value - other).norm() <= part * other.norm() + 1e-9)
 
 
 @pytest.fixture
 def attacks(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
-    """What the objective asks of the input attack, and what it gets."""
-    seen: list[dict] = []
+    """The calls of the input attack by the objective, with their results."""
+    calls: list[dict] = []
     attack = amt.pyramid_attack
 
     def watched(logits_fn, images: Tensor, **settings: object) -> Tensor:
-        found = attack(logits_fn, images, **settings)
-        seen.append({"logits_fn": logits_fn, "images": images, "found": found, **settings})
-        return found
+        adversarial = attack(logits_fn, images, **settings)
+        calls.append({"logits_fn": logits_fn, "images": images, "adversarial": adversarial, **settings})
+        return adversarial
 
     monkeypatch.setattr(amt, "pyramid_attack", watched)
-    return seen
+    return calls
 
 
 # ---- the loss (I5)
@@ -79,61 +80,70 @@ def test_kl_by_hand() -> None:
 # ---- the objective against an explicit one
 
 
-def slow(
-    proto: ProtoNet, batch: dict, attacked: Tensor, adversary: Adversary
-) -> tuple[float, float, dict[str, Tensor]]:
-    """Loss, KL and gradients of one episode from whole copies of the model, their weights moved in place."""
-    factors = [name for name, p in proto.named_parameters() if ".lora_" in name]
-    trained = [*factors, "scale"]
+@dataclass
+class SlowObjective:
+    """The objective of an episode from copies of the model with weights moved in place."""
 
-    def value(centres: Tensor, at: ProtoNet) -> tuple[Tensor, Tensor, Tensor]:
+    batch: dict
+    attacked: Tensor
+    adversary: Adversary
+
+    def __call__(self, proto: ProtoNet) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return loss, KL and gradients."""
+        theta = copy.deepcopy(proto)
+        if self.adversary.weight_attack == "none" or self.adversary.gamma == 0:
+            return self.gradient(("lora_A", "lora_B", "scale"), theta, theta)
+        if self.adversary.weight_attack == "joint":
+            return self.gradient(("lora_A", "lora_B", "scale"), self.moved(theta, ("lora_A", "lora_B")), theta)
+        loss, kl, first = self.gradient(("lora_A", "scale"), self.moved(theta, ("lora_A",)), theta)
+        return loss, kl, {**first, **self.gradient(("lora_B",), self.moved(theta, ("lora_B",)), theta)[2]}
+
+    def value(self, centres: Tensor, at: ProtoNet) -> tuple[Tensor, Tensor, Tensor]:
+        """Return loss, KL and the cross-entropy of the attacked queries."""
         logits = [
             at.scale * F.normalize(at.backbone(images)) @ F.normalize(centres).T
-            for images in (batch["query"], attacked)
+            for images in (self.batch["query"], self.attacked)
         ]
-        one, two = (part.softmax(1) for part in logits)
-        first, second = (one, two) if adversary.kl == "clean_adv" else (two, one)
+        clean, adversarial = (part.softmax(1) for part in logits)
+        first, second = (clean, adversarial) if self.adversary.kl == "clean_adv" else (adversarial, clean)
         kl = (first * (first.log() - second.log())).sum(1).mean()
-        ce = F.cross_entropy(logits[0], batch["query_labels"])
-        return ce + adversary.weight * kl, kl, F.cross_entropy(logits[1], batch["query_labels"])
+        ce = F.cross_entropy(logits[0], self.batch["query_labels"])
+        return ce + self.adversary.weight * kl, kl, F.cross_entropy(logits[1], self.batch["query_labels"])
 
-    def centres_of(at: ProtoNet) -> Tensor:
-        features = at.backbone(batch["support"])
-        return torch.stack([features[batch["support_labels"] == k].mean(0) for k in range(3)])
+    def centres(self, at: ProtoNet) -> Tensor:
+        features = at.backbone(self.batch["support"])
+        return torch.stack([features[self.batch["support_labels"] == k].mean(0) for k in range(3)])
 
-    def gradient(kinds: tuple[str, ...], at: ProtoNet, still: ProtoNet) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        loss, kl, _ = value(centres_of(at if adversary.support == "perturbed" else still), at)
-        models = [at] if at is still or adversary.support == "perturbed" else [at, still]
-        found = {}
-        for name in trained:
-            if not name.endswith(kinds):
-                continue
-            parts = torch.autograd.grad(
-                loss, [m.get_parameter(name) for m in models], retain_graph=True, allow_unused=True
-            )
-            found[name] = sum(part for part in parts if part is not None)
-        return loss.detach(), kl.detach(), found
+    def gradient(
+        self, kinds: tuple[str, ...], at: ProtoNet, still: ProtoNet
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        perturbed = self.adversary.support == "perturbed"
+        loss, kl, _ = self.value(self.centres(at if perturbed else still), at)
+        models = [at] if at is still or perturbed else [at, still]
+        gradients = {}
+        for name in [*factor_names(at), "scale"]:
+            if name.endswith(kinds):
+                parameters = [model.get_parameter(name) for model in models]
+                parts = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+                gradients[name] = sum(part for part in parts if part is not None)
+        return loss.detach(), kl.detach(), gradients
 
-    theta = copy.deepcopy(proto)
-    if adversary.weight_attack == "none" or adversary.gamma == 0:
-        return gradient(("lora_A", "lora_B", "scale"), theta, theta)
-    joint, centres = adversary.weight_attack == "joint", centres_of(theta)
-    climbed = value(centres if adversary.support == "perturbed" else centres.detach(), theta)[0 if joint else 2]
-    slopes = dict(zip(factors, torch.autograd.grad(climbed, [theta.get_parameter(name) for name in factors])))
-
-    def moved(kinds: tuple[str, ...]) -> ProtoNet:
-        other = copy.deepcopy(proto)
+    def moved(self, theta: ProtoNet, kinds: tuple[str, ...]) -> ProtoNet:
+        joint, centres, factors = self.adversary.weight_attack == "joint", self.centres(theta), factor_names(theta)
+        centres = centres if self.adversary.support == "perturbed" else centres.detach()
+        ascended = self.value(centres, theta)[0 if joint else 2]
+        slopes = dict(zip(factors, torch.autograd.grad(ascended, [theta.get_parameter(name) for name in factors])))
+        other = copy.deepcopy(theta)
         with torch.no_grad():
             for name in factors:
                 if name.endswith(kinds):
                     p, g = other.get_parameter(name), slopes[name]
-                    p.add_(adversary.gamma * (p.norm() / g.norm() if joint else 1.0) * g)
+                    p.add_(self.adversary.gamma * (p.norm() / g.norm() if joint else 1.0) * g)
         return other
 
-    if joint:
-        return gradient(("lora_A", "lora_B", "scale"), moved(("lora_A", "lora_B")), theta)
-    loss, kl, first = gradient(("lora_A", "scale"), moved(("lora_A",)), theta)
-    return loss, kl, {**first, **gradient(("lora_B",), moved(("lora_B",)), theta)[2]}
+
+def factor_names(proto: ProtoNet) -> list[str]:
+    return [name for name, p in proto.named_parameters() if ".lora_" in name]
 
 
 @pytest.mark.parametrize("kl", ["clean_adv", "adv_clean"])
@@ -145,7 +155,7 @@ def test_every_form_equals_copies_of_the_model(attacks: list[dict], weight: str,
     metrics = AdversarialObjective(proto, adversary)(batch)
     proto.zero_grad()
     metrics["loss"].backward()
-    loss, distance, gradients = slow(proto, batch, attacks[-1]["found"], adversary)
+    loss, distance, gradients = SlowObjective(batch, attacks[-1]["adversarial"], adversary)(proto)
     assert float(metrics["loss"].detach()) == pytest.approx(float(loss), rel=1e-5)
     assert float(metrics["kl"]) == pytest.approx(float(distance), rel=1e-4) and float(distance) > 0.01
     with torch.no_grad():
@@ -159,22 +169,22 @@ def test_every_form_equals_copies_of_the_model(attacks: list[dict], weight: str,
 
 
 def test_the_forms_are_different_functions(attacks: list[dict]) -> None:
-    """Else the test above proves nothing: gradients of the forms differ by far more than its tolerance."""
-    found = {}
+    """The gradients of the forms differ by far more than the tolerance of the test above."""
+    gradients = {}
     for weight, support in FORMS:
         proto = train(adapted(), Adversary(epsilons=(0.0,), gamma=0.0), 3)
         adversary = Adversary(epsilons=(0.5 / 255,), weight_attack=weight, support=support, gamma=GAMMA[weight])
         AdversarialObjective(proto, adversary)(episode(7))["loss"].backward()
-        found[weight, support] = {
+        gradients[weight, support] = {
             kind: torch.cat([p.grad.flatten() for name, p in proto.named_parameters() if name.endswith(kind)])
             for kind in ("lora_A", "lora_B")
         }
-    for one, left in found.items():
-        for other, right in found.items():
-            equal = one == other or (one[0] == other[0] == "none")
+    for form, left in gradients.items():
+        for other, right in gradients.items():
+            equal = form == other or (form[0] == other[0] == "none")
             for kind in ("lora_A", "lora_B"):
-                assert close(left[kind], right[kind], 1e-4) == equal, (one, other, kind)
-                assert close(left[kind], right[kind], 5e-3) == equal, (one, other, kind)
+                assert close(left[kind], right[kind], 1e-4) == equal, (form, other, kind)
+                assert close(left[kind], right[kind], 5e-3) == equal, (form, other, kind)
 
 
 @pytest.mark.parametrize("weight", ["joint", "paper", "none"])
@@ -201,46 +211,48 @@ def test_gamma_zero_is_plain_adversarial_training_bit_for_bit(weight: str, suppo
 
 
 def test_without_either_attack_it_is_the_clean_loss_bit_for_bit() -> None:
-    one, other = adapted(), adapted()
+    proto, other = adapted(), adapted()
     for number in range(3):
         batch = episode(number)
-        ours = AdversarialObjective(one, Adversary(epsilons=(0.0,), gamma=0.0))(batch)
-        theirs = EpisodeObjective(other)(batch)
-        assert torch.equal(ours["loss"], theirs["loss"]) and torch.equal(ours["accuracy"], theirs["accuracy"])
-        assert ours["kl"] == 0 and torch.equal(ours["robust"], ours["accuracy"])
-        ours["loss"].backward(), theirs["loss"].backward()
-    for mine, theirs in zip(one.parameters(), other.parameters()):
-        assert (mine.grad is None and theirs.grad is None) or close(mine.grad, theirs.grad, 1e-5)
+        metrics = AdversarialObjective(proto, Adversary(epsilons=(0.0,), gamma=0.0))(batch)
+        expected = EpisodeObjective(other)(batch)
+        assert torch.equal(metrics["loss"], expected["loss"]) and torch.equal(metrics["accuracy"], expected["accuracy"])
+        assert metrics["kl"] == 0 and torch.equal(metrics["robust"], metrics["accuracy"])
+        metrics["loss"].backward(), expected["loss"].backward()
+    for parameter, expected in zip(proto.parameters(), other.parameters()):
+        assert (parameter.grad is None and expected.grad is None) or close(parameter.grad, expected.grad, 1e-5)
 
 
 # ---- the input attack inside of the objective
 
 
 def test_queries_are_attacked_and_nothing_else(attacks: list[dict], monkeypatch: pytest.MonkeyPatch) -> None:
-    proto, batch, seen = adapted(), episode(0), []
+    proto, batch, forwards = adapted(), episode(0), []
     before = {name: value.clone() for name, value in batch.items()}
     forward = type(proto.backbone).forward
 
     def counted(self: nn.Module, images: Tensor) -> Tensor:
-        seen.append(images.detach().clone())
+        forwards.append(images.detach().clone())
         return forward(self, images)
 
     monkeypatch.setattr(type(proto.backbone), "forward", counted)
     AdversarialObjective(proto, Adversary(epsilons=(2 / 255,), steps=2, step_ratio=0.1, gamma=0.01))(batch)
     # support, queries, two steps of the attack, the attacked queries, all three once more at theta + nu
-    assert [len(part) for part in seen] == [6, 12, 12, 12, 12, 30]
-    assert torch.equal(seen[0], batch["support"]) and torch.equal(seen[5][:6], batch["support"])
-    assert torch.equal(seen[5][6:18], batch["query"]) and torch.equal(seen[5][18:], attacks[0]["found"])
-    assert torch.equal(seen[4], attacks[0]["found"]) and all(torch.equal(before[name], batch[name]) for name in batch)
-    found = attacks[0]
-    assert found["epsilon"] == 2 / 255 and found["step_size"] == pytest.approx(0.2 / 255) and found["steps"] == 2
-    assert found["levels"] == ((4, 20.0), (8, 10.0), (None, 1.0)) and found["init"] == "uniform"
+    assert [len(part) for part in forwards] == [6, 12, 12, 12, 12, 30]
+    assert torch.equal(forwards[0], batch["support"]) and torch.equal(forwards[5][:6], batch["support"])
+    assert torch.equal(forwards[5][6:18], batch["query"]) and torch.equal(forwards[5][18:], attacks[0]["adversarial"])
+    assert torch.equal(forwards[4], attacks[0]["adversarial"]) and all(
+        torch.equal(before[name], batch[name]) for name in batch
+    )
+    call = attacks[0]
+    assert call["epsilon"] == 2 / 255 and call["step_size"] == pytest.approx(0.2 / 255) and call["steps"] == 2
+    assert call["levels"] == ((4, 20.0), (8, 10.0), (None, 1.0)) and call["init"] == "uniform"
     # Predictions against the prototypes of the clean support, without a way back into any parameter.
     with torch.no_grad():
         clean = proto(batch["support"], batch["support_labels"], batch["query"])
-    logits = found["logits_fn"](batch["query"])
+    logits = call["logits_fn"](batch["query"])
     assert torch.allclose(logits, clean, atol=1e-5) and not logits.requires_grad
-    assert torch.allclose(found["clean_logits"], clean, atol=1e-5)
+    assert torch.allclose(call["clean_logits"], clean, atol=1e-5)
 
 
 def test_budget_and_start_are_functions_of_seed_and_number(attacks: list[dict]) -> None:
@@ -251,14 +263,14 @@ def test_budget_and_start_are_functions_of_seed_and_number(attacks: list[dict]) 
         for number in numbers:
             batch = {**episode(0), "number": torch.tensor(number)}
             AdversarialObjective(proto, Adversary(epsilons=budgets, gamma=0.0, seed=seed))(batch)
-        return [(call["epsilon"], call["found"]) for call in attacks]
+        return [(call["epsilon"], call["adversarial"]) for call in attacks]
 
     state = torch.get_rng_state()
     first, second, late = drawn(0, range(12)), drawn(1, range(12)), drawn(0, range(5, 7))
     assert {epsilon for epsilon, _ in first} == set(budgets)
     assert [e for e, _ in first] != [e for e, _ in second]
-    assert all(one[0] == two[0] and torch.equal(one[1], two[1]) for one, two in zip(first[5:7], late))
-    alike = [found for epsilon, found in first if epsilon == budgets[1]]
+    assert all(early[0] == again[0] and torch.equal(early[1], again[1]) for early, again in zip(first[5:7], late))
+    alike = [adversarial for epsilon, adversarial in first if epsilon == budgets[1]]
     assert not torch.equal(alike[0], alike[1])
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -285,7 +297,7 @@ def test_metrics(attacks: list[dict]) -> None:
     assert set(metrics) == {"loss", "accuracy", "robust", "kl"} and metrics["loss"].requires_grad
     assert not any(metrics[name].requires_grad for name in ("accuracy", "robust", "kl"))
     with torch.no_grad():
-        for name, query in (("accuracy", batch["query"]), ("robust", attacks[0]["found"])):
+        for name, query in (("accuracy", batch["query"]), ("robust", attacks[0]["adversarial"])):
             hits = proto(batch["support"], batch["support_labels"], query).argmax(1) == batch["query_labels"]
             assert float(metrics[name]) == pytest.approx(float(hits.float().mean()))
     assert metrics["robust"] < metrics["accuracy"]
@@ -301,10 +313,10 @@ def test_autocast(dtype: torch.dtype, weight: str) -> None:
         loss = AdversarialObjective(half, adversary)(episode(2))["loss"]
     loss.backward()
     assert loss.dtype == torch.float32
-    for (name, one), other in zip(full.backbone.named_parameters(), half.backbone.parameters()):
-        if one.grad is not None:
+    for (name, parameter), other in zip(full.backbone.named_parameters(), half.backbone.parameters()):
+        if parameter.grad is not None:
             assert other.grad.dtype == torch.float32 and bool(other.grad.isfinite().all())
-            assert F.cosine_similarity(one.grad.flatten(), other.grad.flatten(), 0) > 0.8, name
+            assert F.cosine_similarity(parameter.grad.flatten(), other.grad.flatten(), 0) > 0.8, name
 
 
 def test_a_collapse_is_said_after_ten_flat_episodes_in_a_row() -> None:
@@ -336,7 +348,7 @@ def test_a_collapse_is_said_after_ten_flat_episodes_in_a_row() -> None:
         ({"kl": "clean_avd"}, "pool.kl: 'clean_avd'. Near: 'clean_adv'"),
         ({"weight_attack": "papr"}, "Near: 'paper'"),
         ({"support": "perturb"}, "pool.support: 'perturb'"),
-        ({"epsilons": ()}, "without a budget"),
+        ({"epsilons": ()}, "an expert has no budget"),
         ({"weight": -1.0}, "weight -1.0"),
         ({"gamma": -1e-4}, "gamma -0.0001"),
         ({"warmup": -1}, "warmup -1"),
@@ -355,7 +367,7 @@ def test_the_start_is_the_model_and_its_factors_the_leading_singular_triplets_of
     stock, proto, batch = backbone(), adapted(2), episode(0)["query"]
     with torch.no_grad():
         assert torch.allclose(proto.backbone(batch), stock(batch), atol=1e-5)
-    hosts = adapted_modules(proto.backbone.vit)
+    hosts = adapter_layers(proto.backbone.vit)
     assert set(hosts) == {
         f"blocks.{k}.{site}" for k in (0, 1) for site in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     }
@@ -390,7 +402,7 @@ def test_number_of_parameters_of_a_small_vit() -> None:
 
 def test_the_other_start_is_lora() -> None:
     proto = adapted(init="lora")
-    hosts = adapted_modules(proto.backbone.vit).values()
+    hosts = adapter_layers(proto.backbone.vit).values()
     assert all(host.lora_B.abs().max() == 0 and host.lora_A.abs().max() > 0 and host.lora_A0 is None for host in hosts)
     for options, message in (
         ({"init": "sdv"}, "adapt.init: 'sdv' for 'amt'. Near: 'svd'"),
@@ -418,11 +430,11 @@ def test_training_moves_factors_and_scale_alone(weight: str) -> None:
 
 
 def delta(proto: ProtoNet) -> Tensor:
-    return torch.cat([host.low_rank().delta().flatten() for host in adapted_modules(proto.backbone.vit).values()])
+    return torch.cat([host.low_rank().delta().flatten() for host in adapter_layers(proto.backbone.vit).values()])
 
 
 def measured(proto: ProtoNet, epsilon: float, count: int = 8) -> tuple[float, float]:
-    """Accuracy under PGD-10 on the cross-entropy, and KL under the pyramid of 1/255, on other episodes."""
+    """Return accuracy under PGD-10 on the cross-entropy, and KL under the pyramid of 1/255, on other episodes."""
     hits, moved = [], []
     objective = AdversarialObjective(proto, Adversary(epsilons=(1 / 255,), gamma=0.0))
     for number in range(count):
@@ -439,7 +451,7 @@ def measured(proto: ProtoNet, epsilon: float, count: int = 8) -> tuple[float, fl
 
 
 def test_experts_of_different_budgets_differ() -> None:
-    """E2: a larger budget takes the update further from the clean one's, and is the more robust."""
+    """E2: with a larger budget the update is further from the clean expert's, and the expert is more robust."""
     clean, weak, strong = (
         train(adapted(), Adversary(epsilons=(value / 255,), gamma=0.0), 40, lr=0.05) for value in (0.0, 0.01, 0.3)
     )
@@ -450,7 +462,7 @@ def test_experts_of_different_budgets_differ() -> None:
 
 
 def rise(proto: ProtoNet, length: float) -> float:
-    """Mean rise of the clean loss after one ascent step of that relative length on every factor."""
+    """Return the mean rise of the clean loss after an ascent step of that relative length on every factor."""
     rises = []
     for number in range(10):
         batch = episode(2000 + number, 7, queries=10)
@@ -504,13 +516,13 @@ from vismt.config import TrainConfig
 from vismt.engine import loop, runtime
 from vismt.metatune.amt import AdversarialObjective, Adversary
 torch.set_num_threads(1)
-made = runtime.accelerator()
+accelerator = runtime.accelerator()
 weight, support, folder, accumulate = sys.argv[1:]
 proto = adapted()
 objective = AdversarialObjective(proto, Adversary(epsilons=(1 / 255,), weight_attack=weight, support=support, gamma=0.02))
 settings = TrainConfig(steps=3, optimizer="sgd", lr=0.05, clip=None, accumulate=int(accumulate))
-loop.train(objective, episode, settings, __import__("pathlib").Path(folder), "hash", made, seed=0)
-torch.save([p.detach() for p in proto.parameters()], f"{folder}-{made.process_index}.pt")
+loop.train(objective, episode, settings, __import__("pathlib").Path(folder), "hash", accelerator, seed=0)
+torch.save([p.detach() for p in proto.parameters()], f"{folder}-{accelerator.process_index}.pt")
 """
 
 
@@ -527,17 +539,17 @@ def test_two_processes_train_what_one_does_with_two_episodes_a_step(
         call = [*command, str(script), weight, support, str(tmp_path / name), accumulate]
         done = subprocess.run(call, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-2000:]
-    one, first, second = (
+    single, first, second = (
         torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one-0", "two-0", "two-1")
     )
     start = list(adapted().parameters())
-    assert any(not torch.equal(a, b) for a, b in zip(start, one))
-    for here, mine, theirs in zip(one, first, second):
-        assert torch.equal(mine, theirs) and torch.allclose(mine, here, atol=2e-5)
+    assert any(not torch.equal(a, b) for a, b in zip(start, single))
+    for expected, rank_0, rank_1 in zip(single, first, second):
+        assert torch.equal(rank_0, rank_1) and torch.allclose(rank_0, expected, atol=2e-5)
 
 
 def test_the_objective_scores_as_the_net_does() -> None:
-    """The loss is about the classifier that is evaluated: same prototypes, same cosine, same scale."""
+    """The loss uses the evaluated classifier: same prototypes, same cosine, same scale."""
     proto, batch = adapted(), episode(0)
     with torch.no_grad():
         proto.scale.fill_(4.0)

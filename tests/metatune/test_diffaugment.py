@@ -25,12 +25,12 @@ def probe(count):
 
 
 def test_colour_keeps_its_ranges_and_reaches_their_ends():
-    found = always(probe(4000), types=("color",))
+    augmented = always(probe(4000), types=("color",))
     # A flip moves pixels about: sort by grey level. The mean is 0, so each pixel is (level + b) * contrast + the mean's share.
-    grey = found.mean(1)[:, 0]
+    grey = augmented.mean(1)[:, 0]
     contrast = (grey.amax(1) - grey.amin(1)) / 2
     brightness = grey.mean(1)  # contrast leaves the mean where it is
-    colourful = (found - found.mean(1, keepdim=True)).abs().amax((1, 2, 3))
+    colourful = (augmented - augmented.mean(1, keepdim=True)).abs().amax((1, 2, 3))
     saturation = colourful / contrast
     for drawn, low, high in ((brightness, -0.5, 0.5), (contrast, 0.5, 1.5), (saturation, 0.0, 2.0)):
         assert (
@@ -44,7 +44,7 @@ def test_colour_keeps_its_ranges_and_reaches_their_ends():
 def test_the_maths_in_normalised_space_by_hand():
     # The same draws, applied by a loop over images and channels, in double.
     batch = images(5, size=16).double()
-    found = always(batch, seed=3, types=("color",), mean=MEAN, std=STD)
+    augmented = always(batch, seed=3, types=("color",), mean=MEAN, std=STD)
     generator = seeded(3)
     flip = [float(torch.rand(1, generator=generator)) for _ in range(2)][1] < 0.5
     draws = [torch.rand(5, generator=generator).double() for _ in range(3)]
@@ -56,7 +56,7 @@ def test_the_maths_in_normalised_space_by_hand():
         x = torch.stack([grey + 2 * s * (x[k] - grey) for k in range(3)])
         x = x.mean() + (c + 0.5) * (x - x.mean())
         byhand = torch.stack([x[k] * STD[k] + MEAN[k] for k in range(3)])
-        assert torch.allclose(found[n], byhand, atol=1e-12)
+        assert torch.allclose(augmented[n], byhand, atol=1e-12)
 
 
 def test_brightness_is_in_units_of_the_normalised_image():
@@ -74,8 +74,8 @@ def test_translation_reaches_an_eighth_each_way_and_draws_for_each_image():
     batch = torch.zeros(600, 1, 16, 24)
     batch[:, :, 8, 12] = 1
     for seed in range(2):
-        found = always(batch, seed, types=("translation",))
-        where = found[:, 0].nonzero()
+        augmented = always(batch, seed, types=("translation",))
+        where = augmented[:, 0].nonzero()
         assert len(where) == 600
         columns = {int(c) for c in where[:, 2]}
         middle = (min(columns) + max(columns)) // 2  # 12, or 11 where the batch is flipped
@@ -86,9 +86,9 @@ def test_translation_reaches_an_eighth_each_way_and_draws_for_each_image():
 
 def test_translation_pads_with_zero_which_is_the_mean_colour():
     batch = torch.ones(200, 3, 16, 16)
-    found = always(batch, types=("translation",))
-    assert set(found.unique().tolist()) == {0.0, 1.0} and found[:, :, 2:-2, 2:-2].min() == 1
-    lost = (found[:, 0] == 0).float().mean((1, 2))
+    augmented = always(batch, types=("translation",))
+    assert set(augmented.unique().tolist()) == {0.0, 1.0} and augmented[:, :, 2:-2, 2:-2].min() == 1
+    lost = (augmented[:, 0] == 0).float().mean((1, 2))
     assert lost.max() == pytest.approx(1 - 14 * 14 / 256) and lost.min() == 0
     coloured = always(batch, types=("translation",), mean=MEAN, std=STD)
     assert torch.allclose(coloured.amin((0, 2, 3)), torch.tensor(MEAN)) and coloured.max() == pytest.approx(1)
@@ -98,7 +98,7 @@ def test_translation_pads_with_zero_which_is_the_mean_colour():
 
 def test_translation_equals_a_loop():
     batch = images(6, size=16)
-    found = always(batch, seed=5, types=("translation",))
+    augmented = always(batch, seed=5, types=("translation",))
     generator = seeded(5)
     torch.rand(1, generator=generator)
     flip = float(torch.rand(1, generator=generator)) < 0.5
@@ -106,7 +106,7 @@ def test_translation_equals_a_loop():
     for n, image in enumerate(batch.flip(-1) if flip else batch):
         padded = torch.nn.functional.pad(image, (2, 2, 2, 2))
         byhand = padded[:, 2 - down[n] : 18 - down[n], 2 - right[n] : 18 - right[n]]
-        assert torch.equal(found[n], byhand)
+        assert torch.equal(augmented[n], byhand)
 
 
 def test_the_flip_is_of_the_whole_batch_and_of_every_other():
@@ -138,8 +138,8 @@ def test_a_seed_fixes_everything_and_the_global_generator_is_left_alone():
 def test_shape_and_dtype_stay_and_nothing_is_changed_in_place(dtype):
     batch = images(3).to(dtype)
     before = batch.clone()
-    found = always(batch, mean=MEAN, std=torch.tensor(STD))
-    assert found.shape == batch.shape and found.dtype == dtype and torch.equal(batch, before)
+    augmented = always(batch, mean=MEAN, std=torch.tensor(STD))
+    assert augmented.shape == batch.shape and augmented.dtype == dtype and torch.equal(batch, before)
     assert diff_augment(batch[:0], seeded(), probability=1.0).shape == (0, 3, 16, 16)
 
 

@@ -8,14 +8,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from vismt.errors import UserError
-from vismt.metatune.episodes import (
-    EpisodeSampler,
-    VariableSampler,
-    mix_seed,
-    query_size,
-    support_shots,
-    support_total,
-)
+from vismt.metatune.episodes import EpisodeSampler, VariableSampler, query_size, support_shots, support_total
+from vismt.seeds import mix_seed
 
 LABELS = torch.arange(12).repeat_interleave(30)[torch.randperm(360, generator=torch.Generator().manual_seed(1))]
 
@@ -172,7 +166,7 @@ def test_describe_tells_data_and_rules_apart():
         ({"shots": 0}, "shots is 0"),
         ({"ways": 13}, "12 classes cannot give 13 ways"),
         ({"shots": 20, "queries": 11}, r"take 31 images of a class, too few in class 0 \(30\).*and 7 more"),
-        ({"classes": [1, 12, 2, 3, 4]}, "id 12, the labels know 0 to 11"),
+        ({"classes": [1, 12, 2, 3, 4]}, "id 12, the labels have 0 to 11"),
         ({"superclass": torch.zeros(3)}, "superclass has 3 entries for 12 classes"),
         ({"superclass": torch.arange(12) // 3}, "largest superclass has 3 classes, which cannot give 5"),
         ({"superclass": torch.zeros(13), "classes": [0, 1, 2, 3, 12]}, "no image in class 12"),

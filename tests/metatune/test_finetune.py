@@ -1,4 +1,4 @@
-"""Test-time fine-tuning: what moves, what stays, and that no task sees another."""
+"""Test-time fine-tuning: which tensors change, the unchanged model, and independent tasks."""
 
 import pytest
 import torch
@@ -22,12 +22,12 @@ LABELS = torch.arange(3).repeat(4)
 
 
 def backbone(**options):
-    # Weights of a trained model's size: timm's start is so small that attention hardly matters.
+    # Weights as large as a trained model's: at timm's start attention has almost no effect.
     return shake(Backbone(tiny_vit(num_classes=0, **options)), 0.2)
 
 
 def textures(labels, seed):
-    """Waves of six kinds at a random phase and strength: what a change of colour or a shift leaves recognisable."""
+    """Draw waves of six kinds at a random phase and strength, recognisable after a change of colour or a shift."""
     generator = torch.Generator().manual_seed(seed)
     count = len(labels)
     wave = (torch.arange(16) * torch.pi / 2 + 2 * torch.pi * torch.rand(count, 1, generator=generator)).sin()
@@ -57,8 +57,8 @@ def loss(model, weights, batch):
         return float(F.cross_entropy(logits, LABELS.repeat(len(batch) // 12)))
 
 
-def same(one, other):
-    return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+def same(tensors, other):
+    return set(tensors) == set(other) and all(torch.equal(tensors[name], other[name]) for name in tensors)
 
 
 def augmented(model, count=20):
@@ -128,7 +128,7 @@ def test_callers_without_gradients(mode):
     model, zeros = backbone(), {"vit.norm.bias": torch.zeros(32)}
     plain = tune(model, weights=zeros)
     with mode():
-        batch, weights = support(), {"vit.norm.bias": torch.zeros(32)}  # all made in inference mode
+        batch, weights = support(), {"vit.norm.bias": torch.zeros(32)}  # all created in inference mode
         tuned = finetune(model, batch, LABELS.clone(), settings(), scale=torch.tensor(10.0), weights=weights)
         assert not torch.is_grad_enabled()
         net = FineTuned(ProtoNet(model), settings())
@@ -197,22 +197,24 @@ def test_scaled_rows_of_q_are_scaled_attention_logits():
     factors = (tuned[name] / dict(model.named_parameters())[name]).detach()[:32].view(4, -1).median(1).values
     attention, tokens = model.vit.blocks[0].attn, torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(4))
     heads = {key[len("vit.blocks.0.attn.") :]: value for key, value in tuned.items() if ".0.attn." in key}
-    found = functional_call(attention, heads, (tokens,))
+    output = functional_call(attention, heads, (tokens,))
     q, k, v = attention.qkv(tokens).view(2, 17, 3, 4, 8).permute(2, 0, 3, 1, 4)
     logits = factors.view(1, 4, 1, 1) * (q @ k.transpose(-2, -1)) / 8**0.5
     byhand = attention.proj((logits.softmax(-1) @ v).transpose(1, 2).reshape(2, 17, 32))
-    assert torch.allclose(found, byhand, atol=1e-5) and not torch.allclose(found, attention(tokens), atol=1e-3)
+    assert torch.allclose(output, byhand, atol=1e-5) and not torch.allclose(output, attention(tokens), atol=1e-3)
 
 
 def test_attention_scale_reaches_a_low_rank_update_too():
     model = backbone()
     adapt(model.vit, "pissa", targets=["attn.qkv"], rank=2)
     tuned = tune(model, parameters="attention_scale", lr=0.2)
-    host = model.vit.blocks[1].attn.qkv
-    mine = {key.rsplit(".", 1)[1]: value for key, value in tuned.items() if "blocks.1.attn.qkv" in key}
-    factors = (mine["weight"] / host.weight).detach()[:32].view(4, -1).median(1).values.repeat_interleave(8)
+    layer = model.vit.blocks[1].attn.qkv
+    scaled = {key.rsplit(".", 1)[1]: value for key, value in tuned.items() if "blocks.1.attn.qkv" in key}
+    factors = (scaled["weight"] / layer.weight).detach()[:32].view(4, -1).median(1).values.repeat_interleave(8)
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(4))
-    assert torch.allclose(functional_call(host, mine, (x,)), host(x) * torch.cat([factors, torch.ones(64)]), atol=1e-5)
+    assert torch.allclose(
+        functional_call(layer, scaled, (x,)), layer(x) * torch.cat([factors, torch.ones(64)]), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -250,7 +252,7 @@ def test_backbones_without_attention_or_parameters_are_refused():
 
 
 def test_adversarial_support_stays_within_epsilon_and_raises_the_loss(monkeypatch):
-    model, seen = backbone(), []
+    model, calls = backbone(), []
     module = __import__("vismt.metatune.finetune", fromlist=["_pgd"])
     pgd = module._pgd
 
@@ -258,13 +260,13 @@ def test_adversarial_support_stays_within_epsilon_and_raises_the_loss(monkeypatc
         changed = pgd(batch, labels, logits, epsilon, steps)
         with torch.no_grad():
             gain = F.cross_entropy(logits(changed), labels) - F.cross_entropy(logits(batch), labels)
-        seen.append((float((changed - batch).abs().max()), float(gain), changed.requires_grad))
+        calls.append((float((changed - batch).abs().max()), float(gain), changed.requires_grad))
         return changed
 
     monkeypatch.setattr(module, "_pgd", watched)
     tuned = tune(model, adversarial=True, epsilon=8 / 255)
-    assert len(seen) == 6 and not same(tuned, tune(model))
-    for size, gain, graph in seen:
+    assert len(calls) == 6 and not same(tuned, tune(model))
+    for size, gain, graph in calls:
         assert 0.99 * 8 / 255 < size <= 8 / 255 + 1e-6 and gain > 0.02 and not graph
     assert all(p.grad is None for p in model.parameters())
     assert same(tune(model, adversarial=True, epsilon=0.0), tune(model))
@@ -372,11 +374,13 @@ def test_settings_that_are_none(change, message):
 
 def test_weights_that_do_not_fit_and_a_loss_that_is_not_finite():
     model = backbone()
-    with pytest.raises(UserError, match=r"'vit.norm.wieght' is no tensor of Backbone. Near: 'vit.norm.weight'"):
+    with pytest.raises(UserError, match=r"'vit.norm.wieght' is not a tensor of Backbone. Near: 'vit.norm.weight'"):
         tune(model, weights={"vit.norm.wieght": torch.ones(32)})
     with pytest.raises(UserError, match=r"'vit.norm.weight' is \(31,\), Backbone has \(32,\)"):
         Functional(model, {"vit.norm.weight": torch.ones(31)})
-    with pytest.raises(UserError, match=r"the loss is nan in step 1 at lr 0.001: lower lr, or mend images or weights"):
+    with pytest.raises(
+        UserError, match=r"the loss is nan in step 1 at lr 0.001: lower lr, or check for images or weights"
+    ):
         tune(model, weights={"vit.norm.weight": torch.full((32,), torch.nan)})
 
 

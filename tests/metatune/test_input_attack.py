@@ -19,7 +19,7 @@ SMALL = ((2, 4.0), (4, 2.0), (None, 1.0))
 
 
 def fixed(height: int, width: int, classes: int = 3, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """A smooth classifier of its own size: linear, tanh, linear."""
+    """Return a smooth classifier of images of this size: linear, tanh, linear."""
     generator = torch.Generator().manual_seed(seed)
     first = torch.randn(8, 3 * height * width, generator=generator, dtype=dtype) / math.sqrt(height * width)
     second = torch.randn(classes, 8, generator=generator, dtype=dtype)
@@ -40,7 +40,7 @@ def looped(
     clamps: str = "each",
     swapped: bool = False,
 ) -> Tensor:
-    """The attack written out for fp64: a pixel's cell is looked up, KL is a sum of p (log p - log q)."""
+    """The attack as a plain loop in fp64: a pixel's cell is looked up, KL is a sum of p (log p - log q)."""
     _, _, height, width = batch.shape
     mean, std = (torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (mean, std))
     low, high = (0 - mean) / std, (1 - mean) / std
@@ -78,7 +78,7 @@ def looped(
 def test_equals_the_loop_and_no_near_miss_does(size: tuple[int, int], steps: int) -> None:
     batch = torch.rand(5, 3, *size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     logits, seed = fixed(*size), 11
-    found = pyramid_attack(
+    attacked = pyramid_attack(
         logits,
         batch,
         epsilon=0.05,
@@ -87,12 +87,14 @@ def test_equals_the_loop_and_no_near_miss_does(size: tuple[int, int], steps: int
         levels=SMALL,
         generator=torch.Generator().manual_seed(seed),
     )
-    given = (logits, batch, 0.05, 0.02, steps, SMALL, seed)
-    assert torch.allclose(found, looped(*given), rtol=0, atol=1e-12)
+    arguments = (logits, batch, 0.05, 0.02, steps, SMALL, seed)
+    assert torch.allclose(attacked, looped(*arguments), rtol=0, atol=1e-12)
     for wrong in ({"clamps": "last"}, {"swapped": True}):
         # After one step either direction of the KL may have the same signs.
-        assert not torch.allclose(found, looped(*given, **wrong), atol=1e-4) or (steps == 1 and "swapped" in wrong)
-    assert not torch.allclose(found, looped(logits, batch, 0.05, 0.02, steps, SMALL[2:], seed), atol=1e-4)
+        assert not torch.allclose(attacked, looped(*arguments, **wrong), atol=1e-4) or (
+            steps == 1 and "swapped" in wrong
+        )
+    assert not torch.allclose(attacked, looped(logits, batch, 0.05, 0.02, steps, SMALL[2:], seed), atol=1e-4)
 
 
 def test_normalised_images_have_a_budget_in_pixels() -> None:
@@ -100,11 +102,11 @@ def test_normalised_images_have_a_budget_in_pixels() -> None:
     mean, std = (torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (MEAN, STD))
     logits, normal = fixed(8, 8), (pixels - mean) / std
     call = {"epsilon": 0.03, "step_size": 0.01, "steps": 3, "levels": SMALL}
-    found = pyramid_attack(logits, normal, mean=MEAN, std=STD, **call)
-    assert torch.allclose(found, looped(logits, normal, 0.03, 0.01, 3, SMALL, 0, MEAN, STD), rtol=0, atol=1e-12)
+    attacked = pyramid_attack(logits, normal, mean=MEAN, std=STD, **call)
+    assert torch.allclose(attacked, looped(logits, normal, 0.03, 0.01, 3, SMALL, 0, MEAN, STD), rtol=0, atol=1e-12)
     # The same attack on pixels, normalisation inside of the model, is the same attack.
     inside = pyramid_attack(lambda x: logits((x - mean) / std), pixels, **call)
-    assert torch.allclose(found * std + mean, inside, rtol=0, atol=1e-12)
+    assert torch.allclose(attacked * std + mean, inside, rtol=0, atol=1e-12)
     # Three bounds, one a channel, all of them reached: eps / .25, eps / .2 and eps / .3.
     single = pyramid_attack(
         logits,
@@ -122,12 +124,12 @@ def test_normalised_images_have_a_budget_in_pixels() -> None:
 @pytest.mark.parametrize("epsilon", [0.01 / 255, 8 / 255])
 def test_bounds_on_a_vit(epsilon: float) -> None:
     net, batch = backbone(), images(6)
-    found = pyramid_attack(net, batch, epsilon=epsilon, step_size=epsilon / 2)
-    change = found - batch
-    assert found.min() >= 0 and found.max() <= 1 and change.abs().max() <= 31 * epsilon + 1e-6
+    attacked = pyramid_attack(net, batch, epsilon=epsilon, step_size=epsilon / 2)
+    change = attacked - batch
+    assert attacked.min() >= 0 and attacked.max() <= 1 and change.abs().max() <= 31 * epsilon + 1e-6
     # Twenty times the coarse bound alone is more than any other level could give: 10 + 1 < 20.
     assert change.abs().max() > 20 * epsilon
-    assert found.dtype == batch.dtype and found.shape == batch.shape and not found.requires_grad
+    assert attacked.dtype == batch.dtype and attacked.shape == batch.shape and not attacked.requires_grad
 
 
 @pytest.mark.parametrize(("size", "cells"), [((16, 16), 4), ((16, 16), 8), ((14, 18), 4), ((9, 7), 2), ((13, 13), 13)])
@@ -155,7 +157,7 @@ def test_cells_follow_the_image_and_not_a_table_for_128_pixels() -> None:
 
 @pytest.mark.parametrize(("sides", "cells"), [((12, 20), 4), ((12, 20), 8), ((20, 12), 5)])
 def test_a_vit_that_is_not_square(sides: tuple[int, int], cells: int) -> None:
-    """Patches of 4 pixels, cells of their own size: 12 rows in eight cells are 2, 1, 2, 1, ... rows high."""
+    """Patches of 4 pixels, cells of another size: 12 rows in eight cells are 2, 1, 2, 1, ... rows high."""
     net = backbone(img_size=sides)
     batch = 0.3 + 0.4 * torch.rand(3, 3, *sides, generator=torch.Generator().manual_seed(0))
     full = pyramid_attack(net, batch, epsilon=1 / 255, step_size=0.5 / 255)
@@ -173,7 +175,7 @@ def test_a_vit_that_is_not_square(sides: tuple[int, int], cells: int) -> None:
 def test_one_level_of_pixels_is_pgd() -> None:
     logits, epsilon, step = fixed(8, 8), 0.03, 0.01
     batch = 0.2 + 0.6 * torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = pyramid_attack(logits, batch, epsilon=epsilon, step_size=step, steps=5, levels=((None, 1.0),))
+    attacked = pyramid_attack(logits, batch, epsilon=epsilon, step_size=step, steps=5, levels=((None, 1.0),))
     start = (2 * torch.rand(batch.shape, generator=torch.Generator().manual_seed(0)).double() - 1) * epsilon
     x, clean = batch + start, logits(batch).log_softmax(1)
     for _ in range(5):
@@ -181,7 +183,7 @@ def test_one_level_of_pixels_is_pgd() -> None:
         gain = F.kl_div(logits(x).log_softmax(1), clean, reduction="sum", log_target=True)
         x = x + step * torch.autograd.grad(gain, x)[0].sign()
         x = (batch + (x - batch).clamp(-epsilon, epsilon)).clamp(0, 1)
-    assert torch.allclose(found, x, rtol=0, atol=1e-12) and (found - batch).abs().max() <= epsilon + 1e-12
+    assert torch.allclose(attacked, x, rtol=0, atol=1e-12) and (attacked - batch).abs().max() <= epsilon + 1e-12
 
 
 def kl(logits_fn, batch: Tensor, changed: Tensor) -> float:
@@ -198,41 +200,41 @@ def classifier() -> tuple[nn.Module, Tensor]:
 
 
 def test_strength() -> None:
-    """E7: it climbs, the pyramid beats one scale, alpha eps/2 beats eps/10, more steps and more budget beat fewer."""
+    """E7: the KL rises; the pyramid beats one scale, alpha eps/2 beats eps/10, more steps and budget beat fewer."""
     logits, batch = classifier()
 
-    def found(epsilon: float = 8 / 255, ratio: float = 0.5, steps: int = 2, levels=PYRAMID) -> float:
+    def divergence(epsilon: float = 8 / 255, ratio: float = 0.5, steps: int = 2, levels=PYRAMID) -> float:
         changed = pyramid_attack(
             logits, batch, epsilon=epsilon, step_size=max(ratio * epsilon, 1e-30), steps=steps, levels=levels
         )
         return kl(logits, batch, changed)
 
-    start = found(ratio=0.0)
-    full = found()
+    start = divergence(ratio=0.0)
+    full = divergence()
     assert full > 1.3 * start and start > 0
-    assert full > 3 * found(levels=((None, 1.0),)) > 0
-    assert full > 1.1 * found(ratio=0.1)
-    small = [found(1 / 255, steps=steps, levels=((None, 1.0),)) for steps in (1, 2, 8)]
+    assert full > 3 * divergence(levels=((None, 1.0),)) > 0
+    assert full > 1.1 * divergence(ratio=0.1)
+    small = [divergence(1 / 255, steps=steps, levels=((None, 1.0),)) for steps in (1, 2, 8)]
     assert small[0] < small[1] < small[2]
-    budgets = [found(value / 255) for value in (0.01, 0.1, 1, 8)]
+    budgets = [divergence(value / 255) for value in (0.01, 0.1, 1, 8)]
     assert budgets == sorted(budgets) and budgets[3] > 10 * budgets[1]
 
 
 def test_no_budget_gives_the_images_back_and_asks_no_model() -> None:
     batch = images()
-    found = pyramid_attack(lambda x: 1 / 0, batch, epsilon=0.0, step_size=0.0)
-    assert torch.equal(found, batch) and found.data_ptr() != batch.data_ptr()
+    attacked = pyramid_attack(lambda x: 1 / 0, batch, epsilon=0.0, step_size=0.0)
+    assert torch.equal(attacked, batch) and attacked.data_ptr() != batch.data_ptr()
 
 
 def test_nothing_is_left_behind() -> None:
     net, batch = backbone(), images().requires_grad_()
     copy, before, state = batch.detach().clone(), snapshot(net), torch.get_rng_state()
     with torch.no_grad():
-        one = pyramid_attack(net, batch, epsilon=0.03, step_size=0.01)
-    assert torch.equal(one, pyramid_attack(net, batch, epsilon=0.03, step_size=0.01))
+        attacked = pyramid_attack(net, batch, epsilon=0.03, step_size=0.01)
+    assert torch.equal(attacked, pyramid_attack(net, batch, epsilon=0.03, step_size=0.01))
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in net.parameters()) and batch.grad is None
-    assert torch.equal(batch, copy) and torch.equal(torch.get_rng_state(), state) and not one.requires_grad
+    assert torch.equal(batch, copy) and torch.equal(torch.get_rng_state(), state) and not attacked.requires_grad
 
 
 def test_the_start_is_the_generators() -> None:
@@ -251,20 +253,20 @@ def test_the_start_is_the_generators() -> None:
     ("init", "low", "high"), [("zero", 0.0, 0.0), ("uniform", 0.9 * 31 * 0.004, 31 * 0.004), ("normal", 0.05, 0.12)]
 )
 def test_where_each_start_begins(init: str, low: float, high: float) -> None:
-    seen, batch = [], torch.full((8, 3, 16, 16), 0.5).double()
+    distances, batch = [], torch.full((8, 3, 16, 16), 0.5).double()
     net = fixed(16, 16)
 
     def watched(x: Tensor) -> Tensor:
-        seen.append((x.detach() - batch).abs().max())
+        distances.append((x.detach() - batch).abs().max())
         return net(x)
 
     pyramid_attack(watched, batch, epsilon=0.004, step_size=0.001, init=init, clean_logits=net(batch))
     # normal: 0.001 N(0, 1) by up to 20 + 10 + 1; the largest of six thousand sums, of deviation 0.0224, is under 5.4 of it.
-    assert low <= float(seen[0]) <= high + 1e-12 and len(seen) == 2
+    assert low <= float(distances[0]) <= high + 1e-12 and len(distances) == 2
 
 
 def test_the_default_is_no_start_without_a_gradient() -> None:
-    """At zero the KL is at its minimum: what moves there is rounding noise, and the attack is no attack."""
+    """At zero the KL is at its minimum: its gradient is rounding noise, and the attack has no effect."""
     logits, batch = classifier()
     default = pyramid_attack(logits, batch, epsilon=8 / 255, step_size=4 / 255, steps=1)
     assert torch.equal(
@@ -291,21 +293,23 @@ def test_the_clean_target_is_computed_once_or_taken() -> None:
         calls.append(torch.equal(x, batch))
         return net(x)
 
-    own = pyramid_attack(counted, batch, epsilon=0.03, step_size=0.01, steps=4)
+    attacked = pyramid_attack(counted, batch, epsilon=0.03, step_size=0.01, steps=4)
     assert calls == [True] + [False] * 4
     calls.clear()
     clean = net(batch).requires_grad_()
-    assert torch.equal(own, pyramid_attack(counted, batch, epsilon=0.03, step_size=0.01, steps=4, clean_logits=clean))
+    assert torch.equal(
+        attacked, pyramid_attack(counted, batch, epsilon=0.03, step_size=0.01, steps=4, clean_logits=clean)
+    )
     assert calls == [False] * 4 and clean.grad is None
 
 
 def test_names_of_classes_do_not_matter() -> None:
     batch, net = images().double(), fixed(16, 16)
     order = torch.tensor([2, 0, 1])
-    one, two = (
+    first, second = (
         pyramid_attack(f, batch, epsilon=0.03, step_size=0.01, steps=3) for f in (net, lambda x: net(x)[:, order])
     )
-    assert torch.allclose(one, two, atol=1e-12)
+    assert torch.allclose(first, second, atol=1e-12)
 
 
 def test_small_gradients_survive_half_precision() -> None:
@@ -325,9 +329,9 @@ def test_small_gradients_survive_half_precision() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     batch = images().to(dtype)
-    found = pyramid_attack(fixed(16, 16, dtype=dtype), batch, epsilon=0.03, step_size=0.01)
-    assert found.dtype == dtype and bool(found.isfinite().all()) and found.min() >= 0 and found.max() <= 1
-    assert (found - batch).abs().max() > 0.3
+    attacked = pyramid_attack(fixed(16, 16, dtype=dtype), batch, epsilon=0.03, step_size=0.01)
+    assert attacked.dtype == dtype and bool(attacked.isfinite().all()) and attacked.min() >= 0 and attacked.max() <= 1
+    assert (attacked - batch).abs().max() > 0.3
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""MAML, first-order MAML and MetaSGD: by hand, against learn2learn, and that nothing but the fast weights moves."""
+"""MAML, first-order MAML and MetaSGD: by hand, against learn2learn, and with unchanged learners."""
 
 import builtins
 import math
@@ -33,7 +33,7 @@ def episode(ways=3, shots=2, size=16, seed=0, dtype=torch.float32):
 
 
 def colours(number, ways=3, shots=3, queries=4):
-    """An episode whose classes are one bright channel each, in an order of its own, under noise."""
+    """Draw an episode with one bright channel for each class, in a drawn order, under noise."""
     generator = torch.Generator().manual_seed(number)
     order = torch.randperm(3, generator=generator)[:ways]
     labels = torch.arange(ways).repeat(shots + queries)
@@ -79,7 +79,7 @@ class Scalar(nn.Module):
 
 
 def vit_learner(method="lora", ways=3, dtype=torch.float32):
-    """A ViT with low-rank factors in qkv away from their start, and a head."""
+    """Return a ViT with low-rank factors in qkv, moved from their start, and a head."""
     vit = tiny_vit(num_classes=0)
     adapt(vit, method, ["attn.qkv"], rank=2)
     shake(vit, 0.1)
@@ -88,9 +88,9 @@ def vit_learner(method="lora", ways=3, dtype=torch.float32):
 
 def meta_gradients(objective, batch):
     objective.zero_grad()
-    found = objective(batch)
-    found["loss"].backward()
-    return found["loss"].detach(), {
+    metrics = objective(batch)
+    metrics["loss"].backward()
+    return metrics["loss"].detach(), {
         name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None
     }
 
@@ -118,12 +118,12 @@ def test_two_steps_on_a_scalar_equal_the_derivative_by_hand(algorithm):
     g0, h0 = slopes(w, *pixels["support"])
     g1, h1 = slopes(w - rate * g0, *pixels["support"])
     outer, _ = slopes(w - rate * g0 - rate * g1, *pixels["query"])
-    _, found = meta_gradients(MamlObjective(Scalar(w), settings(algorithm, rate, 2)), batch)
+    _, gradients = meta_gradients(MamlObjective(Scalar(w), settings(algorithm, rate, 2)), batch)
     # dw2/dw = (1 - a h0)(1 - a h1), taken as 1 in first order; dw2/da = -g0 (1 - a h1) - g1.
     expected = outer if algorithm == "fomaml" else outer * (1 - rate * h0) * (1 - rate * h1)
-    assert float(found["proto.learner.w"]) == pytest.approx(expected, rel=1e-6)
+    assert float(gradients["proto.learner.w"]) == pytest.approx(expected, rel=1e-6)
     if algorithm == "metasgd":
-        assert float(found["proto.rates.0"]) == pytest.approx(outer * (-g0 * (1 - rate * h1) - g1), rel=1e-6)
+        assert float(gradients["proto.rates.0"]) == pytest.approx(outer * (-g0 * (1 - rate * h1) - g1), rel=1e-6)
 
 
 def test_classifier_is_plain_gradient_descent_on_the_support_set():
@@ -155,15 +155,17 @@ def test_both_engines_equal_learn2learn_used_directly(algorithm):
     loss = F.cross_entropy(inner(batch["query"]).float(), batch["query_labels"])
     expected = torch.autograd.grad(loss, list(whole.parameters()))
     for engine in ("func", "learn2learn"):
-        found, gradients = meta_gradients(MamlObjective(learner, settings(algorithm, engine=engine)), batch)
-        assert abs(found - loss) < 1e-12 and len(gradients) == len(expected) == (8 if algorithm == "metasgd" else 4)
-        # learn2learn lists the rates after the module, as we do.
+        engine_loss, gradients = meta_gradients(MamlObjective(learner, settings(algorithm, engine=engine)), batch)
+        assert abs(engine_loss - loss) < 1e-12 and len(gradients) == len(expected) == (
+            8 if algorithm == "metasgd" else 4
+        )
+        # learn2learn lists the rates after the module, as MamlNet does.
         ordered = [gradients[f"proto.learner.{name}"] for name, _ in learner.named_parameters()]
         ordered += [gradients[f"proto.rates.{i}"] for i in range(len(gradients) - 4)]
-        own = dict(whole.named_parameters())
-        by_size = dict(zip(own, expected))
+        parameters = dict(whole.named_parameters())
+        by_size = dict(zip(parameters, expected))
         direct = [by_size[f"module.{name}"] for name, _ in learner.named_parameters()]
-        direct += [by_size[name] for name in own if name.startswith("lrs")]
+        direct += [by_size[name] for name in parameters if name.startswith("lrs")]
         assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(ordered, direct, strict=True))
 
 
@@ -245,10 +247,12 @@ def test_only_what_is_trainable_adapts(engine):
     assert {name for name in trainable if not name.endswith(("lora_A", "lora_B"))} == {"head.weight", "head.bias"}
     net.requires_grad_(False)  # as an evaluation does with its models
     task = net.eval().classifier(batch["support"], batch["support_labels"])
-    own = dict(learner.named_parameters())
-    assert not any(value.requires_grad for value in own.values())
-    moved = {name for name, value in task.weights.items() if name in own and not torch.equal(value, own[name])}
-    assert moved == trainable == set(task.weights) & set(own)
+    parameters = dict(learner.named_parameters())
+    assert not any(value.requires_grad for value in parameters.values())
+    moved = {
+        name for name, value in task.weights.items() if name in parameters and not torch.equal(value, parameters[name])
+    }
+    assert moved == trainable == set(task.weights) & set(parameters)
     images = batch["query"].clone().requires_grad_()
     task(images).sum().backward()
     assert images.grad.abs().sum() > 0
@@ -324,7 +328,9 @@ def test_a_saved_run_gives_the_same_classifier(tmp_path):
     vit = load_adapter(tiny_vit(num_classes=0), tmp_path / "adapter")
     other = MamlNet(LinearLearner(Backbone(vit), 3, seed=9), net.settings)
     other.load_own_tensors(tensors, "run 'x'")
-    logits = [one.eval().classifier(batch["support"], batch["support_labels"])(batch["query"]) for one in (net, other)]
+    logits = [
+        maml.eval().classifier(batch["support"], batch["support_labels"])(batch["query"]) for maml in (net, other)
+    ]
     assert torch.equal(*logits)
     with pytest.raises(UserError, match=r"run 'x': unexpected 'rates\."):
         MamlNet(other.learner, settings("maml")).load_own_tensors(tensors, "run 'x'")
@@ -376,7 +382,7 @@ def test_support_learner_and_width_are_checked():
     net = MamlNet(LinearLearner(Small(), 3), settings())
     with pytest.raises(UserError, match=r"support of images \(4, 3, 8, 8\), labels \(3,\)"):
         net.classifier(torch.rand(4, 3, 8, 8), torch.arange(3))
-    with pytest.raises(UserError, match="Conv2d does not tell the width"):
+    with pytest.raises(UserError, match="Conv2d has no attribute width"):
         LinearLearner(nn.Conv2d(3, 4, 1), 3)
     with pytest.raises(UserError, match="a learner of 1 ways"):
         LinearLearner(Small(), 1)

@@ -54,16 +54,16 @@ def test_scores_by_hand() -> None:
 
 
 def looped(cosines: Tensor, labels: Tensor, balance: float) -> Tensor:
-    found = []
+    scores = []
     ways = cosines.shape[2]
-    for one in cosines.tolist():
+    for by_expert in cosines.tolist():
         compact = divergent = 0.0
         for k in range(ways):
-            rows = [row for row, label in zip(one, labels.tolist()) if label == k]
+            rows = [row for row, label in zip(by_expert, labels.tolist()) if label == k]
             compact += sum(row[k] for row in rows) / len(rows) / ways
             divergent += sum(sum(row[j] for j in range(ways) if j != k) / (ways - 1) for row in rows) / len(rows) / ways
-        found.append(balance * compact - (1 - balance) * divergent)
-    return torch.tensor(found, dtype=torch.float64)
+        scores.append(balance * compact - (1 - balance) * divergent)
+    return torch.tensor(scores, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("ways", [2, 5])
@@ -90,8 +90,8 @@ def test_the_balance() -> None:
     assert int(expert_scores(cosines, labels, 1.0)[0].argmax()) == int(compact.argmax())
     assert int(expert_scores(cosines, labels, 0.0)[0].argmax()) == int(divergent.argmin())
     assert expert_scores(cosines.half(), labels)[0].dtype == torch.float32
-    own = F.one_hot(labels, 3).bool().expand_as(cosines)
-    assert torch.allclose(expert_scores(torch.where(own, cosines, 0.7), labels, 1.0)[0], compact, atol=1e-12)
+    same_class = F.one_hot(labels, 3).bool().expand_as(cosines)
+    assert torch.allclose(expert_scores(torch.where(same_class, cosines, 0.7), labels, 1.0)[0], compact, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_mixture_by_hand() -> None:
     # The paper's form: w = exp(-beta (1 - score)) over the kept, divided by their sum.
     w = [torch.tensor(-10 * (1 - score)).exp() for score in (0.5, 0.4)]
     assert zeta[1] == pytest.approx(float(w[0] / (w[0] + w[1])))
-    # Scores lie close together: at beta 1 a difference of .01 hardly matters, the choice of the k does.
+    # Scores lie close together: at beta 1 a difference of .01 has little effect, the choice of the k has.
     assert mixture_weights(torch.tensor([0.51, 0.5, 0.1]), 1.0, 2).tolist() == pytest.approx(
         [0.5025, 0.4975, 0], abs=1e-4
     )
@@ -153,8 +153,8 @@ def test_equal_scores_keep_the_first() -> None:
 
 
 def test_the_router_written_out(pool: ExpertPool) -> None:
-    """Cosines without the scale, prototypes of every expert its own, zeta of the support alone, W(zeta) for the queries."""
-    found, batch = task(pool, beta=7.0, balance=0.4, top_k=2)
+    """Cosines without the scale, each expert's prototypes, zeta of the support alone, W(zeta) for the queries."""
+    classifier, batch = task(pool, beta=7.0, balance=0.4, top_k=2)
     labels, cosines = batch["support_labels"], []
     with torch.no_grad():
         for index in range(3):
@@ -165,22 +165,22 @@ def test_the_router_written_out(pool: ExpertPool) -> None:
         kept = scores.topk(2).indices
         zeta = torch.zeros(3)
         zeta[kept] = torch.softmax(7 * scores[kept], 0).float()
-        assert torch.allclose(found.mixture, zeta, atol=1e-5)
+        assert torch.allclose(classifier.mixture, zeta, atol=1e-5)
         net = Functional(pool.backbone, pool.weights(zeta / zeta.sum()))
         logits = cosine_logits(net(batch["query"]), prototypes(net(batch["support"]), labels), pool.scale)
-        assert torch.allclose(found(batch["query"]), logits, atol=1e-4) and pool.scale == 11.0
+        assert torch.allclose(classifier(batch["query"]), logits, atol=1e-4) and pool.scale == 11.0
     assert not any(p.grad is not None for p in pool.parameters())
 
 
 def test_queries_are_never_seen_and_never_mix(pool: ExpertPool) -> None:
-    """Two tasks of one support and other queries are one task; a query's logits are its own."""
-    found, batch = task(pool)
-    whole = found(batch["query"])
-    assert torch.allclose(whole, torch.cat([found(part) for part in batch["query"].split(5)]), atol=1e-5)
+    """The classifier depends on the support alone; a query's logits do not depend on other queries."""
+    classifier, batch = task(pool)
+    whole = classifier(batch["query"])
+    assert torch.allclose(whole, torch.cat([classifier(part) for part in batch["query"].split(5)]), atol=1e-5)
     changed = batch["query"].clone()
     changed[1:] = 0.5
-    before = found.mixture.clone()
-    assert torch.allclose(found(changed)[0], whole[0], atol=1e-5) and torch.equal(found.mixture, before)
+    before = classifier.mixture.clone()
+    assert torch.allclose(classifier(changed)[0], whole[0], atol=1e-5) and torch.equal(classifier.mixture, before)
     small = PoolNet(pool, MergeSettings()).classifier(batch["support"], batch["support_labels"], batch=1)
     assert torch.allclose(small(batch["query"]), whole, atol=1e-4)
 
@@ -189,7 +189,7 @@ def test_queries_are_never_seen_and_never_mix(pool: ExpertPool) -> None:
 def test_a_task_leaves_no_trace(pool: ExpertPool, strategy: str) -> None:
     options = {"strategy": strategy, "expert": "1" if strategy == "expert" else None, "trim": {"mlp.fc1": 0.5}}
     before, kept = snapshot(pool), [dict(pool.expert_weights(k)) for k in range(3)]
-    copies = [{name: weight.clone() for name, weight in one.items()} for one in kept]
+    copies = [{name: weight.clone() for name, weight in weights.items()} for weights in kept]
     state, flags = torch.get_rng_state(), [p.requires_grad for p in pool.parameters()]
     first, batch = task(pool, 1, **options)
     logits = first(batch["query"])
@@ -203,23 +203,25 @@ def test_a_task_leaves_no_trace(pool: ExpertPool, strategy: str) -> None:
 
 
 def test_gradients_reach_the_images_while_the_choice_stands(pool: ExpertPool) -> None:
-    """I12: what an attack needs. The mixture is a number of the task, not of the attacked query."""
-    found, batch = task(pool)
-    before, images = found.mixture.clone(), batch["query"].clone().requires_grad_()
-    F.cross_entropy(found(images), batch["query_labels"]).backward()
-    assert images.grad.abs().sum() > 0 and torch.equal(found.mixture, before) and not found.mixture.requires_grad
+    """I12: attacks need gradients. The mixture is a constant of the task and does not depend on the attacked query."""
+    classifier, batch = task(pool)
+    before, images = classifier.mixture.clone(), batch["query"].clone().requires_grad_()
+    F.cross_entropy(classifier(images), batch["query_labels"]).backward()
+    assert (
+        images.grad.abs().sum() > 0 and torch.equal(classifier.mixture, before) and not classifier.mixture.requires_grad
+    )
     raised = images.detach() + 4.5 / 255 * images.grad.sign()
     with torch.no_grad():
-        clean, attacked = (F.cross_entropy(found(part), batch["query_labels"]) for part in (images, raised))
+        clean, attacked = (F.cross_entropy(classifier(part), batch["query_labels"]) for part in (images, raised))
     assert attacked > clean + 0.1
 
 
 def test_strategies(pool: ExpertPool) -> None:
     logits = {}
     for strategy in ("merge", "average", "logits", "min_ce", "expert"):
-        found, batch = task(pool, 3, strategy=strategy, expert="2" if strategy == "expert" else None)
-        logits[strategy] = found(batch["query"])
-        zeta = getattr(found, "mixture", None)
+        classifier, batch = task(pool, 3, strategy=strategy, expert="2" if strategy == "expert" else None)
+        logits[strategy] = classifier(batch["query"])
+        zeta = getattr(classifier, "mixture", None)
         if strategy == "average":
             assert torch.allclose(zeta, torch.tensor(1 / 3))
         if strategy == "expert":
@@ -234,9 +236,9 @@ def test_strategies(pool: ExpertPool) -> None:
     assert torch.allclose(logits["logits"], torch.stack(singles).mean(0), atol=1e-5)
     # E5: merging, averaging the weights, averaging the logits and one expert are different models.
     names = ["merge", "average", "logits", "expert"]
-    for one in names:
+    for name in names:
         for other in names:
-            assert one == other or (logits[one] - logits[other]).abs().max() > 0.05, (one, other)
+            assert name == other or (logits[name] - logits[other]).abs().max() > 0.05, (name, other)
 
 
 def test_logits_equal_weights_for_equal_experts_only(tmp_path: Path) -> None:
@@ -255,29 +257,29 @@ def test_logits_equal_weights_for_equal_experts_only(tmp_path: Path) -> None:
 
 
 def test_all_experts_at_beta_zero_are_the_uniform_average(pool: ExpertPool) -> None:
-    one, batch = task(pool, beta=0.0, top_k=3)
+    merged, batch = task(pool, beta=0.0, top_k=3)
     other, _ = task(pool, strategy="average")
-    assert torch.allclose(one.mixture, other.mixture) and torch.allclose(
-        one(batch["query"]), other(batch["query"]), atol=1e-5
+    assert torch.allclose(merged.mixture, other.mixture) and torch.allclose(
+        merged(batch["query"]), other(batch["query"]), atol=1e-5
     )
 
 
 def test_a_pool_of_one(tmp_path: Path) -> None:
     single = ExpertPool(backbone(), saved(tmp_path, (3,)))
     for strategy in ("merge", "min_ce", "average"):
-        found, _ = task(single, strategy=strategy)
-        assert found.mixture.tolist() == [1.0]
+        classifier, _ = task(single, strategy=strategy)
+        assert classifier.mixture.tolist() == [1.0]
 
 
 def test_an_untuned_pool_is_the_frozen_model(tmp_path: Path) -> None:
     untuned = ExpertPool(backbone(), saved(tmp_path, (None, None)))
-    found, batch = task(untuned)
+    classifier, batch = task(untuned)
     frozen = ProtoNet(backbone(), 10.5).classifier(batch["support"], batch["support_labels"])
-    assert torch.allclose(found(batch["query"]), frozen(batch["query"]), atol=1e-4) and untuned.scale == 10.5
+    assert torch.allclose(classifier(batch["query"]), frozen(batch["query"]), atol=1e-4) and untuned.scale == 10.5
 
 
 def test_one_shot_is_perfectly_compact_unless_augmented(pool: ExpertPool) -> None:
-    """The scored image is its own prototype, so C is 1 for every expert and V alone decides."""
+    """The scored image is its class's prototype, so C is 1 for every expert and V alone decides."""
     batch = episode(4, shots=1)
     support, labels = batch["support"], batch["support_labels"]
     plain = PoolNet(pool, MergeSettings()).cosines(support, labels)
@@ -291,10 +293,10 @@ def test_one_shot_is_perfectly_compact_unless_augmented(pool: ExpertPool) -> Non
     # One augmented support for all experts; prototypes and the classifier stay those of the clean one.
     views = diff_augment(support, torch.Generator().manual_seed(1), mean=MEAN, std=STD)
     with torch.no_grad():
-        for index, found in enumerate(net.cosines(support, labels)):
+        for index, cosines in enumerate(net.cosines(support, labels)):
             expert = Functional(pool.backbone, pool.expert_weights(index))
             assert torch.allclose(
-                found, cosine_logits(expert(views), prototypes(expert(support), labels), 1.0), atol=1e-5
+                cosines, cosine_logits(expert(views), prototypes(expert(support), labels), 1.0), atol=1e-5
             )
     augmented, zeta = net.classifier(support, labels), net.classifier(support, labels).mixture
     merged = Functional(pool.backbone, pool.weights(zeta))
@@ -310,13 +312,15 @@ def test_modes_and_the_protocols_contract(pool: ExpertPool) -> None:
     for mode in (True, False):
         net = PoolNet(pool, MergeSettings())
         net.training = mode
-        found = net.classifier(batch["support"], batch["support_labels"])
+        classifier = net.classifier(batch["support"], batch["support_labels"])
         # A task has its net's mode and leaves the shared modules in theirs.
-        assert found.training == mode and not pool.backbone.training and pool.training == pools
+        assert classifier.training == mode and not pool.backbone.training and pool.training == pools
     tuned = FineTuned(PoolNet(pool, MergeSettings()), FineTuneSettings(lr=1e-3, steps=2))
-    found = tuned.classifier(batch["support"], batch["support_labels"])
+    classifier = tuned.classifier(batch["support"], batch["support_labels"])
     plain = PoolNet(pool, MergeSettings()).classifier(batch["support"], batch["support_labels"])
-    assert torch.equal(found.mixture, plain.mixture) and not torch.equal(found(batch["query"]), plain(batch["query"]))
+    assert torch.equal(classifier.mixture, plain.mixture) and not torch.equal(
+        classifier(batch["query"]), plain(batch["query"])
+    )
     again = PoolNet(pool, MergeSettings()).classifier(batch["support"], batch["support_labels"])
     assert torch.equal(again(batch["query"]), plain(batch["query"]))
 
@@ -398,7 +402,7 @@ def test_trimming_reaches_every_strategy_and_not_the_router(pool: ExpertPool, st
         ({"trim": {"mlp.fc1": 30}}, "keep a share"),
         ({"trim": {"mlp.fc3": 0.5}}, "merging.trim: no module matches 'mlp.fc3'. Near: 'mlp.fc"),
         ({"strategy": "expert"}, "no expert 'None'"),
-        ({"strategy": "expert", "expert": "7"}, "no expert '7'; it has 0, 1, 2"),
+        ({"strategy": "expert", "expert": "7"}, "no expert '7'; the pool has 0, 1, 2"),
     ],
 )
 def test_errors(pool: ExpertPool, change: dict, message: str) -> None:
@@ -411,7 +415,7 @@ def test_errors(pool: ExpertPool, change: dict, message: str) -> None:
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> ExpertPool:
-    """One expert of shapes, one of textures, two that drifted."""
+    """An expert of shapes, an expert of textures, and two with random changes."""
     folder, experts = tmp_path_factory.mktemp("mixed"), []
     for label in ("drifted", "shape", "texture", "lost"):
         proto = adapted()
@@ -425,7 +429,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> ExpertPool:
 
 @pytest.mark.parametrize("domain", ["shape", "texture"])
 def test_the_router_finds_the_expert_of_the_domain(mixed: ExpertPool, domain: str) -> None:
-    """E3: among the two kept in more than four of five tasks, and lost with the labels."""
+    """E3: among the two kept in more than four of five tasks, but not with shuffled labels."""
     kept = first = 0
     spread, lost, right = [], [], mixed.index(domain)
     net = PoolNet(mixed, MergeSettings())
@@ -448,8 +452,8 @@ def score(pool: ExpertPool, domain: str, **settings: object) -> float:
     hits = []
     for number in range(10):
         batch = episode(7000 + number, 13, domain, shots=5)
-        found = PoolNet(pool, MergeSettings(**settings)).classifier(batch["support"], batch["support_labels"])
-        hits.append((found(batch["query"]).argmax(1) == batch["query_labels"]).float().mean())
+        classifier = PoolNet(pool, MergeSettings(**settings)).classifier(batch["support"], batch["support_labels"])
+        hits.append((classifier(batch["query"]).argmax(1) == batch["query_labels"]).float().mean())
     return float(torch.stack(hits).mean())
 
 

@@ -1,4 +1,4 @@
-"""The pool: a mixture by hand, the convex family of weights (I8), what may not be mixed, and pools on disk."""
+"""The pool: a mixture by hand, the convex family of weights (I8), experts that do not fit, and pools on disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SITES = [f"vit.blocks.{k}.{site}.weight" for k in (0, 1) for site in ("attn.qkv"
 
 
 def merged(expert: Expert) -> dict[str, Tensor]:
-    """An expert's weights by `merge`, which shares no code with the pool's."""
+    """Return an expert's weights by `merge`, which shares no code with the pool's."""
     net = backbone()
     vismt.merge(load_adapter(net.vit, expert.folder))
     return {name: dict(net.named_parameters())[name].detach() for name in SITES}
@@ -38,11 +38,11 @@ def test_one_expert_is_its_own_model(tmp_path: Path) -> None:
     pool = ExpertPool(backbone(), experts)
     assert len(pool) == 3 and pool.labels == ["0", "1", "2"] and pool.scale == 11.0
     for index, expert in enumerate(experts):
-        own = merged(expert)
-        assert set(pool.expert_weights(index)) == set(own)
-        for name, weight in own.items():
+        expected = merged(expert)
+        assert set(pool.expert_weights(index)) == set(expected)
+        for name, weight in expected.items():
             assert torch.allclose(pool.expert_weights(index)[name], weight, rtol=0, atol=2e-6), name
-            # The others move the weight by far more than that, so the principal part is neither lost nor counted twice.
+            # The other experts change the weight by far more, so the principal part is neither lost nor counted twice.
             stock = dict(backbone().named_parameters())[name]
             assert index == 0 or (weight - stock).abs().max() > 0.01
 
@@ -50,11 +50,11 @@ def test_one_expert_is_its_own_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [{}, {"init": "lora"}, {"alpha": 6.0}, {"split_qkv": False}])
 def test_mixtures_are_convex_combinations_of_whole_weights(tmp_path: Path, options: dict) -> None:
     experts = saved(tmp_path, (3, 4, 5), **options)
-    pool, own = ExpertPool(backbone(), experts), [merged(expert) for expert in experts]
+    pool, singles = ExpertPool(backbone(), experts), [merged(expert) for expert in experts]
     assert pool.has_start == (options.get("init") != "lora")
     for zeta in ((0.2, 0.5, 0.3), (0.0, 0.25, 0.75), (1 / 3, 1 / 3, 1 / 3), (1.5, -0.25, -0.25)):
         for name, weight in spread(pool, *zeta).items():
-            expected = sum(part * one[name] for part, one in zip(zeta, own))
+            expected = sum(part * weights[name] for part, weights in zip(zeta, singles))
             assert torch.allclose(weight, expected, rtol=0, atol=5e-6), name
 
 
@@ -64,10 +64,10 @@ def test_a_core_between_the_factors_is_mixed_along(tmp_path: Path) -> None:
         net = backbone()
         vismt.adapt(net.vit, "polar", targets=["qkv", "attn.proj", "fc1", "mlp.fc2"], rank=2, split_qkv=True)
         experts.append(Expert(str(number), save_adapter(shake(net.vit, 0.3, number), tmp_path / str(number))))
-    pool, own = ExpertPool(backbone(), experts), [merged(expert) for expert in experts]
+    pool, singles = ExpertPool(backbone(), experts), [merged(expert) for expert in experts]
     for name, weight in spread(pool, 0.3, 0.7).items():
-        assert torch.allclose(weight, 0.3 * own[0][name] + 0.7 * own[1][name], rtol=0, atol=5e-6), name
-        assert (own[0][name] - own[1][name]).abs().max() > 0.01
+        assert torch.allclose(weight, 0.3 * singles[0][name] + 0.7 * singles[1][name], rtol=0, atol=5e-6), name
+        assert (singles[0][name] - singles[1][name]).abs().max() > 0.01
     lora = replace(saved(tmp_path / "lora", (3,), init="lora")[0], label="lora")
     with pytest.raises(UserError, match=r"'0' and 'lora' differ at .*: core full and None"):
         ExpertPool(backbone(), [experts[0], lora])
@@ -85,29 +85,29 @@ def test_nothing_is_changed_in_place(tmp_path: Path) -> None:
     before, flags = snapshot(net), {name: p.requires_grad for name, p in net.named_parameters()}
     keys, names = set(before), [type(part).__name__ for part in net.modules()]
     pool = ExpertPool(net, experts)
-    held = snapshot(pool.banks)
-    one, first = spread(pool, 0.2, 0.5, 0.3), pool.expert_weights(1)
+    banks = snapshot(pool.banks)
+    mixture, first = spread(pool, 0.2, 0.5, 0.3), pool.expert_weights(1)
     first_copy = {name: weight.clone() for name, weight in first.items()}
     spread(pool, 0.0, 1.0, 0.0)
     assert same(snapshot(net), before) and set(net.state_dict()) == keys
     assert [type(part).__name__ for part in net.modules()] == names
     assert {name: p.requires_grad for name, p in net.named_parameters()} == flags
-    assert same(snapshot(pool.banks), held) and same(one, spread(pool, 0.2, 0.5, 0.3))
+    assert same(snapshot(pool.banks), banks) and same(mixture, spread(pool, 0.2, 0.5, 0.3))
     assert same(pool.expert_weights(1), first_copy) and pool.expert_weights(1) is first
     stock = dict(net.named_parameters())
-    assert not any(weight.data_ptr() == stock[name].data_ptr() for name, weight in [*one.items(), *first.items()])
+    assert not any(weight.data_ptr() == stock[name].data_ptr() for name, weight in [*mixture.items(), *first.items()])
     assert not any(p.requires_grad for p in pool.banks.parameters())
 
 
 def test_every_site_has_the_same_zeta_and_the_function_follows(tmp_path: Path) -> None:
     experts, batch = saved(tmp_path), episode(0)["query"]
-    net, own = backbone(), [merged(expert) for expert in experts]
+    net, singles = backbone(), [merged(expert) for expert in experts]
     mixed = Functional(net, spread(ExpertPool(net, experts), 0.1, 0.6, 0.3))
     by_hand = backbone()
     with torch.no_grad():
         for name, p in by_hand.named_parameters():
-            if name in own[0]:
-                p.copy_(0.1 * own[0][name] + 0.6 * own[1][name] + 0.3 * own[2][name])
+            if name in singles[0]:
+                p.copy_(0.1 * singles[0][name] + 0.6 * singles[1][name] + 0.3 * singles[2][name])
         assert torch.allclose(mixed(batch), by_hand(batch), atol=1e-4)
         assert not torch.allclose(mixed(batch), net(batch), atol=1e-2)
 
@@ -127,7 +127,7 @@ def test_mixtures_that_are_none(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="for 3 experts: give one weight each, with sum 1"):
             spread(pool, *zeta)
     assert pool.uniform().tolist() == pytest.approx([1 / 3] * 3) and pool.index("2") == 2
-    with pytest.raises(UserError, match="no expert '8'; it has 0, 1, 2"):
+    with pytest.raises(UserError, match="no expert '8'; the pool has 0, 1, 2"):
         pool.index("8")
     with pytest.raises(UserError, match="no expert given"):
         ExpertPool(backbone(), [])
@@ -137,7 +137,7 @@ def test_mixtures_that_are_none(tmp_path: Path) -> None:
 
 
 def test_signs_of_singular_vectors_do_not_matter(tmp_path: Path) -> None:
-    """Two machines may find -u, -v for u, v: the same start."""
+    """An SVD on another machine may return -u, -v for u, v: the same start."""
     first, second = saved(tmp_path / "a", (3, 3))
     proto = adapted()
     shake(proto.backbone.vit, 0.05, 3)
@@ -155,12 +155,12 @@ def test_signs_of_singular_vectors_do_not_matter(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rank": 3}, r"'0' and 'other' differ at blocks.0.attn.proj: rank 2 and 3\. What"),
+        ({"rank": 3}, r"'0' and 'other' differ at blocks.0.attn.proj: rank 2 and 3\. Their"),
         ({"alpha": 4.0}, "scale 1.0 and 2.0"),
-        ({"split_qkv": False}, "blocks .* What the principal start leaves of W"),
+        ({"split_qkv": False}, "blocks .* Their residual weights W_res then differ"),
         ({"targets": ["attn.qkv", "attn.proj", "mlp.fc1"]}, "'other' lacks blocks.0.mlp.fc2"),
         ({"init": "lora"}, "'0' and 'other' did not start from the same factors"),
-        ({"also_train": ["norm"]}, "it trains 'norm.bias' too; a pool mixes low-rank factors alone"),
+        ({"also_train": ["norm"]}, "it trains 'norm.bias' too; a pool mixes low-rank factors only"),
     ],
 )
 def test_experts_of_another_kind_are_refused_with_the_reason(tmp_path: Path, change: dict, message: str) -> None:
@@ -191,7 +191,7 @@ def test_another_base_and_equal_names_are_refused(tmp_path: Path) -> None:
     first, second = saved(tmp_path, (3, 4))
     with pytest.raises(UserError, match="was made for VisionTransformer"):
         ExpertPool(backbone(seed=5), [first, second])
-    with pytest.raises(UserError, match="two experts are called alike in 0, 0: rename a folder or a level"):
+    with pytest.raises(UserError, match="two experts have the same label in 0, 0: rename a folder or a level"):
         ExpertPool(backbone(), [first, replace(second, label="0")])
 
 
@@ -202,10 +202,10 @@ def test_a_pool_folder_holds_all_there_is(tmp_path: Path) -> None:
     experts = saved(tmp_path / "runs")
     assert assemble(experts, tmp_path / "pool") == tmp_path / "pool"
     again = read_pool(tmp_path / "pool")
-    assert [(one.label, one.scale) for one in again] == [("0", 10.0), ("1", 11.0), ("2", 12.0)]
-    assert [one.folder for one in again] == [tmp_path / "pool" / f"expert-{k}" for k in range(3)]
-    one, other = ExpertPool(backbone(), experts), ExpertPool(backbone(), again)
-    assert same(spread(one, 0.2, 0.5, 0.3), spread(other, 0.2, 0.5, 0.3)) and one.scale == other.scale
+    assert [(expert.label, expert.scale) for expert in again] == [("0", 10.0), ("1", 11.0), ("2", 12.0)]
+    assert [expert.folder for expert in again] == [tmp_path / "pool" / f"expert-{k}" for k in range(3)]
+    first, second = ExpertPool(backbone(), experts), ExpertPool(backbone(), again)
+    assert same(spread(first, 0.2, 0.5, 0.3), spread(second, 0.2, 0.5, 0.3)) and first.scale == second.scale
     # Reassembled in another order, from its own folder, over itself.
     assemble(again[::-1], tmp_path / "pool")
     turned = ExpertPool(backbone(), read_pool(tmp_path / "pool"))
@@ -216,7 +216,7 @@ def test_a_pool_folder_holds_all_there_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("before", [False, True])
 def test_a_torn_copy_is_no_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool) -> None:
-    """Also over an older pool, whose index would speak of files that are not its own any more."""
+    """Also over an older pool: its index must not describe the new files."""
     experts = saved(tmp_path / "runs")
     if before:
         assemble(experts[:2], tmp_path / "pool")
@@ -242,9 +242,9 @@ def test_an_expert_that_cannot_be_read_leaves_the_old_pool(tmp_path: Path) -> No
     next(experts[2].folder.glob("*.safetensors")).unlink()
     with pytest.raises(UserError, match=r"expert '2': .*safetensors' cannot be read"):
         assemble(experts, tmp_path / "pool")
-    assert [one.label for one in read_pool(tmp_path / "pool")] == ["0", "1"]
+    assert [expert.label for expert in read_pool(tmp_path / "pool")] == ["0", "1"]
     (experts[2].folder / "adapter.json").write_text("[1]")
-    with pytest.raises(UserError, match="holds no adapter that vismt wrote"):
+    with pytest.raises(UserError, match="has no adapter that vismt wrote"):
         assemble(experts, tmp_path / "other")
     description = json.loads((experts[1].folder / "adapter.json").read_text())
     for value in (None, "../../secret", ".."):
@@ -264,7 +264,7 @@ ENTRY = {"label": "a", "folder": "expert-0", "scale": 10.0}
     [
         (
             {"format": 1, "experts": [{**ENTRY, "folder": "../other"}]},
-            r"pool.json names '../other', which is no folder",
+            r"pool.json names '../other', which is not a folder",
         ),
         ({"format": 1, "experts": [{**ENTRY, "folder": "/etc"}]}, "names '/etc'"),
         ({"format": 1, "experts": [{**ENTRY, "folder": "expert-0/../.."}]}, "names 'expert-0/../..'"),

@@ -1,4 +1,4 @@
-"""The protocol: the same episodes for every model, records that resume, a panel that can be drawn."""
+"""The protocol: the same episodes for every model, records that resume, the panel of an episode."""
 
 import json
 
@@ -14,16 +14,16 @@ LABELS = torch.arange(6).repeat_interleave(20)
 
 
 class Backbone(nn.Module):
-    """Counts what it sees."""
+    """Counts its images."""
 
     def __init__(self):
         super().__init__()
         self.drop = nn.Dropout(0.5)
         self.weight = nn.Parameter(torch.ones(3))
-        self.seen = 0
+        self.count = 0
 
     def forward(self, images):
-        self.seen += len(images)
+        self.count += len(images)
         return self.drop(images.mean((2, 3)) * self.weight - 0.5)
 
 
@@ -43,7 +43,7 @@ class Pixels:
 
 
 class Darken:
-    """An "attack" that shows what it was given."""
+    """A perturbation that records its calls."""
 
     def __init__(self, amount=0.9, seed=0, name="dark"):
         self.amount, self.seed, self.name, self.calls = amount, seed, name, []
@@ -84,7 +84,7 @@ def test_pieces_do_not_change_the_result_and_seeds_differ():
     attack = Darken()
     whole, pieces = run(), run(batch=7, attacks=[attack])
     assert all(torch.equal(whole[name], pieces[name]) for name in whole)
-    # 4 ways x 5 queries = 20 = 7 + 7 + 6, six episodes; each piece has a seed of its own; the model is in eval mode.
+    # 4 ways x 5 queries = 20 = 7 + 7 + 6, six episodes; every piece has another seed; the model is in eval mode.
     assert [call[0] for call in attack.calls[:3]] == [7, 7, 6] and len({call[2] for call in attack.calls}) == 18
     assert all(call[1] == 4 and not call[3] for call in attack.calls)
 
@@ -104,7 +104,7 @@ def test_resume_continues_at_the_episode_where_it_stopped(tmp_path):
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     # Nothing is left to do, then two episodes more, then fewer.
     net = ProtoNet(Backbone())
-    assert torch.equal(run(records, net=net)["clean"], whole["clean"]) and net.backbone.seen == 0
+    assert torch.equal(run(records, net=net)["clean"], whole["clean"]) and net.backbone.count == 0
     assert len(run(records, episodes=8)["clean"]) == 8
     assert torch.equal(run(records, episodes=3)["clean"], whole["clean"][:3])
 
@@ -131,10 +131,10 @@ def test_another_protocol_is_refused_and_nothing_lost(tmp_path, changes, key):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda lines: [lines[0], "garbage\n", *lines[2:]], "a line is no JSON"),
+        (lambda lines: [lines[0], "garbage\n", *lines[2:]], "a line is not JSON"),
         (lambda lines: [lines[0], '{"episode": 0}\n'], "line 2 is not a record"),
         (lambda lines: ["[1]\n", *lines[1:]], "of another run"),
-        (lambda lines: ["\x00\n"], "no JSON"),
+        (lambda lines: ["\x00\n"], "not JSON"),
     ],
 )
 def test_broken_records_are_named(tmp_path, damage, message):
@@ -209,12 +209,12 @@ def test_panel_is_made_up_for_on_resume(tmp_path):
 def test_what_has_no_interval_or_no_name_is_refused():
     with pytest.raises(UserError, match="1 episodes have no confidence interval"):
         run(episodes=1)
-    with pytest.raises(UserError, match="two attacks are called alike"):
+    with pytest.raises(UserError, match="two conditions have the same text"):
         run(attacks=[Darken(), Darken(0.2)])
 
 
 class Mixed(nn.Module):
-    """A task whose classifiers say how they were mixed."""
+    """A few-shot model with classifiers that have a mixture."""
 
     def __init__(self):
         super().__init__()
@@ -240,7 +240,7 @@ def test_the_mixture_of_a_task_is_on_its_line_and_survives_a_resume(tmp_path):
 
 
 class Prepared(Darken):
-    """Darkens by the brightness of the support it was prepared with."""
+    """Darkens by the brightness of the support of `prepare`."""
 
     def __init__(self):
         super().__init__(name="prepared")
@@ -251,7 +251,7 @@ class Prepared(Darken):
         return Darken(float(support.mean()))
 
     def perturb(self, *arguments, **options):
-        raise AssertionError("what prepare gave perturbs")
+        raise AssertionError("the result of prepare must perturb")
 
 
 def test_an_attack_may_be_prepared_with_the_support_once_an_episode():

@@ -45,8 +45,8 @@ def loss_of(proto: nn.Module, batch: dict, weights: dict[str, Tensor]) -> Tensor
 def test_every_tensor_moves_by_gamma_of_its_norm_along_its_gradient() -> None:
     proto, batch = adapted(), episode(0)
     shake(proto.backbone.vit)
-    own = dict(proto.backbone.named_parameters())
-    factors = {name: p for name, p in own.items() if ".lora_" in name}
+    parameters = dict(proto.backbone.named_parameters())
+    factors = {name: p for name, p in parameters.items() if ".lora_" in name}
     before = snapshot(proto)
     nu = weight_perturbation(loss_of(proto, batch, {}), factors, 0.01)
     gradients = torch.autograd.grad(loss_of(proto, batch, {}), list(factors.values()))
@@ -56,14 +56,14 @@ def test_every_tensor_moves_by_gamma_of_its_norm_along_its_gradient() -> None:
         assert float(F.cosine_similarity(nu[name].flatten(), gradient.flatten(), 0)) > 0.9999
         assert not nu[name].requires_grad and nu[name].shape == p.shape and nu[name].dtype == p.dtype
     assert all(torch.equal(before[name], value) for name, value in proto.state_dict().items())
-    assert all(p.grad is None for p in own.values())
+    assert all(p.grad is None for p in parameters.values())
     with torch.no_grad():
-        here = loss_of(proto, batch, {})
+        start = loss_of(proto, batch, {})
         for gamma in (1e-3, 1e-2):
             nu = weight_perturbation_at(proto, batch, factors, gamma)
             up = loss_of(proto, batch, {name: p + nu[name] for name, p in factors.items()})
             down = loss_of(proto, batch, {name: p - nu[name] for name, p in factors.items()})
-            assert down < here < up
+            assert down < start < up
     assert all(value.abs().max() == 0 for value in weight_perturbation_at(proto, batch, factors, 0.0).values())
 
 
@@ -95,7 +95,7 @@ def test_the_direction_does_not_depend_on_the_gradients_size(slope: float) -> No
 
 
 def test_small_gradients_survive_half_precision() -> None:
-    """1e-8 on its way back through fp16, whose least number is 6e-8."""
+    """A gradient of 1e-8 passes through fp16, with a least number of 6e-8."""
     w = leaf(1.0, 2.0)
     nu = weight_perturbation((w.half().float() * torch.tensor([1e-8, 3e-8])).sum(), {"w": w}, 0.1)["w"]
     assert nu.tolist() == pytest.approx([0.1 * 5**0.5 / 10**0.5, 0.3 * 5**0.5 / 10**0.5], rel=0.02)
@@ -134,7 +134,7 @@ def test_the_graph_is_kept_on_request() -> None:
 )
 def test_errors(call: dict, message: str) -> None:
     w = leaf(1.0)
-    given = {"loss": w.sum(), "named_params": {"w": w}, "gamma": 0.1, **call}
-    loss, parameters, gamma = (given.pop(name) for name in ("loss", "named_params", "gamma"))
+    arguments = {"loss": w.sum(), "named_params": {"w": w}, "gamma": 0.1, **call}
+    loss, parameters, gamma = (arguments.pop(name) for name in ("loss", "named_params", "gamma"))
     with pytest.raises(UserError, match=message):
-        weight_perturbation(loss, parameters, gamma, **given)
+        weight_perturbation(loss, parameters, gamma, **arguments)

@@ -1,4 +1,4 @@
-"""Balancing: each method by hand, against other solvers and torchjd; partial labels, state, heads and two processes."""
+"""Balancing: each method compared with numbers by hand, other solvers and torchjd; partial labels, state, two processes."""
 
 import math
 import subprocess
@@ -11,12 +11,12 @@ import torch
 from helpers.balancing_parts import CASES, TASKS, Net, batch_of, direction, matrix, problem, train, whole_batch
 
 from vismt.errors import UserError
-from vismt.multitask.balancing import balancer_options, balancers, make_balancer
+from vismt.multitask.balancing import BALANCERS, balancer_options, make_balancer
 from vismt.multitask.gradient_balancing import min_norm_weights
 from vismt.multitask.task_gradients import GradientBalancer, gram_matrix
 
-METHODS = tuple(balancers())
-BY_GRADIENT = tuple(name for name, kind in balancers().items() if issubclass(kind, GradientBalancer))
+METHODS = tuple(BALANCERS)
+BY_GRADIENT = tuple(name for name, method in BALANCERS.items() if issubclass(method, GradientBalancer))
 SEEDED = ("rlw", "pcgrad", "gradvac")
 
 
@@ -25,19 +25,19 @@ def make(name, **options):
 
 
 def alpha_of(name, gradients, values=None, tasks=None, **options):
-    """alpha (T,) of one call."""
+    """Return alpha (T,) of a single call."""
     names = TASKS if tasks is None else tasks
     balancer = make_balancer(name, names, **options).double()
     direction(balancer, gradients, values)
     return balancer.alpha
 
 
-def close(one, other, tolerance=1e-9):
-    one, other = (torch.as_tensor(value, dtype=torch.float64) for value in (one, other))
-    return torch.allclose(one, other, rtol=tolerance, atol=tolerance)
+def close(actual, expected, tolerance=1e-9):
+    actual, expected = (torch.as_tensor(value, dtype=torch.float64) for value in (actual, expected))
+    return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-# ---- the losses alone: numbers by hand -----------------------------------------------------------------------------------
+# ---- loss weighting: numbers by hand -----------------------------------------------------------------------------------
 def test_equal_weighting_sums_with_fixed_weights():
     g = matrix()
     assert close(direction(make("ew"), g), g.sum(0))
@@ -86,7 +86,7 @@ def test_dwa_passes_over_absent_tasks():
         direction(balancer, g, values, keep)
     assert balancer.means[1].tolist() != balancer.means[0].tolist()
     direction(balancer, g, [1, 1, 1], ("depth", "edges"))
-    e = [math.exp(0.25), math.exp(0.5), math.exp(0.5)]  # depth 2 -> 1; the others had no last window: 1
+    e = [math.exp(0.25), math.exp(0.5), math.exp(0.5)]  # depth 2 -> 1; the others lack the last window: 1
     assert close(balancer.alpha, [3 * e[0] / sum(e), 3 * e[1] / sum(e), 0.0], 1e-6)
     assert balancer.means[0].tolist() == [2.0, 2.0, 4.0]  # edges: the mean of its one call, not 2 / 2
 
@@ -119,7 +119,7 @@ def test_gls_is_the_gradient_of_the_geometric_mean():
 
 
 def famo_reference(losses, after, lr, gamma, least):
-    """Weights of each step with torch's own Adam and softmax."""
+    """Return the weights of each step by torch's Adam and softmax."""
     xi = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     optimizer, weights = torch.optim.Adam([xi], lr=lr, weight_decay=gamma), []
     for before, then in zip(losses, after):
@@ -162,29 +162,29 @@ def test_famo_leaves_absent_tasks_out_of_weights_and_signal():
     assert three.xi[2] == 0 and three.alpha[2] == 0
 
 
-# ---- the gradients: other solvers ----------------------------------------------------------------------------------------
-def pcgrad_reference(g, seed, call, seen=None):
-    """With vectors. seen: how often a conflict was met."""
+# ---- gradient balancing: other solvers ----------------------------------------------------------------------------------------
+def pcgrad_reference(g, seed, call, conflicts=None):
+    """Project the vectors themselves. conflicts: collects the pairs that were projected."""
     generator, total = np.random.default_rng([seed, call]), torch.zeros_like(g[0])
     for i in range(len(g)):
         vector = g[i].clone()
         for j in generator.permutation(len(g)):
             if j != i and vector @ g[j] < 0:
                 vector -= (vector @ g[j]) / (g[j] @ g[j]) * g[j]
-                if seen is not None:
-                    seen.append((i, j))
+                if conflicts is not None:
+                    conflicts.append((i, j))
         total += vector
     return total
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_pcgrad_against_projections_of_vectors(seed):
-    g, seen = matrix(seed, tasks=5, size=4), []
+    g, conflicts = matrix(seed, tasks=5, size=4), []
     g -= 1.2 * g.mean(0)
     balancer = make_balancer("pcgrad", [*TASKS, "task3", "task4"], seed=seed)
     for call in range(3):
-        assert close(direction(balancer, g), pcgrad_reference(g, seed, call, seen))
-    assert len(seen) > 10
+        assert close(direction(balancer, g), pcgrad_reference(g, seed, call, conflicts))
+    assert len(conflicts) > 10
 
 
 def test_pcgrad_makes_two_conflicting_gradients_agree_and_leaves_others_alone():
@@ -206,7 +206,7 @@ def gradvac_reference(g, goals, seed, call, beta):
             if cosine < goal:
                 size = vector.norm() * (goal * (1 - cosine**2).sqrt() - cosine * (1 - goal**2).sqrt())
                 vector = vector + size / (g[j].norm() * (1 - goal**2).sqrt()) * g[j]
-                assert close(torch.cosine_similarity(vector, g[j], 0), goal, 1e-6)  # what the formula is for
+                assert close(torch.cosine_similarity(vector, g[j], 0), goal, 1e-6)  # the purpose of the formula
             goals[i, j] = (1 - beta) * goal + beta * cosine
         total += vector
     return total
@@ -225,12 +225,12 @@ def test_gradvac_against_vectors_over_several_steps():
 
 
 def scaled(seed, tasks=4, size=6, spread=1.0):
-    """Gradients of sizes that differ by powers of 10."""
+    """Return gradients with lengths that differ by powers of 10."""
     return matrix(seed, tasks, size) * torch.logspace(-spread, spread, tasks, dtype=torch.float64)[:, None]
 
 
 def brute_force_min_norm(g):
-    """The shortest of the affine minima with non-negative weights over all subsets."""
+    """Return the weights of the shortest affine minimum with non-negative weights over all subsets of the tasks."""
     best, tasks = None, len(g)
     for mask in range(1, 1 << tasks):
         some = [t for t in range(tasks) if mask >> t & 1]
@@ -247,11 +247,11 @@ def brute_force_min_norm(g):
 def test_mgda_against_all_subsets(seed, spread):
     g = scaled(seed, spread=spread)
     expected = brute_force_min_norm(g)
-    found = min_norm_weights(g @ g.T)
-    assert found.sum().item() == pytest.approx(1) and (found >= 0).all()
-    assert close(found, expected, 1e-9)
-    d = found @ g
-    # No task is climbed: <d, g_t> >= |d|^2 for all t characterises the shortest vector.
+    weights = min_norm_weights(g @ g.T)
+    assert weights.sum().item() == pytest.approx(1) and (weights >= 0).all()
+    assert close(weights, expected, 1e-9)
+    d = weights @ g
+    # No loss increases: <d, g_t> >= |d|^2 for all t characterises the shortest vector.
     assert (g @ d >= d @ d * (1 - 1e-9)).all()
 
 
@@ -280,10 +280,10 @@ def test_cagrad_against_the_primal_in_cvxpy(seed, c):
     ball = cp.norm(d - mean.numpy(), 2) <= c * float(mean.norm())
     cp.Problem(cp.Maximize(cp.min(g.numpy() @ d)), [ball]).solve(solver=cp.CLARABEL)
     balancer = make_balancer("cagrad", [*TASKS, "task3"], c=c)
-    found = direction(balancer, g)
-    assert close(found, d.value, 1e-4)
-    assert (g @ found).min() >= (g @ torch.from_numpy(d.value)).min() - 1e-8
-    assert (found - mean).norm().item() == pytest.approx(c * mean.norm().item(), rel=1e-9)
+    actual = direction(balancer, g)
+    assert close(actual, d.value, 1e-4)
+    assert (g @ actual).min() >= (g @ torch.from_numpy(d.value)).min() - 1e-8
+    assert (actual - mean).norm().item() == pytest.approx(c * mean.norm().item(), rel=1e-9)
 
 
 def test_cagrad_at_its_ends_and_rescaled():
@@ -293,10 +293,10 @@ def test_cagrad_at_its_ends_and_rescaled():
     assert close(direction(make("cagrad", c=0.5, rescale="square"), g), plain / 1.25)
     assert close(direction(make("cagrad", c=0.5, rescale="radius"), g), plain / 1.5)
     assert close(direction(make("cagrad"), 1e-5 * g), 1e-5 * plain, 1e-12)  # homogeneous
-    # A large c tends to MGDA's direction.
+    # For large c the direction tends to that of MGDA.
     far, shortest = direction(make("cagrad", c=1e4), g), direction(make("mgda"), g)
     assert torch.cosine_similarity(far, shortest, 0) > 1 - 1e-6
-    # Gradients that cancel, g0 = (-1/2, 0): within |d - g0| <= 1/4, d = (-1/4, .) costs the first task least.
+    # Gradients that cancel, g0 = (-1/2, 0): within |d - g0| <= 1/4, d = (-1/4, .) harms the first task least.
     opposed = torch.tensor([[1.0, 0, 0], [-2.0, 0, 0]]).double()
     assert close(direction(make_balancer("cagrad", TASKS[:2]), opposed), [-0.25, 0.0, 0.0], 1e-5)
 
@@ -310,9 +310,8 @@ def test_nash_solves_its_equation_whatever_the_sizes(seed, spread):
     assert (alpha > 0).all() and close(alpha * (g @ g.T @ alpha), torch.ones(4), 1e-8)
     d = direction(make_balancer("nash", tasks), g)
     assert d.norm().item() == pytest.approx(2.0)  # sqrt(T)
-    assert close(
-        direction(make_balancer("nash", tasks), g * torch.tensor([[2.0], [5.0], [0.1], [1.0]]).double()), d, 1e-6
-    )
+    rescaled = g * torch.tensor([[2.0], [5.0], [0.1], [1.0]]).double()
+    assert close(direction(make_balancer("nash", tasks), rescaled), d, 1e-6)
 
 
 def test_nash_against_cvxpy_and_where_gradients_cancel():
@@ -392,14 +391,14 @@ def test_against_torchjd(name):
     aggregate, factor, options, tolerance = TORCHJD[name](jd)
     g = matrix(5, 4, 6)
     expected = factor * aggregate(g)
-    found = direction(make_balancer(name, [*TASKS, "task3"], **options), g)
-    assert (found - expected).norm() <= tolerance * expected.norm()
+    actual = direction(make_balancer(name, [*TASKS, "task3"], **options), g)
+    assert (actual - expected).norm() <= tolerance * expected.norm()
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_pcgrad_and_gradvac_against_torchjd_for_two_tasks(seed):
     jd = pytest.importorskip("torchjd.aggregation")
-    g = matrix(seed, 2, 3)  # two tasks: the order means nothing
+    g = matrix(seed, 2, 3)  # two tasks: the order does not matter
     assert close(direction(make_balancer("pcgrad", TASKS[:2]), g), jd.PCGrad()(g), 1e-8)
     ours, theirs = make_balancer("gradvac", TASKS[:2], beta=0.3).double(), jd.GradVac(beta=0.3)
     for step in range(3):
@@ -418,7 +417,7 @@ def test_one_task_alone_keeps_its_direction(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_an_absent_task_is_as_if_it_were_unknown(name):
     if name in ("dwa", "rlw"):
-        pytest.skip("a softmax over all tasks, and numbers drawn for all: tested apart")
+        pytest.skip("a softmax over all tasks, and numbers drawn for all tasks: tested separately")
     g, values = matrix(2), [0.5, 2.0, 1.0]
     without = direction(make_balancer(name, TASKS[:2]), g[:2], values)
     assert close(direction(make(name), g, values, TASKS[:2]), without)
@@ -497,8 +496,10 @@ def test_heads_get_the_plain_or_the_weighted_gradient(name):
     net = Net("ew")
     net(batch_of(0, 0)).backward()
     assert (alpha - 1).abs().max() > 1e-3 and close(shared, same_shared, 1e-5)
-    for task, one, other, factor in zip(TASKS, plain, weighted, alpha):
-        assert close(one, net.heads[task].weight.grad) and close(other, factor * one, 1e-5)
+    for task, plain_gradient, weighted_gradient, factor in zip(TASKS, plain, weighted, alpha):
+        assert close(plain_gradient, net.heads[task].weight.grad) and close(
+            weighted_gradient, factor * plain_gradient, 1e-5
+        )
     assert make(name).heads == ("weighted" if name in ("mgda", "nash") else "plain")
 
 
@@ -514,14 +515,14 @@ def test_gradients_that_are_not_finite_end_in_a_gradient_that_is_not(name):
 
 def test_loss_scale_saves_small_gradients_in_half_precision():
     right = alpha_of("imtl_g", matrix().half().double()).float()
-    found = []
+    errors = []
     for loss_scale in (1.0, 2.0**12):
         losses, parameters = problem(matrix().half())
         balancer = make("imtl_g", loss_scale=loss_scale)
         # Gradients of 1e-6 have four bits in float16.
         balancer.combine({name: loss * 1e-6 for name, loss in losses.items()}, parameters)
-        found.append((balancer.alpha - right).abs().max().item())
-    assert found[1] < 1e-3 < found[0]
+        errors.append((balancer.alpha - right).abs().max().item())
+    assert errors[1] < 1e-3 < errors[0]
 
 
 def test_autocast_of_the_caller_does_not_round_the_balance():
@@ -539,19 +540,16 @@ def test_autocast_of_the_caller_does_not_round_the_balance():
 def test_gram_of_wide_gradients_in_parts_is_exact(monkeypatch):
     monkeypatch.setattr("vismt.multitask.task_gradients.COLUMNS", 4)
     g = matrix(0, 3, 11, dtype=torch.float32)
-    assert (
-        torch.equal(gram_matrix(g).float(), (g.double() @ g.double().T).float())
-        and gram_matrix(g).dtype == torch.float64
-    )
+    gram = gram_matrix(g)
+    assert torch.equal(gram.float(), (g.double() @ g.double().T).float()) and gram.dtype == torch.float64
 
 
 def test_parameters_of_the_balancer_are_never_balanced():
     losses, parameters = problem(matrix(), [1.0, 2.0, 3.0])
     balancer = make("imtl").double()
     balancer.combine(losses, [*parameters, *balancer.parameters()]).backward()
-    assert close(balancer.log_scale.grad, [0.0, 1.0, 2.0]) and close(
-        parameters[0].grad, direction(make("imtl_g"), matrix())[:2]
-    )
+    assert close(balancer.log_scale.grad, [0.0, 1.0, 2.0])
+    assert close(parameters[0].grad, direction(make("imtl_g"), matrix())[:2])
 
 
 def test_last_alpha_by_name():
@@ -614,13 +612,13 @@ def test_errors_of_tasks_losses_and_parameters():
     for name in ("gls", "famo"):
         with pytest.raises(UserError, match=f"'{name}' takes logarithms of losses, that of 'edges' is -2"):
             direction(make(name), matrix(), [1.0, -2.0, 1.0])
-    assert set(balancer_options(balancers()["pcgrad"])) == {"weights", "heads", "loss_scale", "seed"}
+    assert set(balancer_options(BALANCERS["pcgrad"])) == {"weights", "heads", "loss_scale", "seed"}
 
 
 # ---- several processes ---------------------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_two_processes_are_one_on_the_concatenated_batch(tmp_path):
-    script = Path(__file__).parent.parent / "balancing_parts.py"
+    script = Path(__file__).parent.parent / "helpers" / "balancing_parts.py"
     ranks = [subprocess.Popen([sys.executable, script, str(rank), tmp_path, ",".join(METHODS)]) for rank in range(2)]
     assert [rank.wait(300) for rank in ranks] == [0, 0]
     for method in METHODS:

@@ -1,8 +1,8 @@
-"""EMTAL at work on four small tasks of rising noise: what fading, the router and quality retaining do to training.
+"""EMTAL on four small tasks of increasing noise: the effect of fading, the router and quality retaining on training.
 
-20 classes in one union, patterns under noise; a ViT of width 64 and 2 blocks, 8 experts, rank 2, 24 epochs. Over six seeds
-14 to 31 % of the predictions flip when a router that has not faded is dropped, none after fading; the running loss of a task
-is at least 1.19 times that of the next easier one, and 1.6 to 2.5 times what it is without retaining.
+20 classes in a union, patterns with noise; a ViT of width 64 and 2 blocks, 8 experts, rank 2, 24 epochs. Over six seeds 14 to
+31 % of the predictions change when a router that has not faded is removed, and none after fading; the running loss of a task
+is at least 1.19 times that of the next easier task, and 1.6 to 2.5 times its value without retaining.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ EPOCHS, BATCH = 24, 48
 
 
 def pictures(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """`count` noisy images of each class, (20 count, 3, 16, 16), and their union labels; the patterns never change."""
+    """Return `count` noisy images of each class, (20 count, 3, 16, 16), and their union labels; the patterns are constant."""
     patterns = torch.randn(20, 3, 16, 16, generator=torch.Generator().manual_seed(100))
     labels = torch.arange(20).repeat(count)
     noise = torch.randn(len(labels), 3, 16, 16, generator=torch.Generator().manual_seed(seed))
@@ -43,9 +43,9 @@ def stock(seed: int = 0) -> nn.Module:
 def routed(
     seed: int = 0, experts: int = 8, dtype: torch.dtype = torch.float32, cluster: bool = True, **options: object
 ) -> nn.Module:
-    """Adapted with moe_lora; in a random start, as nothing here depends on pre-training."""
+    """Return a ViT adapted with moe_lora, with random weights, because no test here depends on pre-training."""
     vit = stock(seed).to(dtype)
-    # Labels are given, not looked up, so that no test reads another's cache.
+    # Labels are passed and not read from the cache, so that tests do not depend on each other.
     labels = [cluster_neurons(block.mlp.fc1.weight, experts) for block in vit.blocks] if cluster else False
     vismt.adapt(vit, "moe_lora", rank=2, n_experts=experts, cluster=labels, seed=seed, also_train=["head"], **options)
     return vit
@@ -59,7 +59,7 @@ def train(
     seed: int = 0,
     steps: int | None = None,
 ) -> Tensor:
-    """Train in place, for EPOCHS or `steps`. Returns (steps, 2): cross-entropy and L_QR of each."""
+    """Train in place for EPOCHS or `steps`; return (steps, 2), cross-entropy and L_QR of each step."""
     x, labels = pictures(12, seed)
     x, parts = x.to(model.head.weight.dtype), []
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3, weight_decay=0.05)
@@ -80,7 +80,7 @@ def train(
 
 @dataclass
 class Run:
-    """A trained model, still adapted; what it was before; the running losses of its tasks."""
+    """A trained, adapted model; its state before training; the running losses of its tasks."""
 
     model: nn.Module
     start: dict[str, Tensor]
@@ -89,20 +89,20 @@ class Run:
 
 @pytest.fixture(scope="module", params=[0, pytest.param(1, marks=pytest.mark.slow)])
 def runs(request: pytest.FixtureRequest) -> dict[str, Run]:
-    """One training as it should be, one without fading, one without retaining; tests leave them as they are."""
-    found = {}
+    """Train with all parts, without fading, and without retaining; tests must not change the models."""
+    trained = {}
     for name, weight in (("emtal", 1.0), ("unfaded", 1.0), ("free", 0.0)):
         model, retain = routed(request.param), QualityRetaining(20, TASK)
         fade = FadeState(0.0) if name == "unfaded" else RouterFade(EPOCHS * 240 // BATCH)
         set_fade(model, fade)
         start = snapshot(model)
         train(model, fade, retain, weight, request.param)
-        found[name] = Run(model, start, retain.ema)
-    return found
+        trained[name] = Run(model, start, retain.ema)
+    return trained
 
 
 def without_router(model: nn.Module) -> nn.Module:
-    """A merged copy, whatever the fade was."""
+    """Return a merged copy, for any fade."""
     model = copy.deepcopy(model)
     set_fade(model, 1.0)
     return vismt.merge(model)
@@ -110,13 +110,13 @@ def without_router(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def spread(model: nn.Module, x: Tensor) -> list[float]:
-    """Largest minus smallest omega over tokens and experts, of each block, unfaded."""
-    model, found = copy.deepcopy(model), []
+    """Return the largest minus the smallest omega over tokens and experts, for each block, at fade 0."""
+    model, omegas = copy.deepcopy(model), []
     set_fade(model, 0.0)
     for block in model.blocks:
-        block.mlp.register_forward_pre_hook(lambda mlp, given: found.append(mlp.omega(given[0])))
+        block.mlp.register_forward_pre_hook(lambda mlp, inputs: omegas.append(mlp.omega(inputs[0])))
     model(x)
-    return [float(omega.max() - omega.min()) for omega in found]
+    return [float(omega.max() - omega.min()) for omega in omegas]
 
 
 # ---- whole trainings
@@ -126,10 +126,10 @@ def spread(model: nn.Module, x: Tensor) -> list[float]:
 def test_merging_after_the_fade_changes_no_prediction_and_dropping_a_router_changes_many(runs: dict[str, Run]) -> None:
     x, labels = pictures(40, seed=1000)
     model = runs["emtal"].model
-    before, after = model(x), vismt.merge(copy.deepcopy(model))(x)  # merges without being told that the fade is over
+    before, after = model(x), vismt.merge(copy.deepcopy(model))(x)  # merges because the fade is at 1
     assert torch.equal(before.argmax(1), after.argmax(1))
     assert (before - after).abs().max() < 1e-5 * before.abs().max()
-    assert (after.argmax(1) == labels)[TASK[labels] == 0].float().mean() > 0.9  # it did learn: chance is 5 %
+    assert (after.argmax(1) == labels)[TASK[labels] == 0].float().mean() > 0.9  # the model has learned: chance is 5 %
     with pytest.raises(vismt.UserError, match="still routes"):
         vismt.merge(copy.deepcopy(runs["unfaded"].model))
     before, after = runs["unfaded"].model(x), without_router(runs["unfaded"].model)(x)
@@ -142,7 +142,7 @@ def test_the_router_learns(runs: dict[str, Run]) -> None:
     for run in (runs["emtal"], runs["unfaded"]):
         fresh = copy.deepcopy(run.model)
         fresh.load_state_dict(run.start)
-        # Weight decay alone moves the weights of a dead router too, but makes it flatter.
+        # Weight decay alone changes the weights of a dead router, too, but makes it flatter.
         for trained, begun in zip(spread(run.model, x), spread(fresh, x)):
             assert trained > 0.7 > 0.4 > begun
         for number in range(2):
@@ -162,7 +162,7 @@ def test_only_factors_routers_and_head_have_moved(runs: dict[str, Run]) -> None:
 
 def test_running_losses_are_ordered_like_the_noise(runs: dict[str, Run]) -> None:
     ema = runs["emtal"].ema
-    assert (ema[1:] > 1.08 * ema[:-1]).all(), ema  # so the easy, converged task is pulled hardest
+    assert (ema[1:] > 1.08 * ema[:-1]).all(), ema  # so the easy, converged task has the largest weight
 
 
 def test_retaining_holds_training_back(runs: dict[str, Run]) -> None:
@@ -186,7 +186,7 @@ def first_losses(model: nn.Module, weight: float = 1.0, steps: int = 4) -> Tenso
 
 @pytest.fixture(scope="module")
 def plain_losses() -> Tensor:
-    """Of plain LoRA that starts with the factors of `routed(cluster=False)`."""
+    """Losses of plain LoRA that starts with the factors of `routed(cluster=False)`."""
     source, model = routed(dtype=torch.float64, cluster=False), stock().double()
     factors = {name: value for name, value in source.state_dict().items() if name.endswith(("lora_A", "lora_B"))}
     sites = sorted({name.rpartition(".")[0] for name in factors})
@@ -198,16 +198,16 @@ def plain_losses() -> Tensor:
 @pytest.mark.parametrize("cluster", [False, True])
 @pytest.mark.parametrize("options", [{"experts": 1}, {"temperature": 1e9}])
 def test_one_expert_or_a_flat_router_is_plain_lora(plain_losses: Tensor, options: dict, cluster: bool) -> None:
-    found = first_losses(routed(dtype=torch.float64, cluster=cluster, **options))
-    assert (found - plain_losses).abs().max() < 1e-9
+    losses = first_losses(routed(dtype=torch.float64, cluster=cluster, **options))
+    assert (losses - plain_losses).abs().max() < 1e-9
 
 
 def test_experts_temperature_and_clusters_change_the_losses_from_the_first_step(plain_losses: Tensor) -> None:
     settings = ({}, {"experts": 16}, {"temperature": 1.0}, {"cluster": False})
     losses = [plain_losses, *(first_losses(routed(dtype=torch.float64, **options)) for options in settings)]
-    for number, one in enumerate(losses):
-        for other in losses[:number]:
-            assert (one - other)[:, 0].abs().min() > 1e-5
+    for number, later in enumerate(losses):
+        for earlier in losses[:number]:
+            assert (later - earlier)[:, 0].abs().min() > 1e-5
 
 
 def test_the_pull_starts_at_uniform_teachers_and_reaches_the_model_with_the_second_step() -> None:
@@ -218,7 +218,7 @@ def test_the_pull_starts_at_uniform_teachers_and_reaches_the_model_with_the_seco
     with torch.no_grad():
         logits, y = routed(dtype=torch.float64)(x[rows].double()), labels[rows]
     share = (logits / 2).softmax(-1)
-    # Nothing is in the bank: two slots, T^2 KL(U || p) = T^2 mean log(1 / (20 p)) each.
+    # The bank is empty: two slots, T^2 KL(U || p) = T^2 mean log(1 / (20 p)) each.
     distance = 2 * 4 * -(20 * share).log().mean(1)
     ce = F.cross_entropy(logits, y, reduction="none")
     weights = torch.stack([9.5 + 0.05 * ce[TASK[y] == task].mean() for task in range(4)])
@@ -229,7 +229,7 @@ def test_the_pull_starts_at_uniform_teachers_and_reaches_the_model_with_the_seco
 
 
 def restated(ffn: MoEfiedMlp, x: Tensor, a: float) -> Tensor:
-    """The released FFN from its equations: router spread over all hidden units, the updates beside the frozen weights."""
+    """Compute the released FFN from its equations, with router weights expanded over all hidden units."""
     experts, hidden = ffn.n_experts, ffn.fc1.out_features
     shares = F.softmax(x @ ffn.lora_router.weight.T / 5, dim=-1)
     omega = experts * ((1 - a) * shares + a / experts)
@@ -247,14 +247,16 @@ def test_the_ffn_is_the_released_one(experts: int) -> None:
     x = torch.randn(2, 17, 64, dtype=torch.float64, generator=generator)
     for block in model.blocks:
         for name, value in block.mlp.named_parameters():
-            if not name.endswith("weight") or "router" in name:  # factors, router and biases large enough to show
+            if (
+                not name.endswith("weight") or "router" in name
+            ):  # factors, router and biases large enough to have an effect
                 value.add_(0.3 * torch.randn(value.shape, dtype=torch.float64, generator=generator))
         outputs = []
         for a in (0.0, 0.25, 0.5, 1.0):
             set_fade(model, a)
             outputs.append(block.mlp(x))
             assert (outputs[-1] - restated(block.mlp, x, a)).abs().max() < 1e-9
-        assert all((one - two).abs().max() > 0.01 for one, two in itertools.pairwise(outputs))
+        assert all((first - second).abs().max() > 0.01 for first, second in itertools.pairwise(outputs))
 
 
 @torch.no_grad()
@@ -266,7 +268,7 @@ def test_the_published_start_is_well_off_the_pretrained_function() -> None:
 
 @pytest.mark.parametrize(("classes", "plain"), [(598, 2_819_158), (62, 2_406_974)])
 def test_the_router_is_all_that_plain_lora_lacks(classes: int, plain: int) -> None:
-    """Published counts of LoRA-16 on the same layers; L D K more with a router."""
+    """Published counts of LoRA-16 on the same layers, and L D K more with a router."""
     reports = []
     for method, options in (("lora", {"targets": r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"}), ("moe_lora", {})):
         with torch.device("meta"):

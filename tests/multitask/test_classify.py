@@ -1,4 +1,4 @@
-"""The class of the image as a task: its loss and score to the digit, its head, and batches in which few images have one."""
+"""Classification of the image as a dense task: loss and score by hand, the head, and batches with few labelled images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vismt.backbones.vit import Backbone
 from vismt.data.dense_sample import Sample, collate
 from vismt.errors import UserError
 from vismt.jobs.dense.pooled_score import PooledScore
-from vismt.multitask.balancing import balancers, make_balancer
+from vismt.multitask.balancing import BALANCERS, make_balancer
 from vismt.multitask.dense import DenseNet, DenseObjective
 from vismt.multitask.heads import HEADS, PooledHead, make_head, make_pooled_head
 from vismt.multitask.metrics import Accuracy
@@ -22,7 +22,7 @@ from vismt.multitask.tasks import MapTask, make_task
 
 LN2 = math.log(2)
 TASKS = [make_task({"name": "semseg", "classes": 4}), make_task({"name": "classify", "classes": 3, "loss_weight": 2.0})]
-# Probabilities 1/2, 1/4, 1/4 for each of three images, of which the last has no class.
+# Probabilities 1/2, 1/4, 1/4 for each of three images; the last image has no class.
 LOGITS, LABELS = torch.tensor([1 / 2, 1 / 4, 1 / 4]).log().expand(3, 3), torch.tensor([0, 1, -1])
 
 
@@ -36,7 +36,7 @@ def classify(classes: int = 3, **options: float):
 def test_the_loss_is_the_mean_over_labelled_images() -> None:
     # -ln 1/2 = ln 2 and -ln 1/4 = 2 ln 2; a mean over all images would be ln 2.
     assert classify().loss(LOGITS, LABELS).item() == pytest.approx(3 * LN2 / 2)
-    # s = 0.3 leaves 0.8 on the class and 0.1 on either other: 0.8 + 0.2 + 0.2 = 1.2 and 0.1 + 1.6 + 0.2 = 1.9 times ln 2.
+    # s = 0.3 leaves 0.8 on the class and 0.1 on each other class: 0.8 + 0.2 + 0.2 = 1.2 and 0.1 + 1.6 + 0.2 = 1.9 times ln 2.
     assert classify(label_smoothing=0.3).loss(LOGITS, LABELS).item() == pytest.approx((1.2 + 1.9) / 2 * LN2)
     assert classify().loss(LOGITS, torch.full((3,), -1)) is None
     assert classify().loss(LOGITS.bfloat16(), LABELS).dtype == torch.float32
@@ -85,10 +85,10 @@ def test_the_jackknife_of_accuracy_is_right_and_wrong_of_each_labelled_image() -
     pool = PooledScore(classify())
     for name, label in (("a", 0), ("b", 1), ("c", 0), ("d", -1), ("e", 2)):
         pool.add(name, LOGITS[:1], torch.tensor([label]))
-    found = pool.result()
-    assert found.value == 0.5 and found.numbers["images"] == 4
+    result = pool.result()
+    assert result.value == 0.5 and result.numbers["images"] == 4
     right = {"a": 1, "b": 0, "c": 1, "e": 0}
-    assert found.images == pytest.approx(right) and found.alone == right
+    assert result.images == pytest.approx(right) and result.alone == right
 
 
 def test_its_logits_have_no_size_and_no_picture() -> None:
@@ -99,7 +99,7 @@ def test_its_logits_have_no_size_and_no_picture() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prediction", "target", "told"),
+    ("prediction", "target", "message"),
     [
         (
             torch.zeros(2, 3, 4, 6),
@@ -115,17 +115,17 @@ def test_its_logits_have_no_size_and_no_picture() -> None:
         ),
         (torch.zeros(2, 3), torch.zeros(1).long(), r"needed \(2,\)"),
         (torch.zeros(2, 3), torch.zeros(2), "float32, needed int64"),
-        (torch.zeros(2, 3), torch.tensor([0, 255]), "label 255 found, classes are 0 to 2, -1 is none"),
+        (torch.zeros(2, 3), torch.tensor([0, 255]), "label 255; classes are 0 to 2, -1 means no label"),
     ],
 )
-def test_bad_batches(prediction: Tensor, target: Tensor, told: str) -> None:
+def test_bad_batches(prediction: Tensor, target: Tensor, message: str) -> None:
     for call in (classify().loss, lambda prediction, target: classify().update(None, prediction, target)):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             call(prediction, target)
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({}, "'classify' needs 'classes'"),
         ({"classes": 1}, "classes 1; it must be a whole number, at least 2"),
@@ -136,21 +136,21 @@ def test_bad_batches(prediction: Tensor, target: Tensor, told: str) -> None:
         ({"classes": 3, "loss_weight": 0}, "classify: loss_weight 0"),
     ],
 )
-def test_bad_specifications(options: dict, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_bad_specifications(options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         make_task({"name": "classify", **options})
 
 
 def test_bad_calls_of_the_metric() -> None:
     with pytest.raises(UserError, match="num_classes = 1"):
         Accuracy(1)
-    for prediction, target, told in (
+    for prediction, target, message in (
         (torch.zeros(2, 4), torch.zeros(2).long(), r"needed \(b, 3\), \(b,\)"),
         (torch.zeros(2, 3), torch.zeros(3).long(), r"targets \(3,\)"),
-        (torch.zeros(2, 3), torch.tensor([0, -1]), "label -1 found, classes are 0 to 2"),
+        (torch.zeros(2, 3), torch.tensor([0, -1]), "label -1; classes are 0 to 2"),
         (torch.full((1, 3), math.nan), torch.tensor([0]), "3 predicted values are NaN"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             Accuracy(3).update(prediction, target)
 
 
@@ -158,27 +158,31 @@ def test_bad_calls_of_the_metric() -> None:
 
 
 def net(tasks=TASKS) -> DenseNet:
-    """On images of 16 x 24: a grid of 4 x 6."""
+    """Return a net for images of 16 x 24, with a grid of 4 x 6."""
     backbone = Backbone(tiny_vit(0, num_classes=0, img_size=(16, 24)), mean=(0.5,) * 3, std=(0.5,) * 3)
     make = {"semseg": lambda: make_head("linear", [32, 32], 4), "classify": lambda: make_pooled_head([32, 32], 3)}
     return DenseNet(backbone, {task.name: make[task.name]() for task in tasks}, [0, 1])
 
 
 def batch(maps: int, classes: int) -> Sample:
-    """Images with a label map, then images with a class, each with nothing else."""
+    """Return a batch of images with a label map alone, then images with a class alone."""
     generator, pictures = torch.Generator().manual_seed(maps), images(maps + classes, 24)[:, :, :16]
-    samples = [{"image": one, "semseg": torch.randint(0, 4, (16, 24), generator=generator)} for one in pictures[:maps]]
-    return collate([*samples, *({"image": one, "class": torch.tensor(i % 3)} for i, one in enumerate(pictures[maps:]))])
+    samples = [
+        {"image": picture, "semseg": torch.randint(0, 4, (16, 24), generator=generator)} for picture in pictures[:maps]
+    ]
+    return collate(
+        [*samples, *({"image": picture, "class": torch.tensor(i % 3)} for i, picture in enumerate(pictures[maps:]))]
+    )
 
 
 def test_the_head_sees_the_mean_of_the_patch_tokens() -> None:
     model, pixels = net(), images(2, 24)[:, :, :16]
-    found, head = model(pixels), model.heads["classify"]
-    assert found["classify"].shape == (2, 3) and found["semseg"].shape == (2, 4, 4, 6)
+    logits, head = model(pixels), model.heads["classify"]
+    assert logits["classify"].shape == (2, 3) and logits["semseg"].shape == (2, 4, 4, 6)
     tokens = model.backbone.tokens(pixels)
-    assert torch.allclose(found["classify"], head.predict(tokens[:, 1:].mean(1)), atol=1e-5)
+    assert torch.allclose(logits["classify"], head.predict(tokens[:, 1:].mean(1)), atol=1e-5)
     for other in (tokens[:, 0], tokens.mean(1), tokens[:, 1:].amax(1)):
-        assert not torch.allclose(found["classify"], head.predict(other), atol=1e-3)
+        assert not torch.allclose(logits["classify"], head.predict(other), atol=1e-3)
 
 
 def test_the_pooled_head_by_itself() -> None:
@@ -190,12 +194,12 @@ def test_the_pooled_head_by_itself() -> None:
         head([taps[0], taps[1] + 1]), head(taps)
     )
     moved = taps[1].flatten(2)[..., torch.randperm(12, generator=generator)].unflatten(2, (4, 3))
-    assert torch.allclose(head([moved, moved]), head(taps), atol=1e-6)  # where a token lies does not count
+    assert torch.allclose(head([moved, moved]), head(taps), atol=1e-6)  # the order of tokens does not matter
     same, other = make_pooled_head([5, 5], 7, seed=3), make_pooled_head([5, 5], 7, seed=4)
     assert torch.equal(head.predict.weight, same.predict.weight) and not torch.equal(
         head.predict.weight, other.predict.weight
     )
-    assert PooledHead not in HEADS.values()  # no choice for maps
+    assert PooledHead not in HEADS.values()  # not a head for maps
     with pytest.raises(UserError, match="no head 'pooled'"):
         make_head("pooled", [5], 7)
     with pytest.raises(UserError, match="head: channels 0"):
@@ -209,52 +213,52 @@ def gradients(model: DenseNet) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-@pytest.mark.parametrize("balancing", [None, *balancers()])
+@pytest.mark.parametrize("balancing", [None, *BALANCERS])
 @pytest.mark.parametrize(("maps", "classes"), [(3, 0), (0, 3), (2, 2)])
 def test_heads_without_a_labelled_image_get_a_gradient_of_zero(balancing: str | None, maps: int, classes: int) -> None:
     model, names = net(), [task.name for task in TASKS]
     balancer = make_balancer(balancing, names) if balancing else None
     objective = DenseObjective(model, TASKS, balancer=balancer, balanced=list(model.backbone.vit.parameters()))
-    found = objective(batch(maps, classes))
-    found["loss"].backward()
-    assert found["loss"].isfinite()
+    scalars = objective(batch(maps, classes))
+    scalars["loss"].backward()
+    assert scalars["loss"].isfinite()
     for name, labelled in (("semseg", maps), ("classify", classes)):
         grads = [parameter.grad for parameter in model.heads[name].parameters()]
         assert all(grad is not None and grad.isfinite().all() and bool(grad.any()) == bool(labelled) for grad in grads)
-        assert bool(found[name].isnan()) != bool(labelled)
+        assert bool(scalars[name].isnan()) != bool(labelled)
     assert model.backbone.vit.blocks[0].mlp.fc1.weight.grad.any()
 
 
-@pytest.mark.parametrize("balancing", [None, *balancers()])
+@pytest.mark.parametrize("balancing", [None, *BALANCERS])
 def test_a_single_task_passes_over_a_batch_of_the_other(balancing: str | None) -> None:
     model = net(TASKS[1:])
     balancer = make_balancer(balancing, ["classify"]) if balancing else None
-    found = DenseObjective(model, TASKS[1:], balancer=balancer, balanced=list(model.backbone.vit.parameters()))(
+    scalars = DenseObjective(model, TASKS[1:], balancer=balancer, balanced=list(model.backbone.vit.parameters()))(
         batch(3, 0)
     )
-    found["loss"].backward()
-    assert float(found["loss"].detach()) == 0 and found["classify"].isnan()
+    scalars["loss"].backward()
+    assert float(scalars["loss"].detach()) == 0 and scalars["classify"].isnan()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.heads.parameters())
 
 
 def test_a_mixed_batch_is_the_sum_of_its_two_halves() -> None:
-    """The loss of either task is that of the images that have it: the others change nothing of it."""
+    """The loss of each task depends on the images with its labels alone."""
     mixed, halves = net(), [net(), net()]
     data = batch(2, 3)
     parts = [
         {"image": data["image"][:2], "semseg": data["semseg"][:2]},
         {"image": data["image"][2:], "class": data["class"][2:]},
     ]
-    found = DenseObjective(mixed, TASKS)(data)
-    found["loss"].backward()
-    alone = [DenseObjective(model, TASKS)(part) for model, part in zip(halves, parts)]
-    for one in alone:
-        one["loss"].backward()
-    assert found["semseg"].item() == pytest.approx(alone[0]["semseg"].item(), rel=1e-5)
-    assert found["classify"].item() == pytest.approx(alone[1]["classify"].item(), rel=1e-5)
+    scalars = DenseObjective(mixed, TASKS)(data)
+    scalars["loss"].backward()
+    separate = [DenseObjective(model, TASKS)(part) for model, part in zip(halves, parts)]
+    for half in separate:
+        half["loss"].backward()
+    assert scalars["semseg"].item() == pytest.approx(separate[0]["semseg"].item(), rel=1e-5)
+    assert scalars["classify"].item() == pytest.approx(separate[1]["classify"].item(), rel=1e-5)
     logits = mixed(data["image"])["classify"][2:]
-    assert found["classify"].item() == pytest.approx(F.cross_entropy(logits, data["class"][2:]).item(), rel=1e-5)
-    assert found["loss"].item() == pytest.approx((found["semseg"] + 2 * found["classify"]).item(), rel=1e-5)
-    one, two = map(gradients, halves)
+    assert scalars["classify"].item() == pytest.approx(F.cross_entropy(logits, data["class"][2:]).item(), rel=1e-5)
+    assert scalars["loss"].item() == pytest.approx((scalars["semseg"] + 2 * scalars["classify"]).item(), rel=1e-5)
+    first, second = map(gradients, halves)
     for name, grad in gradients(mixed).items():
-        assert torch.allclose(grad, one[name] + two[name], atol=1e-6), name
+        assert torch.allclose(grad, first[name] + second[name], atol=1e-6), name

@@ -12,7 +12,6 @@ from vismt.data.dense_sample import collate
 from vismt.errors import UserError
 from vismt.multitask.balancing import make_balancer
 from vismt.multitask.dense import DenseNet, DenseObjective, check_blocks, default_blocks
-from vismt.multitask.fading import RouterFade
 from vismt.multitask.heads import make_head, resize_logits
 from vismt.multitask.retain_dense import DenseRetaining
 from vismt.multitask.tasks import make_task
@@ -22,13 +21,13 @@ TASKS = [make_task({"name": "semseg", "classes": 4, "loss_weight": 2.0}), make_t
 
 
 def net(tasks=TASKS, seed: int = 0) -> DenseNet:
-    """On images of 16 x 24: a grid of 4 x 6."""
+    """Return a net for images of 16 x 24, with a grid of 4 x 6."""
     backbone = Backbone(tiny_vit(seed, num_classes=0, img_size=(16, 24)), **MEAN)
     return DenseNet(backbone, {task.name: make_head("linear", [32, 32], task.channels) for task in tasks}, [0, 1])
 
 
 def batch(count: int = 3, **without: tuple[int, ...]) -> dict:
-    """Samples of 16 x 24; `semseg=(0, 2)` leaves that target out of samples 0 and 2."""
+    """Return a batch of samples of 16 x 24; `semseg=(0, 2)` leaves out that target of samples 0 and 2."""
     generator = torch.Generator().manual_seed(count)
     pictures = images(count, 24)[:, :, :16]
     samples = [
@@ -40,34 +39,38 @@ def batch(count: int = 3, **without: tuple[int, ...]) -> dict:
         }
         for i in range(count)
     ]
-    return collate([{k: v for k, v in one.items() if i not in without.get(k, ())} for i, one in enumerate(samples)])
+    return collate(
+        [{k: v for k, v in sample.items() if i not in without.get(k, ())} for i, sample in enumerate(samples)]
+    )
 
 
 def test_one_forward_of_the_backbone_gives_every_head_its_taps() -> None:
     model = net()
     calls: list[torch.Size] = []
-    model.backbone.vit.patch_embed.register_forward_hook(lambda module, given, out: calls.append(given[0].shape))
-    found = model(batch()["image"])
-    assert {task: tuple(value.shape) for task, value in found.items()} == {
+    model.backbone.vit.patch_embed.register_forward_hook(lambda module, inputs, out: calls.append(inputs[0].shape))
+    logits = model(batch()["image"])
+    assert {task: tuple(value.shape) for task, value in logits.items()} == {
         "semseg": (3, 4, 4, 6),
         "depth": (3, 1, 4, 6),
         "edge": (3, 1, 4, 6),
     }
     assert calls == [(3, 3, 16, 24)]
     taps = model.backbone.maps(batch()["image"], [0, 1])
-    assert torch.equal(found["depth"], model.heads["depth"](taps))
-    assert not torch.allclose(found["depth"], model.heads["depth"](taps[::-1]))
+    assert torch.equal(logits["depth"], model.heads["depth"](taps))
+    assert not torch.allclose(logits["depth"], model.heads["depth"](taps[::-1]))
 
 
 def test_the_loss_is_the_weighted_sum_of_the_tasks() -> None:
     model, data = net(), batch()
-    found = DenseObjective(model, TASKS)(data)
+    scalars = DenseObjective(model, TASKS)(data)
     logits = model(data["image"])
-    own = {task.name: task.loss(resize_logits(logits[task.name], (16, 24)), data[task.key]) for task in TASKS}
-    for name, value in own.items():
-        assert float(found[name]) == pytest.approx(value.item(), rel=1e-6)
-    assert found["loss"].item() == pytest.approx((2 * own["semseg"] + own["depth"] + 50 * own["edge"]).item(), rel=1e-6)
-    assert not found["depth"].requires_grad and found["loss"].requires_grad
+    losses = {task.name: task.loss(resize_logits(logits[task.name], (16, 24)), data[task.key]) for task in TASKS}
+    for name, value in losses.items():
+        assert float(scalars[name]) == pytest.approx(value.item(), rel=1e-6)
+    assert scalars["loss"].item() == pytest.approx(
+        (2 * losses["semseg"] + losses["depth"] + 50 * losses["edge"]).item(), rel=1e-6
+    )
+    assert not scalars["depth"].requires_grad and scalars["loss"].requires_grad
 
 
 @pytest.mark.parametrize("how", ["no key", "blank"])
@@ -78,10 +81,10 @@ def test_an_absent_task_is_left_out_and_its_head_stays_in_the_graph(how: str, ba
     balancer = make_balancer(balancing, [task.name for task in TASKS]) if balancing else None
     objective = DenseObjective(model, TASKS, balancer=balancer, balanced=list(model.backbone.vit.parameters()))
     with torch.no_grad():
-        model.heads["depth"].predict.bias.fill_(torch.inf)  # whatever it says, it has no part in the loss
-    found = objective(data)
-    found["loss"].backward()
-    assert found["depth"].isnan() and found["semseg"].isfinite() and found["loss"].isfinite()
+        model.heads["depth"].predict.bias.fill_(torch.inf)  # must not affect the loss
+    scalars = objective(data)
+    scalars["loss"].backward()
+    assert scalars["depth"].isnan() and scalars["semseg"].isfinite() and scalars["loss"].isfinite()
     idle = [parameter.grad for parameter in model.heads["depth"].parameters()]
     assert all(gradient is not None and not gradient.any() for gradient in idle)
     assert all(bool(p.grad.any()) for name in ("semseg", "edge") for p in model.heads[name].parameters())
@@ -92,10 +95,10 @@ def test_a_batch_without_any_label_has_a_loss_of_zero() -> None:
     data = {"image": batch()["image"]}
     retain = DenseRetaining(4)
     objective = DenseObjective(model, TASKS, retain=retain)
-    found = objective(data)
-    found["loss"].backward()
+    scalars = objective(data)
+    scalars["loss"].backward()
     objective.step()
-    assert float(found["loss"].detach()) == 0 and found["semseg"].isnan() and not bool(retain.bank.any())
+    assert float(scalars["loss"].detach()) == 0 and scalars["semseg"].isnan() and not bool(retain.bank.any())
     assert all(parameter.grad is not None for parameter in model.heads.parameters())
 
 
@@ -108,36 +111,37 @@ def test_a_sample_without_labels_moves_no_loss() -> None:
     assert torch.allclose(depth, other) and not torch.allclose(depth, of_all)
 
 
-def test_equal_weighting_is_the_sum_and_other_balancers_are_told_their_parameters() -> None:
+def test_equal_weighting_is_the_sum_and_balancers_get_their_parameters() -> None:
     data, plain, balanced = batch(), net(), net()
     DenseObjective(plain, TASKS)(data)["loss"].backward()
     shared = list(balanced.backbone.vit.parameters())
-    found = DenseObjective(balanced, TASKS, balancer=make_balancer("ew", [t.name for t in TASKS]), balanced=shared)(
+    scalars = DenseObjective(balanced, TASKS, balancer=make_balancer("ew", [t.name for t in TASKS]), balanced=shared)(
         data
     )
-    found["loss"].backward()
-    assert {"weight/semseg", "weight/depth", "weight/edge"} <= set(found)
+    scalars["loss"].backward()
+    assert {"weight/semseg", "weight/depth", "weight/edge"} <= set(scalars)
     pairs = zip(plain.named_parameters(), balanced.parameters())
-    assert all(torch.allclose(one.grad, two.grad, atol=1e-6) for (_, one), two in pairs if one.grad is not None)
+    assert all(
+        torch.allclose(first.grad, second.grad, atol=1e-6) for (_, first), second in pairs if first.grad is not None
+    )
 
 
 def test_retaining_sees_the_heads_own_logits_of_all_batches_of_a_step() -> None:
     model, retain, alone = net(), DenseRetaining(4), DenseRetaining(4)
-    objective = DenseObjective(model, TASKS, retain=retain, fade=RouterFade(4, 0.0, 0.5))
+    objective = DenseObjective(model, TASKS, retain=retain)
     first, second = batch(3), batch(2)
-    found = [objective(first), objective(second)]
-    assert not bool(retain.bank.any()) and float(objective.fade.alpha) == 0
+    scalars = [objective(first), objective(second)]
+    assert not bool(retain.bank.any())
     objective.step()
     logits = [model(data["image"])["semseg"].detach() for data in (first, second)]
     pull = alone.loss(logits[0], first["semseg"])
-    assert float(found[0]["retain"]) == pytest.approx(pull.item(), rel=1e-5)
+    assert float(scalars[0]["retain"]) == pytest.approx(pull.item(), rel=1e-5)
     alone.update(torch.cat(logits), torch.cat([first["semseg"], second["semseg"]]))
     assert torch.allclose(retain.bank, alone.bank) and torch.allclose(retain.ema, alone.ema)
-    assert float(objective.fade.alpha) == 0.5
     plain = DenseObjective(model, TASKS)(first)["loss"]
-    assert found[0]["loss"].item() == pytest.approx((plain + pull).item(), rel=1e-5)
+    assert scalars[0]["loss"].item() == pytest.approx((plain + pull).item(), rel=1e-5)
     objective(batch(1, semseg=(0,)))
-    objective.step()  # a step without a labelled image moves nothing
+    objective.step()  # a step without a labelled image does not change the bank
     assert torch.allclose(retain.bank, alone.bank)
 
 
@@ -148,9 +152,8 @@ def test_state_of_all_parts_is_saved() -> None:
         balancer=make_balancer("dwa", [t.name for t in TASKS]),
         balanced=[nn.Parameter(torch.zeros(1))],
         retain=DenseRetaining(4),
-        fade=RouterFade(4),
     )
-    assert {"retain.bank", "retain.ema", "fade.alpha", "fade.steps", "balancer.calls"} <= set(objective.state_dict())
+    assert {"retain.bank", "retain.ema", "balancer.calls"} <= set(objective.state_dict())
 
 
 def test_taps_are_spread_evenly() -> None:
@@ -159,14 +162,14 @@ def test_taps_are_spread_evenly() -> None:
     assert check_blocks([2, -1], 12) == [2, 11]
 
 
-def test_every_error_is_told() -> None:
+def test_errors() -> None:
     model = net()
     for blocks in ([], [0], [1, 0], [0, 2], [-3, 1]):
         with pytest.raises(UserError, match="name blocks from 0 to 1"):
             check_blocks(blocks, 2)
     with pytest.raises(UserError, match="no head"):
         DenseNet(model.backbone, {}, [0, 1])
-    with pytest.raises(UserError, match=r"takes taps of widths \[32\], here are 2 of 32"):
+    with pytest.raises(UserError, match=r"takes taps of widths \[32\], the net has 2 of width 32"):
         DenseNet(model.backbone, {"depth": make_head("linear", [32], 1)}, [0, 1])
     with pytest.raises(UserError, match="must be the same"):
         DenseObjective(model, TASKS[:2])

@@ -1,4 +1,4 @@
-"""Clusters of hidden units: planted ones are found, the permutation changes no output, the cache is trusted only when whole."""
+"""Clusters of hidden units: recovery of planted clusters, permutations that preserve the function, the cache."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def planted(seed: int = 0, units: int = 256, width: int = 32, clusters: int = 8) -> tuple[Tensor, Tensor]:
-    """Rows around `clusters` directions, with log-normal norms, in shuffled order; and their true clusters."""
+    """Return rows around `clusters` directions, with log-normal norms, in random order, and their true clusters."""
     generator = torch.Generator().manual_seed(seed)
     truth = torch.arange(units) % clusters
     truth = truth[torch.randperm(units, generator=generator)]
@@ -43,7 +43,7 @@ def test_planted_clusters_are_found_whatever_the_norms(seed: int) -> None:
     labels = cluster_neurons(weight, 8)
     assert labels.bincount().tolist() == [32] * 8
     assert agreement(labels, truth) == 1.0
-    # Without normalisation long rows make clusters of their own; a contiguous split finds nothing.
+    # Without normalisation long rows form separate clusters; a contiguous split does not recover the clusters.
     assert agreement(balanced_kmeans(weight, 8), truth) < 0.9
     assert abs(agreement(torch.arange(256) // 32, truth)) < 0.1
 
@@ -69,7 +69,7 @@ def test_scaling_a_unit_or_the_dtype_changes_nothing() -> None:
 def test_the_function_is_preserved(options: dict) -> None:
     vit = tiny_vit(**options)
     for block in vit.blocks:
-        nn.init.normal_(block.mlp.fc1.bias, std=0.3)  # a bias left behind would show
+        nn.init.normal_(block.mlp.fc1.bias, std=0.3)  # shows whether the biases are permuted
     x = torch.rand(3, 3, *vit.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
     before, state = vit(x), snapshot(vit)
     orders = []
@@ -78,7 +78,7 @@ def test_the_function_is_preserved(options: dict) -> None:
         orders.append(permute_experts(block, labels, 8))
         assert block.mlp.fc1.weight is parameter
         size = len(labels) // 8
-        # Unit h of the new order belongs to expert h // n; interleaved experts (h % K) would not.
+        # Unit h of the new order belongs to expert h // n, not h % K.
         assert torch.equal(labels[orders[-1]], torch.arange(len(labels)) // size)
     assert (vit(x) - before).abs().max() < 1e-5 * before.abs().max()
     assert not torch.equal(*orders)
@@ -87,7 +87,7 @@ def test_the_function_is_preserved(options: dict) -> None:
         assert torch.equal(value, state[name]) != moved, name
     for block, order in zip(vit.blocks, orders):
         assert torch.equal(order.sort().values, torch.arange(len(order)))
-        permute_experts(block.mlp, order, len(order))  # a permutation sorts to its inverse
+        permute_experts(block.mlp, order, len(order))  # sorting a permutation gives its inverse
     assert all(torch.equal(value, state[name]) for name, value in vit.state_dict().items())
 
 
@@ -115,18 +115,18 @@ def test_every_block_has_its_own_labels() -> None:
 def test_the_cache_is_used_and_mended(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vit, calls = tiny_vit(), []
 
-    def counted(*given: object) -> Tensor:
-        calls.append(given)
-        return cluster_neurons(*given)
+    def counted(*arguments: object) -> Tensor:
+        calls.append(arguments)
+        return cluster_neurons(*arguments)
 
     monkeypatch.setattr(experts, "cluster_neurons", counted)
     labels = cluster_model(vit, 4)
     files = sorted(cache.iterdir())
     assert len(calls) == len(files) == 2
-    assert all(torch.equal(one, two) for one, two in zip(labels, cluster_model(vit, 4))) and len(calls) == 2
-    # A torn file is written again; another seed, number or weight has a file of its own.
+    assert all(torch.equal(first, second) for first, second in zip(labels, cluster_model(vit, 4))) and len(calls) == 2
+    # A truncated file is written again; another seed, number of experts or weight has another file.
     files[0].write_bytes(files[0].read_bytes()[:50])
-    assert all(torch.equal(one, two) for one, two in zip(labels, cluster_model(vit, 4))) and len(calls) == 3
+    assert all(torch.equal(first, second) for first, second in zip(labels, cluster_model(vit, 4))) and len(calls) == 3
     for change in ((4, 1), (8, 0)):
         cluster_model(vit, *change)
     assert len(calls) == 7 and len(list(cache.iterdir())) == 6
@@ -143,11 +143,11 @@ def test_labels_of_a_foreign_file_are_not_believed(cache: Path) -> None:
     labels = cluster_model(vit, 4)
     for file in cache.iterdir():
         file.write_bytes(safetensors.torch.save({"labels": torch.zeros(128, dtype=torch.int64)}))
-    assert all(torch.equal(one, two) for one, two in zip(labels, cluster_model(vit, 4)))
+    assert all(torch.equal(first, second) for first, second in zip(labels, cluster_model(vit, 4)))
 
 
 def test_coactivation_parts_units_that_never_fire_together() -> None:
-    """Pairs of units with opposite input weights: one is on where its fellow is off."""
+    """Units with opposite input weights: each is active where its partner is not."""
     vit = tiny_vit(depth=1)
     fc1 = vit.blocks[0].mlp.fc1
     with torch.no_grad():
@@ -169,17 +169,17 @@ def test_the_activations_are_those_of_the_drawn_tokens() -> None:
     pictures = images(20)
     rows = experts._activations(vit, [block.mlp for block in vit.blocks], pictures, 100, seed=0)
     assert [row.shape for row in rows] == [(128, 100)] * 2 and all((row >= 0).all() for row in rows)
-    found: list[Tensor] = []
-    hook = vit.blocks[1].mlp.fc2.register_forward_pre_hook(lambda _, given: found.append(given[0].flatten(0, 1)))
+    captured: list[Tensor] = []
+    hook = vit.blocks[1].mlp.fc2.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0].flatten(0, 1)))
     with torch.no_grad():
         vit(pictures)
     hook.remove()
-    every = found[0].clamp_min(0)
+    every = captured[0].clamp_min(0)
     assert torch.cdist(rows[1].T, every, compute_mode="donot_use_mm_for_euclid_dist").min(1).values.max() < 1e-4
 
 
 @pytest.mark.parametrize(
-    ("mlp", "told"),
+    ("mlp", "message"),
     [
         (SwiGLU(8, 16), "SwiGLU is a gated FFN"),
         (GluMlp(8, 16), "GluMlp is a gated FFN"),
@@ -188,9 +188,9 @@ def test_the_activations_are_those_of_the_drawn_tokens() -> None:
         (nn.Identity(), "no fc1 and fc2"),
     ],
 )
-def test_other_ffns_are_refused_with_the_reason(mlp: nn.Module, told: str) -> None:
+def test_other_ffns_are_refused_with_the_reason(mlp: nn.Module, message: str) -> None:
     for call in (lambda: plain_mlp(mlp), lambda: permute_experts(mlp, torch.zeros(16, dtype=torch.int64), 1)):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             call()
 
 
@@ -202,7 +202,7 @@ def test_a_gated_block_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "told"),
+    ("labels", "message"),
     [
         (torch.zeros(16, dtype=torch.int64), "each of 4 experts 4 units"),
         (torch.arange(16) // 4 + 1, "each of 4 experts"),
@@ -211,10 +211,10 @@ def test_a_gated_block_is_named() -> None:
         ((torch.arange(16) // 4).int(), "int32"),
     ],
 )
-def test_labels_that_do_not_fit(labels: Tensor, told: str) -> None:
+def test_labels_that_do_not_fit(labels: Tensor, message: str) -> None:
     mlp = Mlp(8, 16)
     before = snapshot(mlp)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         permute_experts(mlp, labels, 4)
     assert all(torch.equal(value, before[name]) for name, value in mlp.state_dict().items())
 

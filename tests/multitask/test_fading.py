@@ -1,4 +1,4 @@
-"""The fade schedule: values, per step, exactly 1 at its end, and what survives a restart."""
+"""The fade schedule: values at each step, exactly 1 at its end, and its state after a restart."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from vismt.multitask.fading import FadeState, RouterFade
 def test_values_at_the_epochs_of_the_paper() -> None:
     per_epoch, epochs = 71, 110  # 100 epochs and 10 of cool-down
     fade = RouterFade(per_epoch * epochs)
-    found = {}
+    values = {}
     for step in range(per_epoch * epochs):
         if step % per_epoch == 0:
-            found[step // per_epoch] = fade.value
+            values[step // per_epoch] = fade.value
         before = fade.value
         assert fade.step() > before or before == 1
     golden = {0: 0.0, 1: 0.0182, 10: 0.1818, 27: 0.4909, 50: 0.9091}
-    assert {epoch: round(found[epoch], 4) for epoch in golden} == golden
+    assert {epoch: round(values[epoch], 4) for epoch in golden} == golden
     # Exactly one from half of training on, in floating point: omega is then the constant 1 and merging is exact.
-    assert all(found[epoch] == 1 for epoch in range(55, 110)) and found[54] < 1
+    assert all(values[epoch] == 1 for epoch in range(55, 110)) and values[54] < 1
     assert fade.value == 1 and fade.alpha.item() == 1 and RouterFade(400).at(100) == 0.5
 
 
@@ -35,7 +35,7 @@ def test_values_at_the_epochs_of_the_paper() -> None:
 def test_zero_until_the_start_linear_then_exactly_one(total: int, start: float, end: float) -> None:
     fade = RouterFade(total, start, end)
     for step in range(total + 3):
-        # 0.7 * 10 is 7.000000000000001: comparing without a tolerance would fade one step too long.
+        # 0.7 * 10 is 7.000000000000001: a comparison without tolerance would end the fade a step too late.
         past, span = 10 * step - round(10 * start) * total, round(10 * (end - start)) * total
         wanted = 1.0 if past >= span else 0.0 if past <= 0 else past / span
         assert fade.value == pytest.approx(wanted, abs=1e-9) and (fade.value == 1) == (wanted == 1)
@@ -57,10 +57,10 @@ def test_the_state_goes_on_after_a_restart_and_through_copies() -> None:
 
 def test_the_buffer_is_shared_and_changed_in_place() -> None:
     fade = RouterFade(4)
-    seen = fade.alpha
+    buffer = fade.alpha
     fade.step()
-    # A router, or a captured graph, that holds the tensor sees the new value.
-    assert seen is fade.alpha and seen.item() == 0.5 and seen.dtype == torch.float32 and seen.ndim == 0
+    # Routers and captured graphs that refer to the tensor see the new value.
+    assert buffer is fade.alpha and buffer.item() == 0.5 and buffer.dtype == torch.float32 and buffer.ndim == 0
     assert not list(fade.parameters())
 
 

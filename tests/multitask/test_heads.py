@@ -1,4 +1,4 @@
-"""Heads: shapes on grids that are not square, parameters by formula, what each one sees, and a few steps that fit a map."""
+"""Heads: shapes on rectangular grids, numbers of parameters, the taps of each head, and a few steps that fit a map."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def head(name: str, **options: object) -> nn.Module:
 @every_head
 @pytest.mark.parametrize("grid", [(3, 5), (4, 2), (1, 1)])
 def test_shapes_and_gradients(name: str, grid: tuple[int, int]) -> None:
-    found = head(name)(taps(*grid))
-    assert found.shape == (2, CHANNELS, SCALE[name] * grid[0], SCALE[name] * grid[1])
+    logits = head(name)(taps(*grid))
+    assert logits.shape == (2, CHANNELS, SCALE[name] * grid[0], SCALE[name] * grid[1])
     model = head(name)
     model(taps(3, 5)).square().mean().backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
@@ -49,7 +49,7 @@ def test_parameters_by_formula(d: int, h: int, k: int) -> None:
     assert count("conv", hidden=h) == 9 * d * h + norm + last
     assert count("conv") == 9 * d * d + 2 * d + d * k + k
     assert count("segformer", hidden=h) == 4 * (d * h + h) + 4 * h * h + norm + last
-    square = 9 * h * h + h  # a 3x3 convolution at one width
+    square = 9 * h * h + h  # a 3x3 convolution of equal widths
     resample = (16 * h * h + h) + (4 * h * h + h) + square
     predict = (9 * h * (h // 2) + h // 2) + (h // 2) * k + k
     assert count("dpt", hidden=h) == 4 * (d * h + h) + resample + 7 * 2 * square + predict
@@ -96,9 +96,9 @@ def test_group_norm_does_not_mix_images_and_batch_norm_does(name: str) -> None:
 @every_head
 def test_start_values_depend_on_the_seed_alone(name: str) -> None:
     state = torch.random.get_rng_state()
-    one, same, other = head(name, seed=3), head(name, seed=3), head(name, seed=4)
+    first, same, other = head(name, seed=3), head(name, seed=3), head(name, seed=4)
     assert torch.equal(torch.random.get_rng_state(), state)
-    pairs = list(zip(one.parameters(), same.parameters(), other.parameters()))
+    pairs = list(zip(first.parameters(), same.parameters(), other.parameters()))
     assert all(torch.equal(a, b) for a, b, _ in pairs) and any(not torch.equal(a, c) for a, _, c in pairs)
 
 
@@ -129,7 +129,7 @@ def test_a_vit_learns_a_map(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "widths", "options", "told"),
+    ("name", "widths", "options", "message"),
     [
         ("dtp", WIDTHS, {}, "no head 'dtp'.*Near: 'dpt'"),
         ("conv", WIDTHS, {"hiden": 8}, "'conv' has no option 'hiden'.*Near: 'hidden'"),
@@ -144,19 +144,19 @@ def test_a_vit_learns_a_map(name: str) -> None:
         ("linear", [0], {}, "head: width 0"),
     ],
 )
-def test_bad_settings(name: str, widths: list[int], options: dict, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_bad_settings(name: str, widths: list[int], options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         make_head(name, widths, CHANNELS, **options)
 
 
 def test_bad_taps() -> None:
     model = head("segformer")
-    for maps, told in (
+    for maps, message in (
         (taps(3, 5)[:3], r"needed maps \(b, d, rows, columns\) of widths \[12, 12, 12, 12\]"),
         ([tap.flatten(2) for tap in taps(3, 5)], "needed maps"),
         ([*taps(3, 5)[:3], taps(3, 4)[3]], "of different grids"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             model(maps)
     with pytest.raises(UserError, match="head: channels 0"):
         make_head("linear", WIDTHS, 0)

@@ -1,4 +1,4 @@
-"""Windows and mirrored views: every pixel the mean of the views that hold it, geometry kept, one view left as it is."""
+"""Windows and mirrored views: every pixel is the mean of the views that contain it; a single view is unchanged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TASKS = {
 
 @pytest.fixture(scope="module")
 def net() -> DenseNet:
-    """On images of 16 x 24."""
+    """Return a net for images of 16 x 24."""
     backbone = Backbone(tiny_vit(0, num_classes=0, img_size=(16, 24)), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     heads = {name: make_head("linear", [32], task.channels, seed=len(name)) for name, task in TASKS.items()}
     return DenseNet(backbone, heads, [1]).requires_grad_(False).eval()
@@ -35,25 +35,25 @@ def net() -> DenseNet:
 
 def test_an_image_of_the_nets_size_is_predicted_as_it_is(net: DenseNet) -> None:
     x = images(2, 24)[:, :, :16]
-    found = predict(net, TASKS, x)
+    predictions = predict(net, TASKS, x)
     for name, value in net(x).items():
-        assert torch.equal(found[name], resize_logits(value, (16, 24)))
+        assert torch.equal(predictions[name], resize_logits(value, (16, 24)))
 
 
 @given(st.integers(4, 60), st.integers(0, 200), st.floats(0, 0.9))
 def test_windows_cover_a_side_and_share_enough(window: int, more: int, overlap: float) -> None:
     side = window + more
-    found = starts(side, window, overlap)
-    assert found[0] == 0 and found[-1] == side - window and found == sorted(set(found))
-    # Starts are whole pixels, so a neighbour may be one pixel farther than the share says.
-    assert all(b - a <= max(1, window * (1 - overlap)) + 1 for a, b in pairwise(found))
-    fewer = len(found) - 2
-    assert fewer < 1 or more / fewer > window * (1 - overlap)  # one window less would stand too far apart
+    first_pixels = starts(side, window, overlap)
+    assert first_pixels[0] == 0 and first_pixels[-1] == side - window and first_pixels == sorted(set(first_pixels))
+    # Windows start at whole pixels, so a neighbour may be a pixel farther than the share.
+    assert all(b - a <= max(1, window * (1 - overlap)) + 1 for a, b in pairwise(first_pixels))
+    fewer = len(first_pixels) - 2
+    assert fewer < 1 or more / fewer > window * (1 - overlap)  # with a window less they would be too far apart
 
 
 def test_every_pixel_is_the_mean_of_the_windows_that_hold_it(net: DenseNet) -> None:
     x = images(1, 40)[:, :, :30]
-    found = predict(net, TASKS, x, overlap=0.25)
+    predictions = predict(net, TASKS, x, overlap=0.25)
     tops, lefts = starts(30, 16, 0.25), starts(40, 24, 0.25)
     assert (len(tops), len(lefts)) == (3, 2)
     single = {(t, l): predict(net, TASKS, x[..., t : t + 16, l : l + 24]) for t in tops for l in lefts}
@@ -63,7 +63,7 @@ def test_every_pixel_is_the_mean_of_the_windows_that_hold_it(net: DenseNet) -> N
             values = [single[t, l][name][0, :, row - t, column - l] for t, l in holding]
             if name == "normals":
                 values = [value / value.norm() for value in values]
-            assert torch.allclose(found[name][0, :, row, column], torch.stack(values).mean(0), atol=1e-5), (
+            assert torch.allclose(predictions[name][0, :, row, column], torch.stack(values).mean(0), atol=1e-5), (
                 name,
                 row,
                 column,
@@ -72,7 +72,7 @@ def test_every_pixel_is_the_mean_of_the_windows_that_hold_it(net: DenseNet) -> N
 
 
 def test_normals_are_averaged_as_directions(net: DenseNet) -> None:
-    """Lengths of a head's vectors mean nothing: one a hundred times as long must not decide alone."""
+    """The lengths of a head's vectors have no meaning: a vector a hundred times as long must not dominate."""
     long, short = torch.tensor([100.0, 0, 0]), torch.tensor([0, 0, 1.0])
     task = TASKS["normals"]
     mean = sum(task.view(value[None, :, None, None], False) for value in (long, short)) / 2
@@ -84,14 +84,14 @@ def test_normals_are_averaged_as_directions(net: DenseNet) -> None:
 @pytest.mark.parametrize("shape", [(16, 24), (24, 32)])
 def test_with_the_mirrored_view_a_mirrored_image_is_predicted_mirrored(net: DenseNet, shape: tuple[int, int]) -> None:
     x = images(1, 40)[..., : shape[0], : shape[1]]
-    one, other = predict(net, TASKS, x, flip=True), predict(net, TASKS, x.flip(-1), flip=True)
+    plain, mirrored = predict(net, TASKS, x, flip=True), predict(net, TASKS, x.flip(-1), flip=True)
     sign = torch.tensor([-1.0, 1, 1])[:, None, None]
-    for name, value in one.items():
-        turned = other[name].flip(-1) * sign if name == "normals" else other[name].flip(-1)
+    for name, value in plain.items():
+        turned = mirrored[name].flip(-1) * sign if name == "normals" else mirrored[name].flip(-1)
         assert torch.allclose(value, turned, atol=1e-5), name
-    alone = predict(net, TASKS, x)
-    assert not torch.allclose(alone["depth"], one["depth"], atol=1e-4)
-    assert not torch.allclose(one["normals"], other["normals"].flip(-1), atol=1e-3)  # without x turned back
+    single_view = predict(net, TASKS, x)
+    assert not torch.allclose(single_view["depth"], plain["depth"], atol=1e-4)
+    assert not torch.allclose(plain["normals"], mirrored["normals"].flip(-1), atol=1e-3)  # the sign of x differs
 
 
 def test_a_class_of_the_image_is_the_mean_of_the_views() -> None:
@@ -100,9 +100,9 @@ def test_a_class_of_the_image_is_the_mean_of_the_views() -> None:
     x, tasks = images(2, 40)[:, :, :16], {"classify": CLASSIFY}
     windows = [x[..., left : left + 24] for left in starts(40, 24, 0.5)]
     views = [net(view)["classify"] for window in windows for view in (window, window.flip(-1))]
-    found = predict(net, tasks, x, flip=True)["classify"]
-    assert len(views) == 6 and found.shape == (2, 5)
-    assert torch.allclose(found, torch.stack(views).mean(0), atol=1e-6)
+    logits = predict(net, tasks, x, flip=True)["classify"]
+    assert len(views) == 6 and logits.shape == (2, 5)
+    assert torch.allclose(logits, torch.stack(views).mean(0), atol=1e-6)
     assert torch.equal(
         predict(net, tasks, x[..., :20])["classify"].argmax(1)[0],
         CLASSIFY.answer(predict(net, tasks, x[:1, ..., :20])["classify"][0]),

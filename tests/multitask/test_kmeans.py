@@ -1,4 +1,4 @@
-"""The exact assignment against scipy's, and k-means with clusters of one size."""
+"""The exact assignment compared with scipy's, and k-means with clusters of equal size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vismt.multitask.kmeans import assign, balanced_kmeans
 
 @pytest.mark.parametrize("span", [2, 5, 1000, 2**40])
 def test_the_assignment_is_the_cheapest(span: int) -> None:
-    """Against linear_sum_assignment on copies of each cluster; small spans are full of ties."""
+    """Compare with linear_sum_assignment on copies of each cluster; small spans have many ties."""
     rng = np.random.default_rng(span)
     for _ in range(40):
         clusters, size = int(rng.integers(1, 7)), int(rng.integers(1, 9))
@@ -27,7 +27,7 @@ def test_the_assignment_is_the_cheapest(span: int) -> None:
         # Any start of the prices leads to the same cost.
         for prices in (None, rng.integers(-span, span, clusters)):
             labels = assign(cost, prices)
-            if prices is not None:  # they come back as the proof: at these prices every row is in its best cluster
+            if prices is not None:  # a certificate: at the returned prices every row is in its best cluster
                 priced = cost - prices
                 assert (np.take_along_axis(priced, labels[:, None], 1)[:, 0] == priced.min(1)).all()
             assert (np.bincount(labels, minlength=clusters) == size).all()
@@ -35,7 +35,7 @@ def test_the_assignment_is_the_cheapest(span: int) -> None:
 
 
 def test_a_greedy_assignment_would_differ() -> None:
-    # Rows 0 and 1 both want cluster 0; sending row 0 there (first come, or cheapest first) costs 1 + 9, the best is 2 + 3.
+    # Cluster 0 is the cheapest for both rows; assigning row 0 to it costs 1 + 9, the optimum is 2 + 3.
     assert assign(np.array([[1, 3], [2, 9]])).tolist() == [1, 0]
 
 
@@ -46,10 +46,10 @@ def spread(points: Tensor, labels: Tensor) -> float:
 
 def test_the_best_of_all_partitions_of_a_few_points() -> None:
     points = torch.randn(8, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = spread(points, balanced_kmeans(points, 2, restarts=30))
+    smallest = spread(points, balanced_kmeans(points, 2, restarts=30))
     halves = itertools.combinations(range(8), 4)
     every = [torch.zeros(8, dtype=torch.int64).index_fill(0, torch.tensor(half), 1) for half in halves]
-    assert found == pytest.approx(min(spread(points, labels) for labels in every))
+    assert smallest == pytest.approx(min(spread(points, labels) for labels in every))
 
 
 def test_sizes_numbering_and_seed() -> None:
@@ -67,15 +67,15 @@ def test_sizes_numbering_and_seed() -> None:
 
 def test_the_number_of_threads_changes_nothing() -> None:
     points = torch.randn(512, 128, generator=torch.Generator().manual_seed(2))
-    found = []
+    results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         try:
-            found.append(balanced_kmeans(points, 8, restarts=2))
+            results.append(balanced_kmeans(points, 8, restarts=2))
             assert torch.get_num_threads() == threads
         finally:
             torch.set_num_threads(1)
-    assert torch.equal(*found)
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("clusters", [1, 3, 12])
@@ -86,7 +86,7 @@ def test_equal_rows_and_the_ends_of_the_range(clusters: int) -> None:
 
 def test_it_stops_when_nothing_is_gained(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(kmeans, "assign", lambda *given: calls.append(given) or assign(*given))
+    monkeypatch.setattr(kmeans, "assign", lambda *arguments: calls.append(arguments) or assign(*arguments))
     points = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
     for pairs in (torch.cat([points, -points]), torch.cat([points, points]), torch.eye(64)):
         calls.clear()
@@ -95,18 +95,18 @@ def test_it_stops_when_nothing_is_gained(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("clusters", "told"),
+    ("clusters", "message"),
     [
         (5, "5 experts cannot share 12 rows equally; use 4 or 6"),
         (24, "use 12"),
         (7, "use 6 or 12"),
-        (0, "is 0, needed"),
+        (0, "is 0; it must be a whole number"),
         (2.0, r"is 2\.0"),
         (True, "is True"),
     ],
 )
-def test_numbers_that_do_not_divide(clusters: object, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_numbers_that_do_not_divide(clusters: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         balanced_kmeans(torch.randn(12, 2), clusters)
 
 

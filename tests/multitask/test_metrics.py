@@ -1,4 +1,4 @@
-"""Metrics of label, depth and normal maps against hand-made cases and numpy; merging over processes; Delta_m of Table 3."""
+"""Metrics of label, depth and normal maps compared with hand-made cases and numpy; several processes; Delta_m of Table 3."""
 
 from __future__ import annotations
 
@@ -29,22 +29,25 @@ def filled(metric: Metric, *batches: tuple[Tensor, ...]) -> dict:
 
 
 def test_mean_iou_of_a_2x2_map_by_hand() -> None:
-    # target 0 1 / 1 ignored, prediction 0 0 / 1 2; class 3 is nowhere, class 2 only predicted where it is ignored.
+    # target 0 1 / 1 ignored, prediction 0 0 / 1 2; class 3 does not occur, class 2 is predicted at the ignored pixel alone.
     target, pred = torch.tensor([[[0, 1], [1, 255]]]), torch.tensor([[[0, 0], [1, 2]]])
-    # class 0: TP 1, FP 1, FN 0 -> 1/2; class 1: TP 1, FP 0, FN 1 -> 1/2; classes 2, 3: 0/0. 2 of 3 pixels are right.
+    # class 0: TP 1, FP 1, FN 0 -> 1/2; class 1: TP 1, FP 0, FN 1 -> 1/2; classes 2, 3: 0/0. 2 of 3 pixels are correct.
     for absent, mean, rest in (
         ("zero", (1 / 2 + 1 / 2) / 4, 0.0),
         ("skip", 1 / 2, math.nan),
         ("nan", math.nan, math.nan),
     ):
-        found = filled(MeanIoU(4, absent=absent), (pred, target))
-        assert found["miou"] == pytest.approx(mean, nan_ok=True)
-        assert found["iou"] == pytest.approx([0.5, 0.5, rest, rest], nan_ok=True)
-        assert found["pixel_accuracy"] == pytest.approx(2 / 3) and found["pixels"] == 3
+        scores = filled(MeanIoU(4, absent=absent), (pred, target))
+        assert scores["miou"] == pytest.approx(mean, nan_ok=True)
+        assert scores["iou"] == pytest.approx([0.5, 0.5, rest, rest], nan_ok=True)
+        assert scores["pixel_accuracy"] == pytest.approx(2 / 3) and scores["pixels"] == 3
 
 
 def test_a_class_that_is_predicted_but_not_labelled_counts_as_zero() -> None:
-    pred, target = torch.tensor([[[0, 2]]]), torch.tensor([[[0, 0]]])  # class 0: 1/2; class 2: 0/1; class 1 nowhere
+    pred, target = (
+        torch.tensor([[[0, 2]]]),
+        torch.tensor([[[0, 0]]]),
+    )  # class 0: 1/2; class 2: 0/1; class 1 does not occur
     assert filled(MeanIoU(3, absent="skip"), (pred, target))["miou"] == pytest.approx(1 / 4)
     assert filled(MeanIoU(3), (pred, target))["miou"] == pytest.approx(1 / 6)  # "zero" is the default
 
@@ -63,43 +66,39 @@ def test_mean_iou_against_numpy(ignore: int | None, dtype: torch.dtype) -> None:
     hits = [(pred == c) & (target == c) & valid for c in range(classes)]
     unions = [((pred == c) | (target == c)) & valid for c in range(classes)]
     iou = [hit.sum() / union.sum() if union.any() else 0.0 for hit, union in zip(hits, unions)]
-    for given in (logits, logits.argmax(1), logits.argmax(1)[:, None].int()):
-        found = filled(MeanIoU(classes, ignore_index=ignore), (given, label))
-        assert found["iou"] == pytest.approx(iou) and found["miou"] == pytest.approx(np.mean(iou))
-        assert (
-            found["pixel_accuracy"] == pytest.approx((pred == target)[valid].mean()) and found["pixels"] == valid.sum()
-        )
+    for prediction in (logits, logits.argmax(1), logits.argmax(1)[:, None].int()):
+        scores = filled(MeanIoU(classes, ignore_index=ignore), (prediction, label))
+        assert scores["iou"] == pytest.approx(iou) and scores["miou"] == pytest.approx(np.mean(iou))
+        assert scores["pixel_accuracy"] == pytest.approx((pred == target)[valid].mean())
+        assert scores["pixels"] == valid.sum()
 
 
 def test_mean_iou_is_pooled_over_the_set_and_skips_images_without_labels() -> None:
-    one, two = (
-        (torch.tensor([[[0, 0]]]), torch.tensor([[[0, 0]]])),
-        (torch.tensor([[[0, 0]]]), torch.tensor([[[0, 1]]])),
-    )
+    right = (torch.tensor([[[0, 0]]]), torch.tensor([[[0, 0]]]))
+    half_right = (torch.tensor([[[0, 0]]]), torch.tensor([[[0, 1]]]))
     empty = (torch.tensor([[[1, 1]]]), torch.tensor([[[255, 255]]]))
-    found = filled(MeanIoU(2), one, two, empty)
-    assert found["miou"] == pytest.approx((3 / 4 + 0 / 1) / 2)  # the mean of the images would be (1/2 + 1/4) / 2
-    assert found["pixels"] == 4
+    scores = filled(MeanIoU(2), right, half_right, empty)
+    assert scores["miou"] == pytest.approx((3 / 4 + 0 / 1) / 2)  # the mean of the images would be (1/2 + 1/4) / 2
+    assert scores["pixels"] == 4
 
 
 # Depth -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_depth_errors_of_2x2_maps_by_hand() -> None:
-    # Image 1: one valid pixel, off by 3. Image 2: three valid pixels, all right but one that is off by 1.
+    # Image 1: one valid pixel, off by 3. Image 2: three valid pixels, all correct but one that is off by 1.
     target = torch.tensor([[[4.0, 0], [0, 0]], [[2.0, 2], [0, 8]]])
     pred = torch.tensor([[[7.0, 5], [5, 5]], [[2.0, 1], [5, 8]]])
-    found = filled(DepthErrors(), (pred, target))
-    assert found["pixels"] == 4
-    assert found["rmse"] == pytest.approx(math.sqrt((9 + 1) / 4))
-    assert found["rmse"] != pytest.approx((3 + math.sqrt(1 / 3)) / 2)  # the mean of per-image RMSEs
-    assert found["abs_err"] == pytest.approx((3 + 1) / 4)
-    assert found["abs_rel"] == pytest.approx((3 / 4 + 1 / 2) / 4) and found["sq_rel"] == pytest.approx(
-        (9 / 4 + 1 / 2) / 4
-    )
-    assert found["log_rmse"] == pytest.approx(math.sqrt((math.log(7 / 4) ** 2 + math.log(2) ** 2) / 4))
+    scores = filled(DepthErrors(), (pred, target))
+    assert scores["pixels"] == 4
+    assert scores["rmse"] == pytest.approx(math.sqrt((9 + 1) / 4))
+    assert scores["rmse"] != pytest.approx((3 + math.sqrt(1 / 3)) / 2)  # the mean of per-image RMSEs
+    assert scores["abs_err"] == pytest.approx((3 + 1) / 4)
+    assert scores["abs_rel"] == pytest.approx((3 / 4 + 1 / 2) / 4)
+    assert scores["sq_rel"] == pytest.approx((9 / 4 + 1 / 2) / 4)
+    assert scores["log_rmse"] == pytest.approx(math.sqrt((math.log(7 / 4) ** 2 + math.log(2) ** 2) / 4))
     # ratios 1.75, 1, 2, 1 against 1.25, 1.5625, 1.953125
-    assert [found[f"delta{k}"] for k in (1, 2, 3)] == [2 / 4, 2 / 4, 3 / 4]
+    assert [scores[f"delta{k}"] for k in (1, 2, 3)] == [2 / 4, 2 / 4, 3 / 4]
 
 
 @pytest.mark.parametrize("channel", [False, True])
@@ -117,8 +116,8 @@ def test_depth_errors_against_numpy_with_every_kind_of_validity(channel: bool) -
         (DepthErrors(valid_range=(1, 8)), (target > 1) & (target < 8), batch[:2]),
         (DepthErrors(valid_range=(1, 8), convention="libmtl"), (target > 1) & (target < 8) & mask, batch),
     ]
-    for metric, valid, given in cases:
-        found, g, p = filled(metric, tuple(given)), target[valid], pred[valid]
+    for metric, valid, arguments in cases:
+        scores, g, p = filled(metric, tuple(arguments)), target[valid], pred[valid]
         least = np.maximum(p, 1e-9)
         q = p if metric.convention == "libmtl" else least
         want = {
@@ -130,19 +129,19 @@ def test_depth_errors_against_numpy_with_every_kind_of_validity(channel: bool) -
             "pixels": valid.sum(),
             **{f"delta{k}": np.mean(np.maximum(least / g, g / least) < 1.25**k) for k in (1, 2, 3)},
         }
-        assert found == pytest.approx(want)
+        assert scores == pytest.approx(want)
 
 
 def test_the_two_conventions_of_depth_differ_where_a_prediction_is_negative() -> None:
     pred, target = torch.tensor([[[-1.0]]]), torch.tensor([[[2.0]]])
     pooled, libmtl = filled(DepthErrors(), (pred, target)), filled(DepthErrors(convention="libmtl"), (pred, target))
     assert pooled["abs_err"] == pytest.approx(2) and libmtl["abs_err"] == pytest.approx(3)
-    assert pooled["delta3"] == libmtl["delta3"] == 0  # max(-1/2, -2) < 1.25 would call it right
+    assert pooled["delta3"] == libmtl["delta3"] == 0  # max(-1/2, -2) < 1.25 would accept it
     assert pooled["log_rmse"] == libmtl["log_rmse"] == pytest.approx(math.log(2 / 1e-9))
 
 
 def test_sums_of_depth_do_not_lose_small_errors() -> None:
-    # 2^24 + 1 is no fp32 number: a sum in fp32 would stop growing.
+    # fp32 cannot represent 2^24 + 1: a sum in fp32 would not increase.
     metric = DepthErrors()
     metric.update(torch.full((1, 1, 1), 4097.0), torch.ones(1, 1, 1))
     for _ in range(3):
@@ -154,7 +153,7 @@ def test_sums_of_depth_do_not_lose_small_errors() -> None:
 
 
 def tilted(degrees: list[float], length: float = 1.0) -> Tensor:
-    """(1, 3, 1, n): vectors turned from z towards x."""
+    """Return vectors (1, 3, 1, n) rotated from z towards x."""
     angle = torch.tensor(degrees, dtype=torch.float64).deg2rad()
     return length * torch.stack([angle.sin(), torch.zeros_like(angle), angle.cos()])[None, :, None]
 
@@ -162,10 +161,10 @@ def tilted(degrees: list[float], length: float = 1.0) -> Tensor:
 @pytest.mark.parametrize("angle", ["atan2", "arccos"])
 def test_angles_by_hand_whatever_the_lengths(angle: str) -> None:
     turns = [0.0, 10.0, 20.0, 25.0, 45.0, 180.0]
-    found = filled(NormalErrors(angle=angle), (tilted(turns, 3.0), tilted([0.0] * 6, 0.5)))
-    assert found["mean"] == pytest.approx(280 / 6) and found["median"] == pytest.approx(22.5, abs=5e-4)
-    assert found["rmse"] == pytest.approx(math.sqrt((100 + 400 + 625 + 2025 + 32400) / 6))
-    assert [found[f"within_{limit}"] for limit in ("11.25", "22.5", "30")] == [2 / 6, 3 / 6, 4 / 6]
+    scores = filled(NormalErrors(angle=angle), (tilted(turns, 3.0), tilted([0.0] * 6, 0.5)))
+    assert scores["mean"] == pytest.approx(280 / 6) and scores["median"] == pytest.approx(22.5, abs=5e-4)
+    assert scores["rmse"] == pytest.approx(math.sqrt((100 + 400 + 625 + 2025 + 32400) / 6))
+    assert [scores[f"within_{limit}"] for limit in ("11.25", "22.5", "30")] == [2 / 6, 3 / 6, 4 / 6]
 
 
 def test_identical_vectors_and_tiny_angles() -> None:
@@ -184,17 +183,17 @@ def test_normals_against_numpy_and_the_conventions_of_validity() -> None:
     target = np.where(((mark > 0.2) & (mark < 0.3))[:, None], 0.0, target)
     target[:, :, 0, 0] = (1, -1, 0)  # a direction whose components sum to 0
     void = (target == 255).all(1)
-    given = (torch.from_numpy(pred), torch.from_numpy(target), torch.from_numpy(mask)[:, None])
+    arguments = (torch.from_numpy(pred), torch.from_numpy(target), torch.from_numpy(mask)[:, None])
     for convention, valid in (("pooled", (target != 0).any(1) & ~void), ("libmtl", target.sum(1) != 0)):
         valid = valid & mask
         p, g = (np.moveaxis(values, 1, -1)[valid] for values in (pred, target))
         cosine = (p * g).sum(1) / np.linalg.norm(p, axis=1) / np.linalg.norm(g, axis=1)
         degrees = np.degrees(np.arccos(cosine.clip(-1, 1)))
         for angle in ("atan2", "arccos"):
-            found = filled(NormalErrors(angle=angle, convention=convention), given)
-            assert found["pixels"] == valid.sum() and found["mean"] == pytest.approx(degrees.mean())
-            assert abs(found["median"] - np.median(degrees)) <= 5.1e-4
-            assert found["within_30"] == pytest.approx((degrees < 30).mean())
+            scores = filled(NormalErrors(angle=angle, convention=convention), arguments)
+            assert scores["pixels"] == valid.sum() and scores["mean"] == pytest.approx(degrees.mean())
+            assert abs(scores["median"] - np.median(degrees)) <= 5.1e-4
+            assert scores["within_30"] == pytest.approx((degrees < 30).mean())
 
 
 def test_a_zero_prediction_is_at_90_degrees_and_a_zero_target_is_no_pixel() -> None:
@@ -203,7 +202,7 @@ def test_a_zero_prediction_is_at_90_degrees_and_a_zero_target_is_no_pixel() -> N
         assert filled(NormalErrors(angle=angle), (zero, up))["mean"] == pytest.approx(90)
     metric = NormalErrors()
     metric.update(up, zero, torch.ones(1, 1, 1, dtype=torch.bool))
-    with pytest.raises(UserError, match="no valid pixel was seen"):
+    with pytest.raises(UserError, match="no valid pixel was counted"):
         metric.compute()
 
 
@@ -212,7 +211,10 @@ def test_a_zero_prediction_is_at_90_degrees_and_a_zero_target_is_no_pixel() -> N
 
 def samples(number: int, seed: int) -> dict[str, tuple[Callable[[], Metric], tuple[Tensor, ...]]]:
     generator = torch.Generator().manual_seed(seed)
-    map_of = lambda *shape: torch.rand(number, *shape, generator=generator)  # noqa: E731
+
+    def map_of(*shape: int) -> Tensor:
+        return torch.rand(number, *shape, generator=generator)
+
     labels = torch.randint(0, 4, (number, 12, 10), generator=generator)
     return {
         "MeanIoU": (lambda: MeanIoU(4), (map_of(4, 12, 10), labels)),
@@ -224,13 +226,13 @@ def samples(number: int, seed: int) -> dict[str, tuple[Callable[[], Metric], tup
     }
 
 
-@pytest.mark.filterwarnings("ignore:The ``compute`` method")  # torchmetrics says so too when nothing was seen
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")  # torchmetrics warns when there was no update
 @pytest.mark.parametrize("name", ["MeanIoU", "DepthErrors", "NormalErrors", "MaxF", "BoundaryF", "Accuracy"])
 def test_processes_add_up_batches_do_not_matter_and_reset_forgets(name: str) -> None:
     make, batch = samples(5, seed=12)[name]
     whole = make()
     once = filled(whole, batch)
-    # Two processes with 2 and 3 images: gather gives each state of both.
+    # Two processes with 2 and 3 images: gathering returns each state of both.
     first, second = make(), make()
     first.update(*(values[:2] for values in batch))
     for image in range(2, 5):
@@ -240,7 +242,7 @@ def test_processes_add_up_batches_do_not_matter_and_reset_forgets(name: str) -> 
     merged = first.compute()
     assert merged.keys() == once.keys() and all(merged[key] == pytest.approx(once[key], rel=1e-12) for key in once)
     whole.reset()
-    with pytest.raises(UserError, match=f"^{name}: no .* was seen"):
+    with pytest.raises(UserError, match=f"^{name}: no .* was counted"):
         whole.compute()
     assert filled(whole, batch) == once
 
@@ -248,7 +250,7 @@ def test_processes_add_up_batches_do_not_matter_and_reset_forgets(name: str) -> 
 @pytest.mark.parametrize("name", ["MeanIoU", "DepthErrors", "NormalErrors", "MaxF", "BoundaryF"])
 def test_sizes_that_differ_are_named_with_what_to_do(name: str) -> None:
     make, (pred, target, *_) = samples(2, seed=13)[name]
-    with pytest.raises(UserError, match=r"prediction is 6 x 5 pixels, the .* 12 x 10: resize the prediction"):
+    with pytest.raises(UserError, match=r"prediction is 6 x 5 pixels, the .* 12 x 10; resize the prediction"):
         make().update(pred[..., :6, :5], target)
     with pytest.raises(UserError, match="1 predictions, but 2 of"):
         make().update(pred[:1], target)
@@ -273,13 +275,13 @@ ONE = torch.ones(1, 2, 2)
         (lambda: MeanIoU(3).update(ONE.long(), ONE), "integer labels, is torch.float32"),
         (
             lambda: MeanIoU(3).update(ONE.long(), 3 * ONE.long()),
-            "label 3 found, classes are 0 to 2; ignore_index is 255",
+            "label 3; classes are 0 to 2; ignore_index is 255",
         ),
-        (lambda: MeanIoU(3).update(-ONE.long(), ONE.long()), "predicted class -1 found"),
+        (lambda: MeanIoU(3).update(-ONE.long(), ONE.long()), "predicted class -1; classes are"),
         (lambda: MeanIoU(3).update(ONE.long(), torch.ones(2, 2, dtype=torch.long)), r"target must be .* is \(2, 2\)"),
         (lambda: DepthErrors(valid_range=(3, 1)), r"valid_range \(3, 1\) is empty"),
         (lambda: DepthErrors(convention="libmlt"), "Near: 'libmtl'"),
-        (lambda: DepthErrors(ignore=None).update(ONE, 0 * ONE), "valid target is 0: depths are positive"),
+        (lambda: DepthErrors(ignore=None).update(ONE, 0 * ONE), "valid target is 0, but depths are positive"),
         (lambda: DepthErrors().update(ONE, ONE, ONE), "mask must be bool, .* it is torch.float32"),
         (lambda: DepthErrors().update(ONE, ONE, torch.ones(1, 3, 3, dtype=torch.bool)), "3 x 3"),
         (lambda: DepthErrors().update(math.inf * ONE, ONE), "4 predicted values are NaN or infinite"),
@@ -289,7 +291,7 @@ ONE = torch.ones(1, 2, 2)
         (lambda: delta_m({}, {}, {}), "no task"),
         (lambda: delta_m({"a": 1}, {"a": 1, "b": 1}, {"a": False}), "'b' is missing from scores"),
         (lambda: delta_m({"a": 1}, {"a": 1}, {}), "'a' is missing from lower_is_better"),
-        (lambda: delta_m({"a": 1}, {"a": 0}, {"a": False}), "baseline of 'a' is 0: .* positive"),
+        (lambda: delta_m({"a": 1}, {"a": 0}, {"a": False}), "baseline of 'a' is 0; .* positive"),
         (lambda: delta_m({"a": math.nan}, {"a": 1}, {"a": False}), "both must be finite"),
     ],
 )

@@ -1,4 +1,4 @@
-"""odsF and maxF: matching against brute force and a flow, counts by hand."""
+"""odsF and maxF: matching compared with brute force and maximum flow, counts by hand."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def tensors(*maps: np.ndarray) -> tuple[torch.Tensor, ...]:
 
 
 def brute_force(truth: np.ndarray, chosen: np.ndarray, radius: float) -> int:
-    """Tries every partner of every true pixel."""
-    true, found = np.argwhere(truth), [tuple(pixel) for pixel in np.argwhere(chosen)]
+    """Try every candidate for every true pixel."""
+    true, candidates = np.argwhere(truth), [tuple(pixel) for pixel in np.argwhere(chosen)]
 
     def best(number: int, taken: frozenset) -> int:
         if number == len(true):
             return 0
         most = best(number + 1, taken)
-        for pixel in found:
+        for pixel in candidates:
             if pixel not in taken and math.dist(pixel, true[number]) <= radius:
                 most = max(most, 1 + best(number + 1, taken | {pixel}))
         return most
@@ -46,11 +46,11 @@ def brute_force(truth: np.ndarray, chosen: np.ndarray, radius: float) -> int:
 
 
 def by_flow(truth: np.ndarray, chosen: np.ndarray, radius: float) -> int:
-    true, found = np.argwhere(truth), np.argwhere(chosen)
-    near = np.argwhere(((true[:, None] - found[None]) ** 2).sum(-1) <= radius**2)
-    source, sink = len(true) + len(found), len(true) + len(found) + 1
-    starts = np.concatenate([np.full(len(true), source), near[:, 0], len(true) + np.arange(len(found))])
-    ends = np.concatenate([np.arange(len(true)), len(true) + near[:, 1], np.full(len(found), sink)])
+    true, candidates = np.argwhere(truth), np.argwhere(chosen)
+    near = np.argwhere(((true[:, None] - candidates[None]) ** 2).sum(-1) <= radius**2)
+    source, sink = len(true) + len(candidates), len(true) + len(candidates) + 1
+    starts = np.concatenate([np.full(len(true), source), near[:, 0], len(true) + np.arange(len(candidates))])
+    ends = np.concatenate([np.arange(len(true)), len(true) + near[:, 1], np.full(len(candidates), sink)])
     graph = csr_matrix((np.ones(len(starts), dtype=np.int32), (starts, ends)), shape=(sink + 1, sink + 1))
     return maximum_flow(graph, source, sink).flow_value
 
@@ -67,13 +67,13 @@ def test_matching_is_the_largest_by_brute_force() -> None:
 
 @pytest.mark.parametrize("radius", [1.0, 2.3, 4.4])
 def test_matching_of_many_maps_of_one_image_by_flow(radius: float) -> None:
-    # Each starts from the one before; lines and dense maps need long augmenting paths.
+    # Each matching starts from the one before; lines and dense maps need long augmenting paths.
     truth = thin(np.abs(blobs(60, 70, 3, 1) - 0.5) < 0.03)
     maps = [thin(blobs(60, 70, 2, 2) > level) for level in (0.2, 0.4, 0.45, 0.5, 0.7)]
     maps += [np.random.default_rng(3).random((60, 70)) < share for share in (0.05, 0.3)]
     pairs = PixelMatching(truth, np.logical_or.reduce(maps), radius)
-    sizes = [pairs.size(one) for one in [*maps, maps[0]]]
-    assert sizes == [by_flow(truth, one, radius) for one in [*maps, maps[0]]] and len(set(sizes)) > 3
+    sizes = [pairs.size(chosen) for chosen in [*maps, maps[0]]]
+    assert sizes == [by_flow(truth, chosen, radius) for chosen in [*maps, maps[0]]] and len(set(sizes)) > 3
 
 
 def test_greedy_and_many_to_one_matching_would_give_other_numbers() -> None:
@@ -87,9 +87,9 @@ def test_greedy_and_many_to_one_matching_would_give_other_numbers() -> None:
     truth[2], lines[1], lines[3] = True, True, True
     assert (lines & binary_dilation(truth)).sum() == 16 and PixelMatching(truth, lines, 1.0).size(lines) == 8
     # so P = 8 / 16, R = 8 / 8, F = 2/3; dilation would say P = R = F = 1. The diagonal is 9.43, times 0.11 is 1.04.
-    found = BoundaryF(max_dist=0.11, scores="probabilities")
-    found.update(*tensors(lines.astype(float), truth))
-    assert found.compute()["ods_f"] == pytest.approx(2 / 3)
+    metric = BoundaryF(max_dist=0.11, scores="probabilities")
+    metric.update(*tensors(lines.astype(float), truth))
+    assert metric.compute()["ods_f"] == pytest.approx(2 / 3)
 
 
 # odsF ------------------------------------------------------------------------------------------------------------------------
@@ -103,48 +103,53 @@ def test_counts_are_added_over_images_per_threshold() -> None:
         probability[image, :, column], truth[image, :, column] = value, value != 0.5
     metric = BoundaryF(max_dist=0, thinning=False, scores="probabilities")
     metric.update(torch.from_numpy(probability), torch.from_numpy(truth))
-    found = metric.compute()
+    scores = metric.compute()
     # t < .3: 12 matched of 16 predicted and 12 true, F = 24/28 (the images' own F, 16/20 and 1, have mean 0.9);
     # t < .5: 8 of 12, F = 16/24; t < .7: 8 of 8, F = 16/20; t < .8: 4 of 4, F = 8/16.
-    assert found["ods_f"] == pytest.approx(24 / 28) and found["threshold"] == pytest.approx(0.01)
-    assert found["precision"] == pytest.approx(12 / 16) and found["recall"] == 1
+    assert scores["ods_f"] == pytest.approx(24 / 28) and scores["threshold"] == pytest.approx(0.01)
+    assert scores["precision"] == pytest.approx(12 / 16) and scores["recall"] == 1
     # Image 1 is best at .5 (8 of 8), image 2 below .3 (4 of 4).
-    assert found["ois_f"] == 1 and (found["images"], found["pixels"]) == (2, 12)
-    one = BoundaryF(max_dist=0, thinning=False, scores="probabilities", thresholds=1)  # 1/2, which 0.5 does not exceed
-    one.update(torch.from_numpy(probability), torch.from_numpy(truth))
-    assert one.compute()["ods_f"] == pytest.approx(16 / 20)
+    assert scores["ois_f"] == 1 and (scores["images"], scores["pixels"]) == (2, 12)
+    # The single threshold is 1/2, which 0.5 does not exceed.
+    single = BoundaryF(max_dist=0, thinning=False, scores="probabilities", thresholds=1)
+    single.update(torch.from_numpy(probability), torch.from_numpy(truth))
+    assert single.compute()["ods_f"] == pytest.approx(16 / 20)
 
 
 def test_ods_f_against_a_slow_reference() -> None:
     skimage = pytest.importorskip("skimage.morphology")
     truth = [thin(np.abs(blobs(30, 26, 2, seed) - 0.5) < 0.05) for seed in range(2)]
     scores = [
-        2 * gaussian_filter(one.astype(float), 1.2) + 0.4 * blobs(30, 26, 1, 9 + n) for n, one in enumerate(truth)
+        2 * gaussian_filter(edges.astype(float), 1.2) + 0.4 * blobs(30, 26, 1, 9 + n) for n, edges in enumerate(truth)
     ]
-    scores = [one.clip(0, 1) for one in scores]
+    scores = [score.clip(0, 1) for score in scores]
     ignored = np.zeros((30, 26), dtype=bool)
     ignored[:, :5] = True
     radius = 0.05 * math.hypot(30, 26)
     curves = np.zeros((2, 99, 3))  # matched, predicted, true
-    for image, (one, score) in enumerate(zip(truth, scores)):
+    for image, (edges, score) in enumerate(zip(truth, scores)):
         for k in range(99):
             binary = skimage.thin((score > (k + 1) / 100) & ~ignored)
-            curves[image, k] = by_flow(one & ~ignored, binary, radius), binary.sum(), (one & ~ignored).sum()
-    f = lambda counts: 2 * counts[..., 0] / (counts[..., 1] + counts[..., 2])  # noqa: E731  2PR/(P+R)
-    own = curves[np.arange(2), f(curves).argmax(1)].sum(0)
+            curves[image, k] = by_flow(edges & ~ignored, binary, radius), binary.sum(), (edges & ~ignored).sum()
+
+    def f(counts: np.ndarray) -> np.ndarray:
+        """2PR / (P + R)."""
+        return 2 * counts[..., 0] / (counts[..., 1] + counts[..., 2])
+
+    per_image = curves[np.arange(2), f(curves).argmax(1)].sum(0)
     most = f(curves.sum(0))
-    for given in ("probabilities", "logits"):
-        metric = BoundaryF(max_dist=0.05, scores=given)
-        for one, score in zip(truth, scores):
-            target = np.where(ignored, 255, one)
-            metric.update(*tensors(score if given == "probabilities" else logit(score.clip(1e-9, 1 - 1e-9)), target))
-        found = metric.compute()
-        assert found["ods_f"] == pytest.approx(most.max()) and found["ois_f"] == pytest.approx(f(own))
-        assert found["threshold"] == pytest.approx((most.argmax() + 1) / 100) and 0.3 < found["ods_f"] < 0.99
+    for kind in ("probabilities", "logits"):
+        metric = BoundaryF(max_dist=0.05, scores=kind)
+        for edges, score in zip(truth, scores):
+            target = np.where(ignored, 255, edges)
+            metric.update(*tensors(score if kind == "probabilities" else logit(score.clip(1e-9, 1 - 1e-9)), target))
+        computed = metric.compute()
+        assert computed["ods_f"] == pytest.approx(most.max()) and computed["ois_f"] == pytest.approx(f(per_image))
+        assert computed["threshold"] == pytest.approx((most.argmax() + 1) / 100) and 0.3 < computed["ods_f"] < 0.99
     pixelwise = BoundaryF(max_dist=0, scores="probabilities")
-    for one, score in zip(truth, scores):
-        pixelwise.update(*tensors(score, np.where(ignored, 255, one)))
-    assert pixelwise.compute()["ods_f"] < found["ods_f"] - 0.01
+    for edges, score in zip(truth, scores):
+        pixelwise.update(*tensors(score, np.where(ignored, 255, edges)))
+    assert pixelwise.compute()["ods_f"] < computed["ods_f"] - 0.01
 
 
 def disk(height: int, width: int) -> np.ndarray:
@@ -153,20 +158,20 @@ def disk(height: int, width: int) -> np.ndarray:
 
 
 def unlabelled(labels: np.ndarray) -> np.ndarray:
-    """Void along a slanted band and in a corner, as between the objects of a scene."""
+    """Set a slanted band and a corner to the ignore label, as between the objects of a scene."""
     rows, columns = np.indices(labels.shape)
     return np.where((abs(rows + columns // 3 - 40) < 3) | (rows + columns > 130), 255, labels)
 
 
 def slanted_step(height: int, width: int) -> np.ndarray:
-    """Depths of two planes that meet at a slant, missing in a square on the step."""
+    """Return depths of two planes with a slanted step between them, without values in a square on the step."""
     rows, columns = np.indices((height, width))
     depth = np.where(3 * rows + 7 * columns < 400, 2.0, 3.0) + rows / 1000
     depth[20:26, 40:46] = 0
     return depth
 
 
-@pytest.mark.parametrize(("derive", "seen"), [
+@pytest.mark.parametrize(("derive", "source"), [
     (edges_from_labels, disk(70, 90).astype(np.int64)),
     (edges_from_labels, (6 * blobs(70, 90, 4, 3)).astype(np.int64)),
     (edges_from_labels, (4 * blobs(70, 90, 1, 5)).astype(np.int64)),
@@ -175,12 +180,12 @@ def slanted_step(height: int, width: int) -> np.ndarray:
     (edges_from_depth, slanted_step(70, 90)),
     (edges_from_depth, 2 + 2 * (blobs(70, 90, 5, 7) > 0.5)),
 ])  # fmt: skip
-def test_the_derived_target_as_prediction_is_perfect(derive: Callable, seen: np.ndarray) -> None:
-    edge = derive(torch.from_numpy(seen))[None]
+def test_the_derived_target_as_prediction_is_perfect(derive: Callable, source: np.ndarray) -> None:
+    edge = derive(torch.from_numpy(source))[None]
     metric = BoundaryF(thresholds=1, scores="probabilities")
     metric.update((edge == 1).to(torch.float32), edge)
-    found = metric.compute()
-    assert found["ods_f"] == 1.0 and found["pixels"] == int((edge == 1).sum()) > 50
+    scores = metric.compute()
+    assert scores["ods_f"] == 1.0 and scores["pixels"] == int((edge == 1).sum()) > 50
 
 
 def test_an_image_without_boundaries_costs_precision_and_two_channels_are_a_softmax() -> None:
@@ -194,10 +199,10 @@ def test_an_image_without_boundaries_costs_precision_and_two_channels_are_a_soft
     logits = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     target = torch.randint(0, 2, (2, 8, 8), generator=torch.Generator().manual_seed(1))
     for make in (BoundaryF, MaxF):
-        two, one = make(), make()
-        two.update(logits, target)
-        one.update(logits[:, 1] - logits[:, 0], target)
-        assert two.compute() == one.compute()
+        two_channels, one_channel = make(), make()
+        two_channels.update(logits, target)
+        one_channel.update(logits[:, 1] - logits[:, 0], target)
+        assert two_channels.compute() == one_channel.compute()
 
 
 def test_an_image_of_240x320_takes_about_a_second() -> None:
@@ -216,13 +221,10 @@ def test_max_f_by_hand() -> None:
     metric = MaxF(thresholds=3, scores="probabilities")
     metric.update(torch.tensor([[[0.5, 0.8, 0.25, 0.1, 0.9]]]), torch.tensor([[[1, 0, 1, 0, 255]]]))
     # t=1/4: TP 2 of 3, R 1: 1.3 (2/3) / (0.3 (2/3) + 1); t=1/2: P 1/2, R 1/2: 1/2; t=3/4: 0
-    found = metric.compute()
-    assert (
-        found["max_f"] == pytest.approx(1.3 * (2 / 3) / (0.2 + 1))
-        and found["threshold"] == 0.25
-        and found["pixels"] == 4
-    )
-    assert (found["precision"], found["recall"]) == pytest.approx((2 / 3, 1))
+    scores = metric.compute()
+    assert scores["max_f"] == pytest.approx(1.3 * (2 / 3) / (0.2 + 1))
+    assert scores["threshold"] == 0.25 and scores["pixels"] == 4
+    assert (scores["precision"], scores["recall"]) == pytest.approx((2 / 3, 1))
 
 
 @pytest.mark.parametrize("beta_squared", [0.3, 1.0])
@@ -249,17 +251,17 @@ MAP = torch.full((1, 2, 2), 2.0)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: BoundaryF(max_dist=4), "max_dist = 4: a fraction of the diagonal"),
-        (lambda: BoundaryF(thresholds=0), "thresholds = 0: at least 1"),
+        (lambda: BoundaryF(max_dist=4), "max_dist = 4; it must be a fraction of the diagonal"),
+        (lambda: BoundaryF(thresholds=0), "thresholds = 0; it must be at least 1"),
         (lambda: BoundaryF(scores="logit"), "Near: 'logits'"),
-        (lambda: BoundaryF(scores="probabilities").update(MAP, MAP * 0), r"range over \[2, 2\]: are they logits"),
-        (lambda: BoundaryF().update(MAP, MAP), "target holds 2: it must be 0 or 1, or ignore_index"),
+        (lambda: BoundaryF(scores="probabilities").update(MAP, MAP * 0), r"range over \[2, 2\]; if they are logits"),
+        (lambda: BoundaryF().update(MAP, MAP), "target holds 2; it must be 0 or 1, or ignore_index"),
         (
             lambda: BoundaryF().update(MAP.long(), MAP * 0),
-            "needs scores to put thresholds on, not a map of torch.int64",
+            "thresholds need scores, not a map of torch.int64",
         ),
         (lambda: BoundaryF().update(torch.ones(1, 3, 2, 2), MAP * 0), r"prediction must be .* is \(1, 3, 2, 2\)"),
-        (lambda: MaxF(beta_squared=0), "must be positive"),
+        (lambda: MaxF(beta_squared=0), "it must be positive"),
         (lambda: MaxF(ignore_index=None).update(MAP, 255 * MAP.bool().byte()), "target holds 255"),
     ],
 )

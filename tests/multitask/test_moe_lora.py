@@ -1,9 +1,10 @@
-"""MoEfied LoRA against a loop over experts, its order of units, its merge, its files and its refusals."""
+"""MoEfied LoRA: reference loop over experts, order of the units, merging, files and errors."""
 
 from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 
 import pytest
 import safetensors.torch
@@ -17,15 +18,15 @@ from torch import Tensor, nn
 import vismt
 from vismt import UserError
 from vismt.lowrank.memory import saved_activation_bytes
-from vismt.multitask.fading import FadeState, RouterFade
-from vismt.multitask.moe_lora import MoEfiedMlp, set_fade
+from vismt.multitask.fading import FadeConfig, FadeState, RouterFade
+from vismt.multitask.moe_lora import MoEfiedMlp, schedule, set_fade
 from vismt.multitask.routing import expert_weights, gate
 
 
 def ffn(
     width: int = 6, hidden: int = 24, experts: int = 3, act: type[nn.Module] = nn.GELU, **options: object
 ) -> MoEfiedMlp:
-    """A small fp64 FFN whose router is far from uniform."""
+    """Return a small fp64 FFN with a router that is far from uniform."""
     torch.manual_seed(0)
     module = MoEfiedMlp(Mlp(width, hidden, act_layer=act).double(), 2, experts, **{"temperature": 2.0, **options})
     return shake(module, 0.5)
@@ -42,7 +43,10 @@ def adapted(seed: int = 0, **options: object) -> nn.Module:
 
 
 def by_hand(module: MoEfiedMlp, x: Tensor, after: bool = False, interleaved: bool = False) -> Tensor:
-    """Equation 9: each expert's FFN for itself, summed; `after` gates after the activation, `interleaved` takes h % K."""
+    """Compute equation 9 as a sum over the experts' FFNs.
+
+    after: gate after the activation. interleaved: unit h belongs to expert h % K.
+    """
     fc1, fc2, experts = module.fc1, module.fc2, module.n_experts
     size = fc1.out_features // experts
     shares = torch.exp(x @ module.lora_router.weight.T / module.temperature)
@@ -72,8 +76,8 @@ def test_forward_and_gradients_are_the_loop_over_experts(fade: float, act: type[
     ours, theirs = module(x), by_hand(module, x)
     assert (ours - theirs).abs().max() < 1e-13
     expected = torch.autograd.grad(theirs, parameters, pull, allow_unused=True)
-    for one, two in zip(torch.autograd.grad(ours, parameters, pull), expected):
-        assert (one - (torch.zeros_like(one) if two is None else two)).abs().max() < 1e-12
+    for gradient, reference in zip(torch.autograd.grad(ours, parameters, pull), expected):
+        assert (gradient - (torch.zeros_like(gradient) if reference is None else reference)).abs().max() < 1e-12
 
 
 def test_gating_after_the_activation_or_in_another_layout_is_another_function() -> None:
@@ -110,18 +114,21 @@ def test_weights_have_mean_one_and_are_exactly_one_when_faded(experts: int, fade
 
 
 def test_each_token_is_routed_for_itself_by_the_input_of_the_ffn() -> None:
-    model, seen = adapted(), {}
+    model, captured = adapted(), {}
     mlp = model.blocks[1].mlp
-    model.blocks[1].norm2.register_forward_hook(lambda _, inputs, output: seen.update(norm=output))
-    mlp.register_forward_pre_hook(lambda _, inputs: seen.update(mlp=inputs[0]))
+    model.blocks[1].norm2.register_forward_hook(lambda _, inputs, output: captured.update(norm=output))
+    mlp.register_forward_pre_hook(lambda _, inputs: captured.update(mlp=inputs[0]))
     model(images())
-    assert seen["mlp"] is seen["norm"]
-    omega = mlp.omega(seen["mlp"])
+    assert captured["mlp"] is captured["norm"]
+    omega = mlp.omega(captured["mlp"])
     assert omega.shape == (3, 17, 4) and omega.std(1).min() > 0  # 16 patches and the class token, each with its own
 
 
 def test_the_routers_gradient_shrinks_with_the_fade_and_is_zero_not_none_at_one() -> None:
-    module, x = ffn(act=nn.Identity), tokens()  # without an activation what follows the router is linear: exact factors
+    module, x = (
+        ffn(act=nn.Identity),
+        tokens(),
+    )  # without an activation the FFN is linear behind the router, so the factors are exact
     grads = {}
     for fade in (0.0, 0.5, 0.9, 1.0):
         module.zero_grad()
@@ -141,7 +148,7 @@ def test_backward_keeps_no_tensor_of_the_hidden_width_for_the_router() -> None:
     faded = saved_activation_bytes(module, lambda: module(x))
     assert (
         routed - faded <= 4 * 8 * 50 * 4 < 4 * 8 * 50 * 64
-    )  # logits (b, n, e) in fp32; a plain product keeps (b, n, H)
+    )  # logits (b, n, e) in fp32; a plain product saves (b, n, H)
 
 
 # ---- the start
@@ -172,14 +179,14 @@ def test_a_uniform_router_is_plain_lora_at_every_fade() -> None:
 def test_one_ffn_alone_draws_from_its_seed_and_freezes_its_weights() -> None:
     mlp = Mlp(6, 24)
     state = torch.get_rng_state()
-    one, two, other = (MoEfiedMlp(copy.deepcopy(mlp), 2, 3, seed=seed) for seed in (1, 1, 2))
+    first, same, other = (MoEfiedMlp(copy.deepcopy(mlp), 2, 3, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)
-    for name, value in one.state_dict().items():
-        assert torch.equal(value, two.state_dict()[name])
-    assert not torch.equal(one.fc1.lora_B, other.fc1.lora_B) and not torch.equal(
-        one.lora_router.weight, other.lora_router.weight
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, same.state_dict()[name])
+    assert not torch.equal(first.fc1.lora_B, other.fc1.lora_B) and not torch.equal(
+        first.lora_router.weight, other.lora_router.weight
     )
-    trained = {name for name, p in one.named_parameters() if p.requires_grad}
+    trained = {name for name, p in first.named_parameters() if p.requires_grad}
     assert trained == {"fc1.lora_A", "fc1.lora_B", "fc2.lora_A", "fc2.lora_B", "lora_router.weight"}
 
 
@@ -216,8 +223,8 @@ def test_published_parameter_counts_by_number_of_experts(experts: int, expected:
 def test_training_moves_the_router_and_leaves_the_rest() -> None:
     model = tiny_vit()
     vismt.adapt(model, "moe_lora", rank=2, n_experts=4, also_train=["head"])
-    before, schedule = snapshot(model), RouterFade(8, end=0.75)
-    set_fade(model, schedule)
+    before, fade = snapshot(model), RouterFade(8, end=0.75)
+    set_fade(model, fade)
     chosen = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(chosen, lr=1e-2)
     for step in range(8):
@@ -225,7 +232,7 @@ def test_training_moves_the_router_and_leaves_the_rest() -> None:
         F.cross_entropy(model(images(5, seed=step)), torch.arange(5)).backward()
         assert all(p.grad is not None for p in chosen)
         optimizer.step()
-        schedule.step()
+        fade.step()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]) == (name not in trained and not name.endswith("_extra_state")), name
@@ -246,6 +253,21 @@ def test_one_fade_state_drives_every_router_and_is_a_child_of_none() -> None:
     assert twin.blocks[0].mlp.fade is twin.blocks[1].mlp.fade
 
 
+def test_the_schedule_of_the_method_moves_every_router_and_is_logged() -> None:
+    model = adapted()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    assert schedule(model, optimizer, steps=4, settings=None) is None
+    fade = schedule(model, optimizer, steps=4, settings=FadeConfig(0.0, 1.0))
+    for step, value in ((0, 0.0), (1, 0.25), (3, 0.75), (4, 1.0)):
+        fade.on_step(step)
+        assert [block.mlp.fade_value for block in model.blocks] == [value, value]
+        assert {name: float(metric) for name, metric in fade.metrics().items()} == {"fade": value}
+    fade.on_step(1)  # as after a restart
+    assert fade.taken == 1 and fade.step() == 0.5
+    with pytest.raises(UserError, match="0 <= start <= end <= 1"):
+        FadeConfig(0.5, 0.2)
+
+
 def test_the_state_dict_carries_fade_and_order() -> None:
     model = adapted()
     set_fade(model, 0.3)
@@ -260,22 +282,22 @@ def test_the_state_dict_carries_fade_and_order() -> None:
 def test_a_changing_fade_does_not_compile_again_and_again() -> None:
     from torch._dynamo.testing import CompileCounter
 
-    model, schedule, counter = tiny_vit(depth=1), RouterFade(16), CompileCounter()
+    model, fade, counter = tiny_vit(depth=1), RouterFade(16), CompileCounter()
     vismt.adapt(model, "moe_lora", rank=2, n_experts=4)
-    set_fade(shake(model, 0.1), schedule)
+    set_fade(shake(model, 0.1), fade)
     torch.compiler.reset()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for _ in range(10):
         assert torch.allclose(compiled(images()), model(images()), atol=1e-6)
-        schedule.step()
-    assert schedule.value == 1 and counter.frame_count <= 3  # a constant, a variable, the faded branch
+        fade.step()
+    assert fade.value == 1 and counter.frame_count <= 3  # a constant, a variable, the faded branch
 
 
 @pytest.mark.parametrize("fade", [0.0, 0.5, 1.0])
 def test_half_precision(fade: float) -> None:
-    model, seen = adapted(), []
+    model, dtypes = adapted(), []
     set_fade(model, fade)
-    model.blocks[0].mlp.act.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    model.blocks[0].mlp.act.register_forward_pre_hook(lambda _, inputs: dtypes.append(inputs[0].dtype))
     expected = model(images())
     near = 0.05 * expected.detach().abs().max()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -286,7 +308,7 @@ def test_half_precision(fade: float) -> None:
     half = copy.deepcopy(model).to(torch.bfloat16)
     assert half.blocks[0].mlp.fade_value == fade
     assert (half(images().bfloat16()).float() - expected).abs().max() < near
-    assert seen == [torch.float32, torch.bfloat16, torch.bfloat16]
+    assert dtypes == [torch.float32, torch.bfloat16, torch.bfloat16]
     assert half.blocks[0].mlp.omega(torch.randn(2, 32).bfloat16()).dtype == torch.float32  # the softmax is in fp32
 
 
@@ -317,30 +339,32 @@ def test_labels_may_be_given() -> None:
     labels = [torch.arange(128) % 4, torch.arange(128).flip(0) // 32]
     model = adapted(cluster=labels)
     assert all(torch.equal(block.mlp.labels, label) for block, label in zip(model.blocks, labels))
-    dealt = tiny_vit().blocks[0].mlp.fc1.weight.view(32, 4, 32).transpose(0, 1).flatten(0, 1)
-    assert torch.equal(model.blocks[0].mlp.fc1.weight, dealt)
+    permuted = tiny_vit().blocks[0].mlp.fc1.weight.view(32, 4, 32).transpose(0, 1).flatten(0, 1)
+    assert torch.equal(model.blocks[0].mlp.fc1.weight, permuted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_unadapt_undoes_the_order_bit_for_bit(dtype: torch.dtype) -> None:
     stock = tiny_vit().to(dtype)
-    held = stock.blocks[0].mlp.fc1.weight
+    parameter = stock.blocks[0].mlp.fc1.weight
     original = snapshot(stock)
     vismt.adapt(stock, "moe_lora", rank=2, n_experts=4, also_train=["blocks.0.mlp.fc1.bias"])
-    assert stock.blocks[0].mlp.fc1.weight is held and not torch.equal(held, original["blocks.0.mlp.fc1.weight"])
+    assert stock.blocks[0].mlp.fc1.weight is parameter and not torch.equal(
+        parameter, original["blocks.0.mlp.fc1.weight"]
+    )
     vismt.unadapt(shake(stock))
     assert list(stock.state_dict()) == list(original)
     assert all(torch.equal(value, original[name]) for name, value in stock.state_dict().items())
-    assert type(stock.blocks[0].mlp) is Mlp and stock.blocks[0].mlp.fc1.weight is held
+    assert type(stock.blocks[0].mlp) is Mlp and stock.blocks[0].mlp.fc1.weight is parameter
 
 
 def test_hooks_of_the_ffn_fire_meanwhile_and_stay() -> None:
-    model, seen = tiny_vit(), []
-    model.blocks[0].mlp.register_forward_hook(lambda *_: seen.append(1))
+    model, calls = tiny_vit(), []
+    model.blocks[0].mlp.register_forward_hook(lambda *_: calls.append(1))
     vismt.adapt(model, "moe_lora", rank=2, n_experts=4)
     model(images())
     vismt.unadapt(model)(images())
-    assert len(seen) == 2
+    assert len(calls) == 2
 
 
 # ---- merge and files
@@ -348,10 +372,10 @@ def test_hooks_of_the_ffn_fire_meanwhile_and_stay() -> None:
 
 def test_merge_says_how_far_the_router_is_and_leaves_the_model() -> None:
     model = adapted()
-    schedule = RouterFade(40)
-    set_fade(model, schedule)
+    fade = RouterFade(40)
+    set_fade(model, fade)
     for _ in range(5):
-        schedule.step()
+        fade.step()
     before = model(images())
     for act in (vismt.merge, lambda m: vismt.export_peft(m, "nowhere")):
         with pytest.raises(
@@ -387,7 +411,7 @@ def test_merged_is_the_faded_model_in_stock_classes(dtype: torch.dtype, toleranc
     largest = outputs[1.0].abs().max()
     assert (fresh(x) - outputs[1.0]).abs().max() <= tolerance * largest
     assert [type(m) for m in fresh.modules()] == [type(m) for m in model.modules()]
-    for fade in (0.0, 0.5):  # merging before would be another model
+    for fade in (0.0, 0.5):  # merging earlier would give a different model
         assert (fresh(x) - outputs[fade]).abs().max() > 1e-2 * largest
 
 
@@ -398,7 +422,7 @@ def test_merged_and_exported_updates_are_of_rank_r_in_stock_order(tmp_path) -> N
     expected = model(images())
     vismt.export_peft(model, tmp_path / "peft")
     vismt.save_adapter(model, tmp_path / "own")
-    assert torch.equal(model(images()), expected)  # neither leaves a trace
+    assert torch.equal(model(images()), expected)  # neither changes the model
     plain = vismt.import_peft(tiny_vit(), tmp_path / "peft")
     assert torch.allclose(plain(images()), expected, atol=1e-5)
     saved = safetensors.torch.load_file(next((tmp_path / "own").glob("*.safetensors")))
@@ -462,7 +486,7 @@ def test_loading_is_strict_and_leaves_the_model(tmp_path) -> None:
         vismt.load_adapter(tiny_vit(), tmp_path)
 
 
-# ---- which models, and the refusals
+# ---- models and errors
 
 
 def test_other_vits() -> None:
@@ -491,7 +515,7 @@ def test_any_resolution_goes_through_the_routers() -> None:
 
 
 @pytest.mark.parametrize(
-    "model,options,message",
+    ("make", "options", "message"),
     [
         (lambda: tiny_vit(mlp_layer=SwiGLU), {}, r"'blocks\.0\.mlp' is a gated FFN"),
         (lambda: tiny_vit(mlp_layer=GluMlp), {}, r"'blocks\.0\.mlp' is a gated FFN"),
@@ -499,13 +523,13 @@ def test_any_resolution_goes_through_the_routers() -> None:
         (
             lambda: tiny_vit(block_fn=timm.models.vision_transformer.ParallelScalingBlock),
             {},
-            "without an FFN of its own",
+            "without an FFN",
         ),
         (lambda: nn.Sequential(nn.Linear(4, 4)), {}, "Sequential has no blocks; it needs a timm ViT"),
         (
             tiny_vit,
             {"n_experts": 24},
-            r"n_experts 24 does not divide the 128 hidden units of 'blocks\.0\.mlp'; take one of 2, 4, 8",
+            r"n_experts 24 does not divide the 128 hidden units of 'blocks\.0\.mlp'; use one of 2, 4, 8",
         ),
         (tiny_vit, {"n_experts": 0}, "n_experts 0; it must be a whole number"),
         (tiny_vit, {"n_experts": True}, "n_experts True"),
@@ -520,13 +544,13 @@ def test_any_resolution_goes_through_the_routers() -> None:
         (adapted, {}, "already carries 'moe_lora'"),
     ],
 )
-def test_refusals_leave_the_model_as_it_was(model, options: dict, message: str) -> None:
-    given = model()
-    before = snapshot(given)
+def test_refusals_leave_the_model_as_it_was(make: Callable[[], nn.Module], options: dict, message: str) -> None:
+    model = make()
+    before = snapshot(model)
     with pytest.raises(UserError, match=message):
-        vismt.adapt(given, "moe_lora", **{"rank": 2, "n_experts": 4, **options})
-    assert list(before) == list(given.state_dict())
-    assert all(torch.equal(value, before[name]) for name, value in given.state_dict().items())
+        vismt.adapt(model, "moe_lora", **{"rank": 2, "n_experts": 4, **options})
+    assert list(before) == list(model.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_refusals_of_one_ffn_and_of_set_fade() -> None:

@@ -1,4 +1,4 @@
-"""Quality retaining against numbers computed by hand, its order in time, and two processes against one."""
+"""Quality retaining: numbers by hand, order of loss and update, two processes compared with a single one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def batch(count: int = 6, classes: int = 6, seed: int = 0, dtype: torch.dtype = 
 
 
 def kl(first: list[float], second: list[float], T: float) -> float:
-    """T^2 KL(softmax(first / T) || softmax(second / T)) in plain arithmetic."""
+    """Return T^2 KL(softmax(first / T) || softmax(second / T)) in plain arithmetic."""
     p, q = ([math.exp(v / T) for v in values] for values in (first, second))
     p, q = ([v / sum(values) for v in values] for values in (p, q))
     return T * T * sum(a * math.log(a / b) for a, b in zip(p, q))
@@ -39,11 +39,11 @@ def test_golden_loss_of_two_samples() -> None:
     retain.update(torch.tensor([older, older]), torch.tensor([0, 3]))
     retain.update(torch.tensor([newer]), torch.tensor([0]))
     now = [[2.0, 0, 0, 0, 1, 0], [0.0, 0, 1, 1, 0, 0]]
-    # Class 0 has seen both; class 3 has seen one, its other slot is still zero.
+    # Class 0 has had two samples; class 3 has had one, and its other slot is still zero.
     first = kl(older, now[0], 2) + kl(newer, now[0], 2)
     second = kl([0.0] * 6, now[1], 2) + kl(older, now[1], 2)
-    found = retain.loss(torch.tensor(now), torch.tensor([0, 3]))
-    assert found.item() == pytest.approx((first + second) / 2 / 4, rel=1e-5)
+    loss = retain.loss(torch.tensor(now), torch.tensor([0, 3]))
+    assert loss.item() == pytest.approx((first + second) / 2 / 4, rel=1e-5)
     retain.reduction = "sum"
     assert retain.loss(torch.tensor(now), torch.tensor([0, 3])).item() == pytest.approx((first + second) / 4, rel=1e-5)
     reverse = QualityRetaining(6, TASKS, ema_decay=1.0, ema_init=1.0, mode="ema", reverse=True, temperature=1.0)
@@ -82,7 +82,7 @@ def test_order_in_time() -> None:
     for logits in (x, y, z):
         before = copy.deepcopy(retain.state_dict())
         retain.loss(logits[None], label)
-        # The loss leaves all state alone: updating the bank before it would distil a sample from itself.
+        # The loss does not change the state: updating the bank before it would distil a sample from itself.
         assert all(torch.equal(value, before[name]) for name, value in retain.state_dict().items())
         retain.update(logits[None].requires_grad_(), label)
     assert torch.equal(retain.bank[2], torch.stack([y, z]))
@@ -104,10 +104,10 @@ def test_duplicates_in_a_batch(mode: str) -> None:
     retain, single = (QualityRetaining(6, TASKS, mode=mode) for _ in range(2))
     start, labels = torch.randn(6, 6, generator=torch.Generator().manual_seed(3)), torch.arange(6)
     logits, many = batch(9, seed=4)[0], torch.tensor([1, 5, 1, 1, 0, 5, 1, 5, 0])
-    for one in (retain, single):
-        one.update(start, labels)
+    for module in (retain, single):
+        module.update(start, labels)
     retain.update(logits, many)
-    # 1 last at 6, 5 last at 7, 0 last at 8: the same as if those three were alone.
+    # The last samples of classes 1, 5 and 0 are 6, 7 and 8: the same as these three alone.
     single.update(logits[[6, 7, 8]], torch.tensor([1, 5, 0]))
     assert torch.equal(retain.bank, single.bank)
     if mode == "fifo2":
@@ -115,7 +115,7 @@ def test_duplicates_in_a_batch(mode: str) -> None:
 
 
 def logits_of_loss(wanted: float, label: int, classes: int) -> Tensor:
-    """Logits whose cross-entropy at `label` is `wanted`: -log(1 / (1 + (C - 1) e^v)) with v the others' value."""
+    """Return logits with cross-entropy `wanted` at `label`: -log(1 / (1 + (C - 1) e^v)), v the other logits."""
     row = torch.full((classes,), math.log((math.exp(wanted) - 1) / (classes - 1)))
     row[label] = 0
     return row
@@ -129,7 +129,7 @@ def test_running_cross_entropy_by_hand() -> None:
     retain.update(logits, labels)
     # .95 * 10 + .05 * {mean(1, 3) = 2, 4}; tasks 2 and 3 are absent.
     assert torch.allclose(retain.ema, torch.tensor([9.6, 9.7, 10, 10]), atol=1e-5)
-    # The loss of the next step weighs by the value that includes its own batch.
+    # The weight of the next loss includes its batch.
     value = retain.loss(logits[2:], labels[2:]).item()
     bank = retain.bank[2].tolist()
     wanted = sum(kl(row, logits[2].tolist(), 2) for row in bank) / (0.95 * 9.7 + 0.05 * 4)
@@ -162,8 +162,8 @@ def test_the_floor_is_off_unless_asked_for() -> None:
 def test_broken_samples_leave_no_trace() -> None:
     retain, clean = (QualityRetaining(6, TASKS) for _ in range(2))
     start = batch(6, seed=5)[0]
-    for one in (retain, clean):
-        one.update(start, torch.arange(6))
+    for module in (retain, clean):
+        module.update(start, torch.arange(6))
     logits = batch(4, seed=6)[0]
     labels = torch.tensor([0, 1, 0, 4])
     logits[2, 3], logits[3, 0] = torch.inf, torch.nan
@@ -190,7 +190,7 @@ def test_state_is_fp32_saved_and_restored() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"mode": "fifo"}, "mode 'fifo'.*Near: 'fifo2'"),
         ({"reduction": "avg"}, "reduction 'avg'.*'mean', 'sum'"),
@@ -205,13 +205,13 @@ def test_state_is_fp32_saved_and_restored() -> None:
         ({"task_of_class": torch.tensor([0, 0, 0, 1, 1, -1])}, "task -1"),
     ],
 )
-def test_bad_settings(change: dict, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_bad_settings(change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         QualityRetaining(**{"num_classes": 6, "task_of_class": TASKS, **change})
 
 
 @pytest.mark.parametrize(
-    ("logits", "labels", "told"),
+    ("logits", "labels", "message"),
     [
         (torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64), r"logits \(2, 5\).*needed \(b, 6\)"),
         (torch.zeros(2, 6), torch.zeros(3, dtype=torch.int64), r"labels \(3,\)"),
@@ -222,10 +222,10 @@ def test_bad_settings(change: dict, told: str) -> None:
         (torch.zeros(1, 6), torch.tensor(0), r"labels \(\)"),
     ],
 )
-def test_bad_batches(logits: Tensor, labels: Tensor, told: str) -> None:
+def test_bad_batches(logits: Tensor, labels: Tensor, message: str) -> None:
     retain = QualityRetaining(6, TASKS)
     for call in (retain.loss, retain.update):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             call(logits, labels)
 
 
@@ -251,7 +251,7 @@ dist.destroy_process_group()
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fifo2", "ema"])
 def test_two_processes_hold_the_state_of_one(tmp_path: Path, mode: str) -> None:
-    """Unequal shares of a batch: banks and weights are those of one process that sees all of it, on both ranks."""
+    """With unequal shares of a batch, both ranks have the banks and weights of a single process with the whole batch."""
     steps = [batch(7, seed=seed) for seed in range(4)]
     file = tmp_path / "steps.pt"
     torch.save(steps, file)
@@ -266,11 +266,11 @@ def test_two_processes_hold_the_state_of_one(tmp_path: Path, mode: str) -> None:
     ]
     for worker in workers:
         assert worker.wait(timeout=120) == 0, worker.stderr.read()[-2000:]
-    alone, losses = QualityRetaining(6, TASKS, mode=mode), []
+    single, losses = QualityRetaining(6, TASKS, mode=mode), []
     for logits, labels in steps:
-        losses.append(alone.loss(logits, labels))
-        alone.update(logits, labels)
-    one, other = (torch.load(f"{file}.{rank}", weights_only=True) for rank in range(2))
-    assert torch.equal(one["bank"], other["bank"]) and torch.equal(one["ema"], other["ema"])
-    assert torch.equal(one["bank"], alone.bank) and torch.allclose(one["ema"], alone.ema, rtol=1e-6)
-    assert torch.allclose((4 * one["losses"] + 3 * other["losses"]) / 7, torch.stack(losses), rtol=1e-5)
+        losses.append(single.loss(logits, labels))
+        single.update(logits, labels)
+    first, second = (torch.load(f"{file}.{rank}", weights_only=True) for rank in range(2))
+    assert torch.equal(first["bank"], second["bank"]) and torch.equal(first["ema"], second["ema"])
+    assert torch.equal(first["bank"], single.bank) and torch.allclose(first["ema"], single.ema, rtol=1e-6)
+    assert torch.allclose((4 * first["losses"] + 3 * second["losses"]) / 7, torch.stack(losses), rtol=1e-5)

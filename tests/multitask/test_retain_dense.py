@@ -1,4 +1,4 @@
-"""Quality retaining of label maps: numbers by hand on a 2 x 3 map of 3 classes, what the bank stores, what is left out."""
+"""Quality retaining of label maps: numbers by hand on a 2 x 3 map of 3 classes, the bank, ignored pixels."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from vismt.errors import UserError
 from vismt.multitask.retain_dense import DenseRetaining
 from vismt.multitask.tasks import IGNORE
 
-# Six pixels (2 x 3), logits of 3 classes each; class 2 is nowhere, one pixel is ignored.
+# Six pixels (2 x 3), logits of 3 classes each; class 2 does not occur, one pixel is ignored.
 TARGET = torch.tensor([[[0, 0, 1], [1, IGNORE, 0]]])
 PIXELS = [[3.0, 0, 0], [1, 2, 0], [0, 1, 0], [2, 0, 1], [9, 9, -9], [2, 1, 3]]
 
 
 def map_of(pixels: list[list[float]]) -> Tensor:
-    """(1, 3, 2, 3) of six pixels in rows."""
+    """Return the map (1, 3, 2, 3) of six pixels in rows."""
     return torch.tensor(pixels).T.reshape(1, 3, 2, 3)
 
 
@@ -34,7 +34,7 @@ def softmax(row: list[float], T: float) -> list[float]:
 
 
 def kl(first: list[float], second: list[float], T: float = 2.0) -> float:
-    """T^2 KL(softmax(first / T) || softmax(second / T)) in plain arithmetic."""
+    """Return T^2 KL(softmax(first / T) || softmax(second / T)) in plain arithmetic."""
     return T * T * sum(p * math.log(p / q) for p, q in zip(softmax(first, T), softmax(second, T)))
 
 
@@ -48,11 +48,11 @@ def test_golden_loss_of_six_pixels() -> None:
     retain = DenseRetaining(3, ema_decay=1.0, ema_init=4.0)
     older, newer, other = [1.0, 2, 0], [0.0, 1, 3], [2.0, 0, 1]
     retain.bank[0], retain.bank[1, 1] = torch.tensor([older, newer]), torch.tensor(other)
-    found = retain.loss(map_of(PIXELS), TARGET)
+    loss = retain.loss(map_of(PIXELS), TARGET)
     # Pixels 0, 1, 5 have class 0, whose two slots are filled; pixels 2, 3 class 1, whose older slot is zero; pixel 4 is ignored.
     of_zero = sum(kl(older, PIXELS[p]) + kl(newer, PIXELS[p]) for p in (0, 1, 5))
     of_one = sum(kl([0.0] * 3, PIXELS[p]) + kl(other, PIXELS[p]) for p in (2, 3))
-    assert found.item() == pytest.approx((of_zero + of_one) / 5 / 4, rel=1e-5)
+    assert loss.item() == pytest.approx((of_zero + of_one) / 5 / 4, rel=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["fifo2", "ema"])
@@ -70,7 +70,7 @@ def test_the_bank_takes_means_over_image_and_class() -> None:
     wanted = torch.tensor([[2.0, 1, 1], [1, 0.5, 0.5], [0, 0, 0]])
     assert torch.allclose(retain.bank[:, 1], wanted) and not retain.bank[:, 0].any() and not retain.bank.requires_grad
     retain.update(map_of(PIXELS) + 1, TARGET.where(TARGET != 1, IGNORE))
-    # Class 0 moves on, class 1 is absent now and stays.
+    # Class 0 shifts, class 1 is absent and does not change.
     assert torch.allclose(retain.bank[0], torch.stack([wanted[0], wanted[0] + 1]))
     assert torch.allclose(retain.bank[1, 1], wanted[1]) and not retain.bank[1, 0].any()
     mean = DenseRetaining(3, mode="ema", momentum=0.25)
@@ -82,16 +82,16 @@ def test_the_running_cross_entropy_is_that_of_pixels() -> None:
     retain = DenseRetaining(3)
     logits = map_of(PIXELS)
     retain.update(logits, TARGET)
-    each = [-math.log(softmax(PIXELS[p], 1)[y]) for p, y in ((0, 0), (1, 0), (2, 1), (3, 1), (5, 0))]
+    entropies = [-math.log(softmax(PIXELS[p], 1)[y]) for p, y in ((0, 0), (1, 0), (2, 1), (3, 1), (5, 0))]
     # Five pixels with equal weight; the two class means would give another number.
-    assert retain.ema.tolist() == pytest.approx([0.95 * 10 + 0.05 * sum(each) / 5], rel=1e-6)
-    assert F.cross_entropy(logits, TARGET, ignore_index=IGNORE).item() == pytest.approx(sum(each) / 5, rel=1e-5)
+    assert retain.ema.tolist() == pytest.approx([0.95 * 10 + 0.05 * sum(entropies) / 5], rel=1e-6)
+    assert F.cross_entropy(logits, TARGET, ignore_index=IGNORE).item() == pytest.approx(sum(entropies) / 5, rel=1e-5)
     means = torch.tensor([[2.0, 1, 1], [1, 0.5, 0.5]])
-    assert F.cross_entropy(means, torch.tensor([0, 1])).item() != pytest.approx(sum(each) / 5, rel=0.05)
-    # The loss weighs by the value that includes its own batch: a decay of 0 leaves the batch's alone.
+    assert F.cross_entropy(means, torch.tensor([0, 1])).item() != pytest.approx(sum(entropies) / 5, rel=0.05)
+    # The weight of the loss includes its batch: with decay 0 it is that of the batch alone.
     now, later = DenseRetaining(3, ema_decay=0.0), DenseRetaining(3, ema_decay=1.0)
     assert now.loss(logits, TARGET).item() == pytest.approx(
-        later.loss(logits, TARGET).item() * 10 / (sum(each) / 5), rel=1e-5
+        later.loss(logits, TARGET).item() * 10 / (sum(entropies) / 5), rel=1e-5
     )
 
 
@@ -108,12 +108,16 @@ def test_ignored_pixels_have_no_influence() -> None:
     assert not wild.grad.movedim(1, -1)[target == IGNORE].any() and wild.grad.isfinite().all() and wild.grad.any()
 
 
-def test_nothing_valid_is_no_loss_and_no_trace() -> None:
+def test_without_a_valid_pixel_the_loss_is_zero_and_the_state_does_not_change() -> None:
     retain = DenseRetaining(3)
     retain.update(*random_batch())
     before = copy.deepcopy(retain.state_dict())
     nothing = torch.full((3, 4, 6), IGNORE)
-    assert retain.loss(random_batch(seed=1)[0], nothing) is None
+    logits = random_batch(seed=1)[0].requires_grad_()
+    loss = retain.loss(logits, nothing)
+    loss.backward()
+    assert loss == 0 and not logits.grad.any()
+    assert retain.loss(logits.bfloat16() * math.nan, nothing).dtype == torch.float32
     retain.update(random_batch(seed=1)[0], nothing)
     assert all(torch.equal(value, before[name]) for name, value in retain.state_dict().items())
 
@@ -134,12 +138,12 @@ def test_the_last_image_of_a_class_is_stored(mode: str) -> None:
     logits, target = random_batch(3, seed=5)
     target[2] = target[2].where(target[2] != 1, IGNORE)  # class 1 comes last in image 1, the others in image 2
     retain, single = (DenseRetaining(3, mode=mode) for _ in range(2))
-    for one in (retain, single):
-        one.update(*random_batch(seed=6))
+    for module in (retain, single):
+        module.update(*random_batch(seed=6))
     retain.update(logits, target)
-    shown = target.clone()
-    shown[0], shown[1] = IGNORE, target[1].where(target[1] == 1, IGNORE)
-    single.update(logits, shown)
+    last_only = target.clone()
+    last_only[0], last_only[1] = IGNORE, target[1].where(target[1] == 1, IGNORE)
+    single.update(logits, last_only)
     assert torch.equal(retain.bank, single.bank)
     again = DenseRetaining(3, mode=mode)
     again.update(*random_batch(seed=6))
@@ -163,7 +167,7 @@ def test_gradient_is_the_mean_of_pixels() -> None:
 
 def test_labels_come_to_the_grid_of_the_logits() -> None:
     logits, target = random_batch()
-    # Every label becomes a block of 4 x 2 pixels: the nearest to each centre is the label itself.
+    # Every label becomes a block of 4 x 2 pixels, so the label nearest to each centre is the original one.
     large = target.repeat_interleave(4, 1).repeat_interleave(2, 2)
     same, coarse = (DenseRetaining(3) for _ in range(2))
     assert torch.equal(same.loss(logits, target), coarse.loss(logits, large))
@@ -184,7 +188,7 @@ def test_state_is_saved_in_fp32_and_half_maps_are_welcome() -> None:
 
 
 @pytest.mark.parametrize(
-    ("logits", "target", "told"),
+    ("logits", "target", "message"),
     [
         (torch.zeros(1, 4, 2, 3), torch.zeros(1, 2, 3).long(), r"logits \(1, 4, 2, 3\).*needed \(b, 3, r, c\)"),
         (torch.zeros(3, 2, 3), torch.zeros(1, 2, 3).long(), r"logits \(3, 2, 3\)"),
@@ -194,10 +198,10 @@ def test_state_is_saved_in_fp32_and_half_maps_are_welcome() -> None:
         (torch.zeros(1, 3, 2, 3).long(), torch.zeros(1, 2, 3).long(), "floating point"),
     ],
 )
-def test_bad_batches(logits: Tensor, target: Tensor, told: str) -> None:
+def test_bad_batches(logits: Tensor, target: Tensor, message: str) -> None:
     retain = DenseRetaining(3)
     for call in (retain.loss, retain.update):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             call(logits, target)
 
 
@@ -218,7 +222,7 @@ dist.init_process_group("gloo", init_method="file://" + file + ".store", rank=ra
 retain = DenseRetaining(3)
 for logits, target in torch.load(file, weights_only=True):
     cut = slice(0, 2) if rank == 0 else slice(2, None)
-    assert (retain.loss(logits[cut], target[cut]) is None) == bool((target[cut] == 255).all())
+    assert bool(retain.loss(logits[cut], target[cut]) == 0) == bool((target[cut] == 255).all())
     retain.update(logits[cut], target[cut])
 torch.save(retain.state_dict(), f"{file}.{rank}")
 dist.destroy_process_group()
@@ -227,7 +231,7 @@ dist.destroy_process_group()
 
 @pytest.mark.slow
 def test_a_process_without_labels_keeps_up_with_the_others(tmp_path: Path) -> None:
-    """Two processes, one of them with no valid pixel in the second step: the state is that of one process on both ranks."""
+    """A process without a valid pixel in the second step: both ranks have the state of a single process."""
     steps = [random_batch(3, seed=seed) for seed in range(3)]
     steps[1][1][2] = IGNORE
     file = tmp_path / "steps.pt"
@@ -240,9 +244,9 @@ def test_a_process_without_labels_keeps_up_with_the_others(tmp_path: Path) -> No
     ]
     for worker in workers:
         assert worker.wait(timeout=120) == 0, worker.stderr.read()[-2000:]
-    alone = DenseRetaining(3)
+    single = DenseRetaining(3)
     for logits, target in steps:
-        alone.update(logits, target)
+        single.update(logits, target)
     for rank in range(2):
-        found = torch.load(f"{file}.{rank}", weights_only=True)
-        assert torch.equal(found["bank"], alone.bank) and torch.allclose(found["ema"], alone.ema, rtol=1e-6)
+        state = torch.load(f"{file}.{rank}", weights_only=True)
+        assert torch.equal(state["bank"], single.bank) and torch.allclose(state["ema"], single.ema, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Dense tasks on hand-made maps: what each loss is to the digit, what is valid, what the metric counts, what pictures show."""
+"""Dense tasks on small maps: losses by hand, valid pixels, metrics, pictures, errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ every_task = pytest.mark.parametrize("spec", SPECS, ids=named)
 
 
 def nothing(task: DenseTask, count: int = 1) -> Tensor:
-    """Targets without a single valid pixel."""
+    """Return targets without a valid pixel."""
     if task.vector:
         return torch.zeros(count, 3, HEIGHT, WIDTH)
     if task.name == "depth":
@@ -35,7 +35,7 @@ def nothing(task: DenseTask, count: int = 1) -> Tensor:
 
 
 def labelled(task: DenseTask, count: int = 1, seed: int = 0) -> Tensor:
-    """Random targets, valid at every pixel but the first column."""
+    """Return random targets that are valid at every pixel but the first column."""
     generator, target = torch.Generator().manual_seed(seed), nothing(task, count)
     if task.vector:
         target[..., 1:] = torch.randn(count, 3, HEIGHT, WIDTH - 1, generator=generator)
@@ -44,14 +44,14 @@ def labelled(task: DenseTask, count: int = 1, seed: int = 0) -> Tensor:
         target[..., 1:] = 1 + torch.rand(count, HEIGHT, WIDTH - 1, generator=generator)
         return target
     if task.name == "edge":
-        target[..., 1:] = torch.tensor([0, 0, 1, 0, 0])  # a line, which thinning leaves alone
+        target[..., 1:] = torch.tensor([0, 0, 1, 0, 0])  # a line, which thinning does not change
         return target
     target[..., 1:] = torch.randint(task.classes, (count, HEIGHT, WIDTH - 1), generator=generator)
     return target
 
 
 def perfect(task: DenseTask, target: Tensor) -> Tensor:
-    """The prediction that is right at every valid pixel."""
+    """Return the prediction that is correct at every valid pixel."""
     if task.vector:
         return 3 * target
     if task.name == "depth":
@@ -71,9 +71,9 @@ def test_segmentation_is_the_mean_over_valid_pixels() -> None:
     # Three pixels with class probabilities (1/2, 1/4, 1/4); labels 0, 1 and none: -ln 1/2 = ln 2, -ln 1/4 = 2 ln 2.
     logits = torch.tensor([1 / 2, 1 / 4, 1 / 4]).log().view(1, 3, 1, 1).expand(1, 3, 1, 3)
     target = torch.tensor([[[0, 1, IGNORE]]])
-    found = make_task({"name": "semseg", "classes": 3}).loss(logits, target)
-    assert found.item() == pytest.approx(3 * LN2 / 2)  # a mean over all pixels would be ln 2
-    assert found.ndim == 0
+    loss = make_task({"name": "semseg", "classes": 3}).loss(logits, target)
+    assert loss.item() == pytest.approx(3 * LN2 / 2)  # a mean over all pixels would be ln 2
+    assert loss.ndim == 0
 
 
 def test_depth_is_pooled_over_the_valid_pixels_of_the_batch() -> None:
@@ -118,13 +118,13 @@ def test_edges_weigh_and_divide_by_pixels() -> None:
 
 
 def test_saliency_is_balanced_on_valid_pixels() -> None:
-    # One salient pixel of four valid ones: w = 3/4 (4/5, were the ignored pixel background). z_1 - z_0 = ln 3 throughout.
+    # One salient pixel of four valid ones: w = 3/4 (4/5 if the ignored pixel were background). z_1 - z_0 = ln 3 throughout.
     target = torch.tensor([[[1, 0, 0, 0, IGNORE]]])
     two = torch.stack([torch.full((1, 1, 5), 5.0), torch.full((1, 1, 5), 5.0 + LN3)], dim=1)
     wanted = (0.75 * math.log(4 / 3) + 3 * 0.25 * math.log(4)) / 4
     assert make_task("saliency").loss(two, target).item() == pytest.approx(wanted)
-    one = make_task({"name": "saliency", "channels": 1})
-    assert one.loss(torch.full((1, 1, 1, 5), LN3), target).item() == pytest.approx(wanted)
+    single_logit = make_task({"name": "saliency", "channels": 1})
+    assert single_logit.loss(torch.full((1, 1, 1, 5), LN3), target).item() == pytest.approx(wanted)
     # Two logits are a weighted softmax cross-entropy over the number of pixels, not over the sum of weights.
     summed = torch.nn.functional.cross_entropy(
         two, target, torch.tensor([0.25, 0.75]), ignore_index=IGNORE, reduction="sum"
@@ -140,7 +140,7 @@ def test_weights_of_the_literature() -> None:
     assert NYUD_WEIGHTS == {"semseg": 1, "depth": 1, "normals": 10, "edge": 50}
     assert PASCAL_WEIGHTS == {"semseg": 1, "parts": 2, "saliency": 5, "normals": 10, "edge": 50}
     tasks = {named(spec): make_task(spec) for spec in SPECS}
-    assert {*tasks, "classify"} == set(TASKS)  # which is no task of theirs: test_classify.py
+    assert {*tasks, "classify"} == set(TASKS)  # classify is not among their tasks: test_classify.py
     assert {name: task.loss_weight for name, task in tasks.items()} == NYUD_WEIGHTS | PASCAL_WEIGHTS
     assert {name: task.channels for name, task in tasks.items()} == {
         "semseg": 3,
@@ -151,8 +151,33 @@ def test_weights_of_the_literature() -> None:
         "saliency": 2,
     }
     assert {name for name, task in tasks.items() if task.lower_is_better} == {"depth", "normals"}
+    assert {name for name, task in tasks.items() if task.predicts_classes} == {"semseg", "parts"}
+    assert {name for name, task in tasks.items() if task.share} == {"semseg", "parts", "edge", "saliency"}
     assert make_task({"name": "edge", "loss_weight": 3}).loss_weight == 3
     assert isinstance(tasks["parts"], Segmentation)
+
+
+@pytest.mark.parametrize(
+    ("spec", "label", "unit"),
+    [
+        ({"name": "semseg", "classes": 3}, "mIoU", ""),
+        ("depth", "RMSE", "m"),
+        ({"name": "depth", "measure": "abs_err"}, "mean absolute error", "m"),
+        ({"name": "depth", "measure": "abs_rel"}, "mean relative error", ""),
+        ({"name": "depth", "measure": "log_rmse"}, "RMSE of the log", ""),
+        ("normals", "mean angle", "degrees"),
+        ("edge", "odsF", ""),
+        ("parts", "mIoU", ""),
+        ("saliency", "maxF", ""),
+        ({"name": "saliency", "measure": "miou"}, "mIoU", ""),
+        ({"name": "classify", "classes": 3}, "accuracy", ""),
+    ],
+)
+def test_the_score_has_a_label_and_a_unit(spec: str | dict, label: str, unit: str) -> None:
+    task = make_task(spec)
+    assert (task.label, task.unit) == (label, unit)
+    if task.name == "depth":
+        assert (InverseDepth.of(task).label, InverseDepth.of(task).unit) == (label, "")
 
 
 # Valid pixels ----------------------------------------------------------------------------------------------------------------
@@ -233,9 +258,8 @@ def test_colours() -> None:
     assert len(set(colors)) == 40 and all(len(set(color)) > 1 for color in colors)
     task = make_task({"name": "semseg", "classes": 2, "colors": [[1, 2, 3], [4, 5, 6]]})
     assert task.picture(torch.tensor([[0, 1, IGNORE]]))[:, 0].T.tolist() == [[1, 2, 3], [4, 5, 6], [64, 64, 64]]
-    normal = torch.tensor([[1.0, 0, 0], [0, -1, 0], [0, 0, 0]]).T.reshape(
-        3, 1, 3
-    )  # (v + 1) / 2: 0 is 127.5, even is 128
+    normal = torch.tensor([[1.0, 0, 0], [0, -1, 0], [0, 0, 0]]).T.reshape(3, 1, 3)
+    # (v + 1) / 2: 0 becomes 127.5, which rounds to the even 128.
     assert make_task("normals").picture(normal)[:, 0].T.tolist() == [[255, 128, 128], [128, 0, 128], [64, 64, 64]]
     edge = make_task("edge").picture(torch.tensor([[[0.0, -50.0, 50.0, math.nan]]]))
     assert edge[:, 0].T.tolist() == [[128] * 3, [0] * 3, [255] * 3, [64] * 3]
@@ -248,7 +272,9 @@ def test_depth_colours_follow_the_range_of_the_target() -> None:
     assert truth[:, 0].sum() > truth[:, 1].sum() > truth[:, 2].sum()  # near is bright
     prediction = torch.tensor([[[3.0, 9.0, -1.0, 2.0]]])
     drawn = task.picture(prediction, like=target).int()[:, 0]
-    assert torch.equal(drawn[:, [0, 1, 2, 3]], truth[:, [2, 2, 0, 1]])  # beyond the range: its ends
+    assert torch.equal(
+        drawn[:, [0, 1, 2, 3]], truth[:, [2, 2, 0, 1]]
+    )  # values beyond the range take the colours of its ends
     assert not torch.equal(task.picture(prediction).int()[:, 0], drawn)
     for constant in (torch.full((2, 3), 2.0), torch.zeros(2, 3), torch.full((1, 2, 3), -1.0)):
         assert len(task.picture(constant).flatten(1).unique(dim=1).T) == 1
@@ -259,12 +285,12 @@ def test_depth_is_scored_by_its_measure() -> None:
     target, prediction = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[[4.0, 3.0]]]])
     logs = math.hypot(math.log(4), math.log(1.5)) / math.sqrt(2)
     wanted = {"rmse": math.sqrt(5), "abs_err": 2.0, "abs_rel": 1.75, "log_rmse": logs}
-    for convention, own in (("pooled", "rmse"), ("libmtl", "abs_err")):
+    for convention, default in (("pooled", "rmse"), ("libmtl", "abs_err")):
         for measure in (None, *wanted):
             task = make_task({"name": "depth", "convention": convention, "measure": measure})
             metric = task.metric()
             task.update(metric, prediction, target)
-            assert task.measure == (measure or own)
+            assert task.measure == (measure or default)
             assert task.score(metric.compute()) == pytest.approx(wanted[task.measure]) and task.lower_is_better
     assert InverseDepth.of(make_task({"name": "depth", "measure": "abs_rel"})).measure == "abs_rel"
 
@@ -275,15 +301,36 @@ def test_inverse_depth_is_bright_where_it_is_large() -> None:
     target = torch.tensor([[1.0, 2.0, 4.0, 0.0]])
     assert torch.equal(inverse.picture(1 / target)[:, 0, [0, 2]], depth.picture(target)[:, 0, [0, 2]])  # near, far
     drawn = inverse.picture(torch.tensor([[[0.25, 9.0, -1.0]]]), like=1 / target.where(target > 0, torch.inf))[:, 0]
-    assert torch.equal(drawn, depth.picture(target)[:, 0, [2, 0, 2]])  # beyond the range: its ends
+    assert torch.equal(
+        drawn, depth.picture(target)[:, 0, [2, 0, 2]]
+    )  # values beyond the range take the colours of its ends
     assert (inverse.picture(target)[:, 0, 3] == 64).all()
+
+
+def test_captions_and_legends() -> None:
+    logits = torch.eye(3).log()[[2, 0, 2]].movedim(-1, 0)[:, None]  # classes 2, 0, 2
+    task = make_task({"name": "semseg", "classes": 3, "colors": [[1, 2, 3], [4, 5, 6], [255, 0, 16]]})
+    assert task.legend(logits) == [("class 2", "#ff0010"), ("class 0", "#010203")]
+    assert task.legend(logits, ["road", "car", "sky"]) == [("sky", "#ff0010"), ("road", "#010203")]
+    assert task.caption(logits) == "" and task.rescaled(logits, 2.0) is logits
+    classify = make_task({"name": "classify", "classes": 3})
+    probabilities = torch.tensor([0.25, 0.5, 0.25]).log()
+    assert classify.caption(probabilities) == "class 1 50 %" and classify.legend(probabilities) == []
+    assert classify.caption(probabilities, ["cat", "dog", "eel"]) == "dog 50 %"
+    depth, inverse = make_task("depth"), InverseDepth.of(make_task("depth"))
+    values = torch.tensor([[[1.0, 2.0, 4.0]]])
+    assert depth.caption(values) == "near 1.00 to far 4.00" and inverse.caption(values) == "near 4.00 to far 1.00"
+    assert torch.equal(depth.rescaled(values, 2.0), 2 * values)
+    assert torch.equal(inverse.rescaled(values, 2.0), values / 2)
+    assert len(make_task("parts").default_class_names) == 7
+    assert not make_task({"name": "parts", "classes": 3}).default_class_names and not task.default_class_names
 
 
 # Errors ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "message"),
     [
         ("semsg", "no dense task 'semsg'.*Near: 'semseg'"),
         ({"classes": 3}, "no dense task 'None'.*Known"),
@@ -310,13 +357,13 @@ def test_inverse_depth_is_bright_where_it_is_large() -> None:
         ({"name": "saliency", "measure": "maxf"}, "measure 'maxf'.*Near: 'max_f'"),
     ],
 )
-def test_bad_specifications(spec: object, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_bad_specifications(spec: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         make_task(spec)
 
 
 @pytest.mark.parametrize(
-    ("spec", "prediction", "target", "told"),
+    ("spec", "prediction", "target", "message"),
     [
         (
             SPECS[0],
@@ -328,22 +375,27 @@ def test_bad_specifications(spec: object, told: str) -> None:
         (SPECS[0], torch.zeros(1, 3, 2, 3), torch.zeros(1, 4, 6).long(), r"target \(1, 4, 6\): resize the prediction"),
         (SPECS[0], torch.zeros(1, 3, 2, 3), torch.zeros(2, 2, 3).long(), r"target \(2, 2, 3\)"),
         (SPECS[0], torch.zeros(1, 3, 2, 3), torch.zeros(1, 2, 3), "float32, needed int64"),
-        (SPECS[0], torch.zeros(1, 3, 2, 3), torch.full((1, 2, 3), 3), "label 3 found, classes are 0 to 2"),
-        ("edge", torch.zeros(1, 1, 2, 3), torch.full((1, 2, 3), -1), "label -1 found, classes are 0 to 1"),
+        (
+            SPECS[0],
+            torch.zeros(1, 3, 2, 3),
+            torch.full((1, 2, 3), 3),
+            "label 3; classes are 0 to 2, 255 means no label",
+        ),
+        ("edge", torch.zeros(1, 1, 2, 3), torch.full((1, 2, 3), -1), "label -1; classes are 0 to 1"),
         ("depth", torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 2, 3), r"target is \(1, 1, 2, 3\), needed \(b, h, w\)"),
         ("normals", torch.zeros(1, 3, 2, 3), torch.zeros(1, 2, 3), r"needed \(b, 3, h, w\)"),
     ],
 )
-def test_bad_batches(spec: str | dict, prediction: Tensor, target: Tensor, told: str) -> None:
+def test_bad_batches(spec: str | dict, prediction: Tensor, target: Tensor, message: str) -> None:
     task = make_task(spec)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         task.loss(prediction, target)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         task.update(None, prediction, target)
 
 
 def test_bad_pictures() -> None:
-    with pytest.raises(UserError, match=r"edge: no picture of a map \(1, 1, 2, 3\)"):
+    with pytest.raises(UserError, match=r"edge: cannot draw a map \(1, 1, 2, 3\)"):
         make_task("edge").picture(torch.zeros(1, 1, 2, 3))
-    with pytest.raises(UserError, match="label 9 found"):
+    with pytest.raises(UserError, match="label 9; classes"):
         make_task(SPECS[0]).picture(torch.full((2, 3), 9))

@@ -6,30 +6,29 @@ import numpy as np
 import pytest
 import torch
 from helpers.readable import assert_readable, visible_texts
+from helpers.results import PGD, comparison, corruption
 from torchvision.io import decode_png, read_file
 
 from vismt.errors import UserError
-from vismt.report import figures
-from vismt.report import plotting as canvas
-from vismt.report.comparison import Cell, Comparison
+from vismt.report import figures, plotting
+from vismt.report.comparison import Cell
+from vismt.robustness.corruptions import CORRUPTIONS
+from vismt.stats import CLEAN, Condition
 
 LONG = "a_data_set_with_a_name_that_does_not_end"
+ARMS = ["frozen", "clean", "merged", "merged:default", "average", "logits", "min_ce", "expert:4.5", "merged+finetune"]
 
 
 def comparisons(
-    sets, protocols=("5-way 1-shot",), conditions=("clean", "PGD-10 linf 4.5/255"), models=("frozen", "adapted")
+    sets, protocols=("5-way 1-shot",), conditions=(CLEAN, PGD), arms=("frozen", "adapted"), chance: float | None = 0.2
 ):
     return [
-        Comparison(
+        comparison(
             name,
-            protocol,
+            {arm: Cell(0.4 + 0.01 * j, 0.02, 60) for arm in arms},
             condition,
-            "accuracy",
-            "episodes",
-            0,
-            {model: Cell(0.4 + 0.01 * j, 0.02, 60) for model in models},
-            None,
-            False,
+            protocol=protocol,
+            chance=chance,
         )
         for protocol in protocols
         for j, name in enumerate(sets)
@@ -44,24 +43,34 @@ def test_labels_never_overlap(drawn, tmp_path, count):
     assert_readable(drawn[0])
 
 
-def test_many_models_and_conditions(drawn, tmp_path):
-    made = comparisons(
+def test_many_arms_and_conditions(drawn, tmp_path):
+    labels = ("a", "b", "c", "a condition with a very long text of 60 characters")
+    rows = comparisons(
         ["digits", LONG, "average"],
         ("variable way and shot",),
-        ("clean", "a", "b", "c", "a condition with a very long text of 60 characters"),
+        (CLEAN, *(Condition(label, "attack", label, 0.1) for label in labels)),
         ("frozen", "adapted", "merged", "pool"),
+        chance=None,
     )
-    figures.domain_bars(made, tmp_path / "a.png")
+    figures.domain_bars(rows, tmp_path / "a.png")
     assert_readable(drawn[0])
     assert len(drawn[0].axes) == 5
-    # no N in the protocol, so no level of chance is claimed
+    # the number of ways varies, so no level of chance is claimed
     assert all(text != "chance" for text, _ in visible_texts(drawn[0]))
+
+
+def test_a_condition_that_one_protocol_lacks_leaves_its_place_empty(drawn, tmp_path):
+    rows = comparisons(["digits"], conditions=(CLEAN, PGD)) + comparisons(["digits"], ("10-way 1-shot",), (CLEAN,))
+    figures.domain_bars(rows, tmp_path / "a.png")
+    assert_readable(drawn[0])
+    assert len(drawn[0].axes) == 3
+    assert [text for text, _ in visible_texts(drawn[0])].count("digits") == 2
 
 
 def test_bars_have_the_lengths_of_the_numbers(drawn, tmp_path):
     cells = {"frozen": Cell(0.25, 0.05, 60), "adapted": Cell(0.5, 0.1, 60)}
-    made = [Comparison("digits", "4-way 1-shot", "clean", "accuracy", "episodes", 0, cells, None, False)]
-    path = figures.domain_bars(made, tmp_path / "figures" / "a.png")
+    rows = [comparison("digits", cells, protocol="4-way 1-shot", chance=0.25)]
+    path = figures.domain_bars(rows, tmp_path / "figures" / "a.png")
     (axes,) = drawn[0].axes
     # per cent: 25 and 50; the interval of 0.5 +- 0.1 reaches from 40 to 60; chance of 4 ways is 25
     assert [bar.get_width() for bar in axes.patches if hasattr(bar, "get_width")][:2] == [25.0, 50.0]
@@ -74,97 +83,55 @@ def test_bars_have_the_lengths_of_the_numbers(drawn, tmp_path):
     assert picture.shape[0] in (3, 4) and picture.shape[1] > 100
 
 
-def test_values_that_are_no_shares(drawn, tmp_path):
+def number(data, cells, metric, protocol, unit, **changes):
+    return comparison(
+        data, cells, metric=metric, protocol=protocol, unit=unit, scale="number", better="lower", chance=None, **changes
+    )
+
+
+def test_values_that_are_not_shares(drawn, tmp_path):
     cells = {"frozen": Cell(3.5, 0.5, 10), "adapted": Cell(2.0, 0.25, 10)}
-    made = [Comparison("text", "validation", "clean", "loss", "documents", 0, cells, None, False)]
-    figures.domain_bars(made, tmp_path / "a.png")
+    figures.domain_bars([number("text", cells, "loss", "validation", "documents")], tmp_path / "a.png")
     # not multiplied by 100, axis to 1.1 * (3.5 + 0.5)
     assert [bar.get_width() for bar in drawn[0].axes[0].patches][:2] == [3.5, 2.0]
     assert drawn[0].axes[0].get_xlim()[1] == pytest.approx(4.4)
 
 
+def test_a_largest_value_of_one_is_not_taken_for_a_share(drawn, tmp_path):
+    cells = {"frozen": Cell(0.75, 0.25, 10), "adapted": Cell(0.5, 0.25, 10)}
+    figures.domain_bars([number("text", cells, "loss", "validation", "documents")], tmp_path / "a.png")
+    assert [bar.get_width() for bar in drawn[0].axes[0].patches][:2] == [0.75, 0.5]
+    assert drawn[0].axes[0].get_xlim()[1] == pytest.approx(1.1)
+
+
 def test_a_bar_below_zero_is_not_cut_off(drawn, tmp_path):
     cells = {"lora": Cell(-3.0, 0.5, 6), "full": Cell(2.0, 1.0, 6)}
-    made = [Comparison("camvid", "test", "clean", "delta_m over single in per cent", "images", 0, cells, None, False)]
-    figures.domain_bars(made, tmp_path / "a.png")
+    figures.domain_bars(
+        [number("camvid", cells, "delta_m over single in per cent", "test", "images")], tmp_path / "a.png"
+    )
     # 1.1 * (-3 - 0.5); without a negative value the axis starts at 0
     assert drawn[0].axes[0].get_xlim()[0] == pytest.approx(-3.85)
     figures.domain_bars(comparisons(["digits"]), tmp_path / "b.png")
     assert drawn[1].axes[0].get_xlim()[0] == 0
 
 
-def test_training_curve(drawn, tmp_path):
-    rows = [{"step": s, "loss": 1 / s, "accuracy": None if s == 2 else 0.5} for s in range(1, 50)]
-    figures.training_curve(rows, tmp_path / "a.png")
-    assert_readable(drawn[0])
-    top, bottom = drawn[0].axes
-    assert top.lines[0].get_xdata().tolist() == list(range(1, 50))
-    # the missing value is left out and a constant stays the constant: 50 %
-    assert 2 not in bottom.lines[0].get_xdata() and bottom.lines[1].get_ydata() == pytest.approx([50.0] * 48)
+def test_an_arm_has_the_colour_of_its_place_among_all(drawn, tmp_path):
+    from matplotlib.colors import to_rgba
+
+    rows = [number("rooms", {"emtal": Cell(1.0, 0.1, 3)}, "RMSE in m", "test", "images")]
+    for order in (None, ["alone", "emtal"]):
+        figures.domain_bars(rows, tmp_path / "a.png", order)
+        (bar,) = drawn[-1].axes[0].patches
+        assert bar.get_facecolor() == to_rgba(plotting.color_of("emtal", order or ["emtal"]))
+        assert drawn[-1].legends[0].get_patches()[0].get_facecolor() == bar.get_facecolor()
 
 
 def test_running_mean_by_hand():
     # 40 values: memory 2, keep = 1 - 2/3 = 1/3. First 0; second (0/3 + 1) / (1/3 + 1) = 3/4;
     # third ((0/3 + 1)/3 + 1) / ((1/3 + 1)/3 + 1) = (4/3) / (13/9) = 12/13
-    smooth = canvas.running_mean(np.array([0.0] + [1.0] * 39))
+    smooth = plotting.running_mean(np.array([0.0] + [1.0] * 39))
     assert smooth[:3] == pytest.approx([0, 3 / 4, 12 / 13])
-    assert canvas.running_mean(np.array([5.0])).tolist() == [5.0]
-
-
-@pytest.mark.parametrize(
-    "rows", [[{"step": 1, "loss": 2.0}], [{"step": 1, "accuracy": 0.3}, {"step": 2, "accuracy": 0.4}]]
-)
-def test_short_curves(drawn, tmp_path, rows):
-    figures.training_curve(rows, tmp_path / "a.png")
-    assert len(drawn[0].axes) == 1
-
-
-def test_a_curve_needs_values(tmp_path):
-    with pytest.raises(UserError, match="none of 1 logged lines has a loss"):
-        figures.training_curve([{"step": 1, "lr": 0.1}], tmp_path / "a.png")
-
-
-def panel(classes, size=16, attacked=True):
-    generator = np.random.default_rng(0)
-    images = generator.integers(20, 230, (2 * len(classes), 3, size, size), dtype=np.uint8)
-    labels = np.repeat(np.arange(len(classes)), 2)
-    arrays = {
-        "support": images[::2],
-        "support_labels": labels[::2],
-        "query": images,
-        "query_labels": labels,
-        "predictions": labels,
-        "classes": np.array(classes),
-    }
-    if attacked:
-        arrays["adversarial"] = images + np.uint8(4)
-        arrays["adversarial_predictions"] = (labels + 1) % len(classes)
-    return arrays
-
-
-def test_episode_grid(drawn, tmp_path):
-    figures.episode_grid(panel(["cat", "a very long class name, really", "costs $5 or $6"]), tmp_path / "a.png")
-    assert_readable(drawn[0])
-    # 3 support images; 2 queries of 3 classes, each clean, attacked and changed: 3 + 2 * 3 * 3
-    assert len(drawn[0].axes) == 21
-    texts = [text for text, _ in visible_texts(drawn[0])]
-    # the change is 4 of 255 everywhere: floor(127 / 4) = 31, drawn at 128 + 31 * 4 = 252
-    assert texts.count("change × 31") == 2
-    assert np.asarray(drawn[0].axes[-1].images[0].get_array()).tolist() == [[[252] * 3] * 16] * 16
-    # class 0 is right when clean and taken for class 1 when attacked
-    assert texts.count("✓ cat") == 2 and texts.count("✗ cat") == 2 and "✗ a very long…" in texts
-    right = drawn[0].axes[3].spines["top"].get_edgecolor()
-    wrong = drawn[0].axes[6].spines["top"].get_edgecolor()
-    from matplotlib.colors import to_rgba
-
-    assert right == to_rgba(canvas.RIGHT) and wrong == to_rgba(canvas.WRONG)
-
-
-def test_episode_without_attack_and_with_many_classes(drawn, tmp_path):
-    figures.episode_grid(panel([f"class {i}" for i in range(20)], attacked=False), tmp_path / "a.png")
-    assert_readable(drawn[0])
-    # 8 of 20 classes: one support and two queries each
-    assert len(drawn[0].axes) == 8 * 3
+    assert plotting.running_mean(np.array([5.0])).tolist() == [5.0]
 
 
 def test_nothing_global_is_touched(tmp_path):
@@ -177,8 +144,8 @@ def test_nothing_global_is_touched(tmp_path):
 
 
 def test_same_input_same_file(tmp_path):
-    one = figures.domain_bars(comparisons(["digits"]), tmp_path / "a.png").read_bytes()
-    assert one == figures.domain_bars(comparisons(["digits"]), tmp_path / "b.png").read_bytes()
+    first = figures.domain_bars(comparisons(["digits"]), tmp_path / "a.png").read_bytes()
+    assert first == figures.domain_bars(comparisons(["digits"]), tmp_path / "b.png").read_bytes()
 
 
 def test_without_matplotlib(monkeypatch, tmp_path):
@@ -187,8 +154,8 @@ def test_without_matplotlib(monkeypatch, tmp_path):
         figures.domain_bars(comparisons(["digits"]), tmp_path / "a.png")
 
 
-def test_twelve_models_have_twelve_colours_and_a_legend_that_fits(drawn, tmp_path):
-    models = [
+def test_twelve_arms_have_twelve_colours_and_a_legend_that_fits(drawn, tmp_path):
+    arms = [
         "frozen",
         "clean",
         "merged",
@@ -199,14 +166,80 @@ def test_twelve_models_have_twelve_colours_and_a_legend_that_fits(drawn, tmp_pat
         "merged+finetune",
         *(f"expert:{level}" for level in (0.01, 0.1, 6, 8)),
     ]
-    path = figures.domain_bars(comparisons(["digits", LONG], models=models, conditions=("clean",)), tmp_path / "a.png")
+    path = figures.domain_bars(comparisons(["digits", LONG], arms=arms, conditions=(CLEAN,)), tmp_path / "a.png")
     assert_readable(drawn[0])
     legend = drawn[0].legends[0]
-    assert {text.get_text() for text in legend.get_texts()} == {*models, "chance"} and path.exists()
-    assert len({canvas.color_of(model, models) for model in models}) == 12
+    assert {text.get_text() for text in legend.get_texts()} == {*arms, "chance"} and path.exists()
+    assert len({plotting.color_of(arm, arms) for arm in arms}) == 12
     # read row by row, the names stand in their order
     places = [
         (-round(text.get_window_extent().y0), text.get_window_extent().x0, text.get_text())
         for text in legend.get_texts()
     ]
-    assert [name for _, _, name in sorted(places)] == [*models, "chance"]
+    assert [name for _, _, name in sorted(places)] == [*arms, "chance"]
+
+
+# ---- scores by level
+
+
+def test_corruptions_by_severity(drawn, tmp_path):
+    rows = [
+        comparison("digits", {arm: Cell(0.9 - 0.1 * s, 0.05, 60) for arm in ARMS}, corruption(name, s))
+        for name in CORRUPTIONS
+        for s in (1, 3, 5)
+    ]
+    rows[0].cells["clean"] = Cell(0.2, 0.05, 60)
+    figures.level_curves(rows, tmp_path / "a.png", "severity")
+    assert_readable(drawn[0])
+    assert len(drawn[0].axes) == 16 and drawn[0].axes[-1].get_title(loc="left") == "mean of 15"
+    first, mean = drawn[0].axes[0], drawn[0].axes[-1]
+    assert first.lines[0].get_ydata().tolist() == pytest.approx([80, 60, 40])
+    # of one the first of three values is 20 and not 80: the mean of fifteen is (14 * 80 + 20) / 15 = 76
+    assert mean.lines[1].get_ydata().tolist() == pytest.approx([76, 60, 40])
+    # arms are beside each other, by at most a quarter of the step of 2
+    assert all(abs(x - s) < 0.5 for x, s in zip(first.lines[0].get_xdata(), (1, 3, 5)))
+    assert drawn[0].axes[-1].get_xlabel() == "severity"
+
+
+def attack(radius: float, family: str = "PGD linf") -> Condition:
+    return Condition(f"{family} {radius:g}/255", "attack", family, radius / 255)
+
+
+def test_attacks_by_radius_begin_with_the_clean_score(drawn, tmp_path):
+    values = {CLEAN: (0.8, 0.7), attack(8): (0.1, 0.3), attack(2): (0.4, 0.6), attack(2, "FGSM linf"): (0.5, 0.65)}
+    rows = [
+        comparison("digits", {"frozen": Cell(a, 0.05, 60), "adapted": Cell(b, 0.02, 60)}, condition)
+        for condition, (a, b) in values.items()
+    ]
+    figures.level_curves(rows, tmp_path / "a.png", "radius")
+    assert_readable(drawn[0])
+    pgd, fgsm, mean = drawn[0].axes
+    titles = [axes.get_title(loc="left") for axes in drawn[0].axes]
+    assert titles == ["PGD linf", "FGSM linf", "mean of 2"]
+    # by rising radius, whatever the order of the conditions
+    assert pgd.lines[0].get_ydata().tolist() == pytest.approx([80, 40, 10])
+    assert pgd.lines[1].get_ydata().tolist() == pytest.approx([70, 60, 30])
+    assert pgd.lines[0].get_xdata() == pytest.approx([0, 2 / 255, 8 / 255], abs=0.5 / 255)
+    assert fgsm.lines[0].get_ydata().tolist() == pytest.approx([80, 50])
+    # the mean over the levels that both families have: clean and 2
+    assert mean.lines[0].get_ydata().tolist() == pytest.approx([80, 45])
+    whiskers = [segment[:, 1].tolist() for segment in pgd.collections[0].get_segments()]
+    assert [sorted(ends) for ends in whiskers] == [pytest.approx(ends) for ends in ([75, 85], [35, 45], [5, 15])]
+    assert not mean.collections  # its families share their examples, so no width is claimed
+
+
+def test_one_family_has_no_mean(drawn, tmp_path):
+    rows = [comparison("digits", {"frozen": Cell(0.5, 0.1, 9)}, corruption("fog", s)) for s in (1, 4)]
+    figures.level_curves(rows, tmp_path / "a.png", "severity")
+    (axes,) = drawn[0].axes
+    assert axes.get_title(loc="left") == "fog" and axes.get_xlim() == pytest.approx((0.1, 4.9))
+
+
+def test_scores_that_are_not_shares_by_level_are_not_shown_in_per_cent(drawn, tmp_path):
+    rows = [
+        comparison("text", {"frozen": Cell(2.5, 0.5, 9)}, attack(r), scale="number", better="lower", metric="NLL")
+        for r in (1, 2)
+    ]
+    figures.level_curves(rows, tmp_path / "a.png", "radius")
+    (axes,) = drawn[0].axes
+    assert axes.lines[0].get_ydata().tolist() == [2.5, 2.5] and axes.get_ylim()[1] == pytest.approx(1.05 * 3)

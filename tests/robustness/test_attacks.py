@@ -1,4 +1,4 @@
-"""Attacks through one door: equal to reference loops, within budget, and nothing of the model or the random state moves."""
+"""Attacks: equal to reference loops, within budget, with unchanged models and random state."""
 
 import sys
 from dataclasses import replace
@@ -19,7 +19,7 @@ CLASSES = 5
 
 
 class Net(nn.Module):
-    """Normalises inside; a BatchNorm and a Dropout show whether modes are respected."""
+    """Normalises its images; has a BatchNorm and a Dropout, which depend on the mode."""
 
     def __init__(self, classes=CLASSES):
         super().__init__()
@@ -79,8 +79,8 @@ def test_pgd_l2_steps_along_the_normalised_gradient(case):
     moved = images.clone().requires_grad_(True)
     gradient = torch.autograd.grad(F.cross_entropy(net(moved), labels), moved)[0]
     step = 0.2 * gradient / gradient.flatten(1).norm(dim=1)[:, None, None, None]
-    found = attack(net, images, labels, spec, num_classes=CLASSES)
-    assert torch.allclose(found, (images + step).clamp(0, 1), atol=1e-6)
+    attacked = attack(net, images, labels, spec, num_classes=CLASSES)
+    assert torch.allclose(attacked, (images + step).clamp(0, 1), atol=1e-6)
 
 
 CASES = [
@@ -98,13 +98,13 @@ def test_every_attack_keeps_its_budget_and_hurts(name, norm, classes):
     images = torch.rand(6, 3, 10, 10, generator=torch.Generator().manual_seed(0))
     labels = net(images).argmax(1)
     epsilon = 0.1 if norm == "linf" and name != "pgd_l2" else 2.0
-    found = attack(net, images, labels, quick(name, epsilon, norm), num_classes=classes)
-    change = (found - images).flatten(1)
+    attacked = attack(net, images, labels, quick(name, epsilon, norm), num_classes=classes)
+    change = (attacked - images).flatten(1)
     size = change.norm(dim=1) if epsilon == 2.0 else change.abs().amax(1)
-    assert found.dtype == torch.float32 and size.max() <= epsilon + 1e-6 * max(1, epsilon)
-    assert found.min() >= 0 and found.max() <= 1
+    assert attacked.dtype == torch.float32 and size.max() <= epsilon + 1e-6 * max(1, epsilon)
+    assert attacked.min() >= 0 and attacked.max() <= 1
     # These budgets are large for this net: an attack with the wrong sign leaves all six right.
-    assert accuracy(net, found, labels) < 1
+    assert accuracy(net, attacked, labels) < 1
 
 
 def test_autoattack_is_at_least_as_strong_as_its_parts(case):
@@ -188,8 +188,8 @@ def test_no_grad_inference_mode_and_autocast_around_do_not_matter(case):
 
 def test_half_precision_model_gives_float32_images(case):
     net, images, labels = case
-    found = attack(net.to(torch.bfloat16), images, labels, AttackSpec(epsilon=0.05), num_classes=CLASSES)
-    assert found.dtype == torch.float32 and (found - images).abs().max() > 0.04
+    attacked = attack(net.to(torch.bfloat16), images, labels, AttackSpec(epsilon=0.05), num_classes=CLASSES)
+    assert attacked.dtype == torch.float32 and (attacked - images).abs().max() > 0.04
 
 
 def test_random_start_depends_on_the_seed(case):
@@ -204,10 +204,10 @@ def test_a_flat_loss_leaves_the_image(case):
         def forward(self, images):
             return images.flatten(1)[:, :CLASSES] * 0 + torch.arange(5.0)
 
-    # MI-FGSM divides the gradient by its mean size, 0 / 0; that must not come out as an image of NaN.
+    # MI-FGSM divides the gradient by its mean size, 0 / 0; that must not give an image of NaN.
     _, images, labels = case
-    found = attack(Flat(), images, labels, AttackSpec("mifgsm", 0.1), num_classes=CLASSES)
-    assert torch.equal(found, images)
+    attacked = attack(Flat(), images, labels, AttackSpec("mifgsm", 0.1), num_classes=CLASSES)
+    assert torch.equal(attacked, images)
 
 
 @pytest.mark.parametrize("name", sorted(TEXTS))
@@ -248,9 +248,9 @@ def test_a_broken_budget_is_not_passed_on(case):
 )
 def test_input_errors(case, change, message):
     net, images, labels = case
-    given = {"images": images, "labels": labels, "num_classes": CLASSES, "spec": AttackSpec()} | change
+    arguments = {"images": images, "labels": labels, "num_classes": CLASSES, "spec": AttackSpec()} | change
     with pytest.raises(UserError, match=message):
-        attack(net, given["images"], given["labels"], given["spec"], num_classes=given["num_classes"])
+        attack(net, arguments["images"], arguments["labels"], arguments["spec"], num_classes=arguments["num_classes"])
 
 
 def test_broken_model_is_an_error_not_a_robust_model(case):

@@ -1,6 +1,7 @@
-"""Any timm classifier as a function of pixels: normalisation and size inside, checkpoints by file, one error each."""
+"""Classifiers of pixels: normalisation and size inside, checkpoints by file, users' functions, one error each."""
 
 import json
+import sys
 
 import pytest
 import timm
@@ -9,7 +10,7 @@ from safetensors.torch import save_file
 
 from vismt.errors import UserError
 from vismt.robustness.attacks import AttackSpec, attack
-from vismt.robustness.classifier import load_classifier
+from vismt.robustness.classifier import classifier_from_function, load_classifier
 
 NAME = "test_vit"
 
@@ -29,15 +30,15 @@ def test_normalises_and_resizes_inside():
     small = torch.rand(2, 3, 20, 30)
     big = torch.nn.functional.interpolate(small, size=net.size, mode="bilinear", antialias=True)
     assert torch.allclose(net(small), net(big), atol=1e-5)
-    # Normalisation is no part of the weights.
+    # The weights do not contain the normalisation.
     assert set(net.state_dict()) == {f"net.{key}" for key in net.net.state_dict()}
 
 
 def test_attack_runs_at_the_images_own_size():
     net = load_classifier(NAME, 5, pretrained=False)
     images = torch.rand(2, 3, 20, 20)
-    found = attack(net, images, torch.tensor([0, 1]), AttackSpec(epsilon=0.02, steps=2), num_classes=5)
-    assert found.shape == images.shape and (found - images).abs().max() > 0.005
+    attacked = attack(net, images, torch.tensor([0, 1]), AttackSpec(epsilon=0.02, steps=2), num_classes=5)
+    assert attacked.shape == images.shape and (attacked - images).abs().max() > 0.005
 
 
 @pytest.mark.parametrize("wrap", ["safetensors", "plain", "state_dict", "module"])
@@ -62,7 +63,7 @@ def test_folder_with_config(tmp_path):
         load_classifier(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"architecture": NAME}))
     assert load_classifier(tmp_path, 7).net.num_classes == 7
-    with pytest.raises(UserError, match="its head has 7 classes, 10 are asked for"):
+    with pytest.raises(UserError, match="its head has 7 classes, not 10"):
         load_classifier(tmp_path, 10)
 
 
@@ -73,7 +74,7 @@ def test_errors(tmp_path):
         load_classifier("vit_smal_patch16_224")
     with pytest.raises(UserError, match="timm cannot build it"):
         load_classifier("test_vit.no_such_tag", pretrained=False)
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="does not exist"):
         load_classifier(tmp_path / "no.pth", architecture=NAME)
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"no weights")
@@ -106,5 +107,116 @@ def test_weights_out_of_reach_are_one_line(monkeypatch):
 def test_a_head_of_another_size_is_refused(monkeypatch):
     real = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **options: real(name, **options))
-    with pytest.raises(UserError, match="weights know 1000 classes, 10 are asked for"):
+    with pytest.raises(UserError, match="its weights have 1000 classes, not 10"):
         load_classifier(NAME, 10)
+
+
+FUNCTIONS = """
+import torch
+from torch import nn
+
+threshold = 0.5
+
+
+class Net(nn.Module):
+    num_classes = 4
+
+    def forward(self, images):
+        return images.mean((2, 3)).repeat(1, 2)[:, :4]
+
+
+def load_pair():
+    return nn.Flatten(), 12
+
+
+def load_module():
+    return Net()
+
+
+def load_nothing():
+    pass
+
+
+def load_triple():
+    return Net(), 4, "more"
+
+
+def load_without_number():
+    return nn.Flatten()
+
+
+def load_text_number():
+    return Net(), "4"
+
+
+def load_boolean():
+    return Net(), True
+
+
+def load_single_class():
+    return Net(), 1
+
+
+def load_with_error():
+    raise RuntimeError("no weights here\\nsecond line")
+
+
+def load_with_exit():
+    raise SystemExit(3)
+
+
+def load_with_argument(path):
+    return Net()
+"""
+
+
+@pytest.fixture
+def user_module(tmp_path, monkeypatch):
+    """A module in the current folder that is not on the path."""
+    (tmp_path / "user_classifiers.py").write_text(FUNCTIONS)
+    (tmp_path / "broken_classifiers.py").write_text("import no_such_package_at_all\n")
+    (tmp_path / "unparsable_classifiers.py").write_text("def load(:\n")
+    monkeypatch.chdir(tmp_path)
+    yield "user_classifiers"
+    sys.modules.pop("user_classifiers", None)
+
+
+def test_a_function_returns_the_classifier_and_its_classes(user_module):
+    path = list(sys.path)
+    net, classes = classifier_from_function(f"{user_module}:load_pair")
+    assert isinstance(net, torch.nn.Flatten) and classes == 12 and not net.training and sys.path == path
+    net, classes = classifier_from_function(f"{user_module}:load_module")
+    assert classes == 4 and net(torch.rand(2, 3, 5, 5)).shape == (2, 4)
+    assert classifier_from_function(f"{user_module}:Net")[1] == 4  # a class is a function that returns a module
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("user_classifiers", "give 'module:function'"),
+        (":load_pair", "give 'module:function'"),
+        ("user_classifiers:", "give 'module:function'"),
+        ("user_clasifiers:load_pair", "cannot import 'user_clasifiers' (ModuleNotFoundError: No module named"),
+        ("user_clasifiers:load_pair", "add that folder to PYTHONPATH"),
+        ("user_classifiers.part:load", "cannot import 'user_classifiers.part' (ModuleNotFoundError: "),
+        ("..user_classifiers:load", "cannot import '..user_classifiers' (TypeError: "),
+        ("broken_classifiers:load", "(ModuleNotFoundError: No module named 'no_such_package_at_all')."),
+        ("unparsable_classifiers:load", "cannot import 'unparsable_classifiers' (SyntaxError: "),
+        ("user_classifiers:load_pairs", "has no 'load_pairs'. Near: 'load_pair'"),
+        ("user_classifiers:threshold", "'threshold' is float, not a function"),
+        ("user_classifiers:load_with_error", "the function failed (RuntimeError: no weights here)."),
+        ("user_classifiers:load_with_exit", "the function failed (SystemExit: 3)."),
+        ("user_classifiers:load_with_argument", "the function failed (TypeError: load_with_argument() missing 1"),
+        ("user_classifiers:load_nothing", "the function returned NoneType; need (nn.Module, number of classes)"),
+        ("user_classifiers:load_triple", "the function returned Net, int, str; need"),
+        ("user_classifiers:load_without_number", "Flatten came with None as its number of classes"),
+        ("user_classifiers:load_text_number", "Net came with '4' as its number of classes"),
+        ("user_classifiers:load_boolean", "Net came with True as its number of classes"),
+        ("user_classifiers:load_single_class", "Net came with 1 as its number of classes"),
+    ],
+)
+def test_every_failure_of_a_function_is_one_line(user_module, name, words):
+    with pytest.raises(UserError) as caught:
+        classifier_from_function(name)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"model '{name}': ")

@@ -9,12 +9,12 @@ from vismt.robustness.conditions import (
     AttackConfig,
     CorruptionConfig,
     check_conditions,
+    condition_of,
     conditions,
-    corruption,
-    summary,
 )
 from vismt.robustness.corruptions import CORRUPTIONS, CorruptionSpec
-from vismt.robustness.transfer import Source, Transfer
+from vismt.robustness.transfer import Transfer, TransferSource
+from vismt.stats import Condition
 
 PGD = "PGD-10 linf 4.5/255"
 
@@ -26,11 +26,11 @@ def test_all_is_fifteen_by_five():
 
 
 def test_attacks_come_first_and_share_their_sources():
-    made = []
+    names = []
 
     def source(name):
-        made.append(name)
-        return Source(name, None, f"of {name}")
+        names.append(name)
+        return TransferSource(name, None, f"of {name}")
 
     attacks = [
         AttackConfig(),
@@ -38,15 +38,15 @@ def test_attacks_come_first_and_share_their_sources():
         AttackConfig("fgsm", source="frozen"),
         AttackConfig(source="clean"),
     ]
-    found = conditions(attacks, [CorruptionConfig("snow", [2])], source)
-    assert [one.describe(5) for one in found] == [
+    specs = conditions(attacks, [CorruptionConfig("snow", [2])], source)
+    assert [spec.describe(5) for spec in specs] == [
         PGD,
         f"{PGD} from frozen",
         "FGSM linf 4.5/255 from frozen",
         f"{PGD} from clean",
         "snow 2",
     ]
-    assert made == ["frozen", "clean"] and isinstance(found[1], Transfer) and found[1].source is found[2].source
+    assert names == ["frozen", "clean"] and isinstance(specs[1], Transfer) and specs[1].source is specs[2].source
 
 
 @pytest.mark.parametrize(
@@ -96,13 +96,21 @@ def test_a_source_needs_not_be_evaluated():
     check(config({"models": ["frozen"], "attacks": [{"source": "frozen"}]}, train=None))
 
 
-def test_which_conditions_are_corruptions():
-    assert corruption("glass_blur 4") == ("glass_blur", 4)
-    assert [corruption(text) for text in ("clean", PGD, "fog 6", "fog 3 from frozen", "a fog 3")] == [None] * 5
+def test_conditions_know_their_label_and_kind():
+    attack, fog = AttackConfig().spec(), CorruptionSpec("fog", 3)
+    transfer = Transfer(attack, TransferSource("frozen", None, "a"))
+    assert [condition.label for condition in (attack, transfer, fog)] == [PGD, f"{PGD} from frozen", "fog 3"]
+    assert [condition.kind for condition in (attack, transfer, fog)] == ["attack", "attack", "corruption"]
+    assert (fog.name, fog.severity) == ("fog", 3) and set(fog.settings()) == {"name", "severity", "seed"}
 
 
-def test_the_console_tells_many_corruptions_by_their_mean():
-    few = [("clean", 0.5, 0.1), ("fog 1", 0.4, 0.1)]
-    assert summary(few) == "clean 50.0 ± 10.0   fog 1 40.0 ± 10.0"
-    many = [("clean", 0.5, 0.1), *((f"snow {severity}", 0.1 * severity, 0.1) for severity in (1, 2, 3, 4, 5))]
-    assert summary(many) == "clean 50.0 ± 10.0   mean of 5 corruptions 30.0"
+def test_a_score_is_filed_under_family_and_level():
+    attack = AttackConfig(epsilon="8/255").spec()
+    transfer = Transfer(attack, TransferSource("frozen", None, "a"))
+    assert condition_of(attack) == Condition("PGD-10 linf 8/255", "attack", "PGD linf", 8 / 255)
+    assert condition_of(transfer) == Condition(
+        "PGD-10 linf 8/255 from frozen", "attack", "PGD linf from frozen", 8 / 255
+    )
+    assert condition_of(CorruptionSpec("fog", 3)) == Condition("fog 3", "corruption", "fog", 3.0)
+    auto = AttackConfig("autoattack").spec()
+    assert condition_of(auto, 3).label == "AutoAttack (APGD-CE+FAB+Square) linf 4.5/255"

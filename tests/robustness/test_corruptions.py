@@ -1,4 +1,4 @@
-"""Corruptions: published numbers where they can be checked, determinism, any size, and severity that means something."""
+"""Corruptions: published numbers, determinism, any size, and the effect of the severity."""
 
 from itertools import pairwise
 
@@ -31,9 +31,9 @@ def test_contract(name):
         images = picture(*size).expand(2, -1, -1, -1)
         kept = images.clone()
         for severity in (1, 3, 5):
-            found = corrupt(images, name, severity, seed=4)
-            assert found.shape == images.shape and found.dtype == images.dtype
-            assert bool(found.isfinite().all()) and found.min() >= 0 and found.max() <= 1
+            corrupted = corrupt(images, name, severity, seed=4)
+            assert corrupted.shape == images.shape and corrupted.dtype == images.dtype
+            assert bool(corrupted.isfinite().all()) and corrupted.min() >= 0 and corrupted.max() <= 1
         assert torch.equal(images, kept)
 
 
@@ -42,15 +42,15 @@ def test_deterministic_in_seed_and_position_only(name):
     images = torch.rand(3, 3, 24, 24, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(3)
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    found = corrupt(images, name, 4, seed=7)
+    corrupted = corrupt(images, name, 4, seed=7)
     np.testing.assert_array_equal(numpy_state, np.random.get_state()[1])
     assert torch.equal(state, torch.get_rng_state())
-    assert torch.equal(found, corrupt(images, name, 4, seed=7))
-    assert torch.equal(found[:2], corrupt(images[:2], name, 4, seed=7))
+    assert torch.equal(corrupted, corrupt(images, name, 4, seed=7))
+    assert torch.equal(corrupted[:2], corrupt(images[:2], name, 4, seed=7))
     fixed = {"defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression"}
     twins = corrupt(images[:1].expand(2, -1, -1, -1), name, 4, seed=7)
     assert torch.equal(twins[0], twins[1]) == (name in fixed)
-    assert torch.equal(found, corrupt(images, name, 4, seed=8)) == (name in fixed)
+    assert torch.equal(corrupted, corrupt(images, name, 4, seed=8)) == (name in fixed)
 
 
 @pytest.mark.parametrize("name", sorted(set(CORRUPTIONS) - {"elastic_transform", "glass_blur", "frost"}))
@@ -73,11 +73,11 @@ def test_shot_noise_is_poisson():
 
 
 def test_impulse_noise_hits_the_published_share():
-    found = corrupt(torch.full((1, 3, 200, 200), 0.5), "impulse_noise", 5)
-    assert float((found != 0.5).double().mean()) == pytest.approx(0.27, abs=0.01)
-    assert float((found == 1).double().mean()) == pytest.approx(0.135, abs=0.01)
-    # Each channel on its own, not whole pixels.
-    assert not torch.equal(found[:, 0] == 0.5, found[:, 1] == 0.5)
+    corrupted = corrupt(torch.full((1, 3, 200, 200), 0.5), "impulse_noise", 5)
+    assert float((corrupted != 0.5).double().mean()) == pytest.approx(0.27, abs=0.01)
+    assert float((corrupted == 1).double().mean()) == pytest.approx(0.135, abs=0.01)
+    # Each channel separately, not whole pixels.
+    assert not torch.equal(corrupted[:, 0] == 0.5, corrupted[:, 1] == 0.5)
 
 
 def test_contrast_and_brightness_by_hand():
@@ -86,8 +86,10 @@ def test_contrast_and_brightness_by_hand():
     assert corrupt(images, "contrast", 4)[0, 0, 0].tolist() == pytest.approx([0.38, 0.42])
     # V = 0.5 -> 0.8 at severity 3, so (0.5, 0.25, 0.1) -> times 1.6; black turns grey 0.3
     colour = torch.tensor([[0.5, 0.25, 0.1], [0, 0, 0]]).T.reshape(1, 3, 1, 2).repeat(1, 1, 4, 1)
-    found = corrupt(colour, "brightness", 3)[0, :, 0]
-    assert found[:, 0].tolist() == pytest.approx([0.8, 0.4, 0.16]) and found[:, 1].tolist() == pytest.approx([0.3] * 3)
+    corrupted = corrupt(colour, "brightness", 3)[0, :, 0]
+    assert corrupted[:, 0].tolist() == pytest.approx([0.8, 0.4, 0.16]) and corrupted[:, 1].tolist() == pytest.approx(
+        [0.3] * 3
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,18 +105,18 @@ def test_blur_spreads_a_point_over_the_scaled_disk():
     image[..., 112, 112] = 1.0
     for side, radius in ((225, 10), (113, 5)):
         start = (225 - side) // 2
-        found = corrupt(image[..., start : start + side, start : start + side], "defocus_blur", 5)[0, 0]
-        reach = (found > 1e-4).nonzero() - side // 2
+        corrupted = corrupt(image[..., start : start + side, start : start + side], "defocus_blur", 5)[0, 0]
+        reach = (corrupted > 1e-4).nonzero() - side // 2
         # disk of radius 10 at 224 pixels, half of that at 112; two pixels for the soft edge
         assert radius <= float(reach.double().norm(dim=1).max()) <= radius + 2.5
-        assert float(found.sum()) == pytest.approx(1, abs=0.01)
+        assert float(corrupted.sum()) == pytest.approx(1, abs=0.01)
 
 
 def test_motion_blur_is_a_line():
     image = torch.zeros(1, 3, 225, 225)
     image[..., 112, 112] = 1.0
-    found = corrupt(image, "motion_blur", 3)[0, 0]
-    rows, columns = (found > 1e-3).nonzero().T - 112
+    corrupted = corrupt(image, "motion_blur", 3)[0, 0]
+    rows, columns = (corrupted > 1e-3).nonzero().T - 112
     # 30 pixels to one side at an angle within 45 degrees: wider than high, never to the left.
     assert columns.min() >= -1 and 10 < columns.max() <= 31 and rows.abs().max() <= columns.max()
 
@@ -129,8 +131,8 @@ def test_spec_is_a_condition():
     spec = CorruptionSpec("fog", 2)
     images = picture()
     assert spec.describe() == "fog 2" and spec.settings() == {"name": "fog", "severity": 2, "seed": 0}
-    found = spec.perturb(None, images, torch.tensor([0]), num_classes=2, seed=5)
-    assert torch.equal(found, corrupt(images, "fog", 2, seed=5))
+    corrupted = spec.perturb(None, images, torch.tensor([0]), num_classes=2, seed=5)
+    assert torch.equal(corrupted, corrupt(images, "fog", 2, seed=5))
 
 
 def test_errors():

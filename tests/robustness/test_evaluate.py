@@ -9,7 +9,9 @@ from torch import nn
 from vismt.errors import UserError
 from vismt.robustness.attacks import AttackSpec
 from vismt.robustness.corruptions import CorruptionSpec
-from vismt.robustness.evaluate import check_masking, evaluate_classifier, summarise, wilson
+from vismt.robustness.evaluate import evaluate_classifier, summarise
+from vismt.robustness.masking import check_masking
+from vismt.stats import wilson
 
 PGD = AttackSpec(epsilon=8 / 255, step_size=2 / 255, steps=20)  # enough steps to reach the boundary from any start
 
@@ -29,7 +31,7 @@ class Linear(nn.Module):
 
 
 class Rounded(Linear):
-    """The same through 16 grey values: no gradient, so an attack by gradient finds nothing."""
+    """The same function of 16 grey values, with a gradient of zero, so gradient attacks have no effect."""
 
     def forward(self, images):
         return super().forward((images * 15).round() / 15)
@@ -127,7 +129,7 @@ def test_foreign_records_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "classes", "message"),
+    ("data", "classes", "message"),
     [
         ([], 3, "no example"),
         ([(torch.rand(2, 3, 4, 4), torch.tensor([0, 3]))], 3, "labels 0 to 3 for 3 classes"),
@@ -138,13 +140,13 @@ def test_foreign_records_are_refused(tmp_path):
         ([(torch.rand(2, 3, 4, 4) * 255, torch.tensor([0, 1]))], 3, r"need \[0, 1\]"),
     ],
 )
-def test_errors(given, classes, message):
+def test_errors(data, classes, message):
     with pytest.raises(UserError, match=message):
-        evaluate_classifier(Linear(), given, [PGD], num_classes=classes)
+        evaluate_classifier(Linear(), data, [PGD], num_classes=classes)
 
 
 def test_equal_attacks_are_refused():
-    with pytest.raises(UserError, match="called alike"):
+    with pytest.raises(UserError, match="two conditions have the same text"):
         evaluate_classifier(Linear(), batches(), [PGD, PGD], num_classes=3)
 
 

@@ -1,11 +1,11 @@
-"""The check by growing radii: numbers by hand, an honest model that passes and a blind one that does not."""
+"""The check by growing radii: numbers by hand, a smooth model that passes and a quantised model that fails."""
 
 import pytest
 import torch
 from torch import nn
 
 from vismt.metatune import EpisodeSampler, ProtoNet
-from vismt.robustness.masking import RADII, check_episodes, judge
+from vismt.robustness.masking import RADII, check_episodes, judge_curve
 
 LABELS = torch.arange(5).repeat_interleave(12)
 
@@ -20,7 +20,7 @@ class Mean(nn.Module):
 
 
 class Rounded(Mean):
-    """The same through a few grey values: its gradient is zero almost everywhere."""
+    """The same function of a few grey values, with a gradient of zero almost everywhere."""
 
     def forward(self, images):
         return super().forward((images * 4).round() / 4)
@@ -42,16 +42,16 @@ def check(backbone, **options):
 
 
 def test_an_honest_model_passes():
-    found = check(Mean())
-    assert found.epsilons == RADII and found.n == 4 and found.chance == pytest.approx(0.2)
-    assert found.accuracies[0] > 0.7 and found.accuracies[-1] <= 0.2 and found.passed and found.verdict() == "pass"
+    result = check(Mean())
+    assert result.epsilons == RADII and result.n == 4 and result.chance == pytest.approx(0.2)
+    assert result.accuracies[0] > 0.7 and result.accuracies[-1] <= 0.2 and result.passed and result.verdict() == "pass"
 
 
 def test_masked_gradients_fail_although_the_function_is_nearly_the_same():
-    found = check(Rounded())
-    assert not found.reaches_chance and not found.passed
-    last = f"still {100 * found.accuracies[-1]:.1f} % at 64/255, chance is 20.0 %"
-    assert found.verdict().startswith("FAIL: ") and last in found.verdict()
+    result = check(Rounded())
+    assert not result.reaches_chance and not result.passed
+    last = f"still {100 * result.accuracies[-1]:.1f} % at 64/255, chance is 20.0 %"
+    assert result.verdict().startswith("FAIL: ") and last in result.verdict()
 
 
 def test_it_resumes(tmp_path):
@@ -67,17 +67,17 @@ def curve(*columns):
 
 def test_a_rise_counts_when_it_is_more_than_noise():
     # every episode rises by 0.1: no width, more than the slack
-    steady = judge(curve([0.5, 0.5, 0.5], [0.6, 0.6, 0.6], [0.0, 0.0, 0.0]), 0.2)
+    steady = judge_curve(curve([0.5, 0.5, 0.5], [0.6, 0.6, 0.6], [0.0, 0.0, 0.0]), 0.2)
     assert not steady.monotone and steady.reaches_chance
     assert steady.verdict() == "FAIL: rises from 50.0 % at 0/255 to 60.0 % at 1/255"
     # rises of 0.3, -0.1, 0.1: the same mean 0.1 with a half width of 1.96 * 0.2 / sqrt(3) = 0.226
-    noisy = judge(curve([0.5, 0.5, 0.5], [0.8, 0.4, 0.6], [0.0, 0.0, 0.0]), 0.2)
+    noisy = judge_curve(curve([0.5, 0.5, 0.5], [0.8, 0.4, 0.6], [0.0, 0.0, 0.0]), 0.2)
     assert noisy.monotone and noisy.passed
-    assert judge(curve([0.5, 0.5], [0.51, 0.51], [0.0, 0.0]), 0.2).monotone  # within the slack
+    assert judge_curve(curve([0.5, 0.5], [0.51, 0.51], [0.0, 0.0]), 0.2).monotone  # within the slack
 
 
 def test_the_end_must_reach_chance():
     # 0.25 without width is above 0.2; 0.1 and 0.4 have the mean 0.25 and a half width of 0.29
-    assert not judge(curve([0.9, 0.9], [0.8, 0.8], [0.25, 0.25]), 0.2).reaches_chance
-    assert judge(curve([0.9, 0.9], [0.8, 0.8], [0.1, 0.4]), 0.2).reaches_chance
-    assert judge(curve([0.9, 0.9], [0.8, 0.8], [0.0, 0.0]), 0.2).passed
+    assert not judge_curve(curve([0.9, 0.9], [0.8, 0.8], [0.25, 0.25]), 0.2).reaches_chance
+    assert judge_curve(curve([0.9, 0.9], [0.8, 0.8], [0.1, 0.4]), 0.2).reaches_chance
+    assert judge_curve(curve([0.9, 0.9], [0.8, 0.8], [0.0, 0.0]), 0.2).passed

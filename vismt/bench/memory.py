@@ -1,14 +1,14 @@
-"""`vismt bench memory`: what one training step holds in memory, measured and by formula, for each way to train one model.
+"""`vismt bench memory`: the memory of a training step, measured and by formula, for several methods on the same model.
 
 A random Llama of hidden 512, 8 layers, ffn 1376, vocabulary 2048, or a language model by its name; batch 4 x 256 tokens,
-fp32, AdamW, no checkpointing: full fine-tuning, LoRA r=16 on all seven linears (ours and peft's), iLoRA with the same factors
-under gates that are given, LISA with 2 layers, with and without what lies outside them, and S2FT on O and D with LoRA's
-number of parameters. A ratio is of these sizes alone:
-with longer batches activations dominate, with checkpointing they vanish.
+fp32, AdamW, no checkpointing: full fine-tuning, LoRA r=16 on all seven linears (vismt's and peft's), iLoRA with the same
+factors under fixed gates, LISA with 2 layers, with and without the parameters outside the layers, and S2FT on O and D with
+LoRA's number of parameters. A ratio holds for these sizes only: with longer batches activations dominate, with
+checkpointing they vanish.
 
-Peak is the most that is alive at once in the second step, weights included. Its formula is weights + Adam state + the larger
-of gradients (the end of the backward pass) and activations with two more tensors of the logits' size (its start: the
-cross-entropy's gradient); what the backward pass of a block makes in passing is left out.
+Peak is the largest allocation in the second step, weights included. Its formula is weights + Adam state + the larger of
+gradients (the end of the backward pass) and activations with two more tensors of the logits' size (its start: the
+cross-entropy's gradient); temporaries of a block's backward pass are left out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vismt.backbones.lm import create_lm
 from vismt.bench.timing import Timing, interleave
 from vismt.errors import UserError
 from vismt.llm import LISA, instance_gates
-from vismt.lowrank.activations import Block, Decoder, decoder_activation_bytes
+from vismt.lowrank.activations import BlockTraining, Decoder, decoder_activation_bytes
 from vismt.lowrank.memory import (
     count_parameters,
     gradient_bytes,
@@ -36,18 +36,18 @@ from vismt.lowrank.memory import (
     saved_activation_bytes,
     weight_bytes,
 )
-from vismt.registry import adapt
+from vismt.methods import adapt
 
 RANK, ACTIVE, DEPTH, BATCH, LENGTH = 16, 2, 8, 4, 256
 SIZES = Decoder(hidden=512, ffn=1376, heads=8, kv_heads=8, head_dim=64, vocabulary=2048)
-LIKE = ("llama", "qwen2")  # whose blocks the formula describes
+LIKE = ("llama", "qwen2")  # the formula describes blocks of these types
 FULL, PLAIN, GATED = "full fine-tuning", "vismt lora", "vismt ilora"
 EXPERTS = 4
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Bytes of one way to train: measured, or by formula."""
+    """Bytes of a training step, measured or by formula."""
 
     weights: int
     activations: int
@@ -57,13 +57,13 @@ class Costs:
 
     @property
     def together(self) -> int:
-        """All but the peak, as if all were there at once."""
+        """The sum of all but the peak, as if they were allocated at once."""
         return self.weights + self.activations + self.gradients + self.optimizer
 
 
 @dataclass(frozen=True)
 class MemoryResult:
-    """Measured costs, their prediction, and CPU time of a step, by variant; printing it gives the table."""
+    """Measured costs, predicted costs and CPU time of a step, by variant; `str` gives the table."""
 
     title: str
     trainable: dict[str, int]
@@ -72,14 +72,15 @@ class MemoryResult:
     timing: Timing
 
     def __str__(self) -> str:
-        told = f"{self.title}, {BATCH} x {LENGTH} tokens, fp32, AdamW; MiB, below each the formula"
-        names = ("trainable", "weights", "saved", "grads", "Adam", "peak")
-        ratios = ("saved", "sum", "peak", "step", "min..max")
-        lines = [told, f"{'':<22}" + "".join(f"{name:>{11 if name == 'trainable' else 9}}" for name in names)]
-        lines[1] += "   vs full:" + "".join(f"{name:>{11 if name == 'min..max' else 7}}" for name in ratios)
+        title = f"{self.title}, {BATCH} x {LENGTH} tokens, fp32, AdamW; MiB, below each the formula"
+        sizes = f"{'trainable':>11}" + "".join(f"{name:>9}" for name in ("weights", "saved", "grads", "Adam", "peak"))
+        ratios = "".join(f"{name:>7}" for name in ("saved", "sum", "peak", "step")) + f"{'min..max':>11}"
+        lines = [title, f"{'':<22}{sizes}   vs full:{ratios}"]
         full = self.measured[FULL]
-        gated, plain = (next(name for name in self.measured if name.startswith(start)) for start in (GATED, PLAIN))
-        ratio = self.timing.ratio(gated, plain)
+        gated = next(name for name in self.measured if name.startswith(GATED))
+        plain = next(name for name in self.measured if name.startswith(PLAIN))
+        median, low, high = self.timing.ratio(gated, plain)
+        target = f"step of {gated} / {plain}: {median:.3f} ({low:.2f}..{high:.2f}), target at most 1.05"
         for name, costs in self.measured.items():
             median, low, high = self.timing.ratio(name, FULL)
             shares = (
@@ -94,23 +95,25 @@ class MemoryResult:
                 + f"{f'{low:.2f}..{high:.2f}':>11}"
             )
             lines.append(f"{'':<33}{_row(self.predicted[name])}")
-        lines.append(f"step of {gated} / {plain}: {ratio[0]:.3f} ({ratio[1]:.2f}..{ratio[2]:.2f}), target at most 1.05")
-        return "\n".join(lines)
+        return "\n".join([*lines, target])
 
 
 @dataclass
 class Variant:
-    """One way to train: the model, its optimiser, and how its blocks and the rest train, for the formula."""
+    """A model, its optimiser, and how its blocks and the rest train, for the formula."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    blocks: list[Block]
+    blocks: list[BlockTraining]
     outside: tuple[bool, bool, bool] = (False, False, False)  # embeddings, final norm, head
     gates: Tensor | None = None  # (BATCH, EXPERTS)
 
 
 def run(rounds: int = 9, device: str = "cpu", name: str | None = None) -> list[MemoryResult]:
-    """Measure every variant on the same model and batch. name: of a language model (see create_lm), None for the random Llama."""
+    """Measure every variant on the same model and batch.
+
+    name: of a language model (see create_lm), None for the random Llama.
+    """
     where = torch.device(device)
     model = (_llama() if name is None else _named(name)).to(where).train()
     sizes, depth = _sizes(model.config), model.config.num_hidden_layers
@@ -123,15 +126,14 @@ def run(rounds: int = 9, device: str = "cpu", name: str | None = None) -> list[M
         measured[label] = _measure(variant, tokens)
         steps[label] = _step(variant, tokens)
     title = f"{name or 'Llama'} {sizes.hidden} x {depth}"
-    return [
-        MemoryResult(title, trainable, measured, predicted, interleave(steps, rounds, label="memory", device=where))
-    ]
+    timing = interleave(steps, rounds, label="memory", device=where)
+    return [MemoryResult(title, trainable, measured, predicted, timing)]
 
 
 def _measure(variant: Variant, tokens: Tensor) -> Costs:
     step = _step(variant, tokens)
     activations = saved_activation_bytes(variant.model, lambda: _loss(variant, tokens))
-    peak = peak_bytes(step)  # the optimiser's state comes to be in the first of its two steps
+    peak = peak_bytes(step)  # the first of its two steps creates the optimiser's state
     _loss(variant, tokens).backward()
     gradients = gradient_bytes(variant.model)
     variant.optimizer.zero_grad()
@@ -141,10 +143,8 @@ def _measure(variant: Variant, tokens: Tensor) -> Costs:
 
 def _predict(variant: Variant, sizes: Decoder) -> Costs:
     trained = [parameter for parameter in variant.model.parameters() if parameter.requires_grad]
-    weights, gradients = (
-        weight_bytes(variant.model),
-        sum(parameter.numel() * parameter.element_size() for parameter in trained),
-    )
+    weights = weight_bytes(variant.model)
+    gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     embeddings, norm, head = variant.outside
     activations = decoder_activation_bytes(
         sizes, BATCH, LENGTH, variant.blocks, embeddings=embeddings, norm=norm, head=head
@@ -155,37 +155,34 @@ def _predict(variant: Variant, sizes: Decoder) -> Costs:
 
 
 def _variants(model: nn.Module, sizes: Decoder, depth: int) -> dict[str, Variant]:
-    """Every variant on a copy of the model, the full one on the model itself."""
+    """Return every variant on a copy of the model, full fine-tuning on the model itself."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise UserError('bench memory compares with peft, which is not installed: pip install "vismt[llm]".') from error
-    ours, gated, sliced = (copy.deepcopy(model) for _ in range(3))
+    plain, gated, sliced = (copy.deepcopy(model) for _ in range(3))
     adapt(gated, "ilora", rank=RANK, n_experts=EXPERTS, gate=None)
     gates = torch.rand(BATCH, EXPERTS, generator=torch.Generator().manual_seed(0)).softmax(1)
     gates = gates.to(next(model.parameters()).device)
-    sites = adapt(ours, "lora", rank=RANK).sites
-    theirs = get_peft_model(
-        copy.deepcopy(model), LoraConfig(r=RANK, lora_alpha=RANK, target_modules=[s.path for s in sites])
-    )
-    heads, channels = _units(sizes, count_parameters(ours)[0] // depth)
+    paths = [site.path for site in adapt(plain, "lora", rank=RANK).sites]
+    peft = get_peft_model(copy.deepcopy(model), LoraConfig(r=RANK, lora_alpha=RANK, target_modules=paths))
+    heads, channels = _units(sizes, count_parameters(plain)[0] // depth)
     adapt(sliced, "s2ft", ratio={"o": heads / sizes.heads, "d": channels / sizes.ffn}, parts=("o", "d"))
-    lora = [Block("lora", RANK)] * depth
+    lora = [BlockTraining("lora", RANK)] * depth
+    slices = [BlockTraining("sliced", sliced=(heads * sizes.head_dim, channels))] * depth
     return {
-        FULL: Variant(model, _adamw(model), [Block("trained")] * depth, (True, True, True)),
-        f"{PLAIN} r={RANK}": Variant(ours, _adamw(ours), lora),
-        f"peft lora r={RANK}": Variant(theirs, _adamw(theirs), lora),
+        FULL: Variant(model, _adamw(model), [BlockTraining("trained")] * depth, (True, True, True)),
+        f"{PLAIN} r={RANK}": Variant(plain, _adamw(plain), lora),
+        f"peft lora r={RANK}": Variant(peft, _adamw(peft), lora),
         f"{GATED} r={RANK}": Variant(gated, _adamw(gated), lora, gates=gates),
         f"LISA {ACTIVE} of {depth}": _lisa(copy.deepcopy(model), True),
         f"LISA {ACTIVE} of {depth} alone": _lisa(copy.deepcopy(model), False),
-        "S2FT O and D": Variant(
-            sliced, _adamw(sliced), [Block("sliced", sliced=(heads * sizes.head_dim, channels))] * depth
-        ),
+        "S2FT O and D": Variant(sliced, _adamw(sliced), slices),
     }
 
 
 def _units(sizes: Decoder, budget: int) -> tuple[int, int]:
-    """Heads of O and channels of D, in each block, that have about `budget` parameters, a fifth of them in O."""
+    """Return the heads of O and channels of D in a block that have about `budget` parameters, a fifth of them in O."""
     head = sizes.head_dim * sizes.hidden
     heads = max(1, round(0.2 * budget / head))
     return heads, max(1, round((budget - heads * head) / sizes.hidden))
@@ -195,9 +192,8 @@ def _lisa(model: nn.Module, outside: bool) -> Variant:
     optimizer = _adamw(model)
     kept = () if outside else ("lm_head", "model.norm")
     lisa = LISA(model, optimizer, active=ACTIVE, train_embeddings=outside, exclude=kept)
-    blocks = [
-        Block("trained" if layer in lisa.active_layers else "frozen") for layer in range(model.config.num_hidden_layers)
-    ]
+    layers = range(model.config.num_hidden_layers)
+    blocks = [BlockTraining("trained" if layer in lisa.active_layers else "frozen") for layer in layers]
     return Variant(model, optimizer, blocks, (outside, outside, outside))
 
 
@@ -240,7 +236,7 @@ def _named(name: str) -> nn.Module:
     model = create_lm(name, dtype=torch.float32)[0]
     if model.config.model_type not in LIKE:
         raise UserError(
-            f"bench memory: '{name}' is of type {model.config.model_type}; the formula is of {' and '.join(LIKE)}."
+            f"bench memory: '{name}' is of type {model.config.model_type}; the formula is for {' and '.join(LIKE)}."
         )
     return model
 

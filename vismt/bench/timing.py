@@ -1,6 +1,6 @@
-"""Interleaved timing: every candidate once a round, in rotating order, and ratios taken inside a round.
+"""Interleaved timing: every candidate once a round, in rotating order, and ratios within a round.
 
-CPU time of the process on one intra-op thread is the clock on a CPU (a busy neighbour does not enter it); with CUDA the
+The clock is the CPU time of the process on one intra-op thread, which other processes do not add to; with CUDA it is the
 wall clock around a synchronised call.
 """
 
@@ -24,14 +24,14 @@ class Timing:
     seconds: dict[str, list[float]]
 
     def ratio(self, name: str, base: str) -> tuple[float, float, float]:
-        """Median, smallest and largest ratio of `name` to `base`, taken round by round."""
+        """Return the median, smallest and largest ratio of `name` to `base` over the rounds."""
         ratios = [a / b for a, b in zip(self.seconds[name], self.seconds[base])]
         return statistics.median(ratios), min(ratios), max(ratios)
 
 
 @dataclass(frozen=True)
 class Ratios:
-    """Timing of several candidates; printing it gives the table. targets: (ours, theirs, the largest ratio that is meant)."""
+    """Timing of several candidates; `str` gives the table. targets: (candidate, base, largest ratio to reach)."""
 
     title: str
     timing: Timing
@@ -39,10 +39,10 @@ class Ratios:
 
     def __str__(self) -> str:
         lines = [self.title, f"{'':<22}{'CPU seconds':>12}"]
-        lines += [f"{name:<22}{statistics.median(spent):>12.4f}" for name, spent in self.timing.seconds.items()]
-        for ours, theirs, target in self.targets:
-            median, low, high = self.timing.ratio(ours, theirs)
-            lines.append(f"{ours} / {theirs}: {median:.3f} ({low:.3f}..{high:.3f}), target at most {target:.2f}")
+        lines += [f"{name:<22}{statistics.median(rounds):>12.4f}" for name, rounds in self.timing.seconds.items()]
+        for name, base, target in self.targets:
+            median, low, high = self.timing.ratio(name, base)
+            lines.append(f"{name} / {base}: {median:.3f} ({low:.3f}..{high:.3f}), target at most {target:.2f}")
         return "\n".join(lines)
 
 
@@ -54,7 +54,7 @@ def interleave(
     device: torch.device | None = None,
     warmup: int = 1,
 ) -> Timing:
-    """Time every candidate `rounds` times after `warmup` uncounted rounds."""
+    """Time every candidate `rounds` times after `warmup` rounds that are not counted."""
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with one_thread():

@@ -1,8 +1,8 @@
 """Part of `vismt bench lowrank`: sums of adapters against peft's, and the landing field against its n x n form.
 
 Sums: three LoRA adapters (r=16, random factors) on every linear of two blocks of a ViT-S, added by QR and a small SVD here,
-by an SVD of each dense sum in peft (`add_weighted_adapter` with "svd"); both keep rank 16. Landing: the field of one factor
-of n = 4096, r = 16, and the same value with the n x n skew matrix that PoLAR's released code builds, in our own words.
+by an SVD of each dense sum in peft (`add_weighted_adapter` with "svd"); both keep rank 16. Landing: the field of a factor
+of n = 4096, r = 16, and the same value with the n x n skew matrix that PoLAR's released code builds, reimplemented here.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ Sum = Callable[[], dict[str, LowRank]]
 
 
 def sums(peft: Any, rounds: int, device: torch.device) -> Ratios:
-    """Times of adding three adapters. peft: the package."""
+    """Time the sum of three adapters. peft: the package."""
     import timm
 
     torch.manual_seed(0)
     model = timm.create_model("vit_small_patch16_224", depth=2, num_classes=0).to(device)
-    ours, theirs = summed(peft, model, RANK)
-    timing = interleave({SUM: ours, PEFT_SUM: theirs}, rounds, label="sums of adapters", device=device)
+    vismt_sum, peft_sum = summed(peft, model, RANK)
+    timing = interleave({SUM: vismt_sum, PEFT_SUM: peft_sum}, rounds, label="sums of adapters", device=device)
     return Ratios(f"three adapters of rank {RANK} on two blocks of a ViT-S", timing, [(SUM, PEFT_SUM, 0.1)])
 
 
 def summed(peft: Any, model: nn.Module, rank: int) -> tuple[Sum, Sum]:
-    """The same sum of three random adapters of every linear, by us and by peft: the update by path."""
+    """Return the sum of three random adapters of every linear, in vismt and in peft: a call that returns updates by path."""
     shapes = {path: tuple(module.weight.shape) for path, module in find_targets(model, None)[0].items()}
     device = next(model.parameters()).device
     names = [f"adapter {number}" for number in range(len(WEIGHTS))]
@@ -50,32 +50,33 @@ def summed(peft: Any, model: nn.Module, rank: int) -> tuple[Sum, Sum]:
     generator = torch.Generator().manual_seed(0)
     adapters: dict[str, list[LowRank]] = {}
     for path, (out_features, in_features) in shapes.items():
-        host = net.base_model.model.get_submodule(path)
+        layer = net.base_model.model.get_submodule(path)
         for name in names:
-            left, right = (
-                torch.randn(*shape, generator=generator) for shape in ((out_features, rank), (rank, in_features))
-            )
-            host.lora_B[name].weight.data, host.lora_A[name].weight.data = left.to(device), right.to(device)
+            left = torch.randn(out_features, rank, generator=generator)
+            right = torch.randn(rank, in_features, generator=generator)
+            layer.lora_B[name].weight.data = left.to(device)
+            layer.lora_A[name].weight.data = right.to(device)
             adapters.setdefault(path, []).append(LowRank(left.to(device), right.to(device)))
 
-    def ours() -> dict[str, LowRank]:
-        return {path: combine(own, WEIGHTS, "svd", rank) for path, own in adapters.items()}
+    def vismt_sum() -> dict[str, LowRank]:
+        return {path: combine(factors, WEIGHTS, "svd", rank) for path, factors in adapters.items()}
 
     @torch.no_grad()
-    def theirs() -> dict[str, LowRank]:
+    def peft_sum() -> dict[str, LowRank]:
         net.add_weighted_adapter(names, list(WEIGHTS), "sum", combination_type="svd", svd_rank=rank)
-        found = {}
+        summed_factors = {}
         for path in adapters:
-            host = net.base_model.model.get_submodule(path)
-            found[path] = LowRank(host.lora_B["sum"].weight, host.lora_A["sum"].weight, scale=host.scaling["sum"])
+            layer = net.base_model.model.get_submodule(path)
+            B, A = layer.lora_B["sum"].weight, layer.lora_A["sum"].weight
+            summed_factors[path] = LowRank(B, A, scale=layer.scaling["sum"])
         net.delete_adapter("sum")
-        return found
+        return summed_factors
 
-    return ours, theirs
+    return vismt_sum, peft_sum
 
 
 def landing(rounds: int, device: torch.device) -> Ratios:
-    """Times of the landing field of one factor."""
+    """Time the landing field of a factor."""
     generator = torch.Generator().manual_seed(0)
     z = torch.linalg.qr(torch.randn(TALL, RANK, generator=generator))[0].to(device)
     gradient = torch.randn(TALL, RANK, generator=generator).to(device)
@@ -85,6 +86,6 @@ def landing(rounds: int, device: torch.device) -> Ratios:
 
 
 def by_square(z: Tensor, gradient: Tensor) -> Tensor:
-    """The landing field with its n x n matrix."""
+    """Return the landing field, computed with its n x n matrix."""
     skew = gradient @ z.mT - z @ gradient.mT
     return skew @ z + ATTRACTION * z @ (z.mT @ z - torch.eye(z.shape[1], device=z.device))

@@ -5,23 +5,66 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vismt.data.cards import Card
+from vismt.data.image_source import ImageSource, LoadedImages
 from vismt.data.manifest import digest
-from vismt.data.source_types import ArraysSource
-from vismt.data.sources import Loaded, fix, shown_path, verify_classes, verify_counts
+from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
+from vismt.data.sources import fix, shown_path, verify_classes, verify_counts
 from vismt.errors import UserError
+from vismt.typed_yaml import RelativePath
 
 
-def files(source: ArraysSource, base: Path) -> dict[str, list[tuple[str, Path]]]:
-    """The one file, as the group of its own name."""
-    path = base / source.file
-    return {source.file: [(source.file, path)] if path.is_file() else []}
+@source_kind("arrays")
+@dataclass(frozen=True, kw_only=True)
+class ArraysSource(RootedSource, ImageSource):
+    """One npz file: `x_<split>`, `y_<split>`; for the single split 'all' `x`, `y`; bits of `x_packed` with `shape`; `classes`.
+
+    Attributes:
+        file: the npz file.
+        invert: whether 255 - value is the image.
+    """
+
+    file: RelativePath
+    invert: bool = False
+
+    def list_files(self, base: Path) -> Files:
+        """Return the one file."""
+        return file_groups(base, [self.file])
+
+    def load(self, card: Card, base: Path, split: str) -> LoadedImages:
+        """Return the images of `split`; grey images get three equal channels; ids are `<split>/<row>`."""
+        path = base / self.file
+        arrays, shown = _open(card, path), shown_path(path)
+        parts: dict[str, tuple[np.ndarray, list[int]]] = {}
+        for name in self.wanted(split):
+            suffix = "" if name == "all" else f"_{name}"
+            images = _images(arrays, f"x{suffix}", shown)
+            parts[name] = images, _labels(arrays, f"y{suffix}", len(images), shown)
+        verify_counts(card, self, base, {name: len(images) for name, (images, _) in parts.items()})
+        labels = [label for _, part in parts.values() for label in part]
+        classes = [str(name) for name in arrays.get("classes", range(card.classes))]
+        verify_classes(card, self, base, len(classes))
+        if labels and not 0 <= min(labels) <= max(labels) < len(classes):
+            raise UserError(
+                f"{shown}: labels run from {min(labels)} to {max(labels)}, but there are {len(classes)} classes."
+            )
+        rows = [(images, row) for images, _ in parts.values() for row in range(len(images))]
+
+        def read(i: int) -> Tensor:
+            images, row = rows[i]
+            image = 255 - images[row] if self.invert else images[row]
+            tensor = torch.from_numpy(np.array(image))
+            return tensor.expand(3, -1, -1).contiguous() if tensor.ndim == 2 else tensor.permute(2, 0, 1).contiguous()
+
+        ids = [f"{name}/{row:06d}" for name, (images, _) in parts.items() for row in range(len(images))]
+        hashed = [(self.file, path)]
+        return LoadedImages(classes, labels, ids, read, lambda: f"{digest(hashed).sha256}:{self.invert}")
 
 
 def _open(card: Card, path: Path) -> dict[str, np.ndarray]:
@@ -56,37 +99,6 @@ def _images(arrays: Mapping[str, np.ndarray], key: str, shown: str) -> np.ndarra
 def _labels(arrays: Mapping[str, np.ndarray], key: str, n: int, shown: str) -> list[int]:
     labels = arrays.get(key)
     if labels is None or labels.shape != (n,) or labels.dtype.kind not in "iu":
-        seen = "is missing" if labels is None else f"is {labels.dtype} {labels.shape}"
-        raise UserError(f"{shown}: '{key}' {seen}, must be whole numbers of shape ({n},).")
+        state = "is missing" if labels is None else f"is {labels.dtype} {labels.shape}"
+        raise UserError(f"{shown}: '{key}' {state}, must be whole numbers of shape ({n},).")
     return [int(label) for label in labels]
-
-
-def load(card: Card, source: ArraysSource, base: Path, split: str) -> Loaded:
-    """The images of `split`; grey images get three equal channels; ids are `<split>/<row>`."""
-    path = base / source.file
-    arrays, shown = _open(card, path), shown_path(path)
-    parts: dict[str, tuple[np.ndarray, list[int]]] = {}
-    for name in source.splits if split == "all" else [split]:
-        suffix = "" if name == "all" else f"_{name}"
-        images = _images(arrays, f"x{suffix}", shown)
-        parts[name] = images, _labels(arrays, f"y{suffix}", len(images), shown)
-    verify_counts(card, source, base, {name: len(images) for name, (images, _) in parts.items()}, {})
-    labels = [label for _, part in parts.values() for label in part]
-    classes = (
-        [str(name) for name in arrays["classes"]] if "classes" in arrays else [str(k) for k in range(card.classes)]
-    )
-    verify_classes(card, source, base, len(classes))
-    if labels and not 0 <= min(labels) <= max(labels) < len(classes):
-        raise UserError(
-            f"{shown}: labels run from {min(labels)} to {max(labels)}, but there are {len(classes)} classes."
-        )
-    rows = [(images, row) for images, _ in parts.values() for row in range(len(images))]
-
-    def read(i: int) -> Tensor:
-        images, row = rows[i]
-        image = 255 - images[row] if source.invert else images[row]
-        tensor = torch.from_numpy(np.array(image))
-        return tensor.expand(3, -1, -1).contiguous() if tensor.ndim == 2 else tensor.permute(2, 0, 1).contiguous()
-
-    ids = [f"{name}/{row:06d}" for name, (images, _) in parts.items() for row in range(len(images))]
-    return Loaded(classes, labels, ids, read, lambda: f"{digest([(source.file, path)]).sha256}:{source.invert}")

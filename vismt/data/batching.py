@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,10 +13,17 @@ from vismt.seeds import mix_seed
 
 
 class Gathered:
-    """parts: one or more (store, labels int64 of its images); the images are numbered through in this order.
+    """Several stores as one: `gathered[index]` is float32 (b, 3, h, w) in [0, 1] for an int64 index (b,), b >= 1.
 
-    `gathered[index]` is float32 (b, 3, h, w) in [0, 1] for an int64 index (b,), b >= 1. labels: int64 (n,). ids: n names,
-    "store:name" each. Raises UserError for stores of different sizes.
+    Args:
+        parts: one or more (store, labels int64 of its images); the images are numbered consecutively in this order.
+
+    Attributes:
+        labels: int64 (n,).
+        ids: "store:name" of each image.
+
+    Raises:
+        UserError: stores of different image sizes.
     """
 
     def __init__(self, parts: Sequence[tuple[Pixels, Tensor]]) -> None:
@@ -34,19 +41,24 @@ class Gathered:
 
     def __getitem__(self, index: Tensor) -> Tensor:
         size = self._stores[0].size
-        found = torch.empty(len(index), 3, size, size)
+        images = torch.empty(len(index), 3, size, size)
         stores, rows = self._store[index], self._row[index]
         for number in stores.unique().tolist():
-            here = stores == number
-            found[here] = self._stores[number][rows[here]]
-        return found
+            in_store = stores == number
+            images[in_store] = self._stores[number][rows[in_store]]
+        return images
 
 
 class Passes:
-    """passes(k) -> indices (batch,), int64, of batch k: passes over `count` things, each in an order of its own.
+    """Shuffled passes over `count` examples: passes(k) -> indices (batch,), int64, of batch k.
 
-    A pass has count // batch batches; what is left over is dropped. The order of pass p is a function of (seed, p).
-    Raises UserError when there are fewer than one batch takes. unit: what messages call them.
+    A pass has count // batch batches; the remaining examples are dropped. The order of pass p is a function of (seed, p).
+
+    Args:
+        unit: what messages call the examples.
+
+    Raises:
+        UserError: fewer examples than a batch.
     """
 
     def __init__(self, count: int, batch: int, *, seed: int, unit: str = "images") -> None:
@@ -64,10 +76,13 @@ class Passes:
 
 
 class ShuffledBatches:
-    """batches(k) -> {"images" (b, 3, h, w), "labels" (b,)} of the images that Passes gives for batch k.
+    """Training batches: batches(k) -> {"images" (b, 3, h, w), "labels" (b,)} of the images that Passes gives for batch k.
 
-    The augmentation of batch k, augment(images, its seed) -> images, is a function of (seed, k).
-    Raises UserError when there are fewer images than one batch takes.
+    Args:
+        augment: augment(images, seed) -> images; the seed of batch k is a function of (seed, k).
+
+    Raises:
+        UserError: fewer images than a batch.
     """
 
     def __init__(
@@ -85,7 +100,7 @@ class ShuffledBatches:
 
 
 class InOrder:
-    """(images (b, 3, h, w), labels (b,), ids) of all images in their order; can be gone through again, and has a length."""
+    """A sequence of the batches (images (b, 3, h, w), labels (b,), ids) of all images in their order."""
 
     def __init__(self, images: Gathered, batch: int) -> None:
         self.images, self.batch = images, batch
@@ -98,3 +113,6 @@ class InOrder:
             raise IndexError(number)
         index = torch.arange(number * self.batch, min(len(self.images), (number + 1) * self.batch))
         return self.images[index], self.images.labels[index], [self.images.ids[i] for i in index.tolist()]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+        return (self[number] for number in range(len(self)))

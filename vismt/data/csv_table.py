@@ -1,27 +1,125 @@
-"""Images with their labels in a csv table: a column with the label's text, or one column a class with 0 and 1."""
+"""Images with their labels in a csv table: a column with the text of the label, or one column per class with 0 and 1."""
 
 from __future__ import annotations
 
 import csv
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from vismt.data.cards import Card
 from vismt.data.decode import decode_file
+from vismt.data.image_source import ImageSource, LoadedImages
 from vismt.data.manifest import digest
-from vismt.data.source_types import TableSource
-from vismt.data.sources import Loaded, fix, shown_path, verify_classes, verify_counts
-from vismt.data.typed_yaml import inside
+from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
+from vismt.data.sources import fix, listed, shown_path, verify_classes, verify_counts
 from vismt.errors import UserError, near
+from vismt.typed_yaml import RelativePath, relative_path
 
 
-def files(source: TableSource, base: Path) -> dict[str, list[tuple[str, Path]]]:
-    """The tables, each the group of its own name."""
-    names = dict.fromkeys(_tables(source).values())
-    return {name: [(name, base / name)] if (base / name).is_file() else [] for name in names}
+@source_kind("table")
+@dataclass(frozen=True, kw_only=True)
+class TableSource(RootedSource, ImageSource):
+    """A csv table beside folders of images.
 
+    Attributes:
+        table: one file for the one split 'all', or a file for each split.
+        folders: searched in turn for the images; may hold `*`.
+        column: column of the file names, without their `suffix` when one is given.
+        keep: the classes in order; rows with another label are left out.
+        label: column of the label's text; null when the label is the one column of `keep` that is not 0.
+        suffix: of every file name.
+        only: for a split, the rows where a column holds a text: {test: {Usage: Private}}.
+    """
 
-def _tables(source: TableSource) -> dict[str, str]:
-    return source.table if isinstance(source.table, dict) else {"all": source.table}
+    table: RelativePath | dict[str, RelativePath]
+    folders: list[RelativePath]
+    column: str
+    keep: list[str]
+    label: str | None = None
+    suffix: str = ""
+    only: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def tables(self) -> dict[str, str]:
+        """The table of each split."""
+        return self.table if isinstance(self.table, dict) else {"all": self.table}
+
+    def check(self, where: str) -> None:
+        """Raise UserError for classes that repeat, and for tables and rows of splits that there are not."""
+        super().check(where)
+        if not 0 < len(set(self.keep)) == len(self.keep):
+            raise UserError(f"{where}: 'keep' names each class once.")
+        if set(self.tables) != set(self.splits):
+            names = f"'table' is for {sorted(self.tables)}, 'splits' names {sorted(self.splits)}"
+            raise UserError(
+                f"{where}: {names}; a table has the one split 'all', or 'table' maps each split to its file."
+            )
+        unknown = next((name for name in self.only if name not in self.splits), None)
+        if unknown is not None:
+            raise UserError(f"{where}: 'only' names no split '{unknown}'.{near(unknown, self.splits)}")
+
+    def list_files(self, base: Path) -> Files:
+        """Return the tables."""
+        return file_groups(base, self.tables.values())
+
+    def load(self, card: Card, base: Path, split: str) -> LoadedImages:
+        """Return the rows of `split`, labels in the order of `keep`; ids are paths relative to `base`.
+
+        Raises:
+            UserError: a missing table, column or image, a row that marks no class or several, a name that leaves the folder
+                and a class without images.
+        """
+        parts = {name: self._read_rows(card, base, name) for name in self.wanted(split)}
+        rows = [row for part in parts.values() for row in part]
+        paths = self._find(card, base, [name for name, _ in rows])
+        labels = [self.keep.index(label) for _, label in rows]
+        verify_counts(card, self, base, {name: len(part) for name, part in parts.items()})
+        verify_classes(card, self, base, len(set(labels)))
+        ids = [path.relative_to(base).as_posix() for path in paths]
+        return LoadedImages(
+            classes=list(self.keep),
+            labels=labels,
+            ids=ids,
+            read=lambda i: decode_file(paths[i]),
+            # The labels are not in the image files, so they have to be part of what tells one content from another.
+            content=lambda: f"{digest(zip(ids, paths)).sha256}:{labels}",
+        )
+
+    def _read_rows(self, card: Card, base: Path, split: str) -> list[tuple[str, str]]:
+        """Return (file name, class) of each row of the split with one class, where the class is in `keep`."""
+        path = base / self.tables[split]
+        shown = shown_path(path)
+        only = self.only.get(split, {})
+        columns = [self.column, *([self.label] if self.label else self.keep), *only]
+        rows = []
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                table = csv.DictReader(file)
+                absent = next((name for name in columns if name not in (table.fieldnames or ())), None)
+                if absent is not None:
+                    raise UserError(f"{shown}: no column '{absent}'.{near(absent, table.fieldnames or ())}")
+                for row in table:
+                    if any(row[name] != text for name, text in only.items()):
+                        continue
+                    where = f"{shown}: line {table.line_num}"
+                    name = relative_path((row[self.column] or "") + self.suffix, where)
+                    label = row[self.label] if self.label else _one_hot(row, self.keep, where)
+                    if label in self.keep:
+                        rows.append((name, label))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{card.shown}: table '{shown}' cannot be read: {error}. {fix(card)}") from error
+        return rows
+
+    def _find(self, card: Card, base: Path, names: list[str]) -> list[Path]:
+        """Return the file of each name in the first of the folders that has it."""
+        folders = [folder for pattern in self.folders for folder in sorted(base.glob(pattern)) if folder.is_dir()]
+        paths = [next((p for folder in folders if (p := folder / name).is_file()), None) for name in names]
+        absent = [f"'{name}'" for name, path in zip(names, paths, strict=True) if path is None]
+        if absent:
+            raise UserError(
+                f"{card.shown}: {len(names) - len(absent):,} of {len(names):,} images found in {', '.join(self.folders)} under "
+                f"{shown_path(base)}; missing {listed(absent, 1)}. {fix(card)}"
+            )
+        return [path for path in paths if path is not None]
 
 
 def _one_hot(row: dict[str, str], keep: list[str], where: str) -> str:
@@ -32,65 +130,3 @@ def _one_hot(row: dict[str, str], keep: list[str], where: str) -> str:
     if len(marked) != 1:
         raise UserError(f"{where}: {len(marked)} of the columns {keep} are not 0, must be one.")
     return marked[0]
-
-
-def read_rows(card: Card, source: TableSource, base: Path, split: str) -> list[tuple[str, str]]:
-    """(file name, class) of each row of the split whose class is in `keep`; a row of several findings is in none."""
-    path = base / _tables(source)[split]
-    shown = shown_path(path)
-    only = source.only.get(split, {})
-    columns = [source.column, *([source.label] if source.label else source.keep), *only]
-    rows = []
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            table = csv.DictReader(file)
-            absent = next((name for name in columns if name not in (table.fieldnames or ())), None)
-            if absent is not None:
-                raise UserError(f"{shown}: no column '{absent}'.{near(absent, table.fieldnames or ())}")
-            for row in table:
-                if any(row[name] != text for name, text in only.items()):
-                    continue
-                where = f"{shown}: line {table.line_num}"
-                name = inside((row[source.column] or "") + source.suffix, where)
-                kind = row[source.label] if source.label else _one_hot(row, source.keep, where)
-                if kind in source.keep:
-                    rows.append((name, kind))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{card.shown}: table '{shown}' cannot be read: {error}. {fix(card)}") from error
-    return rows
-
-
-def _find(card: Card, source: TableSource, base: Path, names: list[str]) -> list[Path]:
-    """The file of each name in the first of the folders that has it."""
-    folders = [folder for pattern in source.folders for folder in sorted(base.glob(pattern)) if folder.is_dir()]
-    paths = [next((p for folder in folders if (p := folder / name).is_file()), None) for name in names]
-    absent = [name for name, path in zip(names, paths) if path is None]
-    if absent:
-        raise UserError(
-            f"{card.shown}: {len(names) - len(absent):,} of {len(names):,} images found in {', '.join(source.folders)} under "
-            f"{shown_path(base)}; missing '{absent[0]}'{' ...' if len(absent) > 1 else ''}. {fix(card)}"
-        )
-    return [path for path in paths if path is not None]
-
-
-def load(card: Card, source: TableSource, base: Path, split: str) -> Loaded:
-    """The rows of `split` ('all' = every split), labels in the order of `keep`; ids are paths relative to `base`.
-
-    Raises UserError for a missing table, column or image, a row that marks no class or several, a name that leaves the
-    folder and a class without images.
-    """
-    parts = {name: read_rows(card, source, base, name) for name in (source.splits if split == "all" else [split])}
-    rows = [row for part in parts.values() for row in part]
-    paths = _find(card, source, base, [name for name, _ in rows])
-    labels = [source.keep.index(kind) for _, kind in rows]
-    verify_counts(card, source, base, {name: len(part) for name, part in parts.items()}, {})
-    verify_classes(card, source, base, len(set(labels)))
-    ids = [path.relative_to(base).as_posix() for path in paths]
-    # The labels are not in the image files: they have to be part of what tells one content from another.
-    return Loaded(
-        list(source.keep),
-        labels,
-        ids,
-        lambda i: decode_file(paths[i]),
-        lambda: f"{digest(zip(ids, paths)).sha256}:{labels}",
-    )

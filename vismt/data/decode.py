@@ -1,4 +1,4 @@
-"""One image file to one uint8 RGB tensor, whatever its mode; a file that is no image names itself."""
+"""Decoding of image files of any mode to uint8 RGB tensors, with errors that name the file."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
 
 
 def is_image_name(path: Path) -> bool:
-    """Whether the file name says image: a known suffix and no leading dot (such as the ._x.jpg of archives)."""
+    """Return whether a file name has the suffix of an image and no leading dot (such as ._x.jpg in archives)."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def to_rgb(image: Image.Image) -> Tensor:
-    """uint8 (3, h, w) of any Pillow mode.
+    """Return an image of any Pillow mode as uint8 (3, h, w).
 
-    EXIF orientation is applied; transparency is laid over white; 16-bit grey is scaled by 1 / 257 (65535 -> 255).
-    Raises ValueError for float images, whose range is not known.
+    EXIF orientation is applied; transparency is composited over white; 16-bit grey is scaled by 1 / 257 (65535 -> 255).
+
+    Raises:
+        ValueError: a float image, whose range is unknown.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
@@ -45,7 +47,7 @@ def to_rgb(image: Image.Image) -> Tensor:
 
 
 def decode_bytes(data: bytes, shown: str) -> Tensor:
-    """uint8 (3, h, w) of an encoded image; UserError naming `shown` when it is truncated, corrupt or no image."""
+    """Return an encoded image as uint8 (3, h, w). Raises UserError, with `shown`, for data that is truncated or not an image."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return to_rgb(image)
@@ -58,12 +60,12 @@ def decode_bytes(data: bytes, shown: str) -> Tensor:
 
 
 def decode_file(path: Path) -> Tensor:
-    """uint8 (3, h, w) of an image file; UserError naming the file when it cannot be read or decoded."""
+    """Return an image file as uint8 (3, h, w). Raises UserError, with the file, when it cannot be read or decoded."""
     return decode_bytes(read_bytes(path), str(path))
 
 
 def read_bytes(path: Path) -> bytes:
-    """The file's bytes, or a UserError naming it."""
+    """Return the bytes of a file. Raises UserError, with the file, when it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:

@@ -1,22 +1,24 @@
-"""What the files of a dense set hold, and how each becomes a target of the dense sample.
+"""Forms of map files, and how each becomes a target of the dense sample.
 
-    label          class index, `first` is class 0 and `void` no class: 8-bit image or npy of whole numbers
+    label          class index, `first` is class 0 and `void` is unlabelled: 8-bit image or npy of whole numbers
     depth_mm       16-bit image of millimetres, 0 = none
     depth_512      16-bit image of 1/512 m, 65535 = none (Taskonomy)
     depth_m        npy of metres
-    inverse_depth  npy of disparities or other multiples of 1/depth, kept as they are
+    inverse_depth  npy of disparities or other multiples of 1/depth, unchanged
     normal         8-bit RGB image of (n + 1) * 127 + 1, 0 = none
     normal_255     8-bit RGB image of (n + 1) * 127.5
     edge           image, edge where above `edge_above` of the largest value its type holds; npy, where above `edge_above`
     saliency       the same with 1/2
     pascal_parts, pascal_context    MATLAB files, see pascal_context.py
 
-An npy file of normals holds the vectors (h, w, 3) themselves, whatever the name. No depth: zero, negative or not finite. No
-normal: a vector far from unit length, which is what (0, 0, 0), white and the middle grey of an 8-bit image decode to.
+An npy file of normals holds the vectors (h, w, 3), whatever its name. Depth is missing where it is zero, negative or not finite.
+A normal is missing where the vector is far from unit length, as (0, 0, 0), white and the middle grey of an 8-bit image are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +28,14 @@ from PIL import Image
 from vismt.data.decode import DAMAGED, decode_file
 from vismt.data.dense_sample import IGNORE, Sample
 from vismt.data.pascal_context import read_context, read_parts
-from vismt.data.source_types import DENSE_MAPS, DenseSource
 from vismt.errors import UserError
 
+NORMALS_COUNT = "normals count"  # bool (h, w), only while a sample is read: the pixels whose normals count
 UNIT_LENGTH = (0.5, 1.5)  # what an 8-bit or interpolated unit vector may have become
 
 
 def read_array(path: Path) -> np.ndarray:
-    """The raw values of an image or npy file without any colour conversion; UserError naming the file when it is damaged."""
+    """Return the raw values of an image or npy file without colour conversion. Raises UserError for a damaged file."""
     try:
         if path.suffix.lower() == ".npy":
             return np.load(path, allow_pickle=False)
@@ -44,7 +46,7 @@ def read_array(path: Path) -> np.ndarray:
 
 
 def _plane(path: Path, what: str, kinds: str) -> np.ndarray:
-    """(h, w) values whose dtype is one of `kinds`; an axis of length 1 before or after is dropped."""
+    """Return (h, w) values of a dtype in `kinds`; an axis of length 1 before or after is dropped. `what` starts the error."""
     values = read_array(path)
     shape = values.shape
     if values.ndim == 3 and 1 in (shape[0], shape[2]):
@@ -55,7 +57,7 @@ def _plane(path: Path, what: str, kinds: str) -> np.ndarray:
 
 
 def read_image(path: Path) -> Sample:
-    """`image` float32 (3, h, w) in [0, 1], from an image file or an npy (h, w, 3) of bytes or of values in [0, 1]."""
+    """Return `image`, float32 (3, h, w) in [0, 1], of an image file or an npy (h, w, 3) of bytes or of values in [0, 1]."""
     if path.suffix.lower() != ".npy":
         return {"image": decode_file(path).to(torch.float32) / 255}
     values = read_array(path)
@@ -68,49 +70,48 @@ def read_image(path: Path) -> Sample:
 
 
 def read_label(path: Path, classes: int, void: int | None, first: int = 0) -> Sample:
-    """`semseg` from class indices first..first + classes - 1; `void` becomes 255."""
+    """Return `semseg` of class indices first..first + classes - 1; `void` becomes 255."""
     if path.suffix.lower() == ".npy":
         values = _plane(path, "a label map must be one channel of numbers", "iuf")
     else:
         values = _plane(path, "a label map must be one 8-bit channel", "u")
         if values.dtype != np.uint8:
             raise UserError(f"{path}: a label map must be one 8-bit channel, is {values.dtype} {values.shape}.")
-    strange = [
-        v for v in np.unique(values) if v != void and not (first <= v < first + classes and v == round(float(v)))
-    ]
-    if strange:
+    classes_and_void = {*range(first, first + classes), void}
+    unknown = [value for value in np.unique(values).tolist() if value not in classes_and_void]
+    if unknown:
         start = f", the first is {first}" if first else ""
-        raise UserError(f"{path}: label {strange[0]:g} found, but there are {classes} classes (void {void}{start}).")
-    whole = values.astype(np.int64)
-    return {
-        "semseg": torch.from_numpy(
-            np.where(whole == void, IGNORE, whole - first) if void is not None else whole - first
-        )
-    }
+        raise UserError(f"{path}: label {unknown[0]:g} found, but there are {classes} classes (void {void}{start}).")
+    labels = torch.from_numpy(values.astype(np.int64))
+    classes_from_0 = labels - first
+    return {"semseg": classes_from_0 if void is None else classes_from_0.masked_fill(labels == void, IGNORE)}
 
 
 def read_depth(name: str, path: Path) -> Sample:
-    """`depth` of one of the forms depth_mm, depth_512, depth_m, inverse_depth."""
+    """Return `depth` of a file in one of the forms depth_mm, depth_512, depth_m, inverse_depth."""
     if name in ("depth_m", "inverse_depth"):
         if path.suffix.lower() != ".npy":
             raise UserError(f"{path}: {name} is read from .npy files; an image of millimetres is depth_mm.")
         metres = _plane(path, "a depth map must be one channel of floats", "f").astype(np.float32)
     else:
         raw = _plane(path, "a depth map must be one channel of whole numbers", "ui").astype(np.int64)
-        raw = np.where(raw == 65535, 0, raw) if name == "depth_512" else raw
-        metres = (raw / (512 if name == "depth_512" else 1000)).astype(np.float32)
+        if name == "depth_512":
+            metres = (np.where(raw == 65535, 0, raw) / 512).astype(np.float32)
+        else:
+            metres = (raw / 1000).astype(np.float32)
     return {"depth": torch.from_numpy(np.where(np.isfinite(metres) & (metres > 0), metres, np.float32(0)))}
 
 
 def read_normal(name: str, path: Path, axes: list[int]) -> Sample:
-    """`normals`, the stored components times `axes`."""
+    """Return `normals`, the stored components times `axes`."""
     values = read_array(path)
-    bytes_ = path.suffix.lower() != ".npy"
-    if values.ndim != 3 or values.shape[2] != 3 or (values.dtype != np.uint8 if bytes_ else values.dtype.kind != "f"):
-        must = "8-bit RGB" if bytes_ else "(h, w, 3) of floats"
-        raise UserError(f"{path}: a normal map must be {must}, is {values.dtype} {values.shape}.")
+    is_image = path.suffix.lower() != ".npy"
+    fits = values.dtype == np.uint8 if is_image else values.dtype.kind == "f"
+    if values.ndim != 3 or values.shape[2] != 3 or not fits:
+        wanted = "8-bit RGB" if is_image else "(h, w, 3) of floats"
+        raise UserError(f"{path}: a normal map must be {wanted}, is {values.dtype} {values.shape}.")
     vectors = torch.from_numpy(values.astype(np.float32)).permute(2, 0, 1)
-    if bytes_:
+    if is_image:
         vectors = (vectors - 1) / 127 - 1 if name == "normal" else vectors / 127.5 - 1
     vectors = vectors * torch.tensor(axes, dtype=torch.float32)[:, None, None]
     length = vectors.norm(dim=0)
@@ -119,43 +120,97 @@ def read_normal(name: str, path: Path, axes: list[int]) -> Sample:
 
 
 def read_binary(target: str, path: Path, above: float) -> Sample:
-    """`edge` or `saliency`: 1 where the value is above `above` of the largest that the file's type holds (1 for floats)."""
+    """Return `edge` or `saliency`: 1 where the value is above `above` of the largest of the file's type (1 for floats)."""
     values = _plane(path, f"{'an' if target == 'edge' else 'a'} {target} map must be one channel", "buif")
-    top = np.iinfo(values.dtype).max if values.dtype.kind in "ui" and path.suffix.lower() != ".npy" else 1
-    top = 65535 if values.dtype == np.int32 and top > 1 else top  # Pillow opens some 16-bit images as 32-bit
-    return {target: torch.from_numpy((values > above * top).astype(np.int64))}
+    largest = 1
+    if values.dtype.kind in "ui" and path.suffix.lower() != ".npy":
+        # Pillow opens some 16-bit images as 32-bit.
+        largest = 65535 if values.dtype == np.int32 else np.iinfo(values.dtype).max
+    return {target: torch.from_numpy((values > above * largest).astype(np.int64))}
 
 
-def read_maps(paths: dict[str, Path], source: DenseSource, classes: int, known_normals: dict[str, int]) -> Sample:
-    """The sample of one image and those of its maps that are there, before anything is derived.
+@dataclass(frozen=True)
+class MapSettings:
+    """What a card says about the values of its map files.
 
-    Raises UserError naming the file for a damaged one, values that the map cannot hold, and a map of another size.
+    Attributes:
+        classes: number of classes of label maps.
+        void: label of pixels without a class.
+        first: label of class 0.
+        edge_above: share of the largest value from which a pixel is an edge.
+        axes: signs that turn stored normals to x right, y up, z towards the camera.
+        normal_classes: PASCAL-Context classes on which distilled normals count, name -> number; empty for all.
+    """
+
+    classes: int
+    void: int | None = None
+    first: int = 0
+    edge_above: float = 0.5
+    axes: list[int] = field(default_factory=lambda: [1, 1, 1])
+    normal_classes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MapForm:
+    """What the files of a map hold: the target that they become, and their reader."""
+
+    target: str
+    read: Callable[[Path, MapSettings], Sample]
+
+
+def _read_context(path: Path, settings: MapSettings) -> Sample:
+    edge, where = read_context(path, settings.normal_classes)
+    return edge if where is None else {**edge, NORMALS_COUNT: where}
+
+
+def _depth_form(name: str) -> MapForm:
+    return MapForm("depth", lambda path, settings: read_depth(name, path))
+
+
+def _normals_form(name: str) -> MapForm:
+    return MapForm("normals", lambda path, settings: read_normal(name, path, settings.axes))
+
+
+MAP_FORMS = {
+    "label": MapForm(
+        "semseg", lambda path, settings: read_label(path, settings.classes, settings.void, settings.first)
+    ),
+    "depth_mm": _depth_form("depth_mm"),
+    "depth_m": _depth_form("depth_m"),
+    "depth_512": _depth_form("depth_512"),
+    "inverse_depth": _depth_form("inverse_depth"),
+    "normal": _normals_form("normal"),
+    "normal_255": _normals_form("normal_255"),
+    "edge": MapForm("edge", lambda path, settings: read_binary("edge", path, settings.edge_above)),
+    "saliency": MapForm("saliency", lambda path, settings: read_binary("saliency", path, 0.5)),
+    "pascal_parts": MapForm("parts", lambda path, settings: read_parts(path)),
+    "pascal_context": MapForm("edge", _read_context),
+}
+
+
+def read_maps(paths: dict[str, Path], settings: MapSettings) -> Sample:
+    """Return the sample of one image and those of its maps that are there, before anything is derived.
+
+    Args:
+        paths: file of the "image" and of each map by its name in MAP_FORMS.
+
+    Raises:
+        UserError: a damaged file, values that the map cannot hold, a map of another size; it names the file.
     """
     sample = read_image(paths["image"])
-    size, where = sample["image"].shape[-2:], None
+    size = sample["image"].shape[-2:]
     for name, path in paths.items():
-        target = DENSE_MAPS.get(name)
-        if name == "label":
-            found = read_label(path, classes, source.void, source.first)
-        elif name == "pascal_parts":
-            found = read_parts(path)
-        elif name == "pascal_context":
-            found, where = read_context(path, known_normals)
-        elif target == "depth":
-            found = read_depth(name, path)
-        elif target == "normals":
-            found = read_normal(name, path, source.axes)
-        elif target is not None:
-            found = read_binary(target, path, source.edge_above if target == "edge" else 0.5)
-        else:
+        if name == "image":
             continue
-        for values in found.values():
+        maps = MAP_FORMS[name].read(path, settings)
+        for values in maps.values():
             if values.shape[-2:] != size:
                 raise UserError(
                     f"{path}: the map is {tuple(values.shape[-2:])}, its image is {tuple(size)}. No map is resized on reading: "
                     "bring the file to the size of its image, by nearest neighbour."
                 )
-        sample |= found
+        sample |= maps
+    where = sample.pop(NORMALS_COUNT, None)
     if where is not None and "normals" in sample:
         sample["normals"] = sample["normals"] * where
     return sample

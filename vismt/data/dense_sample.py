@@ -1,10 +1,10 @@
-"""The dense sample: an image with any of the targets, maps or a class, and what 'no value' is in each of them.
+"""The dense sample: an image with any of the targets, maps or a class, and the value that means 'missing' in each of them.
 
     image                            float32 (3, h, w) in [0, 1]
     semseg, parts, saliency, edge    int64 (h, w), 255 where there is no label; saliency and edge are 0 or 1
-    depth                            float32 (h, w) in metres, 0 where there is none
-    normals                          float32 (3, h, w), unit length, x right, y up, z towards the camera; (0, 0, 0) for none
-    class                            int64 (), of the whole image, -1 for none: 255 is a class where there are more than 255
+    depth                            float32 (h, w) in metres, 0 where missing
+    normals                          float32 (3, h, w), unit length, x right, y up, z towards the camera; (0, 0, 0) where missing
+    class                            int64 (), of the whole image, -1 where missing: 255 can be a class
 
 A sample may lack targets. A batch is the same dict with (b, ...) in front.
 """
@@ -27,7 +27,7 @@ Sample = dict[str, Tensor]
 
 
 def blank(target: str, height: int, width: int) -> Tensor:
-    """A map of `target` without a valid pixel; of the class, none, whatever the size."""
+    """Return a map of `target` without a valid pixel, and of "class" the missing class, whatever the size."""
     if target == CLASS:
         return torch.tensor(NO_CLASS)
     if target in LABELS:
@@ -36,7 +36,10 @@ def blank(target: str, height: int, width: int) -> Tensor:
 
 
 def valid(target: str, values: Tensor) -> Tensor:
-    """Bool (..., h, w): where a map of `target` holds a value; values (..., h, w), normals (..., 3, h, w), classes (...)."""
+    """Return bool (..., h, w), where a map of `target` has a value.
+
+    values: (..., h, w), for normals (..., 3, h, w), for classes (...), which give bool (...).
+    """
     if target == CLASS:
         return values != NO_CLASS
     if target in LABELS:
@@ -45,23 +48,32 @@ def valid(target: str, values: Tensor) -> Tensor:
 
 
 def size_of(sample: Sample) -> tuple[int, int]:
-    """(h, w) of a sample; UserError for an unknown target, a map that has not the size of the image, or a class with a size."""
+    """Return (h, w) of a sample.
+
+    Raises:
+        UserError: an unknown target, a map of another size than the image, or a class with a size.
+    """
     if "image" not in sample:
         raise UserError(f"dense sample: has no 'image', holds {sorted(sample)}.")
     height, width = sample["image"].shape[-2:]
     for name, values in sample.items():
         if name != "image" and name not in TARGETS:
             raise UserError(f"dense sample: target '{name}' is not known.{near(name, TARGETS)}")
-        wanted = () if name == CLASS else (3, height, width) if name in ("image", "normals") else (height, width)
+        wanted: tuple[int, ...] = (height, width)
+        if name == CLASS:
+            wanted = ()
+        elif name in ("image", "normals"):
+            wanted = (3, height, width)
         if tuple(values.shape) != wanted:
-            raise UserError(f"dense sample: '{name}' is {tuple(values.shape)}, must be {wanted} beside its image.")
+            raise UserError(f"dense sample: '{name}' is {tuple(values.shape)}, must be {wanted} for its image.")
     return height, width
 
 
 def collate(samples: Sequence[Sample]) -> Sample:
-    """One batch of samples of one size; a target that only some have is blank in the others.
+    """Return one batch of samples of one size; a target that is missing in some of them is blank there.
 
-    Raises UserError for an empty list and for samples of several sizes.
+    Raises:
+        UserError: an empty list, and samples of several sizes.
     """
     sizes = {size_of(sample) for sample in samples}
     if len(sizes) != 1:

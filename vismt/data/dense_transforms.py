@@ -1,16 +1,18 @@
-"""Joint transforms of dense samples: image and targets stay aligned, and the geometry in the values stays true.
+"""Joint transforms of dense samples: image and targets stay aligned, and the geometry in the values stays correct.
 
-A mirrored normal has its x negated. A picture enlarged by s looks as if taken s times nearer, so depth is divided by s
-(as do the training pipelines of MTI-Net, InvPT and LibMTL); inverse depth is multiplied. Normals keep their direction there,
-as in those pipelines, though a plane compressed in depth would strictly tilt. Labels, depth and normals are never averaged:
-each target pixel is that of the source pixel at its centre. Edges alone are drawn anew, or lines would vanish and double: an
-edge is also where the centre of an edge pixel falls, and the lines are thinned. Edges that follow from another map are derived
-after all this (DenseSet.read). Pixels that padding adds are 255, depth 0, normals (0, 0, 0).
-The class of an image stays whatever is done to it, of a crop, too, which may have lost what the class speaks of; and of
-a mirrored digit or word, for which `mirror` is to be turned off.
+- The x of a mirrored normal is negated.
+- An image enlarged by s looks as if taken s times nearer, so depth is divided by s (as the training pipelines of MTI-Net,
+  InvPT and LibMTL do); inverse depth is multiplied. Normals keep their direction there, as in those pipelines, though a plane
+  compressed in depth would strictly tilt.
+- Labels, depth and normals are never averaged: each target pixel is that of the source pixel at its centre.
+- Edges alone are drawn again, because lines would vanish or double: an edge is also where the centre of an edge pixel falls,
+  and the lines are thinned. Edges that are derived from another map are derived afterwards (DenseSet.read).
+- Pixels that padding adds are 255, depth 0, normals (0, 0, 0).
+- The class of an image never changes. A crop may lose the object, and a mirrored digit or word may be another one, for which
+  `mirror` should be off.
 
-Every function leaves its input alone and returns a sample on the same device; the random ones draw from the generator or
-seed that they are given, and from nothing else.
+Every function leaves its input unchanged and returns a sample on the same device. The random ones draw from the generator or
+seed that they get, and from nothing else.
 """
 
 from __future__ import annotations
@@ -26,17 +28,17 @@ from vismt.data.dense_sample import CLASS, IGNORE, MAPS, Sample, blank, size_of
 from vismt.data.thinning import thin
 from vismt.errors import UserError
 
-TRIES = 10  # crops drawn until one is mixed enough
-FILL = 0.5  # of the image in padding
+TRIES = 10  # crops drawn until no class dominates
+FILL = 0.5  # value of the image in padding
 
 
 def _maps(sample: Sample, change: Callable[[Tensor], Tensor]) -> Sample:
-    """The sample with its image and maps changed, its class as it is."""
+    """Return the sample with its image and maps changed and its class unchanged."""
     return {name: values if name == CLASS else change(values) for name, values in sample.items()}
 
 
 def flip(sample: Sample) -> Sample:
-    """The sample seen in a mirror: left and right exchanged, the normals' x negated."""
+    """Return the mirrored sample: left and right exchanged, the normals' x negated."""
     size_of(sample)
     out = _maps(sample, lambda values: values.flip(-1))
     if "normals" in out:
@@ -47,7 +49,7 @@ def flip(sample: Sample) -> Sample:
 
 
 def _centres(old: int, new: int, device: torch.device) -> Tensor:
-    """int64 (new,): the one of `old` pixels along a side that holds the centre of each of `new` pixels."""
+    """Return int64 (new,): of `old` pixels along a side, the one at the centre of each of `new` pixels."""
     return (torch.arange(new, device=device) * 2 + 1) * old // (2 * new)
 
 
@@ -57,11 +59,11 @@ def _nearest(values: Tensor, height: int, width: int) -> Tensor:
 
 
 def _drawn(edge: Tensor, height: int, width: int) -> Tensor:
-    """Lines of int64 (h, w) `edge` at another size, one pixel wide; 255 where it is nearest and no line falls."""
+    """Return the lines of int64 (h, w) `edge` at another size, one pixel wide; 255 where the nearest pixel is 255."""
     if edge.shape == (height, width):
         return edge
     nearest = _nearest(edge, height, width)
-    lines = nearest == 1  # of an enlarged map, all there is; of a shrunk one, a part of what comes now
+    lines = nearest == 1  # complete for an enlarged map; a shrunk one needs the lines below
     rows, columns = (edge == 1).nonzero(as_tuple=True)
     down, right = (_centres(new, old, edge.device) for old, new in zip(edge.shape, (height, width)))
     lines[down[rows], right[columns]] = True
@@ -81,7 +83,7 @@ def _resample(sample: Sample, height: int, width: int) -> Sample:
 
 
 def scale(sample: Sample, s: float, *, inverse_depth: bool = False) -> Sample:
-    """The sample s times as large, each side rounded, at least 1; depth is divided by s, inverse depth multiplied by it."""
+    """Return the sample s times as large, sides rounded and at least 1; depth is divided by s, inverse depth multiplied by it."""
     if not s > 0:
         raise UserError(f"dense transform: scale {s} must be above 0.")
     height, width = (max(1, round(side * s)) for side in size_of(sample))
@@ -92,7 +94,7 @@ def scale(sample: Sample, s: float, *, inverse_depth: bool = False) -> Sample:
 
 
 def pad(sample: Sample, size: tuple[int, int], *, fill: float = FILL) -> Sample:
-    """The sample with pixels added below and to the right up to `size` (h, w), `fill` in the image, no value in the targets."""
+    """Return the sample padded below and to the right up to `size` (h, w): `fill` in the image, missing in the targets."""
     height, width = size_of(sample)
     below, right = max(0, size[0] - height), max(0, size[1] - width)
     if not (below or right):
@@ -105,7 +107,7 @@ def pad(sample: Sample, size: tuple[int, int], *, fill: float = FILL) -> Sample:
 
 
 def crop(sample: Sample, top: int, left: int, size: tuple[int, int]) -> Sample:
-    """The window of `size` (h, w) at (top, left), which must lie inside."""
+    """Return the window of `size` (h, w) at (top, left), which must be inside the sample."""
     height, width = size_of(sample)
     if not (0 <= top <= height - size[0] and 0 <= left <= width - size[1]):
         raise UserError(f"dense transform: a crop of {size} at ({top}, {left}) leaves the sample of {(height, width)}.")
@@ -124,10 +126,10 @@ def random_crop(
     cat_max_ratio: float = 0.75,
     fill: float = FILL,
 ) -> Sample:
-    """A random window of `size` (h, w) of the sample, padded first where it is smaller.
+    """Return a random window of `size` (h, w) of the sample, which is padded first where it is smaller.
 
     With semseg a window is drawn again, up to 10 times in all, while one class has `cat_max_ratio` or more of its labelled
-    pixels or none is labelled; the last one is taken as it is.
+    pixels or no pixel is labelled; the last window is returned in any case.
     """
     padded = pad(sample, size, fill=fill)
     height, width = size_of(padded)
@@ -144,9 +146,11 @@ def random_crop(
 
 
 def photometric(sample: Sample, generator: torch.Generator, *, strength: float = 0.4, hue: float = 0.05) -> Sample:
-    """Brightness, contrast and saturation each times 1 - strength to 1 + strength, hue shifted by at most `hue` of the circle.
+    """Return the sample with random colours; the image stays in [0, 1], the targets do not change.
 
-    The image alone changes, and stays in [0, 1].
+    Args:
+        strength: brightness, contrast and saturation are each multiplied by 1 - strength to 1 + strength.
+        hue: largest shift, as a share of the circle.
     """
     image = sample["image"]
     for adjust in (V.adjust_brightness, V.adjust_contrast, V.adjust_saturation):
@@ -156,24 +160,25 @@ def photometric(sample: Sample, generator: torch.Generator, *, strength: float =
 
 
 def fit(sample: Sample, size: tuple[int, int]) -> Sample:
-    """The sample as large as `size` (h, w) lets it be with its aspect kept; for evaluation.
+    """Return the sample resized to the largest size inside `size` (h, w) with the same aspect ratio; for evaluation.
 
-    Depth stays in metres: with all images of a set fitted alike, the network meets one camera, and errors keep their unit.
+    Depth stays in metres: with all images of a set fitted alike, the network sees one camera, and errors keep their unit.
     """
-    own = size_of(sample)
-    fitted = fitting(own, size)
-    return dict(sample) if fitted == own else _resample(sample, *fitted)
+    native = size_of(sample)
+    fitted = fitting(native, size)
+    return dict(sample) if fitted == native else _resample(sample, *fitted)
 
 
 def resize(sample: Sample, size: tuple[int, int], *, fill: float = FILL) -> Sample:
-    """The sample fitted into `size` (h, w), padded below and to the right."""
+    """Return the sample fitted into `size` (h, w) and padded below and to the right."""
     return pad(fit(sample, size), size, fill=fill)
 
 
-def fitting(own: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """(h, w) that an image of `own` (h, w) has in `size`, before padding."""
-    factor = min(size[0] / own[0], size[1] / own[1])
-    return max(1, min(size[0], round(own[0] * factor))), max(1, min(size[1], round(own[1] * factor)))
+def fitting(native: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Return the (h, w) to which `fit` resizes an image of `native` (h, w)."""
+    factor = min(size[0] / native[0], size[1] / native[1])
+    height, width = (max(1, min(limit, round(side * factor))) for side, limit in zip(native, size, strict=True))
+    return height, width
 
 
 def augment(
@@ -188,10 +193,18 @@ def augment(
     hue: float = 0.05,
     inverse_depth: bool = False,
 ) -> Sample:
-    """Training augmentation, a function of sample and seed alone: scale, crop to `size` (h, w), mirror with probability 1/2,
-    photometric. `size` None keeps the sample's own; `strength` 0 leaves the colours alone.
+    """Return an augmented training sample, a function of sample and seed alone: scaled, cropped, mirrored, recoloured.
 
-    The draws do not depend on what the sample holds, but for the repeated crops of random_crop.
+    The draws do not depend on the content of the sample, except for the repeated crops of random_crop.
+
+    Args:
+        size: (h, w) of the crop; None for the size of the sample.
+        scales: smallest and largest factor.
+        mirror: mirror with probability 1/2.
+        cat_max_ratio: see random_crop.
+        strength: see photometric; 0 leaves the colours unchanged.
+        hue: see photometric.
+        inverse_depth: whether the depth target holds multiples of 1/depth.
     """
     size = size or size_of(sample)
     if not 0 < scales[0] <= scales[1]:

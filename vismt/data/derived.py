@@ -1,13 +1,15 @@
-"""Targets that follow from others: normals from depth, edges from class labels or from jumps of the depth.
+"""Targets derived from others: normals from depth, edges from class labels or from jumps of the depth.
 
-Depth is z along the optical axis. A plane is linear in 1/z over the image, whatever its tilt, so a pixel whose 1/z bends
-lies on a crease or a jump and gets no normal.
+Depth is z along the optical axis. A plane is linear in 1/z over the image, whatever its tilt, so a pixel where 1/z bends
+is on a crease or a jump and gets no normal.
 
-Edges are thinned like the predictions that they are compared with: of a line of two pixels' width, or of a staircase that is
-connected over its sides, a prediction can match but the thin part, however right it is.
+Edges are thinned like the predictions that they are compared with: a thinned prediction cannot match all of a line two pixels
+wide, or of a staircase whose pixels share sides.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -19,16 +21,25 @@ from vismt.data.thinning import thin
 def normals_from_depth(
     depth: Tensor, *, fx: float, fy: float, cx: float, cy: float, step: int = 2, bend: float = 0.02
 ) -> Tensor:
-    """float32 (3, h, w) unit normals (x right, y up, z towards the camera) of float32 (h, w) depth, 0 = none in both.
+    """Return the unit normals of a depth map: the cross product of the differences between back-projected points.
 
-    The cross product of the differences between the back-projected points `step` pixels left and right, above and below.
-    fx, fy, cx, cy in pixels. No normal where one of the five depths is missing, within `step` pixels of the border, and
-    where 1/z at the middle differs from the mean of two opposite ones by more than `bend` of itself.
+    There is no normal where one of the five depths is missing, within `step` pixels of the border, and where 1/z at the
+    middle differs from the mean of two opposite ones by more than `bend` of itself.
+
+    Args:
+        depth: float32 (h, w), 0 where missing.
+        fx: focal length along the rows, pixels; fy: along the columns.
+        cx: principal point, pixels; cy: likewise.
+        step: distance of the four neighbours, pixels.
+        bend: largest relative deviation of 1/z from a plane.
+
+    Returns:
+        float32 (3, h, w): x right, y up, z towards the camera; (0, 0, 0) where missing.
     """
     height, width = depth.shape
-    out = torch.zeros(3, height, width)
+    normals = torch.zeros(3, height, width)
     if min(height, width) <= 2 * step:
-        return out
+        return normals
     depth = depth.to(torch.float64)
     right = (torch.arange(width, dtype=torch.float64) - cx) / fx
     down = (torch.arange(height, dtype=torch.float64) - cy) / fy
@@ -47,49 +58,54 @@ def normals_from_depth(
     pair = around(inverse)
     bent = torch.maximum(((pair[0] + pair[1]) / 2 - middle).abs(), ((pair[2] + pair[3]) / 2 - middle).abs())
     good = bent <= bend * middle  # False where a depth is missing: nan compares so
-    out[:, rows, columns] = torch.where(good, torch.nn.functional.normalize(normal, dim=0), 0.0).to(torch.float32)
-    return out
+    normals[:, rows, columns] = torch.where(good, torch.nn.functional.normalize(normal, dim=0), 0.0).to(torch.float32)
+    return normals
+
+
+def normals_by_camera(depth: Tensor, camera: Mapping[str, float]) -> Tensor:
+    """Return normals_from_depth for a camera {fx, fy, cx, cy}, pixels."""
+    return normals_from_depth(depth, fx=camera["fx"], fy=camera["fy"], cx=camera["cx"], cy=camera["cy"])
 
 
 def edges_from_labels(labels: Tensor) -> Tensor:
-    """int64 (h, w): 1 where the pixel to the right or below is of another class, one pixel wide; 255 where there is no label.
+    """Return int64 (h, w): 1 where the pixel to the right or below has another class, thinned; 255 where there is no label.
 
-    labels: int64 (h, w), 255 = none. A border on unlabelled pixels is no edge: what lies there is not known.
+    labels: int64 (h, w), 255 where there is no label. A border with unlabelled pixels is not an edge.
     """
-    known = labels != IGNORE
-    edge = torch.zeros_like(known)
-    for a, b in (((..., slice(None, -1)), (..., slice(1, None))), ((slice(None, -1), ...), (slice(1, None), ...))):
-        edge[a] |= (labels[a] != labels[b]) & known[a] & known[b]
-    return _thinned(edge, known)
+    labelled = labels != IGNORE
+    edge = torch.zeros_like(labelled)
+    edge[:, :-1] |= (labels[:, :-1] != labels[:, 1:]) & labelled[:, :-1] & labelled[:, 1:]
+    edge[:-1] |= (labels[:-1] != labels[1:]) & labelled[:-1] & labelled[1:]
+    return _thinned(edge, labelled)
 
 
 def edges_from_depth(depth: Tensor, *, jump: float = 0.05) -> Tensor:
-    """int64 (h, w): 1 at the nearer pixel of two neighbours whose depths differ by more than `jump` of the smaller, thinned.
+    """Return int64 (h, w): 1 at the nearer pixel of neighbours whose depths differ by more than `jump` of the smaller, thinned.
 
-    255 where float (h, w) `depth` is 0. A gap without depth counts as the farther of its two ends in the row or column: what
-    only one camera of a pair sees lies behind.
+    depth: float (h, w), 0 where missing; the edge map is 255 there. A gap without depth counts as the farther of its two ends
+    in the row or column: what only one camera of a pair sees is behind.
     """
     return _thinned(_jumps(depth, jump) | _jumps(depth.mT, jump).mT, depth > 0)
 
 
-def _thinned(edge: Tensor, known: Tensor) -> Tensor:
-    """int64 (h, w) of the lines of bool `edge`, 255 where not bool `known`."""
-    return torch.from_numpy(thin(edge.numpy())).to(torch.int64).masked_fill(~known, IGNORE)
+def _thinned(edge: Tensor, valid: Tensor) -> Tensor:
+    """Return int64 (h, w): the thinned lines of bool `edge`, 255 where `valid` is False."""
+    return torch.from_numpy(thin(edge.numpy())).to(torch.int64).masked_fill(~valid, IGNORE)
 
 
 def _last(depth: Tensor) -> Tensor:
-    """The nearest depth at or left of each pixel, 0 where there is none."""
+    """Return the nearest depth at or left of each pixel, 0 where there is none."""
     columns = torch.arange(depth.shape[-1]).expand_as(depth)
     at = torch.where(depth > 0, columns, -1).cummax(-1).values
     return torch.where(at >= 0, depth.gather(-1, at.clamp_min(0)), 0.0)
 
 
 def _jumps(depth: Tensor, jump: float) -> Tensor:
-    """Bool (h, w): pixels with a depth, nearer than a neighbour in their row by more than `jump`, gaps bridged."""
-    known = depth > 0
-    filled = torch.where(known, depth, torch.maximum(_last(depth), _last(depth.flip(-1)).flip(-1)))
-    out = torch.zeros_like(known)
-    a, b = filled[..., :-1], filled[..., 1:]
-    out[..., :-1] |= b - a > jump * a
-    out[..., 1:] |= a - b > jump * b
-    return out & known
+    """Return bool (h, w): pixels with a depth that are nearer than a neighbour in their row by more than `jump`, across gaps."""
+    valid = depth > 0
+    filled = torch.where(valid, depth, torch.maximum(_last(depth), _last(depth.flip(-1)).flip(-1)))
+    nearer = torch.zeros_like(valid)
+    left, right = filled[..., :-1], filled[..., 1:]
+    nearer[..., :-1] |= right - left > jump * left
+    nearer[..., 1:] |= left - right > jump * right
+    return nearer & valid

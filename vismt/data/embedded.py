@@ -1,20 +1,23 @@
-"""Real images that arrive with a pip package: scikit-learn's digits and crops of scikit-image's photographs."""
+"""Real images inside pip packages: scikit-learn's digits and crops of scikit-image's photographs."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from vismt.data.cards import Card
 from vismt.data.decode import decode_file
+from vismt.data.image_source import ImageSource, LoadedImages
 from vismt.data.manifest import digest
-from vismt.data.source_types import DigitsSource, PhotoCropsSource
-from vismt.data.sources import Loaded, fix, verify_classes, verify_counts
+from vismt.data.source_types import Card, Files, PackagedSource, file_groups, source_kind
+from vismt.data.sources import fix, verify_classes, verify_counts
 from vismt.errors import UserError
+from vismt.typed_yaml import RelativePath
 
 HALVES = ("train", "test")
 # Powers of the inverse root of x^4 = x + 1: an additive sequence that fills the (position, position, size) cube evenly.
@@ -22,36 +25,10 @@ STEPS = (0.8191725133961645, 0.6710436067037893, 0.5497004779019703)
 SIDE_FROM, SIDE_SPAN = 0.45, 0.4
 
 
-def digits_files(source: DigitsSource, base: Path) -> dict[str, list[tuple[str, Path]]]:
-    """scikit-learn's one data file."""
-    name = "datasets/data/digits.csv.gz"
-    return {"digits": [(name, base / name)] if (base / name).is_file() else []}
-
-
-def load_digits(card: Card, source: DigitsSource, base: Path, split: str) -> Loaded:
-    """All 1,797 digits as uint8 (3, 8, 8); the 17 grey levels 0..16 become round(level * 255 / 16)."""
-    from sklearn.datasets import load_digits as sklearn_digits
-
-    bunch = sklearn_digits()
-    levels = torch.from_numpy(bunch.images).to(torch.float64)
-    images = (levels * 255 / 16).round().to(torch.uint8)
-    labels = [int(label) for label in bunch.target]
-    verify_counts(card, source, base, {"all": len(labels)}, {})
-    classes = [str(name) for name in bunch.target_names]
-    verify_classes(card, source, base, len(classes))
-    return Loaded(
-        classes=classes,
-        labels=labels,
-        ids=[f"all/{row:06d}" for row in range(len(labels))],
-        read=lambda i: images[i].expand(3, -1, -1).contiguous(),
-        content=lambda: hashlib.sha256(images.numpy().tobytes()).hexdigest(),
-    )
-
-
 def crop_boxes(height: int, width: int, half: str, count: int) -> list[tuple[int, int, int]]:
-    """`count` boxes (top, left, side) inside one half of a photograph; 'train' and 'test' share no pixel.
+    """Return `count` boxes (top, left, side) inside one half of a photograph; 'train' and 'test' share no pixel.
 
-    The halves lie left and right, or above and below in an upright photograph; an odd middle line is in neither. Sides
+    The halves are left and right, or above and below in an upright photograph; an odd middle line is in neither. Sides
     are 0.45 to 0.85 of the half's shorter side. The boxes are a fixed additive sequence: no random numbers.
     """
     upright = height > width
@@ -68,48 +45,95 @@ def crop_boxes(height: int, width: int, half: str, count: int) -> list[tuple[int
     return boxes
 
 
-def photo_files(source: PhotoCropsSource, base: Path) -> dict[str, list[tuple[str, Path]]]:
-    """The photographs, each a group of its own name."""
-    paths = {name: (file, base / "data" / file) for name, file in source.photographs.items()}
-    return {name: [entry] if entry[1].is_file() else [] for name, entry in paths.items()}
+@source_kind("digits")
+@dataclass(frozen=True, kw_only=True)
+class DigitsSource(PackagedSource, ImageSource):
+    """The 1,797 handwritten digits (8 x 8, 17 grey levels) that scikit-learn ships."""
+
+    package: ClassVar[str | None] = "sklearn"
+
+    def list_files(self, base: Path) -> Files:
+        """Return scikit-learn's one data file."""
+        name = "datasets/data/digits.csv.gz"
+        return {"digits": file_groups(base, [name])[name]}
+
+    def load(self, card: Card, base: Path, split: str) -> LoadedImages:
+        """Return all 1,797 digits as uint8 (3, 8, 8); the 17 grey levels 0..16 become round(level * 255 / 16)."""
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        levels = torch.from_numpy(bunch.images).to(torch.float64)
+        images = (levels * 255 / 16).round().to(torch.uint8)
+        labels = [int(label) for label in bunch.target]
+        verify_counts(card, self, base, {"all": len(labels)})
+        classes = [str(name) for name in bunch.target_names]
+        verify_classes(card, self, base, len(classes))
+        return LoadedImages(
+            classes=classes,
+            labels=labels,
+            ids=[f"all/{row:06d}" for row in range(len(labels))],
+            read=lambda i: images[i].expand(3, -1, -1).contiguous(),
+            content=lambda: hashlib.sha256(images.numpy().tobytes()).hexdigest(),
+        )
 
 
-def load_photo_crops(card: Card, source: PhotoCropsSource, base: Path, split: str) -> Loaded:
-    """Square crops, uint8 (3, side, side), class = photograph; ids are `<split>/<photograph>/<crop>`.
+@source_kind("photo_crops")
+@dataclass(frozen=True, kw_only=True)
+class PhotoCropsSource(PackagedSource, ImageSource):
+    """Square crops of the photographs that scikit-image ships.
 
-    Only files inside the installed package are read; a photograph that is not there is a UserError (never a download).
+    Attributes:
+        photographs: maps class name to file name.
+        crops_per_half: number of crops from either half of a photograph.
     """
-    found = photo_files(source, base)
-    absent = next((name for name, entries in found.items() if not entries), None)
-    if absent is not None:
-        raise UserError(f"{card.shown}: the installed scikit-image has no '{source.photographs[absent]}'. {fix(card)}")
-    paths = {name: entries[0][1] for name, entries in found.items()}
 
-    @functools.cache
-    def photograph(name: str) -> Tensor:
-        return decode_file(paths[name])
+    photographs: dict[str, RelativePath]
+    crops_per_half: int
+    package: ClassVar[str | None] = "skimage"
 
-    classes = list(paths)
-    verify_classes(card, source, base, len(classes))
-    entries = [
-        (half, label, k)
-        for half in (HALVES if split == "all" else (split,))
-        for label in range(len(classes))
-        for k in range(source.crops_per_half)
-    ]
-    counts = {half: sum(entry[0] == half for entry in entries) for half in dict.fromkeys(e[0] for e in entries)}
-    verify_counts(card, source, base, counts, {})
+    def list_files(self, base: Path) -> Files:
+        """Return the photographs, each as a group with the name of its class."""
+        groups = file_groups(base / "data", self.photographs.values())
+        return {name: groups[file] for name, file in self.photographs.items()}
 
-    def read(i: int) -> Tensor:
-        half, label, k = entries[i]
-        image = photograph(classes[label])
-        top, left, side = crop_boxes(image.shape[1], image.shape[2], half, source.crops_per_half)[k]
-        return image[:, top : top + side, left : left + side].contiguous()
+    def load(self, card: Card, base: Path, split: str) -> LoadedImages:
+        """Return the crops as uint8 (3, side, side), class = photograph; ids are `<split>/<photograph>/<crop>`.
 
-    return Loaded(
-        classes=classes,
-        labels=[label for _, label, _ in entries],
-        ids=[f"{half}/{classes[label]}/{k:03d}" for half, label, k in entries],
-        read=read,
-        content=lambda: f"{digest([(n, p) for n, p in paths.items()]).sha256}:{source.crops_per_half}:{STEPS}:{split}",
-    )
+        Only files inside the installed package are read; nothing is downloaded.
+
+        Raises:
+            UserError: the package does not have a photograph.
+        """
+        groups = self.list_files(base)
+        absent = next((name for name, entries in groups.items() if not entries), None)
+        if absent is not None:
+            raise UserError(
+                f"{card.shown}: the installed scikit-image has no '{self.photographs[absent]}'. {fix(card)}"
+            )
+        paths = {name: entries[0][1] for name, entries in groups.items()}
+
+        @functools.cache
+        def photograph(name: str) -> Tensor:
+            return decode_file(paths[name])
+
+        classes = list(paths)
+        verify_classes(card, self, base, len(classes))
+        halves = HALVES if split == "all" else (split,)
+        entries = [
+            (half, label, k) for half in halves for label in range(len(classes)) for k in range(self.crops_per_half)
+        ]
+        verify_counts(card, self, base, dict.fromkeys(halves, len(classes) * self.crops_per_half))
+
+        def read(i: int) -> Tensor:
+            half, label, k = entries[i]
+            image = photograph(classes[label])
+            top, left, side = crop_boxes(image.shape[1], image.shape[2], half, self.crops_per_half)[k]
+            return image[:, top : top + side, left : left + side].contiguous()
+
+        return LoadedImages(
+            classes=classes,
+            labels=[label for _, label, _ in entries],
+            ids=[f"{half}/{classes[label]}/{k:03d}" for half, label, k in entries],
+            read=read,
+            content=lambda: f"{digest(paths.items()).sha256}:{self.crops_per_half}:{STEPS}:{split}",
+        )

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from vismt.data.cards import Card
 from vismt.data.decode import decode_file, is_image_name
+from vismt.data.image_source import ImageSource, LoadedImages
 from vismt.data.manifest import digest
-from vismt.data.source_types import FolderSource
-from vismt.data.sources import Loaded, fix, shown_path, verify_classes, verify_counts, verify_present
-from vismt.data.typed_yaml import inside
-from vismt.errors import UserError
+from vismt.data.source_types import Card, Files, RootedSource, source_kind
+from vismt.data.sources import fix, shown_path, verify_classes, verify_counts, verify_present
+from vismt.errors import UserError, near
+from vismt.typed_yaml import RelativePath, relative_path
 
-Found = dict[str, dict[Path, list[Path]]]  # split -> class folder -> its image files, sorted
+LAYOUTS = ("{class}", "{split}/{class}", "**/{class}", "{split}/**/{class}")
+ClassFolders = dict[str, dict[Path, list[Path]]]  # split -> class folder -> its image files, sorted
 
 
 def _hidden(name: str) -> bool:
@@ -21,7 +23,7 @@ def _hidden(name: str) -> bool:
 
 
 def _class_folders(base: Path, deep: bool) -> list[Path]:
-    """Sub-folders of `base`; with `deep` only those at the bottom, however deep."""
+    """Return the sub-folders of `base`; with `deep` only those at the bottom, at any depth."""
     if not deep:
         return sorted(Path(entry.path) for entry in os.scandir(base) if entry.is_dir() and not _hidden(entry.name))
     bottom = []
@@ -37,79 +39,110 @@ def _images(folder: Path) -> list[Path]:
     return sorted(path for path in paths if is_image_name(path))
 
 
-def scan(source: FolderSource, base: Path) -> Found:
-    """Every image under `base` by split and class folder; an empty class folder stays in with an empty list."""
-    deep = "**" in source.layout
-    if "{split}" in source.layout:
-        folders = {split: base / split for split in source.splits if (base / split).is_dir()}
-    else:
-        folders = {"all": base}
-    return {split: {c: _images(c) for c in _class_folders(folder, deep)} for split, folder in folders.items()}
+@source_kind("folder")
+@dataclass(frozen=True, kw_only=True)
+class FolderSource(RootedSource, ImageSource):
+    """Image files in class folders.
 
+    Attributes:
+        layout: where the class folder is: `{class}`, `{split}/{class}`, or with `**/` before `{class}` at any depth.
+        lists: maps a split to a text file beside the card with one image path (relative to `root`) a line.
+    """
 
-def files(source: FolderSource, base: Path) -> dict[str, list[tuple[str, Path]]]:
-    """The image files in groups named by class folder (`train/apple`), for the manifest."""
-    return {
-        folder.relative_to(base).as_posix(): [(path.relative_to(base).as_posix(), path) for path in paths]
-        for classes in scan(source, base).values()
-        for folder, paths in classes.items()
-    }
+    layout: RelativePath
+    lists: dict[str, RelativePath] = field(default_factory=dict)
 
+    def check(self, where: str) -> None:
+        """Raise UserError for an unknown layout, and for one that does not fit the splits."""
+        super().check(where)
+        if self.layout not in LAYOUTS:
+            raise UserError(f"{where}: layout '{self.layout}' is not known.{near(self.layout, LAYOUTS)}")
+        if self.lists and set(self.lists) != set(self.splits):
+            names = f"'lists' names {sorted(self.lists)}, 'splits' names {sorted(self.splits)}"
+            raise UserError(f"{where}: {names}; they must agree.")
+        if not self.lists and "{split}" not in self.layout and list(self.splits) != ["all"]:
+            raise UserError(f"{where}: layout '{self.layout}' has no {{split}}: name one split 'all', or give 'lists'.")
 
-def _listed(card: Card, source: FolderSource, base: Path, split: str) -> list[Path]:
-    """The files that the split list names, in its order; blank lines and lines with # are left out."""
-    name = source.lists[split]
-    try:
-        lines = (card.folder / name).read_text(encoding="utf8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{card.shown}: missing split file '{name}' beside the card ({error}). {fix(card)}") from error
-    entries = [inside(line.strip(), f"{card.shown}/{name}") for line in lines if line.strip() and line[0] != "#"]
-    return verify_present(card, base, entries, split)
+    def scan(self, base: Path) -> ClassFolders:
+        """Return every image under `base` by split and class folder; an empty class folder has an empty list."""
+        deep = "**" in self.layout
+        if "{split}" in self.layout:
+            folders = {split: base / split for split in self.splits if (base / split).is_dir()}
+        else:
+            folders = {"all": base}
+        return {
+            split: {path: _images(path) for path in _class_folders(folder, deep)} for split, folder in folders.items()
+        }
 
+    def list_files(self, base: Path) -> Files:
+        """Return the image files in groups named by class folder (`train/apple`)."""
+        return {
+            folder.relative_to(base).as_posix(): [(path.relative_to(base).as_posix(), path) for path in paths]
+            for classes in self.scan(base).values()
+            for folder, paths in classes.items()
+        }
 
-def _refuse_empty(card: Card, source: FolderSource, base: Path, found: Found) -> None:
-    if not any(found.values()):
-        raise UserError(
-            f"{card.shown}: no class folder under {shown_path(base)} (layout '{source.layout}'). {fix(card)}"
+    def count_images(self, base: Path, split: str) -> int:
+        by_split = "{split}" in self.layout
+        groups = self.list_files(base).items()
+        return sum(len(paths) for group, paths in groups if not by_split or group.split("/")[0] == split)
+
+    def load(self, card: Card, base: Path, split: str) -> LoadedImages:
+        """Return the images of `split`; ids are paths relative to `base`.
+
+        Classes are the sorted folder names over all splits, so a label means the same in each.
+
+        Raises:
+            UserError: an empty class folder, a missing split, and a count that is not the card's.
+        """
+        folders = self.scan(base)
+        _refuse_empty(card, self.layout, base, folders)
+        wanted = self.wanted(split)
+        if self.lists:
+            chosen = {name: self._listed(card, base, name) for name in wanted}
+        else:
+            absent = next((name for name in wanted if name not in folders), None)
+            if absent is not None:
+                raise UserError(f"{card.shown}: {shown_path(base)} has no folder for split '{absent}'. {fix(card)}")
+            chosen = {name: [path for paths in folders[name].values() for path in paths] for name in wanted}
+        groups = {name: len(entries) for name, entries in self.list_files(base).items()}
+        verify_counts(card, self, base, {name: len(paths) for name, paths in chosen.items()}, groups)
+        classes = sorted({folder.name for by_class in folders.values() for folder in by_class})
+        verify_classes(card, self, base, len(classes))
+        index = {name: label for label, name in enumerate(classes)}
+        paths = [path for name in wanted for path in chosen[name]]
+        ids = [path.relative_to(base).as_posix() for path in paths]
+        return LoadedImages(
+            classes=classes,
+            labels=[index[path.parent.name] for path in paths],
+            ids=ids,
+            read=lambda i: decode_file(paths[i]),
+            content=lambda: digest(zip(ids, paths)).sha256,
         )
-    for classes in found.values():
+
+    def _listed(self, card: Card, base: Path, split: str) -> list[Path]:
+        """Return the files that the split list names, in its order, without blank lines and lines with #."""
+        name = self.lists[split]
+        try:
+            lines = (card.folder / name).read_text(encoding="utf8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{card.shown}: missing split file '{name}' beside the card ({error}). {fix(card)}"
+            ) from error
+        where = f"{card.shown}/{name}"
+        entries = [relative_path(line.strip(), where) for line in lines if line.strip() and line[0] != "#"]
+        return verify_present(card, base, entries, split)
+
+
+def _refuse_empty(card: Card, layout: str, base: Path, folders: ClassFolders) -> None:
+    if not any(folders.values()):
+        raise UserError(f"{card.shown}: no class folder under {shown_path(base)} (layout '{layout}'). {fix(card)}")
+    for classes in folders.values():
         for folder, paths in classes.items():
             if not paths:
                 nested = any(entry.is_dir() for entry in os.scandir(folder))
-                hint = f"it holds folders: is the layout '{{split}}/{{class}}' instead of '{source.layout}'?"
+                hint = f"it holds folders: is the layout '{{split}}/{{class}}' instead of '{layout}'?"
                 raise UserError(
                     f"{card.shown}: class folder '{shown_path(folder)}' holds no image; "
                     + (hint if nested else "remove the folder or put its images there.")
                 )
-
-
-def load(card: Card, source: FolderSource, base: Path, split: str) -> Loaded:
-    """The images of `split` ('all' = every split); ids are paths relative to `base`.
-
-    Classes are the sorted folder names over all splits, so a label means the same in each.
-    Raises UserError for an empty class folder, a missing split and a count that is not the card's.
-    """
-    found = scan(source, base)
-    _refuse_empty(card, source, base, found)
-    wanted = list(source.splits) if split == "all" else [split]
-    if source.lists:
-        chosen = {name: _listed(card, source, base, name) for name in wanted}
-    else:
-        absent = next((name for name in wanted if name not in found), None)
-        if absent is not None:
-            raise UserError(f"{card.shown}: {shown_path(base)} has no folder for split '{absent}'. {fix(card)}")
-        chosen = {name: [path for paths in found[name].values() for path in paths] for name in wanted}
-    groups = {name: len(entries) for name, entries in files(source, base).items()}
-    verify_counts(card, source, base, {name: len(paths) for name, paths in chosen.items()}, groups)
-    classes = sorted({folder.name for group in found.values() for folder in group})
-    verify_classes(card, source, base, len(classes))
-    index = {name: label for label, name in enumerate(classes)}
-    paths = [path for name in wanted for path in chosen[name]]
-    ids = [path.relative_to(base).as_posix() for path in paths]
-    return Loaded(
-        classes=classes,
-        labels=[index[path.parent.name] for path in paths],
-        ids=ids,
-        read=lambda i: decode_file(paths[i]),
-        content=lambda: digest(zip(ids, paths)).sha256,
-    )

@@ -1,52 +1,49 @@
-"""Integrity: one sha256 per group of files (a class folder, an npz, a photograph), so a check can name what is wrong."""
+"""Integrity: one sha256 per group of files (a class folder, an npz, a photograph), so that a check can name what is wrong."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vismt.data.cards import Card
 from vismt.data.decode import read_bytes
-from vismt.data.source_types import Source
+from vismt.data.source_types import Card, DataSource, Files
 from vismt.errors import UserError
 from vismt.files import atomic_write
 
-Files = Mapping[str, Sequence[tuple[str, Path]]]  # group -> (name inside the set, file)
-
 
 @dataclass(frozen=True)
-class Group:
+class FileGroup:
     """Number of files and sha256 over their sorted `name, tab, sha256 of the bytes, newline` lines."""
 
     count: int
     sha256: str
 
 
-def digest(files: Iterable[tuple[str, Path]]) -> Group:
-    """The Group of (name, path) pairs, independent of their order."""
+def digest(files: Iterable[tuple[str, Path]]) -> FileGroup:
+    """Return the FileGroup of (name, path) pairs, independent of their order."""
     total, count = hashlib.sha256(), 0
     for name, path in sorted(files):
         total.update(f"{name}\t{hashlib.sha256(read_bytes(path)).hexdigest()}\n".encode())
         count += 1
-    return Group(count, total.hexdigest())
+    return FileGroup(count, total.hexdigest())
 
 
-def read_manifest(card: Card, source: Source) -> dict[str, Group]:
-    """What the card recorded for `source`; empty when it recorded nothing."""
+def read_manifest(card: Card, source: DataSource) -> dict[str, FileGroup]:
+    """Return the groups that the card recorded for `source`, none when it recorded nothing."""
     if source.manifest is None:
         return {}
     raw = card.read_json(source.manifest)
     try:
-        return {str(group): Group(int(count), str(sha)) for group, (count, sha) in raw.items()}
+        return {str(group): FileGroup(int(count), str(sha256)) for group, (count, sha256) in raw.items()}
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{card.shown}/{source.manifest}: must map a group to [count, sha256].") from error
 
 
-def write_manifest(path: Path, files: Files) -> dict[str, Group]:
-    """Record every group of `files` in the JSON file `path`, one line a group."""
+def write_manifest(path: Path, files: Files) -> dict[str, FileGroup]:
+    """Record every group of `files` in the JSON file `path`, one line a group, and return them."""
     groups = {name: digest(files[name]) for name in sorted(files)}
     lines = [f" {json.dumps(name)}: {json.dumps([group.count, group.sha256])}" for name, group in groups.items()]
     atomic_write(path, "{\n" + ",\n".join(lines) + "\n}\n")

@@ -18,20 +18,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vismt.data.cards import Card
 from vismt.data.decode import decode_file, is_image_name
-from vismt.data.source_types import META_SPLITS as SPLITS
-from vismt.data.source_types import MetaDatasetSource
-from vismt.data.sources import Loaded, fix, shown_path, verify_classes, verify_counts
-from vismt.errors import UserError
+from vismt.data.image_source import ImageSource, LoadedImages, check_classes_per_split
+from vismt.data.source_types import Card, Files, RootedSource, source_kind
+from vismt.data.sources import fix, shown_path, verify_classes, verify_counts
+from vismt.errors import UserError, near
 
+SPLITS = ("train", "valid", "test")
+HIERARCHIES = ("superclass", "nodes")
 SPEC = "dataset_spec.json"
 MALFORMED = (KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError)
 
 
 @dataclass
-class Spec:
-    """What the card or dataset_spec.json says: names by class id, class ids of each split, images by class id."""
+class DomainSpec:
+    """Numbers of a domain, from the card or dataset_spec.json.
+
+    Attributes:
+        names: of the classes, by class id.
+        ranges: class ids of each split.
+        images: number of images by class id, where known.
+        above: superclass of each class, or empty.
+        nodes: for each split, the class ids below each node of the hierarchy, or empty.
+    """
 
     names: list[str]
     ranges: dict[str, range]
@@ -41,14 +50,14 @@ class Spec:
 
 
 def ranges(classes_per_split: Mapping[str, int]) -> dict[str, range]:
-    """The class ids of each split: consecutive, in the order train, valid, test."""
+    """Return the class ids of each split: consecutive, in the order train, valid, test."""
     counts = [int(classes_per_split.get(split, 0)) for split in SPLITS]
     ends = list(accumulate(counts))
     return {split: range(end - count, end) for split, count, end in zip(SPLITS, counts, ends, strict=True)}
 
 
 def leaves_of_nodes(graph: list[dict[str, Any]], ids: Mapping[str, int]) -> list[list[int]]:
-    """The class ids below each internal node of one split's graph, nodes in the file's order.
+    """Return the class ids below each internal node of one split's graph, nodes in the file's order.
 
     `graph` has a mapping with `wn_id` and `children_ids` per synset; a leaf is a class, `ids` gives its id.
     """
@@ -64,7 +73,7 @@ def leaves_of_nodes(graph: list[dict[str, Any]], ids: Mapping[str, int]) -> list
     return [sorted(leaves(name)) for name, under in children.items() if under]
 
 
-def _parse(raw: Mapping[str, Any]) -> Spec:
+def _parse(raw: Mapping[str, Any]) -> DomainSpec:
     names_by_id = {int(key): str(name) for key, name in raw["class_names"].items()}
     names = [names_by_id[k] for k in range(len(names_by_id))]
     if "split_subgraphs" in raw:
@@ -73,55 +82,137 @@ def _parse(raw: Mapping[str, Any]) -> Spec:
         counts = {split: sum(not node["children_ids"] for node in graph) for split, graph in graphs.items()}
         images = {ids[n]: c for part in raw["images_per_class"].values() for n, c in part.items() if n in ids}
         nodes = {split: leaves_of_nodes(graph, ids) for split, graph in graphs.items()}
-        return Spec(names, ranges(counts), images, nodes=nodes)
+        return DomainSpec(names, ranges(counts), images, nodes=nodes)
     images = {int(key): count for key, count in raw["images_per_class"].items() if isinstance(count, int)}
     if "classes_per_superclass" not in raw:
         counts = {split: raw["classes_per_split"][split.upper()] for split in SPLITS}
-        return Spec(names, ranges(counts), images)
+        return DomainSpec(names, ranges(counts), images)
     sizes = [raw["classes_per_superclass"][str(k)] for k in range(len(raw["classes_per_superclass"]))]
     above = [raw["superclass_names"][str(k)] for k, size in enumerate(sizes) for _ in range(size)]
     groups = ranges({split: raw["superclasses_per_split"][split.upper()] for split in SPLITS})
     counts = {split: sum(sizes[k] for k in group) for split, group in groups.items()}
-    return Spec(names, ranges(counts), images, above)
+    return DomainSpec(names, ranges(counts), images, above)
 
 
-def read_spec(card: Card, source: MetaDatasetSource, base: Path) -> Spec:
-    """The domain's dataset_spec.json, or the card's numbers when the copy has none and needs no hierarchy."""
-    path = base / SPEC
-    if not path.is_file():
-        if source.hierarchy:
+@source_kind("meta_dataset")
+@dataclass(frozen=True, kw_only=True)
+class MetaDatasetSource(RootedSource, ImageSource):
+    """One domain of Meta-Dataset, converted: `dataset_spec.json` beside `<class id>.h5`, or beside a folder per class name.
+
+    Attributes:
+        classes_per_split: number of classes of train, valid and test, for copies without the spec.
+        hierarchy: what the spec adds, 'superclass' or 'nodes'; the spec is then required.
+    """
+
+    classes_per_split: dict[str, int]
+    hierarchy: str | None = None
+
+    def check(self, where: str) -> None:
+        """Raise UserError for an unknown split or hierarchy and a negative number of classes."""
+        super().check(where)
+        check_classes_per_split(self.splits, self.classes_per_split, SPLITS, where)
+        if self.hierarchy is not None and self.hierarchy not in HIERARCHIES:
+            raise UserError(f"{where}: hierarchy '{self.hierarchy}' is not known.{near(self.hierarchy, HIERARCHIES)}")
+
+    def list_files(self, base: Path) -> Files:
+        """Return the .h5 files, each as a group of its name, and the spec."""
+        paths = [path for path in sorted(base.glob("*.h5")) if path.stem.isdigit()]
+        return {path.name: [(path.name, path)] for path in [*paths, base / SPEC] if path.is_file()}
+
+    def load(self, card: Card, base: Path, split: str) -> LoadedImages:
+        """Return the images of `split`; labels are the class ids of the spec, so a label means the same in each split.
+
+        Raises:
+            UserError: a class without file or folder, a file with another number of images than the spec says, a spec that
+                differs from the card, a missing h5py and, where the set has a hierarchy, a missing spec.
+        """
+        spec = self._read_spec(card, base)
+        verify_classes(card, self, base, len(spec.names))
+        wanted = self.wanted(split)
+        labels: list[int] = []
+        rows: list[tuple[Path, str]] = []  # (.h5 file, key), or (image file, "")
+        counts: dict[str, int] = {}
+        for name in wanted:
+            before = len(rows)
+            for k in spec.ranges[name]:
+                images = _images_of(card, base, name, spec, k)
+                rows += images
+                labels += [k] * len(images)
+            counts[name] = len(rows) - before
+        verify_counts(card, self, base, counts)
+
+        def read(i: int) -> Tensor:
+            path, key = rows[i]
+            return _read_h5(card, path, key) if key else decode_file(path)
+
+        def content() -> str:
+            # Hashing the bytes of a domain would take longer than reading it: size and time of change stand for them.
+            stats = ((path, path.stat()) for path in dict.fromkeys(path for path, _ in rows))
+            text = "\n".join(f"{path.relative_to(base)}\t{stat.st_size}\t{stat.st_mtime_ns}" for path, stat in stats)
+            return hashlib.sha256(text.encode()).hexdigest()
+
+        return LoadedImages(
+            classes=spec.names,
+            labels=labels,
+            ids=[f"{path.relative_to(base).as_posix()}/{key}".rstrip("/") for path, key in rows],
+            read=read,
+            content=content,
+            above=spec.above,
+            nodes=[node for name in wanted for node in spec.nodes.get(name, [])],
+        )
+
+    def _read_spec(self, card: Card, base: Path) -> DomainSpec:
+        """Return the domain's spec, or the card's numbers when the copy has none and needs no hierarchy."""
+        path = base / SPEC
+        if not path.is_file():
+            if self.hierarchy:
+                raise UserError(
+                    f"{card.shown}: no '{SPEC}' under {shown_path(base)}, which holds its hierarchy ({self.hierarchy}): "
+                    f"take it from google-research/meta-dataset, meta_dataset/dataset_conversion/dataset_specs. {fix(card)}"
+                )
+            by_split = ranges(self.classes_per_split)
+            return DomainSpec([str(k) for k in range(by_split["test"].stop)], by_split)
+        try:
+            spec = _parse(json.loads(path.read_text(encoding="utf8")))
+        except (OSError, *MALFORMED) as error:
             raise UserError(
-                f"{card.shown}: no '{SPEC}' under {shown_path(base)}, which holds its hierarchy ({source.hierarchy}): "
-                f"take it from google-research/meta-dataset, meta_dataset/dataset_conversion/dataset_specs. {fix(card)}"
+                f"{shown_path(path)}: not a dataset_spec of Meta-Dataset ({error!r}). {fix(card)}"
+            ) from error
+        stated = {split: len(ids) for split, ids in spec.ranges.items() if ids}
+        if stated != {split: count for split, count in self.classes_per_split.items() if count}:
+            raise UserError(
+                f"{shown_path(path)}: classes per split {stated}, the card says {self.classes_per_split}. {fix(card)}"
             )
-        found = ranges(source.classes_per_split)
-        return Spec([str(k) for k in range(found["test"].stop)], found)
-    try:
-        spec = _parse(json.loads(path.read_text(encoding="utf8")))
-    except (OSError, *MALFORMED) as error:
-        raise UserError(f"{shown_path(path)}: not a dataset_spec of Meta-Dataset ({error!r}). {fix(card)}") from error
-    stated = {split: len(found) for split, found in spec.ranges.items() if found}
-    if stated != {split: count for split, count in source.classes_per_split.items() if count}:
+        if spec.ranges["test"].stop != len(spec.names) or (spec.above and len(spec.above) != len(spec.names)):
+            raise UserError(
+                f"{shown_path(path)}: names {len(spec.names)} classes, its splits hold {spec.ranges['test'].stop}."
+            )
+        return spec
+
+
+def _images_of(card: Card, base: Path, split: str, spec: DomainSpec, k: int) -> list[tuple[Path, str]]:
+    """Return (.h5 file, key) or (image file, "") of each image of class `k`."""
+    path = base / f"{k}.h5"
+    folder = _folder(base, split, spec.names[k])
+    images: list[tuple[Path, str]] = []
+    if path.is_file():
+        images = [(path, str(i)) for i in range(_count(card, path, spec.images.get(k)))]
+    elif folder is not None:
+        images = [(image, "") for image in sorted(folder.iterdir()) if is_image_name(image)]
+    if not images:
         raise UserError(
-            f"{shown_path(path)}: classes per split {stated}, the card says {source.classes_per_split}. {fix(card)}"
+            f"{card.shown}: class {k} ('{spec.names[k]}', split '{split}') has neither '{k}.h5' nor a folder of images"
+            f" under {shown_path(base)}. {fix(card)}"
         )
-    if spec.ranges["test"].stop != len(spec.names) or (spec.above and len(spec.above) != len(spec.names)):
-        raise UserError(
-            f"{shown_path(path)}: names {len(spec.names)} classes, its splits hold {spec.ranges['test'].stop}."
-        )
-    return spec
+    return images
 
 
 def _folder(base: Path, split: str, name: str) -> Path | None:
+    """Return the folder of the images of a class, or None."""
     safe = name.replace("/", "_")
-    found = [path for path in (base / split / safe, base / safe) if safe not in (".", "..") and path.is_dir()]
-    return found[0] if found else None
-
-
-def files(source: MetaDatasetSource, base: Path) -> dict[str, list[tuple[str, Path]]]:
-    """The .h5 files, each the group of its own name, and the spec."""
-    found = [path for path in sorted(base.glob("*.h5")) if path.stem.isdigit()]
-    return {path.name: [(path.name, path)] for path in [*found, base / SPEC] if path.is_file()}
+    if safe in (".", ".."):
+        return None
+    return next((path for path in (base / split / safe, base / safe) if path.is_dir()), None)
 
 
 def _h5py(card: Card) -> Any:
@@ -157,49 +248,3 @@ def _read_h5(card: Card, path: Path, key: str) -> Tensor:
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise UserError(f"{shown} is {image.dtype} {tuple(image.shape)}, must be uint8 (h, w, 3).")
     return image.permute(2, 0, 1).contiguous()
-
-
-def load(card: Card, source: MetaDatasetSource, base: Path, split: str) -> Loaded:
-    """The images of `split`; labels are the class ids of the spec, so a label means the same in each split.
-
-    Raises UserError for a class without file or folder, a file with another number of images than the spec says, a spec
-    that differs from the card, a missing h5py and, where the set has a hierarchy, a missing spec.
-    """
-    spec = read_spec(card, source, base)
-    verify_classes(card, source, base, len(spec.names))
-    wanted = list(source.splits) if split == "all" else [split]
-    labels: list[int] = []
-    rows: list[tuple[Path, str]] = []  # (.h5 file, key), or (image file, "")
-    counts: dict[str, int] = {}
-    for name in wanted:
-        before = len(rows)
-        for k in spec.ranges[name]:
-            path = base / f"{k}.h5"
-            folder = None if path.is_file() else _folder(base, name, spec.names[k])
-            if folder is not None:
-                own = [(image, "") for image in sorted(folder.iterdir()) if is_image_name(image)]
-            elif path.is_file():
-                own = [(path, str(i)) for i in range(_count(card, path, spec.images.get(k)))]
-            else:
-                own = []
-            if not own:
-                raise UserError(
-                    f"{card.shown}: class {k} ('{spec.names[k]}', split '{name}') has neither '{k}.h5' nor a folder of images"
-                    f" under {shown_path(base)}. {fix(card)}"
-                )
-            rows += own
-            labels += [k] * len(own)
-        counts[name] = len(rows) - before
-    verify_counts(card, source, base, counts, {})
-
-    def content() -> str:
-        # Hashing the bytes of a domain would take longer than reading it: size and time of change stand for them.
-        stats = ((path, path.stat()) for path in dict.fromkeys(path for path, _ in rows))
-        text = "\n".join(f"{path.relative_to(base)}\t{stat.st_size}\t{stat.st_mtime_ns}" for path, stat in stats)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    return Loaded(
-        spec.names, labels, [f"{path.relative_to(base).as_posix()}/{key}".rstrip("/") for path, key in rows],
-        lambda i: _read_h5(card, *rows[i]) if rows[i][1] else decode_file(rows[i][0]), content,
-        above=spec.above, nodes=[node for name in wanted for node in spec.nodes.get(name, [])],
-    )  # fmt: skip

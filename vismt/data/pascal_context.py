@@ -4,8 +4,8 @@ pascal-context/trainval/<id>.mat   `LabelMap` (h, w), one of 459 classes a pixel
                                    Laplacian of the map and thins it; here a border is the pixel left of or above the change,
                                    thinned, too.
 human_parts/<id>.mat               `anno`: objects, each with class (15 = person), mask, and parts with name and mask. The 24
-                                   parts of a person become the 6 below, 0 elsewhere. A sample whose image
-                                   shows no person with parts lacks the target, as ASTMT ignores it.
+                                   parts of a person become the 6 below, 0 elsewhere. A sample without a person with parts
+                                   lacks the target, as ASTMT ignores it.
 normals_distill/<id>.png           normals predicted by a network trained on NYUv2: they count only on the Context classes that
                                    NYUv2 knows, which the card's `normal_classes` maps from name to number.
 """
@@ -32,40 +32,42 @@ PART_OF = {name: number for number, names in _OF_SIX.items() for name in names.s
 
 
 def load_mat(path: Path, key: str) -> Any:
-    """The variable `key` of a MATLAB file; UserError naming the file when it cannot be read or lacks it."""
+    """Return the variable `key` of a MATLAB file. Raises UserError when the file cannot be read or lacks it."""
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
 
     try:
-        held = loadmat(path)
+        variables = loadmat(path)
     except (OSError, ValueError, TypeError, NotImplementedError, MatReadError) as error:
         raise UserError(f"{path}: cannot be read as a MATLAB file ({error}). Replace the file.") from error
-    if key not in held:
-        raise UserError(f"{path}: has no variable '{key}', holds {sorted(k for k in held if not k.startswith('__'))}.")
-    return held[key]
+    if key not in variables:
+        names = sorted(name for name in variables if not name.startswith("__"))
+        raise UserError(f"{path}: has no variable '{key}', holds {names}.")
+    return variables[key]
 
 
-def read_context(path: Path, known_normals: dict[str, int]) -> tuple[Sample, Tensor | None]:
-    """`edge`, and bool (h, w): where a distilled normal counts (None without `known_normals`)."""
+def read_context(path: Path, normal_classes: dict[str, int]) -> tuple[Sample, Tensor | None]:
+    """Return `edge`, and bool (h, w), where a distilled normal counts (None for an empty `normal_classes`)."""
     labels = torch.from_numpy(np.asarray(load_mat(path, "LabelMap")).astype(np.int64))
     if labels.ndim != 2:
         raise UserError(f"{path}: LabelMap must be (h, w), is {tuple(labels.shape)}.")
-    # 255 is a class here ("money"), not "no label": the shift keeps every number clear of it.
+    # 255 is a class of PASCAL-Context ("money"), not a missing label: the shift avoids that number.
     edge = edges_from_labels(labels + IGNORE + 1)
-    where = torch.isin(labels, torch.tensor(sorted(known_normals.values()))) if known_normals else None
+    where = torch.isin(labels, torch.tensor(sorted(normal_classes.values()))) if normal_classes else None
     return {"edge": edge}, where
 
 
 def read_parts(path: Path) -> Sample:
-    """`parts`: int64 (h, w) of 0..6 (PARTS); an empty dict where no person has parts."""
+    """Return `parts`, int64 (h, w) of 0..6 (PARTS); an empty dict where no person has parts."""
     annotation = load_mat(path, "anno")
-    out: np.ndarray | None = None
+    parts: np.ndarray | None = None
     try:
         objects = annotation[0, 0][1].reshape(-1)
         for person in (item for item in objects if int(item[1].item()) == PERSON and item[3].size):
-            out = np.zeros(person[2].shape, dtype=np.int64) if out is None else out
+            if parts is None:
+                parts = np.zeros(person[2].shape, dtype=np.int64)
             for part in person[3].reshape(-1):
-                out[np.asarray(part[1], dtype=bool)] = PART_OF[str(part[0].item())]
+                parts[np.asarray(part[1], dtype=bool)] = PART_OF[str(part[0].item())]
     except (IndexError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not an annotation of PASCAL-Part ({type(error).__name__}: {error}).") from error
-    return {} if out is None else {"parts": torch.from_numpy(out)}
+    return {} if parts is None else {"parts": torch.from_numpy(parts)}

@@ -1,4 +1,4 @@
-"""Images of one size, decoded once: a uint8 store in memory, or a file in the cache when it is large."""
+"""Images of one size, decoded once into a uint8 store: in memory, or a file in the cache when it is large."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHUNK = 64
 
 
 def square(image: Tensor, size: int) -> Tensor:
-    """uint8 (3, h, w) -> uint8 (3, size, size): shorter side to `size` (bilinear, antialiased), then the centre."""
+    """Return uint8 (3, size, size) of uint8 (3, h, w): the shorter side resized (bilinear, antialiased), then the centre."""
     if tuple(image.shape[-2:]) == (size, size):
         return image
     height, width = image.shape[-2:]
@@ -37,7 +37,7 @@ def square(image: Tensor, size: int) -> Tensor:
 
 
 class OnDemand:
-    """Rows of a store that is too large to keep: each is decoded when it is asked for."""
+    """Rows of a store that is too large to keep: each is decoded whenever it is read."""
 
     def __init__(self, images: ImageSet, size: int) -> None:
         self.images, self.size = images, size
@@ -47,13 +47,21 @@ class OnDemand:
 
 
 class Pixels:
-    """`images` as a uint8 store (n, 3, size, size), built once with a progress bar.
+    """A set of images as a uint8 store (n, 3, size, size), built once with a progress bar.
 
-    Up to 512 MiB it is kept in memory. A larger store is a file under the cache folder, named by the content of the
-    images and the size, and is found again by the next run; `cache=False` keeps it in memory whatever its size. Beyond
-    32 GiB (ImageNet, QuickDraw) nothing is stored, each image is decoded whenever it is drawn.
     `pixels[index]` is float32 (b, 3, size, size) in [0, 1] for an int64 index (b,).
-    Raises UserError for a damaged image and for a cache folder that is full or cannot be written.
+
+    A store of up to 512 MiB is kept in memory. A larger one is a file in the cache folder, named by the content of the images
+    and the size, and used again by the next run. Beyond 32 GiB (ImageNet, QuickDraw) nothing is stored: each image is decoded
+    whenever it is drawn.
+
+    Args:
+        images: the set.
+        size: height and width in pixels.
+        cache: with False the store is kept in memory, whatever its size.
+
+    Raises:
+        UserError: a damaged image, and a cache folder that is full or cannot be written.
     """
 
     def __init__(self, images: ImageSet, size: int, *, cache: bool = True) -> None:
@@ -62,15 +70,17 @@ class Pixels:
         self.images, self.size = images, size
         self.name, self.split, self.classes = images.name, images.split, images.classes
         self.labels, self.ids = images.labels, images.ids
-        room = len(images) * 3 * size * size if cache else 0
+        needed = len(images) * 3 * size * size if cache else 0
         self.store: np.ndarray | OnDemand
-        if room > STORE_BYTES:
+        if needed > STORE_BYTES:
             console.stage(
                 "data", f"{self.name}: {len(images):,} images are decoded as they are drawn, too many to store"
             )
             self.store = OnDemand(images, size)
+        elif needed > MEMORY_BYTES:
+            self.store = self._on_disk()
         else:
-            self.store = self._on_disk() if room > MEMORY_BYTES else self._in_memory()
+            self.store = self._in_memory()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -79,7 +89,7 @@ class Pixels:
         return self.raw(index).to(torch.float32).div_(255)
 
     def raw(self, index: Tensor) -> Tensor:
-        """The same images as stored: uint8 (b, 3, size, size)."""
+        """Return the same images as stored: uint8 (b, 3, size, size)."""
         if index.dtype not in (torch.int64, torch.int32) or index.ndim != 1:
             raise TypeError(f"index must be whole numbers (b,), is {index.dtype} {tuple(index.shape)}")
         return torch.from_numpy(self.store[index.cpu().numpy()])
@@ -114,7 +124,7 @@ class Pixels:
         return np.load(path, mmap_mode="r", allow_pickle=False)
 
     def _write(self, path: Path) -> None:
-        """Write the rows in order to a file beside `path` and rename it: no half store, and a full disk is an OSError."""
+        """Write the rows in order to a temporary file and rename it: `path` is whole or missing."""
         part = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,233 +1,216 @@
-"""Kinds of sources: for each way a set lies on disk, what a card says of it (its reader is a file of its own)."""
+"""What a card says: a data set and its sources, the places and forms in which copies of it exist.
+
+Each kind of source is a dataclass in the file with its reader. Its fields are the keys of its entry in a card, and it checks
+its own values, lists its own files and loads its own splits. `@source_kind("name")` registers it as `kind: name`.
+"""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
 
-from vismt.data.interaction_kind import InteractionsSource
-from vismt.data.text_kind import TextSource
+from vismt.errors import UserError
+from vismt.paths import cache_root, data_root, package_folder, shipped
+from vismt.registry import Registry
+from vismt.typed_yaml import RelativePath, relative_path
 
-META_SPLITS = ("train", "valid", "test")
-LIST_SPLITS = ("train", "test")
-HIERARCHIES = ("superclass", "nodes")
-# What the files of a dense map hold (how: dense_maps.py) -> the target it becomes.
-DENSE_MAPS = {
-    "label": "semseg", "depth_mm": "depth", "depth_m": "depth", "depth_512": "depth", "inverse_depth": "depth",
-    "normal": "normals", "normal_255": "normals", "edge": "edge", "saliency": "saliency",
-    "pascal_parts": "parts", "pascal_context": "edge",
-}  # fmt: skip
-DERIVED = {"normals": ("depth",), "edge": ("semseg", "depth")}  # target -> what it can be computed from
-CAMERA = ("fx", "fy", "cx", "cy")
+Files = Mapping[str, Sequence[tuple[str, Path]]]  # group of a manifest -> (name inside the set, file)
+S = TypeVar("S", bound="DataSource")
+
+PACKAGES = {"sklearn": "scikit-learn", "skimage": "scikit-image"}  # module -> package with images inside
+SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
+KINDS: Registry[type[DataSource]] = Registry(
+    "sources: no kind",
+    (
+        "vismt.data.arrays",
+        "vismt.data.csv_table",
+        "vismt.data.dense_files",
+        "vismt.data.embedded",
+        "vismt.data.folder",
+        "vismt.data.id_lists",
+        "vismt.data.interaction_files",
+        "vismt.data.json_lists",
+        "vismt.data.meta_dataset",
+        "vismt.data.stereo",
+        "vismt.data.text_files",
+        "vismt.data.torchvision_door",
+    ),
+)
 
 
-@dataclass(frozen=True)
-class FolderSource:
-    """Image files in class folders.
+def source_kind(name: str) -> Callable[[type[S]], type[S]]:
+    """Return a class decorator that registers a source as `kind: name`."""
 
-    `layout` says where the class folder is: `{class}`, `{split}/{class}`, or with `**/` before `{class}` at any depth.
-    `lists` maps a split to a text file beside the card with one image path (relative to `root`) a line.
+    def register(cls: type[S]) -> type[S]:
+        cls.kind = name
+        KINDS.add(name, cls)
+        return cls
+
+    return register
+
+
+class LoadedSplit(Protocol):
+    """What every family of sources loads."""
+
+    @property
+    def ids(self) -> Sequence[str]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """One way to get a data set.
+
+    Attributes:
+        splits: number of examples of each split, None when unknown. "all" is the only split of a set without splits.
+        classes: number of classes, where this copy has others than the card says.
+        manifest: JSON file beside the card with the hashes of the files, see manifest.py.
     """
 
-    root: str
-    layout: str
     splits: dict[str, int | None]
-    lists: dict[str, str] = field(default_factory=dict)
     classes: int | None = None
-    manifest: str | None = None
-    kind: str = "folder"
+    manifest: RelativePath | None = None
+
+    kind: ClassVar[str] = ""
+    unit: ClassVar[str] = "images"  # what the numbers of `splits` count
+    family: ClassVar[str] = ""  # as errors name it
+    opener: ClassVar[str] = ""  # the function that opens sources of this family
+    package: ClassVar[str | None] = None  # module of the Python package that carries the files
+
+    def check(self, where: str) -> None:
+        """Raise UserError, starting with `where`, for values that do not go together."""
+        if not self.splits:
+            raise UserError(
+                f"{where}: 'splits' is empty: name each split and its number of {self.unit} (null when unknown)."
+            )
+        for split, count in self.splits.items():
+            if not SPLIT_NAME.fullmatch(split) or (split == "all" and len(self.splits) > 1):
+                raise UserError(
+                    f"{where}: '{split}' cannot name a split beside others; 'all' means every {self.unit[:-1]}."
+                )
+            if count is not None and count < 1:
+                raise UserError(f"{where}: split '{split}' has {count} {self.unit}; a count is at least 1.")
+        if self.classes is not None and self.classes < 1:
+            raise UserError(f"{where}: 'classes' is {self.classes}, must be a count of classes.")
+
+    def candidates(self, card: Card, root: Path | None = None) -> list[Path]:
+        """Return the folders where the copy may be, in order; `root` is the folder of the set and rules out the others."""
+        raise NotImplementedError
+
+    def list_files(self, base: Path) -> Files:
+        """Return the files of the copy in the folder `base` in the groups that a manifest hashes."""
+        raise NotImplementedError
+
+    def load(self, card: Card, base: Path, split: str) -> LoadedSplit:
+        """Return `split` ("all" for every split) of the copy in the folder `base`."""
+        raise NotImplementedError
+
+    def count_images(self, base: Path, split: str) -> int:
+        """Return how many images of `split` a copy has that cannot be loaded, 0 when that cannot be known."""
+        return 0
+
+    @property
+    def downloadable(self) -> bool:
+        """Whether `download` can fetch the copy."""
+        return False
+
+    def download(self, card: Card, base: Path) -> None:
+        """Fetch every split into the folder `base`."""
+        raise UserError(f"{card.shown}: a source of kind {self.kind} cannot be downloaded.")
+
+    def wanted(self, split: str) -> list[str]:
+        """Return the splits that `split` stands for."""
+        return list(self.splits) if split == "all" else [split]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RootedSource(DataSource):
+    """A source in a folder: `root` in the folder of a user's card, else in VISMT_DATA."""
+
+    root: RelativePath
+
+    def candidates(self, card: Card, root: Path | None = None) -> list[Path]:
+        if root is not None:
+            return [Path(root).expanduser()]
+        folders = [] if card.folder.parent == shipped("datasets") else [card.folder / self.root]
+        data = data_root()
+        return [*folders, data / self.root] if data else folders
+
+
+class PackagedSource(DataSource):
+    """A source inside an installed Python package."""
+
+    def candidates(self, card: Card, root: Path | None = None) -> list[Path]:
+        folder = package_folder(self.package) if self.package else None
+        return [folder] if folder else []
+
+
+def cached_folder(name: str, root: str) -> Path:
+    """Return the folder below the cache into which sources are downloaded."""
+    return cache_root() / name / root
+
+
+def file_groups(base: Path, names: Iterable[str]) -> Files:
+    """Return each of the files `names` in `base` as a group with the file's name; a missing file is an empty group."""
+    return {name: [(name, base / name)] if (base / name).is_file() else [] for name in dict.fromkeys(names)}
 
 
 @dataclass(frozen=True)
-class ArraysSource:
-    """One npz file: `x_<split>`, `y_<split>`; for the single split 'all' `x`, `y`; bits of `x_packed` with `shape`; `classes`."""
+class Card:
+    """A data set: what it is, under which terms, and its sources.
 
-    root: str
-    file: str
-    splits: dict[str, int | None]
-    invert: bool = False
-    classes: int | None = None
-    manifest: str | None = None
-    kind: str = "arrays"
+    `sources` are tried in order. Each has its own splits and counts, because a copy may be a subset.
 
-
-@dataclass(frozen=True)
-class DigitsSource:
-    """The 1,797 handwritten digits (8 x 8, 17 grey levels) that scikit-learn ships."""
-
-    splits: dict[str, int | None]
-    classes: int | None = None
-    manifest: str | None = None
-    kind: str = "digits"
-
-
-@dataclass(frozen=True)
-class PhotoCropsSource:
-    """Square crops of the photographs that scikit-image ships: `photographs` maps class name to file name."""
-
-    photographs: dict[str, str]
-    crops_per_half: int
-    splits: dict[str, int | None]
-    classes: int | None = None
-    manifest: str | None = None
-    kind: str = "photo_crops"
-
-
-@dataclass(frozen=True)
-class TorchvisionSource:
-    """A class of torchvision.datasets (`dataset`), found in or downloaded to the cache folder under `root`."""
-
-    dataset: str
-    root: str
-    splits: dict[str, int | None]
-    downloads: bool = True
-    classes: int | None = None
-    manifest: str | None = None
-    kind: str = "torchvision"
-
-
-@dataclass(frozen=True)
-class DenseSource:
-    """Images with per-pixel maps. `image` and the values of `maps` are paths without suffix: `{split}` and `{group}` name
-    folders, `{id}` the image in the file name; a path without {id} is a folder of such files, a list is searched in order.
-
-    The names in `maps` say what the files hold (DENSE_MAPS). `listed` is a text file with one id a line, or one group a
-    line where `image` has {group}. With `partial` a sample lacks the targets whose file is not there; else that is an error.
-    `first` is the label of class 0, `void` the label of no class; `edge_above` is the share of the largest value from
-    which a pixel is an edge; `axes` holds the signs that turn stored normals to x right, y up, z towards the camera.
-    `derive` maps a target that the set lacks to the one it is computed from ({edge: semseg}), edges at the size they are used
-    in, normals at that of the stored maps, for which they need the `camera` (fx, fy, cx, cy in pixels). `normal_classes`
-    is a JSON beside the card, see pascal_context.py.
+    Attributes:
+        classes: number of classes, 0 for a set without classes.
+        images: images (or rows) of the full set, where the first source is only a part.
+        names: JSON file beside the card: class folder -> readable name, or a list in class order.
+        superclasses: JSON file beside the card: class -> superclass; or "prefix": the part before the last '/'.
+        path: the card's file. shown: how messages name its folder.
     """
 
-    root: str
-    image: str
-    maps: dict[str, str | list[str]]
-    splits: dict[str, int | None]
-    void: int | None = None
-    first: int = 0
-    listed: str | None = None
-    partial: bool = False
-    edge_above: float = 0.5
-    axes: list[int] = field(default_factory=lambda: [1, 1, 1])
-    derive: dict[str, str] = field(default_factory=dict)
-    camera: dict[str, float] = field(default_factory=dict)
-    normal_classes: str | None = None
-    classes: int | None = None
-    manifest: str | None = None
-    kind: str = "dense"
+    name: str
+    title: str
+    source: str
+    licence: str
+    classes: int
+    sources: list[DataSource]
+    citation: str = ""
+    tasks: list[str] = field(default_factory=lambda: ["classification"])
+    images: int | None = None
+    notes: str = ""
+    how_to_get: str = ""
+    names: RelativePath | None = None
+    superclasses: RelativePath | None = None
+    path: Path = Path()
+    shown: str = ""
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the card, its manifest and its split lists."""
+        return self.path.parent
 
-@dataclass(frozen=True)
-class StereoTilesSource:
-    """Tiles of the left image of a rectified stereo pair that scikit-image ships, with maps from its true disparity.
+    @property
+    def splits(self) -> list[str]:
+        """Every split that a source offers, in order."""
+        return list(dict.fromkeys(split for source in self.sources for split in source.splits))
 
-    depth = fx * baseline / (disparity + offset), metres; `camera` and `offset` in pixels, `baseline` in metres. Normals and
-    edges are derived from the depth. `columns` maps each split to the columns [from, to) it may see, `grid` to its rows
-    and columns of tiles, spread evenly; `tile` is their height and width.
-    """
+    @property
+    def downloadable(self) -> bool:
+        """Whether vismt can download a source."""
+        return any(source.downloadable for source in self.sources)
 
-    image: str
-    disparity: str
-    camera: dict[str, float]
-    baseline: float
-    offset: float
-    tile: list[int]
-    columns: dict[str, list[int]]
-    grid: dict[str, list[int]]
-    splits: dict[str, int | None]
-    classes: int | None = None
-    manifest: str | None = None
-    kind: str = "stereo_tiles"
+    def sources_of(self, family: type[S]) -> list[S]:
+        """Return the sources of a family such as ImageSource, in order."""
+        return [source for source in self.sources if isinstance(source, family)]
 
-
-@dataclass(frozen=True)
-class MetaDatasetSource:
-    """One domain of Meta-Dataset, converted: `dataset_spec.json` beside `<class id>.h5`, or beside a folder per class name.
-
-    The spec numbers the classes: training, validation, test classes in that order; `classes_per_split` says the same for
-    copies without it. `hierarchy` ('superclass' or 'nodes') is what the spec adds, and then the spec must be there.
-    """
-
-    root: str
-    splits: dict[str, int | None]
-    classes_per_split: dict[str, int]
-    hierarchy: str | None = None
-    classes: int | None = None
-    manifest: str | None = None
-    kind: str = "meta_dataset"
-
-
-@dataclass(frozen=True)
-class TableSource:
-    """A csv table beside folders of images. `column` holds the file names, without their `suffix` when one is given.
-
-    The label is the text in the column `label`, or with `label` null the one column of `keep` that is not 0. `keep` names
-    the classes in order; rows with another text are left out. `folders` are searched in turn and may hold `*`.
-    `table` is one file with the one split 'all', or a file for each split, of which `only` may take the rows where a column
-    holds a text: {test: {Usage: Private}}.
-    """
-
-    root: str
-    table: str | dict[str, str]
-    folders: list[str]
-    column: str
-    keep: list[str]
-    splits: dict[str, int | None]
-    label: str | None = None
-    suffix: str = ""
-    only: dict[str, dict[str, str]] = field(default_factory=dict)
-    classes: int | None = None
-    manifest: str | None = None
-    kind: str = "table"
-
-
-@dataclass(frozen=True)
-class FilelistSource:
-    """`<split>.json` of label_names, image_names, image_labels. Of an absolute name counts what follows `after`."""
-
-    root: str
-    splits: dict[str, int | None]
-    classes_per_split: dict[str, int]
-    after: str | None = None
-    classes: int | None = None
-    manifest: str | None = None
-    kind: str = "filelist"
-
-
-@dataclass(frozen=True)
-class LabelListSource:
-    """Text files with an id first on every line: image id and path below `folder`, image id and class id, image id and 1
-    (train) or 0 (test), class id and class name. The order of `names` is that of the classes.
-    """
-
-    root: str
-    folder: str
-    paths: str
-    labels: str
-    training: str
-    names: str
-    splits: dict[str, int | None]
-    classes: int | None = None
-    manifest: str | None = None
-    kind: str = "lists"
-
-
-Source = (
-    FolderSource | ArraysSource | DigitsSource | PhotoCropsSource | TorchvisionSource | DenseSource
-    | StereoTilesSource | MetaDatasetSource | TableSource | FilelistSource | LabelListSource | TextSource
-    | InteractionsSource
-)  # fmt: skip
-DENSE = (DenseSource, StereoTilesSource)  # what open_dense opens
-TEXTS = (TextSource, InteractionsSource)  # what open_texts opens; open_images opens the others
-KINDS: dict[str, type] = {
-    cls.kind: cls
-    for cls in (
-        FolderSource, ArraysSource, DigitsSource, PhotoCropsSource, TorchvisionSource, DenseSource,
-        StereoTilesSource, MetaDatasetSource, TableSource, FilelistSource, LabelListSource, TextSource, InteractionsSource,
-    )
-}  # fmt: skip
-
-
-def counted(source: Source) -> str:
-    """What the numbers of a source's splits count."""
-    return "rows" if isinstance(source, TEXTS) else "images"
+    def read_json(self, name: str) -> Any:
+        """Return the parsed JSON file `name` beside the card."""
+        path = self.folder / relative_path(name, f"{self.shown}/card.yaml")
+        try:
+            return json.loads(path.read_text(encoding="utf8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.shown}/{name}: cannot be read: {error}.") from error

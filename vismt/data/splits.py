@@ -1,7 +1,7 @@
-"""Dividing one labelled set into training, validation and test images, and drawing a smaller training set from it.
+"""Division of a labelled set into training, validation and test images, and choice of a smaller training set.
 
-A part is a run of neighbours in the set's own order, within each class: neighbours are often frames of one object, which
-should not lie on both sides. Nothing is drawn, so that every run and seed sees the same parts.
+A part consists of neighbours in the order of the set, within each class: neighbours are often frames of one object, which
+should not be in two parts. Nothing is random, so that every run and seed has the same parts.
 """
 
 from __future__ import annotations
@@ -16,15 +16,23 @@ from vismt.errors import UserError
 
 
 def divide(labels: Tensor, shares: Mapping[str, float], name: str) -> dict[str, Tensor]:
-    """Indices (int64, ascending) of each part of `shares` {part: share of every class}, and of "train", the rest.
+    """Divide a set into parts; every part has at least one image of each class.
 
-    labels: int64 (n,). Every part has at least one image of each class. name: of the set, for
-    messages. Raises UserError for shares that leave nothing to train on and for a class with too few images.
+    Args:
+        labels: int64 (n,).
+        shares: {part: share of every class}.
+        name: of the set, for messages.
+
+    Returns:
+        Indices (int64, ascending) of each part of `shares`, and of "train", the rest.
+
+    Raises:
+        UserError: shares that leave nothing to train on, and a class with too few images.
     """
     total = sum(shares.values())
     if any(not 0 < share < 1 for share in shares.values()) or not total < 1:
-        told = ", ".join(f"{part} {share:g}" for part, share in shares.items())
-        raise UserError(f"'{name}': shares {told}; each lies between 0 and 1, and together they are below 1.")
+        listed = ", ".join(f"{part} {share:g}" for part, share in shares.items())
+        raise UserError(f"'{name}': shares {listed}; each must be between 0 and 1, and their sum below 1.")
     parts: dict[str, list[Tensor]] = {part: [] for part in ("train", *shares)}
     for label in labels.unique().tolist():
         members = (labels == label).nonzero().flatten()
@@ -41,20 +49,25 @@ def divide(labels: Tensor, shares: Mapping[str, float], name: str) -> dict[str, 
 
 
 def limited(labels: Tensor, ids: Sequence[str], limit: int) -> Tensor:
-    """Indices (int64, ascending) of `limit` images, spread over the classes as evenly as they allow.
+    """Return the indices (int64, ascending) of `limit` images, spread over the classes as evenly as possible.
 
-    The choice is by a hash of the ids: the first image of every class, then the second, and so on; a larger limit keeps
-    what a smaller one has chosen.
+    The choice is by a hash of the ids: the first image of every class, then the second, and so on; the images of a smaller
+    limit are among those of a larger one.
+
+    Args:
+        labels: int64 (n,).
+        ids: n names.
+        limit: number of images, at least 1.
     """
     if limit < 1:
         raise UserError(f"limit: {limit}; it must be at least 1.")
     keys = [hashlib.blake2b(name.encode(), digest_size=8).hexdigest() for name in ids]
     order = sorted(range(len(ids)), key=keys.__getitem__)
-    seen: dict[int, int] = {}
+    counts: dict[int, int] = {}
     ranked = []
     for i in order:
         label = int(labels[i])
-        ranked.append((seen.get(label, 0), i))
-        seen[label] = seen.get(label, 0) + 1
+        ranked.append((counts.get(label, 0), i))
+        counts[label] = counts.get(label, 0) + 1
     chosen = [i for _, i in sorted(ranked, key=lambda pair: (pair[0], keys[pair[1]]))[:limit]]
     return torch.tensor(sorted(chosen), dtype=torch.int64)

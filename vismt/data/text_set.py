@@ -1,23 +1,33 @@
-"""What a reader of texts hands back: the rows of one split."""
+"""Sources of texts: what each kind loads, and what several kinds share."""
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
-from vismt.data.cards import Card
+from vismt.data.source_types import Card, DataSource
 from vismt.data.sources import fix, shown_path
 from vismt.errors import UserError
+
+# str.splitlines takes more; files mix these three.
+LINE_ENDS = re.compile("\r\n|\r|\n")
+T = TypeVar("T", bound="TextSet")
 
 
 @dataclass
 class TextSet:
-    """One split. rows: fields by name, texts or what the JSON holds; ids: "split:number" in the file's order.
+    """One split.
 
-    `content()` tells the rows from any others; `where` says where the copy lies.
+    Attributes:
+        rows: the fields of each row by name, texts or what the JSON holds.
+        ids: "split:number" of each row, in the file's order.
+        content: a text that differs for any other rows.
+        where: the folder of the copy, as messages name it.
     """
 
     name: str
@@ -30,23 +40,47 @@ class TextSet:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, chosen: Sequence[int]) -> TextSet:
-        """The rows `chosen` as a set of their own."""
-        kept = [int(i) for i in chosen]
-        told = hashlib.sha256(repr(kept).encode()).hexdigest()
+    def take(self: T, chosen: Sequence[int]) -> T:
+        """Return a set of the rows with the indices `chosen`."""
+        indices = [int(i) for i in chosen]
+        choice = hashlib.sha256(repr(indices).encode()).hexdigest()
         return replace(
             self,
-            rows=[self.rows[i] for i in kept],
-            ids=[self.ids[i] for i in kept],
-            content=lambda: f"{self.content()}:{told}",
+            rows=[self.rows[i] for i in indices],
+            ids=[self.ids[i] for i in indices],
+            content=lambda: f"{self.content()}:{choice}",
         )
 
 
-def read_text(card: Card, path: Path, encoding: str, opened: Callable[[bytes], bytes] = bytes) -> str:
-    """The text of a file without a byte-order mark; opened: what unpacks its bytes. UserError where it cannot be read."""
+@dataclass(frozen=True, kw_only=True)
+class TextSource(DataSource):
+    """A source of rows of text."""
+
+    unit: ClassVar[str] = "rows"
+    family: ClassVar[str] = "texts"
+    opener: ClassVar[str] = "open_texts"
+
+    def load(self, card: Card, base: Path, split: str) -> TextSet:
+        raise NotImplementedError
+
+
+def check_encoding(encoding: str, where: str) -> None:
+    """Raise UserError for an encoding that Python does not know."""
+    try:
+        codecs.lookup(encoding)
+    except LookupError as error:
+        raise UserError(f"{where}: encoding '{encoding}' is not known.") from error
+
+
+def read_text(card: Card, path: Path, encoding: str, unpack: Callable[[bytes], bytes] = bytes) -> str:
+    """Return the text of a file without a byte-order mark; `unpack` is applied to its bytes.
+
+    Raises:
+        UserError: the file is missing or cannot be read.
+    """
     shown = shown_path(path)
     try:
-        return opened(path.read_bytes()).decode(encoding).removeprefix("\ufeff")
+        return unpack(path.read_bytes()).decode(encoding).removeprefix("\ufeff")
     except FileNotFoundError as error:
         raise UserError(f"{card.shown}: missing file '{shown}'. {fix(card)}") from error
     except (OSError, EOFError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""torchvision's own data classes as one kind of source: how each names its splits, its labels and its classes."""
+"""The data classes of torchvision as one kind of source: how each names its splits, its labels and its classes."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ from typing import Any
 
 from torch import Tensor
 
-from vismt.data.cards import Card
 from vismt.data.decode import DAMAGED, to_rgb
-from vismt.data.source_types import TorchvisionSource
-from vismt.data.sources import Loaded, fix, shown_path, verify_classes, verify_counts
+from vismt.data.image_source import ImageSource, LoadedImages
+from vismt.data.source_types import Card, Files, cached_folder, source_kind
+from vismt.data.sources import fix, shown_path, verify_classes, verify_counts
 from vismt.errors import UserError, near
+from vismt.typed_yaml import RelativePath
 
 REFUSED = (RuntimeError, OSError, ValueError, ImportError, EOFError, tarfile.TarError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
 class Door:
-    """`splits`: our name -> constructor arguments. `labels`, `classes`: the attribute that holds them.
+    """How a class of torchvision is used.
 
-    Labels may be stored as (something, label) pairs; classes may be given as a tuple where the class stores none.
+    Attributes:
+        splits: name of a split in cards -> constructor arguments.
+        labels: attribute of the labels, which may be (something, label) pairs; or a function of the data set.
+        classes: attribute of the names of the classes; or the names, where the class does not store them.
     """
 
     splits: dict[str, dict[str, Any]]
@@ -38,7 +42,7 @@ def _named(*names: str) -> dict[str, dict[str, Any]]:
 
 
 def _pcam_labels(dataset: Any) -> list[int]:
-    """PCAM keeps labels (n, 1, 1, 1) in an HDF5 file that indexing would reopen for each example."""
+    """Return the labels of PCAM, (n, 1, 1, 1) in an HDF5 file that indexing would reopen for each example."""
     with dataset.h5py.File(dataset._base_folder / dataset._FILES[dataset._split]["targets"][0]) as file:
         return [int(label) for label in file["y"][:, 0, 0, 0]]
 
@@ -72,72 +76,107 @@ DOORS: dict[str, Door] = {
 }  # fmt: skip
 
 
-def _construct(card: Card, source: TorchvisionSource, base: Path, split: str, download: bool) -> Any:
-    import torchvision
+@source_kind("torchvision")
+@dataclass(frozen=True, kw_only=True)
+class TorchvisionSource(ImageSource):
+    """A class of torchvision.datasets, found in or downloaded to the cache folder.
 
-    door = DOORS[source.dataset]
-    try:
-        return getattr(torchvision.datasets, source.dataset)(str(base), download=download, **door.splits[split])
-    except REFUSED as error:
-        reason = " ".join(str(error).split())
-        act = "could not download" if download else "could not open"
-        raise UserError(
-            f"{card.shown}: torchvision {act} {source.dataset} (split '{split}') under {shown_path(base)}: {reason}. {fix(card)}"
-        ) from error
+    Attributes:
+        dataset: name of the class.
+        root: folder below the cache.
+        downloads: whether torchvision can still download the set.
+    """
+
+    dataset: str
+    root: RelativePath
+    downloads: bool = True
+
+    def check(self, where: str) -> None:
+        """Raise UserError for a class or a split that DOORS does not have."""
+        super().check(where)
+        if self.dataset not in DOORS:
+            raise UserError(f"{where}: torchvision class '{self.dataset}' is not known.{near(self.dataset, DOORS)}")
+        choices = DOORS[self.dataset].splits
+        unknown = next((split for split in self.splits if split not in choices), None)
+        if unknown is not None:
+            raise UserError(f"{where}: {self.dataset} has no split '{unknown}'.{near(unknown, choices)}")
+
+    def candidates(self, card: Card, root: Path | None = None) -> list[Path]:
+        return [cached_folder("torchvision", self.root) if root is None else Path(root).expanduser()]
+
+    def list_files(self, base: Path) -> Files:
+        """Return nothing: torchvision has checksums for its files."""
+        return {}
+
+    @property
+    def downloadable(self) -> bool:
+        return self.downloads
+
+    def download(self, card: Card, base: Path) -> None:
+        """Download every split through torchvision. Raises UserError when that fails or a count is not the card's."""
+        for split in self.splits:
+            self.fetch(card, base, split)
+
+    def fetch(self, card: Card, base: Path, split: str) -> LoadedImages:
+        """Download `split` through torchvision and load it."""
+        base.mkdir(parents=True, exist_ok=True)
+        return self._load(card, base, split, download=True)
+
+    def load(self, card: Card, base: Path, split: str) -> LoadedImages:
+        """Return the images of `split` through torchvision; ids are `<split>/<row>`.
+
+        Classes of several splits are united by name (Omniglot's splits have different ones).
+
+        Raises:
+            UserError: torchvision cannot open the set, or an image of it cannot be decoded.
+        """
+        return self._load(card, base, split, download=False)
+
+    def _load(self, card: Card, base: Path, split: str, download: bool) -> LoadedImages:
+        door = DOORS[self.dataset]
+        wanted = self.wanted(split)
+        parts = {name: self._construct(card, base, name, download) for name in wanted}
+        index: dict[str, int] = {}
+        labels: list[int] = []
+        counts: dict[str, int] = {}
+        for name, dataset in parts.items():
+            classes = getattr(dataset, door.classes) if isinstance(door.classes, str) else door.classes
+            names = [str(title) for title in classes]
+            numbers = _labels(dataset, door)
+            for title in names:
+                index.setdefault(title, len(index))
+            labels += [index[names[number]] for number in numbers]
+            counts[name] = len(numbers)
+        verify_counts(card, self, base, counts)
+        if split == "all" or len(index) > (self.classes or card.classes):
+            verify_classes(card, self, base, len(index))
+        rows = [(name, row) for name in wanted for row in range(counts[name])]
+
+        def read(i: int) -> Tensor:
+            name, row = rows[i]
+            try:
+                return to_rgb(parts[name][row][0])
+            except DAMAGED as error:
+                where = f"{self.dataset} {name}/{row:06d} under {shown_path(base)}"
+                raise UserError(f"{where}: cannot be decoded ({error}). {fix(card)}") from error
+
+        stamp = f"torchvision:{self.dataset}:{counts}:{labels}"
+        ids = [f"{name}/{row:06d}" for name, row in rows]
+        return LoadedImages(list(index), labels, ids, read, lambda: hashlib.sha256(stamp.encode()).hexdigest())
+
+    def _construct(self, card: Card, base: Path, split: str, download: bool) -> Any:
+        import torchvision
+
+        arguments = DOORS[self.dataset].splits[split]
+        try:
+            return getattr(torchvision.datasets, self.dataset)(str(base), download=download, **arguments)
+        except REFUSED as error:
+            reason = " ".join(str(error).split())
+            act = "could not download" if download else "could not open"
+            copy = f"{self.dataset} (split '{split}') under {shown_path(base)}"
+            raise UserError(f"{card.shown}: torchvision {act} {copy}: {reason}. {fix(card)}") from error
 
 
 def _labels(dataset: Any, door: Door) -> list[int]:
     stored = door.labels(dataset) if callable(door.labels) else getattr(dataset, door.labels)
     return [int(item[1] if isinstance(item, (tuple, list)) else item) for item in stored]
-
-
-def door_of(card: Card, source: TorchvisionSource) -> Door:
-    """The table's entry for the source; UserError for a class or a split that it does not know."""
-    door = DOORS.get(source.dataset)
-    if door is None:
-        raise UserError(
-            f"{card.shown}: torchvision class '{source.dataset}' is not known.{near(source.dataset, DOORS)}"
-        )
-    strange = next((split for split in source.splits if split not in door.splits), None)
-    if strange is not None:
-        raise UserError(f"{card.shown}: {source.dataset} has no split '{strange}'.{near(strange, door.splits)}")
-    return door
-
-
-def load(card: Card, source: TorchvisionSource, base: Path, split: str, download: bool = False) -> Loaded:
-    """The images of `split` through torchvision; ids are `<split>/<row>`.
-
-    Classes of several splits are united by name (Omniglot's splits have different ones). Raises UserError when
-    torchvision cannot open or download the set, or an image of it cannot be decoded.
-    """
-    door = door_of(card, source)
-    wanted = list(source.splits) if split == "all" else [split]
-    if download:
-        base.mkdir(parents=True, exist_ok=True)
-    parts = {name: _construct(card, source, base, name, download) for name in wanted}
-    index: dict[str, int] = {}
-    labels: list[int] = []
-    counts: dict[str, int] = {}
-    for name, dataset in parts.items():
-        names = [str(c) for c in (getattr(dataset, door.classes) if isinstance(door.classes, str) else door.classes)]
-        own = _labels(dataset, door)
-        for title in names:
-            index.setdefault(title, len(index))
-        labels += [index[names[label]] for label in own]
-        counts[name] = len(own)
-    verify_counts(card, source, base, counts, {})
-    if split == "all" or len(index) > (source.classes or card.classes):
-        verify_classes(card, source, base, len(index))
-    rows = [(name, row) for name in wanted for row in range(counts[name])]
-
-    def read(i: int) -> Tensor:
-        name, row = rows[i]
-        try:
-            return to_rgb(parts[name][row][0])
-        except DAMAGED as error:
-            where = f"{source.dataset} {name}/{row:06d} under {shown_path(base)}"
-            raise UserError(f"{where}: cannot be decoded ({error}). {fix(card)}") from error
-
-    stamp = f"torchvision:{source.dataset}:{counts}:{labels}"
-    ids = [f"{name}/{row:06d}" for name, row in rows]
-    return Loaded(list(index), labels, ids, read, lambda: hashlib.sha256(stamp.encode()).hexdigest())

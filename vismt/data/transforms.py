@@ -1,4 +1,4 @@
-"""Training augmentation on a batch in [0, 1]: random resized crop, colour jitter, flip; a pure function of its seed."""
+"""Training augmentation of a batch in [0, 1]: random resized crop, colour jitter, flip; a pure function of its seed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ def augment(
     jitter: float = 0.4,
     flip: bool = True,
 ) -> Tensor:
-    """Float (b, 3, h, w) in [0, 1] -> the same shape, dtype, device and range; every image gets its own draw.
+    """Return augmented images of the same shape, dtype, device and range, each with another draw.
 
-    `crop` is the range of the cropped area (aspect 3/4 to 4/3, resized back, bilinear, antialiased), None for no crop;
-    `jitter` the strength of brightness, contrast and saturation; `flip` mirrors left and right with probability 1/2.
-    Two calls with one seed agree bit for bit; no random state outside is read or moved.
+    Two calls with the same seed agree bit for bit; no random state outside is read or changed.
+
+    Args:
+        images: float (b, 3, h, w) in [0, 1].
+        crop: range of the cropped area (aspect 3/4 to 4/3, resized back, bilinear, antialiased), None for no crop.
+        jitter: strength of brightness, contrast and saturation.
+        flip: mirror left and right with probability 1/2.
     """
     steps: list[torch.nn.Module] = []
     if crop is not None:

@@ -1,7 +1,7 @@
-"""The state of an interrupted training, whole or absent: trainable tensors, buffers, optimiser, schedule, random state, step.
+"""The checkpoint of a training: trainable tensors, buffers, optimiser, schedule, random state and step, written atomically.
 
-What a run starts from, in this order: 1. its own checkpoint.pt, 2. nothing but the adapter's start values. Batches are a
-function of the step number, so the step is all that is needed to go on with the data.
+A training starts from 1. the checkpoint.pt of its folder, if there is one, 2. the adapter's start values. Batches are a
+function of the step number, so the step is enough to continue with the data.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ NAME = "checkpoint.pt"
 
 
 def moving_state(module: nn.Module, trained: Iterable[torch.Tensor] = ()) -> dict[str, torch.Tensor]:
-    """What training may change, by its name in the state dict, on the CPU: all of it but the frozen parameters.
+    """Return what training may change, the state dict without the frozen parameters, on the CPU.
 
-    trained: parameters that count as moving though a schedule may have them frozen at the moment.
+    trained: parameters that are included even if a schedule has frozen them at the moment.
     """
-    moving, named = set(trained), module.named_parameters(remove_duplicate=False)
+    moving = set(trained)
+    named = module.named_parameters(remove_duplicate=False)
     frozen = {name for name, value in named if not value.requires_grad and value not in moving}
     return {name: value.detach().cpu() for name, value in module.state_dict().items() if name not in frozen}
 
@@ -41,9 +42,9 @@ def save(
     config_hash: str,
     trained: Iterable[torch.Tensor] = (),
 ) -> None:
-    """Write the checkpoint of `step` finished steps; the one before stands until the new one is whole.
+    """Write the checkpoint after `step` finished steps; the previous one stays until the new one is complete.
 
-    scaler: fp16's gradient scaler, None in other precisions. trained: of `moving_state`.
+    scaler: fp16's gradient scaler, None in other precisions. trained: as for `moving_state`.
     """
     state = {
         "step": step,
@@ -63,20 +64,21 @@ def save(
 def load(
     folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, scaler: Any, config_hash: str
 ) -> int:
-    """Restore a checkpoint if there is one; returns the number of finished steps (0 without)."""
+    """Restore the checkpoint of a folder and return its number of finished steps; 0 without a checkpoint."""
     path = folder / NAME
     if not path.exists():
         return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        seen, tensors = state["config_hash"], dict(state["tensors"])
-    except Exception as error:  # a torn file makes the reader raise whatever its bytes spell
+        saved_hash = state["config_hash"]
+        tensors = dict(state["tensors"])
+    except Exception as error:  # a torn file can raise any error in the reader
         raise UserError(
             f"checkpoint '{path}' is damaged ({type(error).__name__}); delete it to train from the start."
         ) from error
-    if seen != config_hash:
+    if saved_hash != config_hash:
         raise UserError(
-            f"checkpoint '{path}' is of configuration {seen}, this is {config_hash}; use another run folder."
+            f"checkpoint '{path}' is of configuration {saved_hash}, this is {config_hash}; use another run folder."
         )
     wanted = {name: tuple(value.shape) for name, value in moving_state(module).items()}
     check_tensors(f"checkpoint '{path}'", wanted, tensors)
@@ -91,7 +93,7 @@ def load(
         raise UserError(
             f"checkpoint '{path}' does not fit this training ({error}); delete it to start again."
         ) from error
-    module.load_state_dict(tensors, strict=False)  # frozen parameters are not in it
+    module.load_state_dict(tensors, strict=False)  # it has no frozen parameters
     if state["cuda_random"] and len(state["cuda_random"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda_random"])
     return step

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line a logged step, readable with `cat`; accelerate's trackers beside it when asked for."""
+"""metrics.jsonl: one line for each logged step, readable with `cat`; accelerate's trackers are used as well where configured."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ METRICS = "metrics.jsonl"
 
 
 def read_lines(path: Path, needed: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; a torn last line is dropped, a missing file has none.
+    """Return the rows of a JSON-lines file; a torn last line is dropped, and a missing file has no rows.
 
-    Raises UserError for a file that cannot be read, a line that is no JSON object and a row without a `needed` key.
+    Raises UserError for a file that cannot be read, a line that is not a JSON object and a row without a `needed` key.
     """
     if not path.exists():
         return []
@@ -38,30 +38,31 @@ def read_lines(path: Path, needed: tuple[str, ...] = ()) -> list[dict[str, Any]]
             raise
         except ValueError as error:
             if number < len(lines):
-                raise UserError(f"'{path}' line {number} is no JSON; the file was changed by hand.") from error
+                raise UserError(f"'{path}' line {number} is not JSON; the file was changed by hand.") from error
     return rows
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    """The whole file anew, at once."""
+    """Write the whole file atomically."""
     atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 class MetricsLog:
-    """Appends rows to metrics.jsonl; opening it for a resumed run drops what came after the checkpoint."""
+    """Append rows to metrics.jsonl; when a run resumes, rows after its checkpoint are dropped."""
 
     def __init__(self, folder: Path, finished_steps: int, enabled: bool) -> None:
-        self.path, self.enabled = folder / METRICS, enabled
+        self.path = folder / METRICS
+        self.enabled = enabled
         if enabled:
             write_lines(self.path, [row for row in read_lines(self.path, ("step",)) if row["step"] <= finished_steps])
 
     def elapsed(self) -> float:
-        """Seconds of training that earlier sessions of this run have logged."""
+        """Return the seconds of training that earlier sessions of this run have logged."""
         rows = read_lines(self.path, ("elapsed_s",)) if self.enabled else []
         return float(rows[-1]["elapsed_s"]) if rows else 0.0
 
     def add(self, row: dict[str, float]) -> None:
-        """One line, flushed; values that are not finite are written as null."""
+        """Write one line and flush it; values that are not finite are written as null."""
         if not self.enabled:
             return
         clean = {name: value if math.isfinite(value) else None for name, value in row.items()}
@@ -75,5 +76,5 @@ class MetricsLog:
 
 
 def record_stem(data: str, protocol: str, model: str) -> str:
-    """The name, without its ending, of the file with a model's records: letters, digits, dots and hyphens."""
+    """Return the stem of the file with a model's records: letters, digits, dots and hyphens."""
     return re.sub(r"[^\w.-]", "-", "-".join((data, protocol, model)))

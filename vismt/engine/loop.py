@@ -1,8 +1,8 @@
-"""The one training loop. A job gives it an objective and a function from batch number to batch; the rest is here.
+"""The training loop of all jobs. A job passes an objective and a function from batch number to batch.
 
 The objective is a module: objective(batch) -> {"loss": scalar, ...other scalars to log}. Batch k is a function of k, so a
-resumed run sees what an uninterrupted one would have seen, whatever the number of workers. With several processes batch
-k goes to process k mod world, so one step of w processes sees w batches.
+resumed run gets the same batches as an uninterrupted one, whatever the number of workers. With several processes batch k
+goes to process k mod world, so one step of w processes takes w batches.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from vismt.config import TrainConfig
 from vismt.engine import checkpoint
 from vismt.engine.log import MetricsLog
 from vismt.errors import UserError, near
-from vismt.registry import method_optimizer, schedules
+from vismt.methods import freezes, method_optimizer, schedules
 
 OPTIMIZERS = ("adamw", "sgd")
 Batches = Callable[[int], Any]
@@ -36,7 +36,7 @@ class Diverged(UserError):
 
 
 class _Numbered(Dataset):
-    """Batch by number, so that workers may prepare them."""
+    """Batches by number, so that workers can prepare them."""
 
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
@@ -55,94 +55,139 @@ def train(
     *,
     seed: int,
     after_step: Callable[[int], None] | None = None,
+    sections: Any = None,
 ) -> dict[str, float]:
-    """Train the objective's parameters that require a gradient; resumes from the run folder. Returns the last metrics.
+    """Train the objective's parameters that require a gradient, from the run folder's checkpoint where there is one.
 
-    seed: of dropout and the like, one stream a process; the random state outside is left as it was. after_step(step) is
-    called after every optimiser step (schedules of a method). Raises Diverged on a loss that is not finite: the
-    checkpoint before it stays.
+    Args:
+        objective: objective(batch) -> {"loss": scalar, ...other scalars to log}.
+        batches: batch by number.
+        config: the run's train section.
+        folder: of checkpoint and log.
+        config_hash: of the run; a checkpoint of another configuration is refused.
+        accelerator: see engine/runtime.py.
+        seed: of dropout and other random draws, one stream for each process; the outer random state is restored.
+        after_step: called with the number of finished steps after every optimiser step.
+        sections: the run's configuration, for schedules of methods.
+
+    Returns:
+        The last logged metrics.
+
+    Raises:
+        Diverged: on a loss or gradient that is not finite; the latest checkpoint is kept.
     """
+    check(config)
     with torch.random.fork_rng():
         torch.manual_seed(seed + accelerator.process_index)
-        return _train(objective, batches, config, folder, config_hash, accelerator, after_step)
+        return _Training(objective, batches, config, folder, config_hash, accelerator, sections).run(after_step)
 
 
-def _train(
-    objective: nn.Module,
-    batches: Batches,
-    config: TrainConfig,
-    folder: Path,
-    config_hash: str,
-    accelerator: Accelerator,
-    after_step: Callable[[int], None] | None,
-) -> dict[str, float]:
-    # ---- objective, optimiser, schedule -------------------------------------------------------------------------------
-    check(config)
-    objective.to(accelerator.device).train()
-    trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-    if not trained:
-        raise UserError("train: nothing is trainable; name a method in the adapt section.")
-    optimizer = method_optimizer(make_optimizer(trained, config, with_own_prior(objective)), objective)
-    parameters, own_metrics = list(trained.values()), getattr(optimizer, "metrics", dict)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, config) / config.lr)
+class _Training:
+    """Objective, optimiser, schedules, checkpoint and log of one training."""
 
-    # ---- resume: 1. the run folder's own checkpoint, 2. the start values --------------------------------------------------
-    finished = checkpoint.load(folder, objective, optimizer, schedule, accelerator.scaler, config_hash)
-    log = MetricsLog(folder, finished, accelerator.is_main_process)
-    if finished:
-        console.stage("resume", f"{folder} at step {finished} of {config.steps}")
-    started = time.monotonic() - log.elapsed()
-    makers = schedules(objective)
-    if makers:  # the processes are wrapped for every parameter that may train, and then not all of them do
-        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-    wrapped, optimizer = accelerator.prepare(objective, optimizer)
-    scheduled = [make(optimizer) for make in makers]
-    for one in scheduled:
-        one.on_step(finished)
-    stream = _stream(batches, config, finished, accelerator)
-    first_bad = torch.zeros(
-        (), device=accelerator.device
-    )  # number of the first step whose loss or gradient was not finite
-    last: dict[str, float] = {}
+    def __init__(
+        self,
+        objective: nn.Module,
+        batches: Batches,
+        config: TrainConfig,
+        folder: Path,
+        config_hash: str,
+        accelerator: Accelerator,
+        sections: Any,
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.hash = config_hash
+        self.accelerator = accelerator
+        self.objective = objective.to(accelerator.device).train()
+        trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+        if not trained:
+            raise UserError("train: nothing is trainable; name a method in the adapt section.")
+        optimizer = method_optimizer(make_optimizer(trained, config, with_own_prior(objective)), objective)
+        self.parameters = list(trained.values())
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, config) / config.lr)
 
-    # ---- steps ---------------------------------------------------------------------------------------------------------
-    with console.bar("train", "steps", config.steps, finished) as progress:
-        for step in range(finished + 1, config.steps + 1):
-            logged, norm = _step(wrapped, stream, config, optimizer, parameters, accelerator)
-            # fp16's scaler finds its scale by overflowing: it skips that step, which is no fault and moves no schedule.
-            skipped = optimizer.step_was_skipped
-            bad = ~torch.isfinite(logged["loss"]) | (~torch.isfinite(norm).to(first_bad.device) & (not skipped))
-            first_bad = torch.where(bad & (first_bad == 0), float(step), first_bad)
-            now = rate(schedule.last_epoch, config)
-            if not skipped:
-                schedule.step()
-            for one in scheduled:
-                one.on_step(step)
-            if after_step is not None:
-                after_step(step)
-            due = step % config.checkpoint_every == 0 or step == config.steps
-            if due or step % config.log_every == 0:
-                worst = int(accelerator.gather(first_bad.reshape(1)).max())
-                if worst:
-                    raise Diverged(
-                        f"train: the loss or its gradient is not finite at step {worst}; {_last_good(folder)} "
-                        "Lower train.lr, raise train.warmup or set train.clip."
+        # Where training starts: 1. the run folder's checkpoint, 2. the start values.
+        self.finished = checkpoint.load(folder, objective, optimizer, self.schedule, accelerator.scaler, config_hash)
+        self.log = MetricsLog(folder, self.finished, accelerator.is_main_process)
+        if self.finished:
+            console.stage("resume", f"{folder} at step {self.finished} of {config.steps}")
+        self.started = time.monotonic() - self.log.elapsed()
+        if freezes(objective):  # DDP wraps every parameter that may train, and not all of them do in every step
+            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self.wrapped, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.method_schedules = schedules(objective, self.optimizer, config.steps, sections)
+        for schedule in self.method_schedules:
+            schedule.on_step(self.finished)
+        self.measured = [optimizer, *self.method_schedules]
+        self.stream = _stream(batches, config, self.finished, accelerator)
+        # Number of the first step whose loss or gradient was not finite; read when something is logged.
+        self.first_bad = torch.zeros((), device=accelerator.device)
+
+    def run(self, after_step: Callable[[int], None] | None) -> dict[str, float]:
+        """Train to the last step and return the last logged metrics."""
+        config = self.config
+        last: dict[str, float] = {}
+        with console.bar("train", "steps", config.steps, self.finished) as progress:
+            for step in range(self.finished + 1, config.steps + 1):
+                logged, norm, lr = self._step(step)
+                due = step % config.checkpoint_every == 0 or step == config.steps
+                logs = due or step % config.log_every == 0
+                metrics = _metrics(self.measured) if logs else {}  # before the schedules advance
+                for schedule in self.method_schedules:
+                    schedule.on_step(step)
+                if after_step is not None:
+                    after_step(step)
+                if logs:
+                    last = self._write_log(step, logged, {"lr": lr, "grad_norm": float(norm), **metrics})
+                    progress.note("  ".join(f"{name} {last[name]:.3g}" for name in logged))
+                if due and self.accelerator.is_main_process:  # after _write_log has checked that it is finite
+                    checkpoint.save(
+                        self.folder,
+                        step,
+                        self.objective,
+                        self.optimizer,
+                        self.schedule,
+                        self.accelerator.scaler,
+                        self.hash,
+                        self.parameters,
                     )
-                means = {name: float(accelerator.reduce(value, "mean")) for name, value in logged.items()}
-                own = {name: float(value) for name, value in own_metrics().items()}
-                last = {"step": step, **means, "lr": now, "grad_norm": float(norm), **own}
-                last["elapsed_s"] = time.monotonic() - started
-                log.add(last)
-                if config.trackers:
-                    accelerator.log({name: value for name, value in last.items() if name != "step"}, step=step)
-                progress.note("  ".join(f"{name} {last[name]:.3g}" for name in means))
-            # ---- checkpoint: only what was found finite
-            if due and accelerator.is_main_process:
-                checkpoint.save(
-                    folder, step, objective, optimizer, schedule, accelerator.scaler, config_hash, parameters
-                )
-            progress.advance()
-    return last
+                progress.advance()
+        return last
+
+    def _step(self, step: int) -> tuple[dict[str, Tensor], Tensor, float]:
+        """Run optimiser step `step`; return the mean metrics, the gradient norm before clipping, and the rate."""
+        logged, norm = _step(self.wrapped, self.stream, self.config, self.optimizer, self.parameters, self.accelerator)
+        # fp16's scaler finds its scale by overflowing: it skips that step, which is not an error and moves no schedule.
+        skipped = self.optimizer.step_was_skipped
+        bad = ~torch.isfinite(logged["loss"]) | (~torch.isfinite(norm).to(self.first_bad.device) & (not skipped))
+        self.first_bad = torch.where(bad & (self.first_bad == 0), float(step), self.first_bad)
+        lr = rate(self.schedule.last_epoch, self.config)
+        if not skipped:
+            self.schedule.step()
+        return logged, norm, lr
+
+    def _write_log(self, step: int, logged: Mapping[str, Tensor], further: Mapping[str, float]) -> dict[str, float]:
+        """Write a line of metrics averaged over the processes; raise Diverged where a step was not finite."""
+        accelerator = self.accelerator
+        worst = int(accelerator.gather(self.first_bad.reshape(1)).max())
+        if worst:
+            raise Diverged(
+                f"train: the loss or its gradient is not finite at step {worst}; {_last_good(self.folder)} "
+                "Lower train.lr, raise train.warmup or set train.clip."
+            )
+        means = {name: float(accelerator.reduce(value, "mean")) for name, value in logged.items()}
+        line = {"step": step, **means, **further, "elapsed_s": time.monotonic() - self.started}
+        self.log.add(line)
+        if self.config.trackers:
+            accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
+        return line
+
+
+def _metrics(measured: Iterable[Any]) -> dict[str, float]:
+    """Return the metrics of the optimisers and schedules that have metrics()."""
+    values = [source.metrics() for source in measured if hasattr(source, "metrics")]
+    return {name: float(value) for metrics in values for name, value in metrics.items()}
 
 
 def _step(
@@ -150,10 +195,10 @@ def _step(
     stream: Iterator[Any],
     config: TrainConfig,
     optimizer: Any,
-    parameters: list[Tensor],
+    parameters: Sequence[Tensor],
     accelerator: Accelerator,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """One optimiser step over `accumulate` batches: mean metrics and the gradient norm before clipping."""
+    """Run one optimiser step over `accumulate` batches; return mean metrics and the gradient norm before clipping."""
     sums: dict[str, Tensor] = {}
     for part in range(config.accumulate):
         batch = next(stream)
@@ -171,12 +216,15 @@ def _step(
 
 
 def _stream(batches: Batches, config: TrainConfig, finished: int, accelerator: Accelerator) -> Iterator[Any]:
-    """This process's batches from the first unfinished step on, on its device."""
-    world, rank = accelerator.num_processes, accelerator.process_index
+    """Yield the batches of this process from the first unfinished step on, on its device."""
+    world = accelerator.num_processes
+    rank = accelerator.process_index
     numbers = range(finished * config.accumulate * world + rank, config.steps * config.accumulate * world, world)
-    # A generator of its own: the loader draws a seed when it starts, which would move the state a resumed run restored.
-    own = torch.Generator().manual_seed(0)
-    loader = DataLoader(_Numbered(batches), batch_size=None, sampler=numbers, num_workers=config.workers, generator=own)
+    # The loader draws a seed when it starts; from the global generator this would move the state that a resumed run restored.
+    generator = torch.Generator().manual_seed(0)
+    loader = DataLoader(
+        _Numbered(batches), batch_size=None, sampler=numbers, num_workers=config.workers, generator=generator
+    )
     return (_to(batch, accelerator.device) for batch in loader)
 
 
@@ -185,11 +233,13 @@ def _to(batch: Any, device: torch.device) -> Any:
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
         return {name: _to(value, device) for name, value in batch.items()}
-    return type(batch)(_to(value, device) for value in batch) if isinstance(batch, tuple | list) else batch
+    if isinstance(batch, tuple | list):
+        return type(batch)(_to(value, device) for value in batch)
+    return batch
 
 
 def with_own_prior(objective: nn.Module) -> set[str]:
-    """Names of parameters in modules that say `own_prior`: their loss holds their prior, so weight decay would be another."""
+    """Return the names of parameters in modules with `own_prior`: their loss has a prior, and weight decay would add a second."""
     return {
         f"{path}.{name}" if path else name
         for path, module in objective.named_modules()
@@ -201,24 +251,31 @@ def with_own_prior(objective: nn.Module) -> set[str]:
 def make_optimizer(
     parameters: Mapping[str, Tensor], config: TrainConfig, undecayed: Collection[str] = ()
 ) -> torch.optim.Optimizer:
-    """AdamW, or SGD with momentum, over parameters by name: a group for each rate, matrices and the rest apart.
+    """Return AdamW, or SGD with momentum, with a group for each learning rate, with and without weight decay.
 
-    undecayed: names of matrices without weight decay.
-    Raises UserError for a pattern of train.rates that is no regular expression or is found in no name.
+    Args:
+        parameters: by name.
+        config: the run's train section.
+        undecayed: names of matrices without weight decay.
+
+    Raises:
+        UserError: a pattern of train.rates that is not a regular expression or matches no name.
     """
     groups: dict[tuple[float, bool], list[Tensor]] = {}
-    found = set()
+    matched = set()
     for name, parameter in parameters.items():
-        pattern = next((one for one in config.rates if _search(one, name)), None)
-        found.add(pattern)
-        groups.setdefault((config.rates.get(pattern, 1.0), parameter.ndim > 1 and name not in undecayed), []).append(
-            parameter
-        )
+        pattern = next((pattern for pattern in config.rates if _search(pattern, name)), None)
+        factor = 1.0
+        if pattern is not None:
+            matched.add(pattern)
+            factor = config.rates[pattern]
+        decays = parameter.ndim > 1 and name not in undecayed
+        groups.setdefault((factor, decays), []).append(parameter)
     for pattern in config.rates:
-        if pattern not in found:
+        if pattern not in matched:
             raise UserError(f"train.rates: '{pattern}' is found in no trained parameter.{near(pattern, parameters)}")
     settings = [
-        {"params": group, "lr": config.lr * factor, "weight_decay": config.weight_decay * decays}
+        {"params": group, "lr": config.lr * factor, "weight_decay": config.weight_decay if decays else 0.0}
         for (factor, decays), group in groups.items()
     ]
     if config.optimizer == "sgd":
@@ -230,35 +287,36 @@ def _search(pattern: str, name: str) -> bool:
     try:
         return re.search(pattern, name) is not None
     except re.error as error:
-        raise UserError(f"train.rates: '{pattern}' is no regular expression ({error}).") from error
+        raise UserError(f"train.rates: '{pattern}' is not a regular expression ({error}).") from error
 
 
 def rate(step: int, config: TrainConfig) -> float:
-    """Learning rate of step 0, 1, ...: linear over `warmup` steps up to lr, a half cosine down to min_lr, then `cooldown`."""
+    """Return the learning rate of step 0, 1, ...: linear over `warmup` steps to lr, a half cosine to min_lr, then `cooldown`."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     share = (step - config.warmup) / max(1, config.steps - config.warmup - config.cooldown)
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
+# The smallest allowed value of each number of a train section.
+LEAST = {"steps": 1, "accumulate": 1, "log_every": 1, "checkpoint_every": 1, "warmup": 0, "cooldown": 0, "workers": 0}
+NOT_NEGATIVE = ("momentum", "weight_decay", "min_lr")
+
+
 def check(config: TrainConfig) -> None:
-    """Values that no type can exclude."""
+    """Raise UserError for values that the types of the train section do not exclude."""
     if config.optimizer not in OPTIMIZERS:
         raise UserError(f"train.optimizer: '{config.optimizer}'.{near(config.optimizer, OPTIMIZERS)}")
-    for low, names in (
-        (1, ("steps", "accumulate", "log_every", "checkpoint_every")),
-        (0, ("warmup", "cooldown", "workers")),
-    ):
-        for name in names:
-            if getattr(config, name) < low:
-                raise UserError(f"train.{name}: {getattr(config, name)}; it must be at least {low}.")
+    for name, least in LEAST.items():
+        if getattr(config, name) < least:
+            raise UserError(f"train.{name}: {getattr(config, name)}; it must be at least {least}.")
     if config.warmup + config.cooldown > config.steps:
         raise UserError(
             f"train: warmup {config.warmup} and cooldown {config.cooldown} do not fit into {config.steps} steps."
         )
-    for name in ("momentum", "weight_decay", "min_lr"):
-        if not getattr(config, name) >= 0:
-            raise UserError(f"train.{name}: {getattr(config, name)}; it must not be negative.")
+    negative = next((name for name in NOT_NEGATIVE if not getattr(config, name) >= 0), None)
+    if negative is not None:
+        raise UserError(f"train.{negative}: {getattr(config, negative)}; it must not be negative.")
     for pattern, factor in config.rates.items():
         if not 0 <= factor < math.inf:
             raise UserError(f"train.rates: {pattern}: {factor}; it must be 0 or more.")

@@ -1,7 +1,7 @@
-"""A run folder from start to report: what `vismt run`, `train`, `evaluate`, `attack`, `merge`, `predict` and `export` do.
+"""A run folder: the stages of its job, run.json with the facts of the run, merged weights and exports.
 
-The folder is named by the configuration and its hash, so the same command on the same configuration goes on where it
-stopped: training at its checkpoint, evaluation at its episode.
+The folder is named by the configuration and its hash, so the same command on the same configuration continues where it
+stopped: training at its checkpoint, evaluation at the first example that is not on record.
 """
 
 from __future__ import annotations
@@ -10,48 +10,85 @@ import datetime
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors.torch
-import yaml
+from torch import nn
 
-from vismt import console, jobs
-from vismt.config import RunConfig, config_hash, read_yaml, resolved, typed
-from vismt.engine import log, runtime
+from vismt import console
+from vismt.config import RunConfig, config_hash
+from vismt.engine import runtime
 from vismt.errors import UserError, near
 from vismt.files import atomic_write, read_json
 from vismt.lowrank.peft_folder import export_peft
-from vismt.report import report
 
-RESOLVED, FACTS, RESULTS = "config.resolved.yaml", "run.json", "results.jsonl"
+RESOLVED = "config.resolved.yaml"
+FACTS = "run.json"
 FORMATS = ("timm", "transformers", "peft")
+
+
+class Stages(Protocol):
+    """The methods of a job that a run folder calls. arm: "arm" or "arm:seed", None for the only one."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether the configuration trains anything."""
+
+    def train(self) -> dict[str, Any]:
+        """Train what is not trained yet; return the entry "adapt" of run.json."""
+
+    def evaluate(self, attacks: Sequence[Any] | None = None) -> None:
+        """Write results.jsonl."""
+
+    def report(self) -> Path:
+        """Write the report and return the path of its page."""
+
+    def adapted(self, arm: str | None = None) -> nn.Module:
+        """Return the stock model with the adapter of one arm."""
+
+    def merged(self, arm: str | None = None) -> nn.Module:
+        """Return the stock model with merged weights."""
+
+    def about(self) -> dict[str, Any]:
+        """Return the further entries of config.json beside merged weights."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return the entries of run.json that depend on the job, such as seeds."""
+
+    def files_beside(self, arm: str | None = None) -> dict[str, bytes]:
+        """Return the files to write beside merged or exported weights, by name."""
+
+    def classifier(self, arm: str | None = None) -> tuple[nn.Module, list[str], int]:
+        """Return one arm as a classifier: the net, the names of its outputs, and the size of its images in pixels."""
 
 
 class Run:
     """One run folder with its configuration and job."""
 
-    def __init__(self, folder: Path, config: RunConfig) -> None:
-        self.folder, self.config, self.hash = folder, config, config_hash(config)
-        self.job = jobs.make_job(config, folder)
+    def __init__(self, folder: Path, config: RunConfig, job: Stages) -> None:
+        self.folder = folder
+        self.config = config
+        self.job = job
+        self.hash = config_hash(config)
         self.started = time.monotonic()
 
     @property
     def facts(self) -> dict[str, Any]:
-        """run.json, empty before the first stage."""
+        """The content of run.json, empty before the first stage."""
         path = self.folder / FACTS
         facts = read_json(path, f"run '{self.folder}'") if path.exists() else {}
         if not isinstance(facts, dict) or not isinstance(facts.get("wall_time_s", 0.0), int | float):
-            raise UserError(f"run '{self.folder}': {FACTS} is not what a run writes; the file was changed by hand.")
-        if facts.get("config_hash", self.hash) != self.hash:
             raise UserError(
-                f"run '{self.folder}': {RESOLVED} was changed after the run; start a run of its own instead."
+                f"run '{self.folder}': {FACTS} does not have the content that a run writes; the file was changed by hand."
             )
+        if facts.get("config_hash", self.hash) != self.hash:
+            raise UserError(f"run '{self.folder}': {RESOLVED} was changed after the run; start a new run instead.")
         return facts
 
     def train(self) -> None:
-        """Train unless this folder holds the finished adapter."""
+        """Train unless this folder has the finished trainings."""
         self._note(started=self.facts.get("started") or _now())
         if not self.job.trains:
             console.stage("train", "nothing to train: the configuration has no train or no adapt section")
@@ -67,88 +104,88 @@ class Run:
             stage()
         state.wait_for_everyone()
 
-    def evaluate(self, attacks: list[Any] | None = None) -> None:
+    def evaluate(self, attacks: Sequence[Any] | None = None) -> None:
         """Evaluate and write results.jsonl; rows of other conditions (an earlier attack) stay."""
         if not self.facts:  # also refuses a folder whose configuration was changed after the run
             self._note(started=_now())
-        rows = self.job.evaluate(attacks)
-        names = ("data", "protocol", "condition", "model")
-        fresh = {tuple(row[name] for name in names) for row in rows}
-        known = log.read_lines(self.folder / RESULTS, names)
-        kept = [row for row in known if tuple(row[name] for name in names) not in fresh]
-        log.write_lines(self.folder / RESULTS, kept + rows)
+        self.job.evaluate(attacks)
         self._note(finished=_now())
 
     def report(self) -> None:
-        """Write report.md and report.html and say where."""
-        console.stage("report", str(report.write_report(self.folder)))
+        """Write report.md and report.html and print their place."""
+        console.stage("report", str(self.job.report()))
 
     def _need_adapter(self) -> None:
-        if not any((self.folder / place).is_dir() for place in ("adapter", "pool", "arms")):
+        if not any((self.folder / place).is_dir() for place in ("pool", "arms")):
             raise UserError(
                 f"run '{self.folder}': it holds no trained adapter; `vismt train` or `vismt run` makes one."
             )
 
-    def merge(self, expert: str | None = None) -> Path:
-        """Write merged/model.safetensors: the stock state dict with the update folded in; of a pool, one expert's."""
+    def merge(self, arm: str | None = None) -> Path:
+        """Write the stock state dict with merged weights to merged/model.safetensors; return the folder."""
         self._need_adapter()
-        return self._write_merged(self.folder / "merged", expert)
+        return self._write(self.job.merged(arm), self.folder / "merged", arm)
 
-    def export(self, form: str, target: Path | None, expert: str | None = None) -> Path:
-        """timm: model.safetensors and config.json; transformers: save_pretrained; peft: an adapter folder."""
+    def export(self, form: str, target: Path | None, arm: str | None = None) -> Path:
+        """Write one arm as timm (model.safetensors, config.json), transformers (save_pretrained) or peft (adapter folder).
+
+        Raises UserError for another format, one that does not fit the model, and a run without an adapter.
+        """
         if form not in FORMATS:
             raise UserError(f"export: format '{form}'.{near(form, FORMATS)}")
         self._need_adapter()
         target = target or self.folder / f"export-{form}"
-        if form == "timm" and self.config.task == "lm":
-            raise UserError("export: a language model is no timm model; use --format transformers or peft.")
-        if form == "timm":
-            return self._write_merged(target, expert)
         if form == "peft":
-            export_peft(self.job.adapted(expert), target)
-        else:
-            model = self.job.merged(expert)
-            if not hasattr(model, "save_pretrained"):
-                raise UserError(f"export: {type(model).__name__} is no transformers model; use --format timm or peft.")
-            model.save_pretrained(target)
-        return self._write_beside(target, expert)
+            export_peft(self.job.adapted(arm), target)
+            return self._write_beside(target, arm)
+        model = self.job.merged(arm)
+        is_transformers = hasattr(model, "save_pretrained")
+        if is_transformers != (form == "transformers"):
+            fitting = "transformers" if is_transformers else "timm"
+            raise UserError(f"export: {type(model).__name__} is not a {form} model; use --format {fitting} or peft.")
+        return self._write(model, target, arm)
 
     def predict(
-        self, images: list[Path], target: Path | None = None, expert: str | None = None, **how: bool
+        self, images: list[Path], target: Path | None = None, arm: str | None = None, **options: bool
     ) -> list[Path]:
-        """Pictures of a dense run's predictions, under RUN/predictions unless told otherwise; how: see `predict_images`."""
+        """Draw predictions on images, by default under RUN/predictions; return the files. options: of the job."""
         predict = getattr(self.job, "predict", None)
         if predict is None:
             raise UserError(
-                f"predict: run '{self.folder}' is of the job '{self.config.task}'; only dense runs draw predictions."
+                f"predict: run '{self.folder}' has the job '{self.config.task}', which draws no predictions on images."
             )
-        return predict(images, target or self.folder / "predictions", expert, **how)
+        return predict(images, target or self.folder / "predictions", arm, **options)
 
-    def _write_merged(self, target: Path, expert: str | None) -> Path:
-        model = self.job.merged(expert)
+    def _write(self, model: Any, target: Path, arm: str | None) -> Path:
+        """Write a merged timm or transformers model and the job's files beside it."""
         if hasattr(model, "save_pretrained"):
             model.save_pretrained(target)
-            return self._write_beside(target, expert)
+            return self._write_beside(target, arm)
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         atomic_write(target / "model.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
-        about = {
-            "architecture": self.config.model.name,
-            "img_size": self.config.model.img_size,
-            "merged_from": self.folder.name,
-        }
-        about |= {"num_classes": model.num_classes, **self.job.about()}
-        known = getattr(model, "pretrained_cfg", None)
-        if known:  # what timm needs to build the model of the folder alone ("local-dir:...")
-            size = list(model.patch_embed.img_size)
-            about["architecture"] = known.get("architecture", about["architecture"])
-            about["model_args"] = {"img_size": size, "global_pool": model.global_pool}
-            about["pretrained_cfg"] = {name: known[name] for name in ("mean", "std", "interpolation") if name in known}
-            about["pretrained_cfg"]["input_size"] = [3, *size]
-        atomic_write(target / "config.json", json.dumps(about, indent=1))
-        return self._write_beside(target, expert)
+        atomic_write(target / "config.json", json.dumps(self._model_config(model), indent=1))
+        return self._write_beside(target, arm)
 
-    def _write_beside(self, target: Path, expert: str | None) -> Path:
-        for name, content in self.job.beside(expert).items():
+    def _model_config(self, model: Any) -> dict[str, Any]:
+        """Return the config.json of a merged timm model."""
+        about: dict[str, Any] = {
+            "architecture": self.config.model.name,
+            "img_size": getattr(self.config.model, "img_size", None),
+            "merged_from": self.folder.name,
+            "num_classes": model.num_classes,
+            **self.job.about(),
+        }
+        pretrained = getattr(model, "pretrained_cfg", None)
+        if pretrained:  # what timm needs to build the model from the folder alone ("local-dir:...")
+            size = list(model.patch_embed.img_size)
+            about["architecture"] = pretrained.get("architecture", about["architecture"])
+            about["model_args"] = {"img_size": size, "global_pool": model.global_pool}
+            kept = [name for name in ("mean", "std", "interpolation") if name in pretrained]
+            about["pretrained_cfg"] = {**{name: pretrained[name] for name in kept}, "input_size": [3, *size]}
+        return about
+
+    def _write_beside(self, target: Path, arm: str | None) -> Path:
+        for name, content in self.job.files_beside(arm).items():
             atomic_write(target / name, content)
         return target
 
@@ -162,6 +199,7 @@ class Run:
             "git_revision": runtime.git_revision(),
             "config_hash": self.hash,
             "seed": self.config.seed,
+            **self.job.facts(),
             "hardware": runtime.hardware(),
             "versions": runtime.versions(),
             "wall_time_s": before.get("wall_time_s", 0.0) + now - self.started,
@@ -169,23 +207,6 @@ class Run:
         self.started = now
         if runtime.processes().is_main_process:
             atomic_write(self.folder / FACTS, json.dumps({**before, **facts, **changes}, indent=1))
-
-
-def start(path: Path, overrides: list[str], out: Path) -> Run:
-    """The run folder of a configuration: <out>/<file stem>-<hash>, made or found again."""
-    config = jobs.load_config(path, overrides)
-    run = Run(out / f"{path.stem}-{config_hash(config)}", config)
-    if not (run.folder / RESOLVED).exists():
-        atomic_write(run.folder / RESOLVED, yaml.safe_dump(resolved(config), sort_keys=False))
-    return run
-
-
-def open_run(folder: Path) -> Run:
-    """A run folder made before."""
-    if not (folder / RESOLVED).exists():
-        raise UserError(f"run '{folder}': no {RESOLVED}; give a folder that `vismt run` or `vismt train` made.")
-    raw = read_yaml(folder / RESOLVED)
-    return Run(folder, typed(raw, jobs.config_type(raw, str(folder)), str(folder / RESOLVED)))
 
 
 def _now() -> str:

@@ -1,4 +1,4 @@
-"""Where a run runs: accelerate's view of the machine, and what the report says of it."""
+"""The processes and the machine of a run: accelerate's state, and the hardware and versions that run.json records."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WAIT = datetime.timedelta(days=2)
 
 
 def processes() -> PartialState:
-    """This process among its fellows (torchrun, accelerate launch), and its device."""
+    """Return the state of this process among those of the launch (torchrun, accelerate launch), with its device."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return PartialState(cpu=_cpu_only())
     _leave_at_exit()
@@ -33,7 +33,10 @@ def processes() -> PartialState:
 
 
 def accelerator(precision: str = "no", trackers: list[str] | None = None, folder: Path | None = None) -> Accelerator:
-    """CPU, one GPU or several processes (torchrun, accelerate launch), as the environment says."""
+    """Return the accelerator for a CPU, one GPU or several processes (torchrun, accelerate launch), as the environment sets.
+
+    Raises UserError for an unknown precision, fp16 without a GPU, and trackers that are not installed.
+    """
     if precision not in PRECISIONS:
         raise UserError(f"train.precision: '{precision}'.{near(precision, PRECISIONS)}")
     if precision == "fp16" and not torch.cuda.is_available():
@@ -42,7 +45,7 @@ def accelerator(precision: str = "no", trackers: list[str] | None = None, folder
     # accelerate keeps the first precision for the life of the process; a second run may want another.
     AcceleratorState._reset_state()
     try:
-        made = Accelerator(
+        created = Accelerator(
             cpu=_cpu_only(),
             mixed_precision=precision,
             log_with=list(trackers) if trackers else None,
@@ -50,9 +53,9 @@ def accelerator(precision: str = "no", trackers: list[str] | None = None, folder
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"train.trackers: {trackers}: {' '.join(str(error).split())}") from error
-    if trackers and len(made.log_with) < len(trackers):
+    if trackers and len(created.log_with) < len(trackers):
         raise UserError(f'train.trackers: {trackers}: not all are installed; pip install "vismt[log]".')
-    return made
+    return created
 
 
 @cache
@@ -61,10 +64,10 @@ def _leave_at_exit() -> None:
 
 
 def leave() -> None:
-    """Part from the other processes before the interpreter ends; nothing where there are none.
+    """Destroy the process group before the interpreter ends; do nothing without one.
 
-    Gloo's threads live as long as anything holds the group (a DistributedDataParallel in a cycle does), and one that outlives
-    the interpreter aborts the process.
+    Gloo's threads live as long as anything references the group (a DistributedDataParallel in a cycle does), and a thread that
+    outlives the interpreter aborts the process.
     """
     if torch.distributed.is_initialized():
         gc.collect()
@@ -72,7 +75,7 @@ def leave() -> None:
 
 
 def hardware() -> str:
-    """One line: processor or GPU, threads, processes."""
+    """Return one line about processor or GPU, threads and processes."""
     state = processes()
     if state.device.type == "cuda":
         return f"{state.num_processes} x {torch.cuda.get_device_name(state.device)}"
@@ -82,29 +85,34 @@ def hardware() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that a number depends on."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the packages that results depend on."""
+    installed = {"python": platform.python_version()}
     for name in ("torch", "torchvision", "timm", "numpy", "torchattacks", "transformers", "peft"):
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def git_revision() -> str:
-    """Commit of the checkout, with '+' when tracked files differ; empty outside one."""
+    """Return the commit of the checkout, with '+' when tracked files differ; "" outside a checkout."""
     try:
-        call = {"cwd": CHECKOUT, "capture_output": True, "text": True, "timeout": 10, "check": True}
-        revision = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **call).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **call).stdout.strip()
+        revision = _git("rev-parse", "--short=12", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return ""
-    return revision + ("+" if changed else "")
+    return f"{revision}+" if changed else revision
+
+
+def _git(*arguments: str) -> str:
+    """Return the output of a git command in the checkout."""
+    process = subprocess.run(["git", *arguments], cwd=CHECKOUT, capture_output=True, text=True, timeout=10, check=True)
+    return process.stdout.strip()
 
 
 def _cpu_only() -> bool:
-    """Without an accelerator, several processes must be told to talk over the CPU."""
+    """Return whether there is no accelerator, so that several processes communicate over the CPU."""
     others = (torch.backends.mps.is_available(), hasattr(torch, "xpu") and torch.xpu.is_available())
     return not (torch.cuda.is_available() or any(others))
 

@@ -1,4 +1,4 @@
-"""The parts of what a study trains, validates and tests on: named sets, or shares of the training sets."""
+"""The train, validation and test parts of a study's data: named sets, or shares of the training sets."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from vismt.errors import UserError
 
 @dataclass
 class PartsConfig:
-    """train, validation, test: cards as 'name' or 'name:split', several are joined.
+    """The sets of each part. train, validation, test: cards as 'name' or 'name:split'; several are joined.
 
-    validation_share, test_share: the share of `train` that is kept apart where no set is named. limit: the largest number of
+    validation_share, test_share: share of `train` that is split off where no set is named. limit: the largest number of
     training images, or rows of text.
     """
 
@@ -24,7 +24,7 @@ class PartsConfig:
 
 
 def check_parts(parts: PartsConfig, where: str) -> None:
-    """Something to test on is named, and no two parts name the same examples."""
+    """Raise UserError where nothing is named to test on, and where two parts have the same examples."""
     for part, share in (("test", parts.test_share), ("validation", parts.validation_share)):
         named = getattr(parts, part)
         if named and share:
@@ -33,20 +33,22 @@ def check_parts(parts: PartsConfig, where: str) -> None:
             raise UserError(f"{where}: nothing to test on; name a set in test, or give test_share.")
     for part, against in (("test", "train"), ("validation", "train"), ("validation", "test")):
         for name in getattr(parts, part):
-            other = next((one for one in getattr(parts, against) if _overlap(name, one)), None)
+            other = next((item for item in getattr(parts, against) if _overlap(name, item)), None)
             if other is not None:
                 fix = f"name another set or split, or take {part}_share instead"
                 raise UserError(f"{where}: {part} '{name}' is in {against} '{other}', too; {fix}.")
 
 
-def _overlap(one: str, other: str) -> bool:
-    """Whether two sets, 'card' or 'card:split', have examples in common."""
-    (card, _, split), (same, _, against) = one.partition(":"), other.partition(":")
-    return card == same and (split == against or bool({"", "all"} & {split, against}))
+def _overlap(first: str, second: str) -> bool:
+    """Return whether two sets, 'card' or 'card:split', have examples in common."""
+    first_card, _, first_split = first.partition(":")
+    second_card, _, second_split = second.partition(":")
+    shared = first_split == second_split or bool({"", "all"} & {first_split, second_split})
+    return first_card == second_card and shared
 
 
 def shares(parts: PartsConfig) -> dict[str, float]:
-    """{part: share} of what is kept apart from the training sets."""
+    """Return {part: share} for the parts that are split off the training sets."""
     return {
         part: share for part, share in (("test", parts.test_share), ("validation", parts.validation_share)) if share
     }

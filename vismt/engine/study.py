@@ -1,263 +1,260 @@
-"""What jobs with arms share: the sections of their configurations, and training each arm at its rate and seeds.
+"""A study: variants of one configuration (arms), trained at several rates and seeds, compared on the same examples.
 
-A job of this kind gives the net of a configuration, what of it are heads, the objective and the batches; adapting, training,
-saving, and finding one arm again are here.
+An arm is the configuration with a few values replaced. Arms of one seed share start, order and augmentation wherever the
+replaced values allow it. With `tune`, each arm is trained at every rate of the grid with the first seed, the best on the
+validation examples is kept, and only then the other seeds are trained: no arm gets more tuning than another, and tuning
+never uses the test examples.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor, nn
+from typing import Any, Generic, Protocol, TypeVar
 
 from vismt import console
-from vismt.engine import loop, runtime, study_files
-from vismt.engine.arms import (
-    CHOSEN,
-    ArmsConfig,
-    Unit,
-    arm_config,
-    arm_names,
-    named_unit,
-    seeds,
-    train_arms,
-    unit_config,
-)
+from vismt.config import RunConfig, TrainConfig, with_values
+from vismt.engine import runtime
+from vismt.engine.loop import Diverged
 from vismt.errors import UserError, near
-from vismt.lowrank.inject import merge, record_of
-from vismt.lowrank.layer_spec import factor_rank
-from vismt.lowrank.memory import count_parameters
-from vismt.multitask.balancing import Balancer, make_balancer
-from vismt.multitask.fading import RouterFade
-from vismt.multitask.moe_lora import set_fade
-from vismt.registry import adapt
+from vismt.files import atomic_write, read_json
 
-SPLITS = ("test", "validation")
+ARMS = "arms"
+CHOSEN = "chosen.json"
+ALONE = "adapted"  # the arm of a configuration that names none
+# Sections that are the same for every arm of a study, whatever the job.
+SHARED = ("arms", "seeds", "seed", "tune", "tasks", "evaluate", "model", "task")
 
 
 @dataclass
-class FadeConfig:
-    """Between which fractions of train.steps the routers fade, see vismt.multitask.fading."""
+class TuneConfig:
+    """rates: values of train.lr that every arm tries with the first seed. The smaller one wins a tie."""
 
-    start: float = 0.0
-    end: float = 0.5
-
-
-@dataclass
-class RetainConfig:
-    """See vismt.multitask.retain.QualityRetaining."""
-
-    temperature: float = 2.0
-    mode: str = "fifo2"
-    ema_decay: float = 0.95
-    ema_init: float = 10.0
-    momentum: float = 0.5
-    reduction: str = "mean"
-    ema_floor: float | None = None
-    reverse: bool = False
+    rates: list[float] = field(default_factory=list)
 
 
 @dataclass
-class BalancingConfig:
-    """method: of vismt.multitask.balancing.balancers(), options: its own."""
+class StudyConfig(RunConfig):
+    """A study. arms: {name: {dotted key: value}}, {} for the configuration itself as the only arm.
 
-    method: str = "ew"
-    options: dict[str, Any] = field(default_factory=dict)
+    seeds: seeds of the trainings, [] for `seed` alone. tune: the learning rates that every arm tries.
+    """
 
-
-def check_study(config: Any, tasks: Sequence[str]) -> None:
-    """Values of the shared sections that no type can exclude. tasks: all names."""
-    if not tasks or len(set(tasks)) < len(tasks):
-        raise UserError(f"tasks: {list(tasks)}; name at least one, each once.")
-    if config.train is None:
-        raise UserError("train: is null; what stands on the backbone has to be trained.")
-    if config.evaluate.split not in SPLITS:
-        raise UserError(f"evaluate.split: '{config.evaluate.split}'.{near(config.evaluate.split, SPLITS)}")
-    for name, value in (("batch", config.batch), ("evaluate.batch", config.evaluate.batch)):
-        if value < 1:
-            raise UserError(f"{name}: {value}; it must be at least 1.")
-
-
-def check_weighing(config: Any, trained: Sequence[str]) -> None:
-    """Balancing and fade of a configuration of several tasks. trained: the tasks that this arm trains."""
-    if config.balancing is not None:
-        make_balancer(config.balancing.method, trained, **config.balancing.options)
-    if config.fade is not None:
-        RouterFade(max(1, config.train.steps), config.fade.start, config.fade.end)
-        if config.adapt is None or config.adapt.method != "moe_lora":
-            raise UserError("fade: nothing has a router to fade; set adapt.method to moe_lora, or fade to null.")
-
-
-class StudyJob(ABC):
-    """Train, evaluate and merge for one run folder; each training has a folder of its own under arms/."""
-
-    def __init__(self, config: ArmsConfig, folder: Path, config_hash: str) -> None:
-        self.config, self.folder, self.hash = config, folder, config_hash
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=list)
+    tune: TuneConfig | None = None
 
     @property
-    def trains(self) -> bool:
-        """Whether there is anything to train: the heads always are."""
-        return True
+    def training_seed(self) -> int:
+        """The seed of a training's batches and random draws; start values follow `seed`."""
+        return self.seed
 
-    @abstractmethod
-    def check_data(self) -> None:
-        """UserError for what cannot be trained or evaluated, before the training and not after."""
+    @property
+    def training(self) -> TrainConfig:
+        """The train section. Raises UserError where it is null."""
+        if self.train is None:
+            raise UserError("train: is null; a training needs this section.")
+        return self.train
 
-    @abstractmethod
-    def fresh(self, config: Any) -> nn.Module:
-        """The net of an arm's configuration before training; what is adapted of it is `stock`."""
 
-    @abstractmethod
-    def heads(self, net: nn.Module) -> nn.Module:
-        """What of the net is always trained."""
+Config = TypeVar("Config", bound=StudyConfig)
 
-    @abstractmethod
-    def objective(self, config: Any, net: nn.Module, balanced: Sequence[Tensor]) -> nn.Module:
-        """The objective with a `step()`. balanced: the parameters whose gradients a balancer sees."""
 
-    @abstractmethod
-    def batches(self, config: Any) -> loop.Batches:
-        """Batch by number."""
+@dataclass(frozen=True)
+class Training:
+    """One training of an arm, at a rate and a seed, and its folder."""
 
-    @abstractmethod
-    def validate(self, unit: Unit) -> float:
-        """A score of a training on the validation part, the higher the better."""
+    arm: str
+    lr: float
+    seed: int
+    folder: Path
 
-    @abstractmethod
-    def loaded(self, unit: Unit) -> nn.Module:
-        """A trained net as it was trained."""
+    def __str__(self) -> str:
+        return f"{self.arm}   lr {self.lr:g}   seed {self.seed}"
 
-    @abstractmethod
-    def save(self, net: nn.Module, config: Any, folder: Path) -> None:
-        """Write what was trained besides the adapter."""
 
-    def train(self) -> dict[str, Any]:
-        """Train every arm at its rate and seeds; what run.json says of the adaptation, {"arms": {arm: what was adapted}}."""
-        self.check_data()
-        self._check_arms()
-        told: dict[str, Any] = {}
+@dataclass(frozen=True)
+class Choice:
+    """The learning rate of an arm, and the validation score by tried rate, None where the training diverged."""
 
-        def train(unit: Unit) -> None:
-            told[unit.arm] = self.train_unit(unit)
+    lr: float
+    validation: dict[str, float | None]
 
-        train_arms(self.config, self.folder, train, self.validate)
-        return {"arms": told}
 
-    def train_unit(self, unit: Unit) -> dict[str, Any]:
-        """Train one arm at one rate and seed, unless its folder says that it is done; what was adapted."""
-        before = study_files.done(unit)
-        if before is not None:
-            console.stage("train", f"{unit.arm}   lr {unit.lr:g}   seed {unit.seed}: done before")
-            return before
-        config = unit_config(self.config, unit)
-        net, method, balanced = self._adapted(config)
-        trainable, total = count_parameters(net)
-        rank = factor_rank(record_of(net.stock).sites) if config.adapt is not None else 0
-        name = f"{method} rank {rank}" if rank else method
-        console.stage(
-            "adapt", f"{unit.arm}   {name}   {trainable:,} trainable of {total:,} ({100 * trainable / total:.2f} %)"
-        )
-        console.stage("train", f"{unit.arm}   lr {unit.lr:g}   seed {unit.seed}")
-        objective = self.objective(config, net, balanced)
-        accelerator = runtime.accelerator(config.train.precision, config.train.trackers, unit.folder)
-        if config.train.trackers:
-            accelerator.init_trackers("vismt")
-        loop.train(
-            objective,
-            self.batches(config),
-            config.train,
-            unit.folder,
-            self.hash,
-            accelerator,
-            seed=unit.seed,
-            after_step=lambda step: objective.step(),
-        )
-        told = {"method": method, "rank": rank, "trainable": trainable, "total": total}
-        if accelerator.is_main_process:
-            self.save(net, config, unit.folder)
-            study_files.finish(net, unit.folder, config.adapt is not None, told)
-        accelerator.wait_for_everyone()
-        if config.train.trackers:
-            accelerator.end_training()
-        return told
+class Trainer(Protocol):
+    """The methods of a job that a study calls."""
 
-    def _adapted(self, config: Any) -> tuple[nn.Module, str, list[Tensor]]:
-        """The net of an arm's configuration, ready to train, the method, and the parameters whose gradients are balanced."""
-        net = self.fresh(config).requires_grad_(False)
-        method = self.prepare(net, config)
-        balanced = [parameter for parameter in net.parameters() if parameter.requires_grad]
-        heads = self.heads(net).requires_grad_(True)
-        return net, method, balanced or list(heads.parameters())
+    def train_one(self, training: Training) -> None:
+        """Train, unless the training is finished."""
 
-    def _check_arms(self) -> None:
-        """UserError for an arm that cannot be built as it is to be trained, before any is trained and not hours into the study.
+    def validate(self, training: Training) -> float:
+        """Return a score on the validation examples; higher is better."""
 
-        Arms whose rate is chosen have been built before.
+
+class Study(Generic[Config]):
+    """The arms of a configuration, each with its resolved configuration, and their trainings.
+
+    Args:
+        config: of the run.
+        folder: the run folder.
+        arms: configuration by arm, where they do not follow from `config.arms`.
+    """
+
+    def __init__(self, config: Config, folder: Path, arms: Mapping[str, Config] | None = None) -> None:
+        self.config = config
+        self.folder = folder
+        self.arms: dict[str, Config] = dict(resolve_arms(config) if arms is None else arms)
+        self.seeds: list[int] = list(config.seeds) or [config.seed]
+
+    def config_of(self, training: Training) -> Config:
+        """Return the configuration of one training."""
+        arm = self.arms[training.arm]
+        return replace(arm, seed=training.seed, train=replace(arm.training, lr=training.lr))
+
+    def training(self, arm: str, lr: float, seed: int) -> Training:
+        """Return the training of an arm at a rate and a seed."""
+        return Training(arm, lr, seed, self.folder / ARMS / arm / f"lr-{lr:g}-seed-{seed}")
+
+    def trainings(self, arm: str) -> list[Training]:
+        """Return the trainings of an arm at its chosen rate, by seed."""
+        lr = read_choice(self.folder, arm).lr
+        return [self.training(arm, lr, seed) for seed in self.seeds]
+
+    def find(self, name: str | None) -> Training:
+        """Return the training named "arm" (its first seed) or "arm:seed"; with None that of the only arm.
+
+        Raises:
+            UserError: an unknown name, and None where there are several arms.
         """
-        for arm in arm_names(self.config):
-            if (self.folder / "arms" / arm / CHOSEN).exists():
-                continue
-            config = replace(arm_config(self.config, arm), seed=seeds(self.config)[0])
-            try:
-                net, _, balanced = self._adapted(config)
-                if config.train.rates:
-                    objective = self.objective(config, net, balanced)
-                    trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-                    loop.make_optimizer(trained, config.train)
-            except UserError as error:
-                raise UserError(f"arms.{arm}: {error}" if self.config.arms else str(error)) from error
+        names = list(self.arms)
+        if not names:
+            raise UserError(f"run '{self.folder}': the configuration trains nothing; there is no arm to take.")
+        if name is None and len(names) > 1:
+            raise UserError(f"run '{self.folder}': this run has several arms; name one with --arm: {', '.join(names)}.")
+        arm, _, seed = (name or names[0]).partition(":")
+        if arm not in names:
+            raise UserError(f"run '{self.folder}': no arm '{arm}': {', '.join(names)}.{near(arm, names)}")
+        trainings = self.trainings(arm)
+        if not seed:
+            return trainings[0]
+        match = next((training for training in trainings if str(training.seed) == seed), None)
+        if match is None:
+            seeds = ", ".join(str(training.seed) for training in trainings)
+            raise UserError(f"run '{self.folder}': arm '{arm}' has no seed '{seed}'; take one of {seeds}.")
+        return match
 
-    def prepare(self, net: nn.Module, config: Any) -> str:
-        """Adapt the stock model of a net without a gradient, where the configuration says so; the name of the method."""
-        method = config.adapt
-        if method is None:
-            return "heads"
-        report = adapt(
-            net.stock, method.method, method.targets, method.rank, method.alpha, config.seed, **method.options
-        )
-        for remark in report.skipped:
-            console.stage("adapt", f"left out: {remark}")
-        return report.method
+    def train(self, job: Trainer) -> None:
+        """Train every arm; finished trainings are kept."""
+        for arm in self.arms:
+            self._train_arm(job, arm)
 
-    def balancer(self, config: Any, tasks: Sequence[str]) -> Balancer | None:
-        """The balancer of an arm's configuration."""
-        return (
-            None
-            if config.balancing is None
-            else make_balancer(config.balancing.method, tasks, **config.balancing.options)
-        )
+    def rates(self, arm: str) -> list[float]:
+        """Return the rates that an arm tries, ascending."""
+        if self.config.tune is None:
+            return [self.arms[arm].training.lr]
+        return sorted(self.config.tune.rates)
 
-    def fade(self, config: Any, net: nn.Module) -> RouterFade | None:
-        """The schedule that the net's routers follow from here on."""
-        if config.fade is None:
+    def _train_arm(self, job: Trainer, arm: str) -> None:
+        """Train the grid with the first seed, choose, then train the other seeds."""
+        first, *others = self.seeds
+        path = self.folder / ARMS / arm / CHOSEN
+        processes = runtime.processes()
+        is_chosen = path.exists()
+        processes.wait_for_everyone()  # every process checks before the first one writes
+        if not is_chosen:
+            rates = self.rates(arm)
+            tried = {lr: self._try_rate(job, self.training(arm, lr, first), alone=len(rates) == 1) for lr in rates}
+            if processes.is_main_process:
+                validation: dict[float, float | None] = {}
+                for lr, training in tried.items() if len(rates) > 1 else ():
+                    validation[lr] = None if training is None else job.validate(training)
+                write_choice(path, arm, rates, validation)
+            processes.wait_for_everyone()
+        chosen = read_choice(self.folder, arm).lr
+        for seed in others:
+            job.train_one(self.training(arm, chosen, seed))
+
+    def _try_rate(self, job: Trainer, training: Training, *, alone: bool) -> Training | None:
+        """Train at one rate; return None where the training diverged and is not the only one of its arm."""
+        try:
+            job.train_one(training)
+        except Diverged as error:
+            if alone:
+                raise
+            console.stage("tune", f"{training.arm}   lr {training.lr:g}   {error}")
             return None
-        fade = RouterFade(config.train.steps, config.fade.start, config.fade.end)
-        set_fade(net, fade)
-        return fade
+        return training
 
-    def net(self, expert: str | None = None) -> nn.Module:
-        """One arm's net ("arm" or "arm:seed") as it was trained."""
-        return self.loaded(named_unit(self.config, self.folder, expert))
 
-    def merged(self, expert: str | None = None) -> nn.Module:
-        """The stock model of one arm, its update folded in."""
-        unit = named_unit(self.config, self.folder, expert)
-        net = self.loaded(unit)
-        return merge(net.stock) if study_files.adapted(unit) else net.stock
+def resolve_arms(config: Config) -> dict[str, Config]:
+    """Return the configuration of every arm, each without arms; one arm "adapted" where the configuration names none."""
+    plain = replace(config, arms={}, seeds=[], tune=None)
+    if not config.arms:
+        return {ALONE: plain}
+    return {name: with_values(plain, changes, f"arms.{name}") for name, changes in config.arms.items()}
 
-    def beside(self, expert: str | None = None) -> dict[str, bytes]:
-        """Files that go with what is merged or exported of one arm, by name; none where the stock model holds everything."""
-        return {}
 
-    def adapted(self, expert: str | None = None) -> nn.Module:
-        """The stock model of one arm with its adapter; UserError for an arm without one."""
-        unit = named_unit(self.config, self.folder, expert)
-        if not study_files.adapted(unit):
-            raise UserError(
-                f"run '{self.folder}': arm '{unit.arm}' has no adapter: it trains the heads alone, or everything."
-            )
-        return self.loaded(unit).stock
+def check_arms(config: Config, check: Callable[[Config], None], shared: tuple[str, ...] = ()) -> None:
+    """Check names, seeds and rates of a study, and the configuration of every arm.
+
+    Args:
+        config: of the run.
+        check: raises UserError for invalid values of one arm.
+        shared: further keys that must be the same for all arms of the job.
+
+    Raises:
+        UserError: an invalid name, key, seed, rate or arm.
+    """
+    for name, values in config.arms.items():
+        if not re.fullmatch(r"[\w.+-]+", name):
+            raise UserError(f"arms: '{name}' cannot name an arm; use letters, digits and + - . _")
+        for key in values:
+            if key.partition(".")[0] in (*SHARED, *shared):
+                raise UserError(
+                    f"arms.{name}: {key} must be the same for all arms, or they cannot be compared; leave it out."
+                )
+    for arm in resolve_arms(config).values() if config.arms else ():
+        check(arm)
+    if len(set(config.seeds)) < len(config.seeds):
+        raise UserError(f"seeds: {config.seeds}; name each once.")
+    if config.tune is not None:
+        rates = config.tune.rates
+        if not rates or len(set(rates)) < len(rates) or any(not rate > 0 for rate in rates):
+            raise UserError(f"tune.rates: {rates}; name positive rates, each once.")
+
+
+def write_choice(path: Path, arm: str, rates: list[float], validation: Mapping[float, float | None]) -> None:
+    """Write the rate with the best validation score, or the only rate where nothing was validated.
+
+    validation: score by rate, ascending, None where the training diverged. Raises UserError when all of them diverged.
+    """
+    if not validation:
+        atomic_write(path, json.dumps({"lr": rates[0], "validation": {}}))
+        return
+    finished = {lr: score for lr, score in validation.items() if score is not None}
+    if not finished:
+        grid = f"{rates[0]:g} to {rates[-1]:g}"
+        raise UserError(f"arms: {arm}: the training diverged at every rate of tune.rates ({grid}); lower them.")
+    best = max(finished, key=finished.__getitem__)
+    texts = {lr: "diverged" if score is None else f"{score:.4g}" for lr, score in validation.items()}
+    scores = "   ".join(f"{lr:g} {text}" for lr, text in texts.items())
+    edge = "   (at an end of the grid)" if best in (rates[0], rates[-1]) and len(rates) > 2 else ""
+    console.stage("tune", f"{arm}   validation score by rate: {scores}   chosen {best:g}{edge}")
+    atomic_write(path, json.dumps({"lr": best, "validation": {f"{lr:g}": score for lr, score in validation.items()}}))
+
+
+def read_choice(folder: Path, arm: str) -> Choice:
+    """Return the choice for an arm of a run folder. Raises UserError before the arm is trained."""
+    path = folder / ARMS / arm / CHOSEN
+    if not path.exists():
+        raise UserError(f"run '{folder}': arm '{arm}' is not trained yet; `vismt train` goes on with it.")
+    content = read_json(path, f"run '{folder}': {path.name} of arm '{arm}'")
+    fits = isinstance(content, dict) and isinstance(content.get("lr"), float)
+    if not fits or not isinstance(content.get("validation"), dict):
+        raise UserError(
+            f"run '{folder}': {path} does not have the content that a run writes; delete it to choose again."
+        )
+    return Choice(content["lr"], content["validation"])

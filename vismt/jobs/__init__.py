@@ -1,63 +1,74 @@
-"""Jobs by the `task` key of a configuration, loaded when first asked for."""
+"""Jobs by the `task` key of a configuration, loaded when first asked for, and the run folders they work in."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import yaml
 
-from vismt.config import RunConfig, config_hash, override, read_yaml, typed
+from vismt.config import RunConfig, config_hash, override, read_yaml, resolved, typed
 from vismt.errors import UserError, near
+from vismt.files import atomic_write
 
-# task -> module with a dataclass CONFIG (a RunConfig) and a class JOB.
+if TYPE_CHECKING:
+    from vismt.engine.run import Run
+    from vismt.jobs.base import EvaluationJob
+
+# task -> module with a dataclass CONFIG (a StudyConfig) and a class JOB (a vismt.jobs.base.EvaluationJob).
 JOBS = {
-    "dense": "vismt.jobs.dense.job", "fewshot": "vismt.jobs.fewshot.job", "lm": "vismt.jobs.lm.job",
+    "dense": "vismt.jobs.dense.job",
+    "fewshot": "vismt.jobs.fewshot.job",
+    "lm": "vismt.jobs.lm.job",
     "multitask": "vismt.jobs.classification.job",
-}  # fmt: skip
+    "robustness": "vismt.jobs.robustness.job",
+}
 
 
-class Job(Protocol):
-    """What a task has to offer to the commands. `folder` is its run folder."""
-
-    config: RunConfig
-
-    @property
-    def trains(self) -> bool: ...  # whether the configuration asks for a training
-
-    def train(self) -> dict[str, Any]: ...  # writes adapter/, returns what run.json says of the adaptation
-
-    def evaluate(self, attacks: list[Any] | None = None) -> list[dict[str, Any]]: ...  # rows of results.jsonl
-
-    def adapted(
-        self, expert: str | None = None
-    ) -> nn.Module: ...  # the stock model with the adapter (of one expert) in it
-
-    def merged(self, expert: str | None = None) -> nn.Module: ...  # the same with the update folded in
-
-    def about(self) -> dict[str, Any]: ...  # what config.json beside merged weights says besides
-
-    def beside(
-        self, expert: str | None = None
-    ) -> dict[str, bytes]: ...  # files that go with what is merged or exported, by name
-
-
-def load_config(path: Path, overrides: list[str]) -> RunConfig:
-    """The typed configuration of a YAML file."""
+def load_config(path: Path, overrides: Sequence[str]) -> RunConfig:
+    """Return the typed configuration of a YAML file with dotted overrides."""
     raw = override(read_yaml(path), overrides)
     return typed(raw, config_type(raw, str(path)), str(path))
 
 
 def config_type(raw: Mapping[str, Any], source: str) -> type[RunConfig]:
-    """The dataclass of the task that a configuration names."""
+    """Return the dataclass of the task that a configuration names; `source` names the file in errors."""
     return _module(str(raw.get("task", "fewshot")), source).CONFIG
 
 
-def make_job(config: RunConfig, folder: Path) -> Job:
-    """The job of a configuration."""
+def make_job(config: RunConfig, folder: Path) -> EvaluationJob[Any]:
+    """Return the job of a configuration in a run folder."""
     return _module(config.task, str(folder)).JOB(config, folder, config_hash(config))
+
+
+def start(path: Path, overrides: Sequence[str], out: Path) -> Run:
+    """Make or find again the run folder of a configuration file, <out>/<file stem>-<hash>."""
+    return start_config(load_config(path, overrides), path.stem, out)
+
+
+def start_config(config: RunConfig, name: str, out: Path, folder: Path | None = None) -> Run:
+    """Make or find again the run folder of a configuration: `folder`, by default <out>/<name>-<hash>."""
+    from vismt.engine.run import RESOLVED, Run
+
+    folder = folder or out / f"{name}-{config_hash(config)}"
+    run = Run(folder, config, make_job(config, folder))
+    if not (folder / RESOLVED).exists():
+        atomic_write(folder / RESOLVED, yaml.safe_dump(resolved(config), sort_keys=False))
+    return run
+
+
+def open_run(folder: Path) -> Run:
+    """Open a run folder that was made before."""
+    from vismt.engine.run import RESOLVED, Run
+
+    path = folder / RESOLVED
+    if not path.exists():
+        raise UserError(f"run '{folder}': no {RESOLVED}; give a folder that `vismt run` or `vismt train` made.")
+    raw = read_yaml(path)
+    config = typed(raw, config_type(raw, str(folder)), str(path))
+    return Run(folder, config, make_job(config, folder))
 
 
 def _module(task: str, source: str) -> Any:

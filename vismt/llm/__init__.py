@@ -1,6 +1,6 @@
-"""Methods of language models, for any timm ViT as well: initialisers and cores by name, S2FT, and Bayesian last layers."""
+"""Methods for language models and timm ViTs: initialisers, PoLAR, iLoRA, LISA, S2FT, and Bayesian last layers."""
 
-from vismt.llm.alternating import alternating_loss
+from vismt.llm.alternating_loss import alternating_loss
 from vismt.llm.covariance import collect_covariance, covariance_ranks
 from vismt.llm.covariance_files import load_covariances, save_covariances
 from vismt.llm.ilora import gate_of, instance_gates, recompute_gates
@@ -8,9 +8,9 @@ from vismt.llm.landing import Landing, orthonormalize_
 from vismt.llm.laplace import Laplace, fit_laplace
 from vismt.llm.lisa import LISA
 from vismt.llm.s2ft import check_slices
-from vismt.llm.selection import Selection, select_units
 from vismt.llm.slices import add_slices, read_slices, serving, switch
 from vismt.llm.temperature import fit_temperature
+from vismt.llm.unit_selection import UnitSelection, select_units
 from vismt.llm.vbll import VBLLClassifier
 from vismt.llm.vbll_generative import GenerativeVBLL
 
@@ -19,7 +19,7 @@ __all__ = [
     "GenerativeVBLL",
     "Landing",
     "Laplace",
-    "Selection",
+    "UnitSelection",
     "VBLLClassifier",
     "add_slices",
     "alternating_loss",

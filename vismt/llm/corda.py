@@ -1,10 +1,10 @@
 """CorDA: PiSSA in the coordinates of the layer's inputs; the first or last components of W C' are trained (arXiv 2406.05223).
 
     W C' = U S V^T      s B0 A0 = U_J U_J^T W      y = W x + s (B A - B0 A0) x       C' = C + d mean(diag C) I
-    ipm   J the first r: adapt what matters for the task the covariance C is of (instruction-previewed)
-    kpm   J the last r: leave alone what matters there (knowledge-preserved)
+    ipm   J the first r: adapt the components that matter for the task of the covariance C (instruction-previewed)
+    kpm   J the last r: leave those components unchanged (knowledge-preserved)
 
-Yang et al., NeurIPS 2024. The product is that of the paper and of the released code (vismt.llm.corda_start says why no
+Yang et al., NeurIPS 2024. The product is that of the paper and of the released code (vismt.llm.corda_start shows why no
 inverse is needed). As with 'pissa', W stays whole and the start is subtracted, biases stay frozen (the released code
 trains them), a file carries A0 and B0, and dropout is refused. Paper and released code differ in the default mode (the
 release: kpm); there is none here.
@@ -28,17 +28,19 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError, near
 from vismt.llm.corda_start import context
-from vismt.llm.covariance_files import load_covariances
+from vismt.llm.covariance import collect_covariance
+from vismt.llm.covariance_files import batch_digest, load_covariances
 from vismt.llm.pissa import SOLVERS, refuse_dropout
 from vismt.lowrank.inject import inject
 from vismt.lowrank.layer_spec import AdaptReport
+from vismt.lowrank.linear import LowRankLayer
 from vismt.lowrank.targets import Targets, find_targets, matrix_shape
-from vismt.registry import register_method
+from vismt.methods import Calibration, Method, register_method
+from vismt.seeds import digest
 
 MODES = ("ipm", "kpm")
 
 
-@register_method("corda")
 def corda(
     model: nn.Module,
     *,
@@ -52,9 +54,9 @@ def corda(
     method: str | None = None,
     **options: Any,
 ) -> AdaptReport:
-    """Factors from the SVD of each weight times the covariance of its inputs, as `collect_covariance` gives it.
+    """Add factors from the SVD of each weight times the covariance of its inputs, as `collect_covariance` returns it.
 
-    mode: ipm or kpm. covariances: (i, i) by module path, more than the targets may be there; or a folder of them.
+    mode: ipm or kpm. covariances: (i, i) by module path, of the targets and possibly other modules; or a folder of them.
     balanced: None means for kpm only. method: exact or randomized (ipm only); None means exact for kpm, randomized for ipm.
     Further options: those of `inject`. Raises UserError for a covariance that is missing, misshapen or not finite.
     """
@@ -67,25 +69,25 @@ def corda(
     if mode == "kpm" and solver == "randomized":
         raise UserError("adapt.method: 'randomized' finds the largest components, kpm needs the smallest; use 'exact'.")
     exclude = options.get("exclude", ())
-    found, _ = find_targets(model, targets, [exclude] if isinstance(exclude, str) else exclude)
-    if all(module.weight.is_meta for module in found.values()):
-        covariances = dict.fromkeys(found)  # nothing is computed there
+    modules, _ = find_targets(model, targets, [exclude] if isinstance(exclude, str) else exclude)
+    by_path: Mapping[str, Any]
+    if all(module.weight.is_meta for module in modules.values()):
+        by_path = dict.fromkeys(modules)  # nothing is computed on the meta device
     else:
-        covariances = _checked(
-            found, load_covariances(covariances) if isinstance(covariances, str | Path) else covariances
-        )
+        loaded = load_covariances(covariances) if isinstance(covariances, str | Path) else covariances
+        by_path = _checked(modules, loaded)
     even = mode == "kpm" if balanced is None else balanced
     dead: list[str] = []
     start = partial(_start, smallest=mode == "kpm", balanced=even, method=solver, dead=dead)
-    starts = {path: partial(start, path, covariances[path]) for path in found}
-    with threadpool_limits(1, user_api="blas"):  # scipy's; as torch's own, one thread for each module is fastest
+    starts = {path: partial(start, path, by_path[path]) for path in modules}
+    with threadpool_limits(1, user_api="blas"):  # scipy's; as with torch, one thread for each module is fastest
         report = inject(
             model, "corda", starts, offset=True, targets=targets, rank=rank, alpha=alpha, seed=seed, **options
         )
     if dead:
         warnings.warn(
-            f"corda: the {mode} components of '{min(dead)}' ({len(set(dead))} of {len(found)} modules) vanish, so A and B start "
-            "at zero and get no gradient; exclude it, or take the other mode.",
+            f"corda: the {mode} components of '{min(dead)}' ({len(set(dead))} of {len(modules)} modules) vanish, so A and B "
+            "start at zero and get no gradient; exclude it, or take the other mode.",
             stacklevel=3,
         )
     return report
@@ -111,32 +113,62 @@ def _start(
     return A, B
 
 
-def _checked(found: Mapping[str, nn.Module], covariances: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
-    """The covariances, each there, of its layer's width, finite and symmetric; a tensor that layers share is read once."""
+def _checked(modules: Mapping[str, nn.Module], covariances: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+    """Return the covariances; UserError unless each exists, has its layer's width, and is finite and symmetric."""
     if not isinstance(covariances, Mapping):
         raise UserError(
             f"adapt.covariances: {type(covariances).__name__} for 'corda'; give what vismt.llm.collect_covariance returns, "
             "or the folder it wrote."
         )
-    fine: set[int] = set()
-    for path, module in found.items():
+    checked: set[int] = set()  # a tensor that layers share is read once
+    for path, module in modules.items():
         value, width = covariances.get(path), matrix_shape(module)[1]
         if value is None:
             raise UserError(
                 f"adapt.covariances: none for '{path}'.{near(path, covariances)} Collect it, or exclude the module."
             )
         if not isinstance(value, Tensor) or tuple(value.shape) != (width, width):
-            seen = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise UserError(
-                f"adapt.covariances['{path}']: {seen}, needed ({width}, {width}), the module's input width twice."
+                f"adapt.covariances['{path}']: {shape}, needed ({width}, {width}), the module's input width twice."
             )
-        if id(value) in fine:
+        if id(value) in checked:
             continue
         if not bool(value.isfinite().all()):
             raise UserError(f"adapt.covariances['{path}']: it has values that are infinite or NaN; collect it again.")
         if float((value - value.T).abs().max()) > 1e-3 * float(value.abs().max()):
             raise UserError(
-                f"adapt.covariances['{path}']: it is not symmetric, so it is no sum of x x^T; collect it again."
+                f"adapt.covariances['{path}']: it is not symmetric, so it is not a sum of x x^T; collect it again."
             )
-        fine.add(id(value))
+        checked.add(id(value))
     return covariances
+
+
+def calibrate(
+    model: nn.Module, calibration: Calibration, *, targets: Any, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the covariances of the inputs of the layers to adapt; computed once for equal layers and data."""
+    excluded, budget, batches = options.get("exclude", ()), calibration.memory_budget, calibration.batches()
+    key = digest(repr((targets, excluded, budget, batch_digest(batches))).encode())
+    if key not in calibration.results:
+        calibration.results[key] = collect_covariance(
+            model,
+            batches,
+            targets,
+            exclude=excluded,
+            folder=calibration.folder / key,
+            memory_budget=budget,
+            save_every=min(64, max(1, len(batches) // 4)),
+        )
+    return {"covariances": calibration.results[key]}
+
+
+def needs(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return the need for data where no covariances are given."""
+    if options.get("covariances") is not None:
+        return {}
+    reason = "'corda' needs covariances; name texts here, or a folder of them in adapt.options.covariances"
+    return {"calibration": reason}
+
+
+register_method(Method("corda", corda, layers=(LowRankLayer,), calibrate=calibrate, needs=needs))

@@ -1,13 +1,13 @@
-"""Where CorDA starts: the factors of the part of a weight that the first or last components of W C' span (arXiv 2406.05223).
+"""The start of CorDA: factors of the part of a weight that the first or last components of W C' span (arXiv 2406.05223).
 
     W C' = U S V^T      s B A = U_J U_J^T W,  J the first or last r      C' = C + d mean(diag C) I
 
-Yang et al. write s B A = U_J S_J (V^T C'^-1)_J. Since U_J^T W C' = S_J V_J^T that is U_J U_J^T W, and no inverse is needed: the
+Yang et al. write s B A = U_J S_J (V^T C'^-1)_J. Since U_J^T W C' = S_J V_J^T that is U_J U_J^T W, and no inverse is needed. The
 released code inverts C' in fp32 and doubles the damping until |C' C'^-1 - I| < 0.05, a test that depends on rounding and
-never ends for a NaN. Here as there d = 0.01 at first; it is doubled while C' is not positive definite.
+never ends for a NaN. In both, d = 0.01 at first; here it is doubled while C' is not positive definite.
 
-The last components are found exactly, by the eigenvectors of the smaller Gram matrix in fp64: on a CPU those that are wanted
-alone (LAPACK's syevr by scipy, a quarter of the time of all of them at n = 1376, r = 16).
+The last components are found exactly, by the eigenvectors of the smaller Gram matrix in fp64, on a CPU only the needed
+ones (LAPACK's syevr by scipy, a quarter of the time of all of them at n = 1376, r = 16).
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ def context(
     method: str = "exact",
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Factors of the part of `weight` (o, i) that the first or last `rank` components of W C' span, C' the damped covariance.
+    """Return factors of the part of `weight` (o, i) that the first or last `rank` components of W C' span.
 
-    covariance: (i, i), finite, symmetric. smallest: the last components (knowledge-preserved) instead of the first.
+    C' is the damped covariance. covariance: (i, i), finite, symmetric.
+    smallest: the last components (knowledge-preserved) instead of the first.
     balanced: |A| = |B| by the SVD of the product, whatever the scale of the covariance. Raw: the published
     A = sqrt(S/s) V^T C'^-1 and B = U sqrt(S/s), where c C gives B sqrt(c) and A / sqrt(c).
     method: "exact", or "randomized" for the first components. Raises UserError where no damping makes C' positive definite.
@@ -68,9 +69,9 @@ def context(
 
 
 def damped(covariance: Tensor) -> Tensor:
-    """C + d mean(diag C) I, (i, i), with the first d of 0.01, 0.02, 0.04, ... that makes it positive definite.
+    """Return C + d mean(diag C) I, (i, i), with the first d of 0.01, 0.02, 0.04, ... that makes it positive definite.
 
-    The identity where C is zero: an input that never was anything prefers no direction. Raises UserError after 20
+    The identity where C is zero: an input that was always zero prefers no direction. Raises UserError after 20
     doublings, and at once where C has values that are not finite.
     """
     if not bool(covariance.isfinite().all()):
@@ -83,13 +84,14 @@ def damped(covariance: Tensor) -> Tensor:
         spread.diagonal().add_(DAMPING * 2**doubling * mean)
         if int(torch.linalg.cholesky_ex(spread).info) == 0:
             return spread
-    raise UserError("covariance: no damping makes it positive definite; it is no sum of x x^T, collect it again.")
+    raise UserError("covariance: no damping makes it positive definite; it is not a sum of x x^T, collect it again.")
 
 
 def last_left(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Left singular vectors U (o, r) of the `rank` smallest of the min(o, i) singular values, and these (r,), in fp64.
+    """Return the left singular vectors U (o, r) of the `rank` smallest singular values, and these values (r,), in fp64.
 
-    Both descend. A column whose singular value vanishes is zero where o > i, since nothing defines it there.
+    There are min(o, i) singular values; both results descend. Where o > i, a column with a vanishing singular value is zero,
+    since nothing defines it.
     """
     matrix = double(matrix)
     wide = matrix.shape[0] <= matrix.shape[1]
@@ -102,7 +104,7 @@ def last_left(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _first_vectors(matrix: Tensor, rank: int) -> Tensor:
-    """Eigenvectors (n, r) of the smallest eigenvalues of M M^T for an fp64 matrix M (n, m), these ascending."""
+    """Return the eigenvectors (n, r) of the smallest eigenvalues of M M^T for an fp64 matrix M (n, m), these ascending."""
     if matrix.device.type != "cpu":
         return torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, :rank]
     gram = dsyrk(1.0, matrix.numpy(), lower=1)  # one triangle, for half of a product's work

@@ -1,17 +1,18 @@
-"""Second moments of the inputs of linear layers over calibration samples: what CorDA weighs a weight with.
+"""Second moments of the inputs of linear layers over calibration samples: the weights of CorDA's decomposition.
 
     C = 1/N sum_s X_s^T X_s / max|X_s|^2       X_s (n, i): the valid tokens of sample s, N samples
 
-CorDA (Yang et al., arXiv 2406.05223) calls it covariance; no mean is subtracted. Convention: one divisor for each sample
-and layer, the largest absolute value over its valid tokens; the sum is over tokens, the mean over samples. At batch size
-one that is what the released code means to do: it divides by |max X| (the signed maximum, which for a mostly negative
-input is small), and its own version by 256 whatever N. A sample gives the same C in any batch and with any padding; a
-sample that is zero counts and adds nothing. The scale of C cancels in CorDA's product B A, not in its raw factors.
+CorDA (Yang et al., arXiv 2406.05223) calls C the covariance, although no mean is subtracted. Convention: one divisor per
+sample and layer, the largest absolute value over the valid tokens of the sample; the sum is over tokens, the mean over
+samples. At batch size one this is the intention of the released code, which divides by |max X| (the signed maximum, small for
+a mostly negative input) and whose own version divides by 256 whatever N is. A sample gives the same C in any batch and with
+any padding; a sample of zeros counts in N and adds nothing. The scale of C cancels in CorDA's product B A, but not in its raw
+factors.
 
-Inputs shared by several layers (q, k and v; gate and up) are summed once. A pass ends at the last layer it serves, so
-no logits are computed for layers below. With a memory budget there are several passes over the batches, a group of
-layers each. With a folder, sums are written every few batches and an interrupted calibration goes on from there, bit
-for bit. Left out: fp16 sums, which overflow their precision within a sample or two.
+An input shared by several layers (q, k and v; gate and up) is summed once. A forward pass ends at the last observed layer, so
+no logits are computed for inner layers. With a memory budget the batches are read in several passes, each for a group of
+layers. With a folder, the sums are written every few batches and an interrupted calibration resumes from them, bit for bit.
+Left out: fp16 sums, which overflow within one or two samples.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from torch import Tensor, nn
 
 from vismt import console
 from vismt.errors import UserError
-from vismt.llm.calibration import Batch, Groups, add_batch, arguments, shared_inputs
-from vismt.llm.covariance_files import Calibration, batch_digest
+from vismt.llm.covariance_files import CovarianceStore, batch_digest
+from vismt.llm.covariance_pass import Batch, Groups, add_batch, arguments, shared_inputs
 from vismt.lowrank.inject import refuse_adapted
 from vismt.lowrank.store import fingerprint
 from vismt.lowrank.svd import double
@@ -44,63 +45,80 @@ def collect_covariance(
     folder: str | Path | None = None,
     save_every: int = 64,
 ) -> dict[str, Tensor]:
-    """Covariance (i, i) of the input of every target, fp32 on the CPU, by module path; layers with one input share a tensor.
+    """Collect the covariance of the input of every target layer.
 
-    batches: dicts of keyword arguments (input_ids, attention_mask (b, n), ...; labels are left out), tensors of images,
-    or sequences that begin with one of these. Any batch size; tokens that the mask leaves out do not count, and samples
-    are rows of the first dimension. Everything is moved to the model's device, and the model is in eval mode meanwhile.
-    targets, exclude: as in `adapt`. memory_budget: bytes of sums held at a time (None: all); batches must then be a list
-    or a loader that can be read again. folder: keeps finished sums, and unfinished ones every `save_every` batches.
-    Raises UserError for a layer that gets no input or a broken one, a mask that does not fit, and a folder with other sums.
+    Batches are moved to the device of the model, which is in eval mode meanwhile.
+
+    Args:
+        model: a stock model. Raises for an adapted one.
+        batches: dicts of keyword arguments (input_ids, attention_mask (b, n), ...; labels are ignored), tensors of images, or
+            sequences that begin with one of these. Any batch size; the first dimension counts samples, and tokens that the
+            attention mask leaves out do not count.
+        targets: as in `adapt`.
+        exclude: as in `adapt`.
+        memory_budget: bytes of sums kept at a time; None keeps all. A budget that takes several passes needs batches that
+            can be read again: a list or a loader.
+        folder: where finished sums are kept, and unfinished ones every `save_every` batches.
+        save_every: number of batches.
+
+    Returns:
+        {module path: covariance (i, i) fp32 on the CPU}; layers that share an input share a tensor.
+
+    Raises:
+        UserError: a layer gets no input or one that is not finite, a mask does not fit, or the folder holds another
+            calibration.
     """
     refuse_adapted(model)
     if save_every < 1:
         raise UserError(f"covariance: save_every is {save_every}; it must be at least 1.")
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise UserError(f"covariance: batches is one {type(batches).__name__}; give a list of batches.")
-    found, _ = find_targets(model, targets, [exclude] if isinstance(exclude, str) else exclude)
+    target_modules, _ = find_targets(model, targets, [exclude] if isinstance(exclude, str) else exclude)
     iterator = iter(batches)
     first = next(iterator, None)
     if first is None:
         raise UserError("covariance: there are no batches to calibrate on.")
-    groups = shared_inputs(model, found, first)
-    widths = {path: matrix_shape(module)[1] for path, module in found.items()}
+    groups = shared_inputs(model, target_modules, first)
+    widths = {path: matrix_shape(module)[1] for path, module in target_modules.items()}
     passes = _passes({leader: widths[leader] for leader in groups.paths}, memory_budget)
-    again = None if iterator is batches else batches
-    if len(passes) > 1 and again is None:
+    readable_again = iterator is not batches
+    if len(passes) > 1 and not readable_again:
         raise UserError(
             "covariance: this memory_budget takes several passes, and the batches can be read once; give a list."
         )
     length = len(batches) if hasattr(batches, "__len__") else 0
     data = f"{batch_digest(first)} of {length}"
-    store = Calibration(folder, fingerprint(model, found), data, groups.paths, passes, widths)
+    store = CovarianceStore(folder, fingerprint(model, target_modules), data, groups.paths, passes, widths)
     text = "calibration batches" if len(passes) == 1 else f"calibration batches in {len(passes)} passes"
-    with console.bar("corda", text, len(passes) * length, store.passes_done * length + store.begun.batches) as bar:
+    done = store.passes_done * length + store.unfinished.batches
+    with console.bar("corda", text, len(passes) * length, done) as bar:
         for number in range(store.passes_done, len(passes)):
-            source = iter(again) if number or again is not None else chain([first], iterator)
-            _one_pass(model, groups, passes[number], source, store, save_every, bar.advance)
-    _tell_of_tokens(store.tokens, widths)
+            source = iter(batches) if readable_again else chain([first], iterator)
+            _run_pass(model, groups, passes[number], source, store, save_every, bar.advance)
+    _report_short_samples(store.tokens, widths)
     return store.covariances()
 
 
-def _one_pass(
+def _run_pass(
     model: nn.Module,
     groups: Groups,
     leaders: Sequence[str],
     source: Iterator[Batch],
-    store: Calibration,
+    store: CovarianceStore,
     save_every: int,
     advance: Callable[[], None],
 ) -> None:
-    """Sums of the leaders over all batches, from where the store left off."""
-    device, sums = next(model.parameters()).device, store.begun
+    """Sum the inputs of the leaders over all batches, from where the store left off."""
+    device = next(model.parameters()).device
+    sums = store.unfinished
     for path in leaders:
         width = matrix_shape(model.get_submodule(path))[1]
         sums.sums[path] = sums.sums[path].to(device) if path in sums.sums else torch.zeros(width, width, device=device)
     for batch in islice(source, sums.batches, None):
         inputs, mask, count = arguments(model, batch)
         add_batch(model, groups, leaders, sums, inputs, mask, count)
-        sums.samples, sums.batches = sums.samples + count, sums.batches + 1
+        sums.samples += count
+        sums.batches += 1
         if sums.batches % save_every == 0:
             store.save()
         advance()
@@ -108,42 +126,49 @@ def _one_pass(
 
 
 def covariance_ranks(covariances: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    """(rank, width) of each covariance: eigenvalues above width * 1.2e-7 (fp32 rounding) of the largest count."""
-    unique = {id(value): value for value in covariances.values()}
+    """Return {path: (rank, width)} of covariances (i, i).
 
-    def rank(value: Tensor) -> int:
-        values = torch.linalg.eigvalsh(double(value))
-        return int((values > len(value) * torch.finfo(torch.float32).eps * values[-1].clamp_min(0)).sum())
+    The rank counts eigenvalues above width * 1.2e-7 (fp32 rounding) of the largest one.
+    """
+    unique = {id(covariance): covariance for covariance in covariances.values()}
+
+    def rank(covariance: Tensor) -> int:
+        eigenvalues = torch.linalg.eigvalsh(double(covariance))
+        threshold = len(covariance) * torch.finfo(torch.float32).eps * eigenvalues[-1].clamp_min(0)
+        return int((eigenvalues > threshold).sum())
 
     ranks = dict(zip(unique, each(rank, list(unique.values()))))
-    return {path: (ranks[id(value)], len(value)) for path, value in covariances.items()}
+    return {path: (ranks[id(covariance)], len(covariance)) for path, covariance in covariances.items()}
 
 
-def _tell_of_tokens(tokens: Mapping[str, int], widths: Mapping[str, int]) -> None:
-    """One line where a covariance cannot have full rank, whatever its tokens say."""
+def _report_short_samples(tokens: Mapping[str, int], widths: Mapping[str, int]) -> None:
+    """Print one line where a covariance cannot have full rank because it saw fewer tokens than its width."""
     short = {path: (tokens[path], widths[path]) for path in tokens if tokens[path] < widths[path]}
     if short:
         path, (count, width) = min(short.items(), key=lambda item: item[1][0] / item[1][1])
         console.stage(
             "corda",
             f"{len(short)} of {len(tokens)} covariances have no full rank: '{path}' saw {count} tokens of "
-            f"width {width}. Damping fills the rest; more or longer samples tell more.",
+            f"width {width}. Damping fills the rest; more or longer samples raise the rank.",
         )
 
 
 def _passes(widths: Mapping[str, int], budget: float | None) -> list[list[str]]:
-    """Leaders in forward order, cut into passes whose fp32 sums fit the budget."""
+    """Split the leaders, in forward order, into passes whose fp32 sums fit the budget in bytes."""
     if budget is None:
         return [list(widths)]
-    passes, held = [], 0
+    passes: list[list[str]] = []
+    pass_bytes = 0
     for path, width in widths.items():
         size = 4 * width * width
         if size > budget:
-            told = f"'{path}' alone takes {size:,} bytes, memory_budget is {budget:,.0f}"
-            raise UserError(f"covariance: {told}; raise it, or exclude the module.")
-        if not passes or held + size > budget:
+            raise UserError(
+                f"covariance: '{path}' alone takes {size:,} bytes, memory_budget is {budget:,.0f}; raise it, "
+                "or exclude the module."
+            )
+        if not passes or pass_bytes + size > budget:
             passes.append([])
-            held = 0
+            pass_bytes = 0
         passes[-1].append(path)
-        held += size
+        pass_bytes += size
     return passes

@@ -1,7 +1,7 @@
-"""Covariances in a folder: covariances.json names the safetensors files that hold them, finished or under way.
+"""Covariances in a folder: covariances.json names the safetensors files of finished and unfinished passes.
 
-Tensors are written first, each file under a name of its own, and the JSON that names them last: a calibration that is cut
-short leaves what the JSON before said. A layer's covariance is stored under the path of its group's leader, once.
+Tensors are written first, each file under a new name, and the JSON that names them last: an interrupted calibration leaves the
+state of the previous JSON intact. A covariance is stored once, under the path of the leader of its group.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ DESCRIPTION = "covariances.json"
 
 
 @dataclass
-class Sums:
-    """Running sums of one pass by leader, the tokens they saw, and the samples and batches behind them."""
+class CovarianceSums:
+    """Running sums (i, i) and token counts of one pass by leader, and the samples and batches they include."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
@@ -37,45 +37,56 @@ class Sums:
 
 
 def save_covariances(covariances: Mapping[str, Tensor], folder: str | Path) -> Path:
-    """Write covariances (i, i) by path, of `collect_covariance` or your own; a tensor that several paths share goes once."""
+    """Write covariances to a folder; a tensor shared by several paths is written once.
+
+    Args:
+        covariances: {path: (i, i)}, from `collect_covariance` or computed elsewhere.
+        folder: is created where it does not exist.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: a value is not a square matrix.
+    """
     leaders: dict[int, str] = {}
     groups: dict[str, list[str]] = {}
     for path, value in covariances.items():
         if not isinstance(value, Tensor) or value.ndim != 2 or value.shape[0] != value.shape[1]:
-            seen = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise UserError(f"covariances: '{path}' is {seen}, needed a square matrix.")
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(f"covariances: '{path}' is {shape}, needed a square matrix.")
         groups.setdefault(leaders.setdefault(id(value), path), []).append(path)
     widths = {path: len(value) for path, value in covariances.items()}
-    store = Calibration(None, "", "", groups, [list(groups)], widths)
+    store = CovarianceStore(None, "", "", groups, [list(groups)], widths)
     store.folder = Path(folder)
-    store.begun = Sums({leader: covariances[leader] for leader in groups}, samples=1)
+    store.unfinished = CovarianceSums({leader: covariances[leader] for leader in groups}, samples=1)
     store.finish()
     return store.folder
 
 
 def load_covariances(folder: str | Path) -> dict[str, Tensor]:
-    """The finished covariances of a folder, mapped from its files; UserError where one is missing, misshapen or unfinished."""
+    """Return the finished covariances {path: (i, i)} of a folder, memory-mapped from its files.
+
+    Raises UserError where a file is missing or has the wrong shapes, and for an unfinished calibration.
+    """
     folder = Path(folder)
     description = _read(folder)
     if len(description["finished"]) < len(description["passes"]):
-        raise UserError(
-            f"covariances '{folder}': the calibration is not finished; run it again, it goes on where it was."
-        )
-    found: dict[str, Tensor] = {}
+        raise UserError(f"covariances '{folder}': the calibration is not finished; run it again, it resumes.")
+    by_leader: dict[str, Tensor] = {}
     for name, leaders in zip(description["finished"], description["passes"]):
         tensors = _mapped(folder, name)
-        wanted = {leader: (description["widths"][leader],) * 2 for leader in leaders}
-        check_tensors(f"covariances '{folder}'", wanted, tensors)
-        found.update(tensors)
-    shared = {path: leader for leader, paths in description["groups"].items() for path in paths}
-    return {path: found[shared[path]] for path in description["widths"]}
+        shapes = {leader: (description["widths"][leader],) * 2 for leader in leaders}
+        check_tensors(f"covariances '{folder}'", shapes, tensors)
+        by_leader.update(tensors)
+    return _by_path(description["groups"], description["widths"], by_leader)
 
 
-class Calibration:
-    """Where the passes of one calibration go: a folder, or memory alone.
+class CovarianceStore:
+    """The sums and finished covariances of one calibration, kept in a folder or in memory.
 
-    passes_done: finished passes. begun: sums of the pass under way, filled by the caller. tokens: seen by each leader.
-    Raises UserError when the folder holds another calibration (model, targets, data or budget).
+    passes_done: number of finished passes. unfinished: sums of the current pass, filled by the caller. tokens: counted for
+    each leader. Raises UserError when the folder holds another calibration (model, targets, data or budget).
     """
 
     def __init__(
@@ -88,63 +99,66 @@ class Calibration:
         widths: Mapping[str, int],
     ) -> None:
         self.folder = None if folder is None else Path(folder)
+        self.groups = {leader: list(paths) for leader, paths in groups.items()}
+        self.passes = [list(leaders) for leaders in passes]
+        self.widths = dict(widths)
         self.about = {
             "format": FORMAT,
             "model": model,
             "data": data,
-            "groups": {k: list(v) for k, v in groups.items()},
-            "passes": [list(leaders) for leaders in passes],
-            "widths": dict(widths),
+            "groups": self.groups,
+            "passes": self.passes,
+            "widths": self.widths,
         }
         self.files: list[str] = []
         self.memory: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
-        self.begun = Sums()
+        self.unfinished = CovarianceSums()
         if self.folder is not None and (self.folder / DESCRIPTION).exists():
-            self._resume(_read(self.folder))
+            self._resume(self.folder, _read(self.folder))
 
     @property
     def passes_done(self) -> int:
         return len(self.files)
 
     def save(self) -> None:
-        """Keep the sums of the pass under way; nothing to do without a folder."""
+        """Write the sums of the current pass; without a folder do nothing."""
         if self.folder is not None:
-            self._write(f"sums-{len(self.files)}-{self.begun.batches}.safetensors", self.begun.sums, under_way=True)
+            name = f"sums-{len(self.files)}-{self.unfinished.batches}.safetensors"
+            self._write(self.folder, name, self.unfinished.sums, finished=False)
 
     def finish(self) -> None:
-        """The pass is done: its sums over the number of samples are covariances."""
-        done = {path: (value / self.begun.samples).cpu() for path, value in self.begun.sums.items()}
-        self.tokens.update(self.begun.tokens)
-        self.begun = Sums()
+        """End the current pass: its sums divided by the number of samples are covariances."""
+        covariances = {path: (value / self.unfinished.samples).cpu() for path, value in self.unfinished.sums.items()}
+        self.tokens.update(self.unfinished.tokens)
+        self.unfinished = CovarianceSums()
         self.files.append(f"covariances-{len(self.files)}.safetensors")
         if self.folder is None:
-            self.memory.update(done)
+            self.memory.update(covariances)
         else:
-            self._write(self.files[-1], done, under_way=False)
+            self._write(self.folder, self.files[-1], covariances, finished=True)
 
     def covariances(self) -> dict[str, Tensor]:
-        """By path; layers of a group share a tensor."""
+        """Return the covariances by path; layers of a group share a tensor."""
         if self.folder is not None:
             return load_covariances(self.folder)
-        shared = {path: leader for leader, paths in self.about["groups"].items() for path in paths}
-        return {path: self.memory[shared[path]] for path in self.about["widths"]}
+        return _by_path(self.groups, self.widths, self.memory)
 
-    def _write(self, name: str, tensors: Mapping[str, Tensor], *, under_way: bool) -> None:
+    def _write(self, folder: Path, name: str, tensors: Mapping[str, Tensor], *, finished: bool) -> None:
         payload = safetensors.torch.save({path: value.detach().cpu().contiguous() for path, value in tensors.items()})
-        atomic_write(self.folder / name, payload)
-        begun = {
+        atomic_write(folder / name, payload)
+        unfinished = {
             "file": name,
-            "tokens": self.begun.tokens,
-            "samples": self.begun.samples,
-            "batches": self.begun.batches,
+            "tokens": self.unfinished.tokens,
+            "samples": self.unfinished.samples,
+            "batches": self.unfinished.batches,
         }
-        state = {"finished": self.files, "tokens": self.tokens, "begun": begun if under_way else None}
-        atomic_write(self.folder / DESCRIPTION, json.dumps({**self.about, **state}))
-        for stale in set(self.folder.glob("sums-*.safetensors")) - {self.folder / name}:
+        state = {"finished": self.files, "tokens": self.tokens, "begun": None if finished else unfinished}
+        atomic_write(folder / DESCRIPTION, json.dumps({**self.about, **state}))
+        for stale in set(folder.glob("sums-*.safetensors")) - {folder / name}:
             stale.unlink()
 
-    def _resume(self, description: Mapping[str, Any]) -> None:
+    def _resume(self, folder: Path, description: Mapping[str, Any]) -> None:
         for key, what in (
             ("model", "another model"),
             ("widths", "other targets"),
@@ -153,20 +167,23 @@ class Calibration:
             ("data", "other data"),
         ):
             if description[key] != self.about[key]:
-                raise UserError(f"covariances '{self.folder}': it holds a calibration with {what}; use another folder.")
+                raise UserError(f"covariances '{folder}': it holds a calibration with {what}; use another folder.")
         self.files, self.tokens = list(description["finished"]), dict(description["tokens"])
-        begun = description["begun"]
-        if begun:
-            sums = _mapped(self.folder, begun["file"])
-            leaders = self.about["passes"][len(self.files)]
-            wanted = {leader: (self.about["widths"][leader],) * 2 for leader in leaders}
-            check_tensors(f"covariances '{self.folder}'", wanted, sums)
-            copies = {path: value.clone() for path, value in sums.items()}
-            self.begun = Sums(copies, dict(begun["tokens"]), int(begun["samples"]), int(begun["batches"]))
+        unfinished = description["begun"]
+        if unfinished:
+            sums = _mapped(folder, unfinished["file"])
+            shapes = {leader: (self.widths[leader],) * 2 for leader in self.passes[len(self.files)]}
+            check_tensors(f"covariances '{folder}'", shapes, sums)
+            self.unfinished = CovarianceSums(
+                sums={path: value.clone() for path, value in sums.items()},
+                tokens=dict(unfinished["tokens"]),
+                samples=int(unfinished["samples"]),
+                batches=int(unfinished["batches"]),
+            )
 
 
 def batch_digest(batch: Any) -> str:
-    """Sixteen hex digits of the tensors of a batch, to tell data from other data."""
+    """Return sixteen hex digits of the SHA-256 of the tensors of a batch, to recognise other data."""
     digest = hashlib.sha256()
 
     def add(value: Any) -> None:
@@ -185,10 +202,18 @@ def batch_digest(batch: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def _by_path(
+    groups: Mapping[str, Sequence[str]], widths: Mapping[str, int], by_leader: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the tensor of each path, which is that of the leader of its group."""
+    leader_of = {path: leader for leader, paths in groups.items() for path in paths}
+    return {path: by_leader[leader_of[path]] for path in widths}
+
+
 def _read(folder: Path) -> dict[str, Any]:
     what = f"covariances '{folder}'"
     description = read_json(folder / DESCRIPTION, what)
-    kinds = {
+    types = {
         "model": str,
         "data": str,
         "groups": dict,
@@ -197,10 +222,10 @@ def _read(folder: Path) -> dict[str, Any]:
         "finished": list,
         "tokens": dict,
     }
-    shaped = isinstance(description, dict) and all(
-        isinstance(description.get(key), kind) for key, kind in kinds.items()
+    well_formed = isinstance(description, dict) and all(
+        isinstance(description.get(key), kind) for key, kind in types.items()
     )
-    if not shaped or "begun" not in description or description.get("format") != FORMAT:
+    if not well_formed or "begun" not in description or description.get("format") != FORMAT:
         raise UserError(
             f"{what}: {DESCRIPTION} is not what this version of vismt writes; collect the covariances again."
         )
@@ -208,10 +233,10 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _mapped(folder: Path, name: str) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, mapped rather than read where the platform can."""
+    """Return the tensors of a safetensors file, memory-mapped where the platform allows it."""
     try:
         with safe_open(folder / name, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"covariances '{folder}': '{name}' is missing or damaged ({error}); collect them again."

@@ -1,13 +1,14 @@
-"""Heads on the features of a last token, by name: a linear one and VBLL.
+"""Heads on the features of the last token, registered by name: a linear head and VBLL.
 
 head(features (b, d)) -> logits (b, k); head.loss(features, labels (b,)) -> scalar; head.predict(features, ...) -> probabilities
-(b, k). A head starts at given rows (k, d), the answer tokens' rows of the LM's output embedding, and a VBLL prior is centred
-there: else its KL begins at hundreds of nats a class.
+(b, k). A head starts at given rows (k, d), the rows of the LM's output embedding for the answer tokens. The prior of VBLL is
+centred at these rows; otherwise its KL would start at hundreds of nats per class.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,12 +19,17 @@ from vismt.errors import UserError, require_known
 from vismt.llm.laplace import LARGEST, fit_laplace
 from vismt.llm.variational import GaussianHead
 from vismt.llm.vbll import VBLLClassifier
+from vismt.registry import Registry
 
 SMALLEST = torch.finfo(torch.float32).tiny
+JOB_ARGUMENTS = ("rows", "bias", "num_train", "seed")  # a job passes these to a head that has parameters of these names
+
+HEADS: Registry[Callable[..., nn.Module]] = Registry("head: no head")
 
 
-class LinearHead(nn.Module):
-    """Logits features W^T, W (k, d) starts at `rows`; with a bias (k,) where the LM's output embedding has one. fp32."""
+@HEADS.register("linear")
+class LinearAnswerHead(nn.Module):
+    """Logits features W^T + bias in fp32; W (k, d) starts at `rows`, the bias (k,) exists where the output embedding has one."""
 
     def __init__(self, rows: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -34,10 +40,11 @@ class LinearHead(nn.Module):
         return F.linear(features, self.weight, self.bias)
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy."""
+        """Return the mean cross-entropy."""
         return F.cross_entropy(self(features).float(), labels)
 
 
+@HEADS.register("vbll")
 def vbll_head(
     rows: Tensor,
     num_train: int,
@@ -50,7 +57,7 @@ def vbll_head(
     start_std: float = 0.03,
     start_noise: float = 0.37,
 ) -> VBLLClassifier:
-    """VBLLClassifier on these rows; it has no bias, whatever the LM has."""
+    """Return a VBLLClassifier that starts at `rows` (k, d); it has no bias, even where the output embedding has one."""
     return VBLLClassifier(
         rows.shape[1],
         len(rows),
@@ -68,62 +75,82 @@ def vbll_head(
     )
 
 
-HEADS: dict[str, Any] = {"linear": LinearHead, "vbll": vbll_head}
-GIVEN = ("rows", "bias", "num_train", "seed")  # what a job gives to a head that asks for it
-
-
 def make_head(
     name: str, rows: Tensor, bias: Tensor | None, num_train: int, seed: int, options: dict[str, Any]
 ) -> nn.Module:
-    """The head called `name`. num_train: training rows; seed: of start values. UserError for unknown names and options."""
+    """Return the head registered as `name`.
+
+    Args:
+        name: a key of HEADS.
+        rows: (k, d), where the weight starts.
+        bias: (k,) or None.
+        num_train: number of training rows.
+        seed: of the start values.
+        options: further arguments of the head.
+
+    Raises:
+        UserError: unknown name or option.
+    """
     check_head(name, options)
-    asked = inspect.signature(HEADS[name]).parameters
-    given = {"rows": rows, "bias": bias, "num_train": num_train, "seed": seed}
-    return HEADS[name](**{key: value for key, value in given.items() if key in asked}, **options)
+    parameters = inspect.signature(HEADS[name]).parameters
+    job_arguments = {"rows": rows, "bias": bias, "num_train": num_train, "seed": seed}
+    return HEADS[name](**{key: value for key, value in job_arguments.items() if key in parameters}, **options)
 
 
 def check_head(name: str, options: dict[str, Any]) -> None:
-    """UserError for a name or an option that is not known."""
-    require_known("head: no head", [name], HEADS)
-    known = [option for option in inspect.signature(HEADS[name]).parameters if option not in GIVEN]
-    require_known(f"head: '{name}' has no option", options, known)
+    """Raise UserError for an unknown name or option."""
+    parameters = inspect.signature(HEADS[name]).parameters
+    known_options = [option for option in parameters if option not in JOB_ARGUMENTS]
+    require_known(f"head: '{name}' has no option", options, known_options)
 
 
 @torch.no_grad()
 def log_predictive(head: nn.Module, features: Tensor, samples: int = 20) -> Tensor:
-    """Log-probabilities (b, k), fp64, on the CPU: of a Gaussian head averaged over draws, the same draws for every batch."""
+    """Return log-probabilities (b, k) fp64 on the CPU.
+
+    Those of a Gaussian head are averaged over `samples` draws, the same draws for every batch.
+    """
     if not isinstance(head, GaussianHead):
         return head(features).double().log_softmax(1).cpu()
-    drawn = head.predict(features, samples, torch.Generator().manual_seed(0))
-    return drawn.double().clamp_min(SMALLEST).log().cpu()
+    probabilities = head.predict(features, samples, torch.Generator().manual_seed(0))
+    return probabilities.double().clamp_min(SMALLEST).log().cpu()
 
 
 def laplace_structure(name: str, classes: int, width: int) -> str:
-    """What of the Hessian Laplace keeps around the head called `name` with rows (classes, width)."""
+    """Return the structure of the Hessian that Laplace keeps for the head `name` with rows (classes, width)."""
     if name == "vbll":
         return "rows"
     return "full" if classes * width <= LARGEST else "kronecker"
 
 
 def check_laplace(head: nn.Module) -> None:
-    """UserError for a head that `laplace_head` does not take, to be told before the training."""
-    if isinstance(head, LinearHead) and head.bias is not None:
+    """Raise UserError for a head that `laplace_head` does not support; call it before the training."""
+    if isinstance(head, LinearAnswerHead) and head.bias is not None:
         raise UserError(
             "evaluate.laplace: the LM's output embedding has a bias, which Laplace does not take; set it to false."
         )
 
 
 def laplace_head(head: nn.Module, training: list[Tensor], validation: tuple[Tensor, Tensor]) -> nn.Module:
-    """Laplace after training, on features (b, d) of the training rows.
+    """Return a Laplace approximation around a trained head.
 
-    Around a linear head: the full Hessian, Kronecker-factored where that is too large, its prior precision chosen on
-    validation features (n, d) and labels (n,). Around the means of VBLL, whose covariances it replaces and nothing else: its
-    rows, its own prior and its learned noise, as PoLAR-VBLL has it.
+    For a linear head it keeps the full Hessian, or a Kronecker-factored one where the full Hessian is too large, and chooses
+    the prior precision on the validation data. For VBLL, as in PoLAR-VBLL, it keeps the means, the prior and the learned noise
+    and replaces the covariances by the row blocks of the Hessian.
+
+    Args:
+        head: a LinearAnswerHead without bias or a VBLLClassifier.
+        training: features (b, d) of all training rows, in batches.
+        validation: features (n, d) and labels (n,).
+
+    Raises:
+        UserError: the head has a bias.
     """
     if isinstance(head, VBLLClassifier):
         noise = torch.exp(2 * head.log_noise)
         return fit_laplace(head.mean, training, 1 / head.prior_variance, "rows", noise=noise)
     check_laplace(head)
-    laplace = fit_laplace(head.weight, training, structure=laplace_structure("linear", *head.weight.shape))
+    weight: Any = head.weight
+    laplace = fit_laplace(weight, training, structure=laplace_structure("linear", *weight.shape))
     laplace.tune(*validation)
     return laplace

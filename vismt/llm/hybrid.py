@@ -1,11 +1,11 @@
 """What a frozen recommender gives to a language model (LLaRA, arXiv 2312.02445; iLoRA, arXiv 2408.10159).
 
-    vector of item i = W2 gelu(W1 e_i)         in the place of a token that stands beside the item's title
-    gates of a row   = gate network(user)      user = the recommender's representation of the row's history
+    vector of item i = W2 gelu(W1 e_i)         replaces the embedding of the token after the title of the item
+    gates of a row   = gate network(user)      user = the recommender's representation of the history of the row
 
-The recommender is in evaluation mode whatever the net around it does: in the released code it is a submodule that trains
-with dropout. Two controls tell whether gates depend on the user: "random" draws the gates of each row from the simplex, and
-"shuffled-user" gives the gate network another user, of the training rows. Both are functions of the row's name.
+The recommender stays in evaluation mode when the surrounding net trains; in the released code it is a submodule that trains
+with dropout. Two controls measure whether the gates depend on the user: "random" draws the gates of each row from the simplex,
+and "shuffled-user" passes another user, of the training rows, to the gate network. Both are functions of the name of the row.
 """
 
 from __future__ import annotations
@@ -22,9 +22,17 @@ GATES = ("user", "random", "shuffled-user")
 
 
 class Hybrid(nn.Module):
-    """recommender: is frozen here. width: of the LM, None for an LM that reads titles alone. gates: see above.
+    """Item vectors and gates from a frozen recommender.
 
-    others: representations (n, d) of users, for "shuffled-user". seed: of the projector.
+    Args:
+        recommender: is frozen in place.
+        width: hidden width of the LM; None for an LM that reads titles alone.
+        gates: "user", "random" or "shuffled-user", see the module's docstring.
+        others: representations (n, d) of other users, for "shuffled-user".
+        seed: of the projector.
+
+    Raises:
+        UserError: an unknown value of `gates`, or "shuffled-user" without other users.
     """
 
     def __init__(
@@ -32,50 +40,58 @@ class Hybrid(nn.Module):
     ) -> None:
         super().__init__()
         check_gates(gates)
-        self.recommender, self.condition = recommender.requires_grad_(False).eval(), gates
+        self.recommender = recommender.requires_grad_(False).eval()
+        self.condition = gates
+        inner = recommender.width
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            inner = recommender.width
-            self.projector = (
-                nn.Identity()
-                if width is None
-                else nn.Sequential(nn.Linear(inner, width), nn.GELU(), nn.Linear(width, width))
-            )
+            self.projector = _projector(inner, width)
         self.register_buffer("others", others if others is not None else torch.empty(0, inner))
         if gates == "shuffled-user" and not len(self.others):
             raise UserError("gates: 'shuffled-user' needs the representations of other users.")
 
     def train(self, mode: bool = True) -> Hybrid:
-        """The recommender stays in evaluation mode."""
+        """Set the mode of the projector; the recommender stays in evaluation mode."""
         super().train(mode)
         self.recommender.eval()
         return self
 
     def vectors(self, items: Tensor) -> Tensor:
-        """Items int64 (m,) -> (m, width)."""
+        """Return the vectors (m, width) of items (m,) int64."""
         return self.projector(self.recommender.item(items))
 
     def gates(self, lm: nn.Module, batch: Batch) -> Tensor | None:
-        """(b, e), for the gated rank groups of the LM, None where it has none. batch: "history" (b, n) and "key" (b,)."""
+        """Return the gates (b, e) for the rank groups of the LM, or None for an LM without gates.
+
+        batch: has "history" (b, n) and "key" (b,), both int64.
+        """
         part = gate_part(lm)
         if part is None:
             return None
         if self.condition == "random":
             return random_gates(batch["key"], part.n_experts)
-        shuffled = self.condition == "shuffled-user"
-        return part(self.others[batch["key"] % len(self.others)] if shuffled else self.recommender(batch["history"]))
+        if self.condition == "shuffled-user":
+            return part(self.others[batch["key"] % len(self.others)])
+        return part(self.recommender(batch["history"]))
+
+
+def _projector(inner: int, width: int | None) -> nn.Module:
+    """Return the two-layer projector from the recommender's width to that of the LM."""
+    if width is None:
+        return nn.Identity()
+    return nn.Sequential(nn.Linear(inner, width), nn.GELU(), nn.Linear(width, width))
 
 
 def random_gates(keys: Tensor, experts: int) -> Tensor:
-    """(b, e) from the flat distribution over the simplex, a function of each row's key int64 (b,)."""
-    drawn = [
+    """Draw gates (b, experts) from the uniform distribution over the simplex, a function of the key int64 (b,) of each row."""
+    uniform = [
         torch.rand(experts, generator=torch.Generator().manual_seed(key)).clamp_min(1e-12) for key in keys.tolist()
     ]
-    spacing = -torch.stack(drawn).log()
+    spacing = -torch.stack(uniform).log()
     return (spacing / spacing.sum(1, keepdim=True)).to(keys.device)
 
 
 def check_gates(gates: str) -> None:
-    """UserError for a condition that is not known."""
+    """Raise UserError for an unknown source of gates."""
     if gates not in GATES:
         raise UserError(f"gates: '{gates}'.{near(gates, GATES)}")

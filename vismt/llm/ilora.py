@@ -1,14 +1,14 @@
-"""iLoRA: LoRA whose rank is split into E groups, each an expert, weighed by a gate of the user (arXiv 2408.10159).
+"""iLoRA: LoRA with its rank split into E groups, each an expert, weighed by a gate of the user (arXiv 2408.10159).
 
     y_b = W x_b + s sum_e g_be B_e A_e x_b        A_e (r/E, i), B_e (o, r/E),  s = alpha / (r/E),  g_b = softmax(W_g u_b)
 
 One gate g (b, E) of the user's representation u (b, width) serves all layers, tokens and generation steps. The product is
 ((x A^T) * spread(g)) B^T: plain LoRA and one multiplication of the hidden width, where the released code builds an output
-for each expert. A uniform gate is plain LoRA with alpha / r, and "balance" in the paper is that rank; no loss balances.
+for each expert. A uniform gate is plain LoRA with alpha / r; "balance" in the paper means that rank, there is no balancing loss.
 
 Paper and released code differ: the paper's gate is linear (the default here), every shipped script uses a 1-D ResNet-20
-("cnn"). Its batch norms mix the samples of a batch while training; their running statistics are saved here, the released
-code drops them and reloads other gates. There, merging ignores the gate and every error returns zeros: here merging and
+("cnn"). Its batch norms mix the samples of a batch while training; their running statistics are saved here; the released
+code drops them and reloads other gates. There, merging ignores the gate and every error returns zeros; here merging and
 export take one user's gates or are refused, and gates that do not match the batch are an error.
 Left out: gates per layer and top-k, noisy or MLP gates, which the released code builds and never uses.
 """
@@ -29,10 +29,11 @@ from vismt.lowrank.init import kaiming
 from vismt.lowrank.inject import attach, inject, refuse_adapted, site_generator
 from vismt.lowrank.instance_gates import instance_gates, recompute_gates, repeat_gates
 from vismt.lowrank.layer_spec import AdaptReport
+from vismt.lowrank.linear import LowRankLayer
 from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.targets import Targets
-from vismt.lowrank.wrappers import Guest
-from vismt.registry import register_method
+from vismt.lowrank.wrappers import AddedModule
+from vismt.methods import Method, register_method
 
 __all__ = ["InstanceGate", "gate_of", "gate_part", "ilora", "instance_gates", "recompute_gates"]
 
@@ -40,7 +41,6 @@ PATH = "instance_gate"
 KINDS = ("linear", "cnn")
 
 
-@register_method("ilora")
 def ilora(
     model: nn.Module,
     *,
@@ -53,7 +53,7 @@ def ilora(
     user_width: int = 64,
     **options: Any,
 ) -> AdaptReport:
-    """Kaiming A, zero B: under any gates the model computes what it computed until the first step.
+    """Add gated factors with kaiming A and zero B: under any gates the function is unchanged until the first step.
 
     n_experts: E, a divisor of the rank. gate: "linear" or "cnn", the network `gate_of(model)` from user representations
     (b, user_width) to gates; None where the gates come from elsewhere. Further options: those of `inject`.
@@ -71,38 +71,37 @@ def ilora(
         "ilora",
         start,
         offset=False,
-        experts=n_experts,
+        settings={"experts": n_experts},
         targets=targets,
         rank=rank,
         alpha=alpha,
         seed=seed,
         **options,
     )
-    part = InstanceGate(
-        gate, n_experts, user_width, int(torch.randint(2**62, (), generator=site_generator(seed, PATH)))
-    )
-    attach(model, PATH, part)
+    gate_seed = int(torch.randint(2**62, (), generator=site_generator(seed, PATH)))
+    instance_gate = InstanceGate(gate, n_experts, user_width, gate_seed)
+    attach(model, PATH, instance_gate)
     trainable, total = count_parameters(model)
-    size = sum(parameter.numel() for parameter in part.parameters())
-    beside = [f"{gate} gate, {user_width} to {n_experts} experts   {size:,}"] if gate else []
-    return replace(report, trainable=trainable, total=total, beside=beside)
+    size = sum(parameter.numel() for parameter in instance_gate.parameters())
+    extras = [f"{gate} gate, {user_width} to {n_experts} experts   {size:,}"] if gate else []
+    return replace(report, trainable=trainable, total=total, extras=extras)
 
 
 def gate_of(model: nn.Module) -> InstanceGate:
-    """The gate network of an adapted model; UserError where it has none."""
-    part = gate_part(model)
-    if part is None or part.network is None:
+    """Return the gate network of an adapted model; UserError where it has none."""
+    gate = gate_part(model)
+    if gate is None or gate.network is None:
         raise UserError("gate_of: this model has no gate network; adapt it with 'ilora' and gate='linear' or 'cnn'.")
-    return part
+    return gate
 
 
 def gate_part(model: nn.Module) -> InstanceGate | None:
-    """What an adapted model has of gates, with or without a network; None for a model of another method."""
-    part = getattr(model, PATH, None)
-    return part if isinstance(part, InstanceGate) else None
+    """Return the InstanceGate of an adapted model, with or without a network; None for a model of another method."""
+    gate = getattr(model, PATH, None)
+    return gate if isinstance(gate, InstanceGate) else None
 
 
-class InstanceGate(Guest):
+class InstanceGate(AddedModule):
     """User representations (b, width) -> gates (b, E), not negative, each row of sum one.
 
     Runs in the dtype of its weights, fp32 (fp64 in an fp64 model) until the model is cast. kind None: no network.
@@ -111,7 +110,7 @@ class InstanceGate(Guest):
     def __init__(self, kind: str | None, n_experts: int, user_width: int, seed: int = 0) -> None:
         super().__init__()
         self.kind, self.n_experts, self.user_width = kind, n_experts, user_width
-        with torch.random.fork_rng(devices=[]):  # torch's own initial values, from a seed of ours
+        with torch.random.fork_rng(devices=[]):  # torch's initial values, from the given seed
             torch.default_generator.manual_seed(seed)
             self.network = network(kind, n_experts, user_width)
 
@@ -119,7 +118,7 @@ class InstanceGate(Guest):
     def check(cls, path: str, base: nn.Module | None, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         kind, n_experts, user_width = (settings.get(name) for name in ("kind", "n_experts", "user_width"))
         if base is not None and not isinstance(base, InstanceGate):
-            raise UserError(f"ilora: the model has a '{path}' of its own, a {type(base).__name__}; rename it.")
+            raise UserError(f"ilora: the model already has a '{path}', a {type(base).__name__}; rename it.")
         if kind is not None and kind not in KINDS:
             raise UserError(f"adapt.gate: {kind!r}.{near(str(kind), KINDS)}")
         for name, value in (("n_experts", n_experts), ("user_width", user_width)):
@@ -138,23 +137,21 @@ class InstanceGate(Guest):
         return {"kind": self.kind, "n_experts": self.n_experts, "user_width": self.user_width}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and the running statistics of batch norms: without them the gates would be others after loading."""
-        return (
-            {}
-            if self.network is None
-            else {f"network.{name}": value for name, value in self.network.state_dict().items()}
-        )
+        """Return the parameters and the running statistics of batch norms, which the gates depend on."""
+        if self.network is None:
+            return {}
+        return {f"network.{name}": value for name, value in self.network.state_dict().items()}
 
-    def join(self, model: nn.Module, path: str) -> None:
+    def attach(self, model: nn.Module, path: str) -> None:
         first = next(model.parameters())
         self.to(first.device, torch.promote_types(first.dtype, torch.float32)).train(model.training)
-        super().join(model, path)
+        super().attach(model, path)
         for module in model.modules():
             if hasattr(type(module), EXPAND):
                 setattr(module, EXPAND, Expansion(module))
 
-    def leave(self, model: nn.Module, path: str) -> None:
-        super().leave(model, path)
+    def detach(self, model: nn.Module, path: str) -> None:
+        super().detach(model, path)
         for module in model.modules():
             if isinstance(module.__dict__.get(EXPAND), Expansion):
                 delattr(module, EXPAND)
@@ -171,20 +168,20 @@ EXPAND = "_expand_inputs_for_generation"
 
 
 class Expansion:
-    """Where transformers' `generate` repeats the samples, for beams or num_return_sequences, the gates in force follow."""
+    """Repeats the gates in force where transformers' `generate` repeats the samples (beams, num_return_sequences)."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def __call__(self, expand_size: int = 1, *rest: Any, **named: Any) -> Any:
         repeat_gates(expand_size)
-        kind = type(self.model)
-        stock = inspect.getattr_static(kind, EXPAND).__get__(self.model, kind)  # a method or static, by version
+        owner = type(self.model)
+        stock = inspect.getattr_static(owner, EXPAND).__get__(self.model, owner)  # a method or static, by version
         return stock(expand_size, *rest, **named)
 
 
 def network(kind: str | None, n_experts: int, user_width: int) -> nn.Module | None:
-    """(b, user_width) -> logits of the gates (b, E)."""
+    """Return the network (b, user_width) -> logits of the gates (b, E); None without a kind."""
     if kind is None:
         return None
     return nn.Linear(user_width, n_experts) if kind == "linear" else ConvGate(n_experts)
@@ -201,12 +198,12 @@ class ConvGate(nn.Module):
         self.head = nn.Linear(64, n_experts)
 
     def forward(self, users: Tensor) -> Tensor:
-        """(b, width) -> (b, E)."""
+        """Return the logits (b, E) of users (b, width)."""
         return self.head(self.blocks(F.relu(self.norm(self.conv(users[:, None])))).mean(-1))
 
 
 class Residual(nn.Module):
-    """Two convolutions beside a shortcut without weights: every stride-th position, zeros for the channels that are new."""
+    """Two convolutions beside a shortcut without weights: every stride-th position, zeros for the new channels."""
 
     def __init__(self, inner: int, outer: int, stride: int) -> None:
         super().__init__()
@@ -219,3 +216,11 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
         return F.relu(out + F.pad(x[:, :, :: self.stride], (0, 0, self.pad, self.pad)))
+
+
+def needs(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return the need for a user of each sample, which the gates depend on."""
+    return {"users": "'ilora' is gated by a user's history"}
+
+
+register_method(Method("ilora", ilora, layers=(LowRankLayer, InstanceGate), needs=needs))

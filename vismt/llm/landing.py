@@ -1,13 +1,13 @@
 """Landing: an optimiser around another that holds the X and Y of PoLAR near orthonormal columns (arXiv 2506.03133).
 
 Once a step, after unscaling and clipping, it puts the landing field of vismt/lowrank/stiefel.py in the place of the
-gradients of X and Y; Theta keeps its plain one. As in the released code the pull is therefore not clipped. It is no hook of
-a tensor: those run once a micro-batch, before unscaling and clipping, and would add up the pull.
+gradients of X and Y; Theta keeps its plain gradient. As in the released code the pull is therefore not clipped. Tensor hooks
+are not used: they run once a micro-batch, before unscaling and clipping, and would add up the pull.
 
 constraint  landing    the field, as released: no retraction, Adam's scaling acts on tangent and pull together
             euclidean  plain gradient and pull (the released ablation)
             qr, polar, cayley   the field without its pull, and after the step back to the manifold from where it began
-            decoupled  ours: the field without its pull, then Z -= attraction * Z (Z^T Z - I), apart from Adam's scaling
+            decoupled  not released: the field without its pull, then Z -= attraction * Z (Z^T Z - I), apart from Adam's scaling
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError, near
 from vismt.lowrank import stiefel
-from vismt.lowrank.inject import adapted_modules
-from vismt.lowrank.linear import Adapted
+from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.linear import LowRankLayer
 
 FIELDS = {"landing": stiefel.landing_field, "euclidean": stiefel.penalty_field}
 RETRACTIONS = {"qr": stiefel.qr_retraction, "polar": stiefel.polar_retraction, "cayley": stiefel.cayley_retraction}
@@ -43,16 +43,17 @@ class Landing(torch.optim.Optimizer):
     """An optimiser around `optimizer` that holds the factors of PoLAR near the manifold, see the header.
 
     Args:
-        optimizer: any torch optimiser over (some of) the parameters of `model`; its groups and state are this one's, so
-            schedules, checkpoints and gradient scalers see no difference. Wrap before `accelerator.prepare`.
-        model: holds updates of method 'polar'. Factors without a gradient are left alone.
+        optimizer: any torch optimiser over (some of) the parameters of `model`; this one shows its groups and state, so
+            schedules, checkpoints and gradient scalers work as with it. Wrap before `accelerator.prepare`.
+        model: holds updates of method 'polar'. Factors without a gradient are not touched.
         attraction: >= 0, in the convention of the released code; for "decoupled" the share of the pull, at most 1.
         constraint: one of CONSTRAINTS.
 
-    Raises UserError for a model without such updates and an optimiser that holds none of their factors.
+    Raises:
+        UserError: for a model without such updates, and an optimiser that holds none of their factors.
     """
 
-    _step_supports_amp_scaling = False  # also a fused optimiser has to get unscaled gradients: the pull has no scale
+    _step_supports_amp_scaling = False  # a fused optimiser, too, has to get unscaled gradients: the pull has no scale
 
     def __init__(
         self,
@@ -68,8 +69,8 @@ class Landing(torch.optim.Optimizer):
                 "landing: the optimiser is prepared and scales gradients; wrap it before accelerator.prepare."
             )
         self.optimizer, self.attraction, self.constraint = optimizer, float(attraction), constraint
-        self.hosts = polar_hosts(model)
-        if self._held().isdisjoint(id(p) for host in self.hosts for p in (host.lora_A, host.lora_B)):
+        self.layers = polar_layers(model)
+        if self._optimized().isdisjoint(id(p) for layer in self.layers for p in (layer.lora_A, layer.lora_B)):
             raise UserError("landing: the optimiser holds no factor of this model; make it after vismt.adapt.")
 
     state, param_groups, defaults = (_forwarded(name) for name in ("state", "param_groups", "defaults"))
@@ -80,14 +81,14 @@ class Landing(torch.optim.Optimizer):
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Without what a schedule has put around step.
-        return {name: self.__dict__[name] for name in ("optimizer", "attraction", "constraint", "hosts")}
+        # Without the wrapper that a schedule puts around `step`.
+        return {name: self.__dict__[name] for name in ("optimizer", "attraction", "constraint", "layers")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimiser's: landing keeps no state."""
+        """Return the state of the wrapped optimiser: landing keeps none."""
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -100,21 +101,23 @@ class Landing(torch.optim.Optimizer):
         self.optimizer.add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the wrapped optimiser on the field; `.grad` of the factors then holds the field."""
-        moved: list[tuple[Views, Tensor]] = []
-
-        def turned() -> Any:
-            loss = closure()
-            points = self._turn()
-            moved.extend(points if not moved else [])  # where the step began, however often the loss is asked for
-            return loss
-
+        """Take one step of the wrapped optimiser on the field; `.grad` of the factors then holds the field."""
         if closure is None:
             moved = self._turn()
             loss = self.optimizer.step()
-        else:
-            loss = self.optimizer.step(turned)
-        self._return(moved)
+            self._return(moved)
+            return loss
+        evaluate = closure
+        began: list[tuple[Views, Tensor]] = []
+
+        def turned() -> Any:
+            loss = evaluate()
+            points = self._turn()
+            began.extend(points if not began else [])  # where the step began, however often the closure is called
+            return loss
+
+        loss = self.optimizer.step(turned)
+        self._return(began)
         return loss
 
     @torch.no_grad()
@@ -125,100 +128,105 @@ class Landing(torch.optim.Optimizer):
         points = []
         for views in stacks(self._live()):
             z, grad = (torch.stack(tensors) for tensors in zip(*views))
-            for (_, own), new in zip(views, field(z, grad, attraction)):
-                own.copy_(new)
+            for (_, gradient), new in zip(views, field(z, grad, attraction)):
+                gradient.copy_(new)
             if not ends:
                 points.append((views, z))
         return points
 
     @torch.no_grad()
     def _return(self, moved: Iterable[tuple[Views, Tensor]]) -> None:
-        """What follows the step: a retraction, or the decoupled pull."""
+        """Do what follows the step: a retraction, or the decoupled pull."""
         for views, before in moved:
-            z = torch.stack([own for own, _ in views])
+            z = torch.stack([factor for factor, _ in views])
             if self.constraint == "decoupled":
                 back = z - self.attraction * stiefel.pull(z)
             else:
                 back = RETRACTIONS[self.constraint](before, z - before)
-            for (own, _), new in zip(views, back):
-                own.copy_(new)
+            for (factor, _), new in zip(views, back):
+                factor.copy_(new)
 
     def _live(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tall views (n, r) of each factor that this optimiser moves, and of its gradient."""
-        held = self._held()
-        for host in self.hosts:
-            for tall, factor in ((right, host.lora_A), (left, host.lora_B)):
-                if factor.grad is not None and id(factor) in held:
-                    yield from zip(tall(host, factor.detach()), tall(host, factor.grad))
+        """Yield tall views (n, r) of each factor that this optimiser moves, and of its gradient."""
+        optimized = self._optimized()
+        for layer in self.layers:
+            for tall, factor in ((right, layer.lora_A), (left, layer.lora_B)):
+                if factor.grad is not None and id(factor) in optimized:
+                    yield from zip(tall(layer, factor.detach()), tall(layer, factor.grad))
 
-    def _held(self) -> set[int]:
+    def _optimized(self) -> set[int]:
+        """Return the ids of the parameters of the wrapped optimiser."""
         return {id(parameter) for group in self.param_groups for parameter in group["params"]}
 
     @torch.no_grad()
     def metrics(self) -> dict[str, Tensor]:
-        """Two scalars: the average `infeasibility` ||Z^T Z - I||_F^2 of the factors, and `stable_rank` of the updates."""
+        """Return two scalars: the average `infeasibility` ||Z^T Z - I||_F^2 of the factors, and `stable_rank` of the updates."""
         off, ranks = [], []
-        for views in stacks(update for host in self.hosts for update in updates(host)):
+        for views in stacks(update for layer in self.layers for update in updates(layer)):
             x, theta, y = (torch.stack(tensors) for tensors in zip(*views))
             off += [stiefel.infeasibility(x), stiefel.infeasibility(y)]
             ranks.append(stiefel.stable_rank(x, torch.diag_embed(theta) if theta.ndim == 2 else theta, y))
         return {"infeasibility": torch.cat(off).mean(), "stable_rank": torch.cat(ranks).mean()}
 
     def orthonormalize_(self) -> None:
-        """`orthonormalize_` of the model. The optimiser's moments stay as they are: meant for the end of a training."""
-        _orthonormalize(self.hosts)
+        """Call `orthonormalize_` of the model, at the end of a training: the optimiser's moments are not changed."""
+        _orthonormalize(self.layers)
 
 
 def orthonormalize_(model: nn.Module) -> nn.Module:
     """Put X and Y of every update exactly on the manifold, and the rest into Theta: the model computes the same."""
-    _orthonormalize(polar_hosts(model))
+    _orthonormalize(polar_layers(model))
     return model
 
 
 @torch.no_grad()
-def _orthonormalize(hosts: Iterable[Adapted]) -> None:
-    for host in hosts:
-        for own in updates(host):
-            for tensor, new in zip(own, stiefel.orthonormalize(*own)):
+def _orthonormalize(layers: Iterable[LowRankLayer]) -> None:
+    for layer in layers:
+        for update in updates(layer):
+            for tensor, new in zip(update, stiefel.orthonormalize(*update)):
                 tensor.copy_(new)
 
 
-def polar_hosts(model: nn.Module) -> list[Adapted]:
-    """The hosts of a model that carry X, Theta and Y; UserError where there are none."""
-    hosts = [host for host in adapted_modules(model).values() if isinstance(host, Adapted) and host.lora_C is not None]
-    if not hosts:
+def polar_layers(model: nn.Module) -> list[LowRankLayer]:
+    """Return the layers of a model with X, Theta and Y; UserError where there are none."""
+    layers = [
+        layer
+        for layer in adapter_layers(model).values()
+        if isinstance(layer, LowRankLayer) and layer.lora_C is not None
+    ]
+    if not layers:
         raise UserError(f"landing: {type(model).__name__} has no update of PoLAR; adapt it with method 'polar' first.")
-    return hosts
+    return layers
 
 
-def left(host: Adapted, tensor: Tensor) -> list[Tensor]:
-    """Views (o_j, r) of lora_B or its gradient, one a block."""
-    return list(tensor.split(host.blocks, 0))
+def left(layer: LowRankLayer, tensor: Tensor) -> list[Tensor]:
+    """Return the views (o_j, r) of lora_B or its gradient, one for each block."""
+    return list(tensor.split(layer.blocks, 0))
 
 
-def right(host: Adapted, tensor: Tensor) -> list[Tensor]:
-    """Views (i, r) of lora_A or its gradient, one a block."""
-    return [rows.mT for rows in tensor.chunk(len(host.blocks))]
+def right(layer: LowRankLayer, tensor: Tensor) -> list[Tensor]:
+    """Return the views (i, r) of lora_A or its gradient, one for each block."""
+    return [rows.mT for rows in tensor.chunk(len(layer.blocks))]
 
 
-def updates(host: Adapted) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Views X (o_j, r), Theta (r, r) or (r,), Y (i, r), one triple a block."""
-    cores = host.lora_C.detach().chunk(len(host.blocks))
-    return zip(left(host, host.lora_B.detach()), cores, right(host, host.lora_A.detach()))
+def updates(layer: LowRankLayer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Return the views X (o_j, r), Theta (r, r) or (r,), Y (i, r), one triple for each block."""
+    cores = layer.lora_C.detach().chunk(len(layer.blocks))
+    return zip(left(layer, layer.lora_B.detach()), cores, right(layer, layer.lora_A.detach()))
 
 
 def stacks(rows: Iterable[tuple[Tensor, ...]]) -> Iterator[Views]:
-    """Rows whose tensors have like shapes, dtypes and devices together, at most about STACK numbers at a time."""
+    """Yield rows with tensors of like shapes, dtypes and devices together, at most about STACK numbers at a time."""
     alike: dict[tuple, Views] = {}
     for row in rows:
-        alike.setdefault(tuple((one.shape, one.dtype, one.device) for one in row), []).append(row)
+        alike.setdefault(tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in row), []).append(row)
     for same in alike.values():
-        count = max(1, STACK // sum(one.numel() for one in same[0]))
+        count = max(1, STACK // sum(tensor.numel() for tensor in same[0]))
         yield from (same[begin : begin + count] for begin in range(0, len(same), count))
 
 
 def check_constraint(where: str, attraction: Any, constraint: Any) -> None:
-    """UserError for an attraction or a constraint that does not exist."""
+    """Raise UserError for an attraction out of range and an unknown constraint."""
     if constraint not in CONSTRAINTS:
         raise UserError(f"{where}.constraint: '{constraint}'.{near(str(constraint), CONSTRAINTS)}")
     number = isinstance(attraction, Real) and not isinstance(attraction, bool) and math.isfinite(attraction)

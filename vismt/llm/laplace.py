@@ -1,16 +1,16 @@
-"""Laplace on a trained linear head, after training: w ~ N(mean, (H + lambda I)^-1), H the Gauss-Newton matrix of the NLL.
+"""Laplace approximation of a trained linear head: w ~ N(mean, (H + lambda I)^-1), H the Gauss-Newton matrix of the NLL.
 
     H = sum_n Lambda_n (x) phi_n phi_n^T,   Lambda_n = diag(p_n) - p_n p_n^T,   over the WHOLE training set, p_n at the mean
 
 "full"       H itself, (k d)^2 numbers: the default, as a head on a few answer tokens is small; it is the exact Hessian
-"rows"       the k blocks sum_n p_c (1 - p_c) phi phi^T of H: what replaces VBLL's S_c in PoLAR-VBLL (arXiv 2604.03388). Without
-             the coupling -p_c p_c' the classes do not share what they know: for two, z_1 - z_2 gets twice the variance
+"rows"       the k blocks sum_n p_c (1 - p_c) phi phi^T of H: replace VBLL's S_c in PoLAR-VBLL (arXiv 2604.03388). Without the
+             coupling -p_c p_c' the classes share no information: for two classes, z_1 - z_2 gets twice the variance
 "kronecker"  (sum_n Lambda_n) (x) (sum_n phi phi^T) / N, k^2 + d^2 numbers: for many classes; Laplace-LoRA's (arXiv 2308.13111)
 
-A head with noise of its own, as VBLL's eps_c ~ N(0, sigma_c^2), keeps it: z = w^T phi + eps at prediction, H without it.
+A head that has noise, as VBLL's eps_c ~ N(0, sigma_c^2), keeps it: z = w^T phi + eps at prediction, H without it.
 
-A diagonal is left out: features of a transformer are strongly correlated, and it would call every direction known. Kept as
-eigenvectors and eigenvalues of H, so that another prior precision lambda costs nothing and no jitter is needed. Left out:
+H is stored as eigenvectors and eigenvalues, so that another prior precision lambda costs nothing and no jitter is needed. Left
+out: a diagonal approximation (features of a transformer are strongly correlated, and it would treat every direction as known),
 the marginal likelihood (lambda is chosen on validation NLL), other layers, a bias (append a column of ones).
 """
 
@@ -32,22 +32,22 @@ LARGEST = 4096  # k d of a full matrix: 128 MB in fp64, and half a minute of eig
 
 
 class Curvature(nn.Module, ABC):
-    """H over examples that `add` has seen, then its eigenvectors; `root` is asked for after `finish`."""
+    """Sum H over batches with `add`, decompose it with `finish`, then evaluate with `root`."""
 
-    def __init__(self, *shapes: tuple[int, ...], **kind: Any) -> None:
+    def __init__(self, *shapes: tuple[int, ...], **factory: Any) -> None:
         super().__init__()
         for number, shape in enumerate(shapes):
-            self.register_buffer(f"sum{number}", torch.zeros(shape, **kind))
+            self.register_buffer(f"sum{number}", torch.zeros(shape, **factory))
         self.examples = 0
 
     def add(self, x: Tensor, p: Tensor) -> None:
-        """Count a batch. x: (b, d); p: (b, k) probabilities."""
+        """Add a batch. x: (b, d) features; p: (b, k) probabilities."""
         self.examples += len(x)
         for number, value in enumerate(self.products(x, p)):
             getattr(self, f"sum{number}").add_(value)
 
     def finish(self, dtype: torch.dtype) -> None:
-        """Replace the sums by eigenvalues (clipped at 0, which H does not go below) and eigenvectors in `dtype`."""
+        """Replace the sums by eigenvalues (clipped at 0, as H is positive semidefinite) and eigenvectors in `dtype`."""
         for name, value in list(self._buffers.items()):
             values, vectors = torch.linalg.eigh(value)
             self.register_buffer(name.replace("sum", "values"), values.clamp_min(0).to(dtype))
@@ -56,18 +56,18 @@ class Curvature(nn.Module, ABC):
 
     @abstractmethod
     def products(self, x: Tensor, p: Tensor) -> list[Tensor]:
-        """What a batch adds to each sum."""
+        """Return the terms that a batch adds to the sums."""
 
     @abstractmethod
     def root(self, x: Tensor, precision: float) -> Tensor:
-        """R with R R^T the covariance of the k logits of each x: (b, k, k), or (b, k) where they are independent."""
+        """Return R with R R^T the covariance of the k logits of each x: (b, k, k), or (b, k) for independent logits."""
 
 
-class Full(Curvature):
-    """All of H, rows (c, i) in that order."""
+class FullCurvature(Curvature):
+    """The whole matrix H, rows in the order (c, i)."""
 
-    def __init__(self, classes: int, width: int, **kind: Any) -> None:
-        super().__init__((classes * width, classes * width), **kind)
+    def __init__(self, classes: int, width: int, **factory: Any) -> None:
+        super().__init__((classes * width, classes * width), **factory)
         self.classes = classes
 
     def products(self, x: Tensor, p: Tensor) -> list[Tensor]:
@@ -77,14 +77,14 @@ class Full(Curvature):
     def root(self, x: Tensor, precision: float) -> Tensor:
         vectors = rearrange(self.vectors0, "(k d) m -> k d m", k=self.classes)
         wide = einsum(x, vectors, "b d, k d m -> b k m") * (self.values0 + precision).rsqrt()
-        return _narrowed(wide)
+        return _square_root(wide)
 
 
-class Rows(Curvature):
-    """The diagonal blocks of H, a row of the head each."""
+class RowCurvature(Curvature):
+    """The diagonal blocks of H, one for each row of the head."""
 
-    def __init__(self, classes: int, width: int, **kind: Any) -> None:
-        super().__init__((classes, width, width), **kind)
+    def __init__(self, classes: int, width: int, **factory: Any) -> None:
+        super().__init__((classes, width, width), **factory)
 
     def products(self, x: Tensor, p: Tensor) -> list[Tensor]:
         return [einsum(einsum(p * (1 - p), x, "b k, b i -> k b i"), x, "k b i, b j -> k i j")]
@@ -94,11 +94,11 @@ class Rows(Curvature):
         return einsum(wide, 1 / (self.values0 + precision), "b k m, k m -> b k").sqrt()
 
 
-class Kronecker(Curvature):
+class KroneckerCurvature(Curvature):
     """Sums of phi phi^T (d, d) and of Lambda (k, k)."""
 
-    def __init__(self, classes: int, width: int, **kind: Any) -> None:
-        super().__init__((width, width), (classes, classes), **kind)
+    def __init__(self, classes: int, width: int, **factory: Any) -> None:
+        super().__init__((width, width), (classes, classes), **factory)
 
     def products(self, x: Tensor, p: Tensor) -> list[Tensor]:
         return [x.mT @ x, _output_hessian(p).sum(0)]
@@ -109,32 +109,37 @@ class Kronecker(Curvature):
         return self.vectors1 * std.unsqueeze(1)
 
 
-STRUCTURES: dict[str, type[Curvature]] = {"full": Full, "rows": Rows, "kronecker": Kronecker}
+STRUCTURES: dict[str, type[Curvature]] = {"full": FullCurvature, "rows": RowCurvature, "kronecker": KroneckerCurvature}
 
 
 class Laplace(GaussianHead):
-    """The Gaussian head that `fit_laplace` makes. mean: (k, d), the trained weight. noise: (k,) variances beside the weights'.
+    """The Gaussian head that `fit_laplace` returns; it has no trainable parameters.
 
-    Nothing in it is trained.
+    Args:
+        mean: (k, d), the trained weight.
+        curvature: the decomposed Hessian.
+        prior_precision: lambda.
+        noise: (k,) variances of the logits in addition to those of the weights.
     """
 
     def __init__(self, mean: Tensor, curvature: Curvature, prior_precision: float, noise: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("mean", mean)
         self.register_buffer("noise", noise)
-        self.curvature, self.prior_precision = curvature, prior_precision
+        self.curvature = curvature
+        self.prior_precision = prior_precision
 
     @full_precision
     def logit_distribution(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """M (b, k) and R, (b, k, k) with covariance R R^T of the logits, or (b, k) their independent std."""
+        """Return the means (b, k) of the logits and R: (b, k, k) with covariance R R^T, or (b, k) independent std."""
         x = self._features(features)
         root = self.curvature.root(x, self.prior_precision)
         if self.noise is None:
             return x @ self.mean.mT, root
         if root.ndim == 2:
             return x @ self.mean.mT, (root.square() + self.noise).sqrt()
-        own = torch.diag(self.noise.sqrt()).expand(len(x), -1, -1)
-        return x @ self.mean.mT, _narrowed(torch.cat([root, own], 2))
+        noise_root = torch.diag(self.noise.sqrt()).expand(len(x), -1, -1)
+        return x @ self.mean.mT, _square_root(torch.cat([root, noise_root], 2))
 
     @full_precision
     def predict(
@@ -145,7 +150,7 @@ class Laplace(GaussianHead):
         *,
         method: str = "sample",
     ) -> Tensor:
-        """Class probabilities (b, k), as `VBLLClassifier.predict`."""
+        """Return class probabilities (b, k); arguments as in `VBLLClassifier.predict`."""
         check_method(method)
         mean, root = self.logit_distribution(features)
         if method == "probit":
@@ -156,8 +161,9 @@ class Laplace(GaussianHead):
     def uncertainty(
         self, features: Tensor, samples: int = 20, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """Scores (b,), each higher the less certain (`uncertainty_scores`)."""
-        return uncertainty_scores(draw_logits(*self.logit_distribution(features), samples, generator))
+        """Return scores (b,) by name, higher where the model is less certain (`uncertainty_scores`)."""
+        mean, root = self.logit_distribution(features)
+        return uncertainty_scores(draw_logits(mean, root, samples, generator))
 
     def tune(
         self,
@@ -168,25 +174,35 @@ class Laplace(GaussianHead):
         samples: int = 200,
         seed: int = 0,
     ) -> dict[float, float]:
-        """Set prior_precision to the value of `grid` with the least validation NLL; returns {precision: NLL}.
+        """Set prior_precision to the value of `grid` with the smallest validation NLL.
 
-        features: (n, d); labels: (n,) int in [0, k). The draws are the same for every value, so that the comparison is not of
-        draws. Raises UserError for labels that do not fit, no examples and an empty grid.
+        Args:
+            features: (n, d) float.
+            labels: (n,) int in [0, k).
+            grid: prior precisions > 0.
+            samples: draws for each prediction, the same draws for every value of the grid.
+            seed: of the draws.
+
+        Returns:
+            {precision: NLL in nats}.
+
+        Raises:
+            UserError: no examples, labels that do not fit, or an empty grid.
         """
         if not len(features):
             raise UserError("laplace.tune: there are no validation examples; give features (n, d) and labels (n,).")
-        # Looked at on the CPU, where a label out of range is an error and no fault of a device.
-        wanted = self._labels(labels.cpu(), len(features)).to(features.device)
-        found = {}
+        # Checked on the CPU, where a label out of range raises an error instead of a device fault.
+        classes = self._labels(labels.cpu(), len(features)).to(features.device)
+        nll_by_precision = {}
         for precision in grid:
             self.prior_precision = _positive(precision)
             generator = torch.Generator().manual_seed(seed)
-            chosen = self.predict(features, samples, generator).gather(1, wanted)
-            found[precision] = -float(chosen.clamp_min(torch.finfo(chosen.dtype).tiny).log().mean())
-        if not found:
+            chosen = self.predict(features, samples, generator).gather(1, classes)
+            nll_by_precision[precision] = -float(chosen.clamp_min(torch.finfo(chosen.dtype).tiny).log().mean())
+        if not nll_by_precision:
             raise UserError("laplace: the grid of prior precisions is empty.")
-        self.prior_precision = min(found, key=found.__getitem__)
-        return found
+        self.prior_precision = min(nll_by_precision, key=nll_by_precision.__getitem__)
+        return nll_by_precision
 
 
 @torch.no_grad()
@@ -198,13 +214,21 @@ def fit_laplace(
     *,
     noise: Tensor | None = None,
 ) -> Laplace:
-    """Laplace around a trained head's `weight` (k, d), float.
+    """Fit a Laplace approximation around the weight of a trained head.
 
-    batches: features (b, d) of the whole training set; labels are not needed, as the Gauss-Newton matrix has none.
-    prior_precision: lambda > 0, 1 / variance of the prior of a weight (1 / head.prior_variance after VBLL; after weight
-    decay w under a mean NLL, N w). structure: "full", "rows" or "kronecker". noise: (k,) variances that the logits have
-    besides, added at prediction (torch.exp(2 * head.log_noise) after VBLL).
-    Raises UserError for another structure, a head too large for "full", and features or noise that do not fit.
+    Args:
+        weight: (k, d) float.
+        batches: features (b, d) of the whole training set, without labels, which the Gauss-Newton matrix does not depend on.
+        prior_precision: lambda > 0, 1 / variance of the prior of a weight (1 / head.prior_variance after VBLL; N w after
+            weight decay w under a mean NLL).
+        structure: "full", "rows" or "kronecker".
+        noise: (k,) variances that are added to those of the logits at prediction (torch.exp(2 * head.log_noise) after VBLL).
+
+    Returns:
+        A head with `predict`, `uncertainty` and `tune`.
+
+    Raises:
+        UserError: unknown structure, a head too large for "full", or features or noise that do not fit.
     """
     if structure not in STRUCTURES:
         raise UserError(f"laplace: no structure '{structure}'.{near(str(structure), STRUCTURES)}")
@@ -219,8 +243,10 @@ def fit_laplace(
     laplace = Laplace(mean, curvature, _positive(prior_precision), None if noise is None else _variances(noise, mean))
     for features in batches:
         if not isinstance(features, Tensor):
-            told = f"a batch is a {type(features).__name__}, needed features (b, d) without their labels"
-            raise UserError(f"laplace: {told}; of a loader of (features, labels) give (x for x, _ in loader).")
+            raise UserError(
+                f"laplace: a batch is a {type(features).__name__}, needed features (b, d) without their labels; "
+                "for a loader of (features, labels) give (x for x, _ in loader)."
+            )
         x = laplace._features(features)
         laplace.curvature.add(x.to(exact), laplace(x).to(exact).softmax(1))
     laplace.curvature.finish(mean.dtype)
@@ -228,22 +254,24 @@ def fit_laplace(
 
 
 def _output_hessian(p: Tensor) -> Tensor:
-    """diag(p) - p p^T (b, k, k)."""
+    """Return diag(p) - p p^T (b, k, k)."""
     return torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
 
 
-def _narrowed(wide: Tensor) -> Tensor:
-    """R (b, k, k) with R R^T = wide wide^T, wide (b, k, m), m >= k; of wide itself: its square would lose half the digits."""
+def _square_root(wide: Tensor) -> Tensor:
+    """Return R (b, k, k) with R R^T = wide wide^T for wide (b, k, m), m >= k, by QR: the product loses half the digits."""
     return torch.linalg.qr(wide.mT, mode="r").R.mT
 
 
 def _variances(noise: Tensor, mean: Tensor) -> Tensor:
-    """A copy (k,), as `mean`."""
+    """Return a checked copy (k,) of the noise on the device and in the dtype of `mean`."""
     if noise.shape != (len(mean),):
-        raise UserError(f"laplace: the noise is {tuple(noise.shape)}, needed {len(mean)} variances, one a class.")
+        raise UserError(f"laplace: the noise is {tuple(noise.shape)}, needed {len(mean)} variances, one per class.")
     if not bool(((noise >= 0) & noise.isfinite()).all()):
-        seen = f"{float(noise.min()):g} to {float(noise.max()):g}"
-        raise UserError(f"laplace: noise variances from {seen}; they must be finite and not negative.")
+        raise UserError(
+            f"laplace: noise variances from {float(noise.min()):g} to {float(noise.max()):g}; "
+            "they must be finite and not negative."
+        )
     return noise.detach().to(mean, copy=True)
 
 

@@ -1,17 +1,17 @@
-"""LISA: layerwise uniform sampling. gamma of L layers train at a time, for K optimiser steps; what lies outside them always.
+"""LISA: layerwise uniform sampling. gamma of L layers train at a time, for K optimiser steps; everything outside always trains.
 
     at steps jK .. jK + K - 1:  AdamW on theta_outside and on theta_l, l in S_j;   S_j = gamma of {0 .. L-1}, drawn uniformly
     Adam state = 2 (|E| + |H| + |F| + gamma |layer|)     E input embeddings, H head, F final norm; tied E = H counts once
 
-Pan et al., NeurIPS 2024, arXiv 2403.17919. The name says importance; nothing is estimated and nothing reweighted: layers are
+Pan et al., NeurIPS 2024, arXiv 2403.17919. The name says importance, but nothing is estimated or reweighted: layers are
 drawn uniformly. Paper and released code differ. The paper's algorithm draws each layer independently with probability
-gamma / L, the code draws exactly gamma, and so do we. The paper ran each interval as a job of its own and so lost every Adam
-state at a switch ("reset_all"); the code drops none, so that its state grows to that of full training ("keep"). Our default
+gamma / L, the code draws exactly gamma, as is done here. The paper ran each interval as a separate job and so lost every Adam
+state at a switch ("reset_all"); the code drops none, so that its state grows to that of full training ("keep"). The default
 "drop" frees the state of the layers that leave. The code switches at multiples of K only, from NumPy's global stream: a
-resumed run trains all layers, and ranks may part. Here the layers are a function of (seed, step // K).
+resumed run trains all layers, and ranks may draw differently. Here the layers are a function of (seed, step // K).
 
 A state that was dropped starts again: Adam's first step moves every weight by about the rate, so a small K wants a smaller
-rate. Left out: a warm-up inside each interval, and any change of the rate (it is the global schedule's).
+rate. Left out: a warm-up inside each interval, and any change of the rate (the global schedule sets it).
 """
 
 from __future__ import annotations
@@ -31,26 +31,37 @@ from vismt.lowrank.inject import install, need_record, refuse_adapted
 from vismt.lowrank.layer_spec import AdaptReport
 from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.targets import Targets
-from vismt.registry import register_method, register_schedule
+from vismt.methods import Method, register_method
 
 POLICIES = ("drop", "keep", "offload", "reset_all")
 
 
 class LISA:
-    """The schedule on one model and its optimiser: sets requires_grad, and holds no optimiser state that is not in use.
+    """The schedule of one model and its optimiser: sets requires_grad, and frees optimiser state that is not in use.
 
-    layers: None finds the stack of like layers (model.layers, transformer.h, blocks, ...); else the path of that stack, or
-    the layers themselves, as modules or paths. active: gamma, 0 to L. interval: K, in optimiser steps. state_policy, for
-    the layers that leave: "drop" their state, "keep" it, "offload" it to host memory, or "reset_all" (everything's state).
-    train_embeddings: False freezes the input embeddings (with a tied head that too; for a ViT patches, tokens, positions).
-    cover: draw from a shuffled deck, so that ceil(L / gamma) intervals visit all layers. exclude: parameters and modules
-    that are never trained (full-path regex or suffix), "lm_head" where the vocabulary is large.
+    A layer without a parameter to train, because of `exclude`, is not drawn. DistributedDataParallel: wrap before this, with
+    find_unused_parameters=True and without static_graph; its buckets are those of all layers. FSDP2 (fully_shard) needs
+    nothing else, with the optimiser made after sharding.
 
-    optimizer: any that skips parameters without a gradient; None where it is made later and set as lisa.optimizer. What it
-    lacks, because it was made while layers were frozen, joins the group of its likes in other layers at once, so that a saved
-    optimiser state can be loaded after that. A layer without a parameter to train, because of exclude, is not drawn.
-    DistributedDataParallel: wrap before this, with find_unused_parameters=True and without static_graph; its buckets are
-    those of all layers. FSDP2 (fully_shard) works as it is, with the optimiser made after sharding. Raises UserError.
+    Args:
+        model: any module with a stack of like layers.
+        optimizer: any that skips parameters without a gradient; None where it is made later and set as lisa.optimizer.
+            Parameters that it lacks, because it was made while layers were frozen, are added at once to the group of the same
+            parameters in other layers, so that a saved optimiser state can be loaded after that.
+        layers: None finds the stack of like layers (model.layers, transformer.h, blocks, ...); else the path of that stack,
+            or the layers themselves, as modules or paths.
+        active: gamma, 0 to L.
+        interval: K, in optimiser steps.
+        seed: of the draws.
+        state_policy: for layers that stop training: "drop" their state, "keep" it, "offload" it to CPU memory, or
+            "reset_all" (the state of all parameters).
+        train_embeddings: False freezes the input embeddings (and a tied head; for a ViT patches, tokens, positions).
+        cover: draw from a shuffled deck, so that ceil(L / gamma) intervals visit all layers.
+        exclude: parameters and modules that are never trained (full-path regex or suffix), "lm_head" where the vocabulary
+            is large.
+
+    Raises:
+        UserError: for a model without such a stack, and values out of range.
     """
 
     def __init__(
@@ -85,14 +96,14 @@ class LISA:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
-        """The optimiser whose state is looked after; setting it adds the parameters that it lacks."""
+        """The optimiser with the state to manage; setting it adds the parameters that it lacks."""
         return self._optimizer
 
     @optimizer.setter
     def optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
         self._optimizer = optimizer
         if optimizer is not None:
-            _join(optimizer, self._trained)
+            _add_parameters(optimizer, self._trained)
 
     @property
     def active_layers(self) -> list[int]:
@@ -100,14 +111,14 @@ class LISA:
         return list(self._active)
 
     def layers_at(self, step: int) -> list[int]:
-        """The layers of optimiser step 0, 1, ...: a function of (seed, step // interval), the same on every rank."""
+        """Return the layers of optimiser step 0, 1, ...: a function of (seed, step // interval), the same on every rank."""
         numbers, count, turn = list(self._layers), len(self._layers), step // self.interval
         if not self.cover or not self.active:
             drawn = np.random.default_rng([self.seed, turn]).choice(count, self.active, replace=False)
         else:
             hands = -(-count // self.active)
             deck = np.random.default_rng([self.seed, turn // hands]).permutation(count)
-            # The last hand is filled from the top of the same deck, so it holds no layer twice.
+            # The last hand is filled from the top of the same deck, so no layer is in it twice.
             drawn = deck[(turn % hands * self.active + np.arange(self.active)) % count]
         return sorted(numbers[layer] for layer in drawn)
 
@@ -126,23 +137,23 @@ class LISA:
         if step // self.interval != self._open:
             self._open = step // self.interval
             self._show(self.layers_at(step))
-            self._settle()
+            self._update_state()
 
     def state_dict(self) -> dict[str, Any]:
-        """What the schedule depends on, for a checkpoint; the optimiser's own state dict holds the rest."""
+        """Return what the schedule depends on, for a checkpoint; the state dict of the optimiser holds the rest."""
         names = ("seed", "interval", "active", "cover", "state_policy")
         return {"layers": len(self._layers), **{name: getattr(self, name) for name in names}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """UserError where a checkpoint is of another schedule."""
-        for name, own in self.state_dict().items():
-            if state.get(name) != own:
+        """Raise UserError where a checkpoint is of another schedule."""
+        for name, value in self.state_dict().items():
+            if state.get(name) != value:
                 raise UserError(
-                    f"LISA: the checkpoint's {name} is {state.get(name)!r}, this schedule's {own!r}; use the same."
+                    f"LISA: the checkpoint's {name} is {state.get(name)!r}, this schedule's {value!r}; use the same."
                 )
 
     def _show(self, active: list[int]) -> None:
-        """Exactly these layers have gradients from here on."""
+        """Let exactly these layers have gradients from here on."""
         self._active = active
         self._awake = {parameter for layer in active for parameter in self._layers[layer]}
         for layer in self._layers.values():
@@ -152,28 +163,26 @@ class LISA:
                 else:
                     _freeze(parameter)
 
-    def _settle(self) -> None:
-        """Optimiser state follows: gone, or where it belongs. Also after a checkpoint was loaded."""
-        _join(self.optimizer, self._trained)  # it may have been made, or made anew, since the last switch
+    def _update_state(self) -> None:
+        """Free or move optimiser state by the policy. Also done after a checkpoint was loaded."""
+        _add_parameters(self.optimizer, self._trained)  # it may be new since the last switch
         state = self.optimizer.state
         for parameter in {parameter for layer in self._layers.values() for parameter in layer} & set(state):
-            asleep = parameter not in self._awake
-            if asleep and self.state_policy in ("drop", "reset_all"):
+            frozen = parameter not in self._awake
+            if frozen and self.state_policy in ("drop", "reset_all"):
                 del state[parameter]
             elif self.state_policy == "offload":
-                where = torch.device("cpu") if asleep else parameter.device
+                where = torch.device("cpu") if frozen else parameter.device
                 for name, value in state[parameter].items():
                     if isinstance(value, Tensor) and value.ndim:  # step counters are where the optimiser wants them
                         state[parameter][name] = value.to(where)
 
 
-@register_schedule("lisa")
-def schedule(model: nn.Module, optimizer: torch.optim.Optimizer) -> LISA:
-    """The schedule that an adapted model carries, on its optimiser."""
+def schedule(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int = 0, settings: Any = None) -> LISA:
+    """Return the schedule that an adapted model carries, on its optimiser."""
     return LISA(model, optimizer, **need_record(model, "LISA").options)
 
 
-@register_method("lisa")
 def lisa(
     model: nn.Module,
     *,
@@ -189,10 +198,10 @@ def lisa(
     cover: bool = False,
     exclude: str | Sequence[str] = (),
 ) -> AdaptReport:
-    """Layers train in turn, embeddings, head and norm always; no factors (rank is not read). Options: those of `LISA`.
+    """Train layers in turn, embeddings, head and norm always; no factors (rank is not read). Options: those of `LISA`.
 
-    Everything that may train is marked; a training loop hands the schedule its optimiser (the engine's does). The original
-    weights are kept, large ones in a temporary file, for unadapt and for saving what changed alone.
+    Everything that may train is marked trainable; a training loop gives the schedule its optimiser (the engine's does). The
+    original weights are kept, large ones in a temporary file, for unadapt and for saving only what changed.
     """
     refuse_adapted(model)
     if targets is not None or alpha is not None:
@@ -216,11 +225,11 @@ def lisa(
     trainable, total = count_parameters(model)
     outside = sum(model.get_parameter(name).numel() for name in shares.always)
     note = f"{active} of {count} layers at a time, {(trainable - outside) // max(count, 1):,} parameters each"
-    return AdaptReport("lisa", [], trainable, total, beside=[f"{note}; outside them, always: {outside:,}"])
+    return AdaptReport("lisa", [], trainable, total, extras=[f"{note}; outside them, always: {outside:,}"])
 
 
 def check_settings(count: int, active: int, interval: int, seed: int, state_policy: str) -> None:
-    """UserError for a schedule that cannot be."""
+    """Raise UserError for values out of range."""
     for name, value, low, high in (
         ("active", active, 0, count),
         ("interval", interval, 1, None),
@@ -234,22 +243,25 @@ def check_settings(count: int, active: int, interval: int, seed: int, state_poli
 
 
 def _freeze(parameter: Tensor) -> None:
-    """No gradient from here on; one that was left would still be stepped, and decayed."""
+    """Freeze a parameter and drop its gradient, which would still be stepped, and decayed."""
     parameter.requires_grad_(False)
     parameter.grad = None
 
 
-def _join(optimizer: torch.optim.Optimizer, wanted: Mapping[str, Tensor]) -> None:
-    """Put what the optimiser lacks into the group of its likes: the same name in another layer, else a matrix or not."""
+def _add_parameters(optimizer: torch.optim.Optimizer, trained: Mapping[str, Tensor]) -> None:
+    """Add parameters that the optimiser lacks to the group of the same name in another layer, else of matrices or not."""
     home = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-    groups = {_kind(name): home[parameter] for name, parameter in wanted.items() if parameter in home}
+    groups = {_kind(name): home[parameter] for name, parameter in trained.items() if parameter in home}
     ranks = {parameter.ndim > 1: group for parameter, group in home.items()}
-    for name, parameter in wanted.items():
+    for name, parameter in trained.items():
         if parameter not in home:
             group = groups.get(_kind(name)) or ranks.get(parameter.ndim > 1, optimizer.param_groups[0])
             group["params"].append(parameter)
 
 
 def _kind(name: str) -> str:
-    """A name with its layer's number left out."""
+    """Return a name without its layer's number."""
     return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)
+
+
+register_method(Method("lisa", lisa, layers=(), schedule=schedule, freezes=True, exports=False))

@@ -14,17 +14,20 @@ from torch import Tensor, nn
 from vismt.lowrank.init import kaiming
 from vismt.lowrank.inject import inject
 from vismt.lowrank.layer_spec import AdaptReport
+from vismt.lowrank.linear import LowRankLayer
 from vismt.lowrank.targets import Targets
-from vismt.registry import register_method
+from vismt.methods import Method, register_method
 
 
-@register_method("lora")
 def lora(
     model: nn.Module, *, targets: Targets, rank: int, alpha: float | None, seed: int, **options: Any
 ) -> AdaptReport:
-    """Kaiming A, zero B: the model computes what it computed until the first step. Options: those of `inject`."""
+    """Add factors with kaiming A and zero B: the function is unchanged until the first step. Options: those of `inject`."""
 
     def start(weight: Tensor, rank: int, scale: float, generator: Any) -> tuple[Tensor, Tensor]:
         return kaiming(weight, rank, generator)
 
     return inject(model, "lora", start, offset=False, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)
+
+
+register_method(Method("lora", lora, layers=(LowRankLayer,)))

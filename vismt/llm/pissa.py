@@ -1,13 +1,13 @@
 """PiSSA: s B A starts as the best rank-r approximation of W, and W x + s (B A - B0 A0) x is trained (arXiv 2404.02948).
 
-The paper freezes W_res = W - s B0 A0 and trains s B A; that is the same function of A and B. Here W stays whole and the
+The paper freezes W_res = W - s B0 A0 and trains s B A, the same function of A and B. Here W stays whole and the
 start is subtracted as two thin products (2r columns instead of r): the user's weights are never changed, unadapting is
 exact, and W_res is not rounded in bf16. An adapter file carries A0 and B0, so nothing is recomputed on loading.
 Dropout is refused: it would act on the principal part of W, not on a perturbation of zero.
 
 QPiSSA (quantize="nf4") trains on Q = nf4(W - s B0 A0) instead, the function at the start is Q + s B0 A0, nearer to W than
-nf4(W) is. Alternate L = top_r(W - Q), Q = nf4(W - L) from Q = 0; the released code keeps the last of its iterates, we keep
-the one with the smallest |W - Q - L|_F. While adapted, each weight shows Q, in the values that 4 bits can hold but in W's
+nf4(W) is. Alternate L = top_r(W - Q), Q = nf4(W - L) from Q = 0; the released code keeps the last of its iterates, here the
+one is kept with the smallest |W - Q - L|_F. While adapted, each weight shows Q, in the values that 4 bits can hold but in W's
 dtype; W is kept beside it (vismt.lowrank.quantized), unadapting gives it back, and a file loads on W. Merging gives Q + s B A;
 an export as a plain LoRA is refused, for it would be put on W.
 """
@@ -24,14 +24,15 @@ from vismt.errors import UserError, near
 from vismt.lowrank.init import principal, residual, working_dtype
 from vismt.lowrank.inject import inject
 from vismt.lowrank.layer_spec import AdaptReport
+from vismt.lowrank.linear import LowRankLayer
 from vismt.lowrank.nf4 import GRIDS, need_bitsandbytes, on_grid
+from vismt.lowrank.quantized import QuantizedLayer
 from vismt.lowrank.targets import Targets
-from vismt.registry import register_method
+from vismt.methods import Method, register_method
 
 SOLVERS = ("exact", "randomized")
 
 
-@register_method("pissa")
 def pissa(
     model: nn.Module,
     *,
@@ -44,10 +45,10 @@ def pissa(
     iterations: int = 5,
     **options: Any,
 ) -> AdaptReport:
-    """Principal factors of each weight (each q, k, v block with split_qkv). method: exact or randomized; and `inject`'s.
+    """Add principal factors of each weight (of each q, k, v block with split_qkv). Further options: those of `inject`.
 
-    quantize: "nf4" for QPiSSA, with `iterations` rounds: 4-bit weights below the factors until unadapted; "bitsandbytes" for
-    its kernels of the same levels, where it is installed. None: none.
+    method: exact or randomized. quantize: "nf4" for QPiSSA, with `iterations` rounds: 4-bit weights below the factors until
+    unadapted; "bitsandbytes" for its kernels of the same levels, where it is installed; None for the original weights.
     """
     refuse_dropout("pissa", options)
     if method not in SOLVERS:
@@ -79,7 +80,8 @@ def pissa(
         rank=rank,
         alpha=alpha,
         seed=seed,
-        grid=quantize or "",
+        layer=LowRankLayer if quantize is None else QuantizedLayer,
+        settings={} if quantize is None else {"grid": quantize},
         **options,
     )
 
@@ -94,9 +96,10 @@ def quantized_principal(
     method: str = "exact",
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Factors whose residual loses least on the grid: the best of `iterations` rounds by |W - grid(W - s B A) - s B A|_F."""
+    """Return the factors of the best of `iterations` rounds, by the rounding error |W - grid(W - s B A) - s B A|_F."""
     matrix = weight.detach().to(working_dtype(weight))
-    quantized, best, least = torch.zeros_like(matrix), None, float("inf")
+    quantized, least = torch.zeros_like(matrix), float("inf")
+    best: Any = None
     for _ in range(iterations):
         A, B = principal(matrix - quantized, rank, scale, method=method, generator=generator)
         rest = residual(matrix, A, B, scale)
@@ -108,8 +111,11 @@ def quantized_principal(
 
 
 def refuse_dropout(method: str, options: Mapping[str, Any]) -> None:
-    """A UserError where a method whose factors carry a part of W is asked to drop some of it."""
+    """Raise UserError for dropout with a method that has a part of W in its factors."""
     if options.get("dropout"):
         raise UserError(
-            f"adapt.dropout: {options['dropout']} with '{method}', whose factors carry a part of W; set it to 0."
+            f"adapt.dropout: {options['dropout']} with '{method}', which has a part of W in its factors; set it to 0."
         )
+
+
+register_method(Method("pissa", pissa, layers=(LowRankLayer, QuantizedLayer)))

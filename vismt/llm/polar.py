@@ -2,11 +2,11 @@
 
     X (o, r), Y (i, r): X^T X = Y^T Y = I;   Theta (r, r) = 0 at the start;   s = alpha / r
 
-A host holds lora_B = X, lora_C = Theta, lora_A = Y^T; with split_qkv each block has its own. Nothing in the forward pass
-keeps X and Y on the manifold: `Landing` (landing.py) does, an optimiser around another, and the training loop puts it there
-by itself for an adapted model.
+A layer holds lora_B = X, lora_C = Theta, lora_A = Y^T; with split_qkv each block has its own. Nothing in the forward pass
+keeps X and Y on the manifold: `Landing` (landing.py) does, an optimiser around another, which the training loop adds for an
+adapted model.
 
-Code and paper differ in constants, see vismt/lowrank/stiefel.py: we follow the code, so its attractions hold (5e-3; on
+Code and paper differ in constants, see vismt/lowrank/stiefel.py: the code is followed, so its attractions hold (5e-3; on
 GLUE 1). With Adam and 5e-3 the factors do leave the manifold: the infeasibility is logged, and the update's stable rank is
 not Theta's. A diagonal Theta starts at zero here; in the released code it does not, and training begins at another
 function. Published rates are about ten times those of LoRA (4e-3 against 4e-4). Left out: Theta = I, whose start is not W.
@@ -25,13 +25,13 @@ from vismt.lowrank import stiefel
 from vismt.lowrank.init import working_dtype
 from vismt.lowrank.inject import inject, record_of
 from vismt.lowrank.layer_spec import AdaptReport
+from vismt.lowrank.linear import LowRankLayer
 from vismt.lowrank.targets import Targets
-from vismt.registry import register_method, register_optimizer
+from vismt.methods import Method, register_method
 
 THETAS = ("full", "diagonal")
 
 
-@register_method("polar")
 def polar(
     model: nn.Module,
     *,
@@ -44,9 +44,9 @@ def polar(
     constraint: str = "landing",
     **options: Any,
 ) -> AdaptReport:
-    """Orthonormal X and Y, zero Theta: the model computes what it computed until the first step.
+    """Add orthonormal X and Y with zero Theta: the function is unchanged until the first step.
 
-    theta: "full" or "diagonal". attraction, constraint: what the training loop gives to `Landing`. And `inject`'s options.
+    theta: "full" or "diagonal". attraction, constraint: arguments of `Landing`. Further options: those of `inject`.
     """
     if theta not in THETAS:
         raise UserError(f"adapt.theta: '{theta}'.{near(str(theta), THETAS)}")
@@ -57,20 +57,31 @@ def polar(
         return A.mT, B
 
     report = inject(
-        model, "polar", start, offset=False, core=theta, targets=targets, rank=rank, alpha=alpha, seed=seed, **options
+        model,
+        "polar",
+        start,
+        offset=False,
+        settings={"core": theta},
+        targets=targets,
+        rank=rank,
+        alpha=alpha,
+        seed=seed,
+        **options,
     )
     record_of(model).options.update(attraction=float(attraction), constraint=constraint)
     return report
 
 
 def orthonormal(size: int, rank: int, generator: torch.Generator) -> Tensor:
-    """(size, rank) in fp64 on the CPU with orthonormal columns, uniform over all such matrices."""
+    """Return a (size, rank) matrix in fp64 on the CPU with orthonormal columns, uniform over all such matrices."""
     drawn = torch.randn(size, rank, generator=generator, dtype=torch.float64)
     return stiefel.qr_retraction(drawn, torch.zeros_like(drawn))
 
 
-@register_optimizer("polar")
 def landing(optimizer: torch.optim.Optimizer, model: nn.Module) -> Landing:
-    """What the training loop puts around its optimiser: the settings that the model was adapted with."""
+    """Return the optimiser inside `Landing`, with the settings that the model was adapted with."""
     options = record_of(model).options
     return Landing(optimizer, model, options["attraction"], constraint=options["constraint"])
+
+
+register_method(Method("polar", polar, layers=(LowRankLayer,), optimizer=landing))

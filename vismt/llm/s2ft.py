@@ -1,15 +1,16 @@
 """S2FT: a few coupled units (heads, FFN channels) of each block are trained in place, everything else is frozen.
 
-    W = [W_J  W_rest],   only W_J moves:  DeltaW is zero outside J; J = columns of o and down (o, d), rows of v and up (v, u)
+    W = [W_J  W_rest],   only W_J is trained:  DeltaW is zero outside J; J = columns of o and down (o, d), rows of v and up (v, u)
 
-Yang et al., NeurIPS 2024, arXiv 2412.06289. No parameter is added and no rank is limited. Units: selection.py; what they are
-and their legal orders: lowrank/coupled.py and coupling.py; the layer: lowrank/sliced.py, the gradients: lowrank/partial.py.
+Yang et al., NeurIPS 2024, arXiv 2412.06289. No parameter is added and no rank is limited. Choice of units: unit_selection.py;
+their definition and legal orders: lowrank/structures.py and permutation.py; the layer: lowrank/slice_linear.py, its gradients:
+lowrank/slice_autograd.py.
 
-Where paper and release differ we follow the paper: units of each block (the code draws over all layers at once:
+Where paper and release differ the paper is followed: units of each block (the code draws over all layers at once:
 budget='global'), the slice itself is trained (the package adds a difference to it), the trained axis is the unit's (the code
 that was timed slices the other one), and files are in the base's order (the release exports the permuted weights, which
 differ from the base everywhere). Published: o and d alone; Llama-2-7B global ratios o 0.052, d 0.02, Llama-3-8B d 0.03; AdamW
-betas (0.9, 0.95), no decay, clip 1, lr 2e-4 to 1e-3. v and u cost more memory: their whole input has to be kept.
+betas (0.9, 0.95), no decay, clip 1, lr 2e-4 to 1e-3. v and u take more memory: their whole input has to be kept.
 Left out: the residual axis as a unit (the paper's figure has it, its code has not).
 """
 
@@ -23,21 +24,21 @@ import torch.distributed as dist
 from torch import nn
 
 from vismt.errors import UserError, require_known
-from vismt.llm.selection import Selection, select_units
+from vismt.llm.unit_scores import SCORES
+from vismt.llm.unit_selection import UnitSelection, select_units
 from vismt.lowrank.inject import also_trained, install, refuse_adapted
-from vismt.lowrank.layer_spec import AdaptReport, Site
+from vismt.lowrank.layer_spec import AdaptReport
 from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.options import checked
-from vismt.lowrank.slice_linear import MODES, SlicedLinear
+from vismt.lowrank.slice_linear import MODES, SliceLinear
 from vismt.lowrank.structures import Structure, structures
-from vismt.lowrank.targets import Targets, find_targets, kind_of, matrix_shape
-from vismt.lowrank.wrappers import to_own
-from vismt.registry import register_method, register_optimizer
+from vismt.lowrank.targets import Targets, find_targets
+from vismt.lowrank.wrappers import from_stock
+from vismt.methods import Calibration, Method, register_method
 
 DEFAULTS = {"strategy": "random", "ratio": 0.02, "budget": "per_layer", "parts": None, "largest": False, "exclude": ()}
 
 
-@register_method("s2ft")
 def s2ft(
     model: nn.Module,
     *,
@@ -45,7 +46,7 @@ def s2ft(
     rank: int,
     alpha: float | None,
     seed: int,
-    selection: Selection | None = None,
+    selection: UnitSelection | None = None,
     mode: str = "permute",
     strategy: str = "random",
     ratio: float | Mapping[str, float] = 0.02,
@@ -53,16 +54,16 @@ def s2ft(
     parts: Sequence[str] | None = None,
     largest: bool = False,
     calibration: Iterable[Any] | None = None,
-    exclude: str | Selection | Sequence[str | Selection] = (),
+    exclude: str | UnitSelection | Sequence[str | UnitSelection] = (),
     also_train: Sequence[str] = (),
     dtype: torch.dtype | str | None = None,
 ) -> AdaptReport:
     """Train the units of `selection`, or of `select_units` with the other settings and adapt's seed.
 
-    mode: 'permute' lays the units together and trains a part of the weight's own storage; 'index' leaves the order alone and
-    writes the trained values into the weight at each forward; 'delta' trains the difference beside it, for FSDP.
+    mode: 'permute' puts the units together and trains a part of the weight's storage; 'index' keeps the order and writes the
+    trained values into the weight at each forward; 'delta' trains the difference in a separate tensor, for FSDP.
     also_train: as for 'lora'. dtype: of the trained values; None means fp32 for half-precision weights, else the weight's.
-    rank is not read, S2FT has none; targets and alpha are refused.
+    rank is not read; targets and alpha are refused.
     """
     for name, value in (("targets", targets), ("alpha", alpha)):
         if value is not None:
@@ -85,83 +86,87 @@ def s2ft(
     else:
         extra = [name for name, value in settings.items() if value != DEFAULTS[name]]
         if extra or calibration is not None:
-            raise UserError(f"adapt: both selection and {(extra or ['calibration'])[0]}; a selection is made already.")
-    found = structures(model)
-    features = _features(model, found, selection)
+            raise UserError(
+                f"adapt: both selection and {(extra or ['calibration'])[0]}; the selection already fixes these settings."
+            )
+    model_structures = structures(model)
+    features = _features(model, model_structures, selection)
     _same_everywhere(selection)
-    sites = [_site(path, model.get_submodule(path), dim, index, mode) for path, (dim, index) in features.items()]
-    kept = also_trained(model, options["also_train"], list(features))
+    specs = [
+        SliceLinear.plan(path, model.get_submodule(path), dim, len(index), mode)
+        for path, (dim, index) in features.items()
+    ]
+    names = also_trained(model, options["also_train"], list(features))
     total = count_parameters(model)[1]
-    hosts = install(model, "s2ft", sites, {}, kept, dtype=options["dtype"])
-    for host, (_, index) in zip(hosts, features.values()):
-        host.choose(index)
-    to_own(model)
+    layers = install(model, "s2ft", specs, {}, names, dtype=options["dtype"])
+    for layer, (_, index) in zip(layers, features.values()):
+        layer.choose(index)
+    from_stock(model)
     trainable, with_slices = count_parameters(model)
-    # What shares the weight's storage, or is written into it, is no parameter more.
+    # Slices that share the weight's storage, or are written into it, are not additional parameters.
     return AdaptReport(
-        "s2ft", sites, trainable, with_slices if mode == "delta" else total, beside=_told(found, selection)
+        "s2ft",
+        specs,
+        trainable,
+        with_slices if mode == "delta" else total,
+        extras=_counts(model_structures, selection),
     )
 
 
 def check_slices(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """UserError unless every trained slice is what its weight follows and, given an optimiser, is among its parameters.
+    """Raise UserError unless every weight follows its trained slice and, given an optimiser, the slice is in it.
 
-    The training loop asks when it builds its optimiser; your own loop should, after moving tensors by hand. What moves them
-    through the model's own methods (deepcopy, to, load_state_dict, pickle) keeps the two together, and a forward that finds
-    them apart adds the difference itself.
+    The training loop checks this when it builds its optimiser; other loops should after moving tensors by hand. The methods
+    of the model that move tensors (deepcopy, to, load_state_dict, pickle) keep weight and slice together, and a forward that
+    finds them apart adds the difference.
     """
-    held = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for path, host in model.named_modules():
-        if not isinstance(host, SlicedLinear):
+    optimized = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for path, layer in model.named_modules():
+        if not isinstance(layer, SliceLinear):
             continue
-        if not host.settled:
+        if not layer.applied:
             raise UserError(
                 f"s2ft: the slice of '{path}' is not in its weight: a save or merge was cut short; adapt anew."
             )
-        if host.mode != "delta" and not host.holds():
+        if layer.mode != "delta" and not layer.holds():
             raise UserError(
                 f"s2ft: the slice of '{path}' no longer follows its weight; model.to(its device) puts it back."
             )
-        if held is not None and host.slice_values.requires_grad and id(host.slice_values) not in held:
+        if optimized is not None and layer.slice_values.requires_grad and id(layer.slice_values) not in optimized:
             raise UserError(
                 f"s2ft: the optimiser does not hold the slice of '{path}'; build it from this model's parameters."
             )
 
 
-@register_optimizer("s2ft")
 def checked_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser as it is, once every slice is found in its place and among its parameters."""
+    """Return the optimiser itself, after `check_slices`."""
     check_slices(model, optimizer)
     return optimizer
 
 
 def _features(
-    model: nn.Module, found: Mapping[str, Structure], selection: Selection
+    model: nn.Module, model_structures: Mapping[str, Structure], selection: UnitSelection
 ) -> dict[str, tuple[int, torch.Tensor]]:
-    """{module: (dim, features (k,) in stock order)} in model order; UserError for a selection that does not fit."""
-    require_known("s2ft.selection: the model has no heads or channels", selection.units, found)
+    """Return {module: (dim, features (k,) in stock order)} in model order; UserError for a selection that does not fit."""
+    require_known("s2ft.selection: the model has no heads or channels", selection.units, model_structures)
     chosen: dict[str, tuple[int, torch.Tensor]] = {}
     for path, parts in selection.units.items():
-        if "v" in parts and found[path].without_v:
-            raise UserError(f"s2ft.selection: '{path}' has no part 'v': {found[path].without_v}.")
-        require_known(f"s2ft.selection: '{path}' has no part", parts, found[path].parts)
+        if "v" in parts and model_structures[path].without_v:
+            raise UserError(f"s2ft.selection: '{path}' has no part 'v': {model_structures[path].without_v}.")
+        require_known(f"s2ft.selection: '{path}' has no part", parts, model_structures[path].parts)
         for part, units in parts.items():
-            block = found[path].parts[part]
+            block = model_structures[path].parts[part]
             if not units or len(set(units)) < len(units) or not all(0 <= unit < block.units for unit in units):
-                told = f"{len(units)} units of '{part}' in '{path}'"
-                raise UserError(f"s2ft.selection: {told}; give each once, from 0 to {block.units - 1}.")
+                raise UserError(
+                    f"s2ft.selection: {len(units)} units of '{part}' in '{path}'; give each once, from 0 to {block.units - 1}."
+                )
             chosen[block.path] = (block.dim, block.features(sorted(units)))
     find_targets(model, list(chosen))
     return {path: chosen[path] for path, _ in model.named_modules() if path in chosen}
 
 
-def _site(path: str, module: nn.Module, dim: int, index: torch.Tensor, mode: str) -> Site:
-    shape = matrix_shape(module)
-    return Site(path, str(kind_of(module)), shape, len(index), 1.0, (shape[0],), dim=dim, mode=mode)
-
-
-def _same_everywhere(selection: Selection) -> None:
-    """Several processes must have chosen alike."""
+def _same_everywhere(selection: UnitSelection) -> None:
+    """Raise UserError unless all processes have the same selection."""
     if not (dist.is_available() and dist.is_initialized()):
         return
     digests: list[Any] = [None] * dist.get_world_size()
@@ -170,11 +175,35 @@ def _same_everywhere(selection: Selection) -> None:
         raise UserError("s2ft: the processes chose different units; give all the same seed, model and calibration.")
 
 
-def _told(found: Mapping[str, Structure], selection: Selection) -> list[str]:
-    """A line for each part: how many units of how many."""
+def _counts(model_structures: Mapping[str, Structure], selection: UnitSelection) -> list[str]:
+    """Return a line for each part: how many units of how many."""
     lines = []
     for part, name in (("v", "heads"), ("o", "heads"), ("u", "channels"), ("d", "channels")):
-        total = sum(one.parts[part].units for one in found.values() if part in one.parts)
+        total = sum(structure.parts[part].units for structure in model_structures.values() if part in structure.parts)
         if selection.count(part):
             lines.append(f"{part}: {selection.count(part):,} of {total:,} {name}")
     return lines
+
+
+def calibrate(
+    model: nn.Module, calibration: Calibration, *, targets: Any, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the batches that score the units, on the model's device; with labels where gradients score them."""
+    device = next(model.parameters()).device
+    batches = calibration.batches(labels=options.get("strategy") == "gradient")
+    return {"calibration": [{name: value.to(device) for name, value in batch.items()} for batch in batches]}
+
+
+def needs(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return the need for data where it scores the units."""
+    strategy = options.get("strategy")
+    if strategy not in SCORES or strategy == "weight":
+        return {}
+    return {
+        "calibration": f"'s2ft' chooses by texts with strategy '{strategy}'; name some here, or take 'weight' or 'random'"
+    }
+
+
+register_method(
+    Method("s2ft", s2ft, layers=(SliceLinear,), optimizer=checked_optimizer, calibrate=calibrate, needs=needs)
+)

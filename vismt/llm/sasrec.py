@@ -1,10 +1,11 @@
-"""SASRec: the next item of a history by self-attention (Kang & McAuley, arXiv 1808.09781), for iLoRA's gates and item vectors.
+"""SASRec: self-attentive prediction of the next item of a history (Kang & McAuley, arXiv 1808.09781), for iLoRA and LLaRA.
 
     S = dropout(item + position)     per block: Q = LN(S), A = Q + attention(Q, S, S; causal), S = LN(A) + W2 relu(W1 LN(A))
     user = LN(S) at the last item    score of item i = user . item_i    loss = -log softmax over all items at the next one
 
-The paper draws one negative item for each position and takes a binary loss; here the softmax runs over all items, which is
-exact and cheap for catalogues of some ten thousands. A history stands on the left, padding (-1) on the right of it.
+The user representation feeds iLoRA's gates, the item embeddings become item vectors of the LM. The paper draws one negative
+item for each position and uses a binary loss; here the softmax runs over all items, which is exact and cheap for catalogues of
+some ten thousand items. Histories are padded on the right with -1.
 """
 
 from __future__ import annotations
@@ -19,7 +20,20 @@ from vismt.errors import UserError
 
 
 class SASRec(nn.Module):
-    """items: how many there are; length: of the longest history. Drawn from `seed` alone. Raises UserError for sizes below 1."""
+    """The recommender.
+
+    Args:
+        items: number of items in the catalogue.
+        length: of the longest history.
+        width: of item and user vectors; a multiple of `heads`.
+        blocks: number of attention blocks.
+        heads: attention heads in a block.
+        dropout: in [0, 1).
+        seed: determines the start values; the global generator is left alone.
+
+    Raises:
+        UserError: a size below 1, heads that do not divide the width, or a dropout outside [0, 1).
+    """
 
     def __init__(
         self,
@@ -40,7 +54,8 @@ class SASRec(nn.Module):
         self.dropout = dropout
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            self.item, self.position = nn.Embedding(items, width), nn.Embedding(length, width)
+            self.item = nn.Embedding(items, width)
+            self.position = nn.Embedding(length, width)
             self.blocks = nn.ModuleList(_Block(width, heads, dropout) for _ in range(blocks))
             self.norm = nn.LayerNorm(width)
             for table in (self.item, self.position):
@@ -48,13 +63,13 @@ class SASRec(nn.Module):
 
     @property
     def width(self) -> int:
-        """Of a user's and an item's vector."""
+        """Width of item and user vectors."""
         return self.item.weight.shape[1]
 
     def forward(self, history: Tensor) -> Tensor:
-        """History int64 (b, n), numbers of items, -1 after the last -> users (b, d): the state at the last item.
+        """Return users (b, d), the state at the last item of each history.
 
-        Raises UserError for an empty history and for one that is too long.
+        history: int64 (b, n), item numbers, -1 after the last. Raises UserError for a history that is empty or too long.
         """
         present = history >= 0
         n = history.shape[1]
@@ -71,7 +86,7 @@ class SASRec(nn.Module):
         return self.norm(states[torch.arange(len(states), device=states.device), last])
 
     def scores(self, users: Tensor, items: Tensor | None = None) -> Tensor:
-        """Users (b, d) -> (b, all items), or (b, c) of the items int64 (b, c)."""
+        """Return the scores of users (b, d) for all items (b, items), or (b, c) for the given items int64 (b, c)."""
         if items is None:
             return users @ self.item.weight.T
         return torch.einsum("bd,bcd->bc", users, self.item(items))
@@ -80,20 +95,23 @@ class SASRec(nn.Module):
 class _Block(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.query_norm, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.heads = heads
+        self.dropout = dropout
+        self.query_norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width)
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
-        self.inner, self.outer = nn.Linear(width, width), nn.Linear(width, width)
+        self.inner = nn.Linear(width, width)
+        self.outer = nn.Linear(width, width)
 
     def forward(self, states: Tensor, causal: Tensor) -> Tensor:
-        """(b, n, d) -> (b, n, d). What follows the last item is masked by being after it."""
+        """Map states (b, n, d) to (b, n, d); the causal mask (n, n) also hides the padding after the last item."""
         queries = self.query_norm(states)
-        parts = [
-            part.unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for part in (self.query(queries), self.key(states), self.value(states))
-        ]
+        query, key, value = (
+            projected.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for projected in (self.query(queries), self.key(states), self.value(states))
+        )
         mixed = F.scaled_dot_product_attention(
-            *parts, attn_mask=causal, dropout_p=self.dropout if self.training else 0.0
+            query, key, value, attn_mask=causal, dropout_p=self.dropout if self.training else 0.0
         )
         states = self.norm(queries + mixed.transpose(1, 2).flatten(2))
         inner = F.dropout(self.inner(states).relu(), self.dropout, self.training)
@@ -101,7 +119,10 @@ class _Block(nn.Module):
 
 
 class NextItem(nn.Module):
-    """objective({"history" (b, n), "next" (b,)}) -> the loss over all items, and how often the next one is the first."""
+    """Objective of the recommender: batch {"history" (b, n), "next" (b,)} -> {"loss", "first"}.
+
+    loss: cross-entropy over all items. first: share of rows where the next item has the highest score.
+    """
 
     def __init__(self, recommender: SASRec) -> None:
         super().__init__()
@@ -116,8 +137,8 @@ class NextItem(nn.Module):
 
 
 def padded(histories: list[list[int]]) -> Tensor:
-    """int64 (b, longest), -1 after the last item of each."""
-    found = torch.full((len(histories), max(map(len, histories))), -1)
-    for row, history in zip(found, histories):
+    """Return histories as int64 (b, longest), -1 after the last item of each."""
+    rows = torch.full((len(histories), max(map(len, histories))), -1)
+    for row, history in zip(rows, histories):
         row[: len(history)] = torch.tensor(history, dtype=torch.int64)
-    return found
+    return rows

@@ -1,4 +1,4 @@
-"""Temperature scaling: p = softmax(z / T), T of least NLL on validation data (Guo et al., arXiv 1706.04599)."""
+"""Temperature scaling: p = softmax(z / T), T with the smallest NLL on validation data (Guo et al., arXiv 1706.04599)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,20 @@ COLDEST, HOTTEST = 1e-3, 1e3
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """T in [0.001, 1000] of least NLL; probabilities are `softmax(logits / T)`.
+    """Return the temperature T with the smallest NLL; calibrated probabilities are `softmax(logits / T)`.
 
-    logits: (n, k) float on any device; log-probabilities of a Bayesian predictive do as well. labels: (n,) int.
-    The NLL is convex in 1 / T, so its slope mean(E z - z_y) is bisected, in fp64. Where every example is right at any T the
-    least NLL lies at T = 0 and the lower end is returned; 1000 where the logits are worse than none.
-    Raises UserError for shapes that do not fit, labels out of range and logits that are not finite.
+    The NLL is convex in 1 / T, so its slope mean(E z - z_y) is bisected in fp64.
+
+    Args:
+        logits: (n, k) float on any device, or log-probabilities of a Bayesian predictive.
+        labels: (n,) int in [0, k).
+
+    Returns:
+        T in [0.001, 1000]: the lower end where every example is classified correctly, so that the minimum lies at T = 0; the
+        upper end where uniform probabilities are better than the logits at any T.
+
+    Raises:
+        UserError: shapes that do not fit, labels out of range, or logits that are not finite.
     """
     if logits.ndim != 2 or not len(logits) or labels.shape != (len(logits),):
         raise UserError(
@@ -34,7 +42,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
             f"temperature: labels range over [{int(y.min())}, {int(y.max())}], needed [0, {z.shape[1] - 1}]."
         )
     chosen = z.gather(1, y[:, None]).squeeze(1)
-    low, high = -math.log(HOTTEST), -math.log(COLDEST)  # of log (1 / T)
+    low, high = -math.log(HOTTEST), -math.log(COLDEST)  # bounds of log(1 / T)
     for _ in range(60):
         middle = (low + high) / 2
         share = torch.softmax(z * math.exp(middle), 1)

@@ -1,4 +1,4 @@
-"""Gaussian rows with a learned covariance, and what the two VBLL heads share: fp32, KL, prior of the noise, loss.
+"""Gaussian rows with a learned covariance, and the common part of the two VBLL heads: fp32, KL, prior of the noise, loss.
 
     q = prod_c N(mu_c, S_c)    prior N(centre_c, p I) for each of the k rows of width d
     KL = 1/2 sum_c [ (|mu_c - centre_c|^2 + tr S_c) / p + d log p - logdet S_c - d ]
@@ -7,9 +7,9 @@
 
 VBLL, Harrison et al., ICLR 2024, arXiv 2404.11599; checked against the numbers of its package, vbll 0.4.9. The package drops
 the constant -k d / 2 of the KL; here it is kept, so that KL is 0 at the prior (the loss differs by k d / (2 N)). `log_std`
-is a log standard deviation in all three covariances; the package reads its own as a log variance in the low-rank one.
-The logdet of a low-rank S is log det D + sum log(1 + eig(U^T D^-1 U)) on the small matrix: no determinant to underflow, no
-tensor made on another device.
+is a log standard deviation in all three covariances; the package interprets it as a log variance in the low-rank one.
+The logdet of a low-rank S is log det D + sum log(1 + eig(U^T D^-1 U)) on the small matrix, which cannot underflow as a
+determinant can and creates no tensor on another device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from vismt.errors import UserError
 
 
-class Spread(nn.Module, ABC):
+class Covariance(nn.Module, ABC):
     """The covariances S_c of k independent rows of width d. log_std: (k, d)."""
 
     def __init__(self, rows: int, width: int, device: Any) -> None:
@@ -36,23 +36,23 @@ class Spread(nn.Module, ABC):
         self.log_std = nn.Parameter(torch.empty(rows, width, device=device))
 
     def start(self, std: float, generator: torch.Generator) -> None:
-        """Set every standard deviation to `std`, correlations to none or next to none."""
+        """Set every standard deviation to `std`, with correlations of 0 or close to 0."""
         nn.init.constant_(self.log_std, math.log(std))
 
     @abstractmethod
     def quadratic(self, x: Tensor) -> Tensor:
-        """x^T S_c x (b, k) of x (b, d); S_c itself is never formed."""
+        """Return x^T S_c x (b, k) for x (b, d), without forming S_c."""
 
     @abstractmethod
     def variances(self) -> Tensor:
-        """The diagonals of S_c (k, d)."""
+        """Return the diagonals (k, d) of S_c."""
 
     @abstractmethod
     def logdet(self) -> Tensor:
-        """Log det S_c (k,)."""
+        """Return log det S_c (k,)."""
 
 
-class Diagonal(Spread):
+class DiagonalCovariance(Covariance):
     """S_c = diag(std_c^2): k d numbers."""
 
     def quadratic(self, x: Tensor) -> Tensor:
@@ -65,10 +65,10 @@ class Diagonal(Spread):
         return 2 * self.log_std.sum(1)
 
 
-class Dense(Spread):
+class DenseCovariance(Covariance):
     """S_c = L_c L_c^T, L_c with the diagonal exp(log_std): k d^2 numbers, for small d.
 
-    lower: (k, d, d), of which only what lies below the diagonal counts.
+    lower: (k, d, d); only the entries below the diagonal are used.
     """
 
     def __init__(self, rows: int, width: int, device: Any) -> None:
@@ -80,7 +80,7 @@ class Dense(Spread):
         nn.init.zeros_(self.lower)
 
     def factor(self) -> Tensor:
-        """L (k, d, d)."""
+        """Return L (k, d, d)."""
         return self.lower.tril(-1) + torch.diag_embed(self.log_std.exp())
 
     def quadratic(self, x: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class Dense(Spread):
         return 2 * self.log_std.sum(1)
 
 
-class LowRank(Spread):
+class LowRankCovariance(Covariance):
     """S_c = U_c U_c^T + diag(std_c^2): k d (r + 1) numbers. factor: U (k, d, r)."""
 
     def __init__(self, rows: int, width: int, device: Any, rank: int) -> None:
@@ -102,7 +102,7 @@ class LowRank(Spread):
 
     def start(self, std: float, generator: torch.Generator) -> None:
         super().start(std, generator)
-        # Every term is quadratic in U, so that U = 0 would have no gradient and stay.
+        # Every term is quadratic in U, so the gradient at U = 0 would be 0 and U would not train.
         with torch.no_grad():
             self.factor.copy_(torch.randn(self.factor.shape, generator=generator) * 0.1 * std)
 
@@ -120,29 +120,30 @@ class LowRank(Spread):
 
 
 def full_precision(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A head's method outside autocast: v / 2 in a logsumexp and factorisations do not bear half precision."""
+    """Run a method of a head outside autocast: v / 2 in a logsumexp and factorisations are not accurate in half precision."""
 
     @functools.wraps(method)
     def run(self: GaussianHead, *args: Any, **options: Any) -> Any:
-        kind = self.mean.device.type
-        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+        device_type = self.mean.device.type
+        available = torch.amp.is_autocast_available(device_type)
+        with torch.autocast(device_type, enabled=False) if available else nullcontext():
             return method(self, *args, **options)
 
     return run
 
 
 class GaussianHead(nn.Module):
-    """A head with means (k, d) that stays in fp32 (or fp64) whatever the model around it is converted to."""
+    """A head with means (k, d) that stays in fp32 (or fp64) when the surrounding model is converted to half precision."""
 
     mean: Tensor
 
     @full_precision
     def forward(self, features: Tensor) -> Tensor:
-        """Mean logits (b, k), fp32: what a linear head with these means gives. features: (b, d) float."""
+        """Return the mean logits (b, k) fp32, those of a linear head with these means. features: (b, d) float."""
         return self._features(features) @ self.mean.mT
 
     def _features(self, features: Tensor) -> Tensor:
-        """(b, d) in the head's precision."""
+        """Return checked features (b, d) in the precision of the head."""
         if features.ndim != 2 or features.shape[1] != self.mean.shape[1] or not features.is_floating_point():
             raise UserError(
                 f"{type(self).__name__}: features are {features.dtype} {tuple(features.shape)}, needed floats "
@@ -151,7 +152,7 @@ class GaussianHead(nn.Module):
         return features.to(self.mean.dtype)
 
     def _labels(self, labels: Tensor, count: int) -> Tensor:
-        """(b, 1), fit for gather. The range is looked at on the CPU alone: elsewhere it would wait for the device."""
+        """Return checked labels (b, 1) for gather; the range is checked on the CPU only, to avoid a device synchronisation."""
         what, k = type(self).__name__, len(self.mean)
         if labels.shape != (count,) or labels.is_floating_point() or labels.dtype == torch.bool:
             raise UserError(
@@ -164,27 +165,28 @@ class GaussianHead(nn.Module):
         return labels.long().unsqueeze(1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        def kept(tensor: Tensor) -> Tensor:
+        def keep_precision(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            half = moved.is_floating_point() and moved.dtype.itemsize < 4
-            return tensor.to(moved.device) if half else moved
+            is_half = moved.is_floating_point() and moved.dtype.itemsize < 4
+            return tensor.to(moved.device) if is_half else moved
 
-        return super()._apply(kept, recurse)
+        return super()._apply(keep_precision, recurse)
 
 
 class VariationalHead(GaussianHead, ABC):
     """Rows N(mean_c, S_c) over features of width d, with learned noise.
 
-    A subclass gives the prior's variance p, nu (noise_dof), how many noises there are, where means start without rows
-    (mean_std), and the bound. Parameters by name: `mean` (k, d), `spread.*` (the posterior's covariance), `log_noise`.
+    A subclass gives the prior variance p, nu (noise_dof), the number of noise variances, the standard deviation of the start
+    values of the means without rows (mean_std), and the bound. Parameters by name: `mean` (k, d), `spread.*` (the covariance of
+    the posterior), `log_noise`.
     """
 
-    own_prior = True  # no weight decay: the KL is the pull to the prior, and a decayed log_std would grow to std = 1
+    own_prior = True  # no weight decay: the KL pulls towards the prior, and a decayed log_std would grow to std = 1
     centre: Tensor
 
     def __init__(
         self,
-        spread: Spread,
+        spread: Covariance,
         num_train: int,
         noise: int,
         *,
@@ -202,24 +204,28 @@ class VariationalHead(GaussianHead, ABC):
         what = type(self).__name__
         if isinstance(num_train, bool) or not isinstance(num_train, int) or num_train < 1:
             raise UserError(f"{what}: num_train {num_train!r}; it must be the number of training examples, at least 1.")
-        given = {
+        positive = {
             "prior_scale": prior_variance,
             "noise_dof": noise_dof,
             "noise_scale": noise_scale,
             "start_std": start_std,
             "start_noise": start_noise,
         }
-        for name, value in given.items():
+        for name, value in positive.items():
             if not 0 < value < math.inf:
                 raise UserError(f"{what}: {name} leads to {value}; it must be positive.")
         shape = tuple(spread.log_std.shape)
         if rows is not None and tuple(rows.shape) != shape:
             raise UserError(
-                f"{what}: rows are {tuple(rows.shape)}, needed {shape}: one row of the features' width a class."
+                f"{what}: rows are {tuple(rows.shape)}, needed {shape}: one row of the features' width per class."
             )
-        self.num_train, self.prior_variance = num_train, prior_variance
-        self.noise_dof, self.noise_scale = noise_dof, noise_scale
-        self.start_std, self.start_noise, self.mean_std = start_std, start_noise, mean_std if rows is None else 0.0
+        self.num_train = num_train
+        self.prior_variance = prior_variance
+        self.noise_dof = noise_dof
+        self.noise_scale = noise_scale
+        self.start_std = start_std
+        self.start_noise = start_noise
+        self.mean_std = mean_std if rows is None else 0.0
         self.spread = spread
         self.mean = nn.Parameter(torch.empty(shape, device=device))
         self.log_noise = nn.Parameter(torch.empty(noise, device=device))
@@ -229,7 +235,7 @@ class VariationalHead(GaussianHead, ABC):
         self.reset_parameters(seed)
 
     def reset_parameters(self, seed: int) -> None:
-        """Start values, a function of the seed: means at the given rows, or from N(0, mean_std^2)."""
+        """Set the start values, a function of the seed: means at the given rows, or from N(0, mean_std^2)."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             self.mean.copy_(self.mean_std * torch.randn(self.mean.shape, generator=generator)).add_(self.centre)
@@ -238,28 +244,27 @@ class VariationalHead(GaussianHead, ABC):
 
     @abstractmethod
     def bound(self, features: Tensor, labels: Tensor) -> Tensor:
-        """A lower bound (b,) of each example's expected log-likelihood under q."""
+        """Return a lower bound (b,) of the expected log-likelihood of each example under q."""
 
     @full_precision
     def kl(self) -> Tensor:
-        """KL(q, prior) in nats, a scalar >= 0, 0 where q is the prior."""
+        """Return KL(q, prior) in nats, a scalar >= 0 that is 0 where q is the prior."""
         p = self.prior_variance
         squares = (self.mean - self.centre).square().sum() + self.spread.variances().sum()
         return 0.5 * (squares / p + self.mean.numel() * (math.log(p) - 1) - self.spread.logdet().sum())
 
     @full_precision
     def noise_log_prior(self) -> Tensor:
-        """The log density of the noise variances up to a constant, a scalar."""
-        return (
-            -2 * self.noise_dof * self.log_noise.sum() - 0.5 * self.noise_scale * torch.exp(-2 * self.log_noise).sum()
-        )
+        """Return the log density of the noise variances up to a constant, a scalar."""
+        precisions = torch.exp(-2 * self.log_noise).sum()
+        return -2 * self.noise_dof * self.log_noise.sum() - 0.5 * self.noise_scale * precisions
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Negative ELBO for each training example, a scalar to minimise. features: (b, d) float; labels: (b,) int."""
+        """Return the negative ELBO per training example, a scalar. features: (b, d) float; labels: (b,) int."""
         return (self.kl() - self.noise_log_prior()) / self.num_train - self.bound(features, labels).mean()
 
     def parameter_groups(self, lr: float, spread_lr: float) -> list[dict[str, Any]]:
-        """Groups of an optimiser without weight decay: mean and noise at `lr`, the posterior's covariance at `spread_lr`."""
+        """Return optimiser groups without weight decay: mean and noise at `lr`, the posterior's covariance at `spread_lr`."""
         return [
             {"params": [self.mean, self.log_noise], "lr": lr, "weight_decay": 0.0},
             {"params": list(self.spread.parameters()), "lr": spread_lr, "weight_decay": 0.0},

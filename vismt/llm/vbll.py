@@ -1,4 +1,4 @@
-"""VBLL: a classifier whose last layer is a Gaussian posterior, trained through a bound in closed form (no sampling).
+"""VBLL: a classifier with a Gaussian posterior over its last layer, trained on a bound in closed form (no sampling).
 
     z_c = w_c^T phi + eps_c,   w_c ~ q = N(mu_c, S_c),   eps_c ~ N(0, sigma_c^2)
     prior w_c ~ N(centre_c, p I),   p = prior_scale * 2 / d
@@ -9,11 +9,11 @@
 Harrison, Willes, Snoek, "Variational Bayesian Last Layers", ICLR 2024, arXiv 2404.11599 (discriminative classification). On
 the answer rows of a language model's head it is the last layer of PoLAR-VBLL (arXiv 2604.03388, no code published).
 
-What differs from the package (vbll 0.4.9), on purpose: means may start at given rows with the prior centred there; the
-posterior's std starts at 0.03 (the package's 1/d shows no uncertainty for a thousand steps); the noise starts at one std,
-not at a random one; predictions are drawn when asked for, not in every forward; covariance="dense" keeps what it says. Defaults
-of the priors are the package's. Left out: the Student-t and heteroscedastic heads, the Monte Carlo bound, a bias (append a
-column of ones to the features where one is needed).
+Deliberate differences from the package (vbll 0.4.9): means may start at given rows with the prior centred there; the std of
+the posterior starts at 0.03 (the package's 1/d shows no uncertainty for a thousand steps); the noise starts at a fixed std, not
+at a random one; predictions are drawn in `predict`, not in every forward pass; covariance="dense" is dense. Defaults of the
+priors are those of the package. Left out: the Student-t and heteroscedastic heads, the Monte Carlo bound, a bias (append a
+column of ones to the features where a bias is needed).
 """
 
 from __future__ import annotations
@@ -25,27 +25,43 @@ from torch import Tensor
 
 from vismt.errors import UserError, near
 from vismt.llm.predictive import averaged, check_method, draw_logits, probit, uncertainty_scores
-from vismt.llm.variational import Dense, Diagonal, LowRank, Spread, VariationalHead, full_precision
+from vismt.llm.variational import (
+    Covariance,
+    DenseCovariance,
+    DiagonalCovariance,
+    LowRankCovariance,
+    VariationalHead,
+    full_precision,
+)
 
 COVARIANCES = ("diagonal", "dense", "lowrank")
 
 
 class VBLLClassifier(VariationalHead):
-    """Bayesian last layer on features (b, d) of any backbone, float of any precision; everything inside is fp32.
+    """Bayesian last layer on features (b, d) of any backbone, float of any precision; computes in fp32.
+
+    `mean`, `spread` and `log_noise` can have separate learning rates (train.rates, or `parameter_groups`). The std of the
+    posterior is learned on a log scale, so its rate should be several times that of the mean.
 
     Args:
-        in_features: d. num_classes: k >= 2. num_train: N, training examples.
-        covariance: of each row: "diagonal" (k d numbers), "lowrank" (k d (r + 1)) or "dense" (k d^2: d of a few hundred).
+        in_features: d.
+        num_classes: k >= 2.
+        num_train: N, the number of training examples.
+        covariance: of each row: "diagonal" (k d numbers), "lowrank" (k d (r + 1)) or "dense" (k d^2, for d up to a few
+            hundred).
         prior_scale: the prior variance of a weight is prior_scale * 2 / d.
         covariance_rank: r of "lowrank", 3 if None.
-        noise_dof, noise_scale: nu = (noise_dof + k + 1) / 2 and s of the noise prior; its mode is s / (noise_dof + k + 1).
-        start_std, start_noise: std of every weight's posterior, and of the noise, at the start.
-        rows: (k, d), where means start and the prior is centred (rows of a trained linear head, of an LM head's answer
-            tokens); None: prior at 0, means from N(0, 2 / d).
+        noise_dof: nu of the noise prior is (noise_dof + k + 1) / 2.
+        noise_scale: s of the noise prior, whose mode is s / (noise_dof + k + 1).
+        start_std: std of the posterior of every weight at the start.
+        start_noise: std of the noise at the start.
+        rows: (k, d), the start values of the means and the centre of the prior (rows of a trained linear head, or of an LM head
+            for the answer tokens); None: prior at 0, means from N(0, 2 / d).
         seed: of the start values; the global generator is left alone.
+        device: of the parameters.
 
-    Rates of their own (train.rates, or `parameter_groups`): `mean`, `spread`, `log_noise`. The posterior's std moves by
-    factors, so its rate wants to be some times that of the mean. Raises UserError for values that do not fit.
+    Raises:
+        UserError: values that do not fit.
     """
 
     def __init__(
@@ -70,7 +86,7 @@ class VBLLClassifier(VariationalHead):
                 f"VBLLClassifier: {num_classes} classes on {in_features} features; needed 2 and 1 at least."
             )
         super().__init__(
-            make_spread(covariance, num_classes, in_features, covariance_rank, device),
+            make_covariance(covariance, num_classes, in_features, covariance_rank, device),
             num_train,
             num_classes,
             prior_variance=prior_scale * 2 / in_features,
@@ -86,13 +102,13 @@ class VBLLClassifier(VariationalHead):
 
     @full_precision
     def logit_distribution(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """M and v, both (b, k): the logits of an example are independent N(m_c, v_c). features: (b, d) float."""
+        """Return m and v, both (b, k): the logits of an example are independent N(m_c, v_c). features: (b, d) float."""
         x = self._features(features)
         return x @ self.mean.mT, self.spread.quadratic(x) + torch.exp(2 * self.log_noise)
 
     @full_precision
     def bound(self, features: Tensor, labels: Tensor) -> Tensor:
-        """(b,) nats, <= 0: below E log softmax_y(z). features: (b, d) float; labels: (b,) int in [0, k)."""
+        """Return a lower bound (b,) <= 0 of E log softmax_y(z) in nats. features: (b, d) float; labels: (b,) int in [0, k)."""
         mean, variance = self.logit_distribution(features)
         chosen = mean.gather(1, self._labels(labels, len(mean))).squeeze(1)
         return chosen - torch.logsumexp(mean + variance / 2, 1)
@@ -106,9 +122,16 @@ class VBLLClassifier(VariationalHead):
         *,
         method: str = "sample",
     ) -> Tensor:
-        """Class probabilities (b, k), fp32. features: (b, d) float, of one pass of the backbone whatever `samples` is.
+        """Return class probabilities (b, k) fp32.
 
-        method: "sample" averages the softmax of `samples` draws of the k logits; "probit" needs no draw.
+        Args:
+            features: (b, d) float, from one pass of the backbone for any number of samples.
+            samples: number of draws of the k logits.
+            generator: of the draws; None for the global one.
+            method: "sample" averages the softmax of the draws; "probit" is an approximation without draws.
+
+        Raises:
+            UserError: features that do not fit, an unknown method, or `samples` below 1.
         """
         check_method(method)
         mean, variance = self.logit_distribution(features)
@@ -120,25 +143,26 @@ class VBLLClassifier(VariationalHead):
     def uncertainty(
         self, features: Tensor, samples: int = 20, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """Scores (b,), each higher the less certain: those of `uncertainty_scores`, and weight_variance.
+        """Return scores (b,) by name, higher where the model is less certain: `uncertainty_scores` and weight_variance.
 
         weight_variance: phi^T S_c phi, mean over classes, without the noise; it needs no draw.
         """
         mean, variance = self.logit_distribution(features)
         logits = draw_logits(mean, variance.sqrt(), samples, generator)
-        own = self.spread.quadratic(self._features(features)).mean(1)
-        return {**uncertainty_scores(logits), "weight_variance": own}
+        weight_variance = self.spread.quadratic(self._features(features)).mean(1)
+        return {**uncertainty_scores(logits), "weight_variance": weight_variance}
 
 
-def make_spread(covariance: str, rows: int, width: int, rank: int | None, device: Any) -> Spread:
-    """The covariance by its name; UserError for another name, or a rank that it cannot have."""
+def make_covariance(covariance: str, rows: int, width: int, rank: int | None, device: Any) -> Covariance:
+    """Return the covariance called `covariance`; raise UserError for an unknown name or an impossible rank."""
     if covariance not in COVARIANCES:
         raise UserError(f"VBLLClassifier: no covariance '{covariance}'.{near(str(covariance), COVARIANCES)}")
     if covariance != "lowrank":
         if rank is not None:
             raise UserError(f"VBLLClassifier: covariance_rank {rank} with '{covariance}'; only 'lowrank' has a rank.")
-        return (Diagonal if covariance == "diagonal" else Dense)(rows, width, device)
+        kind = DiagonalCovariance if covariance == "diagonal" else DenseCovariance
+        return kind(rows, width, device)
     rank = 3 if rank is None else rank
     if not 1 <= rank <= width:
         raise UserError(f"VBLLClassifier: covariance_rank {rank}; it must lie in [1, {width}].")
-    return LowRank(rows, width, device, rank)
+    return LowRankCovariance(rows, width, device, rank)

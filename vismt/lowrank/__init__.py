@@ -1,4 +1,4 @@
-"""The low-rank core: factors, initialisers, hosts, banks, combination, storage. Imports torch, einops and safetensors."""
+"""The low-rank core: factors, initialisers, adapter layers, banks, sums, storage. It needs torch, einops and safetensors."""
 
 from vismt.lowrank.combining import combine
 from vismt.lowrank.detached_updates import Updates, read_updates

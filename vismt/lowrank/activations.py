@@ -1,8 +1,10 @@
-"""What training a decoder keeps for the backward pass, by formula: RMSNorm, rotary attention (SDPA), gated FFN, no checkpointing.
+"""Activations that training a decoder keeps for the backward pass, by formula.
+
+For RMSNorm, rotary attention (SDPA) and gated FFN, without checkpointing:
 
     numbers for each token of a block, with q = n d, k = n_kv d (for n_kv = n: 2 q + 2 k = 4 h)
     trained             6 h + 2 q + 2 k + 4 I + n + 2
-    frozen              2 h + 2 q + 2 k + 3 I + n + 2           a gradient passes, no weight takes one
+    frozen              2 h + 2 q + 2 k + 3 I + n + 2           a gradient passes, no weight has one
     LoRA on all seven   4 h + 2 q + 2 k + 4 I + n + 2 + 7 r     all inputs of linears, for A
     slices of O and D   frozen + selected inputs
     below the first block that trains, with frozen embeddings: nothing
@@ -33,8 +35,8 @@ class Decoder:
 
 
 @dataclass(frozen=True)
-class Block:
-    """How one block trains: "trained", "frozen", "lora" with its rank, or "sliced" with its inputs of O and of D."""
+class BlockTraining:
+    """How a block trains: "trained", "frozen", "lora" with its rank, or "sliced" with its numbers of inputs of O and D."""
 
     kind: str
     rank: int = 0
@@ -45,35 +47,43 @@ def decoder_activation_bytes(
     model: Decoder,
     batch: int,
     length: int,
-    blocks: Sequence[Block],
+    blocks: Sequence[BlockTraining],
     *,
     embeddings: bool,
     norm: bool,
     head: bool,
     size: int = 4,
 ) -> int:
-    """Bytes kept by one forward pass with its cross-entropy over `batch` x `length` tokens.
+    """Return the bytes that one forward pass with its cross-entropy over `batch` x `length` tokens keeps.
 
-    embeddings, norm, head: whether the input embeddings, the final norm and the head are trained. size: bytes of a number.
+    Args:
+        model: sizes of the decoder.
+        batch: number of sequences.
+        length: tokens of each.
+        blocks: how each block trains, from the first to the last.
+        embeddings, norm, head: whether the input embeddings, the final norm and the head are trained.
+        size: bytes of a number.
     """
     h, tokens = model.hidden, batch * length
-    flows, rotary, kept = embeddings, False, 0
+    flows, rotary, numbers = embeddings, False, 0  # numbers: kept for each token
     for block in blocks:
         opens = block.kind in ("trained", "lora") or flows  # whether attention is differentiated
-        kept += _block(model, block, flows)
+        numbers += _block(model, block, flows)
         rotary |= opens
         flows |= block.kind != "frozen"
-    kept += flows * (h + 1) + norm * h + head * h
+    numbers += flows * (h + 1) + norm * h + head * h
     trains = flows or norm or head
-    kept += trains * model.vocabulary
+    numbers += trains * model.vocabulary
     scalars = trains * size  # the loss's divisor
     return (
-        tokens * (size * kept + INT64 * (embeddings + trains)) + rotary * 2 * length * model.head_dim * size + scalars
+        tokens * (size * numbers + INT64 * (embeddings + trains))
+        + rotary * 2 * length * model.head_dim * size
+        + scalars
     )
 
 
-def _block(model: Decoder, block: Block, flows: bool) -> int:
-    """Numbers a token; flows: whether the block's input needs a gradient."""
+def _block(model: Decoder, block: BlockTraining, flows: bool) -> int:
+    """Return the numbers kept for each token. flows: whether the block's input needs a gradient."""
     h, q, k = model.hidden, model.heads * model.head_dim, model.kv_heads * model.head_dim
     attention, ffn = 2 * q + 2 * k + model.heads, 3 * model.ffn
     entry = flows * (h + 1)  # a norm keeps its input and the root mean square for the gradient of that input alone
@@ -84,5 +94,6 @@ def _block(model: Decoder, block: Block, flows: bool) -> int:
         middle = flows or to_attention > 0
         return flows * (entry + attention) + middle * (h + 1 + ffn) + to_attention + to_ffn
     linears = h + h + model.ffn  # inputs of q, k, v; of gate, up; of down. That of o is attention's own output
-    own = 7 * block.rank if block.kind == "lora" else 2 * h  # a trained norm keeps what it multiplies by its weight
-    return entry + attention + h + 1 + ffn + linears + own
+    # A trained norm keeps what it multiplies by its weight.
+    trained = 7 * block.rank if block.kind == "lora" else 2 * h
+    return entry + attention + h + 1 + ffn + linears + trained

@@ -1,24 +1,42 @@
-"""What every stand-in of a stock module can do: say its update as data, give the module back, with the update or without."""
+"""The base class of adapter layers: what takes the place of a stock linear or convolution and carries its update.
+
+A kind of layer is one class in one file. It declares its settings as a frozen dataclass, plans and builds itself, names
+the tensors that an adapter file holds for it, and merges, undoes and exports its update. `LAYERS` finds it by name when
+an adapter file is read; nothing else in the core tests the class of a layer.
+"""
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from vismt.lowrank.factors import LowRank
+from vismt.lowrank.layer_spec import LayerSpec
+from vismt.lowrank.targets import kind_of, matrix_shape
+from vismt.registry import Registry
 
 HOOKS = [name for name in nn.Module().__dict__ if "hook" in name and "state_dict" not in name]
 
 
-class Host(nn.Module, ABC):
-    """Stands where a stock linear or convolution stood. weight and bias are its own Parameter objects, under their names.
+class AdapterLayer(nn.Module, ABC):
+    """A layer in the place of a stock linear or convolution, with the same weight and bias Parameters under their names.
 
-    A host whose update lies in the weight itself takes it out with `lift` and puts it back with `settle`; one whose
-    tensors lie in an order of their own goes to the stock order and back with `reorder`, between those two.
+    A subclass adds `Settings`, its forward and its tensors, is registered in `LAYERS`, and overrides what differs from the
+    defaults here. A layer that stores its update in the weight itself takes it out in `remove_update` and puts it back in
+    `apply_update`; one that reorders its tensors goes to the stock order and back in `reorder`, between those two.
     """
+
+    Settings: ClassVar[type]
+    name: ClassVar[str]
+    # Why export_peft and combine refuse this layer, after "'<method>' "; empty where they do not.
+    not_exported: ClassVar[str] = ""
+    not_combined: ClassVar[str] = ""
+    shell: nn.Module
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -27,15 +45,79 @@ class Host(nn.Module, ABC):
         shell = copy.copy(base)
         shell._parameters = {name: None for name in base._parameters}
         self.__dict__["shell"] = shell
-        for name in HOOKS:  # one table for both, so that hooks fire while adapted and stay when it is undone
+        for name in HOOKS:  # shared tables: hooks fire while the module is adapted and stay when it is undone
             self.__dict__[name] = base.__dict__[name]
 
+    # ---- the layer as data
+    @classmethod
+    @abstractmethod
+    def build(
+        cls, base: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
+    ) -> AdapterLayer:
+        """Return the layer of `spec` on the stock module `base`, with its update unset.
+
+        dtype: of the trained tensors; None for the weight's own, fp32 for half-precision weights.
+        """
+
+    @classmethod
+    @abstractmethod
+    def tensor_shapes(cls, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors that an adapter file must hold for `spec`, by name."""
+
+    @classmethod
+    def optional_shapes(cls, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of tensors that a file may hold besides: all of them or none."""
+        return {}
+
+    @classmethod
+    @abstractmethod
+    def count_parameters(cls, spec: LayerSpec) -> int:
+        """Return the number of trainable values of the update."""
+
+    @classmethod
+    def factor_rank(cls, spec: LayerSpec) -> int:
+        """Return the rank of the pair of factors; 0 for an update without one."""
+        return 0
+
+    @classmethod
+    def describe(cls, spec: LayerSpec) -> tuple[str, str]:
+        """Return the cells "rank" and "scale" of the report's table."""
+        return "", ""
+
+    @classmethod
+    def shape_mismatch(cls, spec: LayerSpec, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> str:
+        """Return the text of the error for a model with another weight than (o, i) of `spec`. tensors: of the file."""
+        return f"{spec.path}: its weight was {spec.shape}, here it is {shape}"
+
+    @classmethod
+    def low_rank_of(cls, what: str, spec: LayerSpec, tensors: Mapping[str, Tensor]) -> LowRank:
+        """Return the update that `tensors` of an adapter file describe, without a model.
+
+        what: start of error messages. Raises UserError where the update is not determined by the tensors alone.
+        """
+        weight = nn.Linear(spec.shape[1], spec.shape[0], bias=False, device="meta")
+        layer = cls.build(weight, LayerSpec(spec.path, "linear", spec.shape, cls, spec.settings))
+        layer.check_mergeable(what, spec.path)
+        layer.assign(tensors)
+        return layer.low_rank()
+
+    @classmethod
+    def prepare(
+        cls, model: nn.Module, specs: Sequence[LayerSpec]
+    ) -> Callable[[Mapping[str, AdapterLayer]], None] | None:
+        """Check `specs` of this class on the stock model as a whole, before any layer is placed.
+
+        Returns None, or a function to call with the placed layers by path. Raises UserError.
+        """
+        return None
+
+    # ---- the stock module
     def matrix(self, weight: Tensor) -> Tensor:
-        """The stock weight as a matrix (o, i); a view where its layout allows."""
+        """Return the stock weight as a matrix (o, i); a view where its layout allows."""
         return weight.t() if type(self.shell).__name__ == "Conv1D" else weight
 
     def stored(self, matrix: Tensor) -> Tensor:
-        """The inverse of `matrix`: (o, i) -> the stock weight's shape."""
+        """Return a matrix (o, i) in the stock weight's shape: the inverse of `matrix`."""
         return matrix.t() if type(self.shell).__name__ == "Conv1D" else matrix
 
     @property
@@ -46,40 +128,79 @@ class Host(nn.Module, ABC):
     def out_features(self) -> int:
         return self.matrix(self.weight).shape[0]
 
+    # ---- the update
     @abstractmethod
-    def factors(self) -> dict[str, Tensor]:
-        """The tensors that an adapter file holds for this host, by name."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that an adapter file holds for this layer, by name."""
 
-    @abstractmethod
+    @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take what `factors` gave."""
+        """Copy in what `tensors` of a layer of the same settings returned."""
+        for name, value in tensors.items():
+            getattr(self, name).copy_(value)
+
+    def assign(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the tensors themselves, frozen: for a layer on the meta device."""
+        for name, value in tensors.items():
+            trained = name in self._parameters
+            setattr(self, name, nn.Parameter(value, requires_grad=False) if trained else value)
 
     @abstractmethod
     def low_rank(self) -> LowRank:
-        """The whole update against the stock weight."""
+        """Return the whole update against the stock weight."""
 
     @abstractmethod
     def merged(self) -> nn.Module:
-        """The stock module with the update in."""
-
-    def need_idle(self, what: str, path: str) -> None:
-        """UserError for `what` (merge, export) while the update is not one weight's."""
+        """Return the stock module with the update in its weight."""
 
     def restored(self) -> nn.Module:
-        """The stock module with its own weight, untouched bit for bit."""
+        """Return the stock module with its own weight, bit for bit."""
         return self._stock(self.weight)
 
-    def lift(self) -> None:
+    def peft_factors(self, update: LowRank) -> tuple[Tensor, Tensor]:
+        """Return A and B of `update` in the layout of a peft file, the scale in B: (r, i) and (o, r)."""
+        return update.R, update.L * update.scale
+
+    def check_mergeable(self, what: str, path: str) -> None:
+        """Raise UserError for `what` (merge, export) while one weight cannot hold the update."""
+
+    def remove_update(self) -> None:
         """Take the update out of the weight."""
 
     def reorder(self, stock: bool) -> None:
-        """Put what lies in an order of its own into the stock order, or back."""
+        """Put tensors that are kept in another order into the stock order, or back."""
 
-    def settle(self) -> None:
-        """The inverse of `lift`."""
+    def apply_update(self) -> None:
+        """Put the update into the weight: the inverse of `remove_update`."""
 
     def _stock(self, weight: nn.Parameter) -> nn.Module:
         module = self.shell
         module.weight, module.bias = weight, self.bias
         module.training = self.training
         return module
+
+
+LAYERS: Registry[type[AdapterLayer]] = Registry(
+    "adapter layer: no layer",
+    files=("vismt.lowrank.linear", "vismt.lowrank.quantized", "vismt.lowrank.slice_linear"),
+)
+
+
+def register_layer(name: str) -> Callable[[type[Any]], type[Any]]:
+    """Return a decorator that registers an AdapterLayer class as `name`, the name that adapter files use."""
+
+    def decorate(layer: type[Any]) -> type[Any]:
+        layer.name = name
+        return LAYERS.add(name, layer)
+
+    return decorate
+
+
+def spec_of(path: str, module: nn.Module, layer: type[AdapterLayer], settings: Any) -> LayerSpec:
+    """Return the LayerSpec of a stock module."""
+    return LayerSpec(path, str(kind_of(module)), matrix_shape(module), layer, settings)
+
+
+def trained_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype of trained tensors on `weight`: its own, fp32 for half precision."""
+    return torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype

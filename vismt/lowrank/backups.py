@@ -1,7 +1,7 @@
 """Copies of tensors that are rarely read again: small ones in memory, large ones in a temporary file that is mapped.
 
-The file has no name left once it is mapped, so it goes with the last tensor in it; its pages are the system's to drop and
-to read again, and none of them is on an accelerator. Where TMPDIR lies in memory, so do the copies.
+The file has no name once it is mapped, so it disappears with the last tensor in it; the system may drop its pages and read
+them again, and none is on an accelerator. Where TMPDIR lies in memory, so do the copies.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ IN_MEMORY = 2**26  # bytes
 ALIGNED = 16
 
 
-def set_aside(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of each tensor by name: where it is, or on the CPU in a file when all take more than 64 MiB.
+def backup_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a copy of each tensor by name: on its device, or in a file on the CPU where all take more than 64 MiB.
 
     Raises UserError when the temporary folder has no room for them; nothing is left behind then.
     """
@@ -36,9 +36,9 @@ def set_aside(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 starts[name] = file.tell()
                 file.write(_bytes(tensors[name]).numpy())
                 file.write(b"\0" * (-file.tell() % ALIGNED))
-            whole = file.tell()
-        # Private: who writes into a copy writes into memory, never into the file.
-        mapped = torch.from_file(path, shared=False, size=whole, dtype=torch.uint8)
+            size = file.tell()
+        # Private: writing into a copy writes into memory, never into the file.
+        mapped = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
     except OSError as error:
         raise UserError(
             f"adapt: no room for the {sum(sizes.values()) / 2**20:,.0f} MiB of original weights in '{tempfile.gettempdir()}' "
@@ -55,11 +55,11 @@ def set_aside(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def same_bits(copies: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the copies whose tensor still holds every bit of theirs, sorted."""
+def unchanged_tensors(copies: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the sorted names of the tensors that still equal their copies, bit for bit."""
     return sorted(name for name, value in copies.items() if torch.equal(_bytes(value), _bytes(tensors[name])))
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """On the CPU, flat, as uint8."""
+    """Return the bytes of a tensor: on the CPU, flat, uint8."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -59,7 +59,7 @@ class FactorBank(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """A ~ U(-1/sqrt(i), 1/sqrt(i)), B = 0. Drawn in fp32 on the generator's device, the same on every device."""
+        """Draw A ~ U(-1/sqrt(i), 1/sqrt(i)), B = 0; in fp32 on the generator's device, the same on every device."""
         generator = generator if generator is not None else torch.Generator().manual_seed(0)
         bound = 1 / math.sqrt(self.A.shape[2])
         if not self.A.is_meta:
@@ -70,7 +70,7 @@ class FactorBank(nn.Module):
     @classmethod
     @torch.no_grad()
     def stack(cls, experts: Sequence[LowRank]) -> FactorBank:
-        """A bank that holds copies of trained experts, all of one shape and rank, in the order given.
+        """Return a bank with copies of trained experts, all of one shape and rank, in the order given.
 
         Equal scales are kept as the bank's; a core, or scales that differ, are multiplied into B.
         """
@@ -99,7 +99,7 @@ class FactorBank(nn.Module):
         return bank
 
     def forward(self, x: Tensor, gates: Tensor, base: Tensor | None = None) -> Tensor:
-        """The gated sum of all experts on `x`, added to `base`.
+        """Return the gated sum of all experts on `x`, added to `base`.
 
         Args:
             x: (b, ..., i).
@@ -107,8 +107,11 @@ class FactorBank(nn.Module):
                 zero, negative, and need not sum to one.
             base: (b, ..., o), the frozen layer's output; None stands for zero.
 
-        Returns (b, ..., o) in the dtype of `x`; runs in the factors' dtype. Gradients reach A, B, gates, x and base.
-        Raises UserError when the leading axes of `gates` are not those of `x`.
+        Returns:
+            (b, ..., o) in the dtype of `x`; runs in the factors' dtype. Gradients reach A, B, gates, x and base.
+
+        Raises:
+            UserError: when the leading axes of `gates` are not those of `x`.
         """
         experts, rank, _ = self.A.shape
         self._check_gates(x, gates)
@@ -124,7 +127,7 @@ class FactorBank(nn.Module):
         return mixed.reshape(*x.shape[:-1], up.shape[1]).to(x.dtype)
 
     def delta(self, gates: Tensor) -> LowRank:
-        """The mixture of static `gates` (e,) as one adapter of rank e r, gates on its diagonal core: it can be merged.
+        """Return the mixture of static `gates` (e,) as one adapter of rank e r, gates on its diagonal core: it can be merged.
 
         Gradients reach A, B and gates. Per-sample gates have no single weight and raise UserError.
         """
@@ -143,19 +146,20 @@ class FactorBank(nn.Module):
 
     @torch.no_grad()
     def merged(self, weight: Tensor, gates: Tensor) -> Tensor:
-        """Weight (o, i) + the mixture of static `gates` (e,), in one GEMM over the experts whose gate is not zero.
+        """Return the weight (o, i) plus the mixture of static `gates` (e,), in one GEMM over the experts whose gate is not zero.
 
         Summed in fp32 (fp64 for fp64), rounded once to the weight's dtype; a new tensor on the weight's device.
         """
-        self.delta(gates)  # its checks
-        kept = gates.nonzero()[:, 0].to(self.A.device)
-        kind = torch.promote_types(weight.dtype, torch.float32)
-        left = rearrange(self.B[kept].to(kind) * gates.to(self.B.device, kind)[kept, None, None], "e o r -> o (e r)")
-        right = rearrange(self.A[kept].to(kind), "e r i -> (e r) i")
-        return torch.addmm(weight.to(kind), left, right, alpha=self.scale).to(weight.dtype)
+        self.delta(gates)  # for its checks
+        active = gates.nonzero()[:, 0].to(self.A.device)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        shares = gates.to(self.B.device, dtype)[active, None, None]
+        left = rearrange(self.B[active].to(dtype) * shares, "e o r -> o (e r)")
+        right = rearrange(self.A[active].to(dtype), "e r i -> (e r) i")
+        return torch.addmm(weight.to(dtype), left, right, alpha=self.scale).to(weight.dtype)
 
     def expert(self, index: int) -> LowRank:
-        """Expert `index` as views of the bank's parameters."""
+        """Return expert `index` as views of the bank's parameters."""
         if not 0 <= index < self.A.shape[0]:
             raise UserError(f"bank: no expert {index}, it has 0..{self.A.shape[0] - 1}.")
         return LowRank(self.B[index], self.A[index], None, self.scale)

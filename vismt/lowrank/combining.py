@@ -40,38 +40,43 @@ def combine(
 def combine(
     adapters: Sequence[LowRank | Adapter], weights: Sequence[float], method: str = "cat", rank: int | None = None
 ) -> LowRank | Updates:
-    """The weighted sum of adapters.
+    """Return the weighted sum of adapters.
 
     Args:
         adapters: one or more updates of one weight (`LowRank`), all of the same (o, i); or adapters of one base: folders
-            that save_adapter, export_peft or peft wrote, adapted models, or what this function gave.
+            that save_adapter, export_peft or peft wrote, adapted models, or results of this function.
         weights: one finite number for each adapter; they need not be positive nor sum to one.
         method: `cat` concatenates the factors, rank = the sum of all ranks, rounded once to the factors' dtype;
             `svd` decomposes that sum by QR and a small SVD, and keeps only the rank it has.
         rank: with `svd`, keep at most this many singular values (Eckart-Young) of each weight; must be None with `cat`.
 
-    Returns a `LowRank` with scale 1, or for adapters `Updates`, whose `put_on(model)` adapts a stock model with them. A
-    single adapter with weight 1.0 (and no `rank`) comes back as it is, bit for bit. Parameters that were trained along (a
-    head) are no sum: they are kept where all adapters hold the same bits.
-    Raises UserError for adapters of different shapes or bases, an update that is not of low rank (see updates.py), a head
-    of which there are several, a wrong number of weights, a weight that is not finite, an unknown method, or a rank that is
-    out of range.
+    Returns:
+        A `LowRank` with scale 1, or for adapters `Updates`: their `put_on(model)` adapts a stock model. A single adapter
+        with weight 1.0 (and no `rank`) is returned unchanged, bit for bit. Parameters that were trained whole (a head) are
+        not summed: they are kept where all adapters hold the same bits.
+
+    Raises:
+        UserError: for adapters of different shapes or bases, an update that is not of low rank (see detached_updates.py),
+            heads that differ, a wrong number of weights, a weight that is not finite, an unknown method, or a rank that is
+            out of range.
     """
     _check_call(adapters, weights, method, rank)
     if not any(isinstance(adapter, LowRank) for adapter in adapters):
         return _of_models([read_updates(adapter, what="combine") for adapter in adapters], weights, method, rank)
+    updates: list[LowRank] = []
     for position, adapter in enumerate(adapters):
         if not isinstance(adapter, LowRank):
             raise UserError(f"combine: adapter {position} is a {type(adapter).__name__} among updates of one weight.")
-    _check_shapes(dict(enumerate(adapters)))
-    _check_rank(rank, sum(adapter.rank for adapter in adapters))
-    return _sum(adapters, weights, method, rank)
+        updates.append(adapter)
+    _check_shapes(dict(enumerate(updates)))
+    _check_rank(rank, sum(update.rank for update in updates))
+    return _sum(updates, weights, method, rank)
 
 
 def _sum(
     updates: Sequence[LowRank], weights: Sequence[float], method: str, rank: int | None, *, wide: bool = False
 ) -> LowRank:
-    """wide: factors in half precision become fp32 where they are summed, as hosts and files hold them."""
+    """Return the weighted sum. wide: sum half-precision factors in fp32, as layers and files hold them."""
     if len(updates) == 1 and weights[0] == 1.0 and rank is None:
         return updates[0]
     if wide:
@@ -93,25 +98,28 @@ def _of_models(adapters: Sequence[Updates], weights: Sequence[float], method: st
         base |= adapter.base
     also_train = _same_parameters(adapters)
     paths = list(dict.fromkeys(path for adapter in adapters for path in adapter.low_rank))
-    held = {path: {j: one.low_rank[path] for j, one in enumerate(adapters) if path in one.low_rank} for path in paths}
-    totals = {path: sum(update.rank for update in own.values()) for path, own in held.items()}
+    by_path = {
+        path: {j: adapter.low_rank[path] for j, adapter in enumerate(adapters) if path in adapter.low_rank}
+        for path in paths
+    }
+    totals = {path: sum(update.rank for update in updates.values()) for path, updates in by_path.items()}
     _check_rank(rank, max(totals.values()))
-    made = {}
-    for path, own in held.items():
-        _check_shapes(own, f"'{path}': ")
-        least = None if rank is None else min(rank, totals[path])
-        made[path] = _sum(list(own.values()), [weights[j] for j in own], method, least, wide=True)
-    peft = tuple(one for adapter in adapters for one in adapter.peft)
-    return Updates(made, also_train, base, peft, "combined adapters" if len(adapters) > 1 else adapters[0].name)
+    sums = {}
+    for path, updates in by_path.items():
+        _check_shapes(updates, f"'{path}': ")
+        largest = None if rank is None else min(rank, totals[path])
+        sums[path] = _sum(list(updates.values()), [weights[j] for j in updates], method, largest, wide=True)
+    peft = tuple(folder for adapter in adapters for folder in adapter.peft)
+    return Updates(sums, also_train, base, peft, "combined adapters" if len(adapters) > 1 else adapters[0].name)
 
 
 def _same_parameters(adapters: Sequence[Updates]) -> dict[str, Tensor]:
-    """What was trained along, which all have to hold with the same bits."""
+    """Return the parameters that were trained whole; UserError unless all adapters hold the same bits."""
     first = adapters[0].also_train
     for position, adapter in enumerate(adapters[1:], 1):
-        own = adapter.also_train
-        for name in sorted(own.keys() | first.keys()):
-            if name not in own or name not in first or not torch.equal(own[name], first[name]):
+        values = adapter.also_train
+        for name in sorted(values.keys() | first.keys()):
+            if name not in values or name not in first or not torch.equal(values[name], first[name]):
                 raise UserError(
                     f"combine: adapters 0 and {position} do not hold the same '{name}', which was trained whole; leave such "
                     "parameters out: vismt.lowrank.read_updates(adapter, also_train=False)."
@@ -152,7 +160,7 @@ def _check_call(adapters: Sequence[LowRank | Adapter], weights: Sequence[float],
 
 
 def _check_shapes(adapters: dict[int, LowRank], where: str = "") -> None:
-    """By the adapters' positions."""
+    """Raise UserError unless the adapters, by position, have one shape."""
     first, *others = adapters
     for position in others:
         if adapters[position].shape != adapters[first].shape:

@@ -1,8 +1,8 @@
 """Low-rank updates apart from a model: read from a folder or an adapted model, and put on a stock one as method 'lora'.
 
-What is read is the update against the stock weight, scale L R: a start that is kept is in it (PiSSA, CorDA: rank 2r, [A; A0]
-and [B, -B0]), so are cores (PoLAR), blocks (split_qkv) and the gates of one user (iLoRA, inside `instance_gates`). Updates
-without such a form are refused: a router that still routes (EMTAL), slices and whole layers (S2FT, LISA).
+An update is that against the stock weight, scale L R. It includes a start that is kept (PiSSA, CorDA: rank 2r, [A; A0] and
+[B, -B0]), cores (PoLAR), blocks (split_qkv) and the gates of one user (iLoRA, inside `instance_gates`). Updates without such
+a form are refused: a router that still routes (EMTAL), slices and whole layers (S2FT, LISA).
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from vismt.errors import UserError
+from vismt.lowrank.adapter_layer import spec_of
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.inject import adapted_modules, install, need_record, refuse_adapted
-from vismt.lowrank.layer_spec import Site
-from vismt.lowrank.linear import AdaptedLinear
+from vismt.lowrank.inject import adapter_layers, install, need_record, refuse_adapted
+from vismt.lowrank.layer_spec import LayerSpec
+from vismt.lowrank.linear import LowRankLayer, LowRankSettings
 from vismt.lowrank.peft_files import CONFIG, PeftAdapter, read_peft
-from vismt.lowrank.quantized import MERGE
 from vismt.lowrank.store import (
     DESCRIPTION,
     base_samples,
     check_tensors,
-    factor_shapes,
     fill,
+    layer_shapes,
     other_base,
     read_adapter,
     same_base,
 )
 from vismt.lowrank.targets import kind_of, matrix_shape, refusals
-from vismt.lowrank.wrappers import need_idle, part_type, stock_order
+from vismt.lowrank.wrappers import check_mergeable, stock_order, wrapper_type
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Updates:
     """The updates of one adapter, on the CPU.
 
     low_rank: by module path; a convolution's is of its weight as a matrix (o, c*kh*kw).
-    also_train: whole parameters that were trained along, by name.
+    also_train: parameters that were trained whole, by name.
     base: some values of the weights it was made for (`store.base_samples`), empty where they are not known.
-    peft: what peft wrote, where it comes from there: its settings are to be compared with a model.
+    peft: the folders that peft wrote, where it comes from such: their settings have to be compared with a model.
     name: of the adapter in messages.
     """
 
@@ -53,30 +53,39 @@ class Updates:
     name: str = "updates"
 
     def put_on(self, model: nn.Module, *, on_other_base: str = "error") -> nn.Module:
-        """Adapt a stock model with these factors, as method 'lora'. Returns the model.
+        """Adapt a stock model with these factors, as method 'lora'.
 
-        The factors are held in the weight's dtype, fp32 where that is bf16 or fp16. on_other_base: see `load_adapter`.
-        Raises UserError, and leaves the model as it is, where a path, a shape or the base is not that of the model.
+        Args:
+            model: changed in place. The factors get the weight's dtype, fp32 where that is bf16 or fp16.
+            on_other_base: see `load_adapter`.
+
+        Returns:
+            The model.
+
+        Raises:
+            UserError: where a path, a shape or the base is not that of the model; nothing is changed.
         """
         return put_on(model, self, on_other_base=on_other_base)
 
 
 def of_peft(adapter: PeftAdapter) -> Updates:
-    """The updates of a folder that peft wrote."""
+    """Return the updates of a folder that peft wrote."""
     return Updates(adapter.low_rank, adapter.extras, peft=(adapter,), name=adapter.what)
 
 
 def put_on(
     model: nn.Module, updates: Updates, options: Mapping[str, Any] | None = None, *, on_other_base: str = "error"
 ) -> nn.Module:
-    """`Updates.put_on`; options: those of the record."""
-    what, sites, tensors = updates.name, [], {}
+    """Do the work of `Updates.put_on`. options: of the record."""
+    what = updates.name
+    specs: list[LayerSpec] = []
+    tensors: dict[str, Tensor] = {}
     refuse_adapted(model, what)
     also_train = updates.also_train
     for adapter in updates.peft:
         adapter.need_the_same_modules(model)
-        kept = adapter.kept(model)
-        also_train = kept if also_train else {}
+        parameters_of_file = adapter.kept(model)  # its checks are made in any case
+        also_train = parameters_of_file if also_train else {}
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     for path, update in updates.low_rank.items():
         if path not in modules or kind_of(modules[path]) is None:
@@ -85,7 +94,8 @@ def put_on(
         if update.shape != shape:
             raise UserError(f"{what}: '{path}': the update is for a {update.shape} weight, here it is {shape}.")
         plain = update.plain()
-        sites.append(Site(path, str(kind_of(modules[path])), shape, plain.rank, plain.scale, (shape[0],)))
+        settings = LowRankSettings(plain.rank, plain.scale, (shape[0],))
+        specs.append(spec_of(path, modules[path], LowRankLayer, settings))
         tensors |= {f"{path}.lora_A": plain.R, f"{path}.lora_B": plain.L}
     for reason in refusals(model, updates.low_rank).values():
         raise UserError(f"{what}: {reason}.")
@@ -97,7 +107,7 @@ def put_on(
     samples = base_samples(model, [path for path in updates.base if path in modules])
     if not same_base(samples, updates.base):
         other_base(f"{what}: made for other weights than those of this {type(model).__name__}", on_other_base)
-    install(model, "lora", sites, dict(options or {}), list(also_train))
+    install(model, "lora", specs, dict(options or {}), list(also_train))
     fill(model, {**tensors, **also_train})
     return model
 
@@ -105,35 +115,35 @@ def put_on(
 def read_updates(
     source: Updates | nn.Module | str | Path, *, also_train: bool = True, what: str = "updates"
 ) -> Updates:
-    """The updates of a folder that save_adapter, export_peft or peft wrote, or of an adapted model, copied.
+    """Return the updates of a folder that save_adapter, export_peft or peft wrote, or of an adapted model, copied.
 
-    also_train: False leaves out whole parameters that were trained along (a head). what: how messages begin.
+    also_train: False leaves out parameters that were trained whole (a head). what: start of error messages.
     Raises UserError for an update that is not of low rank, see the header, and for damaged files.
     """
     if isinstance(source, Updates):
-        found = source
+        updates = source
     elif isinstance(source, nn.Module):
-        found = _of_model(source, what)
+        updates = _of_model(source, what)
     elif isinstance(source, str | Path):
-        found = _of_folder(Path(source), what)
+        updates = _of_folder(Path(source), what)
     else:
-        raise UserError(f"{what}: {type(source).__name__} is no adapter; give a folder or an adapted model.")
-    return found if also_train else replace(found, also_train={})
+        raise UserError(f"{what}: {type(source).__name__} is not an adapter; give a folder or an adapted model.")
+    return updates if also_train else replace(updates, also_train={})
 
 
 def _of_model(model: nn.Module, what: str) -> Updates:
     record = need_record(model, what)
     name = f"{what}: '{record.method}' of {type(model).__name__}"
-    need_factors(name, record.method, record.sites)
-    need_idle(model, what)
-    hosts = adapted_modules(model)
-    if any(host.weight.is_meta for host in hosts.values()):
+    check_combinable(name, record.method, record.sites)
+    check_mergeable(model, what)
+    layers = adapter_layers(model)
+    if any(layer.weight.is_meta for layer in layers.values()):
         raise UserError(f"{name}: the model lies on the meta device; there are no values to read.")
     with stock_order(model):
-        found = {path: _copied(host.low_rank()) for path, host in hosts.items()}
-        samples = base_samples(model, found)
-    kept = {key: model.get_parameter(key).detach().cpu().clone() for key in record.also_train}
-    return Updates(found, kept, samples, name=name)
+        updates = {path: _copied(layer.low_rank()) for path, layer in layers.items()}
+        samples = base_samples(model, updates)
+    also_train = {key: model.get_parameter(key).detach().cpu().clone() for key in record.also_train}
+    return Updates(updates, also_train, samples, name=name)
 
 
 def _of_folder(folder: Path, what: str) -> Updates:
@@ -146,60 +156,39 @@ def _of_folder(folder: Path, what: str) -> Updates:
             )
         return of_peft(adapter)
     if not (folder / DESCRIPTION).exists():
-        raise UserError(f"{what}: '{folder}' is no adapter folder; it has neither {DESCRIPTION} nor {CONFIG}.")
-    description, sites, tensors = read_adapter(folder)
+        raise UserError(f"{what}: '{folder}' is not an adapter folder; it has neither {DESCRIPTION} nor {CONFIG}.")
+    description, specs, tensors = read_adapter(folder)
     name = f"{what}: adapter '{folder}'"
-    need_factors(name, description["method"], sites)
-    for path, part in description["parts"].items():
-        own = {key.removeprefix(f"{path}."): value for key, value in tensors.items() if key.startswith(f"{path}.")}
-        part_type(part["type"], name).need_idle_saved(name, path, own)
-    wanted = factor_shapes(sites, tensors)
-    kept = {key: value for key, value in tensors.items() if key in description["also_train"]}
-    beside = tuple(f"{path}." for path in description["parts"])
+    check_combinable(name, description["method"], specs)
+    for path, entry in description["parts"].items():
+        values = {key.removeprefix(f"{path}."): value for key, value in tensors.items() if key.startswith(f"{path}.")}
+        wrapper_type(entry["type"], name).check_mergeable_saved(name, path, values)
+    needed = layer_shapes(specs, tensors)
+    also_train = {key: value for key, value in tensors.items() if key in description["also_train"]}
+    wrapped = tuple(f"{path}." for path in description["parts"])
     factors = {
         key: value
         for key, value in tensors.items()
-        if key not in kept and (key in wanted or not key.startswith(beside))
+        if key not in also_train and (key in needed or not key.startswith(wrapped))
     }
-    check_tensors(name, wanted, factors)
-    found = {site.path: _of_site(what, site, factors) for site in sites}
-    return Updates(found, kept, description["base_samples"], name=name)
+    check_tensors(name, needed, factors)
+    updates = {spec.path: spec.layer.low_rank_of(what, spec, _below(spec.path, factors)) for spec in specs}
+    return Updates(updates, also_train, description["base_samples"], name=name)
 
 
-def _of_site(what: str, site: Site, tensors: Mapping[str, Tensor]) -> LowRank:
-    """What a host of these tensors says of itself; it needs no weight for that."""
-    host = AdaptedLinear(
-        nn.Linear(*reversed(site.shape), bias=False, device="meta"),
-        site.rank,
-        site.scale,
-        blocks=site.blocks,
-        core=site.core_shape,
-        experts=site.experts,
-    )
-    host.need_idle(what, site.path)
-    for name, value in tensors.items():
-        path, _, leaf = name.rpartition(".")
-        if path == site.path:
-            setattr(host, leaf, value if leaf.endswith("0") else nn.Parameter(value, requires_grad=False))
-    return host.low_rank()
+def _below(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of the module at `path`, by name below it."""
+    return {key.rpartition(".")[2]: value for key, value in tensors.items() if key.rpartition(".")[0] == path}
 
 
-def need_factors(what: str, method: str, sites: Iterable[Site]) -> None:
-    """UserError for updates that are no pairs of factors."""
-    sites = list(sites)
-    if not sites:
+def check_combinable(what: str, method: str, specs: Iterable[LayerSpec]) -> None:
+    """Raise UserError for updates that are not pairs of factors against the original weights."""
+    specs = list(specs)
+    if not specs:
         raise UserError(f"{what}: '{method}' has no low-rank factors; merge the model and save it whole.")
-    if any(site.dim is not None for site in sites):
-        raise UserError(
-            f"{what}: '{method}' trains rows or columns of the weights, not factors; export_peft writes them as factors."
-        )
-    refuse_grid(what, method, sites)
-
-
-def refuse_grid(what: str, method: str, sites: Iterable[Site]) -> None:
-    """UserError for updates of quantised weights, which are no factors against the original ones."""
-    if any(site.grid for site in sites):
-        raise UserError(f"{what}: '{method}' lies on quantised weights; {MERGE}.")
+    for spec in specs:
+        if spec.layer.not_combined:
+            raise UserError(f"{what}: '{method}' {spec.layer.not_combined}.")
 
 
 def _copied(update: LowRank) -> LowRank:

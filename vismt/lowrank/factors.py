@@ -1,7 +1,7 @@
 """A matrix of low rank, held as its factors: `delta = scale * L @ C @ R`.
 
 C is the identity (LoRA, PiSSA, CorDA, an AMT expert), a diagonal (singular values, gates over rank groups) or a full
-matrix (PoLAR's Theta). Everything that asks for the spectrum of the (out, in) matrix goes through a QR of the two
+matrix (PoLAR's Theta). Everything that needs the spectrum of the (out, in) matrix goes through a QR of the two
 factors and an SVD of the small matrix between them: O((o + i) k^2) time, and the (out, in) matrix is never formed.
 """
 
@@ -26,7 +26,8 @@ class LowRank:
         core: (k, k), or (k,) for a diagonal, or None for the identity.
         scale: finite factor, for LoRA `alpha / rank`.
 
-    Raises UserError when the shapes do not fit; the message names both.
+    Raises:
+        UserError: when the shapes do not fit; the message names both.
     """
 
     L: Tensor
@@ -59,7 +60,7 @@ class LowRank:
         return self.L.shape[0], self.R.shape[1]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LowRank:
-        """The same factors on another device, in another dtype, or both."""
+        """Return the same factors on another device, in another dtype, or both."""
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device=device, dtype=dtype)
@@ -68,19 +69,19 @@ class LowRank:
         return replace(self, L=move(self.L), R=move(self.R), core=core)
 
     def delta(self) -> Tensor:
-        """The matrix itself, (o, i), computed and returned in fp32, or in fp64 when a factor is fp64."""
+        """Return the matrix itself, (o, i), computed and returned in fp32, or in fp64 when a factor is fp64."""
         work = self._in_working_precision()
         return work.scale * (times_core(work.L, work.core) @ work.R)
 
     def apply(self, x: Tensor) -> Tensor:
-        """`x @ delta().T` without forming it: x (..., i) -> (..., o). Runs in the factors' dtype, returns x's."""
+        """Return `x @ delta().T` without forming it: x (..., i) -> (..., o). Runs in the factors' dtype, returns x's."""
         hidden = F.linear(x.to(self.R.dtype), self.R)
         if self.core is not None:
             hidden = hidden * self.core if self.core.ndim == 1 else F.linear(hidden, self.core)
         return (self.scale * F.linear(hidden, self.L)).to(x.dtype)
 
     def svd(self) -> LowRank:
-        """The singular value decomposition of the matrix, as factors.
+        """Return the singular value decomposition of the matrix, as factors.
 
         Returns `L` = U (o, m) and `R` = Vh (m, i), both orthonormal, `core` = the singular values (m,) in descending
         order and scale 1, where m = min(k, o, i). Computed and returned in fp32, or fp64 for fp64 factors.
@@ -90,20 +91,20 @@ class LowRank:
         return LowRank(left @ u, vh @ right, values)
 
     def truncate(self, rank: int) -> LowRank:
-        """The best approximation of at most `rank` in both the Frobenius and the spectral norm (Eckart-Young)."""
+        """Return the best approximation of at most `rank` in both the Frobenius and the spectral norm (Eckart-Young)."""
         if not 1 <= rank <= self.rank:
             raise UserError(f"truncate: rank {rank} is outside 1..{self.rank}, the rank of these factors.")
         return _leading(self.svd(), rank)
 
     def stable_rank(self) -> float:
-        """`||delta||_F^2 / ||delta||_2^2`, in [1, rank]; 0.0 for a zero matrix."""
+        """Return `||delta||_F^2 / ||delta||_2^2`, in [1, rank]; 0.0 for a zero matrix."""
         values = torch.linalg.svdvals(self._small()[1])
         if values[0] == 0:
             return 0.0
         return float(((values / values[0]) ** 2).sum())
 
     def compact(self, tolerance: float | None = None) -> LowRank:
-        """The same matrix with its vanishing singular values left out; at least one is kept.
+        """Return the same matrix with its vanishing singular values left out; at least one is kept.
 
         Args:
             tolerance: a singular value at most `tolerance` times the largest counts as zero; the default is
@@ -116,13 +117,13 @@ class LowRank:
         return _leading(decomposed, max(1, int((values > tolerance * values[0]).sum())))
 
     def balanced(self) -> LowRank:
-        """The same matrix as plain `L @ R`: core None, scale 1, square roots of the singular values on both sides."""
+        """Return the same matrix as plain `L @ R`: core None, scale 1, square roots of the singular values on both sides."""
         decomposed = self.svd()
         root = decomposed.core.sqrt()
         return LowRank(decomposed.L * root, root[:, None] * decomposed.R)
 
     def plain(self) -> LowRank:
-        """The same matrix with no core, itself where it has none; singular values go to both sides evenly."""
+        """Return the same matrix without a core, itself where it has none; singular values go to both sides evenly."""
         if self.core is None:
             return self
         if self.core.ndim == 1 and bool((self.core >= 0).all()):
@@ -137,7 +138,7 @@ class LowRank:
         return self.to(dtype=dtype)
 
     def _small(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Q_L (o, p), the small matrix (p, q) and Q_R (q, i) with delta = Q_L @ small @ Q_R and orthonormal Q."""
+        """Return Q_L (o, p), the small matrix (p, q) and Q_R (q, i) with delta = Q_L @ small @ Q_R and orthonormal Q."""
         work = self._in_working_precision()
         left, upper_left = torch.linalg.qr(work.L)
         right, upper_right = torch.linalg.qr(work.R.mT)
@@ -145,7 +146,7 @@ class LowRank:
 
 
 def times_core(left: Tensor, core: Tensor | None) -> Tensor:
-    """`left @ core` (o, k) for a (k, k) core, a diagonal (k,), or None for the identity."""
+    """Return `left @ core` (o, k) for a (k, k) core, a diagonal (k,), or None for the identity."""
     if core is None:
         return left
     return left * core if core.ndim == 1 else left @ core

@@ -3,7 +3,7 @@
 kaiming   A ~ U(-1/sqrt(i), 1/sqrt(i)), B = 0                LoRA (Hu et al., arXiv 2106.09685), the layout PEFT ships
 principal A = sqrt(S_r/s) V_r^T, B = U_r sqrt(S_r/s)          PiSSA (Meng et al., arXiv 2404.02948): s*B@A is the top-r part of W
 
-A principal start needs an offset, as CorDA's does (vismt.llm.corda_start): the host keeps W whole and subtracts s * B0 @ A0,
+A principal start needs an offset, as CorDA's does (vismt.llm.corda_start): the layer keeps W whole and subtracts s * B0 @ A0,
 the factors as they are stored, so that the function at the start is W itself and the original weight is never touched. The
 released code stores W - s*B@A instead, which is the same function with one more rounding of W.
 """
@@ -19,7 +19,7 @@ from vismt.lowrank.svd import top_exact, top_randomized
 
 
 def kaiming(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Uniform A with the variance of kaiming_uniform(a=sqrt(5)), zero B; both fp32 on CPU (fp64 for an fp64 weight)."""
+    """Return uniform A with the variance of kaiming_uniform(a=sqrt(5)), zero B; both fp32 on CPU (fp64 for an fp64 weight)."""
     out_features, in_features = weight.shape
     dtype = working_dtype(weight)
     bound = 1 / math.sqrt(in_features)
@@ -30,7 +30,7 @@ def kaiming(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tens
 def principal(
     weight: Tensor, rank: int, scale: float, *, method: str = "exact", generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Balanced top-`rank` factors of `weight`: scale * B @ A is its best rank-r approximation for any scale.
+    """Return balanced top-`rank` factors of `weight`: scale * B @ A is its best rank-r approximation for any scale.
 
     method: "exact" or "randomized", see `vismt.lowrank.svd`. Both factors have the weight's `working_dtype`.
     Signs of the singular vectors are arbitrary; compare products, never A or B alone.
@@ -42,11 +42,11 @@ def principal(
 
 
 def residual(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """W - scale * B @ A (o, i) in the weight's `working_dtype`; give the factors as they are stored, then round the result."""
-    kind = working_dtype(weight)
-    return torch.addmm(weight.detach().to(kind), B.detach().to(kind), A.detach().to(kind), alpha=-scale)
+    """Return W - scale * B @ A (o, i) in the weight's `working_dtype`; give the stored factors, then round the result."""
+    dtype = working_dtype(weight)
+    return torch.addmm(weight.detach().to(dtype), B.detach().to(dtype), A.detach().to(dtype), alpha=-scale)
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:
-    """fp64 stays fp64, everything else is computed in fp32."""
+    """Return the dtype to compute in: fp64 for fp64, fp32 for everything else."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""Gates of rank groups, one row for each sample, that reach every host by context and not through the model's calls.
+"""Gates of rank groups, one row for each sample, that reach every layer by context and not through the model's calls.
 
 The context is a ContextVar: threads and tasks that run at the same time see their own gates, and nothing stays behind
 when the block ends. torch.compile cannot trace a ContextVar, so compiled code reads a copy that each thread has; with
@@ -20,7 +20,7 @@ UNDER = "run it under 'with vismt.llm.instance_gates(gates):'"
 
 
 class instance_gates:
-    """with instance_gates(gates): every gated host inside uses these gates.
+    """Use `gates` in every gated layer inside the block: `with instance_gates(gates):`.
 
     Args:
         gates: floating (b, e), one row for each sample of the batch, or (e,), one user's gates for samples of any number.
@@ -32,9 +32,9 @@ class instance_gates:
 
     def __init__(self, gates: Tensor) -> None:
         if not isinstance(gates, Tensor) or gates.ndim not in (1, 2) or not gates.is_floating_point():
-            seen = f"{gates.dtype} {tuple(gates.shape)}" if isinstance(gates, Tensor) else type(gates).__name__
+            shown = f"{gates.dtype} {tuple(gates.shape)}" if isinstance(gates, Tensor) else type(gates).__name__
             raise UserError(
-                f"instance_gates: gates are {seen}, needed a floating tensor (samples, experts) or (experts,)."
+                f"instance_gates: gates are {shown}, needed a floating tensor (samples, experts) or (experts,)."
             )
         self.gates, self.repeats = gates, 1
         self._before: list[tuple[Token, instance_gates | None]] = []
@@ -58,8 +58,10 @@ def _scope() -> instance_gates | None:
 
 
 def recompute_gates() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """The `context_fn` of torch.utils.checkpoint (not reentrant): blocks recomputed in the backward pass see the gates of
-    their forward pass, on whatever thread it runs and after the block has ended.
+    """Return the contexts that torch.utils.checkpoint (not reentrant) takes as `context_fn`.
+
+    Blocks that are recomputed in the backward pass see the gates of their forward pass, on whatever thread it runs and
+    after the `with` block has ended.
     """
     scope = _current.get()
     if scope is None:
@@ -70,14 +72,14 @@ def recompute_gates() -> tuple[AbstractContextManager, AbstractContextManager]:
 
 
 def repeat_gates(times: int) -> None:
-    """From here to the end of the block a batch may also hold each sample `times` times, one copy after the other."""
+    """Allow batches with each sample `times` times, one copy after the other, until the `with` block ends."""
     scope = _current.get()
     if scope is not None:
         scope.repeats = times
 
 
 def sample_gates(batch: int, experts: int) -> Tensor:
-    """The gates (b, e) for a batch of b samples, (1, e) where all have the same; UserError where they do not match."""
+    """Return the gates (b, e) for a batch of b samples, (1, e) where all have the same; UserError where they do not match."""
     scope = _need(experts, "forward")
     gates = scope.gates
     if gates.ndim == 1:
@@ -92,7 +94,7 @@ def sample_gates(batch: int, experts: int) -> Tensor:
 
 
 def fixed_gates(what: str, experts: int) -> Tensor:
-    """The one row of gates (e,) that a single weight can hold; UserError for none, or for those of several samples."""
+    """Return the one row of gates (e,) that a single weight can hold; UserError for none, or for those of several samples."""
     gates = _need(experts, what).gates
     if gates.ndim == 2 and len(gates) != 1:
         raise UserError(
@@ -104,10 +106,10 @@ def fixed_gates(what: str, experts: int) -> Tensor:
 def _need(experts: int, what: str) -> instance_gates:
     scope = _scope()
     if scope is None:
-        known = "gates (samples, experts)" if what == "forward" else "one user's gates (experts,)"
+        needed = "gates (samples, experts)" if what == "forward" else "one user's gates (experts,)"
         hint = "; checkpointed blocks need context_fn=vismt.llm.recompute_gates" if what == "forward" else ""
         raise UserError(
-            f"{what}: the rank groups of this model are gated and no gates are given; {UNDER}, {known}{hint}."
+            f"{what}: the rank groups of this model are gated and no gates are given; {UNDER}, {needed}{hint}."
         )
     if scope.gates.shape[-1] != experts:
         raise UserError(f"{what}: gates are {tuple(scope.gates.shape)}, this model has {experts} experts.")
@@ -115,12 +117,12 @@ def _need(experts: int, what: str) -> instance_gates:
 
 
 def gated(hidden: Tensor, gate: Tensor | None) -> Tensor:
-    """Hidden (n, k) times gate (b, k), the row of each sample for its n / b tokens."""
+    """Return hidden (n, k) times gate (b, k), the row of each sample for its n / b tokens."""
     if gate is None:
         return hidden
     return (by_sample(hidden, gate) * gate[:, None]).view(hidden.shape)
 
 
 def by_sample(hidden: Tensor, gate: Tensor) -> Tensor:
-    """(n, k) as (b, n / b, k); b may be zero."""
+    """Return (n, k) as (b, n / b, k); b may be zero."""
     return hidden.view(len(gate), len(hidden) // max(len(gate), 1), hidden.shape[1])

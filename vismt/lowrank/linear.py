@@ -1,4 +1,4 @@
-"""Hosts of one low-rank update: a frozen weight, its factors, one fused forward and backward.
+"""Layers with a low-rank update: a frozen weight, its factors, one fused forward and backward.
 
     y = W x + b + s * (B C A x - B0 A0 x)        W (o, i), A (r, i), B (o, r); A0, B0 only after a principal start
 
@@ -14,6 +14,8 @@ Sources: LoRA, arXiv 2106.09685; the block form follows the per-projection facto
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -21,29 +23,35 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor, nn
 
-from vismt.lowrank.adapter_layer import Host
+from vismt.errors import UserError
+from vismt.lowrank.adapter_layer import AdapterLayer, register_layer, spec_of, trained_dtype
 from vismt.lowrank.factors import LowRank, times_core
 from vismt.lowrank.instance_gates import by_sample, fixed_gates, gated, sample_gates
+from vismt.lowrank.layer_spec import LayerSpec
+from vismt.lowrank.targets import matrix_shape
 
 
 def _add_product(out: Tensor, hidden: Tensor, B: Tensor, scale: float, blocks: tuple[int, ...]) -> None:
-    """Out (n, o) += scale * hidden (n, g*r) times B^T, block by block of the outputs, in place."""
+    """Add scale * hidden (n, g*r) times B^T to `out` (n, o), block by block of the outputs, in place."""
     if len(blocks) == 1:
         out.addmm_(hidden, B.t(), alpha=scale)
         return
-    for part, h, b in zip(out.split(blocks, 1), hidden.chunk(len(blocks), 1), B.split(blocks, 0)):
-        part.addmm_(h, b.t(), alpha=scale)
+    for columns, h, b in zip(out.split(blocks, 1), hidden.chunk(len(blocks), 1), B.split(blocks, 0)):
+        columns.addmm_(h, b.t(), alpha=scale)
 
 
 def _pull_back(grad: Tensor, B: Tensor, blocks: tuple[int, ...]) -> Tensor:
-    """(n, o) -> (n, g*r): the gradient at the hidden product, without the scale."""
+    """Return the gradient at the hidden product, (n, g*r) for grad (n, o), without the scale."""
     if len(blocks) == 1:
         return grad @ B
     return torch.cat([g @ b for g, b in zip(grad.split(blocks, 1), B.split(blocks, 0))], 1)
 
 
 def _grad_B(grad: Tensor, hidden: Tensor, blocks: tuple[int, ...]) -> Tensor:
-    """(o, r) from grad (n, o) and hidden (n, g*r); the thin factor comes first, which BLAS runs up to 1.6x faster."""
+    """Return the gradient of B, (o, r), from grad (n, o) and hidden (n, g*r).
+
+    The thin factor comes first, which BLAS runs up to 1.6x faster.
+    """
     if len(blocks) == 1:
         return (hidden.t() @ grad).t()
     return torch.cat([(h.t() @ g).t() for g, h in zip(grad.split(blocks, 1), hidden.chunk(len(blocks), 1))], 0)
@@ -71,12 +79,12 @@ class _FusedLowRank(torch.autograd.Function):
         scale: float,
         blocks: tuple[int, ...],
     ) -> tuple[Tensor, Tensor]:
-        kind = x.dtype
-        out = F.linear(x, weight.to(kind), None if bias is None else bias.to(kind))
-        hidden = x @ A.to(kind).t()
-        _add_product(out, gated(hidden, gate), B.to(kind), scale, blocks)
+        dtype = x.dtype
+        out = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+        hidden = x @ A.to(dtype).t()
+        _add_product(out, gated(hidden, gate), B.to(dtype), scale, blocks)
         if A0 is not None and B0 is not None:
-            _add_product(out, x @ A0.to(kind).t(), B0.to(kind), -scale, blocks)
+            _add_product(out, x @ A0.to(dtype).t(), B0.to(dtype), -scale, blocks)
         return out, hidden
 
     @staticmethod
@@ -94,19 +102,21 @@ class _FusedLowRank(torch.autograd.Function):
         x, weight, A, B, A0, B0, gate, hidden = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
         need_gate = ctx.needs_input_grad[7]
-        kind, scale, blocks = hidden.dtype, ctx.scale, ctx.blocks
+        dtype, scale, blocks = hidden.dtype, ctx.scale, ctx.blocks
         grad_x = grad_weight = grad_bias = grad_A = grad_B = grad_gate = None
         at_hidden = grad_hidden
         if grad is not None and (need_x or need_A or need_gate):
-            pulled = _pull_back(grad, B.to(kind), blocks) * scale
+            pulled = _pull_back(grad, B.to(dtype), blocks) * scale
             if need_gate:
                 grad_gate = by_sample(pulled * hidden, gate).sum(1)
             pulled = gated(pulled, gate)
             at_hidden = pulled if grad_hidden is None else pulled + grad_hidden
         if need_x and at_hidden is not None:
-            grad_x = at_hidden @ A.to(kind) if grad is None else (grad @ weight.to(kind)).addmm_(at_hidden, A.to(kind))
+            grad_x = (
+                at_hidden @ A.to(dtype) if grad is None else (grad @ weight.to(dtype)).addmm_(at_hidden, A.to(dtype))
+            )
             if grad is not None and A0 is not None and B0 is not None:
-                grad_x.addmm_(_pull_back(grad, B0.to(kind), blocks), A0.to(kind), alpha=-scale)
+                grad_x.addmm_(_pull_back(grad, B0.to(dtype), blocks), A0.to(dtype), alpha=-scale)
         if need_A and at_hidden is not None:
             grad_A = at_hidden.t() @ x
         if grad is not None:
@@ -119,12 +129,46 @@ class _FusedLowRank(torch.autograd.Function):
 GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
-class Adapted(Host):
-    """A host of a low-rank update.
+CORES = ("", "full", "diagonal")
+
+
+@dataclass(frozen=True)
+class LowRankSettings:
+    """Settings of a low-rank update.
+
+    rank: of each block. scale: s. blocks: output rows of each factor pair. core: "full" or "diagonal" for a trained core
+    between the factors of each block, "" for none. experts: number of rank groups that gates weigh for each sample.
+    """
+
+    rank: int
+    scale: float
+    blocks: tuple[int, ...]
+    core: str = ""
+    experts: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blocks", tuple(self.blocks))  # a list in a file
+        if self.core not in CORES:
+            raise ValueError(f"core {self.core!r}")
+        if self.experts is not None and not (self.experts > 0 and self.rank % self.experts == 0):
+            raise ValueError(f"{self.experts!r} experts for rank {self.rank}")
+
+    @property
+    def core_shape(self) -> tuple[int, ...]:
+        """Shape of the cores of all blocks, stacked; empty without a core."""
+        rows = len(self.blocks) * self.rank
+        return {"": (), "full": (rows, self.rank), "diagonal": (rows,)}[self.core]
+
+
+@register_layer("low_rank")
+class LowRankLayer(AdapterLayer):
+    """Base of the layers with a low-rank update.
 
     Parameters lora_A (g*r, i), lora_B (o, r) and, with a core, lora_C (g*r, r) or (g*r,) are new. Buffers lora_A0, lora_B0
     hold the start of a principal initialisation. With `experts` e the rank is e groups in a row, gated by `instance_gates`.
     """
+
+    Settings = LowRankSettings
 
     def __init__(
         self,
@@ -143,14 +187,107 @@ class Adapted(Host):
         self.rank, self.scale, self.dropout = rank, scale, dropout
         out_features, in_features = self.matrix(self.weight).shape
         self.blocks = blocks or (out_features,)
-        kind = dtype or (torch.float32 if self.weight.dtype in (torch.bfloat16, torch.float16) else self.weight.dtype)
-        where = {"device": self.weight.device, "dtype": kind}
+        where: dict[str, Any] = {"device": self.weight.device, "dtype": dtype or trained_dtype(self.weight)}
         self.lora_A = nn.Parameter(torch.empty(len(self.blocks) * rank, in_features, **where))
         self.lora_B = nn.Parameter(torch.empty(out_features, rank, **where))
         self.lora_C = nn.Parameter(torch.zeros(core, **where)) if core else None
         self.register_buffer("lora_A0", None)
         self.register_buffer("lora_B0", None)
 
+    # ---- the layer as data
+    @classmethod
+    def plan(
+        cls,
+        path: str,
+        module: nn.Module,
+        rank: int,
+        alpha: float | None,
+        *,
+        rslora: bool = False,
+        clamp_rank: bool = False,
+        split_qkv: bool = False,
+        experts: int | None = None,
+        **settings: Any,
+    ) -> LayerSpec:
+        """Return the spec of one module: rank, scale and blocks from the options of `inject`.
+
+        settings: further fields of `Settings`. Raises UserError for a rank that does not fit.
+        """
+        out_features, in_features = matrix_shape(module)
+        blocks = qkv_blocks(path, out_features) if split_qkv else (out_features,)
+        largest = min(*blocks, in_features)
+        if rank > largest:
+            if not clamp_rank:
+                raise UserError(
+                    f"adapt.rank: {rank} for '{path}' ({out_features} x {in_features}) is larger than {largest}. "
+                    "Lower it, give rank_pattern, or set clamp_rank=True."
+                )
+            rank = largest
+        if experts is not None and rank % experts:
+            raise UserError(
+                f"adapt.n_experts: {experts} experts cannot share the rank {rank} of '{path}' evenly; give a rank that is "
+                f"a multiple of {experts}, or other n_experts."
+            )
+        numerator = float(rank if alpha is None else alpha) * (experts or 1)
+        scale = numerator / (rank**0.5 if rslora else rank)
+        return spec_of(path, module, cls, cls.Settings(rank, scale, blocks, experts=experts, **settings))
+
+    @classmethod
+    def build(
+        cls, base: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
+    ) -> LowRankLayer:
+        layer = LowRankConv2d if spec.kind == "conv2d" else LowRankLinear
+        return layer(base, dropout=dropout, dtype=dtype, **cls._options(spec.settings))
+
+    @staticmethod
+    def _options(settings: LowRankSettings) -> dict[str, Any]:
+        """Return the arguments of the constructor."""
+        return {
+            "rank": settings.rank,
+            "scale": settings.scale,
+            "blocks": settings.blocks,
+            "core": settings.core_shape,
+            "experts": settings.experts,
+        }
+
+    @classmethod
+    def tensor_shapes(cls, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
+        settings = spec.settings
+        shapes: dict[str, tuple[int, ...]] = {
+            "lora_A": (len(settings.blocks) * settings.rank, spec.shape[1]),
+            "lora_B": (spec.shape[0], settings.rank),
+        }
+        return {**shapes, "lora_C": settings.core_shape} if settings.core else shapes
+
+    @classmethod
+    def optional_shapes(cls, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
+        shapes = cls.tensor_shapes(spec)
+        return {"lora_A0": shapes["lora_A"], "lora_B0": shapes["lora_B"]}
+
+    @classmethod
+    def count_parameters(cls, spec: LayerSpec) -> int:
+        settings = spec.settings
+        core = prod(settings.core_shape) if settings.core else 0
+        return settings.rank * (spec.shape[0] + len(settings.blocks) * spec.shape[1]) + core
+
+    @classmethod
+    def factor_rank(cls, spec: LayerSpec) -> int:
+        return spec.settings.rank
+
+    @classmethod
+    def describe(cls, spec: LayerSpec) -> tuple[str, str]:
+        settings = spec.settings
+        count = len(settings.blocks)
+        return f"{count} x {settings.rank}" if count > 1 else str(settings.rank), f"{settings.scale:g}"
+
+    @classmethod
+    def shape_mismatch(cls, spec: LayerSpec, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> str:
+        name = "lora_B" if shape[1] == spec.shape[1] else "lora_A"
+        saved = tuple(tensors[f"{spec.path}.{name}"].shape)
+        needed = (saved[0], shape[1]) if name == "lora_A" else (shape[0], saved[1])
+        return f"{spec.path}.{name}: saved {saved}, needed {needed}"
+
+    # ---- the update
     @torch.no_grad()
     def set_factors(self, A: Tensor, B: Tensor, offset: bool) -> None:
         """Copy A (g*r, i) and B (o, r) in; with `offset` they are also kept as the start that is subtracted."""
@@ -159,31 +296,30 @@ class Adapted(Host):
         if offset:
             self.lora_A0, self.lora_B0 = self.lora_A.detach().clone(), self.lora_B.detach().clone()
 
-    def factors(self) -> dict[str, Tensor]:
-        """The tensors that an adapter file holds for this host, by name."""
+    def tensors(self) -> dict[str, Tensor]:
         named = {name: getattr(self, name) for name in ("lora_A", "lora_B", "lora_C", "lora_A0", "lora_B0")}
         return {name: value for name, value in named.items() if value is not None}
 
     def left(self) -> Tensor:
-        """B C (o, r), block by block: what meets the hidden product; B itself without a core."""
+        """Return B C (o, r), block by block: the factor of the hidden product; B itself without a core."""
         if self.lora_C is None:
             return self.lora_B
         cores = self.lora_C.chunk(len(self.blocks))
         return torch.cat([times_core(b, c) for b, c in zip(self.lora_B.split(self.blocks, 0), cores)])
 
     def gate(self, x: Tensor) -> Tensor | None:
-        """The gates in force, for the hidden channels of the samples of x (b, ...): (b or 1, g*r) in its dtype."""
+        """Return the gates in force, for the hidden channels of the samples of x (b, ...): (b or 1, g*r) in its dtype."""
         if self.experts is None:
             return None
         gates = sample_gates(x.shape[0], self.experts).to(x.device, x.dtype)
         return repeat(gates, "b e -> b (g e r)", g=len(self.blocks), r=self.rank // self.experts)
 
-    def need_idle(self, what: str, path: str) -> None:
+    def check_mergeable(self, what: str, path: str) -> None:
         if self.experts is not None:
             fixed_gates(what, self.experts)
 
     def fixed_left(self) -> Tensor:
-        """`left()` with the one row of gates in it that a single weight can hold."""
+        """Return `left()` with the one row of gates in it that a single weight can hold."""
         if self.experts is None:
             return self.left()
         left = self.left().to(torch.promote_types(self.lora_B.dtype, torch.float32))
@@ -191,7 +327,7 @@ class Adapted(Host):
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy factors in; starts that the host lacks are created."""
+        """Copy factors in; starts that the layer lacks are created."""
         for name, value in tensors.items():
             if name in ("lora_A0", "lora_B0"):
                 like = self.lora_A if name == "lora_A0" else self.lora_B
@@ -200,7 +336,7 @@ class Adapted(Host):
                 getattr(self, name).copy_(value)
 
     def low_rank(self) -> LowRank:
-        """The whole update against the stock weight as one LowRank: rank r, 2r with a start, g times that in blocks."""
+        """Return the whole update against the stock weight as one LowRank: rank r, 2r with a start, g times that in blocks."""
         A, B = self.lora_A.detach(), self._block_diagonal(self.fixed_left().detach())
         if self.lora_A0 is not None:
             A = torch.cat([A, self.lora_A0])
@@ -212,17 +348,17 @@ class Adapted(Host):
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """The stock module with W + DeltaW, summed in fp32 (fp64 for fp64) and rounded once to the weight's dtype."""
-        kind = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        total = self.matrix(self.weight).to(kind, copy=True)
+        """Return the stock module with W + DeltaW, summed in fp32 (fp64 for fp64) and rounded once to the weight's dtype."""
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        total = self.matrix(self.weight).to(dtype, copy=True)
         for start in (False, True):
             A, B = (self.lora_A0, self.lora_B0) if start else (self.lora_A, self.fixed_left())
             if A is None:
                 continue
-            parts = zip(
-                total.split(self.blocks, 0), B.to(kind).split(self.blocks, 0), A.to(kind).chunk(len(self.blocks))
+            blocks = zip(
+                total.split(self.blocks, 0), B.to(dtype).split(self.blocks, 0), A.to(dtype).chunk(len(self.blocks))
             )
-            for rows, b, a in parts:
+            for rows, b, a in blocks:
                 rows.addmm_(b, a, alpha=-self.scale if start else self.scale)
         weight = torch.empty_like(self.weight)
         weight.copy_(self.stored(total))
@@ -236,7 +372,7 @@ class Adapted(Host):
         )
 
 
-class AdaptedLinear(Adapted):
+class LowRankLinear(LowRankLayer):
     """nn.Linear, or transformers' Conv1D (weight stored (i, o)), with a low-rank update.
 
     forward: x (..., i) -> (..., o), in x's dtype (the autocast dtype where autocast is on).
@@ -258,7 +394,7 @@ class AdaptedLinear(Adapted):
         return out.view(*x.shape[:-1], out.shape[-1])
 
 
-class AdaptedConv2d(Adapted):
+class LowRankConv2d(LowRankLayer):
     """nn.Conv2d (groups = 1): A is a convolution of the same geometry with r output channels, B a 1x1 convolution.
 
     forward: x (b, c, h, w) -> (b, o, h', w'). The matrix form is the weight reshaped to (o, c*kh*kw).
@@ -283,9 +419,21 @@ class AdaptedConv2d(Adapted):
             out = out - self.scale * self._product(x, self.lora_A0, self.lora_B0)
         return out
 
+    def peft_factors(self, update: LowRank) -> tuple[Tensor, Tensor]:
+        """Return A (r, c, kh, kw) and B (o, r, 1, 1)."""
+        A, B = super().peft_factors(update)
+        return A.view(-1, *self.weight.shape[1:]), B[:, :, None, None]
+
     def _product(self, x: Tensor, A: Tensor, B: Tensor, gate: Tensor | None = None) -> Tensor:
         kernel = A.to(self.weight.dtype).view(-1, *self.weight.shape[1:])
         hidden = self.shell._conv_forward(x, kernel, None)
         if gate is not None:
             hidden = hidden * gate[:, :, None, None]
         return F.conv2d(hidden, B.to(self.weight.dtype)[:, :, None, None])
+
+
+def qkv_blocks(path: str, out_features: int) -> tuple[int, ...]:
+    """Return three equal output blocks for a fused timm projection named qkv, one block for any other linear."""
+    if path.split(".")[-1] == "qkv" and out_features % 3 == 0:
+        return (out_features // 3,) * 3
+    return (out_features,)

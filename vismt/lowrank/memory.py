@@ -1,13 +1,13 @@
-"""What a model costs to train: weights, gradients, optimiser state, activations kept for the backward pass, and their peak.
+"""Memory of training a model: weights, gradients, optimiser state, activations kept for the backward pass, and the peak.
 
     M = weights + gradients + optimiser state + A        with t P of P parameters trained, b bytes a number:
         P b + t P (b + 2 b) + A  for Adam;   A by formula in activations.py
 
-Everything is measured by storages, each once however many tensors lie in it, and in full even when only a view of it is
-kept: that is what stays in memory. Parameters and buffers are no activations. Not seen: tensors that a custom function keeps
-on its context without `save_for_backward`, what lies inside a checkpointed region, workspaces of kernels. A peak needs more
-than one step: the first one has no optimiser state yet. Code that asks whether a saved tensor is the parameter itself goes
-wrong under the hooks, so measure and train in passes of their own.
+Storages are measured, each once however many tensors lie in it, and in full even when only a view of it is kept: that is
+what stays in memory. Parameters and buffers do not count as activations. Not measured: tensors that a custom function keeps
+on its context without `save_for_backward`, the inside of a checkpointed region, workspaces of kernels. A peak needs more
+than one step: the first one has no optimiser state yet. Code that tests whether a saved tensor is the parameter itself fails
+under the hooks, so measure and train in separate passes.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ STATE_COPIES = {"adamw": 2, "adam": 2, "sgd_momentum": 1, "sgd": 0}
 
 @dataclass(frozen=True)
 class Account:
-    """Counts of parameters and bytes; a field that was not asked for is None.
+    """Counts of parameters and bytes; a field that was not measured is None.
 
     trainable, total: numbers of parameters, shared ones once.
-    weight_bytes: parameters and buffers. gradient_bytes: gradients that are there now.
+    weight_bytes: parameters and buffers. gradient_bytes: gradients that exist now.
     activation_bytes: saved for backward by one forward pass.
-    optimizer_bytes: state the given optimiser holds now.
-    optimizer_bytes_formula: copies of the trainable parameters that kind of optimiser keeps, in bytes.
-    peak_bytes: most bytes alive at once in a training step, beside what was there before the first one.
+    optimizer_bytes: state that the optimiser holds now.
+    optimizer_bytes_formula: copies of the trainable parameters that this kind of optimiser keeps, in bytes.
+    peak_bytes: most bytes alive at once in a training step, without what existed before the first one.
     """
 
     trainable: int
@@ -72,7 +72,7 @@ def account(
     kind: str | None = None,
     step: Callable[[], object] | None = None,
 ) -> Account:
-    """All counts of one model.
+    """Return all counts of one model.
 
     Args:
         model: any module.
@@ -96,51 +96,51 @@ def account(
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, total) numbers of parameters; a parameter that is shared counts once."""
+    """Return the (trainable, total) numbers of parameters; a parameter that is shared counts once."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters and buffers, each storage once: a parameter that is a slice of a buffer adds nothing."""
+    """Return the bytes of the parameters and buffers, each storage once: a parameter that is a slice of a buffer adds nothing."""
     return _bytes((*model.parameters(), *model.buffers()))
 
 
 def gradient_bytes(model: nn.Module) -> int:
-    """Bytes of the gradients that are there now."""
+    """Return the bytes of the gradients that exist now."""
     return _bytes(parameter.grad for parameter in model.parameters() if parameter.grad is not None)
 
 
 def saved_activation_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
-    """Bytes of all storages that autograd keeps during `forward()`, parameters and buffers of `model` left out.
+    """Return the bytes of all storages that autograd keeps during `forward()`, without parameters and buffers of `model`.
 
-    An input that a layer saves counts. What `forward` returns is held until the count is done, and nothing is run
-    backward, so gradients and module state stay as they are (but for what the forward pass itself changes).
+    An input that a layer saves counts. The result of `forward` is kept until the count is done, and nothing is run
+    backward, so gradients and module state are unchanged (except for what the forward pass itself changes).
     """
-    ours = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[tuple[str, int], int] = {}
+    of_model = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    sizes: dict[tuple[str, int], int] = {}
     alive: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
         key = _storage(tensor)
-        if key not in ours and key not in kept:
-            kept[key] = tensor.untyped_storage().nbytes()
+        if key not in of_model and key not in sizes:
+            sizes[key] = tensor.untyped_storage().nbytes()
             alive.append(tensor.detach())
         return tensor
 
     with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
         output = forward()
     del output
-    return sum(kept.values())
+    return sum(sizes.values())
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the tensors in the optimiser's state, each storage once: moments and step counters, no parameters."""
+    """Return the bytes of the tensors in the optimiser's state (moments, step counters), each storage once."""
     return _bytes(value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
 
 
 def optimizer_bytes_formula(parameters: Iterable[Tensor], kind: str) -> int:
-    """Bytes of the moments for `parameters`: Adam and AdamW keep two copies, SGD with momentum one, plain SGD none.
+    """Return the bytes of the moments for `parameters`: Adam and AdamW keep two copies, SGD with momentum one, plain SGD none.
 
     Step counters (4 bytes for each tensor with AdamW) are left out.
     """
@@ -150,10 +150,10 @@ def optimizer_bytes_formula(parameters: Iterable[Tensor], kind: str) -> int:
 
 
 def peak_bytes(step: Callable[[], object], steps: int = 2) -> int:
-    """Most bytes alive at once during the last of `steps` calls, of all that came to be since the first.
+    """Return the most bytes alive at once during the last of `steps` calls, of all storages created since the first.
 
-    step: one whole training step; gradients that it frees or reuses should not be there before. Independent of the
-    allocator, of the machine and of time; the kernels' own workspaces are not seen.
+    step: one whole training step; gradients that it frees or reuses should not exist before. Independent of the
+    allocator, the machine and time; workspaces of kernels are not measured.
     """
     live = _Live()
     for _ in range(steps):
@@ -164,39 +164,39 @@ def peak_bytes(step: Callable[[], object], steps: int = 2) -> int:
 
 
 class _Live(TorchDispatchMode):
-    """Bytes of the storages that operations have made and nobody has freed: now, and at most."""
+    """Bytes of the storages that operations have created and that are not freed: now, and at most."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.known: set[int] = set()
+        self.live: set[int] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        # What an operation was given (in place, a view) is not new, whoever made it.
-        given = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
-        made = func(*args, **kwargs)
-        for one in tree_leaves(made):
-            if isinstance(one, Tensor) and one.untyped_storage()._cdata not in given | self.known:
-                self._add(one.untyped_storage())
-        return made
+        # The storage of an argument (in place, a view) is not new.
+        inputs = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in inputs | self.live:
+                self._add(leaf.untyped_storage())
+        return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        self.known.add(key)
+        self.live.add(key)
         self.now += size
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._remove, key, size)
 
     def _remove(self, key: int, size: int) -> None:
-        self.known.discard(key)
+        self.live.discard(key)
         self.now -= size
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages that tensors lie in."""
+    """Return the bytes of the storages that tensors lie in."""
     return sum({_storage(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 

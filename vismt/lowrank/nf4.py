@@ -3,10 +3,10 @@
     q = |block|_max * level[nearest(w / |block|_max)]
 
 The levels are quantiles of a standard normal, eight below zero, zero, and seven above, scaled to [-1, 1]; blocks run over
-the matrix row by row, the last one may be shorter. A value that is a level already stays, so quantising twice changes
-nothing. That is what bitsandbytes stores without its quantised block maxima ("double quantisation"), with which the second
+the matrix row by row, the last one may be shorter. A value that is a level stays, so quantising twice changes
+nothing. This is what bitsandbytes stores without its quantised block maxima ("double quantisation"), with which the second
 rounding would move the weights again. Its own kernels are the grid "bitsandbytes": they find a level to fp32, so that a tie
-may fall the other way, and get whole blocks as rows here (0.50.2 on a CPU gives other values where a row is no multiple of 64).
+may fall the other way, and get whole blocks as rows here (0.50.2 on a CPU gives other values for rows of other lengths).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ OUTERMOST = 0.9677083
 
 
 def levels() -> Tensor:
-    """The 16 levels, fp64, ascending from -1 to 1."""
+    """Return the 16 levels, fp64, ascending from -1 to 1."""
     above = torch.special.ndtri(torch.linspace(OUTERMOST, 0.5, 9, dtype=torch.float64)[:-1])
     below = -torch.special.ndtri(torch.linspace(OUTERMOST, 0.5, 8, dtype=torch.float64)[:-1])
     return torch.cat([below, torch.zeros(1, dtype=torch.float64), above.flip(0)]) / above.max()
 
 
 def nf4(matrix: Tensor) -> Tensor:
-    """The nearest values that NF4 can store, in the shape, dtype and on the device of `matrix` (fp32 or fp64)."""
+    """Return the nearest values that NF4 can store, in the shape, dtype and on the device of `matrix` (fp32 or fp64)."""
     blocks = _blocks(matrix)
     grid = levels().to(matrix.device, matrix.dtype)
     peak = blocks.abs().amax(1, keepdim=True)
@@ -42,7 +42,7 @@ def nf4(matrix: Tensor) -> Tensor:
 
 
 def on_grid(matrix: Tensor, grid: str) -> Tensor:
-    """The nearest values of a grid of GRIDS. Shapes and dtypes as `nf4`; UserError where bitsandbytes is not installed."""
+    """Return the nearest values of a grid of GRIDS, as `nf4` does; UserError where bitsandbytes is not installed."""
     if grid == "nf4":
         return nf4(matrix)
     functional = need_bitsandbytes()
@@ -51,12 +51,14 @@ def on_grid(matrix: Tensor, grid: str) -> Tensor:
 
 
 def need_bitsandbytes() -> Any:
-    """Its functions; UserError where it is not installed."""
+    """Return the functions of bitsandbytes; UserError where it is not installed."""
     try:
         return importlib.import_module("bitsandbytes").functional
     except ImportError as error:
-        told = "pip install bitsandbytes, or take quantize='nf4', which has the same levels"
-        raise UserError(f"adapt.quantize: 'bitsandbytes' is not installed ({error}): {told}.") from error
+        raise UserError(
+            f"adapt.quantize: 'bitsandbytes' is not installed ({error}): pip install bitsandbytes, or take quantize='nf4', "
+            "which has the same levels."
+        ) from error
 
 
 def _blocks(matrix: Tensor) -> Tensor:

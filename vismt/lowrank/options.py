@@ -11,11 +11,23 @@ import torch
 
 from vismt.errors import UserError, near
 
+# The options of `inject` that users give, whatever the method.
+COMMON = (
+    "exclude",
+    "rank_pattern",
+    "alpha_pattern",
+    "rslora",
+    "clamp_rank",
+    "split_qkv",
+    "dropout",
+    "also_train",
+    "dtype",
+)
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def checked(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of `inject` with patterns as lists and dtype names as dtypes; a UserError for the first wrong one."""
+    """Return the options of `inject` with patterns as lists and dtype names as dtypes; UserError for the first wrong one."""
     result = dict(options)
     for name in ("exclude", "also_train"):
         result[name] = _patterns(name, result.get(name, ()))
@@ -39,7 +51,7 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _patterns(name: str, value: Any) -> list[str]:
-    """A string is one pattern; else a sequence of strings."""
+    """Return the patterns as a list: a string is one pattern."""
     if isinstance(value, str):
         return [value]
     if not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):

@@ -1,4 +1,4 @@
-"""What peft wrote, as data: the settings with the modules they name, factor pairs by path, and whole parameters.
+"""A peft folder as data: the settings with the modules they name, factor pairs by path, and whole parameters.
 
 peft builds its layers from the settings and copies the file over them; a layer that the file does not fill keeps B = 0, a
 tensor without a layer is dropped, and both are warnings at most. Here either is an error. Its rules, as of peft 0.21:
@@ -7,7 +7,7 @@ tensor without a layer is dropped, and both are warnings at most. Here either is
     layers_to_transform  with a list, the first number after a dot (or after layers_pattern) is one of these
     exclude_modules      as target_modules; wins, and so does modules_to_save, which takes every path that ends so
     rank_pattern, ...    the first key whose regular expression matches the end of the path after a dot
-    fan_in_fan_out       says nothing about A and B; the module itself tells
+    fan_in_fan_out       does not concern A and B; the class of the module decides
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ BIASES = ("none", "all", "lora_only")
 class PeftAdapter:
     """A folder that peft wrote, read but not compared with a model.
 
-    low_rank: by path, L = B (o, r), R = A (r, i or c*kh*kw). extras: whole parameters by name. what: its name in messages.
+    low_rank: by path, L = B (o, r), R = A (r, i or c*kh*kw). extras: whole parameters by name. what: name in messages.
     """
 
     what: str
@@ -62,79 +62,77 @@ class PeftAdapter:
 
     @property
     def replay(self) -> bool:
-        """Whether it was trained on what an exact SVD leaves of the base."""
+        """Whether it was trained on the rest of the base after an exact SVD start."""
         return str(self.config.get("init_lora_weights")).lower() == "pissa"
 
     def targets(self, model: nn.Module) -> set[str]:
-        """Paths of the linears and convolutions that the settings name."""
-        found = {path for path, module in model.named_modules() if path and kind_of(module) and self._names(path)}
+        """Return the paths of the linears and convolutions that the settings name."""
+        paths = {path for path, module in model.named_modules() if path and kind_of(module) and self._names(path)}
         if str(self.config.get("target_modules")).lower() == "all-linear":
-            getter = getattr(
-                model, "get_output_embeddings", None
-            )  # transformers' alone are left out, a timm head is not
+            # Only the head of a transformers model is left out, not that of a timm model.
+            getter = getattr(model, "get_output_embeddings", None)
             head = getter() if callable(getter) else None
-            found = {
-                p for p in found if kind_of(model.get_submodule(p)) != "conv2d" and model.get_submodule(p) is not head
-            }
-        return found
+            modules = {path: model.get_submodule(path) for path in paths}
+            paths = {path for path in paths if kind_of(modules[path]) != "conv2d" and modules[path] is not head}
+        return paths
 
     def need_the_same_modules(self, model: nn.Module) -> None:
-        """UserError where the modules that the settings name are not those of the file."""
-        named, held = self.targets(model), set(self.low_rank)
+        """Raise UserError where the modules that the settings name are not those of the file."""
+        named, saved = self.targets(model), set(self.low_rank)
         modules = dict(model.named_modules())
-        for path in sorted(held - named):
+        for path in sorted(saved - named):
             if path not in modules or kind_of(modules[path]) is None:
                 raise UserError(f"{self.what}: {type(model).__name__} has no linear or convolution '{path}'.")
             raise UserError(f"{self.what}: the file holds factors of '{path}', which the settings do not name.")
-        for path in sorted(named - held):
-            more = f" ({len(named - held)} such modules)" if len(named - held) > 1 else ""
-            raise UserError(f"{self.what}: the settings name '{path}', of which the file holds no factors{more}.")
+        for path in sorted(named - saved):
+            more = f" ({len(named - saved)} such modules)" if len(named - saved) > 1 else ""
+            raise UserError(f"{self.what}: the settings name '{path}', but the file holds no factors of it{more}.")
 
     def kept(self, model: nn.Module) -> dict[str, Tensor]:
-        """Whole parameters of the file by the names that the model has for them."""
-        parameters, wanted = dict(model.named_parameters(remove_duplicate=False)), self._promised(model)
-        held = {**parameters, **dict(model.named_buffers())}
+        """Return the whole parameters of the file under the names that the model has for them."""
+        parameters, promised = dict(model.named_parameters(remove_duplicate=False)), self._promised(model)
+        tensors = {**parameters, **dict(model.named_buffers())}
         sharing: dict[int, list[str]] = {}
         for name, parameter in parameters.items():
             sharing.setdefault(id(parameter), []).append(name)
-        for name in sorted(wanted - set(self.extras)):
+        for name in sorted(promised - set(self.extras)):
             why = f"bias '{self.config.get('bias')}', modules_to_save {self.config.get('modules_to_save')}"
             raise UserError(f"{self.what}: '{name}' is missing, which the settings say the file holds ({why}).")
-        found: dict[str, Tensor] = {}
+        kept: dict[str, Tensor] = {}
         for name, value in self.extras.items():
-            if name not in held:
+            if name not in tensors:
                 raise UserError(f"{self.what}: '{PREFIX}{name}' belongs to no parameter of {type(model).__name__}.")
-            if value.shape != held[name].shape:
-                raise UserError(f"{self.what}: {name}: saved {tuple(value.shape)}, needed {tuple(held[name].shape)}.")
-            names = sharing.get(id(held[name]), [])
-            if wanted.isdisjoint(names):  # peft saves the embeddings along when one of them is adapted
-                if not _equal(value, held[name]):
+            if value.shape != tensors[name].shape:
+                raise UserError(
+                    f"{self.what}: {name}: saved {tuple(value.shape)}, needed {tuple(tensors[name].shape)}."
+                )
+            names = sharing.get(id(tensors[name]), [])
+            if promised.isdisjoint(names):  # peft saves the embeddings along when one of them is adapted
+                if not _equal(value, tensors[name]):
                     raise UserError(
                         f"{self.what}: the file holds other values of '{name}', which the settings do not name; load the base it "
                         "was trained on."
                     )
                 continue
-            # Of tied weights peft trains a copy of one, which unties them.
-            if any(other not in self.extras or not torch.equal(self.extras[other], value) for other in names):
-                other = next(other for other in names if other != name)
+            # peft trains a copy of one of two tied weights, which unties them.
+            if any(alias not in self.extras or not torch.equal(self.extras[alias], value) for alias in names):
+                alias = next(alias for alias in names if alias != name)
                 raise UserError(
-                    f"{self.what}: '{name}' was trained apart from '{other}', whose weight it shares here; untie them first."
+                    f"{self.what}: '{name}' was trained apart from '{alias}', whose weight it shares here; untie them first."
                 )
-            found[names[0]] = value
-        return found
+            kept[names[0]] = value
+        return kept
 
     def _promised(self, model: nn.Module) -> set[str]:
-        """Names of the parameters that the settings say are in the file: of modules_to_save, and biases."""
+        """Return the names of the parameters that the file holds by its settings: of modules_to_save, and biases."""
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-        wanted = _texts(self.config.get("modules_to_save"))
-        paths = [
-            path for path, _ in model.named_modules(remove_duplicate=False) if path and path.endswith(tuple(wanted))
-        ]
-        found = {name for path in paths for name in names if name.startswith(f"{path}.")} if wanted else set()
+        endings = tuple(_texts(self.config.get("modules_to_save")))
+        paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path and path.endswith(endings)]
+        saved = {name for path in paths for name in names if name.startswith(f"{path}.")}
         biases = {name for name in names if name == "bias" or name.endswith(".bias")}
         if self.config.get("bias") == "lora_only":
             biases &= {f"{path}.bias" for path in self.low_rank}
-        return found | biases if self.config.get("bias", "none") != "none" else found
+        return saved | biases if self.config.get("bias", "none") != "none" else saved
 
     def _names(self, path: str) -> bool:
         targets, excluded = self.config.get("target_modules"), self.config.get("exclude_modules")
@@ -153,12 +151,15 @@ class PeftAdapter:
     def _layer(self, path: str) -> int | None:
         patterns = _texts(self.config.get("layers_pattern"))
         rules = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
-        found = next(filter(None, (re.match(rule, path) for rule in rules)), None)
-        return int(found[1]) if found else None
+        match = next(filter(None, (re.match(rule, path) for rule in rules)), None)
+        return int(match[1]) if match else None
 
 
 def read_peft(folder: Path) -> PeftAdapter:
-    """UserError for damaged files, for a variant that is no plain LoRA, and for a start that cannot be replayed."""
+    """Return the folder as data.
+
+    Raises UserError for damaged files, a variant that is not a plain LoRA, and a start that cannot be replayed.
+    """
     what = f"peft adapter '{folder}'"
     config = read_json(folder / CONFIG, what)
     if not isinstance(config, dict):
@@ -187,15 +188,15 @@ def _refuse(what: str, config: Mapping[str, Any]) -> None:
         raise UserError(f"{what}: bias {config['bias']!r}; it must be one of {', '.join(BIASES)}.")
     try:
         targets, layers = config.get("target_modules"), config.get("layers_to_transform")
-        whole = bool(_texts(targets)) and (layers is None or bool(_numbers(layers)) or layers == [])
+        complete = bool(_texts(targets)) and (layers is None or bool(_numbers(layers)) or layers == [])
         excluded = config.get("exclude_modules")
         _texts(excluded)
         texts = [text for key in ("modules_to_save", "layers_pattern") for text in _texts(config.get(key))]
         for pattern in [*texts, *(text for text in (targets, excluded) if isinstance(text, str))]:
             re.compile(pattern)
     except (TypeError, re.error) as error:
-        raise UserError(f"{what}: {CONFIG}: what names the modules cannot be read ({error}).") from error
-    if not whole:
+        raise UserError(f"{what}: {CONFIG}: the settings that name the modules cannot be read ({error}).") from error
+    if not complete:
         raise UserError(
             f"{what}: {CONFIG}: target_modules {targets!r} and layers_to_transform {layers!r} name no module."
         )
@@ -212,16 +213,16 @@ def _load(folder: Path, what: str) -> dict[str, Tensor]:
 
 
 def _sort(what: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Factor pairs by module path, and whole parameters by name."""
+    """Return the factor pairs by module path, and whole parameters by name."""
     pairs: dict[str, dict[str, Tensor]] = {}
     extras: dict[str, Tensor] = {}
     for key, value in sorted(tensors.items()):
         if not key.startswith(PREFIX):
             raise UserError(f"{what}: key '{key}' lacks the prefix '{PREFIX}'; the file was not written by peft.")
         name = key[len(PREFIX) :]
-        found = re.fullmatch(r"(.*)\.lora_([AB])(?:\.default)?\.weight", name)
-        if found:
-            pairs.setdefault(found[1], {})[found[2]] = value
+        match = re.fullmatch(r"(.*)\.lora_([AB])(?:\.default)?\.weight", name)
+        if match:
+            pairs.setdefault(match[1], {})[match[2]] = value
         elif "lora_" in name:
             raise UserError(f"{what}: '{key}' belongs to a variant that is not a plain LoRA.")
         elif ".original_module." not in name:
@@ -242,21 +243,21 @@ def _low_rank(what: str, config: Mapping[str, Any], path: str, pair: Mapping[str
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, re.error) as error:
         raise UserError(f"{what}: {CONFIG}: r, lora_alpha or their patterns cannot be read ({error}).") from error
     A, B = pair["A"].flatten(1), pair["B"].flatten(1)
-    for side, factor, wanted in (("A", A, (rank, A.shape[1])), ("B", B, (B.shape[0], rank))):
-        if tuple(factor.shape) != wanted:
-            raise UserError(f"{what}: {path}.lora_{side}: saved {tuple(factor.shape)}, needed {wanted}.")
+    for side, factor, needed in (("A", A, (rank, A.shape[1])), ("B", B, (B.shape[0], rank))):
+        if tuple(factor.shape) != needed:
+            raise UserError(f"{what}: {path}.lora_{side}: saved {tuple(factor.shape)}, needed {needed}.")
     return LowRank(B, A, scale=scale)
 
 
 def _pattern(table: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """Peft's rule: the first key whose regex matches the end of the path after a dot."""
+    """Return the value of the first key whose regex matches the end of the path after a dot, as peft does."""
     return next((value for key, value in (table or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    """Of the same values, or one a cast of the other."""
-    one, other = one.detach().cpu(), other.detach().cpu()
-    return torch.equal(one, other.to(one.dtype)) or torch.equal(one.to(other.dtype), other)
+def _equal(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors have the same values, or one is a cast of the other."""
+    first, second = first.detach().cpu(), second.detach().cpu()
+    return torch.equal(first, second.to(first.dtype)) or torch.equal(first.to(second.dtype), second)
 
 
 def _ends(path: str, suffixes: Iterable[str]) -> bool:
@@ -264,15 +265,17 @@ def _ends(path: str, suffixes: Iterable[str]) -> bool:
 
 
 def _texts(value: Any) -> list[str]:
-    """One text or several; TypeError for anything else."""
-    found = [] if value is None else [value] if isinstance(value, str) else list(value)
-    if not all(isinstance(text, str) for text in found):
-        raise TypeError(f"{value!r} holds what is no text")
-    return found
+    """Return a list of texts, from one text or several; TypeError for anything else."""
+    if value is None:
+        return []
+    texts = [value] if isinstance(value, str) else list(value)
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{value!r} holds something else than texts")
+    return texts
 
 
 def _numbers(value: Any) -> list[int]:
-    found = [value] if isinstance(value, int) else list(value)
-    if not all(isinstance(number, int) for number in found):
-        raise TypeError(f"{value!r} holds what is no whole number")
-    return found
+    numbers = [value] if isinstance(value, int) else list(value)
+    if not all(isinstance(number, int) for number in numbers):
+        raise TypeError(f"{value!r} holds something else than whole numbers")
+    return numbers

@@ -19,41 +19,51 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError
 from vismt.files import atomic_write
-from vismt.lowrank.detached_updates import of_peft, put_on, refuse_grid
+from vismt.lowrank.detached_updates import of_peft, put_on
 from vismt.lowrank.init import principal
-from vismt.lowrank.inject import AdaptRecord, adapted_modules, need_record, refuse_adapted
-from vismt.lowrank.linear import AdaptedConv2d
+from vismt.lowrank.inject import AdaptRecord, adapter_layers, need_record, refuse_adapted
 from vismt.lowrank.peft_files import CONFIG, PREFIX, TENSORS, PeftAdapter, read_peft
 from vismt.lowrank.store import fill
 from vismt.lowrank.targets import kind_of, matrix_shape
-from vismt.lowrank.wrappers import need_idle, stock_order
+from vismt.lowrank.wrappers import check_mergeable, stock_order
 
 
 def export_peft(model: nn.Module, folder: str | Path, *, compact: bool = False) -> Path:
-    """Write an adapted model as a plain LoRA. compact drops vanishing directions by QR and a small SVD.
+    """Write an adapted model as a plain LoRA in peft's layout.
 
-    Raises UserError where the model does more than plain LoRA (a router that has not faded, quantised weights).
+    Args:
+        model: an adapted model; not changed.
+        folder: made where it is missing.
+        compact: drop vanishing directions by QR and a small SVD.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: where the model does more than plain LoRA (a router that has not faded, quantised weights).
     """
     record = need_record(model, "export_peft")
-    need_idle(model, "export_peft")
+    check_mergeable(model, "export_peft")
     if not record.sites:
         raise UserError(f"export_peft: '{record.method}' has no low-rank factors; merge the model and save it whole.")
-    refuse_grid("export_peft", record.method, record.sites)
+    for spec in record.sites:
+        if spec.layer.not_exported:
+            raise UserError(f"export_peft: '{record.method}' {spec.layer.not_exported}.")
     saved = _whole_modules(model, record)
     _refuse_suffixes(model, saved)
-    whole = {name for path in saved for name in _below(model, path)}
-    bias = _bias_setting(model, set(record.also_train), whole)
+    saved_names = {name for path in saved for name in _below(model, path)}
+    bias = _bias_setting(model, set(record.also_train), saved_names)
     with stock_order(model):
         payload, ranks = _plain_lora(model, compact)
-        for name in whole | set(record.also_train):
+        for name in saved_names | set(record.also_train):
             path, _, leaf = name.rpartition(".")
             adapted = f"{path}.base_layer.{leaf}" if path in ranks else name
             payload[f"{PREFIX}{adapted}"] = model.get_parameter(name)
         payload = {name: value.detach().cpu().contiguous().clone() for name, value in payload.items()}
     common = max(ranks.values())
     paths = [path for path, module in model.named_modules() if path and (path in ranks or kind_of(module))]
-    # peft takes a path for a suffix, too: where another module ends so, the start is said.
-    anchored = {path: any(other.endswith(f".{path}") for other in paths) for path in ranks}
+    # peft also takes a path for a suffix: where another module has this suffix, the pattern is anchored.
+    anchored = {path: any(longer.endswith(f".{path}") for longer in paths) for path in ranks}
     pattern = {
         ("^" if anchored[path] else "") + re.escape(path): rank for path, rank in ranks.items() if rank != common
     }
@@ -87,28 +97,36 @@ def export_peft(model: nn.Module, folder: str | Path, *, compact: bool = False) 
 
 
 def _plain_lora(model: nn.Module, compact: bool) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """The factors under peft's keys, and the rank at each path."""
+    """Return the factors under peft's keys, and the rank at each path."""
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    for path, host in adapted_modules(model).items():
-        update = host.low_rank().to(dtype=torch.float32)
+    for path, layer in adapter_layers(model).items():
+        update = layer.low_rank().to(dtype=torch.float32)
         if compact:
             update = update.compact().balanced()
-        A, B = update.R, update.L * update.scale
-        if isinstance(host, AdaptedConv2d):
-            A, B = A.view(-1, *host.weight.shape[1:]), B[:, :, None, None]
+        A, B = layer.peft_factors(update)
         tensors[f"{PREFIX}{path}.lora_A.weight"], tensors[f"{PREFIX}{path}.lora_B.weight"] = A, B
         ranks[path] = update.rank
     return tensors, ranks
 
 
 def import_peft(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Put a LoRA that peft wrote on a stock model, as method 'lora'. Returns the model.
+    """Put a LoRA that peft wrote on a stock model, as method 'lora'.
 
     The modules that the settings name and those in the file have to be the same, every shape that of the model. A start
     that changed the base is replayed where that is possible (init_lora_weights "pissa", an exact SVD: B0 A0 is subtracted).
-    Refused: other tuner types, DoRA and the like, and other such starts (pissa_niter, corda, olora, ...): convert those to
-    a plain LoRA first (peft: save_pretrained(path_initial_model_for_weight_conversion=...)).
+
+    Args:
+        model: a stock model; changed in place.
+        folder: what peft or `export_peft` wrote.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: for other modules or shapes than the model's, other tuner types, DoRA and the like, and other starts that
+            changed the base (pissa_niter, corda, olora, ...): convert those to a plain LoRA first (peft:
+            save_pretrained(path_initial_model_for_weight_conversion=...)).
     """
     adapter = read_peft(Path(folder))
     refuse_adapted(model, adapter.what)
@@ -121,43 +139,43 @@ def import_peft(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def _replayed(model: nn.Module, adapter: PeftAdapter) -> dict[str, Tensor]:
-    """The principal factors that peft took out of each weight, by adapter key."""
+    """Return the principal factors that peft took out of each weight, by adapter key."""
     starts: dict[str, Tensor] = {}
     for path, update in adapter.low_rank.items():
         module = model.get_submodule(path)
         if update.shape != matrix_shape(module) or kind_of(module) == "conv2d" or update.rank > min(update.shape):
             raise UserError(
-                f"{adapter.what}: '{path}' is no linear that a start of rank {update.rank} could be replayed on."
+                f"{adapter.what}: '{path}' is not a linear that a start of rank {update.rank} can be replayed on."
             )
         weight = module.weight.detach().t() if kind_of(module) == "conv1d" else module.weight.detach()
-        one_more = min(update.rank + 1, *update.shape)
-        A, B = principal(weight, one_more, update.scale, generator=torch.Generator())
+        next_rank = min(update.rank + 1, *update.shape)  # shows whether the start is unique
+        A, B = principal(weight, next_rank, update.scale, generator=torch.Generator())
         values = A.square().sum(1)
-        if one_more > update.rank and not values[-2] - values[-1] > 1e-5 * values[0]:
+        if next_rank > update.rank and not values[-2] - values[-1] > 1e-5 * values[0]:
             raise UserError(
-                f"{adapter.what}: the start cannot be replayed: the singular values {update.rank} and {one_more} of '{path}' are "
-                "equal; convert it to a plain LoRA with peft first."
+                f"{adapter.what}: the start cannot be replayed: the singular values {update.rank} and {next_rank} of '{path}' "
+                "are equal; convert it to a plain LoRA with peft first."
             )
         starts |= {f"{path}.lora_A0": A[: update.rank], f"{path}.lora_B0": B[:, : update.rank].contiguous()}
     return starts
 
 
 def _whole_modules(model: nn.Module, record: AdaptRecord) -> list[str]:
-    """Modules whose every parameter is trained along, none inside another; of a tied weight all modules that hold it."""
+    """Return the outermost modules with every parameter in also_train; for a tied weight all modules that hold it."""
     trained = {id(model.get_parameter(name)) for name in record.also_train}
-    found: list[str] = []
+    paths: list[str] = []
     for path, module in model.named_modules(remove_duplicate=False):
-        own = bool(module._parameters) and not path.startswith(tuple(f"{outer}." for outer in found))
-        if path and own and all(id(parameter) in trained for parameter in module.parameters()):
-            found.append(path)
-    return sorted(found)
+        candidate = bool(module._parameters) and not path.startswith(tuple(f"{outer}." for outer in paths))
+        if path and candidate and all(id(parameter) in trained for parameter in module.parameters()):
+            paths.append(path)
+    return sorted(paths)
 
 
 def _refuse_suffixes(model: nn.Module, saved: list[str]) -> None:
-    """Peft takes the names of whole modules for endings of paths, and adapts nothing there."""
-    for path in adapted_modules(model):
+    """Raise UserError where peft, which takes names of whole modules for endings of paths, would not adapt a module."""
+    for path in adapter_layers(model):
         for name in saved:
-            inside = any(f"{path}.".startswith(f"{own}.") for own in _ending(model, name))
+            inside = any(f"{path}.".startswith(f"{outer}.") for outer in _ending(model, name))
             if inside or re.match(rf"(^|.*\.){name}($|\..*)", path):
                 raise UserError(
                     f"export_peft: peft cannot save '{name}' whole and adapt '{path}', whose path it takes for the same; merge "
@@ -170,17 +188,17 @@ def _ending(model: nn.Module, name: str) -> list[str]:
 
 
 def _below(model: nn.Module, name: str) -> set[str]:
-    """Names of the parameters of all modules whose path ends so: peft saves them all."""
+    """Return the names of the parameters of all modules whose path ends with `name`: peft saves them all."""
     paths = [path for path in _ending(model, name) if path]
     return {f"{path}.{key}" for path in paths for key, _ in model.get_submodule(path).named_parameters()}
 
 
-def _bias_setting(model: nn.Module, trained: set[str], whole: set[str]) -> str:
-    """Peft's setting that saves what is trained beside whole modules; UserError where there is none."""
-    rest = trained - whole
+def _bias_setting(model: nn.Module, trained: set[str], saved: set[str]) -> str:
+    """Return peft's setting that saves what is trained besides whole modules; UserError where there is none."""
+    rest = trained - saved
     if not rest:
         return "none"
-    adapted = {f"{path}.bias" for path, host in adapted_modules(model).items() if host.bias is not None}
+    adapted = {f"{path}.bias" for path, layer in adapter_layers(model).items() if layer.bias is not None}
     everywhere = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
     for name, biases in (("lora_only", adapted), ("all", everywhere)):
         if rest <= biases <= trained:

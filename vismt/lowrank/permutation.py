@@ -1,4 +1,4 @@
-"""Reordering the units of structures (coupled.py) in a model: the hosts of one structure and its tensors move together."""
+"""Reordering of the units of structures (structures.py): the layers of a structure and its other tensors move together."""
 
 from __future__ import annotations
 
@@ -8,46 +8,49 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError
-from vismt.lowrank.structures import Block, Structure, structures
+from vismt.lowrank.structures import Structure, UnitBlock, structures
 from vismt.lowrank.targets import find_targets, kind_of
 
 
 class Coupling:
-    """The hosts in one structure and the tensors that have to move with its units; held by each of those hosts."""
+    """The layers in one structure and the modules whose tensors move with its units; each of those layers refers to it."""
 
-    def __init__(self, structure: Structure, modules: Mapping[str, nn.Module], hosts: Mapping[str, nn.Module]) -> None:
-        self.structure, self.modules, self.hosts = structure, dict(modules), dict(hosts)
+    def __init__(self, structure: Structure, modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Module]) -> None:
+        self.structure, self.modules, self.layers = structure, dict(modules), dict(layers)
         self.moved = False
 
     def reorder(self, stock: bool) -> None:
-        """Move the tensors, once however many hosts ask; the own order follows from what the hosts have chosen."""
+        """Move the tensors to the stock order, or to the order that puts the trained units together.
+
+        Every layer of the structure calls this; the first call moves the tensors.
+        """
         if self.moved is not stock:
             return
-        some = next(iter(self.hosts.values()))
+        first = next(iter(self.layers.values()))
         if not stock:
             chosen = {
-                part: self.structure.parts[part].units_of(host.slice_index)
-                for part, host in self.hosts.items()
-                if not host.weight.is_meta
+                part: self.structure.parts[part].units_of(layer.slice_index)
+                for part, layer in self.layers.items()
+                if not layer.weight.is_meta
             }
-            order = torch.tensor(self.structure.order(chosen), device=some.weight.device)
-            for host in self.hosts.values():
-                host.slice_order.copy_(order)
-        self._move(some.slice_order.long().argsort() if stock else some.slice_order.long())
+            order = torch.tensor(self.structure.order(chosen), device=first.weight.device)
+            for layer in self.layers.values():
+                layer.slice_order.copy_(order)
+        self._move(first.slice_order.long().argsort() if stock else first.slice_order.long())
         self.moved = not stock
 
     @torch.no_grad()
     def _move(self, order: Tensor) -> None:
-        """New unit u becomes old unit order[u], in place."""
+        """Let new unit u be old unit order[u], in place."""
         if order.is_meta:
             return
         for path in {block.path: None for block in self.structure.blocks}:
-            module, own = self.modules[path], [block for block in self.structure.blocks if block.path == path]
-            dim = own[0].dim
+            module, blocks = self.modules[path], [block for block in self.structure.blocks if block.path == path]
+            dim = blocks[0].dim
             weight = module.weight.t() if kind_of(module) == "conv1d" else module.weight
             weight = module.matrix(module.weight) if hasattr(module, "matrix") else weight
             index = torch.arange(weight.shape[dim], device=order.device)
-            for block in own:
+            for block in blocks:
                 index[block.start : block.start + block.units * block.size] = expand(order, block, self.structure)
             weight.copy_(weight.index_select(dim, index))
             bias = getattr(module, "bias", None)
@@ -55,8 +58,8 @@ class Coupling:
                 bias.copy_(bias[index])
 
 
-def expand(order: Tensor, block: Block, structure: Structure) -> Tensor:
-    """The order of a block's features from the order of the units; blocks of groups follow their heads."""
+def expand(order: Tensor, block: UnitBlock, structure: Structure) -> Tensor:
+    """Return the order of a block's features from the order of the units; blocks of groups follow their heads."""
     if block.units != structure.units:
         size = structure.units // structure.groups
         order = order[::size] // size
@@ -64,26 +67,30 @@ def expand(order: Tensor, block: Block, structure: Structure) -> Tensor:
 
 
 def movable(model: nn.Module, paths: Iterable[str]) -> list[Structure]:
-    """Structures of the stock modules at these paths; UserError where their units cannot be reordered."""
-    wanted = set(paths)
-    if not wanted:
+    """Return the structures of the stock modules at these paths; UserError where their units cannot be reordered."""
+    paths = set(paths)
+    if not paths:
         return []
-    found = [one for one in structures(model).values() if any(block.path in wanted for block in one.parts.values())]
-    for structure in found:
+    matches = [
+        structure
+        for structure in structures(model).values()
+        if any(block.path in paths for block in structure.parts.values())
+    ]
+    for structure in matches:
         if structure.obstacle:
             raise UserError(
                 f"s2ft: the units of '{structure.path}' cannot be reordered: {structure.obstacle}; use mode='index'."
             )
         linears = {block.path for block in structure.blocks if kind_of(model.get_submodule(block.path)) is not None}
-        find_targets(model, sorted(linears))  # moved as a plain weight, so it has to be one
-    return found
+        find_targets(model, sorted(linears))  # their weights are moved, so they have to be plain linears
+    return matches
 
 
-def couple(model: nn.Module, found: Iterable[Structure], hosts: Mapping[str, nn.Module]) -> None:
-    """Let the hosts at these paths, in stock order still, keep the units of their structures together."""
-    for structure in found:
-        own = {part: hosts[block.path] for part, block in structure.parts.items() if block.path in hosts}
+def couple(model: nn.Module, coupled: Iterable[Structure], layers: Mapping[str, nn.Module]) -> None:
+    """Let the layers at these paths, still in stock order, keep the units of their structures together."""
+    for structure in coupled:
+        of_parts = {part: layers[block.path] for part, block in structure.parts.items() if block.path in layers}
         modules = {block.path: model.get_submodule(block.path) for block in structure.blocks}
-        coupling = Coupling(structure, modules, own)
-        for part, host in own.items():
-            host.join(coupling, structure.parts[part])
+        coupling = Coupling(structure, modules, of_parts)
+        for part, layer in of_parts.items():
+            layer.attach(coupling, structure.parts[part])

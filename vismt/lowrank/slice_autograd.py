@@ -1,4 +1,4 @@
-"""y = W x + b of which only some rows or columns of W get a gradient, and only what that needs is kept.
+"""y = W x + b where only some rows or columns of W get a gradient, and only what this gradient needs is kept.
 
     dim 1 (columns J): dL/dp = g^T x[:, J]    (o, k), x[:, J] is kept
     dim 0 (rows J):    dL/dp = g[:, J]^T x    (k, i), x is kept            dL/dx = g W
@@ -20,15 +20,15 @@ Span = tuple[int, int] | None
 
 
 def take(tensor: Tensor, dim: int, place: Tensor, span: Span) -> Tensor:
-    """The features at `place`, or in a range; a view for a range."""
+    """Return the features at `place`, or those of a range, as a view."""
     return tensor.index_select(dim, place) if span is None else tensor.narrow(dim, span[0], span[1] - span[0])
 
 
 class PartialLinear(torch.autograd.Function):
     """(x (n, i), W (o, i), b, values, place (k,), span, dim, adds, keeps) -> y (n, o), picked (n, k) or empty.
 
-    adds: `values` is a difference to W's slice that is still to be added; else it lies in W already. keeps: something is
-    saved for its gradient. picked = x[:, J] is an output so that what is kept stays differentiable.
+    adds: `values` is a difference to W's slice that is not in W yet; otherwise W holds it. keeps: whether to save what the
+    gradient of `values` needs. picked = x[:, J] is an output so that the saved tensor stays differentiable.
     """
 
     generate_vmap_rule = True
@@ -45,37 +45,37 @@ class PartialLinear(torch.autograd.Function):
         adds: bool,
         keeps: bool,
     ) -> tuple[Tensor, Tensor]:
-        kind = x.dtype
-        out = F.linear(x, weight.to(kind), None if bias is None else bias.to(kind))
+        dtype = x.dtype
+        out = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
         picked = take(x, 1, place, span).clone() if dim == 1 and (keeps or adds) else x.new_empty(0)
         if adds and dim == 1:
-            out.addmm_(picked, values.to(kind).t())
+            out.addmm_(picked, values.to(dtype).t())
         elif adds:
-            out.index_add_(1, place, x @ values.to(kind).t())
+            out.index_add_(1, place, x @ values.to(dtype).t())
         return out, picked
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         x, weight, bias, values, place, ctx.span, ctx.dim, ctx.adds, keeps = inputs
-        ctx.has_bias, ctx.kind, ctx.shape = bias is not None, x.dtype, x.shape
+        ctx.has_bias, ctx.dtype, ctx.shape = bias is not None, x.dtype, x.shape
         ctx.set_materialize_grads(False)
-        kept = None if not keeps else output[1] if ctx.dim == 1 else x
-        ctx.save_for_backward(kept, weight, values if ctx.adds else None, place)
+        saved = (output[1] if ctx.dim == 1 else x) if keeps else None
+        ctx.save_for_backward(saved, weight, values if ctx.adds else None, place)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_picked: Tensor | None) -> tuple[Tensor | None, ...]:
-        kept, weight, values, place = ctx.saved_tensors
+        saved, weight, values, place = ctx.saved_tensors
         need_x, _, need_bias, need_values = ctx.needs_input_grad[:4]
         grad_x = grad_bias = grad_values = None
         if grad is not None:
             if need_x:
-                grad_x = grad @ weight.to(ctx.kind)
+                grad_x = grad @ weight.to(ctx.dtype)
                 if ctx.adds and ctx.dim == 1:
-                    grad_x.index_add_(1, place, grad @ values.to(ctx.kind))
+                    grad_x.index_add_(1, place, grad @ values.to(ctx.dtype))
                 elif ctx.adds:
-                    grad_x.addmm_(take(grad, 1, place, ctx.span), values.to(ctx.kind))
+                    grad_x.addmm_(take(grad, 1, place, ctx.span), values.to(ctx.dtype))
             if need_values:  # the thin factor comes first, which BLAS runs faster
-                grad_values = (kept.t() @ grad).t() if ctx.dim == 1 else take(grad, 1, place, ctx.span).t() @ kept
+                grad_values = (saved.t() @ grad).t() if ctx.dim == 1 else take(grad, 1, place, ctx.span).t() @ saved
             grad_bias = grad.sum(0) if need_bias and ctx.has_bias else None
         if need_x and grad_picked is not None and grad_picked.numel():
             grad_x = (grad_picked.new_zeros(ctx.shape) if grad_x is None else grad_x).index_add(1, place, grad_picked)

@@ -1,71 +1,141 @@
-"""A frozen weight of which some rows or columns are trained in place: partial back-propagation.
+"""A frozen weight with some rows or columns trained in place: partial back-propagation.
 
-The trained parameter p (slice_values) is what counts, and the weight W follows it; the gradients are partial.py's.
+The trained parameter p (slice_values) holds the values, and the weight W follows it; gradients: slice_autograd.py.
 
-    permute   J is one range after reordering (coupling.py): p shares W's storage, a step on p is a step on W
-    index     p holds the values, and each forward and state dict writes them into W (k o numbers); so it is, too, where p
+    permute   J is one range after reordering (permutation.py): p shares W's storage, a step on p is a step on W
+    index     p holds the values, and each forward and state dict writes them into W (k o numbers); the same is done where p
               is an fp32 master of a half-precision W, and where groups of heads keep J from being one range
-    delta     W stays the stock weight, p is the difference: one thin product more. For FSDP and others that move p
+    delta     W stays the stock weight, p is the difference: one more thin product. For FSDP and others that move p
 
-Source: S2FT, arXiv 2412.06289. Its package adds a difference and keeps a view of the whole input; that is not followed.
+Source: S2FT, arXiv 2412.06289. Its package adds a difference and keeps a view of the whole input; this is not followed.
 Where p is replaced from outside (torch.func.functional_call), the difference to W is added, as in delta mode, and W is left
 alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.lowrank.adapter_layer import Host
+from vismt.lowrank.adapter_layer import AdapterLayer, register_layer, spec_of, trained_dtype
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.permutation import Coupling, expand
+from vismt.lowrank.layer_spec import LayerSpec
+from vismt.lowrank.permutation import Coupling, couple, expand, movable
 from vismt.lowrank.slice_autograd import PartialLinear, take
-from vismt.lowrank.structures import Block, Structure
+from vismt.lowrank.structures import Structure, UnitBlock
+from vismt.lowrank.targets import matrix_shape
 
 MODES = ("permute", "index", "delta")
 
 
-class SlicedLinear(Host):
-    """nn.Linear, or transformers' Conv1D, of which `count` inputs (dim 1) or outputs (dim 0) are trained.
+@dataclass(frozen=True)
+class SliceSettings:
+    """Settings of a trained slice.
+
+    rank: number of trained rows or columns. dim: 0 for rows (outputs), 1 for columns (inputs). mode: see the header.
+    scale, blocks: written to adapter files, not read.
+    """
+
+    rank: int
+    scale: float
+    blocks: tuple[int, ...]
+    dim: int
+    mode: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blocks", tuple(self.blocks))  # a list in a file
+        if self.dim not in (0, 1) or self.mode not in MODES:
+            raise ValueError(f"dim {self.dim!r}, mode {self.mode!r}")
+
+
+@register_layer("slice")
+class SliceLinear(AdapterLayer):
+    """nn.Linear, or transformers' Conv1D, with `count` trained inputs (dim 1) or outputs (dim 0).
 
     forward: x (..., i) -> (..., o), in x's dtype (the autocast dtype where autocast is on).
     Parameter slice_values (o, k) or (k, i): fp32 for half-precision weights unless dtype says otherwise; the difference in
-    delta mode. Buffers: slice_index (k,) int64, the features, numbered as in the stock model and sorted as they lie here;
-    slice_start, the stock values at them (not in delta mode); slice_order int32, the order of the structure's units
+    delta mode. Buffers: slice_index (k,) int64, the features, numbered as in the stock model and sorted by where they lie
+    here; slice_start, the stock values at them (not in delta mode); slice_order int32, the order of the structure's units
     (permute). Not in the state dict: slice_place, where they lie.
     """
+
+    slice_index: Tensor
+    slice_start: Tensor | None
+    slice_order: Tensor | None
+    slice_place: Tensor
+
+    Settings = SliceSettings
+    not_combined = "trains rows or columns of the weights, not factors; export_peft writes them as factors"
 
     def __init__(self, base: nn.Module, count: int, dim: int, mode: str, *, dtype: torch.dtype | None = None) -> None:
         super().__init__(base)
         self.dim, self.mode = dim, mode
         shape = [self.out_features, self.in_features]
         shape[dim] = count
-        device, own = self.weight.device, self.weight.dtype
-        kind = dtype or (torch.float32 if own in (torch.bfloat16, torch.float16) else own)
-        self.slice_values = nn.Parameter(torch.zeros(shape, device=device, dtype=kind))
+        device = self.weight.device
+        self.slice_values = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype or trained_dtype(self.weight)))
         self.register_buffer("slice_index", torch.arange(count, device=device))
-        self.register_buffer("slice_start", None if mode == "delta" else torch.empty(shape, device=device, dtype=own))
+        self.register_buffer(
+            "slice_start", None if mode == "delta" else torch.empty(shape, device=device, dtype=self.weight.dtype)
+        )
         self.register_buffer("slice_order", None)
         self.register_buffer("slice_place", torch.arange(count, device=device), persistent=False)
         self.coupling: Coupling | None = None
-        self.block: Block | None = None  # beside the coupling, which refers back and may be half made in a copy
+        self.block: UnitBlock | None = None  # also in the coupling, which refers back and may be half made in a copy
         self.structure: Structure | None = None
-        # settled: the update is in its place. span: the range of slice_place, if it is one. shares: p's storage is W's.
-        self.settled, self.span, self.shares, self.pointer = False, None, False, 0
+        self.applied = False  # whether the update is in the weight
+        self.span: tuple[int, int] | None = None  # the range of slice_place where it is one
+        self.shares = False  # whether the storage of p is that of W
+        self.pointer = 0
 
-    def join(self, coupling: Coupling, block: Block) -> None:
-        """Be one of the hosts of a structure; `block` is where its units lie in this weight."""
+    # ---- the layer as data
+    @classmethod
+    def plan(cls, path: str, module: nn.Module, dim: int, count: int, mode: str) -> LayerSpec:
+        """Return the spec of one module with `count` trained rows (dim 0) or columns (dim 1)."""
+        return spec_of(path, module, cls, SliceSettings(count, 1.0, (matrix_shape(module)[0],), dim, mode))
+
+    @classmethod
+    def build(
+        cls, base: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
+    ) -> SliceLinear:
+        return cls(base, spec.settings.rank, spec.settings.dim, spec.settings.mode, dtype=dtype)
+
+    @classmethod
+    def tensor_shapes(cls, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
+        settings = spec.settings
+        values = (settings.rank, spec.shape[1]) if settings.dim == 0 else (spec.shape[0], settings.rank)
+        start = {} if settings.mode == "delta" else {"slice_start": values}
+        return {"slice_index": (settings.rank,), "slice_values": values, **start}
+
+    @classmethod
+    def count_parameters(cls, spec: LayerSpec) -> int:
+        return spec.settings.rank * spec.shape[1 - spec.settings.dim]
+
+    @classmethod
+    def describe(cls, spec: LayerSpec) -> tuple[str, str]:
+        return str(spec.settings.rank), f"{spec.settings.scale:g}"
+
+    @classmethod
+    def prepare(
+        cls, model: nn.Module, specs: Sequence[LayerSpec]
+    ) -> Callable[[Mapping[str, AdapterLayer]], None] | None:
+        structures = movable(model, [spec.path for spec in specs if spec.settings.mode == "permute"])
+        return partial(couple, model, structures)
+
+    def attach(self, coupling: Coupling, block: UnitBlock) -> None:
+        """Become one of the layers of a structure; `block` is where its units lie in this weight."""
         self.coupling, self.block, self.structure = coupling, block, coupling.structure
         self.slice_order = torch.arange(coupling.structure.units, dtype=torch.int32, device=self.weight.device)
 
     @torch.no_grad()
     def choose(self, index: Tensor) -> None:
-        """Train the features `index` (k,) int64 from their stock values on; for a host that is not settled."""
+        """Train the features `index` (k,) int64 from their stock values on; for a layer without an applied update."""
         if self.weight.is_meta:
             return
         self.slice_index.copy_(index)
@@ -77,26 +147,24 @@ class SlicedLinear(Host):
 
     # ---- where the values lie
     @torch.no_grad()
-    def lift(self) -> None:
-        if self.settled and self.mode != "delta":
+    def remove_update(self) -> None:
+        if self.applied and self.mode != "delta":
             self.slice_values.data = self.slice_values.detach().clone()
             self.matrix(self.weight).index_copy_(self.dim, self.slice_place, self.slice_start)
-        self.settled = self.shares = False
+        self.applied = self.shares = False
 
     def reorder(self, stock: bool) -> None:
         if self.coupling is not None:
             self.coupling.reorder(stock)
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def apply_update(self) -> None:
         """Find the features in the order that the weight has now, and put the values there."""
-        self.settled = True
+        self.applied = True
         if self.weight.is_meta:
             return
         place = self._places()
-        if not bool(
-            (place.diff() > 0).all()
-        ):  # only together with their values in the order of the weight are they a range
+        if not bool((place.diff() > 0).all()):  # features and values in the order of the weight can be a range
             order = place.argsort()
             place, self.slice_index = place[order], self.slice_index[order]
             self.slice_values.data = self.slice_values.detach().index_select(self.dim, order)
@@ -108,7 +176,7 @@ class SlicedLinear(Host):
             self._write(shares=self.span is not None and self.slice_values.dtype == self.weight.dtype)
 
     def _places(self) -> Tensor:
-        """Where the features lie in the present order of the weight, (k,) int64."""
+        """Return where the features lie in the present order of the weight, (k,) int64."""
         if self.structure is None:
             return self.slice_index
         order = expand(self.slice_order.long(), self.block, self.structure) - self.block.start
@@ -116,10 +184,9 @@ class SlicedLinear(Host):
 
     @torch.no_grad()
     def _write(self, shares: bool) -> None:
-        """Put the values into the weight, and with `shares` let them be one."""
-        weight = self.matrix(
-            self.weight.data
-        )  # .data: graphs that keep W need not hear that the same values are written
+        """Put the values into the weight; with `shares`, p becomes a view of it."""
+        # .data: graphs that keep W need not notice that the same values are written.
+        weight = self.matrix(self.weight.data)
         if shares:
             view = take(weight, self.dim, self.slice_place, self.span)
             if view.data_ptr() != self.slice_values.data_ptr() or view.stride() != self.slice_values.stride():
@@ -130,7 +197,7 @@ class SlicedLinear(Host):
         self.shares, self.pointer = shares, self.slice_values.data_ptr()
 
     def holds(self) -> bool:
-        """Whether the parameter is the one that the weight follows: not replaced, and of one storage where it has to be."""
+        """Return whether the weight follows the parameter: it is not replaced, and shares the storage where it has to."""
         try:
             pointer = self.slice_values.data_ptr()
         except RuntimeError:  # wrapped by torch.func
@@ -142,7 +209,8 @@ class SlicedLinear(Host):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        flat, weight, values, adds = x.reshape(-1, x.shape[-1]), self.matrix(self.weight), self.slice_values, False
+        flat, weight, adds = x.reshape(-1, x.shape[-1]), self.matrix(self.weight), False
+        values: Tensor = self.slice_values
         if self.mode == "delta":
             adds = True
         elif not torch.compiler.is_compiling() and not self.holds():
@@ -155,29 +223,29 @@ class SlicedLinear(Host):
         )
         return out.view(*x.shape[:-1], out.shape[-1])
 
-    # ---- what moves or copies the tensors one by one
-    def _apply(self, fn: Any, recurse: bool = True) -> SlicedLinear:
-        """A master, which is finer than its weight, stays as it is where the weight stays coarser: model.to(bfloat16)."""
+    # ---- functions of nn.Module that move or copy the tensors one by one
+    def _apply(self, fn: Any, recurse: bool = True) -> SliceLinear:
+        """Keep the dtype of a master, which is finer than its weight, where the weight stays coarser: model.to(bfloat16)."""
         p = self.slice_values
         fine = p.dtype.itemsize > self.weight.dtype.itemsize and not p.is_meta
         values, grad = p.detach(), None if p.grad is None else p.grad.detach()
         super()._apply(fn, recurse)
         p = self.slice_values
         if fine and p.dtype != values.dtype and self.weight.dtype.itemsize < values.dtype.itemsize:
-            p.grad = None  # of the cast's dtype, which the values are not to have
+            p.grad = None  # it has the cast's dtype
             p.data = values.to(p.device)
             p.grad = None if grad is None else grad.to(p.device)
-        if self.settled:
-            self.settle()
+        if self.applied:
+            self.apply_update()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self.settled:
-            self.settle()
+        if self.applied:
+            self.apply_update()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self.settled and self.mode != "delta" and not self.shares and self.holds():
+        if self.applied and self.mode != "delta" and not self.shares and self.holds():
             self._write(shares=False)  # a step on p since the last forward has not reached the weight
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.shares and not keep_vars:  # files refuse two tensors of one storage
@@ -199,21 +267,21 @@ class SlicedLinear(Host):
         if alone and not torch.equal(order.to(self.slice_order), self.slice_order):
             errors.append(f"{prefix}weight: the state was saved in another order of units and holds no weight.")
             return
-        settled = self.settled
-        self.lift()
+        applied = self.applied
+        self.remove_update()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        if settled:
-            self.settle()
+        if applied:
+            self.apply_update()
 
-    # ---- what the core asks of a host
-    def factors(self) -> dict[str, Tensor]:
-        """Values and the stock values they replace: a difference in fp32 would not add up to the same bits."""
+    # ---- the update
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the values and the stock values they replace: a difference in fp32 would not add up to the same bits."""
         start = {} if self.slice_start is None else {"slice_start": self.slice_start}
         return {"slice_index": self.slice_index, "slice_values": self.slice_values, **start}
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take `factors` of the same base, or of another one: then the difference is taken."""
+        """Copy in `tensors` of a layer on the same base, or on another one: then the difference is added."""
         self.choose(tensors["slice_index"].to(self.slice_index.device))
         values = tensors["slice_values"].to(self.slice_values)
         if self.slice_start is not None:
@@ -223,21 +291,22 @@ class SlicedLinear(Host):
         self.slice_values.copy_(values)
 
     def low_rank(self) -> LowRank:
-        """The difference (o, k) times the rows J of the identity, or the columns J times the difference (k, i): rank k."""
-        kind = torch.promote_types(self.slice_values.dtype, torch.float32)
-        delta = self.slice_values.detach().to(kind)
-        delta = delta if self.slice_start is None else delta - self.slice_start.to(kind)
+        """Return difference (o, k) times the rows J of the identity, or columns J times the difference (k, i): rank k."""
+        dtype = torch.promote_types(self.slice_values.dtype, torch.float32)
+        delta = self.slice_values.detach().to(dtype)
+        delta = delta if self.slice_start is None else delta - self.slice_start.to(dtype)
         features = (self.out_features, self.in_features)[self.dim]
-        chosen = F.one_hot(self.slice_index, features).to(kind)
+        chosen = F.one_hot(self.slice_index, features).to(dtype)
         return LowRank(delta, chosen) if self.dim == 1 else LowRank(chosen.t(), delta)
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """The stock module with the trained values in, in place, rounded once to the weight's dtype; for a lifted host."""
-        weight, values = self.matrix(self.weight), self.slice_values
+        """Return the stock module with the trained values written into its weight, rounded once; the update is removed."""
+        weight = self.matrix(self.weight)
+        values: Tensor = self.slice_values
         if self.slice_start is None:
-            kind = torch.promote_types(values.dtype, torch.float32)
-            values = values.to(kind) + weight.index_select(self.dim, self.slice_index).to(kind)
+            dtype = torch.promote_types(values.dtype, torch.float32)
+            values = values.to(dtype) + weight.index_select(self.dim, self.slice_index).to(dtype)
         weight.index_copy_(self.dim, self.slice_index, values.to(weight.dtype))
         return self._stock(self.weight)
 

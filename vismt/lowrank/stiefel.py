@@ -10,8 +10,8 @@ The released code builds the n x n skew matrix; with K = Z^T Z the same value in
 
     Gamma(Z) = G K - Z (G^T Z) + attraction * Z (K - I)
 
-We follow the code, not the paper, in the constants: no 1/2 in the skew part and no 4 in the attraction, so published
-attraction strengths can be used as they are (the paper's lambda is 1/8 of it for N = ||Z^T Z - I||^2).
+The constants follow the code, not the paper: no 1/2 in the skew part and no 4 in the attraction, so published
+attraction strengths can be used unchanged (the paper's lambda is 1/8 of it for N = ||Z^T Z - I||^2).
 
 All functions take one matrix or a batch of them, (..., n, r). Left out: Riemannian momentum; the optimiser wrapper that
 applies the field is the method's.
@@ -27,14 +27,15 @@ from vismt.lowrank.factors import times_core
 
 
 def landing_field(z: Tensor, grad: Tensor, attraction: float) -> Tensor:
-    """The landing field at `z`: a descent direction along the manifold plus a pull towards it.
+    """Return the landing field at `z`: a descent direction along the manifold plus a pull towards it.
 
     Args:
         z: (..., n, r) with n >= r, near or off the manifold; a wide factor must be transposed first.
         grad: (..., n, r), the Euclidean gradient of the loss at `z`.
         attraction: strength of the pull, >= 0; in the convention of the authors' code.
 
-    Returns (..., n, r) in the dtype of `grad`; half precision is computed in fp32. The two terms are orthogonal.
+    Returns:
+        (..., n, r) in the dtype of `grad`; half precision is computed in fp32. The two terms are orthogonal.
     """
     _check_field(z, grad, attraction)
     point, gradient = _working(z), _working(grad)
@@ -45,25 +46,25 @@ def landing_field(z: Tensor, grad: Tensor, attraction: float) -> Tensor:
 
 
 def penalty_field(z: Tensor, grad: Tensor, attraction: float) -> Tensor:
-    """`G + attraction * Z (Z^T Z - I)` (..., n, r): the plain gradient with the same pull, to compare with."""
+    """Return `G + attraction * Z (Z^T Z - I)` (..., n, r): the plain gradient with the same pull, to compare with."""
     _check_field(z, grad, attraction)
     return (_working(grad) + attraction * pull(_working(z))).to(grad.dtype)
 
 
 def pull(z: Tensor) -> Tensor:
-    """`Z (Z^T Z - I)` (..., n, r), the gradient of a quarter of the infeasibility; in fp32 or better."""
+    """Return `Z (Z^T Z - I)` (..., n, r), the gradient of a quarter of the infeasibility; in fp32 or better."""
     _require_tall(z)
     point = _working(z)
     return point @ _excess(point)
 
 
 def tangent_projection(z: Tensor, grad: Tensor) -> Tensor:
-    """`G Z^T Z - Z G^T Z` (..., n, r): the landing field without its pull, a tangent vector when `z` is on the manifold."""
+    """Return `G Z^T Z - Z G^T Z` (..., n, r): the landing field without its pull, a tangent vector for a `z` on the manifold."""
     return landing_field(z, grad, 0.0)
 
 
 def qr_retraction(z: Tensor, step: Tensor) -> Tensor:
-    """The orthonormal factor (..., n, r) of `z + step` by a QR with positive diagonal: a zero step is no move."""
+    """Return the orthonormal factor (..., n, r) of `z + step` by a QR with positive diagonal: a zero step does not move."""
     _require_tall(z)
     q, upper = torch.linalg.qr(_working(z + step))
     signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
@@ -71,14 +72,14 @@ def qr_retraction(z: Tensor, step: Tensor) -> Tensor:
 
 
 def polar_retraction(z: Tensor, step: Tensor) -> Tensor:
-    """The orthonormal (..., n, r) matrix nearest to `z + step` in the Frobenius norm (its polar factor)."""
+    """Return the orthonormal (..., n, r) matrix nearest to `z + step` in the Frobenius norm (its polar factor)."""
     _require_tall(z)
     u, _, vh = torch.linalg.svd(_working(z + step), full_matrices=False)
     return (u @ vh).to(z.dtype)
 
 
 def cayley_retraction(z: Tensor, step: Tensor) -> Tensor:
-    """`(I - A/2)^-1 (I + A/2) Z` (..., n, r), A skew with A Z = the tangent part of `step`; Z^T Z stays what it is.
+    """Return `(I - A/2)^-1 (I + A/2) Z` (..., n, r), A skew with A Z = the tangent part of `step`; Z^T Z stays what it is.
 
     With P = step - Z Z^T step / 2 and A = P Z^T - Z P^T = U V^T, U = [P, Z] and V = [Z, -P], the n x n inverse becomes one
     of 2 r x 2 r by Woodbury: Z + U (I - V^T U / 2)^-1 V^T Z. `z` must be orthonormal; for a step along the landing field,
@@ -93,13 +94,14 @@ def cayley_retraction(z: Tensor, step: Tensor) -> Tensor:
 
 
 def orthonormalize(x: Tensor, theta: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same product `x @ theta @ y.T` with orthonormal outer factors: the R of both QRs moves into `theta`.
+    """Return the same product `x @ theta @ y.T` with orthonormal outer factors: the R of both QRs moves into `theta`.
 
     Args:
         x: (o, r), o >= r. theta: (r, r), or (r,) for a diagonal. y: (i, r), i >= r.
 
-    Returns `(x, theta, y)` of the same shapes; a diagonal theta holds the singular values of the product. Computed in fp32
-    or better and returned in the dtype of `x`. A rank-deficient factor gets an orthonormal completion.
+    Returns:
+        `(x, theta, y)` of the same shapes; a diagonal theta holds the singular values of the product. Computed in fp32 or
+        better and returned in the dtype of `x`. A rank-deficient factor gets an orthonormal completion.
     """
     _require_tall(x)
     _require_tall(y)
@@ -118,16 +120,17 @@ def orthonormalize(x: Tensor, theta: Tensor, y: Tensor) -> tuple[Tensor, Tensor,
 
 
 def infeasibility(z: Tensor) -> Tensor:
-    """`||Z^T Z - I||_F^2` (...), >= 0 and zero exactly on the manifold (the square, as the authors log it)."""
+    """Return `||Z^T Z - I||_F^2` (...), >= 0 and zero exactly on the manifold (the square, as the authors log it)."""
     _require_tall(z)
     return _excess(_working(z)).square().sum((-2, -1))
 
 
 def stable_rank(x: Tensor, theta: Tensor, y: Tensor) -> Tensor:
-    """`||M||_F^2 / ||M||_2^2` (...) of M = x theta y^T, in [1, r]; 0 for M = 0. From r x r matrices alone, no QR of x and y.
+    """Return `||M||_F^2 / ||M||_2^2` (...) of M = x theta y^T, in [1, r]; 0 for M = 0.
 
-    x: (..., o, r), theta: (..., r, r), y: (..., i, r), on the manifold or off it. The Gram matrices square the condition:
-    with factors in fp32, directions below 1e-3 of the largest are rounded, which a ratio of squares does not see.
+    x: (..., o, r), theta: (..., r, r), y: (..., i, r), on the manifold or off it. Computed from r x r matrices,
+    without a QR of x and y. The Gram matrices square the condition: with factors in fp32, directions below 1e-3 of the
+    largest are rounded, which a ratio of squares does not see.
     """
     values = torch.linalg.svdvals(_root(x) @ _working(theta) @ _root(y).mT)
     largest = values[..., :1]
@@ -135,14 +138,14 @@ def stable_rank(x: Tensor, theta: Tensor, y: Tensor) -> Tensor:
 
 
 def _root(z: Tensor) -> Tensor:
-    """An r x r matrix S with S^T S = Z^T Z."""
+    """Return an r x r matrix S with S^T S = Z^T Z."""
     point = _working(z)
     values, vectors = torch.linalg.eigh(point.mT @ point)
     return values.clamp_min(0).sqrt()[..., :, None] * vectors.mT
 
 
 def _excess(z: Tensor) -> Tensor:
-    """Z^T Z - I."""
+    """Return Z^T Z - I."""
     return z.mT @ z - torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
 
 

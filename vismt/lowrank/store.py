@@ -1,10 +1,10 @@
-"""Adapters on disk: adapter.json says how to build the hosts again and names the safetensors file that holds the tensors.
+"""Adapters on disk: adapter.json describes the layers and names the safetensors file with the tensors.
 
-The tensors are written first, under a name of their own, and the JSON that names them last: a save that is cut short
+The tensors are written first, under a name of their digest, and the JSON that names them last: a save that is cut short
 leaves the one before. Loading is strict: a missing or unexpected tensor, another shape or another base model are errors
-that leave the model as it was. The base is told by samples of the adapted weights, compared within half-precision
+that leave the model as it was. The base is recognised by samples of the adapted weights, compared within half-precision
 rounding, so that a cast of the same checkpoint is still the same base; what is not adapted is not compared.
-Where weights themselves are trained (no factors), only those that changed are written, and the rest tells the base.
+Where weights themselves are trained (no factors), only those that changed are written, and the others identify the base.
 """
 
 from __future__ import annotations
@@ -24,27 +24,39 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError
 from vismt.files import atomic_write, read_json, read_tensors
-from vismt.lowrank.adapter_layer import Host
-from vismt.lowrank.backups import same_bits
-from vismt.lowrank.inject import adapted_modules, attach, install, need_record, record_of, refuse_switched
-from vismt.lowrank.layer_spec import Site
-from vismt.lowrank.nf4 import GRIDS
+from vismt.lowrank.adapter_layer import LAYERS, AdapterLayer
+from vismt.lowrank.backups import unchanged_tensors
+from vismt.lowrank.inject import AdaptRecord, adapter_layers, attach, install, need_record, record_of, refuse_switched
+from vismt.lowrank.layer_spec import LayerSpec
 from vismt.lowrank.targets import kind_of, matrix_shape
-from vismt.lowrank.wrappers import Guest, Part, part_type, parts_of, stock_order
+from vismt.lowrank.wrappers import AddedModule, ModuleWrapper, stock_order, wrapper_type, wrappers_of
 
 FORMAT = 1
 DESCRIPTION = "adapter.json"
 SAMPLES = 16
+# Layers of version 0.1.0, whose entries in adapter.json do not name the layer: the setting that only theirs have.
+UNNAMED = {"low_rank": None, "quantized": "grid", "slice": "dim"}
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> Path:
-    """Write the factors (and also_train parameters) of an adapted model; each file appears whole or not at all."""
+    """Write the factors (and also_train parameters) of an adapted model; each file appears whole or not at all.
+
+    Args:
+        model: an adapted model.
+        folder: made where it is missing.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: for a stock model, a model on the meta device, and a folder that cannot be written.
+    """
     record = need_record(model, "save_adapter")
     tensors = adapter_tensors(model)
     if any(value.is_meta for value in tensors.values()):
         raise UserError("save_adapter: the model lies on the meta device; there are no values to save.")
-    # Beside factors or parts all counts as changed: a head may be fresh.
-    unchanged = [] if record.sites or record.parts else same_bits(record.also_train, tensors)
+    # Beside factors or wrappers all counts as changed: a head may be fresh.
+    unchanged = [] if record.sites or record.wrappers else unchanged_tensors(record.also_train, tensors)
     tensors = {name: value for name, value in tensors.items() if name not in unchanged}
     paths = _compared(record.sites, unchanged)
     with stock_order(model):
@@ -56,12 +68,10 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         "method": record.method,
         "model": type(model).__name__,
         "options": record.options,
-        "sites": [
-            {name: value for name, value in asdict(site).items() if value not in ("", None)} for site in record.sites
-        ],
+        "sites": [_entry(spec) for spec in record.sites],
         "also_train": sorted(record.also_train),
         "unchanged": unchanged,
-        "parts": record.parts,
+        "parts": record.wrappers,
         "base": base,
         "base_samples": samples,
         "tensors": f"adapter-{digest[:12]}.safetensors",
@@ -76,33 +86,48 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
 
 
 def load_adapter(model: nn.Module, folder: str | Path, *, on_other_base: str = "error") -> nn.Module:
-    """Put a saved adapter on a stock model, or its values into a model adapted alike. Returns the model.
+    """Put a saved adapter on a stock model, or its values into a model that is adapted in the same way.
 
-    on_other_base: "error" refuses a base whose fingerprint differs, "warn" goes on with a warning.
+    Args:
+        model: changed in place.
+        folder: what `save_adapter` wrote.
+        on_other_base: "error" refuses a base whose fingerprint differs, "warn" goes on with a warning.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: for damaged files, another model, and a missing, unexpected or misshapen tensor; nothing is changed.
     """
     folder = Path(folder)
     refuse_switched(model, "load_adapter")
-    description, sites, tensors = read_adapter(folder)
+    description, specs, tensors = read_adapter(folder)
     record = record_of(model)
-    saved = (description["method"], sites, sorted(description["also_train"]), description["parts"])
-    if record is not None and (record.method, record.sites, sorted(record.also_train), record.parts) != saved:
+    if record is not None and _identity(record) != (
+        description["method"],
+        specs,
+        sorted(description["also_train"]),
+        description["parts"],
+    ):
         raise UserError(f"adapter '{folder}': the model already carries another '{record.method}'; unadapt it first.")
-    _check_sites(model, folder, description, sites, tensors)
+    _check_modules(model, folder, description, specs, tensors)
     unchanged = description["unchanged"]
-    paths = _compared(sites, [name for name in unchanged if name in dict(model.named_parameters())])
+    parameters = dict(model.named_parameters())
+    paths = _compared(specs, [name for name in unchanged if name in parameters])
     with stock_order(model):
-        samples, own = base_samples(model, paths), fingerprint(model, paths)
+        samples, base = base_samples(model, paths), fingerprint(model, paths)
     if not same_base(samples, description["base_samples"]):
         made_for = f"{description['model']} (weights {description['base']})"
         other_base(
-            f"adapter '{folder}' was made for {made_for}, this is {type(model).__name__} (weights {own})", on_other_base
+            f"adapter '{folder}' was made for {made_for}, this is {type(model).__name__} (weights {base})",
+            on_other_base,
         )
-    _check_tensors(model, folder, description, sites, tensors)
+    _check_tensors(model, folder, description, specs, tensors)
     if record is None:
-        install(model, description["method"], sites, description["options"], description["also_train"])
-        for path, part in description["parts"].items():
-            base = dict(model.named_modules()).get(path)
-            attach(model, path, part_type(part["type"], path).around(base, part["settings"]))
+        install(model, description["method"], specs, description["options"], description["also_train"])
+        for path, entry in description["parts"].items():
+            base_module = dict(model.named_modules()).get(path)
+            attach(model, path, wrapper_type(entry["type"], path).around(base_module, entry["settings"]))
     with stock_order(model):
         fill(model, tensors)
     if record is not None:
@@ -110,46 +135,68 @@ def load_adapter(model: nn.Module, folder: str | Path, *, on_other_base: str = "
     return model
 
 
+def _identity(record: AdaptRecord) -> tuple[str, list[LayerSpec], list[str], dict[str, Any]]:
+    """Return what a file has to agree with to be loaded into an adapted model."""
+    return record.method, record.sites, sorted(record.also_train), record.wrappers
+
+
+def _entry(spec: LayerSpec) -> dict[str, Any]:
+    """Return a spec as adapter.json holds it: empty settings are left out."""
+    layer = {} if spec.layer.name in UNNAMED else {"layer": spec.layer.name}
+    entry = {"path": spec.path, "kind": spec.kind, "shape": spec.shape, **layer, **asdict(spec.settings)}
+    return {name: value for name, value in entry.items() if value not in ("", None)}
+
+
+def _spec(entry: Mapping[str, Any]) -> LayerSpec:
+    """Return the spec of an entry of adapter.json; KeyError, TypeError or ValueError for one that is malformed."""
+    settings = dict(entry)
+    path, kind, shape = (settings.pop(name) for name in ("path", "kind", "shape"))
+    name = settings.pop("layer", None)
+    if name is None:
+        name = next((name for name, setting in UNNAMED.items() if setting in settings), "low_rank")
+    layer = LAYERS[name]
+    return LayerSpec(path, kind, tuple(shape), layer, layer.Settings(**settings))
+
+
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Everything an adapter file holds, by state_dict key: factors, kept starts, tensors of parts, also_train parameters."""
+    """Return everything an adapter file holds, by state_dict key: tensors of layers and wrappers, also_train parameters."""
     record = need_record(model, "adapter")
     tensors: dict[str, Tensor] = {}
-    for path, host in adapted_modules(model).items():
-        tensors.update({f"{path}.{name}": value for name, value in host.factors().items()})
-    for path, part in parts_of(model).items():
-        tensors.update({f"{path}.{name}": value for name, value in part.tensors().items()})
+    for path, module in [*adapter_layers(model).items(), *wrappers_of(model).items()]:
+        tensors.update({f"{path}.{name}": value for name, value in module.tensors().items()})
     tensors.update({name: model.get_parameter(name) for name in record.also_train})
     return tensors
 
 
 @torch.no_grad()
 def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy adapter tensors into an adapted model; starts that the hosts lack are created."""
-    of_hosts: dict[str, dict[str, Tensor]] = {}
+    """Copy adapter tensors into an adapted model; starts that the layers lack are created."""
+    of_layers: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
-        if isinstance(module, Host) and leaf != "bias":
-            of_hosts.setdefault(path, {})[leaf] = value
-        elif isinstance(module, Part):
+        if isinstance(module, AdapterLayer) and leaf != "bias":
+            of_layers.setdefault(path, {})[leaf] = value
+        elif isinstance(module, ModuleWrapper):
             module.restore(leaf, value)
         else:
             getattr(module, leaf).copy_(value)
-    for path, own in of_hosts.items():
-        model.get_submodule(path).fill(own)
+    for path, values in of_layers.items():
+        model.get_submodule(path).fill(values)
 
 
-def _compared(sites: Iterable[Site], unchanged: Iterable[str]) -> list[str]:
-    """Paths of the modules whose weights tell the base."""
+def _compared(specs: Iterable[LayerSpec], unchanged: Iterable[str]) -> list[str]:
+    """Return the paths of the modules whose weights identify the base."""
     return [
-        *(site.path for site in sites),
+        *(spec.path for spec in specs),
         *(name[: -len(".weight")] for name in unchanged if name.endswith(".weight")),
     ]
 
 
 def base_samples(model: nn.Module, paths: Iterable[str]) -> dict[str, list[float]]:
-    """Up to 16 values of each of these base weights at places that depend on its path; none on the meta device."""
-    samples, record = {}, record_of(model)
+    """Return up to 16 values of each of these base weights, at places that depend on its path; none on the meta device."""
+    samples: dict[str, list[float]] = {}
+    record = record_of(model)
     for path in sorted(paths):
         weight = record.also_train.get(f"{path}.weight") if record is not None else None
         flat = (model.get_submodule(path).weight if weight is None else weight).detach().flatten()
@@ -162,30 +209,33 @@ def base_samples(model: nn.Module, paths: Iterable[str]) -> dict[str, list[float
     return samples
 
 
-def other_base(told: str, on_other_base: str) -> None:
-    """What follows from another base: an error, or with "warn" a warning."""
+def other_base(message: str, on_other_base: str) -> None:
+    """Raise UserError with `message`, or with on_other_base "warn" give a warning."""
     if on_other_base != "warn":
-        raise UserError(f"{told}. Load the base it was trained on, or pass on_other_base='warn'.")
-    warnings.warn(told, stacklevel=3)
+        raise UserError(f"{message}. Load the base it was trained on, or pass on_other_base='warn'.")
+    warnings.warn(message, stacklevel=3)
 
 
-def same_base(own: Mapping[str, list[float]], saved: Mapping[str, list[float]]) -> bool:
-    """Equal within 1 % of each weight's largest sample: bf16 rounds by at most 0.4 % of a value."""
-    for path, values in own.items():
-        others = saved.get(path, [])
-        largest = max((abs(value) for value in others), default=0.0)
-        if values and others and any(abs(a - b) > 0.01 * largest for a, b in zip(values, others, strict=True)):
+def same_base(samples: Mapping[str, list[float]], saved: Mapping[str, list[float]]) -> bool:
+    """Return whether samples agree within 1 % of each weight's largest one: bf16 rounds by at most 0.4 % of a value."""
+    for path, values in samples.items():
+        expected = saved.get(path, [])
+        largest = max((abs(value) for value in expected), default=0.0)
+        if values and expected and any(abs(a - b) > 0.01 * largest for a, b in zip(values, expected, strict=True)):
             return False
     return True
 
 
 def fingerprint(model: nn.Module, paths: Iterable[str]) -> str:
-    """Twelve hex digits that name the base weights at `paths` in messages and records (exact values, sampled)."""
+    """Return the weight fingerprint: twelve hex digits of the samples at `paths`, for messages and records."""
     return hashlib.sha256(json.dumps(base_samples(model, paths)).encode()).hexdigest()[:12]
 
 
-def read_adapter(folder: Path) -> tuple[dict[str, Any], list[Site], dict[str, Tensor]]:
-    """What adapter.json says, its sites, and the tensors, not compared with any model; UserError for damaged files."""
+def read_adapter(folder: Path) -> tuple[dict[str, Any], list[LayerSpec], dict[str, Tensor]]:
+    """Return the content of adapter.json, its specs and the tensors, not compared with any model.
+
+    Raises UserError for damaged files.
+    """
     what = f"adapter '{folder}'"
     description = read_json(folder / DESCRIPTION, what)
     try:
@@ -193,96 +243,113 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], list[Site], dict[str, Te
             raise UserError(
                 f"{what}: format {description['format']}, this version reads {FORMAT}; use a matching vismt."
             )
-        sites = [
-            Site(**{**site, "shape": tuple(site["shape"]), "blocks": tuple(site["blocks"])})
-            for site in description["sites"]
-        ]
-        name, parts = str(description["tensors"]), description.setdefault("parts", {})
-        unchanged = description.setdefault("unchanged", [])
-        shaped = all(
-            isinstance(site.core_shape, tuple) and site.grid in ("", *GRIDS) for site in sites
-        )  # KeyError: no core
-        shaped = shaped and all(s.experts is None or (s.experts > 0 and s.rank % s.experts == 0) for s in sites)
-        shaped = shaped and all(
-            isinstance(part["type"], str) and isinstance(part["settings"], dict) for part in parts.values()
-        )
-        texts = [description[key] for key in ("method", "model", "base", "tensors_sha256")]
-        shaped = shaped and isinstance(description["options"], dict) and isinstance(description["also_train"], list)
-        shaped = shaped and isinstance(unchanged, list) and set(unchanged) <= set(description["also_train"])
-        shaped = (
-            shaped and isinstance(description["base_samples"], dict) and all(isinstance(text, str) for text in texts)
-        )
+        description.setdefault("parts", {})
+        description.setdefault("unchanged", [])
+        well_formed = _well_formed(description)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{what}: {DESCRIPTION} is not what vismt.save_adapter writes ({error!r}).") from error
-    if not shaped or not re.fullmatch(r"adapter-[0-9a-f]{12}\.safetensors", name):
+    if not well_formed:
         raise UserError(f"{what}: {DESCRIPTION} is not what vismt.save_adapter writes.")
+    specs = _specs(what, description["sites"])
+    name = description["tensors"]
     payload, tensors = read_tensors(folder / name, what)
     if hashlib.sha256(payload).hexdigest() != description["tensors_sha256"]:
         raise UserError(f"{what}: '{name}' is not the file that {DESCRIPTION} describes; save the adapter again.")
-    return description, sites, tensors
+    return description, specs, tensors
 
 
-def _check_sites(
-    model: nn.Module, folder: Path, description: Mapping[str, Any], sites: Iterable[Site], tensors: Mapping[str, Tensor]
+def _well_formed(description: Mapping[str, Any]) -> bool:
+    """Return whether the values of adapter.json have the right types; KeyError and the like where some are missing."""
+    texts = [description[key] for key in ("method", "model", "base", "tensors", "tensors_sha256")]
+    if not all(isinstance(text, str) for text in texts):
+        return False
+    types = {"options": dict, "also_train": list, "unchanged": list, "base_samples": dict, "sites": list, "parts": dict}
+    if not all(isinstance(description[key], kind) for key, kind in types.items()):
+        return False
+    wrappers = description["parts"].values()
+    if not all(isinstance(entry["type"], str) and isinstance(entry["settings"], dict) for entry in wrappers):
+        return False
+    names = re.fullmatch(r"adapter-[0-9a-f]{12}\.safetensors", description["tensors"])
+    return names is not None and set(description["unchanged"]) <= set(description["also_train"])
+
+
+def _specs(what: str, entries: Iterable[Mapping[str, Any]]) -> list[LayerSpec]:
+    """Return the specs of adapter.json; UserError for a malformed entry and a layer that is not registered."""
+    try:
+        return [_spec(entry) for entry in entries]
+    except UserError as error:
+        raise UserError(f"{what}: {error} Import the file that registers it.") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{what}: {DESCRIPTION} is not what vismt.save_adapter writes ({error!r}).") from error
+
+
+def _check_modules(
+    model: nn.Module,
+    folder: Path,
+    description: Mapping[str, Any],
+    specs: Iterable[LayerSpec],
+    tensors: Mapping[str, Tensor],
 ) -> None:
-    """Every site exists on this model with its kind and shape."""
+    """Raise UserError unless the model has every adapted module, with its shape."""
     modules = dict(model.named_modules())
     made_for = f"adapter '{folder}' was made for {description['model']}, this model is {type(model).__name__}"
-    for site in sites:
-        module = modules.get(site.path)
-        if module is None or (kind_of(module) is None and not isinstance(module, Host)):
-            raise UserError(f"{made_for} (it has no linear or convolution '{site.path}').")
-        shape = tuple(module.matrix(module.weight).shape) if isinstance(module, Host) else matrix_shape(module)
-        if shape != site.shape and site.dim is not None:
-            raise UserError(f"{made_for} ({site.path}: its weight was {site.shape}, here it is {shape}).")
-        if shape != site.shape:
-            key, axis = (("lora_A", 1), ("lora_B", 0))[shape[1] == site.shape[1]]
-            saved = tuple(tensors[f"{site.path}.{key}"].shape)
-            wanted = (saved[0], shape[1]) if axis == 1 else (shape[0], saved[1])
-            raise UserError(f"{made_for} ({site.path}.{key}: saved {saved}, needed {wanted}).")
+    for spec in specs:
+        module = modules.get(spec.path)
+        if isinstance(module, AdapterLayer):
+            shape = (module.out_features, module.in_features)
+        elif module is not None and kind_of(module) is not None:
+            shape = matrix_shape(module)
+        else:
+            raise UserError(f"{made_for} (it has no linear or convolution '{spec.path}').")
+        if shape != spec.shape:
+            raise UserError(f"{made_for} ({spec.layer.shape_mismatch(spec, shape, tensors)}).")
 
 
 def _check_tensors(
-    model: nn.Module, folder: Path, description: Mapping[str, Any], sites: Iterable[Site], tensors: Mapping[str, Tensor]
+    model: nn.Module,
+    folder: Path,
+    description: Mapping[str, Any],
+    specs: Iterable[LayerSpec],
+    tensors: Mapping[str, Tensor],
 ) -> None:
-    """No tensor missing, none unexpected, every shape as its site says."""
-    wanted = factor_shapes(sites, tensors)
-    own, modules = dict(model.named_parameters()), dict(model.named_modules())
-    for path, part in description["parts"].items():
-        kind = part_type(part["type"], f"adapter '{folder}'")
-        if path not in modules and not issubclass(kind, Guest):
+    """Raise UserError for a missing or unexpected tensor, and for a shape that does not follow from its spec."""
+    needed = layer_shapes(specs, tensors)
+    parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
+    for path, entry in description["parts"].items():
+        wrapper = wrapper_type(entry["type"], f"adapter '{folder}'")
+        if path not in modules and not issubclass(wrapper, AddedModule):
             raise UserError(
-                f"adapter '{folder}': this model has no '{path}' to put a {part['type'].split(':')[-1]} on."
+                f"adapter '{folder}': this model has no '{path}' to put a {entry['type'].split(':')[-1]} on."
             )
-        shapes = kind.check(path, modules.get(path), part["settings"])
-        wanted.update({f"{path}.{name}": shape for name, shape in shapes.items()})
+        shapes = wrapper.check(path, modules.get(path), entry["settings"])
+        needed.update({f"{path}.{name}": shape for name, shape in shapes.items()})
     for name in description["also_train"]:
-        if name not in own:
+        if name not in parameters:
             raise UserError(f"adapter '{folder}': this model has no parameter '{name}' to load.")
         if name not in description["unchanged"]:
-            wanted[name] = tuple(own[name].shape)
-    check_tensors(f"adapter '{folder}'", wanted, tensors)
+            needed[name] = tuple(parameters[name].shape)
+    check_tensors(f"adapter '{folder}'", needed, tensors)
 
 
-def factor_shapes(sites: Iterable[Site], tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors that a file must hold for these sites, kept starts among them where it has any."""
-    wanted: dict[str, tuple[int, ...]] = {}
-    for site in sites:
-        wanted.update({f"{site.path}.{name}": shape for name, shape in site.tensors().items()})
-        if f"{site.path}.lora_A0" in tensors or f"{site.path}.lora_B0" in tensors:
-            wanted[f"{site.path}.lora_A0"] = wanted[f"{site.path}.lora_A"]
-            wanted[f"{site.path}.lora_B0"] = wanted[f"{site.path}.lora_B"]
-    return wanted
+def layer_shapes(specs: Iterable[LayerSpec], tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that a file must hold for these specs, optional ones where it has any of them."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for spec in specs:
+        shapes.update({f"{spec.path}.{name}": shape for name, shape in spec.tensors().items()})
+        optional = {f"{spec.path}.{name}": shape for name, shape in spec.layer.optional_shapes(spec).items()}
+        if not optional.keys().isdisjoint(tensors):
+            shapes.update(optional)
+    return shapes
 
 
-def check_tensors(what: str, wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
-    """UserError for the first missing, unexpected or misshapen tensor, with both shapes."""
-    for name, shape in wanted.items():
+def check_tensors(what: str, needed: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
+    """Raise UserError for the first missing, unexpected or misshapen tensor, with both shapes."""
+    for name, shape in needed.items():
         if name not in tensors:
             raise UserError(f"{what}: '{name}' is missing (needed {tuple(shape)}).")
         if tuple(tensors[name].shape) != tuple(shape):
             raise UserError(f"{what}: {name}: saved {tuple(tensors[name].shape)}, needed {tuple(shape)}.")
-    extra = sorted(set(tensors) - set(wanted))
+    extra = sorted(set(tensors) - set(needed))
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise UserError(f"{what}: unexpected '{extra[0]}' {tuple(tensors[extra[0]].shape)}{more}.")

@@ -8,11 +8,12 @@ output beyond the order of sums. Legal orders move whole groups, and heads insid
 key head j // g, so a head that leaves its group is another function. Inside a head nothing moves (rotary positions).
 The residual axis couples all layers and is never touched.
 
-Containers are told by the names of their children (timm and transformers: separate, fused and Conv1D projections).
-What else holds a value for each head (position tables, sinks, ALiBi, mixed rotary frequencies) makes reordering refused,
-not guessed: `Structure.obstacle` says why. Fused gates: the value is the second half, the first for timm's gate_last.
+Containers are recognised by the names of their children (timm and transformers: separate, fused and Conv1D projections).
+Other values for each head (position tables, sinks, ALiBi, mixed rotary frequencies) make a structure refuse reordering:
+`Structure.obstacle` holds the reason. Fused gates: the value is the second half, the first for timm's gate_last.
 Fused q, k and v have several layouts of one shape: all q heads, then k, then v here, (q, k, v) of each head in turn
-elsewhere. The first is taken of classes that are known to have it; of others only the columns of o, which reordering refuses.
+elsewhere. The first is assumed for classes that are known to have it; other classes offer the columns of o alone, without
+reordering.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ STACKED = (
 
 
 @dataclass(frozen=True)
-class Block:
+class UnitBlock:
     """`units` times `size` features of the module `path`, from `start` on: of its outputs (dim 0) or its inputs (dim 1)."""
 
     path: str
@@ -59,32 +60,33 @@ class Block:
     size: int
 
     def features(self, units: Iterable[int]) -> Tensor:
-        """The features of some units, (k,) int64."""
+        """Return the features of some units, (k,) int64."""
         chosen = torch.tensor(list(units), dtype=torch.int64)
         return (self.start + chosen[:, None] * self.size + torch.arange(self.size)).flatten()
 
     def units_of(self, features: Tensor) -> list[int]:
-        """The inverse of `features`."""
+        """Return the units of some features: the inverse of `features`."""
         return sorted({int(unit) for unit in (features.cpu() - self.start) // self.size})
 
 
 @dataclass(frozen=True)
 class Structure:
-    """Units of one container. parts: where what may be trained lies, 'v' and 'o' of heads, 'u' and 'd' of channels.
+    """Units of one container.
 
-    obstacle: why its units cannot be reordered. without_v: why heads have no 'v'. Both are empty where there is no reason.
+    blocks: all tensors that hold units. parts: those that can be trained, 'v' and 'o' of heads, 'u' and 'd' of channels.
+    obstacle: why the units cannot be reordered. without_v: why heads have no 'v'. Both are empty where there is no reason.
     """
 
     path: str
     units: int
     groups: int
-    blocks: tuple[Block, ...]
-    parts: Mapping[str, Block] = field(hash=False)
+    blocks: tuple[UnitBlock, ...]
+    parts: Mapping[str, UnitBlock] = field(hash=False)
     obstacle: str = ""
     without_v: str = ""
 
     def order(self, chosen: Mapping[str, Iterable[int]]) -> list[int]:
-        """New position -> old unit, such that the chosen units of each part lie together as far as groups allow.
+        """Return new position -> old unit, such that the chosen units of each part lie together as far as groups allow.
 
         chosen: {'v': groups, 'o': heads} or {'u': channels, 'd': channels}. Only-in, both, only-out, the rest: the order
         of the released code where a group is one head. With o in several incomplete groups, the first has its chosen
@@ -93,15 +95,21 @@ class Structure:
         inside, outside = (set(chosen.get(part, ())) for part in (("v", "o") if "o" in self.parts else ("u", "d")))
         size = self.units // self.groups
         members = [range(group * size, (group + 1) * size) for group in range(self.groups)]
-        count = [sum(unit in outside for unit in own) for own in members]
+        count = [sum(unit in outside for unit in group) for group in members]
         partial = [group for group in range(self.groups) if 0 < count[group] < size and group not in inside]
         both = any(count[group] for group in inside)
         early = partial[0] if partial and not both else None
 
         def place(group: int) -> int:
             if group in inside:
-                return 0 if not count[group] else 1 if count[group] < size else 2
-            return 6 if not count[group] else 3 if group == early else 4 if count[group] == size else 5
+                if not count[group]:
+                    return 0
+                return 1 if count[group] < size else 2
+            if not count[group]:
+                return 6
+            if group == early:
+                return 3
+            return 4 if count[group] == size else 5
 
         ordered = sorted(range(self.groups), key=place)
         touched = [group for group in ordered if count[group]]
@@ -113,8 +121,8 @@ class Structure:
 
 
 def structures(model: nn.Module) -> dict[str, Structure]:
-    """Every attention and FFN of the model whose projections are known by name, by path, in model order."""
-    heads, found = head_paths(model), {}
+    """Return every attention and FFN of the model whose projections have known names, by path, in model order."""
+    heads, result = head_paths(model), {}
     mixed = any(type(module).__name__ == "RotaryEmbeddingMixed" for module in model.modules())
     alibi = bool(getattr(getattr(model, "config", None), "alibi", False))
     for path, module in model.named_modules():
@@ -123,18 +131,18 @@ def structures(model: nn.Module) -> dict[str, Structure]:
         structure = _heads(model, path, module) or _channels(path, module)
         if structure is not None:
             per_head = "o" in structure.parts and (mixed or alibi)
-            told = "the model holds position values for each head"
-            found[path] = replace(structure, obstacle=told) if per_head else structure
-    return found
+            obstacle = "the model holds position values for each head"
+            result[path] = replace(structure, obstacle=obstacle) if per_head else structure
+    return result
 
 
-def _children(module: nn.Module, known: tuple) -> tuple[list[str], str] | None:
-    """Names of the in-side and of the out-side of the first known layout that the module has."""
+def _children(module: nn.Module, layouts: tuple) -> tuple[list[str], str] | None:
+    """Return the names of the in-side and of the out-side of the first layout that the module has."""
     children = dict(module.named_children())
-    for inputs, outputs in known:
+    for inputs, outputs in layouts:
         last = next((name for name in outputs if name in children), None)
         kinds = {kind_of(children.get(name)) for name in (*inputs, last)}  # None where a name is missing, too
-        if kinds <= {"linear", "conv1d"}:
+        if last is not None and kinds <= {"linear", "conv1d"}:
             return list(inputs), last
     return None
 
@@ -153,19 +161,20 @@ def _heads(model: nn.Module, path: str, module: nn.Module) -> Structure | None:
     units, join = width // size, lambda name: f"{path}.{name}" if path else name
     if getattr(module, "num_heads", units) != units:
         return None
-    outs, out = [matrix_shape(getattr(module, name))[0] for name in inputs], Block(join(last), 1, 0, units, size)
+    outs, out = [matrix_shape(getattr(module, name))[0] for name in inputs], UnitBlock(join(last), 1, 0, units, size)
     if len(inputs) == 3:
         groups = outs[1] // size
         fits = outs == [width, groups * size, groups * size]
-        blocks = [Block(join(name), 0, 0, rows // size, size) for name, rows in zip(inputs, outs)]
+        blocks = [UnitBlock(join(name), 0, 0, rows // size, size) for name, rows in zip(inputs, outs)]
     else:
-        groups = _stacked_groups(module, inputs[0], units, outs[0] // size)
-        if groups is None:
-            told = f"the order of the rows of '{inputs[0]}' is not known for a {type(module).__name__}"
-            return Structure(path, units, units, (out,), {"o": out}, told, told)
+        stacked = _stacked_groups(module, inputs[0], units, outs[0] // size)
+        if stacked is None:
+            reason = f"the order of the rows of '{inputs[0]}' is not known for a {type(module).__name__}"
+            return Structure(path, units, units, (out,), {"o": out}, reason, reason)
+        groups = stacked
         fits = outs[0] == (units + 2 * groups) * size
         counts, starts = (units, groups, groups), (0, width, width + groups * size)
-        blocks = [Block(join(inputs[0]), 0, start, count, size) for start, count in zip(starts, counts)]
+        blocks = [UnitBlock(join(inputs[0]), 0, start, count, size) for start, count in zip(starts, counts)]
     if not fits or groups < 1 or units % groups:
         return None
     norms, obstacle = _beside(path, module, {*inputs, last}, units, groups, size)
@@ -177,9 +186,9 @@ def _heads(model: nn.Module, path: str, module: nn.Module) -> Structure | None:
 
 
 def _stacked_groups(module: nn.Module, name: str, units: int, rows: int) -> int | None:
-    """Groups of a fused projection of `rows` heads that is known to be all q, all k, all v; None for any other.
+    """Return the groups of a fused projection of `rows` heads that is all q, then all k, then all v; None for another one.
 
-    What counts is the class whose forward runs. timm's 'qkv' are such but for those with key_dim (LeViT and its kin), with
+    The class whose forward runs decides. timm's 'qkv' have this order except those with key_dim (LeViT and its kin), with
     head_first (MaxViT), and those without q (GC-ViT).
     """
     author = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
@@ -203,26 +212,26 @@ def _channels(path: str, module: nn.Module) -> Structure | None:
     units, join = matrix_shape(getattr(module, last))[1], lambda name: f"{path}.{name}" if path else name
     outs = [matrix_shape(getattr(module, name))[0] for name in inputs]
     if len(inputs) == 1 and outs[0] == 2 * units:
-        blocks = [Block(join(inputs[0]), 0, start, units, 1) for start in (0, units)]
+        blocks = [UnitBlock(join(inputs[0]), 0, start, units, 1) for start in (0, units)]
         up = blocks[0] if getattr(module, "gate_last", False) else blocks[1]
     elif outs == [units] * len(inputs):
-        blocks = [Block(join(name), 0, 0, units, 1) for name in inputs]
+        blocks = [UnitBlock(join(name), 0, 0, units, 1) for name in inputs]
         up = blocks[-1]
     else:
         return None
-    out = Block(join(last), 1, 0, units, 1)
+    out = UnitBlock(join(last), 1, 0, units, 1)
     norms, obstacle = _beside(path, module, {*inputs, last}, units, units, 1)
     return Structure(path, units, units, (*blocks, out, *norms), {"u": up, "d": out}, obstacle)
 
 
 def _beside(
-    path: str, module: nn.Module, known: set[str], units: int, groups: int, size: int
-) -> tuple[list[Block], str]:
-    """Blocks of norms over all units, and what makes reordering impossible ("" for nothing)."""
-    blocks: dict[str, Block] = {}
+    path: str, module: nn.Module, projections: set[str], units: int, groups: int, size: int
+) -> tuple[list[UnitBlock], str]:
+    """Return the blocks of norms over all units, and what makes reordering impossible ("" for nothing)."""
+    blocks: dict[str, UnitBlock] = {}
     for name, parameter in module.named_parameters():
         child, _, rest = name.partition(".")
-        if child in known:
+        if child in projections:
             continue
         if not rest or "." in rest or parameter.ndim != 1:
             return [], f"it has '{name}' beside its projections"
@@ -230,5 +239,5 @@ def _beside(
             return [], f"'{name}' holds {parameter.numel()} values for {units} units of {size}"
         if parameter.numel() != size or (size == 1 and units > 1):
             where = f"{path}.{child}" if path else child
-            blocks[child] = Block(where, 0, 0, parameter.numel() // size, size)
+            blocks[child] = UnitBlock(where, 0, 0, parameter.numel() // size, size)
     return list(blocks.values()), ""

@@ -4,8 +4,8 @@ Exact: eigenvectors of the smaller Gram matrix in fp64, two to three times faste
 halves the digits, so singular values are resolved down to 1e-8 of the largest (an fp32 SVD resolves 1e-7).
 
 Randomised (Halko, Martinsson, Tropp, 2011): a seeded Gaussian start with `OVERSAMPLE` extra columns. Where plain power
-steps multiply an eigenvalue by itself, here Rayleigh-Ritz values tell where the unwanted end [0, cut] of the Gram
-spectrum lies, and a Chebyshev polynomial damps it (Saad, Numerical Methods for Large Eigenvalue Problems, 2011, ch. 7).
+steps multiply an eigenvalue by itself, here Rayleigh-Ritz values locate the unwanted end [0, cut] of the Gram spectrum,
+and a Chebyshev polynomial damps it (Saad, Numerical Methods for Large Eigenvalue Problems, 2011, ch. 7).
 At the cost of a few power steps that finds the leading subspace of flat spectra too. Columns that grow apart by more
 than `GROWTH` would lose each other in rounding, which bounds the degree; the next round then starts from orthonormal
 columns again.
@@ -25,7 +25,7 @@ GRAM_PAYS = 48
 
 
 def top_exact(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Top singular triplets U (o, r), S (r,) descending, Vh (r, i), in fp64, of a matrix (o, i)."""
+    """Return the top singular triplets U (o, r), S (r,) descending, Vh (r, i), in fp64, of a matrix (o, i)."""
     matrix = double(matrix)
     if matrix.shape[0] > matrix.shape[1]:
         U, S, Vh = top_exact(matrix.T, rank)
@@ -40,7 +40,7 @@ def top_exact(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def top_randomized(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Nearly the top singular triplets, as `top_exact` but in the matrix's own dtype (fp32 or fp64).
+    """Return nearly the top singular triplets, as `top_exact` but in the matrix's own dtype (fp32 or fp64).
 
     generator: on the CPU; two calls with the same state give the same bits, and no other random state is touched.
     """
@@ -70,12 +70,12 @@ def top_randomized(matrix: Tensor, rank: int, generator: torch.Generator) -> tup
 
 
 def double(matrix: Tensor) -> Tensor:
-    """The matrix in fp64, on the CPU where its device has no fp64."""
+    """Return the matrix in fp64, on the CPU where its device has no fp64."""
     return matrix.to("cpu" if matrix.device.type == "mps" else matrix.device, torch.float64)
 
 
 def _degree(top: float, cut: float) -> int:
-    """The largest degree up to DEGREE whose Chebyshev polynomial at `top` stays below GROWTH (it is 1 on [0, cut])."""
+    """Return the largest degree up to DEGREE whose Chebyshev polynomial at `top` stays below GROWTH (it is 1 on [0, cut])."""
     if cut <= 0 or top <= cut:
         return 1
     # T_d(x) = cosh(d acosh(x)), about exp(d acosh(x)) / 2, with [0, cut] mapped to [-1, 1]
@@ -83,7 +83,7 @@ def _degree(top: float, cut: float) -> int:
 
 
 def _chebyshev(times_gram: Callable[[Tensor], Tensor], Q: Tensor, product: Tensor, cut: float, degree: int) -> Tensor:
-    """T_degree(2 G / cut - 1) Q for the Gram matrix G, given product = G Q; G Q itself for degree 1."""
+    """Return T_degree(2 G / cut - 1) Q for the Gram matrix G, given product = G Q; G Q itself for degree 1."""
     if degree == 1:
         return product
     before, now = Q, torch.sub(product * (2 / cut), Q)
@@ -93,5 +93,5 @@ def _chebyshev(times_gram: Callable[[Tensor], Tensor], Q: Tensor, product: Tenso
 
 
 def reciprocal(values: Tensor) -> Tensor:
-    """1 / x, and 0 where x is 0."""
+    """Return 1 / x, and 0 where x is 0."""
     return torch.where(values > 0, 1 / values.clamp_min(torch.finfo(values.dtype).tiny), 0)

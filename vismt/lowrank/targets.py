@@ -1,6 +1,6 @@
-"""Which modules a target pattern names, and a clear no where it names none.
+"""The modules that a target pattern names; an error with near names where there are none.
 
-targets     'all-linear'            every nn.Linear and transformers Conv1D but the task head
+targets     'all-linear'            every nn.Linear and transformers Conv1D except the task head
             a string                a regular expression that must match the full module path
             a list of strings       full paths or suffixes after a dot; an entry that matches linears leaves the
                                     convolutions of the same suffix alone ('proj' does not take patch_embed.proj)
@@ -13,8 +13,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from vismt.errors import UserError, near
 
@@ -27,12 +28,12 @@ Targets = str | Sequence[str] | None
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Transformers' Conv1D, told by name so that transformers need not be installed."""
+    """Return whether a module is transformers' Conv1D, by name: transformers need not be installed."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """'linear', 'conv1d' or 'conv2d' for what can carry an update, else None."""
+    """Return 'linear', 'conv1d' or 'conv2d' for a module that can carry an update, else None."""
     if is_conv1d(module):
         return "conv1d"
     if isinstance(module, nn.Linear):
@@ -41,25 +42,25 @@ def kind_of(module: nn.Module) -> str | None:
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
-    """(o, i) of a linear, Conv1D or convolution."""
-    weight = module.weight
-    shape = (weight.shape[0], weight[0].numel())
-    return shape[::-1] if is_conv1d(module) else shape
+    """Return (o, i) of a linear, Conv1D or convolution."""
+    weight = cast(Tensor, module.weight)
+    rows, columns = weight.shape[0], weight[0].numel()
+    return (columns, rows) if is_conv1d(module) else (rows, columns)
 
 
 def head_paths(model: nn.Module) -> set[str]:
-    """Paths of the task head, see the header."""
-    heads: list[nn.Module] = []
+    """Return the paths of the task head, see the header."""
+    heads: list[Any] = []
     for getter in ("get_classifier", "get_output_embeddings"):
-        found = getattr(model, getter, None)
-        head = found() if callable(found) else None
+        function = getattr(model, getter, None)
+        head = function() if callable(function) else None
         heads.extend(head if isinstance(head, tuple) else [head])
-    inside = {id(part) for head in heads if isinstance(head, nn.Module) for part in head.modules()}
+    inside = {id(module) for head in heads if isinstance(head, nn.Module) for module in head.modules()}
     return {path for path, module in model.named_modules() if id(module) in inside or path.split(".")[0] in HEAD_NAMES}
 
 
 def read_directly(owner: nn.Module, name: str) -> bool:
-    """Whether a module uses its child's weight without calling the child: timm's BEiT, EVA and Swin v2 with a q_bias."""
+    """Return whether a module uses its child's weight without calling the child: timm's BEiT, EVA and Swin v2 with a q_bias."""
     return (
         name == "qkv" and getattr(owner, "q_bias", None) is not None and not getattr(owner, "qkv_bias_separate", False)
     )
@@ -68,12 +69,12 @@ def read_directly(owner: nn.Module, name: str) -> bool:
 def _refusal(
     path: str, module: nn.Module, owner: nn.Module, owners: Mapping[int, list[str]], inside_mha: bool
 ) -> str | None:
-    """Why this module cannot carry an update, or None."""
+    """Return why this module cannot carry an update, or None."""
     weight = getattr(module, "weight", None)
     stock = {"conv1d": None, "linear": nn.Linear.forward, "conv2d": nn.Conv2d.forward}[str(kind_of(module))]
-    own = {name for name, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}
-    if (stock is not None and type(module).forward is not stock) or own:
-        return f"'{path}' is a {type(module).__name__} with a computation of its own, which an update would bypass"
+    extra = {name for name, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}
+    if (stock is not None and type(module).forward is not stock) or extra:
+        return f"'{path}' is a {type(module).__name__} with another forward, which an update would bypass"
     if inside_mha:
         return f"'{path}' lies inside nn.MultiheadAttention, which reads its weight without calling it"
     parent, _, name = path.rpartition(".")
@@ -92,83 +93,83 @@ def _refusal(
 
 
 def refusals(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
-    """Why, for those of these linears and convolutions that cannot carry an update."""
+    """Return the reason for each of these linears and convolutions that cannot carry an update."""
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():  # a module that has two names comes once, so two owners are two modules
         for name, parameter in module.named_parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(f"{path}.{name}")
     mha = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
-    found = {}
+    reasons = {}
     for path in paths:
         owner = model.get_submodule(path.rpartition(".")[0])
         inside = any(path.startswith(f"{outer}.") for outer in mha)
-        found[path] = _refusal(path, model.get_submodule(path), owner, owners, inside)
-    return {path: reason for path, reason in found.items() if reason}
+        reasons[path] = _refusal(path, model.get_submodule(path), owner, owners, inside)
+    return {path: reason for path, reason in reasons.items() if reason}
 
 
 def find_targets(
     model: nn.Module, targets: Targets, exclude: Sequence[str] = ()
 ) -> tuple[dict[str, nn.Module], list[str]]:
-    """Modules to adapt by path, in model order, and remarks on what 'all-linear' left out.
+    """Return the modules to adapt by path, in model order, and remarks on those that 'all-linear' left out.
 
     exclude: full-path regular expressions or suffixes. Raises UserError for a pattern that matches nothing and for a
     named module that cannot carry an update.
     """
     candidates = {path: module for path, module in model.named_modules() if path and kind_of(module)}
-    wanted = targets if targets is not None else "all-linear"
-    everything = wanted == "all-linear"
+    pattern = targets if targets is not None else "all-linear"
+    everything = pattern == "all-linear"
     if everything:
         heads = head_paths(model)
         chosen = {p for p, m in candidates.items() if kind_of(m) != "conv2d" and p not in heads}
-    elif isinstance(wanted, str):
-        chosen = _select_regex(wanted, candidates)
+    elif isinstance(pattern, str):
+        chosen = _select_regex(pattern, candidates)
     else:
-        chosen = set().union(*(_select_suffix(entry, candidates) for entry in wanted))
+        chosen = set().union(*(_select_suffix(entry, candidates) for entry in pattern))
     check_patterns("adapt.exclude", exclude, list(candidates))
-    chosen -= {path for path in chosen for pattern in exclude if matches(pattern, path)}
+    chosen -= {path for path in chosen if any(matches(excluded, path) for excluded in exclude)}
     reasons = refusals(model, sorted(chosen))
     if reasons and not everything:
         raise UserError(f"adapt.targets: {next(iter(reasons.values()))}.")
     chosen -= set(reasons)
     if not chosen:
         left = " after exclude" if exclude else ""
-        raise UserError(f"adapt.targets: nothing to adapt for {wanted!r}{left}.{_nearest(wanted, candidates)}")
+        raise UserError(f"adapt.targets: nothing to adapt for {pattern!r}{left}.{_nearest(pattern, candidates)}")
     return {path: module for path, module in candidates.items() if path in chosen}, list(reasons.values())
 
 
 def matches(pattern: str, path: str) -> bool:
-    """A full-path regular expression, the path itself, or a suffix of it after a dot."""
+    """Return whether `pattern` is a regular expression of the full path, the path itself, or a suffix of it after a dot."""
     if path == pattern or path.endswith(f".{pattern}"):
         return True
     try:
         return re.fullmatch(pattern, path) is not None
     except re.error as error:
-        raise UserError(f"adapt: '{pattern}' is no regular expression: {error}.") from error
+        raise UserError(f"adapt: '{pattern}' is not a regular expression: {error}.") from error
 
 
 def _select_regex(pattern: str, candidates: Mapping[str, nn.Module]) -> set[str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise UserError(f"adapt.targets: '{pattern}' is no regular expression: {error}.") from error
-    found = {path for path in candidates if compiled.fullmatch(path)}
-    if not found:
+        raise UserError(f"adapt.targets: '{pattern}' is not a regular expression: {error}.") from error
+    paths = {path for path in candidates if compiled.fullmatch(path)}
+    if not paths:
         suffixed = any(path.endswith(f".{pattern}") for path in candidates)
         hint = f" A string must match the full path; as a suffix write ['{pattern}']." if suffixed else ""
         raise UserError(f"adapt.targets: no module matches '{pattern}'.{hint or _nearest(pattern, candidates)}")
-    return found
+    return paths
 
 
 def _select_suffix(entry: str, candidates: Mapping[str, nn.Module]) -> set[str]:
-    found = {path for path in candidates if path == entry or path.endswith(f".{entry}")}
-    linears = {path for path in found if path == entry or kind_of(candidates[path]) != "conv2d"}
-    if not found:
+    paths = {path for path in candidates if path == entry or path.endswith(f".{entry}")}
+    linears = {path for path in paths if path == entry or kind_of(candidates[path]) != "conv2d"}
+    if not paths:
         raise UserError(f"adapt.targets: no module matches '{entry}'.{_nearest(entry, candidates)}")
-    return linears or found
+    return linears or paths
 
 
 def _nearest(pattern: object, candidates: Iterable[str]) -> str:
-    """ " Near: 'attn.qkv' (12 modules)" among the suffixes that follow the last number of each path."""
+    """Return " Near: 'attn.qkv' (12 modules)." from the suffixes that follow the last number of each path."""
     suffixes = Counter(re.split(r"(?:^|\.)\d+\.", path)[-1] for path in candidates)
     text = near(str(pattern), suffixes, limit=2)
     for suffix, count in suffixes.items():
@@ -177,12 +178,12 @@ def _nearest(pattern: object, candidates: Iterable[str]) -> str:
 
 
 def pattern_value(path: str, table: Mapping[str, float], default: float | None) -> float | None:
-    """First entry of `table` whose pattern matches `path`, else `default`."""
+    """Return the first entry of `table` whose pattern matches `path`, else `default`."""
     return next((value for pattern, value in table.items() if matches(pattern, path)), default)
 
 
 def check_patterns(name: str, table: Mapping[str, object] | Sequence[str], paths: Sequence[str]) -> None:
-    """Every pattern must match one of `paths`."""
+    """Raise UserError unless every pattern matches one of `paths`."""
     for pattern in table:
         if not any(matches(pattern, path) for path in paths):
             raise UserError(f"{name}: no module matches '{pattern}'.{_nearest(pattern, paths)}")

@@ -1,4 +1,4 @@
-"""Torch on one thread for a while, and the same work on many things with one thread for each of them."""
+"""Run torch on one thread, and work on many items with one thread each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One intra-op thread inside the block: timings that compare, and sums in one order (BLAS adds by thread)."""
+    """Use one intra-op thread inside the block: comparable timings, and sums in one order (BLAS adds by thread)."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -25,10 +25,10 @@ def one_thread() -> Iterator[None]:
 
 
 def each(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """`work` on every item, as many at a time as torch has threads, each on one thread; answers in the items' order.
+    """Return `work` of every item, in order; as many run at a time as torch has threads, each on one thread.
 
-    Decompositions of small matrices gain nothing from threads inside, and lose much where the machine is busy. A grad
-    mode does not reach the workers: `work` sets its own. The first error is raised when all that has begun is done.
+    Decompositions of small matrices gain nothing from threads inside, and lose much where the machine is busy. The
+    grad mode does not reach the workers: `work` sets it. The first error is raised when all that has begun is done.
     """
     workers = min(torch.get_num_threads(), len(items))
     with one_thread():

@@ -1,7 +1,7 @@
-"""Stand-ins for stock containers: what a method adds to a model beside low-rank updates, such as a router in an FFN.
+"""Wrappers of stock containers: what a method adds to a model besides adapter layers, such as a router in an FFN.
 
-A Part takes the place of a container and keeps its children under their names, so every path and key inside stays what
-it was. It may hold the tensors below it in an order of its own; files, merging and undoing see the stock order.
+A ModuleWrapper takes the place of a container and keeps its children under their names, so every path and key inside stays
+what it was. It may keep the tensors below it in another order; files, merging and undoing see the stock order.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from vismt.errors import UserError
-from vismt.lowrank.adapter_layer import HOOKS, Host
+from vismt.lowrank.adapter_layer import HOOKS, AdapterLayer
 
 
-class Part(nn.Module, ABC):
-    """Base class. A subclass adds its forward and its own tensors, and overrides what differs from the empty answers."""
+class ModuleWrapper(nn.Module, ABC):
+    """Base class. A subclass adds its forward and its tensors, and overrides what differs from the empty defaults."""
+
+    shell: nn.Module
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -29,160 +31,175 @@ class Part(nn.Module, ABC):
         shell = copy.copy(base)
         shell._modules = {}
         self.__dict__["shell"], self.__dict__["stock_children"] = shell, tuple(base._modules)
-        for name in HOOKS:  # one table for both, so that hooks fire meanwhile and stay when it is undone
+        for name in HOOKS:  # shared tables: hooks fire while the module is wrapped and stay when it is undone
             self.__dict__[name] = base.__dict__[name]
         self._modules.update(base._modules)
         self.training = base.training
 
     @classmethod
     @abstractmethod
-    def check(cls, path: str, base: nn.Module, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Shapes of `tensors()` for this base (stock, or carrying such a part); UserError where it cannot carry one."""
+    def check(cls, path: str, base: nn.Module | None, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of `tensors()` on `base`, a stock container or one that carries such a wrapper.
+
+        Raises UserError where the container cannot carry one.
+        """
 
     @classmethod
     @abstractmethod
-    def around(cls, base: nn.Module, settings: Mapping[str, Any]) -> Part:
-        """The part on a checked base, its tensors to be filled."""
+    def around(cls, base: nn.Module | None, settings: Mapping[str, Any]) -> ModuleWrapper:
+        """Return the wrapper of a checked base, its tensors unset."""
 
     def settings(self) -> dict[str, Any]:
-        """What `check` and `around` need, fit for JSON."""
+        """Return what `check` and `around` need, as values that JSON can hold."""
         return {}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of its own that an adapter file holds, by name below its path."""
+        """Return the tensors that an adapter file holds for this wrapper, by name below its path."""
         return {}
 
     def restore(self, name: str, value: Tensor) -> None:
-        """Take one of `tensors()` from a file."""
+        """Copy in one of `tensors()` from a file."""
         self.get_parameter(name).copy_(value)
 
-    def join(self, model: nn.Module, path: str) -> None:
+    def attach(self, model: nn.Module, path: str) -> None:
         """Take the place of the stock container."""
-        put(model, path, self)
+        install_module(model, path, self)
 
-    def need_idle(self, what: str, path: str) -> None:
-        """UserError for `what` (merge, export) while the part does more than plain updates do."""
+    def check_mergeable(self, what: str, path: str) -> None:
+        """Raise UserError for `what` (merge, export) while the wrapper does more than plain updates do."""
 
     @classmethod
-    def need_idle_saved(cls, what: str, path: str, tensors: Mapping[str, Tensor]) -> None:
-        """The same for a part of which there are `tensors()` alone."""
+    def check_mergeable_saved(cls, what: str, path: str, tensors: Mapping[str, Tensor]) -> None:
+        """Raise the same UserError for a wrapper in an adapter file, from its saved `tensors()`."""
 
     def to_stock_order(self) -> None:
-        """Put the tensors below in the order of the stock model, in place."""
+        """Put the tensors below into the order of the stock model, in place."""
 
-    def to_own_order(self) -> None:
-        """The inverse of `to_stock_order`."""
+    def from_stock_order(self) -> None:
+        """Put the tensors below into the order that the wrapper uses: the inverse of `to_stock_order`."""
 
     def stock(self) -> nn.Module:
-        """The stock container with the present children, in stock order."""
+        """Return the stock container with the present children, in stock order."""
         self.to_stock_order()
         self.shell._modules = {name: self._modules[name] for name in self.stock_children}
         self.shell.training = self.training
         return self.shell
 
 
-class Guest(Part):
-    """A part that takes no container's place: a module of its own at a new path of the model, gone with the update.
+class AddedModule(ModuleWrapper):
+    """A module at a new path of the model that takes no container's place and is removed with the update.
 
-    `check` and `around` get None as their base, or the same guest.
+    `check` and `around` get None as their base, or a module of the same class.
     """
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
 
-    def join(self, model: nn.Module, path: str) -> None:
+    def attach(self, model: nn.Module, path: str) -> None:
         """Become the module `path` of the model."""
         model.add_module(path, self)
 
-    def leave(self, model: nn.Module, path: str) -> None:
-        """The inverse of `join`."""
+    def detach(self, model: nn.Module, path: str) -> None:
+        """Leave the model: the inverse of `attach`."""
         delattr(model, path)
 
 
-def take_out(model: nn.Module) -> None:
-    """Give every part's stock container back its place; guests leave."""
-    for path, part in parts_of(model).items():
-        if isinstance(part, Guest):
-            part.leave(model, path)
-    replace(model, Part, lambda part: part.stock())
+def uninstall(model: nn.Module) -> None:
+    """Put every stock container back in its place and remove added modules."""
+    for path, wrapper in wrappers_of(model).items():
+        if isinstance(wrapper, AddedModule):
+            wrapper.detach(model, path)
+    replace(model, ModuleWrapper, lambda wrapper: wrapper.stock())
 
 
-def parts_of(model: nn.Module) -> dict[str, Part]:
-    """Every part of the model by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, Part)}
+def wrappers_of(model: nn.Module) -> dict[str, ModuleWrapper]:
+    """Return every wrapper of the model by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, ModuleWrapper)}
 
 
-def described(part: Part) -> dict[str, Any]:
-    """A part as data: its type and its settings."""
-    return {"type": f"{type(part).__module__}:{type(part).__qualname__}", "settings": part.settings()}
+def described(wrapper: ModuleWrapper) -> dict[str, Any]:
+    """Return a wrapper as data: its type and its settings."""
+    return {"type": f"{type(wrapper).__module__}:{type(wrapper).__qualname__}", "settings": wrapper.settings()}
 
 
-def part_type(name: str, what: str) -> type[Part]:
-    """The class that `described` named; only classes of this package are looked up."""
+def wrapper_type(name: str, what: str) -> type[ModuleWrapper]:
+    """Return the class that `described` named; only classes of this package are looked up."""
     module, _, attribute = str(name).partition(":")
-    found = None
+    wrapper = None
     if re.fullmatch(r"vismt(\.\w+)+", module):
         with suppress(ImportError):
-            found = getattr(importlib.import_module(module), attribute, None)
-    if not (isinstance(found, type) and issubclass(found, Part)):
+            wrapper = getattr(importlib.import_module(module), attribute, None)
+    if not (isinstance(wrapper, type) and issubclass(wrapper, ModuleWrapper)):
         raise UserError(f"{what}: it needs '{name}', which this version of vismt does not have; use a matching vismt.")
-    return found
+    return wrapper
 
 
-def need_idle(model: nn.Module, what: str) -> None:
-    """UserError where a part or an update still does something that one weight each cannot."""
+def check_mergeable(model: nn.Module, what: str) -> None:
+    """Raise UserError where a wrapper or an update does what one weight each cannot hold."""
     for path, module in model.named_modules():
-        if isinstance(module, (Part, Host)):
-            module.need_idle(what, path)
+        if isinstance(module, (ModuleWrapper, AdapterLayer)):
+            module.check_mergeable(what, path)
+
+
+def is_mergeable(model: nn.Module) -> bool:
+    """Return whether `merge` keeps the function that the model computes now."""
+    try:
+        check_mergeable(model, "merge")
+    except UserError:
+        return False
+    return True
 
 
 def to_stock(model: nn.Module) -> None:
-    """Every stock weight of the model with its stock values in stock order, what was trained beside it."""
-    for part in parts_of(model).values():
-        part.to_stock_order()
-    hosts = [module for module in model.modules() if isinstance(module, Host)]
-    for host in hosts:
-        host.lift()
-    for host in hosts:
-        host.reorder(stock=True)
+    """Put every stock weight back to its stock values in stock order; the trained values are kept apart."""
+    for wrapper in wrappers_of(model).values():
+        wrapper.to_stock_order()
+    layers = [module for module in model.modules() if isinstance(module, AdapterLayer)]
+    for layer in layers:
+        layer.remove_update()
+    for layer in layers:
+        layer.reorder(stock=True)
 
 
-def to_own(model: nn.Module) -> None:
-    """The inverse of `to_stock`."""
-    hosts = [module for module in model.modules() if isinstance(module, Host)]
-    for host in hosts:
-        host.reorder(stock=False)
-    for host in hosts:
-        host.settle()
-    for part in parts_of(model).values():
-        part.to_own_order()
+def from_stock(model: nn.Module) -> None:
+    """Apply every update again: the inverse of `to_stock`."""
+    layers = [module for module in model.modules() if isinstance(module, AdapterLayer)]
+    for layer in layers:
+        layer.reorder(stock=False)
+    for layer in layers:
+        layer.apply_update()
+    for wrapper in wrappers_of(model).values():
+        wrapper.from_stock_order()
 
 
 @contextmanager
 def stock_order(model: nn.Module) -> Iterator[None]:
-    """The model's tensors in stock order for the time of the block; not for use between a forward and its backward."""
+    """Keep the model's tensors in stock order inside the block; not for use between a forward and its backward."""
     try:
         to_stock(model)
         yield
     finally:
-        to_own(model)
+        from_stock(model)
 
 
-def put(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` where another stands, under every name that one has."""
+def install_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` where another stands, under every name that the other has."""
     old = model.get_submodule(path)
-    for name in [name for name, found in model.named_modules(remove_duplicate=False) if found is old]:
+    names = [name for name, other in model.named_modules(remove_duplicate=False) if other is old]
+    for name in names:
         _set(model, name, module)
 
 
 def replace(model: nn.Module, kind: type[nn.Module], stock: Callable[[Any], nn.Module]) -> None:
-    """Replace each module of a kind by `stock(module)` under every name it has."""
-    found = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, kind)]
-    made: dict[int, nn.Module] = {}
-    for name, module in found:
-        if id(module) not in made:
-            made[id(module)] = stock(module)
-        _set(model, name, made[id(module)])
+    """Replace each module of class `kind` by `stock(module)` under every name it has."""
+    matches = [
+        (name, module) for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, kind)
+    ]
+    replacements: dict[int, nn.Module] = {}
+    for name, module in matches:
+        if id(module) not in replacements:
+            replacements[id(module)] = stock(module)
+        _set(model, name, replacements[id(module)])
 
 
 def _set(model: nn.Module, path: str, module: nn.Module) -> None:

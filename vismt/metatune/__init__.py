@@ -1,4 +1,4 @@
-"""Few-shot episodes and prototypes, AMT's attacks, pool and merging, MAML, and the evaluation protocol."""
+"""Few-shot episodes and prototypes, AMT's attacks, pool and merging, MAML, fine-tuning, and the evaluation protocol."""
 
 from vismt.metatune.episodes import Episode, EpisodeSampler, VariableSampler
 from vismt.metatune.finetune import FineTuned, FineTuneSettings, finetune

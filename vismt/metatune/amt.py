@@ -5,11 +5,12 @@
 x^adv: pyramid attack on the queries (input_attack.py), the support stays clean. nu: one step of L's gradient on the LoRA
 factors (weight_attack.py). Both query branches have a gradient and share the prototypes of the clean support.
 
-Paper and code differ; we take the code's form and keep the other as a switch: KL(clean || adv) (paper prints the
-reverse); nu normalised per tensor and for A and B at once (paper: plain gradient of the adversarial cross-entropy, A's
-update with A alone moved, B's with B alone). The code leaves the prototypes at theta (support="clean"); the default here
-recomputes them at theta + nu, so that one function is climbed and descended. The release trains the cosine's scale too.
-Left out: the classifier's additive bias, which no loss can see. Pool and merging: pool.py, merging.py.
+Paper and code differ; the default is the code's form, and the paper's form is an option: KL(clean || adv) (the paper
+prints the reverse); nu normalised per tensor and for A and B at once (paper: plain gradient of the adversarial
+cross-entropy, A's update with A alone moved, B's with B alone). The code leaves the prototypes at theta (support="clean");
+the default here recomputes them at theta + nu, so that ascent and descent use the same function. The cosine's scale is
+trained, as in the release. Left out: the classifier's additive bias, which changes no loss. Pool and merging: pool.py,
+merging.py.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from vismt.errors import UserError, near
 from vismt.lowrank.init import kaiming, principal
 from vismt.lowrank.inject import inject
 from vismt.lowrank.layer_spec import AdaptReport
+from vismt.lowrank.linear import LowRankLayer
 from vismt.lowrank.targets import Targets
 from vismt.metatune.input_attack import PYRAMID, STARTS, Levels, pyramid_attack
 from vismt.metatune.protonet import ProtoNet, cosine_logits, prototypes
 from vismt.metatune.weight_attack import weight_perturbation
-from vismt.registry import register_method
+from vismt.methods import Method, register_method
 from vismt.seeds import mix_seed
 
 CHOICES = {
@@ -44,7 +46,6 @@ PATIENCE = 10  # episodes in a row with a flat prediction that count as collapse
 FLAT = 0.01  # the surest prediction of an episode exceeds 1/k by no more
 
 
-@register_method("amt")
 def amt(
     model: nn.Module,
     *,
@@ -56,7 +57,10 @@ def amt(
     split_qkv: bool = True,
     **options: Any,
 ) -> AdaptReport:
-    """One AMT expert: factors per q, k, v block and linear, from the SVD. init: svd, or lora (zero B); and `inject`'s."""
+    """Adapt a model as one AMT expert: factors for each q, k, v block and linear layer.
+
+    init: "svd" (principal factors), or "lora" (zero B). The other arguments are those of `inject`.
+    """
     if init not in ("svd", "lora"):
         raise UserError(f"adapt.init: '{init}' for 'amt'.{near(str(init), ('svd', 'lora'))}")
     if options.get("dropout"):
@@ -81,12 +85,16 @@ def amt(
     )
 
 
+register_method(Method("amt", amt, layers=(LowRankLayer,)))
+
+
 @dataclass(frozen=True)
 class AdversaryForm:
-    """What both attacks are like, whatever the budget.
+    """The settings of both attacks without a budget.
 
-    steps, init: of `pyramid_attack`; its step is `step_ratio` times the budget. pyramid: its levels. weight: lambda of the
-    loss. gamma: size of nu. warmup: episodes over which budget and gamma grow linearly to their full size.
+    steps, init: of `pyramid_attack`, with a step of `step_ratio` times the budget. pyramid: its levels. weight: lambda of
+    the loss. kl, weight_attack, support: the form of the loss, of nu and of the prototypes (header; CHOICES). gamma: size of
+    nu. warmup: episodes over which budget and gamma grow linearly to their full size.
     """
 
     steps: int = 2
@@ -101,9 +109,9 @@ class AdversaryForm:
     warmup: int = 0
 
     def __post_init__(self) -> None:
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise UserError(f"pool.{name}: '{getattr(self, name)}'.{near(getattr(self, name), known)}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"pool.{name}: '{getattr(self, name)}'.{near(getattr(self, name), choices)}")
         if self.steps < 1 or self.weight < 0 or self.gamma < 0 or self.warmup < 0 or not self.step_ratio > 0:
             raise UserError(
                 f"pool: steps {self.steps}, step_ratio {self.step_ratio}, weight {self.weight}, gamma {self.gamma}, warmup "
@@ -115,8 +123,8 @@ class AdversaryForm:
 class Adversary(AdversaryForm):
     """The attacks on one expert.
 
-    epsilons: budgets in pixel units of [0, 1], one drawn for each episode; (0.0,) leaves the input attack out. seed: of the
-    draws and the attack's random start.
+    epsilons: budgets in pixel units of [0, 1], of which each episode draws one; (0.0,) leaves the input attack out. seed:
+    of the draws and the attack's random start.
     """
 
     epsilons: tuple[float, ...] = (8 / 255,)
@@ -125,13 +133,14 @@ class Adversary(AdversaryForm):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.epsilons:
-            raise UserError("pool.levels: an expert without a budget; give one or more, 0 for no input attack.")
+            raise UserError("pool.levels: an expert has no budget; give one or more, 0 for no input attack.")
 
 
 class AdversarialObjective(nn.Module):
-    """objective(batch) -> {"loss", "accuracy", "robust", "kl"} for an episode of `EpisodeBatches`; parameters untouched.
+    """objective(batch) -> {"loss", "accuracy", "robust", "kl"} for an episode of `EpisodeBatches`.
 
-    robust: accuracy on the attacked queries. Budget and random start are functions of (seed, the episode's number).
+    robust: accuracy on the attacked queries. Budget and random start are functions of (seed, the episode's number). The
+    parameters are not changed.
     """
 
     flat: Tensor
@@ -142,14 +151,13 @@ class AdversarialObjective(nn.Module):
         self.register_buffer("flat", torch.zeros((), dtype=torch.long), persistent=False)
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Support (s, 3, h, w), support_labels (s,), query (m, 3, h, w), query_labels (m,), number () -> scalars."""
+        """Map support (s, 3, h, w), support_labels (s,), query (m, 3, h, w), query_labels (m,) and number () to scalars."""
         support, truth, query, labels = (batch[name] for name in ("support", "support_labels", "query", "query_labels"))
         number, adversary = int(batch["number"]), self.adversary
         strength = min(1.0, (number + 1) / adversary.warmup) if adversary.warmup else 1.0
         gamma = 0.0 if adversary.weight_attack == "none" else strength * adversary.gamma
-        factors = {
-            name: p for name, p in self.proto.backbone.named_parameters() if _is_factor(name) and p.requires_grad
-        }
+        named = self.proto.backbone.named_parameters()
+        factors = {name: p for name, p in named if _is_factor(name) and p.requires_grad}
 
         # ---- at theta: the input attack needs the predictions, the weight attack their graph
         centres = prototypes(self.proto.backbone(support), truth)
@@ -166,37 +174,54 @@ class AdversarialObjective(nn.Module):
             loss, kl = self._value(clean, adversarial, labels)
             return {"loss": loss, **metrics, "kl": kl.detach()}
 
-        # ---- nu: in the code's form the prototypes stand still while the loss is climbed
+        # ---- nu: in the code's form the prototypes are constant during the ascent
         if adversary.support == "clean":
             clean = self._score(features, centres.detach())
             adversarial = clean if attacked is None else self._score(attacked_features, centres.detach())
         joint = adversary.weight_attack == "joint"
-        climbed = self._value(clean, adversarial, labels)[0] if joint else F.cross_entropy(adversarial, labels)
-        nu = weight_perturbation(climbed, factors, gamma, form="normalised" if joint else "plain")
+        ascended = self._value(clean, adversarial, labels)[0] if joint else F.cross_entropy(adversarial, labels)
+        nu = weight_perturbation(ascended, factors, gamma, form="normalised" if joint else "plain")
 
         # ---- at theta + nu
         images = [query] if attacked is None else [query, attacked]
-        held = (centres, truth, None if adversary.support == "clean" else support)
         if joint:
-            loss, kl = self._moved(
-                {name: p + nu[name] for name, p in factors.items()}, held, images, labels, self.proto.scale
-            )
-            return {"loss": loss, **metrics, "kl": kl.detach()}
-        # A learns from the loss with A alone moved, B likewise: a pass for each. What else is trained learns in A's.
+            moved = {name: p + nu[name] for name, p in factors.items()}
+            classes = (centres, truth, None if adversary.support == "clean" else support)
+            loss, kl = self._moved(moved, classes, images, labels, self.proto.scale)
+        else:
+            loss, kl = self._separate_passes(factors, nu, (support, truth), images, labels)
+        return {"loss": loss, **metrics, "kl": kl.detach()}
+
+    def _separate_passes(
+        self,
+        factors: Mapping[str, Tensor],
+        nu: Mapping[str, Tensor],
+        task: tuple[Tensor, Tensor],
+        images: list[Tensor],
+        labels: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return loss and KL of the paper's form: A learns from the loss with A alone moved, B from that with B alone moved.
+
+        Other trainable parameters learn in the pass of A. task: support images and labels. The value is that of the pass
+        of A, the gradient the sum of both.
+        """
+        support, truth = task
         passes = []
         for kind in ("lora_A", "lora_B"):
-            own = factors if kind == "lora_A" else dict(self.proto.backbone.named_parameters())
-            live = {name: p if name.endswith(kind) else p.detach() for name, p in own.items()}
+            parameters = factors if kind == "lora_A" else dict(self.proto.backbone.named_parameters())
+            live = {name: p if name.endswith(kind) else p.detach() for name, p in parameters.items()}
             moved = {name: p + nu[name] if name in nu and name.endswith(kind) else p for name, p in live.items()}
-            if adversary.support == "clean":
-                held = (prototypes(functional_call(self.proto.backbone, live, (support,)), truth), truth, None)
+            classes: tuple[Tensor | None, Tensor, Tensor | None] = (None, truth, support)
+            if self.adversary.support == "clean":
+                centres = prototypes(functional_call(self.proto.backbone, live, (support,)), truth)
+                classes = (centres, truth, None)
             scale = self.proto.scale if kind == "lora_A" else self.proto.scale.detach()
-            passes.append(self._moved(moved, held, images, labels, scale))
+            passes.append(self._moved(moved, classes, images, labels, scale))
         (loss, kl), (second, _) = passes
-        return {"loss": loss + second - second.detach(), **metrics, "kl": kl.detach()}
+        return loss + second - second.detach(), kl
 
     def collapsed(self, step: int) -> None:
-        """UserError when the last episodes all had a flat prediction; asks the device, so call it now and then."""
+        """Raise UserError when the last episodes all had a flat prediction; synchronises with the device."""
         if int(self.flat) >= PATIENCE:
             raise UserError(
                 f"train: collapsed to the uniform prediction (seen at step {step}, {int(self.flat)} episodes in a row): the "
@@ -231,13 +256,17 @@ class AdversarialObjective(nn.Module):
     def _moved(
         self,
         moved: Mapping[str, Tensor],
-        held: tuple[Tensor, Tensor, Tensor | None],
+        classes: tuple[Tensor | None, Tensor, Tensor | None],
         images: list[Tensor],
         labels: Tensor,
         scale: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Loss and KL with the parameters in `moved` replaced; the prototypes are recomputed when the support is given."""
-        centres, truth, support = held
+        """Return loss and KL with the parameters in `moved` replaced.
+
+        classes: prototypes (N, d), support labels (s,) and support images, from which the prototypes are recomputed where
+        they are given.
+        """
+        centres, truth, support = classes
         parts = images if support is None else [support, *images]
         features = functional_call(self.proto.backbone, dict(moved), (torch.cat(parts),)).split(
             [len(part) for part in parts]
@@ -252,7 +281,7 @@ class AdversarialObjective(nn.Module):
         return cosine_logits(features, centres, self.proto.scale)
 
     def _value(self, clean: Tensor, adversarial: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss and its KL term; gradients reach both branches."""
+        """Return the loss and its KL term; gradients reach both branches."""
         return trades(clean, adversarial, labels, self.adversary.weight, self.adversary.kl)
 
     @torch.no_grad()
@@ -264,14 +293,15 @@ class AdversarialObjective(nn.Module):
 def trades(
     clean: Tensor, adversarial: Tensor, labels: Tensor, weight: float, kl: str = "clean_adv"
 ) -> tuple[Tensor, Tensor]:
-    """CE(clean, labels) + weight * mean KL, and that KL (Zhang et al., arXiv 1901.08573); logits (m, k), labels (m,).
+    """Return CE(clean, labels) + weight * mean KL, and that KL (Zhang et al., arXiv 1901.08573).
 
-    kl: "clean_adv" is KL(p(clean) || p(adversarial)), "adv_clean" the reverse. Gradients reach both logits.
+    clean, adversarial: logits (m, k). labels (m,). kl: "clean_adv" is KL(p(clean) || p(adversarial)), "adv_clean" the
+    reverse. Gradients reach both logits.
     """
-    ours, theirs = F.log_softmax(clean.float(), 1), F.log_softmax(adversarial.float(), 1)
-    first, second = (ours, theirs) if kl == "clean_adv" else (theirs, ours)
+    log_clean, log_adversarial = F.log_softmax(clean.float(), 1), F.log_softmax(adversarial.float(), 1)
+    first, second = (log_clean, log_adversarial) if kl == "clean_adv" else (log_adversarial, log_clean)
     distance = F.kl_div(second, first, reduction="batchmean", log_target=True)
-    return F.nll_loss(ours, labels) + weight * distance, distance
+    return F.nll_loss(log_clean, labels) + weight * distance, distance
 
 
 def _is_factor(name: str) -> bool:

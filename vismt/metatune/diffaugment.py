@@ -1,13 +1,13 @@
-"""DiffAugment (Zhao et al., arXiv 2006.10738) as P>M>F and AMT apply it to the support set: cheap, differentiable, seeded.
+"""DiffAugment (Zhao et al., arXiv 2006.10738) as P>M>F and AMT apply it to the support set: differentiable and seeded.
 
     x <- (images - mean) / std
     flip          the whole batch, with probability 1/2
     color         x + U(-.5, .5);   m + (x - m) U(0, 2), m the pixel's mean over channels;   m + (x - m) U(.5, 1.5), m the
                   image's mean: brightness, saturation and contrast, a draw of each per image
-    translation   up to +-1/8 of either side per image, whole pixels; what comes in is 0, the mean colour
+    translation   up to +-1/8 of either side per image, whole pixels; the uncovered border is 0, the mean colour
 
-The strengths are made for normalised values, where a brightness of .5 is about 30 of 255, so images in [0, 1] are brought
-there and back. Taken for normalised as they are, they would see four times that brightness and black borders.
+The strengths are meant for normalised values, where a brightness of .5 is about 30 of 255, so images in [0, 1] are
+normalised and converted back. Without that, the brightness would be four times as strong and the borders black.
 """
 
 from __future__ import annotations
@@ -31,12 +31,22 @@ def diff_augment(
     mean: Sequence[float] | Tensor | None = None,
     std: Sequence[float] | Tensor | None = None,
 ) -> Tensor:
-    """Floating images (b, c, h, w) -> the same shape, dtype and device, changed as a batch with `probability`.
+    """Augment a batch of images with `probability`; the gradient reaches the images.
 
-    The result is not clamped and may leave [0, 1], as in the released code; `Backbone` takes any value. The gradient
-    reaches the images. generator: every draw comes from it, on its own device in fp32, so a seed means the same on every
-    device. types: which changes besides the flip. mean, std: per channel; None for images that are normalised already.
-    Raises UserError for an unknown type, a probability outside of [0, 1], mean without std and images that are none.
+    Args:
+        images: floating (b, c, h, w).
+        generator: Of every draw, in fp32 on the generator's device, so that a seed gives the same draws on every device.
+        types: The changes besides the flip, of TYPES.
+        probability: With which the batch is changed.
+        mean: Per channel; None for images that are normalised already.
+        std: Per channel, with mean.
+
+    Returns:
+        Images of the same shape, dtype and device. They are not clamped and may leave [0, 1], as in the released code;
+        `Backbone` takes any value.
+
+    Raises:
+        UserError: An unknown type, a probability outside [0, 1], mean without std, or images of another shape or dtype.
     """
     _check(images, types, probability, mean, std)
     if _uniform(1, generator) >= probability or not len(images):
@@ -55,7 +65,7 @@ def diff_augment(
 
 
 def _uniform(count: int, generator: torch.Generator) -> Tensor:
-    """(count,) in [0, 1), on the generator's device."""
+    """Return (count,) draws in [0, 1), on the generator's device."""
     return torch.rand(count, generator=generator, device=generator.device)
 
 
@@ -69,7 +79,7 @@ def _colour(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _translate(images: Tensor, axis: int, generator: torch.Generator) -> Tensor:
-    """Each image moved along `axis` (-2 or -1) by its own number of pixels; out[i] = in[i - shift], 0 where there is none."""
+    """Move each image along `axis` (-2 or -1) by a drawn number of pixels: out[i] = in[i - shift], 0 outside the image."""
     side = images.shape[axis]
     reach = side // 8
     shift = torch.randint(-reach, reach + 1, (len(images), 1), generator=generator, device=generator.device)

@@ -1,17 +1,17 @@
 """Test-time fine-tuning on a task's support set (P>M>F: Hu et al., arXiv 2204.07305; AMT-FT with a merged backbone).
 
     p_c(theta) = mean feature of the clean support of class c
-    theta <- Adam(theta, grad CE(s cos(f_theta(z), p(theta)), y)),    z = DiffAugment(support), anew in every step
+    theta <- Adam(theta, grad CE(s cos(f_theta(z), p(theta)), y)),    z = DiffAugment(support), drawn in every step
 
-Prototypes are recomputed in every step and carry a gradient too; the scale s is fixed. The tuned weights live in a
-dictionary and the model runs on them by a functional call: it is never changed, so there is nothing to reset and no task
-can see another, nor its Adam state.
+Prototypes are recomputed in every step and have a gradient too; the scale s is fixed. The tuned weights are kept in a
+dictionary and the model runs on them by a functional call. The model is never changed, so there is nothing to reset, and
+tasks share neither weights nor Adam state.
 
-attention_scale: one factor per attention head on the logits q k^T / sqrt(d), start 1, all else fixed. It is multiplied
-into the rows of q in the fused qkv projection, weight and bias, which is the same function and leaves stock attention
-alone. ATTNSCALE (Basu et al., arXiv 2304.01917) learns "scaling parameters for each attention matrix"; a scalar per head is
-our reading, and its domain adapter is left out. adversarial: AMT's "Adv. TTF" is named in the paper and nowhere specified;
-here z is attacked, on its labels against the prototypes of the moment, before each step.
+attention_scale: a factor per attention head on the logits q k^T / sqrt(d), start 1, all else fixed. It is multiplied into
+the rows of q in the fused qkv projection, weight and bias, which is the same function with the stock attention. ATTNSCALE
+(Basu et al., arXiv 2304.01917) learns "scaling parameters for each attention matrix"; a scalar per head is our
+interpretation, and its domain adapter is left out. adversarial: AMT's "Adv. TTF" is named in the paper but not specified;
+here z is attacked, on its labels against the current prototypes, before each step.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from vismt.errors import UserError, near
 from vismt.metatune.attention_scale import attention_heads, scaled_queries
 from vismt.metatune.diffaugment import diff_augment
 from vismt.metatune.functional import Functional, check_weights
-from vismt.metatune.protocol import Task
+from vismt.metatune.protocol import FewShotModel
 from vismt.metatune.protonet import PrototypeClassifier, cosine_logits, prototypes
 from vismt.seeds import mix_seed
 
 PARAMETERS = ("all", "attention_scale")
+# images, labels, logits of images -> attacked images
 SupportAttack = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
 class FineTuneSettings:
-    """How a task is fine-tuned.
+    """Settings of the fine-tuning on a task.
 
-    lr: Adam's, 0 leaves the task as it is. parameters: "all" of the backbone, frozen or not, or "attention_scale".
-    probability: of the augmentation of a step. adversarial: attack the augmented support, by default with PGD of
-    `attack_steps` steps and a budget of `epsilon` in pixel units of [0, 1]. seed: of the augmentation, the same for every
-    task.
+    lr: Adam's; 0 skips the tuning. parameters: "all" of the backbone, frozen or not, or "attention_scale". probability: of
+    the augmentation of a step. adversarial: attack the augmented support, by default with PGD of `attack_steps` steps and a
+    budget of `epsilon` in pixel units of [0, 1]. seed: of the augmentation, the same for every task.
     """
 
     lr: float = 1e-3
@@ -81,50 +81,63 @@ def finetune(
     weights: Mapping[str, Tensor] | None = None,
     attack: SupportAttack | None = None,
 ) -> dict[str, Tensor]:
-    """The backbone's weights tuned on one support set, by name, for `Functional(backbone, ...)`; the backbone is unchanged.
+    """Tune a backbone's weights on a support set; the backbone is not changed.
 
-    backbone: images (b, 3, h, w) in [0, 1] -> features (b, d); its buffers mean and std, where it has them, say where the
-    augmentation acts. support (s, 3, h, w); labels (s,) 0..N-1, every class present. scale: of the cosine. weights: start
-    from these in place of the backbone's own; those that are not tuned come back as they were given. attack: (images,
-    labels, logits of images) -> images, in place of the built-in one of an adversarial run.
+    The whole support is one batch. Steps are taken in fp32 or wider, with the backbone in eval mode. Callers may be under
+    no_grad or inference_mode.
 
-    Tuned tensors are detached and new, in the dtype they started from; steps are taken in fp32 or wider. The backbone is
-    in eval mode meanwhile. Callers may be under no_grad or inference_mode. The whole support is one batch. Raises
-    UserError for weights or labels that do not fit, a backbone with nothing to tune, and a loss that is not finite.
+    Args:
+        backbone: Images (b, 3, h, w) in [0, 1] -> features (b, d). Where it has buffers mean and std, the augmentation
+            normalises with them.
+        support: (s, 3, h, w) in [0, 1].
+        labels: (s,) in 0..N-1, every class present.
+        settings: Of the fine-tuning.
+        scale: Of the cosine.
+        weights: Tensors by name to start from in place of the backbone's.
+        attack: In place of the built-in attack of an adversarial run: (images, labels, logits of images) -> images.
+
+    Returns:
+        The tuned tensors by name, for `Functional(backbone, ...)`: detached and new, in the dtype they started from; and
+        those of `weights` that are not tuned.
+
+    Raises:
+        UserError: Weights or labels that do not fit, a backbone with nothing to tune, or a loss that is not finite.
     """
     if attack is not None and not settings.adversarial:
         raise UserError(
-            "fine-tuning: an attack is given, but adversarial is off: switch it on or leave the attack out."
+            "fine-tuning: an attack is given, but adversarial is off: set adversarial or leave the attack out."
         )
     start = dict(weights or {})
     check_weights(backbone, start)
     with torch.inference_mode(False), torch.enable_grad(), _evaluating(backbone):
-        given = {name: _usable(tensor) for name, tensor in start.items()}
-        held = {
-            name: _usable(value) for name, value in (*backbone.named_parameters(), *backbone.named_buffers())
-        } | given
-        tuned = _All(backbone, held) if settings.parameters == "all" else _AttentionScale(backbone, held)
-        task = _Task(backbone, held, tuned, _usable(support), _usable(labels).long(), scale, settings, attack)
+        start = {name: _usable(tensor) for name, tensor in start.items()}
+        named = (*backbone.named_parameters(), *backbone.named_buffers())
+        tensors = {name: _usable(value) for name, value in named} | start
+        kind = _AllParameters if settings.parameters == "all" else _AttentionScale
+        tuned = kind(backbone, tensors)
+        task = _SupportTuning(
+            backbone, tensors, tuned, _usable(support), _usable(labels).long(), scale, settings, attack
+        )
         if settings.lr > 0:
             task.run()
-        return given | {name: tensor.detach().clone() for name, tensor in tuned.weights().items()}
+        return start | {name: tensor.detach().clone() for name, tensor in tuned.weights().items()}
 
 
 class FineTuned(nn.Module):
-    """A task's classifier, fine-tuned on its support before it is used.
+    """A few-shot model with a classifier that is fine-tuned on the task's support.
 
-    proto: anything whose classifier(support_images, support_labels) is a `PrototypeClassifier` on a module or on a
-    `Functional` (ProtoNet, a pool with merging). Tuning starts from that backbone, prototypes are recomputed at its end,
-    other buffers of the classifier are handed on. settings, attack: of `finetune`. With lr or steps 0 the classifier is
-    handed through.
+    proto: a model with `classifier(support_images, support_labels)` that returns a `PrototypeClassifier` on a module or on
+    a `Functional` (ProtoNet, a pool with merging). Tuning starts from that backbone, prototypes are recomputed at its end,
+    other buffers of the classifier are copied. settings, attack: of `finetune`. With lr or steps 0 the classifier is
+    returned unchanged.
     """
 
-    def __init__(self, proto: Task, settings: FineTuneSettings, *, attack: SupportAttack | None = None) -> None:
+    def __init__(self, proto: FewShotModel, settings: FineTuneSettings, *, attack: SupportAttack | None = None) -> None:
         super().__init__()
         self.proto, self.settings, self.attack = proto, settings, attack
 
     def classifier(self, support_images: Tensor, support_labels: Tensor, *, batch: int = 256) -> PrototypeClassifier:
-        """(s, 3, h, w), (s,) -> the tuned query classifier. `batch`: images at a time for the final prototypes."""
+        """Return the tuned query classifier of a support (s, 3, h, w), (s,); batch: images in a forward of the prototypes."""
         task = self.proto.classifier(support_images, support_labels)
         if not isinstance(task, PrototypeClassifier):
             raise UserError(
@@ -149,59 +162,57 @@ class FineTuned(nn.Module):
         with torch.no_grad():
             features = torch.cat([tuned(piece) for piece in support_images.split(batch)])
             result = PrototypeClassifier(tuned, prototypes(features, support_labels), task.scale)
+        copied = dict(result.named_buffers(recurse=False))
         for name, buffer in task.named_buffers(recurse=False):
-            if name not in dict(
-                result.named_buffers(recurse=False)
-            ):  # a pool's account of the task, such as its mixture
+            if name not in copied:  # a pool's description of the task, such as its mixture
                 result.register_buffer(name, buffer, persistent=False)
         result.training = task.training
         return result
 
 
-class _All:
-    """Every parameter of the backbone, as fp32 (or wider) leaves."""
+class _AllParameters:
+    """Every parameter of the backbone, as leaves in fp32 or wider. tensors: the start, by name."""
 
-    def __init__(self, backbone: nn.Module, held: Mapping[str, Tensor]) -> None:
-        self._kinds = {
-            name: held[name].dtype for name, _ in backbone.named_parameters() if held[name].is_floating_point()
-        }
+    def __init__(self, backbone: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        names = [name for name, _ in backbone.named_parameters() if tensors[name].is_floating_point()]
+        self._dtypes = {name: tensors[name].dtype for name in names}
         self._leaves = {
-            name: held[name].to(torch.promote_types(kind, torch.float32), copy=True).requires_grad_(True)
-            for name, kind in self._kinds.items()
+            name: tensors[name].to(torch.promote_types(dtype, torch.float32), copy=True).requires_grad_(True)
+            for name, dtype in self._dtypes.items()
         }
         self.leaves = list(self._leaves.values())
         if not self.leaves:
             raise UserError(f"fine-tuning: {type(backbone).__name__} has no parameter to tune.")
 
     def weights(self) -> dict[str, Tensor]:
-        # Views: autocast caches its casts of leaves, and would go on with the weights of the first step.
-        return {name: leaf.view_as(leaf).to(self._kinds[name]) for name, leaf in self._leaves.items()}
+        # Views: autocast caches its casts of leaves, and would use the weights of the first step again.
+        return {name: leaf.view_as(leaf).to(self._dtypes[name]) for name, leaf in self._leaves.items()}
 
 
 class _AttentionScale:
-    """A factor per head of every attention."""
+    """A factor for each head of every attention. tensors: of the backbone, by name."""
 
-    def __init__(self, backbone: nn.Module, held: Mapping[str, Tensor]) -> None:
-        self._held, self._heads = held, attention_heads(backbone)
+    def __init__(self, backbone: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors, self._heads = tensors, attention_heads(backbone)
         self.leaves = [
-            torch.ones(site.heads, device=held[site.tensors[0]].device).requires_grad_(True) for site in self._heads
+            torch.ones(site.heads, device=tensors[site.tensors[0]].device).requires_grad_(True) for site in self._heads
         ]
 
     def weights(self) -> dict[str, Tensor]:
         return {
-            name: scaled_queries(self._held[name], factor, site)
+            name: scaled_queries(self._tensors[name], factor, site)
             for site, factor in zip(self._heads, self.leaves)
             for name in site.tensors
         }
 
 
 @dataclass
-class _Task:
-    """One support set and what is tuned on it."""
+class _SupportTuning:
+    """The fine-tuning on one support set. tensors: of the backbone, by name; tuned: the leaves that replace some of them."""
 
     backbone: nn.Module
-    held: Mapping[str, Tensor]
-    tuned: _All | _AttentionScale
+    tensors: Mapping[str, Tensor]
+    tuned: _AllParameters | _AttentionScale
     support: Tensor
     labels: Tensor
     scale: float | Tensor
@@ -223,16 +234,15 @@ class _Task:
             loss = F.cross_entropy(cosine_logits(self._features(views, weights), centres, scale), self.labels)
             if not bool(loss.isfinite()):
                 where = f"the loss is {loss.item()} in step {step + 1} at lr {settings.lr}"
-                raise UserError(f"fine-tuning: {where}: lower lr, or mend images or weights that are not finite.")
+                raise UserError(f"fine-tuning: {where}: lower lr, or check for images or weights that are not finite.")
             # Not .backward(): the attack's logits and the caller's graph, if any, must not collect gradients.
-            for leaf, gradient in zip(
-                self.tuned.leaves, torch.autograd.grad(loss, self.tuned.leaves, allow_unused=True)
-            ):
+            gradients = torch.autograd.grad(loss, self.tuned.leaves, allow_unused=True)
+            for leaf, gradient in zip(self.tuned.leaves, gradients):
                 leaf.grad = gradient
             optimiser.step()
 
     def _features(self, images: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        return functional_call(self.backbone, {**self.held, **weights}, (images,))
+        return functional_call(self.backbone, {**self.tensors, **weights}, (images,))
 
     def _attacked(
         self, images: Tensor, weights: Mapping[str, Tensor], centres: Tensor, scale: float | Tensor
@@ -248,8 +258,10 @@ class _Task:
 
 
 def _pgd(images: Tensor, labels: Tensor, logits: Callable[[Tensor], Tensor], epsilon: float, steps: int) -> Tensor:
-    """Images within epsilon (l_inf) that raise the cross-entropy: signed steps of 2.5 epsilon / steps (Madry et al.,
-    arXiv 1706.06083) from the images themselves. No box of [0, 1]: augmented images have left it already.
+    """Return images within epsilon (l_inf) with a higher cross-entropy.
+
+    Signed steps of 2.5 epsilon / steps (Madry et al., arXiv 1706.06083) from the images. They are not clamped to [0, 1],
+    which augmented images have left already.
     """
     delta = torch.zeros_like(images)
     for _ in range(steps):
@@ -260,16 +272,16 @@ def _pgd(images: Tensor, labels: Tensor, logits: Callable[[Tensor], Tensor], eps
 
 
 def _usable(tensor: Tensor) -> Tensor:
-    """The tensor without its graph; a copy where it was made in inference mode, which autograd would refuse."""
+    """Detach a tensor; copy it where it was created in inference mode, which autograd refuses."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    modes = {part: part.training for part in module.modules()}
+    modes = {submodule: submodule.training for submodule in module.modules()}
     module.eval()
     try:
         yield
     finally:
-        for part, training in modes.items():
-            part.training = training
+        for submodule, training in modes.items():
+            submodule.training = training

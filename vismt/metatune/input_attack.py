@@ -1,12 +1,12 @@
-"""The pyramid attack: one bounded change per cell of several grids, coarse ones multiplied (Herrmann et al., arXiv 2111.15121).
+"""The pyramid attack: a bounded change per cell of several grids, coarse ones multiplied (Herrmann et al., arXiv 2111.15121).
 
     compose(x, d):  for each level l:  x <- clamp(x + m_l * nearest(d_l), lo, hi)
     T times:        d_l <- clamp(d_l + alpha * sign(dJ / dd_l), -eps, eps),    J = sum_q KL(p(x_q) || p(compose(x, d)_q))
 
-AMT (Yang, Liu, Wei, NeurIPS 2024) makes its training queries with it: grids of 4 and 8 cells a side and single pixels,
-multipliers 20, 10 and 1. The released code fixes the grids for 128 pixels and applies no delta; here cells follow the
-image. The paper prints a cross-entropy with labels; the code's KL needs none and is what we follow. The target p(x) is
-computed once, by the released code once more in every step. One level (None, 1.0) is plain PGD on the KL.
+AMT (Yang, Liu, Wei, NeurIPS 2024) attacks its training queries with it: grids of 4 and 8 cells a side and single pixels,
+multipliers 20, 10 and 1. The released code fixes the grids for 128 pixels and applies no delta; here the cells follow the
+size of the image. The paper prints a cross-entropy with labels; here the KL of the code is used, which needs no labels. The
+target p(x) is computed once, in the released code again in every step. One level (None, 1.0) is plain PGD on the KL.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Levels = Sequence[tuple[int | None, float]]
 
 PYRAMID: Levels = ((4, 20.0), (8, 10.0), (None, 1.0))
 STARTS = ("uniform", "normal", "zero")
-SCALE = 1024.0  # of the objective: its gradient is used by sign alone, and small ones must survive half precision
+SCALE = 1024.0  # of the objective: only the sign of its gradient is used, and half precision must not flush it to zero
 
 
 def pyramid_attack(
@@ -40,17 +40,29 @@ def pyramid_attack(
     generator: torch.Generator | None = None,
     clean_logits: Tensor | None = None,
 ) -> Tensor:
-    """Images (m, c, h, w) that move the predictions of `logits_fn` away from those of the clean `images`.
+    """Perturb images so that the predictions move away from those of the clean images; no parameter gets a gradient.
 
-    logits_fn: images -> logits (m, k); a query's logits must not depend on the other queries. epsilon, step_size: bound
-    and step of every cell's change in pixel units of [0, 1]. levels: (cells a side, multiplier); None is one cell a
-    pixel. A pixel moves by at most epsilon times the sum of the multipliers (31 with the defaults) and stays in [0, 1].
-    init: "uniform" in +-epsilon, "normal" (0.001 N(0, 1) in the images' units) or "zero", where the KL has no gradient
-    but rounding noise. mean, std: per channel, when `images` are normalised by them; the budget is still in pixels.
-    generator: of the start, None seeds one with 0. clean_logits: `logits_fn(images)` where the caller has them.
+    A pixel moves by at most epsilon times the sum of the multipliers (31 with the defaults) and stays in [0, 1].
 
-    Returns a detached tensor of the images' shape, dtype and device; epsilon 0 gives the images back. No parameter gets
-    a gradient. Raises UserError for a budget, a level or a start that is none, and for mean without std.
+    Args:
+        logits_fn: Images -> logits (m, k); a query's logits must not depend on the other queries.
+        images: floating (m, c, h, w).
+        epsilon: Bound of every cell's change in pixel units of [0, 1]. With 0 a copy of the images is returned.
+        step_size: Step of every cell's change in pixel units.
+        steps: Number of steps.
+        levels: (cells a side, multiplier) each; None stands for a cell per pixel.
+        init: "uniform" in +-epsilon, "normal" (0.001 N(0, 1) in the images' units) or "zero", where the gradient of the KL
+            is rounding noise.
+        mean: Per channel, when `images` are normalised; the budget is still in pixel units.
+        std: Per channel, with mean.
+        generator: Of the start, by default seeded with 0.
+        clean_logits: `logits_fn(images)` where the caller has them.
+
+    Returns:
+        The perturbed images, detached, in the shape, dtype and device of `images`.
+
+    Raises:
+        UserError: Images, budget, level or start out of range, or mean without std.
     """
     _check(images, epsilon, step_size, steps, levels, init, mean, std)
     images = images.detach()
@@ -67,8 +79,8 @@ def pyramid_attack(
     for _ in range(steps):
         with torch.enable_grad():
             leaves = [delta.requires_grad_(True) for delta in deltas]
-            found = F.log_softmax(logits_fn(_compose(images, leaves, levels, low, high)).float(), dim=-1)
-            gain = F.kl_div(found, target, reduction="sum", log_target=True)
+            log_p = F.log_softmax(logits_fn(_compose(images, leaves, levels, low, high)).float(), dim=-1)
+            gain = F.kl_div(log_p, target, reduction="sum", log_target=True)
             gradients = torch.autograd.grad(SCALE * gain, leaves)
         with torch.no_grad():
             deltas = [
@@ -87,7 +99,7 @@ def _compose(images: Tensor, deltas: Sequence[Tensor], levels: Levels, low: Tens
 
 
 def _start(images: Tensor, cells: int | None, bound: Tensor, init: str, generator: torch.Generator) -> Tensor:
-    """(m, c, cells, cells); drawn on the generator's device in fp32, so the same numbers come on every device."""
+    """Draw a start (m, c, cells, cells), in fp32 on the generator's device, so that every device gets the same numbers."""
     shape = (*images.shape[:2], *(images.shape[-2:] if cells is None else (cells, cells)))
     if init == "zero":
         return images.new_zeros(shape)
@@ -99,7 +111,7 @@ def _start(images: Tensor, cells: int | None, bound: Tensor, init: str, generato
 
 
 def _box(images: Tensor, mean: object, std: object) -> tuple[Tensor, Tensor, Tensor]:
-    """What one pixel unit, 0 and 1 are in the images' own units: (1, 1, 1, 1) or (1, c, 1, 1)."""
+    """Return a pixel unit, 0 and 1 in the images' units: (1, 1, 1, 1) or (1, c, 1, 1) each."""
     if mean is None:
         return images.new_ones(1, 1, 1, 1), images.new_zeros(1, 1, 1, 1), images.new_ones(1, 1, 1, 1)
     kind = {"dtype": images.dtype, "device": images.device}
@@ -119,12 +131,11 @@ def _check(
             f"pyramid attack: epsilon {epsilon}, step_size {step_size}, steps {steps}: need 0 <= epsilon <= 1 and "
             "step_size > 0 in pixel units of [0, 1] (8/255, not 8), and steps >= 1."
         )
-    if not levels or any(
-        (cells is not None and not 1 <= cells <= min(images.shape[-2:])) or m <= 0 for cells, m in levels
-    ):
+    side = min(images.shape[-2:])
+    if not levels or any((cells is not None and not 1 <= cells <= side) or factor <= 0 for cells, factor in levels):
         raise UserError(
             f"pyramid attack: levels {levels} on {images.shape[-2]} x {images.shape[-1]} images: give (cells a side, "
-            "multiplier > 0) with cells from 1 to the smaller side, or None for one a pixel."
+            "multiplier > 0) with cells from 1 to the smaller side, or None for a cell per pixel."
         )
     if init not in STARTS:
         raise UserError(f"pyramid attack: init '{init}'.{near(init, STARTS)}")

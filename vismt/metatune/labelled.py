@@ -1,4 +1,4 @@
-"""The images of each class, and how one episode is drawn from them: what every sampler stands on."""
+"""The images of each class, and the draw of an episode from them: the base of every sampler."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from vismt.seeds import digest, mix_seed
 
 @dataclass(frozen=True)
 class Episode:
-    """One task. Index tensors point into the labelled set; labels run 0..N-1 in the order of `classes`; all int64.
+    """A few-shot task.
 
-    Shapes: support, support_labels (s,); query, query_labels (m,); classes (k,) ids of the classes drawn.
+    support (s,) and query (m,) are indices into the labelled set; support_labels (s,) and query_labels (m,) run 0..N-1 in
+    the order of classes (N,), the ids of the drawn classes. All are int64.
     """
 
     support: Tensor
@@ -30,16 +31,16 @@ class Episode:
         return len(self.classes)
 
 
-def some(items: Sequence[str], limit: int = 5) -> str:
-    """The first items of a list for a message, and how many more there are."""
+def shorten(items: Sequence[str], limit: int = 5) -> str:
+    """Return the first items of a list for a message, and how many more there are."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more
 
 
-class Labelled:
-    """Class membership of a labelled set, ready to draw from.
+class LabelledSet:
+    """The images of each class of a labelled set, from which episodes are drawn.
 
-    labels (n,) integers >= 0; superclass (n_classes,) or None; classes: ids to draw from, all that occur by default;
+    labels (n,) integers >= 0; superclass (n_classes,) or None; classes: ids to draw from, by default all that occur;
     names: class names for messages. Raises UserError for labels, superclass or classes that do not fit each other.
     """
 
@@ -62,10 +63,12 @@ class Labelled:
         self.classes = labels.unique() if classes is None else torch.as_tensor(classes).long().unique()
         unknown = [c for c in self.classes.tolist() if not 0 <= c < size]
         if unknown:
-            raise UserError(f"episodes: classes names id {unknown[0]}, the labels know 0 to {size - 1}: mend the list.")
+            raise UserError(
+                f"episodes: classes names id {unknown[0]}, the labels have 0 to {size - 1}: correct the list."
+            )
         empty = [self.name(c) for c in self.classes.tolist() if not self.counts[c]]
         if empty:
-            raise UserError(f"episodes: no image in {some(empty)}: add images or leave it out of classes.")
+            raise UserError(f"episodes: no image in {shorten(empty)}: add images or leave it out of classes.")
         self.superclass = None if superclass is None else torch.as_tensor(superclass).long().cpu()
         if self.superclass is not None and len(self.superclass) < size:
             raise UserError(
@@ -73,23 +76,23 @@ class Labelled:
             )
 
     def name(self, class_id: int) -> str:
-        """ "class 'oak'" where names are known, else "class 3"."""
+        """Return "class 'oak'" where names are known, else "class 3"."""
         named = self.names is not None and class_id < len(self.names)
         return f"class '{self.names[class_id]}'" if named else f"class {class_id}"
 
     def members(self, class_id: int) -> Tensor:
-        """Indices of the images of a class, ascending, int64."""
+        """Return the indices of the images of a class, ascending, int64 (count,)."""
         start = int(self._start[class_id])
         return self._order[start : start + int(self.counts[class_id])]
 
     def groups(self, least: int) -> list[Tensor]:
-        """The sets the ways of one episode may come from: superclasses of at least `least` classes, else all."""
+        """Return the sets of classes that an episode may draw from: superclasses of at least `least` classes, else all."""
         if self.superclass is None:
             if len(self.classes) < least:
                 raise UserError(f"episodes: {len(self.classes)} classes cannot give {least} ways: lower ways.")
             return [self.classes]
-        kinds = self.superclass[self.classes]
-        groups = [self.classes[kinds == kind] for kind in kinds.unique()]
+        superclasses = self.superclass[self.classes]
+        groups = [self.classes[superclasses == superclass] for superclass in superclasses.unique()]
         usable = [group for group in groups if len(group) >= least]
         if not usable:
             most = max(map(len, groups), default=0)
@@ -100,13 +103,13 @@ class Labelled:
         return usable
 
     def generator(self, index: int) -> torch.Generator:
-        """The generator of episode `index`."""
+        """Return the generator of episode `index`."""
         if index < 0:
             raise IndexError(f"episode {index}: episodes are numbered from 0")
         return torch.Generator().manual_seed(mix_seed(self.seed, index))
 
     def draw(self, drawn: Tensor, shots: Sequence[int], queries: int, generator: torch.Generator) -> Episode:
-        """shots[j] support and `queries` query images of each class j of `drawn` (k,), without replacement."""
+        """Draw shots[j] support and `queries` query images of each class j of `drawn` (N,), without replacement."""
         support, query = [], []
         for class_id, shot in zip(drawn.tolist(), shots, strict=True):
             members = self.members(class_id)
@@ -118,12 +121,12 @@ class Labelled:
         return Episode(torch.cat(support), support_labels, torch.cat(query), ways.repeat_interleave(queries), drawn)
 
     def state(self, **rules: object) -> dict[str, object]:
-        """`rules` with the seed and a hash of labels, classes and superclasses: what fixes the episodes."""
+        """Return `rules` with the seed and a hash of labels, classes and superclasses, which determine the episodes."""
         grouped = b"" if self.superclass is None else self.superclass.numpy().tobytes()
         content = self.labels.numpy().tobytes() + b"|" + self.classes.numpy().tobytes() + b"|" + grouped
         return {**rules, "seed": self.seed, "labels": digest(content)}
 
 
-def pick(groups: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-    """One of `groups`, uniformly."""
+def draw_group(groups: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    """Draw one of `groups` uniformly."""
     return groups[int(torch.randint(len(groups), (1,), generator=generator))]

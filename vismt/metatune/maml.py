@@ -1,4 +1,4 @@
-"""MAML, first-order MAML and MetaSGD: a start from which a few gradient steps on the support set classify the queries.
+"""MAML, first-order MAML and MetaSGD: start weights from which a few gradient steps on the support classify the queries.
 
     w_0 = w,   w_{j+1} = w_j - a * grad L(w_j; support),   minimised over w (and a in MetaSGD): L(w_J; query)
 
@@ -6,11 +6,11 @@
 learns a as well, one rate for each entry of each parameter. L is the mean cross-entropy. Finn et al., arXiv 1703.03400;
 Li et al., arXiv 1707.09835 (who draw the first rates at random; here they start at inner_lr).
 
-Two engines of equal numbers: "func" is our own, on torch.func; "learn2learn" runs the library with what it needs here:
-attention by the plain kernel, which has a second derivative, frozen parameters passed over, buffers that a task may not
-change. Parameters that require a gradient when the learner comes in are adapted, the others (a frozen backbone under
-low-rank factors) never. Buffers, such as the statistics of batch norm, follow the mode: meta-training updates the
-learner's own in every forward pass, support and query alike; `classifier` works on copies.
+Two engines with equal numbers: "func" is implemented here on torch.func; "learn2learn" runs the library with the plain
+attention kernel, which has a second derivative, frozen parameters left out, and buffers that a task does not change.
+Parameters that require a gradient when the net is built are adapted, the others (a frozen backbone under low-rank factors)
+never. Buffers, such as the statistics of batch norm, follow the mode: meta-training updates the learner's buffers in every
+forward pass, of support and queries; `classifier` works on copies.
 """
 
 from __future__ import annotations
@@ -38,14 +38,16 @@ from vismt.metatune.objective import EpisodeObjective
 ALGORITHMS = ("maml", "fomaml", "metasgd")
 ENGINES = ("func", "learn2learn")
 Tensors = dict[str, Tensor]
-Loss = Callable[
-    [nn.Module, Tensors], Tensor
-]  # of the support set, by the module with these tensors in place of its own
+# (module, tensors that replace the module's) -> loss of the support set
+Loss = Callable[[nn.Module, Tensors], Tensor]
 
 
 @dataclass(frozen=True)
 class MamlSettings:
-    """algorithm: maml, fomaml or metasgd. inner_lr: a (its start in metasgd). inner_steps: J. engine: func or learn2learn."""
+    """Settings of the inner loop.
+
+    algorithm: maml, fomaml or metasgd. inner_lr: a (its start in metasgd). inner_steps: J. engine: func or learn2learn.
+    """
 
     algorithm: str = "maml"
     inner_lr: float = 0.01
@@ -54,7 +56,7 @@ class MamlSettings:
 
 
 def check(settings: MamlSettings) -> None:
-    """Values that no type can exclude."""
+    """Raise UserError for an unknown algorithm or engine, and for numbers out of range."""
     if settings.algorithm not in ALGORITHMS:
         raise UserError(f"maml.algorithm: '{settings.algorithm}'.{near(settings.algorithm, ALGORITHMS)}")
     if settings.engine not in ENGINES:
@@ -66,20 +68,22 @@ def check(settings: MamlSettings) -> None:
 
 
 class LinearLearner(nn.Module):
-    """The usual learner: a backbone and a linear head of `ways` outputs. Images (b, 3, h, w) in [0, 1] -> logits (b, ways).
+    """A backbone and a linear head: images (b, 3, h, w) in [0, 1] -> logits (b, ways).
 
-    backbone: images -> features (b, d); width: d, by default the backbone's attribute `width`. The head starts as nn.Linear
-    does, uniform within 1 / sqrt(d), from `seed`, its bias at zero; float32 where the backbone is in half precision.
-    Raises UserError for ways < 2 and an unknown width.
+    backbone: images -> features (b, d). width: d, by default the backbone's attribute `width`. The head starts like
+    nn.Linear's, uniform within 1 / sqrt(d), from `seed`, with a bias of zero; it is float32 where the backbone is in half
+    precision. Raises UserError for ways < 2 and an unknown width.
     """
 
     def __init__(self, backbone: nn.Module, ways: int, *, width: int | None = None, seed: int = 0) -> None:
         super().__init__()
         width = getattr(backbone, "width", None) if width is None else width
         if not isinstance(width, int):
-            raise UserError(f"maml: {type(backbone).__name__} does not tell the width of its features: pass width=.")
+            raise UserError(
+                f"maml: {type(backbone).__name__} has no attribute width, the size of its features: pass width=."
+            )
         if ways < 2:
-            raise UserError(f"maml: a learner of {ways} ways has nothing to tell apart: ways must be at least 2.")
+            raise UserError(f"maml: a learner of {ways} ways cannot classify: ways must be at least 2.")
         self.backbone, self.seed = backbone, seed
         reference = next(backbone.parameters(), torch.empty(0))
         kind = torch.float64 if reference.dtype == torch.float64 else torch.float32
@@ -88,7 +92,7 @@ class LinearLearner(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The head's start values, a function of the seed."""
+        """Set the head's start values, a function of the seed."""
         generator = torch.Generator().manual_seed(self.seed)
         ways, width = self.head.weight.shape
         self.head.weight.copy_((2 * torch.rand(ways, width, generator=generator) - 1) / math.sqrt(width))
@@ -99,11 +103,12 @@ class LinearLearner(nn.Module):
 
 
 class MamlNet(nn.Module):
-    """A learner and its inner loop. learner: images (b, 3, h, w) -> logits (b, N), N fixed; it is held, not copied.
+    """A learner and its inner loop.
 
-    What is adapted is settled here: the learner's parameters that require a gradient now. rates: MetaSGD's learned rates,
-    one Parameter of the same shape for each of them, in their order; empty in the other algorithms.
-    Raises UserError for bad settings, a missing learn2learn, a compiled learner and one without a trainable parameter.
+    learner: images (b, 3, h, w) -> logits (b, N), N fixed; it is referenced, not copied. The parameters that require a
+    gradient now are adapted. rates: MetaSGD's learned rates, a Parameter of the same shape for each adapted parameter, in
+    their order; empty for the other algorithms. Raises UserError for settings out of range, a missing learn2learn, a
+    compiled learner and a learner without a trainable parameter.
     """
 
     def __init__(self, learner: nn.Module, settings: MamlSettings) -> None:
@@ -115,7 +120,7 @@ class MamlNet(nn.Module):
         trainable = {name: value for name, value in learner.named_parameters() if value.requires_grad}
         if not trainable:
             raise UserError(
-                f"maml: nothing is trainable in {type(learner).__name__}: the inner loop needs a parameter to move."
+                f"maml: nothing is trainable in {type(learner).__name__}: the inner loop needs a trainable parameter."
             )
         self.learner, self.settings, self.adapted = learner, settings, tuple(trainable)
         learned = trainable.values() if settings.algorithm == "metasgd" else ()
@@ -123,17 +128,20 @@ class MamlNet(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Every learned rate to inner_lr; the learner is left alone."""
+        """Set every learned rate to inner_lr; the learner is not changed."""
         for rate in self.rates:
             nn.init.constant_(rate, self.settings.inner_lr)
 
     def forward(self, support_images: Tensor, support_labels: Tensor, query_images: Tensor) -> Tensor:
-        """(s, 3, h, w), (s,) and (M, 3, h, w) -> logits (M, N) after the inner loop; gradients reach the start and the rates."""
+        """Return query logits (M, N) after the inner loop, from (s, 3, h, w), (s,) and (M, 3, h, w).
+
+        Gradients reach the start weights and the rates.
+        """
         adapted = self._adapt(support_images, support_labels, {}, attached=torch.is_grad_enabled())
         return functional_call(self.learner, adapted, (query_images,))
 
     def classifier(self, support_images: Tensor, support_labels: Tensor) -> Functional:
-        """The query classifier of one task, adapted in the learner's present mode; nothing of the learner changes.
+        """Return the query classifier of a task, adapted in the learner's current mode; the learner is not changed.
 
         The whole support set is one batch of every inner step. Works under no_grad, too.
         """
@@ -142,30 +150,30 @@ class MamlNet(nn.Module):
         return Functional(self.learner, {**buffers, **adapted})
 
     def own_tensors(self) -> Tensors:
-        """What a run saves beside the adapter: adapted parameters that no adapter file holds, and rates by parameter."""
-        held = {
+        """Return what a run saves with the adapter: adapted parameters outside the adapter file, and rates by parameter."""
+        saved = {
             f"{path}.{name}".lstrip(".")
             for path, module in self.learner.named_modules()
             if record_of(module) is not None
             for name in adapter_tensors(module)
         }
-        own = dict(self.learner.named_parameters())
-        tensors = {name: own[name] for name in self.adapted if name not in held}
+        parameters = dict(self.learner.named_parameters())
+        tensors = {name: parameters[name] for name in self.adapted if name not in saved}
         return tensors | {f"rates.{name}": rate for name, rate in zip(self.adapted, self.rates)}
 
     @torch.no_grad()
     def load_own_tensors(self, tensors: Mapping[str, Tensor], what: str) -> None:
-        """Copy `own_tensors` of a like net in. what: names the source in the UserError for one that does not fit."""
-        own = self.own_tensors()
-        check_tensors(what, {name: tuple(value.shape) for name, value in own.items()}, tensors)
-        for name, value in own.items():
+        """Copy the `own_tensors` of another net; `what` names the source in the UserError for tensors that do not fit."""
+        targets = self.own_tensors()
+        check_tensors(what, {name: tuple(value.shape) for name, value in targets.items()}, tensors)
+        for name, value in targets.items():
             value.copy_(tensors[name])
 
     def _adapt(self, images: Tensor, labels: Tensor, buffers: Tensors, *, attached: bool) -> Tensors:
-        """The adapted parameters after the inner loop. attached: with the graph back to the start and to the rates."""
+        """Return the adapted parameters after the inner loop. attached: with the graph to the start weights and the rates."""
         if labels.shape != images.shape[:1] or not len(labels):
-            seen = f"images {tuple(images.shape)}, labels {tuple(labels.shape)}"
-            raise UserError(f"maml: support of {seen}: need (s, 3, h, w) and (s,), s > 0.")
+            shapes = f"images {tuple(images.shape)}, labels {tuple(labels.shape)}"
+            raise UserError(f"maml: support of {shapes}: need (s, 3, h, w) and (s,), s > 0.")
         ways = int(labels.max()) + 1
 
         def loss(module: nn.Module, tensors: Tensors) -> Tensor:
@@ -178,9 +186,8 @@ class MamlNet(nn.Module):
                 )
             return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels)
 
-        rates = [rate if attached else rate.detach() for rate in self.rates] or [self.settings.inner_lr] * len(
-            self.adapted
-        )
+        rates: list = [rate if attached else rate.detach() for rate in self.rates]
+        rates = rates or [self.settings.inner_lr] * len(self.adapted)
         second_order = attached and self.settings.algorithm != "fomaml"
         steps = self._func_steps if self.settings.engine == "func" else self._learn2learn_steps
         # The fused attention kernels have no second derivative.
@@ -188,10 +195,11 @@ class MamlNet(nn.Module):
             return steps(loss, rates, buffers, attached, second_order)
 
     def _func_steps(self, loss: Loss, rates: list, buffers: Tensors, attached: bool, second_order: bool) -> Tensors:
-        own = dict(self.learner.named_parameters())
-        now = {name: own[name] if attached and own[name].requires_grad else own[name].detach() for name in self.adapted}
-        for value in now.values():
-            value.requires_grad_()
+        start = dict(self.learner.named_parameters())
+        now = {}
+        for name in self.adapted:
+            value = start[name] if attached and start[name].requires_grad else start[name].detach()
+            now[name] = value.requires_grad_()
         for _ in range(self.settings.inner_steps):
             support = loss(self.learner, {**buffers, **now})
             gradients = torch.autograd.grad(support, list(now.values()), create_graph=second_order, allow_unused=True)
@@ -210,18 +218,18 @@ class MamlNet(nn.Module):
         for name, value in clone.named_parameters():
             if name in self.adapted and not value.requires_grad:
                 value.requires_grad_()
-        # Without both flags a frozen parameter ends in an UnboundLocalError.
+        # Without both flags a frozen parameter raises an UnboundLocalError.
         flags = {"first_order": not second_order, "allow_unused": True, "allow_nograd": True}
         maml = library.algorithms.MAML(clone, self.settings.inner_lr, **flags)
         for _ in range(self.settings.inner_steps):
             if not self.rates:
                 maml.adapt(loss(clone, buffers))
                 continue
-            # The library's MetaSGD takes no frozen parameter and moves shared weights apart; its MAML update does neither.
+            # The library's MetaSGD fails on frozen parameters and separates shared weights; its MAML update does neither.
             moved = {name: value for name, value in clone.named_parameters() if name in self.adapted}
             support = loss(clone, buffers)
-            found = torch.autograd.grad(support, list(moved.values()), create_graph=second_order, allow_unused=True)
-            updates = {name: rate * g for name, rate, g in zip(moved, rates, found) if g is not None}
+            gradients = torch.autograd.grad(support, list(moved.values()), create_graph=second_order, allow_unused=True)
+            updates = {name: rate * g for name, rate, g in zip(moved, rates, gradients) if g is not None}
             library.algorithms.maml.maml_update(clone, 1.0, [updates.get(name) for name, _ in clone.named_parameters()])
         now = dict(clone.named_parameters())
         return {name: now[name] for name in self.adapted}
@@ -230,7 +238,7 @@ class MamlNet(nn.Module):
 class MamlObjective(EpisodeObjective):
     """objective(batch) -> {"loss", "accuracy"} of the queries after the inner loop, for a batch of `EpisodeBatches`.
 
-    `proto` is the MamlNet: with the learner's trainable parameters, MetaSGD's rates are parameters of the objective.
+    `proto` is the MamlNet, so MetaSGD's rates and the learner's trainable parameters are parameters of the objective.
     """
 
     def __init__(self, learner: nn.Module, settings: MamlSettings) -> None:
@@ -242,7 +250,7 @@ def _refuse_compiled(learner: nn.Module) -> None:
         if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
             raise UserError(
                 f"maml: '{path or type(learner).__name__}' is compiled: torch.compile has no second derivative and its "
-                "modules cannot be cloned; pass the learner as it was before torch.compile."
+                "modules cannot be cloned; pass the learner before torch.compile."
             )
 
 

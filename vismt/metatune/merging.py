@@ -1,14 +1,14 @@
-"""Test-time merging: a task's support set weighs the experts of a pool (AMT: Yang, Liu, Wei, NeurIPS 2024).
+"""Test-time merging: a task's support set weights the experts of a pool (AMT: Yang, Liu, Wei, NeurIPS 2024).
 
     C_i = mean_k mean_{s: y_s = k} cos(f_i(x_s), p_ik)                                      compactness
     V_i = mean_k mean_{s: y_s = k} 1/(N-1) sum_{j != k} cos(f_i(x_s), p_ij)                 divergence
     score_i = balance * C_i - (1 - balance) * V_i,     zeta = softmax(beta * score) over the top-k scores, 0 elsewhere
 
-One zeta a task for all sites, then prototypes of the clean support under W(zeta); queries never enter. As in paper and
-code the scored image is part of its own prototype, so at one shot and without augmentation every C_i is 1. The paper's V
-lacks 1/(N-1), which would tie the meaning of `balance` to N. The code scores augmented images (DiffAugment, two
-forwards an expert); the paper does not, nor do we unless asked. Trimming keeps the leading singular values of chosen
-*merged* weights, exactly (the code: an unseeded randomised SVD).
+A task has one zeta for all sites; the prototypes are those of the clean support under W(zeta), and queries are not used.
+As in paper and code the scored image is part of its class's prototype, so at one shot and without augmentation every C_i is
+1. The paper's V lacks 1/(N-1), without which the meaning of `balance` depends on N. The code scores augmented images
+(DiffAugment, two forwards an expert); the paper does not, and here `augment` is off by default. Trimming keeps the leading
+singular values of chosen *merged* weights, exactly (the code: an unseeded randomised SVD).
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ STRATEGIES = ("merge", "average", "logits", "min_ce", "expert")
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """strategy: merge (the method), average (zeta = 1/P), logits (mean of the experts' logits), min_ce (the expert with
-    the least cross-entropy on the support), expert (the one called `expert`).
+    """Settings of merging.
 
+    strategy: merge (the method), average (zeta = 1/P), logits (mean of the experts' logits), min_ce (the expert with the
+    least cross-entropy on the support), expert (the expert with the label `expert`).
     beta: sharpness, >= 0. balance: weight of compactness in [0, 1] (the paper's lambda). top_k: experts kept. augment:
     score augmented support images, drawn from `seed`. trim: {path pattern of adapted modules: share of the singular
     values kept, in (0, 1]}.
@@ -64,14 +65,22 @@ class MergeSettings:
 
 
 def expert_scores(cosines: Tensor, labels: Tensor, balance: float = 0.6) -> tuple[Tensor, Tensor, Tensor]:
-    """(scores, compactness, divergence), each (P,), of cosines (P, S, N) between support images and prototypes.
+    """Score the experts of a pool on a support set (equations in this file's header).
 
-    labels (S,) integers 0..N-1, N >= 2, every class present; classes weigh the same whatever their shots. balance in
-    [0, 1] is the weight of compactness. fp32, or fp64 for fp64. Raises UserError when the shapes or labels do not fit.
+    Args:
+        cosines: (P, S, N) between S support images and the N prototypes of each of P experts.
+        labels: Integers (S,) in 0..N-1, N >= 2, every class present. Classes have equal weight whatever their shots.
+        balance: Weight of compactness, in [0, 1].
+
+    Returns:
+        scores, compactness and divergence, each (P,), in fp32, or fp64 for fp64.
+
+    Raises:
+        UserError: Shapes or labels that do not fit.
     """
     if cosines.ndim != 3 or labels.shape != cosines.shape[1:2] or cosines.shape[2] < 2:
-        seen = f"cosines {tuple(cosines.shape)}, labels {tuple(labels.shape)}"
-        raise UserError(f"expert scores: {seen}: need (P, S, N) with N > 1 and (S,).")
+        shapes = f"cosines {tuple(cosines.shape)}, labels {tuple(labels.shape)}"
+        raise UserError(f"expert scores: {shapes}: need (P, S, N) with N > 1 and (S,).")
     wide = cosines if cosines.dtype == torch.float64 else cosines.float()
     ways = wide.shape[2]
     if not 0 <= int(labels.min()) <= int(labels.max()) < ways:
@@ -80,15 +89,18 @@ def expert_scores(cosines: Tensor, labels: Tensor, balance: float = 0.6) -> tupl
     counts = members.sum(0)
     if not bool(counts.all()):
         raise UserError(f"expert scores: no support image of class {int((counts == 0).nonzero()[0])} of {ways}.")
-    share = members / counts / ways  # (S, N): an image's weight, in its own class's column
-    own = (wide * share).sum((1, 2))
-    others = (wide.sum(2) * share.sum(1)).sum(1) - own
+    share = members / counts / ways  # (S, N): an image's weight, in its class's column
+    compactness = (wide * share).sum((1, 2))
+    others = (wide.sum(2) * share.sum(1)).sum(1) - compactness
     divergence = others / (ways - 1)
-    return balance * own - (1 - balance) * divergence, own, divergence
+    return balance * compactness - (1 - balance) * divergence, compactness, divergence
 
 
 def mixture_weights(scores: Tensor, beta: float = 1.0, top_k: int = 2) -> Tensor:
-    """Zeta (P,) from scores (P,): softmax(beta * score) over the `top_k` highest, zero elsewhere; equal scores: the first."""
+    """Return zeta (P,): softmax(beta * score) over the `top_k` highest of scores (P,), zero elsewhere.
+
+    Among equal scores the first are kept.
+    """
     if scores.ndim != 1 or top_k < 1 or not len(scores):
         raise UserError(f"mixture: scores {tuple(scores.shape)}, top_k {top_k}: need (P,) with P > 0 and top_k >= 1.")
     kept = torch.sort(scores, descending=True, stable=True).indices[:top_k]
@@ -98,7 +110,7 @@ def mixture_weights(scores: Tensor, beta: float = 1.0, top_k: int = 2) -> Tensor
 
 
 class PoolNet(nn.Module):
-    """A pool as a task of the protocol: `classifier(support, labels)` decides the mixture once and freezes it."""
+    """A pool as a few-shot model: `classifier(support, labels)` computes the mixture once and freezes it."""
 
     def __init__(self, pool: ExpertPool, settings: MergeSettings) -> None:
         super().__init__()
@@ -109,13 +121,16 @@ class PoolNet(nn.Module):
 
     @torch.no_grad()
     def classifier(self, support_images: Tensor, support_labels: Tensor, *, batch: int = 256) -> nn.Module:
-        """Images in [0, 1] -> logits (b, N); its `mixture` (P,) is the zeta in use. The pool is left as it was."""
+        """Return the query classifier of a support (s, 3, h, w) in [0, 1], (s,); its `mixture` (P,) is the zeta in use.
+
+        The average of logits has no mixture. The pool is not changed.
+        """
         strategy, pool = self.settings.strategy, self.pool
         if strategy == "logits":
-            own = [self.weights(self._one(index)) for index in range(len(pool))]
-            return LogitAverage([self._task(weights, support_images, support_labels, batch) for weights in own])
+            experts = [self.weights(self._one_hot(index)) for index in range(len(pool))]
+            return LogitAverage([self._task(weights, support_images, support_labels, batch) for weights in experts])
         if strategy in ("average", "expert"):
-            zeta = pool.uniform() if strategy == "average" else self._one(pool.index(str(self.settings.expert)))
+            zeta = pool.uniform() if strategy == "average" else self._one_hot(pool.index(str(self.settings.expert)))
         elif len(pool) == 1:
             zeta = pool.uniform()
         else:
@@ -126,44 +141,44 @@ class PoolNet(nn.Module):
     def task(
         self, zeta: Tensor, support_images: Tensor, support_labels: Tensor, *, batch: int = 256
     ) -> PrototypeClassifier:
-        """The query classifier under a mixture (P,) that is decided elsewhere; prototypes are of the clean support."""
+        """Return the query classifier under a given mixture (P,), with the prototypes of the clean support."""
         task = self._task(self.weights(zeta), support_images, support_labels, batch)
         task.register_buffer("mixture", zeta, persistent=False)
         return task
 
     def weights(self, zeta: Tensor) -> dict[str, Tensor]:
-        """W(zeta) by parameter name, trimmed where the settings say so."""
+        """Return W(zeta) by parameter name, with the settings' trim."""
         single = zeta.nonzero()[:, 0].tolist()
-        made = dict(self.pool.expert_weights(single[0])) if len(single) == 1 else self.pool.weights(zeta)
+        weights = dict(self.pool.expert_weights(single[0])) if len(single) == 1 else self.pool.weights(zeta)
         for site in self.pool.sites if self.settings.trim else ():
             share = pattern_value(site.path, self.settings.trim, None)
             if share is not None:
-                made[f"vit.{site.path}.weight"] = trim(made[f"vit.{site.path}.weight"], share)
-        return made
+                weights[f"vit.{site.path}.weight"] = trim(weights[f"vit.{site.path}.weight"], share)
+        return weights
 
     def cosines(self, support_images: Tensor, support_labels: Tensor, batch: int = 256) -> Tensor:
-        """(P, S, N) between the support as it is scored and each expert's own prototypes of the clean support."""
+        """Return cosines (P, S, N) between the scored support and each expert's prototypes of the clean support."""
         scored, backbone = support_images, self.pool.backbone
         if self.settings.augment:
             generator = torch.Generator().manual_seed(self.settings.seed)
             scored = diff_augment(support_images, generator, mean=backbone.mean, std=backbone.std)
-        found = []
+        cosines = []
         for index in range(len(self.pool)):
             expert = Functional(backbone, self.pool.expert_weights(index))
             clean = _features(expert, support_images, batch)
             features = clean if scored is support_images else _features(expert, scored, batch)
-            found.append(cosine_logits(features, prototypes(clean, support_labels), 1.0))
-        return torch.stack(found)
+            cosines.append(cosine_logits(features, prototypes(clean, support_labels), 1.0))
+        return torch.stack(cosines)
 
     def _route(self, support: Tensor, labels: Tensor, batch: int) -> Tensor:
         cosines = self.cosines(support, labels, batch)
         if self.settings.strategy == "min_ce":
-            losses = [F.cross_entropy(self.pool.scale * one, labels) for one in cosines]
-            return self._one(int(torch.stack(losses).argmin()))
+            losses = [F.cross_entropy(self.pool.scale * by_expert, labels) for by_expert in cosines]
+            return self._one_hot(int(torch.stack(losses).argmin()))
         scores = expert_scores(cosines, labels, self.settings.balance)[0]
         return mixture_weights(scores, self.settings.beta, self.settings.top_k)
 
-    def _one(self, index: int) -> Tensor:
+    def _one_hot(self, index: int) -> Tensor:
         return F.one_hot(torch.tensor(index), len(self.pool)).to(self.pool.uniform())
 
     def _task(self, weights: Mapping[str, Tensor], support: Tensor, labels: Tensor, batch: int) -> PrototypeClassifier:
@@ -175,7 +190,7 @@ class PoolNet(nn.Module):
 
 
 class LogitAverage(nn.Module):
-    """The mean of several classifiers' logits: the ensemble that merging is compared with, at P times its query cost."""
+    """The mean of several classifiers' logits: the ensemble that merging is compared with, at P times the query cost."""
 
     def __init__(self, classifiers: list[PrototypeClassifier]) -> None:
         super().__init__()
@@ -186,7 +201,7 @@ class LogitAverage(nn.Module):
 
 
 def trim(weight: Tensor, share: float) -> Tensor:
-    """The best approximation of a weight, as a matrix (o, i), by int(min(o, i) * share) singular values, at least one."""
+    """Return the best approximation of a weight, as a matrix (o, i), of rank int(min(o, i) * share), at least 1."""
     matrix = weight.flatten(1)
     rank = max(1, int(min(matrix.shape) * share))
     A, B = principal(matrix, rank, 1.0, generator=torch.Generator())

@@ -1,7 +1,7 @@
-"""Clean episodic meta-tuning: cross-entropy of the query set against prototypes of the support set (Snell et al., 2017;
-with the cosine classifier and trained scale of P>M>F, Hu et al., CVPR 2022).
+"""Clean episodic meta-tuning: cross-entropy of the query set against prototypes of the support set.
 
-Batch k is a function of (seed, k): a source set, an episode of it, its augmentation.
+Snell et al., 2017, with the cosine classifier and trained scale of P>M>F (Hu et al., CVPR 2022). Batch k is a function of
+(seed, k): a source set, an episode of it, its augmentation.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ Augmentation = Callable[[Tensor, int], Tensor]
 
 
 class EpisodeObjective(nn.Module):
-    """objective(batch) -> {"loss", "accuracy"} for a batch of `EpisodeBatches`; proto: as `ProtoNet`, three tensors -> logits."""
+    """objective(batch) -> {"loss", "accuracy"} for a batch of `EpisodeBatches`.
+
+    proto: (support, support_labels, query) -> query logits, as `ProtoNet`.
+    """
 
     def __init__(self, proto: nn.Module) -> None:
         super().__init__()
         self.proto = proto
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Support (s, 3, h, w), support_labels (s,), query (m, 3, h, w), query_labels (m,) -> two scalars."""
+        """Map support (s, 3, h, w), support_labels (s,), query (m, 3, h, w) and query_labels (m,) to two scalars."""
         logits = self.proto(batch["support"], batch["support_labels"], batch["query"])
         labels = batch["query_labels"]
         return {
@@ -36,7 +39,11 @@ class EpisodeObjective(nn.Module):
 
 
 class EpisodeBatches:
-    """batches(k) -> the k-th training episode as image tensors; sources are drawn uniformly."""
+    """batches(k) -> the k-th training episode as image tensors.
+
+    sources: (pixels by index, episode by number) of each source set; a batch draws one of them uniformly. augment: (images,
+    seed) -> images.
+    """
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
 """Cosine prototypes: p_c is the mean feature of class c, a query's logit is s * cos(f(x), p_c).
 
 Snell et al., arXiv 1703.05175, with the cosine classifier of Hu et al. (P>M>F), arXiv 2204.07305, as AMT uses it:
-features are averaged as they come and normalised only inside the cosine. The additive bias of the released classifier
-shifts every logit equally and is left out.
+features are averaged without normalisation and normalised only inside the cosine. The additive bias of the released
+classifier shifts every logit equally and is left out.
 """
 
 from __future__ import annotations
@@ -18,10 +18,17 @@ from vismt.lowrank.store import check_tensors
 
 
 def prototypes(features: Tensor, labels: Tensor) -> Tensor:
-    """Mean feature of each class.
+    """Return the mean feature of each class.
 
-    features (s, d) floating; labels (s,) integers 0..N-1, every class present. Returns (N, d) in the features' dtype;
-    half precision is averaged in float32, also under autocast. Raises UserError for a class without a feature.
+    Args:
+        features: floating (s, d).
+        labels: Integers (s,) in 0..N-1, every class present.
+
+    Returns:
+        (N, d) in the features' dtype. Half precision is averaged in float32, also under autocast.
+
+    Raises:
+        UserError: A class without a feature, or shapes that do not fit.
     """
     if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
         raise UserError(
@@ -41,9 +48,9 @@ def prototypes(features: Tensor, labels: Tensor) -> Tensor:
 
 
 def cosine_logits(features: Tensor, prototypes: Tensor, scale: float | Tensor = 10.0) -> Tensor:
-    """Scale * cos(feature, prototype): features (M, d), prototypes (N, d) -> (M, N) within [-scale, scale].
+    """Return scale * cos(feature, prototype), (M, N) within [-scale, scale], of features (M, d) and prototypes (N, d).
 
-    Norms below 1e-12 are taken as 1e-12, so a zero feature has zero logits.
+    Norms below 1e-12 count as 1e-12, so a zero feature has zero logits.
     """
     with torch.autocast(features.device.type, enabled=False):
         wide = features if features.dtype == torch.float64 else features.float()
@@ -52,7 +59,7 @@ def cosine_logits(features: Tensor, prototypes: Tensor, scale: float | Tensor = 
 
 
 class PrototypeClassifier(nn.Module):
-    """Images (b, 3, h, w) in [0, 1] -> logits (b, N) against fixed prototypes: what is scored and what is attacked."""
+    """Images (b, 3, h, w) in [0, 1] -> logits (b, N) against fixed prototypes."""
 
     def __init__(self, backbone: nn.Module, prototypes: Tensor, scale: Tensor) -> None:
         super().__init__()
@@ -85,27 +92,27 @@ class ProtoNet(nn.Module):
         nn.init.constant_(self.scale, self.initial_scale)
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """What a run saves beside the adapter."""
+        """Return the tensors that a run saves with the adapter."""
         return {"scale": self.scale}
 
     def load_own_tensors(self, tensors: Mapping[str, Tensor], what: str) -> None:
-        """Take what `own_tensors` gave; `what` names the source in errors."""
+        """Copy the `own_tensors` of another net; `what` names the source in errors."""
         check_tensors(what, {"scale": ()}, tensors)
         with torch.no_grad():
             self.scale.copy_(tensors["scale"])
 
     def forward(self, support_images: Tensor, support_labels: Tensor, query_images: Tensor) -> Tensor:
-        """(s, 3, h, w), (s,) and (M, 3, h, w) -> logits (M, N); gradients reach both image sets and the scale."""
+        """Return query logits (M, N) from (s, 3, h, w), (s,), (M, 3, h, w); gradients reach both image sets and the scale."""
         centres = prototypes(self.backbone(support_images), support_labels)
         return cosine_logits(self.backbone(query_images), centres, self.scale)
 
     def classifier(self, support_images: Tensor, support_labels: Tensor, *, batch: int = 256) -> PrototypeClassifier:
-        """The query classifier of one task. It shares the backbone; prototypes and scale are frozen copies.
+        """Return the query classifier of a task. It shares the backbone; prototypes and scale are frozen copies.
 
         The support runs in pieces of `batch` images, without gradients.
         """
         with torch.no_grad():
             features = torch.cat([self.backbone(piece) for piece in support_images.split(batch)])
             task = PrototypeClassifier(self.backbone, prototypes(features, support_labels), self.scale)
-        task.training = self.training  # its own flag alone: the backbone is shared
+        task.training = self.training  # not .train(): the backbone is shared
         return task

@@ -1,4 +1,4 @@
-"""EMTAL's parts for multi-task learning: routed experts that fade, quality retaining, and balancing of tasks."""
+"""Multi-task learning: EMTAL's routed experts, router fading and quality retaining; task balancing; dense tasks and heads."""
 
 from vismt.multitask.balancing import Balancer, make_balancer
 from vismt.multitask.experts import cluster_model, cluster_neurons, permute_experts

@@ -2,12 +2,11 @@
 
     L = sum over tasks with a valid pixel of  w_t L_t(resized logits, target)  + L_QR           w_t = task.loss_weight
 
-Every task sees every image, and the router of EMTAL does not know the tasks. One of them may be the class of the image, whose
-logits have no size and are taken as they are. A task without a valid pixel or labelled image in the batch is left out (partial
-labels, as from sets that have one of the tasks each), but its head stays in the graph with a gradient of zero: all processes of
-DistributedDataParallel see the same parameters. With a balancer the weighted losses are its losses, so that "ew" is the plain
-sum. L_QR (retain_dense.py) is of semantic segmentation alone, at the resolution of the head, and is added to what the balancer
-makes of the losses.
+Every task sees every image, and EMTAL's router does not depend on the task. Classification of the whole image may be one of the
+tasks; its logits are not resized. A task without a valid pixel or labelled image in the batch is left out (partial labels, for
+example when each data set has labels of one task), but its head stays in the graph with a gradient of zero, so that all
+processes of DistributedDataParallel use the same parameters. A balancer takes the weighted losses, so "ew" is the plain sum.
+L_QR (retain_dense.py) is computed for semantic segmentation alone, at the resolution of the head, and added to the balanced loss.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from vismt.backbones.vit import Backbone
 from vismt.data.dense_sample import Sample, blank
 from vismt.errors import UserError
 from vismt.multitask.balancing import Balancer
-from vismt.multitask.fading import RouterFade
 from vismt.multitask.heads import Head
 from vismt.multitask.objective import TaskObjective
 from vismt.multitask.retain_dense import DenseRetaining
@@ -31,25 +29,30 @@ SEGMENTATION = "semseg"
 
 
 class DenseNet(nn.Module):
-    """Images (b, 3, h, w) in [0, 1], h and w the backbone's, square or not -> {task: logits (b, channels, R, C)}.
+    """A ViT with a head for each task: images (b, 3, h, w) in [0, 1] -> {task: logits (b, channels, R, C)}.
 
-    A task of whole images has logits (b, channels), from a PooledHead.
+    h and w are the backbone's input size, square or not. Tasks of whole images have logits (b, channels), from a PooledHead.
 
-    heads: {task: head}, of one or more tasks. blocks: whose outputs the heads see, from shallow to deep, as many as a head has
-    widths; the last of them is the model's last, since what comes after a tap would be trained and never run.
-    Raises UserError for no head, blocks that do not end with the last, and heads of other widths.
+    Args:
+        backbone: the ViT.
+        heads: heads by task, at least one.
+        blocks: numbers of the blocks whose outputs are the taps of the heads, from shallow to deep, one for each width of a
+            head; the last must be the model's last block, because later blocks would be trained but never run.
+
+    Raises:
+        UserError: without a head, for blocks that do not end with the last, and for heads of other widths.
     """
 
     def __init__(self, backbone: Backbone, heads: Mapping[str, Head], blocks: Sequence[int]) -> None:
         super().__init__()
         self.backbone, self.blocks = backbone, check_blocks(blocks, backbone.depth)
         if not heads:
-            raise UserError("dense net: no head; name a task.")
+            raise UserError("dense net: no head; give a head for at least one task.")
         for task, head in heads.items():
             if head.widths != (backbone.width,) * len(self.blocks):
                 raise UserError(
-                    f"dense net: the head of '{task}' takes taps of widths {list(head.widths)}, here are {len(self.blocks)} of "
-                    f"{backbone.width}."
+                    f"dense net: the head of '{task}' takes taps of widths {list(head.widths)}, the net has {len(self.blocks)} "
+                    f"of width {backbone.width}."
                 )
         self.heads = nn.ModuleDict(heads)
 
@@ -59,33 +62,41 @@ class DenseNet(nn.Module):
 
     @property
     def stock(self) -> nn.Module:
-        """The timm model, without a classifier."""
+        """The timm model without a classifier."""
         return self.backbone.vit
 
 
 def default_blocks(depth: int) -> list[int]:
-    """Four blocks spread evenly, the last among them: after 3, 6, 9, 12 of 12, after 6, 12, 18, 24 of 24 (TaskPrompter)."""
+    """Return four evenly spaced blocks that end with the last: 3, 6, 9, 12 of 12, 6, 12, 18, 24 of 24 (TaskPrompter)."""
     return [-(-quarter * depth // 4) - 1 for quarter in (1, 2, 3, 4)]
 
 
 def check_blocks(blocks: Sequence[int], depth: int) -> list[int]:
-    """The blocks from 0; UserError unless they lie in the model, from shallow to deep, and end with its last."""
-    found = [block % depth for block in blocks if -depth <= block < depth]
-    if len(found) < len(blocks) or not found or found != sorted(found) or found[-1] != depth - 1:
+    """Return the blocks counted from 0; raise UserError unless they exist, are sorted and end with the model's last."""
+    numbers = [block % depth for block in blocks if -depth <= block < depth]
+    if len(numbers) < len(blocks) or not numbers or numbers != sorted(numbers) or numbers[-1] != depth - 1:
         raise UserError(
             f"blocks: {list(blocks)}; name blocks from 0 to {depth - 1}, shallow to deep, that end with {depth - 1}."
         )
-    return found
+    return numbers
 
 
 class DenseObjective(TaskObjective):
-    """objective(batch) -> {"loss", "<task>", ...}, scalars. batch: a collated sample (dense_sample.py), which may lack targets.
+    """Loss of a dense net: objective(batch) -> {"loss", "<task>", ...}, scalars.
 
-    tasks: those of the net's heads, any order. balancer: None for the weighted sum. balanced: the parameters whose gradients it
-    sees. retain: needs the task semseg. fade: the schedule that the net's routers follow. All of them are children: their state
-    is saved with the training. `step()` follows each optimiser step.
-    "<task>": the task's loss without its weight, NaN for a batch without a valid pixel. Logged besides: "retain" (L_QR), "fade"
-    (a), "weight/<task>" (a balancer's alpha). Raises UserError for tasks that are not the heads', and retain without semseg.
+    batch is a collated sample (dense_sample.py), which may lack targets. Call `step()` after each optimiser step. The result
+    holds "loss"; "<task>", the task's loss without its weight, NaN for a batch without a valid pixel; and, where they exist,
+    "retain" (L_QR) and "weight/<task>" (alpha of the balancer). The state of all parts is saved with the training.
+
+    Args:
+        net: the net.
+        tasks: the tasks of the net's heads, in any order.
+        balancer: None for the weighted sum.
+        balanced: parameters whose gradients the balancer uses.
+        retain: quality retaining of the task semseg.
+
+    Raises:
+        UserError: for tasks that are not those of the heads, and `retain` without the task semseg.
     """
 
     def __init__(
@@ -95,9 +106,8 @@ class DenseObjective(TaskObjective):
         balancer: Balancer | None = None,
         balanced: Sequence[Tensor] = (),
         retain: DenseRetaining | None = None,
-        fade: RouterFade | None = None,
     ) -> None:
-        super().__init__(net, balancer, balanced, retain, fade)
+        super().__init__(net, balancer, balanced, retain)
         self.tasks = {task.name: task for task in tasks}
         if len(self.tasks) < len(tasks) or set(self.tasks) != set(net.heads):
             raise UserError(
@@ -107,32 +117,34 @@ class DenseObjective(TaskObjective):
             raise UserError(f"retain: compares class logits and needs the task {SEGMENTATION}; set retain to null.")
 
     def forward(self, batch: Sample) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+        scalars: dict[str, Tensor] = {}
         losses: dict[str, Tensor] = {}
         logits = {name: value.float() for name, value in self.net(batch["image"]).items()}
-        # Of no element, and so a zero of every head whatever its logits are.
-        idle = sum(value.flatten()[:0].sum() for value in logits.values())
+        # The sum of no elements: zero whatever the logits are, and in the graph of every head.
+        zero = sum(value.flatten()[:0].sum() for value in logits.values())
         for name, task in self.tasks.items():
             loss = self._loss(task, logits[name], batch)
-            found[name] = idle.detach() * torch.nan if loss is None else loss.detach()
+            scalars[name] = zero.detach() * torch.nan if loss is None else loss.detach()
             if loss is not None:
                 losses[name] = task.loss_weight * loss
-        loss = (sum(losses.values()) if self.balancer is None else self.balance(losses)) + idle
+        loss = (sum(losses.values()) if self.balancer is None else self.balance(losses)) + zero
         if self.retain is not None:
             pull = self._retain(logits[SEGMENTATION], batch)
-            loss, found["retain"] = loss + pull, pull.detach()
-        return {"loss": loss, **found, **self.logged()}
+            loss = loss + pull
+            scalars["retain"] = pull.detach()
+        return {"loss": loss, **scalars, **self.logged()}
 
     def _loss(self, task: DenseTask, logits: Tensor, batch: Sample) -> Tensor | None:
+        """Return the loss of a task without its weight, None without a valid pixel."""
         target = batch.get(task.key)
         return None if target is None else task.loss(task.resized(logits, target.shape[-2:]), target)
 
     def _retain(self, logits: Tensor, batch: Sample) -> Tensor:
-        """L_QR, 0 without a valid pixel. Every process takes part in the bank, also where no image is labelled."""
+        """Return L_QR, 0 without a valid pixel; every process must call it, also without a labelled image."""
         target = batch.get(SEGMENTATION)
         if target is None:
             height, width = batch["image"].shape[-2:]
             target = blank(SEGMENTATION, height, width).to(logits.device).expand(len(logits), -1, -1)
         pull = self.retain.loss(logits, target)
         self.remember(logits, target)
-        return logits.flatten()[:0].sum() if pull is None else pull
+        return pull

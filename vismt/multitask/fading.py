@@ -5,11 +5,12 @@
 
 a = 0 routes, a = 1 is plain LoRA and can be merged. The paper writes 1 - a and fades "in the last epochs"; the released
 code fades from the first iteration to half of training, which is the default here, and lets a model that is called
-without a coefficient run half-faded. Here the coefficient is state: there is no default, and it is in the state dict.
+without a coefficient run half-faded. Here the coefficient is state, in the state dict, and a forward pass has no default for it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,11 +19,30 @@ from torch import Tensor, nn
 from vismt.errors import UserError
 
 
+@dataclass
+class FadeConfig:
+    """Fractions of the training between which the routers fade, see `RouterFade`; the section `fade` of a configuration."""
+
+    start: float = 0.0
+    end: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_range(self.start, self.end)
+
+
+def check_range(start: float, end: float) -> None:
+    """Raise UserError unless 0 <= start <= end <= 1."""
+    if not 0 <= start <= end <= 1:
+        raise UserError(
+            f"fade: start {start}, end {end}: need 0 <= start <= end <= 1, so that it ends within the training."
+        )
+
+
 class FadeState(nn.Module):
     """The coefficient a in [0, 1], one object shared by all routers of a model.
 
-    alpha: buffer, fp32 scalar, what a forward pass multiplies with; reading it does not wait for the device. value: the
-    same as a float; setting it outside of [0, 1] raises UserError.
+    alpha: buffer, fp32 scalar; reading it does not wait for the device. value: the same as a float; setting it outside of
+    [0, 1] raises UserError.
     """
 
     alpha: Tensor
@@ -43,8 +63,8 @@ class FadeState(nn.Module):
         self._value = float(value)
         self.alpha.fill_(self._value)
 
-    def _load_from_state_dict(self, *given: Any) -> None:
-        super()._load_from_state_dict(*given)
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
         self._loaded()
 
     def _loaded(self) -> None:
@@ -55,12 +75,17 @@ class FadeState(nn.Module):
 
 
 class RouterFade(FadeState):
-    """A FadeState that `step()` moves along the schedule, once for each optimiser step.
+    """A FadeState that follows the schedule: call `step()` after each optimiser step, or `on_step(number)`.
 
-    total_steps: optimiser steps of the training, >= 1. start, end: fractions of them between which a rises from 0 to 1,
-    0 <= start <= end <= 1 (equal: it jumps). From end * total_steps on, a is exactly 1.
     taken: finished steps, saved as the buffer `steps` (int64).
-    Raises UserError for values outside of these ranges, and on loading the state of another schedule.
+
+    Args:
+        total_steps: optimiser steps of the training, >= 1.
+        start, end: fractions of them between which a rises from 0 to 1, 0 <= start <= end <= 1 (equal: it jumps). From
+            end * total_steps on, a is exactly 1.
+
+    Raises:
+        UserError: for values outside of these ranges, and on loading the state of another schedule.
     """
 
     steps: Tensor
@@ -69,29 +94,34 @@ class RouterFade(FadeState):
         super().__init__()
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise UserError(f"fade: total_steps {total_steps!r}, needed the number of optimiser steps of the training.")
-        if not 0 <= start <= end <= 1:
-            raise UserError(
-                f"fade: start {start}, end {end}: need 0 <= start <= end <= 1, so that it ends within the training."
-            )
+        check_range(start, end)
         self.total_steps, self.start, self.end = total_steps, float(start), float(end)
         self.taken = 0
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.value = self.at(0)
 
     def at(self, step: int) -> float:
-        """The coefficient after `step` finished optimiser steps."""
+        """Return the coefficient after `step` finished optimiser steps."""
         first, last = self.start * self.total_steps, self.end * self.total_steps
-        # A product of floats may lie a rounding error above the whole step that it stands for.
+        # A product of floats may lie a rounding error above the whole step.
         if step >= last - 1e-9 * self.total_steps:
             return 1.0
         return (step - first) / (last - first) if step > first else 0.0
 
     def step(self) -> float:
-        """Count one optimiser step; returns the new coefficient."""
-        self.taken += 1
-        self.steps.fill_(self.taken)
-        self.value = self.at(self.taken)
+        """Count one optimiser step; return the new coefficient."""
+        self.on_step(self.taken + 1)
         return self.value
+
+    def on_step(self, step: int) -> None:
+        """Take the coefficient of `step` finished optimiser steps."""
+        self.taken = step
+        self.steps.fill_(step)
+        self.value = self.at(step)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Return what a training loop logs: "fade", the coefficient in fp32."""
+        return {"fade": self.alpha.clone()}
 
     def _loaded(self) -> None:
         stored, taken = float(self.alpha), int(self.steps)

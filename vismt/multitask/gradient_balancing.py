@@ -1,7 +1,7 @@
 """Balancing by the gradients: alpha of d = sum_t alpha_t g_t as a function of the Gram matrix M = <g_s, g_t>.
 
-Each `solve` takes M (t, t) of the t tasks that are present and have a gradient other than 0, in float64 on the CPU. T is the
-number of these tasks wherever a formula has it.
+Each `solve` takes M (t, t) of the t tasks that are present and have a nonzero gradient, in float64 on the CPU. In the formulas
+T is the number of these tasks.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ import torch
 from torch import Tensor
 from torch.linalg import eigh
 
-from vismt.multitask.balancing import in_range, one_of, register_balancer
+from vismt.multitask.balancing import BALANCERS, check_choice, check_range
 from vismt.multitask.loss_weighting import ImtlL
 from vismt.multitask.task_gradients import GradientBalancer
 
-RIDGE = 1e-12  # on cosines: keeps alpha finite where gradients cancel
+RIDGE = 1e-12  # added to cosines: keeps alpha finite where gradients cancel
 
 
-@register_balancer("pcgrad")
+@BALANCERS.register("pcgrad")
 class PcGrad(GradientBalancer):
-    """sum_i g_i', from g_i' = g_i by g_i' -= <g_i', g_j> / |g_j|^2 g_j for every j, in random order, with <g_i', g_j> < 0.
+    """sum_i g_i': from g_i' = g_i, g_i' -= <g_i', g_j> / |g_j|^2 g_j for every j, in random order, with <g_i', g_j> < 0.
 
-    Yu et al., arXiv 2001.06782. Order: a function of (seed, number of the call).
+    Yu et al., arXiv 2001.06782. The order is a function of (seed, number of the call).
     """
 
     def __init__(self, tasks: Sequence[str], *, seed: int = 0, **common: Any) -> None:
         super().__init__(tasks, **common)
-        in_range("seed", seed, seed >= 0, "0 or more")
+        check_range("seed", seed, seed >= 0, "0 or more")
         self.seed = seed
 
     def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
@@ -44,30 +44,32 @@ class PcGrad(GradientBalancer):
         return torch.from_numpy(mixed.sum(0))
 
 
-@register_balancer("gradvac")
+@BALANCERS.register("gradvac")
 class GradVac(GradientBalancer):
-    """sum_i g_i', from g_i' = g_i by, for every j in random order with f < F_ij, f = cos(g_i', g_j),
+    """Gradient vaccine: sum_i g_i' with cosines raised to their running means. Wang et al., arXiv 2010.05874.
+
+    From g_i' = g_i, for every j in random order with f < F_ij, f = cos(g_i', g_j),
 
         g_i' += |g_i'| (F sqrt(1 - f^2) - f sqrt(1 - F^2)) / (|g_j| sqrt(1 - F^2)) g_j,    F = F_ij
 
-    and then F_ij = (1 - beta) F_ij + beta f; F starts at 0. Wang et al., arXiv 2010.05874, one group for all parameters.
-    Order: a function of (seed, number of the call). The F of an absent task stays.
+    and then F_ij = (1 - beta) F_ij + beta f; F starts at 0, with one group for all parameters. The order is a function of
+    (seed, number of the call). The F of an absent task does not change.
     """
 
     goal: Tensor
 
     def __init__(self, tasks: Sequence[str], *, beta: float = 0.01, seed: int = 0, **common: Any) -> None:
         super().__init__(tasks, **common)
-        in_range("beta", beta, 0 <= beta <= 1, "from 0 to 1")
-        in_range("seed", seed, seed >= 0, "0 or more")
+        check_range("beta", beta, 0 <= beta <= 1, "from 0 to 1")
+        check_range("seed", seed, seed >= 0, "0 or more")
         self.beta, self.seed = beta, seed
         self.register_buffer("goal", torch.zeros(len(self.tasks), len(self.tasks)))  # F
 
     def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
-        goals, inners, own = self.goal.cpu().double().numpy(), gram.numpy(), tasks.tolist()
+        goals, inners, numbers = self.goal.cpu().double().numpy(), gram.numpy(), tasks.tolist()
         mixed, norms = np.eye(len(inners)), np.sqrt(inners.diagonal())
         for i, j in random_pairs(len(inners), self.seed, int(self.calls)):
-            goal = goals[own[i], own[j]]
+            goal = goals[numbers[i], numbers[j]]
             norm = math.sqrt(max(0.0, mixed[i] @ inners @ mixed[i]))
             if norm == 0:
                 continue
@@ -75,24 +77,29 @@ class GradVac(GradientBalancer):
             if cosine < goal:
                 sine, goal_sine = math.sqrt(1 - cosine**2), max(1e-6, math.sqrt(1 - goal**2))
                 mixed[i, j] += norm * (goal * sine - cosine * goal_sine) / (norms[j] * goal_sine)
-            goals[own[i], own[j]] = (1 - self.beta) * goal + self.beta * cosine
+            goals[numbers[i], numbers[j]] = (1 - self.beta) * goal + self.beta * cosine
         self.goal.copy_(torch.from_numpy(goals))
         return torch.from_numpy(mixed.sum(0))
 
 
-@register_balancer("mgda")
+@BALANCERS.register("mgda")
 class Mgda(GradientBalancer):
     """alpha of the shortest vector in the convex hull of the gradients: min |sum_t alpha_t g_t|, alpha >= 0, sum 1.
 
-    Sener & Koltun, arXiv 1810.04650. normalise: alpha solves for g_t / n_t and weighs g_t, n_t = 1 ("none"), |g_t| ("l2"),
-    L_t ("loss") or L_t |g_t| ("loss+"). By default heads are weighted with alpha, which may be 0.
+    Sener & Koltun, arXiv 1810.04650. By default heads are weighted with alpha, which may be 0.
+
+    Args:
+        tasks: names of the tasks.
+        normalise: alpha is that of the vectors g_t / n_t and then weighs g_t: n_t = 1 ("none"), |g_t| ("l2"), L_t ("loss") or
+            L_t |g_t| ("loss+").
+        common: options of `GradientBalancer`.
     """
 
     default_heads = "weighted"
 
     def __init__(self, tasks: Sequence[str], *, normalise: str = "none", **common: Any) -> None:
         super().__init__(tasks, **common)
-        one_of("normalise", normalise, ("none", "l2", "loss", "loss+"))
+        check_choice("normalise", normalise, ("none", "l2", "loss", "loss+"))
         self.normalise = normalise
 
     def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
@@ -104,18 +111,25 @@ class Mgda(GradientBalancer):
         return min_norm_weights(gram / torch.outer(size, size))
 
 
-@register_balancer("cagrad")
+@BALANCERS.register("cagrad")
 class CaGrad(GradientBalancer):
     """The d that maximises min_t <g_t, d> within |d - g0| <= c |g0|, g0 the mean gradient. Liu et al., arXiv 2110.14048.
 
-    By the dual: w on the simplex minimises <g_w, g0> + k |g_w|, k = c |g0|, g_w = sum_t w_t g_t; d = g0 + k g_w / |g_w|. c = 0
-    is the mean gradient. rescale: d over 1 ("none", the paper), 1 + c ("radius") or 1 + c^2 ("square", the released default).
+    Solved by the dual: w on the simplex minimises <g_w, g0> + k |g_w|, k = c |g0|, g_w = sum_t w_t g_t;
+    d = g0 + k g_w / |g_w|.
+
+    Args:
+        tasks: names of the tasks.
+        c: radius relative to |g0|, >= 0; 0 gives the mean gradient.
+        rescale: d is divided by 1 ("none", the paper), 1 + c ("radius") or 1 + c^2 ("square", the default of the released
+            code).
+        common: options of `GradientBalancer`.
     """
 
     def __init__(self, tasks: Sequence[str], *, c: float = 0.5, rescale: str = "none", **common: Any) -> None:
         super().__init__(tasks, **common)
-        in_range("c", c, c >= 0, "0 or more")
-        one_of("rescale", rescale, ("none", "radius", "square"))
+        check_range("c", c, c >= 0, "0 or more")
+        check_choice("rescale", rescale, ("none", "radius", "square"))
         self.c, self.over = c, {"none": 1.0, "radius": 1 + c, "square": 1 + c**2}[rescale]
 
     def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
@@ -127,7 +141,7 @@ class CaGrad(GradientBalancer):
         if radius <= 1e-12 * longest:
             return torch.full_like(losses, 1 / count) / self.over
 
-        # k |g_w| = min_s k / 2 (|g_w|^2 / s + s). For a given s, w is that of the shortest vector among g_t + s / k g0.
+        # k |g_w| = min_s k / 2 (|g_w|^2 / s + s). For a given s, w gives the shortest vector in the hull of g_t + s / k g0.
         def weights(s: float) -> Tensor:
             shift = s / radius
             return min_norm_weights(gram + shift * (with_mean + with_mean[:, None]) + shift**2 * gram.mean())
@@ -136,42 +150,41 @@ class CaGrad(GradientBalancer):
             w = weights(s)
             return float((w @ gram @ w).clamp_min(0).sqrt()) - s
 
-        # Below `least` the gradients cancel: g_w / s tends to the part of g0 that no task can use, with a minus and over k.
+        # Below `least` the gradients cancel: g_w / s tends to -1 / k times the part of g0 that helps no task.
         least, most = 1e-6 * longest, (1 + 1e-9) * longest
         s = least if excess(least) <= 0 else brentq(excess, least, most, xtol=1e-14 * longest, rtol=1e-14)
         return (1 / count + radius / s * weights(s)) / self.over
 
 
-@register_balancer("imtl_g")
+@BALANCERS.register("imtl_g")
 class ImtlG(GradientBalancer):
     """d with equal projections <d, g_t / |g_t|> on all gradients, alpha summing to 1: alpha ~ M^-1 n, n_t = |g_t|.
 
-    Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021 (not on arXiv). Where the sum of M^-1 n is below 0, the
-    paper's scaling would climb on every task; the sum is then -1.
+    Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021 (not on arXiv). Where the sum of M^-1 n is negative, the
+    paper's scaling would increase the loss of every task; here alpha then sums to -1.
     """
 
     def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
         norms = gram.diagonal().sqrt()
         cosines = gram / torch.outer(norms, norms)
-        # The cosine is free of the gradients' sizes, so that one small gradient does not count as linearly dependent.
+        # Cosines do not depend on the lengths of the gradients, so a short gradient does not count as linearly dependent.
         alpha = torch.linalg.pinv(cosines, hermitian=True, rtol=RIDGE) @ torch.ones_like(norms) / norms
         total = alpha.sum().abs()
         return alpha / total if total > RIDGE * alpha.abs().sum() else torch.zeros_like(alpha)
 
 
-@register_balancer("imtl")
+@BALANCERS.register("imtl")
 class Imtl(ImtlL, ImtlG):
-    """IMTL's two halves at once: "imtl_g" on the gradients of the losses scaled by "imtl_l", exp(s_t) L_t - s_t."""
+    """Both halves of IMTL: "imtl_g" on the gradients of the losses scaled by "imtl_l", exp(s_t) L_t - s_t."""
 
 
-@register_balancer("nash")
+@BALANCERS.register("nash")
 class NashMtl(GradientBalancer):
-    """Nash-MTL: alpha > 0 with M alpha = 1 / alpha, whatever the sizes of the gradients |d| = sqrt(T). Navon et al., arXiv
-    2202.01017.
+    """Nash-MTL: alpha > 0 with M alpha = 1 / alpha, so |d| = sqrt(T) for gradients of any size.
 
-    The minimum of alpha^T M alpha / 2 - sum_t log alpha_t, which damped Newton steps reach (the released code solves a
-    sequence of convex programs for the same, up to 20 a step, and clips the gradient at norm 1: set train.clip). By default
-    heads are weighted with alpha.
+    Navon et al., arXiv 2202.01017. alpha minimises alpha^T M alpha / 2 - sum_t log alpha_t and is computed by damped Newton
+    steps (the released code solves up to 20 convex programs a step for it, and clips the gradient at norm 1: set train.clip).
+    By default heads are weighted with alpha.
     """
 
     default_heads = "weighted"
@@ -184,28 +197,33 @@ class NashMtl(GradientBalancer):
             slope = cosines @ alpha - 1 / alpha
             step = torch.linalg.solve(cosines + torch.diag(alpha**-2), slope)
             decrement = float((slope @ step).clamp_min(0).sqrt())
-            alpha = alpha - step / (
-                1 + decrement if decrement > 0.25 else 1
-            )  # stays positive: the function is self-concordant
+            # The function is self-concordant: with this damping alpha stays positive.
+            damping = 1 + decrement if decrement > 0.25 else 1
+            alpha = alpha - step / damping
             if decrement < 1e-10:
                 break
         return alpha / norms
 
 
-@register_balancer("aligned")
+@BALANCERS.register("aligned")
 class AlignedMtl(GradientBalancer):
-    """Aligned-MTL: gradients made orthogonal and of one length, then summed. Senushkin et al., arXiv 2305.19000.
+    """Aligned-MTL: the sum of the gradients after making them orthogonal and equally long. Senushkin et al., arXiv 2305.19000.
 
         M = V diag(l) V^T without eigenvalues up to eps T max l;  B = scale^(1/2) V diag(l^(-1/2)) V^T,  alpha = B 1
 
-    scale: the smallest of the kept l ("min", the paper), their "median" (the lower of two) or mean ("rmse"). eps: float32's,
-    as released, since that is what the gradients are exact to. alpha_t may be negative.
+    alpha_t may be negative.
+
+    Args:
+        tasks: names of the tasks.
+        scale: the smallest of the kept l ("min", the paper), their "median" (the lower of two) or their mean ("rmse").
+        eps: in [0, 1); the default is that of float32, as in the released code, which is the precision of the gradients.
+        common: options of `GradientBalancer`.
     """
 
     def __init__(self, tasks: Sequence[str], *, scale: str = "min", eps: float = 2.0**-23, **common: Any) -> None:
         super().__init__(tasks, **common)
-        one_of("scale", scale, ("min", "median", "rmse"))
-        in_range("eps", eps, 0 <= eps < 1, "from 0 to 1")
+        check_choice("scale", scale, ("min", "median", "rmse"))
+        check_range("eps", eps, 0 <= eps < 1, "from 0 to 1")
         self.scale, self.eps = scale, eps
 
     def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
@@ -217,26 +235,27 @@ class AlignedMtl(GradientBalancer):
 
 
 def min_norm_weights(gram: Tensor) -> Tensor:
-    """W (t,) >= 0 of sum 1 with w^T M w least, for a Gram matrix M (t, t) in float64; exact (active set), one w if several.
+    """Return w (t,) >= 0 with sum 1 that minimises w^T M w, for a Gram matrix M (t, t) in float64.
 
-    w is u over its sum, u >= 0 the minimiser of u^T M u + (sum u - 1)^2: least squares for a root of M, solved for M's
-    cosines, as the solver's tolerance does not know that one gradient may be much smaller than another.
+    Exact (active set); one of the minimisers if there are several. w is u / sum(u) with u >= 0 the minimiser of
+    u^T M u + (sum u - 1)^2, a least-squares problem for a root of M. It is solved for the cosines of M, because the tolerance
+    of the solver does not account for gradients of very different lengths.
     """
     from scipy.optimize import nnls
 
     norms = gram.diagonal().clamp_min(0).sqrt()
-    if norms.min() <= 1e-150 + 1e-15 * norms.max():  # a point at the origin is the shortest
+    if norms.min() <= 1e-150 + 1e-15 * norms.max():  # a zero gradient is the shortest vector
         return torch.nn.functional.one_hot(norms.argmin(), len(gram)).to(gram)
     values, vectors = eigh(gram / torch.outer(norms, norms))
     root = values.clamp_min(0).sqrt()[:, None] * vectors.T
     system = torch.cat([root, norms.min() / norms[None]]).numpy()
     target = np.zeros(len(system))
     target[-1] = 1
-    found = torch.from_numpy(nnls(system, target, maxiter=100 * len(gram))[0]) / norms
-    return found / found.sum()
+    u = torch.from_numpy(nnls(system, target, maxiter=100 * len(gram))[0]) / norms
+    return u / u.sum()
 
 
 def random_pairs(count: int, seed: int, call: int) -> list[tuple[int, int]]:
-    """Every (i, j), i != j, by i, the j of each i in an order of its own."""
+    """Return every (i, j), i != j, sorted by i, with the j of each i in a random order."""
     generator = np.random.default_rng([seed, call])
     return [(i, int(j)) for i in range(count) for j in generator.permutation(count) if j != i]

@@ -1,22 +1,21 @@
 """Heads of dense prediction on the maps of a plain ViT: a list of taps (b, d, r, c) -> logits (b, channels, R, C).
 
-"linear"     1x1 convolution of the last tap, at the taps' grid: the weakest, which shows what the features hold
+"linear"     1x1 convolution of the last tap, at the taps' grid: the weakest head, a linear probe of the features
 "conv"       the last tap, bilinear x4 -> 3x3 convolution + norm + GELU -> 1x1; InvPT's ConvHead (arXiv 2203.07997)
 "segformer"  a linear layer for each tap, concatenated, 1x1, bilinear x4 -> norm + GELU -> 1x1 (SegFormer, arXiv 2105.15203)
-"dpt"        four taps brought to x4, x2, x1 and x1/2 of the grid, fused from coarse to fine by residual units -> x4 (Ranftl et
-             al., arXiv 2103.13413). Left out: the class token's way into the maps, one width for each scale, the 1x1
-             after each fusion, and the last doubling, so that all heads but "linear" end at one resolution
+"dpt"        four taps resampled to x4, x2, x1 and x1/2 of the grid, fused from coarse to fine by residual units -> x4 (Ranftl
+             et al., arXiv 2103.13413). Left out: the readout of the class token, different widths for the scales, the 1x1
+             after each fusion, and the last doubling, so that all heads but "linear" end at the same resolution
 
-A task that says one thing of the whole image has a head of its own, whatever is chosen for the others (`make_pooled_head`): its
-logits (b, channels) are linear in the mean of the last tap's patch tokens, those of padding among them; the class token, which
-no map holds, is not used.
+Tasks of whole images always use the pooled head (`make_pooled_head`): its logits (b, channels) are linear in the mean of the
+last tap's patch tokens, including those of padding; the class token is not part of the maps and not used.
 
-Grids are of any shape; where halving an odd one has lost a row, the finer map sets the size. The caller brings logits to the
+Grids may have any shape; where halving an odd one has lost a row, the finer map sets the size. The caller resizes logits to the
 size of the labels by `resize_logits`, before any argmax and before normals are normalised.
 
-Norm: GroupNorm by default. Dense training runs at two images a GPU or so, where BatchNorm's statistics are noise; images
-without labels for a task move its running statistics, and evaluation is another function than training. "batch" is what
-InvPT's and SegFormer's code has, for comparisons at a large batch.
+Norm: GroupNorm by default. Dense training runs at about two images a GPU, where BatchNorm's statistics are noise; images
+without labels for a task change its running statistics, and evaluation computes a different function than training. "batch" is
+the norm of InvPT's and SegFormer's code, for comparisons at a large batch.
 """
 
 from __future__ import annotations
@@ -33,41 +32,55 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.errors import UserError, near, require_known
+from vismt.registry import Registry
 
 NORMS = ("group", "batch")
-GROUPS = 32  # at most
+GROUPS = 32  # largest number of groups
 
 
 class Head(nn.Module, ABC):
-    """Base: checks the taps. widths: d of each tap, coarse features last. channels: of the output."""
+    """Base class of all heads: checks the taps.
+
+    Args:
+        widths: width d of each tap, from shallow to deep.
+        channels: number of channels of the output.
+    """
 
     def __init__(self, widths: Sequence[int], channels: int) -> None:
         super().__init__()
         self.widths, self.channels = tuple(widths), channels
         if not self.widths:
-            raise UserError("head: no tap: give the width of each.")
+            raise UserError("head: no tap; give the width of each tap.")
         for what, value in (("channels", channels), *(("width", width) for width in self.widths)):
             positive("head", what, value)
 
     def forward(self, taps: Sequence[Tensor]) -> Tensor:
-        """Logits (b, channels, R, C), of `PooledHead` (b, channels). taps: (b, d, r, c) each, of one grid.
+        """Return logits (b, channels, R, C); `PooledHead` returns (b, channels).
 
-        UserError for other numbers, widths and grids.
+        Args:
+            taps: maps (b, d, r, c), all with the same grid r x c.
+
+        Raises:
+            UserError: for other numbers of taps, widths and grids.
         """
-        seen = [tuple(tap.shape) for tap in taps]
-        if any(len(shape) != 4 for shape in seen) or tuple(shape[1] for shape in seen) != self.widths:
-            raise UserError(f"head: taps {seen}, needed maps (b, d, rows, columns) of widths {list(self.widths)}.")
-        if len({shape[-2:] for shape in seen}) > 1:
-            raise UserError(f"head: taps {seen} are of different grids; a plain ViT has one.")
+        shapes = [tuple(tap.shape) for tap in taps]
+        if any(len(shape) != 4 for shape in shapes) or tuple(shape[1] for shape in shapes) != self.widths:
+            raise UserError(f"head: taps {shapes}, needed maps (b, d, rows, columns) of widths {list(self.widths)}.")
+        if len({shape[-2:] for shape in shapes}) > 1:
+            raise UserError(f"head: taps {shapes} are of different grids; all taps of a plain ViT have the same grid.")
         return self.decode(list(taps))
 
     @abstractmethod
     def decode(self, taps: list[Tensor]) -> Tensor:
-        """The head itself, on taps of the right shapes."""
+        """Return the logits of taps whose shapes were checked."""
 
 
-class LinearHead(Head):
-    """ "linear", at the taps' grid."""
+HEADS: Registry[type[Head]] = Registry("head: no head")
+
+
+@HEADS.register("linear")
+class PointwiseHead(Head):
+    """The head "linear": a 1x1 convolution at the taps' grid."""
 
     def __init__(self, widths: Sequence[int], channels: int) -> None:
         super().__init__(widths, channels)
@@ -77,8 +90,17 @@ class LinearHead(Head):
         return self.predict(taps[-1])
 
 
+@HEADS.register("conv")
 class ConvHead(Head):
-    """ "conv". hidden: width between, None for the tap's. scale: of the bilinear upsampling. norm: "group" or "batch"."""
+    """The head "conv".
+
+    Args:
+        widths: width d of each tap; the last one is used.
+        channels: number of channels of the output.
+        hidden: width of the hidden map, None for that of the tap.
+        scale: factor of the bilinear upsampling.
+        norm: "group" or "batch".
+    """
 
     def __init__(
         self,
@@ -100,8 +122,17 @@ class ConvHead(Head):
         return self.predict(F.gelu(self.norm(self.fuse(enlarge(taps[-1], self.scale)))))
 
 
+@HEADS.register("segformer")
 class SegFormerHead(Head):
-    """ "segformer", of any number of taps. hidden: width for each tap and after fusion. scale, norm: as in `ConvHead`."""
+    """The head "segformer", on any number of taps.
+
+    Args:
+        widths: width d of each tap.
+        channels: number of channels of the output.
+        hidden: width of each projected tap and of the fused map.
+        scale: factor of the bilinear upsampling.
+        norm: "group" or "batch".
+    """
 
     def __init__(
         self,
@@ -122,12 +153,19 @@ class SegFormerHead(Head):
 
     def decode(self, taps: list[Tensor]) -> Tensor:
         maps = [project(tap) for project, tap in zip(self.project, taps)]
-        # A 1x1 convolution and bilinear enlargement commute: fused on the small grid, the same at a fraction of the work.
+        # A 1x1 convolution and bilinear upsampling commute: fusing on the small grid gives the same at a fraction of the cost.
         return self.predict(F.gelu(self.norm(enlarge(self.fuse(torch.cat(maps, 1)), self.scale))))
 
 
+@HEADS.register("dpt")
 class DptHead(Head):
-    """ "dpt", of four taps from the shallowest to the deepest. hidden: width of all maps, even."""
+    """The head "dpt", on four taps from shallow to deep.
+
+    Args:
+        widths: width d of each of the four taps.
+        channels: number of channels of the output.
+        hidden: width of all maps, even.
+    """
 
     def __init__(self, widths: Sequence[int], channels: int, *, hidden: int = 256) -> None:
         super().__init__(widths, channels)
@@ -162,7 +200,7 @@ class DptHead(Head):
 
 
 class PooledHead(Head):
-    """Logits (b, channels) of whole images: a linear layer on the mean of the last tap over its grid."""
+    """Logits (b, channels) of whole images by a linear layer on the mean of the last tap over its grid."""
 
     def __init__(self, widths: Sequence[int], channels: int) -> None:
         super().__init__(widths, channels)
@@ -173,74 +211,82 @@ class PooledHead(Head):
 
 
 class ResidualUnit(nn.Module):
-    """x + conv(relu(conv(relu(x)))), 3x3, at one width."""
+    """x + conv(relu(conv(relu(x)))) with 3x3 convolutions of equal width."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.first, self.second = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, width, r, c) -> the same shape."""
+        """Map (b, width, r, c) to the same shape."""
         return x + self.second(F.relu(self.first(F.relu(x))))
 
 
-Made = TypeVar("Made", bound=Head)
-HEADS: dict[str, type[Head]] = {"linear": LinearHead, "conv": ConvHead, "dpt": DptHead, "segformer": SegFormerHead}
+HeadType = TypeVar("HeadType", bound=Head)
 
 
 def make_head(name: str, widths: Sequence[int], channels: int, *, seed: int = 0, **options: Any) -> Head:
-    """The head `name` on taps of these widths. seed: of the start values; the global generator is left alone.
+    """Return a new head for maps.
 
-    Raises UserError for an unknown head or option, and values that do not fit.
+    Args:
+        name: a key of `HEADS`.
+        widths: width of each tap, from shallow to deep.
+        channels: number of channels of the output.
+        seed: of the start values; the state of the global generator does not change.
+        options: options of the head's class.
+
+    Raises:
+        UserError: for an unknown head or option, and values out of range.
     """
     check_head(name, options)
-    return _drawn(partial(HEADS[name], **options), widths, channels, seed)
+    return _initialised(partial(HEADS[name], **options), widths, channels, seed)
 
 
 def make_pooled_head(widths: Sequence[int], channels: int, *, seed: int = 0) -> PooledHead:
-    """The head of a task of whole images on taps of these widths, its start values drawn as those of `make_head`."""
-    return _drawn(PooledHead, widths, channels, seed)
+    """Return a new head for a task of whole images; arguments as of `make_head`."""
+    return _initialised(PooledHead, widths, channels, seed)
 
 
-def _drawn(kind: Callable[..., Made], widths: Sequence[int], channels: int, seed: int) -> Made:
+def _initialised(head: Callable[..., HeadType], widths: Sequence[int], channels: int, seed: int) -> HeadType:
+    """Construct a head with start values drawn from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return kind(widths, channels)
+        return head(widths, channels)
 
 
 def check_head(name: str, options: Iterable[str]) -> None:
-    """UserError for an unknown head or option."""
-    require_known("head: no head", [name], HEADS)
+    """Raise UserError for an unknown head or option."""
     require_known(f"head: '{name}' has no option", options, head_options(HEADS[name]))
 
 
-def head_options(kind: type[Head]) -> list[str]:
-    """Names of a head's options beside the seed."""
-    parameters = inspect.signature(kind).parameters.values()
+def head_options(head: type[Head]) -> list[str]:
+    """Return the names of a head's options, without the seed."""
+    parameters = inspect.signature(head).parameters.values()
     return [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
 def resize_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """(b, channels, R, C) -> (b, channels, h, w), bilinear between the centres of pixels (align_corners=False)."""
+    """Resize logits (b, channels, R, C) to (b, channels, h, w), bilinear with align_corners=False."""
     if tuple(logits.shape[-2:]) == tuple(size):
         return logits
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def enlarge(map: Tensor, scale: int) -> Tensor:
-    """A map at `scale` times its grid, bilinear."""
+    """Upsample a map to `scale` times its grid, bilinear."""
     return resize_logits(map, [scale * side for side in map.shape[-2:]])
 
 
 def make_norm(head: str, norm: str, width: int) -> nn.Module:
-    """GroupNorm with the most groups, at most 32, that divide `width`, or BatchNorm."""
+    """Return GroupNorm with the largest number of groups, at most 32, that divides `width`, or BatchNorm."""
     if norm not in NORMS:
         raise UserError(f"{head}: norm '{norm}'.{near(str(norm), NORMS)}")
     return nn.GroupNorm(math.gcd(width, GROUPS), width) if norm == "group" else nn.BatchNorm2d(width)
 
 
 def positive(head: str, option: str, value: Any) -> int:
-    """value; UserError unless it is a whole number above 0."""
+    """Return `value`; raise UserError unless it is a whole number above 0."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{head}: {option} {value!r}; it must be a whole number, at least 1.")
     return value

@@ -1,18 +1,18 @@
-"""Prediction of a dense net on images of its own size or larger: overlapping windows, and the mirrored image as a second view.
+"""Inference of a dense net on images of its input size or larger: overlapping windows, and the mirrored image as a second view.
 
-    prediction(p) = mean over the views (window, mirrored or not) that hold pixel p of view's prediction(p)
+    prediction(p) = mean of the predictions at pixel p over all views (window, mirrored or not) that contain p
 
-Windows of the net's size stand at even distances, neighbours share `overlap` of a side or more, and every window weighs the same
-(the sliding inference of semantic segmentation). What is averaged is what the head gives, logits and depths, but unit vectors
-for normals (`DenseTask.view`): among vectors of unlike lengths the longest would decide. One window without a mirror is left as
-it is.
+Windows have the net's input size and equal distances, neighbours share `overlap` of a side or more, and all windows have the
+same weight (the sliding inference of semantic segmentation). The mean is taken over the head's output, logits and depths, but
+over unit vectors for normals (`DenseTask.view`), because the longest of vectors of different lengths would dominate. The
+prediction of a single window without mirroring is returned unchanged.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -27,52 +27,79 @@ from vismt.multitask.tasks import DenseTask, MapTask
 def predict(
     net: DenseNet, tasks: Mapping[str, DenseTask], images: Tensor, *, overlap: float = 0.5, flip: bool = False
 ) -> dict[str, Tensor]:
-    """{task: fp32 (b, channels, h, w), (b, channels) of whole images} for images (b, 3, h, w) in [0, 1] of any size.
+    """Predict all tasks for images of any size; sides shorter than the net's are padded with grey and cropped again.
 
-    tasks: those of the net's heads. A side shorter than the net's is padded with grey and cut off again. Raises UserError for an
-    overlap outside of [0, 1).
+    Args:
+        net: the net.
+        tasks: the tasks of the net's heads by name.
+        images: (b, 3, h, w) in [0, 1].
+        overlap: share of a side that neighbouring windows have in common, in [0, 1).
+        flip: whether to average with the predictions for the mirrored images.
+
+    Returns:
+        Predictions by task, fp32 (b, channels, h, w), or (b, channels) for tasks of whole images.
+
+    Raises:
+        UserError: for an overlap outside of [0, 1).
     """
     check_overlap(overlap)
     size = net.backbone.img_size
     height, width = images.shape[-2:]
     below, right = max(0, size[0] - height), max(0, size[1] - width)
     padded = F.pad(images, (0, right, 0, below), value=FILL) if below or right else images
-    places = [*itertools.product(*(starts(side, window, overlap) for side, window in zip(padded.shape[-2:], size)))]
-    views = [(place, mirrored) for place in places for mirrored in ((False, True) if flip else (False,))]
+    corners = itertools.product(*(starts(side, window, overlap) for side, window in zip(padded.shape[-2:], size)))
+    views = [(corner, mirrored) for corner in corners for mirrored in ((False, True) if flip else (False,))]
     if len(views) == 1:
-        found = _window(net, tasks, padded, size)
+        predictions = _predict_window(net, tasks, padded, size)
     else:
-        found, count = {}, padded.new_zeros(padded.shape[-2:])
-        for (top, left), mirrored in views:
-            here = (..., slice(top, top + size[0]), slice(left, left + size[1]))
-            window = padded[here]
-            for name, value in _window(net, tasks, window.flip(-1) if mirrored else window, size).items():
-                part = tasks[name].view(value, mirrored)
-                if isinstance(tasks[name], MapTask):
-                    found.setdefault(name, part.new_zeros(*part.shape[:2], *padded.shape[-2:]))[here] += part
-                else:
-                    found[name] = found.get(name, 0) + part
-            count[here] += 1
-        found = {
-            name: value / (count if isinstance(tasks[name], MapTask) else len(views)) for name, value in found.items()
-        }
+        predictions = _mean_of_views(net, tasks, padded, views, size)
     return {
         name: value[..., :height, :width] if isinstance(tasks[name], MapTask) else value
-        for name, value in found.items()
+        for name, value in predictions.items()
     }
 
 
 def starts(side: int, window: int, overlap: float) -> list[int]:
-    """First pixels of the fewest windows that cover `side` >= window pixels, at even distances, sharing `overlap` or more."""
+    """Return the first pixels of the fewest windows that cover `side` >= window pixels at equal distances.
+
+    Neighbouring windows share `overlap` of their side or more.
+    """
     steps = math.ceil((side - window) / max(1.0, window * (1 - overlap)))
     return [round(step * (side - window) / steps) for step in range(steps + 1)] if steps else [0]
 
 
 def check_overlap(overlap: Any) -> None:
-    """UserError unless it is a share of a side."""
+    """Raise UserError unless `overlap` is a number in [0, 1)."""
     if isinstance(overlap, bool) or not isinstance(overlap, int | float) or not 0 <= overlap < 1:
-        raise UserError(f"overlap: {overlap!r}; it is a share of a window's side, from 0 to below 1.")
+        raise UserError(f"overlap: {overlap!r}; it must be a share of a window's side, from 0 to below 1.")
 
 
-def _window(net: DenseNet, tasks: Mapping[str, DenseTask], images: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+def _mean_of_views(
+    net: DenseNet,
+    tasks: Mapping[str, DenseTask],
+    images: Tensor,
+    views: Sequence[tuple[tuple[int, ...], bool]],
+    size: tuple[int, int],
+) -> dict[str, Tensor]:
+    """Return the predictions averaged over views ((top, left), mirrored) of the images."""
+    totals: dict[str, Tensor] = {}
+    count = images.new_zeros(images.shape[-2:])
+    for (top, left), mirrored in views:
+        place = (..., slice(top, top + size[0]), slice(left, left + size[1]))
+        window = images[place]
+        for name, value in _predict_window(net, tasks, window.flip(-1) if mirrored else window, size).items():
+            prediction = tasks[name].view(value, mirrored)
+            if isinstance(tasks[name], MapTask):
+                total = totals.setdefault(name, prediction.new_zeros(*prediction.shape[:2], *images.shape[-2:]))
+                total[place] += prediction
+            else:
+                totals[name] = totals.get(name, 0) + prediction
+        count[place] += 1
+    return {name: total / (count if isinstance(tasks[name], MapTask) else len(views)) for name, total in totals.items()}
+
+
+def _predict_window(
+    net: DenseNet, tasks: Mapping[str, DenseTask], images: Tensor, size: tuple[int, int]
+) -> dict[str, Tensor]:
+    """Return the predictions, resized to `size`, for images of the net's input size."""
     return {name: tasks[name].resized(value.float(), size) for name, value in net(images).items()}

@@ -1,11 +1,11 @@
 """MoEfied LoRA: plain LoRA in every block, and while training a router that weighs the experts of each FFN (moefied.py).
 
-EMTAL, Zhong et al., NeurIPS 2024, arXiv 2501.06884. Paper and released code differ, and we take the code's form: one pair
+EMTAL, Zhong et al., NeurIPS 2024, arXiv 2501.06884. Paper and released code differ, and the code's form is taken: one pair
 (A, B) a linear (paper: one for each expert), updates in attention too, scale 1, A and B both from N(0, 0.02^2). With that
 start, training does not begin at the pre-trained function; init="zero" starts B at zero and does, as far as the router
 lets it. Trainable with rank r in L blocks of width D and hidden width 4 D: L (16 D r + D K).
 
-Clustering orders the user's own FFN tensors by expert, in place, for as long as the model is adapted; merge, unadapt and
+Clustering orders the FFN tensors of the user's model by expert, in place, while the model is adapted; merge, unadapt and
 every file put the units back in stock order, bit for bit. The released code has no merge and leaves the weights permuted.
 Left out: pairs for each expert, gated FFNs (a unit has two pre-activations there), models other than ViTs.
 """
@@ -23,18 +23,19 @@ from torch import Tensor, nn
 from vismt.errors import UserError
 from vismt.lowrank.inject import attach, inject, refuse_adapted, site_generator
 from vismt.lowrank.layer_spec import AdaptReport
+from vismt.lowrank.linear import LowRankLayer
 from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.targets import Targets, find_targets, kind_of
-from vismt.lowrank.wrappers import parts_of
+from vismt.lowrank.wrappers import wrappers_of
+from vismt.methods import Method, register_method
 from vismt.multitask.experts import cluster_model
+from vismt.multitask.fading import RouterFade
 from vismt.multitask.moefied import Fade, MoEfiedMlp, check_labels, checked_fade, starter
-from vismt.registry import register_method
 
 BLOCK = re.compile(r"(?:.*\.)?blocks\.\d+")
 ATTENTION = ("qkv", "q_proj", "k_proj", "v_proj", "proj")
 
 
-@register_method("moe_lora")
 def moe_lora(
     model: nn.Module,
     *,
@@ -49,82 +50,98 @@ def moe_lora(
     fade: float | Fade = 0.0,
     **options: Any,
 ) -> AdaptReport:
-    """LoRA at `targets` (None: qkv, proj, fc1, fc2 of all blocks) and a router in the FFN of every block.
+    """Add LoRA at `targets` (None: qkv, proj, fc1, fc2 of all blocks) and a router in the FFN of every block.
 
     n_experts: K, a divisor of the hidden width. temperature: of the router's softmax. init: "normal" or "zero". cluster:
-    True clusters the units of each FFN by their weights (minutes for a ViT-B, then cached), False takes them as they lie,
-    a sequence gives the labels of each block, as `cluster_model` does. fade: start value, or the FadeState that all
+    True clusters the units of each FFN by their weights (minutes for a ViT-B, then cached), False keeps their order, a
+    sequence gives the labels of each block, as `cluster_model` returns them. fade: start value, or the FadeState that all
     routers follow; `set_fade` changes it. Further options: those of `inject`.
     """
     refuse_adapted(model)
     start, fade = starter(init), checked_fade(fade)
-    found = ffns(model)
+    mlps = ffns(model)
     settings = {"n_experts": n_experts, "temperature": temperature}
-    for path, mlp in found.items():
+    for path, mlp in mlps.items():
         MoEfiedMlp.check(path, mlp, settings)
-    linears = [f"{path}.{name}" for path in found for name in ("fc1", "fc2")]
-    find_targets(model, linears)  # their units are moved, so they have to be as plain as what is adapted
-    labels = _labels(list(found.values()), cluster, n_experts, seed)
+    linears = [f"{path}.{name}" for path in mlps for name in ("fc1", "fc2")]
+    find_targets(model, linears)  # their units are moved, so they have to be plain linears
+    labels = _labels(list(mlps.values()), cluster, n_experts, seed)
     if targets is None:
         attention = [path for path, module in model.named_modules() if kind_of(module) == "linear" and _projects(path)]
         targets = [*attention, *linears]
     report = inject(
         model, "moe_lora", start, offset=False, targets=targets, rank=rank, alpha=alpha, seed=seed, **options
     )
-    parts = []
-    for number, path in enumerate(found):
-        own_seed = int(torch.randint(2**62, (), generator=site_generator(seed, path)))
-        parts.append(MoEfiedMlp(model.get_submodule(path), None, n_experts, temperature, init, own_seed))
-        attach(model, path, parts[-1])
-        parts[-1].fade = fade
+    shapes = []
+    for number, path in enumerate(mlps):
+        router_seed = int(torch.randint(2**62, (), generator=site_generator(seed, path)))
+        wrapper: Any = MoEfiedMlp(model.get_submodule(path), None, n_experts, temperature, init, router_seed)
+        attach(model, path, wrapper)
+        wrapper.fade = fade
         if labels is not None:
-            parts[-1].assign(labels[number])
+            wrapper.assign(labels[number])
+        shapes.append(tuple(wrapper.lora_router.weight.shape))
     trainable, total = count_parameters(model)
-    shapes = [tuple(part.lora_router.weight.shape) for part in parts]
     routers = [f"router in {len(shapes)} FFNs, {shapes[0][0]} x {shapes[0][1]}   {sum(k * d for k, d in shapes):,}"]
-    return replace(report, trainable=trainable, total=total, beside=routers)
+    return replace(report, trainable=trainable, total=total, extras=routers)
 
 
 def ffns(model: nn.Module) -> dict[str, nn.Module]:
-    """The two-layer Mlp of every block by path; UserError with the reason where a block has none."""
+    """Return the two-layer Mlp of every block by path; UserError with the reason where a block has none."""
     from timm.layers import Mlp
 
     blocks = {path: module for path, module in model.named_modules() if BLOCK.fullmatch(path)}
     if not blocks:
         raise UserError(f"moe_lora: {type(model).__name__} has no blocks; it needs a timm ViT, whose FFNs it routes.")
-    found: dict[str, nn.Module] = {}
+    mlps: dict[str, nn.Module] = {}
     for prefix, block in blocks.items():
-        own = {
+        in_block = {
             f"{prefix}.{path}": module
             for path, module in block.named_modules()
             if type(module).forward is Mlp.forward and not any(name.startswith("attn") for name in path.split("."))
         }
-        if not own and isinstance(getattr(block, "mlp", None), nn.Module):
+        if not in_block and isinstance(getattr(block, "mlp", None), nn.Module):
             MoEfiedMlp.check(f"{prefix}.mlp", block.mlp, {"n_experts": 1, "temperature": 1.0})
-        if not own:
+        if not in_block:
             raise UserError(
-                f"moe_lora: '{prefix}' is a {type(block).__name__} without an FFN of its own (fc1, activation, fc2) to route."
+                f"moe_lora: '{prefix}' is a {type(block).__name__} without an FFN (fc1, activation, fc2) to route."
             )
-        found.update(own)
-    return found
+        mlps.update(in_block)
+    return mlps
 
 
 def set_fade(model: nn.Module, fade: float | Fade) -> None:
-    """Let every router of a model stand at `fade` (0 routed, 1 faded), or follow it where it is a FadeState."""
-    routed = [part for part in parts_of(model).values() if isinstance(part, MoEfiedMlp)]
+    """Set the fade of every router of a model: a number (0 routed, 1 faded), or a FadeState to follow.
+
+    Raises UserError for a model without routers and a number outside of [0, 1].
+    """
+    routed: list[Any] = [wrapper for wrapper in wrappers_of(model).values() if isinstance(wrapper, MoEfiedMlp)]
     if not routed:
         raise UserError("set_fade: this model has no router; adapt it with 'moe_lora' first.")
-    for part in routed:
-        part.fade = fade
+    for wrapper in routed:
+        wrapper.fade = fade
 
 
 def routes(model: nn.Module) -> bool:
-    """Whether a router of the model still weighs experts, so that no merged weights say the same."""
-    return any(isinstance(part, MoEfiedMlp) and part.fade_value != 1 for part in parts_of(model).values())
+    """Return whether a router of the model still weighs experts, so that merged weights would compute something else."""
+    wrappers = wrappers_of(model).values()
+    return any(isinstance(wrapper, MoEfiedMlp) and wrapper.fade_value != 1 for wrapper in wrappers)
+
+
+def schedule(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int, settings: Any) -> RouterFade | None:
+    """Return the fade that all routers of `model` follow from here on; None (no settings) leaves them at their value.
+
+    settings: a FadeConfig.
+    """
+    if settings is None:
+        return None
+    fade = RouterFade(steps, settings.start, settings.end)
+    set_fade(model, fade)
+    return fade
 
 
 def _projects(path: str) -> bool:
-    """A projection of a block's attention, fused or not."""
+    """Return whether `path` is a projection of a block's attention, fused or not."""
     block = BLOCK.match(path)
     names = path[block.end() + 1 :].split(".") if block else []
     return len(names) > 1 and names[-2].startswith("attn") and names[-1] in ATTENTION
@@ -133,7 +150,7 @@ def _projects(path: str) -> bool:
 def _labels(
     mlps: list[nn.Module], cluster: bool | Sequence[Tensor], n_experts: int, seed: int
 ) -> Sequence[Tensor] | None:
-    """Labels of each FFN; None where the units stay as they lie."""
+    """Return the labels of each FFN; None where the units keep their order."""
     if not isinstance(cluster, bool):
         labels = list(cluster)
         if len(labels) != len(mlps) or not all(isinstance(label, Tensor) for label in labels):
@@ -145,6 +162,9 @@ def _labels(
         return labels
     if not cluster or n_experts == 1 or mlps[0].fc1.weight.is_meta:
         return None
-    holder = nn.Module()
+    holder: Any = nn.Module()
     holder.blocks = mlps
     return cluster_model(holder, n_experts, seed)
+
+
+register_method(Method("moe_lora", moe_lora, layers=(LowRankLayer, MoEfiedMlp), schedule=schedule, section="fade"))

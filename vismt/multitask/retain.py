@@ -1,16 +1,17 @@
-"""Quality retaining: self-distillation towards the logits that the same class had a moment ago (EMTAL).
+"""Quality retaining: self-distillation towards recent logits of the same class (EMTAL).
 
     L_QR = mean_s KD_s / ema[t(s)]        KD_s = sum_j T^2 KL( softmax(bank[y_s, j] / T) || softmax(z_s / T) )
-    ema[t] <- 0.95 ema[t] + 0.05 mean CE of task t in the batch, without label smoothing      weights are constants
+    ema[t] <- 0.95 ema[t] + 0.05 mean CE of task t in the batch, without label smoothing      the weight has no gradient
     bank[y, 0] <- bank[y, 1],  bank[y, 1] <- z                                                after the loss
 
-so d KD_s / d z_s = T sum_j (softmax(z_s / T) - softmax(bank_j / T)), and a task that has converged is pulled harder. Zhong
-et al., NeurIPS 2024, arXiv 2501.06884. The released code is followed: the last two logits of each class, whether they were
-right or wrong; nothing is "best so far". The paper instead writes one running mean Z_y <- m Z_y + (1 - m) z, KL(student ||
-bank), no temperature, a sum over the batch, and the CE of the batch as the weight:
-`mode="ema", reverse=True, temperature=1, reduction="sum", ema_decay=0`, and half of what comes out (mode "ema" counts its
-one slot twice, as the code does). Ours: fp32 state that is saved and shared by all processes, the last sample of a class
-wins inside a batch on every device, samples with an infinite or NaN logit leave no trace. The code keeps fp16 in no file.
+so d KD_s / d z_s = T sum_j (softmax(z_s / T) - softmax(bank_j / T)), with a larger weight for tasks that have converged. Zhong
+et al., NeurIPS 2024, arXiv 2501.06884. The default follows the released code: the bank holds the last two logits of each class,
+of correct and wrong predictions alike, and not the best so far. The paper instead has one running mean
+Z_y <- m Z_y + (1 - m) z, KL(student || bank), no temperature, a sum over the batch, and the CE of the batch as the weight:
+`mode="ema", reverse=True, temperature=1, reduction="sum", ema_decay=0`, and half of the result (mode "ema" counts its single
+slot twice, as the code does). Different from the code: the state is fp32, saved, and shared by all processes; within a batch
+the bank takes the last sample of a class on every device; samples with an infinite or NaN logit do not change the state. The
+code keeps the state in fp16 and does not save it.
 """
 
 from __future__ import annotations
@@ -28,16 +29,28 @@ MODES, REDUCTIONS = ("fifo2", "ema"), ("mean", "sum")
 
 
 class QualityRetaining(nn.Module):
-    """`loss(logits, labels)`, then `update(logits, labels)`, once each for every optimiser step.
+    """Quality retaining: call `loss(logits, labels)`, then `update(logits, labels)`, once for every optimiser step.
 
-    num_classes: C, the union of all tasks. task_of_class: int64 (C,), tasks 0 to t-1, each with a class.
-    temperature: T > 0. mode: "fifo2" (last two) or "ema" with `momentum` m in [0, 1).
-    ema_decay in [0, 1], ema_init > 0: of the running cross-entropy. ema_floor: the weights use max(ema, ema_floor); None for
-    no floor, then a task with a cross-entropy near 0 weighs without bound. reduction: over the samples of the batch.
-    reverse: KL(student || bank).
-    Buffers, fp32 whatever the model is cast to: bank (C, 2 or 1, C), newest last, zeros at the start, so that a class never
-    seen is pulled to the uniform distribution; ema (t,).
-    Raises UserError for values outside of these ranges.
+    Args:
+        num_classes: C, classes of all tasks.
+        task_of_class: int64 (C,), task numbers 0 to t-1; every task has at least one class.
+        temperature: T > 0.
+        mode: "fifo2" (the last two logits) or "ema" (a running mean).
+        ema_decay: decay of the running cross-entropy, in [0, 1].
+        ema_init: start value of the running cross-entropy, > 0.
+        momentum: m of mode "ema", in [0, 1).
+        reduction: over the samples of the batch, "mean" or "sum".
+        ema_floor: the weights are 1 / max(ema, ema_floor); None for no floor, so the weight of a task has no bound when its
+            cross-entropy approaches 0.
+        reverse: KL(student || bank) instead of KL(bank || student).
+
+    Attributes:
+        bank: fp32 buffer (C, 2 or 1, C), newest last. It starts at zero, which pulls a class without a sample so far to the
+            uniform distribution.
+        ema: fp32 buffer (t,). Both stay fp32 when the model is cast to another dtype.
+
+    Raises:
+        UserError: for values outside of these ranges.
     """
 
     bank: Tensor
@@ -61,18 +74,18 @@ class QualityRetaining(nn.Module):
         super().__init__()
         tasks = torch.as_tensor(task_of_class)
         _check_tasks(tasks, num_classes)
-        for name, value, known in (("mode", mode, MODES), ("reduction", reduction, REDUCTIONS)):
-            if value not in known:
-                raise UserError(f"quality retaining: {name} '{value}'.{near(value, known)}")
-        for name, value, fits, needed in (
+        for name, value, choices in (("mode", mode, MODES), ("reduction", reduction, REDUCTIONS)):
+            if value not in choices:
+                raise UserError(f"quality retaining: {name} '{value}'.{near(value, choices)}")
+        for name, number, valid, needed in (
             ("temperature", temperature, 0 < temperature < float("inf"), "> 0"),
             ("ema_decay", ema_decay, 0 <= ema_decay <= 1, "from 0 to 1"),
             ("ema_init", ema_init, 0 < ema_init < float("inf"), "> 0"),
             ("momentum", momentum, 0 <= momentum < 1, "from 0 to below 1"),
             ("ema_floor", ema_floor, ema_floor is None or 0 < ema_floor < float("inf"), "> 0 or None"),
         ):
-            if not fits:
-                raise UserError(f"quality retaining: {name} {value}, needed {needed}.")
+            if not valid:
+                raise UserError(f"quality retaining: {name} {number}, needed {needed}.")
         self.num_classes, self.temperature, self.mode, self.reduction = num_classes, float(temperature), mode, reduction
         self.ema_decay, self.momentum, self.ema_floor, self.reverse = ema_decay, momentum, ema_floor, reverse
         self.register_buffer("task_of_class", tasks.clone(), persistent=False)
@@ -80,11 +93,19 @@ class QualityRetaining(nn.Module):
         self.register_buffer("ema", torch.full((int(tasks.max()) + 1,), float(ema_init)))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """L_QR of a batch, a scalar in at least fp32; its gradient reaches `logits` alone, and no state changes.
+        """Return L_QR of a batch without changing the state.
 
-        logits: (b, C), any floating dtype, over the classes of all tasks. labels: int64 (b,), 0 to C-1.
-        Under several processes the mean or sum is over this process's samples, the weights come from all samples.
-        Raises UserError for other shapes and dtypes, and on the CPU for a label out of range.
+        Under several processes the mean or sum is over this process's samples, and the weights depend on all samples.
+
+        Args:
+            logits: (b, C), any floating dtype, over the classes of all tasks.
+            labels: int64 (b,), 0 to C-1.
+
+        Returns:
+            A scalar in at least fp32; its gradient reaches `logits` alone.
+
+        Raises:
+            UserError: for other shapes and dtypes, and on the CPU for a label out of range.
         """
         self._check(logits, labels)
         student = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -93,19 +114,18 @@ class QualityRetaining(nn.Module):
             weight = weight.clamp_min(self.ema_floor)
         T = self.temperature
         teacher = (self.bank[labels].to(student.dtype) / T).log_softmax(-1)
-        ours = (student / T).log_softmax(-1)[:, None].expand_as(teacher)
-        first, second = (teacher, ours) if not self.reverse else (ours, teacher)
-        distance = F.kl_div(second, first, reduction="none", log_target=True).sum((1, 2)) * (
-            T * T * 2 / self.bank.shape[1]
-        )
-        each = distance / weight[self.task_of_class[labels]].to(student.dtype)
-        return each.mean() if self.reduction == "mean" else each.sum()
+        softened = (student / T).log_softmax(-1)[:, None].expand_as(teacher)
+        p, q = (softened, teacher) if self.reverse else (teacher, softened)
+        divergence = F.kl_div(q, p, reduction="none", log_target=True).sum((1, 2))  # KL(p || q)
+        distance = divergence * (T * T * 2 / self.bank.shape[1])
+        per_sample = distance / weight[self.task_of_class[labels]].to(student.dtype)
+        return per_sample.mean() if self.reduction == "mean" else per_sample.sum()
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Take the batch into the bank and the running cross-entropies. Same arguments and errors as `loss`.
+        """Add the batch to the bank and the running cross-entropies; arguments and errors as of `loss`.
 
-        A class that occurs more than once stores its last sample (the last process's, under several), and moves once.
+        For a class that occurs more than once the bank shifts once and stores the last sample (of the last process).
         """
         self._check(logits, labels)
         student = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
@@ -113,29 +133,28 @@ class QualityRetaining(nn.Module):
         student, labels = _from_all(student.float()), _from_all(labels)
         place = torch.arange(len(labels), device=labels.device)
         place = torch.where(student.isfinite().all(1), place, -1)
-        last = torch.full((self.num_classes,), -1, device=labels.device).scatter_reduce(0, labels, place, "amax")[
-            labels
-        ]
+        last_of_class = torch.full((self.num_classes,), -1, device=labels.device)
+        last = last_of_class.scatter_reduce(0, labels, place, "amax")[labels]
         newest = self.bank[labels, -1]
         stored = student[last.clamp_min(0)]
         if self.mode == "ema":
             stored = self.momentum * newest + (1 - self.momentum) * stored
         # All samples of a class write the same rows, so the order of the writes does not matter.
-        held = (last < 0)[:, None]
+        unchanged = (last < 0)[:, None]
         if self.mode == "fifo2":
-            self.bank[labels, 0] = torch.where(held, self.bank[labels, 0], newest)
-        self.bank[labels, -1] = torch.where(held, newest, stored)
+            self.bank[labels, 0] = torch.where(unchanged, self.bank[labels, 0], newest)
+        self.bank[labels, -1] = torch.where(unchanged, newest, stored)
 
     @torch.no_grad()
     def _next_ema(self, student: Tensor, labels: Tensor) -> Tensor:
-        """The running cross-entropies (t,) after this batch of all processes; tasks without a sample keep theirs."""
-        found = F.cross_entropy(student, labels, reduction="none").float()
+        """Return the running cross-entropies (t,) after this batch of all processes; tasks without a sample keep theirs."""
+        entropies = F.cross_entropy(student, labels, reduction="none").float()
         finite = student.isfinite().all(1)
-        rows = torch.stack([torch.where(finite, found, 0), finite.float()], dim=1)
+        rows = torch.stack([torch.where(finite, entropies, 0), finite.float()], dim=1)
         member = F.one_hot(self.task_of_class[labels], len(self.ema)).T.float()
-        # Not a scatter, whose order of additions is undefined on a GPU, nor a matrix product, which may round to TF32.
+        # A scatter adds in undefined order on a GPU, and a matrix product may round to TF32.
         sums = (member[:, :, None] * rows).sum(1)
-        if not _alone():
+        if _distributed():
             dist.all_reduce(sums)
         total, count = sums.unbind(1)
         mean = total / count.clamp_min(1)
@@ -162,10 +181,10 @@ class QualityRetaining(nn.Module):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QualityRetaining:
-        exact = {name: self._buffers[name] for name in ("bank", "ema")}
+        state = {name: self._buffers[name] for name in ("bank", "ema")}
         super()._apply(fn, recurse)
-        for name, value in exact.items():
-            self._buffers[name] = value.to(self._buffers[name].device)  # moved, never cast
+        for name, value in state.items():
+            self._buffers[name] = value.to(self._buffers[name].device)  # moved, but not cast
         return self
 
     def extra_repr(self) -> str:
@@ -179,17 +198,17 @@ def _check_tasks(tasks: Tensor, num_classes: int) -> None:
         )
     empty = sorted(set(range(int(tasks.max()) + 1)) - set(tasks.tolist()))
     if int(tasks.min()) < 0 or empty:
-        told = f"task {empty[0]} has no class" if empty else f"task {int(tasks.min())}"
-        raise UserError(f"quality retaining: task_of_class: {told}; number the tasks 0, 1, 2, ... without a gap.")
+        problem = f"task {empty[0]} has no class" if empty else f"task {int(tasks.min())}"
+        raise UserError(f"quality retaining: task_of_class: {problem}; number the tasks 0, 1, 2, ... without a gap.")
 
 
-def _alone() -> bool:
-    return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _from_all(rows: Tensor) -> Tensor:
-    """`rows` of every process in rank order, along dimension 0; their numbers may differ."""
-    if _alone():
+    """Concatenate the rows of all processes in rank order; their numbers may differ."""
+    if not _distributed():
         return rows
     counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))

@@ -1,15 +1,15 @@
-"""The router's arithmetic: how much of each expert's pre-activation a token gets, and the multiplication itself.
+"""The router's arithmetic: the weight of each expert for a token, and the multiplication of the pre-activations.
 
     omega = (1 - a) K softmax(z) + a        z (..., K) router logits / temperature, a in [0, 1]; the mean over experts is 1
     gated = u * omega                       u (..., H) pre-activations; unit h belongs to expert h // (H / K)
 
 EMTAL (Zhong et al., NeurIPS 2024, arXiv 2501.06884, eq. 8, 9, 12; the paper's alpha is 1 - a). The released code expands
-the weights to (b, n, H) and keeps them and u for backward. Here they broadcast over an expert axis, and backward needs
-the product alone, which the activation keeps anyway: with p_e the sum of grad * gated over the units of expert e,
+the weights to (b, n, H) and saves them and u for backward. Here they broadcast over an expert axis, and backward needs
+the product alone, which the activation saves anyway: with p_e the sum of grad * gated over the units of expert e,
 
     dL/du = grad * omega        dL/dz_e = (1 - a) K (q_e - g_e sum_j q_j),   q_e = p_e g_e / omega_e,  g = softmax(z)
 
-and g / omega is bounded: it is 1 / K at a = 0, where omega may vanish.
+g / omega is bounded: it is 1 / K at a = 0, where omega may be 0.
 """
 
 from __future__ import annotations
@@ -22,31 +22,32 @@ from torch import Tensor
 
 
 def expert_weights(logits: Tensor, fade: float) -> Tensor:
-    """Omega (..., e) for logits (..., e); in fp32, or fp64 for fp64 logits. Exactly 1 at fade = 1."""
+    """Return omega (..., e) for logits (..., e), in fp32, or fp64 for fp64 logits; exactly 1 at fade = 1."""
     shares = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     return (1 - fade) * logits.shape[-1] * shares + fade
 
 
 def gate(units: Tensor, logits: Tensor, fade: float) -> Tensor:
-    """(..., H) pre-activations times the weight of each unit's expert; logits (..., e), e divides H; units' dtype."""
+    """Multiply pre-activations (..., H) by the weight of each unit's expert; logits (..., e), e divides H; dtype of units."""
     return _Gate.apply(units, logits, fade)
 
 
 def idle(units: Tensor, weight: Tensor) -> Tensor:
-    """`units` as they are, with a zero gradient for `weight`: a faded router is still a part of the graph.
+    """Return `units` unchanged, with a zero gradient for `weight`, so that a faded router stays in the graph.
 
-    An optimiser and a wrapper that counts gradients (DistributedDataParallel) then see what they saw while it faded.
+    An optimiser and a wrapper that waits for all gradients (DistributedDataParallel) then work as before the end of the fade.
     """
     return _Idle.apply(units, weight) if weight.requires_grad and torch.is_grad_enabled() else units
 
 
 def _scaled(units: Tensor, omega: Tensor) -> Tensor:
+    """Multiply units (..., H) by omega (..., e) of their experts."""
     by_expert = rearrange(units, "... (e o) -> ... e o", e=omega.shape[-1])
     return rearrange(by_expert * omega.unsqueeze(-1), "... e o -> ... (e o)")
 
 
 class _Gate(torch.autograd.Function):
-    """(u (..., H), z (..., e), a) -> u * omega (..., H); keeps z and its own output."""
+    """(u (..., H), z (..., e), a) -> u * omega (..., H); saves z and the output for backward."""
 
     generate_vmap_rule = True
 
@@ -75,7 +76,7 @@ class _Gate(torch.autograd.Function):
 
 
 class _Idle(torch.autograd.Function):
-    """(u, weight) -> u; weight gets zeros."""
+    """(u, weight) -> u; the gradient of weight is zero."""
 
     generate_vmap_rule = True
 

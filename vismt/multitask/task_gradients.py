@@ -1,4 +1,4 @@
-"""Gradients of single tasks on the balanced parameters, their Gram matrix, and the scalar that has the balanced gradient."""
+"""Gradients of single tasks on the balanced parameters, their Gram matrix, and the scalar with the balanced gradient."""
 
 from __future__ import annotations
 
@@ -11,20 +11,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vismt.multitask.balancing import Balancer, TaskLosses, in_range, one_of, processes
+from vismt.multitask.balancing import Balancer, TaskLosses, check_choice, check_range, processes, weighted_sum
 
-HEADS = ("plain", "weighted")
-COLUMNS = 1 << 22  # of the gradient matrix held in float64 at a time
+HEAD_GRADIENTS = ("plain", "weighted")
+COLUMNS = 1 << 22  # columns of the gradient matrix that are converted to float64 at a time
 
 
 class GradientBalancer(Balancer, ABC):
-    """Base of the methods that look at gradients: `solve` makes alpha from a Gram matrix.
+    """Base class of the methods that use gradients: `solve` computes alpha from a Gram matrix.
 
-    heads: what parameters outside the given ones get: "plain", the gradient of sum_t L_t, or "weighted", that of
-    sum_t alpha_t L_t, where alpha_t = 0 or < 0 stops or reverses a head; by default as the method's authors have it. loss_scale:
-    factor of the losses while the Gram matrix is made, which it leaves unchanged (float16: 1024, say, as gradients below
-    6e-8 are lost). A task whose gradient is exactly 0 is passed over as an absent one, its head is trained. A gradient that
-    is not finite gives the sum of the losses, so that the step is seen to be bad.
+    A task with a gradient of exactly 0 is treated like an absent one, but its head is trained. With a gradient that is not
+    finite the result is the sum of the losses, so that the caller detects the bad step.
+
+    Args:
+        tasks: names of the tasks.
+        heads: gradient of parameters outside the given ones: "plain", that of sum_t L_t, or "weighted", that of
+            sum_t alpha_t L_t, where alpha_t = 0 stops and alpha_t < 0 reverses the training of a head; None for the choice of
+            the method's authors.
+        loss_scale: factor of the losses in the backward passes for the Gram matrix, divided out afterwards (float16 loses
+            gradients below 6e-8: use 1024, for example).
+        common: options of `Balancer`.
     """
 
     default_heads = "plain"
@@ -34,12 +40,15 @@ class GradientBalancer(Balancer, ABC):
     ) -> None:
         super().__init__(tasks, **common)
         self.heads, self.loss_scale = self.default_heads if heads is None else heads, loss_scale
-        one_of("heads", self.heads, HEADS)
-        in_range("loss_scale", loss_scale, 0 < loss_scale < math.inf, "positive")
+        check_choice("heads", self.heads, HEAD_GRADIENTS)
+        check_range("loss_scale", loss_scale, 0 < loss_scale < math.inf, "positive")
 
     @abstractmethod
     def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
-        """Alpha (t,) of the t tasks that have a gradient. gram (t, t), losses (t,): float64 on the CPU; tasks (t,): numbers."""
+        """Return alpha (t,) of the t tasks with a gradient.
+
+        gram: (t, t), losses: (t,), float64 on the CPU; tasks: (t,) task numbers.
+        """
 
     def surrogate(self, batch: TaskLosses, parameters: Sequence[Tensor]) -> Tensor:
         gradients = self._gradients(batch.losses, parameters)
@@ -50,28 +59,26 @@ class GradientBalancer(Balancer, ABC):
             alpha[tasks] = self.solve(gram[tasks][:, tasks], tasks, batch.host()[tasks])
         self.alpha.copy_(alpha)
         if self.heads == "weighted":
-            return sum(
-                (alpha[number].item() * loss for number, loss in batch.losses.items()), batch.means.new_zeros(())
-            )
+            return weighted_sum(batch, alpha)
         total = sum(batch.losses.values(), batch.means.new_zeros(()))
         if not finite:
             return total
-        # The losses alone give sum_t g_t; the rest of d comes by a term linear in the parameters, of value 0.
+        # The losses give sum_t g_t; a term that is linear in the parameters and has value 0 adds the rest of d.
         rest = ((alpha - 1).to(gradients) @ gradients).split([p.numel() for p in parameters])
         linear = sum((p * change.view_as(p)).sum() for p, change in zip(parameters, rest))
         return total + (linear - linear.detach())
 
     def _gradients(self, losses: dict[int, Tensor], parameters: Sequence[Tensor]) -> Tensor:
-        """g_t (T, P) over the processes, in float32 at least; zeros for absent tasks."""
-        kind = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+        """Return g_t (T, P), averaged over the processes, in at least float32; zeros for absent tasks."""
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
         size = sum(p.numel() for p in parameters)
-        rows = torch.zeros(len(self.tasks), size, dtype=kind, device=parameters[0].device)
+        rows = torch.zeros(len(self.tasks), size, dtype=dtype, device=parameters[0].device)
         for number, loss in losses.items():
             scaled = loss * self.loss_scale
-            found = torch.autograd.grad(
+            gradients = torch.autograd.grad(
                 scaled, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
             )
-            rows[number] = torch.cat([gradient.flatten().to(kind) for gradient in found])
+            rows[number] = torch.cat([gradient.flatten().to(dtype) for gradient in gradients])
         if processes() > 1:
             dist.all_reduce(rows)
         return rows.div_(processes() * self.loss_scale)
@@ -79,9 +86,9 @@ class GradientBalancer(Balancer, ABC):
 
 @torch.no_grad()
 def gram_matrix(gradients: Tensor) -> Tensor:
-    """<g_s, g_t> (T, T) in float64 on the CPU, of gradients (T, P)."""
+    """Return <g_s, g_t> (T, T) in float64 on the CPU, from gradients (T, P)."""
     gram = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
     for part in gradients.split(COLUMNS, dim=1):
-        wide = part.cpu().double() if part.device.type == "mps" else part.double()  # which has no float64
+        wide = part.cpu().double() if part.device.type == "mps" else part.double()  # MPS has no float64
         gram += (wide @ wide.T).cpu()
     return gram

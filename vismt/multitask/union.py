@@ -3,11 +3,12 @@
     labels of task t: offset_t .. offset_t + k_t - 1, offset_t = k_1 + .. + k_{t-1}, in one head of C = sum k_t outputs
     L = mean over the mixed batch of CE(z_s, y_s), label-smoothed, + L_QR                    (retain.py)
 
-The union head is asked for the class among all C, and no task is told at test: the answer of another task is wrong. The
-"separate" head is the usual easier problem, a softmax over each task's own slice and the task told at test; as the rows of
-one matrix they train the same, and every head is in the graph of every process. Zhong et al., NeurIPS 2024, arXiv
-2501.06884: the released code's single mean over the batch, with which a task weighs as it has images. With a balancer the
-losses are one mean for each task (balancing.py), and L_QR is added to what it makes of them.
+The "union" head predicts a class among all C (task-agnostic inference): the class of another task is an error. The "separate"
+heads are the usual, easier problem (task-aware inference): a softmax over the classes of each task, with the task given at test
+time. Separate heads are rows of one matrix, so training does not differ otherwise, and every head is in the graph of every
+process. Zhong et al., NeurIPS 2024, arXiv 2501.06884: as in the released code, the loss is a single mean over the batch, in
+which a task counts in proportion to its images. A balancer takes one mean for each task (balancing.py), and L_QR is added to the
+balanced loss.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError, near
 from vismt.multitask.balancing import Balancer
-from vismt.multitask.fading import RouterFade
 from vismt.multitask.objective import TaskObjective
 from vismt.multitask.retain import QualityRetaining
 
@@ -30,43 +30,47 @@ HEADS = ("union", "separate")
 
 @dataclass(frozen=True)
 class Union:
-    """Tasks by name with their numbers of classes, in the order of their labels."""
+    """The label space of several tasks: their names and numbers of classes, in the order of their labels."""
 
     tasks: tuple[str, ...]
     counts: tuple[int, ...]
 
     @property
     def num_classes(self) -> int:
-        """C, of all tasks."""
+        """Number of classes of all tasks, C."""
         return sum(self.counts)
 
     def offset(self, task: int) -> int:
-        """The first label of task number `task`."""
+        """Return the first label of task number `task`."""
         return sum(self.counts[:task])
 
     def span(self, task: int) -> slice:
-        """The labels of task number `task`."""
+        """Return the labels of task number `task`."""
         return slice(self.offset(task), self.offset(task) + self.counts[task])
 
     def task_of_class(self) -> Tensor:
-        """int64 (C,): the task of every label."""
+        """Return the task number of every label, int64 (C,)."""
         return torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
 
 
 class TaskClassifier(nn.Module):
-    """What a classifier over the union says of one task's images: (b, 3, h, w) -> (b, C).
+    """A classifier over the union for the images of one task: (b, 3, h, w) -> logits (b, C).
 
-    told: the task is told, so that labels of the others can never win (the separate heads' way). They get the lowest finite
-    numbers and not -inf, of which an attack that takes differences of logits would make NaN.
+    Args:
+        net: images -> logits (b, C).
+        union: the label space.
+        task: number of the task.
+        task_aware: whether the labels of other tasks are excluded, as with separate heads. Their logits become large negative
+            finite numbers and not -inf, because an attack that subtracts logits would turn -inf into NaN.
     """
 
-    def __init__(self, net: nn.Module, union: Union, task: int, told: bool) -> None:
+    def __init__(self, net: nn.Module, union: Union, task: int, task_aware: bool) -> None:
         super().__init__()
-        self.net, self.span, self.told = net, union.span(task), told
+        self.net, self.span, self.task_aware = net, union.span(task), task_aware
 
     def forward(self, images: Tensor) -> Tensor:
         logits = self.net(images)
-        if not self.told:
+        if not self.task_aware:
             return logits
         outside = torch.full_like(logits, torch.finfo(logits.dtype).min / 4)
         outside[:, self.span] = logits[:, self.span]
@@ -74,14 +78,22 @@ class TaskClassifier(nn.Module):
 
 
 class UnionObjective(TaskObjective):
-    """objective({"images" (b, 3, h, w), "labels" int64 (b,)}) -> {"loss", "ce", "accuracy", ...}, scalars.
+    """Loss over the union: objective({"images" (b, 3, h, w), "labels" int64 (b,)}) -> {"loss", "ce", "accuracy", ...}, scalars.
 
-    `step()` follows each optimiser step. net: images -> logits (b, C). head: "union" or "separate". label_smoothing: in
-    [0, 1). balancer: None for the mean over the batch. balanced: the parameters whose gradients a balancer sees. retain:
-    needs the union head. fade: the schedule that the net's routers follow. All of them are children: their state is saved
-    with the training.
-    Logged besides: "retain" (L_QR), "fade" (a), "weight/<task>" (a balancer's alpha), "running ce/<task>" (of retain).
-    Raises UserError for an unknown head, a smoothing out of range, and retain with separate heads.
+    Call `step()` after each optimiser step. The result also holds, where they exist, "retain" (L_QR), "running ce/<task>" (of
+    retain) and "weight/<task>" (alpha of the balancer). The state of all parts is saved with the training.
+
+    Args:
+        net: images -> logits (b, C).
+        union: the label space.
+        head: "union" or "separate".
+        label_smoothing: in [0, 1).
+        balancer: None for the mean over the batch.
+        balanced: parameters whose gradients the balancer uses.
+        retain: quality retaining, which needs the union head.
+
+    Raises:
+        UserError: for an unknown head, a smoothing out of range, and `retain` with separate heads.
     """
 
     def __init__(
@@ -94,13 +106,12 @@ class UnionObjective(TaskObjective):
         balancer: Balancer | None = None,
         balanced: Sequence[Tensor] = (),
         retain: QualityRetaining | None = None,
-        fade: RouterFade | None = None,
     ) -> None:
-        super().__init__(net, balancer, balanced, retain, fade)
+        super().__init__(net, balancer, balanced, retain)
         if head not in HEADS:
             raise UserError(f"head: '{head}'.{near(head, HEADS)}")
         if not 0 <= label_smoothing < 1:
-            raise UserError(f"label_smoothing: {label_smoothing}; it lies in [0, 1).")
+            raise UserError(f"label_smoothing: {label_smoothing}; it must be in [0, 1).")
         if retain is not None and head != "union":
             raise UserError(
                 "retain: quality retaining compares logits over the classes of all tasks; it needs head: union."
@@ -111,31 +122,33 @@ class UnionObjective(TaskObjective):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         logits, labels = self.net(batch["images"]).float(), batch["labels"]
         tasks = self.task_of_class[labels]
-        each, right = self._each(logits, labels, tasks)
-        found = {"ce": each.detach().mean(), "accuracy": right.float().mean()}
+        entropies, correct = self._per_sample(logits, labels, tasks)
+        scalars = {"ce": entropies.detach().mean(), "accuracy": correct.float().mean()}
         if self.balancer is None:
-            loss = each.mean()
+            loss = entropies.mean()
         else:
-            present = {name: each[tasks == number] for number, name in enumerate(self.union.tasks)}
+            present = {name: entropies[tasks == number] for number, name in enumerate(self.union.tasks)}
             losses = {name: values.mean() for name, values in present.items() if len(values)}
             loss = self.balance(losses)
         if self.retain is not None:
             pull = self.retain.loss(logits, labels)
             loss = loss + pull
             self.remember(logits, labels)
-            found["retain"] = pull.detach()
-            found |= {f"running ce/{name}": value.clone() for name, value in zip(self.union.tasks, self.retain.ema)}
-        return {"loss": loss, **found, **self.logged()}
+            scalars["retain"] = pull.detach()
+            scalars |= {f"running ce/{name}": value.clone() for name, value in zip(self.union.tasks, self.retain.ema)}
+        return {"loss": loss, **scalars, **self.logged()}
 
-    def _each(self, logits: Tensor, labels: Tensor, tasks: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of each sample (b,), and whether it is right (b,)."""
+    def _per_sample(self, logits: Tensor, labels: Tensor, tasks: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy of each sample (b,), and whether it is classified correctly (b,)."""
         if self.head == "union":
-            each = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="none")
-            return each, logits.argmax(1) == labels
-        each, right = torch.zeros_like(logits[:, 0]), torch.zeros_like(labels, dtype=torch.bool)
+            entropies = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="none")
+            return entropies, logits.argmax(1) == labels
+        entropies, correct = torch.zeros_like(logits[:, 0]), torch.zeros_like(labels, dtype=torch.bool)
         for number in range(len(self.union.tasks)):
-            here, span = tasks == number, self.union.span(number)
-            own, truth = logits[here, span], labels[here] - span.start
-            each[here] = F.cross_entropy(own, truth, label_smoothing=self.label_smoothing, reduction="none")
-            right[here] = own.argmax(1) == truth
-        return each, right
+            rows, span = tasks == number, self.union.span(number)
+            task_logits, truth = logits[rows, span], labels[rows] - span.start
+            entropies[rows] = F.cross_entropy(
+                task_logits, truth, label_smoothing=self.label_smoothing, reduction="none"
+            )
+            correct[rows] = task_logits.argmax(1) == truth
+        return entropies, correct

@@ -1,130 +1,76 @@
-"""The pictures of a report as PNG: training curve, accuracy per domain with intervals, one episode with its attack."""
+"""The pictures that every report shares: scores by set with intervals, and scores against the level of a condition."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from vismt.errors import UserError
-from vismt.jobs.fewshot.episode_figure import episode_grid
-from vismt.report.comparison import AVERAGE, Comparison, is_share
+from vismt.report.comparison import AVERAGE, Comparison
 from vismt.report.plotting import (
     DASHES,
     GRID,
     INK,
     MUTED,
-    RIGHT,
-    WRONG,
+    axes_at,
     color_of,
     dress,
     legend,
     legend_rows,
     new_figure,
-    running_mean,
     save,
     short,
 )
+from vismt.stats import SHARE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["domain_bars", "episode_grid", "training_curve"]
-
-SHOWN_COLUMNS = 3
-
-
-def training_curve(metrics: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Loss, and accuracy where it was logged, against the step: each logged value thin, their running mean thick.
-
-    Args:
-        metrics: lines of metrics.jsonl; a value that is missing or None leaves a gap.
-        path: the PNG to write.
-    """
-    names = [name for name in ("loss", "accuracy") if any(row.get(name) is not None for row in metrics)]
-    if not names:
-        raise UserError(f"training curve: none of {len(metrics)} logged lines has a loss or an accuracy.")
-    figure = new_figure(8.0, 2.5 * len(names) + 0.3)
-    for place, (name, color) in enumerate(zip(names, (WRONG, RIGHT))):
-        axes = figure.add_subplot(len(names), 1, place + 1)
-        kept = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
-        steps, values = (np.array(column, dtype=float) for column in zip(*kept, strict=True))
-        factor = 100.0 if name == "accuracy" else 1.0
-        smooth = running_mean(values) * factor
-        lone = "o" if len(steps) == 1 else None
-        axes.plot(steps, values * factor, color=color, alpha=0.28, linewidth=1.0, marker=lone)
-        axes.plot(steps, smooth, color=color, linewidth=2.2, solid_capstyle="round")
-        unit = " %" if name == "accuracy" else ""
-        axes.annotate(
-            f"{smooth[-1]:.3g}{unit}",
-            (steps[-1], smooth[-1]),
-            xytext=(7, 0),
-            textcoords="offset points",
-            va="center",
-            color=color,
-            fontsize=10,
-            fontweight="bold",
-            annotation_clip=False,
-        )
-        dress(axes, "Training loss" if name == "loss" else "Training accuracy (%)")
-        axes.grid(axis="y", color=GRID, linewidth=0.8)
-        axes.locator_params(axis="x", integer=True)
-        if place == len(names) - 1:
-            axes.set_xlabel("step", color=MUTED, fontsize=9)
-        else:
-            axes.tick_params(labelbottom=False)
-    figure.tight_layout(h_pad=1.6, rect=(0, 0, 0.95, 1))
-    return save(figure, path)
+SHOWN_COLUMNS, ACROSS = 3, 4
 
 
 def domain_bars(comparisons: Sequence[Comparison], path: Path, order: Sequence[str] | None = None) -> Path:
-    """One panel for each protocol and condition: a bar for each set and model, with the 95 % interval and chance level.
+    """Draw a panel for each block and condition: a bar for each set and arm, with the 95 % interval and chance level.
 
     Args:
         comparisons: of one metric, in the order to draw; sets run down the panel, conditions across.
         path: the PNG to write.
-        order: all models of the report, which gives each its colour; None for those of these comparisons.
+        order: all arms of the report, which gives each its colour; None for those of these comparisons.
     """
-    blocks = list(dict.fromkeys((c.protocol, c.seed) for c in comparisons))
-    models = list(dict.fromkeys(model for c in comparisons for model in c.cells))
+    blocks = list(dict.fromkeys(c.block for c in comparisons))
+    arms = list(dict.fromkeys(arm for c in comparisons for arm in c.cells))
     conditions = list(dict.fromkeys(c.condition for c in comparisons))
     bands = math.ceil(len(conditions) / SHOWN_COLUMNS)
     columns = math.ceil(len(conditions) / bands)
-    names = [list(dict.fromkeys(c.data for c in comparisons if (c.protocol, c.seed) == block)) for block in blocks]
-    heights = [max(0.7, len(rows) * (0.2 * len(models) + 0.22)) for rows in names for _ in range(bands)]
+    names = [list(dict.fromkeys(c.data for c in comparisons if c.block == block)) for block in blocks]
+    heights = [max(0.7, len(rows) * (0.2 * len(arms) + 0.22)) for rows in names for _ in range(bands)]
     label = min(2.6, 0.085 * max(len(short(c.data, 28)) for c in comparisons) + 0.25)
     width, gap = 1.0 + label + columns * 3.5, 1.0
     chance = any(_chance(c) is not None for c in comparisons)
-    top = 0.33 + 0.22 * legend_rows(models, width - label, chance)
+    top = 0.33 + 0.22 * legend_rows(arms, width - label, chance)
     height = top + sum(heights) + gap * len(heights)
     figure = new_figure(width, height)
-    colors = {model: color_of(model, models if order is None else order) for model in models}
-    legend(figure, models, list(colors.values()), label, chance=chance)
-    reach = (
-        1.0 if is_share(comparisons[0].metric) else max(c.value + c.ci95 for x in comparisons for c in x.cells.values())
-    )
+    colors = {arm: color_of(arm, arms if order is None else order) for arm in arms}
+    legend(figure, arms, list(colors.values()), label, chance=chance)
+    reach = 1.0
+    if comparisons[0].row.scale != SHARE:
+        reach = max(cell.value + cell.half for c in comparisons for cell in c.cells.values())
     panel = (width - label - 0.35) / columns
     offset = top
     for place, rows in enumerate(heights):
         block, band = divmod(place, bands)
         offset += 0.55
+        first = True
         for column, condition in enumerate(conditions[band * columns : (band + 1) * columns]):
-            box = (
-                (label + column * panel) / width,
-                1 - (offset + rows) / height,
-                (panel - 0.45) / width,
-                rows / height,
-            )
-            axes = figure.add_axes(box)
-            chosen = {
-                c.data: c for c in comparisons if (c.protocol, c.seed, c.condition) == (*blocks[block], condition)
-            }
-            _bars(axes, chosen, names[block], colors, reach, first=column == 0)
-            _heading(axes, chosen, condition, blocks[block][0])
+            chosen = {c.data: c for c in comparisons if (c.block, c.condition) == (blocks[block], condition)}
+            if not chosen:
+                continue  # another block has this condition
+            axes = axes_at(figure, label + column * panel, offset, panel - 0.45, rows)
+            _bars(axes, chosen, names[block], colors, reach, first=first)
+            _heading(axes, chosen, condition)
+            first = False
         offset += rows + gap - 0.55
     return save(figure, path)
 
@@ -139,10 +85,11 @@ def _bars(
     first: bool,
 ) -> None:
     thickness = 0.78 / len(colors)
-    factor = 100.0 if reach == 1.0 else 1.0
+    share = next(iter(chosen.values())).row.scale == SHARE
+    factor = 100.0 if share else 1.0
     for row, name in enumerate(names):
-        for place, (model, color) in enumerate(colors.items()):
-            cell = chosen[name].cells.get(model) if name in chosen else None
+        for place, (arm, color) in enumerate(colors.items()):
+            cell = chosen[name].cells.get(arm) if name in chosen else None
             if cell is None:
                 continue
             y = row + (place - (len(colors) - 1) / 2) * thickness
@@ -150,15 +97,15 @@ def _bars(
             axes.errorbar(
                 factor * cell.value,
                 y,
-                xerr=factor * cell.ci95,
+                xerr=factor * cell.half,
                 color=INK,
                 elinewidth=1.1,
                 capsize=2.2,
                 capthick=1.1,
             )
             axes.annotate(
-                f"{factor * cell.value:.1f}" if factor > 1 else f"{cell.value:.3g}",
-                (factor * (cell.value + cell.ci95), y),
+                f"{100 * cell.value:.1f}" if share else f"{cell.value:.3g}",
+                (factor * (cell.value + cell.half), y),
                 xytext=(4, 0),
                 textcoords="offset points",
                 va="center",
@@ -169,8 +116,8 @@ def _bars(
                 zorder=4,
             )
     cells = [cell for comparison in chosen.values() for cell in comparison.cells.values()]
-    least = min((cell.value - cell.ci95 for cell in cells), default=0.0)  # below 0 only where values may be negative
-    low = min(0.0, least) if reach != 1.0 else 0.0
+    least = min((cell.value - cell.half for cell in cells), default=0.0)  # below 0 only where values may be negative
+    low = 0.0 if share else min(0.0, least)
     axes.set(xlim=(1.1 * factor * low, 1.1 * factor * reach), ylim=(len(names) - 0.45, -0.55), yticks=range(len(names)))
     dress(axes, "")
     axes.grid(axis="x", color=GRID, linewidth=0.8)
@@ -179,16 +126,16 @@ def _bars(
     axes.tick_params(length=0)
     if AVERAGE in names:
         axes.axhline(names.index(AVERAGE) - 0.5, color=MUTED, linewidth=0.8)
-    level = _chance(next(iter(chosen.values()), None))
+    level = _chance(next(iter(chosen.values())))
     if level is not None:
         axes.axvline(100 * level, color=MUTED, linewidth=1.0, linestyle=DASHES, zorder=3)
 
 
-def _heading(axes: Axes, chosen: Mapping[str, Comparison], condition: str, protocol: str) -> None:
+def _heading(axes: Axes, chosen: Mapping[str, Comparison], condition: str) -> None:
+    row = next(iter(chosen.values())).row
     counts = sorted({cell.n for name, c in chosen.items() if name != AVERAGE for cell in c.cells.values()})
-    unit = next(iter(chosen.values())).unit if chosen else "episodes"
-    several = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0]) if counts else "0"
-    share = ", per cent" if chosen and is_share(next(iter(chosen.values())).metric) else ""
+    several = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    share = ", per cent" if row.scale == SHARE else ""
     title = condition[:1].upper() + condition[1:]
     axes.annotate(
         short(title, 42),
@@ -201,7 +148,7 @@ def _heading(axes: Axes, chosen: Mapping[str, Comparison], condition: str, proto
         color=INK,
     )
     axes.annotate(
-        f"{protocol}, n = {several} {unit}{share}",
+        f"{row.protocol}, n = {several} {row.unit}{share}",
         (0, 1),
         xytext=(0, 7),
         xycoords="axes fraction",
@@ -211,9 +158,75 @@ def _heading(axes: Axes, chosen: Mapping[str, Comparison], condition: str, proto
     )
 
 
-def _chance(comparison: Comparison | None) -> float | None:
-    """1 / N of an "N-way ..." protocol whose metric is accuracy."""
-    if comparison is None or not comparison.metric.lower().endswith("accuracy"):
-        return None
-    ways = re.match(r"(\d+)-way\b", comparison.protocol)
-    return 1 / int(ways[1]) if ways and int(ways[1]) else None
+def _chance(comparison: Comparison) -> float | None:
+    """Return the score of a guess, in [0, 1]; None for scores that are not shares."""
+    return comparison.row.chance if comparison.row.scale == SHARE else None
+
+
+def level_curves(comparisons: Sequence[Comparison], path: Path, level: str) -> Path:
+    """Draw a panel for each family of conditions: the score against the level, a line with 95 % intervals for each arm.
+
+    Args:
+        comparisons: of one block and set (or average), under conditions with a level; a clean one counts as level 0.
+        path: the PNG to write. Several families are followed by a panel of their mean, without a width: they share
+            their examples.
+        level: name of the axis, "severity".
+    """
+    arms = list(dict.fromkeys(arm for c in comparisons for arm in c.cells))
+    families = list(dict.fromkeys(c.row.family for c in comparisons if c.row.level is not None))
+    clean = [c for c in comparisons if c.row.level is None]
+    curves = {
+        family: {arm: _by_level([*clean, *(c for c in comparisons if c.row.family == family)], arm) for arm in arms}
+        for family in families
+    }
+    if len(curves) > 1:
+        curves[f"mean of {len(curves)}"] = {arm: _mean([panel[arm] for panel in curves.values()]) for arm in arms}
+    levels = sorted({at for panel in curves.values() for line in panel.values() for at in line})
+    columns, size = min(ACROSS, len(curves)), (2.2, 1.55)
+    down = math.ceil(len(curves) / columns)
+    left, width = 0.55, 0.55 + max(columns * size[0], 4.4)
+    top = 0.3 + 0.22 * legend_rows(arms, width - left)
+    figure = new_figure(width, top + down * (size[1] + 0.45) + 0.25)
+    legend(figure, arms, [color_of(arm, arms) for arm in arms], left)
+    step = min((b - a for a, b in pairwise(levels)), default=1.0)
+    factor = 100 if comparisons[0].row.scale == SHARE else 1
+    highest = max(
+        factor * (value + half) for panel in curves.values() for line in panel.values() for value, half in line.values()
+    )
+    for place, (name, panel) in enumerate(curves.items()):
+        row, column = divmod(place, columns)
+        at = (left + column * size[0], top + 0.3 + row * (size[1] + 0.45))
+        axes = axes_at(figure, *at, size[0] - 0.25, size[1])
+        for number, (arm, line) in enumerate(panel.items()):
+            shift = 0.5 * step * ((number + 0.5) / len(panel) - 0.5)  # so that whiskers do not lie on one another
+            halves = [factor * half for _, half in line.values()]
+            axes.errorbar(
+                [position + shift for position in line],
+                [factor * value for value, _ in line.values()],
+                yerr=halves if any(halves) else None,
+                color=color_of(arm, arms),
+                linewidth=1.6,
+                elinewidth=0.8,
+                marker="o",
+                markersize=3.2,
+            )
+        dress(axes, name.replace("_", " "))
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
+        axes.set(xlim=(levels[0] - 0.3 * step, levels[-1] + 0.3 * step), ylim=(0, 1.05 * highest or 1.0))
+        axes.set_xticks(levels, [f"{position:.3g}" for position in levels])
+        axes.tick_params(labelleft=column == 0, labelbottom=place + columns >= len(curves))
+        if place + columns >= len(curves):
+            axes.set_xlabel(level, color=MUTED, fontsize=9)
+    return save(figure, path)
+
+
+def _by_level(comparisons: Sequence[Comparison], arm: str) -> dict[float, tuple[float, float]]:
+    """Return an arm's (value, half width) by level, ascending."""
+    cells = {c.row.level or 0.0: c.cells.get(arm) for c in comparisons}
+    return {level: (cell.value, cell.half) for level, cell in sorted(cells.items()) if cell is not None}
+
+
+def _mean(lines: Sequence[Mapping[float, tuple[float, float]]]) -> dict[float, tuple[float, float]]:
+    """Return the mean of several lines at the levels that all have."""
+    shared = [level for level in lines[0] if all(level in line for line in lines)]
+    return {level: (math.fsum(line[level][0] for line in lines) / len(lines), 0.0) for level in shared}

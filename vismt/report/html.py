@@ -6,14 +6,14 @@ import base64
 import re
 from collections.abc import Sequence
 from html import escape
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vismt.report.comparison import AVERAGE
+from vismt.report.sections import Picture, Section
 from vismt.report.tables import Table, turned
 
 if TYPE_CHECKING:
-    from vismt.jobs.fewshot.report import Picture
     from vismt.report.report import Report
 
 STYLE = """
@@ -57,7 +57,7 @@ pre { background: var(--soft); border-radius: 10px; padding: 1rem 1.3rem; overfl
 
 
 def render_html(report: Report) -> str:
-    """The page, images as data URIs, readable from disk in light and dark; no script and no other file."""
+    """Return the page, images as data URIs, readable from disk in light and dark; no script and no other file."""
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -67,25 +67,35 @@ def render_html(report: Report) -> str:
         "</dl><h2>Results</h2>",
         *(_html_table(table) for table in report.tables),
         f'<p class="note">{escape(report.legend)}</p>',
-        *(text for table, note in report.aside for text in (_html_table(table), f'<p class="note">{escape(note)}</p>')),
-        *(f"<h2>{escape(picture.title)}</h2>{_figure(picture)}" for picture in report.curves),
+        *(_html_section(section) for section in report.sections),
+        '<h2>How to cite these numbers</h2><div class="cite">',
+        *(f"<p>{escape(sentence)}</p>" for sentence in report.citation),
+        "</div>",
     ]
-    for section, panels in groupby(report.panels, key=lambda picture: picture.section):
-        parts.append(f"<h2>{escape(section)}</h2>")
-        for picture in panels:
-            opened = " open" if picture is report.panels[0] else ""
-            parts.append(f"<details{opened}><summary>{escape(picture.title)}</summary>{_figure(picture)}</details>")
-    parts.append('<h2>How to cite these numbers</h2><div class="cite">')
-    parts += [f"<p>{escape(sentence)}</p>" for sentence in report.citation]
-    parts.append("</div>")
     if report.config:
         parts.append("<h2>Configuration</h2><details><summary>config.resolved.yaml</summary>")
         parts.append(f"<pre>{escape(report.config)}</pre></details>")
     return "\n".join([*parts, "</main></body></html>\n"])
 
 
+def _html_section(section: Section) -> str:
+    parts = [f"<h2>{escape(section.title)}</h2>"]
+    for table, note in section.tables:
+        parts += [_html_table(table), f'<p class="note">{escape(note)}</p>']
+    for number, picture in enumerate(section.pictures):
+        title = escape(picture.title)
+        if section.folded:
+            opened = "" if number else " open"
+            parts.append(f"<details{opened}><summary>{title}</summary>{_figure(picture)}</details>")
+            continue
+        if picture.title != section.title:
+            parts.append(f"<h3>{title}</h3>")
+        parts.append(_figure(picture))
+    return "\n".join(parts)
+
+
 def render_markdown(report: Report, folder: Path) -> str:
-    """The same tables and sentences for a paper or a pull request; pictures are linked relative to `folder`."""
+    """Return the same tables and sentences for a paper or a pull request; pictures are linked relative to `folder`."""
     lines = [f"# {_plain(report.title)}", "", "| | |", "|---|---|"]
     lines += [f"| {_plain(name)} | {_plain(value)} |" for name, value in report.facts]
     lines += ["", "## Results"]
@@ -94,14 +104,14 @@ def render_markdown(report: Report, folder: Path) -> str:
         for part in turned(table) if table.many and not table.folded else [table]:
             lines += ["", *_markdown_table(part)]
     lines += ["", report.legend]
-    for table, note in report.aside:
-        lines += ["", f"### {_plain(table.title)}", "", *_markdown_table(table), "", note]
-    for picture in report.curves:
-        lines += ["", f"## {_plain(picture.title)}", "", *_markdown_picture(picture, folder)]
-    for section, panels in groupby(report.panels, key=lambda picture: picture.section):
-        lines += ["", f"## {_plain(section)}"]
-        for picture in panels:
-            lines += ["", f"### {_plain(picture.title)}", "", *_markdown_picture(picture, folder)]
+    for section in report.sections:
+        lines += ["", f"## {_plain(section.title)}"]
+        for table, note in section.tables:
+            lines += ["", f"### {_plain(table.title)}", "", *_markdown_table(table), "", note]
+        for picture in section.pictures:
+            if picture.title != section.title:
+                lines += ["", f"### {_plain(picture.title)}"]
+            lines += ["", *_markdown_picture(picture, folder)]
     lines += ["", "## How to cite these numbers", ""]
     lines += ["\n>\n".join(f"> {_plain(sentence)}" for sentence in report.citation)]
     return "\n".join(lines) + "\n"
@@ -112,7 +122,7 @@ def _html_table(table: Table) -> str:
     rows = []
     for number, row in enumerate(table.rows):
         again = number > 0 and table.rows[number - 1][0] == row[0]
-        classes = " ".join(["more"] * again + ["average"] * (row[0] == "average"))
+        classes = " ".join(name for name, applies in (("more", again), ("average", row[0] == AVERAGE)) if applies)
         cells = []
         for i, text in enumerate(row):
             shown = "" if i == 0 and again else escape(text)
@@ -127,10 +137,10 @@ def _html_table(table: Table) -> str:
         rows.append(f'<tr class="{classes}">{"".join(cells)}</tr>' if classes else f"<tr>{''.join(cells)}</tr>")
     body = "\n".join(rows)
     kind = ' class="many"' if table.many else ""
-    made = f'<div class="wide"><table{kind}><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+    text = f'<div class="wide"><table{kind}><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
     if table.folded:
-        return f"<details><summary>{escape(table.title)}</summary>{made}</details>"
-    return f"<h3>{escape(table.title)}</h3>{made}"
+        return f"<details><summary>{escape(table.title)}</summary>{text}</details>"
+    return f"<h3>{escape(table.title)}</h3>{text}"
 
 
 def _kind(column: int) -> str:
@@ -138,7 +148,7 @@ def _kind(column: int) -> str:
 
 
 def _breakable(head: str) -> str:
-    """A head that may be broken behind the joints of a model's name."""
+    """Return a head that may be broken behind the joints of an arm's name."""
     return re.sub(r"([+:_])", r"\1<wbr>", escape(head))
 
 
@@ -172,5 +182,5 @@ def _markdown_picture(picture: Picture, folder: Path) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """One line in which Markdown sees no markup, table cell or HTML."""
+    """Return one line in which Markdown sees no markup, table cell or HTML."""
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", escape(" ".join(text.split()), quote=False))

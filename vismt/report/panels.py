@@ -1,4 +1,4 @@
-"""The files that pictures of images are drawn from: arrays of a known layout, one .npz without a pickle, written at once."""
+"""The files that pictures of images are drawn from: arrays of a known layout in an .npz without pickles, written atomically."""
 
 from __future__ import annotations
 
@@ -30,11 +30,19 @@ LAYOUTS = {
         "blocks": ("int64", "b"),
         "depth": ("int64", ""),
     },
-    "dense": {
+    "broken": {
+        "images": ("uint8", "n3hw"),
+        "attacked": ("uint8", "n3hw"),
+        "truth": ("str", "n"),
+        "clean_answers": ("str", "n"),
+        "attacked_answers": ("str", "n"),
+    },
+    "maps": {
         "images": ("uint8", "n3hw"),
         "ids": ("str", "n"),
         "tasks": ("str", "t"),
         "metrics": ("str", "t"),
+        "shares": ("bool", "t"),
         "lower_is_better": ("bool", "t"),
         "truth": ("uint8", "tn3hw"),
         "arms": ("str", "a"),
@@ -47,7 +55,11 @@ LAYOUTS = {
 
 
 def read_panel(path: Path, kind: str) -> dict[str, np.ndarray]:
-    """The arrays of a panel of LAYOUTS; UserError, with the file's name, for one that is missing, damaged or another's."""
+    """Return the arrays of a panel of LAYOUTS.
+
+    Raises:
+        UserError: with the file's name, for a file that is missing, damaged or of another kind.
+    """
     try:
         with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as file:
             return _checked({name: file[name] for name in LAYOUTS[kind]}, kind)
@@ -63,12 +75,16 @@ def read_panel(path: Path, kind: str) -> dict[str, np.ndarray]:
         zlib.error,
     ) as error:
         raise UserError(
-            f"report: '{path}' is no panel of {kind} ({error}); delete it and evaluate the run again."
+            f"report: '{path}' is not a panel of {kind} ({error}); delete it and evaluate the run again."
         ) from error
 
 
 def write_panel(path: Path, kind: str, arrays: dict[str, np.ndarray]) -> Path:
-    """Write the arrays of a panel; returns `path`. UserError, and no file, for arrays that do not fit the layout."""
+    """Write the arrays of a panel; return `path`.
+
+    Raises:
+        UserError: for arrays that do not fit the layout; nothing is written.
+    """
     buffer = io.BytesIO()
     try:
         np.savez_compressed(buffer, **_checked(arrays, kind))
@@ -79,27 +95,27 @@ def write_panel(path: Path, kind: str, arrays: dict[str, np.ndarray]) -> Path:
 
 
 def spread(total: int, count: int) -> Tensor:
-    """int64 (min(total, count),): positions evenly over 0 .. total - 1, ascending, none twice."""
+    """Return int64 (min(total, count),): positions evenly over 0 .. total - 1, ascending, none twice."""
     kept = min(total, count)
     return (2 * torch.arange(kept) + 1) * total // (2 * kept)
 
 
 def to_bytes(images: Tensor) -> np.ndarray:
-    """uint8 of images in [0, 1], same shape."""
+    """Return images in [0, 1] as uint8 of the same shape."""
     return images.detach().cpu().mul(255).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
 def _checked(arrays: dict[str, Any], kind: str) -> dict[str, np.ndarray]:
-    """The arrays as they are, or a ValueError that says which does not fit the layout."""
+    """Return the arrays; raise ValueError with the name of one that does not fit the layout."""
     lengths: dict[str, int] = {"3": 3}
-    for name, (told, axes) in LAYOUTS[kind].items():
-        array, dtype = arrays[name], told.rstrip("?")
+    for name, (kind_of_values, axes) in LAYOUTS[kind].items():
+        array, dtype = arrays[name], kind_of_values.rstrip("?")
         fits = array.dtype.kind == "U" if dtype == "str" else array.dtype == dtype
         if not fits or array.ndim != len(axes) or 0 in array.shape:
             raise ValueError(f"{name} is {array.dtype} {array.shape}, needed {dtype} ({', '.join(axes)})")
         for axis, length in zip(axes, array.shape):
             if lengths.setdefault(axis, length) != length:
                 raise ValueError(f"{name} is {array.shape} on ({', '.join(axes)}), needed {lengths[axis]} for {axis}")
-        if array.dtype.kind == "f" and dtype == told and not np.isfinite(array).all():
+        if array.dtype.kind == "f" and dtype == kind_of_values and not np.isfinite(array).all():
             raise ValueError(f"{name} is not finite")
     return arrays

@@ -27,7 +27,7 @@ DASHES = (0, (3, 3))
 
 
 def dress(axes: Axes, title: str) -> None:
-    """Title to the left in bold, quiet ticks, no frame."""
+    """Give axes a bold title at the left, grey ticks and no frame."""
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
@@ -37,18 +37,18 @@ def dress(axes: Axes, title: str) -> None:
 
 
 def write(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
-    """Text at inches from the upper left corner."""
+    """Write text at inches from the upper left corner."""
     width, height = figure.get_size_inches()
     figure.text(x / width, 1 - y / height, text, **{"fontsize": 9, "color": INK, **style})
 
 
 def short(text: str, most: int) -> str:
-    """`text` for a label: at most `most` characters, and `$` kept from starting a formula."""
+    """Return `text` for a label: at most `most` characters, and `$` escaped so that it does not start a formula."""
     return (text if len(text) <= most else text[: most - 1] + "…").replace("$", r"\$")
 
 
 def color_of(model: str, models: Sequence[str]) -> str:
-    """Grey for "frozen", then the palette in order; beyond its end again, but paler."""
+    """Return grey for "frozen", else the colour of the palette by order; beyond its end it is repeated, but paler."""
     if model == "frozen":
         return PALETTE[0]
     turn, place = divmod([name for name in models if name != "frozen"].index(model), len(PALETTE) - 1)
@@ -60,17 +60,18 @@ def color_of(model: str, models: Sequence[str]) -> str:
 
 
 def legend_rows(names: Sequence[str], width: float, chance: bool = False) -> int:
-    """How many rows of 0.22 inches the legend needs within `width` inches."""
+    """Return the number of rows of 0.22 inches that the legend needs within `width` inches."""
     return math.ceil((len(names) + chance) / _legend_columns(names, width, chance))
 
 
 def legend(figure: Figure, names: Sequence[str], colors: Sequence[str], left: float, *, chance: bool = False) -> None:
-    """Names by colour, from `left` inches to the right edge, under the upper edge; `chance`: also its dashed line."""
+    """Draw names by colour, from `left` inches to the right edge, under the upper edge; `chance`: also its dashed line."""
+    from matplotlib.artist import Artist
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     width, height = figure.get_size_inches()
-    handles = [Patch(color=color, label=name) for name, color in zip(names, colors, strict=True)]
+    handles: list[Artist] = [Patch(color=color, label=name) for name, color in zip(names, colors, strict=True)]
     if chance:
         handles.append(Line2D([], [], color=MUTED, linewidth=1.0, linestyle=DASHES, label="chance"))
     columns = _legend_columns(names, width - left, chance)
@@ -98,7 +99,7 @@ def _legend_columns(names: Sequence[str], width: float, chance: bool) -> int:
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """Exponential mean whose weights sum to one from the first value on; its memory is a twentieth of the run."""
+    """Return the exponential mean, its weights summing to one from the first value on; memory: a twentieth of the run."""
     keep = 1 - 2 / (max(1, len(values) // 20) + 1)
     total = weight = 0.0
     smooth = np.empty_like(values)
@@ -109,7 +110,7 @@ def running_mean(values: np.ndarray) -> np.ndarray:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty white figure of inches on its own Agg canvas; raises UserError without matplotlib."""
+    """Return an empty white figure of inches on an Agg canvas; raise UserError without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -121,13 +122,13 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def axes_at(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """Axes at inches from the upper left corner."""
+    """Add axes at inches from the upper left corner."""
     across, down = figure.get_size_inches()
     return figure.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
 
 
 def show_image(axes: Axes, image: np.ndarray) -> None:
-    """An image (3, h, w) of bytes in a thin frame; small ones keep their pixels."""
+    """Show an image uint8 (3, h, w) in a thin frame; small images keep their pixels."""
     axes.imshow(np.moveaxis(image, 0, -1), interpolation="nearest" if image.shape[-1] < 96 else "antialiased")
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
@@ -135,7 +136,7 @@ def show_image(axes: Axes, image: np.ndarray) -> None:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write the PNG at once; returns `path`."""
+    """Write the PNG atomically; return `path`."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": "vismt"})
     atomic_write(path, buffer.getvalue())

@@ -1,43 +1,28 @@
-"""report.md and report.html of a run, from the files of its folder alone.
-
-Reads run.json and results.jsonl, and where they are there metrics.jsonl, records/, panels/, masking.jsonl, experts/, pool/,
-arms/, seeds.jsonl, examples.npz, dense_seeds.jsonl, dense_panels.npz, routers/ and config.resolved.yaml.
-"""
+"""report.md and report.html of a run: facts, result tables, the sections that the job gives, and how to cite the numbers."""
 
 from __future__ import annotations
 
 import json
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from vismt.engine.log import read_lines
 from vismt.errors import UserError
 from vismt.files import atomic_write
-from vismt.jobs.classification.report import multitask_curves, multitask_panels, multitask_tables
-from vismt.jobs.dense.report import dense_curves, dense_panels, dense_tables
-from vismt.jobs.fewshot.masking_report import NOTE, read_masking
-from vismt.jobs.fewshot.merge_settings import chosen_settings
-from vismt.jobs.fewshot.report import Picture, corruption_pictures, pool_pictures
-from vismt.jobs.lm.report import lm_curves, lm_tables
-from vismt.report import figures
-from vismt.report.comparison import AVERAGE, Comparison, compare, is_share, read_results
+from vismt.report.comparison import AVERAGE, Comparison
 from vismt.report.html import render_html, render_markdown
-from vismt.report.routers import router_pictures
-from vismt.report.tables import Table, difference_text, number_text, result_tables, split_corruptions
+from vismt.report.sections import Section
+from vismt.report.tables import Table, difference_text, interval_text, result_tables, split_corruptions
+from vismt.stats import SHARE
 
 LEGEND = (
     "Mean ± half width of the 95 % confidence interval over n. ★ best of the models, ≈ statistical tie with the best: "
-    "the 95 % interval of the paired difference contains zero, or, where a row has no records of the same episodes "
+    "the 95 % interval of the paired difference contains zero, or, where a row has no records of the same examples "
     "(marked “unpaired”), the two intervals overlap. Every set weighs the same in the average."
 )
-
-
-FLAT = " A width of 0.0 says that all n gave the same value, not that the number is certain."
+FLAT = " A width of 0.0 means that all n gave the same value, not that the number is certain."
+CONFIG = "config.resolved.yaml"
 
 
 @dataclass(frozen=True)
@@ -48,46 +33,32 @@ class Report:
     facts: list[tuple[str, str]]
     tables: list[Table]
     legend: str
-    aside: list[tuple[Table, str]]  # tables of what is no result, each with its note
-    curves: list[Picture]
-    panels: list[Picture]
+    sections: list[Section]
     citation: list[str]
     config: str
 
 
-def write_report(run_folder: Path) -> Path:
-    """Write report.md, report.html and figures/*.png into a run folder; returns the path of report.html.
+def write_report(run_folder: Path, comparisons: Sequence[Comparison], sections: Sequence[Section]) -> Path:
+    """Write report.md and report.html into a run folder; return the path of report.html.
 
-    Sections whose files are missing are left out. Raises UserError when run.json or results.jsonl is missing or broken,
-    and when a number lacks its n, confidence interval or config hash.
+    Args:
+        run_folder: with run.json, and config.resolved.yaml where it is to be shown.
+        comparisons: of the run's results.
+        sections: what follows the result tables. Empty sections are left out.
+
+    Raises:
+        UserError: when run.json is missing or broken.
     """
     folder = Path(run_folder)
     about = _read_facts(folder)
-    results = read_results(folder, str(about["config_hash"]))
-    comparisons = compare(results, folder)
-    heads, checks = read_masking(folder)
-    config = folder / "config.resolved.yaml"
+    config = folder / CONFIG
+    flat = any(cell.half == 0 for c in comparisons for cell in c.cells.values())
     report = Report(
         title=str(about.get("title") or folder.name),
-        facts=_facts(about, comparisons),
+        facts=_facts(about),
         tables=result_tables(comparisons),
-        legend=LEGEND + FLAT * any(cell.ci95 == 0 for c in comparisons for cell in c.cells.values()),
-        aside=[
-            *[(Table("Gradient masking", heads, checks, set()), NOTE)] * bool(checks),
-            *chosen_settings(folder),
-            *multitask_tables(folder),
-            *dense_tables(folder),
-            *lm_tables(folder),
-        ],
-        curves=[
-            *_curves(folder, comparisons, list(dict.fromkeys(row["model"] for row in results))),
-            *multitask_curves(folder),
-            *dense_curves(folder),
-            *lm_curves(folder),
-            *corruption_pictures(folder, comparisons),
-            *pool_pictures(folder, results),
-        ],
-        panels=[*_panels(folder), *multitask_panels(folder), *dense_panels(folder), *router_pictures(folder)],
+        legend=LEGEND + FLAT if flat else LEGEND,
+        sections=[section for section in sections if section.tables or section.pictures],
         citation=_citation(about, comparisons),
         config=config.read_text(encoding="utf8", errors="replace") if config.exists() else "",
     )
@@ -103,118 +74,92 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     try:
         about = json.loads(path.read_text(encoding="utf8"))
     except ValueError as error:
-        raise UserError(f"report: '{path}' is no JSON ({error}); `vismt evaluate {folder}` writes it anew.") from error
+        raise UserError(
+            f"report: '{path}' is not JSON ({error}); `vismt evaluate {folder}` writes it again."
+        ) from error
     if not isinstance(about, dict) or not about.get("config_hash"):
-        raise UserError(f"report: '{path}' has no config_hash; `vismt evaluate {folder}` writes it anew.")
+        raise UserError(f"report: '{path}' has no config_hash; `vismt evaluate {folder}` writes it again.")
     return about
 
 
-def _facts(about: dict[str, Any], comparisons: Sequence[Comparison]) -> list[tuple[str, str]]:
-    """What a reader needs to judge and repeat the numbers."""
+def _facts(about: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what a reader needs to judge and repeat the numbers."""
     adapted = about.get("adapt") or {}
-    seeds = ", ".join(str(seed) for seed in sorted({c.seed for c in comparisons}))
-    training = "" if about.get("seed") is None else f"{about['seed']} (run), "
-    method = "; ".join(f"{arm}: {_adaptation(told)}" for arm, told in adapted.get("arms", {}).items()) or _adaptation(
-        adapted
-    )
+    arms = {arm: _adaptation(arm_about) for arm, arm_about in adapted.get("arms", {}).items() if arm_about}
+    method = "; ".join(f"{arm}: {text}" for arm, text in arms.items()) or _adaptation(adapted)
+    if len(arms) == 1:
+        method = next(iter(arms.values()))
     versions = "  ".join(f"{name} {version}" for name, version in (about.get("versions") or {}).items())
-    times = " to ".join(
-        str(about[name]).replace("T", " ").replace("+00:00", " UTC")
-        for name in ("started", "finished")
-        if about.get(name)
-    )
+    ends = (str(about[name]) for name in ("started", "finished") if about.get(name))
     pairs = [
         ("Command", about.get("command")),
         ("Git revision", about.get("git_revision")),
         ("Config hash", about["config_hash"]),
         ("Adaptation", method),
         ("Hardware", about.get("hardware")),
-        ("Seeds", f"{training}{seeds} (evaluation)"),
+        ("Seeds", _seeds(about)),
         ("Wall time", _duration(about.get("wall_time_s"))),
-        ("Run", times),
+        ("Run", " to ".join(end.replace("T", " ").replace("+00:00", " UTC") for end in ends)),
         ("Versions", versions),
     ]
     return [(name, str(value)) for name, value in pairs if value]
 
 
-def _adaptation(told: dict[str, Any]) -> str:
-    if not told.get("method"):
+def _seeds(about: Mapping[str, Any]) -> str:
+    seeds = about.get("seeds", [about["seed"]] if about.get("seed") is not None else [])
+    texts = [f"{', '.join(str(seed) for seed in seeds)} (training)"] if seeds else []
+    if about.get("evaluation_seed") is not None:
+        texts.append(f"{about['evaluation_seed']} (evaluation)")
+    return ", ".join(texts)
+
+
+def _adaptation(about: Mapping[str, Any]) -> str:
+    if not about.get("method"):
         return ""
-    rank = f", rank {told['rank']}" if told.get("rank") else ""
-    if not told.get("total"):
-        return f"{told['method']}{rank}"
-    share = f"{100 * told['trainable'] / told['total']:.2f} %"
-    return f"{told['method']}{rank}, {told['trainable']:,} trainable of {told['total']:,} parameters, {share}"
+    rank = f", rank {about['rank']}" if about.get("rank") else ""
+    if not about.get("total"):
+        return f"{about['method']}{rank}"
+    share = f"{100 * about['trainable'] / about['total']:.2f} %"
+    return f"{about['method']}{rank}, {about['trainable']:,} trainable of {about['total']:,} parameters, {share}"
 
 
-def _curves(folder: Path, comparisons: Sequence[Comparison], models: Sequence[str]) -> list[Picture]:
-    pictures = []
-    logged = read_lines(folder / "metrics.jsonl")
-    if any(row.get("loss") is not None or row.get("accuracy") is not None for row in logged):
-        path = figures.training_curve(logged, folder / "figures" / "training.png")
-        text = f"{len(logged):,} logged steps. Thin: as logged. Thick: running mean over a twentieth of the run."
-        pictures.append(Picture(path, "Training", text))
-    for metric in dict.fromkeys(c.metric for c in comparisons):
-        chosen = split_corruptions([c for c in comparisons if c.metric == metric])[0]
-        name = "domains.png" if metric == "accuracy" else f"domains-{'-'.join(metric.split()).replace('/', '-')}.png"
-        path = figures.domain_bars(chosen, folder / "figures" / name, models)
-        chance = "; the dashed line, where there is one, is chance" * (metric == "accuracy")
-        text = f"Whiskers are 95 % confidence intervals{chance}."
-        pictures.append(Picture(path, f"{metric[:1].upper()}{metric[1:]} per data set", text))
-    return pictures
-
-
-def _panels(folder: Path) -> list[Picture]:
-    pictures = []
-    for path in sorted((folder / "panels").glob("*.npz")):
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                panel = {name: file[name] for name in file.files}
-            drawn = figures.episode_grid(panel, folder / "figures" / f"episode-{path.stem}.png")
-        except (ValueError, KeyError, IndexError, EOFError, OSError, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"report: '{path}' is no panel of an episode ({error}); delete it and run `vismt evaluate {folder}`."
-            ) from error
-        pictures.append(Picture(drawn, path.stem, _panel_caption(panel), "Episodes"))
-    return pictures
-
-
-def _panel_caption(panel: dict[str, np.ndarray]) -> str:
-    truth, count = panel["query_labels"], len(panel["query_labels"])
-    text = f"One episode. Of {count} query images in the panel file, {int((panel['predictions'] == truth).sum())} are right"
-    if "adversarial_predictions" not in panel:
-        return text + "."
-    attack = str(panel["condition"]) if "condition" in panel else "attack"
-    return f"{text}, {int((panel['adversarial_predictions'] == truth).sum())} under {attack}. ✓ right, ✗ wrong."
-
-
-def _citation(about: dict[str, Any], comparisons: Sequence[Comparison]) -> list[str]:
-    """Sentences that carry n, interval and protocol; over many sets only the averages are put into words."""
+def _citation(about: Mapping[str, Any], comparisons: Sequence[Comparison]) -> list[str]:
+    """Return sentences that carry n, interval and protocol; of a block with an average only this is put into words."""
     shown, corrupted = split_corruptions(comparisons)
-    averages = [c for c in shown if c.data == AVERAGE]
+    several = len({c.row.task for c in comparisons}) > 1
+    averaged = {c.block for c in shown if c.data == AVERAGE}
     sentences = []
-    for c in averages or shown:
-        within = {d.data for d in comparisons if (d.protocol, d.condition) == (c.protocol, c.condition)} - {AVERAGE}
-        where = f"on average over {len(within)} data sets ({', '.join(sorted(within))})" if averages else f"on {c.data}"
-        unit = " %" if is_share(c.metric) else ""
-        values = "; ".join(
-            f"{model} {number_text(cell.value, c.metric)} ± {number_text(cell.ci95, c.metric)}{unit} (n = {cell.n:,} {c.unit})"
-            for model, cell in c.cells.items()
-        )
-        difference = f"; paired difference {difference_text(c)}" if c.difference else ""
-        sentences.append(f"{c.protocol}, {c.condition}, {c.metric} {where}: {values}{difference}.")
+    for c in shown:
+        if c.data == AVERAGE:
+            sets = sorted({other.data for other in shown if other.block == c.block} - {AVERAGE})
+            sentences.append(_sentence(c, f"on average over {len(sets)} data sets ({', '.join(sets)})", several))
+        elif c.block not in averaged:
+            sentences.append(_sentence(c, f"on {c.data}", several))
     if corrupted:
         kinds = len({c.condition for c in corrupted})
         sentences.append(
-            f"The numbers under {kinds} corruptions are in the table of corruptions, n and intervals with them."
+            f"The numbers under {kinds} corruptions are in the table of corruptions, with n and intervals."
         )
     revision = f", git revision {about['git_revision']}" if about.get("git_revision") else ""
-    seeds = ", ".join(str(seed) for seed in sorted({c.seed for c in comparisons}))
+    seeds = f", seeds {text}" if (text := _seeds(about)) else ""
     sentences.append(
-        f"± is the half width of the 95 % confidence interval. vismt config {about['config_hash']}{revision}, evaluation "
-        f"seed {seeds}; intervals cover the drawn test units, not the spread over training seeds."
+        f"± is the half width of the 95 % confidence interval. vismt config {about['config_hash']}{revision}{seeds}; "
+        "intervals cover the drawn test examples, not the spread over training seeds."
     )
     return sentences
+
+
+def _sentence(c: Comparison, where: str, with_task: bool) -> str:
+    """Return the numbers of all arms under one condition as a sentence."""
+    row = c.row
+    percent = " %" if row.scale == SHARE else ""
+    values = "; ".join(
+        f"{arm} {interval_text(cell.value, cell.half, row.scale)}{percent} (n = {cell.n:,} {row.unit})"
+        for arm, cell in c.cells.items()
+    )
+    difference = f"; paired difference {difference_text(c)}" if c.difference else ""
+    task = f"{row.task}, " if with_task else ""
+    return f"{task}{row.protocol}, {c.condition}, {row.metric} {where}: {values}{difference}."
 
 
 def _duration(seconds: float | None) -> str:
@@ -222,4 +167,6 @@ def _duration(seconds: float | None) -> str:
         return ""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,87 +1,380 @@
-"""What reports of runs with arms share: spread over seeds, logs of training, choice of the rate, exactness of merging."""
+"""The sections that every run has: training, scores by set and by level, arms by seed, paired differences, rates, merging."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from vismt.engine.arms import CHOSEN, unit_folder
-from vismt.engine.log import METRICS, read_lines
-from vismt.engine.study_files import MERGE
+from vismt.engine.log import METRICS, read_lines, record_stem
+from vismt.engine.study import ARMS, CHOSEN, read_choice
+from vismt.engine.training_files import MERGE
 from vismt.files import read_json
-from vismt.report.tables import Table
+from vismt.report import figures, study_figures
+from vismt.report.comparison import AVERAGE, Comparison, Values, aligned, block
+from vismt.report.results import Result, ValuesByExample
+from vismt.report.sections import Picture, Section
+from vismt.report.study_figures import SeedsPanel
+from vismt.report.tables import Table, interval_text, number_text, scale_text, split_corruptions
+from vismt.stats import LOWER, SHARE, domain_average, seeds_interval
 
-RATE_RULE = (
-    "of the first seed trained at each rate. Every arm has the same grid, the best rate is kept for all seeds, no test image "
-    "takes part. A best rate at an end of the grid is no optimum."
+MOST_PANELS = 12  # of the figure by seed
+ARROWS = "↓ lower is better, ↑ higher is better."
+SEED_NOTE = (
+    f"{ARROWS} Mean over the training seeds ± half width of its 95 % interval (Student's t), and the same of the difference to "
+    "the arm that is named, seed by seed. The tables of results give the uncertainty from the test examples; this one gives "
+    "that from the seeds. Every set weighs the same in the average."
+)
+EXAMPLES_NOTE = (
+    f"{ARROWS} The later arm minus the earlier one on the same examples, each averaged over the seeds, with the 95 % interval "
+    "over the examples. Many pairs: of twenty true zeros one is expected to look like a difference."
+)
+OVER_SEEDS_NOTE = f"{ARROWS} The same differences seed by seed, with the 95 % interval over the seeds (Student's t)."
+RATE_NOTE = (
+    "Score on the validation examples, the higher the better, of the first seed trained at each rate. Every arm has the same "
+    "grid, the best rate is kept for all seeds, no test example takes part. A best rate at an end of the grid is no optimum."
+)
+MERGE_NOTE = (
+    "Test examples through the merged stock model and through the unmerged one: answers that differ, and the largest "
+    "difference of an output relative to the largest output."
 )
 SEEDS_CAPTION = (
     "Dots of one seed are joined; bar and number are the mean over seeds. Each panel has its own scale, which does not begin "
-    "at 0."
+    f"at 0. {ARROWS}"
 )
 TRAINING_CAPTION = "First seed of each arm. Thin: as logged. Thick: running mean over a twentieth of the run."
 
 
-def seeds_interval(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, half width of the 95 % interval by Student's t) of two or more values, one for each seed."""
-    from scipy.stats import t as student
+@dataclass(frozen=True)
+class ArmScore:
+    """One clean score of a study.
 
-    n, mean = len(values), math.fsum(values) / len(values)
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    return mean, float(student.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+    Args:
+        row: what the rows of the score have in common; its arm, seed and value are those of the first.
+        data: the set, "average" for the mean over the sets.
+        name: set, task and protocol as far as they tell this score from the others.
+        arms: rows by arm, one for each set.
+        seeds: values by arm and seed.
+    """
+
+    row: Result
+    data: str
+    name: str
+    arms: dict[str, list[Result]]
+    seeds: dict[tuple[str, int], float]
+
+    @property
+    def metric(self) -> str:
+        """The metric with an arrow to where it is better."""
+        return scale_text(self.row.metric, self.row.scale, self.row.better)
+
+    @property
+    def label(self) -> str:
+        """Name and metric."""
+        return f"{self.name}: {self.metric}"
+
+    @property
+    def count(self) -> str:
+        """Number of examples over all sets, from the least to the most over the arms."""
+        counts = {sum(row.n for row in rows) for rows in self.arms.values()}
+        return " to ".join(f"{n:,}" for n in sorted({min(counts), max(counts)}))
 
 
-def training_logs(folder: Path, lines: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The logged steps of each arm's first seed, as far as they are there. lines: with arm, lr and seed, the first seed first."""
-    logs: dict[str, list[dict[str, Any]]] = {}
-    for line in lines:
-        if line["arm"] not in logs:
-            logs[line["arm"]] = read_lines(
-                unit_folder(folder, line["arm"], line["lr"], line["seed"]) / METRICS, ("step",)
-            )
-    return {arm: rows for arm, rows in logs.items() if rows}
+def study_sections(
+    folder: Path,
+    results: Sequence[Result],
+    comparisons: Sequence[Comparison],
+    arms: Sequence[str],
+    compared: Sequence[str],
+    logged: Mapping[str, str],
+    baselines: Mapping[str, str],
+) -> list[Section]:
+    """Return the shared sections of a run's report, as far as the run left the files.
+
+    Args:
+        folder: the run folder, in which figures/ is written.
+        results: of the run.
+        comparisons: of the results.
+        arms: the trained arms in order.
+        compared: the evaluated models that come from trainings, by which seeds and pairs are shown.
+        logged: titles of the logged columns that are drawn.
+        baselines: by task the arm that differences are taken to, "" for none; the first arm that has the score for tasks
+            left out.
+    """
+    scores = arm_scores(results, compared)
+    pairs = [*_over_examples(folder, compared, scores), *_over_seeds(compared, scores)]
+    return [
+        Section("Scores by set", pictures=_bars(folder, comparisons)),
+        Section("Scores by level", pictures=_levels(folder, comparisons)),
+        Section("Arms by seed", _by_seed(scores, baselines), _seeds_figure(folder, compared, scores)),
+        Section("Paired differences", pairs),
+        Section("Training", _rates(folder, arms), _curves(folder, arms, logged, _seeds(results))),
+        Section("Merging", _merging(folder, arms)),
+    ]
 
 
-def rates_table(folder: Path, arms: Sequence[str], text: Callable[[float], str]) -> list[Table]:
-    """The validation score of every arm at every rate, the choice marked; no table where nothing was chosen."""
-    found = {}
-    for arm in arms:
-        path = folder / "arms" / arm / CHOSEN
-        told = read_json(path, f"run '{folder}': {CHOSEN} of arm '{arm}'") if path.exists() else {}
-        if told.get("validation"):
-            found[arm] = (f"{told['lr']:g}", told["validation"])
-    if not found:
+def arm_scores(results: Sequence[Result], arms: Sequence[str]) -> list[ArmScore]:
+    """Return the clean scores of the trained arms, block by block, with the average over sets where there are several."""
+    rows = [row for row in results if row.condition == "clean" and row.arm in arms]
+    scores: list[ArmScore] = []
+    for key in dict.fromkeys(block(row) for row in rows):
+        in_block = [row for row in rows if block(row) == key]
+        sets = list(dict.fromkeys(row.data for row in in_block))
+        for data in sets:
+            scores.append(_arm_score(data, [row for row in in_block if row.data == data], rows))
+        if len(sets) > 1:
+            scores.append(_arm_score(AVERAGE, in_block, rows))
+    return [score for score in scores if score.arms]
+
+
+def _name(row: Result, data: str, rows: Sequence[Result]) -> str:
+    """Return the task, the set and the protocol of a score, those left out that all of `rows` have in common."""
+    tasks, sets = {other.task for other in rows}, {other.data for other in rows}
+    protocols = {other.protocol for other in rows if (other.task, other.metric) == (row.task, row.metric)}
+    parts = [row.task] if len(tasks) > 1 else []
+    if len(sets) > 1 or not parts:
+        parts.append(data)
+    if len(protocols) > 1:
+        parts.append(row.protocol)
+    return ", ".join(parts)
+
+
+def _arm_score(data: str, rows: Sequence[Result], others: Sequence[Result]) -> ArmScore:
+    """Return the score of one set, or of the average over the sets of `rows`; others: the rows of all scores."""
+    sets = {row.data for row in rows}
+    by_arm: dict[str, list[Result]] = {}
+    by_seed: dict[tuple[str, int], list[float]] = {}
+    for row in rows:
+        if row.seed is None:
+            by_arm.setdefault(row.arm, []).append(row)
+        else:
+            by_seed.setdefault((row.arm, row.seed), []).append(row.value)
+    return ArmScore(
+        row=rows[0],
+        data=data,
+        name=_name(rows[0], data, others),
+        arms={arm: of_arm for arm, of_arm in by_arm.items() if len(of_arm) == len(sets)},
+        seeds={key: math.fsum(values) / len(sets) for key, values in by_seed.items() if len(values) == len(sets)},
+    )
+
+
+def _bars(folder: Path, comparisons: Sequence[Comparison]) -> list[Picture]:
+    """Draw bars by set for every metric of a task."""
+    arms = list(dict.fromkeys(arm for c in comparisons for arm in c.cells))
+    shown = split_corruptions(comparisons)[0]
+    tasks = {c.row.task for c in shown}
+    pictures = []
+    for task, metric in dict.fromkeys((c.row.task, c.row.metric) for c in shown):
+        chosen = [c for c in shown if (c.row.task, c.row.metric) == (task, metric)]
+        path = figures.domain_bars(chosen, folder / "figures" / f"{record_stem('scores', task, metric)}.png", arms)
+        chance = "; the dashed line is chance" if any(c.row.chance is not None for c in chosen) else ""
+        name = f"{task}: {metric}" if len(tasks) > 1 else metric
+        pictures.append(Picture(path, name, f"Whiskers are 95 % confidence intervals{chance}."))
+    return pictures
+
+
+def _levels(folder: Path, comparisons: Sequence[Comparison]) -> list[Picture]:
+    """Draw scores against the level of corruptions and of attacks with several radii; the average over sets if there is one."""
+    pictures = []
+    for key, group in groupby(comparisons, key=lambda c: c.block):
+        in_block = list(group)
+        averages = [c for c in in_block if c.data == AVERAGE]
+        for data in [AVERAGE] if averages else dict.fromkeys(c.data for c in in_block):
+            of_set = [c for c in in_block if c.data == data]
+            for kind, level in (("corruption", "severity"), ("attack", "radius in [0, 1]")):
+                chosen = _several_levels([c for c in of_set if c.row.kind == kind])
+                if not chosen:
+                    continue
+                clean = [c for c in of_set if c.condition == "clean"] if kind == "attack" else []
+                name = record_stem(f"{kind}-levels", data, "-".join(key))
+                path = figures.level_curves([*clean, *chosen], folder / "figures" / f"{name}.png", level)
+                row = chosen[0].row
+                counts = [cell.n for c in chosen for cell in c.cells.values()]
+                where = "average over the sets" if data == AVERAGE else data
+                text = f"{row.protocol}, {where}, {scale_text(row.metric, row.scale)}, n = {max(counts):,} {row.unit}."
+                title = f"{data}, {kind} by {level}"
+                pictures.append(Picture(path, title, f"{text} Whiskers are 95 % intervals."))
+    return pictures
+
+
+def _several_levels(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return the comparisons whose family has two or more levels."""
+    levels: dict[str, set[float]] = {}
+    for c in comparisons:
+        if c.row.level is not None:
+            levels.setdefault(c.row.family, set()).add(c.row.level)
+    return [c for c in comparisons if len(levels.get(c.row.family, ())) > 1]
+
+
+def _seeds_figure(folder: Path, arms: Sequence[str], scores: Sequence[ArmScore]) -> list[Picture]:
+    """Draw a dot for each training; of many scores the first set of each metric."""
+    several = [score for score in scores if score.seeds]
+    if len(several) > MOST_PANELS:
+        first = {block(score.row): score for score in reversed(several)}
+        several = [score for score in several if first[block(score.row)] is score][:MOST_PANELS]
+    if not several:
         return []
-    rates = sorted({rate for _, tried in found.values() for rate in tried}, key=float)
-    best = {(row, 1 + rates.index(chosen)) for row, (chosen, _) in enumerate(found.values())}
-    rows = []
-    for arm, (chosen, tried) in found.items():
-        scores = [
-            "–" if rate not in tried else "diverged" if tried[rate] is None else text(tried[rate]) for rate in rates
-        ]
-        rows.append([arm, *scores, chosen])
-    return [Table("Choice of the rate", ["Arm", *rates, "chosen"], rows, best, texts=1)]
+    panels = []
+    for score in several:
+        share = score.row.scale == SHARE
+        factor = 100 if share else 1
+        values = {key: factor * value for key, value in score.seeds.items()}
+        panels.append(SeedsPanel(score.name, score.metric, f"n = {score.count}", values, ".1f" if share else ".3g"))
+    path = study_figures.seeds_figure(panels, list(arms), folder / "figures" / "seeds.png")
+    return [Picture(path, "Arms by seed", SEEDS_CAPTION)]
 
 
-def merge_files(folder: Path, arms: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """merge.json of every training by arm, for arms that have one."""
-    found = {
-        arm: [
-            read_json(path, f"run '{folder}': {MERGE}") for path in sorted((folder / "arms" / arm).glob(f"*/{MERGE}"))
-        ]
-        for arm in arms
+def _by_seed(scores: Sequence[ArmScore], baselines: Mapping[str, str]) -> list[tuple[Table, str]]:
+    """Return a row for each score and arm, with the difference to the baseline seed by seed."""
+    several = [score for score in scores if score.seeds]
+    seeds = list(dict.fromkeys(seed for score in several for _, seed in score.seeds))
+    if len(seeds) < 2:
+        return []
+    rows: list[list[str]] = []
+    best: set[tuple[int, int]] = set()
+    for score in several:
+        arms = [arm for arm in score.arms if all((arm, seed) in score.seeds for seed in seeds)]
+        means = {arm: math.fsum(score.seeds[arm, seed] for seed in seeds) for arm in arms}
+        if not arms:
+            continue
+        first = (min if score.row.better == LOWER else max)(arms, key=means.__getitem__)
+        base = baselines.get(score.row.task, arms[0])
+        for arm in arms:
+            values = [score.seeds[arm, seed] for seed in seeds]
+            difference = "–"
+            if arm != base and base in arms:
+                steps = [value - score.seeds[base, seed] for value, seed in zip(values, seeds, strict=True)]
+                difference = f"{interval_text(*seeds_interval(steps), score.row.scale, sign=True)} to {base}"
+            if arm == first and len(arms) > 1:
+                best.add((len(rows), 2 + len(seeds)))
+            numbers = [number_text(value, score.row.scale) for value in values]
+            rows.append(
+                [score.label, arm, *numbers, interval_text(*seeds_interval(values), score.row.scale), difference]
+            )
+    if not rows:
+        return []
+    heads = ["Score", "Arm", *(f"seed {seed}" for seed in seeds), "mean", "difference"]
+    return [(Table(f"By seed, {len(seeds)} seeds", heads, rows, best, folded=len(rows) > 40), SEED_NOTE)]
+
+
+def _over_examples(folder: Path, arms: Sequence[str], scores: Sequence[ArmScore]) -> list[tuple[Table, str]]:
+    """Return the difference of every two arms on the same examples."""
+    values = ValuesByExample(folder)
+    examples: dict[tuple[Any, ...], Values | None] = {
+        row.key: values.of(row) for score in scores for rows in score.arms.values() for row in rows
     }
-    return {arm: told for arm, told in found.items() if told}
+
+    def cell(score: ArmScore, later: str, earlier: str) -> str:
+        differences = {}
+        for a, b in zip(score.arms[later], score.arms[earlier], strict=True):
+            both = aligned(examples[a.key], examples[b.key])
+            if both is None:
+                return "–"
+            differences[a.data] = [x - y for x, y in zip(*both, strict=True)]
+        return interval_text(*domain_average(differences), score.row.scale, sign=True)
+
+    if len(arms) < 3 and not any(score.seeds for score in scores):
+        return []  # the result tables have the one difference
+    return _pairs("Over examples", arms, scores, cell, EXAMPLES_NOTE)
 
 
-def merge_table(found: Mapping[str, Sequence[Mapping[str, Any]]], different: str, unit: str = "images") -> list[Table]:
-    """How far the merged nets are from the unmerged ones. different: the head over the answers that differ, "" for no column."""
+def _over_seeds(arms: Sequence[str], scores: Sequence[ArmScore]) -> list[tuple[Table, str]]:
+    """Return the difference of every two arms seed by seed."""
+    several = [score for score in scores if score.seeds]
+    seeds = list(dict.fromkeys(seed for score in several for _, seed in score.seeds))
+
+    def cell(score: ArmScore, later: str, earlier: str) -> str:
+        steps = [
+            score.seeds[later, seed] - score.seeds[earlier, seed]
+            for seed in seeds
+            if (later, seed) in score.seeds and (earlier, seed) in score.seeds
+        ]
+        return interval_text(*seeds_interval(steps), score.row.scale, sign=True) if len(steps) > 1 else "–"
+
+    return _pairs(f"Over {len(seeds)} seeds", arms, several, cell, OVER_SEEDS_NOTE)
+
+
+def _pairs(
+    title: str, arms: Sequence[str], scores: Sequence[ArmScore], cell: Any, note: str
+) -> list[tuple[Table, str]]:
+    """Return a table with a row for each two arms that share a score; cell(score, later arm, earlier arm) gives a text."""
     rows = []
-    for arm, told in found.items():
-        ratio = max(one["largest_difference"] / one["largest_logit"] for one in told)
-        answers = [f"{sum(one['different_predictions'] for one in told):,}"] if different else []
-        rows.append([arm, str(len(told)), f"{sum(one['n'] for one in told):,}", *answers, f"{ratio:.1e}"])
-    heads = ["Arm", "trainings", unit, *[different] * bool(different), "largest relative difference"]
-    return [Table("Merging", heads, rows, set(), texts=1)] if rows else []
+    for earlier, later in itertools.combinations(arms, 2):
+        texts = [cell(score, later, earlier) if {later, earlier} <= set(score.arms) else "–" for score in scores]
+        if any(text != "–" for text in texts):
+            rows.append([f"{later} − {earlier}", *texts])
+    heads = ["Arms", *(f"{score.label}, n = {score.count}" for score in scores)]
+    many = len(heads) > 6
+    return [(Table(title, heads, rows, set(), texts=1, many=many, folded=len(heads) > 12), note)] if rows else []
+
+
+def _rates(folder: Path, arms: Sequence[str]) -> list[tuple[Table, str]]:
+    """Return the validation score of every arm at every rate, the choice marked; nothing where nothing was chosen."""
+    choices = {arm: read_choice(folder, arm) for arm in arms if (folder / ARMS / arm / CHOSEN).exists()}
+    choices = {arm: choice for arm, choice in choices.items() if choice.validation}
+    rates = sorted({rate for choice in choices.values() for rate in choice.validation}, key=float)
+    if not rates:
+        return []
+    best = {(row, 1 + rates.index(f"{choice.lr:g}")) for row, choice in enumerate(choices.values())}
+    rows = [
+        [arm, *(_rate_text(choice.validation, rate) for rate in rates), f"{choice.lr:g}"]
+        for arm, choice in choices.items()
+    ]
+    return [(Table("Choice of the rate", ["Arm", *rates, "chosen"], rows, best, texts=1), RATE_NOTE)]
+
+
+def _rate_text(validation: Mapping[str, float | None], rate: str) -> str:
+    if rate not in validation:
+        return "–"
+    score = validation[rate]
+    return "diverged" if score is None else f"{score:.4g}"
+
+
+def _seeds(results: Sequence[Result]) -> list[int]:
+    """Return the seeds of several trainings in their order; nothing where each arm has one training."""
+    return list(dict.fromkeys(row.seed for row in results if row.seed is not None))
+
+
+def _curves(folder: Path, arms: Sequence[str], logged: Mapping[str, str], seeds: Sequence[int]) -> list[Picture]:
+    logs = {arm: rows for arm in arms if (rows := _first_log(folder, arm, seeds))}
+    drawn = [name for name in logged if name != "fade"]
+    if not any(row.get(name) is not None for rows in logs.values() for row in rows for name in drawn):
+        return []
+    path = study_figures.curves_figure(logs, logged, folder / "figures" / "training.png")
+    return [Picture(path, "Training", TRAINING_CAPTION)]
+
+
+def _first_log(folder: Path, arm: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Return the logged steps of an arm's first seed at the chosen rate, [] where it has none."""
+    if not (folder / ARMS / arm / CHOSEN).exists():
+        return []
+    stem = f"lr-{read_choice(folder, arm).lr:g}-seed-"
+    names = [f"{stem}{seed}" for seed in seeds]
+    names = names or sorted(path.name for path in (folder / ARMS / arm).glob(f"{stem}*"))
+    return read_lines(folder / ARMS / arm / names[0] / METRICS, ("step",)) if names else []
+
+
+def _merging(folder: Path, arms: Sequence[str]) -> list[tuple[Table, str]]:
+    """Return how far the merged nets are from the unmerged ones, from merge.json of every training."""
+    rows = []
+    for arm in arms:
+        paths = sorted((folder / ARMS / arm).glob(f"*/{MERGE}"))
+        checks = [read_json(path, f"run '{folder}': {MERGE}") for path in paths]
+        if checks:
+            ratio = max(check["largest_difference"] / max(check["largest_logit"], 1e-12) for check in checks)
+            n = sum(check["n"] for check in checks)
+            rows.append([arm, str(len(checks)), f"{n:,}", _different_answers(checks), f"{ratio:.1e}"])
+    heads = ["Arm", "trainings", "examples", "answers that differ", "largest relative difference"]
+    return [(Table("Merged and unmerged", heads, rows, set(), texts=1), MERGE_NOTE)] if rows else []
+
+
+def _different_answers(checks: Sequence[Mapping[str, Any]]) -> str:
+    """Return the number of answers that merging changed; a dash where no output is an answer."""
+    outputs = [output for check in checks for output in check.get("outputs", {}).values()]
+    if outputs and not any("different" in output for output in outputs):
+        return "–"
+    return f"{sum(check['different_predictions'] for check in checks):,}"

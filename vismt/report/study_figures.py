@@ -30,21 +30,23 @@ from vismt.report.plotting import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+SHARES = ("accuracy", "robust")  # logged in [0, 1], drawn in per cent
 WIDEST, LETTER = 9.5, 0.076  # inches: of a figure, and of a letter of 8.5 points
 
 
 @dataclass(frozen=True)
 class SeedsPanel:
-    """One score: its name, a quiet line below it, {(arm, seed): value as it is drawn}, and the format of a mean."""
+    """One score: its name, metric and number of examples, values by (arm, seed) as drawn, and the format of a mean."""
 
     title: str
-    told: str
-    values: Mapping[tuple[Any, Any], float]
+    metric: str
+    count: str
+    values: Mapping[tuple[str, int], float]
     digits: str
 
 
 def seeds_figure(panels: Sequence[SeedsPanel], arms: Sequence[str], path: Path) -> Path:
-    """Arms side by side in every panel, a dot for each seed, a bar and the number of their mean; writes the PNG `path`.
+    """Draw the arms side by side in every panel, a dot for each seed, a bar and the number of their mean; return `path`.
 
     Dots of one seed are joined: arms of a seed are paired. An arm without a value leaves its place empty.
     """
@@ -60,7 +62,8 @@ def seeds_figure(panels: Sequence[SeedsPanel], arms: Sequence[str], path: Path) 
         row, column = divmod(place, columns)
         left, top = 0.55 + column * pitch, head + row * (size[1] + head + 0.12)
         write(figure, left, top - 0.49, short(panel.title, 22), fontsize=10.5, weight="bold")
-        write(figure, left, top - 0.31, panel.told, fontsize=8.5, color=MUTED)
+        room = max(6, int((pitch - 0.1) / LETTER) - len(panel.count) - 2)
+        write(figure, left, top - 0.31, f"{short(panel.metric, room)}, {panel.count}", fontsize=8.5, color=MUTED)
         axes = axes_at(figure, left, top, *size)
         _seeds(axes, panel, arms)
         axes.tick_params(labelbottom=place + columns >= len(panels))
@@ -72,17 +75,17 @@ def _seeds(axes: Axes, panel: SeedsPanel, arms: Sequence[str]) -> None:
     table = panel.values
     seeds = list(dict.fromkeys(seed for _, seed in table))
     for place, seed in enumerate(seeds):
-        beside = 0.3 * ((place + 0.5) / len(seeds) - 0.5)  # so that equal dots do not hide one another
+        shift = 0.3 * ((place + 0.5) / len(seeds) - 0.5)  # so that equal dots do not hide one another
         values = [table.get((arm, seed), math.nan) for arm in arms]
-        at = [number + beside for number in range(len(arms))]
+        at = [number + shift for number in range(len(arms))]
         axes.plot(at, values, color=MUTED, alpha=0.45, linewidth=0.8, zorder=1)
         axes.scatter(
             at, values, color=[color_of(arm, arms) for arm in arms], s=16, zorder=3, edgecolor="white", linewidth=0.5
         )
     for number, arm in enumerate(arms):
-        own = [value for (name, _), value in table.items() if name == arm]
-        if own:
-            mean = math.fsum(own) / len(own)
+        of_arm = [value for (name, _), value in table.items() if name == arm]
+        if of_arm:
+            mean = math.fsum(of_arm) / len(of_arm)
             axes.plot(
                 [number - 0.32, number + 0.32],
                 [mean] * 2,
@@ -109,12 +112,15 @@ def _seeds(axes: Axes, panel: SeedsPanel, arms: Sequence[str]) -> None:
 
 
 def curves_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mapping[str, str], path: Path) -> Path:
-    """What was logged against the step, a line for each arm and a panel for each of `titles` that an arm has logged.
+    """Draw what was logged against the step: a panel for each of `titles` that was logged, a line for each arm.
 
     Args:
         logs: lines of metrics.jsonl by arm; a value that is missing or None leaves a gap. Thin: as logged; thick: running mean.
-        titles: {name in the log: title}; "accuracy" is drawn in per cent, "fade" low and dashed.
-        path: the PNG to write. Raises UserError when nothing but the fade was logged.
+        titles: {name in the log: title}; shares ("accuracy", "robust") are drawn in per cent, "fade" low and dashed.
+        path: the PNG to write.
+
+    Raises:
+        UserError: when nothing but the fade was logged.
     """
     series = {name: {arm: line for arm, rows in logs.items() if len(line := _series(rows, name))} for name in titles}
     shown = [name for name in titles if series[name]]
@@ -144,12 +150,12 @@ def curves_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mappi
                 axes.plot(steps, values, color=color, linewidth=1.2, linestyle=turn)
                 axes.set(ylim=(-0.08, 1.08), yticks=(0, 1))
                 continue
-            factor, lone = 100.0 if name == "accuracy" else 1.0, "o" if len(steps) == 1 else None
+            factor, lone = 100.0 if name in SHARES else 1.0, "o" if len(steps) == 1 else None
             axes.plot(steps, factor * values, color=color, alpha=0.18, linewidth=0.8, marker=lone, zorder=1.5)
             axes.plot(steps, factor * running_mean(values), color=color, linewidth=1.8, solid_capstyle="round")
     return save(figure, path)
 
 
 def _series(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
-    """(logged, 2): step and value."""
+    """Return the logged (step, value) pairs, (logged, 2)."""
     return np.array([(row["step"], row[name]) for row in rows if row.get(name) is not None], dtype=float)

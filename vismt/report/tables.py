@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from vismt.report.comparison import Cell, Comparison, is_share
-from vismt.robustness.conditions import corruption
+from vismt.report.comparison import Cell, Comparison
+from vismt.report.results import Result
+from vismt.stats import LOWER, SHARE
 
 MARKS = {"best": "★", "tie": "≈", "": ""}
-# From so many models on, a table is laid out for them; from so many corruptions on, they have a table of their own.
-MANY_MODELS, MANY_CORRUPTIONS = 5, 4
+# From so many arms on, a table is laid out for them; from so many corruptions on, they have a table of their own.
+MANY_ARMS, MANY_CORRUPTIONS = 5, 4
 
 
 @dataclass(frozen=True)
 class Table:
-    """Texts of one protocol: `heads`, then rows of as many texts; `best` are the (row, column) of the best numbers.
+    """Texts of one table: `heads`, then rows of as many texts; `best` are the (row, column) of the best numbers.
 
-    The first `texts` columns are no numbers. many: the columns are too many to stand as they are. folded: shown when asked
-    for.
+    The first `texts` columns are not numbers. many: the columns are too many for their usual width. folded: shown on
+    request.
     """
 
     title: str
@@ -32,49 +34,50 @@ class Table:
 
 
 def split_corruptions(comparisons: Sequence[Comparison]) -> tuple[list[Comparison], list[Comparison]]:
-    """(the others, corruptions), the second empty where there are so few that they stand with the attacks."""
-    corrupted = [c for c in comparisons if corruption(c.condition)]
+    """Return (the others, corruptions); the second is empty where they are few enough to stand with the attacks."""
+    corrupted = [c for c in comparisons if c.row.kind == "corruption"]
     if len({c.condition for c in corrupted}) < MANY_CORRUPTIONS:
         return list(comparisons), []
-    return [c for c in comparisons if not corruption(c.condition)], corrupted
+    return [c for c in comparisons if c.row.kind != "corruption"], corrupted
 
 
 def result_tables(comparisons: Sequence[Comparison]) -> list[Table]:
-    """One table for each protocol, metric and seed, with a row for each set and condition; many corruptions apart."""
-    seeds = {c.seed for c in comparisons}
+    """Return a table for each block with a row for each set and condition; many corruptions have one of their own."""
+    several = len({c.row.task for c in comparisons}) > 1
     tables = []
-    for (protocol, metric, seed, _), group in groupby(
-        comparisons, key=lambda c: (c.protocol, c.metric, c.seed, c.unit)
-    ):
-        title = protocol + (f", seed {seed}" if len(seeds) > 1 else "")
-        unit = f", {metric} in %" if is_share(metric) else f", {metric}"
+    for _, group in groupby(comparisons, key=lambda c: c.block):
         kept = list(group)
-        unit += ", lower is better" if kept[0].lower_is_better else ""
+        row = kept[0].row
+        title = f"{row.task}: {row.protocol}" if several else row.protocol
+        score = f", {scale_text(row.metric, row.scale)}"
+        if row.better == LOWER:
+            score += ", lower is better"
         plain, corrupted = split_corruptions(kept)
-        tables += [_table(title + unit, plain)] if plain else []
-        tables += [_table(f"{title}, corruptions{unit}", corrupted, folded=True)] if corrupted else []
+        if plain:
+            tables.append(_table(title + score, plain))
+        if corrupted:
+            tables.append(_table(f"{title}, corruptions{score}", corrupted, folded=True))
     return tables
 
 
 def _table(title: str, group: Sequence[Comparison], folded: bool = False) -> Table:
-    models = list(dict.fromkeys(model for c in group for model in c.cells))
-    show_difference = any(c.difference for c in group)
-    heads = ["Data", "Condition", *models, *["Difference"] * show_difference, f"n ({group[0].unit})"]
+    arms = list(dict.fromkeys(arm for c in group for arm in c.cells))
+    differences = ["Difference"] if any(c.difference for c in group) else []
+    heads = ["Data", "Condition", *arms, *differences, f"n ({group[0].row.unit})"]
     rows, best = [], set()
     for number, c in enumerate(group):
         note = "" if c.paired or len(c.cells) < 2 else " (unpaired)"
-        texts = [c.data, c.condition + note, *(cell_text(c.cells.get(model), c.metric) for model in models)]
-        best |= {
-            (number, 2 + i) for i, model in enumerate(models) if model in c.cells and c.cells[model].mark == "best"
-        }
-        texts += [difference_text(c)] * show_difference
+        texts = [c.data, c.condition + note, *(cell_text(c.cells.get(arm), c.row) for arm in arms)]
+        best |= {(number, 2 + i) for i, arm in enumerate(arms) if arm in c.cells and c.cells[arm].mark == "best"}
+        if differences:
+            texts.append(difference_text(c))
         rows.append([*texts, " / ".join(f"{n:,}" for n in dict.fromkeys(cell.n for cell in c.cells.values()))])
-    return Table(title, heads, rows, best, many=len(models) >= MANY_MODELS, folded=folded)
+    return Table(title, heads, rows, best, many=len(arms) >= MANY_ARMS, folded=folded)
 
 
 def turned(table: Table, conditions: int = 6) -> list[Table]:
-    """A table for each set and each few conditions, a row for each column of `table` but the last, which the title tells."""
-    found = []
+    """Return a table for each set and each few conditions, a row for each column of `table` but the last, now in the title."""
+    tables = []
     for data, group in groupby(range(len(table.rows)), key=lambda number: table.rows[number][0]):
         numbers = list(group)
         for start in range(0, len(numbers), conditions):
@@ -92,34 +95,50 @@ def turned(table: Table, conditions: int = 6) -> list[Table]:
                 if row == number
             }
             heads = [f"{data}, {table.heads[-1].replace('(', '= ' + counts + ' ').rstrip(')')}"]
-            found.append(
+            tables.append(
                 Table(table.title, [*heads, *(table.rows[number][1] for number in chosen)], rows, best, texts=1)
             )
-    return found
+    return tables
 
 
-def cell_text(cell: Cell | None, metric: str) -> str:
-    """Mean, half width and mark; a dash for no cell."""
+def cell_text(cell: Cell | None, row: Result) -> str:
+    """Return mean, half width and mark; a dash for no cell."""
     if cell is None:
         return "–"
-    return f"{number_text(cell.value, metric)} ± {number_text(cell.ci95, metric)} {MARKS[cell.mark]}".rstrip()
+    return f"{interval_text(cell.value, cell.half, row.scale)} {MARKS[cell.mark]}".rstrip()
 
 
 def difference_text(c: Comparison) -> str:
-    """The difference and its interval; a dash for none."""
+    """Return the difference and its interval; a dash for none."""
     if c.difference is None:
         return "–"
-    middle, low, high = (number_text(value, c.metric, sign=True) for value in c.difference)
+    middle, low, high = (number_text(value, c.row.scale, sign=True) for value in c.difference)
     return f"{middle} [{low}, {high}]"
 
 
-def number_text(value: float, metric: str, sign: bool = False) -> str:
-    """A share in per cent with one digit, any other value with four."""
-    text = f"{100 * value:+.1f}" if is_share(metric) else f"{value:+.4g}"
-    text = text.replace("-", "−", 1) if text.startswith("-") else text
-    return text if sign else text.lstrip("+")
+def interval_text(mean: float, half: float, scale: str, sign: bool = False) -> str:
+    """Return mean ± half width: shares in per cent with one digit, other numbers as exact as two digits of the width."""
+    if scale == SHARE or not half:
+        return f"{number_text(mean, scale, sign)} ± {number_text(half, scale)}"
+    digits = max(1, 1 - math.floor(math.log10(half)))
+    plus = "+" if sign else ""
+    return _minus(f"{mean:{plus}.{digits}f}") + f" ± {half:.{digits}f}"
 
 
-def scale_text(metric: str, lower_is_better: bool) -> str:
-    """A metric as `number_text` shows it, with an arrow to where it is better."""
-    return f"{metric}{' in %' * is_share(metric)} {'↓' if lower_is_better else '↑'}"
+def number_text(value: float, scale: str, sign: bool = False) -> str:
+    """Return a share in per cent with one digit, any other number with four."""
+    plus = "+" if sign else ""
+    return _minus(f"{100 * value:{plus}.1f}" if scale == SHARE else f"{value:{plus}.4g}")
+
+
+def _minus(text: str) -> str:
+    """Return a number's text with a typographic minus."""
+    return text.replace("-", "−", 1) if text.startswith("-") else text
+
+
+def scale_text(metric: str, scale: str, better: str | None = None) -> str:
+    """Return a metric as `number_text` shows it; with `better` an arrow to where it is better."""
+    text = f"{metric} in %" if scale == SHARE else metric
+    if better is None:
+        return text
+    return f"{text} {'↓' if better == LOWER else '↑'}"

@@ -4,7 +4,7 @@ The model takes pixels in [0, 1] and normalises them itself. While an attack run
 outside autocast; afterwards its flags and the random state are as before. FAB, a minimal-norm attack, keeps only what
 lies within the budget. AutoAttack (Croce & Hein, arXiv 2003.01690) is APGD-CE, APGD-T, FAB-T and Square at their
 published lengths (100 steps, 5000 queries; torchattacks' own bundle takes 10 steps); below 4 classes, where its targeted
-loss is not defined, it is APGD-CE, FAB and Square, and the condition's text says so.
+loss is not defined, it is APGD-CE, FAB and Square, which the condition's text names.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,8 @@ class AttackSpec:
     name: pgd, pgd_l2, fgsm, mifgsm, difgsm, tifgsm (transfer), apgd_ce, apgd_t, fab, square, autoattack. epsilon: radius
     in pixel units of [0, 1]. step_size: None = epsilon / 10; attacks that choose their own steps do not use it. steps:
     None = 10 (FGSM 1, Square 5000 queries, AutoAttack 100). norm: "linf" or "l2"; pgd with "l2" is pgd_l2. random_start:
-    PGD only. Raises UserError for an unknown name or norm, one without the other, a negative radius, no step.
+    PGD only. Raises UserError for an unknown name or norm, a norm that the attack does not have, a negative radius, a step
+    of zero.
     """
 
     name: str = "pgd"
@@ -59,6 +60,7 @@ class AttackSpec:
     norm: str = "linf"
     random_start: bool = True
     seed: int = 0
+    kind: ClassVar[Literal["attack"]] = "attack"
     # The clean image is inside every budget, so an example that is wrong there is not robust.
     worst_case: ClassVar[bool] = True
 
@@ -91,8 +93,13 @@ class AttackSpec:
         """Step size in pixel units."""
         return self.epsilon / 10 if self.step_size is None else self.step_size
 
+    @property
+    def label(self) -> str:
+        """The condition's text, "PGD-10 linf 4.5/255"; settings that are not the default follow."""
+        return self.describe()
+
     def describe(self, num_classes: int | None = None) -> str:
-        """The condition's text in tables, "PGD-10 linf 4.5/255"; what is not default is said behind it."""
+        """Return `label`, with the parts of an AutoAttack that run on fewer than 4 classes."""
         text = TEXTS[self.name]
         if self.name != "fgsm" and self.steps != STEPS.get(self.name):
             text += f"-{self.steps}"
@@ -106,24 +113,36 @@ class AttackSpec:
         return text + (f" seed {self.seed}" if self.seed else "")
 
     def __str__(self) -> str:
-        return self.describe()
+        return self.label
 
     def settings(self) -> dict[str, object]:
-        """Every field, for a protocol's hash."""
+        """Return every field, for a protocol's hash."""
         return asdict(self)
 
     def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, *, num_classes: int, seed: int) -> Tensor:
-        """`attack` with `seed` in the place of the spec's own."""
+        """Return what `attack` returns with `seed` in place of the spec's seed."""
         return _attack(model, images, labels, self, num_classes, seed)
 
 
 def attack(model: nn.Module, images: Tensor, labels: Tensor, spec: AttackSpec, *, num_classes: int) -> Tensor:
-    """Adversarial images float32 (b, 3, h, w) in [0, 1] on the images' device, within spec.epsilon of `images`.
+    """Return adversarial images within spec.epsilon of `images`.
 
-    model: maps such images to logits (b, num_classes) and owns its normalisation; it is left as it was found. labels
-    (b,) integers 0..num_classes-1. epsilon = 0 returns the images. Deterministic in spec.seed; the global random state
-    is not touched. Raises UserError for pixels outside [0, 1], labels or logits that do not fit num_classes, logits that
-    are not finite, fewer than 2 classes, apgd_t below 4, and image sides that l2 Square cannot tile.
+    Deterministic in spec.seed; the global random state is not changed.
+
+    Args:
+        model: Maps images to logits (b, num_classes) and normalises them itself. Its mode and its parameters' flags are
+            restored afterwards.
+        images: float (b, 3, h, w) in [0, 1].
+        labels: Integers (b,) in 0..num_classes-1.
+        spec: The attack. With epsilon 0 the images are returned.
+        num_classes: Number of logits.
+
+    Returns:
+        float32 (b, 3, h, w) in [0, 1] on the images' device.
+
+    Raises:
+        UserError: Pixels outside [0, 1], labels or logits that do not fit num_classes, logits that are not finite, fewer
+            than 2 classes, apgd_t below 4, or image sides that l2 Square cannot tile.
     """
     return _attack(model, images, labels, spec, num_classes, spec.seed)
 
@@ -141,22 +160,22 @@ def _attack(
     device = next((p.device for p in model.parameters()), clean.device)
     with _frozen(model), torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         victim = _Victim(model, device)
-        victim.training = False  # what torchattacks goes back to; else it would end in training mode
+        victim.training = False  # the mode that torchattacks restores
         start, truth = clean.to(device), labels.detach().to(device).long()
         with torch.no_grad():
             logits = victim(start[:1])
         if logits.shape[1:] != (num_classes,) or not bool(logits.isfinite().all()):
-            seen = f"logits of shape {tuple(logits.shape)}, finite: {bool(logits.isfinite().all())}"
-            raise UserError(f"attack {spec}: the model gives {seen}; need finite (b, {num_classes}).")
+            output = f"logits of shape {tuple(logits.shape)}, finite: {bool(logits.isfinite().all())}"
+            raise UserError(f"attack {spec}: the model gives {output}; need finite (b, {num_classes}).")
         if spec.epsilon == 0:
             return clean.to(images.device)
         with _seeded(seed):
-            found = _build(spec, victim, num_classes, seed)(start, truth).detach().float()
-    return within_budget(start, found, spec).to(images.device)
+            adversarial = _build(spec, victim, num_classes, seed)(start, truth).detach().float()
+    return within_budget(start, adversarial, spec).to(images.device)
 
 
 class _Victim(nn.Module):
-    """The model as torchattacks wants it: a Module with a parameter on the right device, float32 in and out."""
+    """The model in the form that torchattacks needs: a Module with a parameter on its device, float32 in and out."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         super().__init__()
@@ -171,8 +190,8 @@ class _Victim(nn.Module):
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no trainable parameter inside (FAB would leave gradients on them); every flag as before outside."""
-    modes = [(part, part.training) for part in model.modules()]
+    """Hold the model in eval mode without trainable parameters, on which FAB would leave gradients; restore every flag."""
+    modes = [(module, module.training) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.eval()
@@ -182,13 +201,13 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, trainable in parameters:
             parameter.requires_grad_(trainable)
-        for part, training in modes:
-            part.training = training
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Forked torch generators, seeded inside: some attacks reset the global seed, that of every CUDA device too."""
+    """Fork and seed the torch generators: some attacks reset the global seed, and that of every CUDA device."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -199,7 +218,7 @@ def _build(spec: AttackSpec, victim: _Victim, num_classes: int, seed: int) -> An
     library = _torchattacks()
     radius, steps = spec.epsilon, spec.steps
     stepped = {"eps": radius, "alpha": spec.step, "steps": steps}
-    own = {"eps": radius, "norm": NORMS[spec.norm], "seed": seed % 2**31}
+    budget = {"eps": radius, "norm": NORMS[spec.norm], "seed": seed % 2**31}
     if spec.name == "pgd":
         return library.PGD(victim, **stepped, random_start=spec.random_start)
     if spec.name == "pgd_l2":
@@ -209,19 +228,19 @@ def _build(spec: AttackSpec, victim: _Victim, num_classes: int, seed: int) -> An
     if spec.name in ("mifgsm", "difgsm", "tifgsm"):
         return getattr(library, spec.name.upper())(victim, **stepped)
     if spec.name == "square":
-        return library.Square(victim, **own, n_queries=steps)
-    cross_entropy = library.APGD(victim, **own, steps=steps, loss="ce")
+        return library.Square(victim, **budget, n_queries=steps)
+    cross_entropy = library.APGD(victim, **budget, steps=steps, loss="ce")
     if spec.name == "apgd_ce":
         return cross_entropy
     few, targets = num_classes < 4, min(num_classes, 10)  # AutoAttack targets the 9 nearest classes
     nearest = spec.name == "autoattack" and not few
-    boundary = library.FAB(victim, **own, steps=steps, n_classes=targets, multi_targeted=nearest)
+    boundary = library.FAB(victim, **budget, steps=steps, n_classes=targets, multi_targeted=nearest)
     if spec.name == "fab":
         return boundary
-    targeted = None if few else library.APGDT(victim, **own, steps=steps, n_classes=targets)
+    targeted = None if few else library.APGDT(victim, **budget, steps=steps, n_classes=targets)
     if spec.name == "apgd_t":
         return targeted
-    square = library.Square(victim, **own, n_queries=AUTO_QUERIES)
+    square = library.Square(victim, **budget, n_queries=AUTO_QUERIES)
     return library.MultiAttack([part for part in (cross_entropy, targeted, boundary, square) if part is not None])
 
 

@@ -1,4 +1,4 @@
-"""What may go into an attack and what may come out of it."""
+"""Checks of an attack's input and output."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ from vismt.errors import UserError
 TOLERANCE = 1e-6
 
 
-class Spec(Protocol):
+class AttackBudget(Protocol):
     """The fields of an AttackSpec that the checks read."""
 
-    name: str
-    epsilon: float
-    norm: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def epsilon(self) -> float: ...
+
+    @property
+    def norm(self) -> str: ...
 
 
-def check_input(images: Tensor, labels: Tensor, spec: Spec, num_classes: int) -> None:
-    """Raise UserError for images (b, 3, h, w) outside [0, 1], labels (b,) outside 0..num_classes-1, or an impossible attack."""
+def check_input(images: Tensor, labels: Tensor, spec: AttackBudget, num_classes: int) -> None:
+    """Raise UserError unless the attack can run on images (b, 3, h, w) in [0, 1] with labels (b,) in 0..num_classes-1."""
     if images.ndim != 4 or not len(images) or labels.shape != images.shape[:1]:
         raise UserError(
             f"attack {spec}: images {tuple(images.shape)}, labels {tuple(labels.shape)}: need (b, 3, h, w) and (b,)."
@@ -43,23 +48,23 @@ def check_input(images: Tensor, labels: Tensor, spec: Spec, num_classes: int) ->
 
 
 def _tiles(height: int, width: int) -> bool:
-    """Whether l2 Square starts: a square image that its tiles of a fifth of the side, from a centred margin, stay inside."""
+    """Return whether l2 Square can start: a square image that contains its tiles, a fifth of the side, from a centred margin."""
     tile = height // 5
     margin = (height - 5 * tile) // 2
     return height == width and (tile == 1 or (tile > 1 and margin + height // tile * tile <= height))
 
 
-def within_budget(clean: Tensor, found: Tensor, spec: Spec) -> Tensor:
-    """`found`, checked.
+def within_budget(clean: Tensor, adversarial: Tensor, spec: AttackBudget) -> Tensor:
+    """Return `adversarial`, clamped to [0, 1] within the tolerance.
 
     Raises RuntimeError when an image leaves its budget or [0, 1] or is not finite: a fault of the attack, not the user's.
     """
-    change = (found - clean).flatten(1)
+    change = (adversarial - clean).flatten(1)
     size = change.abs().amax(1) if spec.norm == "linf" else change.norm(dim=1)
-    worst, low, high = float(size.max()), float(found.min()), float(found.max())
+    worst, low, high = float(size.max()), float(adversarial.min()), float(adversarial.max())
     # Written so that a NaN fails it.
     if not (worst <= spec.epsilon + TOLERANCE * max(1.0, spec.epsilon) and low >= -TOLERANCE and high <= 1 + TOLERANCE):
         raise RuntimeError(
             f"attack {spec}: left its budget: {spec.norm} {worst:.8g} > {spec.epsilon:.8g}, or pixels {low}..{high}"
         )
-    return found.clamp(0, 1)
+    return adversarial.clamp(0, 1)

@@ -1,9 +1,15 @@
-"""Any timm classifier as a function of pixels in [0, 1]: resizing and normalisation are part of the model."""
+"""Image classifiers as functions of pixels in [0, 1]: a timm name, a checkpoint of a timm model, or a user's function."""
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +21,22 @@ SUFFIXES = {".safetensors", ".pt", ".pth", ".bin", ".tar"}
 
 
 class PixelClassifier(nn.Module):
-    """images float (b, 3, h, w) in [0, 1] -> logits (b, c): resized to `size` (h, w), normalised by `mean`, `std`."""
+    """A classifier with its resizing and normalisation: images float (b, 3, h, w) in [0, 1] -> logits (b, c).
+
+    size: (h, w) that images are resized to. mean, std: per channel, of the normalisation.
+    """
 
     def __init__(self, net: nn.Module, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.net, self.size = net, tuple(size)
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of logits c."""
+        net: Any = self.net
+        return net.num_classes
 
     def forward(self, images: Tensor) -> Tensor:
         if tuple(images.shape[-2:]) != self.size:
@@ -36,13 +51,21 @@ def load_classifier(
     architecture: str | None = None,
     pretrained: bool = True,
 ) -> PixelClassifier:
-    """A timm classifier in eval mode, on the CPU, taking pixels in [0, 1] of any size.
+    """Load a timm classifier on the CPU, in eval mode.
 
-    name_or_checkpoint: a timm name, whose weights timm fetches unless pretrained is False; or a .safetensors / .pt / .pth
-    file of timm's keys (at the top, or under state_dict or model), or a folder with model.safetensors. The architecture of
-    a file is `architecture`, else what config.json beside it says, and so is img_size. num_classes: None = the weights'
-    own; another number than theirs is refused, as a fresh head classifies nothing.
-    Raises UserError for an unknown name, a missing or unreadable file and weights that do not fit.
+    Args:
+        name_or_checkpoint: A timm name; or a .safetensors / .pt / .pth file of timm's keys (at the top, or under state_dict
+            or model), or a folder with model.safetensors.
+        num_classes: Number of classes, by default that of the weights. Another number is refused, as a fresh head
+            classifies nothing.
+        architecture: The timm model of a file; by default config.json beside the file names it, and img_size.
+        pretrained: Whether timm fetches the weights of a name.
+
+    Returns:
+        The classifier, for images float (b, 3, h, w) in [0, 1] of any size.
+
+    Raises:
+        UserError: An unknown name, a missing or unreadable file, or weights that do not fit.
     """
     path = Path(name_or_checkpoint)
     if path.is_dir():
@@ -74,30 +97,30 @@ def _create(name: str, num_classes: int | None, pretrained: bool, **options: int
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model '{name}': timm cannot build it or get its weights ({reason}).") from error
     if num_classes is not None and net.num_classes != num_classes:
-        raise UserError(f"model '{name}': its weights know {net.num_classes} classes, {num_classes} are asked for.")
+        raise UserError(f"model '{name}': its weights have {net.num_classes} classes, not {num_classes}.")
     return net
 
 
-def _beside(path: Path) -> dict:
-    """config.json next to a checkpoint, as `vismt merge` writes it; empty without one."""
+def _read_config(path: Path) -> dict:
+    """Return config.json beside a checkpoint, as `vismt merge` writes it; empty without one."""
     config = path.parent / "config.json"
     try:
         return json.loads(config.read_text(encoding="utf8")) if config.is_file() else {}
     except ValueError as error:
-        raise UserError(f"checkpoint '{path}': the config.json beside it is no JSON ({error}).") from error
+        raise UserError(f"checkpoint '{path}': the config.json beside it is not JSON ({error}).") from error
 
 
 def _from_file(path: Path, architecture: str | None, num_classes: int | None) -> nn.Module:
-    about = _beside(path)
-    architecture = architecture or about.get("architecture")
+    config = _read_config(path)
+    architecture = architecture or config.get("architecture")
     if not architecture:
         raise UserError(f"checkpoint '{path}': which timm model is it? Give architecture, or a config.json beside it.")
-    size = about.get("img_size")
+    size = config.get("img_size")
     state = _read_state(path)
     net = _create(architecture, None, pretrained=False)
-    head = next((state[f"{name}.weight"] for name in _heads(net) if f"{name}.weight" in state), None)
+    head = next((state[f"{name}.weight"] for name in _head_names(net) if f"{name}.weight" in state), None)
     if head is not None and num_classes not in (None, len(head)):
-        raise UserError(f"checkpoint '{path}': its head has {len(head)} classes, {num_classes} are asked for.")
+        raise UserError(f"checkpoint '{path}': its head has {len(head)} classes, not {num_classes}.")
     classes = len(head) if head is not None else num_classes
     net = _create(architecture, classes, pretrained=False, **({"img_size": size} if size else {}))
     try:
@@ -108,14 +131,15 @@ def _from_file(path: Path, architecture: str | None, num_classes: int | None) ->
     return net
 
 
-def _heads(net: nn.Module) -> list[str]:
-    named = net.pretrained_cfg.get("classifier") or ()
-    return [named] if isinstance(named, str) else list(named)
+def _head_names(net: nn.Module) -> list[str]:
+    names = net.pretrained_cfg.get("classifier") or ()
+    return [names] if isinstance(names, str) else list(names)
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise UserError(f"checkpoint '{path}' is not there: give an existing file or a timm name.")
+        raise UserError(f"checkpoint '{path}' does not exist: give an existing file or a timm name.")
+    state: Any
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -123,7 +147,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each format has its own error for a broken file; all mean the same to the user
+    except Exception as error:  # each format has another error for a broken file; all mean the same to the user
         raise UserError(
             f"checkpoint '{path}' cannot be read ({type(error).__name__}): broken, or not plain weights."
         ) from error
@@ -133,3 +157,82 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"checkpoint '{path}' holds no state dict of tensors (at the top, in state_dict or in model).")
     return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def classifier_from_function(name: str) -> tuple[nn.Module, int]:
+    """Import a user's function, call it without arguments and return its classifier.
+
+    Args:
+        name: "module:function"; the module is imported with the current folder on the path. The function returns
+            (classifier, number of classes), or a classifier with an attribute `num_classes`. The classifier is an nn.Module
+            that maps images float (b, 3, h, w) in [0, 1] to logits (b, number of classes), normalisation included.
+
+    Returns:
+        The classifier in eval mode, and its number of classes.
+
+    Raises:
+        UserError: No "module:function", a module that cannot be imported, a missing attribute, an attribute that is not
+            callable, an error inside the function, or another return value.
+    """
+    module_name, colon, function_name = name.partition(":")
+    if not (colon and module_name and function_name):
+        raise UserError(f"model '{name}': give 'module:function', as in 'my_models:load'.")
+    with _current_folder_on_path():
+        module = _import(name, module_name)
+        function = getattr(module, function_name, None)
+        if not hasattr(module, function_name):
+            public = [key for key in vars(module) if not key.startswith("_")]
+            raise UserError(
+                f"model '{name}': module '{module_name}' has no '{function_name}'.{near(function_name, public)}"
+            )
+        if not callable(function):
+            raise UserError(f"model '{name}': '{function_name}' is {type(function).__name__}, not a function.")
+        try:
+            result = function()
+        except (Exception, SystemExit) as error:
+            raise UserError(f"model '{name}': the function failed ({_first_line(error)}).") from error
+    return _checked_classifier(name, result)
+
+
+@contextmanager
+def _current_folder_on_path() -> Iterator[None]:
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+def _import(name: str, module_name: str) -> ModuleType:
+    importlib.invalidate_caches()  # the file may be younger than the folder's listing
+    try:
+        return importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        advice = ""
+        if isinstance(error, ModuleNotFoundError) and error.name == module_name.partition(".")[0]:
+            advice = ": run in the folder that contains it, or add that folder to PYTHONPATH"
+        raise UserError(f"model '{name}': cannot import '{module_name}' ({_first_line(error)}){advice}.") from error
+
+
+def _first_line(error: BaseException) -> str:
+    message = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {message}"
+
+
+def _checked_classifier(name: str, result: object) -> tuple[nn.Module, int]:
+    """Return what a user's function returned as (classifier, number of classes)."""
+    pair = result if isinstance(result, tuple) else (result, getattr(result, "num_classes", None))
+    if len(pair) != 2 or not isinstance(pair[0], nn.Module):
+        kinds = ", ".join(type(item).__name__ for item in pair) if isinstance(result, tuple) else type(result).__name__
+        raise UserError(
+            f"model '{name}': the function returned {kinds}; need (nn.Module, number of classes), or an nn.Module with "
+            "num_classes."
+        )
+    classifier, classes = pair
+    if isinstance(classes, bool) or not isinstance(classes, int) or classes < 2:
+        raise UserError(
+            f"model '{name}': {type(classifier).__name__} came with {classes!r} as its number of classes; need an integer of "
+            "2 or more, returned beside it or as its num_classes."
+        )
+    return classifier.eval(), classes

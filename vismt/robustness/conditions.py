@@ -1,27 +1,34 @@
-"""The conditions of a few-shot evaluation beside the clean one: attacks, attacks made on another model, corruptions."""
+"""The perturbations of an evaluation: attacks, attacks computed on another model, corruptions.
+
+Every perturbation has a `label` (its text in tables) and a `kind` ("attack" or "corruption"); `condition_of` gives the
+condition under which its scores are reported.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import overload
 
 from vismt.config import fraction
 from vismt.errors import UserError, near
-from vismt.robustness.attacks import AttackSpec
+from vismt.robustness.attacks import TEXTS, AttackSpec
 from vismt.robustness.corruptions import CORRUPTIONS, CorruptionSpec
-from vismt.robustness.transfer import Source, Transfer
+from vismt.robustness.transfer import Transfer, TransferSource
+from vismt.stats import Condition
 
 SEVERITIES = (1, 2, 3, 4, 5)
-Condition = AttackSpec | Transfer | CorruptionSpec
-_CORRUPTED = re.compile(rf"({'|'.join(CORRUPTIONS)}) ([1-5])")
+# Computed on the evaluated model or on no model.
+DirectPerturbation = AttackSpec | CorruptionSpec
+Perturbation = DirectPerturbation | Transfer
 
 
 @dataclass
 class AttackConfig:
-    """See robustness.attacks.AttackSpec; epsilon and step_size in pixels of [0, 1], also as '4.5/255'.
+    """See robustness.attacks.AttackSpec; epsilon and step_size in pixel units of [0, 1], also as '4.5/255'.
 
-    source: the model on whose task classifier the images are made (a name as in evaluate.models); null: the evaluated one.
+    source: the model on whose task classifier the images are computed (a name as in evaluate.models); null: the evaluated
+    model.
     """
 
     name: str = "pgd"
@@ -33,7 +40,7 @@ class AttackConfig:
     source: str | None = None
 
     def spec(self, seed: int = 0) -> AttackSpec:
-        """The attack with its numbers, whatever its source."""
+        """Return the attack with its numbers, whatever its source."""
         step = None if self.step_size is None else fraction(self.step_size, "attack.step_size")
         epsilon = fraction(self.epsilon, "attack.epsilon")
         return AttackSpec(self.name, epsilon, step, self.steps, self.norm, self.random_start, seed)
@@ -47,7 +54,7 @@ class CorruptionConfig:
     severities: list[int] = field(default_factory=lambda: list(SEVERITIES))
 
     def specs(self) -> list[CorruptionSpec]:
-        """One for each corruption and severity."""
+        """Return one spec for each corruption and severity."""
         if self.name != "all" and self.name not in CORRUPTIONS:
             raise UserError(f"evaluate.corruptions: '{self.name}'.{near(self.name, ('all', *CORRUPTIONS))}")
         if not self.severities:
@@ -58,53 +65,66 @@ class CorruptionConfig:
         return [CorruptionSpec(name, severity) for name in names for severity in self.severities]
 
 
+@overload
+def conditions(
+    attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]
+) -> Sequence[DirectPerturbation]: ...
+
+
+@overload
+def conditions(
+    attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], source: Callable[[str], TransferSource]
+) -> Sequence[Perturbation]: ...
+
+
 def conditions(
     attacks: Sequence[AttackConfig],
     corruptions: Sequence[CorruptionConfig],
-    source: Callable[[str], Source] | None = None,
-) -> list[Condition]:
-    """Attacks in their order, then corruptions; `source` gives the model of an attack's source by name, where one has any."""
-    made: list[Condition] = []
-    sources: dict[str, Source] = {}
+    source: Callable[[str], TransferSource] | None = None,
+) -> Sequence[Perturbation]:
+    """Return the attacks in their order, then the corruptions.
+
+    source: returns the model of an attack's source by name; needed where an attack has one.
+    """
+    specs: list[Perturbation] = []
+    sources: dict[str, TransferSource] = {}
     for attack in attacks:
         if attack.source is None:
-            made.append(attack.spec())
+            specs.append(attack.spec())
             continue
-        if attack.source not in sources:  # shared, so that an episode's classifier is made once for all attacks
+        if attack.source not in sources:  # shared, so that an episode's classifier is built once for all attacks
+            if source is None:
+                raise UserError(
+                    f"evaluate.attacks: source: '{attack.source}': attacks on another model are not available."
+                )
             sources[attack.source] = source(attack.source)
-        made.append(Transfer(attack.spec(), sources[attack.source]))
-    return [*made, *(spec for corruption in corruptions for spec in corruption.specs())]
+        specs.append(Transfer(attack.spec(), sources[attack.source]))
+    return [*specs, *(spec for corruption in corruptions for spec in corruption.specs())]
 
 
 def check_conditions(attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], ways: int) -> None:
-    """UserError for values that do not fit and for two conditions of one name, before any model is made.
+    """Raise UserError for values that do not fit and for two conditions with the same label, before a model is built.
 
-    ways: the least number in an episode.
+    ways: the least number of classes in an episode.
     """
     if ways < 4 and any(attack.name == "apgd_t" for attack in attacks):
         raise UserError(f"evaluate.attacks: apgd_t: its targeted loss needs 4 classes, here are {ways}: take apgd_ce.")
-    texts = [f"{attack.spec()} from {attack.source}" if attack.source else str(attack.spec()) for attack in attacks]
-    texts += [spec.describe() for corruption in corruptions for spec in corruption.specs()]
-    twice = next((text for text in texts if texts.count(text) > 1), None)
-    if twice is not None:
+    labels = [
+        f"{attack.spec().label} from {attack.source}" if attack.source else attack.spec().label for attack in attacks
+    ]
+    labels += [spec.label for corruption in corruptions for spec in corruption.specs()]
+    repeated = next((label for label in labels if labels.count(label) > 1), None)
+    if repeated is not None:
         raise UserError(
-            f"evaluate: '{twice}' is asked for twice; leave one out of evaluate.attacks or evaluate.corruptions."
+            f"evaluate: '{repeated}' is asked for twice; leave one out of evaluate.attacks or evaluate.corruptions."
         )
 
 
-def corruption(condition: str) -> tuple[str, int] | None:
-    """(name, severity) of a corruption's text, None for any other condition."""
-    found = _CORRUPTED.fullmatch(condition)
-    return (found[1], int(found[2])) if found else None
-
-
-def summary(values: Sequence[tuple[str, float, float]]) -> str:
-    """One line of (condition, accuracy, half width) for the console; many corruptions are told by their mean."""
-    corrupted = [value for condition, value, _ in values if corruption(condition)]
-    few = len(corrupted) <= 3
-    texts = [
-        f"{name} {100 * value:.1f} ± {100 * half:.1f}" for name, value, half in values if few or not corruption(name)
-    ]
-    if not few:
-        texts.append(f"mean of {len(corrupted)} corruptions {100 * sum(corrupted) / len(corrupted):.1f}")
-    return "   ".join(texts)
+def condition_of(spec: Perturbation, num_classes: int | None = None) -> Condition:
+    """Return what a score under a perturbation is filed under."""
+    label = spec.describe(num_classes)
+    if isinstance(spec, CorruptionSpec):
+        return Condition(label, "corruption", spec.name, float(spec.severity))
+    attack = spec.spec if isinstance(spec, Transfer) else spec
+    source = f" from {spec.source.name}" if isinstance(spec, Transfer) else ""
+    return Condition(label, "attack", f"{TEXTS[attack.name]} {attack.norm}{source}", attack.epsilon)

@@ -1,10 +1,10 @@
 """The 15 corruption types of ImageNet-C (Hendrycks & Dietterich, arXiv 1903.12261) at 5 severities, for any resolution.
 
-Own code from the published parameters, which are for 224 pixels: every length (radius, sigma, displacement) is scaled by
-min(h, w) / 224, so a blur of less than half a pixel does nothing. Where it cannot give ImageNet-C's own numbers: frost is
-a procedural ridge texture (the original blends six photographs), glass blur draws each pixel from its neighbourhood (the
-original swaps one pixel after the other), fog's fractal sums random grids by octaves, blurs are computed in floating
-point, and the result is not rounded to 8 bit. As in the original, elastic severities 1-2 and 3-5 differ in kind.
+Written from the published parameters, which are for 224 pixels: every length (radius, sigma, displacement) is scaled by
+min(h, w) / 224, so a blur of less than half a pixel does nothing. Differences from ImageNet-C: frost is a procedural ridge
+texture (the original blends six photographs), glass blur draws each pixel from its neighbourhood (the original swaps one
+pixel after the other), fog's fractal sums random grids by octaves, blurs are computed in floating point, and the result is
+not rounded to 8 bit. As in the original, elastic severities 1-2 and 3-5 differ in kind.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -24,18 +24,18 @@ from torch import Tensor, nn
 from vismt.errors import UserError, near
 
 Rng = np.random.Generator
-Corruption = Callable[
-    [np.ndarray, int, Rng, float], np.ndarray
-]  # (h, w, 3) in [0, 1], level 0..4, rng, min(h, w) / 224
+# image (h, w, 3) in [0, 1], level = severity - 1, rng, min(h, w) / 224 -> the corrupted image, not yet clipped
+Corruption = Callable[[np.ndarray, int, Rng, float], np.ndarray]
 
 
 @dataclass(frozen=True)
 class CorruptionSpec:
-    """One corruption as a condition of a protocol, beside the attacks: name of CORRUPTIONS, severity 1..5."""
+    """A corruption as a condition of a protocol: name of CORRUPTIONS, severity 1..5."""
 
     name: str
     severity: int = 3
     seed: int = 0
+    kind: ClassVar[Literal["corruption"]] = "corruption"
     # The corrupted image takes the place of the clean one: no worst case over both.
     worst_case: ClassVar[bool] = False
 
@@ -45,23 +45,38 @@ class CorruptionSpec:
         if self.severity not in range(1, 6):
             raise UserError(f"corruption {self.name}: severity {self.severity}: it must be 1 to 5.")
 
-    def describe(self, num_classes: int | None = None) -> str:
+    @property
+    def label(self) -> str:
         """The condition's text, "fog 3"."""
         return f"{self.name} {self.severity}" + (f" seed {self.seed}" if self.seed else "")
 
+    def describe(self, num_classes: int | None = None) -> str:
+        """Return `label`, whatever the number of classes."""
+        return self.label
+
     def settings(self) -> dict[str, object]:
-        """Every field, for a protocol's hash."""
+        """Return every field, for a protocol's hash."""
         return asdict(self)
 
     def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, *, num_classes: int, seed: int) -> Tensor:
-        """The corrupted images; the model and the labels play no part."""
+        """Return the corrupted images; the model and the labels are not used."""
         return corrupt(images, self.name, self.severity, seed=seed)
 
 
 def corrupt(images: Tensor, name: str, severity: int, *, seed: int = 0) -> Tensor:
-    """Corrupt images float (b, 3, h, w) in [0, 1]; same shape, dtype and device. Image i depends on (seed, i) only.
+    """Corrupt images; image i of the batch depends on the image and (seed, i) only.
 
-    Raises UserError for an unknown name, a severity outside 1..5, pixels outside [0, 1].
+    Args:
+        images: float (b, 3, h, w) in [0, 1].
+        name: One of CORRUPTIONS.
+        severity: 1 to 5.
+        seed: Of the random draws.
+
+    Returns:
+        The corrupted images in [0, 1], of the same shape, dtype and device.
+
+    Raises:
+        UserError: Unknown name, a severity outside 1..5, images of another shape or with pixels outside [0, 1].
     """
     spec = CorruptionSpec(name, severity)
     if images.ndim != 4 or images.shape[1] != 3 or not len(images):
@@ -81,15 +96,18 @@ def corrupt(images: Tensor, name: str, severity: int, *, seed: int = 0) -> Tenso
 
 
 def gaussian_noise(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray:
+    """Add Gaussian noise, independent for each pixel and channel."""
     return x + rng.normal(scale=(0.08, 0.12, 0.18, 0.26, 0.38)[level], size=x.shape)
 
 
 def shot_noise(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray:
+    """Replace each value by a Poisson count of photons."""
     photons = (60, 25, 12, 5, 3)[level]
     return rng.poisson(x * photons) / photons
 
 
 def impulse_noise(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray:
+    """Replace some values by 0 or 1 (salt and pepper), independently for each channel."""
     hit = rng.random(x.shape) < (0.03, 0.06, 0.09, 0.17, 0.27)[level]
     return np.where(hit, rng.integers(0, 2, x.shape), x)
 
@@ -102,6 +120,7 @@ def _filter(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
 
 def defocus_blur(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray:
+    """Blur with a disk that is smoothed at its edge."""
     radius, soft = ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))[level]
     edge = int(np.ceil(radius * scale)) + 1
     rows, columns = np.mgrid[-edge : edge + 1, -edge : edge + 1]
@@ -111,8 +130,10 @@ def defocus_blur(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarra
 
 
 def glass_blur(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray:
-    sigma, reach, rounds = ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2))[level]
-    sigma, reach = sigma * scale, reach * scale + 0.5  # rounded below: whole reaches are uniform over -reach..reach
+    """Draw every pixel from its neighbourhood, between two Gaussian blurs."""
+    deviation, distance, rounds = ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2))[level]
+    sigma = deviation * scale
+    reach = distance * scale + 0.5  # rounded below: whole distances are uniform over -distance..distance
     height, width = x.shape[:2]
     x = ndimage.gaussian_filter(x, (sigma, sigma, 0))
     for _ in range(rounds):
@@ -123,7 +144,7 @@ def glass_blur(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray:
 
 
 def _motion(x: np.ndarray, radius: float, sigma: float, degrees: float) -> np.ndarray:
-    """A trail of Gaussian weights on one side, up to 2 * radius pixels long, drawn into a kernel bilinearly."""
+    """Blur with a trail of Gaussian weights on one side, up to 2 * radius pixels long, drawn into a kernel bilinearly."""
     edge = max(1, int(np.ceil(2 * radius)))
     kernel = np.zeros((2 * edge + 3, 2 * edge + 3))
     step = np.arange(0, 2 * radius + 1e-9, 0.25)
@@ -139,25 +160,31 @@ def _motion(x: np.ndarray, radius: float, sigma: float, degrees: float) -> np.nd
 
 
 def motion_blur(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray:
+    """Blur along one side of a line in a random direction of -45 to 45 degrees."""
     radius, sigma = ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))[level]
     return _motion(x, radius * scale, sigma * scale, rng.uniform(-45, 45))
 
 
 def _zoom(x: np.ndarray, factor: float) -> np.ndarray:
-    """Magnify (h, w, c) about its centre, same shape."""
+    """Magnify (h, w, c) about its centre; the shape stays."""
     centre = (np.array(x.shape[:2]) - 1) / 2
     offset = (*(centre * (1 - 1 / factor)), 0.0)
     return ndimage.affine_transform(x, (1 / factor, 1 / factor, 1.0), offset, order=1, mode="nearest")
 
 
 def zoom_blur(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray:
+    """Average the image with magnified copies of itself."""
     most, step = ((1.10, 0.01), (1.15, 0.01), (1.20, 0.02), (1.24, 0.02), (1.30, 0.03))[level]
     factors = np.arange(1, most + step / 2, step)
     return (x + sum(_zoom(x, factor) for factor in factors)) / (len(factors) + 1)
 
 
-def _plasma(height: int, width: int, decay: float, rng: Rng) -> np.ndarray:
-    """A fractal height map in [0, 1]: random grids of 2, 3, 5, 9, ... nodes, each octave 1 / decay as strong."""
+def _plasma(like: np.ndarray, decay: float, rng: Rng) -> np.ndarray:
+    """Return a fractal height map (h, w) in [0, 1] for the image `like` (h, w, c).
+
+    It is a sum of random grids of 2, 3, 5, 9, ... nodes, each octave 1 / decay as strong as the one before.
+    """
+    height, width = like.shape[:2]
     total = np.zeros((height, width))
     for octave in range(int(np.ceil(np.log2(max(height, width)))) + 1):
         nodes = 2**octave + 1
@@ -168,6 +195,7 @@ def _plasma(height: int, width: int, decay: float, rng: Rng) -> np.ndarray:
 
 
 def snow(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray:
+    """Whiten the image and add motion-blurred flakes."""
     mean, spread, size, least, radius, sigma, keep = (
         (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
         (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
@@ -187,19 +215,22 @@ def snow(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray:
 
 
 def frost(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray:
+    """Darken the image and add a bluish ridge texture."""
     keep, ice = ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))[level]
-    ridges = 1 - np.abs(2 * _plasma(*x.shape[:2], 1.6, rng) - 1)
-    texture = 0.4 * _plasma(*x.shape[:2], 2.0, rng) + 0.6 * ridges**4
+    ridges = 1 - np.abs(2 * _plasma(x, 1.6, rng) - 1)
+    texture = 0.4 * _plasma(x, 2.0, rng) + 0.6 * ridges**4
     return keep * x + ice * texture[..., None] * np.array([0.85, 0.95, 1.0])
 
 
 def fog(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray:
+    """Add a fractal of plasma noise and restore the brightest value."""
     strength, decay = ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))[level]
     brightest = x.max()
-    return (x + strength * _plasma(*x.shape[:2], decay, rng)[..., None]) * brightest / (brightest + strength)
+    return (x + strength * _plasma(x, decay, rng)[..., None]) * brightest / (brightest + strength)
 
 
 def brightness(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray:
+    """Raise V of HSV."""
     # Adding to V of HSV at fixed H and S scales all three channels; black has S = 0 and turns grey.
     value = x.max(axis=2, keepdims=True)
     raised = np.clip(value + (0.1, 0.2, 0.3, 0.4, 0.5)[level], 0, 1)
@@ -207,11 +238,13 @@ def brightness(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray:
 
 
 def contrast(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray:
+    """Shrink each channel towards its mean."""
     mean = x.mean(axis=(0, 1), keepdims=True)
     return (x - mean) * (0.4, 0.3, 0.2, 0.1, 0.05)[level] + mean
 
 
 def elastic_transform(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray:
+    """Warp the image by a random affine map and a smoothed random displacement."""
     # In units of the image side; the published numbers are these times 244.
     levels = ((2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02))
     strength, sigma, jitter = levels[level]
@@ -238,6 +271,7 @@ def _picture(x: np.ndarray) -> Image.Image:
 
 
 def pixelate(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray:
+    """Shrink the image by box averages and enlarge it again."""
     share = (0.6, 0.5, 0.4, 0.3, 0.25)[level]
     height, width = x.shape[:2]
     small = _picture(x).resize((max(1, int(width * share)), max(1, int(height * share))), Image.Resampling.BOX)
@@ -245,6 +279,7 @@ def pixelate(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray:
 
 
 def jpeg_compression(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray:
+    """Compress the image as JPEG."""
     file = io.BytesIO()
     _picture(x).save(file, "JPEG", quality=(25, 18, 15, 10, 7)[level])
     return np.asarray(Image.open(file)) / 255

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
-from vismt.engine.arms import ArmsConfig, check_arms
+from vismt.config import ModelConfig, OnBadSample
 from vismt.engine.splits import PartsConfig, check_parts
-from vismt.engine.study import BalancingConfig, FadeConfig, RetainConfig, check_study, check_weighing
+from vismt.engine.study import StudyConfig, check_arms
 from vismt.errors import UserError, near
+from vismt.jobs.multitask import (
+    BalancingConfig,
+    RetainConfig,
+    check_tasks,
+    make_configured_balancer,
+)
+from vismt.methods import check_sections
+from vismt.multitask.fading import FadeConfig
 from vismt.multitask.retain import QualityRetaining
 from vismt.multitask.union import HEADS
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
@@ -15,14 +23,14 @@ from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_co
 
 @dataclass
 class TaskConfig(PartsConfig):
-    """One task by name; shares are of each class, a limit is spread over the classes."""
+    """One task. Shares are taken of each class, and a limit is spread over the classes."""
 
     name: str = ""
 
 
 @dataclass
 class AugmentConfig:
-    """crop: smallest area of a random crop, 1 for none; jitter: strength of colour changes; flip: left and right."""
+    """Augmentation. crop: smallest area of a random crop, 1 for none; jitter: strength of colour changes; flip: horizontal."""
 
     crop: float = 0.35
     jitter: float = 0.0
@@ -31,7 +39,7 @@ class AugmentConfig:
 
 @dataclass
 class MultitaskEvaluateConfig:
-    """split: 'test', or 'validation' while choosing; batch: images at a time."""
+    """Evaluation. split: 'test', or 'validation' while settings are chosen; batch: images in one forward pass."""
 
     split: str = "test"
     batch: int = 64
@@ -40,13 +48,14 @@ class MultitaskEvaluateConfig:
 
 
 @dataclass
-class MultitaskConfig(ArmsConfig):
+class MultitaskConfig(StudyConfig):
     """Several classification tasks on one backbone. head: 'union' or 'separate'; balancing: null for one mean over the batch.
 
     fade: null leaves routers at their start value. on_bad_sample: 'error' or 'skip' for images that cannot be decoded.
     """
 
     task: str = "multitask"
+    model: ModelConfig = field(default_factory=ModelConfig)
     tasks: list[TaskConfig] = field(default_factory=list)
     head: str = "union"
     label_smoothing: float = 0.1
@@ -56,28 +65,26 @@ class MultitaskConfig(ArmsConfig):
     retain: RetainConfig | None = None
     balancing: BalancingConfig | None = None
     evaluate: MultitaskEvaluateConfig = field(default_factory=MultitaskEvaluateConfig)
-    on_bad_sample: str = "error"
+    on_bad_sample: OnBadSample = "error"
     download: bool = False
 
 
 def check(config: MultitaskConfig) -> None:
-    """Values that no type can exclude, before any work is done; those of every arm, too."""
+    """Raise UserError for values that types do not exclude, also in the arms, before any work is done."""
     for task in config.tasks:
         _check_task(task)
     names = [task.name for task in config.tasks]
-    check_study(config, names)
-    check_weighing(config, names)
+    batches = {"batch": config.batch, "evaluate.batch": config.evaluate.batch}
+    check_tasks(config, names, config.evaluate.split, batches)
+    make_configured_balancer(config.balancing, names)
+    check_sections(config, None if config.adapt is None else config.adapt.method)
     model = config.model
     if model.block is not None or model.pool is not None:
         raise UserError(
-            "model: block and pool must be null: the head stands where timm's does, so that timm can load it."
+            "model: block and pool must be null: the head takes the place of timm's, so that timm can load the model."
         )
-    for name, value, known in (
-        ("head", config.head, HEADS),
-        ("on_bad_sample", config.on_bad_sample, ("error", "skip")),
-    ):
-        if value not in known:
-            raise UserError(f"{name}: '{value}'.{near(value, known)}")
+    if config.head not in HEADS:
+        raise UserError(f"head: '{config.head}'.{near(config.head, HEADS)}")
     if not 0 < config.augment.crop <= 1 or config.augment.jitter < 0:
         raise UserError(f"augment: crop {config.augment.crop}, jitter {config.augment.jitter}; crop lies in (0, 1].")
     if not 0 <= config.label_smoothing < 1:
@@ -99,7 +106,7 @@ def check(config: MultitaskConfig) -> None:
 
 def _check_task(task: TaskConfig) -> None:
     if not task.name or "/" in task.name:
-        raise UserError(f"tasks: '{task.name}' is no name for a task; take letters and digits.")
+        raise UserError(f"tasks: '{task.name}' is not a name for a task; use letters and digits.")
     if not task.train:
         raise UserError(f"tasks: {task.name}: train names no set.")
     check_parts(task, f"tasks: {task.name}")

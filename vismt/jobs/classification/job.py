@@ -1,8 +1,8 @@
-"""The multi-task classification job: one adapted ViT and one head over the classes of all tasks; arms, seeds, exact merge."""
+"""The multi-task classification job: one adapted ViT with one head over the classes of all tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -13,27 +13,35 @@ from torch import Tensor, nn
 from vismt.backbones import vit
 from vismt.data.batching import ShuffledBatches
 from vismt.data.transforms import augment
-from vismt.engine.arms import Unit, arm_names
-from vismt.engine.study import StudyJob
-from vismt.jobs.classification import models as multitask_models
-from vismt.jobs.classification import panels as multitask_panels
+from vismt.engine.study import Training
+from vismt.jobs.classification import panels
 from vismt.jobs.classification.config import MultitaskConfig, check
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.evaluation import Evaluation
-from vismt.jobs.classification.models import PixelNet
+from vismt.jobs.classification.models import PixelNet, fresh, load_head, save_head
+from vismt.jobs.classification.report import sections
+from vismt.jobs.job import Job
+from vismt.jobs.multitask import make_configured_balancer
 from vismt.lowrank.inject import train_along
 from vismt.multitask.retain import QualityRetaining
 from vismt.multitask.union import UnionObjective
-from vismt.report.routers import ROUTERS
-from vismt.robustness.conditions import AttackConfig, conditions
+from vismt.report.results import Result, Score
+from vismt.report.sections import Section
+from vismt.robustness.conditions import AttackConfig
 
 
-class MultitaskJob(StudyJob):
-    """A head over the classes of all tasks, in the place of timm's."""
+class ClassificationJob(Job[MultitaskConfig, PixelNet]):
+    """A ViT with a head over the classes of all tasks in place of timm's head."""
+
+    logged: Mapping[str, str] = {
+        "ce": "Training cross-entropy",
+        "accuracy": "Training accuracy (%)",
+        "fade": "Router fade",
+    }
 
     def __init__(self, config: MultitaskConfig, folder: Path, config_hash: str) -> None:
-        super().__init__(config, folder, config_hash)
         check(config)
+        super().__init__(config, folder, config_hash)
 
     @cached_property
     def data(self) -> TaskData:
@@ -43,22 +51,27 @@ class MultitaskJob(StudyJob):
     @cached_property
     def evaluation(self) -> Evaluation:
         """The evaluation of this folder's trainings."""
-        return Evaluation(self.config, self.folder, self.hash, self.data)
+        return Evaluation(self.config, self.data)
+
+    @property
+    def split(self) -> str:
+        return self.config.evaluate.split
 
     def check_data(self) -> None:
         for task in range(len(self.data.union.tasks)):
-            self.data.check_part(task, self.config.evaluate.split)
+            self.data.check_part(task, self.split)
             if self.config.tune is not None:
                 self.data.check_part(task, "validation")
 
     def fresh(self, config: MultitaskConfig) -> PixelNet:
-        return multitask_models.fresh(config, self.data.union.num_classes)
+        return fresh(config, self.data.union.num_classes)
 
     def heads(self, net: PixelNet) -> nn.Module:
-        return net.stock.head
+        return net.stock.get_submodule("head")
 
     def objective(self, config: MultitaskConfig, net: PixelNet, balanced: Sequence[Tensor]) -> UnionObjective:
-        union, retain = self.data.union, None
+        union = self.data.union
+        retain = None
         if config.retain is not None:
             retain = QualityRetaining(union.num_classes, union.task_of_class(), **asdict(config.retain))
         return UnionObjective(
@@ -66,11 +79,14 @@ class MultitaskJob(StudyJob):
             union,
             head=config.head,
             label_smoothing=config.label_smoothing,
-            balancer=self.balancer(config, union.tasks),
+            balancer=make_configured_balancer(config.balancing, union.tasks),
             balanced=balanced,
             retain=retain,
-            fade=self.fade(config, net),
         )
+
+    def step(self, objective: nn.Module, number: int) -> None:
+        if isinstance(objective, UnionObjective):
+            objective.step()
 
     def batches(self, config: MultitaskConfig) -> ShuffledBatches:
         settings = config.augment
@@ -81,35 +97,43 @@ class MultitaskJob(StudyJob):
 
         return ShuffledBatches(self.data.training(), config.batch, seed=config.seed, augment=change)
 
-    def validate(self, unit: Unit) -> float:
-        return self.evaluation.validate(unit)
-
-    def loaded(self, unit: Unit) -> PixelNet:
-        return multitask_models.loaded(self.config, unit, self.data.union.num_classes)
-
     def save(self, net: PixelNet, config: MultitaskConfig, folder: Path) -> None:
-        multitask_models.save_head(net, folder)
+        save_head(net, folder)
 
-    def evaluate(self, attacks: list[AttackConfig] | None = None) -> list[dict[str, Any]]:
-        """Rows of every task, arm and condition; images that are on record are not evaluated again."""
-        own = self.config.evaluate
-        specs = conditions(own.attacks if attacks is None else attacks, own.corruptions if attacks is None else [])
-        rows = self.evaluation.rows(specs, attacks is None)
-        if attacks is None:
-            multitask_panels.examples(self.evaluation, self.folder / multitask_panels.EXAMPLES)
-            for arm in arm_names(self.config):
-                multitask_panels.routers(self.evaluation, arm, self.folder / ROUTERS / f"{arm}.npz")
-        return rows
+    def loaded(self, training: Training) -> PixelNet:
+        return load_head(self.fresh(self.study.config_of(training)), training)
 
-    def adapted(self, expert: str | None = None) -> nn.Module:
-        """The stock model of one arm with its adapter; its head counts as trained along, which goes into what is exported."""
-        model = super().adapted(expert)
-        train_along(model, [f"head.{name}" for name, _ in model.head.named_parameters()])
+    def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
+        separate = self.study.config_of(training).head == "separate"
+        return self.evaluation.scores(self.final(training), training, separate, split, attacks)
+
+    def quality(self, scores: Sequence[Score]) -> float:
+        """Return the mean over the tasks of the clean accuracy."""
+        return sum(score.measure.score for score in scores) / len(scores)
+
+    def outputs(self, merged: PixelNet, plain: PixelNet, label: str) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
+        return self.evaluation.outputs(merged, plain, label)
+
+    def write_panels(self) -> None:
+        panels.write(self)
+
+    def sections(self, results: Sequence[Result]) -> list[Section]:
+        return sections(self.folder)
+
+    def adapted(self, arm: str | None = None) -> nn.Module:
+        """Return one arm's stock model with its adapter and the head marked as trained along, so that exports include it."""
+        model = super().adapted(arm)
+        train_along(model, [f"head.{name}" for name, _ in model.get_submodule("head").named_parameters()])
         return model
 
+    def classifier(self, arm: str | None = None) -> tuple[nn.Module, list[str], int]:
+        net = self.final(self.study.find(arm))
+        return net, self.data.label_names, net.backbone.img_size[0]
+
     def about(self) -> dict[str, Any]:
-        """What config.json beside merged weights says of the classes, in timm's terms."""
+        """Return the classes for config.json beside merged weights, with timm's keys."""
         return {"num_classes": self.data.union.num_classes, "label_names": self.data.label_names}
 
 
-CONFIG, JOB = MultitaskConfig, MultitaskJob
+CONFIG = MultitaskConfig
+JOB = ClassificationJob

@@ -1,4 +1,4 @@
-"""The nets of a multi-task run, each made from the files of its training's folder."""
+"""The net of a multi-task run, and its head's file head.safetensors beside the adapter."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from vismt.backbones import vit
 from vismt.backbones.vit import Backbone
-from vismt.engine import study_files
-from vismt.engine.arms import Unit, unit_config
+from vismt.engine import training_files
+from vismt.engine.study import Training
 from vismt.files import atomic_write
 from vismt.jobs.classification.config import MultitaskConfig
 from vismt.lowrank.store import fingerprint
@@ -19,7 +19,7 @@ HEAD = "head.safetensors"
 
 
 class PixelNet(nn.Module):
-    """A backbone with timm's head: images (b, 3, h, w) in [0, 1] -> logits (b, C)."""
+    """A backbone with timm's head: images (b, 3, h, w) in [0, 1] -> logits (b, k)."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -30,18 +30,18 @@ class PixelNet(nn.Module):
 
     @property
     def stock(self) -> nn.Module:
-        """The timm model, its classifier `head` included."""
+        """The timm model with its classifier `head`."""
         return self.backbone.vit
 
     def fingerprint(self) -> str:
-        """What tells the weights of this net from another's."""
+        """Return the fingerprint of the net's weights."""
         return fingerprint(
             self.stock, [path for path, module in self.stock.named_modules() if isinstance(module, nn.Linear)]
         )
 
 
 def fresh(config: MultitaskConfig, num_classes: int) -> PixelNet:
-    """The backbone before adaptation, its head drawn from the configuration's seed."""
+    """Return the backbone before adaptation, its head drawn from the configuration's seed."""
     model = config.model
     return PixelNet(
         vit.create(
@@ -58,11 +58,14 @@ def fresh(config: MultitaskConfig, num_classes: int) -> PixelNet:
 
 def save_head(net: PixelNet, folder: Path) -> None:
     """Write head.safetensors."""
-    atomic_write(folder / HEAD, safetensors.torch.save(study_files.state(net.stock.head)))
+    atomic_write(folder / HEAD, safetensors.torch.save(training_files.state(net.stock.get_submodule("head"))))
 
 
-def loaded(config: MultitaskConfig, unit: Unit, num_classes: int) -> PixelNet:
-    """A trained net as it was trained, not merged; UserError when it is not finished or its files do not fit."""
-    net = fresh(unit_config(config, unit), num_classes)
-    study_files.load_state(net.stock.head, unit.folder / HEAD, study_files.restore(net, unit))
+def load_head(net: PixelNet, training: Training) -> PixelNet:
+    """Load the adapter and head of a training into a fresh net.
+
+    Raises UserError for an unfinished training and for files that do not fit.
+    """
+    what = training_files.restore(net.stock, training)
+    training_files.load_state(net.stock.get_submodule("head"), training.folder / HEAD, what)
     return net.requires_grad_(False).eval()

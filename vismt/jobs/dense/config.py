@@ -6,33 +6,42 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vismt.engine.arms import ArmsConfig, arm_config, check_arms
+from vismt.config import ModelConfig
 from vismt.engine.splits import PartsConfig, check_parts
-from vismt.engine.study import BalancingConfig, FadeConfig, RetainConfig, check_study, check_weighing
+from vismt.engine.study import StudyConfig, check_arms, resolve_arms
 from vismt.errors import UserError, near
+from vismt.jobs.multitask import (
+    BalancingConfig,
+    RetainConfig,
+    check_tasks,
+    make_configured_balancer,
+)
+from vismt.methods import check_sections
 from vismt.multitask.dense import SEGMENTATION
+from vismt.multitask.fading import FadeConfig
 from vismt.multitask.heads import check_head
 from vismt.multitask.inference import check_overlap
 from vismt.multitask.retain_dense import DenseRetaining
 from vismt.multitask.tasks import DenseTask, make_task
 
 MODES = ("slide", "whole")
-SAME_FOR_ALL = ("data", "size", "canvas", "baseline")  # of all arms, besides what arms.py names
-DELTA, SEEDS, PANELS = "delta_m", "dense_seeds.jsonl", "dense_panels.npz"  # a score, and files of a run folder
+SHARED = ("data", "size", "canvas", "baseline")  # sections that all arms share, besides those in engine/study.py
+DELTA = "delta_m"  # the name of a score
+PANELS = "dense_panels.npz"  # a file of a run folder
 
 
 @dataclass
 class DenseDataConfig(PartsConfig):
-    """Cards of maps, and of image classification where classify is a task: their images have a class and no map.
+    """Cards of maps; with the task classify also cards of image classification, which have a class and no maps.
 
-    Shares are the last of each training set, in its own order, and within each class where images have one; a limit is spread
-    evenly over all.
+    A share is split off the end of each training set, within each class where images have classes; a limit is spread evenly
+    over all images.
     """
 
 
 @dataclass
 class DenseHeadConfig:
-    """name: of vismt.multitask.heads, options: its own; every task of maps has a head of its own of this kind."""
+    """The heads of tasks of maps, one for each task. name: a key of vismt.multitask.heads; options: arguments of that head."""
 
     name: str = "conv"
     options: dict[str, Any] = field(default_factory=dict)
@@ -40,7 +49,7 @@ class DenseHeadConfig:
 
 @dataclass
 class DenseAugmentConfig:
-    """See vismt.data.dense_transforms.augment. scales: smallest and largest; strength: of colour changes, 0 for none."""
+    """See vismt.data.dense_transforms.augment. scales: smallest and largest factor; strength: of colour changes, 0 for none."""
 
     scales: list[float] = field(default_factory=lambda: [0.5, 2.0])
     flip: bool = True
@@ -51,10 +60,11 @@ class DenseAugmentConfig:
 
 @dataclass
 class DenseEvaluateConfig:
-    """split: 'test', or 'validation' while choosing; batch: images at a time.
+    """Evaluation. split: 'test', or 'validation' while choosing settings; batch: images at a time.
 
-    On a canvas larger than the size, mode 'slide' averages windows of the size, of which neighbours share `overlap` of a side;
-    'whole' takes the canvas at once, the position table resampled for it. flip: the mean with the mirrored image's prediction.
+    On a canvas larger than the size, mode 'slide' averages over windows of the size that overlap by the share `overlap` of
+    their side; 'whole' predicts the canvas at once, with the position table resampled for it. flip: average with the
+    prediction on the mirrored image.
     """
 
     split: str = "test"
@@ -65,17 +75,19 @@ class DenseEvaluateConfig:
 
 
 @dataclass
-class DenseConfig(ArmsConfig):
+class DenseConfig(StudyConfig):
     """Several dense tasks on one backbone.
 
-    size: (h, w) of what the net is trained on, multiples of the patch. canvas: (h, w), null for the size; every image is fitted
-    into it, and in training scaled and cropped to the size. tasks: names or mappings for make_task. only: the tasks that are
-    trained, [] for all; an arm with one task is a single-task baseline. blocks: taps of the heads, null for four spread evenly.
-    adapt null and full false: the heads alone; full: the whole backbone is trained, adapt must then be null. baseline: what
-    delta_m is taken over: an arm, or {task: arm}; null for no delta_m. balancing: null for the sum of the weighted losses.
+    size: (h, w) of training images in pixels, multiples of the patch. canvas: (h, w), null for the size; every image is fitted
+    into it, and in training scaled and cropped to the size. tasks: names or mappings for make_task. only: the trained tasks,
+    [] for all; an arm with a single task is a single-task baseline. blocks: numbers of the blocks that the heads read, null for
+    four evenly spread. full: train the whole backbone, with adapt null; adapt null and full false train only the heads.
+    baseline: the arm, or {task: arm}, that delta_m compares with; null for no delta_m. balancing: null for the sum of the
+    weighted losses.
     """
 
     task: str = "dense"
+    model: ModelConfig = field(default_factory=ModelConfig)
     data: DenseDataConfig = field(default_factory=DenseDataConfig)
     tasks: list[str | dict[str, Any]] = field(default_factory=list)
     only: list[str] = field(default_factory=list)
@@ -94,41 +106,37 @@ class DenseConfig(ArmsConfig):
 
 
 def all_tasks(config: DenseConfig) -> list[DenseTask]:
-    """The tasks of the configuration, whatever an arm leaves out."""
+    """Return the tasks of the configuration, also those that an arm leaves out."""
     return [make_task(spec) for spec in config.tasks]
 
 
 def trained_tasks(config: DenseConfig) -> list[DenseTask]:
-    """The tasks that this configuration (of an arm) trains."""
+    """Return the tasks that this configuration (of an arm) trains."""
     return [task for task in all_tasks(config) if not config.only or task.name in config.only]
 
 
 def baseline_arms(config: DenseConfig) -> dict[str, str]:
-    """{task: the arm that delta_m compares with}, empty without a baseline."""
-    given = config.baseline
-    if given is None:
+    """Return {task: the arm that delta_m compares with}, empty without a baseline."""
+    baseline = config.baseline
+    if baseline is None:
         return {}
-    return {task.name: given if isinstance(given, str) else given[task.name] for task in all_tasks(config)}
+    names = [task.name for task in all_tasks(config)]
+    return dict.fromkeys(names, baseline) if isinstance(baseline, str) else {name: baseline[name] for name in names}
 
 
 def check(config: DenseConfig) -> None:
-    """Values that no type can exclude, before any work is done; those of every arm, too."""
+    """Raise UserError for values that types do not exclude, also in the arms, before any work is done."""
     _check_values(config)
-    for name, values in config.arms.items():
-        for key in values:
-            if key.partition(".")[0] in SAME_FOR_ALL:
-                raise UserError(
-                    f"arms.{name}: {key} must be the same for all arms, or they cannot be compared; leave it out."
-                )
-    check_arms(config, _check_values)
+    check_arms(config, _check_values, SHARED)
     _check_baseline(config)
 
 
 def _check_values(config: DenseConfig) -> None:
     tasks = [task.name for task in all_tasks(config)]
     trained = [task.name for task in trained_tasks(config)]
-    check_study(config, tasks)
-    check_weighing(config, trained)
+    check_tasks(config, tasks, config.evaluate.split, {"batch": config.batch, "evaluate.batch": config.evaluate.batch})
+    make_configured_balancer(config.balancing, trained)
+    check_sections(config, None if config.adapt is None else config.adapt.method)
     for name in config.only:
         if name not in tasks:
             raise UserError(f"only: no task '{name}'.{near(name, tasks)}")
@@ -153,23 +161,24 @@ def _check_values(config: DenseConfig) -> None:
 
 
 def canvas_of(config: DenseConfig) -> tuple[int, int]:
-    """(h, w) that every image is fitted into."""
+    """Return (h, w) of the canvas that every image is fitted into."""
     height, width = config.canvas or config.size
     return height, width
 
 
 def window_of(config: DenseConfig) -> tuple[int, int]:
-    """(h, w) of the images that the evaluated net takes."""
+    """Return (h, w) of the images that the evaluated net takes."""
     return canvas_of(config) if config.evaluate.mode == "whole" else (config.size[0], config.size[1])
 
 
 def _check_canvas(config: DenseConfig) -> None:
-    canvas, how = config.canvas, config.evaluate
+    canvas = config.canvas
+    evaluate = config.evaluate
     if canvas is not None and (len(canvas) != 2 or any(side < least for side, least in zip(canvas, config.size))):
         raise UserError(f"canvas: {canvas}; give [height, width], neither below that of size {config.size}, or null.")
-    if how.mode not in MODES:
-        raise UserError(f"evaluate.mode: '{how.mode}'.{near(how.mode, MODES)}")
-    check_overlap(how.overlap)
+    if evaluate.mode not in MODES:
+        raise UserError(f"evaluate.mode: '{evaluate.mode}'.{near(evaluate.mode, MODES)}")
+    check_overlap(evaluate.overlap)
 
 
 def _check_data(data: DenseDataConfig) -> None:
@@ -191,10 +200,11 @@ def _check_augment(augment: DenseAugmentConfig) -> None:
 
 
 def _check_baseline(config: DenseConfig) -> None:
-    """Every task has a baseline, an arm that trains it."""
+    """Raise UserError for a task whose baseline is not an arm that trains it."""
     if config.baseline is None:
         return
-    tasks, arms = [task.name for task in all_tasks(config)], list(config.arms)
+    tasks = [task.name for task in all_tasks(config)]
+    arms = list(config.arms)
     if isinstance(config.baseline, dict) and set(config.baseline) != set(tasks):
         odd = min(set(config.baseline) ^ set(tasks))
         raise UserError(
@@ -203,7 +213,7 @@ def _check_baseline(config: DenseConfig) -> None:
     for task, arm in baseline_arms(config).items():
         if arm not in arms:
             raise UserError(f"baseline: no arm '{arm}'.{near(arm, arms) or ' There are no arms.'}")
-        if task not in [one.name for one in trained_tasks(arm_config(config, arm))]:
+        if task not in [trained.name for trained in trained_tasks(resolve_arms(config)[arm])]:
             raise UserError(
                 f"baseline: arm '{arm}' does not train '{task}'; name another arm for it, as {{task: arm}}."
             )

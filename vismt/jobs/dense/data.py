@@ -33,7 +33,7 @@ class Rows:
 
     @property
     def ids(self) -> list[str]:
-        """ "set:id" of each."""
+        """The samples' names, "set:id"."""
         return [f"{images.name}:{images.ids[i]}" for images, i in self.entries]
 
     @property
@@ -42,21 +42,27 @@ class Rows:
         return "+".join(dict.fromkeys(images.name for images, _ in self.entries))
 
     def fitted(self, number: int, size: tuple[int, int]) -> Sample:
-        """One sample fitted into `size` and padded, so that training and evaluation meet one camera."""
+        """Return a sample fitted into `size` and padded, so that training and evaluation see the same camera."""
         return transforms.pad(self.unpadded(number, size), size)
 
     def unpadded(self, number: int, size: tuple[int, int]) -> Sample:
-        """The same before padding, which no score may see."""
+        """Return a fitted sample before padding, which must not enter a score."""
         images, i = self.entries[number]
         return images.read(i, lambda sample: transforms.fit(sample, size))
 
 
 class DenseData:
-    """parts: "train", "validation" and "test". size: (h, w) of the canvas that images are fitted into.
+    """The parts "train", "validation" and "test" of a configuration's sets.
 
-    tasks: {name: task}, depth as the sets hold it. Raises UserError for a card that is not here, a set without a target of any
-    task, a task that no set of a part has a target for, a number of classes that is not the sets', classes that two sets call
-    differently, and depth beside inverse depth.
+    Attributes:
+        parts: samples by part.
+        size: (h, w) of the canvas that images are fitted into.
+        tasks: by name; depth or inverse depth, as the sets hold it.
+
+    Raises:
+        UserError: for a card that is not here, a set without a target of any task, a task that no set of a part has a target
+            for, a number of classes that is not the sets', classes that two sets call differently, and depth beside inverse
+            depth.
     """
 
     def __init__(self, config: DenseConfig) -> None:
@@ -82,14 +88,15 @@ class DenseData:
             labelled = [(images.name, images.classes) for images in sets if SEGMENTATION in images.targets]
             _check_names([(name, classes) for name, classes in labelled if not _numbered(classes)])
         self.tasks = {task.name: task for task in tasks}
-        if Depth.name in self.tasks and _inverse(sets):
-            self.tasks[Depth.name] = InverseDepth.of(self.tasks[Depth.name])
+        depth = self.tasks.get(Depth.name)
+        if isinstance(depth, Depth) and _inverse(sets):
+            self.tasks[Depth.name] = InverseDepth.of(depth)
         for part in ("train", "validation", "test"):
             self._check_targets(part, tasks)
         console.stage("data", "   ".join(f"{part} {len(rows):,}" for part, rows in self.parts.items() if len(rows)))
 
     def part(self, name: str) -> Rows:
-        """The samples of a part; UserError where there is no validation part."""
+        """Return the samples of a part; UserError where there is no validation part."""
         if not len(self.parts[name]):
             raise UserError("data: nothing to validate on; name a set in validation, or give validation_share.")
         return self.parts[name]
@@ -106,10 +113,19 @@ class DenseData:
 
 
 class DenseBatches:
-    """batches(k) -> a collated sample of `batch` images: passes over all rows, each in an order of its own.
+    """Batches by number, a function of (seed, k): passes over all rows, each in its own random order.
 
-    A function of (seed, k). canvas, size: (h, w) that an image is fitted into, and of the crop taken from there. targets: the
-    maps that are kept. Raises UserError when there are fewer rows than one batch takes.
+    Args:
+        rows: the samples.
+        canvas: (h, w) that an image is fitted into.
+        size: (h, w) of the crop taken from there.
+        batch: images of a batch.
+        augment: the augmentation.
+        targets: the maps that are kept.
+        seed: of order and augmentation.
+
+    Raises:
+        UserError: when there are fewer rows than images in a batch.
     """
 
     def __init__(
@@ -128,24 +144,25 @@ class DenseBatches:
         self.kept = ("image", *targets)
 
     def __call__(self, number: int) -> Sample:
-        found = self._passes(number).tolist()
+        """Return batch `number`, collated."""
+        rows = self._passes(number).tolist()
         return collate(
-            [self._sample(row, mix_seed(self.seed, "augment", number, place)) for place, row in enumerate(found)]
+            [self._sample(row, mix_seed(self.seed, "augment", number, place)) for place, row in enumerate(rows)]
         )
 
     def _sample(self, row: int, seed: int) -> Sample:
-        own, (images, i) = self.augment, self.rows.entries[row]
+        settings, (images, i) = self.augment, self.rows.entries[row]
 
         def augmented(sample: Sample) -> Sample:
             return transforms.augment(
                 transforms.resize(sample, self.canvas),
                 seed,
                 self.size,
-                scales=(own.scales[0], own.scales[1]),
-                mirror=own.flip,
-                cat_max_ratio=own.cat_max_ratio,
-                strength=own.strength,
-                hue=own.hue,
+                scales=(settings.scales[0], settings.scales[1]),
+                mirror=settings.flip,
+                cat_max_ratio=settings.cat_max_ratio,
+                strength=settings.strength,
+                hue=settings.hue,
                 inverse_depth=images.inverse_depth,
             )
 
@@ -164,41 +181,40 @@ def _spread(entries: list[tuple[DenseSet, int]], limit: int) -> list[tuple[Dense
 
 
 def _check_set(images: DenseSet, tasks: Sequence[DenseTask]) -> None:
-    """One of the tasks has a target here, and as many classes."""
+    """Raise UserError unless a task has a target in the set, and tasks have as many classes as the set."""
     if not any(task.key in images.targets for task in tasks):
-        held, names = ", ".join(images.targets), ", ".join(task.name for task in tasks)
+        targets, names = ", ".join(images.targets), ", ".join(task.name for task in tasks)
         raise UserError(
-            f"data: '{images.name}' has {held}, which none of the tasks ({names}) learns from; leave it out."
+            f"data: '{images.name}' has {targets}, which none of the tasks ({names}) learns from; leave it out."
         )
     for task in tasks:
-        names = {"semseg": images.classes, "parts": images.parts, CLASS: images.image_classes}.get(task.key)
-        if names and task.key in images.targets and task.channels != len(names):
-            raise UserError(f"tasks: {task.name}: classes {task.channels}, '{images.name}' has {len(names)}.")
+        classes = {"semseg": images.classes, "parts": images.parts, CLASS: images.image_classes}.get(task.key)
+        if classes and task.key in images.targets and task.channels != len(classes):
+            raise UserError(f"tasks: {task.name}: classes {task.channels}, '{images.name}' has {len(classes)}.")
 
 
 def _check_names(named: Sequence[tuple[str, Sequence[str]]]) -> None:
-    """One number is one class in all sets. named: (set, its classes)."""
+    """Raise UserError where one number is two classes. named: (set, its classes)."""
     for name, classes in named[1:]:
-        first, others = named[0]
-        one, other = next(((one, other) for one, other in zip(others, classes) if one != other), (None, None))
-        if one is not None:
-            raise UserError(
-                f"data: one class is '{one}' in '{first}' and '{other}' in '{name}'; give both the same names."
-            )
+        first, first_classes = named[0]
+        for expected, actual in zip(first_classes, classes):
+            if expected != actual:
+                raise UserError(
+                    f"data: one class is '{expected}' in '{first}' and '{actual}' in '{name}'; give both the same names."
+                )
 
 
 def _numbered(classes: Sequence[str]) -> bool:
-    """Whether the classes of maps are called by their numbers, as where the card does not name them."""
+    """Return whether the classes of maps are called by their numbers, as where the card does not name them."""
     return list(classes) == [str(number) for number in range(len(classes))]
 
 
 def _inverse(sets: Sequence[DenseSet]) -> bool:
-    """Whether the depth of the sets is inverse; UserError when that of some is."""
-    deep = [images for images in sets if Depth.key in images.targets]
-    odd = next((images for images in deep if images.inverse_depth != deep[0].inverse_depth), None)
-    if odd is not None:
-        one, other = (odd, deep[0]) if odd.inverse_depth else (deep[0], odd)
+    """Return whether the depth of the sets is inverse; UserError when that of some is."""
+    inverse = [images for images in sets if Depth.key in images.targets and images.inverse_depth]
+    metric = [images for images in sets if Depth.key in images.targets and not images.inverse_depth]
+    if inverse and metric:
         raise UserError(
-            f"data: '{one.name}' has inverse depth, '{other.name}' depth; take sets of one kind, or no task depth."
+            f"data: '{inverse[0].name}' has inverse depth, '{metric[0].name}' depth; take sets of one kind, or no task depth."
         )
-    return bool(deep) and deep[0].inverse_depth
+    return bool(inverse)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -10,27 +10,38 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vismt.engine.arms import Unit, arm_config, arm_names, named_unit, unit_config
-from vismt.engine.study import StudyJob
+from vismt.engine import training_files
+from vismt.engine.study import Training
 from vismt.errors import UserError
-from vismt.jobs.dense import models as dense_models
-from vismt.jobs.dense import panels as dense_panels
-from vismt.jobs.dense.config import DenseConfig, check, trained_tasks, window_of
+from vismt.jobs.dense import models, panels
+from vismt.jobs.dense.config import DELTA, DenseConfig, all_tasks, baseline_arms, check, trained_tasks, window_of
 from vismt.jobs.dense.data import DenseBatches, DenseData
 from vismt.jobs.dense.evaluation import Evaluation
-from vismt.jobs.dense.predict import predict_images
+from vismt.jobs.dense.pooled_score import Scored
+from vismt.jobs.dense.predict import check_images, predict_images
+from vismt.jobs.dense.report import sections
+from vismt.jobs.job import Job
+from vismt.jobs.multitask import make_configured_balancer
 from vismt.multitask.dense import SEGMENTATION, DenseNet, DenseObjective
 from vismt.multitask.retain_dense import DenseRetaining
+from vismt.report.results import Result, Score
+from vismt.report.sections import Section
+from vismt.robustness.conditions import AttackConfig
 
-NEVER_RUN = ("fc_norm.", "head_drop.", "head.")  # of a timm model whose maps are tapped
+# Modules of a timm model that do not run where its maps are read.
+NEVER_RUN = ("fc_norm.", "head_drop.", "head.")
 
 
-class DenseJob(StudyJob):
-    """A dense head for each task."""
+class DenseJob(Job[DenseConfig, DenseNet]):
+    """A ViT with a dense head for each task."""
+
+    names_tasks = True
 
     def __init__(self, config: DenseConfig, folder: Path, config_hash: str) -> None:
-        super().__init__(config, folder, config_hash)
         check(config)
+        super().__init__(config, folder, config_hash)
+        losses = {task.name: f"{task.name}: training loss" for task in all_tasks(config)}
+        self.logged = {"loss": "Training loss of all tasks", **losses, "fade": "Router fade"}
 
     @cached_property
     def data(self) -> DenseData:
@@ -40,25 +51,30 @@ class DenseJob(StudyJob):
     @cached_property
     def evaluation(self) -> Evaluation:
         """The evaluation of this folder's trainings."""
-        return Evaluation(self.config, self.folder, self.hash, self.data)
+        return Evaluation(self.config, self.data)
+
+    @property
+    def split(self) -> str:
+        return self.config.evaluate.split
 
     def check_data(self) -> None:
-        for part in {self.config.evaluate.split, *(["validation"] if self.config.tune is not None else [])}:
-            if len(self.data.part(part)) < 2:
-                raise UserError(f"data: one {part} image; an interval needs two or more.")
+        splits = {self.split, "validation"} if self.config.tune is not None else {self.split}
+        for split in splits:
+            if len(self.data.part(split)) < 2:
+                raise UserError(f"data: one {split} image; an interval needs two or more.")
         if window_of(self.config) != tuple(self.config.size):
-            dense_models.make_backbone(self.config, window_of(self.config))
-        for arm in arm_names(self.config):
-            self.batches(arm_config(self.config, arm))
+            models.make_backbone(self.config, window_of(self.config))
+        for config in self.study.arms.values():
+            self.batches(config)
 
     def fresh(self, config: DenseConfig) -> DenseNet:
-        return dense_models.fresh(config)
+        return models.fresh(config)
 
     def heads(self, net: DenseNet) -> nn.Module:
         return net.heads
 
     def prepare(self, net: DenseNet, config: DenseConfig) -> str:
-        """Adapt the timm model, or make all of it that runs trainable; the name of the method."""
+        """Adapt the timm model, or make everything in it that runs trainable; return the method's name."""
         if not config.full:
             return super().prepare(net, config)
         for path, parameter in net.stock.named_parameters():
@@ -67,18 +83,22 @@ class DenseJob(StudyJob):
         return "full"
 
     def objective(self, config: DenseConfig, net: DenseNet, balanced: Sequence[Tensor]) -> DenseObjective:
-        tasks, retain = trained_tasks(config), None
+        tasks = trained_tasks(config)
+        retain = None
         if config.retain is not None:
             classes = next(task.channels for task in tasks if task.name == SEGMENTATION)
             retain = DenseRetaining(classes, **asdict(config.retain))
         return DenseObjective(
             net,
             tasks,
-            balancer=self.balancer(config, [task.name for task in tasks]),
+            balancer=make_configured_balancer(config.balancing, [task.name for task in tasks]),
             balanced=balanced,
             retain=retain,
-            fade=self.fade(config, net),
         )
+
+    def step(self, objective: nn.Module, number: int) -> None:
+        if isinstance(objective, DenseObjective):
+            objective.step()
 
     def batches(self, config: DenseConfig) -> DenseBatches:
         keys = [task.key for task in trained_tasks(config)]
@@ -92,36 +112,61 @@ class DenseJob(StudyJob):
             seed=config.seed,
         )
 
-    def validate(self, unit: Unit) -> float:
-        return self.evaluation.validate(unit)
-
-    def loaded(self, unit: Unit) -> DenseNet:
-        return dense_models.loaded(self.config, unit)
-
     def save(self, net: DenseNet, config: DenseConfig, folder: Path) -> None:
-        dense_models.save(net, config, folder)
+        models.save(net, config, folder)
 
-    def evaluate(self, attacks: list[Any] | None = None) -> list[dict[str, Any]]:
-        """Rows of every arm, task and delta_m, and the files of the panels; trainings scored before are not evaluated again."""
-        if attacks is not None:
+    def loaded(self, training: Training) -> DenseNet:
+        return models.loaded(self.study.config_of(training), training, window_of(self.config))
+
+    def scored(self, training: Training, split: str) -> dict[str, Scored]:
+        """Return the pooled scores of every task of a training, read from its folder where they are on record."""
+        known = self.evaluation.known(training, split)
+        if known is not None:
+            return known
+        return self.evaluation.scored(self.final(training), training, self.study.config_of(training), split)
+
+    def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
+        if attacks:
             raise UserError("attack: attacks are for classifiers; a dense run has none. Leave it out.")
-        rows = self.evaluation.rows()
-        dense_panels.write_panels(self.evaluation)
-        dense_panels.write_router_panels(self.evaluation)
-        return rows
+        return self.evaluation.scores(self.scored(training, split), split)
 
-    def predict(self, images: Sequence[Path], target: Path, expert: str | None = None, **how: bool) -> list[Path]:
-        """Pictures of one arm's predictions; how: see `predict_images`."""
-        return predict_images(self.config, named_unit(self.config, self.folder, expert), images, target, **how)
+    def quality(self, scores: Sequence[Score]) -> float:
+        return self.evaluation.quality(scores)
 
-    def beside(self, expert: str | None = None) -> dict[str, bytes]:
-        """heads.safetensors of one arm."""
-        unit = named_unit(self.config, self.folder, expert)
-        return {dense_models.HEADS: dense_models.heads_file(self.loaded(unit), unit_config(self.config, unit))}
+    def derived(self, scores: Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:
+        """Return delta_m by arm."""
+        return self.evaluation.delta(scores)
+
+    def outputs(self, merged: DenseNet, plain: DenseNet, label: str) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
+        return self.evaluation.outputs(merged, plain, label)
+
+    def write_panels(self) -> None:
+        panels.write(self)
+
+    def sections(self, results: Sequence[Result]) -> list[Section]:
+        return sections(self.folder)
+
+    def baselines(self) -> dict[str, str]:
+        """Return {task: the arm that others are compared with}; delta_m is a difference and has none."""
+        return {**baseline_arms(self.config), DELTA: ""}
+
+    def predict(self, images: Sequence[Path], target: Path, arm: str | None = None, **options: bool) -> list[Path]:
+        """Draw one arm's predictions on images; options: see `predict_images`."""
+        check_images(images)
+        training = self.study.find(arm)
+        config = self.study.config_of(training)
+        size = (config.size[0], config.size[1]) if options.get("own_size") else window_of(self.config)
+        net = models.loaded(config, training, size)
+        training_files.fold(net.stock, training)
+        return predict_images(config, net, str(training), images, target, **options)
+
+    def beside(self, training: Training) -> dict[str, bytes]:
+        """Return heads.safetensors of a training."""
+        return {models.HEADS: models.heads_file(self.loaded(training), self.study.config_of(training))}
 
     def about(self) -> dict[str, Any]:
-        """What config.json beside merged weights says besides."""
         return {"num_classes": 0, "img_size": list(self.config.size)}
 
 
-CONFIG, JOB = DenseConfig, DenseJob
+CONFIG = DenseConfig
+JOB = DenseJob

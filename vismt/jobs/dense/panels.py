@@ -4,100 +4,112 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor, stack
 
-from vismt.engine.arms import arm_names, final_units
+from vismt.data.dense_sample import collate
 from vismt.errors import UserError
 from vismt.jobs.dense.config import PANELS
-from vismt.jobs.dense.evaluation import Evaluation
+from vismt.jobs.dense.evaluation import metric_name
 from vismt.jobs.dense.models import fingerprint, loaded
+from vismt.jobs.dense.pooled_score import Scored
 from vismt.multitask.tasks import MapTask
 from vismt.multitask.tasks.base import DARK
 from vismt.report.panels import read_panel, spread, to_bytes, write_panel
-from vismt.report.routers import ROUTED_IMAGES, ROUTERS, routed, write_routers
+from vismt.report.routers import ROUTED_IMAGES, ROUTERS, has_routers, write_routers
+
+if TYPE_CHECKING:
+    from vismt.jobs.dense.job import DenseJob
 
 SHOWN = 4
 
 
-def write_panels(evaluation: Evaluation, count: int = SHOWN) -> Path | None:
-    """Write dense_panels.npz of the run folder: `count` evaluated images, evenly over their part, not chosen by result.
+def write(job: DenseJob) -> None:
+    """Write what the pictures of a run's images are drawn from."""
+    write_predictions(job)
+    rows, size = job.data.part(job.split), (job.config.size[0], job.config.size[1])
+    for arm in job.study.arms:
+        training = job.study.trainings(arm)[0]
+        net = loaded(job.study.config_of(training), training, size)
+        if has_routers(net):
+            images = [rows.fitted(i, size)["image"] for i in spread(len(rows), ROUTED_IMAGES).tolist()]
+            write_routers(job.folder / ROUTERS / f"{arm}.npz", net, stack(images))
 
-    Of the tasks that have a value at every pixel; None, and no file, where there is no such task.
 
-    truth (t, n, 3, h, w), predictions (a, t, n, 3, h, w): pictures by DenseTask.picture, a prediction's in the colours of its
-    truth, of the first seed of each arm, merged. scores (a, t, n): of the image alone, NaN for none. trained (a, t): whether
-    the arm has the task; without it its pictures are dark grey and its scores NaN. trainings (a,): which files they are of.
-    A file of the same images and trainings is left as it is: nothing is predicted.
+def write_predictions(job: DenseJob, count: int = SHOWN) -> Path | None:
+    """Write dense_panels.npz of the run folder: `count` evaluated images, evenly over their split, not chosen by result.
+
+    Only tasks with a value at every pixel are drawn; without such a task return None and write no file. A file of the same
+    images and trainings is kept, and nothing is predicted. The arrays:
+
+        truth (t, n, 3, h, w), predictions (a, t, n, 3, h, w): pictures by MapTask.picture, a prediction in the colours of its
+            truth, of the first seed of each arm, merged.
+        scores (a, t, n): score of the image alone, NaN for none.
+        trained (a, t): whether the arm has the task; without it the pictures are dark grey and the scores NaN.
+        trainings (a,): digests of the trainings.
     """
-    config, tasks = evaluation.config, [task for task in evaluation.tasks.values() if isinstance(task, MapTask)]
+    tasks = [task for task in job.data.tasks.values() if isinstance(task, MapTask)]
     if not tasks:
         return None
-    rows = evaluation.data.part(config.evaluate.split)
+    rows = job.data.part(job.split)
     numbers = spread(len(rows), count).tolist()
-    first = [final_units(config, evaluation.folder, arm)[0] for arm in arm_names(config)]
+    first = [job.study.trainings(arm)[0] for arm in job.study.arms]
     about = {
         "ids": np.array([rows.ids[i] for i in numbers], dtype=str),
-        "arms": np.array([unit.arm for unit in first], dtype=str),
-        "trainings": np.array([fingerprint(unit) for unit in first], dtype=str),
+        "arms": np.array([training.arm for training in first], dtype=str),
+        "trainings": np.array([fingerprint(training) for training in first], dtype=str),
     }
-    path = evaluation.folder / PANELS
+    path = job.folder / PANELS
     if _known(path, about):
         return path
-    predictions, trained, scores, truth, images = [], [], [], [], np.empty(0)
-    for unit in first:
-        sample, logits, alone = evaluation.shown(unit, numbers)
-        if not truth:
-            images = to_bytes(sample["image"])
-            truth = [_pictures(task, sample.get(task.key), sample["image"]) for task in tasks]
+    sample = collate([rows.fitted(i, job.data.size) for i in numbers])
+    predictions, trained, scores = [], [], []
+    for training in first:
+        logits = job.evaluation.logits(job.final(training), sample)
+        scored = job.scored(training, job.split)
         trained.append([task.name in logits for task in tasks])
         predictions.append(
-            [_pictures(task, logits.get(task.name), sample["image"], sample.get(task.key)) for task in tasks]
+            np.stack([_pictures(task, logits.get(task.name), sample["image"], sample.get(task.key)) for task in tasks])
         )
-        own = [alone.get(task.name, [None] * len(numbers)) for task in tasks]
-        scores.append([[math.nan if one is None else one for one in line] for line in own])
+        scores.append([[_alone(scored.get(task.name), rows.ids[i]) for i in numbers] for task in tasks])
     return write_panel(
         path,
-        "dense",
+        "maps",
         {
             **about,
-            "images": images,
+            "images": to_bytes(sample["image"]),
             "tasks": np.array([task.name for task in tasks], dtype=str),
-            "metrics": np.array([evaluation.metric(task) for task in tasks], dtype=str),
+            "metrics": np.array([metric_name(task) for task in tasks], dtype=str),
+            "shares": np.array([task.share for task in tasks]),
             "lower_is_better": np.array([task.lower_is_better for task in tasks]),
-            "truth": np.stack(truth),
+            "truth": np.stack([_pictures(task, sample.get(task.key), sample["image"]) for task in tasks]),
             "trained": np.array(trained),
-            "predictions": np.stack([np.stack(own) for own in predictions]),
+            "predictions": np.stack(predictions),
             "scores": np.array(scores, dtype=np.float64),
         },
     )
 
 
-def write_router_panels(evaluation: Evaluation) -> None:
-    """The file of router_maps for every arm with routers: its first seed, not merged, on images evenly over their part."""
-    config = evaluation.config
-    rows, size = evaluation.data.part(config.evaluate.split), (config.size[0], config.size[1])
-    for arm in arm_names(config):
-        unit = routed(config, evaluation.folder, arm)
-        if unit is not None:
-            images = [rows.fitted(i, size)["image"] for i in spread(len(rows), ROUTED_IMAGES).tolist()]
-            write_routers(evaluation.folder / ROUTERS / f"{arm}.npz", loaded(config, unit), stack(images))
+def _alone(scored: Scored | None, name: str) -> float:
+    """Return the score of an image alone, NaN for none."""
+    score = None if scored is None else scored.alone.get(name)
+    return math.nan if score is None else score
 
 
 def _known(path: Path, about: dict[str, np.ndarray]) -> bool:
-    """Whether the file is there, sound, and of these images, arms and trainings."""
+    """Return whether the file is there, sound, and of these images, arms and trainings."""
     try:
-        found = read_panel(path, "dense")
+        arrays = read_panel(path, "maps")
     except UserError:
         return False
-    return all(found[name].tolist() == wanted.tolist() for name, wanted in about.items())
+    return all(arrays[name].tolist() == expected.tolist() for name, expected in about.items())
 
 
 def _pictures(task: MapTask, maps: Tensor | None, images: Tensor, like: Tensor | None = None) -> np.ndarray:
-    """uint8 (n, 3, h, w) of a batch of maps; without maps all of it has no value."""
+    """Return pictures uint8 (n, 3, h, w) of a batch of maps; without maps all pixels have no value."""
     if maps is None:
         return np.full(tuple(images.shape), DARK, dtype=np.uint8)
-    return np.stack(
-        [task.picture(one, None if like is None else like[place]).numpy() for place, one in enumerate(maps)]
-    )
+    references = [None] * len(maps) if like is None else like
+    return np.stack([task.picture(map, reference).numpy() for map, reference in zip(maps, references, strict=True)])

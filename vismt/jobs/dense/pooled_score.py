@@ -1,13 +1,14 @@
-"""A pooled score of many images, and what each image does to it.
+"""A pooled score of many images, and the effect of each image on it.
 
-Scores of dense tasks are no means over images: counts and errors of all pixels are added up and one number is made of the sums.
-The jackknife gives it an interval over images all the same. With theta of all n images and theta_i of all but image i,
+Scores of dense tasks are not means over images: counts and errors of all pixels are added up and the score is computed from the
+sums. The jackknife gives it an interval over images nevertheless. With theta of all n images and theta_i of all but image i,
 
     psi_i = theta + (n - 1) (mean_j theta_j - theta_i)     mean_i psi_i = theta     var = sum (psi_i - theta)^2 / n (n - 1)
 
 so psi_i (Tukey's pseudo-values, centred on theta) may be treated as if the score were their mean: intervals, paired differences
-of two models on the same images, averages over trainings. First-order right for scores that are smooth in the images' weights, as
-all scores of the tasks are but for a jump of the best threshold; not for a median. Nothing is said of pixels within an image.
+of two models on the same images, averages over trainings. Correct to first order for scores that are smooth in the images'
+weights, as all scores of the tasks are but for a jump of the best threshold; not for a median. The interval covers the choice of
+images, not of pixels within an image.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -34,9 +35,13 @@ LARGEST = (
 
 @dataclass(frozen=True)
 class Scored:
-    """value: the pooled score. images: {id: psi}; alone: {id: own score, None for none}.
+    """A pooled score.
 
-    numbers: all that the metric says, None where it says NaN (a class that is nowhere), which is no JSON.
+    Args:
+        value: the score of all images.
+        numbers: everything that the metric computes, None in the place of NaN (a class that is nowhere), which JSON lacks.
+        images: psi by image.
+        alone: score of each image as if it were the whole set, None where it has none.
     """
 
     value: float
@@ -46,7 +51,7 @@ class Scored:
 
 
 class PooledScore:
-    """Collects the images of one task; those without a valid pixel are passed over."""
+    """Collects the images of one task; images without a valid pixel are left out."""
 
     def __init__(self, task: DenseTask) -> None:
         self.task = task
@@ -55,18 +60,23 @@ class PooledScore:
         self._metric: Metric | None = None
 
     def add(self, name: str, prediction: Tensor, target: Tensor) -> None:
-        """One image, with a batch dimension of 1, at the target's size; arguments and errors as DenseTask.update."""
+        """Add one image, with a batch dimension of 1, at the target's size; arguments and errors as DenseTask.update."""
         if not bool(self.task.valid(target).any()):
             return
         metric = self.task.metric()
         self.task.update(metric, prediction, target)
-        states = {key: value.clone() for key, value in metric.metric_state.items()}
+        state = cast("dict[str, Tensor]", metric.metric_state)
+        states = {key: value.clone() for key, value in state.items()}
         self._total = {key: value + self._total.get(key, 0) for key, value in states.items()}
         self._states[name] = {key: value for key, value in states.items() if value.numel() <= LARGEST}
         self._metric = metric
 
     def result(self) -> Scored:
-        """UserError for fewer than two images, a score that is not finite, and one that hangs on a single image."""
+        """Return the score.
+
+        Raises:
+            UserError: for fewer than two images, a score that is not finite, and one that rests on a single image.
+        """
         n = len(self._states)
         if n < 2:
             raise UserError(f"evaluate: {n} image(s) with a value for {self.task.name}; an interval needs two or more.")
@@ -87,19 +97,18 @@ class PooledScore:
             )
         mean = sum(without.values()) / n
         images = {name: value + (n - 1) * (mean - other) for name, other in without.items()}
-        return Scored(value, {key: _writable(one) for key, one in numbers.items()}, images, alone)
+        return Scored(value, {key: _writable(number) for key, number in numbers.items()}, images, alone)
 
     def _compute(self, states: Mapping[str, Tensor]) -> dict[str, Any]:
-        metric = copy.deepcopy(self._metric)  # one that has seen data; its states are replaced
-        metric.distributed_available_fn = lambda: (
-            False
-        )  # one process evaluates while the others wait: nobody would answer
+        assert self._metric is not None
+        metric = copy.deepcopy(self._metric)  # it has been updated, so compute() does not warn; its states are replaced
+        metric.distributed_available_fn = lambda: False  # the other processes wait and would not answer
         for key, value in states.items():
             setattr(metric, key, value)
         return metric.compute()
 
     def _alone(self, states: Mapping[str, Tensor]) -> float | None:
-        """The image as if it were the whole set; None where it has no score of its own (no boundary in it, say)."""
+        """Return the score of an image as if it were the whole set, None where it has none (no boundary in it, say)."""
         try:
             score = self.task.score(self._compute({**self._total, **states}))
         except UserError:
@@ -113,5 +122,5 @@ def _finite(value: float) -> bool:
 
 def _writable(number: Any) -> Any:
     if isinstance(number, list):
-        return [_writable(one) for one in number]
+        return [_writable(item) for item in number]
     return None if isinstance(number, float) and math.isnan(number) else number

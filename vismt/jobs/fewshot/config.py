@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
-from vismt.config import RunConfig
+from vismt.config import HASHED_IF_SET, ModelConfig, OnBadSample
+from vismt.engine.study import ALONE, StudyConfig, TuneConfig, check_arms, resolve_arms
 from vismt.errors import UserError, near
 from vismt.metatune.amt import Adversary, AdversaryForm
 from vismt.metatune.finetune import FineTuneSettings
@@ -13,9 +15,13 @@ from vismt.metatune.maml import MamlSettings
 from vismt.metatune.merging import MergeSettings
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
 
-SINGLE = ("frozen", "adapted")
-POOLED = ("frozen", "clean", "merged", "merged:default", "average", "logits", "min_ce")
+FROZEN = "frozen"
+CLEAN = "clean"
+EXPERT = "expert:"
+SINGLE = (FROZEN, ALONE)
+POOLED = (FROZEN, CLEAN, "merged", "merged:default", "average", "logits", "min_ce")
 TUNED = "+finetune"
+COPY_SEED = 1_000_003  # difference of the training seeds of experts with one level
 
 
 @dataclass
@@ -35,12 +41,12 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class PoolConfig(AdversaryForm):
-    """A pool of AMT experts, one for each level, each trained apart by the settings of `metatune.amt.AdversaryForm`.
+    """A pool of AMT experts, one for each level, trained independently with the settings of `metatune.amt.AdversaryForm`.
 
-    levels: budget of the input attack in 1/255, 0 for none; a list in place of a number is one expert whose budget is
-    drawn for each episode. A level that is named again is another expert with a seed of its own. clean: also train a
-    reference by the same episodes without either attack (the model "clean"). rates: {label: peak learning rate} where it
-    is not train.lr; labels are the levels' texts and "clean". folder: an assembled pool to evaluate; nothing is trained.
+    levels: budget of the input attack in 1/255, 0 for none; a list in place of a number is one expert with a budget drawn
+    for each episode. A repeated level is another expert with another seed. clean: also train a reference on the same
+    episodes without either attack (the model "clean"). rates: {label: peak learning rate} where it is not train.lr; labels
+    are the levels' texts and "clean". folder: an assembled pool to evaluate; nothing is trained.
     """
 
     levels: list[float | list[float]] = field(default_factory=lambda: [0.01, 0.1, 6.0, 8.0])
@@ -50,31 +56,34 @@ class PoolConfig(AdversaryForm):
     folder: str | None = None
 
     def experts(self) -> dict[str, tuple[int, Adversary]]:
-        """Label -> (copy number, 0 for the first of its level; the adversary)."""
-        found: dict[str, tuple[int, Adversary]] = {}
-        seen: list[list[float]] = []
+        """Return {label: (copy number, 0 for the first expert of its level; adversary)}."""
+        experts: dict[str, tuple[int, Adversary]] = {}
+        earlier: list[list[float]] = []
         for level in self.levels:
             budgets = [float(value) for value in (level if isinstance(level, list) else [level])]
-            text, copy = "-".join(f"{value:g}" for value in budgets), seen.count(budgets)
-            seen.append(budgets)
-            found[text if not copy else f"{text}-copy{copy + 1}"] = (copy, self._adversary(budgets))
-        return found
+            label = "-".join(f"{value:g}" for value in budgets)
+            copy = earlier.count(budgets)
+            if copy:
+                label = f"{label}-copy{copy + 1}"
+            earlier.append(budgets)
+            experts[label] = (copy, self._adversary(budgets))
+        return experts
 
     def _adversary(self, budgets: list[float]) -> Adversary:
         if any(not 0 <= value <= 255 for value in budgets):
             raise UserError(f"pool.levels: {budgets}; a level is a budget in 1/255, from 0 to 255.")
-        form = {one.name: getattr(self, one.name) for one in fields(AdversaryForm)}
+        form = {item.name: getattr(self, item.name) for item in fields(AdversaryForm)}
         form["pyramid"] = tuple(map(tuple, self.pyramid))
         return Adversary(**form, epsilons=tuple(value / 255 for value in budgets))
 
 
 @dataclass
 class EvaluateConfig:
-    """Test episodes. rule: 'uniform' (ways, shots) or 'variable' (Meta-Dataset); seed: of the episodes, apart from training's.
+    """Test episodes. rule: 'uniform' (ways, shots) or 'variable' (Meta-Dataset); seed: of the episodes, not of training.
 
     min_ways, max_ways, max_contribution: of the variable rule; 5, 5 and 1 are the AMT paper's "5-way 1-shot".
-    models: frozen, adapted; with a pool frozen, clean, merged, average, logits, min_ce, expert:LABEL. Each but logits also
-    with "+finetune". masking: also try PGD at growing radii on the first masking_episodes episodes of each set.
+    models: frozen, adapted; with a pool frozen, clean, merged, average, logits, min_ce, expert:LABEL. All except logits also
+    with "+finetune". masking: also run PGD at growing radii on the first masking_episodes episodes of each set.
     """
 
     data: list[str] = field(default_factory=list)
@@ -97,10 +106,11 @@ class EvaluateConfig:
 
 @dataclass
 class SelectConfig:
-    """How the settings of "merged" (and "merged+finetune") are chosen; "merged:default" keeps those of the configuration.
+    """The choice of settings for "merged" (and "merged+finetune"); "merged:default" keeps those of the configuration.
 
-    data: sets for the choice, none of them evaluated; or class_share: the share of every evaluated set's own classes. Then
-    the grid: beta, balance, trim (mappings as in merging), lr (of fine-tuning). attack: count its accuracy with the clean.
+    data: sets for the choice, none of them evaluated; or class_share: the share of the classes of every evaluated set. The
+    grid: beta, balance, trim (mappings as in merging), lr (of fine-tuning). attack: the criterion is the mean of clean
+    accuracy and accuracy under this attack.
     """
 
     data: list[str] = field(default_factory=list)
@@ -117,9 +127,16 @@ class SelectConfig:
 
 
 @dataclass
-class FewShotConfig(RunConfig):
-    """One few-shot experiment. on_bad_sample: 'error' or 'skip' for images that cannot be decoded."""
+class FewShotConfig(StudyConfig):
+    """One few-shot experiment. on_bad_sample: 'error' or 'skip' for images that cannot be decoded.
 
+    The experts of a pool are its arms; other arms are named in `arms`. With `tune` the rates are judged on select.data.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=HASHED_IF_SET)
+    seeds: list[int] = field(default_factory=list, metadata=HASHED_IF_SET)
+    tune: TuneConfig | None = field(default=None, metadata=HASHED_IF_SET)
     source: SourceConfig = field(default_factory=SourceConfig)
     meta: MamlSettings | None = None
     pool: PoolConfig | None = None
@@ -127,24 +144,99 @@ class FewShotConfig(RunConfig):
     merging: MergeSettings = field(default_factory=MergeSettings)
     finetune: FineTuneSettings = field(default_factory=FineTuneSettings)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    on_bad_sample: str = "error"
+    on_bad_sample: OnBadSample = "error"
     download: bool = False
+
+    @property
+    def selection(self) -> SelectConfig:
+        """The select section. Raises UserError where it is null."""
+        if self.select is None:
+            raise UserError("select: is null; choosing settings and rates needs this section.")
+        return self.select
+
+
+@dataclass
+class ExpertConfig(FewShotConfig):
+    """One expert of a pool. adversary: None for "clean"; copy: number of experts of the same level before it."""
+
+    adversary: Adversary | None = None
+    copy: int = 0
+
+    @property
+    def training_seed(self) -> int:
+        return self.seed + COPY_SEED * self.copy
+
+
+def resolve_experts(config: FewShotConfig) -> dict[str, FewShotConfig]:
+    """Return the configuration of every arm: those of `arms`, or the experts of a pool; {} where nothing is trained."""
+    if config.adapt is None or config.train is None or (config.pool is not None and config.pool.folder):
+        return {}
+    if config.pool is None:
+        return resolve_arms(config)
+    experts = config.pool.experts()
+    planned: dict[str, tuple[int, Adversary | None]] = {CLEAN: (0, None)} if config.pool.clean else {}
+    planned |= experts
+    values = {item.name: getattr(config, item.name) for item in fields(FewShotConfig)}
+    plain = {**values, "arms": {}, "seeds": [], "tune": None}
+    return {
+        label: ExpertConfig(
+            **{**plain, "train": replace(config.train, lr=config.pool.rates.get(label, config.train.lr))},
+            adversary=adversary,
+            copy=copy,
+        )
+        for label, (copy, adversary) in planned.items()
+    }
+
+
+def evaluated_models(config: FewShotConfig, arms: list[str]) -> list[str]:
+    """Return evaluate.models, with all arms in place of "adapted"; without a training only "frozen"."""
+    models: list[str] = []
+    for model in config.evaluate.models:
+        stem = model.removesuffix(TUNED)
+        if stem == ALONE and config.arms:
+            models += [f"{arm}{model.removeprefix(stem)}" for arm in arms]
+        elif stem == FROZEN or arms or (config.pool is not None and config.pool.folder):
+            models.append(model)
+    return list(dict.fromkeys(models))
 
 
 def check(config: FewShotConfig) -> None:
-    """Values that no type can exclude, before any work is done."""
-    settings, source = config.evaluate, config.source
+    """Raise UserError for values that types do not exclude, also in the arms, before any work is done."""
     trains = config.train is not None and config.adapt is not None
+    _check_values(config, trains)
+    _check_evaluation(config)
+    _check_models(config, trains)
+    _check_selection(config)
+    check_arms(config, check, ("pool", "select", "merging", "finetune"))
+    if config.arms and config.pool is not None:
+        raise UserError("arms: a pool's experts are the arms; leave out arms or the pool section.")
+    if config.tune is not None and not (config.select is not None and config.select.data):
+        raise UserError("tune: the rates are judged on validation tasks; name their sets in select.data.")
+
+
+def _check_values(config: FewShotConfig, trains: bool) -> None:
+    source = config.source
     if trains and not source.data:
         raise UserError("source.data: names no set to train on; add a card, or set train to null to evaluate only.")
+    if not 0 < source.crop <= 1 or source.jitter < 0:
+        raise UserError(
+            f"source: crop {source.crop}, jitter {source.jitter}; crop lies in (0, 1], jitter is not negative."
+        )
+    repeated = {"targets", "rank", "alpha", "seed"} & set(config.adapt.options if config.adapt else {})
+    if repeated:
+        name = min(repeated)
+        raise UserError(f"adapt.options: '{name}' is not an option but the key adapt.{name} (seed: at the top).")
+
+
+def _check_evaluation(config: FewShotConfig) -> None:
+    settings = config.evaluate
+    source = config.source
     if not settings.data:
         raise UserError("evaluate.data: names no set to evaluate on.")
     for name in ("data", "models", "shots"):
         values = getattr(settings, name)
         if not values or len(set(values)) < len(values):
             raise UserError(f"evaluate.{name}: {values}; name at least one, each once.")
-    _check_models(config, trains)
-    _check_selection(config)
     if config.meta is not None and (
         config.pool is not None or (settings.rule, settings.ways) != ("uniform", source.ways)
     ):
@@ -154,64 +246,68 @@ def check(config: FewShotConfig) -> None:
         )
     if settings.rule not in ("uniform", "variable"):
         raise UserError(f"evaluate.rule: '{settings.rule}'.{near(settings.rule, ('uniform', 'variable'))}")
-    if config.on_bad_sample not in ("error", "skip"):
-        raise UserError(f"on_bad_sample: '{config.on_bad_sample}'.{near(config.on_bad_sample, ('error', 'skip'))}")
-    if settings.episodes < 2:
-        raise UserError(f"evaluate.episodes: {settings.episodes}; an interval needs 2 or more.")
-    if not 0 < source.crop <= 1 or source.jitter < 0:
-        raise UserError(
-            f"source: crop {source.crop}, jitter {source.jitter}; crop lies in (0, 1], jitter is not negative."
-        )
-    own = {"targets", "rank", "alpha", "seed"} & set(config.adapt.options if config.adapt else {})
-    if own:
-        raise UserError(f"adapt.options: '{min(own)}' has a key of its own: adapt.{min(own)} (seed: at the top).")
+    for name in ("episodes", "masking_episodes"):
+        if getattr(settings, name) < 2:
+            raise UserError(f"evaluate.{name}: {getattr(settings, name)}; an interval needs 2 or more.")
     ways = settings.ways if settings.rule == "uniform" else settings.min_ways
     check_conditions(settings.attacks, settings.corruptions, ways)
     if config.select is not None and config.select.attack is not None and config.select.attack.source is not None:
-        raise UserError("select.attack: the choice attacks the model it is made for; leave source out.")
-    if settings.masking_episodes < 2:
-        raise UserError(f"evaluate.masking_episodes: {settings.masking_episodes}; an interval needs 2 or more.")
+        raise UserError("select.attack: the choice attacks the evaluated model; leave source out.")
 
 
 def _check_models(config: FewShotConfig, trains: bool) -> None:
-    """Every model of evaluate.models can be had from this configuration."""
-    pool, known = config.pool, list(SINGLE)
+    """Raise UserError for a model of evaluate.models that this configuration cannot build."""
+    pool = config.pool
+    assembled = pool is not None and bool(pool.folder)
+    known = _known_models(config)
     if pool is not None:
-        trained = pool.experts()
-        known = [*POOLED, *(f"expert:{label}" for label in ([] if pool.folder else trained))]
         for label in pool.rates:
-            if label not in (*trained, "clean"):
-                raise UserError(f"pool.rates: no expert '{label}'.{near(label, (*trained, 'clean'))}")
-    sources = [
-        ("evaluate.attacks: source", attack.source) for attack in config.evaluate.attacks if attack.source is not None
-    ]
-    for where, model in [*(("evaluate.models", model) for model in config.evaluate.models), *sources]:
-        stem = model.removesuffix(TUNED)
-        if stem == "merged:default" and config.select is None:
-            raise UserError(f"{where}: 'merged:default' without a select section is 'merged'; write that.")
-        if stem == "logits" and model != stem:
-            raise UserError(f"{where}: '{model}': an average of logits has no weights to tune; take 'merged{TUNED}'.")
-        if stem not in known and not (pool is not None and pool.folder and stem.startswith("expert:")):
-            raise UserError(f"{where}: '{model}'.{near(stem, known)}")
-        if stem == "clean" and not (pool is not None and pool.clean and trains):
-            raise UserError(f"{where}: 'clean' needs pool.clean: true and a training; add them, or leave it out.")
-    for where, model in sources:
-        if model.removesuffix(TUNED) != "frozen" and not trains and not (pool is not None and pool.folder):
-            raise UserError(f"{where}: '{model}' needs a training, and there is none; take 'frozen'.")
-    if "frozen" not in config.evaluate.models and not trains and not (pool is not None and pool.folder):
+            if label not in (*pool.experts(), CLEAN):
+                raise UserError(f"pool.rates: no expert '{label}'.{near(label, (*pool.experts(), CLEAN))}")
+    sources = [attack.source for attack in config.evaluate.attacks if attack.source is not None]
+    for model in config.evaluate.models:
+        _check_model(config, "evaluate.models", model, known, trains)
+    for model in sources:
+        _check_model(config, "evaluate.attacks: source", model, known, trains)
+        if model.removesuffix(TUNED) != FROZEN and not trains and not assembled:
+            raise UserError(f"evaluate.attacks: source: '{model}' needs a training, and there is none; take 'frozen'.")
+    if FROZEN not in config.evaluate.models and not trains and not assembled:
         raise UserError(
-            f"evaluate.models: {config.evaluate.models} without an adapt and a train section; add them, name a pool.folder, or "
-            "evaluate 'frozen'."
+            f"evaluate.models: {config.evaluate.models} without an adapt and a train section; add them, name a pool.folder, "
+            "or evaluate 'frozen'."
         )
 
 
+def _known_models(config: FewShotConfig) -> list[str]:
+    """Return the names of models that the configuration can build, without the experts of an assembled pool."""
+    if config.pool is None:
+        return [*SINGLE, *config.arms]
+    experts = [] if config.pool.folder else config.pool.experts()
+    return [*POOLED, *(f"{EXPERT}{label}" for label in experts)]
+
+
+def _check_model(config: FewShotConfig, where: str, model: str, known: list[str], trains: bool) -> None:
+    pool = config.pool
+    stem = model.removesuffix(TUNED)
+    if stem == "merged:default" and config.select is None:
+        raise UserError(f"{where}: 'merged:default' equals 'merged' without a select section; write 'merged'.")
+    if stem == "logits" and model != stem:
+        raise UserError(f"{where}: '{model}': an average of logits has no weights to tune; take 'merged{TUNED}'.")
+    if stem not in known and not (pool is not None and pool.folder and stem.startswith(EXPERT)):
+        raise UserError(f"{where}: '{model}'.{near(stem, known)}")
+    if stem == CLEAN and pool is not None and not (pool.clean and trains):
+        raise UserError(f"{where}: 'clean' needs pool.clean: true and a training; add them, or leave it out.")
+
+
 def _check_selection(config: FewShotConfig) -> None:
-    """The choice has tasks, and none of them can be a test task."""
+    """Raise UserError where the choice has no tasks, or one that can be a test task."""
     select = config.select
     if select is None:
         return
-    if config.pool is None:
-        raise UserError("select: chooses the settings of a pool's merging; add a pool section, or leave it out.")
+    if config.pool is None and config.tune is None:
+        raise UserError(
+            "select: chooses the settings of a pool's merging, or rates; add pool or tune, or leave it out."
+        )
     if bool(select.data) == bool(select.class_share) or not 0 <= select.class_share < 1:
         raise UserError(
             f"select: data {select.data}, class_share {select.class_share:g}; give one of them, the share below 1."
@@ -228,9 +324,3 @@ def _check_selection(config: FewShotConfig) -> None:
                 raise UserError(
                     f"select.data: '{name}' shares images with evaluate.data '{other}'; choose on other sets."
                 )
-
-
-def models(config: FewShotConfig) -> list[str]:
-    """evaluate.models without those that only a training makes, where there is none."""
-    made = (config.adapt is not None and config.train is not None) or (config.pool is not None and config.pool.folder)
-    return [name for name in config.evaluate.models if made or name.removesuffix(TUNED) == "frozen"]

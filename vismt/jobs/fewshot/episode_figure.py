@@ -1,4 +1,4 @@
-"""The picture of one few-shot episode: what was learned from, what was asked, and what an attack made of it."""
+"""The picture of one few-shot episode: support, queries with predictions, and attacked queries."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from vismt.report.plotting import GRID, MUTED, RIGHT, WRONG, axes_at, new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SHOWN_CLASSES, SHOWN_QUERIES = 8, 2
+SHOWN_CLASSES = 8
+SHOWN_QUERIES = 2
 
 
 def episode_grid(panel: Mapping[str, np.ndarray], path: Path) -> Path:
-    """One episode: a column for each class; support, then queries with predictions, attacked, and what was changed.
+    """Draw one episode with a column for each class: support, queries with predictions, attacked queries, the change.
 
     Args:
         panel: the arrays of a panels/*.npz: support, query and optionally adversarial uint8 (., 3, h, w), their labels
@@ -34,18 +35,21 @@ def episode_grid(panel: Mapping[str, np.ndarray], path: Path) -> Path:
         change = panel["adversarial"].astype(int) - panel["query"].astype(int)
         gain = float(max(1, math.floor(127 / max(1, int(np.abs(change).max())))))
     rows: list[tuple[str, str, int]] = [("support", "support", 0)]
-    for shot in range(max((len(found) for found in queries), default=0)):
+    for shot in range(max(map(len, queries), default=0)):
         rows.append(("query", "query", shot))
         if attacked:
             rows += [("adversarial", "attacked", shot), ("change", f"change × {gain:.0f}", shot)]
-    cell, left, top = 1.25, 1.15, 0.45
-    steps = [
-        cell + (0.34 if kind in ("query", "adversarial") else 0.12) + 0.2 * (kind == "query") for kind, _, _ in rows
-    ]
+    cell = 1.25
+    left = 1.15
+    top = 0.45
+    # Space above and below the images of a row: a new query begins with a gap, predictions stand under the image.
+    above = [0.2 if kind == "query" else 0.0 for kind, _, _ in rows]
+    below = [0.34 if kind in ("query", "adversarial") else 0.12 for kind, _, _ in rows]
+    steps = [cell + under + over for over, under in zip(above, below, strict=True)]
     figure = new_figure(left + cell * 1.1 * len(classes) + 0.1, top + sum(steps) + 0.1)
     offset = top
-    for (kind, label, shot), step in zip(rows, steps, strict=True):
-        offset += 0.2 * (kind == "query")
+    for (kind, label, shot), step, over in zip(rows, steps, above, strict=True):
+        offset += over
         for k, name in enumerate(classes):
             at = support[k][:1] if kind == "support" else queries[k][shot : shot + 1]
             box = (left + 1.1 * cell * k, offset, cell)
@@ -55,12 +59,12 @@ def episode_grid(panel: Mapping[str, np.ndarray], path: Path) -> Path:
                 write(figure, box[0] + cell / 2, top - 0.12, short(name, 15), ha="center", va="bottom", weight="bold")
             if len(at):
                 _cell(figure, box, panel, kind, int(at[0]), gain)
-        offset += step - 0.2 * (kind == "query")
+        offset += step - over
     return save(figure, path)
 
 
 def _cell(figure: Figure, box: tuple[float, float, float], panel: Mapping, kind: str, at: int, gain: float) -> None:
-    """One image, and under a query or an attacked query the predicted class."""
+    """Draw one image, and under a query or an attacked query the predicted class."""
     if kind == "change":
         change = panel["adversarial"][at].astype(float) - panel["query"][at].astype(float)
         image = np.clip(128 + gain * change, 0, 255).astype(np.uint8)
@@ -71,11 +75,14 @@ def _cell(figure: Figure, box: tuple[float, float, float], panel: Mapping, kind:
     axes.imshow(np.moveaxis(image, 0, -1), interpolation="nearest" if image.shape[-1] < 96 else "antialiased")
     axes.set(xticks=[], yticks=[])
     guesses = {"query": "predictions", "adversarial": "adversarial_predictions"}.get(kind)
-    right = None if guesses is None else bool(panel[guesses][at] == panel["query_labels"][at])
-    color = GRID if right is None else RIGHT if right else WRONG
+    color = GRID
+    width = 1.0
+    if guesses is not None:
+        color = RIGHT if panel[guesses][at] == panel["query_labels"][at] else WRONG
+        width = 2.2
     for spine in axes.spines.values():
-        spine.set(color=color, linewidth=1.0 if right is None else 2.2)
-    if right is not None:
+        spine.set(color=color, linewidth=width)
+    if guesses is not None:
         guess = short(str(panel["classes"][int(panel[guesses][at])]), 12)
-        text = f"{'✓' if right else '✗'} {guess}"
+        text = f"{'✓' if color == RIGHT else '✗'} {guess}"
         write(figure, left + side / 2, offset + side + 0.07, text, ha="center", va="top", color=color, weight="bold")

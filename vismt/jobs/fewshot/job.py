@@ -1,311 +1,241 @@
-"""The few-shot job: meta-tune an adapted ViT on episodes, evaluate it frozen and adapted on other domains, clean and robust."""
+"""The few-shot job: meta-tune adapted ViTs on episodes and evaluate them beside the frozen ViT on other domains."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+import safetensors.torch
+from torch import Tensor, nn
 
 from vismt import console
-from vismt.backbones import vit
-from vismt.data.images import ImageSet, open_images
-from vismt.data.pixels import Pixels
-from vismt.data.transforms import augment
-from vismt.engine import runtime
-from vismt.engine.log import record_stem, write_lines
-from vismt.jobs.fewshot import masking_report as masking
-from vismt.jobs.fewshot.config import FewShotConfig, check, models
-from vismt.jobs.fewshot.models import Models
-from vismt.jobs.fewshot.pool_training import train_one, train_pool
-from vismt.lowrank.layer_spec import AdaptReport, factor_rank
+from vismt.engine import loop, runtime
+from vismt.engine.log import write_lines
+from vismt.engine.study import Study, Training
+from vismt.engine.training_files import ADAPTER
+from vismt.errors import UserError
+from vismt.files import atomic_write
+from vismt.jobs.fewshot import masking_report
+from vismt.jobs.fewshot.config import (
+    CLEAN,
+    FROZEN,
+    ExpertConfig,
+    FewShotConfig,
+    check,
+    evaluated_models,
+    resolve_experts,
+)
+from vismt.jobs.fewshot.data import FewShotData
+from vismt.jobs.fewshot.evaluation import Evaluation
+from vismt.jobs.fewshot.models import OWN_FILE, Models, make_net
+from vismt.jobs.fewshot.pool_training import read_scale
+from vismt.jobs.fewshot.report import sections
+from vismt.jobs.fewshot.version_1 import move_to_arms
+from vismt.jobs.job import Job
+from vismt.lowrank.inject import merge
 from vismt.lowrank.store import load_adapter
 from vismt.lowrank.targets import check_patterns
-from vismt.metatune.episodes import EpisodeSampler, VariableSampler
-from vismt.metatune.maml import LinearLearner, MamlObjective
-from vismt.metatune.objective import EpisodeBatches, EpisodeObjective
-from vismt.metatune.pool import assemble
-from vismt.metatune.protocol import mean_interval, run_protocol
+from vismt.metatune.amt import AdversarialObjective
+from vismt.metatune.maml import MamlNet
+from vismt.metatune.objective import EpisodeObjective
+from vismt.metatune.pool import Expert, ExpertPool, assemble, read_pool
 from vismt.metatune.protonet import ProtoNet
-from vismt.registry import adapt
-from vismt.robustness.conditions import AttackConfig, Condition, CorruptionConfig, conditions, summary
-from vismt.robustness.masking import check_episodes
-from vismt.robustness.transfer import Source
-from vismt.seeds import digest
+from vismt.methods import adapt
+from vismt.report.results import Result, Score
+from vismt.report.sections import Section
+from vismt.robustness.conditions import AttackConfig
+
+Net = ProtoNet | MamlNet
+AVERAGE = "average"
 
 
-class FewShotJob:
-    """Train, evaluate and merge for one run folder."""
+class FewShotJob(Job[FewShotConfig, Any]):
+    """Arms are adapters of one backbone, or the experts of a pool; models built from them are evaluated seed by seed."""
+
+    logged: Mapping[str, str] = {
+        "loss": "Training loss",
+        "accuracy": "Training accuracy (%)",
+        "robust": "Training accuracy under attack (%)",
+    }
+    references = (FROZEN,)
 
     def __init__(self, config: FewShotConfig, folder: Path, config_hash: str) -> None:
-        self.config, self.folder, self.hash = config, folder, config_hash
         check(config)
-        self._pixels: dict[str, Pixels] = {}
-        self._models = Models(config, folder, self._backbone, self._open)
-        self._told: AdaptReport | None = None
+        super().__init__(config, folder, config_hash)
+        move_to_arms(folder, self.study)
+        self.data = FewShotData(config)
+        self.evaluation = Evaluation(config, folder, self.data)
+        self._models: dict[int, Models] = {}
 
-    @property
-    def trains(self) -> bool:
-        """Whether there is anything to train."""
-        return self.config.adapt is not None and self.config.train is not None
+    def make_study(self) -> Study[FewShotConfig]:
+        return Study(self.config, self.folder, resolve_experts(self.config))
+
+    # ---- training -----------------------------------------------------------------------------------------------------
+
+    def check_data(self) -> None:
+        settings = self.models(self.study.seeds[0]).settings
+        for name in self.config.evaluate.data:
+            pixels = self.data.open(name)
+            self.data.samplers(pixels, settings.classes(pixels, "test"))
+
+    def fresh(self, config: FewShotConfig) -> Net:
+        """Return the net of an arm with untrained factors, where the configuration has any."""
+        backbone = self.data.backbone()
+        if config.adapt is not None:
+            unused = [re.escape(name) + r"\..*" for name in backbone.unused_modules()]
+            options = {**config.adapt.options, "exclude": [*config.adapt.options.get("exclude", ()), *unused]}
+            settings = config.adapt
+            report = adapt(
+                backbone.vit, settings.method, settings.targets, settings.rank, settings.alpha, config.seed, **options
+            )
+            for remark in report.skipped:
+                console.stage("adapt", f"left out: {remark}")
+            if self.config.pool is not None:  # before the training: fixing it later would need another one
+                trims = [self.config.merging.trim, *(self.config.select.trim if self.config.select is not None else ())]
+                for trim in trims:
+                    check_patterns("merging.trim", trim, [site.path for site in report.sites])
+        return make_net(backbone, config)
+
+    def check_arm(self, config: FewShotConfig) -> None:
+        if not isinstance(config, ExpertConfig):  # the experts of a pool are built alike
+            super().check_arm(config)
+
+    def prepared(self, config: FewShotConfig) -> tuple[Net, str, list[Tensor]]:
+        if config.adapt is None:
+            raise UserError("adapt: is null; an arm of a few-shot run needs a method.")
+        return self.fresh(config), config.adapt.method, []
+
+    def stock(self, net: Net) -> nn.Module:
+        return net.get_submodule("learner.backbone.vit" if isinstance(net, MamlNet) else "backbone.vit")
+
+    def objective(
+        self, config: FewShotConfig, net: Net, balanced: Sequence[Tensor]
+    ) -> EpisodeObjective | AdversarialObjective:
+        if isinstance(config, ExpertConfig) and config.adversary is not None:
+            if not isinstance(net, ProtoNet):
+                raise UserError("pool: experts classify by prototypes; leave meta out.")
+            return AdversarialObjective(net, replace(config.adversary, seed=config.training_seed))
+        return EpisodeObjective(net)
+
+    def step(self, objective: nn.Module, number: int) -> None:
+        if number % 10 == 0 and isinstance(objective, AdversarialObjective):
+            objective.collapsed(number)
+
+    def batches(self, config: FewShotConfig) -> loop.Batches:
+        return self.data.batches(config)
+
+    def save(self, net: Net, config: FewShotConfig, folder: Path) -> None:
+        tensors = {name: value.detach().cpu().contiguous() for name, value in net.own_tensors().items()}
+        atomic_write(folder / OWN_FILE, safetensors.torch.save(tensors))
 
     def train(self) -> dict[str, Any]:
-        """Meta-tune one adapter, or the experts of a pool; what run.json says of the adaptation."""
-        config = self.config
-        if not self.trains or (config.pool is not None and config.pool.folder):
-            return {}
-        for (
-            name
-        ) in config.evaluate.data:  # a set that is not here, or too small, is said before the training, not after
-            self._samplers(self._open(name))
-        accelerator = runtime.accelerator(config.train.precision, config.train.trackers, self.folder)
-        if config.train.trackers:
-            accelerator.init_trackers("vismt")
-        if config.pool is None:
-            proto = self._adapted()
-            model = proto.backbone.vit
-            objective = EpisodeObjective(proto)
-            if config.meta is not None:
-                objective = MamlObjective(
-                    LinearLearner(proto.backbone, config.source.ways, seed=config.seed), config.meta
-                )
-            train_one(
-                objective,
-                self._batches(config.seed),
-                config.train,
-                self.folder,
-                self.hash,
-                accelerator,
-                model,
-                seed=config.seed,
+        about = super().train()
+        if self.config.pool is not None:
+            processes = runtime.processes()
+            for seed in self.study.seeds if processes.is_main_process else ():
+                assemble(self._experts(seed), self._pool_folder(seed))
+            processes.wait_for_everyone()
+        return about
+
+    def _pool_folder(self, seed: int) -> Path:
+        return self.folder / "pool" / f"seed-{seed}"
+
+    def _experts(self, seed: int) -> list[Expert]:
+        """Return the trained experts of a seed in the order of the levels."""
+        experts = []
+        for label in (arm for arm in self.study.arms if arm != CLEAN):
+            folder = next(training.folder for training in self.study.trainings(label) if training.seed == seed)
+            experts.append(Expert(label, folder / ADAPTER, read_scale(folder)))
+        return experts
+
+    # ---- evaluation -----------------------------------------------------------------------------------------------------
+
+    def evaluated(self) -> list[str]:
+        return evaluated_models(self.config, list(self.study.arms))
+
+    def trainings(self, arm: str) -> list[Training]:
+        """Return a placeholder for every seed of an evaluated model, which may be built from several trainings."""
+        seeds = self.study.seeds[:1] if arm == FROZEN else self.study.seeds
+        return [Training(arm, 0.0, seed, self.folder) for seed in seeds]
+
+    def models(self, seed: int) -> Models:
+        """Return the models of one training seed."""
+        if seed not in self._models:
+            self._models[seed] = Models(self.config, self.study, seed, self.data.backbone, self.data.open)
+        return self._models[seed]
+
+    def loaded(self, training: Training) -> Net:
+        """Return a trained net, not merged."""
+        return self.models(training.seed).trained(training, merged=False)
+
+    def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
+        models = self.models(training.seed)
+        if split == "validation":
+            return self.evaluation.validation_scores(models, training)
+        with_panel = training.arm == self.evaluated()[-1] and training.seed == self.study.seeds[0]
+        return self.evaluation.scores(models, training.arm, attacks, with_panel=with_panel)
+
+    def quality(self, scores: Sequence[Score]) -> float:
+        """Return the mean accuracy over sets and conditions."""
+        return sum(score.measure.score for score in scores) / len(scores)
+
+    def evaluate(self, attacks: Sequence[AttackConfig] | None = None) -> None:
+        super().evaluate(attacks)
+        if self.config.evaluate.masking and attacks is None:
+            lines = self.evaluation.masking_lines(self.models(self.study.seeds[0]), self.evaluated(), self.hash)
+            write_lines(self.folder / masking_report.LINES, lines)
+
+    def check_merge(self, training: Training) -> None:
+        """Do nothing: every evaluated model except MAML's is merged already."""
+
+    def sections(self, results: Sequence[Result]) -> list[Section]:
+        return sections(self.folder, self.config, self.study, results)
+
+    def facts(self) -> dict[str, Any]:
+        return {**super().facts(), "evaluation_seed": self.config.evaluate.seed}
+
+    # ---- export of one arm ---------------------------------------------------------------------------------------------
+
+    def adapted(self, arm: str | None = None) -> nn.Module:
+        """Return the timm model with one arm's adapter; for a pool also "average" or "average:seed" of all experts."""
+        pool = self.config.pool
+        if pool is None:
+            return super().adapted(arm)
+        name = (arm or "").partition(":")[0]
+        if name == AVERAGE:
+            experts = self._averaged_pool(arm)
+            return experts.mixture(experts.uniform()).put_on(self.data.backbone().vit)
+        assembled = {expert.label: expert.folder for expert in read_pool(Path(pool.folder))} if pool.folder else {}
+        names = list(assembled if pool.folder else self.study.arms)
+        if name not in names:
+            reason = "a pool is merged for every task" if arm is None else f"there is no single adapter '{arm}'"
+            raise UserError(
+                f"run '{self.folder}': {reason}; name one with --arm: {', '.join(names)}, or {AVERAGE} to merge all."
             )
-        else:
-            experts = train_pool(
-                config, self.folder, self.hash, accelerator, adapted=self._adapted, batches=self._batches
-            )
-            if accelerator.is_main_process:
-                assemble(experts, self.folder / "pool")
-            accelerator.wait_for_everyone()
-        if config.train.trackers:
-            accelerator.end_training()
-        if self._told is None:  # every expert was done before
-            self._adapted()
-        told = self._told
-        return {
-            "method": told.method,
-            "rank": factor_rank(told.sites),
-            "trainable": told.trainable,
-            "total": told.total,
-        }
+        folder = assembled[name] if pool.folder else self.study.find(arm).folder / ADAPTER
+        return load_adapter(self.data.backbone().vit, folder)
 
-    def _adapted(self) -> ProtoNet:
-        """A fresh backbone with untrained factors."""
-        config, backbone = self.config, self._backbone()
-        options = dict(config.adapt.options)
-        unused = [re.escape(name) + r"\..*" for name in backbone.unused_modules()]
-        options["exclude"] = [*options.get("exclude", ()), *unused]
-        told = adapt(
-            backbone.vit,
-            config.adapt.method,
-            config.adapt.targets,
-            config.adapt.rank,
-            config.adapt.alpha,
-            config.seed,
-            **options,
-        )
-        trims = [config.merging.trim, *(config.select.trim if config.select is not None else ())]
-        for trim in trims if config.pool is not None else ():  # before the training, which another value would repeat
-            check_patterns("merging.trim", trim, [site.path for site in told.sites])
-        for line in [told.summary(), *(f"left out: {remark}" for remark in told.skipped)] if self._told is None else ():
-            console.stage("adapt", line)
-        self._told = told
-        return ProtoNet(backbone)
+    def _averaged_pool(self, arm: str | None) -> ExpertPool:
+        """Return the pool of the seed in "average:seed", of the first seed for "average"."""
+        seed = (arm or "").partition(":")[2]
+        return self.models(int(seed) if seed.isdecimal() else self.study.seeds[0]).pool()
 
-    def evaluate(self, attacks: list[AttackConfig] | None = None) -> list[dict[str, Any]]:
-        """Rows of every domain, protocol, model and condition; interrupted evaluations go on at their episode."""
-        settings = self.config.evaluate
-        rows = []
-        for name in settings.data:
-            pixels = self._open(name)
-            own = self._conditions(name, settings.attacks, settings.corruptions)
-            specs = own if attacks is None else self._conditions(name, attacks, [])
-            # Other attacks than the configuration's keep records of their own, named by all of their settings.
-            apart, known = (json.dumps([dict(one.settings()) for one in some], sort_keys=True) for some in (specs, own))
-            ending = "" if apart == known else f"-{digest(apart.encode())[:8]}"
-            for sampler in self._samplers(pixels):
-                for model in models(self.config):
-                    rows += self._evaluate_one(name, pixels, sampler, model, specs, ending)
-        if settings.masking and attacks is None:
-            self._check_masking()
-        return rows
+    def merged(self, arm: str | None = None) -> nn.Module:
+        """Return the timm model with one arm's merged weights; for a pool also "average" or "average:seed"."""
+        if self.config.pool is not None and (arm or "").partition(":")[0] == AVERAGE:
+            pool = self._averaged_pool(arm)
+            backbone = self.data.backbone()
+            backbone.load_state_dict(pool.weights(pool.uniform()), strict=False)
+            return backbone.vit
+        return merge(self.adapted(arm))
 
-    def _conditions(
-        self, data: str, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]
-    ) -> list[Condition]:
-        def source(model: str) -> Source:
-            return Source(model, self._models.task(model, data), self._models.fingerprint(model, data))
-
-        return conditions(attacks, corruptions, source)
-
-    def _check_masking(self) -> None:
-        """The check of every model on every set, with the first of its protocols; writes masking.jsonl."""
-        lines = []
-        for model in models(self.config):
-            for name in self.config.evaluate.data:
-                pixels = self._open(name)
-                sampler = self._samplers(pixels)[0]
-                shown, protocol = _shown(name), str(sampler)
-                found = check_episodes(
-                    self._models.task(model, name),
-                    pixels,
-                    sampler,
-                    episodes=self.config.evaluate.masking_episodes,
-                    records=self.folder / "masking" / f"{record_stem(shown, protocol, model)}.jsonl",
-                    data=name,
-                    fingerprint=self._models.fingerprint(model, name),
-                    label=f"{shown} {protocol} {model} by radius",
-                )
-                lines.append(masking.line(shown, protocol, model, found, self.hash))
-            console.stage("masking", masking.told([one for one in lines if one["model"] == model]))
-        write_lines(self.folder / masking.LINES, lines)
-
-    def adapted(self, expert: str | None = None) -> nn.Module:
-        """The timm model with the run's adapter; of a pool, with one expert's or their "average"."""
-        stock = self._backbone().vit
-        if expert == "average" and self.config.pool is not None:
-            pool = self._models.pool()
-            return pool.mixture(pool.uniform()).put_on(stock)
-        return load_adapter(stock, self._models.adapter(expert))
-
-    def merged(self, expert: str | None = None) -> nn.Module:
-        """The stock timm model with the adapter folded in; of a pool, with one expert or the "average"."""
-        return self._models.one(expert)
-
-    def about(self) -> dict[str, Any]:
-        """Nothing besides: a few-shot model has no classes of its own."""
+    def files_beside(self, arm: str | None = None) -> dict[str, bytes]:
+        """Return no file: the weights are the whole few-shot model."""
         return {}
 
-    def beside(self, expert: str | None = None) -> dict[str, bytes]:
-        """No file: all of a few-shot model is in its weights."""
-        return {}
 
-    def _evaluate_one(
-        self,
-        name: str,
-        pixels: Pixels,
-        sampler: EpisodeSampler | VariableSampler,
-        model: str,
-        specs: list[Condition],
-        ending: str,
-    ) -> list[dict[str, Any]]:
-        settings = self.config.evaluate
-        shown, protocol = _shown(name), str(sampler)
-        stem = f"{shown}-{protocol.replace(' ', '-')}"
-        found = run_protocol(
-            self._models.task(model, name),
-            pixels,
-            sampler,
-            episodes=settings.episodes,
-            attacks=specs,
-            records=self.folder / "records" / f"{record_stem(shown, protocol, model)}{ending}.jsonl",
-            panel=self.folder / "panels" / f"{stem}.npz" if model == models(self.config)[-1] and not ending else None,
-            data=name,
-            fingerprint=self._models.fingerprint(model, name),
-            label=f"{shown} {protocol} {model}",
-        )
-        rows = []
-        for condition, values in found.items():
-            value, half = mean_interval(values)
-            rows.append(
-                {
-                    "data": shown,
-                    "protocol": protocol,
-                    "condition": condition,
-                    "metric": "accuracy",
-                    "model": model,
-                    "value": value,
-                    "ci95": half,
-                    "n": len(values),
-                    "unit": "episodes",
-                    "seed": settings.seed,
-                    "config_hash": self.hash,
-                }
-            )
-        text = summary([(row["condition"], row["value"], row["ci95"]) for row in rows])
-        console.stage("eval", f"{shown}  {protocol}  {model}   {text}   (n = {settings.episodes} episodes)")
-        return rows
-
-    def _backbone(self) -> vit.Backbone:
-        model = self.config.model
-        return vit.create(
-            model.name, model.img_size, model.pretrained, block=model.block, position=model.position, pool=model.pool
-        )
-
-    def _batches(self, seed: int) -> EpisodeBatches:
-        source = self.config.source
-        sets = [self._open(name) for name in source.data]
-        samplers = [
-            EpisodeSampler(
-                pixels.labels,
-                ways=source.ways,
-                shots=source.shots,
-                queries=source.queries,
-                seed=seed,
-                superclass=pixels.images.superclass if source.hierarchy else None,
-                names=pixels.classes,
-            )
-            for pixels in sets
-        ]
-        change = None
-        if source.augment:
-
-            def change(images: torch.Tensor, number: int) -> torch.Tensor:
-                return augment(images, number, crop=(source.crop, 1.0), jitter=source.jitter, flip=source.flip)
-
-        return EpisodeBatches(
-            [(pixels.__getitem__, sampler.__getitem__) for pixels, sampler in zip(sets, samplers)],
-            seed=seed,
-            augment=change,
-        )
-
-    def _samplers(self, pixels: Pixels) -> list[EpisodeSampler | VariableSampler]:
-        settings = self.config.evaluate
-        superclass = pixels.images.superclass if settings.hierarchy else None
-        common = {
-            "seed": settings.seed,
-            "names": pixels.classes,
-            "superclass": superclass,
-            "classes": self._models.selection.classes(pixels, "test"),
-        }
-        if settings.rule == "variable":
-            nodes = pixels.images.nodes if settings.hierarchy else None
-            bounds = {name: getattr(settings, name) for name in ("min_ways", "max_ways", "max_contribution")}
-            return [VariableSampler(pixels.labels, nodes=nodes, **bounds, **common)]
-        return [
-            EpisodeSampler(pixels.labels, ways=settings.ways, shots=shots, queries=settings.queries, **common)
-            for shots in settings.shots
-        ]
-
-    def _open(self, name: str) -> Pixels:
-        """The set 'name' or 'name:split' at the backbone's resolution."""
-        if name not in self._pixels:
-            card, _, split = name.partition(":")
-            images: ImageSet = open_images(
-                card, split or "all", on_bad_sample=self.config.on_bad_sample, download=self.config.download
-            )
-            size = self.config.model.img_size or self._backbone().img_size[0]
-            self._pixels[name] = Pixels(images, size)
-            console.stage("data", f"{name}   {len(images.classes)} classes   {len(images):,} images")
-        return self._pixels[name]
-
-
-def _shown(name: str) -> str:
-    """A set's name in rows and file names."""
-    return name.replace(":", "-").replace("/", "-")
-
-
-CONFIG, JOB = FewShotConfig, FewShotJob
+CONFIG = FewShotConfig
+JOB = FewShotJob

@@ -8,7 +8,8 @@ from typing import Any
 
 from vismt.engine.log import read_lines
 from vismt.errors import UserError
-from vismt.robustness.evaluate import MaskingCheck
+from vismt.report.tables import Table
+from vismt.robustness.masking import MaskingCheck
 
 LINES = "masking.jsonl"
 NOTE = (
@@ -19,46 +20,44 @@ NOTE = (
 
 
 def line(data: str, protocol: str, model: str, check: MaskingCheck, config_hash: str) -> dict[str, Any]:
-    """What is kept of one check."""
-    told = {**vars(check), "epsilons": list(check.epsilons), "accuracies": list(check.accuracies)}
+    """Return the row of masking.jsonl for one check."""
+    fields = {**vars(check), "epsilons": list(check.epsilons), "accuracies": list(check.accuracies)}
     about = {"data": data, "protocol": protocol, "model": model, "config_hash": config_hash}
-    return {**about, **told, "passed": check.passed, "verdict": check.verdict()}
+    return {**about, **fields, "passed": check.passed, "verdict": check.verdict()}
 
 
-def told(lines: Sequence[dict[str, Any]]) -> str:
-    """One model's lines as one text for the console."""
-    failed = [f"{one['data']} {one['verdict'].removeprefix('FAIL: ')}" for one in lines if not one["passed"]]
-    model, last = lines[0]["model"], ", ".join(f"{one['data']} {100 * one['accuracies'][-1]:.1f} %" for one in lines)
+def summary(lines: Sequence[dict[str, Any]]) -> str:
+    """Return the checks of one model as one text for the console."""
+    failed = [f"{row['data']} {row['verdict'].removeprefix('FAIL: ')}" for row in lines if not row["passed"]]
+    model = lines[0]["model"]
     if failed:
         return f"{model}   FAIL   {'; '.join(failed)}: accuracies under attack are no evidence of robustness"
+    last = ", ".join(f"{row['data']} {100 * row['accuracies'][-1]:.1f} %" for row in lines)
     return f"{model}   pass   at {255 * lines[0]['epsilons'][-1]:.3g}/255: {last}   (n = {lines[0]['n']} episodes)"
 
 
-def read_masking(folder: Path) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows of texts, one row a model and set; both empty for a run without the check."""
+def tables(folder: Path) -> list[tuple[Table, str]]:
+    """Return a table with a row for each model and set; [] for a run without the check."""
     needed = ("model", "data", "protocol", "epsilons", "accuracies", "chance", "n", "verdict")
     lines = read_lines(folder / LINES, needed)
     if not lines:
-        return [], []
+        return []
+    models = list(dict.fromkeys(row["model"] for row in lines))
     try:
         radii = [float(radius) for radius in lines[0]["epsilons"]]
-        rows = [
-            [
-                str(one["model"]),
-                f"{one['data']}, {one['protocol']}",
-                *(f"{100 * value:.1f}" for value in one["accuracies"]),
-                f"{100 * one['chance']:.1f}",
-                str(one["n"]),
-                str(one["verdict"]),
-            ]
-            for one in sorted(lines, key=lambda one: [other["model"] for other in lines].index(one["model"]))
-        ]
+        rows = [_row(row) for row in sorted(lines, key=lambda row: models.index(row["model"]))]
     except (TypeError, ValueError) as error:
         raise UserError(f"report: '{folder / LINES}' is not what an evaluation writes ({error}); delete it.") from error
-    heads = ["clean" if not radius else f"{255 * radius:.3g}/255" for radius in radii]
-    heads = ["Model", "Data", *heads, "chance", "n (episodes)", "Verdict"]
+    columns = [f"{255 * radius:.3g}/255" if radius else "clean" for radius in radii]
+    heads = ["Model", "Data", *columns, "chance", "n (episodes)", "Verdict"]
     if any(len(row) != len(heads) for row in rows):
         raise UserError(
             f"report: '{folder / LINES}' has checks at other radii than the first; delete it and evaluate again."
         )
-    return heads, rows
+    return [(Table("By radius, accuracy in %", heads, rows, set()), NOTE)]
+
+
+def _row(line: dict[str, Any]) -> list[str]:
+    accuracies = [f"{100 * value:.1f}" for value in line["accuracies"]]
+    where = f"{line['data']}, {line['protocol']}"
+    return [str(line["model"]), where, *accuracies, f"{100 * line['chance']:.1f}", str(line["n"]), str(line["verdict"])]

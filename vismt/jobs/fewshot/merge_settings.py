@@ -1,7 +1,7 @@
-"""The `select` section of a few-shot configuration: validation tasks that cannot be test tasks, and what was chosen on them.
+"""The `select` section of a few-shot configuration: validation tasks that cannot be test tasks, and the choice made on them.
 
-Either other sets (or other splits of a card) than those evaluated, one choice for all; or, with class_share, for each
-evaluated set a share of its own classes, which its test episodes then never draw, one choice for each.
+Validation uses other sets (or other splits of a card) than those evaluated, with one choice for all evaluated sets; or, with
+class_share, a share of the classes of each evaluated set, which its test episodes then never draw, with one choice for each.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vismt.metatune.episodes import EpisodeSampler
 from vismt.metatune.finetune import FineTuneSettings
 from vismt.metatune.merging import MergeSettings
 from vismt.metatune.pool import ExpertPool
-from vismt.metatune.select import Grid, choose
+from vismt.metatune.settings_search import LabelledTask, SearchGrid, search_settings
 from vismt.report.tables import Table
 from vismt.seeds import mix_seed
 
@@ -34,43 +34,47 @@ SELECTION = "selection.json"
 Chosen = tuple[MergeSettings, FineTuneSettings]
 
 
-class Selection:
-    """Settings of the model "merged" by evaluated set; chosen when first asked for and kept in selection.json."""
+class PoolSettings:
+    """Settings of the model "merged" by evaluated set; chosen on first use and saved in selection.json of `folder`."""
 
     def __init__(
         self, config: FewShotConfig, folder: Path, pool: Callable[[], ExpertPool], opened: Callable[[str], Pixels]
     ) -> None:
-        self.config, self.folder, self._pool, self._open = config, folder, pool, opened
-        self._known: dict[str, Chosen] = {}
+        self.config = config
+        self.folder = folder
+        self._pool = pool
+        self._open = opened
+        self._chosen: dict[str, Chosen] = {}
 
-    def settings(self, data: str) -> Chosen:
-        """What to merge and fine-tune with on the set `data`."""
-        config, select = self.config, self.config.select
+    def chosen(self, data: str) -> Chosen:
+        """Return the settings of merging and fine-tuning on the set `data`."""
+        config = self.config
+        select = config.select
         if select is None:
             return config.merging, config.finetune
         key = data if select.class_share else "all"
-        if key not in self._known:
+        if key not in self._chosen:
             path = self.folder / SELECTION
             saved = read_json(path, f"run '{self.folder}'") if path.exists() else {}
             if key not in saved:
                 saved[key] = self._choose(select.data if key == "all" else [data], key)
                 atomic_write(path, json.dumps(saved, indent=1))
-            self._known[key] = (
+            self._chosen[key] = (
                 replace(config.merging, **saved[key]["merging"]),
                 replace(config.finetune, lr=saved[key]["lr"]),
             )
-        return self._known[key]
+        return self._chosen[key]
 
     def classes(self, pixels: Pixels, part: str) -> list[int] | None:
-        """Ids of the classes for the "validation" or the "test" episodes of an evaluated set; None for all of them."""
-        share = self.config.select.class_share if self.config.select is not None else 0.0
-        if not share:
+        """Return the class ids of the "validation" or the "test" episodes of an evaluated set; None for all classes."""
+        select = self.config.select
+        if select is None or not select.class_share:
             return None
         ids = pixels.labels.unique()
-        seed = mix_seed(self.config.select.seed, "classes", pixels.name)
+        seed = mix_seed(select.seed, "classes", pixels.name)
         order = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
         ways = self.config.evaluate.ways
-        kept = max(ways, math.ceil(share * len(ids)))
+        kept = max(ways, math.ceil(select.class_share * len(ids)))
         if len(ids) - kept < ways:
             raise UserError(
                 f"select.class_share: '{pixels.name}' has {len(ids)} classes; {kept} for the choice leave fewer than "
@@ -79,10 +83,12 @@ class Selection:
         return sorted((order[:kept] if part == "validation" else order[kept:]).tolist())
 
     def _choose(self, names: list[str], key: str) -> dict[str, Any]:
-        config, select = self.config, self.config.select
+        """Return the entry of selection.json for a key: the choice on the validation tasks of the sets `names`."""
+        config = self.config
+        select = config.selection
         device = runtime.processes().device
         pool = self._pool().requires_grad_(False).eval().to(device)
-        tasks = [tuple(part.to(device) for part in task) for name in names for task in self._tasks(name)]
+        tasks = [task for name in names for task in self._tasks(name, device)]
         attack = None if select.attack is None else select.attack.spec()
 
         def judge(classifier: nn.Module, query: Tensor, truth: Tensor, number: int) -> float:
@@ -95,59 +101,78 @@ class Selection:
             with torch.no_grad():
                 return 0.5 * clean + 0.5 * float((classifier(changed).argmax(1) == truth).double().mean())
 
-        grid = Grid(select.beta, select.balance, select.trim, select.lr)
-        merging, tuning, tried = choose(pool, tasks, config.merging, config.finetune, grid, judge)
-        for one in tried:
-            if one.chosen or one.default:
-                what = "chosen" if one.chosen else "default"
-                value = f"{100 * one.value:.1f} ± {100 * one.ci95:.1f}"
-                console.stage("select", f"{key}  {one.stage}  {what} {one.settings}   {value}")
+        grid = SearchGrid(select.beta, select.balance, select.trim, select.lr)
+        merging, tuning, tried = search_settings(pool, tasks, config.merging, config.finetune, grid, judge)
+        for candidate in tried:
+            if candidate.chosen or candidate.default:
+                what = "chosen" if candidate.chosen else "default"
+                value = f"{100 * candidate.value:.1f} ± {100 * candidate.ci95:.1f}"
+                console.stage("select", f"{key}  {candidate.stage}  {what} {candidate.settings}   {value}")
         criterion = "clean accuracy" if attack is None else f"mean of clean accuracy and accuracy under {attack}"
         return {
             "merging": {"beta": merging.beta, "balance": merging.balance, "trim": dict(merging.trim)},
             "lr": tuning.lr,
             "on": names if key == "all" else f"{select.class_share:g} of the classes of {key}",
             "criterion": criterion,
-            "tried": [asdict(one) for one in tried],
+            "tried": [asdict(candidate) for candidate in tried],
         }
 
-    def _tasks(self, name: str) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        pixels, settings, select = self._open(name), self.config.evaluate, self.config.select
-        sampler = EpisodeSampler(
+    def sampler(self, pixels: Pixels) -> EpisodeSampler:
+        """Return the validation episodes of a set."""
+        select = self.config.selection
+        return EpisodeSampler(
             pixels.labels,
-            ways=settings.ways,
+            ways=self.config.evaluate.ways,
             shots=select.shots,
             queries=select.queries,
             seed=select.seed,
             classes=self.classes(pixels, "validation"),
             names=pixels.classes,
         )
-        drawn = [sampler[index] for index in range(select.episodes)]
-        return [(pixels[one.support], one.support_labels, pixels[one.query], one.query_labels) for one in drawn]
+
+    def _tasks(self, name: str, device: torch.device) -> list[LabelledTask]:
+        """Return the validation tasks of a set on a device."""
+        pixels = self._open(name)
+        sampler = self.sampler(pixels)
+        episodes = [sampler[index] for index in range(self.config.selection.episodes)]
+        return [
+            (
+                pixels[episode.support].to(device),
+                episode.support_labels.to(device),
+                pixels[episode.query].to(device),
+                episode.query_labels.to(device),
+            )
+            for episode in episodes
+        ]
 
 
 def chosen_settings(folder: Path) -> list[tuple[Table, str]]:
-    """For the report: every candidate with its value, the default and the choice marked, and how it was made."""
+    """Return a table of every candidate with its value and marks for the default and the choice, with a note.
+
+    folder: of the pool, with selection.json where settings were chosen.
+    """
     path = folder / SELECTION
     if not path.exists():
         return []
-    rows, best, on = [], set(), []
-    for data, told in read_json(path, f"run '{folder}'").items():
-        on.append(
-            f"{data}: {told['on'] if isinstance(told['on'], str) else ', '.join(told['on'])}; {told['criterion']}"
-        )
-        for one in told["tried"]:
-            mark = " and ".join(word for word, said in (("default", one["default"]), ("chosen", one["chosen"])) if said)
-            texts = ", ".join(
-                f"{name} {value if value or value == 0.0 else 'none'}" for name, value in one["settings"].items()
+    rows: list[list[str]] = []
+    best: set[tuple[int, int]] = set()
+    validation = []
+    for data, choice in read_json(path, f"run '{folder}'").items():
+        on = choice["on"] if isinstance(choice["on"], str) else ", ".join(choice["on"])
+        validation.append(f"{data}: {on}; {choice['criterion']}")
+        for candidate in choice["tried"]:
+            if candidate["chosen"]:
+                best.add((len(rows), 4))
+            mark = " and ".join(word for word in ("default", "chosen") if candidate[word])
+            settings = ", ".join(
+                f"{name} {value if value or value == 0.0 else 'none'}" for name, value in candidate["settings"].items()
             )
-            best |= {(len(rows), 4)} if one["chosen"] else set()
-            rows.append(
-                [data, one["stage"], texts, mark, f"{100 * one['value']:.1f} ± {100 * one['ci95']:.1f}", str(one["n"])]
-            )
+            value = f"{100 * candidate['value']:.1f} ± {100 * candidate['ci95']:.1f}"
+            rows.append([data, candidate["stage"], settings, mark, value, str(candidate["n"])])
     heads = ["Evaluated", "Stage", "Setting", "", "Value in %", "n (tasks)"]
     note = (
         "Tried stage by stage on validation tasks, none of which can be a test task; ties keep the earlier setting, the "
-        f"default first. Validation: {'; '.join(on)}. The model “merged” has the chosen settings, “merged:default” the default."
+        f"default first. Validation: {'; '.join(validation)}. The model “merged” has the chosen settings, “merged:default” the "
+        "default. First training seed."
     )
     return [(Table("Chosen settings", heads, rows, best, texts=4), note)]

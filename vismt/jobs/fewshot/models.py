@@ -1,4 +1,4 @@
-"""The models that a few-shot configuration can evaluate, by name, each made from the files of its run folder."""
+"""The models that a few-shot configuration can evaluate, by name, each built from the trainings of one seed."""
 
 from __future__ import annotations
 
@@ -11,115 +11,134 @@ from torch import Tensor, nn
 
 from vismt.backbones.vit import Backbone
 from vismt.data.pixels import Pixels
-from vismt.engine import runtime
+from vismt.engine import runtime, training_files
+from vismt.engine.study import ALONE, Study, Training
 from vismt.errors import UserError
-from vismt.jobs.fewshot.config import TUNED, FewShotConfig
-from vismt.jobs.fewshot.merge_settings import Selection
-from vismt.jobs.fewshot.pool_training import CLEAN, load_own, trained
+from vismt.files import read_tensors
+from vismt.jobs.fewshot.config import CLEAN, EXPERT, FROZEN, TUNED, FewShotConfig
+from vismt.jobs.fewshot.merge_settings import PoolSettings
 from vismt.lowrank.inject import merge
-from vismt.lowrank.store import fingerprint, load_adapter
+from vismt.lowrank.store import fingerprint
 from vismt.metatune.finetune import FineTuned
 from vismt.metatune.maml import LinearLearner, MamlNet
 from vismt.metatune.merging import MergeSettings, PoolNet
 from vismt.metatune.pool import ExpertPool, read_pool
+from vismt.metatune.protocol import FewShotModel
 from vismt.metatune.protonet import ProtoNet
 from vismt.seeds import digest
 
+OWN_FILE = "classifier.safetensors"  # the classifier's trained tensors besides the adapter
+EvaluatedModel = ProtoNet | MamlNet | PoolNet | FineTuned
+
+
+def make_net(backbone: Backbone, config: FewShotConfig) -> ProtoNet | MamlNet:
+    """Return the classifier of episodes on a backbone; an inner loop updates its parameters that are trainable now."""
+    if config.meta is None:
+        return ProtoNet(backbone)
+    return MamlNet(LinearLearner(backbone, config.source.ways, seed=config.seed), config.meta)
+
 
 class Models:
-    """Tasks of the protocol by model name and evaluated set; frozen, in eval mode, on the process's device, kept once made."""
+    """Evaluated models by name and set; frozen, in eval mode, on the process's device, built once.
+
+    Args:
+        config: of the run.
+        study: of the run.
+        seed: of the trainings from which the models are built.
+        backbone: returns a new stock backbone.
+        opened: returns a set by name.
+    """
 
     def __init__(
-        self, config: FewShotConfig, folder: Path, backbone: Callable[[], Backbone], opened: Callable[[str], Pixels]
+        self,
+        config: FewShotConfig,
+        study: Study[FewShotConfig],
+        seed: int,
+        backbone: Callable[[], Backbone],
+        opened: Callable[[str], Pixels],
     ) -> None:
-        self.config, self.folder, self._backbone = config, folder, backbone
-        self.selection = Selection(config, folder, self.pool, opened)
-        self._made: dict[str, nn.Module] = {}
+        self.config = config
+        self.study = study
+        self.seed = seed
+        self._backbone = backbone
+        self.pool_folder = study.folder / "pool" / f"seed-{seed}"
+        self.settings = PoolSettings(config, self.pool_folder, self.pool, opened)
+        self._models: dict[str, EvaluatedModel] = {}
         self._pool: ExpertPool | None = None
 
-    def task(self, name: str, data: str) -> nn.Module:
-        """The model called `name` as it is evaluated on the set `data`."""
+    def task(self, name: str, data: str) -> EvaluatedModel:
+        """Return the model `name` with its settings for the set `data`."""
         stem = name.removesuffix(TUNED)
-        chosen = self.selection.settings(data) if stem == "merged" else (self.config.merging, self.config.finetune)
+        chosen = self.settings.chosen(data) if stem == "merged" else (self.config.merging, self.config.finetune)
         key = f"{name} {chosen if stem == 'merged' else ''}"
-        if key not in self._made:
-            made = self._pooled(stem, chosen[0]) if self._is_pooled(stem) else self._single(stem)
-            made = made if name == stem else FineTuned(made, chosen[1])
-            self._made[key] = made.requires_grad_(False).eval().to(runtime.processes().device)
-        return self._made[key]
+        if key not in self._models:
+            model: EvaluatedModel = self._pooled(stem, chosen[0]) if self._is_pooled(stem) else self._single(stem)
+            if name != stem:
+                model = FineTuned(model, chosen[1])
+            self._models[key] = model.requires_grad_(False).eval().to(runtime.processes().device)
+        return self._models[key]
 
     def fingerprint(self, name: str, data: str) -> str:
-        """What tells this model's records from another's: base weights, adapters, and settings of merging and tuning."""
-        model = self.task(name, data)
+        """Return the fingerprint of the model `name` with its settings for the set `data`."""
+        return self.fingerprint_of(self.task(name, data))
+
+    def fingerprint_of(self, model: EvaluatedModel) -> str:
+        """Return a digest of base weights, adapters, and settings of merging and fine-tuning."""
         settings = f"{model.settings}" if isinstance(model, FineTuned) else ""
-        model = model.proto if isinstance(model, FineTuned) else model
-        if isinstance(model, PoolNet):
-            text = f"{model.pool.labels} {model.pool.scale} {model.settings} {_values(model.pool.banks.state_dict())}"
-        elif isinstance(model, MamlNet):
-            text = f"{model.settings} {_values(dict(model.learner.named_parameters()) | model.own_tensors())}"
-        else:
-            text = f"{float(model.scale):.6g}"
+        text = _describe(model.proto if isinstance(model, FineTuned) else model)
         vit = next(part for part in model.modules() if isinstance(part, Backbone)).vit
         linears = [path for path, module in vit.named_modules() if isinstance(module, nn.Linear)]
         return f"{fingerprint(vit, linears)}-{digest((text + settings).encode())}"
 
     def pool(self) -> ExpertPool:
-        """The run's own pool, or the assembled one that the configuration names."""
+        """Return the assembled pool that the configuration names, or else the pool of the seed's trainings."""
         if self._pool is None:
-            named = self.config.pool.folder
-            self._pool = ExpertPool(self._backbone(), read_pool(Path(named) if named else self.folder / "pool"))
+            assembled = self.config.pool.folder if self.config.pool is not None else None
+            self._pool = ExpertPool(self._backbone(), read_pool(Path(assembled) if assembled else self.pool_folder))
         return self._pool
 
-    def one(self, expert: str | None) -> nn.Module:
-        """The stock timm model with one update folded in: the run's adapter, or of a pool the expert called `expert`.
-
-        "average" is the pool with equal weights. Raises UserError when a pool is not told which.
-        """
+    def trained(self, training: Training, *, merged: bool) -> ProtoNet | MamlNet:
+        """Return a trained classifier, merged on request; one with an inner loop, which updates the factors, never is."""
         backbone = self._backbone()
-        if expert == "average" and self.config.pool is not None:
-            pool = self.pool()
-            backbone.load_state_dict(pool.weights(pool.uniform()), strict=False)
-            return backbone.vit
-        return merge(load_adapter(backbone.vit, self.adapter(expert)))
-
-    def adapter(self, expert: str | None) -> Path:
-        """The folder of the run's adapter, or of the expert called `expert`; UserError when a pool is not told which."""
-        if self.config.pool is None:
-            if expert is not None:
-                raise UserError(f"--expert {expert}: this run has no pool; leave it out.")
-            return self.folder / "adapter"
-        named = self.config.pool.folder
-        experts = {one.label: one.folder for one in read_pool(Path(named) if named else self.folder / "pool")}
-        if expert not in experts:
-            why = "a pool is merged anew for every task" if expert is None else f"there is no single adapter '{expert}'"
-            raise UserError(
-                f"run '{self.folder}': {why}; name one with --expert: {', '.join(experts)}, or average to merge all."
-            )
-        return experts[expert]
+        what = training_files.restore(backbone.vit, training)
+        if merged and self.config.meta is None:
+            merge(backbone.vit)
+        net = make_net(backbone, self.study.arms[training.arm])
+        what = f"{what}: {OWN_FILE}"
+        net.load_own_tensors(read_tensors(training.folder / OWN_FILE, what)[1], what)
+        return net
 
     def _is_pooled(self, stem: str) -> bool:
-        return self.config.pool is not None and stem not in ("frozen", CLEAN)
+        return self.config.pool is not None and stem not in (FROZEN, CLEAN)
 
     def _pooled(self, stem: str, settings: MergeSettings) -> PoolNet:
-        strategy, _, label = re.sub("^merged(:default)?$", "merge", stem).partition(":")
-        return PoolNet(self.pool(), replace(settings, strategy=strategy, expert=label or None))
+        label = stem.removeprefix(EXPERT) if stem.startswith(EXPERT) else None
+        strategy = "expert" if label is not None else re.sub("^merged(:default)?$", "merge", stem)
+        return PoolNet(self.pool(), replace(settings, strategy=strategy, expert=label))
 
     def _single(self, stem: str) -> ProtoNet | MamlNet:
-        backbone = self._backbone()
-        if stem == "frozen":
-            return ProtoNet(backbone)
-        folder = trained(self.folder, stem)
-        load_adapter(backbone.vit, folder / "adapter")
-        if self.config.meta is not None:  # the inner loop moves the factors, so they are not folded in
-            learner = LinearLearner(backbone, self.config.source.ways, seed=self.config.seed)
-            net: ProtoNet | MamlNet = MamlNet(learner, self.config.meta)
-        else:
-            merge(backbone.vit)
-            net = ProtoNet(backbone)
-        load_own(net, folder)
-        return net
+        """Return the frozen model, or that of an arm."""
+        if stem == FROZEN:
+            return make_net(self._backbone(), replace(self.config, meta=None))
+        arm = stem if stem in self.study.arms else ALONE
+        if arm not in self.study.arms:
+            raise UserError(f"run '{self.study.folder}': nothing was trained for the model '{stem}'.")
+        training = next(training for training in self.study.trainings(arm) if training.seed == self.seed)
+        return self.trained(training, merged=True)
+
+
+def _describe(model: FewShotModel) -> str:
+    """Return a text of everything that a model without fine-tuning adds to the weights of its ViT."""
+    if isinstance(model, PoolNet):
+        pool = model.pool
+        return f"{pool.labels} {pool.scale} {model.settings} {_values(pool.banks.state_dict())}"
+    if isinstance(model, MamlNet):
+        return f"{model.settings} {_values(dict(model.learner.named_parameters()) | model.own_tensors())}"
+    if isinstance(model, ProtoNet):
+        return f"{float(model.scale):.6g}"
+    raise TypeError(f"{type(model).__name__} has no fingerprint.")
 
 
 def _values(tensors: Mapping[str, Tensor]) -> str:
-    """A digest of every value."""
+    """Return a digest of every value."""
     return digest(b"".join(tensors[name].detach().cpu().float().numpy().tobytes() for name in sorted(tensors)))

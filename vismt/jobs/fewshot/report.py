@@ -1,120 +1,105 @@
-"""What a report shows of a pool and of corruptions, from the files of a run folder."""
+"""The report sections of a few-shot run: chosen settings, mixtures, the masking check and episodes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from vismt.config import read_yaml
-from vismt.engine.log import METRICS, read_lines, record_stem
+import numpy as np
+
+from vismt.engine.log import read_lines
+from vismt.engine.study import Study
 from vismt.errors import UserError
-from vismt.files import read_json
-from vismt.jobs.fewshot import figures as pool_figures
-from vismt.metatune.pool import INDEX
-from vismt.report.comparison import AVERAGE, Comparison
-from vismt.report.tables import split_corruptions
-
-FINETUNE = "+finetune"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG inside the run folder and what to say of it; section: the heading that a panel stands under."""
-
-    path: Path
-    title: str
-    caption: str
-    section: str = ""
+from vismt.jobs.fewshot import masking_report
+from vismt.jobs.fewshot.config import CLEAN, EXPERT, TUNED, FewShotConfig
+from vismt.jobs.fewshot.episode_figure import episode_grid
+from vismt.jobs.fewshot.figures import mixture_bars
+from vismt.jobs.fewshot.merge_settings import chosen_settings
+from vismt.jobs.fewshot.names import episodes_file
+from vismt.metatune.pool import read_pool
+from vismt.report.results import Result
+from vismt.report.sections import Picture, Section
 
 
-def pool_pictures(folder: Path, results: Sequence[Mapping[str, Any]]) -> list[Picture]:
-    """Training curves of the experts and the mixture per domain, as far as the run left them."""
-    labels = _labels(folder)
-    return [*_expert_curves(folder, labels), *_mixtures(folder, results, labels)]
+def sections(
+    folder: Path, config: FewShotConfig, study: Study[FewShotConfig], results: Sequence[Result]
+) -> list[Section]:
+    """Return the sections of a few-shot run, as far as the run folder has the files."""
+    seed = study.seeds[0]
+    return [
+        Section("Gradient masking", masking_report.tables(folder)),
+        Section("Pool", chosen_settings(folder / "pool" / f"seed-{seed}"), _mixtures(folder, config, study, results)),
+        Section("Episodes", pictures=_panels(folder), folded=True),
+    ]
 
 
-def corruption_pictures(folder: Path, comparisons: Sequence[Comparison]) -> list[Picture]:
-    """Accuracy against severity, one picture for each protocol; the average over the sets where there is one."""
+def _panels(folder: Path) -> list[Picture]:
     pictures = []
-    corrupted = split_corruptions(comparisons)[1]
-    for (protocol, metric, seed), group in groupby(corrupted, key=lambda c: (c.protocol, c.metric, c.seed)):
-        group = list(group)
-        for data in [AVERAGE] if any(c.data == AVERAGE for c in group) else dict.fromkeys(c.data for c in group):
-            chosen = [c for c in group if c.data == data]
-            stem = record_stem(data, protocol, f"{metric}-{seed}")
-            path = pool_figures.corruption_curves(chosen, folder / "figures" / f"corruptions-{stem}.png")
-            counts = sorted({cell.n for c in chosen for cell in c.cells.values()})
-            where = "average over the sets" if data == AVERAGE else data
-            text = f"{protocol}, {where}, per cent, n = {counts[-1]:,} {chosen[0].unit}"
-            pictures.append(Picture(path, f"Corruptions, {protocol}", f"{text}. Whiskers are 95 % intervals."))
+    for path in sorted((folder / "panels").glob("*.npz")):
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                panel = {name: file[name] for name in file.files}
+            drawn = episode_grid(panel, folder / "figures" / f"episode-{path.stem}.png")
+        except (ValueError, KeyError, IndexError, EOFError, OSError, zipfile.BadZipFile) as error:
+            raise UserError(
+                f"report: '{path}' is not a panel of an episode ({error}); delete it and run `vismt evaluate {folder}`."
+            ) from error
+        pictures.append(Picture(drawn, path.stem, _panel_caption(panel)))
     return pictures
 
 
-def _labels(folder: Path) -> list[str]:
-    """Of the pool's experts in order: of the run's own, else of the assembled one that the configuration names."""
-    candidates = [folder / "pool"]
-    config = folder / "config.resolved.yaml"
-    named = (read_yaml(config).get("pool") or {}) if config.exists() else {}
-    if isinstance(named, Mapping) and named.get("folder"):
-        candidates.insert(0, Path(str(named["folder"])))
-    for pool in candidates:
-        if (pool / INDEX).exists():
-            index = read_json(pool / INDEX, f"pool '{pool}'")
-            try:
-                return [str(entry["label"]) for entry in index["experts"]]
-            except (KeyError, TypeError) as error:
-                raise UserError(
-                    f"report: '{pool / INDEX}' is no index of a pool ({error!r}); assemble it again."
-                ) from error
-    return []
+def _panel_caption(panel: dict[str, np.ndarray]) -> str:
+    truth = panel["query_labels"]
+    count = len(truth)
+    text = f"One episode. Of {count} query images in the panel file, {int((panel['predictions'] == truth).sum())} are right"
+    if "adversarial_predictions" not in panel:
+        return text + "."
+    attack = str(panel["condition"]) if "condition" in panel else "attack"
+    return f"{text}, {int((panel['adversarial_predictions'] == truth).sum())} under {attack}. ✓ right, ✗ wrong."
 
 
-def _expert_curves(folder: Path, labels: Sequence[str]) -> list[Picture]:
-    logs = {path.parent.name: read_lines(path) for path in sorted((folder / "experts").glob(f"*/{METRICS}"))}
-    order = sorted(logs, key=lambda name: labels.index(name) if name in labels else -1)
-    logs = {name: logs[name] for name in order}
-    if not any(
-        row.get("loss") is not None or row.get("accuracy") is not None for rows in logs.values() for row in rows
-    ):
+def _labels(config: FewShotConfig, study: Study[FewShotConfig]) -> list[str]:
+    """Return the labels of the pool's experts in order."""
+    if config.pool is not None and config.pool.folder:
+        return [expert.label for expert in read_pool(Path(config.pool.folder))]
+    return [arm for arm in study.arms if arm != CLEAN]
+
+
+def _mixtures(
+    folder: Path, config: FewShotConfig, study: Study[FewShotConfig], results: Sequence[Result]
+) -> list[Picture]:
+    """Draw the mean mixture of every model whose mixture depends on the task, for the first seed."""
+    if config.pool is None:
         return []
-    path = pool_figures.expert_curves(logs, folder / "figures" / "experts.png")
-    steps = max(int(row["step"]) for rows in logs.values() for row in rows if "step" in row)
-    text = (
-        f"Training of each expert by its input budget in 1/255, {steps:,} steps. Thin: as logged. Thick: running mean."
-    )
-    return [Picture(path, "Training of the experts", text)]
-
-
-def _mixtures(folder: Path, results: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> list[Picture]:
+    rows = [row for row in results if row.condition == "clean" and row.seed is None]
+    several = len({row.protocol for row in rows}) > 1
     shares: dict[str, dict[tuple[str, str], list[float]]] = {}
-    several = len({row["protocol"] for row in results}) > 1
-    for row in results:
-        model, data, protocol = row["model"], row["data"], row["protocol"]
-        if model == "average" or model.startswith("expert:") or model.endswith(FINETUNE):
+    for row in rows:
+        if row.arm == "average" or row.arm.startswith(EXPERT) or row.arm.endswith(TUNED):
             continue  # the same for every task, or that of the model before fine-tuning
-        path = folder / "records" / f"{record_stem(data, protocol, model)}.jsonl"
+        path = episodes_file(folder, study.seeds[0], row.data, row.protocol, row.arm)
         weights = [line["mixture"] for line in read_lines(path) if isinstance(line.get("mixture"), list)]
-        if not weights or row["condition"] != "clean":
+        if not weights:
             continue
-        if len({len(one) for one in weights}) > 1 or not all(
-            isinstance(value, int | float) for one in weights for value in one
-        ):
+        numbers = all(isinstance(value, int | float) for mixture in weights for value in mixture)
+        if len({len(mixture) for mixture in weights}) > 1 or not numbers:
             raise UserError(f"report: '{path}' has mixtures of different pools; move the file away and evaluate again.")
         mean = [math.fsum(column) / len(weights) for column in zip(*weights, strict=True)]
-        note = (f"{protocol}, " if several else "") + f"n = {len(weights):,}"
-        shares.setdefault(model, {})[data, note] = mean
+        note = (f"{row.protocol}, " if several else "") + f"n = {len(weights):,}"
+        shares.setdefault(row.arm, {})[row.data, note] = mean
     experts = {len(mean) for panel in shares.values() for mean in panel.values()}
     if not shares or experts == {1}:
         return []
     if len(experts) > 1:
-        raise UserError(f"report: records of '{folder}' have mixtures of {sorted(experts)} experts; evaluate again.")
+        raise UserError(f"report: episodes of '{folder}' have mixtures of {sorted(experts)} experts; evaluate again.")
     count = experts.pop()
-    names = list(labels) if len(labels) == count else [f"expert {number}" for number in range(1, count + 1)]
-    path = pool_figures.mixture_bars(shares, names, folder / "figures" / "mixture.png")
-    what = "" if several else f"{results[0]['protocol']}. "
-    text = f"{what}Mean weight of each expert over the episodes (n), in per cent; labels are input budgets in 1/255."
+    labels = _labels(config, study)
+    names = labels if len(labels) == count else [f"expert {number}" for number in range(1, count + 1)]
+    path = mixture_bars(shares, names, folder / "figures" / "mixture.png")
+    protocol = "" if several else f"{rows[0].protocol}. "
+    text = (
+        f"{protocol}Mean weight of each expert over the episodes (n), in per cent; labels are input budgets in 1/255."
+    )
     return [Picture(path, "Pool mixture per domain", text)]

@@ -5,29 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from vismt.config import UNHASHED
-from vismt.engine.arms import ArmsConfig, arm_config, arm_names, check_arms
+from vismt.config import UNHASHED, ModelSection
 from vismt.engine.splits import PartsConfig, check_parts
-from vismt.engine.study import check_study
+from vismt.engine.study import StudyConfig, check_arms, resolve_arms
 from vismt.errors import UserError, require_known
+from vismt.jobs.multitask import check_tasks
 from vismt.llm.heads import check_head
 from vismt.llm.hybrid import check_gates
 from vismt.llm.tasks import make_task
-from vismt.llm.tasks.base import Task
-from vismt.llm.unit_scores import SCORES
+from vismt.llm.tasks.base import LmTask
+from vismt.llm.tasks.recommendation import Recommendation
+from vismt.methods import needs
 
-FROZEN = "frozen"  # how the model before training is called
-RECOMMENDER = "sasrec"  # and the recommender
+FROZEN = "frozen"  # name of the model before training
+RECOMMENDER = "sasrec"  # name of the recommender
 REFERENCES = (FROZEN, RECOMMENDER)  # models that no arm trains
 KIND = "recommendation"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
-class LmModelConfig:
-    """name: an asset, a folder or a name on the hub, see vismt.backbones.lm.create_lm; dtype: null for the saved one.
+class LmModelConfig(ModelSection):
+    """The LM. name: an asset, a folder or a name on the hub, see vismt.backbones.lm.create_lm.
 
-    first_block: blocks below are frozen and their output on every text is computed once, as far as cache_mb holds it.
+    dtype: of the weights, null for that of the checkpoint. first_block: the blocks below it are frozen, and their output on
+    each text is computed once and cached in memory, up to cache_mb.
     """
 
     name: str = "smollm2-135m-instruct"
@@ -40,10 +42,10 @@ class LmModelConfig:
 
 @dataclass
 class LmTaskConfig(PartsConfig):
-    """One task: its kind (vismt.llm.tasks), prompt, options and sets. Each set in `test` is reported on its own.
+    """A task: its kind (vismt.llm.tasks), prompt, options and sets. Each set in `test` is reported separately.
 
-    One task has sets to train on; the others are only evaluated, on `limit` rows of each set. Shares are the last rows of
-    each training set.
+    Exactly one task has sets to train on; the others are only evaluated, on `limit` rows of each set. Shares are the last rows
+    of each training set.
     """
 
     name: str = ""
@@ -54,7 +56,10 @@ class LmTaskConfig(PartsConfig):
 
 @dataclass
 class LmAlternateConfig:
-    """lr: of the posterior's means and noise, spread_lr: of its covariances; steps: of the posterior for each batch."""
+    """Alternating training. lr: learning rate of the posterior's means and noise, spread_lr: of its covariances.
+
+    steps: steps on the posterior for each batch.
+    """
 
     lr: float = 3e-3
     spread_lr: float = 3e-2
@@ -63,9 +68,10 @@ class LmAlternateConfig:
 
 @dataclass
 class LmHeadConfig:
-    """name: of vismt.llm.heads, options: its own; for kinds with a head on the last token.
+    """The head on the last token, for kinds that have one. name: a key of vismt.llm.heads; options: arguments of that head.
 
-    alternate: null trains head and LM jointly (train.rates sets the head's rate apart); else see tasks/alternating.py.
+    alternate: null trains head and LM jointly (train.rates can give the head another rate); else see
+    vismt.llm.tasks.alternating.
     """
 
     name: str = "linear"
@@ -75,12 +81,13 @@ class LmHeadConfig:
 
 @dataclass
 class LmCalibrationConfig:
-    """Texts that a method sees before the training: for the covariances of corda, and for s2ft with adapt.options.strategy
-    activation, product or gradient, the last of which is the loss of predicting them.
+    """Texts that a method computes options from before the training.
 
-    data: sets; text: template of a row; rows: how many, batch: at a time; length: tokens of a row at most. memory_mb: of
-    covariances under way, null for all at once; less takes several passes over the texts. Finished ones stay in the run
-    folder, under calibration/, where an interrupted calibration goes on.
+    They serve for covariances of inputs, or for the choice of units by activations or gradients; see the method's options.
+
+    data: sets; text: template of a row; rows: number of rows, batch: rows at a time; length: largest number of tokens of a
+    row. memory_mb: memory for covariances in progress, null for all at once; with less, several passes over the texts are
+    made. Finished covariances are kept in calibration/ of the run folder, so that an interrupted calibration resumes.
     """
 
     data: list[str] = field(default_factory=list)
@@ -93,7 +100,7 @@ class LmCalibrationConfig:
 
 @dataclass
 class LmRecommenderConfig:
-    """SASRec, trained on all training rows of a recommendation and frozen. width: of its vectors; batch: rows at a time."""
+    """SASRec, trained on all training rows of a recommendation, then frozen. width: of item and user vectors; batch: rows."""
 
     width: int = 64
     blocks: int = 1
@@ -107,11 +114,12 @@ class LmRecommenderConfig:
 
 @dataclass
 class LmEvaluateConfig:
-    """split: 'test', or 'validation' while choosing; batch: rows at a time; limit: rows of each set, null for all.
+    """Evaluation. split: 'test', or 'validation' while choosing settings; batch: rows at a time; limit: rows of each set.
 
-    frozen: also the model before training. temperature: also with the temperature of least NLL on validation rows; laplace:
-    also with a Laplace approximation around the trained head (Kronecker-factored, which the condition's name then says, where a
-    linear head has more than 4,096 weights); samples: draws of a Bayesian head.
+    limit: null for all rows. frozen: also evaluate the model before training. temperature: also evaluate with the temperature
+    that minimises the NLL on validation rows. laplace: also evaluate with a Laplace approximation around the trained head; it
+    is Kronecker-factored, and the condition is named accordingly, where a linear head has more than 4,096 weights. samples:
+    draws of a Bayesian head.
     """
 
     split: str = "test"
@@ -124,10 +132,10 @@ class LmEvaluateConfig:
 
 
 @dataclass
-class LmConfig(ArmsConfig):
+class LmConfig(StudyConfig):
     """A causal LM, trained on one task and evaluated on several. batch: rows (or packed pieces) of a training batch.
 
-    gates: what the gates of ilora see in a recommendation: "user", or as controls "random" and "shuffled-user".
+    gates: input of the gates of ilora in a recommendation: "user", or as controls "random" and "shuffled-user".
     """
 
     task: str = "lm"
@@ -141,36 +149,44 @@ class LmConfig(ArmsConfig):
     evaluate: LmEvaluateConfig = field(default_factory=LmEvaluateConfig)
 
 
-def task_of(config: LmTaskConfig) -> Task:
-    """The task that a section describes."""
+def task_of(config: LmTaskConfig) -> LmTask:
+    """Return the task that a section describes."""
     return make_task(config.kind, config.prompt, config.options, f"tasks: {config.name}")
 
 
+def recommendation_of(config: LmTaskConfig) -> Recommendation:
+    """Return the recommendation that a section describes; raise UserError for a section of another kind."""
+    task = task_of(config)
+    if not isinstance(task, Recommendation):
+        raise UserError(f"tasks: {config.name}: is of kind '{config.kind}', needed '{KIND}'.")
+    return task
+
+
 def trained_task(config: LmConfig) -> LmTaskConfig:
-    """The section of the task that is trained."""
+    """Return the section of the task that is trained."""
     return next(task for task in config.tasks if task.train)
 
 
 def recommends(config: LmConfig) -> bool:
-    """Whether the trained task is a recommendation."""
+    """Return whether the trained task is a recommendation."""
     return trained_task(config).kind == KIND
 
 
 def check(config: LmConfig) -> None:
-    """Values that no type can exclude, before any work is done; those of every arm, too."""
+    """Raise UserError for values that types do not exclude, also in the arms, before any work is done."""
     _check_values(config)
     check_arms(config, _check_values)
-    for arm in arm_names(config):
-        _check_texts(arm_config(config, arm), f"arms.{arm}: " if config.arms else "")
+    for name, arm in resolve_arms(config).items():
+        _check_texts(arm, f"arms.{name}: " if config.arms else "")
     if config.evaluate.frozen and FROZEN in config.arms:
-        raise UserError(f"arms: '{FROZEN}' is the model before training (evaluate.frozen); call the arm otherwise.")
+        raise UserError(f"arms: '{FROZEN}' is the model before training (evaluate.frozen); rename the arm.")
     if RECOMMENDER in config.arms:
-        raise UserError(f"arms: '{RECOMMENDER}' is the recommender itself; call the arm otherwise.")
-    for arm, values in config.arms.items():
+        raise UserError(f"arms: '{RECOMMENDER}' is the recommender itself; rename the arm.")
+    for arm_name, values in config.arms.items():
         changed = next((key for key in values if key.partition(".")[0] == "recommender"), None)
         if changed is not None:
             raise UserError(
-                f"arms.{arm}: {changed} must be the same for all arms: they share the recommender; leave it out."
+                f"arms.{arm_name}: {changed} must be the same for all arms: they share the recommender; leave it out."
             )
     for task in config.tasks:
         if config.evaluate.split == "validation" and not (task.validation or task.validation_share):
@@ -180,39 +196,54 @@ def check(config: LmConfig) -> None:
 
 
 def _check_values(config: LmConfig) -> None:
-    check_study(config, [task.name for task in config.tasks])
+    batches = {"batch": config.batch, "evaluate.batch": config.evaluate.batch}
+    check_tasks(config, [task.name for task in config.tasks], config.evaluate.split, batches)
     trained = [task.name for task in config.tasks if task.train]
     if len(trained) != 1:
-        raise UserError(f"tasks: {trained} name sets to train on; one task must.")
-    for task in config.tasks:
-        made = task_of(task)
-        check_parts(task, f"tasks: {task.name}")
-        if not task.train and (task.test_share or task.validation_share):
-            raise UserError(f"tasks: {task.name}: a share of no training set; name the sets in test and validation.")
-        if task.limit is not None and task.limit < 1:
-            raise UserError(f"tasks: {task.name}: limit {task.limit}; it must be at least 1.")
-        if made.head and not task.train:
-            raise UserError(
-                f"tasks: {task.name}: '{task.kind}' needs a trained head; name sets to train on, or take 'answers'."
-            )
-    own = trained_task(config)
-    validates = config.tune is not None or config.evaluate.temperature or config.evaluate.laplace
-    if validates and not (own.validation or own.validation_share):
-        raise UserError(
-            f"tasks: {own.name}: nothing to validate on; name a set in validation, or give validation_share."
-        )
-    if config.adapt is None and not task_of(own).head:
-        raise UserError(f"adapt: is null, and '{own.kind}' has no head: nothing would be trained; name a method.")
+        raise UserError(f"tasks: {trained} name sets to train on; exactly one task must.")
+    for section in config.tasks:
+        _check_task(section)
+    _check_trained_task(config)
     _check_recommendation(config)
     check_head(config.head.name, config.head.options)
     if config.head.alternate is not None and config.head.name != "vbll":
         raise UserError(
             f"head.alternate: '{config.head.name}' has no posterior to alternate with; set head.name to vbll."
         )
-    seen = config.calibration
-    if seen is not None:
-        numbers = [value for value in (seen.rows, seen.batch, seen.length, seen.memory_mb) if value is not None]
-        if not seen.data or min(numbers) < 1:
+    _check_numbers(config)
+
+
+def _check_task(section: LmTaskConfig) -> None:
+    task = task_of(section)
+    check_parts(section, f"tasks: {section.name}")
+    if not section.train and (section.test_share or section.validation_share):
+        raise UserError(
+            f"tasks: {section.name}: there is no training set to take a share of; name the sets in test and validation."
+        )
+    if section.limit is not None and section.limit < 1:
+        raise UserError(f"tasks: {section.name}: limit {section.limit}; it must be at least 1.")
+    if task.head and not section.train:
+        raise UserError(
+            f"tasks: {section.name}: '{section.kind}' needs a trained head; name sets to train on, or take 'answers'."
+        )
+
+
+def _check_trained_task(config: LmConfig) -> None:
+    trained = trained_task(config)
+    validates = config.tune is not None or config.evaluate.temperature or config.evaluate.laplace
+    if validates and not (trained.validation or trained.validation_share):
+        raise UserError(
+            f"tasks: {trained.name}: nothing to validate on; name a set in validation, or give validation_share."
+        )
+    if config.adapt is None and not task_of(trained).head:
+        raise UserError(f"adapt: is null, and '{trained.kind}' has no head: nothing would be trained; name a method.")
+
+
+def _check_numbers(config: LmConfig) -> None:
+    calibration = config.calibration
+    if calibration is not None:
+        numbers = (calibration.rows, calibration.batch, calibration.length, calibration.memory_mb)
+        if not calibration.data or min(number for number in numbers if number is not None) < 1:
             raise UserError("calibration: name sets in data; rows, batch, length and memory_mb must be at least 1.")
     if config.model.dtype is not None:
         require_known("model.dtype: no precision", [config.model.dtype], DTYPES)
@@ -227,41 +258,63 @@ def _check_values(config: LmConfig) -> None:
 
 
 def _check_texts(config: LmConfig, where: str) -> None:
-    """A method that starts from texts has some. Only what is trained is asked: an arm may give what the base has not."""
+    """Raise UserError for a method that needs calibration texts and has none.
+
+    Only trained configurations are checked: an arm may give the section where the base configuration does not.
+    """
     if config.adapt is None or config.calibration is not None:
         return
-    method, options = config.adapt.method, config.adapt.options
-    if method == "corda" and options.get("covariances") is None:
-        told = "'corda' needs covariances"
-        raise UserError(
-            f"{where}calibration: {told}; name texts here, or a folder of them in adapt.options.covariances."
-        )
-    if method == "s2ft" and options.get("strategy") in [score for score in SCORES if score != "weight"]:
-        told = f"'s2ft' chooses by texts with strategy '{options['strategy']}'"
-        raise UserError(f"{where}calibration: {told}; name some here, or take 'weight' or 'random'.")
+    reason = needs(config.adapt.method, config.adapt.options).get("calibration")
+    if reason is not None:
+        raise UserError(f"{where}calibration: {reason}.")
 
 
 def _check_recommendation(config: LmConfig) -> None:
-    """The recommender's section, and gates that have a user to come from."""
+    """Raise UserError for sections that need a recommendation where none is trained, and for values out of range."""
     check_gates(config.gates)
-    method = config.adapt.method if config.adapt is not None else None
-    gated = method == "ilora"
-    if not recommends(config):
-        given = "recommender" if config.recommender is not None else "gates" if config.gates != "user" else None
+    if recommends(config):
+        _check_histories(config)
+    else:
+        sections = {"recommender": config.recommender is not None, "gates": config.gates != "user"}
+        given = next((name for name, is_set in sections.items() if is_set), None)
         if given is not None:
             raise UserError(
                 f"{given}: is for a recommendation, and '{trained_task(config).kind}' is trained; leave it out."
             )
-    own = task_of(trained_task(config))
-    for task in config.tasks if recommends(config) else ():
-        made = task_of(task) if task.kind == KIND else own
-        if made.items and not own.items:
-            raise UserError(f"tasks: '{task.name}' shows item vectors that nothing trains; set items to false there.")
-        if made.history > own.history:
+    _check_gated_method(config)
+    if config.recommender is not None:
+        for name in ("steps", "batch"):
+            if getattr(config.recommender, name) < 1:
+                raise UserError(f"recommender.{name}: {getattr(config.recommender, name)}; it must be at least 1.")
+
+
+def _check_histories(config: LmConfig) -> None:
+    """Raise UserError for tasks whose item vectors or histories the trained recommendation does not cover."""
+    trained = recommendation_of(trained_task(config))
+    for section in config.tasks:
+        if section.kind != KIND:
+            continue
+        task = recommendation_of(section)
+        if task.items and not trained.items:
             raise UserError(
-                f"tasks: '{task.name}' has a history of {made.history}, and the recommender reads {own.history}, that of the "
-                "trained task; give it no more."
+                f"tasks: '{section.name}' shows item vectors that nothing trains; set items to false for this task."
             )
+        if task.history > trained.history:
+            raise UserError(
+                f"tasks: '{section.name}' has a history of {task.history}, and the recommender reads {trained.history}, the "
+                "history of the trained task; give it no more."
+            )
+
+
+def _check_gated_method(config: LmConfig) -> None:
+    """Raise UserError where the method has gates and the tasks or the source of the gates do not fit, and vice versa."""
+    method = None
+    gated = False
+    random_gates = False
+    if config.adapt is not None:
+        method = config.adapt.method
+        gated = "users" in needs(method, config.adapt.options)
+        random_gates = config.adapt.options.get("gate", "linear") is None
     other = next((task.name for task in config.tasks if task.kind != KIND), None)
     if gated and other is not None:
         raise UserError(
@@ -269,13 +322,9 @@ def _check_recommendation(config: LmConfig) -> None:
         )
     if config.gates != "user" and not gated:
         raise UserError(
-            f"gates: '{config.gates}', and '{method}' has no gates; set adapt.method to ilora, or gates to user."
+            f"gates: '{config.gates}', and '{method}' has no gates; set adapt.method to one with gates, or gates to user."
         )
-    if gated and (config.adapt.options.get("gate", "linear") is None) != (config.gates == "random"):
+    if gated and random_gates != (config.gates == "random"):
         raise UserError(
             "gates: adapt.options.gate is null where gates are random, and else a gate network; change one of them."
         )
-    if config.recommender is not None:
-        for name in ("steps", "batch"):
-            if getattr(config.recommender, name) < 1:
-                raise UserError(f"recommender.{name}: {getattr(config.recommender, name)}; it must be at least 1.")

@@ -1,9 +1,9 @@
-"""The rows of a language-model configuration: sets opened once, rows turned into tokens, batches by number."""
+"""The rows of a language-model configuration: open each set once, turn rows into tokens, make batches by number."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -17,53 +17,55 @@ from vismt.engine.splits import shares
 from vismt.errors import UserError
 from vismt.jobs.lm.config import KIND, LmCalibrationConfig, LmConfig, LmTaskConfig, task_of, trained_task
 from vismt.llm.net import LmNet
-from vismt.llm.tasks.base import Item, Task, context_tokens, fill, gather
+from vismt.llm.tasks.base import Item, LmTask, context_tokens, fill, gather
+from vismt.llm.tasks.classes import Classes
 from vismt.llm.tasks.pieces import IGNORE, collate, piece
 from vismt.seeds import digest
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class LmData:
-    """tasks: by name. Sets are opened here, rows become tokens when they are asked for, the same for every arm.
+    """The rows of all tasks as tokens, the same for every arm. The constructor opens all sets; rows are encoded on first use.
 
-    Raises UserError for a card that is not here or holds no texts, and for rows that do not fit the task.
+    Raises UserError for a card that does not exist or has no texts, and for rows that do not fit the task.
     """
 
     def __init__(self, config: LmConfig, tokenizer: Any) -> None:
-        self.config, self.tokenizer = config, tokenizer
-        self.tasks: dict[str, Task] = {task.name: task_of(task) for task in config.tasks}
+        self.config = config
+        self.tokenizer = tokenizer
+        self.tasks: dict[str, LmTask] = {task.name: task_of(task) for task in config.tasks}
         self.trained = trained_task(config).name
         self._sections = {task.name: task for task in config.tasks}
         self._opened: dict[str, TextSet] = {}
         self._sets = {task.name: self._open_task(task) for task in config.tasks}
         self._items: dict[tuple[str, str, str], list[Item]] = {}
-        self._held = 0
+        self._cached_bytes = 0
         for name, parts in self._sets.items():
-            numbers = {
-                part: [f"{sum(map(len, own)):,}" for own in found.values()] for part, found in parts.items() if found
-            }
-            counts = "   ".join(f"{part} {' + '.join(own)}" for part, own in numbers.items())
-            console.stage("data", f"{name}   {counts}")
+            counts = []
+            for part, named_sets in parts.items():
+                if named_sets:
+                    sizes = [f"{sum(map(len, sets)):,}" for sets in named_sets.values()]
+                    counts.append(f"{part} {' + '.join(sizes)}")
+            console.stage("data", f"{name}   {'   '.join(counts)}")
 
     def names(self, task: str, part: str) -> list[str]:
-        """What is reported on its own in a part of a task."""
+        """Return the names of the sets that a part of a task is reported by."""
         return list(self._sets[task][part])
 
     def rows(self, task: str, part: str, name: str) -> list[Item]:
-        """The rows of a named set of a part ("train", "validation", "test") as tokens, no more than the limit says."""
+        """Return the rows, up to the limit, of a named set of a part ("train", "validation", "test") as tokens."""
         key = (task, part, name)
         if key not in self._items:
-            limit, made = self._limit(task, part), self.tasks[task]
-            rows = [
-                (f"{texts.name}:{i}", r)
-                for texts in self._sets[task][part][name]
-                for i, r in zip(texts.ids, texts.rows)
-            ]
-            if limit is not None and not made.labelled:
-                rows = [
-                    rows[i] for i in limited(torch.zeros(len(rows)), [row_id for row_id, _ in rows], limit).tolist()
-                ]
-            items = [made.encode(row_id, row, self.tokenizer) for row_id, row in rows]
-            if limit is not None and made.labelled:
+            limit = self._limit(task, part)
+            encoder = self.tasks[task]
+            rows = _named_rows(self._sets[task][part][name])
+            if limit is not None and not encoder.labelled:
+                kept = limited(torch.zeros(len(rows)), [row_id for row_id, _ in rows], limit)
+                rows = [rows[i] for i in kept.tolist()]
+            items = [encoder.encode(row_id, row, self.tokenizer) for row_id, row in rows]
+            if limit is not None and encoder.labelled:
                 kept = limited(torch.tensor([item.label for item in items]), [item.id for item in items], limit)
                 items = [items[i] for i in kept.tolist()]
             if len(items) < 2:
@@ -72,13 +74,17 @@ class LmData:
         return self._items[key]
 
     def _limit(self, task: str, part: str) -> int | None:
-        section, general = self._sections[task], self.config.evaluate.limit
+        """Return the largest number of rows of a part, None for all."""
+        section = self._sections[task]
         if part == "train":
             return section.limit
-        return general if section.train or section.limit is None else min(section.limit, general or section.limit)
+        general = self.config.evaluate.limit
+        if section.train or section.limit is None:
+            return general
+        return min(section.limit, general or section.limit)
 
     def training(self) -> list[Item]:
-        """What is trained on, packed where the task packs."""
+        """Return the items to train on, packed where the task packs."""
         key = (self.trained, "train", "")
         if key not in self._items:
             rows = [
@@ -88,115 +94,142 @@ class LmData:
         return self._items[key]
 
     def forms(self) -> list[Item]:
-        """Every form in which the training may show what `training` gives."""
+        """Return the items of `training` in every form that a training batch may use."""
         return [form for item in self.training() for form in (item, item.hybrid) if form is not None]
 
     @property
     def catalogue(self) -> Catalogue:
-        """The items of a recommendation; UserError where its sets are not of one card."""
-        found = {
+        """The items of a recommendation. Raises UserError where its sets are of several cards."""
+        catalogues = {
             name.partition(":")[0]: texts.catalogue
             for name, texts in self._opened.items()
             if isinstance(texts, InteractionSet)
         }
-        if len(found) != 1:
+        if len(catalogues) != 1:
             raise UserError(
-                f"tasks: a recommendation knows the items of one card, here are {sorted(found)}; name sets of one."
+                f"tasks: a recommendation knows the items of one card, and its sets are of {sorted(catalogues)}; name sets of "
+                "one card."
             )
-        return next(iter(found.values()))
+        return next(iter(catalogues.values()))
+
+    @property
+    def classes(self) -> Classes:
+        """The trained task, where it is of kind 'classes'. Raises UserError for another kind."""
+        task = self.tasks[self.trained]
+        if not isinstance(task, Classes):
+            raise UserError(f"tasks: {self.trained}: has no head on the last token; train a task of kind 'classes'.")
+        return task
 
     def interactions(self) -> list[tuple[list[int], int]]:
-        """(history, next item) of all training rows, whatever the limit."""
-        own = self._sets[self.trained]["train"].values()
-        return [(row["history"], row["next"]) for sets in own for texts in sets for row in texts.rows]
+        """Return (history, next item) of all training rows, regardless of the limit."""
+        named_sets = self._sets[self.trained]["train"].values()
+        return [(row["history"], row["next"]) for sets in named_sets for texts in sets for row in texts.rows]
 
     @property
     def num_train(self) -> int:
-        """Training rows."""
+        """The number of training rows."""
         return sum(len(self.rows(self.trained, "train", name)) for name in self.names(self.trained, "train"))
 
     def fingerprint(self, task: str, part: str, name: str) -> str:
-        """What tells the rows of a set, and how they are asked, from any others."""
-        held = [texts.content() for texts in self._sets[task][part][name]]
+        """Return a digest of the rows of a set and of the task that is set on them."""
+        contents = [texts.content() for texts in self._sets[task][part][name]]
         section = self._sections[task]
-        asked = (section.kind, section.prompt, sorted(section.options.items(), key=str), self._limit(task, "test"))
-        return digest(repr((held, asked, self.tokenizer.name_or_path)).encode())
+        settings = (section.kind, section.prompt, sorted(section.options.items(), key=str), self._limit(task, "test"))
+        return digest(repr((contents, settings, self.tokenizer.name_or_path)).encode())
 
-    def calibration(self, asked: LmCalibrationConfig, labels: bool = False) -> list[dict[str, Tensor]]:
-        """Arguments of the LM's forward pass on the texts that a section names; labels: every token but a text's first."""
-        held = [
-            (f"{texts.name}:{i}", row) for texts in map(self._open, asked.data) for i, row in zip(texts.ids, texts.rows)
-        ]
-        chosen = limited(torch.zeros(len(held)), [name for name, _ in held], asked.rows)
-        texts = [fill(asked.text, held[i][1], "calibration: text") for i in chosen.tolist()]
-        pieces = [piece(context_tokens(self.tokenizer, text), [], asked.length) for text in texts]
-        batches = [collate(pieces[start : start + asked.batch]) for start in range(0, len(pieces), asked.batch)]
-        found = [
+    def calibration(self, settings: LmCalibrationConfig, labels: bool = False) -> list[dict[str, Tensor]]:
+        """Return arguments of the LM's forward pass, one dict for each batch of the texts that a section names.
+
+        labels: add "labels", every token except the first of each text.
+        """
+        rows = _named_rows([self._open(name) for name in settings.data])
+        chosen = limited(torch.zeros(len(rows)), [row_id for row_id, _ in rows], settings.rows)
+        texts = [fill(settings.text, rows[i][1], "calibration: text") for i in chosen.tolist()]
+        pieces = [piece(context_tokens(self.tokenizer, text), [], settings.length) for text in texts]
+        batches = [collate(pieces[start : start + settings.batch]) for start in range(0, len(pieces), settings.batch)]
+        arguments = [
             {"input_ids": b["ids"], "attention_mask": b["mask"].long(), "position_ids": b["positions"]} for b in batches
         ]
         if not labels:
-            return found
-        for batch in found:
+            return arguments
+        for batch in arguments:
             batch["labels"] = batch["input_ids"].masked_fill(batch["position_ids"] == 0, IGNORE)
             if not bool((batch["labels"] != IGNORE).any()):
                 raise UserError(
-                    f"calibration: text '{asked.text}' gives rows of one token, which predict nothing; lengthen it."
+                    f"calibration: text '{settings.text}' gives rows of one token, which predict nothing; lengthen it."
                 )
-        return found
+        return arguments
 
     def training_fingerprint(self) -> str:
-        """What tells the training rows from any others."""
+        """Return a digest of the training rows."""
         limit = self._sections[self.trained].limit
-        held = [self.fingerprint(self.trained, "train", name) for name in self.names(self.trained, "train")]
-        return digest(repr((held, limit)).encode())
+        fingerprints = [self.fingerprint(self.trained, "train", name) for name in self.names(self.trained, "train")]
+        return digest(repr((fingerprints, limit)).encode())
 
-    def cache(self, items: Sequence[Item], net: LmNet, told: str) -> None:
-        """Give items the output of the net's frozen lower blocks, unless they have it or memory does not hold it."""
+    def cache(self, items: Sequence[Item], net: LmNet, label: str) -> None:
+        """Store the output of the net's frozen lower blocks in the items that lack it, if it fits into model.cache_mb.
+
+        label: name of the items in the console.
+        """
         missing = [item for item in items if item.lower is None]
         tokens = sum(len(piece.ids) for item in missing for piece in item.pieces)
-        size = tokens * net.lm.config.hidden_size * net.lm.dtype.itemsize
-        if not net.first or not missing or (self._held + size) > self.config.model.cache_mb * 2**20:
+        lm = lm_of(net)
+        size = tokens * int(lm.config.hidden_size) * lm.dtype.itemsize
+        if not net.first or not missing or (self._cached_bytes + size) > self.config.model.cache_mb * 2**20:
             return
-        self._held += size
+        self._cached_bytes += size
         console.stage(
-            "cache", f"{told}   {tokens:,} tokens through blocks 0 to {net.first - 1}   {size / 2**20:.0f} MB"
+            "cache", f"{label}   {tokens:,} tokens through blocks 0 to {net.first - 1}   {size / 2**20:.0f} MB"
         )
         states = iter(net.lower_states([piece for item in missing for piece in item.pieces]))
         for item in missing:
             item.lower = [next(states) for _ in item.pieces]
 
     def _open_task(self, task: LmTaskConfig) -> dict[str, dict[str, list[TextSet]]]:
-        """{part: {reported name: sets}}."""
-        kept, joined = shares(task), "+".join(task.train)
-        if kept and any(isinstance(self._open(name), InteractionSet) for name in task.train):
+        """Open the sets of a task and return {part: {reported name: sets}}."""
+        split_shares = shares(task)
+        joined = "+".join(task.train)
+        if split_shares and any(isinstance(self._open(name), InteractionSet) for name in task.train):
             raise UserError(f"tasks: {task.name}: a share would cut through users; name splits in validation and test.")
         parts: dict[str, dict[str, list[TextSet]]] = {"train": {}, "validation": {}, "test": {}}
         for name in task.train:
             texts = self._open(name)
-            for part, index in divide(torch.zeros(len(texts), dtype=torch.int64), kept, name).items():
-                parts[part].setdefault(joined, []).append(texts.take(index.tolist()) if kept else texts)
+            for part, index in divide(torch.zeros(len(texts), dtype=torch.int64), split_shares, name).items():
+                parts[part].setdefault(joined, []).append(texts.take(index.tolist()) if split_shares else texts)
         for part in ("validation", "test"):
             for name in getattr(task, part):
                 parts[part][name] = [self._open(name)]
         for name in (*task.train, *task.validation, *task.test):
             if task.kind == KIND and not isinstance(self._open(name), InteractionSet):
-                raise UserError(
-                    f"tasks: {task.name}: '{name}' holds no items; '{KIND}' needs sets of kind interactions."
-                )
+                raise UserError(f"tasks: {task.name}: '{name}' has no items; '{KIND}' needs sets of kind interactions.")
         return parts
 
     def _open(self, name: str) -> TextSet:
+        """Return the set 'card' or 'card:split', opened once."""
         if name not in self._opened:
             card, _, split = name.partition(":")
             self._opened[name] = open_texts(card, split or "all")
         return self._opened[name]
 
 
-class ItemBatches:
-    """batches(k) -> a batch of `gather`: passes over all items, each in an order of its own, in the form of batch k of `of`."""
+def lm_of(net: LmNet) -> PreTrainedModel:
+    """Return the LM of a net with the type that `create_lm` gives it; LmNet takes any module that passes `check_logits`."""
+    return cast("PreTrainedModel", net.lm)
 
-    def __init__(self, items: Sequence[Item], batch: int, task: Task, of: int, *, seed: int) -> None:
-        self.items, self.task, self.of, self.seed = items, task, of, seed
+
+def _named_rows(sets: Sequence[TextSet]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return (name, row) of all rows of some sets in order."""
+    return [(f"{texts.name}:{i}", row) for texts in sets for i, row in zip(texts.ids, texts.rows)]
+
+
+class ItemBatches:
+    """Return batch k of `of` from `gather`, in the form that the task uses there; each pass over the items has a new order."""
+
+    def __init__(self, items: Sequence[Item], batch: int, task: LmTask, of: int, *, seed: int) -> None:
+        self.items = items
+        self.task = task
+        self.of = of
+        self.seed = seed
         self._passes = Passes(len(items), batch, seed=seed, unit="rows")
 
     def __call__(self, number: int) -> dict[str, Tensor]:

@@ -1,247 +1,180 @@
-"""Evaluation of a language-model run: a record for every row of every set, then a row for each model, set and measure.
+"""Evaluation of a language-model run: a record for every row of every set; the scores are computed from the records.
 
-A measure is a number for each row whose mean is the value (vismt.llm.tasks.base), averaged over the training seeds, so that
-models are compared row by row (not in ECE, whose intervals are its own); lm_seeds.jsonl has the values by seed. The model
-before training stands beside the arms. Nets are evaluated as they were trained; merge.json of a training says what merging
-does to the logits of each row's last token, on the first batch of each set.
+A score has a value for each row, and their mean is the score (vismt.llm.tasks.base), so that models are compared row by row
+(ECE has a separate interval instead). The model before training and the recommender are evaluated beside the arms. Nets are
+evaluated unmerged; the merge check compares the logits of each row's last token, on the first batch of each set.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from vismt import console
 from vismt.engine import runtime
-from vismt.engine.arms import Unit, arm_config, arm_names, final_units
 from vismt.engine.log import read_lines, record_stem, write_lines
-from vismt.engine.study_files import MERGE, mergeable
-from vismt.files import atomic_write
+from vismt.engine.study import Study, Training
 from vismt.jobs.lm.config import FROZEN, RECOMMENDER, REFERENCES, LmConfig
-from vismt.jobs.lm.data import LmData
-from vismt.jobs.lm.models import LmModels, fingerprint
+from vismt.jobs.lm.data import LmData, lm_of
+from vismt.jobs.lm.models import LmModels, fingerprint, load_trained
 from vismt.jobs.lm.recommender import Recommender
 from vismt.llm.heads import laplace_head, laplace_structure
 from vismt.llm.net import LmNet
-from vismt.llm.tasks.base import Item, Measure, Record, Task, gather, mean_of, tempered
+from vismt.llm.tasks.base import Item, LmTask, Record, gather, tempered
 from vismt.llm.tasks.recommendation import Recommendation
 from vismt.lowrank.inject import merge
-from vismt.robustness.evaluate import wilson
-from vismt.stats import mean_interval
+from vismt.report.results import Score
+from vismt.stats import CLEAN, Condition
 
-SEEDS = "lm_seeds.jsonl"
-TEMPERED, MEANS = "temperature of validation", "means of the head"  # conditions
-LAPLACE = {
-    "full": "Laplace",
-    "kronecker": "Laplace (Kronecker)",
-    "rows": "Laplace",
-}  # and by what is kept of the Hessian
+TEMPERED = Condition("temperature of validation", "variant", "temperature")
+MEANS = Condition("means of the head", "variant", "means")
+# Names of conditions by the part of the Hessian that is kept.
+LAPLACE = {"full": "Laplace", "kronecker": "Laplace (Kronecker)", "rows": "Laplace"}
 
 
 class Evaluation:
-    """What a run folder's trainings say of the rows in `data`."""
+    """Scores of a run folder's trainings on the rows in `data`."""
 
     def __init__(
         self,
         config: LmConfig,
-        folder: Path,
-        config_hash: str,
+        study: Study[LmConfig],
         data: LmData,
         models: LmModels,
         recommender: Recommender | None,
     ) -> None:
-        self.config, self.folder, self.hash, self.data, self.models = config, folder, config_hash, data, models
+        self.config = config
+        self.study = study
+        self.data = data
+        self.models = models
         self.recommender = recommender
-        self._open: tuple[Unit | None, int, LmNet | None] = (None, 0, None)
-        self._posterior: tuple[Unit | None, int, nn.Module | None] = (None, 0, None)
+        self._open: tuple[Training | None, int, LmNet | None] = (None, 0, None)
+        self._posterior: tuple[Training | None, int, nn.Module | None] = (None, 0, None)
 
-    def validate(self, unit: Unit) -> float:
-        """The trained task's quality on its validation rows."""
-        return self.data.tasks[self.data.trained].quality(self._validation(unit))
+    def scores(self, training: Training, split: str) -> list[Score]:
+        """Return every measure of a training or reference on every set of a split."""
+        scores = []
+        for task_name, name in self._sets(training, split):
+            task = self.data.tasks[task_name]
+            for condition, records in self._conditions(training, task_name, split, name):
+                tokens = sum(record.get("tokens", 0) for record in records)
+                counted = f", {tokens:,} tokens" if tokens else ""
+                protocol = f"{task.about}, {split} rows{counted}"
+                for measure in task.measures(records).values():
+                    scores.append(Score(task_name, name, protocol, measure, condition, "rows"))
+        return scores
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Rows of results.jsonl of the model before training and of every arm."""
-        found: list[dict[str, Any]] = []
-        lines: list[dict[str, Any]] = []
-        references = [FROZEN] * self.config.evaluate.frozen + [RECOMMENDER] * (self.recommender is not None)
-        for model in references + arm_names(self.config):
-            alone = [Unit(model, 0.0, self.config.seed, self.folder / model)]
-            units = alone if model in references else final_units(self.config, self.folder, model)
-            chooses = [
-                task for task, made in self.data.tasks.items() if isinstance(made, Recommendation) and made.reads
-            ]
-            tasks = chooses if model == RECOMMENDER else list(self.data.tasks)
-            sets = [(task, name) for task in tasks for name in self.data.names(task, self.config.evaluate.split)]
-            for unit in units:  # one net after the other, not one set after the other
-                for task, name in sets:
-                    list(self._conditions(unit, task, name))
-                if model not in references:
-                    self._check_merge(unit)
-            for task, name in sets:
-                found += self._rows(model, units, task, name, lines)
-        write_lines(self.folder / SEEDS, lines)
-        return found
+    def quality(self, training: Training) -> float:
+        """Return the trained task's quality on its validation rows."""
+        return self.data.tasks[self.data.trained].quality(self._validation(training))
 
-    def _rows(
-        self, model: str, units: Sequence[Unit], task: str, name: str, lines: list[dict[str, Any]]
-    ) -> list[dict[str, Any]]:
-        """Rows of one model on one set, the records that reproduce them, and the lines of its seeds."""
-        made = self.data.tasks[task]
-        seen: dict[str, dict[str, list[Measure]]] = {}
-        ids: list[str] = []
-        for unit in units:
-            for condition, own in self._conditions(unit, task, name):
-                ids = [record["id"] for record in own]
-                for metric, measure in made.measures(own).items():
-                    seen.setdefault(metric, {}).setdefault(condition, []).append(measure)
-                    lines.append(
-                        {
-                            "arm": model,
-                            "seed": unit.seed,
-                            "lr": unit.lr,
-                            "task": task,
-                            "data": name,
-                            "condition": condition,
-                            "metric": metric,
-                            "value": mean_of(measure),
-                            "n": len(own),
-                            "lower_is_better": measure.lower_is_better,
-                            "tokens": sum(record.get("tokens", 0) for record in own),
-                            **({"wilson": wilson(round(sum(measure.values)), len(own))} if measure.counts else {}),
-                        }
-                    )
-        rows = []
-        for metric, conditions in seen.items():
-            own = {condition: _averaged(measures) for condition, measures in conditions.items()}
-            rows += self._written(model, task, name, metric, ids, own)
-        plain = [row for row in rows if row["condition"] == "clean"]
-        told = "   ".join(f"{row['metric']} {row['value']:.4g} ± {row['ci95']:.2g}" for row in plain)
-        console.stage("eval", f"{model}   {task}   {name}   {told}   (n = {len(ids):,} rows, {len(units)} seed(s))")
-        return rows
+    def _sets(self, training: Training, split: str) -> list[tuple[str, str]]:
+        """Return (task, set) of all that a model can be evaluated on; the recommender can only choose from candidates."""
+        tasks = list(self.data.tasks)
+        if training.arm == RECOMMENDER:
+            tasks = [name for name, task in self.data.tasks.items() if isinstance(task, Recommendation) and task.reads]
+        return [(task, name) for task in tasks for name in self.data.names(task, split)]
 
-    def _written(
-        self, model: str, task: str, name: str, metric: str, ids: Sequence[str], conditions: dict[str, Measure]
-    ) -> list[dict[str, Any]]:
-        split = self.config.evaluate.split
-        protocol = f"{task}: {self.data.tasks[task].about}, {split} rows"
-        stem = record_stem(name, protocol, f"{model}-{metric}")
-        path = self.folder / "records" / f"{stem}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        columns = {condition: measure.values for condition, measure in conditions.items()}
-        write_lines(path, [{"episode": i, **{c: v[row] for c, v in columns.items()}} for row, i in enumerate(ids)])
-        rows = []
-        for condition, measure in conditions.items():
-            value, half = mean_interval(measure.values)
-            if measure.interval is not None:
-                half = max(value - measure.interval[0], measure.interval[1] - value)
-            rows.append(
-                {
-                    "data": name,
-                    "protocol": protocol,
-                    "condition": condition,
-                    "metric": metric,
-                    "model": model,
-                    "value": value,
-                    "ci95": half,
-                    "n": len(ids),
-                    "unit": "rows",
-                    "seed": self.config.seed,
-                    "config_hash": self.hash,
-                    "lower_is_better": measure.lower_is_better,
-                    "records": None if measure.interval is not None else stem,
-                }
-            )
-        return rows
-
-    def _conditions(self, unit: Unit, task: str, name: str) -> Iterator[tuple[str, list[Record]]]:
-        """The records as they are, and what is asked for besides of the trained task where it gives probabilities."""
-        records = self._records(unit, task, self.config.evaluate.split, name)
-        yield "clean", records
+    def _conditions(
+        self, training: Training, task: str, split: str, name: str
+    ) -> Iterator[tuple[Condition, list[Record]]]:
+        """Yield the records of a set and, where the task gives probabilities, the configured variants."""
+        records = self._records(training, task, split, name)
+        yield CLEAN, records
         if task != self.data.trained or "log_p" not in records[0]:
             return
         if "mean_log_p" in records[0]:
             yield MEANS, [{**record, "log_p": record["mean_log_p"]} for record in records]
         if self.config.evaluate.temperature:
-            yield TEMPERED, tempered(records, self._validation(unit))
-        if self.config.evaluate.laplace and self.data.tasks[task].head and unit.arm != FROZEN:
-            structure = self._structure(unit)
-            yield LAPLACE[structure], self._records(unit, task, self.config.evaluate.split, name, structure)
+            yield TEMPERED, tempered(records, self._validation(training))
+        if self.config.evaluate.laplace and self.data.tasks[task].head and training.arm != FROZEN:
+            structure = self._structure(training)
+            condition = Condition(LAPLACE[structure], "variant", "Laplace")
+            yield condition, self._records(training, task, split, name, structure)
 
-    def _structure(self, unit: Unit) -> str:
-        """Of the Laplace approximation around a training's head."""
-        classes = len(self.data.tasks[self.data.trained].tokens(self.models.tokenizer))
-        return laplace_structure(arm_config(self.config, unit.arm).head.name, classes, self.models.width)
+    def _structure(self, training: Training) -> str:
+        """Return the structure of the Laplace approximation around a training's head."""
+        classes = len(self.data.classes.tokens(self.models.tokenizer))
+        return laplace_structure(self.study.arms[training.arm].head.name, classes, self.models.width)
 
-    def _validation(self, unit: Unit) -> list[Record]:
+    def _validation(self, training: Training) -> list[Record]:
         task = self.data.trained
-        return [
-            one for name in self.data.names(task, "validation") for one in self._records(unit, task, "validation", name)
-        ]
+        names = self.data.names(task, "validation")
+        return [record for name in names for record in self._records(training, task, "validation", name)]
 
-    def _records(self, unit: Unit, task: str, part: str, name: str, laplace: str = "") -> list[Record]:
-        """A record for each row; rows that are on record are not evaluated again. laplace: a structure, around the head."""
-        stem = record_stem(part, task, name) + "-laplace" * bool(laplace)
-        path = unit.folder / "records" / f"{stem}.jsonl"
-        seen = [self.data.fingerprint(task, part, name), "" if unit.arm in REFERENCES else fingerprint(unit)]
-        seen[1] = self.recommender.fingerprint() if unit.arm == RECOMMENDER else seen[1]
-        # What replaced VBLL's covariances once dropped its noise as well: such records name no structure.
-        seen += [self.config.evaluate.samples, f"{self.data.training_fingerprint()} {laplace}" if laplace else ""]
+    def _records(self, training: Training, task: str, split: str, name: str, laplace: str = "") -> list[Record]:
+        """Return a record for each row, read from the training's folder where it was evaluated before.
+
+        laplace: structure of the Laplace approximation around the head, "" for the head itself.
+        """
+        stem = record_stem(split, task, name) + ("-laplace" if laplace else "")
+        path = training.folder / "records" / f"{stem}.jsonl"
+        key = self._fingerprint(training, task, split, name, laplace)
         lines = read_lines(path)
-        if lines and lines[0].get("fingerprint") == seen:
+        if lines and lines[0].get("fingerprint") == key:
             return lines[1:]
-        items, made = self.data.rows(task, part, name), self.data.tasks[task]
-        if unit.arm == RECOMMENDER:
-            found = self.recommender.records(items)
+        items = self.data.rows(task, split, name)
+        if training.arm == RECOMMENDER:
+            records = self._recommender().records(items)
         else:
-            net = self._laplace(unit) if laplace else self._net(unit)
-            found = self._scored(net, made, items, f"{name} {unit.arm} seed {unit.seed}")
+            net = self._laplace(training) if laplace else self.net(training)
+            records = self._scored(net, self.data.tasks[task], items, f"{name} {training.arm} seed {training.seed}")
         order = {item.id: place for place, item in enumerate(items)}
-        found.sort(key=lambda record: order[record["id"]])
+        records.sort(key=lambda record: order[record["id"]])
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_lines(path, [{"fingerprint": seen}, *found])
-        return found
+        write_lines(path, [{"fingerprint": key}, *records])
+        return records
+
+    def _fingerprint(self, training: Training, task: str, split: str, name: str, laplace: str) -> list[str | int]:
+        """Return the digests of the rows and weights that records belong to."""
+        weights = "" if training.arm in REFERENCES else fingerprint(training)
+        if training.arm == RECOMMENDER:
+            weights = self._recommender().fingerprint()
+        # An earlier Laplace approximation around VBLL dropped its noise as well; records of it name no structure.
+        around = f"{self.data.training_fingerprint()} {laplace}" if laplace else ""
+        return [self.data.fingerprint(task, split, name), weights, self.config.evaluate.samples, around]
+
+    def _recommender(self) -> Recommender:
+        assert self.recommender is not None, "the trained task is not a recommendation"
+        return self.recommender
 
     @torch.no_grad()
-    def _scored(self, net: LmNet, task: Task, items: Sequence[Item], told: str) -> list[Record]:
-        asked = task.shown(net, items)
+    def _scored(self, net: LmNet, task: LmTask, items: Sequence[Item], label: str) -> list[Record]:
+        shown = task.shown(net, items)
         if task.reads:
-            self.data.cache(asked, net, told)
-        chunks = console.track(self._chunks(asked), "eval", told)
-        return [record for chosen in chunks for record in task.score(net, self._batch(chosen, net), chosen)]
+            self.data.cache(shown, net, label)
+        chunks = console.track(self._chunks(shown), "eval", label)
+        return [record for chunk in chunks for record in task.score(net, self._batch(chunk, net), chunk)]
 
-    def _laplace(self, unit: Unit) -> LmNet:
-        """The net of a training with the Laplace approximation in the place of its head."""
-        net = self._net(unit)
-        if self._posterior[:2] != (unit, self.models.given):
-            rows = [
-                one
-                for name in self.data.names(self.data.trained, "validation")
-                for one in self.data.rows(self.data.trained, "validation", name)
-            ]
-            held, labels = self._features(net, rows)
-            head = laplace_head(net.head, list(self._features(net, self.data.training())[0].split(256)), (held, labels))
-            self._posterior = (unit, self.models.given, head.to(held.device))
+    def _laplace(self, training: Training) -> LmNet:
+        """Return the net of a training with the Laplace approximation in place of its head."""
+        net = self.net(training)
+        if self._posterior[:2] != (training, self.models.given):
+            names = self.data.names(self.data.trained, "validation")
+            rows = [row for name in names for row in self.data.rows(self.data.trained, "validation", name)]
+            validation = self._features(net, rows)
+            features = list(self._features(net, self.data.training())[0].split(256))
+            head = laplace_head(net.head, features, validation)
+            self._posterior = (training, self.models.given, head.to(validation[0].device))
         return LmNet(net.lm, self._posterior[2], net.first, net.samples).eval()
 
     @torch.no_grad()
     def _features(self, net: LmNet, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
-        """Features (n, d) and labels (n,) of all rows."""
+        """Return features (n, d) and labels (n,) of all rows."""
         self.data.cache(items, net, "rows for Laplace")
-        features, labels = [], []
-        for chosen in self._chunks(items):
-            batch = self._batch(chosen, net)
+        features: list[Tensor] = []
+        labels: list[Tensor] = []
+        for chunk in self._chunks(items):
+            batch = self._batch(chunk, net)
             features.append(net.features(batch))
             labels.append(batch["label"])
         return torch.cat(features), torch.cat(labels)
 
     def _chunks(self, items: Sequence[Item]) -> list[list[Item]]:
-        """Rows of like length together, so that little is padding."""
+        """Return batches of rows of similar length, which need little padding."""
         step = self.config.evaluate.batch
         by_length = sorted(items, key=lambda item: (max(len(piece.ids) for piece in item.pieces), item.id))
         return [by_length[start : start + step] for start in range(0, len(by_length), step)]
@@ -250,53 +183,31 @@ class Evaluation:
         device = next(net.lm.parameters()).device
         return {name: value.to(device) for name, value in gather(items).items()}
 
-    def _check_merge(self, unit: Unit) -> None:
-        """Compare the merged LM with the unmerged one; writes merge.json once."""
-        if (unit.folder / MERGE).exists():
-            return
-        net = self._net(unit)
-        if not mergeable(net, unit):
-            return
-        batches = []
+    @torch.no_grad()
+    def outputs(self, net: LmNet) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
+        """Yield the logits of each row's last token from the merged and the unmerged LM, for a batch of each set."""
+        merged = LmNet(merge(copy.deepcopy(net.stock)), first=net.first)
+        split = self.config.evaluate.split
         for task in self.data.tasks:
-            for name in self.data.names(task, self.config.evaluate.split):
-                items = self.data.rows(task, self.config.evaluate.split, name)[: self.config.evaluate.batch]
-                batches.append(self._batch(items, net))
-                batches[-1].pop("lower", None)  # the merged LM runs as others will run it
-        plain = [_last_logits(net, batch) for batch in batches]
-        whole = LmNet(merge(copy.deepcopy(net.stock)), first=net.first)
-        merged = [_last_logits(whole, batch) for batch in batches]
-        atomic_write(
-            unit.folder / MERGE,
-            json.dumps(
-                {
-                    "n": sum(map(len, plain)),
-                    "different_predictions": sum(
-                        int((a.argmax(1) != b.argmax(1)).sum()) for a, b in zip(plain, merged)
-                    ),
-                    "largest_difference": max(float((a - b).abs().max()) for a, b in zip(plain, merged)),
-                    "largest_logit": max(float(a.abs().max()) for a in plain),
-                }
-            ),
-        )
+            for name in self.data.names(task, split):
+                batch = self._batch(self.data.rows(task, split, name)[: self.config.evaluate.batch], net)
+                batch.pop("lower", None)  # the merged LM runs without cached states, as its users run it
+                yield "logits", _last_logits(merged, batch), _last_logits(net, batch), True
 
-    def _net(self, unit: Unit) -> LmNet:
-        """The net of a training, or the one before any, kept while no other was asked for."""
-        if self._open[0] != unit or self._open[1] != self.models.given or self._open[2] is None:
-            net = self.models.untrained(self.data) if unit.arm == FROZEN else self.models.loaded(unit, self.data)
-            self._open = (unit, self.models.given, net.to(runtime.processes().device))
-        return self._open[2]
-
-
-def _averaged(measures: Sequence[Measure]) -> Measure:
-    """The mean over the seeds of each row's number."""
-    columns = zip(*(measure.values for measure in measures))
-    ends = [measure.interval for measure in measures if measure.interval is not None]
-    interval = (sum(low for low, _ in ends) / len(ends), sum(high for _, high in ends) / len(ends)) if ends else None
-    return Measure([sum(values) / len(measures) for values in columns], measures[0].lower_is_better, interval=interval)
+    def net(self, training: Training) -> LmNet:
+        """Return the net of a training, or the net before training; it is kept until another one is made."""
+        open_training, given, net = self._open
+        if open_training != training or given != self.models.given or net is None:
+            if training.arm == FROZEN:
+                net = self.models.untrained(self.data)
+            else:
+                net = load_trained(self.models.fresh(self.study.config_of(training), self.data), training)
+            net = net.to(runtime.processes().device)
+            self._open = (training, self.models.given, net)
+        return net
 
 
 @torch.no_grad()
 def _last_logits(net: LmNet, batch: dict[str, Tensor]) -> Tensor:
-    """(pieces, vocabulary) of each piece's last token."""
-    return net.lm.get_output_embeddings()(net.hidden(batch)[:, -1]).float()
+    """Return the logits (pieces, vocabulary) of each piece's last token."""
+    return lm_of(net).get_output_embeddings()(net.hidden(batch)[:, -1]).float()

@@ -1,4 +1,4 @@
-"""What fine-tuning gave and what it forgot: the trained task against the perplexity of texts that were not trained on."""
+"""The figure of forgetting: the score of the trained task against the perplexity of texts that were not trained on."""
 
 from __future__ import annotations
 
@@ -24,10 +24,9 @@ from vismt.report.plotting import (
 
 @dataclass(frozen=True)
 class Point:
-    """One training: the rate, the seed, the trained task's score and the perplexity of other texts."""
+    """One training: the rate, the trained task's score and the perplexity of other texts."""
 
     lr: float
-    seed: int
     score: float
     perplexity: float
 
@@ -35,14 +34,21 @@ class Point:
 def forgetting_figure(
     families: Mapping[str, Sequence[Point]], frozen: Point | None, score: str, perplexity: str, path: Path
 ) -> Path:
-    """A dot for each training, a line through the means over seeds from rate to rate of each family; writes the PNG `path`.
+    """Draw a dot for each training and, for each family, a line through the means over seeds from rate to rate.
 
     Args:
         families: trainings of arms that differ in the rate alone.
-        frozen: the model before training, if it was evaluated: dashed lines where they fall within what the others span.
-        score, perplexity: names of the axes.
+        frozen: the model before training, if it was evaluated; drawn as dashed lines where they fall within the axes.
+        score: name of the first axis.
+        perplexity: name of the second axis.
+        path: the PNG to write.
+
+    Returns:
+        `path`.
     """
-    names, width, left = list(families), 7.4, 0.75
+    names = list(families)
+    width = 7.4
+    left = 0.75
     offset = 0.12 + 0.22 * legend_rows(names, width - left)
     figure = new_figure(width, offset + 4.1)
     legend(figure, [short(name, 40) for name in names], [color_of(name, names) for name in names], left)
@@ -50,12 +56,15 @@ def forgetting_figure(
     dress(axes, "")
     for name, points in families.items():
         color = color_of(name, names)
-        xs, ys = [one.score for one in points], [one.perplexity for one in points]
+        xs = [point.score for point in points]
+        ys = [point.perplexity for point in points]
         axes.scatter(xs, ys, s=18, color=color, alpha=0.55, linewidth=0, zorder=3)
         means = []
-        for lr in sorted({one.lr for one in points}):
-            own = [one for one in points if one.lr == lr]
-            means.append([math.fsum(getattr(one, axis) for one in own) / len(own) for axis in ("score", "perplexity")])
+        for lr in sorted({point.lr for point in points}):
+            at_rate = [point for point in points if point.lr == lr]
+            score_mean = math.fsum(point.score for point in at_rate) / len(at_rate)
+            perplexity_mean = math.fsum(point.perplexity for point in at_rate) / len(at_rate)
+            means.append((score_mean, perplexity_mean))
             axes.annotate(
                 f"{lr:g}",
                 means[-1],

@@ -1,4 +1,4 @@
-"""Tasks on language models by kind, each in a file of its own: prompt, loss and measures."""
+"""Tasks on language models, registered by kind, each in its own file: prompt, loss and measures."""
 
 from __future__ import annotations
 
@@ -6,37 +6,38 @@ import inspect
 from typing import Any
 
 from vismt.errors import UserError, require_known
+from vismt.registry import Registry
 
-
-def kinds() -> dict[str, type]:
-    """The class of each kind."""
-    from vismt.llm.tasks.answers import Answers
-    from vismt.llm.tasks.causal import Causal
-    from vismt.llm.tasks.classes import Classes
-    from vismt.llm.tasks.generation import Generation
-    from vismt.llm.tasks.recommendation import Recommendation
-
-    return {
-        "answers": Answers,
-        "causal": Causal,
-        "classes": Classes,
-        "generation": Generation,
-        "recommendation": Recommendation,
-    }
+# The type of the values is vismt.llm.tasks.base.LmTask, which importing this package does not load.
+TASKS: Registry[type] = Registry(
+    "tasks: no kind",
+    files=[f"vismt.llm.tasks.{name}" for name in ("answers", "causal", "classes", "generation", "recommendation")],
+)
 
 
 def make_task(kind: str, prompt: str, options: dict[str, Any], where: str = "tasks") -> Any:
-    """The task of a kind; UserError for an unknown kind or option, and for one that is missing."""
-    known = kinds()
-    require_known(f"{where}: no kind", [kind], known)
-    parameters = inspect.signature(known[kind]).parameters
+    """Return the task of a kind.
+
+    Args:
+        kind: a key of TASKS.
+        prompt: template of the prompt.
+        options: further arguments of the task.
+        where: start of error messages.
+
+    Raises:
+        UserError: unknown kind or option, a required option that is missing, or options of the wrong type.
+    """
+    require_known(f"{where}: no kind", [kind], TASKS)
+    parameters = inspect.signature(TASKS[kind]).parameters
     require_known(f"{where}: '{kind}' has no option", options, [name for name in parameters if name != "prompt"])
-    needed = [
-        n for n, p in parameters.items() if p.default is inspect.Parameter.empty and n not in ("prompt", *options)
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is inspect.Parameter.empty and name not in ("prompt", *options)
     ]
-    if needed:
-        raise UserError(f"{where}: '{kind}' needs the option '{needed[0]}'.")
+    if missing:
+        raise UserError(f"{where}: '{kind}' needs the option '{missing[0]}'.")
     try:
-        return known[kind](prompt, **options)
+        return TASKS[kind](prompt, **options)
     except (TypeError, AttributeError) as error:
-        raise UserError(f"{where}: options {options} of '{kind}' are of the wrong type ({error}).") from error
+        raise UserError(f"{where}: options {options} of '{kind}' have the wrong type ({error}).") from error

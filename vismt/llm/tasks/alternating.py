@@ -1,7 +1,7 @@
-"""The objective of PoLAR-VBLL's alternating steps: the posterior moves on fixed features, then the LM under the posterior.
+"""The objective of PoLAR-VBLL's alternating steps: update the posterior on fixed features, then the LM under the posterior.
 
-See vismt.llm.alternating. The posterior has an Adam of its own, whose moments are buffers, so that they are saved with the
-training and resumed bit for bit; the training loop's optimiser finds no gradient on it and leaves it alone.
+See vismt.llm.alternating_loss. The posterior has a separate Adam optimiser, whose moments are buffers, so that they are saved
+with the training and resumed bit for bit; the optimiser of the training loop finds no gradient on the posterior and skips it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vismt.errors import UserError
-from vismt.llm.alternating import alternating_loss
+from vismt.llm.alternating_loss import alternating_loss
 from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks.base import LmObjective
 from vismt.llm.tasks.classes import Classes
@@ -20,9 +20,17 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class AlternatingObjective(LmObjective):
-    """lr, spread_lr: of the posterior's means and noise, and of its covariances; steps: of the posterior for each batch.
+    """The objective.
 
-    Raises UserError for a head that is no variational one.
+    Args:
+        net: the LM with a variational head.
+        task: the classification task.
+        lr: learning rate of the posterior's means and noise.
+        spread_lr: learning rate of the posterior's covariances.
+        steps: updates of the posterior for each batch.
+
+    Raises:
+        UserError: the head is not variational.
     """
 
     def __init__(self, net: LmNet, task: Classes, lr: float, spread_lr: float, steps: int) -> None:
@@ -31,8 +39,9 @@ class AlternatingObjective(LmObjective):
             raise UserError(
                 "head.alternate: needs a variational posterior; set head.name to vbll, or alternate to null."
             )
-        self.rates, self.steps = (lr, spread_lr), steps
-        self._own: torch.optim.Adam | None = None
+        self.rates = (lr, spread_lr)
+        self.steps = steps
+        self._adam: torch.optim.Adam | None = None
         for number, parameter in enumerate(net.head.parameters()):
             for name in MOMENTS:
                 start = torch.zeros(()) if name == "step" else torch.zeros_like(parameter)
@@ -44,9 +53,12 @@ class AlternatingObjective(LmObjective):
         return {"loss": loss, "kl": self.net.head.kl().detach()}
 
     def _optimizer(self) -> torch.optim.Adam:
-        """Made at the first batch: by then the module is on its device and the moments of a resumed run are in the buffers."""
-        if self._own is None:
-            self._own = torch.optim.Adam(self.net.head.parameter_groups(*self.rates))
+        """Return the optimiser of the posterior, created at the first batch.
+
+        Then the module is on its device and the buffers hold the moments of a resumed run.
+        """
+        if self._adam is None:
+            self._adam = torch.optim.Adam(self.net.head.parameter_groups(*self.rates))
             for number, parameter in enumerate(self.net.head.parameters()):
-                self._own.state[parameter] = {name: getattr(self, f"{name}{number}") for name in MOMENTS}
-        return self._own
+                self._adam.state[parameter] = {name: getattr(self, f"{name}{number}") for name in MOMENTS}
+        return self._adam

@@ -1,10 +1,10 @@
-"""Multiple choice by log-likelihood: each answer after the prompt, scored by its nats a token, list-wise over the choices.
+"""Multiple choice by log-likelihood: each answer after the prompt is scored by its nats per token, list-wise over the choices.
 
     s_c = sum over the answer's tokens of log p(token | tokens before) / length_c       p = softmax_c(s_c)
     loss = -log p_right
 
-The length is the number of tokens ("token"), of characters ("character", what lm-eval-harness calls acc_norm; the scores are
-then per character), or 1 ("none"). Rows may have different numbers of answers. The prompt runs once, as the stem of a tree.
+The length is the number of tokens ("token"), of characters ("character", the acc_norm of lm-eval-harness; the scores are then
+per character), or 1 ("none"). Rows may have different numbers of answers. The prompt runs once, as the stem of a tree.
 """
 
 from __future__ import annotations
@@ -18,25 +18,37 @@ from torch import Tensor
 
 from vismt.errors import UserError, near
 from vismt.llm.net import Batch, LmNet
+from vismt.llm.tasks import TASKS
 from vismt.llm.tasks.base import (
     Item,
-    Measure,
+    LmTask,
     Record,
-    Task,
     answer_tokens,
     context_tokens,
     fill,
     has_fields,
-    mean_of,
     probability_measures,
 )
 from vismt.llm.tasks.pieces import tree
+from vismt.stats import Measure
 
 LENGTHS = ("token", "character", "none")
 
 
-class Answers(Task):
-    """answers: {label: template}; those whose fields a row lacks are no choices of it. label: template of the right one."""
+@TASKS.register("answers")
+class Answers(LmTask):
+    """Multiple choice.
+
+    Args:
+        prompt: template of the prompt.
+        answers: {label: template}; an answer with a field that a row lacks is not a choice of that row.
+        label: template of the label of the right answer.
+        normalise: "token", "character" or "none".
+        length: largest number of tokens of prompt and answer.
+
+    Raises:
+        UserError: no prompt, fewer than two answers, or an unknown value of `normalise`.
+    """
 
     def __init__(
         self, prompt: str, answers: dict[str, str], label: str = "{answer}", normalise: str = "token", length: int = 512
@@ -46,28 +58,30 @@ class Answers(Task):
             raise UserError(f"tasks: normalise '{normalise}'.{near(str(normalise), LENGTHS)}")
         if not prompt or len(answers) < 2:
             raise UserError(f"tasks: 'answers' needs a prompt and two answers at least, has {len(answers)}.")
-        self.answers, self.label, self.normalise = {str(key): text for key, text in answers.items()}, label, normalise
+        self.answers = {str(key): text for key, text in answers.items()}
+        self.label = label
+        self.normalise = normalise
 
     @property
     def about(self) -> str:
-        """What is asked."""
-        by = "" if self.normalise == "none" else f" a {self.normalise}"
-        return f"the answer of the largest log-likelihood{by}"
+        unit = "" if self.normalise == "none" else f" a {self.normalise}"
+        return f"the answer of the largest log-likelihood{unit}"
 
     def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
         context = context_tokens(tokenizer, fill(self.prompt, row, "tasks: prompt"))
-        held = {key: text for key, text in self.answers.items() if has_fields(text, row, "tasks: answers")}
+        templates = {key: text for key, text in self.answers.items() if has_fields(text, row, "tasks: answers")}
         label = fill(self.label, row, "tasks: label")
-        if label not in held or len(held) < 2:
+        if label not in templates or len(templates) < 2:
             raise UserError(
-                f"tasks: row '{name}' has label '{label}' and answers {list(held)}; needed two, and the right one."
+                f"tasks: row '{name}' has label '{label}' and answers {list(templates)}; needed two, the right one "
+                "among them."
             )
-        texts = [fill(text, row, "tasks: answers") for text in held.values()]
+        texts = [fill(text, row, "tasks: answers") for text in templates.values()]
         answers = [answer_tokens(tokenizer, text) for text in texts]
         if not all(answers):
             raise UserError(f"tasks: row '{name}' has an answer without a token.")
         sizes = [max(1, len(text.strip())) for text in texts]
-        return Item(name, [tree(context, answers, self.length)], list(held).index(label), sizes=sizes)
+        return Item(name, [tree(context, answers, self.length)], list(templates).index(label), sizes=sizes)
 
     def loss(self, net: LmNet, batch: Batch) -> dict[str, Tensor]:
         scores = self._scores(net, batch)
@@ -75,21 +89,22 @@ class Answers(Task):
         return {"loss": F.cross_entropy(scores, batch["label"]), "accuracy": right.float().mean()}
 
     def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
-        found = self._scores(net, batch).double().log_softmax(1).cpu().tolist()
+        log_p = self._scores(net, batch).double().log_softmax(1).cpu().tolist()
         return [
-            {"id": item.id, "label": item.label, "log_p": own[: len(item.sizes)]} for item, own in zip(items, found)
+            {"id": item.id, "label": item.label, "log_p": values[: len(item.sizes)]}
+            for item, values in zip(items, log_p)
         ]
 
     def _scores(self, net: LmNet, batch: Batch) -> Tensor:
-        """(b, most choices), -inf where a row has fewer."""
+        """Return the scores (b, most choices), -inf where a row has fewer choices."""
         nats, tokens = net.branch_nll(batch)
         length = {"token": tokens.clamp_min(1), "character": batch["size"], "none": 1}[self.normalise]
         return (-nats / length).masked_fill(tokens == 0, -math.inf)
 
     def measures(self, records: Sequence[Record]) -> dict[str, Measure]:
-        found = probability_measures(records)
-        return {name: measure for name, measure in found.items() if name != "AUROC"}  # a place in a list is no class
+        # Without AUROC: the position of an answer in the list is not a class.
+        return {name: measure for name, measure in probability_measures(records).items() if name != "AUROC"}
 
     def quality(self, records: Sequence[Record]) -> float:
-        """Geometric mean of the right answer's probability."""
-        return math.exp(-mean_of(probability_measures(records)["NLL in nats"]))
+        """Return the geometric mean of the probability of the right answer."""
+        return math.exp(-probability_measures(records)["NLL in nats"].score)

@@ -1,4 +1,4 @@
-"""What a task on a language model gives: rows of text as tokens, a loss, a record for each row, measures over the records.
+"""The interface of a task on a language model: rows of text as tokens, a loss, a record per row, measures over the records.
 
 A measure is a number for each row whose mean is the reported value, so that its interval, and the paired difference of two
 models, come from the rows. For a quotient of sums (nats a token) and for the calibration error they are first-order effects:
@@ -27,14 +27,16 @@ from vismt.llm.sasrec import padded
 from vismt.llm.tasks.pieces import Piece, collate
 from vismt.llm.temperature import fit_temperature
 from vismt.seeds import mix_seed
+from vismt.stats import LOWER, NUMBER, Measure
 
 Record = dict[str, Any]
-BINS, ABSENT = 15, -1e6
+BINS = 15
+ABSENT = -1e6  # log-probability of an absent choice for the fit of a temperature, negligible at any T
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A history of items, the candidates for the next one, and the candidates' titles."""
+    """A history of items, the candidates for the next item, and the titles of the candidates."""
 
     history: list[int]
     candidates: list[int]
@@ -43,10 +45,11 @@ class Listed:
 
 @dataclass
 class Item:
-    """One row as tokens. label: its class, or which of its answers is right; gold: answers that count as right.
+    """One row as tokens.
 
-    sizes: characters of each answer. lower: what block `first` receives of each piece, where that is cached. listed: of a
-    recommendation; hybrid: the same row with the places of item vectors in its prompt.
+    label: its class, or the number of its right answer. gold: answers that count as right. sizes: characters of each answer.
+    lower: the input of block `first` for each piece, where it is cached. listed: history and candidates of a recommendation.
+    hybrid: the same row with positions for item vectors in its prompt.
     """
 
     id: str
@@ -60,13 +63,14 @@ class Item:
 
 
 def gather(items: Sequence[Item]) -> dict[str, Tensor]:
-    """`collate` of all pieces of some items, with "row" (pieces,), "label" (items,) and "size" (items, most answers), int64.
+    """Collate all pieces of some items into a batch.
 
-    Of recommendations also "history" int64 (items, longest), -1 after the last, and "key" int64 (items,), a number of the name.
+    Returns the tensors of `collate` with "row" (pieces,), "label" (items,) and "size" (items, most answers), int64. For
+    recommendations also "history" int64 (items, longest), -1 after the last, and "key" int64 (items,), a hash of the name.
     """
     cached = all(item.lower is not None for item in items)
     lower = [states for item in items for states in item.lower or []] if cached else None
-    batch = collate([one for item in items for one in item.pieces], lower)
+    batch = collate([piece for item in items for piece in item.pieces], lower)
     batch["row"] = torch.tensor([number for number, item in enumerate(items) for _ in item.pieces])
     batch["label"] = torch.tensor([item.label for item in items])
     if all(item.sizes for item in items):
@@ -77,148 +81,136 @@ def gather(items: Sequence[Item]) -> dict[str, Tensor]:
     return batch
 
 
-@dataclass(frozen=True)
-class Measure:
-    """values by row, their mean is the value.
+class LmTask(ABC):
+    """A task. prompt: a template with fields of the row in braces. length: largest number of tokens in a piece."""
 
-    counts: each value is 0 or 1, so that one model's interval is Wilson's. interval: (low, high) of 95 % where that of a mean
-    is wrong, and with it paired differences of rows.
-    """
-
-    values: list[float]
-    lower_is_better: bool = False
-    counts: bool = False
-    interval: tuple[float, float] | None = None
-
-
-class Task(ABC):
-    """prompt: a template with the row's fields in braces. length: the largest number of tokens of a piece."""
-
-    head = False  # whether it needs a head on the last token
-    reads = True  # whether rows are scored by reading them, for which the output of frozen blocks can be kept
-    labelled = True  # whether a limit spreads the rows over the labels
+    head = False  # whether the task needs a head on the last token
+    reads = True  # whether rows are scored without generation, so that the output of frozen blocks can be cached
+    labelled = True  # whether a limit on the rows is spread over the labels
 
     def __init__(self, prompt: str, length: int = 512) -> None:
         if length < 2:
             raise UserError(f"tasks: length {length}; it must be at least 2 tokens.")
-        self.prompt, self.length = prompt, length
+        self.prompt = prompt
+        self.length = length
 
     @property
     @abstractmethod
     def about(self) -> str:
-        """What is asked, for the report."""
+        """Short description of the task for the report."""
 
     @abstractmethod
     def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
-        """A row of text as tokens. Raises UserError for fields that the row lacks and labels that are not known."""
+        """Return a row of text as tokens. Raises UserError for missing fields and unknown labels."""
 
     def training(self, items: Sequence[Item]) -> list[Item]:
-        """What is trained on, of all rows."""
+        """Return the items to train on, made from the items of all training rows."""
         return list(items)
 
     def form(self, items: Sequence[Item], number: int, of: int, seed: int) -> list[Item]:
-        """The rows of training batch `number` of `of` in the form in which they are shown then."""
+        """Return the items of training batch `number` of `of` in the form that the batch uses."""
         return list(items)
 
     def shown(self, net: LmNet, items: Sequence[Item]) -> list[Item]:
-        """The rows in the form in which this net is asked."""
+        """Return the items in the form in which this net is evaluated."""
         return list(items)
 
     @abstractmethod
     def loss(self, net: LmNet, batch: Batch) -> dict[str, Tensor]:
-        """{"loss", ...} scalars of a batch of `gather`."""
+        """Return scalars {"loss", ...} for a batch from `gather`."""
 
     @abstractmethod
     def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
-        """A record, fit for JSON, of each item of a batch."""
+        """Return a record for each item of a batch, a dict that JSON can store."""
 
     @abstractmethod
     def measures(self, records: Sequence[Record]) -> dict[str, Measure]:
-        """Measures by name."""
+        """Return the measures by name."""
 
     @abstractmethod
     def quality(self, records: Sequence[Record]) -> float:
-        """One number in [0, 1] by which rates are chosen, the higher the better: e^-NLL where there is an NLL."""
+        """Return a number in [0, 1], higher is better, for the choice of the learning rate: e^-NLL where there is an NLL."""
 
 
 def fill(template: str, row: Mapping[str, Any], what: str) -> str:
-    """The template with the row's fields; UserError for one that it lacks."""
+    """Return the template filled with the fields of a row; raise UserError for a missing field."""
     try:
         return template.format_map(row)
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-        names = [name for _, name, _, _ in _parts(template, what) if name]
-        lacking = next((name for name in names if name.split("[")[0].split(".")[0] not in row), None)
-        told = f"no field '{lacking}'.{near(str(lacking), row)}" if lacking else f"it cannot be filled ({error!r})."
-        raise UserError(f"{what} '{template}': {told}") from error
+        missing = [field for field in _fields(template, what) if field and field not in row]
+        reason = f"no field '{missing[0]}'.{near(missing[0], row)}" if missing else f"it cannot be filled ({error!r})."
+        raise UserError(f"{what} '{template}': {reason}") from error
 
 
 def has_fields(template: str, row: Mapping[str, Any], what: str) -> bool:
-    """Whether the row has all fields of the template."""
-    return all(name is None or name.split("[")[0].split(".")[0] in row for _, name, _, _ in _parts(template, what))
+    """Return whether the row has all fields of the template."""
+    return all(field in row for field in _fields(template, what))
 
 
-def _parts(template: str, what: str) -> list[tuple[str, str | None, str | None, str | None]]:
+def _fields(template: str, what: str) -> list[str]:
+    """Return the names of the fields of a template, without their indices and attributes."""
     try:
-        return list(string.Formatter().parse(template))
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
-        raise UserError(f"{what} '{template}': is no template ({error}); double a brace that is meant.") from error
+        raise UserError(f"{what} '{template}': is not a template ({error}); double a literal brace.") from error
+    return [name.split("[")[0].split(".")[0] for name in names]
 
 
 def context_tokens(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a prompt as the tokenizer begins one, without an end-of-text token after it."""
+    """Return the tokens of a prompt with the special tokens before it, without an end-of-text token after it."""
     ids = list(tokenizer(text)["input_ids"])
-    return (
-        ids[:-1]
-        if ids and ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id != tokenizer.bos_token_id
-        else ids
-    )
+    ends = bool(ids) and ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id != tokenizer.bos_token_id
+    return ids[:-1] if ends else ids
 
 
 def answer_tokens(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of what follows a prompt."""
+    """Return the tokens of a text that follows a prompt, without special tokens."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def probability_measures(records: Sequence[Record]) -> dict[str, Measure]:
     """Of records with "label" and "log_p", log-probabilities of the choices, of which rows may have different numbers.
 
-    Every row weighs the same, whatever batch it was in; see vismt.llm.metrics.
+    Every row weighs the same, whatever batch it was in; see vismt.llm.probability_metrics.
     """
-    from vismt.llm.metrics import binned_gaps, ece_interval, scores  # which loads torchmetrics
+    from vismt.llm.probability_metrics import binned_gaps, ece_interval, scores  # loads torchmetrics
 
     logs, labels = choices(records)
-    found = scores(logs.exp(), labels)
+    result = scores(logs.exp(), labels)
     gaps = binned_gaps(logs.exp(), labels, BINS)
     effect = (gaps * gaps.sum(0).sign()).sum(1)
     _, low, high = ece_interval(logs.exp(), labels, resamples=500)
-    return {
-        "accuracy": Measure(found.correct.tolist()),
-        "ECE-15": Measure(effect.tolist(), True, interval=(low, high)),
-        "NLL in nats": Measure(found.nlls.tolist(), True),
-        "Brier": Measure(found.briers.tolist(), True),
-        **({} if math.isnan(found.auroc) else {"AUROC": Measure(found.orders.tolist())}),
-    }
+    measures = [
+        Measure("accuracy", by_row(records, result.correct.tolist())),
+        Measure("ECE-15", by_row(records, effect.tolist()), better=LOWER, bounds=(low, high), paired=False),
+        Measure("NLL in nats", by_row(records, result.nlls.tolist()), NUMBER, LOWER),
+        Measure("Brier", by_row(records, result.briers.tolist()), NUMBER, LOWER),
+    ]
+    if not math.isnan(result.auroc):
+        measures.append(Measure("AUROC", by_row(records, result.orders.tolist()), NUMBER))
+    return {measure.metric: measure for measure in measures}
+
+
+def by_row(records: Sequence[Record], values: Sequence[float]) -> dict[str, float]:
+    """Return the value of each record by its id."""
+    return {str(record["id"]): value for record, value in zip(records, values, strict=True)}
 
 
 def choices(records: Sequence[Record]) -> tuple[Tensor, Tensor]:
-    """Log-probabilities fp64 (n, k) of records, -inf where a row has fewer choices, and labels int64 (n,)."""
+    """Return log-probabilities fp64 (n, k) of records, -inf where a row has fewer choices, and labels int64 (n,)."""
     width = max(len(record["log_p"]) for record in records)
     logs = [[*record["log_p"], *[-math.inf] * (width - len(record["log_p"]))] for record in records]
     return torch.tensor(logs, dtype=torch.float64), torch.tensor([record["label"] for record in records])
 
 
 def tempered(records: Sequence[Record], validation: Sequence[Record]) -> list[Record]:
-    """The records at the temperature of least NLL on validation records: log-probabilities of softmax(log_p / T)."""
-    temperature = fit_temperature(*_finite(*choices(validation)))
+    """Return the records with log-probabilities of softmax(log_p / T), T fitted on validation records."""
+    logs, labels = choices(validation)
+    temperature = fit_temperature(logs.clamp_min(ABSENT), labels)
     return [
         {**record, "log_p": (torch.tensor(record["log_p"], dtype=torch.float64) / temperature).log_softmax(0).tolist()}
         for record in records
     ]
-
-
-def _finite(logs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """For the fit: what is no choice is as improbable at any temperature."""
-    return logs.clamp_min(ABSENT), labels
 
 
 def ratio_measures(records: Sequence[Record]) -> dict[str, Measure]:
@@ -227,26 +219,23 @@ def ratio_measures(records: Sequence[Record]) -> dict[str, Measure]:
     mean = math.fsum(record["nats"] for record in records) / tokens
     shift = [(record["nats"] - mean * record["tokens"]) * len(records) / tokens for record in records]
     perplexity = math.exp(mean)
+    nats, scaled = [mean + value for value in shift], [perplexity * (1 + value) for value in shift]
     return {
-        "NLL in nats a token": Measure([mean + value for value in shift], True),
-        "perplexity": Measure([perplexity * (1 + value) for value in shift], True),
+        name: Measure(name, by_row(records, values), NUMBER, LOWER)
+        for name, values in (("NLL in nats a token", nats), ("perplexity", scaled))
     }
 
 
-def mean_of(measure: Measure) -> float:
-    """The value of a measure."""
-    return math.fsum(measure.values) / len(measure.values)
-
-
 class LmObjective(nn.Module):
-    """objective(batch) -> the task's losses; `step()` follows each optimiser step."""
+    """The training objective of a task: objective(batch) returns its losses, `step()` is called after each optimiser step."""
 
-    def __init__(self, net: LmNet, task: Task) -> None:
+    def __init__(self, net: LmNet, task: LmTask) -> None:
         super().__init__()
-        self.net, self.task = net, task
+        self.net = net
+        self.task = task
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         return self.task.loss(self.net, batch)
 
     def step(self) -> None:
-        """Nothing follows a step."""
+        """Do nothing after an optimiser step."""

@@ -3,8 +3,8 @@
     features = last hidden state at the last token (after the final norm)      logits = features W^T + b, W (k, d)
 
 W starts as the rows of the LM's output embedding for the answer tokens, so that step 0 is the zero-shot LM restricted to the
-answers. Protocol of the baselines in Wang et al., BLoB, arXiv 2406.11675, but for its quirks (inverted verbaliser of BoolQ,
-swapped letters). An answer must be one token; where it is more, its first tokens would be scored as if they were all of it.
+answers. Protocol of the baselines in Wang et al., BLoB, arXiv 2406.11675, without its quirks (inverted verbaliser of BoolQ,
+swapped letters). An answer must be one token; of a longer answer only the first token would be scored.
 """
 
 from __future__ import annotations
@@ -18,23 +18,34 @@ from torch import Tensor
 from vismt.errors import UserError, near
 from vismt.llm.heads import log_predictive
 from vismt.llm.net import Batch, LmNet
+from vismt.llm.tasks import TASKS
 from vismt.llm.tasks.base import (
     Item,
-    Measure,
+    LmTask,
     Record,
-    Task,
     answer_tokens,
     context_tokens,
     fill,
-    mean_of,
     probability_measures,
 )
 from vismt.llm.tasks.pieces import IGNORE, Piece
 from vismt.llm.variational import GaussianHead
+from vismt.stats import Measure
 
 
-class Classes(Task):
-    """answers: {label of the rows: answer}, in the order of the classes, each one token; label: template of a row's label."""
+@TASKS.register("classes")
+class Classes(LmTask):
+    """Classification by answer tokens.
+
+    Args:
+        prompt: template of the prompt.
+        answers: {label of the rows: answer} in the order of the classes; each answer is one token.
+        label: template of the label of a row.
+        length: largest number of tokens of the prompt, which loses its beginning where it is longer.
+
+    Raises:
+        UserError: no prompt or fewer than two answers.
+    """
 
     head = True
 
@@ -42,27 +53,27 @@ class Classes(Task):
         super().__init__(prompt, length)
         if not prompt or len(answers) < 2:
             raise UserError(f"tasks: 'classes' needs a prompt and two answers at least, has {len(answers)}.")
-        self.answers, self.label = {str(key): text for key, text in answers.items()}, label
+        self.answers = {str(key): text for key, text in answers.items()}
+        self.label = label
 
     @property
     def about(self) -> str:
-        """What is asked."""
         return f"one of {len(self.answers)} answers"
 
     def tokens(self, tokenizer: Any) -> list[int]:
-        """The token of each answer; UserError for answers of several tokens and for two that begin alike."""
-        found = []
+        """Return the token of each answer; raise UserError for an answer of several tokens and for equal tokens."""
+        tokens: list[int] = []
         for text in self.answers.values():
             ids = answer_tokens(tokenizer, text)
             if len(ids) != 1:
-                told = tokenizer.convert_ids_to_tokens(ids)
                 raise UserError(
-                    f"tasks: answer '{text}' is {told}, needed one token; begin it with a space or choose another."
+                    f"tasks: answer '{text}' is {tokenizer.convert_ids_to_tokens(ids)}, needed one token; begin it with a "
+                    "space or choose another."
                 )
-            found += ids
-        if len(set(found)) < len(found):
-            raise UserError(f"tasks: answers {list(self.answers.values())} share a token; they cannot be told apart.")
-        return found
+            tokens += ids
+        if len(set(tokens)) < len(tokens):
+            raise UserError(f"tasks: answers {list(self.answers.values())} share a token; choose different answers.")
+        return tokens
 
     def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
         ids = context_tokens(tokenizer, fill(self.prompt, row, "tasks: prompt"))[-self.length :]
@@ -76,16 +87,16 @@ class Classes(Task):
 
     def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
         features = net.features(batch)
-        found = log_predictive(net.head, features, net.samples).tolist()
-        records = [{"id": item.id, "label": item.label, "log_p": own} for item, own in zip(items, found)]
+        log_p = log_predictive(net.head, features, net.samples).tolist()
+        records = [{"id": item.id, "label": item.label, "log_p": values} for item, values in zip(items, log_p)]
         if isinstance(net.head, GaussianHead):
             means = net.head(features).double().log_softmax(1).cpu().tolist()
-            records = [{**record, "mean_log_p": own} for record, own in zip(records, means)]
+            records = [{**record, "mean_log_p": values} for record, values in zip(records, means)]
         return records
 
     def measures(self, records: Sequence[Record]) -> dict[str, Measure]:
         return probability_measures(records)
 
     def quality(self, records: Sequence[Record]) -> float:
-        """Geometric mean of the right answer's probability."""
-        return math.exp(-mean_of(probability_measures(records)["NLL in nats"]))
+        """Return the geometric mean of the probability of the right answer."""
+        return math.exp(-probability_measures(records)["NLL in nats"].score)

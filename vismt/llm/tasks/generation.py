@@ -1,8 +1,8 @@
-"""Answers written out: greedy generation after the prompt, read by a pattern, right where it is one of the gold answers.
+"""Generated answers: greedy generation after the prompt, read by a pattern and compared with the gold answers.
 
-Training is that of causal.py on the answer. What is compared is the first group of the last match of `pattern` in what was
-generated up to `stop` (the whole of it without a pattern), normalised as numbers (thousands commas and trailing zeros off)
-or as text (case, articles and punctuation off, as in SQuAD's evaluation).
+Training is that of causal.py on the answer. The first group of the last match of `pattern` in the generated text up to `stop`
+(all of this text without a pattern) is compared with the gold answers after normalisation of numbers (without thousands commas
+and trailing zeros) or text (without case, articles and punctuation, as in SQuAD's evaluation).
 """
 
 from __future__ import annotations
@@ -18,13 +18,31 @@ import torch
 
 from vismt.errors import UserError
 from vismt.llm.net import Batch, LmNet
-from vismt.llm.tasks.base import Item, Measure, Record, mean_of
+from vismt.llm.tasks import TASKS
+from vismt.llm.tasks.base import Item, Record, by_row
 from vismt.llm.tasks.causal import Causal
 from vismt.llm.tasks.pieces import collate, piece
+from vismt.stats import Measure
 
 
+@TASKS.register("generation")
 class Generation(Causal):
-    """gold: field with the right answer or the list of them; pattern: regular expression with one group; new_tokens: at most."""
+    """Generated answers.
+
+    Args:
+        prompt: template of the prompt.
+        answer: template of the answer that is trained on.
+        gold: field with the right answer or the list of right answers.
+        pattern: regular expression with one group, the answer; None for the whole text.
+        stop: text that ends the answer; None for no such text.
+        new_tokens: largest number of generated tokens.
+        length: largest number of tokens of a piece.
+        end: as in `Causal`.
+        pack: as in `Causal`.
+
+    Raises:
+        UserError: no prompt, no new tokens, or a pattern without exactly one group.
+    """
 
     reads = False
 
@@ -46,42 +64,43 @@ class Generation(Causal):
         try:
             groups = 1 if pattern is None else re.compile(pattern).groups
         except re.error as error:
-            raise UserError(f"tasks: pattern '{pattern}' is no regular expression: {error}.") from error
+            raise UserError(f"tasks: pattern '{pattern}' is not a regular expression: {error}.") from error
         if groups != 1:
             raise UserError(f"tasks: pattern '{pattern}' has {groups} groups, needed one: the answer.")
-        self.gold, self.pattern, self.stop, self.new_tokens = gold, pattern, stop, new_tokens
-        self._decode: Any = None
+        self.gold = gold
+        self.pattern = pattern
+        self.stop = stop
+        self.new_tokens = new_tokens
+        self._tokenizer: Any = None
 
     @property
     def about(self) -> str:
-        """What is asked."""
         return f"exact match, greedy, at most {self.new_tokens} tokens"
 
     def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
         if self.gold not in row:
             raise UserError(f"tasks: gold: row '{name}' has no field '{self.gold}'.")
-        self._decode = tokenizer
-        held = row[self.gold] if isinstance(row[self.gold], list) else [row[self.gold]]
-        return replace(super().encode(name, row, tokenizer), gold=[str(one) for one in held])
+        self._tokenizer = tokenizer
+        gold = row[self.gold] if isinstance(row[self.gold], list) else [row[self.gold]]
+        return replace(super().encode(name, row, tokenizer), gold=[str(answer) for answer in gold])
 
     @torch.no_grad()
     def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
-        texts = self.generate(net, items)
-        found = [normalised(self.read(text)) for text in texts]
-        return [
-            {"id": item.id, "right": one in {normalised(gold) for gold in item.gold}, "text": text}
-            for item, one, text in zip(items, found, texts)
-        ]
+        records = []
+        for item, text in zip(items, self.generate(net, items)):
+            right = normalised(self.read(text)) in {normalised(gold) for gold in item.gold}
+            records.append({"id": item.id, "right": right, "text": text})
+        return records
 
     def generate(self, net: LmNet, items: Sequence[Item]) -> list[str]:
-        """What the LM writes after each prompt."""
+        """Return the text that the LM generates after each prompt."""
         prompts = [
-            [t for t, label in zip(one.ids, one.labels) if label < 0] for one in (item.pieces[0] for item in items)
+            [token for token, label in zip(item.pieces[0].ids, item.pieces[0].labels) if label < 0] for item in items
         ]
         batch = collate([piece(prompt, [], self.length) for prompt in prompts])
         device = next(net.lm.parameters()).device
-        end = self._decode.eos_token_id
-        made = net.lm.generate(
+        end = self._tokenizer.eos_token_id
+        generated = net.lm.generate(
             batch["ids"].to(device),
             attention_mask=batch["mask"].long().to(device),
             do_sample=False,
@@ -89,30 +108,31 @@ class Generation(Causal):
             pad_token_id=end if end is not None else 0,
             eos_token_id=end,
         )
-        return self._decode.batch_decode(made[:, batch["ids"].shape[1] :], skip_special_tokens=True)
+        return self._tokenizer.batch_decode(generated[:, batch["ids"].shape[1] :], skip_special_tokens=True)
 
     def read(self, text: str) -> str:
-        """The answer in what was generated; empty where the pattern finds none."""
+        """Return the answer in a generated text; empty where the pattern does not match."""
         text = text.split(self.stop)[0] if self.stop else text
         if self.pattern is None:
             return text
-        found = re.findall(self.pattern, text)
-        return found[-1] if found else ""
+        answers = re.findall(self.pattern, text)
+        return answers[-1] if answers else ""
 
     def measures(self, records: Sequence[Record]) -> dict[str, Measure]:
-        return {"exact-match accuracy": Measure([float(record["right"]) for record in records])}
+        name = "exact-match accuracy"
+        return {name: Measure(name, by_row(records, [float(record["right"]) for record in records]))}
 
     def quality(self, records: Sequence[Record]) -> float:
-        """The share of right answers."""
-        return mean_of(self.measures(records)["exact-match accuracy"])
+        """Return the share of right answers."""
+        return self.measures(records)["exact-match accuracy"].score
 
 
 def normalised(text: str) -> str:
-    """A number without commas, currency sign and trailing zeros; other text as SQuAD compares it."""
+    """Return a number without commas, currency sign and trailing zeros; other text as SQuAD normalises it."""
     plain = text.strip().strip("$").replace(",", "").rstrip(".")
     try:
         number = Decimal(plain)
-    except InvalidOperation:  # it is no number, but text
+    except InvalidOperation:  # text, not a number
         number = Decimal("NaN")
     if number.is_finite():
         return f"{number.normalize():f}"

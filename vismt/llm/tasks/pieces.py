@@ -1,8 +1,9 @@
-"""Tokens of one row of text with what of them is counted, several packed into one, and batches of them.
+"""Pieces of tokenised text with labels for the counted tokens, packing of several pieces into one, and batches of pieces.
 
-A label stands at its token; where it is IGNORE the token is context only. Packed documents see themselves alone: attention
-is block-diagonal, positions begin anew, and a document's first token has no label, since the token before it belongs to
-another. A tree is a prompt with several answers after it, each of which sees the prompt and itself: the prompt runs once.
+A label stands at its token; where it is IGNORE the token is context only. Packed documents attend to themselves only:
+attention is block-diagonal, positions restart, and the first token of a document has no label, since the token before it
+belongs to another document. A tree is a prompt followed by several answers, each of which attends to the prompt and to itself,
+so that the prompt runs once.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Piece:
-    """ids and labels of n tokens; documents: the number of each token's document where several are packed, else None.
+    """A sequence of n tokens.
 
-    shared: the first tokens, document 0, that all documents of a tree see. items: at each token the number of the item whose
-    vector takes its place, -1 for none.
+    ids, labels: of the tokens. documents: the document number of each token where several are packed, else None. shared: number
+    of tokens at the start, document 0, that all documents of a tree attend to. items: for each token the number of the item
+    whose vector replaces it, -1 for none.
     """
 
     ids: tuple[int, ...]
@@ -34,115 +36,160 @@ class Piece:
 
     @property
     def counted(self) -> int:
-        """Tokens with a label, which the first one never has: nothing predicts it."""
+        """Number of tokens with a label, without the first one, which no token predicts."""
         return sum(label != IGNORE for label in self.labels[1:])
 
 
 def piece(context: Sequence[int], answer: Sequence[int], length: int) -> Piece:
-    """Context and answer, of which the answer is counted; what is too long loses its beginning, the answer its end."""
+    """Return a piece of context and answer; the answer is counted.
+
+    Where the two exceed `length`, the context loses its beginning; an answer that is too long loses its end.
+    """
     answer = list(answer)[: length - 1] if context else list(answer)[:length]
     context = list(context)[max(0, len(context) + len(answer) - length) :]
     return Piece((*context, *answer), (*[IGNORE] * len(context), *answer))
 
 
 def windows(context: Sequence[int], text: Sequence[int], length: int) -> list[Piece]:
-    """A long text in pieces of `length` tokens that overlap by one, so that every token is counted once.
+    """Split a text into pieces of `length` tokens that overlap by one token, so that every token is counted once.
 
-    The first token of all is counted only where there is context (a begin-of-text token) before it.
+    The first token of the text is counted only where there is context (a begin-of-text token) before it.
     """
     tokens = [*context, *text]
     labels = [*[IGNORE] * len(context), *text]
-    found = []
+    pieces = []
     for start in range(0, max(1, len(tokens) - 1), length - 1):
         part = slice(start, start + length)
-        kept = [IGNORE, *labels[part][1:]] if start else labels[part]
-        found.append(Piece(tuple(tokens[part]), tuple(kept)))
-    return found
+        part_labels = [IGNORE, *labels[part][1:]] if start else labels[part]
+        pieces.append(Piece(tuple(tokens[part]), tuple(part_labels)))
+    return pieces
 
 
 def pack(pieces: Sequence[Piece], length: int) -> list[Piece]:
-    """The pieces in their order, as many to one piece as `length` tokens hold; none of them is cut."""
-    found: list[Piece] = []
-    held: list[Piece] = []
-    for one in [*pieces, None]:
-        if one is None or sum(len(other.ids) for other in held) + len(one.ids) > length:
-            if held:
-                found.append(_joined(held))
-            held = []
-        if one is not None:
-            held.append(one)
-    return found
+    """Pack pieces, in order and uncut, into as few pieces of at most `length` tokens as this order allows."""
+    groups: list[list[Piece]] = []
+    room = 0
+    for part in pieces:
+        if not groups or len(part.ids) > room:
+            groups.append([])
+            room = length
+        groups[-1].append(part)
+        room -= len(part.ids)
+    return [_joined(group) for group in groups]
 
 
 def tree(
     context: Sequence[int], answers: Sequence[Sequence[int]], length: int, items: Sequence[int] | None = None
 ) -> Piece:
-    """A prompt with each of the answers after it; a prompt that is too long for the longest one loses its beginning."""
+    """Return the tree of a prompt and its answers.
+
+    The prompt loses its beginning where it does not fit before the longest answer. items: item numbers of the prompt's tokens.
+    """
     room = length - max(len(answer) for answer in answers)
-    kept = list(context)[-room:] if room > 0 else []
-    if not kept or not all(answers):
+    prompt = list(context)[-room:] if room > 0 else []
+    if not prompt or not all(answers):
         raise UserError(
             f"tasks: length {length}: no room for a prompt before an answer of {length - room} tokens; raise it."
         )
     tokens = [token for answer in answers for token in answer]
-    documents = [0] * len(kept) + [number for number, answer in enumerate(answers, 1) for _ in answer]
-    places = None if items is None else (*list(items)[-room:], *[-1] * len(tokens))
-    return Piece((*kept, *tokens), (*[IGNORE] * len(kept), *tokens), tuple(documents), len(kept), places)
+    documents = [0] * len(prompt) + [number for number, answer in enumerate(answers, 1) for _ in answer]
+    return Piece(
+        ids=(*prompt, *tokens),
+        labels=(*[IGNORE] * len(prompt), *tokens),
+        documents=tuple(documents),
+        shared=len(prompt),
+        items=None if items is None else (*list(items)[-room:], *[-1] * len(tokens)),
+    )
 
 
 def stem(piece: Piece, answer: int) -> Piece:
-    """The prompt of a tree with one of its answers, as a piece without branches."""
-    chosen = [place for place, number in enumerate(piece.documents) if number in (0, answer + 1)]
-    ids, labels = (tuple(values[place] for place in chosen) for values in (piece.ids, piece.labels))
-    return Piece(ids, labels, items=None if piece.items is None else tuple(piece.items[place] for place in chosen))
+    """Return the prompt of a tree with one of its answers as a piece without branches."""
+    chosen = [position for position, number in enumerate(piece.documents) if number in (0, answer + 1)]
+    return select_tokens(piece, chosen)
+
+
+def select_tokens(piece: Piece, positions: Sequence[int]) -> Piece:
+    """Return the tokens at some positions of a piece, with their labels and items, as a piece of one document."""
+    return Piece(
+        ids=tuple(piece.ids[position] for position in positions),
+        labels=tuple(piece.labels[position] for position in positions),
+        items=None if piece.items is None else tuple(piece.items[position] for position in positions),
+    )
 
 
 def _joined(pieces: Sequence[Piece]) -> Piece:
-    ids = tuple(token for one in pieces for token in one.ids)
-    labels = tuple(label for one in pieces for label in (IGNORE, *one.labels[1:]))
-    return Piece(ids, labels, tuple(number for number, one in enumerate(pieces) for _ in one.ids))
+    """Return several pieces as documents of one piece."""
+    return Piece(
+        ids=tuple(token for piece in pieces for token in piece.ids),
+        labels=tuple(label for piece in pieces for label in (IGNORE, *piece.labels[1:])),
+        documents=tuple(number for number, piece in enumerate(pieces) for _ in piece.ids),
+    )
 
 
 def collate(pieces: Sequence[Piece], lower: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
-    """ids, labels, positions int64 (b, n), padded on the left; mask bool (b, n), or (b, n, n) where a piece is packed.
+    """Return a batch of pieces, padded on the left.
 
-    lower: (n, d) of each piece, which become "lower" (b, n, d). Where a piece has items, "items" int64 (b, n), -1 for none.
-    Where a piece is a tree, "branch" int64 (b, n), 0 before the first answer, and "previous", the column that predicts each.
+    Args:
+        pieces: of any lengths; n is the largest.
+        lower: cached states (n, d) of each piece.
+
+    Returns:
+        "ids", "labels", "positions" int64 (b, n); "mask" bool (b, n), or (b, n, n) where a piece is packed; "lower" (b, n, d)
+        with cached states; "items" int64 (b, n), -1 for none, where a piece has items; where a piece is a tree, "branch" int64
+        (b, n), 0 before the first answer, and "previous", the column that predicts each token.
     """
-    width = max(len(one.ids) for one in pieces)
+    width = max(len(piece.ids) for piece in pieces)
     shape = (len(pieces), width)
     ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE)
     mask, documents = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.int64)
-    for row, one in enumerate(pieces):
-        start = width - len(one.ids)
-        ids[row, start:], labels[row, start:] = torch.tensor(one.ids), torch.tensor(one.labels)
-        labels[row, start] = IGNORE  # with padding before it, something would predict it
+    for row, piece in enumerate(pieces):
+        start = width - len(piece.ids)
+        ids[row, start:], labels[row, start:] = torch.tensor(piece.ids), torch.tensor(piece.labels)
+        labels[row, start] = IGNORE  # no token predicts it, although padding precedes it
         mask[row, start:] = True
-        if one.documents is not None:
-            documents[row, start:] = torch.tensor(one.documents)
-    before = torch.zeros(shape, dtype=torch.int64)
-    # Tokens before the document's first: its first place in the row. cummax carries it to the document's other tokens.
-    begins = mask & torch.cat(
-        [torch.ones(len(pieces), 1, dtype=torch.bool), (documents[:, 1:] != documents[:, :-1]) | ~mask[:, :-1]], 1
-    )
-    shared = torch.tensor([one.shared for one in pieces])[:, None]
-    before[begins] = (torch.arange(width) - shared * (documents > 0))[
-        begins
-    ]  # an answer's positions go on from the prompt's
-    positions = (torch.arange(width) - before.cummax(1).values) * mask
+        if piece.documents is not None:
+            documents[row, start:] = torch.tensor(piece.documents)
+    begins = _document_starts(documents, mask)
+    shared = torch.tensor([piece.shared for piece in pieces])[:, None]
+    positions = _positions(documents, begins, shared) * mask
     batch = {"ids": ids, "labels": labels, "positions": positions, "mask": mask}
-    if any(one.documents is not None for one in pieces):
-        same = (documents[:, :, None] == documents[:, None, :]) & mask[:, None, :]
-        same |= ((documents == 0) & mask & (shared > 0))[:, None, :]
-        batch["mask"] = same & torch.ones(width, width, dtype=torch.bool).tril()
-    if any(one.shared for one in pieces):
-        start = width - torch.tensor([len(one.ids) for one in pieces])[:, None]
+    if any(piece.documents is not None for piece in pieces):
+        batch["mask"] = _document_mask(documents, mask, shared)
+    if any(piece.shared for piece in pieces):
+        first_column = width - torch.tensor([len(piece.ids) for piece in pieces])[:, None]
         batch["branch"] = documents
-        batch["previous"] = torch.where(begins & (documents > 0), start + shared, torch.arange(width)) - 1
-    if any(one.items is not None for one in pieces):
-        batch["items"] = torch.stack(
-            [torch.tensor([*[-1] * (width - len(one.ids)), *(one.items or [-1] * len(one.ids))]) for one in pieces]
-        )
+        batch["previous"] = torch.where(begins & (documents > 0), first_column + shared, torch.arange(width)) - 1
+    if any(piece.items is not None for piece in pieces):
+        batch["items"] = torch.full(shape, -1)
+        for row, piece in enumerate(pieces):
+            if piece.items is not None:
+                batch["items"][row, width - len(piece.ids) :] = torch.tensor(piece.items)
     if lower is not None:
-        batch["lower"] = torch.stack([torch.cat([one.new_zeros(width - len(one), one.shape[1]), one]) for one in lower])
+        batch["lower"] = torch.stack(
+            [torch.cat([states.new_zeros(width - len(states), states.shape[1]), states]) for states in lower]
+        )
     return batch
+
+
+def _document_starts(documents: Tensor, mask: Tensor) -> Tensor:
+    """Return a bool mask (b, n) of the first token of every document."""
+    first_column = torch.ones(len(mask), 1, dtype=torch.bool)
+    changes = (documents[:, 1:] != documents[:, :-1]) | ~mask[:, :-1]
+    return mask & torch.cat([first_column, changes], 1)
+
+
+def _positions(documents: Tensor, begins: Tensor, shared: Tensor) -> Tensor:
+    """Return the position (b, n) of each token in its document; the positions of an answer continue those of the prompt."""
+    columns = torch.arange(documents.shape[1])
+    offsets = torch.zeros_like(documents)
+    offsets[begins] = (columns - shared * (documents > 0))[begins]
+    # The offset of a document is the column of its first token; cummax carries it to the other tokens.
+    return columns - offsets.cummax(1).values
+
+
+def _document_mask(documents: Tensor, mask: Tensor, shared: Tensor) -> Tensor:
+    """Return the causal attention mask (b, n, n) bool: a token attends to its document and to the prompt of its tree."""
+    allowed = (documents[:, :, None] == documents[:, None, :]) & mask[:, None, :]
+    allowed |= ((documents == 0) & mask & (shared > 0))[:, None, :]
+    width = documents.shape[1]
+    return allowed & torch.ones(width, width, dtype=torch.bool).tril()

@@ -1,9 +1,10 @@
 """Metrics of dense multi-task prediction, pooled over a whole data set.
 
-Each has `update(pred, target, ...)` for one batch on any device, `compute()` -> dict of plain numbers, and `reset()`. They are
-torchmetrics' Metrics whose states are sums: under torch.distributed `compute` adds those of all processes. A metric counts on
-the device it lies on (`metric.to(device)`; NCCL needs a GPU, an MPS device has no fp64, so leave it on the CPU there). Shares
-are fractions in [0, 1]; a number comes with how many pixels or images it rests on. Importing this loads torchmetrics.
+Each metric has `update(pred, target, ...)` for one batch on any device, `compute()` -> dict of plain numbers, and `reset()`. They
+are torchmetrics Metrics with sums as states: under torch.distributed `compute` adds the states of all processes. The states are
+on the metric's device (`metric.to(device)`; NCCL needs a GPU, and MPS devices have no fp64, so keep the metric on the CPU
+there). Shares are fractions in [0, 1]; `compute` also returns the number of pixels or images. Importing this package imports
+torchmetrics.
 """
 
 from vismt.multitask.metrics.accuracy import Accuracy

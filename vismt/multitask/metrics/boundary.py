@@ -1,19 +1,19 @@
 """F-measure of boundaries at the best threshold of the data set (odsF).
 
-For each threshold the probability map is made binary and thinned, its pixels are matched one to one with true boundary pixels
+For each threshold the probability map is binarised and thinned, its pixels are matched one to one with true boundary pixels
 at most max_dist x image diagonal away, and counts are added over all images:
 
     P = matched / predicted,   R = matched / true,   F = 2 P R / (P + R),   ods_f = max over thresholds of F
 
 The protocol of Martin et al. (IEEE PAMI 26(5), 2004) as in SEISM (Pont-Tuset and Marques, CVPR 2013), which multi-task papers
-use: positive where probability > threshold, 99 thresholds k / 100, thinning until nothing changes, targets as they are.
-max_dist is 0.0075 for PASCAL and 0.011 for NYUD. An F of pixels that must coincide is not odsF.
+use: positive where probability > threshold, 99 thresholds k / 100, thinning until convergence, unmodified targets. max_dist is
+0.0075 for PASCAL and 0.011 for NYUD. An F of pixels that must coincide is not odsF.
 
-What differs from SEISM's Matlab. Its correspondPixels finds a matching of least total distance, with a price on unmatched
-pixels above any distance and some randomness in sparse graphs; the counts see only how many pixels are matched, and this
-number is the largest here. One annotation per image. Probabilities are not rounded to 8 bits on the way. Piotr Dollar's
-edgesEvalDir interpolates F between thresholds; here and in SEISM it is the maximum over them. No non-maximum suppression
-along the gradient comes before, as SEISM does none.
+Differences from SEISM's Matlab code. Its correspondPixels computes a matching of least total distance, with a cost of unmatched
+pixels above any distance and some randomness in sparse graphs; the counts depend only on the number of matched pixels, which
+is the largest possible here. One annotation per image. Probabilities are not rounded to 8 bits. Piotr Dollar's edgesEvalDir
+interpolates F between thresholds; here and in SEISM it is the maximum over them. There is no non-maximum suppression along the
+gradient, as in SEISM.
 """
 
 from __future__ import annotations
@@ -28,7 +28,14 @@ from torchmetrics import Metric
 
 from vismt.data.thinning import thin
 from vismt.errors import UserError
-from vismt.multitask.metrics.inputs import binary, one_of, probability, same_size, seen, threshold_count
+from vismt.multitask.metrics.inputs import (
+    binary,
+    check_choice,
+    check_same_size,
+    check_thresholds,
+    probability,
+    require_any,
+)
 from vismt.multitask.metrics.matching import PixelMatching
 from vismt.multitask.metrics.saliency import SCORES, curves
 
@@ -39,8 +46,13 @@ FIRST_BITS = np.array([(1 << bits) - 1 for bits in range(BITS + 1)], dtype=np.ui
 class BoundaryF(Metric):
     """odsF, and oisF with the best threshold of each image.
 
-    max_dist: fraction of the image diagonal. thinning: False when predictions are thin already. scores: what predictions are,
-    "logits" or "probabilities". ignore_index: None when there is none. options: torchmetrics.Metric's.
+    Args:
+        max_dist: largest distance of matched pixels, a fraction of the image diagonal.
+        thresholds: number of thresholds n, k / (n + 1) for k = 1..n.
+        thinning: False for predictions that are thin already.
+        scores: kind of the predictions, "logits" or "probabilities".
+        ignore_index: label of ignored pixels, None for no such label.
+        options: options of torchmetrics.Metric.
     """
 
     full_state_update, higher_is_better, is_differentiable = False, True, False
@@ -63,32 +75,39 @@ class BoundaryF(Metric):
         super().__init__(**options)
         if not 0 <= max_dist < 1:
             raise UserError(
-                f"BoundaryF: max_dist = {max_dist}: a fraction of the diagonal, 0.0075 for PASCAL, 0.011 for NYUD."
+                f"BoundaryF: max_dist = {max_dist}; it must be a fraction of the diagonal, 0.0075 for PASCAL, 0.011 for NYUD."
             )
-        self.thresholds = threshold_count("BoundaryF", thresholds)
+        self.thresholds = check_thresholds("BoundaryF", thresholds)
         self.max_dist, self.thinning, self.ignore_index = max_dist, thinning, ignore_index
-        self.scores = one_of("BoundaryF", "scores", scores, SCORES)
-        for name, shape in (
-            ("matched", thresholds),
-            ("predicted", thresholds),
-            ("true", ()),
-            ("best", 2),
-            ("images", ()),
-        ):
+        self.scores = check_choice("BoundaryF", "scores", scores, SCORES)
+        shapes: dict[str, tuple[int, ...]] = {
+            "matched": (thresholds,),
+            "predicted": (thresholds,),
+            "true": (),
+            "best": (2,),
+            "images": (),
+        }
+        for name, shape in shapes.items():
             self.add_state(name, torch.zeros(shape, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, pred: Tensor, target: Tensor) -> None:
-        """One batch; the work is done on the CPU. pred: float (b, 1, h, w) or (b, h, w), or (b, 2, h, w) with boundaries last.
+        """Add a batch; computed on the CPU.
 
-        target: 1 on boundaries, else 0 or ignore_index; bool, int or float (b, h, w) or (b, 1, h, w). At ignored pixels there
-        is neither prediction nor truth. An image without a true boundary counts through its false ones.
-        Raises UserError for sizes that differ, other targets, NaN, predictions that are not floats or not `scores`.
+        An image without a true boundary counts by its false positives.
+
+        Args:
+            pred: float (b, 1, h, w) or (b, h, w), or (b, 2, h, w) with boundaries last.
+            target: 1 on boundaries, otherwise 0 or ignore_index; bool, int or float (b, h, w) or (b, 1, h, w). Ignored pixels
+                hold neither predictions nor true boundaries.
+
+        Raises:
+            UserError: for different sizes, other targets, NaN, and predictions that are not floats or not `scores`.
         """
-        found = probability("BoundaryF", pred, self.scores).cpu()
+        probabilities = probability("BoundaryF", pred, self.scores).cpu()
         positive, valid = binary("BoundaryF", target.cpu(), self.ignore_index)
-        same_size("BoundaryF", found, positive)
+        check_same_size("BoundaryF", probabilities, positive)
         grid = torch.arange(1, self.thresholds + 1, dtype=torch.float64) / (self.thresholds + 1)
-        exceeded = torch.bucketize(found, grid) * valid
+        exceeded = torch.bucketize(probabilities, grid) * valid
         for levels, truth in zip(exceeded.numpy(), positive.numpy()):
             matched, predicted = (torch.from_numpy(counts) for counts in self._counts(levels, truth))
             true = int(truth.sum())
@@ -100,36 +119,42 @@ class BoundaryF(Metric):
             self.images += 1
 
     def compute(self) -> dict[str, float]:
-        """ods_f with precision and recall in [0, 1] at `threshold`, the lowest of equally good ones; ois_f; images, pixels.
+        """Return the scores.
 
-        pixels: of true boundaries. Raises UserError when none was seen: recall would be 0 / 0.
+        Returns:
+            "ods_f" in [0, 1], with "precision" and "recall" at the best "threshold", the lowest of equally good ones; "ois_f";
+            the numbers of "images" and of "pixels" of true boundaries.
+
+        Raises:
+            UserError: without a true boundary pixel, because recall would be 0 / 0.
         """
         fix = f"give it data, check targets and ignore_index={self.ignore_index}"
-        true = seen("BoundaryF", self.true, "boundary pixel", fix)
+        true = require_any("BoundaryF", self.true, "boundary pixel", fix)
         matched, predicted, total = self.matched.cpu(), self.predicted.cpu(), self.true.cpu()
         precision, recall, f = curves(matched, predicted, total)
         best = int(f.argmax())
-        own = curves(*self.best.cpu(), total)[2]
+        best_matched, best_predicted = self.best.cpu()
+        ois_f = curves(best_matched, best_predicted, total)[2]
         return {
             "ods_f": float(f[best]),
             "threshold": (best + 1) / (self.thresholds + 1),
             "precision": float(precision[best]),
             "recall": float(recall[best]),
-            "ois_f": float(own),
+            "ois_f": float(ois_f),
             "images": int(self.images),
             "pixels": true,
         }
 
     def _counts(self, levels: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Matched and predicted pixels, int64 (n,), by threshold. levels: (h, w), how many thresholds a pixel exceeds."""
-        # Only thresholds that some pixel lies between give different maps: map j holds the pixels of level steps[j] or more.
+        """Return matched and predicted pixels, int64 (n,), by threshold. levels: (h, w), thresholds below each pixel."""
+        # Maps differ only at levels that occur: map j holds the pixels of level steps[j] or more.
         steps = np.unique(levels[levels > 0])
-        held = np.searchsorted(steps, levels, side="right")
-        words = [FIRST_BITS[(held - start).clip(0, BITS)] for start in range(0, len(steps), BITS)]
+        count = np.searchsorted(steps, levels, side="right")  # number of maps that hold a pixel
+        words = [FIRST_BITS[(count - start).clip(0, BITS)] for start in range(0, len(steps), BITS)]
         words = [thin(word) if self.thinning else word for word in words]
         candidates = np.bitwise_or.reduce(words) != 0 if words else np.zeros_like(truth)
         pairs = PixelMatching(truth, candidates, self.max_dist * math.hypot(*truth.shape))
-        # The last entry is the empty map of the thresholds that no pixel exceeds.
+        # The last entry stands for the empty map, of thresholds above all pixels.
         matched, predicted = np.zeros((2, len(steps) + 1), dtype=np.int64)
         for number in range(len(steps)):
             binary_map = (words[number // BITS] >> np.uint64(number % BITS)) & np.uint64(1) != 0

@@ -9,29 +9,40 @@ from vismt.errors import UserError
 
 
 def delta_m(scores: Mapping[str, float], baseline: Mapping[str, float], lower_is_better: Mapping[str, bool]) -> float:
-    """Delta_m = (100 / T) sum_t (-1)^{l_t} (M_t - B_t) / B_t in percent, l_t = 1 where lower is better; positive is a gain.
+    """Return Delta_m = (100 / T) sum_t (-1)^{l_t} (M_t - B_t) / B_t, l_t = 1 where lower is better.
 
-    One metric a task, by name in all three. Always say what the baseline is: usually single-task models with the same
-    backbone; Table 3 of EMTAL takes TaskPrompter itself. LibMTL's Delta_p averages several metrics inside each task first and
-    returns a fraction. Raises UserError for no task, names that differ, values that are not finite, a baseline <= 0.
+    Report the baseline with the number: usually single-task models with the same backbone; Table 3 of EMTAL takes TaskPrompter.
+    LibMTL's Delta_p averages several metrics inside each task first and returns a fraction.
+
+    Args:
+        scores: one score M_t for each task.
+        baseline: B_t of the same tasks, > 0.
+        lower_is_better: direction of each score.
+
+    Returns:
+        Delta_m in per cent; positive values are gains.
+
+    Raises:
+        UserError: without a task, for names that differ, values that are not finite, and a baseline <= 0.
     """
     if not scores:
-        raise UserError("delta_m: no task: give scores by task.")
-    for what, given in (("baseline", baseline), ("lower_is_better", lower_is_better)):
-        odd = sorted(scores.keys() ^ given.keys())
-        if odd:
-            lacks = what if odd[0] in scores else "scores"
+        raise UserError("delta_m: no task; give scores by task.")
+    for name, values in (("baseline", baseline), ("lower_is_better", lower_is_better)):
+        unmatched = sorted(scores.keys() ^ values.keys())
+        if unmatched:
+            incomplete = name if unmatched[0] in scores else "scores"
             raise UserError(
-                f"delta_m: '{odd[0]}' is missing from {lacks}: scores, baseline, lower_is_better need equal tasks."
+                f"delta_m: '{unmatched[0]}' is missing from {incomplete}; scores, baseline and lower_is_better must have the "
+                "same tasks."
             )
     total = 0.0
     for task, score in scores.items():
         reference = baseline[task]
         if not (math.isfinite(score) and math.isfinite(reference)):
-            raise UserError(f"delta_m: '{task}' has score {score} and baseline {reference}: both must be finite.")
+            raise UserError(f"delta_m: '{task}' has score {score} and baseline {reference}; both must be finite.")
         if reference <= 0:
             raise UserError(
-                f"delta_m: the baseline of '{task}' is {reference}: a relative change needs a positive one."
+                f"delta_m: the baseline of '{task}' is {reference}; a relative change needs a positive baseline."
             )
         gain = (score - reference) / reference
         total += -gain if lower_is_better[task] else gain

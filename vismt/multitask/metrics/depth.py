@@ -6,9 +6,9 @@
 Conventions:
 "pooled"  Vandenhende et al. (arXiv 2004.13379), InvPT, TaskPrompter: predictions are clamped to at least 1e-9 in every error.
           Valid there: g != 255 in the older code (`ignore=255`), 0 < g < 80 in TaskPrompter (`valid_range=(0, 80)`).
-"libmtl"  LibMTL (arXiv 2203.14338): predictions enter rmse, abs_err and the relative errors as they are. Valid: g != 0. It
-          reports abs_err and abs_rel.
-log_rmse and delta_k clamp in both, as a negative prediction has no logarithm and would pass max(p / g, g / p) < 1.25.
+"libmtl"  LibMTL (arXiv 2203.14338): predictions enter rmse, abs_err and the relative errors without clamping. Valid: g != 0.
+          It reports abs_err and abs_rel.
+log_rmse and delta_k clamp in both, because a negative prediction has no logarithm and would pass max(p / g, g / p) < 1.25.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from vismt.errors import UserError
-from vismt.multitask.metrics.inputs import exact, masked, one_of, plane, same_size, seen, sound
+from vismt.multitask.metrics.inputs import (
+    apply_mask,
+    check_choice,
+    check_same_size,
+    map_of,
+    require_any,
+    require_numbers,
+    to_fp64,
+)
 
 CONVENTIONS = ("pooled", "libmtl")
 LEAST = 1e-9  # a depth of 0 has no logarithm
@@ -28,14 +36,19 @@ POWERS = 3
 
 
 class DepthErrors(Metric):
-    """Depth errors in the target's unit.
+    """Depth errors in the unit of the target.
 
-    A target pixel is valid where all of these hold: the mask of update; min < g < max of `valid_range`; g != `ignore`, unless
-    that is None; g is finite. convention: "pooled" or "libmtl", see the file's header. options: torchmetrics.Metric's.
+    A target pixel is valid where g is finite and satisfies the mask of `update`, `valid_range` and `ignore`.
+
+    Args:
+        valid_range: (min, max) of valid depths, both excluded; None for no bounds.
+        ignore: depth of pixels without a value; None for no such depth.
+        convention: "pooled" or "libmtl", see the module's docstring.
+        options: options of torchmetrics.Metric.
     """
 
     full_state_update, higher_is_better, is_differentiable = False, False, False
-    sums: Tensor  # of squared, squared log, absolute, relative and squared relative errors
+    sums: Tensor  # sums of squared, squared log, absolute, relative and squared relative errors
     within: Tensor
     pixels: Tensor
 
@@ -49,27 +62,36 @@ class DepthErrors(Metric):
     ) -> None:
         super().__init__(**options)
         if valid_range is not None and not valid_range[0] < valid_range[1]:
-            raise UserError(f"DepthErrors: valid_range {valid_range} is empty: give (min, max), both ends excluded.")
+            raise UserError(f"DepthErrors: valid_range {valid_range} is empty; give (min, max), both excluded.")
         self.valid_range, self.ignore = valid_range, ignore
-        self.convention = one_of("DepthErrors", "convention", convention, CONVENTIONS)
+        self.convention = check_choice("DepthErrors", "convention", convention, CONVENTIONS)
         self.add_state("sums", torch.zeros(5, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("within", torch.zeros(POWERS, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("pixels", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> None:
-        """One batch. pred, target: float (b, h, w) or (b, 1, h, w); mask: bool like target, True where it is valid.
+        """Add a batch; images without a valid pixel do not count.
 
-        An image without a valid pixel adds nothing. Raises UserError for sizes that differ, predictions that are not finite at
-        valid pixels, and valid targets that are not positive.
+        Args:
+            pred: float (b, h, w) or (b, 1, h, w).
+            target: float (b, h, w) or (b, 1, h, w).
+            mask: bool like target, True at valid pixels.
+
+        Raises:
+            UserError: for different sizes, predictions that are not finite at valid pixels, and valid targets that are not
+                positive.
         """
-        pred, target = plane("DepthErrors", "prediction", pred), plane("DepthErrors", "target", target).to(pred.device)
-        same_size("DepthErrors", pred, target)
-        valid = masked("DepthErrors", self._valid(target), mask)
-        pred, target = exact(sound("DepthErrors", pred[valid])), exact(target[valid])
+        pred, target = (
+            map_of("DepthErrors", "prediction", pred),
+            map_of("DepthErrors", "target", target).to(pred.device),
+        )
+        check_same_size("DepthErrors", pred, target)
+        valid = apply_mask("DepthErrors", self._valid(target), mask)
+        pred, target = to_fp64(require_numbers("DepthErrors", pred[valid])), to_fp64(target[valid])
         if target.numel() and float(target.min()) <= 0:
             raise UserError(
-                f"DepthErrors: a valid target is {float(target.min()):.3g}: depths are positive. Leave such pixels out by mask, "
-                f"ignore or valid_range=(0, max)."
+                f"DepthErrors: a valid target is {float(target.min()):.3g}, but depths are positive. Leave such pixels out by "
+                "mask, ignore or valid_range=(0, max)."
             )
         clamped = pred.clamp_min(LEAST)
         pred = clamped if self.convention == "pooled" else pred
@@ -83,11 +105,18 @@ class DepthErrors(Metric):
         self.pixels += pred.numel()
 
     def compute(self) -> dict[str, float]:
-        """rmse, abs_err (target's unit), log_rmse (natural), abs_rel, sq_rel, delta1 to delta3 in [0, 1], and pixels counted.
+        """Return the errors.
 
-        Raises UserError when no valid pixel was seen.
+        Returns:
+            "rmse" and "abs_err" in the target's unit, "log_rmse" (natural logarithm), "abs_rel", "sq_rel", "delta1" to "delta3"
+            in [0, 1], and the number of valid "pixels".
+
+        Raises:
+            UserError: without a valid pixel.
         """
-        pixels = seen("DepthErrors", self.pixels, "valid pixel", "give it data, check mask, valid_range and ignore")
+        pixels = require_any(
+            "DepthErrors", self.pixels, "valid pixel", "give it data, check mask, valid_range and ignore"
+        )
         squared, squared_log, absolute, relative, squared_relative = (self.sums / pixels).tolist()
         shares = {f"delta{power}": int(count) / pixels for power, count in enumerate(self.within, 1)}
         return {

@@ -1,4 +1,4 @@
-"""What the metrics ask of their inputs; each function takes the metric's name for its errors."""
+"""Checks and conversions of the metrics' inputs; each function takes the name of the metric for its errors."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 from vismt.errors import UserError, near
 
 
-def plane(metric: str, what: str, values: Tensor) -> Tensor:
-    """(b, h, w) from (b, h, w) or (b, 1, h, w), any dtype; UserError for another shape."""
+def map_of(metric: str, what: str, values: Tensor) -> Tensor:
+    """Return (b, h, w) from (b, h, w) or (b, 1, h, w), any dtype; raise UserError for other shapes."""
     if values.ndim == 4 and values.shape[1] == 1:
         return rearrange(values, "b 1 h w -> b h w")
     if values.ndim != 3:
@@ -18,96 +18,101 @@ def plane(metric: str, what: str, values: Tensor) -> Tensor:
     return values
 
 
-def same_size(metric: str, pred: Tensor, target: Tensor, what: str = "target") -> None:
-    """UserError unless pred and target, both (b, ..., h, w), have one batch, height and width."""
-    (height, width), (wanted_height, wanted_width) = pred.shape[-2:], target.shape[-2:]
-    if (height, width) != (wanted_height, wanted_width):
+def check_same_size(metric: str, pred: Tensor, target: Tensor, what: str = "target") -> None:
+    """Raise UserError unless pred and target, both (b, ..., h, w), have the same batch size, height and width."""
+    height, width = pred.shape[-2:]
+    target_height, target_width = target.shape[-2:]
+    if (height, width) != (target_height, target_width):
         raise UserError(
-            f"{metric}: the prediction is {height} x {width} pixels, the {what} {wanted_height} x {wanted_width}: resize the "
+            f"{metric}: the prediction is {height} x {width} pixels, the {what} {target_height} x {target_width}; resize the "
             f"prediction to the {what}'s size (bilinear, before any argmax), never the {what}."
         )
     if len(pred) != len(target):
         raise UserError(
-            f"{metric}: {len(pred)} predictions, but {len(target)} of the {what}: give both of the same images."
+            f"{metric}: {len(pred)} predictions, but {len(target)} of the {what}; give both for the same images."
         )
 
 
-def exact(values: Tensor) -> Tensor:
-    """fp64 where the values lie, or on the CPU from an MPS device, which has none."""
+def to_fp64(values: Tensor) -> Tensor:
+    """Convert to fp64, on the CPU for values on an MPS device, which has no fp64."""
     return (values.cpu() if values.device.type == "mps" else values).double()
 
 
-def sound(metric: str, pred: Tensor, infinite: bool = False) -> Tensor:
-    """pred; UserError for NaN in it, and for infinite values unless allowed, as in logits that rule a class out."""
+def require_numbers(metric: str, pred: Tensor, infinite: bool = False) -> Tensor:
+    """Return `pred`; raise UserError for NaN and, unless `infinite`, for infinite values, which logits may hold."""
     broken = int((pred.isnan() if infinite else ~pred.isfinite()).sum())
     if broken:
         kind = "NaN" if infinite else "NaN or infinite"
-        raise UserError(f"{metric}: {broken} predicted values are {kind}: the model has diverged, or divides by zero.")
+        raise UserError(f"{metric}: {broken} predicted values are {kind}; the model has diverged, or divides by zero.")
     return pred
 
 
-def masked(metric: str, valid: Tensor, mask: Tensor | None) -> Tensor:
-    """Valid & mask, bool (b, h, w); mask: bool (b, h, w) or (b, 1, h, w), True where the target holds a value."""
+def apply_mask(metric: str, valid: Tensor, mask: Tensor | None) -> Tensor:
+    """Return valid & mask, bool (b, h, w); mask: bool (b, h, w) or (b, 1, h, w), True where the target has a value."""
     if mask is None:
         return valid
     if mask.dtype != torch.bool:
         raise UserError(f"{metric}: the mask must be bool, True where the target is valid; it is {mask.dtype}.")
-    mask = plane(metric, "mask", mask)
-    same_size(metric, mask, valid)
+    mask = map_of(metric, "mask", mask)
+    check_same_size(metric, mask, valid)
     return valid & mask.to(valid.device)
 
 
 def probability(metric: str, pred: Tensor, scores: str) -> Tensor:
-    """P(positive) fp64 (b, h, w). pred: (b, h, w) or (b, 1, h, w) of one score, or (b, 2, h, w) of negative and positive.
+    """Return P(positive), fp64 (b, h, w).
 
-    scores: "logits" (sigmoid, softmax over the two) or "probabilities"; UserError for one outside [0, 1].
+    Args:
+        metric: name of the metric.
+        pred: (b, h, w) or (b, 1, h, w) of one score, or (b, 2, h, w) of negative and positive.
+        scores: "logits" (sigmoid of one, softmax of two) or "probabilities".
+
+    Raises:
+        UserError: for probabilities outside of [0, 1], NaN, other shapes, and integers.
     """
     if not pred.is_floating_point():
-        raise UserError(
-            f"{metric}: needs scores to put thresholds on, not a map of {pred.dtype}: give the model's float output."
-        )
-    pred = exact(sound(metric, pred, infinite=True))
+        raise UserError(f"{metric}: thresholds need scores, not a map of {pred.dtype}; give the model's float output.")
+    pred = to_fp64(require_numbers(metric, pred, infinite=True))
     two = pred.ndim == 4 and pred.shape[1] == 2
     if scores == "logits":
-        return pred.softmax(1)[:, 1].contiguous() if two else plane(metric, "prediction", pred).sigmoid()
-    found = pred[:, 1].contiguous() if two else plane(metric, "prediction", pred)
-    if found.numel() and not 0 <= float(found.min()) <= float(found.max()) <= 1:
-        low, high = float(found.min()), float(found.max())
+        return pred.softmax(1)[:, 1].contiguous() if two else map_of(metric, "prediction", pred).sigmoid()
+    values = pred[:, 1].contiguous() if two else map_of(metric, "prediction", pred)
+    if values.numel() and not 0 <= float(values.min()) <= float(values.max()) <= 1:
+        low, high = float(values.min()), float(values.max())
         raise UserError(
-            f"{metric}: probabilities range over [{low:.3g}, {high:.3g}]: are they logits? Then scores='logits'."
+            f"{metric}: probabilities range over [{low:.3g}, {high:.3g}]; if they are logits, use scores='logits'."
         )
-    return found
+    return values
 
 
 def binary(metric: str, target: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
-    """(positive, valid), bool (b, h, w), of a target with 1 and 0 and `ignore_index`; UserError for any other value."""
-    target = plane(metric, "target", target)
+    """Return (positive, valid), bool (b, h, w), of a target of 1, 0 and `ignore_index`; raise UserError for other values."""
+    target = map_of(metric, "target", target)
     target = target.long() if not target.is_floating_point() else target
     valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
     strange = target[valid & (target != 0) & (target != 1)]
     if strange.numel():
         raise UserError(
-            f"{metric}: the target holds {strange[0].item():g}: it must be 0 or 1, or ignore_index ({ignore_index})."
+            f"{metric}: the target holds {strange[0].item():g}; it must be 0 or 1, or ignore_index ({ignore_index})."
         )
     return valid & (target == 1), valid
 
 
-def threshold_count(metric: str, thresholds: int) -> int:
-    """thresholds; UserError unless there is at least one."""
+def check_thresholds(metric: str, thresholds: int) -> int:
+    """Return `thresholds`; raise UserError unless it is at least 1."""
     if thresholds < 1:
-        raise UserError(f"{metric}: thresholds = {thresholds}: at least 1.")
+        raise UserError(f"{metric}: thresholds = {thresholds}; it must be at least 1.")
     return thresholds
 
 
-def one_of(metric: str, option: str, value: str, known: tuple[str, ...]) -> str:
-    """value; UserError with the near name unless it is one of `known`."""
-    if value not in known:
-        raise UserError(f"{metric}: {option} '{value}' is not known.{near(value, known)}")
+def check_choice(metric: str, option: str, value: str, choices: tuple[str, ...]) -> str:
+    """Return `value`; raise UserError, with the near names, unless it is one of `choices`."""
+    if value not in choices:
+        raise UserError(f"{metric}: {option} '{value}' is not known.{near(value, choices)}")
     return value
 
 
-def seen(metric: str, count: Tensor, what: str, fix: str) -> int:
-    """count; UserError when there is nothing to compute from."""
+def require_any(metric: str, count: Tensor, what: str, fix: str) -> int:
+    """Return `count`; raise UserError when it is 0, so that there is nothing to compute from."""
     if not int(count):
-        raise UserError(f"{metric}: no {what} was seen: {fix}.")
+        raise UserError(f"{metric}: no {what} was counted; {fix}.")
     return int(count)

@@ -1,10 +1,11 @@
-"""Largest one-to-one matching of boundary pixels within a radius, for many maps of one image.
+"""Largest one-to-one matching of boundary pixels within a radius, for many maps of the same image.
 
-A matching is grown along augmenting paths until there is none, which proves it largest (Berge). All paths of a round come
-from one breadth-first search out of all free true pixels (Azad, Buluc, Pothen, IEEE TPDS 28(1), 2017): its trees share no
-pixel, so each can hand out one path. A map starts from the matching of the map before, as maps of neighbouring thresholds
-differ little. scipy's maximum_bipartite_matching takes exponential time on pixels along lines (scipy issue 26147, open at
-1.17: no answer within minutes on one map of 240 x 320), and its maximum_flow 0.1 to 0.4 s a map, which the tests compare with.
+The matching is extended along augmenting paths until there is none, which proves that it is the largest (Berge). All paths of a
+round come from a single breadth-first search from all free true pixels (Azad, Buluc, Pothen, IEEE TPDS 28(1), 2017): its trees
+share no pixel, so each can contribute a path. A map starts from the matching of the map before, because maps of neighbouring
+thresholds differ little. scipy's maximum_bipartite_matching takes exponential time on pixels along lines (scipy issue 26147,
+open at 1.17: no result within minutes on a map of 240 x 320), and its maximum_flow, the reference of the tests, 0.1 to 0.4 s a
+map.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 
 class PixelMatching:
-    """Matchings of true pixels with candidates at most `radius` apart; truth and candidates: bool (h, w)."""
+    """Matchings of true pixels with candidate pixels at most `radius` apart; truth and candidates: bool (h, w)."""
 
     def __init__(self, truth: np.ndarray, candidates: np.ndarray, radius: float) -> None:
         (height, width), (rows, columns) = truth.shape, np.nonzero(truth)
@@ -21,7 +22,7 @@ class PixelMatching:
         span = np.arange(-reach, reach + 1)
         offsets = np.stack(np.meshgrid(span, span), -1).reshape(-1, 2)
         squared = (offsets**2).sum(1)
-        # Nearest first, and the sort below is stable: among free candidates the nearest is taken.
+        # Nearest first, and the sort below is stable: a pixel takes the nearest free candidate.
         offsets = offsets[np.argsort(squared, kind="stable")][: (squared <= radius * radius).sum()]
         true, pixel = [], []
         for dy, dx in offsets:
@@ -31,17 +32,17 @@ class PixelMatching:
             true.append(near)
             pixel.append(y[near] * width + x[near])
         order = np.argsort(np.concatenate(true), kind="stable")
-        self.true = np.concatenate(true)[order]  # one entry a pair, ascending
+        self.true = np.concatenate(true)[order]  # one entry for each pair, ascending
         self.pixels, self.candidate = np.unique(np.concatenate(pixel)[order], return_inverse=True)
-        self.mate = np.full(len(rows), -1)  # the candidate of each true pixel, -1: none
+        self.mate = np.full(len(rows), -1)  # the candidate of each true pixel, -1 for none
 
     def size(self, chosen: np.ndarray) -> int:
-        """How many true pixels can have a pixel of `chosen`, bool (h, w), a subset of the candidates, for their own."""
+        """Return the size of the largest matching with the pixels of `chosen`, bool (h, w), a subset of the candidates."""
         if not len(self.pixels):
             return 0
         present = chosen.ravel()[self.pixels]
-        kept = present[self.candidate]
-        true, candidate = self.true[kept], self.candidate[kept]
+        pairs = present[self.candidate]
+        true, candidate = self.true[pairs], self.candidate[pairs]
         mate = self.mate
         mate[(mate >= 0) & ~present[mate]] = -1
         owner = np.full(len(self.pixels), -1)
@@ -53,19 +54,20 @@ class PixelMatching:
 
 
 def _grow(true: np.ndarray, candidate: np.ndarray, mate: np.ndarray, owner: np.ndarray) -> None:
-    """Pair free true pixels with free candidates until none of the pairs given is free on both sides."""
+    """Match free true pixels with free candidates until none of the given pairs is free on both sides."""
     while True:
         free = (mate[true] < 0) & (owner[candidate] < 0)
         true, candidate = true[free], candidate[free]
         if not len(true):
             return
-        wanting, first = np.unique(true, return_index=True)
-        taken, winner = np.unique(candidate[first], return_index=True)
-        mate[wanting[winner]], owner[taken] = taken, wanting[winner]
+        pixels, first = np.unique(true, return_index=True)
+        matched, winner = np.unique(candidate[first], return_index=True)
+        mate[pixels[winner]] = matched
+        owner[matched] = pixels[winner]
 
 
 def _augment(true: np.ndarray, candidate: np.ndarray, mate: np.ndarray, owner: np.ndarray) -> bool:
-    """One round of disjoint augmenting paths; False when there is none."""
+    """Augment the matching along disjoint paths; return False when there is no path."""
     from scipy.sparse import csr_matrix
     from scipy.sparse.csgraph import breadth_first_order
 
@@ -74,29 +76,30 @@ def _augment(true: np.ndarray, candidate: np.ndarray, mate: np.ndarray, owner: n
     if not len(roots) or not free.any():
         return False
     source = len(mate)
-    # A true pixel can push another one off its candidate; the exits are those that have a free candidate to go to.
+    # A true pixel can displace another one from its candidate; exits are pixels with a free candidate.
     exits = np.full(source + 1, -1)
     exits[true[free][::-1]] = candidate[free][::-1]
-    pushed = np.concatenate([owner[candidate[~free]], roots])
-    ends = np.cumsum(np.append(np.bincount(true[~free], minlength=source), len(roots)))
-    graph = csr_matrix((np.ones(len(pushed)), pushed, np.append(0, ends)), shape=(source + 1, source + 1))
+    displaced = np.concatenate([owner[candidate[~free]], roots])
+    rows = np.cumsum(np.append(np.bincount(true[~free], minlength=source), len(roots)))
+    graph = csr_matrix((np.ones(len(displaced)), displaced, np.append(0, rows)), shape=(source + 1, source + 1))
     order, parent = breadth_first_order(graph, source)
-    found = order[exits[order] >= 0]
-    if not len(found):
+    ends = order[exits[order] >= 0]
+    if not len(ends):
         return False
-    # One path for each free candidate and for each tree, the shortest.
-    found = found[np.sort(np.unique(exits[found], return_index=True)[1])]
-    found = found[np.unique(_tree(parent, source)[found], return_index=True)[1]]
-    given = exits[found]
-    while len(found):
-        left = mate[found]
-        mate[found], owner[given] = given, found
-        found, given = parent[found[left >= 0]], left[left >= 0]
+    # For each free candidate and for each tree keep the shortest path alone.
+    ends = ends[np.sort(np.unique(exits[ends], return_index=True)[1])]
+    ends = ends[np.unique(_tree(parent, source)[ends], return_index=True)[1]]
+    taken = exits[ends]
+    while len(ends):
+        released = mate[ends]
+        mate[ends] = taken
+        owner[taken] = ends
+        ends, taken = parent[ends[released >= 0]], released[released >= 0]
     return True
 
 
 def _tree(parent: np.ndarray, source: int) -> np.ndarray:
-    """The root, a child of the source, above each node that was reached."""
+    """Return the root, a child of the source, of each reached node."""
     above = np.where((parent < 0) | (parent == source), np.arange(len(parent)), parent)
     while True:
         higher = above[above]

@@ -1,12 +1,13 @@
 """Angles between predicted and true surface normals in degrees, pooled over all valid pixels of the data set.
 
-    angle = 2 atan2(|p - g|, |p + g|)  (InvPT's line, exact near 0)   or   arccos(p . g) clamped to [-1, 1]  (ASTMT, LibMTL)
+    angle = 2 atan2(|p - g|, |p + g|)  (InvPT, TaskPrompter; exact near 0)   or
+            arccos(p . g) with p . g clamped to [-1, 1]  (ASTMT, LibMTL)
 
-with p and g of unit length. The mean is over pixels (Vandenhende's online evaluation calls this very mean "rmse"); rmse here
-is the root of the mean squared angle. The mean, rmse and the shares are exact; the median is read from a histogram of
-0.001 degree steps, so memory is bounded and processes add up: it is within 0.0005 degrees of the median of all angles.
+with p and g of unit length. The mean is over pixels (Vandenhende's online evaluation calls this mean "rmse"); rmse here is the
+root of the mean squared angle. The mean, rmse and the shares are exact; the median is read from a histogram of 0.001 degree
+steps, which bounds memory and can be added over processes; it is within 0.0005 degrees of the median of all angles.
 
-Conventions for pixels without a normal, besides `mask`:
+Conventions for pixels without a normal, in addition to `mask`:
 "pooled"  g = (255, 255, 255) (Vandenhende, InvPT, TaskPrompter), g = 0, or a component that is not finite.
 "libmtl"  the components of g sum to 0 (LibMTL, arXiv 2203.14338), which also drops genuine normals such as (1, -1, 0).
 A predicted zero vector has no direction and counts as 90 degrees.
@@ -21,7 +22,14 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from vismt.errors import UserError
-from vismt.multitask.metrics.inputs import exact, masked, one_of, same_size, seen, sound
+from vismt.multitask.metrics.inputs import (
+    apply_mask,
+    check_choice,
+    check_same_size,
+    require_any,
+    require_numbers,
+    to_fp64,
+)
 
 CONVENTIONS, ANGLES = ("pooled", "libmtl"), ("atan2", "arccos")
 LIMITS = (11.25, 22.5, 30.0)
@@ -30,9 +38,12 @@ MARK = 255
 
 
 class NormalErrors(Metric):
-    """Angular errors of surface normals. angle: "atan2" or "arccos"; convention: "pooled" or "libmtl", see the file's header.
+    """Angular errors of surface normals.
 
-    options: torchmetrics.Metric's.
+    Args:
+        angle: formula of the angle, "atan2" or "arccos".
+        convention: "pooled" or "libmtl", see the module's docstring.
+        options: options of torchmetrics.Metric.
     """
 
     full_state_update, higher_is_better, is_differentiable = False, False, False
@@ -43,26 +54,31 @@ class NormalErrors(Metric):
 
     def __init__(self, *, angle: str = "atan2", convention: str = "pooled", **options: Any) -> None:
         super().__init__(**options)
-        self.angle = one_of("NormalErrors", "angle", angle, ANGLES)
-        self.convention = one_of("NormalErrors", "convention", convention, CONVENTIONS)
+        self.angle = check_choice("NormalErrors", "angle", angle, ANGLES)
+        self.convention = check_choice("NormalErrors", "convention", convention, CONVENTIONS)
         self.add_state("sums", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("within", torch.zeros(len(LIMITS), dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("histogram", torch.zeros(180 * STEPS + 1, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("pixels", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> None:
-        """One batch. pred, target: float (b, 3, h, w) of any length; mask: bool (b, h, w) or (b, 1, h, w), True where valid.
+        """Add a batch; images without a valid pixel do not count, nor do zero targets, whatever the mask.
 
-        Both are scaled to unit length. An image without a valid pixel adds nothing, nor does a zero target, whatever the mask.
-        Raises UserError for other shapes, sizes that differ and predictions not finite at valid pixels.
+        Args:
+            pred: float (b, 3, h, w), vectors of any length, which are scaled to unit length.
+            target: float (b, 3, h, w), like `pred`.
+            mask: bool (b, h, w) or (b, 1, h, w), True at valid pixels.
+
+        Raises:
+            UserError: for other shapes, different sizes, and predictions that are not finite at valid pixels.
         """
         for what, values in (("prediction", pred), ("target", target)):
             if values.ndim != 4 or values.shape[1] != 3:
                 raise UserError(f"NormalErrors: the {what} must be (b, 3, h, w), is {tuple(values.shape)}.")
-        same_size("NormalErrors", pred, target)
+        check_same_size("NormalErrors", pred, target)
         target = target.to(pred.device)
-        valid = masked("NormalErrors", self._valid(target), mask)
-        p = _unit(sound("NormalErrors", pred.movedim(1, -1)[valid]))
+        valid = apply_mask("NormalErrors", self._valid(target), mask)
+        p = _unit(require_numbers("NormalErrors", pred.movedim(1, -1)[valid]))
         g = _unit(target.movedim(1, -1)[valid])
         if self.angle == "atan2":
             radians = 2 * torch.atan2((p - g).norm(dim=-1), (p + g).norm(dim=-1))
@@ -72,18 +88,23 @@ class NormalErrors(Metric):
         self.sums += torch.stack([degrees.sum(), degrees.square().sum()]).to(self.sums.device)
         self.within += torch.stack([(degrees < limit).sum() for limit in LIMITS]).to(self.within.device)
         steps = (degrees * STEPS).round().long().clamp_max(180 * STEPS)
-        # On the CPU a count is the same from run to run and allowed under torch.use_deterministic_algorithms.
+        # On the CPU counting is deterministic and allowed under torch.use_deterministic_algorithms.
         self.histogram += steps.cpu().bincount(minlength=len(self.histogram)).to(self.histogram.device)
         self.pixels += degrees.numel()
 
     def compute(self) -> dict[str, float]:
-        """mean, median, rmse in degrees; within_11.25, within_22.5, within_30 in [0, 1]; pixels: how many were counted.
+        """Return the errors.
 
-        Raises UserError when no valid pixel was seen.
+        Returns:
+            "mean", "median" and "rmse" in degrees; "within_11.25", "within_22.5" and "within_30" in [0, 1]; the number of valid
+            "pixels".
+
+        Raises:
+            UserError: without a valid pixel.
         """
-        pixels = seen("NormalErrors", self.pixels, "valid pixel", "give it data, check the mask and the targets")
+        pixels = require_any("NormalErrors", self.pixels, "valid pixel", "give it data, check the mask and the targets")
         mean, square = (self.sums / pixels).tolist()
-        # The median of an even number is the mean of the middle two, as numpy's.
+        # The median of an even number of values is the mean of the middle two, as in numpy.
         middle = torch.tensor([(pixels - 1) // 2, pixels // 2])
         steps = torch.searchsorted(self.histogram.cpu().cumsum(0), middle, right=True)
         shares = {f"within_{limit:g}": int(count) / pixels for limit, count in zip(LIMITS, self.within)}
@@ -91,11 +112,11 @@ class NormalErrors(Metric):
         return {"mean": mean, "median": median, "rmse": square**0.5, **shares, "pixels": pixels}
 
     def _valid(self, target: Tensor) -> Tensor:
-        directed = target.isfinite().all(1) & (target != 0).any(1)
-        return directed & ((target != MARK).any(1) if self.convention == "pooled" else target.sum(1) != 0)
+        direction = target.isfinite().all(1) & (target != 0).any(1)
+        return direction & ((target != MARK).any(1) if self.convention == "pooled" else target.sum(1) != 0)
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    vectors = exact(vectors)
+    vectors = to_fp64(vectors)
     length = vectors.norm(dim=-1, keepdim=True)
     return vectors / length.where(length > 0, 1.0)

@@ -2,11 +2,11 @@
 
     F = (1 + beta^2) P R / (beta^2 P + R),   P = TP / predicted positives,   R = TP / positives,   maxF = max over thresholds
 
-beta^2 = 0.3 (Achanta et al., CVPR 2009). Counts per threshold are added over all pixels and P and R taken once, as in InvPT's
-line; saliency benchmarks often average P and R over images instead, which is not offered. A pixel is positive where
-probability >= threshold, thresholds k / (n + 1) for k = 1..n. InvPT's line takes 19 thresholds (`thresholds=19`), and its code
-passes probabilities through a sigmoid once more, so that few of them separate anything. The saliency mIoU of Vandenhende et al.
-and MTLoRA is another number.
+beta^2 = 0.3 (Achanta et al., CVPR 2009). Counts per threshold are added over all pixels and P and R computed once, as in InvPT
+and TaskPrompter; saliency benchmarks often average P and R over images instead, which is not offered. A pixel is positive where
+probability >= threshold, thresholds k / (n + 1) for k = 1..n. InvPT and TaskPrompter take 19 thresholds (`thresholds=19`), and
+their code applies a second sigmoid to probabilities, after which few thresholds have an effect. The saliency mIoU of Vandenhende
+et al. and MTLoRA is a different metric.
 """
 
 from __future__ import annotations
@@ -18,19 +18,31 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from vismt.errors import UserError
-from vismt.multitask.metrics.inputs import binary, one_of, probability, same_size, seen, threshold_count
+from vismt.multitask.metrics.inputs import (
+    binary,
+    check_choice,
+    check_same_size,
+    check_thresholds,
+    probability,
+    require_any,
+)
 
 SCORES = ("logits", "probabilities")
 
 
 class MaxF(Metric):
-    """maxF of a binary map. scores: what predictions are, "logits" or "probabilities"; ignore_index: None when there is none.
+    """maxF of a binary map.
 
-    options: torchmetrics.Metric's.
+    Args:
+        thresholds: number of thresholds n.
+        beta_squared: beta^2 of the F-measure, > 0.
+        ignore_index: label of ignored pixels, None for no such label.
+        scores: kind of the predictions, "logits" or "probabilities".
+        options: options of torchmetrics.Metric.
     """
 
     full_state_update, higher_is_better, is_differentiable = False, True, False
-    counts: Tensor  # (2, n + 1): negatives and positives by how many thresholds the probability reaches
+    counts: Tensor  # (2, n + 1): negatives and positives by the number of thresholds that the probability reaches
 
     def __init__(
         self,
@@ -42,33 +54,42 @@ class MaxF(Metric):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.thresholds = threshold_count("MaxF", thresholds)
+        self.thresholds = check_thresholds("MaxF", thresholds)
         if not beta_squared > 0:
-            raise UserError(f"MaxF: beta_squared = {beta_squared}: must be positive.")
+            raise UserError(f"MaxF: beta_squared = {beta_squared}; it must be positive.")
         self.beta_squared, self.ignore_index = beta_squared, ignore_index
-        self.scores = one_of("MaxF", "scores", scores, SCORES)
+        self.scores = check_choice("MaxF", "scores", scores, SCORES)
         self.add_state("counts", torch.zeros(2, thresholds + 1, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, pred: Tensor, target: Tensor) -> None:
-        """One batch. pred: float (b, 1, h, w) or (b, h, w) of one score, or (b, 2, h, w) of background and salient.
+        """Add a batch; images with ignored pixels alone do not count.
 
-        target: 0, 1 or ignore_index, bool, int or float (b, h, w) or (b, 1, h, w). An image of ignored pixels adds nothing.
-        Raises UserError for sizes that differ, other targets, NaN, predictions that are not floats or not `scores`.
+        Args:
+            pred: float (b, 1, h, w) or (b, h, w) of one score, or (b, 2, h, w) of background and salient.
+            target: 0, 1 or ignore_index; bool, int or float (b, h, w) or (b, 1, h, w).
+
+        Raises:
+            UserError: for different sizes, other targets, NaN, and predictions that are not floats or not `scores`.
         """
-        found = probability("MaxF", pred, self.scores)
-        positive, valid = binary("MaxF", target.to(found.device), self.ignore_index)
-        same_size("MaxF", found, positive)
-        grid = torch.arange(1, self.thresholds + 1, dtype=torch.float64, device=found.device) / (self.thresholds + 1)
-        reached = torch.bucketize(found[valid], grid, right=True).cpu()
+        values = probability("MaxF", pred, self.scores)
+        positive, valid = binary("MaxF", target.to(values.device), self.ignore_index)
+        check_same_size("MaxF", values, positive)
+        grid = torch.arange(1, self.thresholds + 1, dtype=torch.float64, device=values.device) / (self.thresholds + 1)
+        reached = torch.bucketize(values[valid], grid, right=True).cpu()
         key = reached + positive[valid].cpu() * (self.thresholds + 1)
         self.counts += key.bincount(minlength=self.counts.numel()).view_as(self.counts).to(self.counts.device)
 
     def compute(self) -> dict[str, float]:
-        """max_f with precision and recall in [0, 1] at `threshold`, the lowest of equally good ones; pixels counted.
+        """Return the score.
 
-        Raises UserError when no pixel, or none that is salient, was seen: recall would be 0 / 0.
+        Returns:
+            "max_f" in [0, 1], with "precision" and "recall" at the best "threshold", the lowest of equally good ones, and the
+            number of valid "pixels".
+
+        Raises:
+            UserError: without a salient pixel, because recall would be 0 / 0.
         """
-        seen(
+        require_any(
             "MaxF",
             self.counts[1].sum(),
             "salient pixel",
@@ -89,7 +110,7 @@ class MaxF(Metric):
 def curves(
     true: Tensor, predicted: Tensor, positives: Tensor, beta_squared: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Precision, recall and F, fp64, of counts; 0 where they would be 0 / 0."""
+    """Return precision, recall and F, fp64, from counts; 0 where they would be 0 / 0."""
     precision = (true / predicted.double()).nan_to_num(0.0)
     recall = (true / positives.double()).nan_to_num(0.0)
     f = (1 + beta_squared) * precision * recall / (beta_squared * precision + recall)

@@ -2,9 +2,10 @@
 
     IoU_c = TP_c / (TP_c + FP_c + FN_c),   mIoU = mean_c IoU_c,   pixel accuracy = sum_c TP_c / pixels
 
-Pixels with the ignore label enter none of the counts. A class that is nowhere, neither labelled nor predicted, has 0 / 0; the
-literature differs on it: 0 that stays in the mean (Vandenhende et al., arXiv 2004.13379, InvPT, TaskPrompter), NaN that makes
-the mean NaN (LibMTL, arXiv 2203.14338), or left out of the mean. A class that is predicted but not labelled has IoU 0 in all.
+Pixels with the ignore label are not counted. A class that does not occur, neither as a label nor as a prediction, has IoU 0 / 0,
+which the literature treats differently: as 0, which enters the mean (Vandenhende et al., arXiv 2004.13379, InvPT, TaskPrompter),
+as NaN, which makes the mean NaN (LibMTL, arXiv 2203.14338), or left out of the mean. A class that is predicted but not labelled
+has IoU 0 in all conventions.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ from torchmetrics import Metric
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from vismt.errors import UserError
-from vismt.multitask.metrics.inputs import one_of, plane, same_size, seen, sound
+from vismt.multitask.metrics.inputs import check_choice, check_same_size, map_of, require_any, require_numbers
 
 ABSENT = ("zero", "skip", "nan")
 
 
 class MeanIoU(Metric):
-    """mIoU over `num_classes` classes, background included where it is one of them.
+    """mIoU over all classes, background included where it is a class.
 
-    ignore_index: label without a class, None when there is none. absent: what a class counts that is nowhere: "zero" (default,
-    Vandenhende, InvPT, TaskPrompter), "nan" (LibMTL) or "skip". options: torchmetrics.Metric's.
+    Args:
+        num_classes: number of classes k, 2 or more.
+        ignore_index: label of ignored pixels, None for no such label.
+        absent: how a class counts that does not occur: "zero" (Vandenhende, InvPT, TaskPrompter), "nan" (LibMTL) or "skip".
+        options: options of torchmetrics.Metric.
     """
 
     full_state_update, higher_is_better, is_differentiable = False, True, False
@@ -37,38 +41,47 @@ class MeanIoU(Metric):
     ) -> None:
         super().__init__(**options)
         if num_classes < 2:
-            raise UserError(f"MeanIoU: num_classes = {num_classes}: at least 2; background counts as one.")
+            raise UserError(f"MeanIoU: num_classes = {num_classes}; it must be at least 2, with background as a class.")
         self.num_classes, self.ignore_index = num_classes, ignore_index
-        self.absent = one_of("MeanIoU", "absent", absent, ABSENT)
+        self.absent = check_choice("MeanIoU", "absent", absent, ABSENT)
         self.add_state("confusion", torch.zeros(num_classes, num_classes, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, pred: Tensor, target: Tensor) -> None:
-        """One batch. pred: float logits (b, k, h, w), or int classes (b, h, w) or (b, 1, h, w). target: int, as classes.
+        """Add a batch; images with ignored pixels alone do not count.
 
-        An image with nothing but ignored pixels adds nothing. Raises UserError for sizes that differ, labels or predicted
-        classes outside [0, k) at pixels that count, NaN, and targets that are not integers.
+        Args:
+            pred: float logits (b, k, h, w), or int classes (b, h, w) or (b, 1, h, w).
+            target: int classes (b, h, w) or (b, 1, h, w).
+
+        Raises:
+            UserError: for different sizes, labels or predicted classes outside of [0, k) at pixels that count, NaN, and targets
+                that are not integers.
         """
         if target.is_floating_point():
             raise UserError(
-                f"MeanIoU: the target must hold integer labels, is {target.dtype}: convert it with .long()."
+                f"MeanIoU: the target must hold integer labels, is {target.dtype}; convert it with .long()."
             )
-        target = plane("MeanIoU", "target", target).long()
+        target = map_of("MeanIoU", "target", target).long()
         classes = self._classes(pred)
-        same_size("MeanIoU", classes, target, "label map")
+        check_same_size("MeanIoU", classes, target, "label map")
         target = target.to(classes.device)
         valid = torch.ones_like(target, dtype=torch.bool) if self.ignore_index is None else target != self.ignore_index
         classes, target = classes[valid], target[valid]
         self._in_range("label", target, f"ignore_index is {self.ignore_index}")
         self._in_range("predicted class", classes, "predict one of the classes everywhere")
-        found = multiclass_confusion_matrix(classes, target, self.num_classes, validate_args=False)
-        self.confusion += found.to(self.confusion.device)
+        confusion = multiclass_confusion_matrix(classes, target, self.num_classes, validate_args=False)
+        self.confusion += confusion.to(self.confusion.device)
 
     def compute(self) -> dict[str, Any]:
-        """miou, pixel_accuracy in [0, 1]; iou: list of k floats, NaN where left out; pixels: how many were counted.
+        """Return the scores.
 
-        Raises UserError when no labelled pixel was seen.
+        Returns:
+            "miou" and "pixel_accuracy" in [0, 1]; "iou", a list of k floats, NaN where left out; the number of "pixels".
+
+        Raises:
+            UserError: without a labelled pixel.
         """
-        pixels = seen(
+        pixels = require_any(
             "MeanIoU", self.confusion.sum(), "labelled pixel", f"give it data, check ignore_index={self.ignore_index}"
         )
         confusion = self.confusion.cpu().double()
@@ -85,18 +98,17 @@ class MeanIoU(Metric):
         }
 
     def _classes(self, pred: Tensor) -> Tensor:
+        """Return predicted classes (b, h, w) from logits or class maps."""
         if not pred.is_floating_point():
-            return plane("MeanIoU", "class map", pred).long()
+            return map_of("MeanIoU", "class map", pred).long()
         if pred.ndim != 4 or pred.shape[1] != self.num_classes:
             raise UserError(
                 f"MeanIoU: float predictions are logits (b, {self.num_classes}, h, w), these are {tuple(pred.shape)}; "
-                f"class maps must be integers."
+                "class maps must be integers."
             )
-        return sound("MeanIoU", pred, infinite=True).argmax(1)
+        return require_numbers("MeanIoU", pred, infinite=True).argmax(1)
 
     def _in_range(self, what: str, values: Tensor, hint: str) -> None:
         strange = values[(values < 0) | (values >= self.num_classes)]
         if strange.numel():
-            raise UserError(
-                f"MeanIoU: {what} {int(strange[0])} found, classes are 0 to {self.num_classes - 1}; {hint}."
-            )
+            raise UserError(f"MeanIoU: {what} {int(strange[0])}; classes are 0 to {self.num_classes - 1}; {hint}.")

@@ -1,4 +1,4 @@
-"""Tasks of dense runs, one file each: loss, metric, pictures. Importing this loads no metric."""
+"""Tasks of dense runs, one file each: loss, metric, pictures. Importing this package does not import torchmetrics."""
 
 from vismt.multitask.tasks.base import IGNORE, NYUD_WEIGHTS, PASCAL_WEIGHTS, DenseTask, MapTask
 from vismt.multitask.tasks.registry import TASKS, make_task, task_options

@@ -1,65 +1,103 @@
-"""What a task of a dense run is: a loss over valid pixels, a metric with the one number for Delta_m, and pictures of maps.
+"""Base classes of the tasks of a dense run: a loss over valid pixels, a metric with one score, and pictures of maps.
 
-Targets of a batch, by `key`: labels int64 (b, h, w), 255 where there is none; depth float (b, h, w) in metres, 0 where there is
-none; normals float (b, 3, h, w) of unit length, zeros where there is none; the class of an image int64 (b,), -1 where there is
-none. A sample without labels for a task has none at all in its map (partial labels): it enters neither loss nor metric. Every
-loss sees the valid pixels of the batch (of classification: its labelled images) as one list, so that nothing at other pixels,
-NaN included, reaches it or its gradient; a mean is over valid pixels of the batch, not of images.
+Targets of a batch, by `key`: labels int64 (b, h, w), 255 for pixels without a label; depth float (b, h, w) in metres, 0 for
+pixels without a value; normals float (b, 3, h, w) of unit length, zeros for pixels without a value; the class of an image
+int64 (b,), -1 for images without a class. A sample that lacks a task's labels has a map without a valid pixel (partial labels):
+it enters neither the loss nor the metric. The loss takes the valid pixels of the batch (for classification its labelled images)
+as one list, so that nothing at other pixels, NaN included, reaches the loss or its gradient; a mean is over the valid pixels of
+the batch, not over images.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from vismt.errors import UserError
+from vismt.errors import UserError, near
 from vismt.multitask.heads import resize_logits
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
 IGNORE = 255
-DARK = 64  # grey of pixels without a value in pictures
-# Of InvPT and TaskPrompter for NYUD-v2 and PASCAL-Context; a task's own default is its entry here.
+DARK = 64  # grey level of pixels without a value in pictures
+# Loss weights of InvPT and TaskPrompter for NYUD-v2 and PASCAL-Context; a task's default is its entry here.
 NYUD_WEIGHTS = {"semseg": 1.0, "depth": 1.0, "normals": 10.0, "edge": 50.0}
 PASCAL_WEIGHTS = {"semseg": 1.0, "parts": 2.0, "saliency": 5.0, "normals": 10.0, "edge": 50.0}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DenseTask(ABC):
-    """Base of all, also of those that say one thing of an image. loss_weight: factor of the loss, > 0.
+    """Base class of all tasks, including those that predict one value for the whole image.
 
-    name: of the task; key: of its target in a batch. channels: that a head must give. measure: the entry of the metric's
-    `compute()` that is the task's score.
+    Args:
+        loss_weight: factor of the loss, > 0.
+
+    Attributes:
+        name: name of the task.
+        key: name of its target in a batch.
+        lower_is_better: direction of the score.
+        vector: whether the target has a dimension of 3 channels.
+        predicts_classes: whether the answer is the class with the largest logit, of each pixel or of the image.
     """
 
     name: ClassVar[str]
     key: ClassVar[str]
     lower_is_better: ClassVar[bool] = False
-    vector: ClassVar[bool] = False  # the target has a dimension of 3 channels
+    vector: ClassVar[bool] = False
+    predicts_classes: ClassVar[bool] = False
     loss_weight: float = 1.0
 
     @property
     @abstractmethod
-    def channels(self) -> int: ...
+    def channels(self) -> int:
+        """Number of channels of the head's output."""
 
     @property
     @abstractmethod
-    def measure(self) -> str: ...
+    def measure(self) -> str:
+        """Entry of the metric's `compute()` that is the score of the task."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """Display name of the score, such as "mIoU"."""
+
+    @property
+    def unit(self) -> str:
+        """Unit of the score: "m", "degrees", or "" for a number without a unit."""
+        return ""
+
+    @property
+    def share(self) -> bool:
+        """Whether the score is a fraction in [0, 1], which reports show in per cent."""
+        return False
+
+    @property
+    def default_class_names(self) -> Sequence[str]:
+        """Names of the classes where no data set names them; empty when the task has no such names."""
+        return ()
 
     def __post_init__(self) -> None:
-        between(self.name, "loss_weight", self.loss_weight, 0, float("inf"))
+        check_number(self.name, "loss_weight", self.loss_weight, 0, float("inf"))
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor | None:
-        """The loss without its weight, a scalar in at least fp32; None when no pixel of the batch is valid.
+        """Return the loss without its weight; under several processes it is the mean over this process's pixels.
 
-        prediction: float (b, channels, h, w), at the target's size; (b, channels) of whole images. Under several processes it
-        is this process's own mean. Raises UserError for other shapes, sizes and dtypes and labels that are no class.
+        Args:
+            prediction: float (b, channels, h, w), at the target's size; (b, channels) for tasks of whole images.
+            target: the task's target, see the module's docstring.
+
+        Returns:
+            A scalar in at least fp32, or None when the batch has no valid pixel.
+
+        Raises:
+            UserError: for other shapes, sizes and dtypes, and labels out of range.
         """
         self.check(prediction, target)
         valid = self.valid(target)
@@ -70,58 +108,73 @@ class DenseTask(ABC):
         return self.pixel_loss(rows.to(torch.promote_types(rows.dtype, torch.float32)), truth)
 
     def update(self, metric: Metric, prediction: Tensor, target: Tensor) -> None:
-        """Count a batch; samples without a valid pixel are left out. Arguments and errors as `loss`, and the metric's own."""
+        """Add a batch to the metric, without the samples that have no valid pixel.
+
+        Takes the arguments of `loss` and raises its errors and those of the metric.
+        """
         self.check(prediction, target)
         labelled = self.valid(target)[:, None].flatten(1).any(1)
         if labelled.any():
             self.count(metric, prediction.detach()[labelled], target[labelled])
 
     def view(self, prediction: Tensor, mirrored: bool) -> Tensor:
-        """A prediction (b, channels, ...) as it may be averaged with other views of the image.
+        """Convert a prediction (b, channels, ...) to the form in which it is averaged with other views of the image.
 
-        mirrored: it was made of the mirrored image; what is given is of the image as it stands.
+        mirrored: whether the image was mirrored; the returned prediction is always that of the unmirrored image.
         """
         return prediction
 
     def score(self, computed: dict[str, Any]) -> float:
-        """The one number for Delta_m out of the metric's `compute()`."""
+        """Return the score, the number that enters Delta_m, from the metric's `compute()`."""
         return float(computed[self.measure])
 
     def resized(self, logits: Tensor, size: Sequence[int]) -> Tensor:
-        """The logits of a head at the size (h, w) of the targets; as they are where they speak of whole images."""
+        """Resize the logits of a head to the size (h, w) of the targets; logits of whole images stay unchanged."""
         return logits
+
+    def rescaled(self, prediction: Tensor, s: float) -> Tensor:
+        """Convert the prediction for an image that was enlarged s times to the unit of the original image."""
+        return prediction
 
     @abstractmethod
     def answer(self, prediction: Tensor) -> Tensor:
-        """What one prediction (channels, h, w) says: class ids int64 (h, w), a probability or depth (h, w), unit vectors.
+        """Decode a prediction (channels, h, w): class ids int64 (h, w), probabilities or depths (h, w), or unit vectors.
 
-        Of a whole image's (channels,), the class id int64 ().
+        For a prediction (channels,) of the whole image, return its class id int64 ().
         """
 
     @abstractmethod
     def metric(self) -> Metric:
-        """A fresh metric of vismt.multitask.metrics."""
+        """Return a new metric of vismt.multitask.metrics."""
 
     @abstractmethod
     def valid(self, target: Tensor) -> Tensor:
-        """Bool (b, h, w), (b,) of whole images: where the target has a value."""
+        """Return where the target has a value: bool (b, h, w), or (b,) for tasks of whole images."""
 
     @abstractmethod
     def pixel_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """The loss of p > 0 valid pixels. prediction: at least fp32 (p, channels). target: (p,) or (p, 3)."""
+        """Return the loss of p > 0 valid pixels. prediction: at least fp32 (p, channels). target: (p,) or (p, 3)."""
 
     def count(self, metric: Metric, prediction: Tensor, target: Tensor) -> None:
-        """Hand samples with a valid pixel to the metric."""
+        """Update the metric with samples that all have a valid pixel."""
         metric.update(prediction, target)
 
     @abstractmethod
     def check(self, prediction: Tensor, target: Tensor) -> None:
-        """UserError unless the two are of the same places, of this task's shape and kind."""
+        """Raise UserError unless prediction and target have this task's shapes and dtypes and the same size."""
+
+    def caption(self, prediction: Tensor, class_names: Sequence[str] = ()) -> str:
+        """Return a short text that describes a prediction (channels, h, w) or (channels,), "" when there is none."""
+        return ""
+
+    def legend(self, prediction: Tensor, class_names: Sequence[str] = ()) -> list[tuple[str, str]]:
+        """Return (class name, colour "#rrggbb") of the classes in the picture of a prediction, most frequent first."""
+        return []
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MapTask(DenseTask):
-    """Tasks with a value at every pixel, of which pictures can be drawn."""
+    """Base class of tasks that predict a value for every pixel, which can be drawn as a picture."""
 
     def resized(self, logits: Tensor, size: Sequence[int]) -> Tensor:
         return resize_logits(logits, size)
@@ -130,20 +183,29 @@ class MapTask(DenseTask):
         return prediction.flip(-1) if mirrored else prediction
 
     def picture(self, map: Tensor, like: Tensor | None = None) -> Tensor:
-        """uint8 (3, h, w) on the CPU of one prediction (channels, h, w) or target, as in a batch; no value: dark grey.
+        """Draw the map of one sample; pixels without a value are dark grey.
 
-        like: a map whose range of values sets the colours (depth), so that a prediction is drawn as its target is.
-        Raises UserError for another shape.
+        Args:
+            map: a prediction (channels, h, w), or a target as in a batch but without the batch dimension.
+            like: a map that sets the range of colours (depth), so that a prediction is drawn like its target.
+
+        Returns:
+            uint8 (3, h, w) on the CPU.
+
+        Raises:
+            UserError: for other shapes.
         """
         predicted = map.ndim == 3 and len(map) == self.channels and map.is_floating_point()
         if not predicted and map.ndim != 2 + self.vector:
-            raise UserError(f"{self.name}: no picture of a map {tuple(map.shape)} {map.dtype}; give one sample's map.")
-        colors, shown = self.paint(map.detach().cpu(), predicted, None if like is None else like.detach().cpu())
-        return torch.where(shown, (255 * colors).round(), DARK).to(torch.uint8)
+            raise UserError(
+                f"{self.name}: cannot draw a map {tuple(map.shape)} {map.dtype}; pass the map of a single sample."
+            )
+        colors, visible = self.paint(map.detach().cpu(), predicted, None if like is None else like.detach().cpu())
+        return torch.where(visible, (255 * colors).round(), DARK).to(torch.uint8)
 
     @abstractmethod
     def paint(self, map: Tensor, predicted: bool, like: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Colours, float (3, h, w) in [0, 1], and where there is a value, bool (h, w)."""
+        """Return colours, float (3, h, w) in [0, 1], and where the map has a value, bool (h, w)."""
 
     def check(self, prediction: Tensor, target: Tensor) -> None:
         if prediction.ndim != 4 or prediction.shape[1] != self.channels or not prediction.is_floating_point():
@@ -162,7 +224,7 @@ class MapTask(DenseTask):
 
 
 class LabelTask(MapTask):
-    """Tasks whose target is a map of labels, 0 to classes - 1 or 255."""
+    """Base class of tasks with a map of labels as target, 0 to classes - 1 or 255."""
 
     classes: int
 
@@ -174,20 +236,32 @@ class LabelTask(MapTask):
         self.check_labels(target)
 
     def check_labels(self, target: Tensor) -> None:
-        """UserError unless `target` holds classes and 255 alone."""
+        """Raise UserError unless all labels are in 0 to classes - 1 or 255."""
         check_labels(self.name, target, self.classes, IGNORE)
 
 
-def check_labels(task: str, target: Tensor, classes: int, none: int) -> None:
-    """UserError unless the int64 `target` holds 0 to classes - 1 and `none` alone."""
+def check_labels(task: str, target: Tensor, classes: int, ignore: int) -> None:
+    """Raise UserError unless `target` is int64 and its labels are in 0 to classes - 1 or equal to `ignore`."""
     if target.dtype != torch.int64:
         raise UserError(f"{task}: the target is {target.dtype}, needed int64 labels.")
-    strange = target[(target != none) & ((target < 0) | (target >= classes))]
+    strange = target[(target != ignore) & ((target < 0) | (target >= classes))]
     if strange.numel():
-        raise UserError(f"{task}: label {int(strange[0])} found, classes are 0 to {classes - 1}, {none} is none.")
+        raise UserError(f"{task}: label {int(strange[0])}; classes are 0 to {classes - 1}, {ignore} means no label.")
 
 
-def between(task: str, option: str, value: Any, low: float, high: float) -> None:
-    """UserError unless low < value < high."""
+def check_number(task: str, option: str, value: Any, low: float, high: float) -> None:
+    """Raise UserError unless low < value < high."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
         raise UserError(f"{task}: {option} {value!r}; it must be a number above {low:g} and below {high:g}.")
+
+
+def check_count(task: str, option: str, value: Any, least: int) -> None:
+    """Raise UserError unless `value` is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{task}: {option} {value!r}; it must be a whole number, at least {least}.")
+
+
+def check_choice(task: str, option: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise UserError, with the near names, unless `value` is one of `choices`."""
+    if value not in choices:
+        raise UserError(f"{task}: {option} '{value}'.{near(str(value), choices)}")

@@ -11,34 +11,39 @@ from vismt.multitask.tasks.base import DenseTask
 from vismt.multitask.tasks.classification import Classification
 from vismt.multitask.tasks.depth import Depth
 from vismt.multitask.tasks.edges import Edges
+from vismt.multitask.tasks.human_parts import HumanParts
 from vismt.multitask.tasks.normals import Normals
-from vismt.multitask.tasks.parts import Parts
 from vismt.multitask.tasks.saliency import Saliency
 from vismt.multitask.tasks.segmentation import Segmentation
+from vismt.registry import Registry
 
-TASKS: dict[str, type[DenseTask]] = {
-    kind.name: kind for kind in (Segmentation, Depth, Normals, Edges, Parts, Saliency, Classification)
-}
+TASKS: Registry[type[DenseTask]] = Registry("task: no dense task")
+for _task in (Segmentation, Depth, Normals, Edges, HumanParts, Saliency, Classification):
+    TASKS.add(_task.name, _task)
 
 
 def make_task(spec: str | Mapping[str, Any]) -> DenseTask:
-    """The task of a specification: its name, or {"name": ..., option: value, ...} with the options of its class.
+    """Return the task of a specification.
 
-    Raises UserError for an unknown name or option, an option that is missing, and values out of range.
+    Args:
+        spec: the name of the task, or {"name": ..., option: value, ...} with the options of its class.
+
+    Raises:
+        UserError: for an unknown name or option, a missing option, and values out of range.
     """
     if not isinstance(spec, str | Mapping):
         raise UserError(f"task: {spec!r}; give its name, or its options with the name as 'name'.")
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = str(options.pop("name", None))
-    require_known("task: no dense task", [name], TASKS)
-    known = task_options(TASKS[name])
-    require_known(f"task: '{name}' has no option", options, known)
-    for option, needed in known.items():
-        if needed and option not in options:
+    task = TASKS[name]
+    required = task_options(task)
+    require_known(f"task: '{name}' has no option", options, required)
+    for option, is_required in required.items():
+        if is_required and option not in options:
             raise UserError(f"task: '{name}' needs '{option}'.")
-    return TASKS[name](**options)
+    return task(**options)
 
 
-def task_options(kind: type[DenseTask]) -> dict[str, bool]:
-    """Options of a task by name, and whether they must be given."""
-    return {field.name: field.default is MISSING for field in fields(kind)}
+def task_options(task: type[DenseTask]) -> dict[str, bool]:
+    """Return the options of a task by name, and whether they must be given."""
+    return {field.name: field.default is MISSING for field in fields(task)}

@@ -1,8 +1,8 @@
 """Semantic segmentation: L = mean over valid pixels of -log softmax(z)_y.
 
-The same in all multi-task work (ASTMT, arXiv 1904.08918; InvPT, arXiv 2203.07997; LibMTL, arXiv 2203.14338), which differs in
-what a class counts that is nowhere in the test set: see `absent` and vismt/multitask/metrics/segmentation.py. LibMTL marks
-pixels without a class by -1, which a reader must turn into 255.
+The loss is the same in all multi-task work (ASTMT, arXiv 1904.08918; InvPT, arXiv 2203.07997; LibMTL, arXiv 2203.14338), which
+differs in how a class counts that does not occur in the test set: see `absent` and vismt/multitask/metrics/segmentation.py.
+LibMTL marks pixels without a class by -1, which a reader must turn into 255.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vismt.errors import UserError, near
-from vismt.multitask.tasks.base import IGNORE, PASCAL_WEIGHTS, LabelTask
+from vismt.errors import UserError
+from vismt.multitask.tasks.base import IGNORE, PASCAL_WEIGHTS, LabelTask, check_choice
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -27,12 +27,18 @@ ABSENT = ("zero", "skip", "nan")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Segmentation(LabelTask):
-    """semseg. classes: their number, background included where it is one. absent: "zero", "skip" or "nan", see the metric.
+    """The task "semseg".
 
-    colors: (r, g, b) in 0..255 of each class; None for hues that differ.
+    Args:
+        classes: number of classes, background included where it is a class.
+        absent: how the score counts a class that does not occur, "zero", "skip" or "nan", see the metric.
+        colors: (r, g, b) in 0..255 of each class; None for distinct hues.
+        loss_weight: factor of the loss, > 0.
     """
 
-    name, key, measure = "semseg", "semseg", "miou"
+    name, key = "semseg", "semseg"
+    measure, label, share = "miou", "mIoU", True
+    predicts_classes = True
     classes: int
     absent: str = "zero"
     colors: Sequence[Sequence[int]] | None = None
@@ -42,15 +48,9 @@ class Segmentation(LabelTask):
         super().__post_init__()
         if isinstance(self.classes, bool) or not isinstance(self.classes, int) or not 2 <= self.classes <= IGNORE:
             raise UserError(f"{self.name}: classes {self.classes!r}; it must be a whole number from 2 to {IGNORE}.")
-        if self.absent not in ABSENT:
-            raise UserError(f"{self.name}: absent '{self.absent}'.{near(str(self.absent), ABSENT)}")
-        if self.colors is not None:
-            sound = all(isinstance(color, Sequence) and len(color) == 3 for color in self.colors)
-            sound = sound and all(
-                isinstance(level, int) and 0 <= level <= 255 for color in self.colors for level in color
-            )
-            if not sound or len(self.colors) != self.classes:
-                raise UserError(f"{self.name}: colors must be (r, g, b) in 0..255 for each of {self.classes} classes.")
+        check_choice(self.name, "absent", self.absent, ABSENT)
+        if self.colors is not None and not (all(map(_is_color, self.colors)) and len(self.colors) == self.classes):
+            raise UserError(f"{self.name}: colors must be (r, g, b) in 0..255 for each of {self.classes} classes.")
 
     @property
     def channels(self) -> int:
@@ -68,24 +68,38 @@ class Segmentation(LabelTask):
         return MeanIoU(self.classes, ignore_index=IGNORE, absent=self.absent)
 
     def palette(self) -> Sequence[Sequence[int]]:
-        """(r, g, b) in 0..255 of each class."""
+        """Return (r, g, b) in 0..255 of each class."""
         return class_colors(self.classes) if self.colors is None else self.colors
 
+    def legend(self, prediction: Tensor, class_names: Sequence[str] = ()) -> list[tuple[str, str]]:
+        counts = torch.bincount(self.answer(prediction).flatten(), minlength=self.classes)
+        order = [label for label in counts.argsort(descending=True, stable=True).tolist() if counts[label] > 0]
+        colors = ["#" + "".join(f"{level:02x}" for level in color) for color in self.palette()]
+        return [(class_names[label] if class_names else f"class {label}", colors[label]) for label in order]
+
     def paint(self, map: Tensor, predicted: bool, like: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Draw each class in its colour of `palette`."""
         if not predicted:
             self.check_labels(map)
         labels = self.answer(map) if predicted else map
-        shown = self.valid(labels)
-        return (torch.tensor(self.palette()) / 255)[labels.where(shown, 0)].movedim(-1, 0), shown
+        visible = self.valid(labels)
+        return (torch.tensor(self.palette()) / 255)[labels.where(visible, 0)].movedim(-1, 0), visible
 
 
 def class_colors(classes: int) -> list[tuple[int, int, int]]:
-    """(r, g, b) in 0..255 for each class, all different, none grey. Neighbours are far apart on the circle of hues."""
+    """Return (r, g, b) in 0..255 for each class: all different, not grey, with distant hues for neighbouring classes."""
     tones = ((0.80, 0.95), (0.60, 0.70), (0.45, 1.00), (0.95, 0.60))
-    found = []
+    colors = []
     for label in range(classes):
         saturation, value = tones[label % len(tones)]
-        # Steps of the golden ratio never come back to a hue they have been at.
+        # Multiples of the golden ratio modulo 1 never repeat a hue.
         red, green, blue = colorsys.hsv_to_rgb(0.6 + label * 0.618034 % 1, saturation, value)
-        found.append((round(255 * red), round(255 * green), round(255 * blue)))
-    return found
+        colors.append((round(255 * red), round(255 * green), round(255 * blue)))
+    return colors
+
+
+def _is_color(color: object) -> bool:
+    """Return whether `color` is (r, g, b) with levels in 0..255."""
+    if not isinstance(color, Sequence) or len(color) != 3:
+        return False
+    return all(isinstance(level, int) and 0 <= level <= 255 for level in color)

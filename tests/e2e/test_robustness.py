@@ -1,0 +1,181 @@
+"""The robustness job: a checkpoint, a user's function and a run folder as arms, from configuration to report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import yaml
+
+from vismt.cli import main
+from vismt.engine.log import read_lines
+
+pytest.importorskip("sklearn")
+
+RADII = (2 / 255, 8 / 255)
+FUNCTION = """
+import torch
+from torch import nn
+
+def load():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 10)), 10
+
+def wrong():
+    return 3
+"""
+
+
+def write(folder: Path, **changes: object) -> Path:
+    config = {
+        "task": "robustness",
+        "arms": {
+            "vit": {"classifier.name": str(folder / "model.safetensors")},
+            "linear": {"classifier.function": "user_models:load", "classifier.size": 32},
+        },
+        "data": ["digits"],
+        "evaluate": {
+            "images": 12,
+            "batch": 5,
+            "attacks": [{"name": "pgd", "epsilon": radius, "steps": 2} for radius in RADII],
+            "corruptions": [{"name": "fog", "severities": [1, 3]}, {"name": "contrast", "severities": [5]}],
+            "masking": True,
+            "baseline": "vit",
+        },
+    }
+    path = folder / "robust.yaml"
+    path.write_text(yaml.safe_dump({**config, **changes}, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A folder with a checkpoint and a module of the user's."""
+    folder = tmp_path_factory.mktemp("robust")
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", img_size=32, num_classes=10)
+    safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"architecture": "test_vit", "img_size": 32, "num_classes": 10}))
+    (folder / "user_models.py").write_text(FUNCTION)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(models: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(models)
+        assert main(["run", str(write(models)), "--out", "runs", "--quiet"]) == 0
+    return next((models / "runs").iterdir())
+
+
+def test_every_condition_of_every_classifier_is_a_row(run_folder: Path) -> None:
+    rows = read_lines(run_folder / "results.jsonl")
+    conditions = {row["condition"]: (row["kind"], row["level"]) for row in rows}
+    assert conditions == {
+        "clean": ("clean", None),
+        "PGD-2 linf 2/255": ("attack", pytest.approx(RADII[0])),
+        "PGD-2 linf 8/255": ("attack", pytest.approx(RADII[1])),
+        "fog 1": ("corruption", 1),
+        "fog 3": ("corruption", 3),
+        "contrast 5": ("corruption", 5),
+        "all corruptions": ("variant", None),
+    }
+    assert len(rows) == 2 * len(conditions) and {row["arm"] for row in rows} == {"vit", "linear"}
+    assert all(row["n"] == 12 and row["seed"] is None and row["low"] <= row["value"] <= row["high"] for row in rows)
+
+
+def test_values_follow_from_the_records(run_folder: Path) -> None:
+    rows = read_lines(run_folder / "results.jsonl")
+    for arm in ("vit", "linear"):
+        path = next((run_folder / "classifiers" / arm / "records").iterdir())
+        answers = [line for line in read_lines(path) if "id" in line]
+        value = {row["condition"]: row["value"] for row in rows if row["arm"] == arm}
+        right = [line["clean"] == line["label"] for line in answers]
+        assert value["clean"] == pytest.approx(sum(right) / 12)
+        # right under attack counts only where the clean image is right
+        attacked = [line["PGD-2 linf 8/255"] == line["label"] for line in answers]
+        assert value["PGD-2 linf 8/255"] == pytest.approx(sum(a and b for a, b in zip(right, attacked)) / 12)
+        # the mean error over 2 + 1 corrupted conditions
+        corrupted = [value[name] for name in ("fog 1", "fog 3", "contrast 5")]
+        assert value["all corruptions"] == pytest.approx(1 - sum(corrupted) / 3)
+
+
+def test_the_report_compares_the_classifiers(run_folder: Path) -> None:
+    text = (run_folder / "report.md").read_text().replace("\\", "")
+    for title in (
+        "Difference",
+        "## Mean corruption error",
+        "## Gradient masking",
+        "attack by radius",
+        "Over vit, in %",
+    ):
+        assert title in text, title
+    mce = {row.split("|")[2].strip(): row.split("|")[3].strip() for row in text.splitlines() if row.endswith("| 2 |")}
+    assert mce["vit"] == "100.0"  # the baseline over itself
+    lines = read_lines(run_folder / "masking.jsonl")
+    assert [(line["arm"], line["n"]) for line in lines] == [("vit", 12), ("linear", 12)]
+
+
+def test_a_second_run_evaluates_nothing_again(run_folder: Path, models: Path, monkeypatch) -> None:
+    monkeypatch.chdir(models)
+    before = (run_folder / "results.jsonl").read_text()
+    times = {path: path.stat().st_mtime_ns for path in run_folder.glob("classifiers/*/records/*")}
+    assert main(["evaluate", str(run_folder), "--quiet"]) == 0
+    assert (run_folder / "results.jsonl").read_text() == before
+    assert {path: read_lines(path) for path in times} and len(times) == 2
+
+
+def test_an_arm_of_a_run_folder_is_a_classifier(models: Path, tmp_path: Path, monkeypatch) -> None:
+    tasks = {
+        "task": "multitask",
+        "model": {"name": "test_vit", "img_size": 32, "pretrained": False},
+        "adapt": {"method": "lora", "rank": 2},
+        "tasks": [{"name": "figures", "train": ["digits"], "test_share": 0.02, "limit": 40}],
+        "batch": 8,
+        "train": {"steps": 2},
+    }
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(tasks))
+    assert main(["run", str(tmp_path / "tasks.yaml"), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
+    trained = next((tmp_path / "runs").iterdir())
+    monkeypatch.chdir(models)
+    arms = {"ours": {"classifier.run": str(trained), "classifier.arm": "adapted"}}
+    path = write(tmp_path, arms=arms, evaluate={"images": 12})
+    assert main(["run", str(path), "--out", str(tmp_path / "robust"), "--quiet"]) == 0
+    (row,) = read_lines(next((tmp_path / "robust").iterdir()) / "results.jsonl")
+    assert row["arm"] == "ours" and row["n"] == 12 and row["chance"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arms": {"a": {}}}, "classifier: nothing given"),
+        ({"arms": {"a": {"classifier.function": "user_models:load"}}}, "classifier.size"),
+        ({"arms": {"a": {"classifier.function": "nowhere:load", "classifier.size": 32}}}, "nowhere"),
+        ({"arms": {"a": {"classifier.function": "user_models:laod", "classifier.size": 32}}}, "'load'"),
+        ({"arms": {"a": {"classifier.function": "user_models:wrong", "classifier.size": 32}}}, "user_models:wrong"),
+        ({"arms": {"a": {"classifier.run": "nowhere"}}}, "nowhere"),
+        ({"arms": {"a": {"classifier.nmae": "x"}}}, "'name'"),
+        ({"data": []}, "data: []"),
+        ({"data": ["photo_crops:test"]}, "10 outputs"),
+        ({"train": {}}, "nothing is trained"),
+        ({"evaluate": {"masking": True}}, "evaluate.masking"),
+        ({"evaluate": {"baseline": "vti"}}, "'vit'"),
+        ({"evaluate": {"images": 1}}, "images is 1"),
+    ],
+)
+def test_errors_are_one_line(models: Path, tmp_path: Path, monkeypatch, capsys, changes: dict, words: str) -> None:
+    pytest.importorskip("skimage")
+    monkeypatch.chdir(models)
+    path = write(models, **{"evaluate": {"images": 12}, **changes})
+    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and error.startswith("error: "), error
+
+
+def test_a_robustness_run_has_nothing_to_merge(run_folder: Path, capsys) -> None:
+    assert main(["merge", str(run_folder)]) == 2
+    assert "no trained adapter" in capsys.readouterr().err

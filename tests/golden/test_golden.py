@@ -1,0 +1,128 @@
+"""Adapters and run folders that version 0.1.0 wrote (make.py) load, evaluate and merge as they did in that version."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+pytest.importorskip("torchmetrics")
+
+from golden.inputs import golden_model, logits_of, write_world
+from golden.merged import EXPERTS, merged_logits
+from golden.rows import pair_up, results, results_by_seed
+
+import vismt
+from vismt.cli import main
+from vismt.llm import gate_of, instance_gates
+from vismt.multitask import set_fade
+
+GOLDEN = Path(__file__).resolve().parent
+ADAPTERS = sorted(path.name for path in (GOLDEN / "adapters").iterdir())
+RUNS = sorted(path.name for path in (GOLDEN / "runs").iterdir())
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with all weights and sets that the runs read."""
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def copied(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Return a function that copies a golden run by name; its relative paths are resolved in `world`, now the current folder."""
+    monkeypatch.chdir(world)
+    monkeypatch.setenv("VISMT_CACHE", str(tmp_path / "cache"))
+    return lambda name: Path(shutil.copytree(GOLDEN / "runs" / name, tmp_path / name))
+
+
+def expected_of(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata beside a golden adapter."""
+    path = GOLDEN / "adapters" / name / "expected.safetensors"
+    with safetensors.safe_open(path, "pt") as file:
+        return safetensors.torch.load_file(path), file.metadata()
+
+
+def same(actual: Tensor, expected: Tensor) -> bool:
+    """Return whether logits agree within 1e-5."""
+    return torch.allclose(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_every_method_has_a_golden_adapter() -> None:
+    assert set(vismt.list_methods()) <= {expected_of(name)[1]["method"] for name in ADAPTERS}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_gives_its_logits_loaded_and_merged(name: str) -> None:
+    expected, about = expected_of(name)
+    model = golden_model(about["model"])
+    assert not same(logits_of(model, expected["input"]), expected["logits"])
+    vismt.load_adapter(model, GOLDEN / "adapters" / name)
+    gates = nullcontext()
+    if "gates" in expected:
+        assert same(gate_of(model)(expected["users"])[0], expected["gates"])
+        gates = instance_gates(expected["gates"])
+    with gates:
+        assert same(logits_of(model, expected["input"]), expected["logits"])
+        if about["method"] == "moe_lora":
+            set_fade(model, 1.0)
+        vismt.merge(model)
+    assert same(logits_of(model, expected["input"]), expected["merged"])
+    fresh = golden_model(about["model"])
+    fresh.load_state_dict(model.state_dict(), strict=True)
+    assert [type(module) for module in fresh.modules()] == [type(module) for module in model.modules()]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_evaluating_a_run_again_gives_every_number(copied: Callable[[str], Path], name: str) -> None:
+    """Keep the records, whether or not the present version reads them."""
+    run = copied(name)
+    assert main(["evaluate", str(run), "--quiet"]) == 0
+    check_numbers(name, run, value=1e-6, half=1e-6)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_evaluating_a_run_without_its_records_gives_every_number(copied: Callable[[str], Path], name: str) -> None:
+    """Delete the records and compute all numbers from the trained weights; other processors may round differently."""
+    run = copied(name)
+    for path in [*run.rglob("records"), *run.glob("*seeds.jsonl"), *run.rglob("merge.json"), run / "results.jsonl"]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert main(["evaluate", str(run), "--quiet"]) == 0
+    check_numbers(name, run, value=1e-4, half=1e-3)
+
+
+def check_numbers(name: str, run: Path, value: float, half: float) -> None:
+    """Compare every old number, over all seeds and by seed; tolerances are relative above 1."""
+    before = GOLDEN / "runs" / name
+    pairs = pair_up(results(before), results(run))
+    pairs += pair_up(results_by_seed(before), results_by_seed(run))
+    assert pairs
+    for pair in pairs:
+        scale = max(1.0, abs(pair.old.value))
+        assert pair.value_difference <= value * scale and pair.half_difference <= half * scale, f"{pair.old}: {pair}"
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name in EXPERTS])
+def test_merged_models_answer_as_those_of_the_old_version(copied: Callable[[str], Path], name: str) -> None:
+    expected = safetensors.torch.load_file(GOLDEN / "merged.safetensors")
+    run = copied(name)
+    for expert in EXPERTS[name]:
+        assert same(merged_logits(run, expert), expected[f"{name}/{expert or ''}"]), expert
+
+
+@pytest.mark.parametrize("name", ["fewshot_pool", "multitask", "dense", "lm"])
+def test_merging_one_of_several_asks_which(
+    copied: Callable[[str], Path], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["merge", str(copied(name))]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1

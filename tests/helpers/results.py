@@ -1,0 +1,74 @@
+"""Rows of results and comparisons as a report has them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vismt.report.comparison import Cell, Comparison
+from vismt.report.results import Result, result_of, write_values
+from vismt.report.results import Score as Score
+from vismt.stats import CLEAN, Condition, Measure
+
+HASH = "4f2a9c1e"
+PGD = Condition("PGD-10 linf 4.5/255", "attack", "PGD linf", 4.5 / 255)
+
+
+def corruption(name: str, severity: int) -> Condition:
+    """The condition of a corruption."""
+    return Condition(f"{name} {severity}", "corruption", name, float(severity))
+
+
+def result(
+    data: str = "digits",
+    arm: str = "frozen",
+    condition: Condition = CLEAN,
+    value: float = 0.4,
+    half: float = 0.05,
+    **changes: Any,
+) -> Result:
+    """A row of a few-shot run."""
+    row: dict[str, Any] = {
+        "task": "few-shot", "data": data, "split": "test", "metric": "accuracy", "unit": "episodes", "scale": "share",
+        "better": "higher", "chance": 0.2, "protocol": "5-way 1-shot", "condition": condition.label, "arm": arm,
+        "seed": None, "value": value, "low": value - half, "high": value + half, "n": 60, "config_hash": HASH,
+        "kind": condition.kind, "family": condition.family, "level": condition.level,
+    }  # fmt: skip
+    return Result(**{**row, **changes})
+
+
+def comparison(
+    data: str, cells: Mapping[str, Cell], condition: Condition = CLEAN, *, paired: bool = False, **changes: Any
+) -> Comparison:
+    """Arms under one condition, as `compare` gives them."""
+    return Comparison(result(data, condition=condition, **changes), data, dict(cells), None, paired)
+
+
+def write_lines(path: Path, lines: Sequence[Mapping[str, Any]], mode: str = "w") -> None:
+    """Write JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open(mode, encoding="utf8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The lines of results.jsonl."""
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def add(
+    folder: Path, score: Score, arm: str, *, seed: int | None = None, records: bool = True, config_hash: str = HASH
+) -> Result:
+    """Append a score's row to results.jsonl and its values by example to records/."""
+    row = result_of(score, arm, seed, "test", config_hash)
+    write_lines(folder / "results.jsonl", [vars(row)], "a")
+    if records and seed is None:
+        write_values(folder, [(row, score.measure)])
+    return row
+
+
+def measure(values: Sequence[float], metric: str = "accuracy", **settings: Any) -> Measure:
+    """A measure of examples "0", "1", ..."""
+    return Measure(metric, {str(number): value for number, value in enumerate(values)}, **settings)

@@ -1,0 +1,160 @@
+"""Comparisons of a hand-made run folder: numbers by hand, pairs, ties and averages."""
+
+import json
+import math
+import shutil
+
+import pytest
+from helpers.results import HASH, PGD, add, measure, rows_of, write_lines
+from helpers.run_folder import FROZEN, add_arm, make_folder
+
+from vismt.report.comparison import compare
+from vismt.report.results import Score, read_results
+from vismt.report.tables import result_tables
+from vismt.stats import CLEAN
+
+# mean 0.5; squares of the deviations .09 + .01 + .01 + .09 = .2; std = sqrt(.2 / 3) = .2582; 1.96 * .2582 / 2 = .2530
+HALF = 1.96 * math.sqrt(0.2 / 3) / 2
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_folder(tmp_path)
+
+
+def comparisons(folder):
+    results = compare(read_results(folder / "results.jsonl", HASH), folder)
+    return {(c.data, c.condition): c for c in results}
+
+
+def records_of(folder, data, arm):
+    return folder / "records" / f"few-shot-{data}-5-way-1-shot-{arm}-accuracy.jsonl"
+
+
+def test_paired_differences_decide_where_intervals_overlap(folder):
+    results = comparisons(folder)
+    clean = results["digits", "clean"]
+    # 0.5 +- 0.253 and 0.6 +- 0.253 overlap, but every episode gains exactly 0.1: no tie
+    assert clean.cells["frozen"].half == pytest.approx(HALF) and clean.cells["frozen"].value == 0.5
+    assert (clean.cells["adapted"].mark, clean.cells["frozen"].mark) == ("best", "") and clean.paired
+    assert clean.difference == pytest.approx((0.1, 0.1, 0.1))
+    # crops: differences .1, -.05, .1, -.05, mean .025, an interval around zero
+    crops = results["crops", "clean"]
+    assert crops.difference[0] == pytest.approx(0.025) and crops.difference[1] < 0 < crops.difference[2]
+    assert (crops.cells["adapted"].mark, crops.cells["frozen"].mark) == ("best", "tie")
+
+
+def test_without_records_the_intervals_decide(folder):
+    for path in (folder / "records").iterdir():
+        path.unlink()
+    results = comparisons(folder)
+    clean, attacked = results["digits", "clean"], results["crops", PGD.label]
+    assert clean.cells["frozen"].mark == "tie" and clean.difference is None and not clean.paired
+    # .1 +- 1.96 * .1155 / 2 = .1 +- .113 ends at .213; .45 +- .057 starts at .393: apart
+    assert attacked.cells["frozen"].mark == ""
+    (table,) = result_tables(list(results.values()))
+    assert all(row[1].endswith(" (unpaired)") for row in table.rows)
+
+
+def test_a_measure_with_bounds_is_not_paired(folder):
+    """Its records, which an earlier evaluation may have left, are of another measure."""
+    for arm, value in (("frozen", 0.5), ("adapted", 0.6)):
+        ece = measure([value] * 4, "ECE-15", bounds=(0.1, 0.9), paired=False)
+        score = Score("few-shot", "digits", "5-way 1-shot", ece, CLEAN)
+        add(folder, score, arm)
+    compared = next(c for c in compare(read_results(folder / "results.jsonl"), folder) if c.row.metric == "ECE-15")
+    assert not compared.paired and compared.difference is None and compared.cells["frozen"].mark == "tie"
+    assert compared.cells["frozen"].half == pytest.approx(0.4) and compared.cells["adapted"].half == pytest.approx(0.5)
+    assert not list((folder / "records").glob("*ECE*"))
+
+
+def test_records_that_do_not_give_the_number_are_not_used(folder):
+    add_arm(folder, "other", "frozen", FROZEN, FROZEN)
+    add_arm(folder, "other", "adapted", [v + 0.1 for v in FROZEN], FROZEN)
+    path = records_of(folder, "other", "adapted")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[3]["clean"] += 0.05
+    write_lines(path, lines)
+    results = comparisons(folder)
+    assert not results["other", "clean"].paired and results["other", PGD.label].paired
+    write_lines(path, lines[:3])
+    assert not comparisons(folder)["other", PGD.label].paired  # 3 of 4 examples
+
+
+def test_records_pair_by_example_not_by_line(folder):
+    path = records_of(folder, "digits", "adapted")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(reversed(lines)) + "\n")
+    assert comparisons(folder)["digits", "clean"].difference == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_records_of_other_examples_are_not_paired(folder):
+    path = records_of(folder, "digits", "adapted")
+    path.write_text(path.read_text().replace('"example": "3"', '"example": "7"'))
+    clean = comparisons(folder)["digits", "clean"]
+    assert not clean.paired and clean.difference is None and clean.cells["frozen"].mark == "tie"
+
+
+def test_examples_that_are_right_or_wrong(folder):
+    for arm, right in (("frozen", [1, 0, 0, 0]), ("adapted", [1, 1, 1, 0])):
+        add(folder, Score("few-shot", "set", "all images", measure(right, counts=True), CLEAN, "images"), arm)
+    # right in 1 and 3 of 4: + 0.5 on the same images
+    assert comparisons(folder)["set", "clean"].difference[0] == pytest.approx(0.5)
+
+
+def test_average_over_sets(folder):
+    average = comparisons(folder)["average", "clean"]
+    # (0.5 + 0.5) / 2 and (0.6 + 0.525) / 2; halves combine as sqrt(h^2 + h^2) / 2; n adds up
+    assert average.cells["frozen"].value == pytest.approx(0.5)
+    assert average.cells["adapted"].value == pytest.approx(0.5625)
+    assert average.cells["frozen"].half == pytest.approx(HALF / math.sqrt(2)) and average.cells["frozen"].n == 8
+    # differences: .1 without spread, and .025 with std sqrt(4 * .075^2 / 3) = .0866: half 1.96 * .0866 / 2 / 2 = .04244
+    assert average.difference == pytest.approx((0.0625, 0.0625 - 0.04244, 0.0625 + 0.04244), abs=1e-4)
+    assert average.cells["frozen"].mark == ""
+
+
+@pytest.mark.parametrize("records", [True, False])
+def test_where_lower_is_better_the_lowest_is_best(folder, records):
+    """By the same numbers, with and without pairs, on the sets and on their average."""
+    rows = [{**row, "low": row["value"] - 0.04, "high": row["value"] + 0.04} for row in rows_of(folder)]
+    if not records:
+        shutil.rmtree(folder / "records")
+    marks = {}
+    for better in ("higher", "lower"):
+        write_lines(folder / "results.jsonl", [{**row, "better": better} for row in rows])
+        results = comparisons(folder)
+        assert all(c.row.better == better for c in results.values())
+        marks[better] = {
+            data: [results[data, "clean"].cells[arm].mark for arm in ("frozen", "adapted")]
+            for data in ("digits", "average")
+        }
+    # 0.5 and 0.6 on digits, 0.5 and 0.5625 on average: beyond the widths; the average's unpaired reach is 2 * 0.04 / sqrt 2
+    assert marks["higher"] == {"digits": ["", "best"], "average": ["", "best"]}
+    assert marks["lower"] == {"digits": ["best", ""], "average": ["best", ""]}
+
+
+def test_no_average_of_one_set_or_of_unequal_arms(tmp_path):
+    add_arm(tmp_path, "a", "frozen", FROZEN, FROZEN)
+    assert list(comparisons(tmp_path)) == [("a", "clean"), ("a", PGD.label)]
+    assert comparisons(tmp_path)["a", "clean"].cells["frozen"].mark == ""
+    add_arm(tmp_path, "b", "adapted", FROZEN, FROZEN)
+    assert "average" not in {data for data, _ in comparisons(tmp_path)}
+
+
+def test_rows_of_single_trainings_are_not_compared(folder):
+    before = comparisons(folder)
+    for seed in (0, 1):
+        score = Score("few-shot", "digits", "5-way 1-shot", measure([0.9, 1.0, 1.0, 1.0]), CLEAN, "episodes")
+        add(folder, score, "adapted", seed=seed)
+    assert comparisons(folder) == before
+
+
+def test_other_protocols_metrics_and_units_are_other_blocks(folder):
+    add_arm(folder, "digits", "frozen", FROZEN, FROZEN, protocol="5-way 5-shot")
+    blocks = [c.block for c in compare(read_results(folder / "results.jsonl"), folder)]
+    assert list(dict.fromkeys(blocks)) == [
+        ("few-shot", "5-way 1-shot", "accuracy", "episodes"),
+        ("few-shot", "5-way 5-shot", "accuracy", "episodes"),
+    ]
+    # 2 sets and their average, clean and attacked, then one set
+    assert len(blocks) == 8

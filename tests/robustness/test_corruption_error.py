@@ -1,0 +1,40 @@
+"""Mean corruption error: the published formula by hand, and one error for each baseline that does not fit."""
+
+import pytest
+
+from vismt.errors import UserError
+from vismt.robustness.corruption_error import mean_corruption_error
+
+ERRORS = {"fog": {1: 0.1, 3: 0.3}, "snow": {1: 0.6}}
+BASELINE = {"fog": {1: 0.2, 2: 0.9, 3: 0.6}, "snow": {1: 0.8}, "frost": {1: 0.5}}
+
+
+def test_without_a_baseline_it_is_the_mean_error_with_equal_weights_of_corruptions():
+    # fog: (0.1 + 0.3) / 2 = 0.2; snow: 0.6; mean (0.2 + 0.6) / 2 = 0.4, where the mean over all three is 0.333.
+    assert mean_corruption_error(ERRORS) == pytest.approx(0.4, abs=1e-12)
+
+
+def test_a_baseline_normalises_each_corruption():
+    # CE fog: (0.1 + 0.3) / (0.2 + 0.6) = 0.5, severity 2 of the baseline is ignored; CE snow: 0.6 / 0.8 = 0.75;
+    # mCE: (0.5 + 0.75) / 2 = 0.625.
+    assert mean_corruption_error(ERRORS, BASELINE) == pytest.approx(0.625, abs=1e-12)
+
+
+def test_the_baseline_itself_has_one():
+    assert mean_corruption_error(BASELINE, BASELINE) == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("errors", "baseline", "words"),
+    [
+        ({}, None, "no corruptions"),
+        ({"fog": {}}, None, "'fog' has no severities"),
+        (ERRORS, {"fogs": {1: 0.2}}, "the baseline has no 'fog'. Near: 'fogs'"),
+        (ERRORS, {"fog": {1: 0.2}, "snow": {1: 0.2}}, "the baseline has no 'fog' at severity 3"),
+        (ERRORS, {"fog": {1: 0.0, 3: 0.0}, "snow": {1: 0.2}}, "the baseline makes no error under 'fog'"),
+    ],
+)
+def test_refused(errors, baseline, words):
+    with pytest.raises(UserError) as caught:
+        mean_corruption_error(errors, baseline)
+    assert words in str(caught.value) and "\n" not in str(caught.value)

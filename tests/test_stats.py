@@ -1,0 +1,86 @@
+"""Measures, their intervals and averages, and the kinds of conditions, by hand."""
+
+import math
+
+import pytest
+
+from vismt.errors import UserError
+from vismt.robustness.attacks import AttackSpec
+from vismt.robustness.conditions import condition_of
+from vismt.robustness.corruptions import CorruptionSpec
+from vismt.stats import CLEAN, Condition, Measure, averaged, seeds_interval, wilson
+
+VALUES = {"a": 0.2, "b": 0.4, "c": 0.6, "d": 0.8}
+# squares of the deviations from 0.5: .09 + .01 + .01 + .09 = .2
+HALF = 1.96 * math.sqrt(0.2 / 3) / 2
+
+
+def test_a_measure_is_the_mean_of_its_values():
+    measure = Measure("accuracy", VALUES)
+    assert measure.score == pytest.approx(0.5)
+    assert measure.interval() == pytest.approx((0.5 - HALF, 0.5 + HALF)) == measure.training_interval()
+    assert (measure.scale, measure.better, measure.chance) == ("share", "higher", None)
+
+
+def test_bounds_take_the_place_of_the_interval():
+    measure = Measure("ECE-15", VALUES, bounds=(0.1, 0.7))
+    assert measure.interval() == (0.1, 0.7) == measure.training_interval()
+
+
+def test_an_interval_needs_two_values():
+    with pytest.raises(UserError, match="interval over 1 values"):
+        Measure("accuracy", {"a": 1.0}).interval()
+
+
+def test_wilson_by_hand():
+    # z = 1.959964, n = 4, p = 3/4: center (p + z^2/2n) / (1 + z^2/n), half z sqrt(p q / n + z^2 / 4 n^2) / (1 + z^2/n)
+    z = 1.959963984540054
+    grown = 1 + z**2 / 4
+    center = (0.75 + z**2 / 8) / grown
+    half = z * math.sqrt(0.75 * 0.25 / 4 + z**2 / 64) / grown
+    assert wilson(3, 4) == pytest.approx((center - half, center + half))
+    assert wilson(3, 4) == pytest.approx((0.30064, 0.95441), abs=1e-5)
+    assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == 1
+    assert wilson(0, 10)[1] == pytest.approx(z**2 / (10 + z**2))  # center + half at p = 0
+
+
+def test_counts_of_one_training_have_wilsons_interval():
+    right = Measure("accuracy", {"a": 1.0, "b": 1.0, "c": 0.0, "d": 1.0}, counts=True)
+    assert right.training_interval() == wilson(3, 4)
+    # 1.96 * 0.5 / 2 around 0.75
+    assert right.interval() == pytest.approx((0.26, 1.24))
+
+
+def test_the_average_over_trainings_is_example_by_example():
+    first = Measure("accuracy", {"a": 1.0, "b": 0.0}, counts=True, chance=0.1)
+    second = Measure("accuracy", {"b": 1.0, "a": 1.0}, counts=True, chance=0.1)
+    mean = averaged([first, second])
+    assert mean.values == {"a": 1.0, "b": 0.5} and mean.score == 0.75
+    assert not mean.counts and mean.chance == 0.1 and mean.bounds is None
+    # deviation .35355: 1.96 * .25
+    assert mean.interval() == pytest.approx((0.75 - 0.49, 0.75 + 0.49)) == mean.training_interval()
+    assert averaged([first]) is first
+
+
+def test_bounds_are_averaged():
+    first = Measure("ECE-15", {"a": 0.1}, bounds=(0.0, 0.2))
+    second = Measure("ECE-15", {"a": 0.3}, bounds=(0.1, 0.6))
+    assert averaged([first, second]).bounds == pytest.approx((0.05, 0.4))
+    assert averaged([first, second]).score == pytest.approx(0.2)
+
+
+def test_student_over_seeds_by_hand():
+    # t of 0.975: 12.7062 at one degree of freedom, 4.30265 at two
+    assert seeds_interval([2.0, 2.2]) == pytest.approx((2.1, 12.7062 * 0.1), abs=1e-4)
+    assert seeds_interval([0.5, 0.6, 0.7]) == pytest.approx((0.6, 4.30265 * 0.1 / math.sqrt(3)), abs=1e-5)
+
+
+def test_kinds_of_conditions():
+    assert Condition("clean", "clean", "clean", None) == CLEAN
+    fog = condition_of(CorruptionSpec("fog", 3))
+    assert (fog.kind, fog.family, fog.level) == ("corruption", "fog", 3.0)
+    weak, strong = (condition_of(AttackSpec("pgd", epsilon, None, None, "linf", True, 0)) for epsilon in (0.01, 0.02))
+    assert weak.kind == strong.kind == "attack" and weak.family == strong.family != fog.family
+    assert (weak.level, strong.level) == (0.01, 0.02) and weak.label != strong.label
+    other = condition_of(AttackSpec("pgd", 0.01, None, None, "l2", True, 0))
+    assert other.family != weak.family

@@ -1,0 +1,61 @@
+"""The `vismt` command. Each command imports what it needs when it runs, so that `vismt list` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+from collections.abc import Sequence
+
+from vismt import console
+from vismt.cli import attack, bench, data, models, runs
+from vismt.cli.commands import Commands
+from vismt.errors import UserError
+
+GROUPS = (runs, attack, models, data, bench)  # in the order of `vismt --help`
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the words after `vismt`; None takes them from `sys.argv`.
+
+    Returns:
+        The exit code: 0 done, 1 a check failed, 2 a user error, 130 interrupted.
+    """
+    options = _parse(arguments)
+    console.set_quiet(options.quiet or int(os.environ.get("RANK", "0")) > 0)
+    if not options.verbose:
+        # The warnings of dependencies are for developers; a user cannot act on them.
+        warnings.filterwarnings("ignore")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        return options.runner(options) or 0
+    except UserError as error:
+        if options.debug:
+            raise
+        console.error(str(error))
+        return 2
+    except KeyboardInterrupt:
+        console.error("interrupted; run the same command again to continue from here.")
+        return 130
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="vismt", description="Low-rank adaptation methods with numbers that can be trusted."
+    )
+    commands = Commands(parser)
+    for group in GROUPS:
+        group.add_commands(commands)
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes no positional after an option: `run CONFIG --out runs train.steps=2` leaves the override in `rest`.
+    takes_overrides = hasattr(options, "overrides")
+    overrides = [word for word in rest if takes_overrides and "=" in word and not word.startswith("-")]
+    unrecognised = [word for word in rest if word not in overrides]
+    if unrecognised:
+        parser.error(f"unrecognised arguments: {' '.join(unrecognised)}")
+    if overrides:
+        options.overrides = [*options.overrides, *overrides]
+    return options

@@ -1,0 +1,90 @@
+"""`vismt attack`: attack a run folder, or any timm classifier with --model and --data."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vismt.cli.commands import Commands
+from vismt.errors import UserError
+from vismt.jobs import open_run
+
+if TYPE_CHECKING:
+    from vismt.robustness.conditions import AttackConfig
+
+# Options that need --model, with their defaults.
+MODEL_OPTIONS = {
+    "data": None,
+    "images": None,
+    "architecture": None,
+    "out": None,
+    "random_weights": False,
+    "masking": False,
+}
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the command of this file."""
+    parser = commands.add("attack", _attack, "attack a run folder, or any timm classifier with --model and --data")
+    parser.add_argument("run", type=Path, nargs="?", help="a run folder")
+    parser.add_argument("--model", help="a timm name or a checkpoint file instead of a run")
+    parser.add_argument("--architecture", help="timm architecture of a checkpoint without config.json")
+    parser.add_argument("--random-weights", action="store_true", help="a timm name without its weights")
+    parser.add_argument("--data", help="card or card:split for --model")
+    parser.add_argument("--images", type=int, help="number of images (all)")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument(
+        "--attack", action="append", help="pgd, pgd_l2, fgsm, apgd_ce, apgd_t, fab, square, autoattack, ... (pgd)"
+    )
+    parser.add_argument("--epsilon", default="4.5/255", help="radius in pixels of [0, 1], also as a fraction (4.5/255)")
+    parser.add_argument("--step-size", help="step (epsilon / 10)")
+    parser.add_argument("--steps", type=int, help="number of steps (the attack's default)")
+    parser.add_argument("--norm", default="linf", help="linf or l2")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawn images and the attack, with --model")
+    parser.add_argument("--masking", action="store_true", help="also check the accuracy at growing radii")
+    parser.add_argument("--out", type=Path, help="run folder to make with --model (runs/attack-...)")
+
+
+def _attack(options: argparse.Namespace) -> None:
+    from vismt.robustness.conditions import AttackConfig
+
+    if (options.run is None) == (options.model is None):
+        raise UserError("attack: give either a run folder or --model (with --data).")
+    attacks = [
+        AttackConfig(name, options.epsilon, options.step_size, options.steps, options.norm)
+        for name in options.attack or ["pgd"]
+    ]
+    if options.run is None:
+        _attack_model(options, attacks)
+        return
+    for name, default in MODEL_OPTIONS.items():
+        if getattr(options, name) != default:
+            raise UserError(
+                f"attack: --{name.replace('_', '-')} goes with --model; a run takes it from its configuration."
+            )
+    run = open_run(options.run)
+    run.on_main(lambda: run.evaluate(attacks))
+    run.on_main(run.report)
+
+
+def _attack_model(options: argparse.Namespace, attacks: list[AttackConfig]) -> None:
+    """Run the robustness job on one classifier: `task: robustness` in a configuration compares several."""
+    from vismt.jobs import start_config
+    from vismt.jobs.robustness.config import ClassifierConfig, RobustnessConfig, RobustnessEvaluateConfig
+
+    if not options.data:
+        raise UserError("attack: --model needs --data, a card such as cifar10:test; `vismt data list` shows them.")
+    arm = re.sub(r"[^\w.+-]+", "-", Path(options.model).stem)
+    config = RobustnessConfig(
+        title=f"{options.model} on {options.data}",
+        seed=options.seed,
+        classifier=ClassifierConfig(options.model, options.architecture, not options.random_weights),
+        arms={arm: {}},
+        data=[options.data],
+        evaluate=RobustnessEvaluateConfig(options.images, options.batch, attacks, masking=options.masking),
+    )
+    run = start_config(config, f"attack-{arm}", Path("runs"), options.out)
+    run.on_main(run.evaluate)
+    run.on_main(run.report)

@@ -1,0 +1,85 @@
+"""`vismt merge`, `predict`, `pool` and `export`: the models of a run folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vismt import console
+from vismt.cli.commands import Commands
+from vismt.errors import UserError
+from vismt.jobs import open_run
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the commands of this file."""
+    merge = commands.add("merge", _merge, "write the merged stock model of a run folder")
+    merge.add_argument("run", type=Path, help="a run folder")
+    _add_arm(merge)
+    predict = commands.add("predict", _predict, "draw a dense run's predictions on your own images")
+    predict.add_argument("run", type=Path, help="a run folder")
+    predict.add_argument("images", type=Path, nargs="+", help="image files of any size")
+    predict.add_argument("--to", type=Path, help="target folder (RUN/predictions)")
+    _add_arm(predict)
+    predict.add_argument(
+        "--own-size",
+        action="store_true",
+        help="slide windows over the image at its original size instead of fitting the image into the run's size",
+    )
+    predict.add_argument(
+        "--flip", action="store_true", help="average with the mirrored image's prediction, as evaluate.flip does"
+    )
+    predict.add_argument("--maps", action="store_true", help="also write the predictions as arrays (.npz)")
+    pool = commands.add("pool", _pool, "assemble separately trained experts into one pool folder")
+    pool.add_argument("action", choices=("assemble",))
+    pool.add_argument("experts", type=Path, nargs="+", help="run folders, adapter folders or pools")
+    pool.add_argument("--to", type=Path, required=True, help="the pool folder to write")
+    export = commands.add("export", _export, "export a run's model: timm, transformers or peft")
+    export.add_argument("run", type=Path, help="a run folder")
+    export.add_argument("--format", default="timm", help="timm, transformers or peft (timm)")
+    export.add_argument("--to", type=Path, help="target folder (RUN/export-FORMAT)")
+    _add_arm(export)
+
+
+def _add_arm(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--arm",
+        metavar="NAME[:SEED]",
+        help="the arm of a study and its training seed; of a pool, the label of one expert, or average",
+    )
+    parser.add_argument("--expert", help=argparse.SUPPRESS)
+
+
+def _arm(options: argparse.Namespace) -> str | None:
+    """Return the name given as --arm, or as --expert, the option's name up to version 0.1.0."""
+    if options.expert is None:
+        return options.arm
+    if options.arm is not None:
+        raise UserError(f"{options.command}: --expert is the old name of --arm; give --arm only.")
+    console.stage("note", f"--expert is now --arm: write --arm {options.expert}")
+    return options.expert
+
+
+def _merge(options: argparse.Namespace) -> None:
+    console.stage("merged", str(open_run(options.run).merge(_arm(options))))
+
+
+def _export(options: argparse.Namespace) -> None:
+    console.stage("export", str(open_run(options.run).export(options.format, options.to, _arm(options))))
+
+
+def _predict(options: argparse.Namespace) -> None:
+    pictures = open_run(options.run).predict(
+        options.images, options.to, _arm(options), own_size=options.own_size, flip=options.flip, maps=options.maps
+    )
+    for path in pictures:
+        console.stage("picture", str(path))
+
+
+def _pool(options: argparse.Namespace) -> None:
+    from vismt.jobs.fewshot.pool_training import find_experts
+    from vismt.metatune.pool import assemble
+
+    experts = [expert for folder in options.experts for expert in find_experts(folder)]
+    folder = assemble(experts, options.to)
+    console.stage("pool", f"{folder}   {', '.join(expert.label for expert in experts)}")

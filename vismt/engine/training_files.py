@@ -1,0 +1,78 @@
+"""The files of one training under arms/: adapter/, the job's files, and done.json, written last to mark it as finished."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from vismt.engine.study import Training
+from vismt.errors import UserError
+from vismt.files import atomic_write, read_json, read_tensors
+from vismt.lowrank.inject import merge
+from vismt.lowrank.store import check_tensors, load_adapter, save_adapter
+from vismt.lowrank.wrappers import is_mergeable
+
+ADAPTER = "adapter"
+DONE = "done.json"
+MERGE = "merge.json"
+
+
+def finish(model: nn.Module, folder: Path, with_adapter: bool, about: dict[str, Any]) -> None:
+    """Write the adapter of a model, if it has one, and then done.json with the facts `about` the adaptation."""
+    if with_adapter:
+        save_adapter(model, folder / ADAPTER)
+    atomic_write(folder / DONE, json.dumps(about))
+
+
+def read_done(training: Training) -> dict[str, Any] | None:
+    """Return the content of a finished training's done.json, None for an unfinished training."""
+    path = training.folder / DONE
+    return read_json(path, f"run '{training.folder}'") if path.exists() else None
+
+
+def has_adapter(training: Training) -> bool:
+    """Return whether a finished training has an adapter."""
+    return (training.folder / ADAPTER).is_dir()
+
+
+def restore(model: nn.Module, training: Training) -> str:
+    """Load the adapter into an untrained model; return the training's name in messages.
+
+    Raises UserError for an unfinished training.
+    """
+    what = f"run '{training.folder}'"
+    if read_done(training) is None:
+        raise UserError(f"{what}: the training is not finished; `vismt train` goes on with it.")
+    if has_adapter(training):
+        load_adapter(model, training.folder / ADAPTER)
+    return what
+
+
+def fold(model: nn.Module, training: Training) -> None:
+    """Merge a trained model's update into its weights where that is possible."""
+    if has_adapter(training) and is_mergeable(model):
+        merge(model)
+
+
+def needs_merge_check(model: nn.Module, training: Training) -> bool:
+    """Return whether there is an adapter that can be merged, and no merge.json yet."""
+    return has_adapter(training) and is_mergeable(model) and not (training.folder / MERGE).exists()
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of a module as contiguous tensors on the CPU."""
+    return {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+
+
+def load_state(module: nn.Module, path: Path, what: str) -> None:
+    """Load a file of `state` into a module.
+
+    Raises UserError for a missing or damaged file and for tensors that do not fit; `what` names the training.
+    """
+    tensors = read_tensors(path, f"{what}: {path.name}")[1]
+    needed = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    check_tensors(f"{what}: {path.name}", needed, tensors)
+    module.load_state_dict(tensors)

@@ -1,0 +1,221 @@
+"""The evaluation that all jobs share: scores become rows, values and a report here."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+
+from vismt import console
+from vismt.engine.study import Study, StudyConfig, Training
+from vismt.errors import UserError
+from vismt.report.comparison import compare
+from vismt.report.report import write_report
+from vismt.report.results import RESULTS, Result, Score, read_results, result_of, write_results, write_values
+from vismt.report.sections import Section
+from vismt.report.study import study_sections
+from vismt.report.tables import interval_text
+from vismt.robustness.conditions import AttackConfig
+from vismt.stats import averaged
+
+Config = TypeVar("Config", bound=StudyConfig)
+
+
+class EvaluationJob(ABC, Generic[Config]):
+    """Evaluate the models of one run folder and report on them.
+
+    Args:
+        config: of the run, checked by the job's constructor.
+        folder: the run folder.
+        config_hash: of the configuration.
+    """
+
+    # Columns of metrics.jsonl that the report draws, with their titles.
+    logged: Mapping[str, str] = {"loss": "Training loss"}
+    # Whether lines about scores name the task: a set has scores of several.
+    names_tasks = False
+    # Names of models that no arm trains, evaluated beside the arms.
+    references: Sequence[str] = ()
+
+    def __init__(self, config: Config, folder: Path, config_hash: str) -> None:
+        self.config = config
+        self.folder = folder
+        self.hash = config_hash
+        self.study: Study[Config] = self.make_study()
+
+    def make_study(self) -> Study[Config]:
+        """Return the study of the configuration."""
+        return Study(self.config, self.folder)
+
+    # ---- what a job declares ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
+        """Return every measure of a training or reference on a split, clean and under each condition.
+
+        attacks: conditions in place of those of the configuration; None for the latter.
+        """
+
+    @abstractmethod
+    def trainings(self, arm: str) -> list[Training]:
+        """Return the evaluated trainings of an arm or reference, one for each seed."""
+
+    @property
+    def split(self) -> str:
+        """The split that is evaluated."""
+        return "test"
+
+    def derived(self, scores: Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:
+        """Return further scores by arm, computed from the scores of several arms or conditions."""
+        return {}
+
+    def finished(self, training: Training) -> None:
+        """Run after the evaluation of a training; by default do nothing."""
+
+    def write_panels(self) -> None:
+        """Write the files from which the report draws pictures of examples."""
+
+    def sections(self, results: Sequence[Result]) -> list[Section]:
+        """Return the report's sections besides the shared ones."""
+        return []
+
+    def baselines(self) -> dict[str, str]:
+        """Return by task the arm to which differences are computed, "" for none; tasks left out use the first arm."""
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        """Return the job's entries of run.json, such as seeds."""
+        return {}
+
+    def classifier(self, arm: str | None = None) -> tuple[nn.Module, list[str], int]:
+        """Return one arm as a classifier of images in [0, 1]: net, names of its outputs, size of its images in pixels."""
+        raise UserError(
+            f"run '{self.folder}': the job '{self.config.task}' has no classifier of images; name another run."
+        )
+
+    # ---- a job that trains nothing ----------------------------------------------------------------------------------------
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to train."""
+        return False
+
+    def train(self) -> dict[str, Any]:
+        """Train what is not trained yet; return the entry "adapt" of run.json."""
+        return {}
+
+    def adapted(self, arm: str | None = None) -> nn.Module:
+        """Return the stock model of one arm ("arm" or "arm:seed") with its adapter.
+
+        Raises UserError for an arm without an adapter.
+        """
+        raise UserError(f"run '{self.folder}': the job '{self.config.task}' trains no adapter.")
+
+    def merged(self, arm: str | None = None) -> nn.Module:
+        """Return the stock model of one arm with merged weights."""
+        raise UserError(f"run '{self.folder}': the job '{self.config.task}' trains no adapter.")
+
+    def about(self) -> dict[str, Any]:
+        """Return the further entries of config.json beside merged weights."""
+        return {}
+
+    def files_beside(self, arm: str | None = None) -> dict[str, bytes]:
+        """Return the files to write beside the merged or exported weights of one arm, by name."""
+        return {}
+
+    # ---- evaluation ---------------------------------------------------------------------------------------------------
+
+    def evaluate(self, attacks: Sequence[AttackConfig] | None = None) -> None:
+        """Score every reference and arm and write results.jsonl; rows of other conditions (an earlier attack) stay.
+
+        attacks: conditions in place of those of the configuration.
+        """
+        scores: dict[str, dict[int, list[Score]]] = {}
+        for arm in self.evaluated():
+            trainings = self.trainings(arm)
+            scores[arm] = {training.seed: self.score(training, self.split, attacks) for training in trainings}
+            self._print(arm, mean_scores(scores[arm].values()), len(trainings))
+            if attacks is None and arm in self.study.arms:
+                for training in trainings:
+                    self.finished(training)
+        self._write(scores)
+        if attacks is None:
+            self.write_panels()
+
+    def evaluated(self) -> list[str]:
+        """Return the names of all evaluated models, references first."""
+        return [*self.references, *self.study.arms]
+
+    def _write(self, scores: Mapping[str, Mapping[int, Sequence[Score]]]) -> None:
+        """Write the rows of every arm, averaged over its trainings, and where there are several the rows of each."""
+        groups: dict[int | None, dict[str, Sequence[Score]]]
+        groups = {None: {arm: mean_scores(by_seed.values()) for arm, by_seed in scores.items()}}
+        trained = {arm: by_seed for arm, by_seed in scores.items() if arm not in self.references}
+        for seed in self.study.seeds if len(self.study.seeds) > 1 else ():
+            groups[seed] = {arm: by_seed[seed] for arm, by_seed in trained.items() if seed in by_seed}
+        derived = {seed: self.derived(by_arm) for seed, by_arm in groups.items()}
+        if not all(derived.values()):
+            derived = {}  # a score that lacks one of its seeds cannot be compared by seed
+        for arm, arm_scores in derived.get(None, {}).items():
+            self._print(arm, arm_scores, len(scores[arm]))
+        rows = [
+            (result_of(score, arm, seed, self.split, self.hash), score.measure)
+            for seed, by_arm in groups.items()
+            for arm, arm_scores in by_arm.items()
+            for score in (*arm_scores, *derived.get(seed, {}).get(arm, ()))
+        ]
+        write_values(self.folder, [(row, measure) for row, measure in rows if row.seed is None])
+        write_results(self.folder, [row for row, _ in rows])
+
+    def _print(self, arm: str, scores: Sequence[Score], trainings: int) -> None:
+        """Print a line for every set, with the mean of more than three corruptions."""
+        for task, data, protocol in dict.fromkeys((score.task, score.data, score.protocol) for score in scores):
+            chosen = [score for score in scores if (score.task, score.data, score.protocol) == (task, data, protocol)]
+            shown = [score for score in chosen if score.condition.kind != "corruption"]
+            corrupted = [score for score in chosen if score.condition.kind == "corruption"]
+            if len(corrupted) <= 3:
+                shown = chosen
+                corrupted = []
+            texts = [score_text(score) for score in shown]
+            if corrupted:
+                mean = sum(score.measure.score for score in corrupted) / len(corrupted)
+                texts.append(f"mean of {len(corrupted)} corruptions {100 * mean:.1f}")
+            n = len(chosen[0].measure.values)
+            count = f"n = {n:,} {chosen[0].unit}"
+            if trainings > 1:
+                count += f", {trainings} seeds"
+            name = f"{data}  {task}" if self.names_tasks else data
+            console.stage("eval", f"{name}  {protocol}  {arm}   {'   '.join(texts)}   ({count})")
+
+    def report(self) -> Path:
+        """Write report.md and report.html from the files of the run folder; return the path of report.html."""
+        results = read_results(self.folder / RESULTS, self.hash)
+        if not results:
+            raise UserError(f"report: no results in '{self.folder}'; make them with `vismt evaluate {self.folder}`.")
+        comparisons = compare(results, self.folder)
+        compared = [arm for arm in self.evaluated() if arm not in self.references]
+        shared = study_sections(
+            self.folder, results, comparisons, list(self.study.arms), compared, self.logged, self.baselines()
+        )
+        return write_report(self.folder, comparisons, [*shared, *self.sections(results)])
+
+
+def mean_scores(trainings: Iterable[Sequence[Score]]) -> list[Score]:
+    """Return the scores of several trainings averaged over them, example by example."""
+    by_key: dict[tuple[str, ...], list[Score]] = {}
+    for scores in trainings:
+        for score in scores:
+            by_key.setdefault(score.key, []).append(score)
+    return [replace(group[0], measure=averaged([score.measure for score in group])) for group in by_key.values()]
+
+
+def score_text(score: Score) -> str:
+    """Return condition, metric and interval of a score as one text."""
+    row = result_of(score, "", None, "", "")
+    condition = "" if score.condition.label == "clean" and row.metric != "accuracy" else f"{score.condition.label} "
+    metric = "" if row.metric == "accuracy" else f"{row.metric} "
+    return f"{condition}{metric}{interval_text(row.value, row.half, row.scale)}"

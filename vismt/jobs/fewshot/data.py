@@ -1,0 +1,87 @@
+"""The sets of a few-shot run, opened once at the backbone's resolution, and their training and test episodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from vismt import console
+from vismt.backbones import vit
+from vismt.data.images import ImageSet, open_images
+from vismt.data.pixels import Pixels
+from vismt.data.transforms import augment
+from vismt.jobs.fewshot.config import FewShotConfig
+from vismt.metatune.episodes import EpisodeSampler, VariableSampler
+from vismt.metatune.objective import EpisodeBatches
+
+
+class FewShotData:
+    """Sets by name, 'card' or 'card:split'."""
+
+    def __init__(self, config: FewShotConfig) -> None:
+        self.config = config
+        self._pixels: dict[str, Pixels] = {}
+
+    def backbone(self) -> vit.Backbone:
+        """Return the stock backbone."""
+        model = self.config.model
+        return vit.create(
+            model.name, model.img_size, model.pretrained, block=model.block, position=model.position, pool=model.pool
+        )
+
+    def open(self, name: str) -> Pixels:
+        """Return the set 'name' or 'name:split' at the backbone's resolution."""
+        if name not in self._pixels:
+            card, _, split = name.partition(":")
+            images: ImageSet = open_images(
+                card, split or "all", on_bad_sample=self.config.on_bad_sample, download=self.config.download
+            )
+            size = self.config.model.img_size or self.backbone().img_size[0]
+            self._pixels[name] = Pixels(images, size)
+            console.stage("data", f"{name}   {len(images.classes)} classes   {len(images):,} images")
+        return self._pixels[name]
+
+    def batches(self, config: FewShotConfig) -> EpisodeBatches:
+        """Return the training episodes of an arm, by number."""
+        source = config.source
+        seed = config.training_seed
+        sets = [self.open(name) for name in source.data]
+        samplers = [
+            EpisodeSampler(
+                pixels.labels,
+                ways=source.ways,
+                shots=source.shots,
+                queries=source.queries,
+                seed=seed,
+                superclass=pixels.images.superclass if source.hierarchy else None,
+                names=pixels.classes,
+            )
+            for pixels in sets
+        ]
+        change = None
+        if source.augment:
+
+            def change(images: Tensor, number: int) -> Tensor:
+                return augment(images, number, crop=(source.crop, 1.0), jitter=source.jitter, flip=source.flip)
+
+        pairs = [(pixels.__getitem__, sampler.__getitem__) for pixels, sampler in zip(sets, samplers)]
+        return EpisodeBatches(pairs, seed=seed, augment=change)
+
+    def samplers(self, pixels: Pixels, classes: list[int] | None) -> list[EpisodeSampler | VariableSampler]:
+        """Return the test episodes of a set, a sampler for each number of shots; classes: their ids, None for all."""
+        settings = self.config.evaluate
+        common: dict[str, Any] = {
+            "seed": settings.seed,
+            "names": pixels.classes,
+            "superclass": pixels.images.superclass if settings.hierarchy else None,
+            "classes": classes,
+        }
+        if settings.rule == "variable":
+            nodes = pixels.images.nodes if settings.hierarchy else None
+            bounds = {name: getattr(settings, name) for name in ("min_ways", "max_ways", "max_contribution")}
+            return [VariableSampler(pixels.labels, nodes=nodes, **bounds, **common)]
+        return [
+            EpisodeSampler(pixels.labels, ways=settings.ways, shots=shots, queries=settings.queries, **common)
+            for shots in settings.shots
+        ]

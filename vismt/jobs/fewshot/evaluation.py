@@ -1,0 +1,166 @@
+"""Evaluation of few-shot models on episodes of every set, clean and under each condition, with a record for each episode."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vismt import console
+from vismt.data.pixels import Pixels
+from vismt.engine.log import record_stem
+from vismt.engine.study import Training
+from vismt.jobs.fewshot import masking_report
+from vismt.jobs.fewshot.config import FewShotConfig
+from vismt.jobs.fewshot.data import FewShotData
+from vismt.jobs.fewshot.models import Models
+from vismt.jobs.fewshot.names import episodes_file, shown_name
+from vismt.metatune.episodes import EpisodeSampler, VariableSampler
+from vismt.metatune.protocol import run_protocol
+from vismt.report.results import Score
+from vismt.robustness.conditions import AttackConfig, Perturbation, condition_of, conditions
+from vismt.robustness.masking import check_episodes
+from vismt.robustness.transfer import TransferSource
+from vismt.seeds import digest
+from vismt.stats import CLEAN, Measure
+
+TASK = "few-shot"
+
+
+class Evaluation:
+    """Scores of the models of one run folder on episodes."""
+
+    def __init__(self, config: FewShotConfig, folder: Path, data: FewShotData) -> None:
+        self.config = config
+        self.folder = folder
+        self.data = data
+
+    def scores(
+        self, models: Models, arm: str, attacks: Sequence[AttackConfig] | None, *, with_panel: bool
+    ) -> list[Score]:
+        """Return the accuracy of a model on the episodes of every set, clean and under each condition.
+
+        Args:
+            models: of one training seed.
+            arm: name of the model.
+            attacks: conditions in place of the configuration's, with separate records; None for the latter.
+            with_panel: whether to keep the first episode of each set as a panel.
+        """
+        settings = self.config.evaluate
+        scores = []
+        for name in settings.data:
+            pixels = self.data.open(name)
+            configured = self._conditions(models, name, settings.attacks, with_corruptions=True)
+            specs = configured if attacks is None else self._conditions(models, name, attacks, with_corruptions=False)
+            settings_text = _settings(specs)
+            ending = "" if settings_text == _settings(configured) else f"-{digest(settings_text.encode())[:8]}"
+            for sampler in self.data.samplers(pixels, models.settings.classes(pixels, "test")):
+                scores += self._score_set(models, arm, name, pixels, sampler, specs, ending, with_panel and not ending)
+        return scores
+
+    def _score_set(
+        self,
+        models: Models,
+        arm: str,
+        name: str,
+        pixels: Pixels,
+        sampler: EpisodeSampler | VariableSampler,
+        specs: Sequence[Perturbation],
+        ending: str,
+        with_panel: bool,
+    ) -> list[Score]:
+        """Run the protocol on one set; return a score for clean episodes and for each perturbation."""
+        shown = shown_name(name)
+        protocol = str(sampler)
+        panel = self.folder / "panels" / f"{shown}-{protocol.replace(' ', '-')}.npz" if with_panel else None
+        accuracies = run_protocol(
+            models.task(arm, name),
+            pixels,
+            sampler,
+            episodes=self.config.evaluate.episodes,
+            attacks=specs,
+            records=episodes_file(self.folder, models.seed, shown, protocol, f"{arm}{ending}"),
+            panel=panel,
+            data=name,
+            fingerprint=models.fingerprint(arm, name),
+            label=f"{shown} {protocol} {arm}",
+        )
+        labels = [CLEAN, *(condition_of(spec, sampler.min_ways) for spec in specs)]
+        chance = 1 / self.config.evaluate.ways if self.config.evaluate.rule == "uniform" else None
+        return [
+            Score(TASK, shown, protocol, accuracy(accuracies[label.label], chance), label, "episodes")
+            for label in labels
+        ]
+
+    def validation_scores(self, models: Models, training: Training) -> list[Score]:
+        """Return the accuracy of a training on the episodes of select.data, clean and under select.attack."""
+        select = self.config.selection
+        net = models.trained(training, merged=True)
+        specs = [] if select.attack is None else [select.attack.spec()]
+        scores = []
+        for name in select.data:
+            pixels = self.data.open(name)
+            sampler = models.settings.sampler(pixels)
+            accuracies = run_protocol(
+                net,
+                pixels,
+                sampler,
+                episodes=select.episodes,
+                attacks=specs,
+                records=training.folder / "records" / f"validation-{shown_name(name)}.jsonl",
+                data=name,
+                fingerprint=models.fingerprint_of(net),
+                label=f"{shown_name(name)} {training}",
+            )
+            labels = [CLEAN, *(condition_of(spec, sampler.min_ways) for spec in specs)]
+            scores += [
+                Score(TASK, shown_name(name), str(sampler), accuracy(accuracies[label.label], None), label, "episodes")
+                for label in labels
+            ]
+        return scores
+
+    def _conditions(
+        self, models: Models, data: str, attacks: Sequence[AttackConfig], *, with_corruptions: bool
+    ) -> Sequence[Perturbation]:
+        def source(model: str) -> TransferSource:
+            return TransferSource(model, models.task(model, data), models.fingerprint(model, data))
+
+        corruptions = self.config.evaluate.corruptions if with_corruptions else []
+        return conditions(attacks, corruptions, source)
+
+    def masking_lines(self, models: Models, arms: Sequence[str], config_hash: str) -> list[dict[str, Any]]:
+        """Return the gradient-masking check of every model on every set, with the set's first protocol."""
+        lines = []
+        for arm in arms:
+            for name in self.config.evaluate.data:
+                pixels = self.data.open(name)
+                sampler = self.data.samplers(pixels, models.settings.classes(pixels, "test"))[0]
+                shown = shown_name(name)
+                protocol = str(sampler)
+                result = check_episodes(
+                    models.task(arm, name),
+                    pixels,
+                    sampler,
+                    episodes=self.config.evaluate.masking_episodes,
+                    records=self.folder / "masking" / f"{record_stem(shown, protocol, arm)}.jsonl",
+                    data=name,
+                    fingerprint=models.fingerprint(arm, name),
+                    label=f"{shown} {protocol} {arm} by radius",
+                )
+                lines.append(masking_report.line(shown, protocol, arm, result, config_hash))
+            console.stage("masking", masking_report.summary([line for line in lines if line["model"] == arm]))
+        return lines
+
+
+def _settings(specs: Sequence[Perturbation]) -> str:
+    """Return all settings of some conditions as one text."""
+    settings: list[Mapping[str, object]] = [dict(spec.settings()) for spec in specs]
+    return json.dumps(settings, sort_keys=True)
+
+
+def accuracy(values: Tensor, chance: float | None) -> Measure:
+    """Return the accuracy of episodes as a measure."""
+    return Measure("accuracy", {str(number): value for number, value in enumerate(values.tolist())}, chance=chance)

@@ -1,0 +1,17 @@
+"""Names of sets in rows and of files of episodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vismt.engine.log import record_stem
+
+
+def shown_name(name: str) -> str:
+    """Return a set's name in rows and file names."""
+    return name.replace(":", "-").replace("/", "-")
+
+
+def episodes_file(folder: Path, seed: int, data: str, protocol: str, arm: str) -> Path:
+    """Return the file of a model's records, one line for each episode."""
+    return folder / "episodes" / f"seed-{seed}" / f"{record_stem(data, protocol, arm)}.jsonl"

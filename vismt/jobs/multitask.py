@@ -1,0 +1,63 @@
+"""Sections of the configurations of jobs with several tasks on one backbone, their checks, and the balancer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vismt.engine.study import StudyConfig
+from vismt.errors import UserError, near
+from vismt.multitask.balancing import Balancer, make_balancer
+
+SPLITS = ("test", "validation")
+
+
+@dataclass
+class RetainConfig:
+    """Arguments of vismt.multitask.retain.QualityRetaining."""
+
+    temperature: float = 2.0
+    mode: str = "fifo2"
+    ema_decay: float = 0.95
+    ema_init: float = 10.0
+    momentum: float = 0.5
+    reduction: str = "mean"
+    ema_floor: float | None = None
+    reverse: bool = False
+
+
+@dataclass
+class BalancingConfig:
+    """method: one of vismt.multitask.balancing.balancers(); options: its arguments."""
+
+    method: str = "ew"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def check_tasks(config: StudyConfig, tasks: Sequence[str], split: str, batches: dict[str, int]) -> None:
+    """Check values that types do not exclude, in the sections that jobs with several tasks share.
+
+    Args:
+        config: of the run.
+        tasks: all names.
+        split: the evaluated split.
+        batches: sizes of batches by key.
+
+    Raises:
+        UserError: an invalid value.
+    """
+    if not tasks or len(set(tasks)) < len(tasks):
+        raise UserError(f"tasks: {list(tasks)}; name at least one, each once.")
+    if config.train is None:
+        raise UserError("train: is null; the heads on the backbone have to be trained.")
+    if split not in SPLITS:
+        raise UserError(f"evaluate.split: '{split}'.{near(split, SPLITS)}")
+    for name, value in batches.items():
+        if value < 1:
+            raise UserError(f"{name}: {value}; it must be at least 1.")
+
+
+def make_configured_balancer(config: BalancingConfig | None, tasks: Sequence[str]) -> Balancer | None:
+    """Return the balancer of a configuration, None without a balancing section."""
+    return None if config is None else make_balancer(config.method, tasks, **config.options)

@@ -1,0 +1,95 @@
+"""The sections of a robustness configuration (task: robustness): classifiers as arms, cards, attacks and corruptions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vismt.config import AdaptConfig, ModelConfig, OnBadSample, TrainConfig
+from vismt.engine.study import StudyConfig, check_arms
+from vismt.errors import UserError, near
+from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
+
+
+@dataclass
+class ClassifierConfig:
+    """The source of a classifier: one of name, run and function.
+
+    name: a timm name or a checkpoint file; architecture: of a checkpoint without a config.json; pretrained: false takes a
+    timm model without its weights. run: a run folder of vismt, arm: "arm" or "arm:seed" of it. function: "module:function",
+    which returns an nn.Module from images in [0, 1] to logits, and its number of classes. size: pixels that the images are
+    decoded to, null for the classifier's own; a function needs it.
+    """
+
+    name: str | None = None
+    architecture: str | None = None
+    pretrained: bool = True
+    run: str | None = None
+    arm: str | None = None
+    function: str | None = None
+    size: int | None = None
+
+
+@dataclass
+class RobustnessEvaluateConfig:
+    """Evaluation. images: number of images of each set, drawn with the run's seed, null for all; batch: images at a time.
+
+    masking: also run the first attack at growing radii. baseline: the mean corruption error is relative to this arm.
+    """
+
+    images: int | None = None
+    batch: int = 32
+    attacks: list[AttackConfig] = field(default_factory=list)
+    corruptions: list[CorruptionConfig] = field(default_factory=list)
+    masking: bool = False
+    baseline: str | None = None
+
+
+@dataclass
+class RobustnessConfig(StudyConfig):
+    """Classifiers on cards, clean, under attacks and under corruptions. Arms replace values of `classifier`.
+
+    data: cards as 'name' or 'name:split'. on_bad_sample: 'error' or 'skip' for images that cannot be decoded.
+    """
+
+    task: str = "robustness"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapt: AdaptConfig | None = None
+    train: TrainConfig | None = None
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    data: list[str] = field(default_factory=list)
+    evaluate: RobustnessEvaluateConfig = field(default_factory=RobustnessEvaluateConfig)
+    on_bad_sample: OnBadSample = "error"
+    download: bool = False
+
+
+def check(config: RobustnessConfig) -> None:
+    """Raise UserError for values that types do not exclude, also in the arms, before any work is done."""
+    settings = config.evaluate
+    if config.adapt is not None or config.train is not None or config.seeds or config.tune is not None:
+        raise UserError("robustness: nothing is trained; leave adapt, train, seeds and tune out.")
+    if not config.data or len(set(config.data)) < len(config.data):
+        raise UserError(f"data: {config.data}; name at least one card, each once.")
+    for name, value, least in (("images", settings.images, 2), ("batch", settings.batch, 1)):
+        if value is not None and value < least:
+            raise UserError(f"evaluate.{name}: {name} is {value}; it must be at least {least}.")
+    if any(attack.source is not None for attack in settings.attacks):
+        raise UserError("evaluate.attacks: source: attacks from another model are for few-shot runs; leave it out.")
+    if settings.masking and not settings.attacks:
+        raise UserError("evaluate.masking: it checks the first attack, and there is none; add one to evaluate.attacks.")
+    if settings.baseline is not None and settings.baseline not in config.arms:
+        raise UserError(f"evaluate.baseline: no arm '{settings.baseline}'.{near(settings.baseline, config.arms)}")
+    check_conditions(settings.attacks, settings.corruptions, 4)
+    check_arms(config, _check_classifier, ("data",))
+    if not config.arms:
+        _check_classifier(config)
+
+
+def _check_classifier(config: RobustnessConfig) -> None:
+    classifier = config.classifier
+    given = [name for name in ("name", "run", "function") if getattr(classifier, name) is not None]
+    if len(given) != 1:
+        raise UserError(f"classifier: {', '.join(given) or 'nothing'} given; give one of name, run and function.")
+    if classifier.function is not None and classifier.size is None:
+        raise UserError("classifier.size: a function has no image size; give it in pixels.")
+    if classifier.arm is not None and classifier.run is None:
+        raise UserError("classifier.arm: it names an arm of a run folder; give classifier.run, or leave it out.")

@@ -1,0 +1,85 @@
+"""The images of a robustness run: a seeded draw from each card, the same for every classifier, with labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from vismt import console
+from vismt.data.images import ImageSet, open_images
+from vismt.data.pixels import Pixels
+from vismt.errors import UserError
+from vismt.jobs.robustness.config import RobustnessConfig
+from vismt.jobs.robustness.models import Classifier
+
+
+class Batches:
+    """Fixed batches (images, labels, ids) of some images in a seeded order; can be iterated again."""
+
+    def __init__(self, pixels: Pixels, labels: Tensor, order: Tensor, batch: int) -> None:
+        self.pixels = pixels
+        self.labels = labels
+        self.parts = order.split(batch)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, list[str]]:
+        part = self.parts[number]
+        return self.pixels[part], self.labels[part], [self.pixels.ids[index] for index in part.tolist()]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+        return (self[number] for number in range(len(self)))
+
+
+class Cards:
+    """The cards of a run, opened once."""
+
+    def __init__(self, config: RobustnessConfig) -> None:
+        self.config = config
+        self._sets: dict[str, ImageSet] = {}
+        self._pixels: dict[tuple[str, int], Pixels] = {}
+
+    def images(self, name: str) -> ImageSet:
+        """Return the set 'card' or 'card:split'."""
+        if name not in self._sets:
+            card, _, split = name.partition(":")
+            self._sets[name] = open_images(
+                card, split or "all", on_bad_sample=self.config.on_bad_sample, download=self.config.download
+            )
+            console.stage(
+                "data", f"{name}   {len(self._sets[name].classes)} classes   {len(self._sets[name]):,} images"
+            )
+        return self._sets[name]
+
+    def batches(self, name: str, classifier: Classifier) -> Batches:
+        """Return the drawn images of a set at a classifier's size, with the labels of its outputs."""
+        images = self.images(name)
+        settings = self.config.evaluate
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.config.seed))
+        order = order[: settings.images or len(images)]
+        if len(order) < 2:
+            raise UserError(f"data: '{name}' has {len(order)} image(s); an interval needs two or more.")
+        outputs = torch.tensor(self.outputs(name, classifier))
+        key = (name, classifier.size)
+        if key not in self._pixels:
+            self._pixels[key] = Pixels(images, classifier.size)
+        return Batches(self._pixels[key], outputs[images.labels], order, settings.batch)
+
+    def outputs(self, name: str, classifier: Classifier) -> list[int]:
+        """Return the output index of each class of a set, by name where the outputs have names, else in the card's order."""
+        classes = self.images(name).classes
+        if classifier.labels is not None:
+            last = [label.rpartition("/")[2] for label in classifier.labels]
+            missing = next((label for label in classes if label not in last), None)
+            if missing is None:
+                return [last.index(label) for label in classes]
+            raise UserError(f"data: '{name}' has class '{missing}', which the classifier was not trained on.")
+        if classifier.num_classes != len(classes):
+            raise UserError(
+                f"data: the classifier has {classifier.num_classes} outputs, '{name}' has {len(classes)} classes; give one that "
+                "was trained on this set's classes in the card's order."
+            )
+        return list(range(len(classes)))

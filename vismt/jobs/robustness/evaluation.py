@@ -1,0 +1,73 @@
+"""Evaluation of a robustness run: a record for every image, scores with Wilson's intervals, mean corruption errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vismt.engine.log import read_lines, record_stem
+from vismt.jobs.robustness.data import Batches
+from vismt.jobs.robustness.models import Classifier
+from vismt.report.results import Score
+from vismt.robustness.conditions import DirectPerturbation
+from vismt.robustness.evaluate import accuracies, evaluate_classifier
+from vismt.stats import LOWER, Condition, Measure, wilson
+
+TASK = "robustness"
+CORRUPTION_ERROR = "mean corruption error"
+ALL_CORRUPTIONS = Condition("all corruptions", "variant", "corruptions")
+
+
+def records_path(folder: Path, data: str) -> Path:
+    """Return the file with a classifier's answers on a set; folder: of the classifier."""
+    return folder / "records" / f"{record_stem('answers', data, 'images')}.jsonl"
+
+
+def score_set(
+    classifier: Classifier,
+    batches: Batches,
+    specs: Sequence[DirectPerturbation],
+    *,
+    folder: Path,
+    data: str,
+    label: str,
+) -> list[Score]:
+    """Return the accuracy on one set, clean and under each spec; images on record are not evaluated again."""
+    path = records_path(folder, data)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    evaluate_classifier(
+        classifier.net,
+        batches,
+        specs,
+        num_classes=classifier.num_classes,
+        records=path,
+        data=data,
+        fingerprint=classifier.fingerprint(),
+        label=label,
+    )
+    rows = [row for row in read_lines(path) if "id" in row]
+    scores = []
+    for condition, values in accuracies(rows, specs, classifier.num_classes):
+        interval = wilson(round(sum(values.values())), len(values))
+        chance = 1 / classifier.num_classes
+        measure = Measure("accuracy", values, counts=True, bounds=interval, chance=chance)
+        scores.append(Score(TASK, data, f"one of {classifier.num_classes} classes", measure, condition))
+    return scores
+
+
+def corruption_errors(scores: Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:
+    """Return by arm the mean error over all corruptions and severities on each set, image by image."""
+    errors: dict[str, list[Score]] = {}
+    for arm, arm_scores in scores.items():
+        for data in dict.fromkeys(score.data for score in arm_scores):
+            corrupted = [score for score in arm_scores if score.data == data and score.condition.kind == "corruption"]
+            if not corrupted:
+                continue
+            first = corrupted[0]
+            values = {
+                name: 1 - sum(score.measure.values[name] for score in corrupted) / len(corrupted)
+                for name in first.measure.values
+            }
+            measure = Measure(CORRUPTION_ERROR, values, better=LOWER)
+            errors.setdefault(arm, []).append(Score(TASK, data, first.protocol, measure, ALL_CORRUPTIONS))
+    return errors

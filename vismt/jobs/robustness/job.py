@@ -1,0 +1,137 @@
+"""The robustness job: classifiers on cards, clean, under attacks, at growing radii and under corruptions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vismt import console
+from vismt.engine.log import read_lines, write_lines
+from vismt.engine.study import Training
+from vismt.jobs.job import EvaluationJob
+from vismt.jobs.robustness.config import RobustnessConfig, check
+from vismt.jobs.robustness.data import Cards
+from vismt.jobs.robustness.evaluation import corruption_errors, records_path, score_set
+from vismt.jobs.robustness.models import Classifier, load
+from vismt.jobs.robustness.report import BROKEN, MASKING, sections
+from vismt.report.panels import to_bytes, write_panel
+from vismt.report.results import Result, Score
+from vismt.report.sections import Section
+from vismt.robustness.conditions import AttackConfig, DirectPerturbation
+from vismt.robustness.masking import check_masking
+from vismt.seeds import mix_seed
+
+SHOWN = 6  # images of a panel
+
+
+class RobustnessJob(EvaluationJob[RobustnessConfig]):
+    """Arms are classifiers; nothing is trained."""
+
+    def __init__(self, config: RobustnessConfig, folder: Path, config_hash: str) -> None:
+        check(config)
+        super().__init__(config, folder, config_hash)
+        self.cards = Cards(config)
+        self._classifiers: dict[str, Classifier] = {}
+
+    @property
+    def split(self) -> str:
+        splits = {name.partition(":")[2] or "all" for name in self.config.data}
+        return splits.pop() if len(splits) == 1 else "several"
+
+    def classifier_of(self, arm: str) -> Classifier:
+        """Return an arm's classifier, kept once loaded."""
+        if arm not in self._classifiers:
+            self._classifiers[arm] = load(self.study.arms[arm].classifier)
+        return self._classifiers[arm]
+
+    def trainings(self, arm: str) -> list[Training]:
+        return [Training(arm, 0.0, self.config.seed, self.folder / "classifiers" / arm)]
+
+    def _specs(self, attacks: Sequence[AttackConfig] | None) -> list[DirectPerturbation]:
+        settings = self.config.evaluate
+        chosen = settings.attacks if attacks is None else attacks
+        corruptions = settings.corruptions if attacks is None else []
+        specs: list[DirectPerturbation] = [attack.spec(self.config.seed) for attack in chosen]
+        return [*specs, *(spec for corruption in corruptions for spec in corruption.specs())]
+
+    def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
+        classifier = self.classifier_of(training.arm)
+        specs = self._specs(attacks)
+        folder = training.folder if attacks is None else training.folder / "-".join(str(spec) for spec in specs)
+        scores = []
+        for data in self.config.data:
+            batches = self.cards.batches(data, classifier)
+            label = f"{training.arm} on {data}"
+            scores += score_set(classifier, batches, specs, folder=folder, data=data, label=label)
+        return scores
+
+    def derived(self, scores: Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:
+        """Return the mean corruption error by arm."""
+        return corruption_errors(scores)
+
+    def write_panels(self) -> None:
+        if self.config.evaluate.masking:
+            self._check_masking()
+        if self.config.evaluate.attacks:
+            for arm in self.study.arms:
+                for data in self.config.data:
+                    self._write_broken(arm, data)
+
+    def _check_masking(self) -> None:
+        """Check the first attack of every arm on every set; write masking.jsonl."""
+        lines: list[dict[str, Any]] = []
+        spec = self.config.evaluate.attacks[0].spec(self.config.seed)
+        for arm in self.study.arms:
+            classifier = self.classifier_of(arm)
+            for data in self.config.data:
+                batches = self.cards.batches(data, classifier)
+                result = check_masking(classifier.net, batches, spec, num_classes=classifier.num_classes)
+                fields = {**vars(result), "epsilons": list(result.epsilons), "accuracies": list(result.accuracies)}
+                lines.append({"arm": arm, "data": data, **fields, "verdict": result.verdict()})
+                console.stage("masking", f"{arm}   {data}   {result.verdict()}")
+        write_lines(self.folder / MASKING, lines)
+
+    def _write_broken(self, arm: str, data: str) -> None:
+        """Write the first images that are right when clean and wrong under the first attack, and the attacked images."""
+        classifier = self.classifier_of(arm)
+        spec = self.config.evaluate.attacks[0].spec(self.config.seed)
+        label = spec.describe(classifier.num_classes)
+        rows = {row["id"]: row for row in read_lines(records_path(self.trainings(arm)[0].folder, data)) if "id" in row}
+        names = self.cards.images(data).classes
+        device = next((parameter.device for parameter in classifier.net.parameters()), None)
+        batches = self.cards.batches(data, classifier)
+        outputs = {int(label): names[i] for i, label in enumerate(self.cards.outputs(data, classifier))}
+        for number, (images, labels, ids) in enumerate(batches):
+            broken = [
+                i for i, name in enumerate(ids) if rows[name]["clean"] == rows[name]["label"] != rows[name][label]
+            ]
+            if not broken:
+                continue
+            # With the batch and seed of the evaluation the attacked images are the same.
+            seed = mix_seed(spec.seed, number)
+            attacked = spec.perturb(
+                classifier.net, images.to(device), labels.to(device), num_classes=classifier.num_classes, seed=seed
+            )
+            broken = broken[:SHOWN]
+            answers = {
+                key: np.array([outputs.get(rows[ids[i]][column], "another task") for i in broken], dtype=str)
+                for key, column in (("truth", "label"), ("clean_answers", "clean"), ("attacked_answers", label))
+            }
+            path = self.folder / BROKEN / f"{arm}-{data.replace(':', '-').replace('/', '-')}.npz"
+            write_panel(
+                path, "broken", {"images": to_bytes(images[broken]), "attacked": to_bytes(attacked[broken]), **answers}
+            )
+            return
+
+    def sections(self, results: Sequence[Result]) -> list[Section]:
+        return sections(self.folder, self.config, results)
+
+    def facts(self) -> dict[str, Any]:
+        return {"seeds": [], "evaluation_seed": self.config.seed}
+
+
+CONFIG = RobustnessConfig
+JOB = RobustnessJob

@@ -1,0 +1,46 @@
+"""One interface for classifiers from timm, checkpoints, run folders and functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from vismt.engine import runtime
+from vismt.jobs import open_run
+from vismt.jobs.robustness.config import ClassifierConfig
+from vismt.robustness.classifier import classifier_from_function, load_classifier
+from vismt.seeds import digest
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A classifier of images in [0, 1].
+
+    net: images (b, 3, h, w) -> logits (b, k), in eval mode. size: of the decoded images in pixels. labels: names of the k
+    outputs, "task/class" where there are several tasks; None where only their number is known.
+    """
+
+    net: nn.Module
+    num_classes: int
+    size: int
+    labels: list[str] | None = None
+
+    def fingerprint(self) -> str:
+        """Return a digest of the first 4096 bytes of every tensor."""
+        state = self.net.state_dict()
+        return digest(b"".join(value.detach().cpu().float().numpy().tobytes()[:4096] for value in state.values()))
+
+
+def load(config: ClassifierConfig) -> Classifier:
+    """Return the classifier of a configuration on the device of this process."""
+    device = runtime.processes().device
+    if config.run is not None:
+        net, labels, size = open_run(Path(config.run)).job.classifier(config.arm)
+        return Classifier(net.eval().to(device), len(labels), config.size or size, labels)
+    if config.function is not None:
+        net, classes = classifier_from_function(config.function)
+        return Classifier(net.to(device), classes, config.size or 0)
+    timm = load_classifier(config.name or "", architecture=config.architecture, pretrained=config.pretrained)
+    return Classifier(timm.to(device), timm.num_classes, config.size or max(timm.size))

@@ -1,0 +1,120 @@
+"""The report sections of a robustness run: normalised corruption errors, the masking check, images that an attack broke."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vismt.engine.log import read_lines
+from vismt.jobs.robustness.config import RobustnessConfig
+from vismt.report.panels import read_panel
+from vismt.report.plotting import RIGHT, WRONG, axes_at, new_figure, save, short, show_image, write
+from vismt.report.results import Result
+from vismt.report.sections import Picture, Section
+from vismt.report.tables import Table
+from vismt.robustness.corruption_error import mean_corruption_error
+
+MASKING = "masking.jsonl"  # a file of the run folder
+BROKEN = "broken"  # a folder of the run folder
+MCE_NOTE = (
+    "Error over severities of each corruption divided by that of the baseline, averaged over the corruptions (Hendrycks and "
+    "Dietterich, arXiv 1903.12261); below 100 is more robust than the baseline."
+)
+MASKING_NOTE = (
+    "The first attack at growing radii. With honest gradients the accuracy does not rise with the radius and ends at chance. "
+    "Where it fails, the accuracies under attack are no evidence of robustness."
+)
+BROKEN_CAPTION = (
+    "The first images that are right when clean and wrong under the first attack: clean, attacked, and the change enlarged. "
+    "Below each the answer."
+)
+
+
+def sections(folder: Path, config: RobustnessConfig, results: Sequence[Result]) -> list[Section]:
+    """Return the sections of a robustness run, as far as the run folder has the files."""
+    pictures = []
+    for path in sorted((folder / BROKEN).glob("*.npz")):
+        drawn = broken_figure(path, folder / "figures" / f"broken-{path.stem}.png")
+        pictures.append(Picture(drawn, path.stem, BROKEN_CAPTION))
+    return [
+        Section("Mean corruption error", _normalised(config, results)),
+        Section("Gradient masking", _masking(folder)),
+        Section("Images that broke", pictures=pictures, folded=True),
+    ]
+
+
+def _normalised(config: RobustnessConfig, results: Sequence[Result]) -> list[tuple[Table, str]]:
+    """Return mCE of every arm and set over the configuration's baseline."""
+    baseline = config.evaluate.baseline
+    errors: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
+    for row in results:
+        if row.kind == "corruption" and row.level is not None:
+            by_severity = errors.setdefault((row.data, row.arm), {}).setdefault(row.family, {})
+            by_severity[int(row.level)] = 1 - row.value
+    if baseline is None or not errors:
+        return []
+    rows = [
+        [data, arm, f"{100 * mean_corruption_error(arm_errors, errors[data, baseline]):.1f}", str(len(arm_errors))]
+        for (data, arm), arm_errors in errors.items()
+    ]
+    return [(Table(f"Over {baseline}, in %", ["Data", "Arm", "mCE", "corruptions"], rows, set()), MCE_NOTE)]
+
+
+def _masking(folder: Path) -> list[tuple[Table, str]]:
+    lines = read_lines(folder / MASKING, ("arm", "data", "epsilons", "accuracies", "chance", "n", "verdict"))
+    if not lines:
+        return []
+    radii = [f"{255 * radius:.3g}/255" if radius else "clean" for radius in lines[0]["epsilons"]]
+    rows = [
+        [
+            line["arm"],
+            line["data"],
+            *(f"{100 * value:.1f}" for value in line["accuracies"]),
+            f"{100 * line['chance']:.1f}",
+            str(line["n"]),
+            line["verdict"],
+        ]
+        for line in lines
+    ]
+    heads = ["Arm", "Data", *radii, "chance", "n (images)", "Verdict"]
+    return [(Table("By radius, accuracy in %", heads, rows, set()), MASKING_NOTE)]
+
+
+def broken_figure(panel: Path, path: Path) -> Path:
+    """Draw a column for each image: clean with its answer, attacked with its answer, and the change enlarged."""
+    arrays = read_panel(panel, "broken")
+    clean = arrays["images"]
+    attacked = arrays["attacked"]
+    change = attacked.astype(int) - clean.astype(int)
+    gain = max(1, 127 // max(1, int(np.abs(change).max())))
+    rows = [
+        (clean, arrays["clean_answers"], "clean"),
+        (attacked, arrays["attacked_answers"], "attacked"),
+        (np.clip(128 + gain * change, 0, 255).astype(np.uint8), None, f"change × {gain}"),
+    ]
+    side, pitch, left = 1.25, 1.4, 1.0
+    figure = new_figure(left + pitch * len(clean) + 0.1, 0.35 + 1.6 * len(rows))
+    for row, (images, answers, name) in enumerate(rows):
+        top = 0.3 + 1.6 * row
+        write(figure, 0.1, top + side / 2, name, va="center")
+        for column, image in enumerate(images):
+            x = left + pitch * column
+            show_image(axes_at(figure, x, top, side, side), image)
+            if row == 0:
+                write(
+                    figure,
+                    x,
+                    top - 0.06,
+                    short(str(arrays["truth"][column]), 16),
+                    va="bottom",
+                    weight="bold",
+                    fontsize=8.5,
+                )
+            if answers is not None:
+                right = answers[column] == arrays["truth"][column]
+                color = RIGHT if right else WRONG
+                text = f"{'✓' if right else '✗'} {short(str(answers[column]), 16)}"
+                write(figure, x, top + side + 0.05, text, va="top", color=color, fontsize=8.5)
+    return save(figure, path)

@@ -1,0 +1,83 @@
+"""The outcome of one episode, and the .npz from which a report draws it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vismt.files import atomic_write
+from vismt.metatune.labelled import Episode
+
+PER_CLASS = 5
+
+
+@dataclass
+class EpisodeOutcome:
+    """The images and predictions of one episode.
+
+    support (s, 3, h, w) and query (m, 3, h, w): float images. predictions: of the queries, int64 (m,), by condition, "clean"
+    first. adversarial (m, 3, h, w): the queries under the first attack, None without an attack. mixture (P,): the weights
+    of a pool's experts in this task, None for a classifier without them.
+    """
+
+    episode: Episode
+    support: Tensor
+    query: Tensor
+    predictions: dict[str, Tensor]
+    adversarial: Tensor | None
+    mixture: Tensor | None = None
+
+    def accuracies(self) -> dict[str, float]:
+        """Return the share of right query predictions by condition."""
+        truth = self.episode.query_labels
+        return {name: float((guess == truth).double().mean()) for name, guess in self.predictions.items()}
+
+    def record(self) -> dict[str, object]:
+        """Return the accuracies by condition and, where there is one, the mixture to 6 digits under "mixture"."""
+        row: dict[str, object] = dict(self.accuracies())
+        if self.mixture is not None:
+            row["mixture"] = [round(weight, 6) for weight in self.mixture.tolist()]
+        return row
+
+
+def write_panel(path: Path, outcome: EpisodeOutcome, names: Sequence[str] | None = None) -> None:
+    """Write the first 5 support and query images of each class with labels, predictions and class names to an .npz.
+
+    Arrays: support, query uint8 (., 3, h, w); support_labels, query_labels, predictions int64; classes unicode in label
+    order; with an attack also adversarial uint8, adversarial_predictions int64 and the attack's text `condition`.
+    """
+    episode = outcome.episode
+    support = _first_of_each(episode.support_labels)
+    query = _first_of_each(episode.query_labels)
+    arrays = {
+        "support": _bytes(outcome.support[support]),
+        "support_labels": episode.support_labels[support].numpy(),
+        "query": _bytes(outcome.query[query]),
+        "query_labels": episode.query_labels[query].numpy(),
+        "predictions": outcome.predictions["clean"][query].numpy(),
+        "classes": np.array([str(names[c]) if names else str(c) for c in episode.classes.tolist()]),
+    }
+    if outcome.adversarial is not None:
+        condition = next(name for name in outcome.predictions if name != "clean")
+        arrays["adversarial"] = _bytes(outcome.adversarial.cpu()[query])
+        arrays["adversarial_predictions"] = outcome.predictions[condition][query].numpy()
+        arrays["condition"] = np.array(condition)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    atomic_write(path, buffer.getvalue())
+
+
+def _first_of_each(labels: Tensor) -> Tensor:
+    """Return the positions of the first PER_CLASS entries of each label, ascending."""
+    rank = (labels[:, None] == labels[None, :]).tril(-1).sum(1)
+    return (rank < PER_CLASS).nonzero().flatten()
+
+
+def _bytes(images: Tensor) -> np.ndarray:
+    return images.detach().cpu().mul(255).round().clamp(0, 255).to(torch.uint8).numpy()

@@ -1,0 +1,229 @@
+"""Adaptation methods: one declaration a method, in the method's own file, and `adapt`, which finds it by name.
+
+A `Method` declares everything that the rest of the package needs to know about a method: the function that adapts a model,
+the layer classes it places, the optimiser and the schedule that training needs, what a job has to provide, and whether the
+trained model merges and exports. No other file tests the name of a method.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from vismt.errors import UserError, require_known
+from vismt.lowrank.inject import record_of
+from vismt.lowrank.layer_spec import AdaptReport
+from vismt.lowrank.options import COMMON
+from vismt.registry import Registry
+
+METHOD_FILES = (
+    "vismt.llm.corda",
+    "vismt.llm.ilora",
+    "vismt.llm.lisa",
+    "vismt.llm.lora",
+    "vismt.llm.pissa",
+    "vismt.llm.polar",
+    "vismt.llm.s2ft",
+    "vismt.metatune.amt",
+    "vismt.multitask.moe_lora",
+)
+GIVEN = {"model", "targets", "rank", "alpha", "seed"}  # what every method takes
+
+
+class Schedule(Protocol):
+    """What a method changes as training goes on. It may have `metrics() -> {name: scalar}`, which the loop logs."""
+
+    def on_step(self, step: int) -> None:
+        """Get ready for the next step; `step` is the number of finished ones."""
+
+
+class MakeSchedule(Protocol):
+    """Return the schedule of an adapted model, or None where there is nothing to schedule.
+
+    steps: optimiser steps of the whole training. settings: the section `Method.section` of the run's configuration.
+    """
+
+    def __call__(self, model: nn.Module, optimizer: Optimizer, *, steps: int, settings: Any) -> Schedule | None: ...
+
+
+@dataclass
+class Calibration:
+    """Data that a job offers to a method before it adapts the model.
+
+    batches(labels=False) returns batches of model inputs on the CPU. folder: for files that an interrupted calibration
+    resumes from. memory_budget: bytes, None for no bound. results: computed values by key, shared by all arms of a run.
+    """
+
+    batches: Callable[..., list[dict[str, Tensor]]]
+    folder: Path
+    memory_budget: int | None = None
+    results: dict[str, Any] = field(default_factory=dict)
+
+
+class Calibrate(Protocol):
+    """Return options of the method that are computed from data. targets, options: as `adapt` gets them."""
+
+    def __call__(
+        self, model: nn.Module, calibration: Calibration, *, targets: Any, options: Mapping[str, Any]
+    ) -> dict[str, Any]: ...
+
+
+def needs_nothing(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return an empty mapping: a job has nothing to provide."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Method:
+    """The declaration of a method.
+
+    Args:
+        name: what `vismt.adapt` takes.
+        adapt: `adapt(model, *, targets, rank, alpha, seed, **options) -> AdaptReport`; its first docstring line is shown
+            by `vismt list`.
+        layers: classes of the adapter layers and wrappers that it places; () for a method that trains the weights.
+        optimizer: `optimizer(optimizer, model) -> optimizer` returns the optimiser that an adapted model is trained with.
+            It may have `metrics() -> {name: scalar}`, which the loop logs.
+        schedule: returns the schedule of an adapted model, see `MakeSchedule`.
+        section: name of the section of a run's configuration with the schedule's settings.
+        freezes: whether the schedule freezes parameters in turn.
+        calibrate: computes options from data, see `Calibrate`.
+        needs: what a job has to provide under given options, with the reason: "calibration" (data for `calibrate`), or
+            "users" (a vector for each sample, its width the option `user_width`).
+        merges: whether the trained model can be merged into stock weights.
+        exports: whether the update can be exported as a plain LoRA.
+    """
+
+    name: str
+    adapt: Callable[..., AdaptReport]
+    layers: tuple[type[nn.Module], ...]
+    optimizer: Callable[[Optimizer, nn.Module], Optimizer] | None = None
+    schedule: MakeSchedule | None = None
+    section: str | None = None
+    freezes: bool = False
+    calibrate: Calibrate | None = None
+    needs: Callable[[Mapping[str, Any]], Mapping[str, str]] = needs_nothing
+    merges: bool = True
+    exports: bool = True
+
+    @property
+    def options(self) -> list[str]:
+        """Names of the options beyond targets, rank, alpha and seed; `**options` of `adapt` stands for the common ones."""
+        parameters = [p for p in inspect.signature(self.adapt).parameters.values() if p.name not in GIVEN]
+        names = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        if len(names) < len(parameters):
+            names += [name for name in COMMON if name not in names]
+        return names
+
+
+METHODS: Registry[Method] = Registry("adapt: no method", METHOD_FILES)
+
+
+def register_method(method: Method) -> Method:
+    """Make a method known to `vismt.adapt`, and return it."""
+    return METHODS.add(method.name, method)
+
+
+def list_methods() -> list[str]:
+    """Return the names that `vismt.adapt` takes."""
+    return list(METHODS)
+
+
+def adapt(
+    model: nn.Module,
+    name: str | None = None,
+    /,
+    targets: Any = None,
+    rank: int = 8,
+    alpha: float | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> AdaptReport:
+    """Adapt `model` in place with a published method and freeze the rest: `adapt(model, method, targets, rank, ...)`.
+
+    The method's name is the second argument, by position or as `method=`; a method may have an option `method`
+    (adapt(model, 'pissa', method='randomized')), which is why the name is positional here.
+
+    Args:
+        model: any module with linears; changed in place.
+        targets: 'all-linear' (None), a full-path regex, or a list of paths and suffixes.
+        rank: of each pair of factors.
+        alpha: numerator of the scale alpha / rank; None means alpha = rank.
+        seed: the start values depend on it and on each module's path alone.
+        options: see the method's signature.
+
+    Returns:
+        What was adapted; printing it gives a table.
+
+    Raises:
+        UserError: for an unknown method or option, a pattern without a match, and a rank that does not fit.
+    """
+    if name is None:
+        name = options.pop("method", None)
+    require_known("adapt: no method", [name], METHODS)
+    method = METHODS[name]
+    require_known(f"adapt: '{name}' has no option", options, method.options)
+    if not isinstance(seed, int):
+        raise UserError(f"adapt.seed: {seed!r}; it must be a whole number.")
+    return method.adapt(model, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)
+
+
+def adapted_models(module: nn.Module) -> list[tuple[nn.Module, Method]]:
+    """Return every adapted model in `module` with its method; a method that is not registered is left out."""
+    records = [(model, record_of(model)) for model in module.modules()]
+    return [(model, METHODS[record.method]) for model, record in records if record and record.method in METHODS]
+
+
+def method_optimizer(optimizer: Optimizer, model: nn.Module) -> Optimizer:
+    """Return `optimizer` inside what the methods need that adapted `model` or a part of it; itself where none does."""
+    for adapted, method in adapted_models(model):
+        if method.optimizer is not None and any(parameter.requires_grad for parameter in adapted.parameters()):
+            optimizer = method.optimizer(optimizer, adapted)
+    return optimizer
+
+
+def schedules(module: nn.Module, optimizer: Optimizer, steps: int, sections: Any = None) -> list[Schedule]:
+    """Return the schedules of the adapted models in `module`.
+
+    steps: of the whole training. sections: an object whose attributes are the sections of the run's configuration.
+    """
+    result = []
+    for model, method in adapted_models(module):
+        if method.schedule is None:
+            continue
+        settings = getattr(sections, method.section, None) if method.section else None
+        schedule = method.schedule(model, optimizer, steps=steps, settings=settings)
+        if schedule is not None:
+            result.append(schedule)
+    return result
+
+
+def freezes(module: nn.Module) -> bool:
+    """Return whether the method of an adapted model in `module` freezes parameters in turn."""
+    return any(method.freezes for _, method in adapted_models(module))
+
+
+def check_sections(config: Any, method: str | None) -> None:
+    """Raise UserError for a section of a configuration that only the schedules of other methods than `method` read."""
+    sections: dict[str, list[str]] = {}
+    for name, declaration in METHODS.items():
+        if declaration.section:
+            sections.setdefault(declaration.section, []).append(name)
+    for section, names in sections.items():
+        if getattr(config, section, None) is not None and method not in names:
+            subject = f"'{method}'" if method else "a run without a method"
+            raise UserError(
+                f"{section}: {subject} has no schedule with this section; set adapt.method to {' or '.join(names)}, or "
+                f"{section} to null."
+            )
+
+
+def needs(method: str, options: Mapping[str, Any]) -> Mapping[str, str]:
+    """Return what a job has to provide for a method, with reasons; nothing for an unknown one."""
+    return METHODS[method].needs(options) if method in METHODS else {}

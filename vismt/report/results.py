@@ -1,0 +1,242 @@
+"""results.jsonl: one typed row for every number of a run, written and read as the same dataclass.
+
+A row without a seed is an arm's number: every example averaged over the arm's trainings. Rows with a seed are those of the
+single trainings; they are written where an arm has several.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vismt.engine.log import read_lines, record_stem, write_lines
+from vismt.errors import UserError
+from vismt.stats import Better, Condition, Measure, Scale
+from vismt.typed_yaml import build
+
+RESULTS, RECORDS = "results.jsonl", "records"
+EXAMPLE = "example"  # key of an example's name in a line of records
+
+
+@dataclass(frozen=True)
+class Result:
+    """One number with its 95 % interval.
+
+    Args:
+        task: what was asked, "semseg" or "few-shot".
+        data: the set.
+        split: the split of the set, "test" or "validation".
+        metric: name of the score with its unit.
+        unit: what n counts, "images".
+        scale: "share" (in [0, 1], shown in per cent) or "number".
+        better: "higher" or "lower".
+        chance: score of a guess, None where there is none.
+        protocol: how the task was posed; numbers are compared within one protocol.
+        condition: text of what was done to the examples, "clean" for nothing.
+        arm: the evaluated model.
+        seed: of the training, None for the mean over the arm's trainings.
+        value: the score.
+        low: lower end of the interval.
+        high: upper end of the interval.
+        n: number of examples.
+        config_hash: of the run's configuration.
+        kind: of the condition: "clean", "attack", "corruption" or "variant".
+        family: what conditions of different levels have in common, "gaussian_noise".
+        level: radius of an attack or severity of a corruption, None without one.
+    """
+
+    task: str
+    data: str
+    split: str
+    metric: str
+    unit: str
+    scale: Scale
+    better: Better
+    chance: float | None
+    protocol: str
+    condition: str
+    arm: str
+    seed: int | None
+    value: float
+    low: float
+    high: float
+    n: int
+    config_hash: str
+    kind: str = "clean"
+    family: str = "clean"
+    level: float | None = None
+
+    @property
+    def half(self) -> float:
+        """Half the width of the interval, the longer half where it is not symmetric."""
+        return max(self.value - self.low, self.high - self.value)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Identifies this number among all of a run."""
+        return (self.task, self.data, self.protocol, self.condition, self.metric, self.arm, self.seed)
+
+    @property
+    def evaluation(self) -> tuple[str, str, str, str]:
+        """What the rows of one evaluation of a model have in common."""
+        return (self.data, self.protocol, self.condition, self.arm)
+
+    @property
+    def stem(self) -> str:
+        """Name, without its ending, of the file with the values by example of this arm and metric."""
+        return record_stem("-".join((self.task, self.data)), self.protocol, f"{self.arm}-{self.metric}")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One measure of one evaluated model, before it becomes a row. unit: what its examples are."""
+
+    task: str
+    data: str
+    protocol: str
+    measure: Measure
+    condition: Condition
+    unit: str = "images"
+
+    @property
+    def key(self) -> tuple[str, str, str, str, str]:
+        """Identifies this score among all of a training; the same for other trainings and arms."""
+        return (self.task, self.data, self.protocol, self.condition.label, self.measure.metric)
+
+
+def result_of(score: Score, arm: str, seed: int | None, split: str, config_hash: str) -> Result:
+    """Return the row of a score; that of a single training where `seed` is given."""
+    measure, condition = score.measure, score.condition
+    low, high = measure.interval() if seed is None else measure.training_interval()
+    return Result(
+        task=score.task,
+        data=score.data,
+        split=split,
+        metric=measure.metric,
+        unit=score.unit,
+        scale=measure.scale,
+        better=measure.better,
+        chance=measure.chance,
+        protocol=score.protocol,
+        condition=condition.label,
+        arm=arm,
+        seed=seed,
+        value=measure.score,
+        low=low,
+        high=high,
+        n=len(measure.values),
+        config_hash=config_hash,
+        kind=condition.kind,
+        family=condition.family,
+        level=condition.level,
+    )
+
+
+def write_values(folder: Path, rows: Sequence[tuple[Result, Measure]]) -> None:
+    """Add the values by example of rows to records/ of a run folder, each as a column named by the row's condition.
+
+    Columns of other conditions stay where their examples are the same. A measure that is not paired has no column.
+    """
+    columns: dict[str, dict[str, Mapping[str, float]]] = {}
+    for result, measure in rows:
+        if measure.paired:
+            columns.setdefault(result.stem, {})[result.condition] = measure.values
+    for stem, by_condition in columns.items():
+        path = folder / RECORDS / f"{stem}.jsonl"
+        names = list(next(iter(by_condition.values())))
+        known = {line[EXAMPLE]: line for line in read_lines(path, (EXAMPLE,))}
+        if list(known) != names:
+            known = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_lines(
+            path,
+            [
+                {
+                    EXAMPLE: name,
+                    **known.get(name, {}),
+                    **{label: values[name] for label, values in by_condition.items()},
+                }
+                for name in names
+            ],
+        )
+
+
+class ValuesByExample:
+    """Values by example as `write_values` wrote them; every file is read once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lines: dict[str, list[dict[str, Any]]] = {}
+
+    def of(self, result: Result) -> dict[str, float] | None:
+        """Return a row's values by example; None unless the records reproduce its value and n."""
+        if result.stem not in self._lines:
+            self._lines[result.stem] = read_lines(self.folder / RECORDS / f"{result.stem}.jsonl", (EXAMPLE,))
+        lines = self._lines[result.stem]
+        values = {line[EXAMPLE]: line[result.condition] for line in lines if result.condition in line}
+        if len(values) != result.n or not all(isinstance(value, int | float) for value in values.values()):
+            return None
+        same = abs(math.fsum(values.values()) / result.n - result.value) <= 1e-6 * max(1.0, abs(result.value))
+        return values if same else None
+
+
+def write_results(folder: Path, results: Sequence[Result]) -> None:
+    """Write results.jsonl. Rows of other conditions that the file already has (an earlier attack) stay."""
+    path = folder / RESULTS
+    fresh = {result.evaluation for result in results}
+    kept = [] if is_old(path) else [row for row in read_results(path) if row.evaluation not in fresh]
+    write_lines(path, [asdict(row) for row in (*kept, *results)])
+
+
+def is_old(path: Path) -> bool:
+    """Return whether a results file is of version 0.1, whose rows were not typed."""
+    lines = read_lines(path)
+    return bool(lines) and "model" in lines[0]
+
+
+def read_results(path: Path, config_hash: str | None = None) -> list[Result]:
+    """Return the rows of a results file, [] where there is none.
+
+    Args:
+        path: the file.
+        config_hash: the run's; rows of another configuration are refused. None accepts all.
+
+    Raises:
+        UserError: for a row that is not a complete number of this run, one that repeats another, and a file of version 0.1.
+    """
+    if is_old(path):
+        raise UserError(
+            f"'{path}' was written by version 0.1, whose rows lack what reports need now; "
+            f"`vismt evaluate {path.parent}` writes it again."
+        )
+    results: dict[tuple[Any, ...], Result] = {}
+    for number, line in enumerate(read_lines(path), 1):
+        name = " ".join(str(line[key]) for key in ("data", "condition", "arm") if key in line)
+        source = f"'{path}' row {number} {name}"
+        try:
+            result = build(Result, line, source)
+            fault = "repeats an earlier row" if result.key in results else _fault(result, config_hash)
+        except UserError as error:
+            fault = str(error).removeprefix(f"{source}: ").rstrip(".")
+        if fault is not None:
+            raise UserError(
+                f"{source}: {fault}; a number needs its n, interval and config hash. "
+                f"`vismt evaluate {path.parent}` writes the file again."
+            )
+        results[result.key] = result
+    return list(results.values())
+
+
+def _fault(result: Result, config_hash: str | None) -> str | None:
+    """Return which values of a row do not fit together or are those of another run, None for a sound row."""
+    numbers = (result.value, result.low, result.high, result.chance, result.level)
+    if not all(math.isfinite(number) for number in numbers if number is not None):
+        return f"{result.value} in [{result.low}, {result.high}] is not finite"
+    if result.n < 1 or result.low > result.high:
+        return f"n = {result.n}, [{result.low}, {result.high}] around {result.value} are not a count and an interval"
+    if config_hash is not None and result.config_hash != config_hash:
+        return f"config hash '{result.config_hash}' is not this run's {config_hash}"
+    return None

@@ -1,0 +1,255 @@
+"""Strict reading of YAML into dataclasses, for run configurations, data cards and asset cards.
+
+`read_yaml` reads the mapping of a file, `build` turns a mapping into a dataclass with typed, possibly nested fields. Every
+mistake is a UserError that names the file, the dotted key (`evaluate.attacks[0].epsilon`), the expected type, the value and,
+for an unknown key, the near ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+
+from vismt.errors import UserError, near
+from vismt.paths import stays_inside
+
+T = TypeVar("T")
+EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")  # YAML 1.1 reads 1e-3 as text
+SCALARS = (bool, int, float, str)
+NUMBERS = (int, float)
+MAPPINGS = (dict, Mapping)
+CONTAINERS = (*MAPPINGS, list, tuple)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the booleans of version 1.2, in which `precision: no` is text, and without repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value]
+        repeated = next((key for key in keys if keys.count(key) > 1), None)
+        if repeated is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"key '{repeated}' is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the plain value that `text` holds. Raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)
+
+
+def read_yaml(path: Path, source: str) -> dict[str, Any]:
+    """Return the mapping in the file `path`; `source` names the file in errors.
+
+    Raises:
+        UserError: the file cannot be read, is not YAML, repeats a key or holds something else than a mapping.
+    """
+    try:
+        loaded = parse_yaml(path.read_text(encoding="utf8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: not readable as YAML: {' '.join(str(error).split())}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{source}: cannot be read: {error}.") from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"{source}: holds {type(loaded).__name__}, must hold `key: value` lines.")
+    return loaded
+
+
+def build(cls: type[T], values: object, source: str, key: str = "", /, **given: Any) -> T:
+    """Return an instance of the dataclass `cls` with fields from a mapping of plain YAML values.
+
+    Fields may be bool, int, float, str, Any, Literal, dataclasses, and unions, lists, tuples and mappings from str of these.
+    A whole number fits a float field, a bool is not a number, and text that spells a number ('1e-3', '0x10') fits a number
+    field or one of type Any. Each `Annotated[type, check]` calls check(value, source and key), which may raise.
+
+    Args:
+        cls: the dataclass; a field without default is a required key.
+        values: the mapping; it is not changed, and the result shares no object with it.
+        source: the file in error messages.
+        key: the dotted key of `values` in that file, "" for the whole file.
+        given: fields that the caller sets and that are not keys of the mapping.
+
+    Raises:
+        UserError: an unknown or missing key, a value of another type, or one that a check or `cls` itself refuses.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{source}: {key or 'the file'} is {values!r}, not a section.")
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init and field.name not in given}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls, include_extras=True)
+    arguments = dict(given)
+    for name, value in values.items():
+        dotted = _join(key, name)
+        if name not in fields:
+            raise UserError(f"{source}: unknown key '{dotted}'.{near(str(name), fields)}")
+        try:
+            arguments[name] = _convert(value, hints[name], source, dotted)
+        except _WrongType as error:
+            raise UserError(f"{source}: {error}") from error
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise UserError(f"{source}: key '{_join(key, name)}' is missing.")
+    try:
+        return cls(**arguments)
+    except ValueError as error:  # of a check in __post_init__; a UserError is a ValueError
+        raise UserError(f"{source}: {error}") from error
+
+
+class _WrongType(Exception):
+    """A value of another type than its field."""
+
+    def __init__(self, key: str, hint: Any, value: object) -> None:
+        self.key = key
+        if value is None:
+            text = f"{key} is null; it needs a value."
+        elif dataclasses.is_dataclass(_not_null(hint)):
+            text = f"{key} is {value!r}, not a section."
+        else:
+            quotes = "; text needs quotes here" if isinstance(value, NUMBERS) and _takes_text(hint) else ""
+            text = f"{key}: expected {describe(hint)}, got {value!r} ({type(value).__name__}){quotes}."
+        super().__init__(text)
+
+
+def _join(key: str, name: object) -> str:
+    return f"{key}.{name}" if key else str(name)
+
+
+def _not_null(hint: Any) -> Any:
+    """Return X for the hint X | None, and any other hint unchanged."""
+    members = [member for member in typing.get_args(hint) if member is not types.NoneType]
+    return members[0] if _is_union(hint) and len(members) == 1 else hint
+
+
+def _takes_text(hint: Any) -> bool:
+    return hint is str or (_is_union(hint) and str in typing.get_args(hint))
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def describe(hint: Any) -> str:
+    """Return a type as error messages name it: 'int or null', 'list of str'."""
+    arguments = typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    if _is_union(hint):
+        return " or ".join(dict.fromkeys(describe(member) for member in arguments))
+    if origin is Annotated:
+        return describe(arguments[0])
+    if origin is Literal:
+        return " or ".join(repr(choice) for choice in arguments)
+    if origin in MAPPINGS:
+        return f"mapping of str to {describe(arguments[1])}"
+    if origin is tuple and arguments[-1] is not Ellipsis:
+        return f"list of {len(arguments)} values ({', '.join(describe(member) for member in arguments)})"
+    if origin in (list, tuple):
+        return f"list of {describe(arguments[0])}"
+    return "null" if hint is types.NoneType else str(getattr(hint, "__name__", hint))
+
+
+def _convert(value: Any, hint: Any, source: str, key: str) -> Any:
+    """Return `value` as an object of the type `hint`. Raises _WrongType."""
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        plain, *checks = typing.get_args(hint)
+        converted = _convert(value, plain, source, key)
+        for check in checks:
+            check(converted, f"{source}: {key}")
+        return converted
+    if _is_union(hint):
+        return _convert_union(value, hint, source, key)
+    if origin in CONTAINERS:
+        return _convert_container(value, hint, source, key)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise _WrongType(key, hint, value)
+        return build(typing.cast(type, hint), value, source, key)
+    return _convert_scalar(value, hint, key)
+
+
+def _convert_union(value: Any, hint: Any, source: str, key: str) -> Any:
+    """Return `value` as the first member of the union that it fits."""
+    errors = []
+    for member in typing.get_args(hint):
+        try:
+            return _convert(value, member, source, key)
+        except _WrongType as error:
+            errors.append(error)
+    inner = next((error for error in errors if error.key != key), None)  # the list fits, one of its items does not
+    raise inner or _WrongType(key, hint, value)
+
+
+def _convert_container(value: Any, hint: Any, source: str, key: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in MAPPINGS:
+        if not isinstance(value, Mapping):
+            raise _WrongType(key, hint, value)
+        for name in value:
+            if not isinstance(name, arguments[0]):
+                raise UserError(f"{source}: {key}: the key {name!r} is not text; write it in quotes.")
+        return {name: _convert(item, arguments[1], source, _join(key, name)) for name, item in value.items()}
+    if not isinstance(value, (list, tuple)):
+        raise _WrongType(key, hint, value)
+    of_any_length = origin is list or arguments[-1] is Ellipsis
+    hints = [arguments[0]] * len(value) if of_any_length else list(arguments)
+    if len(hints) != len(value):
+        raise _WrongType(key, hint, value)
+    items = [_convert(item, of, source, f"{key}[{i}]") for i, (item, of) in enumerate(zip(value, hints))]
+    return items if origin is list else tuple(items)
+
+
+def _convert_scalar(value: Any, hint: Any, key: str) -> Any:
+    if typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            raise _WrongType(key, hint, value)
+        return value
+    if isinstance(value, str) and hint in (int, float, Any):
+        value = _number_in(value)
+    if hint is Any:
+        return copy.deepcopy(value)
+    if hint is float and type(value) in NUMBERS:
+        return float(value)
+    fits = type(value) is hint if hint in SCALARS else isinstance(value, hint)
+    if not fits:
+        raise _WrongType(key, hint, value)
+    return value
+
+
+def _number_in(text: str) -> int | float | str:
+    """Return the number that `text` spells, or `text`."""
+    stripped = text.strip()
+    if not stripped or stripped[0] not in "+-.0123456789":
+        return text
+    if EXPONENT.fullmatch(stripped):
+        return float(stripped)
+    try:
+        value = parse_yaml(stripped)
+    except yaml.YAMLError:
+        return text
+    return value if type(value) in NUMBERS else text
+
+
+def relative_path(text: str, name: str) -> str:
+    """Return `text` when it is a relative path that stays inside its folder, else raise a UserError that starts with `name`."""
+    if not stays_inside(text):
+        raise UserError(f"{name}: '{text}' must be a relative path with '/' and without '..'.")
+    return text
+
+
+RelativePath = Annotated[str, relative_path]
