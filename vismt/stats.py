@@ -119,7 +119,7 @@ CLEAN = Condition()
 class Measure:
     """A score as one value for each example, whose mean is the score; everything else about the score follows from them.
 
-    A score that is no mean (mIoU, perplexity, ECE) enters with the jackknife's pseudo-values, centred on the score.
+    A score that is not a mean (mIoU, perplexity, ECE) enters with the jackknife's pseudo-values, centred on the score.
 
     Args:
         metric: name of the score with its unit, "accuracy" or "RMSE in m".

@@ -4,7 +4,7 @@ A card is YAML in `vismt/backbones/cards/`, or any YAML file of the user's:
 
     name: my_vit                       # also the name of its folder in the cache
     kind: vit                          # vit | lm
-    about: what it is
+    about: a description
     licence: MIT
     architecture: vit_small_patch16_224    # the timm model that the weights fit (vit only)
     file: model.safetensors            # the file that is kept

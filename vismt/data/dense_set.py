@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,8 +70,9 @@ class DenseSource(DataSource):
     family: ClassVar[str] = "images with maps"
     opener: ClassVar[str] = "open_dense"
 
+    @abstractmethod
     def load(self, card: Card, base: Path, split: str) -> DenseSet:
-        raise NotImplementedError
+        """Return `split` of the copy in the folder `base`."""
 
     @property
     def inverse_depth(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,8 +44,9 @@ class ImageSource(DataSource):
     family: ClassVar[str] = "labelled images"
     opener: ClassVar[str] = "open_images"
 
+    @abstractmethod
     def load(self, card: Card, base: Path, split: str) -> LoadedImages:
-        raise NotImplementedError
+        """Return `split` of the copy in the folder `base`."""
 
     def fetch(self, card: Card, base: Path, split: str) -> LoadedImages:
         """Download the copy into the folder `base` and load `split`."""

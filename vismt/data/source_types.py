@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +62,7 @@ class LoadedSplit(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSource:
+class DataSource(ABC):
     """One way to get a data set.
 
     Attributes:
@@ -96,17 +97,17 @@ class DataSource:
         if self.classes is not None and self.classes < 1:
             raise UserError(f"{where}: 'classes' is {self.classes}, must be a count of classes.")
 
+    @abstractmethod
     def candidates(self, card: Card, root: Path | None = None) -> list[Path]:
         """Return the folders where the copy may be, in order; `root` is the folder of the set and rules out the others."""
-        raise NotImplementedError
 
+    @abstractmethod
     def list_files(self, base: Path) -> Files:
         """Return the files of the copy in the folder `base` in the groups that a manifest hashes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, card: Card, base: Path, split: str) -> LoadedSplit:
         """Return `split` ("all" for every split) of the copy in the folder `base`."""
-        raise NotImplementedError
 
     def count_images(self, base: Path, split: str) -> int:
         """Return how many images of `split` a copy has that cannot be loaded, 0 when that cannot be known."""

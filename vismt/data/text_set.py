@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,8 +61,9 @@ class TextSource(DataSource):
     family: ClassVar[str] = "texts"
     opener: ClassVar[str] = "open_texts"
 
+    @abstractmethod
     def load(self, card: Card, base: Path, split: str) -> TextSet:
-        raise NotImplementedError
+        """Return `split` of the copy in the folder `base`."""
 
 
 def check_encoding(encoding: str, where: str) -> None:
