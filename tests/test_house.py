@@ -51,7 +51,7 @@ LIGHT = (
     "vismt.robustness.attacks",
     "vismt.report.report",
 )
-ONLY_IN = {"torchattacks": {"robustness/attacks.py"}, "learn2learn": {"metatune/maml.py"}}
+ONLY_IN = {"torchattacks": {"robustness/foreign.py"}, "learn2learn": {"metatune/maml.py"}}
 
 
 @functools.cache

@@ -79,8 +79,8 @@ def test_kinds_of_conditions():
     assert Condition("clean", "clean", "clean", None) == CLEAN
     fog = condition_of(CorruptionSpec("fog", 3))
     assert (fog.kind, fog.family, fog.level) == ("corruption", "fog", 3.0)
-    weak, strong = (condition_of(AttackSpec("pgd", epsilon, None, None, "linf", True, 0)) for epsilon in (0.01, 0.02))
+    weak, strong = (condition_of(AttackSpec("pgd", epsilon)) for epsilon in (0.01, 0.02))
     assert weak.kind == strong.kind == "attack" and weak.family == strong.family != fog.family
     assert (weak.level, strong.level) == (0.01, 0.02) and weak.label != strong.label
-    other = condition_of(AttackSpec("pgd", 0.01, None, None, "l2", True, 0))
+    other = condition_of(AttackSpec("pgd", 0.01, norm="l2"))
     assert other.family != weak.family

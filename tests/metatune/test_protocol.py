@@ -54,8 +54,9 @@ class Darken:
     def settings(self):
         return {"amount": self.amount}
 
-    def perturb(self, model, images, labels, *, num_classes, seed):
-        self.calls.append((len(images), num_classes, seed, bool(model.training)))
+    def perturb(self, model, images, labels, *, num_classes, keys):
+        assert len(keys) == len(images)
+        self.calls.append((len(images), num_classes, keys[0], bool(model.training)))
         return images * (1 - self.amount)
 
 

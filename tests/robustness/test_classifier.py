@@ -37,7 +37,8 @@ def test_normalises_and_resizes_inside():
 def test_attack_runs_at_the_images_own_size():
     net = load_classifier(NAME, 5, pretrained=False)
     images = torch.rand(2, 3, 20, 20)
-    attacked = attack(net, images, torch.tensor([0, 1]), AttackSpec(epsilon=0.02, steps=2), num_classes=5)
+    labels = net(images).argmax(1)
+    attacked = attack(net, images, labels, AttackSpec(epsilon=0.02, steps=2), num_classes=5)
     assert attacked.shape == images.shape and (attacked - images).abs().max() > 0.005
 
 

@@ -11,6 +11,7 @@ from vismt.robustness.conditions import (
     check_conditions,
     condition_of,
     conditions,
+    worst_cases,
 )
 from vismt.robustness.corruptions import CORRUPTIONS, CorruptionSpec
 from vismt.robustness.transfer import Transfer, TransferSource
@@ -113,4 +114,14 @@ def test_a_score_is_filed_under_family_and_level():
     )
     assert condition_of(CorruptionSpec("fog", 3)) == Condition("fog 3", "corruption", "fog", 3.0)
     auto = AttackConfig("autoattack").spec()
-    assert condition_of(auto, 3).label == "AutoAttack (APGD-CE+FAB+Square) linf 4.5/255"
+    assert condition_of(auto, 3).label == "AutoAttack (APGD-CE x5+FAB-T+Square) linf 4.5/255"
+
+
+def test_attacks_of_one_budget_have_a_worst_case():
+    specs = [AttackConfig(name).spec() for name in ("pgd", "apgd_ce")]
+    specs += [AttackConfig("pgd", epsilon=0.5, norm="l2").spec(), CorruptionSpec("fog", 3)]
+    specs += [Transfer(AttackConfig("fgsm").spec(), TransferSource("frozen", None, "a"))]  # not white-box
+    (worst,) = worst_cases(specs, 5)
+    assert worst.condition == Condition("worst of 2 linf 4.5/255", "attack", "worst linf", 4.5 / 255)
+    assert worst.attacks == (PGD, "APGD-CE linf 4.5/255")
+    assert worst_cases(specs[1:], 5) == []

@@ -131,7 +131,7 @@ def test_spec_is_a_condition():
     spec = CorruptionSpec("fog", 2)
     images = picture()
     assert spec.describe() == "fog 2" and spec.settings() == {"name": "fog", "severity": 2, "seed": 0}
-    corrupted = spec.perturb(None, images, torch.tensor([0]), num_classes=2, seed=5)
+    corrupted = spec.perturb(None, images, torch.tensor([0]), num_classes=2, keys=[(5, 0)])
     assert torch.equal(corrupted, corrupt(images, "fog", 2, seed=5))
 
 

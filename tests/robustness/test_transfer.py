@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from vismt.errors import UserError
 from vismt.metatune import EpisodeSampler, ProtoNet, run_protocol
 from vismt.robustness.attacks import AttackSpec
 from vismt.robustness.transfer import Transfer, TransferSource
@@ -59,12 +60,14 @@ def test_from_itself_is_the_white_box_attack():
 def test_the_source_decides_the_images_not_the_evaluated_model():
     evaluated = ProtoNet(Channels([1.0, 1.0, 1.0]))
     blind = TransferSource("blind", ProtoNet(Channels([0.0, 0.0, 0.0])), "b")
-    other = TransferSource("other", ProtoNet(Channels([1.0, 0.4, 1.5])), "c")
     start = AttackSpec(epsilon=64 / 255, step_size=16 / 255, steps=6, random_start=False)
-    accuracies = run(evaluated, [start, Transfer(start, blind), Transfer(start, other)])
-    white, none, some = (accuracies[name].mean() for name in list(accuracies)[1:])
-    # Without a gradient nothing changes; with another model's gradient less changes than with the model's.
-    assert none == accuracies["clean"].mean() and white <= some < accuracies["clean"].mean()
+    with pytest.raises(UserError, match="gradients of zero on every image"):
+        run(evaluated, [Transfer(start, blind)])
+    other = TransferSource("other", ProtoNet(Channels([1.0, 0.4, 1.5])), "c")
+    accuracies = run(evaluated, [start, Transfer(start, other)])
+    white, some = (accuracies[name].mean() for name in list(accuracies)[1:])
+    # With another model's gradient less changes than with the model's.
+    assert white <= some < accuracies["clean"].mean()
 
 
 def test_one_classifier_an_episode_from_its_own_support():
@@ -82,8 +85,6 @@ def test_one_classifier_an_episode_from_its_own_support():
 
 
 def test_records_of_another_source_or_of_other_weights_are_not_continued(tmp_path):
-    from vismt.errors import UserError
-
     net = ProtoNet(Channels([1.0, 1.0, 1.0]))
     records = tmp_path / "a.jsonl"
     run(net, [Transfer(SPEC, TransferSource("frozen", net, "a"))], records=records)
@@ -96,5 +97,5 @@ def test_records_of_another_source_or_of_other_weights_are_not_continued(tmp_pat
 
 def test_the_text_names_source_and_few_ways():
     auto = Transfer(AttackSpec("autoattack", epsilon=4 / 255), TransferSource("merged+finetune", None, ""))
-    assert auto.describe(3) == "AutoAttack (APGD-CE+FAB+Square) linf 4/255 from merged+finetune"
+    assert auto.describe(3) == "AutoAttack (APGD-CE x5+FAB-T+Square) linf 4/255 from merged+finetune"
     assert auto.describe(5) == "AutoAttack linf 4/255 from merged+finetune" and auto.worst_case and auto.seed == 0

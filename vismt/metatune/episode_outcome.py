@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ class EpisodeOutcome:
 
     support (s, 3, h, w) and query (m, 3, h, w): float images. predictions: of the queries, int64 (m,), by condition, "clean"
     first. adversarial (m, 3, h, w): the queries under the first attack, None without an attack. mixture (P,): the weights
-    of a pool's experts in this task, None for a classifier without them.
+    of a pool's experts in this task, None for a classifier without them. worst: {worst case: conditions that it is over}.
     """
 
     episode: Episode
@@ -32,11 +32,15 @@ class EpisodeOutcome:
     predictions: dict[str, Tensor]
     adversarial: Tensor | None
     mixture: Tensor | None = None
+    worst: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def accuracies(self) -> dict[str, float]:
-        """Return the share of right query predictions by condition."""
+        """Return the share of right query predictions by condition, then by worst case."""
         truth = self.episode.query_labels
-        return {name: float((guess == truth).double().mean()) for name, guess in self.predictions.items()}
+        right = {name: guess == truth for name, guess in self.predictions.items()}
+        for name, conditions in self.worst.items():
+            right[name] = torch.stack([right["clean"], *(right[condition] for condition in conditions)]).all(0)
+        return {name: float(hits.double().mean()) for name, hits in right.items()}
 
     def record(self) -> dict[str, object]:
         """Return the accuracies by condition and, where there is one, the mixture to 6 digits under "mixture"."""

@@ -1,7 +1,8 @@
 """The few-shot protocol: n episodes, clean and under attack, one JSON line each; resumes at the episode where it stopped.
 
 Support images stay clean, the query images are attacked against the task's fixed classifier, and episode i is the same for
-every model that runs the same sampler, so methods can be compared in pairs (vismt.stats).
+every model that runs the same sampler, so methods can be compared in pairs (vismt.stats). Episodes are run in blocks of fixed
+numbers, so that an attack can pack the queries of several tasks (packed.py); a block that was cut is run again as a whole.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ from vismt import console
 from vismt.errors import UserError
 from vismt.metatune.episode_outcome import EpisodeOutcome, write_panel
 from vismt.metatune.labelled import Episode
+from vismt.metatune.packed import PackedClassifier, pack_key
+from vismt.metatune.protonet import PrototypeClassifier
 from vismt.records import Records
 from vismt.seeds import mix_seed
+
+BLOCK = 8  # episodes that are run together
 
 
 class FewShotModel(Protocol):
@@ -52,7 +57,9 @@ class QueryCondition(Protocol):
 class Perturbs(Protocol):
     """An object that changes images (b, 3, h, w) in [0, 1] with labels (b,)."""
 
-    def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, *, num_classes: int, seed: int) -> Tensor: ...
+    def perturb(
+        self, model: nn.Module, images: Tensor, labels: Tensor, *, num_classes: int, keys: Sequence[tuple[int, int]]
+    ) -> Tensor: ...
 
 
 class QueryPerturbation(QueryCondition, Perturbs, Protocol):
@@ -88,6 +95,7 @@ def run_protocol(
     fingerprint: str = "",
     label: str | None = None,
     batch: int = 256,
+    worst: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Tensor]:
     """Evaluate a few-shot model on episodes, clean and under attack.
 
@@ -106,18 +114,23 @@ def run_protocol(
         fingerprint: The caller's name for the weights, part of the protocol's hash.
         label: Text of the progress bar.
         batch: Query images in one forward pass.
+        worst: {text of a worst case: texts of its attacks}. A query counts as right there when it is right when clean and
+            under each of them.
 
     Returns:
-        Query accuracy in [0, 1] of every episode, float64 (episodes,), by condition: "clean", then each attack's text.
+        Query accuracy in [0, 1] of every episode, float64 (episodes,), by condition: "clean", each attack's text, then each
+        worst case.
 
     Raises:
         UserError: Fewer than 2 episodes, two attacks with the same text, or records that do not fit or cannot be written.
     """
+    worst = worst or {}
     if episodes < 2:
         raise UserError(f"evaluate {data}: {episodes} episodes have no confidence interval: use 2 or more.")
     conditions = ["clean", *(attack.describe(sampler.min_ways) for attack in attacks)]
     if len(set(conditions)) < len(conditions):
         raise UserError(f"evaluate {data}: two conditions have the same text in {conditions[1:]}: leave one out.")
+    columns = [*conditions, *worst]
     settings = {
         "data": data,
         "fingerprint": fingerprint,
@@ -128,8 +141,8 @@ def run_protocol(
     module = proto if isinstance(proto, nn.Module) else nn.Module()
     if device is None:
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    run = _EpisodeRunner(proto, pixels, sampler, dict(zip(conditions[1:], attacks, strict=True)), device, batch)
-    log = Records(records, settings, conditions, key="episode")
+    run = _EpisodeRunner(proto, pixels, sampler, dict(zip(conditions[1:], attacks, strict=True)), device, batch, worst)
+    log = Records(records, settings, columns, key="episode")
     missing = [index for index in range(episodes) if index not in log]
     label = label or f"{data} episodes"
     if 0 < len(missing) < episodes:
@@ -138,24 +151,39 @@ def run_protocol(
     module.eval()
     try:
         with log, console.bar("eval", label, episodes, episodes - len(missing)) as bar:
-            for index in missing:
-                outcome = run(index)
-                log.add({"episode": index, **outcome.record()})
-                if index == 0 and panel is not None:
-                    write_panel(panel, outcome, getattr(pixels, "classes", None))
-                bar.advance()
+            for block in run.blocks(episodes):
+                todo = [index for index in block if index not in log]
+                outcomes = run(block) if todo else {}
+                for index in todo:
+                    log.add({"episode": index, **outcomes[index].record()})
+                    if index == 0 and panel is not None:
+                        write_panel(panel, outcomes[index], getattr(pixels, "classes", None))
+                    bar.advance()
         if panel is not None and not panel.exists():
-            write_panel(panel, run(0), getattr(pixels, "classes", None))
+            write_panel(panel, run(range(1))[0], getattr(pixels, "classes", None))
     finally:
         for submodule, training in modes.items():
             submodule.training = training
     rows = [log[index] for index in range(episodes)]
-    return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in conditions}
+    return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in columns}
+
+
+@dataclass
+class _Task:
+    """One episode: its images, its classifier on the device, and what was found so far, as in EpisodeOutcome."""
+
+    index: int
+    episode: Episode
+    support: Tensor
+    query: Tensor
+    classifier: nn.Module
+    predictions: dict[str, Tensor]
+    adversarial: Tensor | None = None
 
 
 @dataclass
 class _EpisodeRunner:
-    """Runs one episode: the classifier of its support, and the predictions on its queries under every condition."""
+    """Runs blocks of episodes: the classifier of each support, and the predictions on its queries under every condition."""
 
     proto: FewShotModel
     pixels: PixelStore
@@ -163,28 +191,78 @@ class _EpisodeRunner:
     attacks: dict[str, QueryPerturbation | PreparedPerturbation]
     device: torch.device | str
     batch: int
+    worst: Mapping[str, Sequence[str]]
 
-    def __call__(self, index: int) -> EpisodeOutcome:
+    def blocks(self, episodes: int) -> list[range]:
+        """Return the numbers of the episodes that run together; single ones where no attack packs."""
+        size = BLOCK if any(getattr(attack, "packs", False) for attack in self.attacks.values()) else 1
+        return [range(start, min(start + size, episodes)) for start in range(0, episodes, size)]
+
+    def __call__(self, block: range) -> dict[int, EpisodeOutcome]:
+        tasks = [self._task(index) for index in block]
+        for name, attack in self.attacks.items():
+            for group in self._groups(tasks, attack):
+                self._perturb(group, name, attack)
+        return {
+            task.index: EpisodeOutcome(
+                task.episode,
+                task.support,
+                task.query,
+                task.predictions,
+                task.adversarial,
+                getattr(task.classifier, "mixture", None),
+                self.worst,
+            )
+            for task in tasks
+        }
+
+    def _task(self, index: int) -> _Task:
         episode = self.sampler[index]
         support = self.pixels[episode.support]
         query = self.pixels[episode.query]
-        task = support.to(self.device), episode.support_labels.to(self.device)
-        classifier = self.proto.classifier(*task).eval()
-        predictions = {"clean": self._predict(classifier, query)}
-        first = None
-        for name, attack in self.attacks.items():
-            prepared = attack.prepare(*task) if hasattr(attack, "prepare") else attack
-            perturbed = []
-            for part, (images, labels) in enumerate(
-                zip(query.split(self.batch), episode.query_labels.split(self.batch), strict=True)
-            ):
-                images, labels = images.to(self.device), labels.to(self.device)
-                seed = mix_seed(attack.seed, index, part)
-                perturbed.append(prepared.perturb(classifier, images, labels, num_classes=episode.ways, seed=seed))
-            adversarial = torch.cat(perturbed)
-            first = adversarial if first is None else first
-            predictions[name] = self._predict(classifier, adversarial)
-        return EpisodeOutcome(episode, support, query, predictions, first, getattr(classifier, "mixture", None))
+        classifier = self.proto.classifier(support.to(self.device), episode.support_labels.to(self.device)).eval()
+        return _Task(index, episode, support, query, classifier, {"clean": self._predict(classifier, query)})
+
+    def _groups(self, tasks: Sequence[_Task], attack: QueryPerturbation | PreparedPerturbation) -> list[list[_Task]]:
+        """Return the tasks in groups that one run of the attack perturbs together."""
+        groups: list[list[_Task]] = []
+        for task in tasks:
+            key = pack_key(task.classifier) if getattr(attack, "packs", False) else None
+            queries = sum(len(other.query) for other in groups[-1]) + len(task.query) if groups else 0
+            joins = groups and key is not None and key == pack_key(groups[-1][0].classifier) and queries <= self.batch
+            if joins:
+                groups[-1].append(task)
+            else:
+                groups.append([task])
+        return groups
+
+    def _perturb(self, group: Sequence[_Task], name: str, attack: QueryPerturbation | PreparedPerturbation) -> None:
+        """Add the predictions under one condition to the tasks of a group."""
+        first = group[0]
+        run: Perturbs = attack  # type: ignore[assignment]
+        if hasattr(attack, "prepare"):
+            run = attack.prepare(first.support.to(self.device), first.episode.support_labels.to(self.device))
+        classifier = first.classifier
+        counts = [len(task.query) for task in group]
+        if len(group) > 1:
+            packed = [task.classifier for task in group if isinstance(task.classifier, PrototypeClassifier)]
+            classifier = PackedClassifier(packed, counts)
+        images = torch.cat([task.query for task in group])
+        labels = torch.cat([task.episode.query_labels for task in group])
+        keys = [key for task in group for key in self._keys(attack.seed, task)]
+        changed = []
+        for start in range(0, len(images), self.batch):
+            part = slice(start, start + self.batch)
+            placed = images[part].to(self.device), labels[part].to(self.device)
+            changed.append(run.perturb(classifier, *placed, num_classes=first.episode.ways, keys=keys[part]))
+        for task, adversarial in zip(group, torch.cat(changed).split(counts), strict=True):
+            task.predictions[name] = self._predict(task.classifier, adversarial)
+            task.adversarial = adversarial if task.adversarial is None else task.adversarial
+
+    def _keys(self, seed: int, task: _Task) -> list[tuple[int, int]]:
+        """Return the key of each query of a task, of which its random numbers are a function."""
+        places = (divmod(place, self.batch) for place in range(len(task.query)))
+        return [(mix_seed(seed, task.index, part), position) for part, position in places]
 
     @torch.no_grad()
     def _predict(self, classifier: nn.Module, images: Tensor) -> Tensor:

@@ -61,6 +61,9 @@ def cosine_logits(features: Tensor, prototypes: Tensor, scale: float | Tensor = 
 class PrototypeClassifier(nn.Module):
     """Images (b, 3, h, w) in [0, 1] -> logits (b, N) against fixed prototypes."""
 
+    prototypes: Tensor
+    scale: Tensor
+
     def __init__(self, backbone: nn.Module, prototypes: Tensor, scale: Tensor) -> None:
         super().__init__()
         self.backbone = backbone

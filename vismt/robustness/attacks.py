@@ -1,56 +1,88 @@
-"""Adversarial images of any classifier, through torchattacks (Kim, arXiv 2010.01950) and nothing else.
+"""Adversarial images of any classifier: PGD, FGSM, APGD, FAB-T, Square, AutoAttack and `strong`, each with restarts.
 
 The model takes pixels in [0, 1] and normalises them itself. While an attack runs the model is frozen, in eval mode and
-outside autocast; afterwards its flags and the random state are as before. FAB, a minimal-norm attack, keeps only what
-lies within the budget. AutoAttack (Croce & Hein, arXiv 2003.01690) is APGD-CE, APGD-T, FAB-T and Square at their
-published lengths (100 steps, 5000 queries; torchattacks' own bundle takes 10 steps); below 4 classes, where its targeted
-loss is not defined, it is APGD-CE, FAB and Square, which the condition's text names.
+outside autocast; afterwards its flags and the random state are as before. An image that is wrong when clean, or that a step,
+restart, target or part of an ensemble has broken, is left out of the rest (active_set.py).
+
+AutoAttack (Croce and Hein, arXiv 2003.01690) is APGD-CE, APGD-T and FAB-T with 100 steps and at most 9 targets, and Square
+with 5,000 queries. `strong` is its cheap form, the worst case of APGD-CE and APGD-T with 40 steps. APGD-T is not defined
+below 4 classes; both are then APGD-CE with 5 restarts, FAB-T and Square, which the condition's text names.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from types import ModuleType
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError, near
+from vismt.robustness.active_set import Outcome, Round, waves
+from vismt.robustness.apgd import apgd
 from vismt.robustness.checks import check_input, within_budget
+from vismt.robustness.fab import fab
+from vismt.robustness.foreign import PREFIX, attack_class, foreign
+from vismt.robustness.losses import cross_entropy, dlr, targeted_dlr
+from vismt.robustness.norms import NORMS
+from vismt.robustness.pgd import pgd
+from vismt.robustness.square import square
+from vismt.robustness.victim import Victim, frozen
+from vismt.seeds import mix_seed
 
-TEXTS = {
-    "pgd": "PGD",
-    "pgd_l2": "PGD",
-    "fgsm": "FGSM",
-    "mifgsm": "MI-FGSM",
-    "difgsm": "DI-FGSM",
-    "tifgsm": "TI-FGSM",
-    "apgd_ce": "APGD-CE",
-    "apgd_t": "APGD-T",
-    "fab": "FAB",
-    "square": "Square",
-    "autoattack": "AutoAttack",
+
+@dataclass(frozen=True)
+class _Kind:
+    """The text of an attack in tables, its default length and restarts, and the norms and classes that it needs."""
+
+    text: str
+    steps: int = 100
+    restarts: int = 1
+    norms: tuple[str, ...] = NORMS
+    classes: int = 2
+    has_step: bool = False  # whether step_size is used
+
+
+KINDS = {
+    "pgd": _Kind("PGD", 10, 2, has_step=True),
+    "pgd_paper": _Kind("PGD paper protocol", 10, has_step=True),
+    "fgsm": _Kind("FGSM", 1),
+    "apgd_ce": _Kind("APGD-CE"),
+    "apgd_dlr": _Kind("APGD-DLR", classes=3),
+    "apgd_t": _Kind("APGD-T", classes=4),
+    "fab": _Kind("FAB-T"),
+    "square": _Kind("Square", 5000, norms=("linf", "l2")),
+    "autoattack": _Kind("AutoAttack", norms=("linf", "l2")),
+    "strong": _Kind("strong", 40),
 }
-NORMS = {"linf": "Linf", "l2": "L2"}
-EITHER_NORM = {"apgd_ce", "apgd_t", "fab", "square", "autoattack"}
-# Steps when none are given (10 else); AutoAttack's Square always has AUTO_QUERIES.
-STEPS = {"fgsm": 1, "square": 5000, "autoattack": 100}
-AUTO_QUERIES = 5000
+ENSEMBLES = ("autoattack", "strong")
+FOREIGN = _Kind("torchattacks", 10, has_step=True)
+TARGETS = 9
+FEW_WAYS = 4  # below this number of classes the ensembles have other parts
+FEW_WAY_RESTARTS = 5
+QUERIES = {"autoattack": 5000, "strong": 1000}  # of Square in an ensemble
+RENAMED = {"pgd_l2": "pgd with norm l2", "mifgsm": f"{PREFIX}MIFGSM", "difgsm": f"{PREFIX}DIFGSM"} | {
+    "tifgsm": f"{PREFIX}TIFGSM"
+}
+
+
+def budget_text(norm: str, epsilon: float) -> str:
+    """Return a budget as in tables, "linf 4.5/255" or "l2 0.5"."""
+    return f"{norm} " + (f"{epsilon * 255:.6g}/255" if norm == "linf" else f"{epsilon:.6g}")
 
 
 @dataclass(frozen=True)
 class AttackSpec:
     """One attack and its budget.
 
-    name: pgd, pgd_l2, fgsm, mifgsm, difgsm, tifgsm (transfer), apgd_ce, apgd_t, fab, square, autoattack. epsilon: radius
-    in pixel units of [0, 1]. step_size: None = epsilon / 10; attacks that choose their own steps do not use it. steps:
-    None = 10 (FGSM 1, Square 5000 queries, AutoAttack 100). norm: "linf" or "l2"; pgd with "l2" is pgd_l2. random_start:
-    PGD only. Raises UserError for an unknown name or norm, a norm that the attack does not have, a negative radius, a step
-    of zero.
+    name: pgd, pgd_paper (step epsilon / 10 and one restart, the protocol of the few-shot papers), fgsm, apgd_ce, apgd_dlr,
+    apgd_t, fab, square, autoattack, strong, torchattacks:NAME. epsilon: radius in pixel units of [0, 1]. step_size: None =
+    2.5 epsilon / steps; only PGD and torchattacks use it. steps: None = 10 (FGSM 1, APGD and FAB 100, Square 5000 queries,
+    strong 40). norm: "linf", "l2" or "l1". restarts: None = 1 (pgd 2). random_start: PGD only. Raises UserError for an
+    unknown name or norm, a norm that the attack does not have, a negative radius, a step of zero.
     """
 
     name: str = "pgd"
@@ -58,40 +90,67 @@ class AttackSpec:
     step_size: float | None = None
     steps: int | None = None
     norm: str = "linf"
-    random_start: bool = True
+    restarts: int | None = None
     seed: int = 0
+    random_start: bool = True
     kind: ClassVar[Literal["attack"]] = "attack"
     # The clean image is inside every budget, so an example that is wrong there is not robust.
     worst_case: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.name not in TEXTS:
-            raise UserError(f"attack '{self.name}' is not known.{near(self.name, TEXTS)}")
+        if self.name not in KINDS and not self.name.startswith(PREFIX):
+            hint = f" It is now {RENAMED[self.name]}." if self.name in RENAMED else near(self.name, (*KINDS, PREFIX))
+            raise UserError(f"attack '{self.name}' is not known.{hint}")
         if self.norm not in NORMS:
             raise UserError(f"attack {self.name}: norm '{self.norm}' is not known.{near(self.norm, NORMS)}")
-        if self.name == "pgd" and self.norm == "l2":
-            object.__setattr__(self, "name", "pgd_l2")
-        if self.name == "pgd_l2":
-            object.__setattr__(self, "norm", "l2")
-        elif self.norm == "l2" and self.name not in EITHER_NORM:
-            raise UserError(f"attack {self.name}: no l2 form; take one of {', '.join(sorted(EITHER_NORM))}, pgd_l2.")
+        if self.norm not in self._kind.norms:
+            raise UserError(
+                f"attack {self.name}: no {self.norm} form, it has {' and '.join(self._kind.norms)}; take apgd_ce, apgd_t, "
+                "fab or strong."
+            )
         if self.steps is None:
-            object.__setattr__(self, "steps", STEPS.get(self.name, 10))
+            object.__setattr__(self, "steps", self._kind.steps)
+        if self.restarts is None:
+            object.__setattr__(self, "restarts", self._kind.restarts)
         if self.norm == "linf" and self.epsilon > 1:
-            meant = f"{self.epsilon:g}/255"
             raise UserError(
-                f"attack {self.name}: epsilon {self.epsilon:g} is more than all of [0, 1]; do you mean '{meant}'?"
+                f"attack {self.name}: epsilon {self.epsilon:g} is more than all of [0, 1]; do you mean "
+                f"'{self.epsilon:g}/255'?"
             )
-        if not (math.isfinite(self.epsilon) and self.epsilon >= 0) or self.steps < 1 or self.step <= 0 < self.epsilon:
+        lengths = self.length >= 1 and (self.restarts or 0) >= 1
+        if not (math.isfinite(self.epsilon) and self.epsilon >= 0) or not lengths or self.step <= 0 < self.epsilon:
             raise UserError(
-                f"attack {self.name}: epsilon {self.epsilon}, steps {self.steps}, step_size {self.step_size}: "
-                "need epsilon >= 0 (in pixel units of [0, 1]), steps >= 1, step_size > 0."
+                f"attack {self.name}: epsilon {self.epsilon}, steps {self.steps}, restarts {self.restarts}, step_size "
+                f"{self.step_size}: need epsilon >= 0 (in pixel units of [0, 1]), steps and restarts >= 1, step_size > 0."
             )
+
+    @property
+    def _kind(self) -> _Kind:
+        return KINDS.get(self.name, FOREIGN)
+
+    @property
+    def length(self) -> int:
+        """Number of steps."""
+        return self.steps or 0
 
     @property
     def step(self) -> float:
         """Step size in pixel units."""
-        return self.epsilon / 10 if self.step_size is None else self.step_size
+        if self.step_size is not None:
+            return self.step_size
+        if self.name == "pgd_paper":
+            return self.epsilon / 10
+        return 2.5 * self.epsilon / max(self.length, 1)
+
+    @property
+    def packs(self) -> bool:
+        """Whether one run may attack the images of several few-shot tasks."""
+        return not self.name.startswith(PREFIX)
+
+    @property
+    def family(self) -> str:
+        """The attack's name in tables, without its settings."""
+        return self.name.removeprefix(PREFIX) if self.name.startswith(PREFIX) else self._kind.text
 
     @property
     def label(self) -> str:
@@ -99,35 +158,62 @@ class AttackSpec:
         return self.describe()
 
     def describe(self, num_classes: int | None = None) -> str:
-        """Return `label`, with the parts of an AutoAttack that run on fewer than 4 classes."""
-        text = TEXTS[self.name]
-        if self.name != "fgsm" and self.steps != STEPS.get(self.name):
-            text += f"-{self.steps}"
-        if self.name == "autoattack" and num_classes is not None and num_classes < 4:
-            text += " (APGD-CE+FAB+Square)"
-        text += f" {self.norm} " + (f"{self.epsilon * 255:.6g}/255" if self.norm == "linf" else f"{self.epsilon:.6g}")
-        if self.step_size is not None and not math.isclose(self.step_size, self.epsilon / 10):
-            text += f" step {self.step_size * 255:.4g}/255" if self.norm == "linf" else f" step {self.step_size:.4g}"
-        if not self.random_start and self.name in ("pgd", "pgd_l2"):
+        """Return `label`, with the parts of an ensemble that run on fewer than 4 classes."""
+        head, _, tail = self.family.partition(" ")
+        numbered = self.has_steps_in_text
+        text = f"{head}-{self.steps}" if numbered else head
+        text += f" {tail}" if tail else ""
+        if self.name in ENSEMBLES and num_classes is not None and num_classes < FEW_WAYS:
+            text += f" (APGD-CE x{FEW_WAY_RESTARTS}+FAB-T+Square)"
+        text += f" {budget_text(self.norm, self.epsilon)}"
+        if self._kind.has_step and not math.isclose(self.step, replace(self, step_size=None).step):
+            text += f" step {self.step * 255:.4g}/255" if self.norm == "linf" else f" step {self.step:.4g}"
+        if self.restarts != self._kind.restarts:
+            text += f" {self.restarts} restart{'s' if self.restarts != 1 else ''}"
+        if not self.random_start and self.name.startswith("pgd"):
             text += " no random start"
         return text + (f" seed {self.seed}" if self.seed else "")
 
+    @property
+    def has_steps_in_text(self) -> bool:
+        """Whether the text names the number of steps: always for PGD, else where it is not the default."""
+        return self.name in ("pgd", "pgd_paper") or self.steps != self._kind.steps
+
     def __str__(self) -> str:
         return self.label
+
+    def check_classes(self, num_classes: int) -> None:
+        """Raise UserError where the attack's loss is not defined for so few classes."""
+        if num_classes < self._kind.classes:
+            raise UserError(
+                f"attack {self}: its loss needs {self._kind.classes} classes, here are {num_classes}: take apgd_ce, or strong."
+            )
 
     def settings(self) -> dict[str, object]:
         """Return every field, for a protocol's hash."""
         return asdict(self)
 
-    def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, *, num_classes: int, seed: int) -> Tensor:
-        """Return what `attack` returns with `seed` in place of the spec's seed."""
-        return _attack(model, images, labels, self, num_classes, seed)
+    def perturb(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        num_classes: int,
+        keys: Sequence[tuple[int, int]],
+        exhaust: bool = False,
+    ) -> Tensor:
+        """Return what `attack` returns, with a key for each image, of which its random numbers are a function.
+
+        exhaust: attack every image to the end, broken or not: for images that are evaluated on another model.
+        """
+        return _run(model, images, labels, [self], num_classes, keys, exhaust=exhaust).adversarial.to(images.device)
 
 
 def attack(model: nn.Module, images: Tensor, labels: Tensor, spec: AttackSpec, *, num_classes: int) -> Tensor:
     """Return adversarial images within spec.epsilon of `images`.
 
-    Deterministic in spec.seed; the global random state is not changed.
+    Deterministic in spec.seed and an image's position; the global random state is not changed.
 
     Args:
         model: Maps images to logits (b, num_classes) and normalises them itself. Its mode and its parameters' flags are
@@ -138,115 +224,121 @@ def attack(model: nn.Module, images: Tensor, labels: Tensor, spec: AttackSpec, *
         num_classes: Number of logits.
 
     Returns:
-        float32 (b, 3, h, w) in [0, 1] on the images' device.
+        float32 (b, 3, h, w) in [0, 1] on the images' device. An image that is wrong when clean is returned unchanged; one
+        that withstands the attack as its last trial left it.
 
     Raises:
-        UserError: Pixels outside [0, 1], labels or logits that do not fit num_classes, logits that are not finite, fewer
-            than 2 classes, apgd_t below 4, or image sides that l2 Square cannot tile.
+        UserError: Pixels outside [0, 1], labels or logits that do not fit num_classes, logits or gradients that are not
+            finite, probabilities in place of logits, a model without a gradient, or fewer classes than the attack needs.
     """
-    return _attack(model, images, labels, spec, num_classes, spec.seed)
+    return spec.perturb(model, images, labels, num_classes=num_classes, keys=[(0, i) for i in range(len(images))])
 
 
-def _attack(
+def robust_accuracy(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
-    spec: AttackSpec,
+    specs: Sequence[AttackSpec],
+    *,
     num_classes: int,
-    seed: int,
+    batch: int = 128,
 ) -> Tensor:
+    """Return the worst case over a list of attacks: bool (b,), True where the clean and every attacked image is right.
+
+    An image that one attack broke is not given to the next: list the cheap ones first. Its mean is the robust accuracy.
+
+    Args:
+        model: As for `attack`.
+        images: float (b, 3, h, w) in [0, 1].
+        labels: Integers (b,) in 0..num_classes-1.
+        specs: The attacks; with none of them the result is the clean correctness.
+        num_classes: Number of logits.
+        batch: Largest number of images in one forward pass.
+
+    Raises:
+        UserError: As for `attack`.
+    """
+    keys = [(0, i) for i in range(len(images))]
+    return ~_run(model, images, labels, specs, num_classes, keys, batch=batch).broken.to(images.device)
+
+
+def _run(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    specs: Sequence[AttackSpec],
+    num_classes: int,
+    keys: Sequence[tuple[int, int]],
+    *,
+    batch: int = 128,
+    exhaust: bool = False,
+) -> Outcome:
+    """Run attacks one after the other on the images that are still right."""
     clean = images.detach().float().clone()
-    check_input(clean, labels, spec, num_classes)
+    what = ", ".join(str(spec) for spec in specs) or "none"
+    check_input(clean, labels, what, num_classes)
+    for spec in specs:
+        spec.check_classes(num_classes)
     device = next((p.device for p in model.parameters()), clean.device)
-    with _frozen(model), torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        victim = _Victim(model, device)
-        victim.training = False  # the mode that torchattacks restores
-        start, truth = clean.to(device), labels.detach().to(device).long()
-        with torch.no_grad():
-            logits = victim(start[:1])
-        if logits.shape[1:] != (num_classes,) or not bool(logits.isfinite().all()):
-            output = f"logits of shape {tuple(logits.shape)}, finite: {bool(logits.isfinite().all())}"
-            raise UserError(f"attack {spec}: the model gives {output}; need finite (b, {num_classes}).")
-        if spec.epsilon == 0:
-            return clean.to(images.device)
-        with _seeded(seed):
-            adversarial = _build(spec, victim, num_classes, seed)(start, truth).detach().float()
-    return within_budget(start, adversarial, spec).to(images.device)
+    with frozen(model), torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        victim = Victim(model, num_classes, what)
+        placed, seeds = (clean.to(device), labels.detach().to(device).long()), [mix_seed(*key) for key in keys]
+        outcome = Outcome.start(victim, *placed, seeds, batch, exhaust=exhaust)
+        for spec in specs:
+            _attack(victim, outcome, spec, batch)
+    return outcome
 
 
-class _Victim(nn.Module):
-    """The model in the form that torchattacks needs: a Module with a parameter on its device, float32 in and out."""
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        super().__init__()
-        self.marker = nn.Parameter(torch.zeros((), device=device), requires_grad=False)
-        floating = (p.dtype for p in model.parameters() if p.is_floating_point())
-        self.dtype = next(floating, torch.float32)
-        self.inner = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.inner(images.to(self.dtype)).float()
+def _attack(victim: Victim, outcome: Outcome, spec: AttackSpec, batch: int) -> None:
+    if spec.epsilon == 0:
+        return
+    active = ~outcome.broken
+    for part in _parts(spec, victim.num_classes):
+        rounds, trial = _rounds(part, victim.num_classes), _trial(part)
+        for wave in waves(outcome, rounds, batch, f"{part.name} {spec.seed}"):
+            trial(victim, wave)
+    if bool(active.any()):
+        outcome.adversarial[active] = within_budget(outcome.clean[active], outcome.adversarial[active], spec)
 
 
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Hold the model in eval mode without trainable parameters, on which FAB would leave gradients; restore every flag."""
-    modes = [(module, module.training) for module in model.modules()]
-    parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.eval()
-        for parameter, _ in parameters:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, trainable in parameters:
-            parameter.requires_grad_(trainable)
-        for module, training in modes:
-            module.training = training
+def _parts(spec: AttackSpec, num_classes: int) -> Iterator[AttackSpec]:
+    """Yield the attacks of an ensemble, or the attack itself."""
+    if spec.name not in ENSEMBLES:
+        yield spec
+        return
+    few = num_classes < FEW_WAYS
+    yield replace(spec, name="apgd_ce", restarts=max(spec.restarts or 1, FEW_WAY_RESTARTS if few else 1))
+    if not few:
+        yield replace(spec, name="apgd_t")
+    if few or spec.name == "autoattack":
+        yield replace(spec, name="fab")
+        if spec.norm != "l1":
+            yield replace(spec, name="square", steps=QUERIES[spec.name])
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Fork and seed the torch generators: some attacks reset the global seed, and that of every CUDA device."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
+def _rounds(spec: AttackSpec, num_classes: int) -> list[Round]:
+    """Return the restarts of an attack, for each target class where it has targets."""
+    restarts = range(spec.restarts or 1)
+    if spec.name not in ("apgd_t", "fab"):
+        return [Round(restart) for restart in restarts]
+    return [Round(restart, rank) for rank in range(1, min(TARGETS, num_classes - 1) + 1) for restart in restarts]
 
 
-def _build(spec: AttackSpec, victim: _Victim, num_classes: int, seed: int) -> Any:
-    library = _torchattacks()
-    radius, steps = spec.epsilon, spec.steps
-    stepped = {"eps": radius, "alpha": spec.step, "steps": steps}
-    budget = {"eps": radius, "norm": NORMS[spec.norm], "seed": seed % 2**31}
-    if spec.name == "pgd":
-        return library.PGD(victim, **stepped, random_start=spec.random_start)
-    if spec.name == "pgd_l2":
-        return library.PGDL2(victim, **stepped, random_start=spec.random_start)
-    if spec.name == "fgsm":
-        return library.FGSM(victim, eps=radius)
-    if spec.name in ("mifgsm", "difgsm", "tifgsm"):
-        return getattr(library, spec.name.upper())(victim, **stepped)
-    if spec.name == "square":
-        return library.Square(victim, **budget, n_queries=steps)
-    cross_entropy = library.APGD(victim, **budget, steps=steps, loss="ce")
-    if spec.name == "apgd_ce":
-        return cross_entropy
-    few, targets = num_classes < 4, min(num_classes, 10)  # AutoAttack targets the 9 nearest classes
-    nearest = spec.name == "autoattack" and not few
-    boundary = library.FAB(victim, **budget, steps=steps, n_classes=targets, multi_targeted=nearest)
-    if spec.name == "fab":
-        return boundary
-    targeted = None if few else library.APGDT(victim, **budget, steps=steps, n_classes=targets)
-    if spec.name == "apgd_t":
-        return targeted
-    square = library.Square(victim, **budget, n_queries=AUTO_QUERIES)
-    return library.MultiAttack([part for part in (cross_entropy, targeted, boundary, square) if part is not None])
-
-
-def _torchattacks() -> ModuleType:
-    try:
-        import torchattacks
-    except ImportError as error:
-        raise UserError('attacks need torchattacks: pip install "torchattacks>=3.5.1".') from error
-    return torchattacks
+def _trial(spec: AttackSpec) -> Callable[..., None]:
+    """Return the function that runs one wave of an attack."""
+    budget = {"epsilon": spec.epsilon, "norm": spec.norm}
+    by_name: dict[str, Callable[..., None]] = {
+        "pgd": partial(pgd, step=spec.step, steps=spec.length, start=spec.random_start),
+        "fgsm": partial(pgd, step=spec.epsilon, steps=1, start=False),
+        "apgd_ce": partial(apgd, steps=spec.length, loss=cross_entropy),
+        "apgd_dlr": partial(apgd, steps=spec.length, loss=dlr),
+        "apgd_t": partial(apgd, steps=spec.length, loss=targeted_dlr),
+        "fab": partial(fab, steps=spec.length),
+        "square": partial(square, queries=spec.length, seed=spec.seed),
+    }
+    by_name["pgd_paper"] = by_name["pgd"]
+    if spec.name in by_name:
+        return partial(by_name[spec.name], **budget)
+    name = spec.name.removeprefix(PREFIX)
+    attack_class(name)
+    return partial(foreign, name=name, step=spec.step, steps=spec.steps, seed=spec.seed, **budget)

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import overload
 
-from vismt.config import fraction
+from vismt.config import HASHED_IF_SET, fraction
 from vismt.errors import UserError, near
-from vismt.robustness.attacks import TEXTS, AttackSpec
+from vismt.robustness.attacks import AttackSpec, budget_text
 from vismt.robustness.corruptions import CORRUPTIONS, CorruptionSpec
 from vismt.robustness.transfer import Transfer, TransferSource
 from vismt.stats import Condition
@@ -38,12 +38,15 @@ class AttackConfig:
     norm: str = "linf"
     random_start: bool = True
     source: str | None = None
+    restarts: int | None = field(default=None, metadata=HASHED_IF_SET)
 
     def spec(self, seed: int = 0) -> AttackSpec:
         """Return the attack with its numbers, whatever its source."""
         step = None if self.step_size is None else fraction(self.step_size, "attack.step_size")
         epsilon = fraction(self.epsilon, "attack.epsilon")
-        return AttackSpec(self.name, epsilon, step, self.steps, self.norm, self.random_start, seed)
+        return AttackSpec(
+            self.name, epsilon, step, self.steps, self.norm, self.restarts, seed, random_start=self.random_start
+        )
 
 
 @dataclass
@@ -107,8 +110,8 @@ def check_conditions(attacks: Sequence[AttackConfig], corruptions: Sequence[Corr
 
     ways: the least number of classes in an episode.
     """
-    if ways < 4 and any(attack.name == "apgd_t" for attack in attacks):
-        raise UserError(f"evaluate.attacks: apgd_t: its targeted loss needs 4 classes, here are {ways}: take apgd_ce.")
+    for attack in attacks:
+        attack.spec().check_classes(ways)
     labels = [
         f"{attack.spec().label} from {attack.source}" if attack.source else attack.spec().label for attack in attacks
     ]
@@ -127,4 +130,25 @@ def condition_of(spec: Perturbation, num_classes: int | None = None) -> Conditio
         return Condition(label, "corruption", spec.name, float(spec.severity))
     attack = spec.spec if isinstance(spec, Transfer) else spec
     source = f" from {spec.source.name}" if isinstance(spec, Transfer) else ""
-    return Condition(label, "attack", f"{TEXTS[attack.name]} {attack.norm}{source}", attack.epsilon)
+    return Condition(label, "attack", f"{attack.family} {attack.norm}{source}", attack.epsilon)
+
+
+@dataclass(frozen=True)
+class WorstCase:
+    """The worst case over white-box attacks of one budget. attacks: their texts."""
+
+    condition: Condition
+    attacks: tuple[str, ...]
+
+
+def worst_cases(specs: Sequence[Perturbation], num_classes: int | None = None) -> list[WorstCase]:
+    """Return a worst case for each norm and radius with two white-box attacks or more, in the order of the attacks."""
+    by_budget: dict[tuple[str, float], list[str]] = {}
+    for spec in specs:
+        if isinstance(spec, AttackSpec):
+            by_budget.setdefault((spec.norm, spec.epsilon), []).append(spec.describe(num_classes))
+    cases = []
+    for (norm, epsilon), labels in by_budget.items():
+        text = f"worst of {len(labels)} {budget_text(norm, epsilon)}"
+        cases.append(WorstCase(Condition(text, "attack", f"worst {norm}", epsilon), tuple(labels)))
+    return [case for case in cases if len(case.attacks) > 1]

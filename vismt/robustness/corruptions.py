@@ -10,7 +10,7 @@ not rounded to 8 bit. As in the original, elastic severities 1-2 and 3-5 differ 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
@@ -58,9 +58,11 @@ class CorruptionSpec:
         """Return every field, for a protocol's hash."""
         return asdict(self)
 
-    def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, *, num_classes: int, seed: int) -> Tensor:
-        """Return the corrupted images; the model and the labels are not used."""
-        return corrupt(images, self.name, self.severity, seed=seed)
+    def perturb(
+        self, model: nn.Module, images: Tensor, labels: Tensor, *, num_classes: int, keys: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """Return the corrupted images, each with the random draws of its key; the model and the labels are not used."""
+        return _corrupt(images, self, keys)
 
 
 def corrupt(images: Tensor, name: str, severity: int, *, seed: int = 0) -> Tensor:
@@ -78,7 +80,11 @@ def corrupt(images: Tensor, name: str, severity: int, *, seed: int = 0) -> Tenso
     Raises:
         UserError: Unknown name, a severity outside 1..5, images of another shape or with pixels outside [0, 1].
     """
-    spec = CorruptionSpec(name, severity)
+    return _corrupt(images, CorruptionSpec(name, severity), [(seed, index) for index in range(len(images))])
+
+
+def _corrupt(images: Tensor, spec: CorruptionSpec, keys: Sequence[tuple[int, int]]) -> Tensor:
+    name = spec.name
     if images.ndim != 4 or images.shape[1] != 3 or not len(images):
         raise UserError(f"corruption {name}: images {tuple(images.shape)}: need (b, 3, h, w).")
     if not (float(images.min()) >= 0 and float(images.max()) <= 1):
@@ -88,8 +94,8 @@ def corrupt(images: Tensor, name: str, severity: int, *, seed: int = 0) -> Tenso
     scale = min(images.shape[-2:]) / 224
     arrays = images.detach().cpu().double().permute(0, 2, 3, 1).numpy()
     changed = [
-        CORRUPTIONS[spec.name](array, severity - 1, np.random.default_rng([seed, index]), scale)
-        for index, array in enumerate(arrays)
+        CORRUPTIONS[name](array, spec.severity - 1, np.random.default_rng(key), scale)
+        for key, array in zip(keys, arrays, strict=True)
     ]
     stacked = torch.from_numpy(np.clip(np.stack(changed), 0, 1)).permute(0, 3, 1, 2)
     return stacked.to(images.device, images.dtype).contiguous()

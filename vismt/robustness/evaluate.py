@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vismt import console
 from vismt.errors import UserError
 from vismt.records import Records
-from vismt.robustness.conditions import DirectPerturbation, Perturbation, condition_of
+from vismt.robustness.conditions import DirectPerturbation, Perturbation, condition_of, worst_cases
 from vismt.seeds import mix_seed
 from vismt.stats import CLEAN, Condition, wilson
 
@@ -115,20 +115,22 @@ def evaluate_classifier(
 def accuracies(
     rows: Sequence[Mapping], specs: Sequence[Perturbation], num_classes: int
 ) -> list[tuple[Condition, dict[str, float]]]:
-    """Return, for the clean images and for each spec, 1.0 for a right answer and 0.0 for a wrong one by image id.
+    """Return, for clean images, each spec and each worst case, 1.0 for a right answer and 0.0 for a wrong one by image id.
 
     rows: per-example records of `evaluate_classifier`. Under an attack the clean image has to be right as well.
     """
-    conditions = [(CLEAN, False), *((condition_of(spec, num_classes), spec.worst_case) for spec in specs)]
+    conditions: list[tuple[Condition, bool, tuple[str, ...]]] = [(CLEAN, False, (CLEAN.label,))]
+    for spec in specs:
+        condition = condition_of(spec, num_classes)
+        conditions.append((condition, spec.worst_case, (condition.label,)))
+    conditions += [(worst.condition, True, worst.attacks) for worst in worst_cases(specs, num_classes)]
+
+    def right(row: Mapping, labels: Sequence[str], strict: bool) -> float:
+        answers = [row[label] for label in (*labels, *(["clean"] if strict else []))]
+        return float(all(answer == row["label"] for answer in answers))
+
     return [
-        (
-            condition,
-            {
-                row["id"]: float(row[condition.label] == row["label"] and (not strict or row["clean"] == row["label"]))
-                for row in rows
-            },
-        )
-        for condition, strict in conditions
+        (condition, {row["id"]: right(row, labels, strict) for row in rows}) for condition, strict, labels in conditions
     ]
 
 
@@ -195,13 +197,18 @@ def _evaluate_batch(
         "clean": _predict(model, images, num_classes).tolist(),
     }
     for condition, spec in conditions.items():
-        seed = mix_seed(spec.seed, number)
-        perturbed = spec.perturb(model, images, labels, num_classes=num_classes, seed=seed)
+        keys = batch_keys(spec, number, len(images))
+        perturbed = spec.perturb(model, images, labels, num_classes=num_classes, keys=keys)
         change = (perturbed - images).flatten(1).float()
         columns[condition] = _predict(model, perturbed, num_classes).tolist()
         columns[f"{condition} linf"] = change.abs().amax(1).tolist()
         columns[f"{condition} l2"] = change.norm(dim=1).tolist()
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def batch_keys(spec: DirectPerturbation, number: int, count: int) -> list[tuple[int, int]]:
+    """Return the keys of the images of batch `number` under a condition, of which their random numbers are a function."""
+    return [(mix_seed(spec.seed, number), position) for position in range(count)]
 
 
 @torch.no_grad()

@@ -1,7 +1,9 @@
-"""Does an attack's gradient tell the truth? The attack at growing radii (Athalye et al., arXiv 1802.00420).
+"""Checks that an attack is strong enough to measure robustness (Athalye et al., arXiv 1802.00420; Carlini et al., 1902.06705).
 
-Nothing can stay right when 64/255 may be added to every pixel: the images of two classes meet. An attack that leaves the
-accuracy above chance there, or that does worse with a larger budget, is blind, and its robust accuracies are not evidence.
+Growing radii: nothing can stay right when 64/255 may be added to every pixel, as the images of two classes meet. An attack
+that leaves the accuracy above chance there, or that does worse with a larger budget, follows misleading gradients.
+Reach: an attack whose steps cannot cross the ball from one side to the other depends on its start.
+Gap: PGD minus `strong` on the same images. Gradients may be honest and PGD weak all the same; only a stronger attack shows it.
 """
 
 from __future__ import annotations
@@ -17,13 +19,11 @@ from torch import Tensor, nn
 
 from vismt.metatune.protocol import FewShotModel, PixelStore, Sampler, run_protocol
 from vismt.robustness.attacks import AttackSpec
-from vismt.robustness.evaluate import RepeatableBatches, evaluate_classifier
+from vismt.robustness.evaluate import ConditionAccuracy, RepeatableBatches, evaluate_classifier
 from vismt.stats import mean_interval
 
 RADII = (0.0, 1 / 255, 2 / 255, 4.5 / 255, 8 / 255, 16 / 255, 64 / 255)
-STEPS = 10
-# Of the radius: the boundary can be reached from any start (Madry et al., arXiv 1706.06083).
-RELATIVE_STEP = 2.5 / STEPS
+CROSSING = 2.0  # radii that the steps must add up to
 SLACK = 0.02  # the accuracy may rise by this much from one radius to the next
 
 
@@ -32,7 +32,9 @@ class MaskingCheck:
     """Accuracy by radius over n images (episodes), and whether it behaves as under an attack with honest gradients.
 
     monotone: no increase from one radius to the next beyond noise. reaches_chance: at the largest radius the accuracy is
-    not significantly above chance. Where either fails, the robust accuracy of this attack is not evidence.
+    not significantly above chance. reach: sum of the attack's steps over the radius; None for attacks that choose their own
+    steps. Where one of the three fails, the accuracy under this attack does not measure robustness. gap: accuracy under the
+    attack minus that under `strong` at the attack's own radius `gap_at`; None where it was not measured.
     """
 
     epsilons: tuple[float, ...]
@@ -41,13 +43,21 @@ class MaskingCheck:
     n: int
     monotone: bool
     reaches_chance: bool
+    reach: float | None = None
+    gap: float | None = None
+    gap_at: float | None = None
+
+    @property
+    def crosses(self) -> bool:
+        """Whether the steps can cross the ball."""
+        return self.reach is None or self.reach >= CROSSING
 
     @property
     def passed(self) -> bool:
-        return self.monotone and self.reaches_chance
+        return self.monotone and self.reaches_chance and self.crosses
 
     def verdict(self) -> str:
-        """Return "pass", or "FAIL: " and what is wrong."""
+        """Return "pass", or "FAIL: " and what is wrong; then the gap to `strong` where it was measured."""
         faults = []
         if not self.monotone:
             rises = [later - earlier for earlier, later in pairwise(self.accuracies)]
@@ -55,7 +65,12 @@ class MaskingCheck:
             faults.append(f"rises from {self._point(at)} to {self._point(at + 1)}")
         if not self.reaches_chance:
             faults.append(f"still {self._point(-1)}, chance is {100 * self.chance:.1f} %")
-        return f"FAIL: {'; '.join(faults)}" if faults else "pass"
+        if not self.crosses:
+            faults.append(f"its steps add up to {self.reach:.3g} radii, and crossing the ball takes {CROSSING:.3g}")
+        text = f"FAIL: {'; '.join(faults)}" if faults else "pass"
+        if self.gap is None or self.gap_at is None:
+            return text
+        return f"{text}; {100 * self.gap:+.1f} points against strong at {255 * self.gap_at:.3g}/255"
 
     def _point(self, index: int) -> str:
         return f"{100 * self.accuracies[index]:.1f} % at {255 * self.epsilons[index]:.3g}/255"
@@ -70,7 +85,7 @@ def check_masking(
     epsilons: Sequence[float] | None = None,
     slack: float = SLACK,
 ) -> MaskingCheck:
-    """Run an attack on a classifier at growing radii, with one pass of clean and attacked predictions for each radius.
+    """Run an attack on a classifier at growing radii, and `strong` at the attack's own radius.
 
     Args:
         model: As for `evaluate_classifier`.
@@ -85,11 +100,11 @@ def check_masking(
     """
     default = (0.0, spec.epsilon / 2, spec.epsilon, 2 * spec.epsilon, 64 / 255)
     radii = sorted(set(default if epsilons is None else epsilons))
-    rows = []
-    for radius in radii:
-        step = None if spec.step_size is None else spec.step_size * radius / spec.epsilon
-        at_radius = replace(spec, epsilon=radius, step_size=step or None)
-        rows.append(evaluate_classifier(model, batches, [at_radius], num_classes=num_classes, label=str(at_radius))[1])
+
+    def accuracy(at: AttackSpec) -> ConditionAccuracy:
+        return evaluate_classifier(model, batches, [at], num_classes=num_classes, label=str(at))[1]
+
+    rows = [accuracy(_at_radius(spec, radius)) for radius in radii]
     values = tuple(row.value for row in rows)
     return MaskingCheck(
         tuple(radii),
@@ -98,7 +113,25 @@ def check_masking(
         rows[-1].n,
         monotone=all(later <= earlier + slack for earlier, later in pairwise(values)),
         reaches_chance=rows[-1].low <= 1 / num_classes,
+        reach=_reach(spec),
+        gap=accuracy(spec).value - accuracy(_strong(spec)).value,
+        gap_at=spec.epsilon,
     )
+
+
+def _at_radius(spec: AttackSpec, radius: float) -> AttackSpec:
+    """Return an attack at another radius; its step keeps its ratio to the radius."""
+    step = None if spec.step_size is None else spec.step_size * radius / spec.epsilon
+    return replace(spec, epsilon=radius, step_size=step or None)
+
+
+def _strong(spec: AttackSpec) -> AttackSpec:
+    return AttackSpec("strong", spec.epsilon, norm=spec.norm, seed=spec.seed)
+
+
+def _reach(spec: AttackSpec) -> float | None:
+    """Return the sum of the steps over the radius, for PGD."""
+    return spec.step * spec.length / spec.epsilon if spec.name in ("pgd", "pgd_paper") and spec.epsilon else None
 
 
 def check_episodes(
@@ -113,30 +146,33 @@ def check_episodes(
     fingerprint: str = "",
     label: str | None = None,
 ) -> MaskingCheck:
-    """Run PGD-10 at `radii` on the first `episodes` >= 2 episodes of the few-shot protocol.
+    """Run PGD-10 at `radii`, and `strong` at the default radius, on the first `episodes` >= 2 episodes of the protocol.
 
     radii: l_inf, in pixel units of [0, 1]; 0 is the clean accuracy. The other arguments are those of `run_protocol`; n of
     the returned check counts episodes.
     """
-    spec = AttackSpec(steps=STEPS)
-    attacks = {
-        radius: replace(spec, epsilon=radius, step_size=RELATIVE_STEP * radius) for radius in sorted(set(radii) - {0.0})
-    }
+    spec = AttackSpec()
+    attacks = {radius: replace(spec, epsilon=radius) for radius in sorted(set(radii) - {0.0} | {spec.epsilon})}
+    strong = _strong(spec)
     accuracies = run_protocol(
         proto,
         pixels,
         sampler,
         episodes=episodes,
-        attacks=list(attacks.values()),
+        attacks=[*attacks.values(), strong],
         records=records,
         data=data,
         fingerprint=fingerprint,
         label=label,
     )
     curve = {0.0: accuracies["clean"]}
-    curve |= {radius: accuracies[attack.describe(sampler.min_ways)] for radius, attack in attacks.items()}
+    curve |= {
+        radius: accuracies[attack.describe(sampler.min_ways)] for radius, attack in attacks.items() if radius in radii
+    }
     chance = math.fsum(1 / sampler[index].ways for index in range(episodes)) / episodes
-    return judge_curve(curve, chance)
+    pgd, stronger = (accuracies[attack.describe(sampler.min_ways)] for attack in (attacks[spec.epsilon], strong))
+    gap = float((pgd - stronger).mean())
+    return replace(judge_curve(curve, chance), reach=_reach(spec), gap=gap, gap_at=spec.epsilon)
 
 
 def judge_curve(curve: Mapping[float, Tensor], chance: float, slack: float = SLACK) -> MaskingCheck:

@@ -7,6 +7,7 @@ itself gets its white-box attack.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -73,6 +74,8 @@ class _OnSource:
     spec: AttackSpec
     classifier: nn.Module
 
-    def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, *, num_classes: int, seed: int) -> Tensor:
-        """Return the images computed on the source; `model`, which is evaluated on them, is not used."""
-        return self.spec.perturb(self.classifier, images, labels, num_classes=num_classes, seed=seed)
+    def perturb(
+        self, model: nn.Module, images: Tensor, labels: Tensor, *, num_classes: int, keys: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """Return the images computed on the source, all to the end; `model`, which is evaluated on them, is not used."""
+        return self.spec.perturb(self.classifier, images, labels, num_classes=num_classes, keys=keys, exhaust=True)

@@ -21,7 +21,7 @@ from vismt.jobs.fewshot.names import episodes_file, shown_name
 from vismt.metatune.episodes import EpisodeSampler, VariableSampler
 from vismt.metatune.protocol import run_protocol
 from vismt.report.results import Score
-from vismt.robustness.conditions import AttackConfig, Perturbation, condition_of, conditions
+from vismt.robustness.conditions import AttackConfig, Perturbation, condition_of, conditions, worst_cases
 from vismt.robustness.masking import check_episodes
 from vismt.robustness.transfer import TransferSource
 from vismt.seeds import digest
@@ -76,6 +76,7 @@ class Evaluation:
         shown = shown_name(name)
         protocol = str(sampler)
         panel = self.folder / "panels" / f"{shown}-{protocol.replace(' ', '-')}.npz" if with_panel else None
+        worst = worst_cases(specs, sampler.min_ways)
         accuracies = run_protocol(
             models.task(arm, name),
             pixels,
@@ -87,8 +88,9 @@ class Evaluation:
             data=name,
             fingerprint=models.fingerprint(arm, name),
             label=f"{shown} {protocol} {arm}",
+            worst={case.condition.label: case.attacks for case in worst},
         )
-        labels = [CLEAN, *(condition_of(spec, sampler.min_ways) for spec in specs)]
+        labels = [CLEAN, *(condition_of(spec, sampler.min_ways) for spec in specs), *(case.condition for case in worst)]
         chance = 1 / self.config.evaluate.ways if self.config.evaluate.rule == "uniform" else None
         return [
             Score(TASK, shown, protocol, accuracy(accuracies[label.label], chance), label, "episodes")

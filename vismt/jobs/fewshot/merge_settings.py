@@ -96,8 +96,8 @@ class PoolSettings:
                 clean = float((classifier(query).argmax(1) == truth).double().mean())
             if attack is None:
                 return clean
-            seed = mix_seed(select.seed, "attack", number)
-            changed = attack.perturb(classifier, query, truth, num_classes=config.evaluate.ways, seed=seed)
+            keys = [(mix_seed(select.seed, "attack", number), position) for position in range(len(query))]
+            changed = attack.perturb(classifier, query, truth, num_classes=config.evaluate.ways, keys=keys)
             with torch.no_grad():
                 return 0.5 * clean + 0.5 * float((classifier(changed).argmax(1) == truth).double().mean())
 

@@ -21,8 +21,8 @@ from vismt.report.panels import to_bytes, write_panel
 from vismt.report.results import Result, Score
 from vismt.report.sections import Section
 from vismt.robustness.conditions import AttackConfig, DirectPerturbation
+from vismt.robustness.evaluate import batch_keys
 from vismt.robustness.masking import check_masking
-from vismt.seeds import mix_seed
 
 SHOWN = 6  # images of a panel
 
@@ -110,10 +110,13 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
             ]
             if not broken:
                 continue
-            # With the batch and seed of the evaluation the attacked images are the same.
-            seed = mix_seed(spec.seed, number)
+            # With the batch and keys of the evaluation the attacked images are the same.
             attacked = spec.perturb(
-                classifier.net, images.to(device), labels.to(device), num_classes=classifier.num_classes, seed=seed
+                classifier.net,
+                images.to(device),
+                labels.to(device),
+                num_classes=classifier.num_classes,
+                keys=batch_keys(spec, number, len(images)),
             )
             broken = broken[:SHOWN]
             answers = {
