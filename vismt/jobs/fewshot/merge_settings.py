@@ -21,7 +21,7 @@ from vismt.data.pixels import Pixels
 from vismt.engine import runtime
 from vismt.errors import UserError
 from vismt.files import atomic_write, read_json
-from vismt.jobs.fewshot.config import FewShotConfig
+from vismt.jobs.fewshot.config import MERGED, FewShotConfig, strategy_of
 from vismt.metatune.episodes import EpisodeSampler
 from vismt.metatune.finetune import FineTuneSettings
 from vismt.metatune.merging import MergeSettings
@@ -102,7 +102,8 @@ class PoolSettings:
                 return 0.5 * clean + 0.5 * float((classifier(changed).argmax(1) == truth).double().mean())
 
         grid = SearchGrid(select.beta, select.balance, select.trim, select.lr)
-        merging, tuning, tried = search_settings(pool, tasks, config.merging, config.finetune, grid, judge)
+        base = replace(config.merging, strategy=strategy_of(config, MERGED))
+        merging, tuning, tried = search_settings(pool, tasks, base, config.finetune, grid, judge)
         for candidate in tried:
             if candidate.chosen or candidate.default:
                 what = "chosen" if candidate.chosen else "default"
