@@ -77,7 +77,7 @@ def search_settings(
     if len(trims) > 1:
         nets = [PoolNet(pool, replace(merging, trim=trim)) for trim in trims]
         best = _record_stage(
-            candidates, "trim", [{"trim": trim} for trim in trims], _judge_all(nets, tasks, judge, "trim")
+            candidates, "trim", [{"trim": trim} for trim in trims], judge_all(nets, tasks, judge, "trim")
         )
         merging = replace(merging, trim=trims[best])
     rates = [tuning.lr, *(rate for rate in grid.lr if rate != tuning.lr)]
@@ -85,7 +85,7 @@ def search_settings(
         net = PoolNet(pool, merging)
         tuned = [FineTuned(net, replace(tuning, lr=rate)) for rate in rates]
         best = _record_stage(
-            candidates, "finetune", [{"lr": rate} for rate in rates], _judge_all(tuned, tasks, judge, "fine-tuning")
+            candidates, "finetune", [{"lr": rate} for rate in rates], judge_all(tuned, tasks, judge, "fine-tuning")
         )
         tuning = replace(tuning, lr=rates[best])
     return merging, tuning, candidates
@@ -113,7 +113,8 @@ def _judge_mixtures(
     return values
 
 
-def _judge_all(nets: Sequence[nn.Module], tasks: Sequence[LabelledTask], judge: Judge, label: str) -> list[list[float]]:
+def judge_all(nets: Sequence[nn.Module], tasks: Sequence[LabelledTask], judge: Judge, label: str) -> list[list[float]]:
+    """Return the value of each net on each task; `label` names the progress bar."""
     values: list[list[float]] = [[] for _ in nets]
     for number, (support, labels, query, truth) in enumerate(console.track(tasks, "select", label)):
         for place, net in enumerate(nets):

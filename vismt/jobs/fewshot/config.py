@@ -230,6 +230,12 @@ def evaluated_models(config: FewShotConfig, arms: list[str]) -> list[str]:
     return list(dict.fromkeys(models))
 
 
+def evaluated_experts(config: FewShotConfig) -> list[str]:
+    """Return the labels of the pool's experts that are evaluated alone, without fine-tuning."""
+    models = config.evaluate.models if config.pool is not None else []
+    return [model.removeprefix(EXPERT) for model in models if model.startswith(EXPERT) and not model.endswith(TUNED)]
+
+
 def check(config: FewShotConfig) -> None:
     """Raise UserError for values that types do not exclude, also in the arms, before any work is done."""
     trains = config.train is not None and config.adapt is not None

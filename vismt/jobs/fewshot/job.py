@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +25,7 @@ from vismt.jobs.fewshot.config import (
     ExpertConfig,
     FewShotConfig,
     check,
+    evaluated_experts,
     evaluated_models,
     pool_members,
     resolve_experts,
@@ -186,6 +188,10 @@ class FewShotJob(Job[FewShotConfig, Any]):
 
     def evaluate(self, attacks: Sequence[AttackConfig] | None = None) -> None:
         super().evaluate(attacks)
+        experts = evaluated_experts(self.config)
+        if self.config.select is not None and attacks is None and len(experts) > 1:
+            for seed, name in itertools.product(self.study.seeds, self.config.evaluate.data):
+                self.models(seed).settings.validate_experts(name, experts)
         if self.config.evaluate.masking and attacks is None:
             lines = self.evaluation.masking_lines(self.models(self.study.seeds[0]), self.evaluated(), self.hash)
             write_lines(self.folder / masking_report.LINES, lines)
