@@ -450,6 +450,19 @@ def test_the_router_finds_the_expert_of_the_domain(mixed: ExpertPool, domain: st
     assert real[right] > none[right] + 0.15 and none.max() - none.min() < 0.5 * (real.max() - real.min())
 
 
+@pytest.mark.parametrize("shots", [1, 5])
+@pytest.mark.parametrize("domain", ["shape", "texture"])
+def test_leave_one_out_rules_find_the_expert_of_the_domain(mixed: ExpertPool, domain: str, shots: int) -> None:
+    """In most tasks, where chance is 1 of 4; with one image a class less often."""
+    right, hits = mixed.index(domain), {"robust_loo": 0, "ridge": 0}
+    for number in range(12):
+        batch = episode(5000 + number, 11, domain, shots=shots)
+        for rule in hits:
+            zeta = PoolNet(mixed, MergeSettings(strategy=rule)).classifier(batch["support"], batch["support_labels"])
+            hits[rule] += int(zeta.mixture.argmax()) == right
+    assert min(hits.values()) > (7 if shots == 5 else 5), hits
+
+
 def score(pool: ExpertPool, domain: str, **settings: object) -> float:
     hits = []
     for number in range(10):

@@ -175,7 +175,8 @@ def _check(
         raise UserError(f"pyramid attack: norm '{norm}'.{near(norm, NORMS)}")
     if norm == "l2" and tuple(map(tuple, levels)) != PLAIN:
         raise UserError(f"pyramid attack: levels {levels} with norm l2, which has the level {PLAIN} alone.")
-    if not 0 <= epsilon <= (1 if norm == "linf" else float("inf")) or not (step_size > 0 or epsilon == 0) or steps < 1:
+    fits = 0 <= epsilon < float("inf") and (epsilon <= 1 or norm == "l2")
+    if not fits or not (step_size > 0 or epsilon == 0) or steps < 1:
         raise UserError(
             f"pyramid attack: epsilon {epsilon}, step_size {step_size}, steps {steps}: need 0 <= epsilon (<= 1 for linf) and "
             "step_size > 0 in pixel units of [0, 1] (8/255, not 8), and steps >= 1."

@@ -32,8 +32,9 @@ from vismt.stats import SHARE, domain_average, mean_interval, paired_bootstrap
 BEST = "best expert on validation"
 NOTE = (
     "“oracle” takes the best evaluated expert of each episode by the queries that it is scored on, so a part of its gain is "
-    "the luck of few queries; the same choices given to other episodes know nothing of the task, and with every expert's "
-    "episodes shuffled the oracle has its luck alone: an oracle that does not exceed that shows no signal of the task. "
+    "luck: its choices given to other episodes know nothing of the task, and with every expert's episodes shuffled it picks "
+    "among accuracies of unrelated tasks, so that an oracle which does not exceed that is no evidence that experts differ "
+    "by task. "
     "“average” and “merged:uniform” are the equal soup. Differences to “merged” are paired by episode (95 % bootstrap "
     "interval; for averages over sets 1.96 standard errors)."
 )

@@ -198,7 +198,7 @@ def chosen_settings(folder: Path) -> list[tuple[Table, str]]:
     heads = ["Evaluated", "Stage", "Setting", "", "Value in %", "n (tasks)"]
     note = (
         "Tried stage by stage on validation tasks, none of which can be a test task; ties keep the earlier setting, the "
-        f"default first. Validation: {'; '.join(validation)}. The model “merged” has the chosen settings, “merged:default” the "
+        f"default first. Validation: {'; '.join(validation)}. The model “merged” has the chosen settings, all others the "
         "default. First training seed."
     )
     return [(Table("Chosen settings", heads, rows, best, texts=4), note)]
