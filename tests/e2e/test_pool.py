@@ -171,6 +171,10 @@ def test_settings_are_chosen_on_classes_that_are_not_tested(pool_run: Path, tmp_
         ({"pool": section("pool", init="unifrom")}, "pool.init: 'unifrom'"),
         ({"pool": section("pool", steps=0)}, "need steps >= 1"),
         ({"pool": section("pool", levels=[300])}, "in 1/255"),
+        ({"pool": section("pool", experts=[{"level": 8}])}, "give one of them"),
+        ({"pool": {"experts": [{"level": 8, "norm": "linff"}]}}, "pool.experts[0].norm: 'linff'"),
+        ({"pool": {"experts": [{"levels": 8}]}}, "unknown key 'pool.experts[0].levels'"),
+        ({"pool": section("pool", select="ridges")}, "pool.select: 'ridges'"),
         ({"evaluate": section("evaluate", models=["expert:7"])}, "expert:0.5"),
         ({"evaluate": section("evaluate", models=["logits+finetune"])}, "no weights to tune"),
         ({"evaluate": section("evaluate", models=["merged:default"])}, "without a select section"),
@@ -217,3 +221,80 @@ def test_maml_runs_through_the_same_job(tmp_path: Path, algorithm: str) -> None:
     assert [row["arm"] for row in read_lines(run / "results.jsonl")] == ["frozen", "adapted"]
     tensors = safetensors.torch.load_file(run / "arms" / "adapted" / TRAINING / "classifier.safetensors")
     assert "head.weight" in tensors and any(name.startswith("rates.") for name in tensors) == (algorithm == "metasgd")
+
+
+# ---- a pool over sources and threats
+
+LABELS = [
+    "photo_crops-train-linf8",
+    "photo_crops-test-linf8",
+    "photo_crops-train-l2-128",
+    "photo_crops-train-corruption",
+]
+RULES = ["merged", "merged:paper", "merged:robust_loo", "merged:centred", "merged:uniform"]
+
+
+@pytest.fixture(scope="module")
+def sources_run(tmp_path_factory) -> Path:
+    pytest.importorskip("skimage")
+    folder = tmp_path_factory.mktemp("sources")
+    experts = [{"level": 8}, {"source": "photo_crops:test", "level": 8}, {"norm": "l2", "level": 128}]
+    pool = {"experts": [*experts, {"norm": "corruption"}, {"norm": "clean"}], "select": "ridge", "gamma": 1e-2}
+    models = ["clean", *(f"expert:{label}" for label in [*LABELS, "clean"]), *RULES, "average", "merged:ridge+finetune"]
+    path = write(
+        folder,
+        pool={**pool, "pyramid": [[None, 1.0]]},
+        select={"data": ["photo_crops:test"], "episodes": 2, "shots": 2, "queries": 1, "trim": [{"mlp.fc1": 0.5}]},
+        evaluate=section("evaluate", models=models, attacks=[{"name": "pgd", "epsilon": "4.5/255", "steps": 1}]),
+    )
+    assert main(["run", str(path), "--out", str(folder / "runs"), "--quiet"]) == 0
+    return next((folder / "runs").iterdir())
+
+
+def test_experts_of_two_sources_and_four_threats_are_trained_and_compared(sources_run: Path) -> None:
+    assert {path.name for path in (sources_run / "arms").iterdir()} == {*LABELS, "clean"}
+    index = json.loads((sources_run / "pool" / "seed-0" / "pool.json").read_text())
+    assert [expert["label"] for expert in index["experts"]] == [*LABELS, "clean"]
+    # The same start and seed: sources and threats alone make the experts differ, all of them.
+    folders = [sources_run / "pool" / "seed-0" / expert["folder"] for expert in index["experts"]]
+    states = [safetensors.torch.load_file(next(folder.glob("*.safetensors"))) for folder in folders]
+    name = next(key for key in states[0] if key.endswith("lora_A"))
+    assert not any(torch.equal(states[i][name], states[j][name]) for i in range(5) for j in range(i))
+    logged = [read_lines(sources_run / "arms" / label / TRAINING / "metrics.jsonl") for label in [*LABELS, "clean"]]
+    assert all("kl" in rows[0] for rows in logged[:4]) and "kl" not in logged[4][0]
+    assert logged[0][0]["loss"] != logged[1][0]["loss"]  # other episodes
+    rows = {(row["arm"], row["condition"]): row["value"] for row in read_lines(sources_run / "results.jsonl")}
+    conditions = {condition for _, condition in rows}
+    assert len(conditions) == 2
+    for condition in conditions:
+        assert rows["average", condition] == rows["merged:uniform", condition]
+    assert rows["clean", "clean"] == rows["expert:clean", "clean"]
+
+
+def test_the_report_sets_the_rules_beside_the_oracles(sources_run: Path) -> None:
+    validated = json.loads((sources_run / "pool" / "seed-0" / "validation.json").read_text())
+    assert set(validated["all"]) == {*LABELS, "clean"}
+    # The rule "ridge" has neither beta nor balance: the trim alone is searched.
+    chosen = json.loads((sources_run / "pool" / "seed-0" / "selection.json").read_text())["all"]
+    assert {candidate["stage"] for candidate in chosen["tried"]} == {"trim"}
+    text = (sources_run / "report.md").read_text().replace("\\", "")
+    assert "Choosing experts" in text
+    for name in ("best expert on validation", "oracle, choices of other episodes", "oracle, episodes shuffled", *RULES):
+        assert name in text
+    assert "input budgets" not in text
+    assert main(["evaluate", str(sources_run), "--quiet"]) == 0  # from its records
+
+
+def test_a_clean_expert_of_the_pool_is_assembled_with_the_others(sources_run: Path, tmp_path: Path, capsys) -> None:
+    assert main(["pool", "assemble", str(sources_run), "--to", str(tmp_path / "pool")]) == 0
+    assert ", ".join(sorted([*LABELS, "clean"])) in capsys.readouterr().out
+
+
+def test_an_unknown_source_is_named_before_any_training(tmp_path: Path, capsys) -> None:
+    pytest.importorskip("skimage")
+    pool = {"experts": [{"level": 8}, {"source": "foto_crops", "level": 8}]}
+    path = write(tmp_path, pool=pool, evaluate=section("evaluate", models=["merged"]))
+    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert "foto_crops" in error and "photo_crops" in error and error.count("\n") == 1
+    assert not list((tmp_path / "runs").rglob("metrics.jsonl"))

@@ -255,6 +255,43 @@ def test_queries_are_attacked_and_nothing_else(attacks: list[dict], monkeypatch:
     assert torch.allclose(call["clean_logits"], clean, atol=1e-5)
 
 
+def test_an_l2_expert_is_attacked_pixel_by_pixel_in_its_ball(attacks: list[dict]) -> None:
+    batch = episode(0)
+    objective = AdversarialObjective(adapted(), Adversary(epsilons=(0.5,), norm="l2", warmup=2, gamma=0.01))
+    assert objective(batch)["kl"] > 0
+    assert attacks[0]["levels"] == ((None, 1.0),) and attacks[0]["norm"] == "l2" and attacks[0]["epsilon"] == 0.25
+    assert (attacks[0]["adversarial"] - batch["query"]).flatten(1).norm(dim=1).max() <= 0.25 + 1e-5
+
+
+def test_a_corruption_takes_the_place_of_the_attack(attacks: list[dict]) -> None:
+    calls = []
+
+    def darker(images: Tensor, severity: int, seed: int) -> Tensor:
+        calls.append((images.clone(), severity, seed))
+        return images * 0.5
+
+    adversary = Adversary(epsilons=(2.0, 4.0), norm="corruption", gamma=0.01, warmup=5, seed=3)
+    proto = adapted()
+    objective = AdversarialObjective(proto, adversary, darker)
+    for number in range(8):
+        batch = episode(number)
+        values = objective(batch)
+        with torch.no_grad():
+            centres = prototypes(proto.backbone(batch["support"]), batch["support_labels"])
+            hits = proto.backbone(batch["query"] * 0.5) @ F.normalize(centres).T
+        assert float(values["robust"]) == pytest.approx(float((hits.argmax(1) == batch["query_labels"]).float().mean()))
+        assert torch.equal(calls[-1][0], batch["query"])
+    assert not attacks and {severity for _, severity, _ in calls} == {2, 4} and len({call[2] for call in calls}) == 8
+    again = [call[1:] for call in calls]
+    calls.clear()
+    AdversarialObjective(proto, adversary, darker)(episode(5))
+    assert calls[0][1:] == again[5]
+    with pytest.raises(UserError, match="norm corruption without a function"):
+        AdversarialObjective(proto, adversary)
+    with pytest.raises(UserError, match=r"pool: norm 'l3'. Near: 'l2'"):
+        Adversary(norm="l3")
+
+
 def test_budget_and_start_are_functions_of_seed_and_number(attacks: list[dict]) -> None:
     proto, budgets = adapted(), (0.1 / 255, 8 / 255)
 

@@ -12,7 +12,7 @@ from helpers.tiny import images, snapshot
 from torch import Tensor, nn
 
 from vismt.errors import UserError
-from vismt.metatune.input_attack import PYRAMID, pyramid_attack
+from vismt.metatune.input_attack import PLAIN, PYRAMID, pyramid_attack
 from vismt.metatune.protonet import cosine_logits, prototypes
 
 SMALL = ((2, 4.0), (4, 2.0), (None, 1.0))
@@ -334,9 +334,84 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     assert (attacked - batch).abs().max() > 0.3
 
 
+# ---- the l2 ball, and the cross-entropy
+
+
+def lengths(change: Tensor) -> Tensor:
+    return change.flatten(1).norm(dim=1)
+
+
+def test_an_l2_step_by_hand() -> None:
+    """Two classes, one linear logit w x: KL and its slope along w; from 0.3 everywhere the step is alpha w / ||w||."""
+    weight = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    batch = torch.full((2, 3, 8, 8), 0.3, dtype=torch.float64)
+
+    def logits(x: Tensor) -> Tensor:  # every image has a direction of its own
+        hidden = (x * weight * torch.tensor([1.0, 1e-4]).view(2, 1, 1, 1)).flatten(1).sum(1)
+        return torch.stack([hidden, torch.zeros_like(hidden)], 1)
+
+    call = {"levels": PLAIN, "norm": "l2", "init": "zero", "steps": 1, "labels": torch.tensor([1, 0])}
+    change = pyramid_attack(logits, batch, epsilon=0.5, step_size=0.2, **call) - batch
+    # The image with a slope of 1e-4 of the other's moves as far: norms are per image. Label 1 asks for more, 0 for less.
+    assert torch.allclose(change[0], 0.2 * weight[0] / weight[0].norm(), atol=1e-6)
+    assert torch.allclose(change[1], -0.2 * weight[1] / weight[1].norm(), atol=1e-6)
+    outside = pyramid_attack(logits, batch, epsilon=0.15, step_size=0.2, **call) - batch
+    assert lengths(outside).tolist() == pytest.approx([0.15, 0.15], abs=1e-6)
+
+
+@pytest.mark.parametrize("radius", [8 / 255, 1.5])
+def test_an_l2_attack_stays_in_its_ball_and_beats_noise(radius: float) -> None:
+    net, batch = classifier()
+    call = {"epsilon": radius, "step_size": radius / 2, "levels": PLAIN, "norm": "l2"}
+    attacked = pyramid_attack(net, batch, **call)
+    reached = lengths(attacked - batch)
+    assert reached.max() <= radius * (1 + 1e-5) and reached.min() > 0.4 * radius
+    assert attacked.min() >= 0 and attacked.max() <= 1
+    noise = torch.randn(batch.shape, generator=torch.Generator().manual_seed(3))
+    noisy = (batch + noise * (reached / lengths(noise)).view(-1, 1, 1, 1)).clamp(0, 1)
+    assert kl(net, batch, attacked) > 3 * kl(net, batch, noisy)
+    # Not a cube of the same radius: many pixels move, none of them by all of it.
+    assert (attacked - batch).abs().max() < 0.7 * radius
+
+
+@pytest.mark.parametrize("init", ["uniform", "normal", "zero"])
+def test_an_l2_start_is_in_the_ball(init: str) -> None:
+    batch = torch.full((64, 3, 16, 16), 0.5)
+    call = {"epsilon": 0.02, "step_size": 1e-9, "steps": 1, "levels": PLAIN, "norm": "l2", "init": init}
+    start = lengths(pyramid_attack(fixed(16, 16, dtype=torch.float32), batch, **call) - batch)
+    assert start.max() <= 0.02 * 1.001
+    if init == "uniform":  # lengths from nothing to all
+        assert start.min() < 0.004 and start.max() > 0.016
+
+
+def test_normalised_images_have_an_l2_radius_in_pixels() -> None:
+    pixels = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (MEAN, STD))
+    logits = fixed(8, 8)
+    call = {"epsilon": 0.3, "step_size": 0.1, "steps": 3, "levels": PLAIN, "norm": "l2"}
+    attacked = pyramid_attack(logits, (pixels - mean) / std, mean=MEAN, std=STD, **call)
+    inside = pyramid_attack(lambda x: logits((x - mean) / std), pixels, **call)
+    assert torch.allclose(attacked * std + mean, inside, rtol=0, atol=1e-6)
+
+
+def test_labels_ask_for_the_cross_entropy() -> None:
+    net, batch = classifier()
+    with torch.no_grad():
+        wrong = net(batch).argmin(1)
+    call = {"epsilon": 1 / 255, "step_size": 0.25 / 255, "steps": 4, "levels": PLAIN, "init": "zero"}
+    with torch.no_grad():
+        before = F.cross_entropy(net(batch), wrong)
+        after = F.cross_entropy(net(pyramid_attack(net, batch, labels=wrong, **call)), wrong)
+        by_kl = F.cross_entropy(net(pyramid_attack(net, batch, **{**call, "init": "uniform"})), wrong)
+    assert after > before + 0.05 and after > by_kl + 0.05
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"norm": "l1"}, "norm 'l1'. Near: 'l2'"),
+        ({"norm": "l2"}, r"levels .* with norm l2"),
+        ({"norm": "l2", "levels": PLAIN, "epsilon": float("inf")}, "epsilon inf"),
         ({"epsilon": 8.0}, r"epsilon 8.0.*8/255, not 8"),
         ({"epsilon": -0.1}, "epsilon -0.1"),
         ({"step_size": 0.0}, "step_size 0.0"),

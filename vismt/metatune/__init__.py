@@ -4,10 +4,11 @@ from vismt.metatune.episodes import Episode, EpisodeSampler, VariableSampler
 from vismt.metatune.finetune import FineTuned, FineTuneSettings, finetune
 from vismt.metatune.input_attack import pyramid_attack
 from vismt.metatune.maml import LinearLearner, MamlNet, MamlObjective, MamlSettings
-from vismt.metatune.merging import MergeSettings, PoolNet, expert_scores, mixture_weights
+from vismt.metatune.merging import MergeSettings, PoolNet
 from vismt.metatune.pool import Expert, ExpertPool, assemble, read_pool
 from vismt.metatune.protocol import run_protocol
 from vismt.metatune.protonet import ProtoNet, cosine_logits, prototypes
+from vismt.metatune.selection_rules import expert_scores, mixture_weights
 from vismt.metatune.weight_attack import weight_perturbation
 from vismt.stats import domain_average, domain_table, mean_interval, paired_bootstrap
 

@@ -2,8 +2,9 @@
 
     L(theta) = CE(z(x), y) + lambda * mean_q KL(p(x_q) || p(x_q^adv)),    minimised at theta + nu
 
-x^adv: pyramid attack on the queries (input_attack.py), the support stays clean. nu: one step of L's gradient on the LoRA
-factors (weight_attack.py). Both query branches have a gradient and share the prototypes of the clean support.
+x^adv: pyramid attack on the queries (input_attack.py), the support stays clean; beyond the paper also an attack in the l2
+ball, or a corruption. nu: one step of L's gradient on the LoRA factors (weight_attack.py). Both query branches have a
+gradient and share the prototypes of the clean support.
 
 Paper and code differ; the default is the code's form, and the paper's form is an option: KL(clean || adv) (the paper
 prints the reverse); nu normalised per tensor and for A and B at once (paper: plain gradient of the adversarial
@@ -15,7 +16,7 @@ merging.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ from vismt.lowrank.inject import inject
 from vismt.lowrank.layer_spec import AdaptReport
 from vismt.lowrank.linear import LowRankLayer
 from vismt.lowrank.targets import Targets
-from vismt.metatune.input_attack import PYRAMID, STARTS, Levels, pyramid_attack
+from vismt.metatune.input_attack import NORMS, PLAIN, PYRAMID, STARTS, Levels, pyramid_attack
 from vismt.metatune.protonet import ProtoNet, cosine_logits, prototypes
 from vismt.metatune.weight_attack import weight_perturbation
 from vismt.methods import Method, register_method
@@ -42,6 +43,10 @@ CHOICES = {
     "support": ("perturbed", "clean"),
     "init": STARTS,
 }
+CORRUPTION = "corruption"
+THREATS = (*NORMS, CORRUPTION)
+# images (m, 3, h, w) in [0, 1], severity 1 to 5, seed -> the images under a corruption that the seed draws
+Corrupt = Callable[[Tensor, int, int], Tensor]
 PATIENCE = 10  # episodes in a row with a flat prediction that count as collapsed
 FLAT = 0.01  # the surest prediction of an episode exceeds 1/k by no more
 
@@ -123,15 +128,19 @@ class AdversaryForm:
 class Adversary(AdversaryForm):
     """The attacks on one expert.
 
-    epsilons: budgets in pixel units of [0, 1], of which each episode draws one; (0.0,) leaves the input attack out. seed:
-    of the draws and the attack's random start.
+    epsilons: budgets in pixel units of [0, 1] (for a corruption: severities), of which each episode draws one; (0.0,)
+    leaves the input attack out. norm: one of THREATS; l2 attacks single pixels whatever `pyramid` is. seed: of the draws
+    and the attack's random start.
     """
 
     epsilons: tuple[float, ...] = (8 / 255,)
     seed: int = 0
+    norm: str = "linf"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.norm not in THREATS:
+            raise UserError(f"pool: norm '{self.norm}'.{near(self.norm, THREATS)}")
         if not self.epsilons:
             raise UserError("pool.levels: an expert has no budget; give one or more, 0 for no input attack.")
 
@@ -140,14 +149,16 @@ class AdversarialObjective(nn.Module):
     """objective(batch) -> {"loss", "accuracy", "robust", "kl"} for an episode of `EpisodeBatches`.
 
     robust: accuracy on the attacked queries. Budget and random start are functions of (seed, the episode's number). The
-    parameters are not changed.
+    parameters are not changed. corrupt: corrupts the queries of an adversary whose norm is "corruption".
     """
 
     flat: Tensor
 
-    def __init__(self, proto: ProtoNet, adversary: Adversary) -> None:
+    def __init__(self, proto: ProtoNet, adversary: Adversary, corrupt: Corrupt | None = None) -> None:
         super().__init__()
-        self.proto, self.adversary = proto, adversary
+        if corrupt is None and adversary.norm == CORRUPTION:
+            raise UserError("adversary: norm corruption without a function that corrupts; give `corrupt`.")
+        self.proto, self.adversary, self.corrupt = proto, adversary, corrupt
         self.register_buffer("flat", torch.zeros((), dtype=torch.long), persistent=False)
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -235,6 +246,8 @@ class AdversarialObjective(nn.Module):
         adversary = self.adversary
         generator = torch.Generator().manual_seed(mix_seed(adversary.seed, "attack", number))
         drawn = int(torch.randint(len(adversary.epsilons), (1,), generator=generator))
+        if self.corrupt is not None and adversary.norm == CORRUPTION:
+            return self.corrupt(query, int(adversary.epsilons[drawn]), mix_seed(adversary.seed, CORRUPTION, number))
         epsilon = strength * adversary.epsilons[drawn]
         if epsilon == 0:
             return None
@@ -247,7 +260,8 @@ class AdversarialObjective(nn.Module):
             epsilon=epsilon,
             step_size=adversary.step_ratio * epsilon,
             steps=adversary.steps,
-            levels=adversary.pyramid,
+            levels=PLAIN if adversary.norm == "l2" else adversary.pyramid,
+            norm=adversary.norm,
             init=adversary.init,
             generator=generator,
             clean_logits=clean,

@@ -1,14 +1,11 @@
 """Test-time merging: a task's support set weights the experts of a pool (AMT: Yang, Liu, Wei, NeurIPS 2024).
 
-    C_i = mean_k mean_{s: y_s = k} cos(f_i(x_s), p_ik)                                      compactness
-    V_i = mean_k mean_{s: y_s = k} 1/(N-1) sum_{j != k} cos(f_i(x_s), p_ij)                 divergence
-    score_i = balance * C_i - (1 - balance) * V_i,     zeta = softmax(beta * score) over the top-k scores, 0 elsewhere
+    zeta = rule(support)    (selection_rules.py),        W(zeta) = W_res + sum_i zeta_i B_i A_i    (pool.py)
 
-A task has one zeta for all sites; the prototypes are those of the clean support under W(zeta), and queries are not used.
-As in paper and code the scored image is part of its class's prototype, so at one shot and without augmentation every C_i is
-1. The paper's V lacks 1/(N-1), without which the meaning of `balance` depends on N. The code scores augmented images
-(DiffAugment, two forwards an expert); the paper does not, and here `augment` is off by default. Trimming keeps the leading
-singular values of chosen *merged* weights, exactly (the code: an unseeded randomised SVD).
+A task has one zeta for all sites; the prototypes are those of the clean support under W(zeta), and queries are not used. The
+code scores augmented images (DiffAugment, two forwards an expert); the paper does not, and here `augment` is off by
+default. At one shot and without augmentation every C_i is 1. Trimming keeps the leading singular values of chosen *merged*
+weights, exactly (the code: an unseeded randomised SVD).
 """
 
 from __future__ import annotations
@@ -26,17 +23,18 @@ from vismt.lowrank.targets import check_patterns, pattern_value
 from vismt.metatune.diffaugment import diff_augment
 from vismt.metatune.functional import Functional
 from vismt.metatune.pool import ExpertPool
-from vismt.metatune.protonet import PrototypeClassifier, cosine_logits, prototypes
+from vismt.metatune.protonet import PrototypeClassifier, prototypes
+from vismt.metatune.selection_rules import RULES, SupportTask
 
-STRATEGIES = ("merge", "average", "logits", "min_ce", "expert")
+STRATEGIES = (*RULES, "average", "logits", "expert")
 
 
 @dataclass(frozen=True)
 class MergeSettings:
     """Settings of merging.
 
-    strategy: merge (the method), average (zeta = 1/P), logits (mean of the experts' logits), min_ce (the expert with the
-    least cross-entropy on the support), expert (the expert with the label `expert`).
+    strategy: a rule of selection_rules.py (merge is the paper's), average (zeta = 1/P), logits (mean of the experts'
+    logits), expert (the expert with the label `expert`).
     beta: sharpness, >= 0. balance: weight of compactness in [0, 1] (the paper's lambda). top_k: experts kept. augment:
     score augmented support images, drawn from `seed`. trim: {path pattern of adapted modules: share of the singular
     values kept, in (0, 1]}.
@@ -64,51 +62,6 @@ class MergeSettings:
                 raise UserError(f"merging.trim['{pattern}']: {share}; keep a share in (0, 1] of the singular values.")
 
 
-def expert_scores(cosines: Tensor, labels: Tensor, balance: float = 0.6) -> tuple[Tensor, Tensor, Tensor]:
-    """Score the experts of a pool on a support set (equations in this file's header).
-
-    Args:
-        cosines: (P, S, N) between S support images and the N prototypes of each of P experts.
-        labels: Integers (S,) in 0..N-1, N >= 2, every class present. Classes have equal weight whatever their shots.
-        balance: Weight of compactness, in [0, 1].
-
-    Returns:
-        scores, compactness and divergence, each (P,), in fp32, or fp64 for fp64.
-
-    Raises:
-        UserError: Shapes or labels that do not fit.
-    """
-    if cosines.ndim != 3 or labels.shape != cosines.shape[1:2] or cosines.shape[2] < 2:
-        shapes = f"cosines {tuple(cosines.shape)}, labels {tuple(labels.shape)}"
-        raise UserError(f"expert scores: {shapes}: need (P, S, N) with N > 1 and (S,).")
-    wide = cosines if cosines.dtype == torch.float64 else cosines.float()
-    ways = wide.shape[2]
-    if not 0 <= int(labels.min()) <= int(labels.max()) < ways:
-        raise UserError(f"expert scores: labels run to {int(labels.max())} for {ways} prototypes.")
-    members = F.one_hot(labels.long(), ways).to(wide)
-    counts = members.sum(0)
-    if not bool(counts.all()):
-        raise UserError(f"expert scores: no support image of class {int((counts == 0).nonzero()[0])} of {ways}.")
-    share = members / counts / ways  # (S, N): an image's weight, in its class's column
-    compactness = (wide * share).sum((1, 2))
-    others = (wide.sum(2) * share.sum(1)).sum(1) - compactness
-    divergence = others / (ways - 1)
-    return balance * compactness - (1 - balance) * divergence, compactness, divergence
-
-
-def mixture_weights(scores: Tensor, beta: float = 1.0, top_k: int = 2) -> Tensor:
-    """Return zeta (P,): softmax(beta * score) over the `top_k` highest of scores (P,), zero elsewhere.
-
-    Among equal scores the first are kept.
-    """
-    if scores.ndim != 1 or top_k < 1 or not len(scores):
-        raise UserError(f"mixture: scores {tuple(scores.shape)}, top_k {top_k}: need (P,) with P > 0 and top_k >= 1.")
-    kept = torch.sort(scores, descending=True, stable=True).indices[:top_k]
-    zeta = torch.zeros_like(scores)
-    zeta[kept] = torch.softmax(beta * scores[kept], 0)
-    return zeta
-
-
 class PoolNet(nn.Module):
     """A pool as a few-shot model: `classifier(support, labels)` computes the mixture once and freezes it."""
 
@@ -134,7 +87,7 @@ class PoolNet(nn.Module):
         elif len(pool) == 1:
             zeta = pool.uniform()
         else:
-            zeta = self._route(support_images, support_labels, batch)
+            zeta = RULES[strategy](self.support(support_images, support_labels, batch), self.settings)
         return self.task(zeta, support_images, support_labels, batch=batch)
 
     @torch.no_grad()
@@ -156,27 +109,15 @@ class PoolNet(nn.Module):
                 weights[f"vit.{site.path}.weight"] = trim(weights[f"vit.{site.path}.weight"], share)
         return weights
 
-    def cosines(self, support_images: Tensor, support_labels: Tensor, batch: int = 256) -> Tensor:
-        """Return cosines (P, S, N) between the scored support and each expert's prototypes of the clean support."""
-        scored, backbone = support_images, self.pool.backbone
+    def support(self, images: Tensor, labels: Tensor, batch: int = 256) -> SupportTask:
+        """Return a support (s, 3, h, w), (s,) as the rules see it."""
+        backbone = self.pool.backbone
+        scored = None
         if self.settings.augment:
             generator = torch.Generator().manual_seed(self.settings.seed)
-            scored = diff_augment(support_images, generator, mean=backbone.mean, std=backbone.std)
-        cosines = []
-        for index in range(len(self.pool)):
-            expert = Functional(backbone, self.pool.expert_weights(index))
-            clean = _features(expert, support_images, batch)
-            features = clean if scored is support_images else _features(expert, scored, batch)
-            cosines.append(cosine_logits(features, prototypes(clean, support_labels), 1.0))
-        return torch.stack(cosines)
-
-    def _route(self, support: Tensor, labels: Tensor, batch: int) -> Tensor:
-        cosines = self.cosines(support, labels, batch)
-        if self.settings.strategy == "min_ce":
-            losses = [F.cross_entropy(self.pool.scale * by_expert, labels) for by_expert in cosines]
-            return self._one_hot(int(torch.stack(losses).argmin()))
-        scores = expert_scores(cosines, labels, self.settings.balance)[0]
-        return mixture_weights(scores, self.settings.beta, self.settings.top_k)
+            scored = diff_augment(images, generator, mean=backbone.mean, std=backbone.std)
+        experts = [Functional(backbone, self.pool.expert_weights(index)) for index in range(len(self.pool))]
+        return SupportTask(experts, images, labels, scored=scored, scale=self.pool.scale, batch=batch)
 
     def _one_hot(self, index: int) -> Tensor:
         return F.one_hot(torch.tensor(index), len(self.pool)).to(self.pool.uniform())

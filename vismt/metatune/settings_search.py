@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from vismt import console
 from vismt.metatune.finetune import FineTuned, FineTuneSettings
-from vismt.metatune.merging import MergeSettings, PoolNet, expert_scores, mixture_weights
+from vismt.metatune.merging import MergeSettings, PoolNet
 from vismt.metatune.pool import ExpertPool
+from vismt.metatune.selection_rules import RULES, SCORING
 from vismt.stats import mean_interval
 
 # support (s, 3, h, w), its labels (s,), query (m, 3, h, w), its labels (m,)
@@ -59,29 +60,32 @@ def search_settings(
     grid: SearchGrid,
     judge: Judge,
 ) -> tuple[MergeSettings, FineTuneSettings, list[Candidate]]:
-    """Return the best settings of the grid on `tasks` (two or more), and every evaluated candidate, stage by stage."""
+    """Return the best settings of the grid on `tasks` (two or more), and every evaluated candidate, stage by stage.
+
+    The rule is that of `merging`; beta and balance are searched where it uses them.
+    """
     candidates: list[Candidate] = []
-    base = replace(merging, strategy="merge", trim={})
+    base = replace(merging, trim={})
     pairs = [(base.beta, base.balance)]
     betas, balances = grid.beta or [base.beta], grid.balance or [base.balance]
     pairs += [pair for pair in itertools.product(betas, balances) if pair != pairs[0]]
-    if len(pairs) > 1:
+    if len(pairs) > 1 and merging.strategy in SCORING:
         values = _judge_mixtures(pool, tasks, base, pairs, judge)
         best = _record_stage(candidates, "merging", [{"beta": b, "balance": w} for b, w in pairs], values)
         merging = replace(merging, beta=pairs[best][0], balance=pairs[best][1])
     trims = [dict(merging.trim), *(dict(trim) for trim in grid.trim if dict(trim) != dict(merging.trim))]
     if len(trims) > 1:
-        nets = [PoolNet(pool, replace(merging, strategy="merge", trim=trim)) for trim in trims]
+        nets = [PoolNet(pool, replace(merging, trim=trim)) for trim in trims]
         best = _record_stage(
-            candidates, "trim", [{"trim": trim} for trim in trims], _judge_all(nets, tasks, judge, "trim")
+            candidates, "trim", [{"trim": trim} for trim in trims], judge_all(nets, tasks, judge, "trim")
         )
         merging = replace(merging, trim=trims[best])
     rates = [tuning.lr, *(rate for rate in grid.lr if rate != tuning.lr)]
     if len(rates) > 1:
-        net = PoolNet(pool, replace(merging, strategy="merge"))
+        net = PoolNet(pool, merging)
         tuned = [FineTuned(net, replace(tuning, lr=rate)) for rate in rates]
         best = _record_stage(
-            candidates, "finetune", [{"lr": rate} for rate in rates], _judge_all(tuned, tasks, judge, "fine-tuning")
+            candidates, "finetune", [{"lr": rate} for rate in rates], judge_all(tuned, tasks, judge, "fine-tuning")
         )
         tuning = replace(tuning, lr=rates[best])
     return merging, tuning, candidates
@@ -98,10 +102,10 @@ def _judge_mixtures(
     net = PoolNet(pool, base)
     values: list[list[float]] = [[] for _ in pairs]
     for number, (support, labels, query, truth) in enumerate(console.track(tasks, "select", "merging")):
-        cosines = net.cosines(support, labels)
+        task = net.support(support, labels)
         judged: dict[tuple[float, ...], float] = {}
         for place, (beta, balance) in enumerate(pairs):
-            zeta = mixture_weights(expert_scores(cosines, labels, balance)[0], beta, base.top_k)
+            zeta = RULES[base.strategy](task, replace(base, beta=beta, balance=balance))
             key = tuple(round(float(share), 4) for share in zeta)
             if key not in judged:
                 judged[key] = judge(net.task(zeta, support, labels), query, truth, number)
@@ -109,7 +113,8 @@ def _judge_mixtures(
     return values
 
 
-def _judge_all(nets: Sequence[nn.Module], tasks: Sequence[LabelledTask], judge: Judge, label: str) -> list[list[float]]:
+def judge_all(nets: Sequence[nn.Module], tasks: Sequence[LabelledTask], judge: Judge, label: str) -> list[list[float]]:
+    """Return the value of each net on each task; `label` names the progress bar."""
     values: list[list[float]] = [[] for _ in nets]
     for number, (support, labels, query, truth) in enumerate(console.track(tasks, "select", label)):
         for place, net in enumerate(nets):

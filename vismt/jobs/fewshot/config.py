@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from vismt.config import HASHED_IF_SET, ModelConfig, OnBadSample
 from vismt.engine.study import ALONE, StudyConfig, TuneConfig, check_arms, resolve_arms
 from vismt.errors import UserError, near
+from vismt.jobs.fewshot.pool_experts import CLEAN, ExpertSpec, PlannedExpert, level_text, plan_experts
 from vismt.metatune.amt import Adversary, AdversaryForm
 from vismt.metatune.finetune import FineTuneSettings
 from vismt.metatune.input_attack import PYRAMID
 from vismt.metatune.maml import MamlSettings
 from vismt.metatune.merging import MergeSettings
+from vismt.metatune.selection_rules import SELECT
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
 
 FROZEN = "frozen"
-CLEAN = "clean"
 EXPERT = "expert:"
+MERGED = "merged"
+DEFAULT = "merged:default"
 SINGLE = (FROZEN, ALONE)
-POOLED = (FROZEN, CLEAN, "merged", "merged:default", "average", "logits", "min_ce")
+POOLED = (FROZEN, CLEAN, MERGED, DEFAULT, *(f"{MERGED}:{rule}" for rule in SELECT), "average", "logits", "min_ce")
+LEVELS: list[float | list[float]] = [0.01, 0.1, 6.0, 8.0]
 TUNED = "+finetune"
 COPY_SEED = 1_000_003  # difference of the training seeds of experts with one level
 
@@ -41,40 +46,32 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class PoolConfig(AdversaryForm):
-    """A pool of AMT experts, one for each level, trained independently with the settings of `metatune.amt.AdversaryForm`.
+    """A pool of AMT experts, trained independently with the settings of `metatune.amt.AdversaryForm`.
 
-    levels: budget of the input attack in 1/255, 0 for none; a list in place of a number is one expert with a budget drawn
-    for each episode. A repeated level is another expert with another seed. clean: also train a reference on the same
-    episodes without either attack (the model "clean"). rates: {label: peak learning rate} where it is not train.lr; labels
-    are the levels' texts and "clean". folder: an assembled pool to evaluate; nothing is trained.
+    experts: source, threat and level of each; or levels, short for experts of source.data under linf: budget of the input
+    attack in 1/255, 0 for none; a list in place of a number is one expert with a budget drawn for each episode. A repeated
+    expert is another one with another seed. select: the rule of the model "merged" (metatune/selection_rules.py). clean:
+    also train a reference on the same episodes without either attack (the model "clean"). rates: {label: peak learning
+    rate} where it is not train.lr; labels are those of the experts, the levels' texts, and "clean". folder: an assembled
+    pool to evaluate; nothing is trained.
     """
 
-    levels: list[float | list[float]] = field(default_factory=lambda: [0.01, 0.1, 6.0, 8.0])
+    levels: list[float | list[float]] = field(default_factory=lambda: list(LEVELS))
     pyramid: list[tuple[int | None, float]] = field(default_factory=lambda: list(PYRAMID))
     clean: bool = False
     rates: dict[str, float] = field(default_factory=dict)
     folder: str | None = None
+    experts: list[ExpertSpec] = field(default_factory=list, metadata=HASHED_IF_SET)
+    select: str = field(default="paper", metadata=HASHED_IF_SET)
 
-    def experts(self) -> dict[str, tuple[int, Adversary]]:
-        """Return {label: (copy number, 0 for the first expert of its level; adversary)}."""
-        experts: dict[str, tuple[int, Adversary]] = {}
-        earlier: list[list[float]] = []
-        for level in self.levels:
-            budgets = [float(value) for value in (level if isinstance(level, list) else [level])]
-            label = "-".join(f"{value:g}" for value in budgets)
-            copy = earlier.count(budgets)
-            if copy:
-                label = f"{label}-copy{copy + 1}"
-            earlier.append(budgets)
-            experts[label] = (copy, self._adversary(budgets))
-        return experts
-
-    def _adversary(self, budgets: list[float]) -> Adversary:
-        if any(not 0 <= value <= 255 for value in budgets):
-            raise UserError(f"pool.levels: {budgets}; a level is a budget in 1/255, from 0 to 255.")
-        form = {item.name: getattr(self, item.name) for item in fields(AdversaryForm)}
-        form["pyramid"] = tuple(map(tuple, self.pyramid))
-        return Adversary(**form, epsilons=tuple(value / 255 for value in budgets))
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.select not in SELECT:
+            raise UserError(f"pool.select: '{self.select}'.{near(self.select, SELECT)}")
+        if self.experts and self.levels not in ([], LEVELS):
+            raise UserError(f"pool: levels {self.levels} and experts; give one of them.")
+        if self.experts:
+            object.__setattr__(self, "levels", [])
 
 
 @dataclass
@@ -82,8 +79,8 @@ class EvaluateConfig:
     """Test episodes. rule: 'uniform' (ways, shots) or 'variable' (Meta-Dataset); seed: of the episodes, not of training.
 
     min_ways, max_ways, max_contribution: of the variable rule; 5, 5 and 1 are the AMT paper's "5-way 1-shot".
-    models: frozen, adapted; with a pool frozen, clean, merged, average, logits, min_ce, expert:LABEL. All except logits also
-    with "+finetune". masking: also run PGD at growing radii on the first masking_episodes episodes of each set.
+    models: frozen, adapted; with a pool frozen, clean, merged, merged:RULE, average, logits, min_ce, expert:LABEL. All except
+    logits also with "+finetune". masking: also run PGD at growing radii on the first masking_episodes episodes of each set.
     """
 
     data: list[str] = field(default_factory=list)
@@ -106,7 +103,7 @@ class EvaluateConfig:
 
 @dataclass
 class SelectConfig:
-    """The choice of settings for "merged" (and "merged+finetune"); "merged:default" keeps those of the configuration.
+    """The choice of settings for "merged" (and "merged+finetune"); all other models keep those of the configuration.
 
     data: sets for the choice, none of them evaluated; or class_share: the share of the classes of every evaluated set. The
     grid: beta, balance, trim (mappings as in merging), lr (of fine-tuning). attack: the criterion is the mean of clean
@@ -157,7 +154,7 @@ class FewShotConfig(StudyConfig):
 
 @dataclass
 class ExpertConfig(FewShotConfig):
-    """One expert of a pool. adversary: None for "clean"; copy: number of experts of the same level before it."""
+    """One expert of a pool. adversary: None for a clean one; copy: number of experts before it that differ in the seed alone."""
 
     adversary: Adversary | None = None
     copy: int = 0
@@ -173,19 +170,52 @@ def resolve_experts(config: FewShotConfig) -> dict[str, FewShotConfig]:
         return {}
     if config.pool is None:
         return resolve_arms(config)
-    experts = config.pool.experts()
-    planned: dict[str, tuple[int, Adversary | None]] = {CLEAN: (0, None)} if config.pool.clean else {}
-    planned |= experts
+    planned = planned_experts(config)
+    if config.pool.clean and CLEAN not in planned:
+        planned = {CLEAN: PlannedExpert(tuple(config.source.data), None), **planned}
     values = {item.name: getattr(config, item.name) for item in fields(FewShotConfig)}
     plain = {**values, "arms": {}, "seeds": [], "tune": None}
     return {
         label: ExpertConfig(
-            **{**plain, "train": replace(config.train, lr=config.pool.rates.get(label, config.train.lr))},
-            adversary=adversary,
-            copy=copy,
+            **{
+                **plain,
+                "train": replace(config.train, lr=config.pool.rates.get(label, config.train.lr)),
+                "source": replace(config.source, data=list(expert.sources)),
+            },
+            adversary=expert.adversary,
+            copy=expert.copy,
         )
-        for label, (copy, adversary) in planned.items()
+        for label, expert in planned.items()
     }
+
+
+def planned_experts(config: FewShotConfig) -> dict[str, PlannedExpert]:
+    """Return the experts that the pool section lists, by label; {} without one."""
+    pool = config.pool
+    if pool is None:
+        return {}
+    values = {item.name: getattr(pool, item.name) for item in fields(AdversaryForm)}
+    form = AdversaryForm(**{**values, "pyramid": tuple(map(tuple, pool.pyramid))})
+    if pool.experts:
+        return plan_experts(pool.experts, "pool.experts", form, config.source.data)
+    listed = [level if isinstance(level, list) else [level] for level in pool.levels]
+    specs = [ExpertSpec(level=values, label=level_text(values)) for values in listed]
+    return plan_experts(specs, "pool.levels", form, config.source.data)
+
+
+def pool_members(config: FewShotConfig, arms: Iterable[str]) -> list[str]:
+    """Return the arms that are experts of the pool: all but the reference "clean"."""
+    return [arm for arm in arms if arm != CLEAN or CLEAN in planned_experts(config)]
+
+
+def strategy_of(config: FewShotConfig, stem: str) -> str:
+    """Return the strategy of `MergeSettings` of a model that is merged from the pool, by its name without "+finetune"."""
+    if stem.startswith(EXPERT):
+        return "expert"
+    rule = stem.removeprefix(f"{MERGED}:")
+    if stem in (MERGED, DEFAULT) and config.pool is not None:
+        rule = config.pool.select
+    return SELECT.get(rule, rule)
 
 
 def evaluated_models(config: FewShotConfig, arms: list[str]) -> list[str]:
@@ -198,6 +228,12 @@ def evaluated_models(config: FewShotConfig, arms: list[str]) -> list[str]:
         elif stem == FROZEN or arms or (config.pool is not None and config.pool.folder):
             models.append(model)
     return list(dict.fromkeys(models))
+
+
+def evaluated_experts(config: FewShotConfig) -> list[str]:
+    """Return the labels of the pool's experts that are evaluated alone, without fine-tuning."""
+    models = config.evaluate.models if config.pool is not None else []
+    return [model.removeprefix(EXPERT) for model in models if model.startswith(EXPERT) and not model.endswith(TUNED)]
 
 
 def check(config: FewShotConfig) -> None:
@@ -260,10 +296,10 @@ def _check_models(config: FewShotConfig, trains: bool) -> None:
     pool = config.pool
     assembled = pool is not None and bool(pool.folder)
     known = _known_models(config)
-    if pool is not None:
-        for label in pool.rates:
-            if label not in (*pool.experts(), CLEAN):
-                raise UserError(f"pool.rates: no expert '{label}'.{near(label, (*pool.experts(), CLEAN))}")
+    labels = [*planned_experts(config), CLEAN]
+    for label in pool.rates if pool is not None else ():
+        if label not in labels:
+            raise UserError(f"pool.rates: no expert '{label}'.{near(label, labels)}")
     sources = [attack.source for attack in config.evaluate.attacks if attack.source is not None]
     for model in config.evaluate.models:
         _check_model(config, "evaluate.models", model, known, trains)
@@ -282,20 +318,20 @@ def _known_models(config: FewShotConfig) -> list[str]:
     """Return the names of models that the configuration can build, without the experts of an assembled pool."""
     if config.pool is None:
         return [*SINGLE, *config.arms]
-    experts = [] if config.pool.folder else config.pool.experts()
+    experts = [] if config.pool.folder else planned_experts(config)
     return [*POOLED, *(f"{EXPERT}{label}" for label in experts)]
 
 
 def _check_model(config: FewShotConfig, where: str, model: str, known: list[str], trains: bool) -> None:
     pool = config.pool
     stem = model.removesuffix(TUNED)
-    if stem == "merged:default" and config.select is None:
+    if stem == DEFAULT and config.select is None:
         raise UserError(f"{where}: 'merged:default' equals 'merged' without a select section; write 'merged'.")
     if stem == "logits" and model != stem:
         raise UserError(f"{where}: '{model}': an average of logits has no weights to tune; take 'merged{TUNED}'.")
     if stem not in known and not (pool is not None and pool.folder and stem.startswith(EXPERT)):
         raise UserError(f"{where}: '{model}'.{near(stem, known)}")
-    if stem == CLEAN and pool is not None and not (pool.clean and trains):
+    if stem == CLEAN and pool is not None and not (trains and (pool.clean or CLEAN in planned_experts(config))):
         raise UserError(f"{where}: 'clean' needs pool.clean: true and a training; add them, or leave it out.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from vismt.data.transforms import augment
 from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.metatune.episodes import EpisodeSampler, VariableSampler
 from vismt.metatune.objective import EpisodeBatches
+from vismt.robustness.corruptions import CORRUPTIONS, corrupt
 
 
 class FewShotData:
@@ -85,3 +87,8 @@ class FewShotData:
             EpisodeSampler(pixels.labels, ways=settings.ways, shots=shots, queries=settings.queries, **common)
             for shots in settings.shots
         ]
+
+
+def draw_corruption(images: Tensor, severity: int, seed: int) -> Tensor:
+    """Return images (b, 3, h, w) under one of the fifteen corruptions, which the seed draws."""
+    return corrupt(images, random.Random(seed).choice(list(CORRUPTIONS)), severity, seed=seed)

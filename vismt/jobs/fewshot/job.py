@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,15 +21,16 @@ from vismt.errors import UserError
 from vismt.files import atomic_write
 from vismt.jobs.fewshot import masking_report
 from vismt.jobs.fewshot.config import (
-    CLEAN,
     FROZEN,
     ExpertConfig,
     FewShotConfig,
     check,
+    evaluated_experts,
     evaluated_models,
+    pool_members,
     resolve_experts,
 )
-from vismt.jobs.fewshot.data import FewShotData
+from vismt.jobs.fewshot.data import FewShotData, draw_corruption
 from vismt.jobs.fewshot.evaluation import Evaluation
 from vismt.jobs.fewshot.models import OWN_FILE, Models, make_net
 from vismt.jobs.fewshot.pool_training import read_scale
@@ -100,6 +102,8 @@ class FewShotJob(Job[FewShotConfig, Any]):
         return make_net(backbone, config)
 
     def check_arm(self, config: FewShotConfig) -> None:
+        for name in config.source.data:
+            self.data.open(name)
         if not isinstance(config, ExpertConfig):  # the experts of a pool are built alike
             super().check_arm(config)
 
@@ -117,7 +121,7 @@ class FewShotJob(Job[FewShotConfig, Any]):
         if isinstance(config, ExpertConfig) and config.adversary is not None:
             if not isinstance(net, ProtoNet):
                 raise UserError("pool: experts classify by prototypes; leave meta out.")
-            return AdversarialObjective(net, replace(config.adversary, seed=config.training_seed))
+            return AdversarialObjective(net, replace(config.adversary, seed=config.training_seed), draw_corruption)
         return EpisodeObjective(net)
 
     def step(self, objective: nn.Module, number: int) -> None:
@@ -144,9 +148,9 @@ class FewShotJob(Job[FewShotConfig, Any]):
         return self.folder / "pool" / f"seed-{seed}"
 
     def _experts(self, seed: int) -> list[Expert]:
-        """Return the trained experts of a seed in the order of the levels."""
+        """Return the trained experts of a seed in the order of the configuration."""
         experts = []
-        for label in (arm for arm in self.study.arms if arm != CLEAN):
+        for label in pool_members(self.config, self.study.arms):
             folder = next(training.folder for training in self.study.trainings(label) if training.seed == seed)
             experts.append(Expert(label, folder / ADAPTER, read_scale(folder)))
         return experts
@@ -184,6 +188,10 @@ class FewShotJob(Job[FewShotConfig, Any]):
 
     def evaluate(self, attacks: Sequence[AttackConfig] | None = None) -> None:
         super().evaluate(attacks)
+        experts = evaluated_experts(self.config)
+        if self.config.select is not None and attacks is None and len(experts) > 1:
+            for seed, name in itertools.product(self.study.seeds, self.config.evaluate.data):
+                self.models(seed).settings.validate_experts(name, experts)
         if self.config.evaluate.masking and attacks is None:
             lines = self.evaluation.masking_lines(self.models(self.study.seeds[0]), self.evaluated(), self.hash)
             write_lines(self.folder / masking_report.LINES, lines)

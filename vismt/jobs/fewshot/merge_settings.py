@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,17 @@ from vismt.data.pixels import Pixels
 from vismt.engine import runtime
 from vismt.errors import UserError
 from vismt.files import atomic_write, read_json
-from vismt.jobs.fewshot.config import FewShotConfig
+from vismt.jobs.fewshot.config import MERGED, FewShotConfig, strategy_of
+from vismt.jobs.fewshot.names import shown_name
 from vismt.metatune.episodes import EpisodeSampler
 from vismt.metatune.finetune import FineTuneSettings
-from vismt.metatune.merging import MergeSettings
+from vismt.metatune.merging import MergeSettings, PoolNet
 from vismt.metatune.pool import ExpertPool
-from vismt.metatune.settings_search import LabelledTask, SearchGrid, search_settings
+from vismt.metatune.settings_search import Judge, LabelledTask, SearchGrid, judge_all, search_settings
 from vismt.report.tables import Table
 from vismt.seeds import mix_seed
 
-SELECTION = "selection.json"
+SELECTION, VALIDATION = "selection.json", "validation.json"
 Chosen = tuple[MergeSettings, FineTuneSettings]
 
 
@@ -86,6 +87,45 @@ class PoolSettings:
         """Return the entry of selection.json for a key: the choice on the validation tasks of the sets `names`."""
         config = self.config
         select = config.selection
+        pool, tasks, judge = self._validation(names)
+        grid = SearchGrid(select.beta, select.balance, select.trim, select.lr)
+        base = replace(config.merging, strategy=strategy_of(config, MERGED))
+        merging, tuning, tried = search_settings(pool, tasks, base, config.finetune, grid, judge)
+        for candidate in tried:
+            if candidate.chosen or candidate.default:
+                what = "chosen" if candidate.chosen else "default"
+                value = f"{100 * candidate.value:.1f} ± {100 * candidate.ci95:.1f}"
+                console.stage("select", f"{key}  {candidate.stage}  {what} {candidate.settings}   {value}")
+        criterion = "clean accuracy"
+        if select.attack is not None:
+            criterion = f"mean of clean accuracy and accuracy under {select.attack.spec()}"
+        return {
+            "merging": {"beta": merging.beta, "balance": merging.balance, "trim": dict(merging.trim)},
+            "lr": tuning.lr,
+            "on": names if key == "all" else f"{select.class_share:g} of the classes of {key}",
+            "criterion": criterion,
+            "tried": [asdict(candidate) for candidate in tried],
+        }
+
+    def validate_experts(self, data: str, labels: Sequence[str]) -> None:
+        """Save the mean value of experts on the validation tasks of an evaluated set in validation.json, unless it has them."""
+        select = self.config.selection
+        key = shown_name(data) if select.class_share else "all"
+        path = self.folder / VALIDATION
+        saved = read_json(path, f"run '{self.folder}'") if path.exists() else {}
+        if set(saved.get(key, ())) == set(labels):
+            return
+        pool, tasks, judge = self._validation([data] if select.class_share else select.data)
+        nets = [PoolNet(pool, replace(self.config.merging, strategy="expert", expert=label)) for label in labels]
+        values = judge_all(nets, tasks, judge, "experts")
+        saved[key] = {label: math.fsum(by_task) / len(by_task) for label, by_task in zip(labels, values)}
+        texts = "   ".join(f"{label} {100 * value:.1f}" for label, value in saved[key].items())
+        console.stage("select", f"{key}  experts   {texts}   (n = {len(tasks)} tasks)")
+        atomic_write(path, json.dumps(saved, indent=1))
+
+    def _validation(self, names: Sequence[str]) -> tuple[ExpertPool, list[LabelledTask], Judge]:
+        """Return the pool, the validation tasks of the sets `names`, and the judge of a classifier on one of them."""
+        select = self.config.selection
         device = runtime.processes().device
         pool = self._pool().requires_grad_(False).eval().to(device)
         tasks = [task for name in names for task in self._tasks(name, device)]
@@ -97,25 +137,11 @@ class PoolSettings:
             if attack is None:
                 return clean
             keys = [(mix_seed(select.seed, "attack", number), position) for position in range(len(query))]
-            changed = attack.perturb(classifier, query, truth, num_classes=config.evaluate.ways, keys=keys)
+            changed = attack.perturb(classifier, query, truth, num_classes=self.config.evaluate.ways, keys=keys)
             with torch.no_grad():
                 return 0.5 * clean + 0.5 * float((classifier(changed).argmax(1) == truth).double().mean())
 
-        grid = SearchGrid(select.beta, select.balance, select.trim, select.lr)
-        merging, tuning, tried = search_settings(pool, tasks, config.merging, config.finetune, grid, judge)
-        for candidate in tried:
-            if candidate.chosen or candidate.default:
-                what = "chosen" if candidate.chosen else "default"
-                value = f"{100 * candidate.value:.1f} ± {100 * candidate.ci95:.1f}"
-                console.stage("select", f"{key}  {candidate.stage}  {what} {candidate.settings}   {value}")
-        criterion = "clean accuracy" if attack is None else f"mean of clean accuracy and accuracy under {attack}"
-        return {
-            "merging": {"beta": merging.beta, "balance": merging.balance, "trim": dict(merging.trim)},
-            "lr": tuning.lr,
-            "on": names if key == "all" else f"{select.class_share:g} of the classes of {key}",
-            "criterion": criterion,
-            "tried": [asdict(candidate) for candidate in tried],
-        }
+        return pool, tasks, judge
 
     def sampler(self, pixels: Pixels) -> EpisodeSampler:
         """Return the validation episodes of a set."""
@@ -172,7 +198,7 @@ def chosen_settings(folder: Path) -> list[tuple[Table, str]]:
     heads = ["Evaluated", "Stage", "Setting", "", "Value in %", "n (tasks)"]
     note = (
         "Tried stage by stage on validation tasks, none of which can be a test task; ties keep the earlier setting, the "
-        f"default first. Validation: {'; '.join(validation)}. The model “merged” has the chosen settings, “merged:default” the "
+        f"default first. Validation: {'; '.join(validation)}. The model “merged” has the chosen settings, all others the "
         "default. First training seed."
     )
     return [(Table("Chosen settings", heads, rows, best, texts=4), note)]

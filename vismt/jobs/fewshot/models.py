@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from vismt.engine import runtime, training_files
 from vismt.engine.study import ALONE, Study, Training
 from vismt.errors import UserError
 from vismt.files import read_tensors
-from vismt.jobs.fewshot.config import CLEAN, EXPERT, FROZEN, TUNED, FewShotConfig
+from vismt.jobs.fewshot.config import CLEAN, EXPERT, FROZEN, MERGED, TUNED, FewShotConfig, strategy_of
 from vismt.jobs.fewshot.merge_settings import PoolSettings
 from vismt.lowrank.inject import merge
 from vismt.lowrank.store import fingerprint
@@ -69,8 +68,8 @@ class Models:
     def task(self, name: str, data: str) -> EvaluatedModel:
         """Return the model `name` with its settings for the set `data`."""
         stem = name.removesuffix(TUNED)
-        chosen = self.settings.chosen(data) if stem == "merged" else (self.config.merging, self.config.finetune)
-        key = f"{name} {chosen if stem == 'merged' else ''}"
+        chosen = self.settings.chosen(data) if stem == MERGED else (self.config.merging, self.config.finetune)
+        key = f"{name} {chosen if stem == MERGED else ''}"
         if key not in self._models:
             model: EvaluatedModel = self._pooled(stem, chosen[0]) if self._is_pooled(stem) else self._single(stem)
             if name != stem:
@@ -113,8 +112,7 @@ class Models:
 
     def _pooled(self, stem: str, settings: MergeSettings) -> PoolNet:
         label = stem.removeprefix(EXPERT) if stem.startswith(EXPERT) else None
-        strategy = "expert" if label is not None else re.sub("^merged(:default)?$", "merge", stem)
-        return PoolNet(self.pool(), replace(settings, strategy=strategy, expert=label))
+        return PoolNet(self.pool(), replace(settings, strategy=strategy_of(self.config, stem), expert=label))
 
     def _single(self, stem: str) -> ProtoNet | MamlNet:
         """Return the frozen model, or that of an arm."""

@@ -8,8 +8,8 @@ from vismt.engine.study import ALONE, ARMS, CHOSEN, read_choice
 from vismt.engine.training_files import ADAPTER, DONE
 from vismt.errors import UserError
 from vismt.files import read_tensors
-from vismt.jobs.fewshot.config import CLEAN
 from vismt.jobs.fewshot.models import OWN_FILE
+from vismt.jobs.fewshot.pool_experts import CLEAN
 from vismt.lowrank.store import DESCRIPTION, check_tensors
 from vismt.metatune.pool import INDEX, Expert, read_pool
 
@@ -32,8 +32,9 @@ def find_experts(folder: Path) -> list[Expert]:
     if (folder / INDEX).exists():
         return read_pool(folder)
     arms = sorted(path.parent for path in (folder / ARMS).glob(f"*/{CHOSEN}"))
+    pooled = {expert.label for index in folder.glob(f"pool/*/{INDEX}") for expert in read_pool(index.parent)}
     experts = []
-    for arm in (arm for arm in arms if arm.name != CLEAN):
+    for arm in (arm for arm in arms if arm.name != CLEAN or CLEAN in pooled):  # else the reference beside the pool
         trainings = sorted(arm.glob(f"lr-{read_choice(folder, arm.name).lr:g}-seed-*/{DONE}"))
         if trainings:
             training = trainings[0].parent

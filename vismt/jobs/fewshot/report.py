@@ -13,7 +13,8 @@ from vismt.engine.log import read_lines
 from vismt.engine.study import Study
 from vismt.errors import UserError
 from vismt.jobs.fewshot import masking_report
-from vismt.jobs.fewshot.config import CLEAN, EXPERT, TUNED, FewShotConfig
+from vismt.jobs.fewshot.choice_report import choice_tables
+from vismt.jobs.fewshot.config import TUNED, FewShotConfig, pool_members, strategy_of
 from vismt.jobs.fewshot.episode_figure import episode_grid
 from vismt.jobs.fewshot.figures import mixture_bars
 from vismt.jobs.fewshot.merge_settings import chosen_settings
@@ -30,7 +31,14 @@ def sections(
     seed = study.seeds[0]
     return [
         Section("Gradient masking", masking_report.tables(folder)),
-        Section("Pool", chosen_settings(folder / "pool" / f"seed-{seed}"), _mixtures(folder, config, study, results)),
+        Section(
+            "Pool",
+            [
+                *choice_tables(folder, config, study.seeds, results),
+                *chosen_settings(folder / "pool" / f"seed-{seed}"),
+            ],
+            _mixtures(folder, config, study, results),
+        ),
         Section("Episodes", pictures=_panels(folder), folded=True),
     ]
 
@@ -64,7 +72,7 @@ def _labels(config: FewShotConfig, study: Study[FewShotConfig]) -> list[str]:
     """Return the labels of the pool's experts in order."""
     if config.pool is not None and config.pool.folder:
         return [expert.label for expert in read_pool(Path(config.pool.folder))]
-    return [arm for arm in study.arms if arm != CLEAN]
+    return pool_members(config, study.arms)
 
 
 def _mixtures(
@@ -77,7 +85,7 @@ def _mixtures(
     several = len({row.protocol for row in rows}) > 1
     shares: dict[str, dict[tuple[str, str], list[float]]] = {}
     for row in rows:
-        if row.arm == "average" or row.arm.startswith(EXPERT) or row.arm.endswith(TUNED):
+        if row.arm.endswith(TUNED) or strategy_of(config, row.arm) in ("average", "expert"):
             continue  # the same for every task, or that of the model before fine-tuning
         path = episodes_file(folder, study.seeds[0], row.data, row.protocol, row.arm)
         weights = [line["mixture"] for line in read_lines(path) if isinstance(line.get("mixture"), list)]
@@ -99,7 +107,6 @@ def _mixtures(
     names = labels if len(labels) == count else [f"expert {number}" for number in range(1, count + 1)]
     path = mixture_bars(shares, names, folder / "figures" / "mixture.png")
     protocol = "" if several else f"{rows[0].protocol}. "
-    text = (
-        f"{protocol}Mean weight of each expert over the episodes (n), in per cent; labels are input budgets in 1/255."
-    )
+    labels_text = "" if config.pool.experts else "; labels are input budgets in 1/255"
+    text = f"{protocol}Mean weight of each expert over the episodes (n), in per cent{labels_text}."
     return [Picture(path, "Pool mixture per domain", text)]

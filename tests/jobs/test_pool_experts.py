@@ -1,0 +1,155 @@
+"""The experts that a pool section lists: labels, sources, threats, copies, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vismt.config import AdaptConfig, TrainConfig, config_hash
+from vismt.errors import UserError
+from vismt.jobs.fewshot.config import (
+    EvaluateConfig,
+    FewShotConfig,
+    PoolConfig,
+    SourceConfig,
+    check,
+    planned_experts,
+    pool_members,
+    resolve_experts,
+    strategy_of,
+)
+from vismt.jobs.fewshot.data import draw_corruption
+from vismt.jobs.fewshot.pool_experts import ExpertSpec
+
+FIVE = [
+    ExpertSpec(source="cifar100", level=8),
+    ExpertSpec(source=["photo_crops:train", "cifar100"], level=[2, 8.5]),
+    ExpertSpec(norm="l2", level=128),
+    ExpertSpec(norm="corruption"),
+    ExpertSpec(source="photo_crops", norm="corruption", level=3),
+    ExpertSpec(norm="clean"),
+    ExpertSpec(source="photo_crops", norm="clean"),
+]
+
+
+def configured(*specs: ExpertSpec, models: list[str] | None = None, **pool: object) -> FewShotConfig:
+    return FewShotConfig(
+        adapt=AdaptConfig(method="amt"),
+        train=TrainConfig(),
+        pool=PoolConfig(experts=list(specs), **pool),
+        source=SourceConfig(data=["cifar100"], queries=3),
+        evaluate=EvaluateConfig(data=["digits"], models=models or ["frozen"]),
+    )
+
+
+def test_labels_sources_and_threats() -> None:
+    config = configured(*FIVE, pyramid=[(None, 1.0)], gamma=0.02)
+    check(config)
+    arms = resolve_experts(config)
+    names = ["cifar100-linf8", "photo_crops-train+cifar100-linf2-8.5", "cifar100-l2-128", "cifar100-corruption"]
+    assert list(arms) == [*names, "photo_crops-corruption3", "clean", "photo_crops-clean"]
+    assert [arm.source.data for arm in arms.values()] == [
+        ["cifar100"],
+        ["photo_crops:train", "cifar100"],
+        *[["cifar100"]] * 2,
+        ["photo_crops"],
+        ["cifar100"],
+        ["photo_crops"],
+    ]
+    assert all(arm.source.queries == 3 and arm.training_seed == 0 for arm in arms.values())
+    adversaries = [arm.adversary for arm in arms.values()]
+    assert adversaries[5] is None and adversaries[6] is None
+    assert [a.norm for a in adversaries[:5]] == ["linf", "linf", "l2", "corruption", "corruption"]
+    assert [a.epsilons for a in adversaries[:5]] == [
+        (8 / 255,),
+        (2 / 255, 8.5 / 255),
+        (128 / 255,),
+        (1, 2, 3, 4, 5),
+        (3,),
+    ]
+    assert all(a.pyramid == ((None, 1.0),) and a.gamma == 0.02 for a in adversaries[:5])
+    # An expert "clean" is in the pool; the reference of that name is not.
+    assert pool_members(config, arms) == list(arms)
+    levels = FewShotConfig(pool=PoolConfig(levels=[8.0], clean=True), adapt=AdaptConfig(), train=TrainConfig())
+    assert pool_members(levels, resolve_experts(levels)) == ["8"]
+    # The expert is the reference as well: one training.
+    assert list(resolve_experts(configured(*FIVE, clean=True))) == list(arms)
+    check(configured(ExpertSpec(norm="clean"), ExpertSpec(level=8), models=["clean", "expert:clean"]))
+
+
+def test_a_repeated_expert_has_another_seed_and_labels_are_yours() -> None:
+    same = ExpertSpec(source="cifar100", level=8)
+    arms = resolve_experts(configured(same, ExpertSpec(level=8.0), ExpertSpec(level=8, label="third"), same))
+    assert list(arms) == ["cifar100-linf8", "cifar100-linf8-copy2", "third", "cifar100-linf8-copy4"]
+    assert len({arm.training_seed for arm in arms.values()}) == 4
+
+
+def test_levels_are_short_for_linf_experts_of_the_source() -> None:
+    short = FewShotConfig(**{**vars(configured()), "pool": PoolConfig(levels=[2, [2, 8], 2])})
+    long = configured(
+        ExpertSpec(level=2, label="2"), ExpertSpec(level=[2, 8], label="2-8"), ExpertSpec(level=2, label="2")
+    )
+    plans = [planned_experts(config) for config in (short, long)]
+    assert plans[0] == plans[1] and list(plans[0]) == ["2", "2-8", "2-copy2"]
+
+
+def test_hashes_change_with_experts_and_rule_alone() -> None:
+    plain = FewShotConfig(pool=PoolConfig())
+    assert config_hash(plain) == config_hash(FewShotConfig(pool=PoolConfig(experts=[], select="paper")))
+    others = [PoolConfig(select="ridge"), PoolConfig(experts=FIVE[:2]), PoolConfig(experts=FIVE[:3])]
+    assert len({config_hash(FewShotConfig(pool=pool)) for pool in (PoolConfig(), *others)}) == 4
+
+
+def test_the_strategy_of_a_model() -> None:
+    config = configured(*FIVE, select="robust_loo")
+    names = [
+        "merged",
+        "merged:default",
+        "merged:paper",
+        "merged:uniform",
+        "merged:ridge",
+        "average",
+        "min_ce",
+        "expert:clean",
+    ]
+    strategies = ["robust_loo", "robust_loo", "merge", "average", "ridge", "average", "min_ce", "expert"]
+    assert [strategy_of(config, name) for name in names] == strategies
+
+
+@pytest.mark.parametrize(
+    ("specs", "words"),
+    [
+        ([ExpertSpec(norm="l3", level=8)], r"pool.experts\[0\].norm: 'l3'. Near: 'l2'"),
+        ([ExpertSpec(level=8), ExpertSpec(norm="clean", level=8)], r"pool.experts\[1\]: level 8 with norm clean"),
+        ([ExpertSpec(norm="l2")], "norm l2 needs a budget in 1/255"),
+        ([ExpertSpec(level=300)], r"\[300.0\]; a level is a budget in 1/255, from 0 to 255"),
+        ([ExpertSpec(norm="l2", level=-1)], "not negative"),
+        ([ExpertSpec(norm="corruption", level=8)], "severity, 1 to 5"),
+        ([ExpertSpec(level=8, label="a b")], "'a b' cannot name an expert"),
+        ([ExpertSpec(level=8, label="clean")], "'clean' is clean meta-tuning on source.data"),
+        ([ExpertSpec(source="x", norm="clean", label="clean")], "'clean' is clean meta-tuning on source.data"),
+        ([ExpertSpec(level=8, label="a"), ExpertSpec(level=2, label="a")], r"\[1\]: two different experts .* 'a'"),
+        ([ExpertSpec(level=[])], "no budget"),
+    ],
+)
+def test_experts_that_cannot_be(specs: list[ExpertSpec], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check(configured(*specs))
+
+
+def test_a_pool_has_levels_or_experts_and_a_known_rule() -> None:
+    with pytest.raises(UserError, match=r"pool: levels \[8\] and experts; give one of them"):
+        PoolConfig(levels=[8], experts=FIVE)
+    with pytest.raises(UserError, match=r"pool.select: 'robust_lo'. Near: 'robust_loo'"):
+        PoolConfig(select="robust_lo")
+    with pytest.raises(UserError, match=r"evaluate.models: 'merged:rigde'. Near: 'merged:ridge'"):
+        check(configured(*FIVE, models=["merged:rigde"]))
+
+
+def test_the_seed_draws_one_of_the_corruptions() -> None:
+    images = 0.2 + 0.6 * torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    changed = [draw_corruption(images, 3, seed) for seed in range(12)]
+    assert all(part.shape == images.shape and part.min() >= 0 and part.max() <= 1 for part in changed)
+    assert torch.equal(draw_corruption(images, 3, 5), changed[5])
+    distances = {round(float((part - images).abs().mean()), 4) for part in changed}
+    assert len(distances) >= 8  # several kinds, not one with several seeds

@@ -1,0 +1,118 @@
+"""The experts of a pool as its configuration lists them: source, threat and level of each, with a label.
+
+`pool.experts` lists them one by one; `pool.levels` is short for experts of source.data under linf, labelled by level alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from vismt.errors import UserError, near
+from vismt.jobs.fewshot.names import shown_name
+from vismt.metatune.amt import CORRUPTION, THREATS, Adversary, AdversaryForm
+
+CLEAN = "clean"
+NORMS = (*THREATS, CLEAN)
+SEVERITIES = [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+@dataclass(frozen=True)
+class ExpertSpec:
+    """One expert of a pool.
+
+    source: card or cards of its episodes; null: those of source.data. norm: threat of its training: linf, l2, corruption, or
+    clean for neither of the two attacks. level: for linf the budget of each value in 1/255; for l2 the radius in 1/255 (128
+    is a radius of 0.5 in pixel units of [0, 1]); for a corruption, drawn from the fifteen, its severity, 1 to 5, null for all
+    five. A list in place of a number: one of them is drawn for each episode. label: in place of "source-norm-level".
+    """
+
+    source: str | list[str] | None = None
+    level: float | list[float] | None = None
+    norm: str = "linf"
+    label: str | None = None
+
+    def levels(self, where: str) -> list[float]:
+        """Return the level's values, [] for a clean expert; `where` is the key in errors."""
+        if self.norm not in NORMS:
+            raise UserError(f"{where}.norm: '{self.norm}'.{near(self.norm, NORMS)}")
+        if self.norm == CLEAN:
+            if self.level is not None:
+                raise UserError(f"{where}: level {self.level} with norm clean, which has no attack; leave level out.")
+            return []
+        if self.level is None:
+            if self.norm == CORRUPTION:
+                return SEVERITIES
+            raise UserError(f"{where}.level: is null; norm {self.norm} needs a budget in 1/255.")
+        values = [float(value) for value in (self.level if isinstance(self.level, list) else [self.level])]
+        if self.norm == CORRUPTION and not set(values) <= set(SEVERITIES):
+            raise UserError(f"{where}: {values}; the level of a corruption is its severity, 1 to 5.")
+        highest = 255 if self.norm == "linf" else float("inf")
+        if any(not 0 <= value <= highest or value == float("inf") for value in values):
+            ends = "from 0 to 255" if self.norm == "linf" else "not negative"
+            raise UserError(f"{where}: {values}; a level is a budget in 1/255, {ends}.")
+        return values
+
+    def default_label(self, sources: Sequence[str], levels: Sequence[float]) -> str:
+        """Return "source-norm-level", "clean" for a clean expert of source.data."""
+        if self.norm == CLEAN and self.source is None:
+            return CLEAN
+        level = "" if self.level is None else level_text(levels)
+        ending = f"{self.norm}-{level}" if self.norm == "l2" else f"{self.norm}{level}"
+        return f"{'+'.join(map(shown_name, sources))}-{ending}"
+
+
+def level_text(levels: Sequence[float]) -> str:
+    """Return the values of a level as a label has them."""
+    return "-".join(f"{value:g}" for value in levels)
+
+
+@dataclass(frozen=True)
+class PlannedExpert:
+    """An expert to train. adversary: None for a clean one. copy: number of experts before it that differ in the seed alone."""
+
+    sources: tuple[str, ...]
+    adversary: Adversary | None
+    copy: int = 0
+
+
+def plan_experts(
+    specs: Sequence[ExpertSpec], key: str, form: AdversaryForm, default: Sequence[str]
+) -> dict[str, PlannedExpert]:
+    """Return the experts by label, in order.
+
+    Args:
+        specs: as configured.
+        key: of the list in the configuration, for errors.
+        form: the settings that all adversaries share.
+        default: the cards of source.data.
+
+    Raises:
+        UserError: a norm, level or label that does not fit, or a label of two different experts.
+    """
+    experts: dict[str, PlannedExpert] = {}
+    earlier: list[tuple[tuple[str, ...], Adversary | None]] = []
+    for number, spec in enumerate(specs):
+        where = f"{key}[{number}]"
+        levels = spec.levels(where)
+        sources = (spec.source,) if isinstance(spec.source, str) else tuple(spec.source or default)
+        adversary = None if spec.norm == CLEAN else _adversary(spec.norm, levels, form)
+        label = spec.label or spec.default_label(sources, levels)
+        if not re.fullmatch(r"[\w.+-]+", label):
+            raise UserError(f"{where}.label: '{label}' cannot name an expert; use letters, digits and + - . _")
+        if label == CLEAN and (adversary is not None or sources != tuple(default)):
+            raise UserError(f"{where}.label: 'clean' is clean meta-tuning on source.data; give another label.")
+        copy = earlier.count((sources, adversary))
+        earlier.append((sources, adversary))
+        if label in experts and copy:
+            label = f"{label}-copy{copy + 1}"
+        if label in experts:
+            raise UserError(f"{where}: two different experts have the label '{label}'; give one of them another.")
+        experts[label] = PlannedExpert(sources, adversary, copy)
+    return experts
+
+
+def _adversary(norm: str, levels: Sequence[float], form: AdversaryForm) -> Adversary:
+    unit = 1 if norm == CORRUPTION else 255
+    return Adversary(**asdict(form), norm=norm, epsilons=tuple(value / unit for value in levels))
