@@ -65,7 +65,8 @@ def _panel_caption(panel: dict[str, np.ndarray]) -> str:
     if "adversarial_predictions" not in panel:
         return text + "."
     attack = str(panel["condition"]) if "condition" in panel else "attack"
-    return f"{text}, {int((panel['adversarial_predictions'] == truth).sum())} under {attack}. ✓ right, ✗ wrong."
+    right = panel.get("adversarial_right", panel["adversarial_predictions"] == truth)
+    return f"{text}, {int(right.sum())} under {attack}. ✓ right, ✗ wrong."
 
 
 def _labels(config: FewShotConfig, study: Study[FewShotConfig]) -> list[str]:
