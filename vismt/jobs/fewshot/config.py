@@ -20,7 +20,7 @@ CLEAN = "clean"
 EXPERT = "expert:"
 SINGLE = (FROZEN, ALONE)
 POOLED = (FROZEN, CLEAN, "merged", "merged:default", "average", "logits", "min_ce")
-TUNED = "+finetune"
+HEADS = ("finetune", "ridge", "logistic")  # the model "STEM+HEAD" has this in place of the prototypes of "STEM"
 COPY_SEED = 1_000_003  # difference of the training seeds of experts with one level
 
 
@@ -83,7 +83,8 @@ class EvaluateConfig:
 
     min_ways, max_ways, max_contribution: of the variable rule; 5, 5 and 1 are the AMT paper's "5-way 1-shot".
     models: frozen, adapted; with a pool frozen, clean, merged, average, logits, min_ce, expert:LABEL. All except logits also
-    with "+finetune". masking: also run PGD at growing radii on the first masking_episodes episodes of each set.
+    with "+finetune", "+ridge" or "+logistic". ways_of: {entry of data or of select.data: ways}, where a set has other ways than
+    `ways`. masking: also run PGD at growing radii on the first masking_episodes episodes of each set.
     """
 
     data: list[str] = field(default_factory=list)
@@ -102,6 +103,11 @@ class EvaluateConfig:
     corruptions: list[CorruptionConfig] = field(default_factory=list)
     masking: bool = False
     masking_episodes: int = 10
+    ways_of: dict[str, int] = field(default_factory=dict, metadata=HASHED_IF_SET)
+
+    def ways_in(self, data: str) -> int:
+        """Return the ways of the uniform episodes of a set."""
+        return self.ways_of.get(data, self.ways)
 
 
 @dataclass
@@ -188,11 +194,17 @@ def resolve_experts(config: FewShotConfig) -> dict[str, FewShotConfig]:
     }
 
 
+def split_head(model: str) -> tuple[str, str]:
+    """Return the stem of a model's name and its head, "" for prototypes."""
+    stem, _, head = model.rpartition("+")
+    return (stem, head) if head in HEADS else (model, "")
+
+
 def evaluated_models(config: FewShotConfig, arms: list[str]) -> list[str]:
     """Return evaluate.models, with all arms in place of "adapted"; without a training only "frozen"."""
     models: list[str] = []
     for model in config.evaluate.models:
-        stem = model.removesuffix(TUNED)
+        stem = split_head(model)[0]
         if stem == ALONE and config.arms:
             models += [f"{arm}{model.removeprefix(stem)}" for arm in arms]
         elif stem == FROZEN or arms or (config.pool is not None and config.pool.folder):
@@ -249,10 +261,23 @@ def _check_evaluation(config: FewShotConfig) -> None:
     for name in ("episodes", "masking_episodes"):
         if getattr(settings, name) < 2:
             raise UserError(f"evaluate.{name}: {getattr(settings, name)}; an interval needs 2 or more.")
-    ways = settings.ways if settings.rule == "uniform" else settings.min_ways
-    check_conditions(settings.attacks, settings.corruptions, ways)
+    _check_ways(config)
+    least = min(map(settings.ways_in, settings.data)) if settings.rule == "uniform" else settings.min_ways
+    check_conditions(settings.attacks, settings.corruptions, least)
     if config.select is not None and config.select.attack is not None and config.select.attack.source is not None:
         raise UserError("select.attack: the choice attacks the evaluated model; leave source out.")
+
+
+def _check_ways(config: FewShotConfig) -> None:
+    settings = config.evaluate
+    names = [*settings.data, *(config.select.data if config.select is not None else ())]
+    for name, ways in settings.ways_of.items():
+        if name not in names:
+            raise UserError(f"evaluate.ways_of: '{name}' is not evaluated.{near(name, names)}")
+        if ways < 2:
+            raise UserError(f"evaluate.ways_of: {name}: {ways}; an episode has 2 ways or more.")
+    if settings.ways_of and (settings.rule != "uniform" or config.meta is not None):
+        raise UserError("evaluate.ways_of: needs evaluate.rule uniform and no meta section; leave it out.")
 
 
 def _check_models(config: FewShotConfig, trains: bool) -> None:
@@ -269,7 +294,7 @@ def _check_models(config: FewShotConfig, trains: bool) -> None:
         _check_model(config, "evaluate.models", model, known, trains)
     for model in sources:
         _check_model(config, "evaluate.attacks: source", model, known, trains)
-        if model.removesuffix(TUNED) != FROZEN and not trains and not assembled:
+        if split_head(model)[0] != FROZEN and not trains and not assembled:
             raise UserError(f"evaluate.attacks: source: '{model}' needs a training, and there is none; take 'frozen'.")
     if FROZEN not in config.evaluate.models and not trains and not assembled:
         raise UserError(
@@ -288,11 +313,13 @@ def _known_models(config: FewShotConfig) -> list[str]:
 
 def _check_model(config: FewShotConfig, where: str, model: str, known: list[str], trains: bool) -> None:
     pool = config.pool
-    stem = model.removesuffix(TUNED)
+    stem, head = split_head(model)
     if stem == "merged:default" and config.select is None:
         raise UserError(f"{where}: 'merged:default' equals 'merged' without a select section; write 'merged'.")
-    if stem == "logits" and model != stem:
-        raise UserError(f"{where}: '{model}': an average of logits has no weights to tune; take 'merged{TUNED}'.")
+    if stem == "logits" and head:
+        raise UserError(f"{where}: '{model}': an average of logits has no weights to tune; take 'merged+{head}'.")
+    if stem != FROZEN and head and config.meta is not None:
+        raise UserError(f"{where}: '{model}': the classifier of an inner loop has no prototypes; take '{stem}'.")
     if stem not in known and not (pool is not None and pool.folder and stem.startswith(EXPERT)):
         raise UserError(f"{where}: '{model}'.{near(stem, known)}")
     if stem == CLEAN and pool is not None and not (pool.clean and trains):

@@ -11,6 +11,7 @@ from vismt.backbones import vit
 from vismt.data.images import ImageSet, open_images
 from vismt.data.pixels import Pixels
 from vismt.data.transforms import augment
+from vismt.errors import UserError
 from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.metatune.episodes import EpisodeSampler, VariableSampler
 from vismt.metatune.objective import EpisodeBatches
@@ -68,9 +69,10 @@ class FewShotData:
         pairs = [(pixels.__getitem__, sampler.__getitem__) for pixels, sampler in zip(sets, samplers)]
         return EpisodeBatches(pairs, seed=seed, augment=change)
 
-    def samplers(self, pixels: Pixels, classes: list[int] | None) -> list[EpisodeSampler | VariableSampler]:
+    def samplers(self, name: str, classes: list[int] | None) -> list[EpisodeSampler | VariableSampler]:
         """Return the test episodes of a set, a sampler for each number of shots; classes: their ids, None for all."""
         settings = self.config.evaluate
+        pixels = self.open(name)
         common: dict[str, Any] = {
             "seed": settings.seed,
             "names": pixels.classes,
@@ -81,7 +83,14 @@ class FewShotData:
             nodes = pixels.images.nodes if settings.hierarchy else None
             bounds = {name: getattr(settings, name) for name in ("min_ways", "max_ways", "max_contribution")}
             return [VariableSampler(pixels.labels, nodes=nodes, **bounds, **common)]
+        ways = settings.ways_in(name)
+        count = len(pixels.labels.unique() if classes is None else classes)
+        if count < ways:
+            raise UserError(
+                f"evaluate.data: '{name}' has {count} classes, too few for {ways}-way episodes; give it ways of its own, "
+                f"evaluate.ways_of: {{{name}: {count}}}, or lower evaluate.ways."
+            )
         return [
-            EpisodeSampler(pixels.labels, ways=settings.ways, shots=shots, queries=settings.queries, **common)
+            EpisodeSampler(pixels.labels, ways=ways, shots=shots, queries=settings.queries, **common)
             for shots in settings.shots
         ]

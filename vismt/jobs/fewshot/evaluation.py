@@ -57,7 +57,7 @@ class Evaluation:
             specs = configured if attacks is None else self._conditions(models, name, attacks, with_corruptions=False)
             settings_text = _settings(specs)
             ending = "" if settings_text == _settings(configured) else f"-{digest(settings_text.encode())[:8]}"
-            for sampler in self.data.samplers(pixels, models.settings.classes(pixels, "test")):
+            for sampler in self.data.samplers(name, models.settings.classes(name, "test")):
                 scores += self._score_set(models, arm, name, pixels, sampler, specs, ending, with_panel and not ending)
         return scores
 
@@ -89,7 +89,7 @@ class Evaluation:
             label=f"{shown} {protocol} {arm}",
         )
         labels = [CLEAN, *(condition_of(spec, sampler.min_ways) for spec in specs)]
-        chance = 1 / self.config.evaluate.ways if self.config.evaluate.rule == "uniform" else None
+        chance = 1 / sampler.ways if isinstance(sampler, EpisodeSampler) else None
         return [
             Score(TASK, shown, protocol, accuracy(accuracies[label.label], chance), label, "episodes")
             for label in labels
@@ -103,7 +103,7 @@ class Evaluation:
         scores = []
         for name in select.data:
             pixels = self.data.open(name)
-            sampler = models.settings.sampler(pixels)
+            sampler = models.settings.sampler(name)
             accuracies = run_protocol(
                 net,
                 pixels,
@@ -137,7 +137,7 @@ class Evaluation:
         for arm in arms:
             for name in self.config.evaluate.data:
                 pixels = self.data.open(name)
-                sampler = self.data.samplers(pixels, models.settings.classes(pixels, "test"))[0]
+                sampler = self.data.samplers(name, models.settings.classes(name, "test"))[0]
                 shown = shown_name(name)
                 protocol = str(sampler)
                 result = check_episodes(

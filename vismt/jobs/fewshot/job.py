@@ -78,8 +78,7 @@ class FewShotJob(Job[FewShotConfig, Any]):
     def check_data(self) -> None:
         settings = self.models(self.study.seeds[0]).settings
         for name in self.config.evaluate.data:
-            pixels = self.data.open(name)
-            self.data.samplers(pixels, settings.classes(pixels, "test"))
+            self.data.samplers(name, settings.classes(name, "test"))
 
     def fresh(self, config: FewShotConfig) -> Net:
         """Return the net of an arm with untrained factors, where the configuration has any."""

@@ -65,15 +65,16 @@ class PoolSettings:
             )
         return self._chosen[key]
 
-    def classes(self, pixels: Pixels, part: str) -> list[int] | None:
+    def classes(self, data: str, part: str) -> list[int] | None:
         """Return the class ids of the "validation" or the "test" episodes of an evaluated set; None for all classes."""
         select = self.config.select
         if select is None or not select.class_share:
             return None
+        pixels = self._open(data)
         ids = pixels.labels.unique()
         seed = mix_seed(select.seed, "classes", pixels.name)
         order = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
-        ways = self.config.evaluate.ways
+        ways = self.config.evaluate.ways_in(data)
         kept = max(ways, math.ceil(select.class_share * len(ids)))
         if len(ids) - kept < ways:
             raise UserError(
@@ -97,7 +98,7 @@ class PoolSettings:
             if attack is None:
                 return clean
             seed = mix_seed(select.seed, "attack", number)
-            changed = attack.perturb(classifier, query, truth, num_classes=config.evaluate.ways, seed=seed)
+            changed = attack.perturb(classifier, query, truth, num_classes=int(truth.max()) + 1, seed=seed)
             with torch.no_grad():
                 return 0.5 * clean + 0.5 * float((classifier(changed).argmax(1) == truth).double().mean())
 
@@ -117,23 +118,24 @@ class PoolSettings:
             "tried": [asdict(candidate) for candidate in tried],
         }
 
-    def sampler(self, pixels: Pixels) -> EpisodeSampler:
+    def sampler(self, data: str) -> EpisodeSampler:
         """Return the validation episodes of a set."""
         select = self.config.selection
+        pixels = self._open(data)
         return EpisodeSampler(
             pixels.labels,
-            ways=self.config.evaluate.ways,
+            ways=self.config.evaluate.ways_in(data),
             shots=select.shots,
             queries=select.queries,
             seed=select.seed,
-            classes=self.classes(pixels, "validation"),
+            classes=self.classes(data, "validation"),
             names=pixels.classes,
         )
 
     def _tasks(self, name: str, device: torch.device) -> list[LabelledTask]:
         """Return the validation tasks of a set on a device."""
         pixels = self._open(name)
-        sampler = self.sampler(pixels)
+        sampler = self.sampler(name)
         episodes = [sampler[index] for index in range(self.config.selection.episodes)]
         return [
             (

@@ -13,7 +13,7 @@ from vismt.engine.log import read_lines
 from vismt.engine.study import Study
 from vismt.errors import UserError
 from vismt.jobs.fewshot import masking_report
-from vismt.jobs.fewshot.config import CLEAN, EXPERT, TUNED, FewShotConfig
+from vismt.jobs.fewshot.config import CLEAN, EXPERT, FewShotConfig, split_head
 from vismt.jobs.fewshot.episode_figure import episode_grid
 from vismt.jobs.fewshot.figures import mixture_bars
 from vismt.jobs.fewshot.merge_settings import chosen_settings
@@ -77,8 +77,8 @@ def _mixtures(
     several = len({row.protocol for row in rows}) > 1
     shares: dict[str, dict[tuple[str, str], list[float]]] = {}
     for row in rows:
-        if row.arm == "average" or row.arm.startswith(EXPERT) or row.arm.endswith(TUNED):
-            continue  # the same for every task, or that of the model before fine-tuning
+        if row.arm == "average" or row.arm.startswith(EXPERT) or split_head(row.arm)[1]:
+            continue  # the same for every task, or that of the model with prototypes
         path = episodes_file(folder, study.seeds[0], row.data, row.protocol, row.arm)
         weights = [line["mixture"] for line in read_lines(path) if isinstance(line.get("mixture"), list)]
         if not weights:
