@@ -136,7 +136,8 @@ class SelectConfig:
 class FewShotConfig(StudyConfig):
     """One few-shot experiment. on_bad_sample: 'error' or 'skip' for images that cannot be decoded.
 
-    The experts of a pool are its arms; other arms are named in `arms`. With `tune` the rates are judged on select.data.
+    The experts of a pool are its arms; other arms are named in `arms`. With `tune` the rates are judged on select.data. In a
+    run that trains nothing, an arm replaces values of `model`, and is evaluated in place of "frozen".
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -194,6 +195,13 @@ def resolve_experts(config: FewShotConfig) -> dict[str, FewShotConfig]:
     }
 
 
+def untrained_arms(config: FewShotConfig) -> dict[str, FewShotConfig]:
+    """Return the configuration of every arm of a run that trains nothing, whose arms are other backbones."""
+    if config.pool is not None or not config.arms or (config.adapt is not None and config.train is not None):
+        return {}
+    return resolve_arms(config)
+
+
 def split_head(model: str) -> tuple[str, str]:
     """Return the stem of a model's name and its head, "" for prototypes."""
     stem, _, head = model.rpartition("+")
@@ -201,7 +209,13 @@ def split_head(model: str) -> tuple[str, str]:
 
 
 def evaluated_models(config: FewShotConfig, arms: list[str]) -> list[str]:
-    """Return evaluate.models, with all arms in place of "adapted"; without a training only "frozen"."""
+    """Return evaluate.models, with all arms in place of "adapted"; without a training only "frozen", or arms in its place."""
+    untrained = untrained_arms(config)
+    if untrained:
+        named = [(model, split_head(model)[0]) for model in config.evaluate.models]
+        return [
+            f"{arm}{model.removeprefix(stem)}" for arm in untrained for model, stem in named if stem in (FROZEN, arm)
+        ]
     models: list[str] = []
     for model in config.evaluate.models:
         stem = split_head(model)[0]
@@ -219,11 +233,24 @@ def check(config: FewShotConfig) -> None:
     _check_evaluation(config)
     _check_models(config, trains)
     _check_selection(config)
-    check_arms(config, check, ("pool", "select", "merging", "finetune"))
+    check_arms(config, check, ("pool", "select", "merging", "finetune"), () if trains else ("model",))
+    _check_arm_keys(config)
     if config.arms and config.pool is not None:
         raise UserError("arms: a pool's experts are the arms; leave out arms or the pool section.")
     if config.tune is not None and not (config.select is not None and config.select.data):
         raise UserError("tune: the rates are judged on validation tasks; name their sets in select.data.")
+
+
+def _check_arm_keys(config: FewShotConfig) -> None:
+    for name, values in config.arms.items():
+        if split_head(name)[1]:
+            raise UserError(f"arms: '{name}' reads as a head on '{split_head(name)[0]}'; name it otherwise.")
+        key = next((key for key in values if key.partition(".")[0] != "model"), None)
+        if key is not None and untrained_arms(config):
+            raise UserError(
+                f"arms.{name}: {key}: this run trains nothing, so its arms differ in `model` alone; leave the key out, or add "
+                "adapt and train."
+            )
 
 
 def _check_values(config: FewShotConfig, trains: bool) -> None:

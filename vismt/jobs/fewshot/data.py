@@ -22,7 +22,13 @@ class FewShotData:
 
     def __init__(self, config: FewShotConfig) -> None:
         self.config = config
-        self._pixels: dict[str, Pixels] = {}
+        self._pixels: dict[tuple[str, int], Pixels] = {}
+
+    def variant(self, config: FewShotConfig) -> FewShotData:
+        """Return the same sets for an arm with another backbone; sets of one image size are shared."""
+        other = FewShotData(config)
+        other._pixels = self._pixels
+        return other
 
     def backbone(self) -> vit.Backbone:
         """Return the stock backbone."""
@@ -33,15 +39,15 @@ class FewShotData:
 
     def open(self, name: str) -> Pixels:
         """Return the set 'name' or 'name:split' at the backbone's resolution."""
-        if name not in self._pixels:
+        size = self.config.model.img_size or self.backbone().img_size[0]
+        if (name, size) not in self._pixels:
             card, _, split = name.partition(":")
             images: ImageSet = open_images(
                 card, split or "all", on_bad_sample=self.config.on_bad_sample, download=self.config.download
             )
-            size = self.config.model.img_size or self.backbone().img_size[0]
-            self._pixels[name] = Pixels(images, size)
+            self._pixels[name, size] = Pixels(images, size)
             console.stage("data", f"{name}   {len(images.classes)} classes   {len(images):,} images")
-        return self._pixels[name]
+        return self._pixels[name, size]
 
     def batches(self, config: FewShotConfig) -> EpisodeBatches:
         """Return the training episodes of an arm, by number."""

@@ -15,7 +15,7 @@ from vismt.engine import runtime, training_files
 from vismt.engine.study import ALONE, Study, Training
 from vismt.errors import UserError
 from vismt.files import read_tensors
-from vismt.jobs.fewshot.config import CLEAN, EXPERT, FROZEN, FewShotConfig, split_head
+from vismt.jobs.fewshot.config import CLEAN, EXPERT, FROZEN, FewShotConfig, split_head, untrained_arms
 from vismt.jobs.fewshot.merge_settings import PoolSettings
 from vismt.lowrank.inject import merge
 from vismt.lowrank.store import fingerprint
@@ -124,7 +124,7 @@ class Models:
 
     def _single(self, stem: str) -> ProtoNet | MamlNet:
         """Return the frozen model, or that of an arm."""
-        if stem == FROZEN:
+        if stem == FROZEN or stem in untrained_arms(self.study.config):
             return make_net(self._backbone(), replace(self.config, meta=None))
         arm = stem if stem in self.study.arms else ALONE
         if arm not in self.study.arms:

@@ -13,7 +13,7 @@ from vismt.engine.log import read_lines
 from vismt.engine.study import Study
 from vismt.errors import UserError
 from vismt.jobs.fewshot import masking_report
-from vismt.jobs.fewshot.config import CLEAN, EXPERT, FewShotConfig, split_head
+from vismt.jobs.fewshot.config import CLEAN, EXPERT, FewShotConfig, split_head, untrained_arms
 from vismt.jobs.fewshot.episode_figure import episode_grid
 from vismt.jobs.fewshot.figures import mixture_bars
 from vismt.jobs.fewshot.merge_settings import chosen_settings
@@ -21,6 +21,7 @@ from vismt.jobs.fewshot.names import episodes_file
 from vismt.metatune.pool import read_pool
 from vismt.report.results import Result
 from vismt.report.sections import Picture, Section
+from vismt.report.tables import Table
 
 
 def sections(
@@ -29,10 +30,21 @@ def sections(
     """Return the sections of a few-shot run, as far as the run folder has the files."""
     seed = study.seeds[0]
     return [
+        Section("Arms left out", _left_out(config, results)),
         Section("Gradient masking", masking_report.tables(folder)),
         Section("Pool", chosen_settings(folder / "pool" / f"seed-{seed}"), _mixtures(folder, config, study, results)),
         Section("Episodes", pictures=_panels(folder), folded=True),
     ]
+
+
+def _left_out(config: FewShotConfig, results: Sequence[Result]) -> list[tuple[Table, str]]:
+    """Return the untrained arms without a result."""
+    scored = {split_head(row.arm)[0] for row in results}
+    arms = {arm: changed.model.name for arm, changed in untrained_arms(config).items() if arm not in scored}
+    if not arms:
+        return []
+    note = "No weights of these backbones could be had when the run was evaluated: no source of them answered."
+    return [(Table("Not evaluated", ["Arm", "Backbone"], [list(pair) for pair in arms.items()], set()), note)]
 
 
 def _panels(folder: Path) -> list[Picture]:
