@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import yaml
 
 from vismt.backbones import build
+from vismt.backbones.assets import list_assets, load_asset_card
 from vismt.cli import main
 from vismt.config import typed
 from vismt.engine.log import read_lines
 from vismt.errors import UserError
-from vismt.jobs import open_run
+from vismt.jobs import load_config, open_run
 from vismt.jobs.fewshot.config import FewShotConfig, check, evaluated_models, split_head, untrained_arms
 from vismt.jobs.fewshot.data import FewShotData
+from vismt.paths import shipped
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
@@ -127,7 +130,8 @@ def test_heads_of_a_pool(tmp_path: Path) -> None:
 
 
 def test_backbones_as_arms_and_those_out_of_reach_left_out(tmp_path: Path, offline, capsys) -> None:
-    settings = {"models": ["frozen", "frozen+ridge", "frozen+logistic"], "masking": True, "masking_episodes": 2}
+    models = ["frozen", "frozen+ridge", "frozen+logistic"]
+    settings = {"models": models, "data": ["digits"], "ways": 3, "ways_of": {}, "masking": True, "masking_episodes": 2}
     folder = run(tmp_path, adapt=None, train=None, arms=ARMS, evaluate=settings)
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if line.startswith("skip")]
@@ -137,7 +141,7 @@ def test_backbones_as_arms_and_those_out_of_reach_left_out(tmp_path: Path, offli
     evaluated = [row["arm"] for row in rows if (row["data"], row["condition"]) == ("digits", "clean")]
     assert evaluated == [f"{arm}{head}" for arm in ("small", "wide") for head in ("", "+ridge", "+logistic")]
     assert len({row["value"] for row in rows}) > 3
-    assert len(read_lines(folder / "masking.jsonl")) == 12
+    assert len(read_lines(folder / "masking.jsonl")) == 6
     facts = json.loads((folder / "run.json").read_text())
     assert set(facts["skipped"]) == {"gone", "hidden"}
     report = (folder / "report.md").read_text().replace("\\", "")
@@ -157,6 +161,17 @@ def test_a_run_without_any_backbone_is_an_error(tmp_path: Path, offline, capsys)
     )
     assert main(["run", str(path), "--out", str(tmp_path / "runs")]) == 2
     assert "the weights of no arm can be had: the weights of 'test_vit3" in capsys.readouterr().err
+
+
+def test_an_unknown_backbone_of_an_arm_is_named_before_anything_is_evaluated(tmp_path: Path, offline, capsys) -> None:
+    path = tmp_path / "heads.yaml"
+    arms = {"small": ARMS["small"], "odd": {"model.name": "tset_vit"}}
+    path.write_text(
+        yaml.safe_dump(merged({"adapt": None, "train": None, "arms": arms, "evaluate": {"models": ["frozen"]}}))
+    )
+    assert main(["run", str(path), "--out", str(tmp_path / "runs")]) == 2
+    output = capsys.readouterr()
+    assert "arms.odd: backbone 'tset_vit'" in output.err and "eval" not in output.out
 
 
 def test_episodes_do_not_depend_on_the_image_size() -> None:
@@ -185,6 +200,22 @@ def test_an_attack_is_evaluated_on_every_arm(tmp_path: Path) -> None:
     assert {row["arm"] for row in rows if "FGSM" in row["condition"]} == {"small", "wide"}
     with pytest.raises(UserError, match="trains nothing"):
         open_run(folder).job.merged("small")
+
+
+def test_the_foundation_table_has_every_vision_asset_and_four_families_of_the_hub() -> None:
+    config = load_config(shipped("configs") / "fewshot" / "foundation.yaml", [])
+    assert isinstance(config, FewShotConfig)
+    check(config)
+    models = [arm.model for arm in untrained_arms(config).values()]
+    names = {model.name for model in models}
+    assert names >= {name for name in list_assets() if load_asset_card(name).kind == "vit"}
+    for family in ("dinov2", "dinov3", "clip", "siglip"):
+        assert any(family in name for name in names)
+    assert names - set(list_assets()) <= set(timm.list_pretrained())
+    # A set opens without a backbone where its image size is given.
+    assert all(model.img_size is not None for model in models)
+    other = load_config(shipped("configs") / "metatune" / "amt_small.yaml", [])
+    assert isinstance(other, FewShotConfig) and config.evaluate.data == other.evaluate.data
 
 
 @pytest.mark.parametrize(

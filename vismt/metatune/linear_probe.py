@@ -11,7 +11,7 @@ query images.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ class LinearClassifier(nn.Module):
             return F.linear(F.normalize(features.to(self.weight.dtype), dim=1, eps=1e-12), self.weight, self.bias)
 
 
-class LinearProbe(nn.Module):
+class LinearProbe(nn.Module, ABC):
     """A few-shot model with a linear classifier on the features of another model's task classifier.
 
     proto: a model with `classifier(support_images, support_labels)` that returns a `PrototypeClassifier` (ProtoNet, a pool

@@ -6,7 +6,7 @@ With u, w of linear_probe.py, the rows scaled by sqrt(w): U = diag(w)^1/2 u (n, 
 
 the dual form, which needs n x n numbers where the primal one needs d x d. The intercept is not regularised. For weighted
 centred rows it is the weighted mean, and the fit of image i is H_i T with I - H = lambda G - sqrt(w) sqrt(w)^T / n. So the
-residual of image i under the fit to the other images, intercept included, is exactly
+residual of image i under the fit to the other images (w as it is, a new intercept) is exactly
 
     e_i = [lambda G T]_i / ( sqrt(w_i) (lambda G_ii - w_i / n) )
 

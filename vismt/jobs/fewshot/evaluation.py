@@ -131,27 +131,26 @@ class Evaluation:
         corruptions = self.config.evaluate.corruptions if with_corruptions else []
         return conditions(attacks, corruptions, source)
 
-    def masking_lines(self, models: Models, arms: Sequence[str], config_hash: str) -> list[dict[str, Any]]:
-        """Return the gradient-masking check of every model on every set, with the set's first protocol."""
+    def masking_lines(self, models: Models, arm: str, config_hash: str) -> list[dict[str, Any]]:
+        """Return the gradient-masking check of a model on every set, with the set's first protocol."""
         lines = []
-        for arm in arms:
-            for name in self.config.evaluate.data:
-                pixels = self.data.open(name)
-                sampler = self.data.samplers(name, models.settings.classes(name, "test"))[0]
-                shown = shown_name(name)
-                protocol = str(sampler)
-                result = check_episodes(
-                    models.task(arm, name),
-                    pixels,
-                    sampler,
-                    episodes=self.config.evaluate.masking_episodes,
-                    records=self.folder / "masking" / f"{record_stem(shown, protocol, arm)}.jsonl",
-                    data=name,
-                    fingerprint=models.fingerprint(arm, name),
-                    label=f"{shown} {protocol} {arm} by radius",
-                )
-                lines.append(masking_report.line(shown, protocol, arm, result, config_hash))
-            console.stage("masking", masking_report.summary([line for line in lines if line["model"] == arm]))
+        for name in self.config.evaluate.data:
+            pixels = self.data.open(name)
+            sampler = self.data.samplers(name, models.settings.classes(name, "test"))[0]
+            shown = shown_name(name)
+            protocol = str(sampler)
+            result = check_episodes(
+                models.task(arm, name),
+                pixels,
+                sampler,
+                episodes=self.config.evaluate.masking_episodes,
+                records=self.folder / "masking" / f"{record_stem(shown, protocol, arm)}.jsonl",
+                data=name,
+                fingerprint=models.fingerprint(arm, name),
+                label=f"{shown} {protocol} {arm} by radius",
+            )
+            lines.append(masking_report.line(shown, protocol, arm, result, config_hash))
+        console.stage("masking", masking_report.summary(lines))
         return lines
 
 

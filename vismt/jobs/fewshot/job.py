@@ -206,11 +206,9 @@ class FewShotJob(Job[FewShotConfig, Any]):
         super().evaluate(attacks)
         if self.config.evaluate.masking and attacks is None:
             seed = self.study.seeds[0]
-            lines = [
-                line
-                for arm in self.evaluated()
-                for line in self._evaluation(arm).masking_lines(self.models(seed, arm), [arm], self.hash)
-            ]
+            lines = []
+            for arm in self.evaluated():
+                lines += self._evaluation(arm).masking_lines(self.models(seed, arm), arm, self.hash)
             write_lines(self.folder / masking_report.LINES, lines)
 
     def _skip_unavailable(self) -> None:
@@ -222,6 +220,8 @@ class FewShotJob(Job[FewShotConfig, Any]):
             except WeightsUnavailable as error:
                 self.skipped[arm] = str(error)
                 console.stage("skip", f"{arm}   left out: {error}")
+            except UserError as error:
+                raise UserError(f"arms.{arm}: {error}") from error
         if self.untrained and not self.evaluated():
             raise UserError(f"evaluate: the weights of no arm can be had: {next(iter(self.skipped.values()))}")
 
