@@ -266,7 +266,10 @@ def test_a_set_with_too_few_classes_names_the_key(tmp_path: Path, capsys) -> Non
     path.write_text(yaml.safe_dump(merged({"adapt": None, "train": None, "evaluate": {"ways": 11, "ways_of": {}}})))
     assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
     error = capsys.readouterr().err
-    assert "'digits' has 10 classes, too few for 11-way episodes" in error and "evaluate.ways_of: {digits: 10}" in error
+    assert (
+        "evaluate.ways: 'digits' has 10 classes, too few for 11-way episodes" in error
+        and "evaluate.ways_of: {digits: 10}" in error
+    )
 
 
 def test_the_choice_of_settings_uses_the_ways_of_its_sets(tmp_path: Path) -> None:
@@ -281,3 +284,20 @@ def test_the_choice_of_settings_uses_the_ways_of_its_sets(tmp_path: Path) -> Non
     )
     sampler = open_run(folder).job.models(0).settings.sampler("photo_crops:test")
     assert sampler.ways == 2 and str(sampler) == "2-way 1-shot"
+    job = open_run(folder).job
+    job.config.evaluate.ways_of = {"photo_crops:test": 30}
+    with pytest.raises(
+        UserError, match=r"'photo_crops:test' has 18 classes, too few for 30-way .* evaluate.ways_of: {photo"
+    ):
+        job.models(0).settings.sampler("photo_crops:test")
+
+
+def test_a_head_alone_can_be_evaluated_and_the_size_of_images_is_asked_for_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = configuration(train=None, model={"img_size": None}, evaluate={"models": ["frozen+ridge"]})
+    check(config)
+    assert evaluated_models(config, []) == ["frozen+ridge"]
+    data, made, backbone = FewShotData(config), [], FewShotData.backbone
+    monkeypatch.setattr(FewShotData, "backbone", lambda self: made.append(1) or backbone(self))
+    assert data.open("digits") is data.open("digits") and data.open("digits").size == 160 and made == [1]

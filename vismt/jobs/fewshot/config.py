@@ -105,9 +105,15 @@ class EvaluateConfig:
     masking_episodes: int = 10
     ways_of: dict[str, int] = field(default_factory=dict, metadata=HASHED_IF_SET)
 
-    def ways_in(self, data: str) -> int:
-        """Return the ways of the uniform episodes of a set."""
-        return self.ways_of.get(data, self.ways)
+    def ways_in(self, data: str, classes: int | None = None) -> int:
+        """Return the ways of the uniform episodes of a set. Raises UserError where it has fewer classes."""
+        ways = self.ways_of.get(data, self.ways)
+        if classes is not None and classes < ways:
+            raise UserError(
+                f"evaluate.ways: '{data}' has {classes} classes, too few for {ways}-way episodes; give it ways of its own, "
+                f"evaluate.ways_of: {{{data}: {classes}}}, or lower evaluate.ways."
+            )
+        return ways
 
 
 @dataclass
@@ -323,7 +329,7 @@ def _check_models(config: FewShotConfig, trains: bool) -> None:
         _check_model(config, "evaluate.attacks: source", model, known, trains)
         if split_head(model)[0] != FROZEN and not trains and not assembled:
             raise UserError(f"evaluate.attacks: source: '{model}' needs a training, and there is none; take 'frozen'.")
-    if FROZEN not in config.evaluate.models and not trains and not assembled:
+    if not trains and not evaluated_models(config, []):
         raise UserError(
             f"evaluate.models: {config.evaluate.models} without an adapt and a train section; add them, name a pool.folder, "
             "or evaluate 'frozen'."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,6 @@ from vismt.backbones import vit
 from vismt.data.images import ImageSet, open_images
 from vismt.data.pixels import Pixels
 from vismt.data.transforms import augment
-from vismt.errors import UserError
 from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.metatune.episodes import EpisodeSampler, VariableSampler
 from vismt.metatune.objective import EpisodeBatches
@@ -30,6 +30,11 @@ class FewShotData:
         other._pixels = self._pixels
         return other
 
+    @cached_property
+    def size(self) -> int:
+        """The backbone's image size in pixels."""
+        return self.config.model.img_size or self.backbone().img_size[0]
+
     def backbone(self) -> vit.Backbone:
         """Return the stock backbone."""
         model = self.config.model
@@ -39,7 +44,7 @@ class FewShotData:
 
     def open(self, name: str) -> Pixels:
         """Return the set 'name' or 'name:split' at the backbone's resolution."""
-        size = self.config.model.img_size or self.backbone().img_size[0]
+        size = self.size
         if (name, size) not in self._pixels:
             card, _, split = name.partition(":")
             images: ImageSet = open_images(
@@ -89,13 +94,7 @@ class FewShotData:
             nodes = pixels.images.nodes if settings.hierarchy else None
             bounds = {name: getattr(settings, name) for name in ("min_ways", "max_ways", "max_contribution")}
             return [VariableSampler(pixels.labels, nodes=nodes, **bounds, **common)]
-        ways = settings.ways_in(name)
-        count = len(pixels.labels.unique() if classes is None else classes)
-        if count < ways:
-            raise UserError(
-                f"evaluate.data: '{name}' has {count} classes, too few for {ways}-way episodes; give it ways of its own, "
-                f"evaluate.ways_of: {{{name}: {count}}}, or lower evaluate.ways."
-            )
+        ways = settings.ways_in(name, len(pixels.labels.unique() if classes is None else classes))
         return [
             EpisodeSampler(pixels.labels, ways=ways, shots=shots, queries=settings.queries, **common)
             for shots in settings.shots

@@ -122,13 +122,14 @@ class PoolSettings:
         """Return the validation episodes of a set."""
         select = self.config.selection
         pixels = self._open(data)
+        classes = self.classes(data, "validation")
         return EpisodeSampler(
             pixels.labels,
-            ways=self.config.evaluate.ways_in(data),
+            ways=self.config.evaluate.ways_in(data, len(pixels.labels.unique() if classes is None else classes)),
             shots=select.shots,
             queries=select.queries,
             seed=select.seed,
-            classes=self.classes(data, "validation"),
+            classes=classes,
             names=pixels.classes,
         )
 
