@@ -48,8 +48,8 @@ def test_every_attack_by_name(tmp_path: Path, monkeypatch, ways: int, text: str)
     folder = run(tmp_path, "--quiet", ways=ways, episodes=2, attacks=chosen, models=["frozen"])
     rows = read_lines(folder / "results.jsonl")
     conditions = [row["condition"] for row in rows]
-    assert len(conditions) == len(chosen) + 1 and text in conditions
-    assert {"FAB-2 linf 4/255", "Square-5 l2 0.5", "PGD-2 l2 0.5"} <= set(conditions)
+    assert len(conditions) == len(chosen) + 3 and text in conditions
+    assert {"FAB-T-2 linf 4/255", "Square-5 l2 0.5", "PGD-2 l2 0.5"} <= set(conditions)
     assert all(row["n"] == 2 and 0 <= row["value"] <= 1 for row in rows)
 
 

@@ -57,9 +57,7 @@ def _attack(options: argparse.Namespace) -> None:
     if (options.run is None) == (options.model is None):
         raise UserError("attack: give either a run folder or --model (with --data).")
     attacks = [
-        AttackConfig(
-            name, options.epsilon, options.step_size, options.steps, options.norm, restarts=options.restarts
-        )
+        AttackConfig(name, options.epsilon, options.step_size, options.steps, options.norm, restarts=options.restarts)
         for name in options.attack or ["strong"]
     ]
     if options.run is None:
