@@ -83,11 +83,23 @@ def test_an_adapter_gives_its_logits_loaded_and_merged(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_evaluating_a_run_again_gives_every_number(copied: Callable[[str], Path], name: str) -> None:
-    """Keep the records, whether or not the present version reads them."""
+def test_evaluating_a_run_again_gives_every_number(
+    copied: Callable[[str], Path], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Keep the records, whether or not the present version reads them.
+
+    Since the attack "pgd" has another step, records under it are refused and kept.
+    """
     run = copied(name)
-    assert main(["evaluate", str(run), "--quiet"]) == 0
-    check_numbers(name, run, value=1e-6, half=1e-6)
+    attacked = "attacks:\n  - name" in (run / "config.resolved.yaml").read_text()
+    assert main(["evaluate", str(run), "--quiet"]) == (2 if attacked else 0)
+    if attacked:
+        error = capsys.readouterr().err
+        assert "of another run (different: attacks)" in error and error.count("\n") == 1
+        for path in (GOLDEN / "runs" / name).rglob("records/*.jsonl"):
+            assert path.read_text() in {other.read_text() for other in run.rglob("*.jsonl")}
+    else:
+        check_numbers(name, run, value=1e-6, half=1e-6)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -101,12 +113,18 @@ def test_evaluating_a_run_without_its_records_gives_every_number(copied: Callabl
 
 
 def check_numbers(name: str, run: Path, value: float, half: float) -> None:
-    """Compare every old number, over all seeds and by seed; tolerances are relative above 1."""
+    """Compare every old number, over all seeds and by seed; tolerances are relative above 1.
+
+    "pgd" takes larger steps than in 0.1.0, so an accuracy under it may be lower, by any amount.
+    """
     before = GOLDEN / "runs" / name
     pairs = pair_up(results(before), results(run))
     pairs += pair_up(results_by_seed(before), results_by_seed(run))
     assert pairs
     for pair in pairs:
+        if pair.old.condition.startswith("PGD"):
+            assert pair.new.value <= pair.old.value + value, f"{pair.old}: {pair}"
+            continue
         scale = max(1.0, abs(pair.old.value))
         assert pair.value_difference <= value * scale and pair.half_difference <= half * scale, f"{pair.old}: {pair}"
 

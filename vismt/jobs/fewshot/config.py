@@ -31,7 +31,10 @@ COPY_SEED = 1_000_003  # difference of the training seeds of experts with one le
 
 @dataclass
 class SourceConfig:
-    """Training episodes. data: cards as 'name' or 'name:split'; hierarchy: draw the ways within one superclass."""
+    """Training episodes. data: cards as 'name' or 'name:split'; hierarchy: draw the ways within one superclass.
+
+    scale: of the cosine classifier's logits at the start; it is trained.
+    """
 
     data: list[str] = field(default_factory=list)
     ways: int = 5
@@ -42,6 +45,7 @@ class SourceConfig:
     jitter: float = 0.4
     flip: bool = True
     hierarchy: bool = False
+    scale: float = field(default=10.0, metadata=HASHED_IF_SET)
 
 
 @dataclass(frozen=True)
@@ -299,9 +303,10 @@ def _check_values(config: FewShotConfig, trains: bool) -> None:
     source = config.source
     if trains and not source.data:
         raise UserError("source.data: names no set to train on; add a card, or set train to null to evaluate only.")
-    if not 0 < source.crop <= 1 or source.jitter < 0:
+    if not 0 < source.crop <= 1 or source.jitter < 0 or not source.scale > 0:
         raise UserError(
-            f"source: crop {source.crop}, jitter {source.jitter}; crop lies in (0, 1], jitter is not negative."
+            f"source: crop {source.crop}, jitter {source.jitter}, scale {source.scale}; crop lies in (0, 1], jitter is not "
+            "negative, scale is positive."
         )
     repeated = {"targets", "rank", "alpha", "seed"} & set(config.adapt.options if config.adapt else {})
     if repeated:

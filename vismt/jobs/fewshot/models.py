@@ -46,7 +46,7 @@ PROBES: dict[str, type[LinearProbe]] = {"ridge": RidgeProbe, "logistic": Logisti
 def make_net(backbone: Backbone, config: FewShotConfig) -> ProtoNet | MamlNet:
     """Return the classifier of episodes on a backbone; an inner loop updates its parameters that are trainable now."""
     if config.meta is None:
-        return ProtoNet(backbone)
+        return ProtoNet(backbone, config.source.scale)
     return MamlNet(LinearLearner(backbone, config.source.ways, seed=config.seed), config.meta)
 
 
