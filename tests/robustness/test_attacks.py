@@ -369,7 +369,7 @@ def test_defaults():
     assert (pgd.steps, pgd.restarts, pgd.step) == (10, 2, pytest.approx(2.5 * pgd.epsilon / 10))
     assert (paper.steps, paper.restarts, paper.step) == (10, 1, pytest.approx(paper.epsilon / 10))
     assert AttackSpec(steps=40).step == pytest.approx(2.5 * 4.5 / 255 / 40)
-    assert [AttackSpec(name).steps for name in ("apgd_ce", "fab", "square", "strong")] == [100, 100, 5000, 40]
+    assert [AttackSpec(name).steps for name in ("apgd_ce", "fab", "square", "strong")] == [100, 100, 5000, 20]
 
 
 @pytest.mark.parametrize(

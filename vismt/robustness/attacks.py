@@ -5,7 +5,7 @@ outside autocast; afterwards its flags and the random state are as before. An im
 restart, target or part of an ensemble has broken, is left out of the rest (active_set.py).
 
 AutoAttack (Croce and Hein, arXiv 2003.01690) is APGD-CE, APGD-T and FAB-T with 100 steps and at most 9 targets, and Square
-with 5,000 queries. `strong` is its cheap form, the worst case of APGD-CE and APGD-T with 40 steps. APGD-T is not defined
+with 5,000 queries. `strong` is its cheap form, the worst case of APGD-CE and APGD-T with 20 steps. APGD-T is not defined
 below 4 classes; both are then APGD-CE with 5 restarts, FAB-T and Square, which the condition's text names.
 """
 
@@ -56,7 +56,7 @@ KINDS = {
     "fab": _Kind("FAB-T"),
     "square": _Kind("Square", 5000, norms=("linf", "l2")),
     "autoattack": _Kind("AutoAttack", norms=("linf", "l2")),
-    "strong": _Kind("strong", 40),
+    "strong": _Kind("strong", 20),
 }
 ENSEMBLES = ("autoattack", "strong")
 FOREIGN = _Kind("torchattacks", 10, has_step=True)
@@ -81,7 +81,7 @@ class AttackSpec:
     name: pgd, pgd_paper (step epsilon / 10 and one restart, the protocol of the few-shot papers), fgsm, apgd_ce, apgd_dlr,
     apgd_t, fab, square, autoattack, strong, torchattacks:NAME. epsilon: radius in pixel units of [0, 1]. step_size: None =
     2.5 epsilon / steps; only PGD and torchattacks use it. steps: None = 10 (FGSM 1, APGD and FAB 100, Square 5000 queries,
-    strong 40). norm: "linf", "l2" or "l1". restarts: None = 1 (pgd 2). random_start: PGD only. Raises UserError for an
+    strong 20). norm: "linf", "l2" or "l1". restarts: None = 1 (pgd 2). random_start: PGD only. Raises UserError for an
     unknown name or norm, a norm that the attack does not have, a negative radius, a step of zero.
     """
 
