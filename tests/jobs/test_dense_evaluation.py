@@ -47,9 +47,10 @@ def evaluated(tmp_path, monkeypatch):
         config = DenseConfig(tasks=tasks, size=list(canvas))
         evaluation = Evaluation(config, Samples(samples, config))
         training = Training(ALONE, 1e-3, 0, folder)
-        scored = evaluation.scored(None, training, config, "validation")
+        path = folder / "records" / "validation.json"
+        scored = evaluation.scored(None, training, config, "validation", path)
         (result,) = evaluation.scores(scored, "validation")
-        assert evaluation.known(training, "validation") == scored
+        assert evaluation.known(path, training) == scored
         # one task: the quality is its score, 1 / score where lower is better
         expected = 1 / result.measure.score if result.measure.better == "lower" else result.measure.score
         assert evaluation.quality([result]) == pytest.approx(expected)

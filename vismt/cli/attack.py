@@ -42,6 +42,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--step-size", help="step (epsilon / 10)")
     parser.add_argument("--steps", type=int, help="number of steps (the attack's default)")
     parser.add_argument("--norm", default="linf", help="linf or l2")
+    parser.add_argument("--task", action="append", help="of a dense run, whose loss is raised (all tasks)")
     parser.add_argument("--seed", type=int, default=0, help="of the drawn images and the attack, with --model")
     parser.add_argument("--masking", action="store_true", help="also check the accuracy at growing radii")
     parser.add_argument("--out", type=Path, help="run folder to make with --model (runs/attack-...)")
@@ -53,7 +54,7 @@ def _attack(options: argparse.Namespace) -> None:
     if (options.run is None) == (options.model is None):
         raise UserError("attack: give either a run folder or --model (with --data).")
     attacks = [
-        AttackConfig(name, options.epsilon, options.step_size, options.steps, options.norm)
+        AttackConfig(name, options.epsilon, options.step_size, options.steps, options.norm, tasks=options.task or [])
         for name in options.attack or ["pgd"]
     ]
     if options.run is None:
