@@ -12,8 +12,10 @@ import yaml
 from vismt.cli import main
 from vismt.config import config_hash, typed
 from vismt.engine.log import read_lines
-from vismt.jobs import load_config, open_run
+from vismt.errors import UserError
+from vismt.jobs import load_config, make_job, open_run
 from vismt.jobs.dense.config import DenseConfig
+from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.lowrank.inject import merge
 from vismt.report.results import Result, read_results
 from vismt.robustness.attacks import AttackSpec, robust_accuracy
@@ -302,6 +304,14 @@ def test_errors_of_runs_as_arms(
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1, error
     assert not list((tmp_path / "runs").rglob("records")) or "data" in changes  # nothing was evaluated before
+
+
+def test_a_job_without_images_of_its_own_says_so(tmp_path: Path) -> None:
+    job = make_job(
+        typed({"evaluate": {"data": ["digits"]}, "source": {"data": ["digits"]}}, FewShotConfig, "a"), tmp_path
+    )
+    with pytest.raises(UserError, match="'fewshot' has no images of its own"):
+        job.check_conditions([], [])
 
 
 def test_runs_without_attacks_keep_their_hash(tmp_path: Path) -> None:

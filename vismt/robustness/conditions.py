@@ -56,14 +56,14 @@ class AttackConfig:
             self.name, epsilon, step, self.steps, self.norm, self.restarts, seed, random_start=self.random_start
         )
 
-    def dense(self, known: Sequence[str], seed: int = 0) -> DenseAttack:
+    def dense(self, known: Sequence[str]) -> DenseAttack:
         """Return the attack of a dense net; known: the tasks of its run."""
         if self.source is not None:
             raise UserError("evaluate.attacks: source: attacks from another model are for few-shot runs; leave it out.")
         for name in self.tasks:
             if name not in known:
                 raise UserError(f"evaluate.attacks: tasks: no task '{name}'.{near(name, known)}")
-        return DenseAttack(replace(self, tasks=[]).spec(seed), tuple(name for name in known if name in self.tasks))
+        return DenseAttack(replace(self, tasks=[]).spec(), tuple(name for name in known if name in self.tasks))
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -15,6 +14,7 @@ from vismt.backbones import vit
 from vismt.data.batching import ShuffledBatches
 from vismt.data.transforms import augment
 from vismt.engine.study import Training
+from vismt.jobs.base import records_folder
 from vismt.jobs.classification import panels
 from vismt.jobs.classification.config import MultitaskConfig, check, check_attacks
 from vismt.jobs.classification.data import TaskData
@@ -29,7 +29,6 @@ from vismt.multitask.union import UnionObjective
 from vismt.report.results import RECORDS, Result, Score
 from vismt.report.sections import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, conditions
-from vismt.seeds import digest
 
 
 class ClassificationJob(Job[MultitaskConfig, PixelNet]):
@@ -107,11 +106,8 @@ class ClassificationJob(Job[MultitaskConfig, PixelNet]):
 
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
         settings = self.config.evaluate
-        records = training.folder / RECORDS
         chosen, corruptions = (settings.attacks, settings.corruptions) if attacks is None else (attacks, [])
-        if attacks:
-            text = json.dumps([attack.spec().settings() for attack in attacks], sort_keys=True)
-            records = records / digest(text.encode())[:8]
+        records = records_folder(training.folder / RECORDS, attacks)
         return self.scores_under(lambda: self.final(training), training, split, chosen, corruptions, records)
 
     def check_conditions(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> None:

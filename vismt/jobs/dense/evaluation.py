@@ -95,7 +95,7 @@ class Evaluation:
                 for arm, score in self._deltas(by_arm).items():
                     deltas.setdefault(arm, []).append(score)
             except UserError as error:
-                console.stage("eval", f"no delta_m, {condition.label}: {error}")
+                console.stage("eval", f"{condition.label}   no delta_m: {error}")
                 if condition == CLEAN:
                     return {}
         return deltas

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import numpy as np
 from vismt import console
 from vismt.engine.log import read_lines, write_lines
 from vismt.engine.study import Training
-from vismt.jobs.job import EvaluationJob
+from vismt.jobs.base import EvaluationJob, records_folder
 from vismt.jobs.robustness.config import RobustnessConfig, check
 from vismt.jobs.robustness.data import Cards
 from vismt.jobs.robustness.evaluation import corruption_errors, records_path, score_set
@@ -27,7 +25,6 @@ from vismt.report.sections import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, DirectPerturbation
 from vismt.robustness.evaluate import batch_keys
 from vismt.robustness.masking import check_masking
-from vismt.seeds import digest
 
 SHOWN = 6  # images of a panel
 
@@ -73,9 +70,7 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
 
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
         chosen, corruptions = self._chosen(attacks)
-        folder = training.folder
-        if attacks is not None:
-            folder = folder / digest(json.dumps([asdict(attack) for attack in attacks], sort_keys=True).encode())[:8]
+        folder = records_folder(training.folder, attacks)
         if training.arm in self.trained:
             return self.trained[training.arm].scores(chosen, corruptions, folder)
         classifier = self.classifier_of(training.arm)

@@ -59,6 +59,7 @@ def _normalised(config: RobustnessConfig, results: Sequence[Result]) -> list[tup
     rows = [
         [data, arm, f"{100 * mean_corruption_error(arm_errors, errors[data, baseline]):.1f}", str(len(arm_errors))]
         for (data, arm), arm_errors in errors.items()
+        if (data, baseline) in errors
     ]
     return [(Table(f"Over {baseline}, in %", ["Data", "Arm", "mCE", "corruptions"], rows, set()), MCE_NOTE)]
 
