@@ -205,3 +205,23 @@ def test_errors(attacks: list, corruptions: list, words: str) -> None:
 def test_tasks_are_refused_for_classifiers() -> None:
     with pytest.raises(UserError, match="dense runs"):
         AttackConfig("pgd", tasks=["depth"]).spec()
+
+
+def test_the_class_of_an_image_may_be_one_of_the_tasks() -> None:
+    class Classes(TwoHeads):
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            maps = super().forward(images)
+            return {"depth": maps["depth"], "classify": maps["semseg"].mean((2, 3))}
+
+    net, sample = Classes(), batch()
+    sample["class"] = torch.tensor([0, 2, -1, 1])
+    tasks = [TASKS[1], make_task({"name": "classify", "classes": 3})]
+    inside = torch.ones(4, 1, 12, 10, dtype=torch.bool)
+    attack = DenseAttack(AttackSpec("pgd", EPSILON), ("classify",))
+    images = attack.perturb(net, net, sample["image"], sample, tasks, ids=list("0123"), inside=inside)
+    assert torch.equal(images[2], sample["image"][2])  # without a class
+    entropies = [
+        F.cross_entropy(net(x)["classify"], sample["class"], ignore_index=-1, reduction="none")
+        for x in (images, sample["image"])
+    ]
+    assert bool((entropies[0] > entropies[1])[sample["class"] >= 0].all())
