@@ -13,6 +13,10 @@ class UserError(ValueError):
     """
 
 
+class WeightsUnavailable(UserError):
+    """Weights that no source delivers now: the network cannot be reached, or access is not granted."""
+
+
 def require_known(prefix: str, names: Iterable[str], known: Iterable[str]) -> None:
     """Check that every name is known.
 

@@ -233,3 +233,21 @@ def test_hub_weights_are_resampled_from_the_pretrained_grid(monkeypatch) -> None
     prefix = small.vit.pos_embed.shape[1] - 25
     assert torch.equal(small.vit.pos_embed, resample(source.pos_embed, (5, 5), "dino", prefix))
     assert torch.equal(small.vit.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_small_patch14_reg4_dinov2",
+        "vit_small_patch16_dinov3",
+        "vit_base_patch16_clip_quickgelu_224",
+        "vit_base_patch16_siglip_224",
+    ],
+)
+def test_features_of_the_foundation_models_are_timms(name):
+    size = 28 if "patch14" in name else 32
+    torch.manual_seed(0)
+    vit = timm.create_model(name, img_size=size, embed_dim=48, depth=2, num_heads=3, num_classes=0).eval()
+    model, images = Backbone(vit), torch.rand(2, 3, size, size)
+    expected = vit.forward_head(vit.forward_features(model.normalise(images)), pre_logits=True)
+    assert model(images).shape == (2, 48) and torch.allclose(model(images), expected, atol=1e-5)

@@ -143,7 +143,9 @@ def test_folders_by_class_name_in_place_of_files(domain, paint):
     test = open_images(card, "test")
     assert test.labels.tolist() == [4, 4, 5] and test.ids == ["n4/x.png", "n4/y.png", "n5/x.png"]
     assert int(test.read(2)[0, 0, 0]) == 12 and len(open_images(card, "valid")) == 1
-    with pytest.raises(UserError, match=r"class 0 \('n0', split 'train'\) has neither '0.h5' nor a folder of images"):
+    with pytest.raises(
+        UserError, match=r"class 0 \('n0', split 'train'\) has neither '0.h5' nor '0.tfrecords' nor a folder"
+    ):
         open_images(card, "train")
 
 

@@ -13,7 +13,6 @@ from vismt.engine.log import read_lines
 from vismt.robustness import attacks
 
 pytest.importorskip("sklearn")
-pytest.importorskip("torchattacks")
 
 BASE = {
     "model": {"name": "test_vit", "img_size": 32, "pretrained": False, "block": 3},
@@ -41,16 +40,16 @@ def run(folder: Path, *overrides: str, **evaluate: object) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("ways", "text"), [(5, "AutoAttack-2 linf 4/255"), (3, "AutoAttack-2 (APGD-CE+FAB+Square) linf 4/255")]
+    ("ways", "text"), [(5, "AutoAttack-2 linf 4/255"), (3, "AutoAttack-2 (APGD-CE x5+FAB-T+Square) linf 4/255")]
 )
 def test_every_attack_by_name(tmp_path: Path, monkeypatch, ways: int, text: str) -> None:
-    monkeypatch.setattr(attacks, "AUTO_QUERIES", 5)
+    monkeypatch.setattr(attacks, "QUERIES", {"autoattack": 5})
     chosen = [{"epsilon": "4/255", "steps": 2, **attack} for attack in EVERY if ways > 3 or attack["name"] != "apgd_t"]
     folder = run(tmp_path, "--quiet", ways=ways, episodes=2, attacks=chosen, models=["frozen"])
     rows = read_lines(folder / "results.jsonl")
     conditions = [row["condition"] for row in rows]
-    assert len(conditions) == len(chosen) + 1 and text in conditions
-    assert {"FAB-2 linf 4/255", "Square-5 l2 0.5", "PGD-2 l2 0.5"} <= set(conditions)
+    assert len(conditions) == len(chosen) + 3 and text in conditions
+    assert {"FAB-T-2 linf 4/255", "Square-5 l2 0.5", "PGD-2 l2 0.5"} <= set(conditions)
     assert all(row["n"] == 2 and 0 <= row["value"] <= 1 for row in rows)
 
 

@@ -25,7 +25,7 @@ from vismt import console
 from vismt.backbones import convert
 from vismt.backbones.cards import AssetCard, list_assets, load_asset_card
 from vismt.backbones.sources import WeightsSource, assets_root, check_sha256, sha256_of
-from vismt.errors import UserError
+from vismt.errors import UserError, WeightsUnavailable
 from vismt.paths import cache_root
 from vismt.wheels import MEGABYTE, SourceFailed
 
@@ -117,7 +117,7 @@ def _fetch(card: AssetCard, tried: list[str], scratch: Path, refresh: bool) -> P
             continue
         _report(card, f"{source} -> cache", path, "sha256 ok" if source.sha256 else "sha256 not in card")
         return path
-    raise UserError(_nothing_answered(card, tried))
+    raise WeightsUnavailable(_nothing_answered(card, tried))
 
 
 def _keep(card: AssetCard, source: WeightsSource, raw: Path, scratch: Path) -> Path:

@@ -8,7 +8,7 @@ from torch import nn
 from vismt.backbones.assets import list_assets
 from vismt.backbones.cards import AssetCard
 from vismt.backbones.sources import quiet_logger
-from vismt.errors import UserError, near
+from vismt.errors import UserError, WeightsUnavailable, near
 from vismt.wheels import one_line
 
 ADVICE = " Take one of timm.list_models('vit_*')."
@@ -64,7 +64,7 @@ def from_hub(architecture: str, **options: int | tuple[int, int]) -> nn.Module:
             return build(architecture, pretrained=True, **options)
     except OSError as error:
         reason = one_line(str(error), 160)
-        raise UserError(
+        raise WeightsUnavailable(
             f"the weights of '{architecture}' could not be downloaded by timm ({reason}). Download them on a machine that "
             "reaches the hub and pass the path as pretrained, or use an asset of `vismt assets list` that comes from a wheel."
         ) from error

@@ -1,8 +1,10 @@
-"""Domains of Meta-Dataset (Triantafillou et al., arXiv 1903.03096), converted to HDF5 by P>M>F (Hu et al., arXiv 2204.07305).
+"""Domains of Meta-Dataset (Triantafillou et al., arXiv 1903.03096), as its own conversion or that of P>M>F leaves them.
 
-A class with the number k is the file `k.h5` with one group `0`, `1`, ... an image (dataset `image`, uint8 (h, w, 3), RGB),
-or a folder of image files called by its name. `dataset_spec.json` numbers the classes: those of the training split first,
-then validation, then test. It also holds what the episodes draw from: Omniglot's alphabets, ImageNet's part of WordNet.
+A class with the number k is the file `k.tfrecords` of Meta-Dataset's conversion, one tf.train.Example an image with `image`
+(JPEG or PNG) and `label` (k); or the file `k.h5` of P>M>F (Hu et al., arXiv 2204.07305) with one group `0`, `1`, ... an image
+(dataset `image`, uint8 (h, w, 3), RGB); or a folder of image files called by its name. `dataset_spec.json` numbers the
+classes: those of the training split first, then validation, then test. It also holds what the episodes draw from: Omniglot's
+alphabets, ImageNet's part of WordNet.
 """
 
 from __future__ import annotations
@@ -15,10 +17,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from vismt.data.decode import decode_file, is_image_name
+from vismt.data.class_files import FORMS, ClassImages, open_class
 from vismt.data.image_source import ImageSource, LoadedImages, check_classes_per_split
 from vismt.data.source_types import Card, Files, RootedSource, source_kind
 from vismt.data.sources import fix, shown_path, verify_classes, verify_counts
@@ -97,7 +98,7 @@ def _parse(raw: Mapping[str, Any]) -> DomainSpec:
 @source_kind("meta_dataset")
 @dataclass(frozen=True, kw_only=True)
 class MetaDatasetSource(RootedSource, ImageSource):
-    """One domain of Meta-Dataset, converted: `dataset_spec.json` beside `<class id>.h5`, or beside a folder per class name.
+    """One domain of Meta-Dataset, converted: `dataset_spec.json` beside a file for each class id, or a folder for each name.
 
     Attributes:
         classes_per_split: number of classes of train, valid and test, for copies without the spec.
@@ -115,8 +116,8 @@ class MetaDatasetSource(RootedSource, ImageSource):
             raise UserError(f"{where}: hierarchy '{self.hierarchy}' is not known.{near(self.hierarchy, HIERARCHIES)}")
 
     def list_files(self, base: Path) -> Files:
-        """Return the .h5 files, each as a group of its name, and the spec."""
-        paths = [path for path in sorted(base.glob("*.h5")) if path.stem.isdigit()]
+        """Return the files of the classes, each as a group of its name, and the spec."""
+        paths = [path for form in FORMS for path in sorted(base.glob(f"*{form}")) if path.stem.isdigit()]
         return {path.name: [(path.name, path)] for path in [*paths, base / SPEC] if path.is_file()}
 
     def load(self, card: Card, base: Path, split: str) -> LoadedImages:
@@ -130,31 +131,32 @@ class MetaDatasetSource(RootedSource, ImageSource):
         verify_classes(card, self, base, len(spec.names))
         wanted = self.wanted(split)
         labels: list[int] = []
-        rows: list[tuple[Path, str]] = []  # (.h5 file, key), or (image file, "")
+        parts: list[ClassImages] = []
         counts: dict[str, int] = {}
         for name in wanted:
-            before = len(rows)
+            before = len(labels)
             for k in spec.ranges[name]:
                 images = _images_of(card, base, name, spec, k)
-                rows += images
+                parts.append(images)
                 labels += [k] * len(images)
-            counts[name] = len(rows) - before
+            counts[name] = len(labels) - before
         verify_counts(card, self, base, counts)
+        rows = [(images, number) for images in parts for number in range(len(images))]
 
         def read(i: int) -> Tensor:
-            path, key = rows[i]
-            return _read_h5(card, path, key) if key else decode_file(path)
+            images, number = rows[i]
+            return images.read(number)
 
         def content() -> str:
             # Hashing the bytes of a domain would take longer than reading it: size and time of change stand for them.
-            stats = ((path, path.stat()) for path in dict.fromkeys(path for path, _ in rows))
+            stats = ((path, path.stat()) for images in parts for path in images.paths)
             text = "\n".join(f"{path.relative_to(base)}\t{stat.st_size}\t{stat.st_mtime_ns}" for path, stat in stats)
             return hashlib.sha256(text.encode()).hexdigest()
 
         return LoadedImages(
             classes=spec.names,
             labels=labels,
-            ids=[f"{path.relative_to(base).as_posix()}/{key}".rstrip("/") for path, key in rows],
+            ids=[name for images in parts for name in images.names],
             read=read,
             content=content,
             above=spec.above,
@@ -190,18 +192,13 @@ class MetaDatasetSource(RootedSource, ImageSource):
         return spec
 
 
-def _images_of(card: Card, base: Path, split: str, spec: DomainSpec, k: int) -> list[tuple[Path, str]]:
-    """Return (.h5 file, key) or (image file, "") of each image of class `k`."""
-    path = base / f"{k}.h5"
-    folder = _folder(base, split, spec.names[k])
-    images: list[tuple[Path, str]] = []
-    if path.is_file():
-        images = [(path, str(i)) for i in range(_count(card, path, spec.images.get(k)))]
-    elif folder is not None:
-        images = [(image, "") for image in sorted(folder.iterdir()) if is_image_name(image)]
-    if not images:
+def _images_of(card: Card, base: Path, split: str, spec: DomainSpec, k: int) -> ClassImages:
+    """Return the images of class `k`. Raises UserError where there are none."""
+    images = open_class(card, base, _folder(base, split, spec.names[k]), k, spec.images.get(k))
+    if images is None:
+        files = " nor ".join(f"'{k}{form}'" for form in FORMS)
         raise UserError(
-            f"{card.shown}: class {k} ('{spec.names[k]}', split '{split}') has neither '{k}.h5' nor a folder of images"
+            f"{card.shown}: class {k} ('{spec.names[k]}', split '{split}') has neither {files} nor a folder of images"
             f" under {shown_path(base)}. {fix(card)}"
         )
     return images
@@ -213,38 +210,3 @@ def _folder(base: Path, split: str, name: str) -> Path | None:
     if safe in (".", ".."):
         return None
     return next((path for path in (base / split / safe, base / safe) if path.is_dir()), None)
-
-
-def _h5py(card: Card) -> Any:
-    try:
-        import h5py
-    except ImportError as error:
-        raise UserError(
-            f'{card.shown}: needs h5py, which is not installed: pip install "vismt[metadataset]".'
-        ) from error
-    return h5py
-
-
-def _count(card: Card, path: Path, expected: int | None) -> int:
-    h5py = _h5py(card)
-    try:
-        with h5py.File(path) as file:
-            count = len(file)
-    except OSError as error:
-        raise UserError(f"{shown_path(path)}: cannot be read as HDF5: {error}. {fix(card)}") from error
-    if count != (expected or max(count, 1)):
-        raise UserError(f"{shown_path(path)}: holds {count:,} of {expected or 1:,} images. {fix(card)}")
-    return count
-
-
-def _read_h5(card: Card, path: Path, key: str) -> Tensor:
-    # Opened for each image: an open file cannot be shared with the processes of a loader, and there may be hundreds.
-    shown = f"{shown_path(path)}: image '{key}'"
-    try:
-        with _h5py(card).File(path) as file:
-            image = torch.from_numpy(file[key]["image"][()])
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{shown} cannot be read ({error}). Replace the file, or set on_bad_sample=skip.") from error
-    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise UserError(f"{shown} is {image.dtype} {tuple(image.shape)}, must be uint8 (h, w, 3).")
-    return image.permute(2, 0, 1).contiguous()

@@ -197,13 +197,16 @@ def resolve_arms(config: Config) -> dict[str, Config]:
     return {name: with_values(plain, changes, f"arms.{name}") for name, changes in config.arms.items()}
 
 
-def check_arms(config: Config, check: Callable[[Config], None], shared: tuple[str, ...] = ()) -> None:
+def check_arms(
+    config: Config, check: Callable[[Config], None], shared: tuple[str, ...] = (), free: tuple[str, ...] = ()
+) -> None:
     """Check names, seeds and rates of a study, and the configuration of every arm.
 
     Args:
         config: of the run.
         check: raises UserError for invalid values of one arm.
         shared: further keys that must be the same for all arms of the job.
+        free: keys of SHARED that may differ all the same.
 
     Raises:
         UserError: an invalid name, key, seed, rate or arm.
@@ -212,7 +215,7 @@ def check_arms(config: Config, check: Callable[[Config], None], shared: tuple[st
         if not re.fullmatch(r"[\w.+-]+", name):
             raise UserError(f"arms: '{name}' cannot name an arm; use letters, digits and + - . _")
         for key in values:
-            if key.partition(".")[0] in (*SHARED, *shared):
+            if key.partition(".")[0] in {*SHARED, *shared}.difference(free):
                 raise UserError(
                     f"arms.{name}: {key} must be the same for all arms, or they cannot be compared; leave it out."
                 )

@@ -42,6 +42,8 @@ class EvaluationJob(ABC, Generic[Config]):
     names_tasks = False
     # Names of models that no arm trains, evaluated beside the arms.
     references: Sequence[str] = ()
+    # The attack of `vismt attack RUN` where none is named.
+    default_attack = "strong"
 
     def __init__(self, config: Config, folder: Path, config_hash: str) -> None:
         self.config = config

@@ -4,7 +4,7 @@
     flip          the whole batch, with probability 1/2
     color         x + U(-.5, .5);   m + (x - m) U(0, 2), m the pixel's mean over channels;   m + (x - m) U(.5, 1.5), m the
                   image's mean: brightness, saturation and contrast, a draw of each per image
-    translation   up to +-1/8 of either side per image, whole pixels; the uncovered border is 0, the mean colour
+    translation   up to +-1/8 of either side, rounded to whole pixels, per image; the uncovered border is 0, the mean colour
 
 The strengths are meant for normalised values, where a brightness of .5 is about 30 of 255, so images in [0, 1] are
 normalised and converted back. Without that, the brightness would be four times as strong and the borders black.
@@ -81,7 +81,7 @@ def _colour(images: Tensor, generator: torch.Generator) -> Tensor:
 def _translate(images: Tensor, axis: int, generator: torch.Generator) -> Tensor:
     """Move each image along `axis` (-2 or -1) by a drawn number of pixels: out[i] = in[i - shift], 0 outside the image."""
     side = images.shape[axis]
-    reach = side // 8
+    reach = int(side / 8 + 0.5)
     shift = torch.randint(-reach, reach + 1, (len(images), 1), generator=generator, device=generator.device)
     source = torch.arange(side, device=images.device) - shift.to(images.device)
     source = source[:, None, :, None] if axis == -2 else source[:, None, None, :]

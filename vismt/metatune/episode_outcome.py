@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,7 @@ class EpisodeOutcome:
     support (s, 3, h, w) and query (m, 3, h, w): float images. predictions: of the queries, int64 (m,), by condition, "clean"
     first. adversarial (m, 3, h, w): the queries under the first attack, None without an attack. mixture (P,): the weights
     of a pool's experts in this task, None for a classifier without them. worst: {worst case: conditions that it is over}.
+    strict: the conditions whose budget contains the clean image, under which a query counts only if it is right when clean.
     """
 
     episode: Episode
@@ -33,14 +34,21 @@ class EpisodeOutcome:
     adversarial: Tensor | None
     mixture: Tensor | None = None
     worst: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    strict: Collection[str] = ()
 
-    def accuracies(self) -> dict[str, float]:
-        """Return the share of right query predictions by condition, then by worst case."""
+    def right(self) -> dict[str, Tensor]:
+        """Return whether each query counts as right, bool (m,), by condition, then by worst case."""
         truth = self.episode.query_labels
         right = {name: guess == truth for name, guess in self.predictions.items()}
+        for name in self.strict:
+            right[name] = right[name] & right["clean"]
         for name, conditions in self.worst.items():
             right[name] = torch.stack([right["clean"], *(right[condition] for condition in conditions)]).all(0)
-        return {name: float(hits.double().mean()) for name, hits in right.items()}
+        return right
+
+    def accuracies(self) -> dict[str, float]:
+        """Return the share of right queries by condition, then by worst case."""
+        return {name: float(hits.double().mean()) for name, hits in self.right().items()}
 
     def record(self) -> dict[str, object]:
         """Return the accuracies by condition and, where there is one, the mixture to 6 digits under "mixture"."""
@@ -54,7 +62,8 @@ def write_panel(path: Path, outcome: EpisodeOutcome, names: Sequence[str] | None
     """Write the first 5 support and query images of each class with labels, predictions and class names to an .npz.
 
     Arrays: support, query uint8 (., 3, h, w); support_labels, query_labels, predictions int64; classes unicode in label
-    order; with an attack also adversarial uint8, adversarial_predictions int64 and the attack's text `condition`.
+    order; with an attack also adversarial uint8, adversarial_predictions int64, adversarial_right bool and the attack's text
+    `condition`.
     """
     episode = outcome.episode
     support = _first_of_each(episode.support_labels)
@@ -71,6 +80,7 @@ def write_panel(path: Path, outcome: EpisodeOutcome, names: Sequence[str] | None
         condition = next(name for name in outcome.predictions if name != "clean")
         arrays["adversarial"] = _bytes(outcome.adversarial.cpu()[query])
         arrays["adversarial_predictions"] = outcome.predictions[condition][query].numpy()
+        arrays["adversarial_right"] = outcome.right()[condition][query].numpy()
         arrays["condition"] = np.array(condition)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)

@@ -11,14 +11,16 @@ attention_scale: a factor per attention head on the logits q k^T / sqrt(d), star
 the rows of q in the fused qkv projection, weight and bias, which is the same function with the stock attention. ATTNSCALE
 (Basu et al., arXiv 2304.01917) learns "scaling parameters for each attention matrix"; a scalar per head is our
 interpretation, and its domain adapter is left out. adversarial: AMT's "Adv. TTF" is named in the paper but not specified;
-here z is attacked, on its labels against the current prototypes, before each step.
+here z is attacked, on its labels against the current prototypes, before each step. lr "auto": the rate is chosen for each
+task on its support, see rate_choice.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,7 @@ from vismt.metatune.diffaugment import diff_augment
 from vismt.metatune.functional import Functional, check_weights
 from vismt.metatune.protocol import FewShotModel
 from vismt.metatune.protonet import PrototypeClassifier, cosine_logits, prototypes
+from vismt.metatune.rate_choice import AUTO, LossNotFinite, choose_rate
 from vismt.seeds import mix_seed
 
 PARAMETERS = ("all", "attention_scale")
@@ -42,12 +45,13 @@ SupportAttack = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]
 class FineTuneSettings:
     """Settings of the fine-tuning on a task.
 
-    lr: Adam's; 0 skips the tuning. parameters: "all" of the backbone, frozen or not, or "attention_scale". probability: of
-    the augmentation of a step. adversarial: attack the augmented support, by default with PGD of `attack_steps` steps and a
-    budget of `epsilon` in pixel units of [0, 1]. seed: of the augmentation, the same for every task.
+    lr: Adam's; 0 skips the tuning, "auto" chooses one for each task (`rate_choice`). parameters: "all" of the backbone,
+    frozen or not, or "attention_scale". probability: of the augmentation of a step. adversarial: attack the augmented
+    support, by default with PGD of `attack_steps` steps and a budget of `epsilon` in pixel units of [0, 1]. seed: of the
+    augmentation, the same for every task.
     """
 
-    lr: float = 1e-3
+    lr: float | Literal["auto"] = 1e-3
     steps: int = 40
     parameters: str = "all"
     probability: float = 0.9
@@ -59,10 +63,11 @@ class FineTuneSettings:
     def __post_init__(self) -> None:
         if self.parameters not in PARAMETERS:
             raise UserError(f"finetune.parameters: '{self.parameters}'.{near(str(self.parameters), PARAMETERS)}")
-        if not 0 <= self.lr <= 1 or self.steps < 0 or not 0 <= self.probability <= 1:
+        known_rate = self.lr == AUTO if isinstance(self.lr, str) else 0 <= self.lr <= 1
+        if not known_rate or self.steps < 0 or not 0 <= self.probability <= 1:
             raise UserError(
-                f"finetune: lr {self.lr}, steps {self.steps}, probability {self.probability}: need lr from 0 to 1, "
-                "steps >= 0 and a probability from 0 to 1."
+                f"finetune: lr {self.lr}, steps {self.steps}, probability {self.probability}: need lr from 0 to 1 (or "
+                f"{AUTO}), steps >= 0 and a probability from 0 to 1."
             )
         if not 0 <= self.epsilon <= 1 or self.attack_steps < 1:
             raise UserError(
@@ -107,6 +112,15 @@ def finetune(
         raise UserError(
             "fine-tuning: an attack is given, but adversarial is off: set adversarial or leave the attack out."
         )
+    if settings.lr == AUTO:
+
+        def tune(images: Tensor, labels: Tensor, lr: float) -> Functional:
+            fixed = replace(settings, lr=lr)
+            tuned = finetune(backbone, images, labels, fixed, scale=scale, weights=weights, attack=attack)
+            return Functional(backbone, tuned)
+
+        with _evaluating(backbone):
+            settings = replace(settings, lr=choose_rate(tune, support, labels, seed=settings.seed))
     start = dict(weights or {})
     check_weights(backbone, start)
     with torch.inference_mode(False), torch.enable_grad(), _evaluating(backbone):
@@ -118,7 +132,7 @@ def finetune(
         task = _SupportTuning(
             backbone, tensors, tuned, _usable(support), _usable(labels).long(), scale, settings, attack
         )
-        if settings.lr > 0:
+        if float(settings.lr) > 0:
             task.run()
         return start | {name: tensor.detach().clone() for name, tensor in tuned.weights().items()}
 
@@ -224,7 +238,7 @@ class _SupportTuning:
         scale = _usable(self.scale) if isinstance(self.scale, Tensor) else self.scale
         generator = torch.Generator().manual_seed(mix_seed(settings.seed, "fine-tuning"))
         mean, std = (getattr(self.backbone, name, None) for name in ("mean", "std"))
-        optimiser = torch.optim.Adam(self.tuned.leaves, lr=settings.lr)
+        optimiser = torch.optim.Adam(self.tuned.leaves, lr=float(settings.lr))
         for step in range(settings.steps):
             weights = self.tuned.weights()
             centres = prototypes(self._features(self.support, weights), self.labels)
@@ -234,7 +248,9 @@ class _SupportTuning:
             loss = F.cross_entropy(cosine_logits(self._features(views, weights), centres, scale), self.labels)
             if not bool(loss.isfinite()):
                 where = f"the loss is {loss.item()} in step {step + 1} at lr {settings.lr}"
-                raise UserError(f"fine-tuning: {where}: lower lr, or check for images or weights that are not finite.")
+                raise LossNotFinite(
+                    f"fine-tuning: {where}: lower lr, or check for images or weights that are not finite."
+                )
             # Not .backward(): the attack's logits and the caller's graph, if any, must not collect gradients.
             gradients = torch.autograd.grad(loss, self.tuned.leaves, allow_unused=True)
             for leaf, gradient in zip(self.tuned.leaves, gradients):

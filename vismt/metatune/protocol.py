@@ -199,6 +199,7 @@ class _EpisodeRunner:
         return [range(start, min(start + size, episodes)) for start in range(0, episodes, size)]
 
     def __call__(self, block: range) -> dict[int, EpisodeOutcome]:
+        strict = [name for name, attack in self.attacks.items() if getattr(attack, "worst_case", False)]
         tasks = [self._task(index) for index in block]
         for name, attack in self.attacks.items():
             for group in self._groups(tasks, attack):
@@ -212,6 +213,7 @@ class _EpisodeRunner:
                 task.adversarial,
                 getattr(task.classifier, "mixture", None),
                 self.worst,
+                strict,
             )
             for task in tasks
         }

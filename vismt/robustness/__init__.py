@@ -1,1 +1,5 @@
-"""Attacks, corruptions and the evaluation of any classifier under them. torchattacks is imported when an attack runs."""
+"""Attacks, corruptions and the evaluation of any classifier under them."""
+
+from vismt.robustness.attacks import AttackSpec, attack, robust_accuracy
+
+__all__ = ["AttackSpec", "attack", "robust_accuracy"]

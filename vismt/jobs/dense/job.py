@@ -36,6 +36,7 @@ class DenseJob(Job[DenseConfig, DenseNet]):
     """A ViT with a dense head for each task."""
 
     names_tasks = True
+    default_attack = "pgd"
 
     def __init__(self, config: DenseConfig, folder: Path, config_hash: str) -> None:
         check(config)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vismt.engine.log import read_lines
 from vismt.files import read_json
-from vismt.jobs.fewshot.config import DEFAULT, EXPERT, MERGED, TUNED, FewShotConfig, evaluated_experts
+from vismt.jobs.fewshot.config import DEFAULT, EXPERT, MERGED, FewShotConfig, evaluated_experts, split_head
 from vismt.jobs.fewshot.merge_settings import VALIDATION
 from vismt.jobs.fewshot.names import episodes_file
 from vismt.report.comparison import AVERAGE
@@ -92,7 +92,7 @@ def _shuffled(accuracies: Tensor) -> Tensor:
 
 
 def _is_rule(arm: str) -> bool:
-    return arm.startswith(f"{MERGED}:") and arm != DEFAULT and not arm.endswith(TUNED)
+    return arm.startswith(f"{MERGED}:") and arm != DEFAULT and not split_head(arm)[1]
 
 
 def _few_corruptions(rows: Sequence[Result]) -> list[Result]:

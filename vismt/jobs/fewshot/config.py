@@ -25,7 +25,7 @@ DEFAULT = "merged:default"
 SINGLE = (FROZEN, ALONE)
 POOLED = (FROZEN, CLEAN, MERGED, DEFAULT, *(f"{MERGED}:{rule}" for rule in SELECT), "average", "logits", "min_ce")
 LEVELS: list[float | list[float]] = [0.01, 0.1, 6.0, 8.0]
-TUNED = "+finetune"
+HEADS = ("finetune", "ridge", "logistic")  # the model "STEM+HEAD" has this in place of the prototypes of "STEM"
 COPY_SEED = 1_000_003  # difference of the training seeds of experts with one level
 
 
@@ -80,7 +80,8 @@ class EvaluateConfig:
 
     min_ways, max_ways, max_contribution: of the variable rule; 5, 5 and 1 are the AMT paper's "5-way 1-shot".
     models: frozen, adapted; with a pool frozen, clean, merged, merged:RULE, average, logits, min_ce, expert:LABEL. All except
-    logits also with "+finetune". masking: also run PGD at growing radii on the first masking_episodes episodes of each set.
+    logits also with "+finetune", "+ridge" or "+logistic". ways_of: {entry of data or of select.data: ways}, where a set has
+    other ways than `ways`. masking: also run PGD at growing radii on the first masking_episodes episodes of each set.
     """
 
     data: list[str] = field(default_factory=list)
@@ -99,6 +100,17 @@ class EvaluateConfig:
     corruptions: list[CorruptionConfig] = field(default_factory=list)
     masking: bool = False
     masking_episodes: int = 10
+    ways_of: dict[str, int] = field(default_factory=dict, metadata=HASHED_IF_SET)
+
+    def ways_in(self, data: str, classes: int | None = None) -> int:
+        """Return the ways of the uniform episodes of a set. Raises UserError where it has fewer classes."""
+        ways = self.ways_of.get(data, self.ways)
+        if classes is not None and classes < ways:
+            raise UserError(
+                f"evaluate.ways: '{data}' has {classes} classes, too few for {ways}-way episodes; give it ways of its own, "
+                f"evaluate.ways_of: {{{data}: {classes}}}, or lower evaluate.ways."
+            )
+        return ways
 
 
 @dataclass
@@ -127,7 +139,8 @@ class SelectConfig:
 class FewShotConfig(StudyConfig):
     """One few-shot experiment. on_bad_sample: 'error' or 'skip' for images that cannot be decoded.
 
-    The experts of a pool are its arms; other arms are named in `arms`. With `tune` the rates are judged on select.data.
+    The experts of a pool are its arms; other arms are named in `arms`. With `tune` the rates are judged on select.data. In a
+    run that trains nothing, an arm replaces values of `model`, and is evaluated in place of "frozen".
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -209,7 +222,7 @@ def pool_members(config: FewShotConfig, arms: Iterable[str]) -> list[str]:
 
 
 def strategy_of(config: FewShotConfig, stem: str) -> str:
-    """Return the strategy of `MergeSettings` of a model that is merged from the pool, by its name without "+finetune"."""
+    """Return the strategy of `MergeSettings` of a model that is merged from the pool, by its name without a head."""
     if stem.startswith(EXPERT):
         return "expert"
     rule = stem.removeprefix(f"{MERGED}:")
@@ -218,11 +231,30 @@ def strategy_of(config: FewShotConfig, stem: str) -> str:
     return SELECT.get(rule, rule)
 
 
+def untrained_arms(config: FewShotConfig) -> dict[str, FewShotConfig]:
+    """Return the configuration of every arm of a run that trains nothing, whose arms are other backbones."""
+    if config.pool is not None or not config.arms or (config.adapt is not None and config.train is not None):
+        return {}
+    return resolve_arms(config)
+
+
+def split_head(model: str) -> tuple[str, str]:
+    """Return the stem of a model's name and its head, "" for prototypes."""
+    stem, _, head = model.rpartition("+")
+    return (stem, head) if head in HEADS else (model, "")
+
+
 def evaluated_models(config: FewShotConfig, arms: list[str]) -> list[str]:
-    """Return evaluate.models, with all arms in place of "adapted"; without a training only "frozen"."""
+    """Return evaluate.models, with all arms in place of "adapted"; without a training only "frozen", or arms in its place."""
+    untrained = untrained_arms(config)
+    if untrained:
+        named = [(model, split_head(model)[0]) for model in config.evaluate.models]
+        return [
+            f"{arm}{model.removeprefix(stem)}" for arm in untrained for model, stem in named if stem in (FROZEN, arm)
+        ]
     models: list[str] = []
     for model in config.evaluate.models:
-        stem = model.removesuffix(TUNED)
+        stem = split_head(model)[0]
         if stem == ALONE and config.arms:
             models += [f"{arm}{model.removeprefix(stem)}" for arm in arms]
         elif stem == FROZEN or arms or (config.pool is not None and config.pool.folder):
@@ -231,9 +263,9 @@ def evaluated_models(config: FewShotConfig, arms: list[str]) -> list[str]:
 
 
 def evaluated_experts(config: FewShotConfig) -> list[str]:
-    """Return the labels of the pool's experts that are evaluated alone, without fine-tuning."""
+    """Return the labels of the pool's experts that are evaluated alone, with prototypes."""
     models = config.evaluate.models if config.pool is not None else []
-    return [model.removeprefix(EXPERT) for model in models if model.startswith(EXPERT) and not model.endswith(TUNED)]
+    return [model.removeprefix(EXPERT) for model in models if model.startswith(EXPERT) and not split_head(model)[1]]
 
 
 def check(config: FewShotConfig) -> None:
@@ -243,11 +275,24 @@ def check(config: FewShotConfig) -> None:
     _check_evaluation(config)
     _check_models(config, trains)
     _check_selection(config)
-    check_arms(config, check, ("pool", "select", "merging", "finetune"))
+    check_arms(config, check, ("pool", "select", "merging", "finetune"), () if trains else ("model",))
+    _check_arm_keys(config)
     if config.arms and config.pool is not None:
         raise UserError("arms: a pool's experts are the arms; leave out arms or the pool section.")
     if config.tune is not None and not (config.select is not None and config.select.data):
         raise UserError("tune: the rates are judged on validation tasks; name their sets in select.data.")
+
+
+def _check_arm_keys(config: FewShotConfig) -> None:
+    for name, values in config.arms.items():
+        if split_head(name)[1]:
+            raise UserError(f"arms: '{name}' reads as a head on '{split_head(name)[0]}'; name it otherwise.")
+        key = next((key for key in values if key.partition(".")[0] != "model"), None)
+        if key is not None and untrained_arms(config):
+            raise UserError(
+                f"arms.{name}: {key}: this run trains nothing, so its arms differ in `model` alone; leave the key out, or add "
+                "adapt and train."
+            )
 
 
 def _check_values(config: FewShotConfig, trains: bool) -> None:
@@ -285,10 +330,23 @@ def _check_evaluation(config: FewShotConfig) -> None:
     for name in ("episodes", "masking_episodes"):
         if getattr(settings, name) < 2:
             raise UserError(f"evaluate.{name}: {getattr(settings, name)}; an interval needs 2 or more.")
-    ways = settings.ways if settings.rule == "uniform" else settings.min_ways
-    check_conditions(settings.attacks, settings.corruptions, ways)
+    _check_ways(config)
+    least = min(map(settings.ways_in, settings.data)) if settings.rule == "uniform" else settings.min_ways
+    check_conditions(settings.attacks, settings.corruptions, least)
     if config.select is not None and config.select.attack is not None and config.select.attack.source is not None:
         raise UserError("select.attack: the choice attacks the evaluated model; leave source out.")
+
+
+def _check_ways(config: FewShotConfig) -> None:
+    settings = config.evaluate
+    names = [*settings.data, *(config.select.data if config.select is not None else ())]
+    for name, ways in settings.ways_of.items():
+        if name not in names:
+            raise UserError(f"evaluate.ways_of: '{name}' is not evaluated.{near(name, names)}")
+        if ways < 2:
+            raise UserError(f"evaluate.ways_of: {name}: {ways}; an episode has 2 ways or more.")
+    if settings.ways_of and (settings.rule != "uniform" or config.meta is not None):
+        raise UserError("evaluate.ways_of: needs evaluate.rule uniform and no meta section; leave it out.")
 
 
 def _check_models(config: FewShotConfig, trains: bool) -> None:
@@ -305,9 +363,9 @@ def _check_models(config: FewShotConfig, trains: bool) -> None:
         _check_model(config, "evaluate.models", model, known, trains)
     for model in sources:
         _check_model(config, "evaluate.attacks: source", model, known, trains)
-        if model.removesuffix(TUNED) != FROZEN and not trains and not assembled:
+        if split_head(model)[0] != FROZEN and not trains and not assembled:
             raise UserError(f"evaluate.attacks: source: '{model}' needs a training, and there is none; take 'frozen'.")
-    if FROZEN not in config.evaluate.models and not trains and not assembled:
+    if not trains and not evaluated_models(config, []):
         raise UserError(
             f"evaluate.models: {config.evaluate.models} without an adapt and a train section; add them, name a pool.folder, "
             "or evaluate 'frozen'."
@@ -324,11 +382,13 @@ def _known_models(config: FewShotConfig) -> list[str]:
 
 def _check_model(config: FewShotConfig, where: str, model: str, known: list[str], trains: bool) -> None:
     pool = config.pool
-    stem = model.removesuffix(TUNED)
+    stem, head = split_head(model)
     if stem == DEFAULT and config.select is None:
         raise UserError(f"{where}: 'merged:default' equals 'merged' without a select section; write 'merged'.")
-    if stem == "logits" and model != stem:
-        raise UserError(f"{where}: '{model}': an average of logits has no weights to tune; take 'merged{TUNED}'.")
+    if stem == "logits" and head:
+        raise UserError(f"{where}: '{model}': an average of logits has no weights to tune; take 'merged+{head}'.")
+    if stem != FROZEN and head and config.meta is not None:
+        raise UserError(f"{where}: '{model}': the classifier of an inner loop has no prototypes; take '{stem}'.")
     if stem not in known and not (pool is not None and pool.folder and stem.startswith(EXPERT)):
         raise UserError(f"{where}: '{model}'.{near(stem, known)}")
     if stem == CLEAN and pool is not None and not (trains and (pool.clean or CLEAN in planned_experts(config))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -23,7 +24,18 @@ class FewShotData:
 
     def __init__(self, config: FewShotConfig) -> None:
         self.config = config
-        self._pixels: dict[str, Pixels] = {}
+        self._pixels: dict[tuple[str, int], Pixels] = {}
+
+    def variant(self, config: FewShotConfig) -> FewShotData:
+        """Return the same sets for an arm with another backbone; sets of one image size are shared."""
+        other = FewShotData(config)
+        other._pixels = self._pixels
+        return other
+
+    @cached_property
+    def size(self) -> int:
+        """The backbone's image size in pixels."""
+        return self.config.model.img_size or self.backbone().img_size[0]
 
     def backbone(self) -> vit.Backbone:
         """Return the stock backbone."""
@@ -34,15 +46,15 @@ class FewShotData:
 
     def open(self, name: str) -> Pixels:
         """Return the set 'name' or 'name:split' at the backbone's resolution."""
-        if name not in self._pixels:
+        size = self.size
+        if (name, size) not in self._pixels:
             card, _, split = name.partition(":")
             images: ImageSet = open_images(
                 card, split or "all", on_bad_sample=self.config.on_bad_sample, download=self.config.download
             )
-            size = self.config.model.img_size or self.backbone().img_size[0]
-            self._pixels[name] = Pixels(images, size)
+            self._pixels[name, size] = Pixels(images, size)
             console.stage("data", f"{name}   {len(images.classes)} classes   {len(images):,} images")
-        return self._pixels[name]
+        return self._pixels[name, size]
 
     def batches(self, config: FewShotConfig) -> EpisodeBatches:
         """Return the training episodes of an arm, by number."""
@@ -70,9 +82,10 @@ class FewShotData:
         pairs = [(pixels.__getitem__, sampler.__getitem__) for pixels, sampler in zip(sets, samplers)]
         return EpisodeBatches(pairs, seed=seed, augment=change)
 
-    def samplers(self, pixels: Pixels, classes: list[int] | None) -> list[EpisodeSampler | VariableSampler]:
+    def samplers(self, name: str, classes: list[int] | None) -> list[EpisodeSampler | VariableSampler]:
         """Return the test episodes of a set, a sampler for each number of shots; classes: their ids, None for all."""
         settings = self.config.evaluate
+        pixels = self.open(name)
         common: dict[str, Any] = {
             "seed": settings.seed,
             "names": pixels.classes,
@@ -83,8 +96,9 @@ class FewShotData:
             nodes = pixels.images.nodes if settings.hierarchy else None
             bounds = {name: getattr(settings, name) for name in ("min_ways", "max_ways", "max_contribution")}
             return [VariableSampler(pixels.labels, nodes=nodes, **bounds, **common)]
+        ways = settings.ways_in(name, len(pixels.labels.unique() if classes is None else classes))
         return [
-            EpisodeSampler(pixels.labels, ways=settings.ways, shots=shots, queries=settings.queries, **common)
+            EpisodeSampler(pixels.labels, ways=ways, shots=shots, queries=settings.queries, **common)
             for shots in settings.shots
         ]
 

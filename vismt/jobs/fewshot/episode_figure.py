@@ -78,7 +78,10 @@ def _cell(figure: Figure, box: tuple[float, float, float], panel: Mapping, kind:
     color = GRID
     width = 1.0
     if guesses is not None:
-        color = RIGHT if panel[guesses][at] == panel["query_labels"][at] else WRONG
+        counted = panel[guesses][at] == panel["query_labels"][at]
+        if kind == "adversarial" and "adversarial_right" in panel:
+            counted = panel["adversarial_right"][at]
+        color = RIGHT if counted else WRONG
         width = 2.2
     for spine in axes.spines.values():
         spine.set(color=color, linewidth=width)

@@ -57,7 +57,7 @@ class Evaluation:
             specs = configured if attacks is None else self._conditions(models, name, attacks, with_corruptions=False)
             settings_text = _settings(specs)
             ending = "" if settings_text == _settings(configured) else f"-{digest(settings_text.encode())[:8]}"
-            for sampler in self.data.samplers(pixels, models.settings.classes(pixels, "test")):
+            for sampler in self.data.samplers(name, models.settings.classes(name, "test")):
                 scores += self._score_set(models, arm, name, pixels, sampler, specs, ending, with_panel and not ending)
         return scores
 
@@ -91,7 +91,7 @@ class Evaluation:
             worst={case.condition.label: case.attacks for case in worst},
         )
         labels = [CLEAN, *(condition_of(spec, sampler.min_ways) for spec in specs), *(case.condition for case in worst)]
-        chance = 1 / self.config.evaluate.ways if self.config.evaluate.rule == "uniform" else None
+        chance = 1 / sampler.ways if isinstance(sampler, EpisodeSampler) else None
         return [
             Score(TASK, shown, protocol, accuracy(accuracies[label.label], chance), label, "episodes")
             for label in labels
@@ -105,7 +105,7 @@ class Evaluation:
         scores = []
         for name in select.data:
             pixels = self.data.open(name)
-            sampler = models.settings.sampler(pixels)
+            sampler = models.settings.sampler(name)
             accuracies = run_protocol(
                 net,
                 pixels,
@@ -133,27 +133,26 @@ class Evaluation:
         corruptions = self.config.evaluate.corruptions if with_corruptions else []
         return conditions(attacks, corruptions, source)
 
-    def masking_lines(self, models: Models, arms: Sequence[str], config_hash: str) -> list[dict[str, Any]]:
-        """Return the gradient-masking check of every model on every set, with the set's first protocol."""
+    def masking_lines(self, models: Models, arm: str, config_hash: str) -> list[dict[str, Any]]:
+        """Return the gradient-masking check of a model on every set, with the set's first protocol."""
         lines = []
-        for arm in arms:
-            for name in self.config.evaluate.data:
-                pixels = self.data.open(name)
-                sampler = self.data.samplers(pixels, models.settings.classes(pixels, "test"))[0]
-                shown = shown_name(name)
-                protocol = str(sampler)
-                result = check_episodes(
-                    models.task(arm, name),
-                    pixels,
-                    sampler,
-                    episodes=self.config.evaluate.masking_episodes,
-                    records=self.folder / "masking" / f"{record_stem(shown, protocol, arm)}.jsonl",
-                    data=name,
-                    fingerprint=models.fingerprint(arm, name),
-                    label=f"{shown} {protocol} {arm} by radius",
-                )
-                lines.append(masking_report.line(shown, protocol, arm, result, config_hash))
-            console.stage("masking", masking_report.summary([line for line in lines if line["model"] == arm]))
+        for name in self.config.evaluate.data:
+            pixels = self.data.open(name)
+            sampler = self.data.samplers(name, models.settings.classes(name, "test"))[0]
+            shown = shown_name(name)
+            protocol = str(sampler)
+            result = check_episodes(
+                models.task(arm, name),
+                pixels,
+                sampler,
+                episodes=self.config.evaluate.masking_episodes,
+                records=self.folder / "masking" / f"{record_stem(shown, protocol, arm)}.jsonl",
+                data=name,
+                fingerprint=models.fingerprint(arm, name),
+                label=f"{shown} {protocol} {arm} by radius",
+            )
+            lines.append(masking_report.line(shown, protocol, arm, result, config_hash))
+        console.stage("masking", masking_report.summary(lines))
         return lines
 
 

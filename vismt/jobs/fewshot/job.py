@@ -17,7 +17,7 @@ from vismt.engine import loop, runtime
 from vismt.engine.log import write_lines
 from vismt.engine.study import Study, Training
 from vismt.engine.training_files import ADAPTER
-from vismt.errors import UserError
+from vismt.errors import UserError, WeightsUnavailable
 from vismt.files import atomic_write
 from vismt.jobs.fewshot import masking_report
 from vismt.jobs.fewshot.config import (
@@ -29,6 +29,8 @@ from vismt.jobs.fewshot.config import (
     evaluated_models,
     pool_members,
     resolve_experts,
+    split_head,
+    untrained_arms,
 )
 from vismt.jobs.fewshot.data import FewShotData, draw_corruption
 from vismt.jobs.fewshot.evaluation import Evaluation
@@ -62,15 +64,18 @@ class FewShotJob(Job[FewShotConfig, Any]):
         "accuracy": "Training accuracy (%)",
         "robust": "Training accuracy under attack (%)",
     }
-    references = (FROZEN,)
 
     def __init__(self, config: FewShotConfig, folder: Path, config_hash: str) -> None:
         check(config)
         super().__init__(config, folder, config_hash)
         move_to_arms(folder, self.study)
         self.data = FewShotData(config)
-        self.evaluation = Evaluation(config, folder, self.data)
-        self._models: dict[int, Models] = {}
+        self.untrained = untrained_arms(config)
+        self.skipped: dict[str, str] = {}
+        self.references = [
+            model for model in self.evaluated() if split_head(model)[0] in (FROZEN, *self.untrained)
+        ]  # what no arm trains
+        self._models: dict[tuple[int, str], Models] = {}
 
     def make_study(self) -> Study[FewShotConfig]:
         return Study(self.config, self.folder, resolve_experts(self.config))
@@ -80,8 +85,7 @@ class FewShotJob(Job[FewShotConfig, Any]):
     def check_data(self) -> None:
         settings = self.models(self.study.seeds[0]).settings
         for name in self.config.evaluate.data:
-            pixels = self.data.open(name)
-            self.data.samplers(pixels, settings.classes(pixels, "test"))
+            self.data.samplers(name, settings.classes(name, "test"))
 
     def fresh(self, config: FewShotConfig) -> Net:
         """Return the net of an arm with untrained factors, where the configuration has any."""
@@ -158,43 +162,76 @@ class FewShotJob(Job[FewShotConfig, Any]):
     # ---- evaluation -----------------------------------------------------------------------------------------------------
 
     def evaluated(self) -> list[str]:
-        return evaluated_models(self.config, list(self.study.arms))
+        models = evaluated_models(self.config, list(self.study.arms))
+        return [model for model in models if split_head(model)[0] not in self.skipped]
 
     def trainings(self, arm: str) -> list[Training]:
         """Return a placeholder for every seed of an evaluated model, which may be built from several trainings."""
-        seeds = self.study.seeds[:1] if arm == FROZEN else self.study.seeds
+        seeds = self.study.seeds[:1] if arm in self.references else self.study.seeds
         return [Training(arm, 0.0, seed, self.folder) for seed in seeds]
 
-    def models(self, seed: int) -> Models:
-        """Return the models of one training seed."""
-        if seed not in self._models:
-            self._models[seed] = Models(self.config, self.study, seed, self.data.backbone, self.data.open)
-        return self._models[seed]
+    def models(self, seed: int, name: str = FROZEN) -> Models:
+        """Return the models of one training seed; in a run that trains nothing, those on the backbone of the model `name`."""
+        arm = split_head(name)[0] if self.untrained else ""
+        if (seed, arm) not in self._models:
+            if self.untrained:
+                self._models.clear()  # large backbones are kept one at a time
+            data = self._data(name)
+            self._models[seed, arm] = Models(data.config, self.study, seed, data.backbone, data.open)
+        return self._models[seed, arm]
+
+    def _data(self, name: str) -> FewShotData:
+        """Return the sets at the resolution of the model `name`."""
+        arm = self.untrained.get(split_head(name)[0])
+        return self.data if arm is None else self.data.variant(arm)
+
+    def _evaluation(self, name: str) -> Evaluation:
+        data = self._data(name)
+        return Evaluation(data.config, self.folder, data)
 
     def loaded(self, training: Training) -> Net:
         """Return a trained net, not merged."""
         return self.models(training.seed).trained(training, merged=False)
 
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
-        models = self.models(training.seed)
+        models = self.models(training.seed, training.arm)
+        evaluation = self._evaluation(training.arm)
         if split == "validation":
-            return self.evaluation.validation_scores(models, training)
+            return evaluation.validation_scores(models, training)
         with_panel = training.arm == self.evaluated()[-1] and training.seed == self.study.seeds[0]
-        return self.evaluation.scores(models, training.arm, attacks, with_panel=with_panel)
+        return evaluation.scores(models, training.arm, attacks, with_panel=with_panel)
 
     def quality(self, scores: Sequence[Score]) -> float:
         """Return the mean accuracy over sets and conditions."""
         return sum(score.measure.score for score in scores) / len(scores)
 
     def evaluate(self, attacks: Sequence[AttackConfig] | None = None) -> None:
+        self._skip_unavailable()
         super().evaluate(attacks)
         experts = evaluated_experts(self.config)
         if self.config.select is not None and attacks is None and len(experts) > 1:
             for seed, name in itertools.product(self.study.seeds, self.config.evaluate.data):
                 self.models(seed).settings.validate_experts(name, experts)
         if self.config.evaluate.masking and attacks is None:
-            lines = self.evaluation.masking_lines(self.models(self.study.seeds[0]), self.evaluated(), self.hash)
+            seed = self.study.seeds[0]
+            lines = []
+            for arm in self.evaluated():
+                lines += self._evaluation(arm).masking_lines(self.models(seed, arm), arm, self.hash)
             write_lines(self.folder / masking_report.LINES, lines)
+
+    def _skip_unavailable(self) -> None:
+        """Leave out the untrained arms whose weights cannot be had, with a line for each."""
+        self.skipped = {}
+        for arm in self.untrained:
+            try:
+                self._data(arm).backbone()
+            except WeightsUnavailable as error:
+                self.skipped[arm] = str(error)
+                console.stage("skip", f"{arm}   left out: {error}")
+            except UserError as error:
+                raise UserError(f"arms.{arm}: {error}") from error
+        if self.untrained and not self.evaluated():
+            raise UserError(f"evaluate: the weights of no arm can be had: {next(iter(self.skipped.values()))}")
 
     def check_merge(self, training: Training) -> None:
         """Do nothing: every evaluated model except MAML's is merged already."""
@@ -203,7 +240,8 @@ class FewShotJob(Job[FewShotConfig, Any]):
         return sections(self.folder, self.config, self.study, results)
 
     def facts(self) -> dict[str, Any]:
-        return {**super().facts(), "evaluation_seed": self.config.evaluate.seed}
+        left_out = {"skipped": self.skipped} if self.untrained else {}
+        return {**super().facts(), "evaluation_seed": self.config.evaluate.seed, **left_out}
 
     # ---- export of one arm ---------------------------------------------------------------------------------------------
 

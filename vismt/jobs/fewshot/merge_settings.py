@@ -66,15 +66,16 @@ class PoolSettings:
             )
         return self._chosen[key]
 
-    def classes(self, pixels: Pixels, part: str) -> list[int] | None:
+    def classes(self, data: str, part: str) -> list[int] | None:
         """Return the class ids of the "validation" or the "test" episodes of an evaluated set; None for all classes."""
         select = self.config.select
         if select is None or not select.class_share:
             return None
+        pixels = self._open(data)
         ids = pixels.labels.unique()
         seed = mix_seed(select.seed, "classes", pixels.name)
         order = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
-        ways = self.config.evaluate.ways
+        ways = self.config.evaluate.ways_in(data)
         kept = max(ways, math.ceil(select.class_share * len(ids)))
         if len(ids) - kept < ways:
             raise UserError(
@@ -137,29 +138,31 @@ class PoolSettings:
             if attack is None:
                 return clean
             keys = [(mix_seed(select.seed, "attack", number), position) for position in range(len(query))]
-            changed = attack.perturb(classifier, query, truth, num_classes=self.config.evaluate.ways, keys=keys)
+            changed = attack.perturb(classifier, query, truth, num_classes=int(truth.max()) + 1, keys=keys)
             with torch.no_grad():
                 return 0.5 * clean + 0.5 * float((classifier(changed).argmax(1) == truth).double().mean())
 
         return pool, tasks, judge
 
-    def sampler(self, pixels: Pixels) -> EpisodeSampler:
+    def sampler(self, data: str) -> EpisodeSampler:
         """Return the validation episodes of a set."""
         select = self.config.selection
+        pixels = self._open(data)
+        classes = self.classes(data, "validation")
         return EpisodeSampler(
             pixels.labels,
-            ways=self.config.evaluate.ways,
+            ways=self.config.evaluate.ways_in(data, len(pixels.labels.unique() if classes is None else classes)),
             shots=select.shots,
             queries=select.queries,
             seed=select.seed,
-            classes=self.classes(pixels, "validation"),
+            classes=classes,
             names=pixels.classes,
         )
 
     def _tasks(self, name: str, device: torch.device) -> list[LabelledTask]:
         """Return the validation tasks of a set on a device."""
         pixels = self._open(name)
-        sampler = self.sampler(pixels)
+        sampler = self.sampler(name)
         episodes = [sampler[index] for index in range(self.config.selection.episodes)]
         return [
             (

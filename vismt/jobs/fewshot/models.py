@@ -14,20 +14,33 @@ from vismt.engine import runtime, training_files
 from vismt.engine.study import ALONE, Study, Training
 from vismt.errors import UserError
 from vismt.files import read_tensors
-from vismt.jobs.fewshot.config import CLEAN, EXPERT, FROZEN, MERGED, TUNED, FewShotConfig, strategy_of
+from vismt.jobs.fewshot.config import (
+    CLEAN,
+    EXPERT,
+    FROZEN,
+    MERGED,
+    FewShotConfig,
+    split_head,
+    strategy_of,
+    untrained_arms,
+)
 from vismt.jobs.fewshot.merge_settings import PoolSettings
 from vismt.lowrank.inject import merge
 from vismt.lowrank.store import fingerprint
 from vismt.metatune.finetune import FineTuned
+from vismt.metatune.linear_probe import LinearProbe
+from vismt.metatune.logistic_probe import LogisticProbe
 from vismt.metatune.maml import LinearLearner, MamlNet
 from vismt.metatune.merging import MergeSettings, PoolNet
 from vismt.metatune.pool import ExpertPool, read_pool
 from vismt.metatune.protocol import FewShotModel
 from vismt.metatune.protonet import ProtoNet
+from vismt.metatune.ridge_probe import RidgeProbe
 from vismt.seeds import digest
 
 OWN_FILE = "classifier.safetensors"  # the classifier's trained tensors besides the adapter
-EvaluatedModel = ProtoNet | MamlNet | PoolNet | FineTuned
+EvaluatedModel = ProtoNet | MamlNet | PoolNet | FineTuned | LinearProbe
+PROBES: dict[str, type[LinearProbe]] = {"ridge": RidgeProbe, "logistic": LogisticProbe}
 
 
 def make_net(backbone: Backbone, config: FewShotConfig) -> ProtoNet | MamlNet:
@@ -67,13 +80,16 @@ class Models:
 
     def task(self, name: str, data: str) -> EvaluatedModel:
         """Return the model `name` with its settings for the set `data`."""
-        stem = name.removesuffix(TUNED)
+        stem, head = split_head(name)
         chosen = self.settings.chosen(data) if stem == MERGED else (self.config.merging, self.config.finetune)
         key = f"{name} {chosen if stem == MERGED else ''}"
         if key not in self._models:
-            model: EvaluatedModel = self._pooled(stem, chosen[0]) if self._is_pooled(stem) else self._single(stem)
-            if name != stem:
-                model = FineTuned(model, chosen[1])
+            model: EvaluatedModel
+            if head:
+                net = self.task(stem, data)
+                model = PROBES[head](net) if head in PROBES else FineTuned(net, chosen[1])
+            else:
+                model = self._pooled(stem, chosen[0]) if self._is_pooled(stem) else self._single(stem)
             self._models[key] = model.requires_grad_(False).eval().to(runtime.processes().device)
         return self._models[key]
 
@@ -83,11 +99,10 @@ class Models:
 
     def fingerprint_of(self, model: EvaluatedModel) -> str:
         """Return a digest of base weights, adapters, and settings of merging and fine-tuning."""
-        settings = f"{model.settings}" if isinstance(model, FineTuned) else ""
-        text = _describe(model.proto if isinstance(model, FineTuned) else model)
+        text = _describe(model)
         vit = next(part for part in model.modules() if isinstance(part, Backbone)).vit
         linears = [path for path, module in vit.named_modules() if isinstance(module, nn.Linear)]
-        return f"{fingerprint(vit, linears)}-{digest((text + settings).encode())}"
+        return f"{fingerprint(vit, linears)}-{digest(text.encode())}"
 
     def pool(self) -> ExpertPool:
         """Return the assembled pool that the configuration names, or else the pool of the seed's trainings."""
@@ -116,7 +131,7 @@ class Models:
 
     def _single(self, stem: str) -> ProtoNet | MamlNet:
         """Return the frozen model, or that of an arm."""
-        if stem == FROZEN:
+        if stem == FROZEN or stem in untrained_arms(self.study.config):
             return make_net(self._backbone(), replace(self.config, meta=None))
         arm = stem if stem in self.study.arms else ALONE
         if arm not in self.study.arms:
@@ -126,7 +141,11 @@ class Models:
 
 
 def _describe(model: FewShotModel) -> str:
-    """Return a text of everything that a model without fine-tuning adds to the weights of its ViT."""
+    """Return a text of everything that a model adds to the weights of its ViT."""
+    if isinstance(model, FineTuned):
+        return f"{_describe(model.proto)}{model.settings}"
+    if isinstance(model, LinearProbe):
+        return f"{_describe(model.proto)}{model.describe()}"
     if isinstance(model, PoolNet):
         pool = model.pool
         return f"{pool.labels} {pool.scale} {model.settings} {_values(pool.banks.state_dict())}"

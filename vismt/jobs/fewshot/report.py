@@ -14,7 +14,7 @@ from vismt.engine.study import Study
 from vismt.errors import UserError
 from vismt.jobs.fewshot import masking_report
 from vismt.jobs.fewshot.choice_report import choice_tables
-from vismt.jobs.fewshot.config import TUNED, FewShotConfig, pool_members, strategy_of
+from vismt.jobs.fewshot.config import FewShotConfig, pool_members, split_head, strategy_of, untrained_arms
 from vismt.jobs.fewshot.episode_figure import episode_grid
 from vismt.jobs.fewshot.figures import mixture_bars
 from vismt.jobs.fewshot.merge_settings import chosen_settings
@@ -22,6 +22,7 @@ from vismt.jobs.fewshot.names import episodes_file
 from vismt.metatune.pool import read_pool
 from vismt.report.results import Result
 from vismt.report.sections import Picture, Section
+from vismt.report.tables import Table
 
 
 def sections(
@@ -30,6 +31,7 @@ def sections(
     """Return the sections of a few-shot run, as far as the run folder has the files."""
     seed = study.seeds[0]
     return [
+        Section("Arms left out", _left_out(config, results)),
         Section("Gradient masking", masking_report.tables(folder)),
         Section(
             "Pool",
@@ -41,6 +43,16 @@ def sections(
         ),
         Section("Episodes", pictures=_panels(folder), folded=True),
     ]
+
+
+def _left_out(config: FewShotConfig, results: Sequence[Result]) -> list[tuple[Table, str]]:
+    """Return the untrained arms without a result."""
+    scored = {split_head(row.arm)[0] for row in results}
+    arms = {arm: changed.model.name for arm, changed in untrained_arms(config).items() if arm not in scored}
+    if not arms:
+        return []
+    note = "No weights of these backbones could be had when the run was evaluated: no source of them answered."
+    return [(Table("Not evaluated", ["Arm", "Backbone"], [list(pair) for pair in arms.items()], set()), note)]
 
 
 def _panels(folder: Path) -> list[Picture]:
@@ -65,7 +77,8 @@ def _panel_caption(panel: dict[str, np.ndarray]) -> str:
     if "adversarial_predictions" not in panel:
         return text + "."
     attack = str(panel["condition"]) if "condition" in panel else "attack"
-    return f"{text}, {int((panel['adversarial_predictions'] == truth).sum())} under {attack}. ✓ right, ✗ wrong."
+    right = panel.get("adversarial_right", panel["adversarial_predictions"] == truth)
+    return f"{text}, {int(right.sum())} under {attack}. ✓ right, ✗ wrong."
 
 
 def _labels(config: FewShotConfig, study: Study[FewShotConfig]) -> list[str]:
@@ -85,8 +98,8 @@ def _mixtures(
     several = len({row.protocol for row in rows}) > 1
     shares: dict[str, dict[tuple[str, str], list[float]]] = {}
     for row in rows:
-        if row.arm.endswith(TUNED) or strategy_of(config, row.arm) in ("average", "expert"):
-            continue  # the same for every task, or that of the model before fine-tuning
+        if split_head(row.arm)[1] or strategy_of(config, row.arm) in ("average", "expert"):
+            continue  # the same for every task, or that of the model with prototypes
         path = episodes_file(folder, study.seeds[0], row.data, row.protocol, row.arm)
         weights = [line["mixture"] for line in read_lines(path) if isinstance(line.get("mixture"), list)]
         if not weights:

@@ -1,0 +1,303 @@
+"""Heads on few-shot models, ways of single sets, and backbones as arms of a run that trains nothing, on a tiny ViT."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+
+from vismt.backbones import build
+from vismt.backbones.assets import list_assets, load_asset_card
+from vismt.cli import main
+from vismt.config import typed
+from vismt.engine.log import read_lines
+from vismt.errors import UserError
+from vismt.jobs import load_config, open_run
+from vismt.jobs.fewshot.config import FewShotConfig, check, evaluated_models, split_head, untrained_arms
+from vismt.jobs.fewshot.data import FewShotData
+from vismt.paths import shipped
+
+pytest.importorskip("sklearn")
+pytest.importorskip("skimage")
+
+MODEL = {"name": "test_vit", "img_size": 32, "pretrained": False, "block": 3}
+SMALL: dict[str, Any] = {
+    "model": MODEL,
+    "adapt": {"method": "lora", "rank": 2},
+    "source": {"data": ["photo_crops:train"], "ways": 3, "shots": 1, "queries": 2, "augment": False},
+    "train": {"steps": 2, "lr": 1e-3},
+    "evaluate": {
+        "data": ["digits", "photo_crops:test"],
+        "ways": 4,
+        "ways_of": {"photo_crops:test": 2},
+        "shots": [2],
+        "queries": 2,
+        "episodes": 3,
+        "attacks": [{"name": "pgd", "steps": 1}],
+    },
+}
+ARMS = {
+    "small": {"model": {"name": "test_vit", "img_size": 32, "pretrained": False}},
+    "wide": {"model.name": "test_vit2", "model.img_size": 64, "model.block": None},
+    "gone": {"model": {"name": "vit_tiny_patch16_224.augreg_in21k", "img_size": 32}},
+    "hidden": {"model": {"name": "test_vit3.r160_in1k", "img_size": 32}},
+}
+
+
+def run(folder: Path, **changes: Any) -> Path:
+    path = folder / "heads.yaml"
+    path.write_text(yaml.safe_dump(merged(changes)))
+    assert main(["run", str(path), "--out", str(folder / "runs")]) == 0
+    return next((folder / "runs").iterdir())
+
+
+def merged(changes: dict[str, Any]) -> dict[str, Any]:
+    raw = copy.deepcopy(SMALL)
+    for name, values in changes.items():
+        raw[name] = {**raw[name], **values} if isinstance(values, dict) and name in raw else values
+    return raw
+
+
+def configuration(**changes: Any) -> FewShotConfig:
+    return typed(merged(changes), FewShotConfig, "heads.yaml")
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], None]:
+    """A hub that does not answer; call it to let the hub answer with random weights."""
+    create = build.timm.create_model
+    answers = []
+
+    def asked(name: str, pretrained: bool = False, **options: Any) -> torch.nn.Module:
+        if pretrained and not answers:
+            raise OSError("the hub cannot be reached")
+        return create(name, pretrained=False, **options)
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("VISMT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(build.timm, "create_model", asked)
+    return lambda: answers.append(True)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("frozen", ("frozen", "")),
+        ("frozen+ridge", ("frozen", "ridge")),
+        ("expert:0.5-4+logistic", ("expert:0.5-4", "logistic")),
+        ("lora+qr", ("lora+qr", "")),
+        ("lora+qr+finetune", ("lora+qr", "finetune")),
+    ],
+)
+def test_a_head_is_the_last_part_of_a_name(name: str, parts: tuple[str, str]) -> None:
+    assert split_head(name) == parts
+
+
+def test_heads_of_frozen_and_adapted_models_over_two_seeds(tmp_path: Path) -> None:
+    models = ["frozen", "frozen+ridge", "frozen+logistic", "adapted", "adapted+ridge", "adapted+finetune"]
+    folder = run(tmp_path, evaluate={"models": models}, finetune={"lr": "auto", "steps": 1}, seeds=[0, 1])
+    rows = read_lines(folder / "results.jsonl")
+    means = [row for row in rows if row["seed"] is None]
+    assert {row["arm"] for row in means} == set(models) and len(means) == 6 * 2 * 2
+    # A frozen backbone has no training seeds, whatever its head.
+    assert {row["arm"] for row in rows if row["seed"] == 1} == {"adapted", "adapted+ridge", "adapted+finetune"}
+    protocols = {(row["data"], row["protocol"], row["chance"]) for row in rows}
+    assert protocols == {("digits", "4-way 2-shot", 0.25), ("photo_crops-test", "2-way 2-shot", 0.5)}
+    # The heads differ: three fingerprints on one backbone.
+    built = open_run(folder).job.models(0)
+    prints = [built.fingerprint(name, "digits").split("-") for name in models[:3]]
+    assert len({backbone for backbone, _ in prints}) == 1 and len({head for _, head in prints}) == 3
+    report = (folder / "report.md").read_text()
+    assert "4-way 2-shot" in report and "2-way 2-shot" in report and "frozen+ridge" in report.replace("\\", "")
+
+
+def test_heads_of_a_pool(tmp_path: Path) -> None:
+    models = ["merged", "merged+ridge", "expert:4+logistic"]
+    pool = {"levels": [0.5, 4], "warmup": 1}
+    folder = run(
+        tmp_path, adapt={"method": "amt"}, pool=pool, evaluate={"models": models, "data": ["digits"], "ways_of": {}}
+    )
+    rows = read_lines(folder / "results.jsonl")
+    assert [row["arm"] for row in rows if row["condition"] == "clean"] == models
+    assert "Pool mixture" in (folder / "report.md").read_text()
+
+
+def test_backbones_as_arms_and_those_out_of_reach_left_out(tmp_path: Path, offline, capsys) -> None:
+    models = ["frozen", "frozen+ridge", "frozen+logistic"]
+    settings = {"models": models, "data": ["digits"], "ways": 3, "ways_of": {}, "masking": True, "masking_episodes": 2}
+    folder = run(tmp_path, adapt=None, train=None, arms=ARMS, evaluate=settings)
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if line.startswith("skip")]
+    assert len(lines) == 2 and "gone   left out: asset 'vit_tiny" in lines[0]
+    assert "hidden   left out: the weights of 'test_vit3.r160_in1k' could not be downloaded" in lines[1]
+    rows = read_lines(folder / "results.jsonl")
+    evaluated = [row["arm"] for row in rows if (row["data"], row["condition"]) == ("digits", "clean")]
+    assert evaluated == [f"{arm}{head}" for arm in ("small", "wide") for head in ("", "+ridge", "+logistic")]
+    assert len({row["value"] for row in rows}) > 3
+    assert len(read_lines(folder / "masking.jsonl")) == 6
+    facts = json.loads((folder / "run.json").read_text())
+    assert set(facts["skipped"]) == {"gone", "hidden"}
+    report = (folder / "report.md").read_text().replace("\\", "")
+    assert "Arms left out" in report and "| hidden | test_vit3.r160_in1k |" in report
+    offline()  # from now on the hub answers
+    assert main(["evaluate", str(folder)]) == 0
+    arms = {row["arm"] for row in read_lines(folder / "results.jsonl")}
+    assert {"hidden", "hidden+ridge", "small"} <= arms and "gone" not in arms
+    assert set(json.loads((folder / "run.json").read_text())["skipped"]) == {"gone"}
+
+
+def test_a_run_without_any_backbone_is_an_error(tmp_path: Path, offline, capsys) -> None:
+    path = tmp_path / "heads.yaml"
+    arms = {"hidden": ARMS["hidden"]}
+    path.write_text(
+        yaml.safe_dump(merged({"adapt": None, "train": None, "arms": arms, "evaluate": {"models": ["frozen"]}}))
+    )
+    assert main(["run", str(path), "--out", str(tmp_path / "runs")]) == 2
+    assert "the weights of no arm can be had: the weights of 'test_vit3" in capsys.readouterr().err
+
+
+def test_an_unknown_backbone_of_an_arm_is_named_before_anything_is_evaluated(tmp_path: Path, offline, capsys) -> None:
+    path = tmp_path / "heads.yaml"
+    arms = {"small": ARMS["small"], "odd": {"model.name": "tset_vit"}}
+    path.write_text(
+        yaml.safe_dump(merged({"adapt": None, "train": None, "arms": arms, "evaluate": {"models": ["frozen"]}}))
+    )
+    assert main(["run", str(path), "--out", str(tmp_path / "runs")]) == 2
+    output = capsys.readouterr()
+    assert "arms.odd: backbone 'tset_vit'" in output.err and "eval" not in output.out
+
+
+def test_episodes_do_not_depend_on_the_image_size() -> None:
+    config = configuration(adapt=None, train=None, arms={"wide": ARMS["wide"]}, evaluate={"models": ["frozen"]})
+    data = FewShotData(config)
+    other = data.variant(untrained_arms(config)["wide"])
+    first, second = (sets.samplers("digits", None)[0] for sets in (data, other))
+    assert (data.open("digits").size, other.open("digits").size) == (32, 64)
+    assert first.describe() == second.describe() and torch.equal(first[2].query, second[2].query)
+    assert other.open("digits") is data._pixels["digits", 64]
+
+
+def test_only_models_of_the_arms_are_evaluated_where_nothing_is_trained() -> None:
+    models = ["frozen", "adapted", "frozen+ridge", "wide+logistic"]
+    config = configuration(train=None, arms={"small": {}, "wide": {}}, evaluate={"models": models})
+    assert evaluated_models(config, []) == ["small", "small+ridge", "wide", "wide+ridge", "wide+logistic"]
+
+
+def test_an_attack_is_evaluated_on_every_arm(tmp_path: Path) -> None:
+    arms = {name: ARMS[name] for name in ("small", "wide")}
+    folder = run(
+        tmp_path, adapt=None, train=None, arms=arms, evaluate={"models": ["frozen"], "data": ["digits"], "ways_of": {}}
+    )
+    assert main(["attack", str(folder), "--attack", "fgsm", "--quiet"]) == 0
+    rows = read_lines(folder / "results.jsonl")
+    assert {row["arm"] for row in rows if "FGSM" in row["condition"]} == {"small", "wide"}
+    with pytest.raises(UserError, match="trains nothing"):
+        open_run(folder).job.merged("small")
+
+
+def test_the_foundation_table_has_every_vision_asset_and_four_families_of_the_hub() -> None:
+    config = load_config(shipped("configs") / "fewshot" / "foundation.yaml", [])
+    assert isinstance(config, FewShotConfig)
+    check(config)
+    models = [arm.model for arm in untrained_arms(config).values()]
+    names = {model.name for model in models}
+    assert names >= {name for name in list_assets() if load_asset_card(name).kind == "vit"}
+    for family in ("dinov2", "dinov3", "clip", "siglip"):
+        assert any(family in name for name in names)
+    assert names - set(list_assets()) <= set(timm.list_pretrained())
+    # A set opens without a backbone where its image size is given.
+    assert all(model.img_size is not None for model in models)
+    other = load_config(shipped("configs") / "metatune" / "amt_small.yaml", [])
+    assert isinstance(other, FewShotConfig) and config.evaluate.data == other.evaluate.data
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"evaluate": {"models": ["frozen+rigde"]}}, "evaluate.models: 'frozen+rigde'"),
+        ({"evaluate": {"models": ["frozen+ridge+ridge"]}}, "'frozen+ridge+ridge'"),
+        ({"pool": {}, "evaluate": {"models": ["logits+ridge"]}}, "no weights to tune"),
+        (
+            {"meta": {"algorithm": "maml"}, "evaluate": {"models": ["adapted+ridge"], "ways": 3, "ways_of": {}}},
+            "the classifier of an inner loop has no prototypes; take 'adapted'",
+        ),
+        ({"evaluate": {"ways_of": {"digit": 3}}}, "evaluate.ways_of: 'digit' is not evaluated. Near: 'digits'"),
+        ({"evaluate": {"ways_of": {"digits": 1}}}, "evaluate.ways_of: digits: 1; an episode has 2 ways or more"),
+        ({"evaluate": {"rule": "variable"}}, "evaluate.ways_of: needs evaluate.rule uniform"),
+        (
+            {"evaluate": {"ways": 5, "ways_of": {"digits": 3}, "attacks": [{"name": "apgd_t"}]}},
+            "needs 4 classes, here are 3",
+        ),
+        ({"arms": {"a": {"model.block": 1}}}, "arms.a: model.block must be the same for all arms"),
+        ({"arms": {"a+ridge": {}}}, "arms: 'a+ridge' reads as a head on 'a'"),
+        (
+            {"train": None, "arms": {"a": {"adapt.rank": 1}}, "evaluate": {"models": ["frozen"]}},
+            "arms.a: adapt.rank: this run trains nothing, so its arms differ in `model` alone",
+        ),
+        (
+            {"train": None, "arms": {"a": {"model.blok": 1}}, "evaluate": {"models": ["frozen"]}},
+            "arms.a: unknown key 'model.blok'. Near: 'block'",
+        ),
+        (
+            {
+                "train": None,
+                "arms": {"a": {}},
+                "evaluate": {"models": ["frozen"], "attacks": [{"source": "a"}]},
+            },
+            "'a' needs a training, and there is none; take 'frozen'",
+        ),
+    ],
+)
+def test_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check(configuration(**changes))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_set_with_too_few_classes_names_the_key(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "heads.yaml"
+    path.write_text(yaml.safe_dump(merged({"adapt": None, "train": None, "evaluate": {"ways": 11, "ways_of": {}}})))
+    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "evaluate.ways: 'digits' has 10 classes, too few for 11-way episodes" in error
+        and "evaluate.ways_of: {digits: 10}" in error
+    )
+
+
+def test_the_choice_of_settings_uses_the_ways_of_its_sets(tmp_path: Path) -> None:
+    select = {"data": ["photo_crops:test"], "episodes": 2, "shots": 1, "queries": 2, "beta": [1.0, 4.0], "balance": []}
+    attack = {"name": "pgd", "steps": 1}
+    folder = run(
+        tmp_path,
+        adapt={"method": "amt"},
+        pool={"levels": [0.5, 4], "warmup": 1},
+        select={**select, "attack": attack},
+        evaluate={"models": ["merged"], "data": ["digits"]},
+    )
+    sampler = open_run(folder).job.models(0).settings.sampler("photo_crops:test")
+    assert sampler.ways == 2 and str(sampler) == "2-way 1-shot"
+    job = open_run(folder).job
+    job.config.evaluate.ways_of = {"photo_crops:test": 30}
+    with pytest.raises(
+        UserError, match=r"'photo_crops:test' has 18 classes, too few for 30-way .* evaluate.ways_of: {photo"
+    ):
+        job.models(0).settings.sampler("photo_crops:test")
+
+
+def test_a_head_alone_can_be_evaluated_and_the_size_of_images_is_asked_for_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = configuration(train=None, model={"img_size": None}, evaluate={"models": ["frozen+ridge"]})
+    check(config)
+    assert evaluated_models(config, []) == ["frozen+ridge"]
+    data, made, backbone = FewShotData(config), [], FewShotData.backbone
+    monkeypatch.setattr(FewShotData, "backbone", lambda self: made.append(1) or backbone(self))
+    assert data.open("digits") is data.open("digits") and data.open("digits").size == 160 and made == [1]
