@@ -267,7 +267,7 @@ def test_merged_is_the_stock_backbone_with_heads_beside(study: Path, capsys) -> 
     for command, words in (
         (["merge", str(study)], "several arms; name one with --arm"),
         (["export", str(study), "--format", "peft", "--arm", "full"], "arm 'full' has no adapter"),
-        (["attack", str(study), "--attack", "fgsm", "--epsilon", "8/255"], "a dense run has none"),
+        (["attack", str(study), "--attack", "fgsm", "--epsilon", "8/255"], "dense runs have pgd"),
     ):
         assert main(command) == 2
         assert words in capsys.readouterr().err

@@ -160,7 +160,7 @@ def test_records_have_the_answers_by_image(study: Path) -> None:
         row = rows[arm, "classify"]
         records = read_lines(study / RECORDS / f"{row.stem}.jsonl")
         assert len(records) == 4 and all(record[EXAMPLE].startswith("tones:test/") for record in records)
-        scored = [job.evaluation.known(training, "test")["classify"] for training in job.study.trainings(arm)]
+        scored = [job.scored(training, "test")["classify"] for training in job.study.trainings(arm)]
         for record in records:
             alone = [training.alone[record[EXAMPLE]] for training in scored]
             assert set(alone) <= {0.0, 1.0} and record["clean"] == pytest.approx(sum(alone) / 2)

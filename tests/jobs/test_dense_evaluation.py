@@ -13,6 +13,7 @@ from vismt.jobs.dense import evaluation as dense_evaluation
 from vismt.jobs.dense.config import DenseConfig, all_tasks
 from vismt.jobs.dense.data import Rows
 from vismt.jobs.dense.evaluation import Evaluation
+from vismt.robustness.corruptions import CorruptionSpec
 
 pytest.importorskip("torchmetrics")
 
@@ -47,9 +48,10 @@ def evaluated(tmp_path, monkeypatch):
         config = DenseConfig(tasks=tasks, size=list(canvas))
         evaluation = Evaluation(config, Samples(samples, config))
         training = Training(ALONE, 1e-3, 0, folder)
-        scored = evaluation.scored(None, training, config, "validation")
+        path = folder / "records" / "validation.json"
+        scored = evaluation.scored(None, training, config, "validation", path)
         (result,) = evaluation.scores(scored, "validation")
-        assert evaluation.known(training, "validation") == scored
+        assert evaluation.known(path, training) == scored
         # one task: the quality is its score, 1 / score where lower is better
         expected = 1 / result.measure.score if result.measure.better == "lower" else result.measure.score
         assert evaluation.quality([result]) == pytest.approx(expected)
@@ -92,3 +94,21 @@ def test_other_scores_are_the_same_on_any_canvas(evaluated, task) -> None:
         samples.append({"image": image, key: target})
     tight, wide = (evaluated([task], samples, canvas) for canvas in ((24, 16), (24, 40)))
     assert tight == wide and math.isfinite(tight)
+
+
+def test_corruptions_do_not_reach_the_padding(evaluated, tmp_path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    samples = [
+        {"image": (image := torch.rand(3, 24, 16, generator=generator)), "depth": image[0] + 0.1} for _ in range(3)
+    ]
+    for spec in (CorruptionSpec("gaussian_noise", 3), CorruptionSpec("contrast", 5)):
+        values = []
+        for canvas in ((24, 16), (24, 40)):
+            config = DenseConfig(tasks=["depth"], size=list(canvas))
+            evaluation = Evaluation(config, Samples(samples, config))
+            path = tmp_path / f"{canvas}.json"
+            args = (None, Training(ALONE, 1e-3, 0, tmp_path), config, "validation", path)
+            clean, corrupted = evaluation.scored(*args), evaluation.scored(*args, spec)
+            assert corrupted["depth"].value > clean["depth"].value + 0.05
+            values.append(corrupted)
+        assert values[0] == values[1]

@@ -39,13 +39,14 @@ def add_commands(commands: Commands) -> None:
         "--attack",
         action="append",
         help="strong, autoattack, pgd, pgd_paper, fgsm, apgd_ce, apgd_dlr, apgd_t, fab, square or torchattacks:NAME; may be "
-        "repeated, for a worst case over all (strong)",
+        "repeated, for a worst case over all (strong; pgd of dense runs)",
     )
     parser.add_argument("--epsilon", default="4.5/255", help="radius in pixels of [0, 1], also as a fraction (4.5/255)")
     parser.add_argument("--step-size", help="step of PGD (2.5 epsilon / steps)")
     parser.add_argument("--steps", type=int, help="number of steps (the attack's default)")
     parser.add_argument("--restarts", type=int, help="number of restarts (the attack's default)")
     parser.add_argument("--norm", default="linf", help="linf, l2 or l1")
+    parser.add_argument("--task", action="append", help="of a dense run, whose loss is raised (all tasks)")
     parser.add_argument("--seed", type=int, default=0, help="of the drawn images and the attack, with --model")
     parser.add_argument("--masking", action="store_true", help="also check the accuracy at growing radii")
     parser.add_argument("--out", type=Path, help="run folder to make with --model (runs/attack-...)")
@@ -56,11 +57,20 @@ def _attack(options: argparse.Namespace) -> None:
 
     if (options.run is None) == (options.model is None):
         raise UserError("attack: give either a run folder or --model (with --data).")
+    run = None if options.run is None else open_run(options.run)
     attacks = [
-        AttackConfig(name, options.epsilon, options.step_size, options.steps, options.norm, restarts=options.restarts)
-        for name in options.attack or ["strong"]
+        AttackConfig(
+            name,
+            options.epsilon,
+            options.step_size,
+            options.steps,
+            options.norm,
+            restarts=options.restarts,
+            tasks=options.task or [],
+        )
+        for name in options.attack or ["strong" if run is None else run.job.default_attack]
     ]
-    if options.run is None:
+    if run is None:
         _attack_model(options, attacks)
         return
     for name, default in MODEL_OPTIONS.items():
@@ -68,7 +78,6 @@ def _attack(options: argparse.Namespace) -> None:
             raise UserError(
                 f"attack: --{name.replace('_', '-')} goes with --model; a run takes it from its configuration."
             )
-    run = open_run(options.run)
     run.on_main(lambda: run.evaluate(attacks))
     run.on_main(run.report)
 

@@ -32,6 +32,8 @@ FORMATS = ("timm", "transformers", "peft")
 class Stages(Protocol):
     """The methods of a job that a run folder calls. arm: "arm" or "arm:seed", None for the only one."""
 
+    default_attack: str
+
     @property
     def trains(self) -> bool:
         """Whether the configuration trains anything."""

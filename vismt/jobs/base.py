@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -20,6 +21,7 @@ from vismt.report.sections import Section
 from vismt.report.study import study_sections
 from vismt.report.tables import interval_text
 from vismt.robustness.conditions import AttackConfig
+from vismt.seeds import digest
 from vismt.stats import averaged
 
 Config = TypeVar("Config", bound=StudyConfig)
@@ -40,6 +42,8 @@ class EvaluationJob(ABC, Generic[Config]):
     names_tasks = False
     # Names of models that no arm trains, evaluated beside the arms.
     references: Sequence[str] = ()
+    # The attack of `vismt attack RUN` where none is named.
+    default_attack = "strong"
 
     def __init__(self, config: Config, folder: Path, config_hash: str) -> None:
         self.config = config
@@ -202,6 +206,13 @@ class EvaluationJob(ABC, Generic[Config]):
             self.folder, results, comparisons, list(self.study.arms), compared, self.logged, self.baselines()
         )
         return write_report(self.folder, comparisons, [*shared, *self.sections(results)])
+
+
+def records_folder(folder: Path, attacks: Sequence[AttackConfig] | None) -> Path:
+    """Return the folder of records: `folder`, or one below it for attacks in place of the configuration's."""
+    if not attacks:
+        return folder
+    return folder / digest(json.dumps([asdict(attack) for attack in attacks], sort_keys=True).encode())[:8]
 
 
 def mean_scores(trainings: Iterable[Sequence[Score]]) -> list[Score]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -26,6 +26,7 @@ from vismt.lowrank.layer_spec import factor_rank
 from vismt.lowrank.memory import count_parameters
 from vismt.methods import adapt
 from vismt.report.results import Score
+from vismt.robustness.conditions import AttackConfig, CorruptionConfig
 
 Config = TypeVar("Config", bound=StudyConfig)
 Net = TypeVar("Net", bound=nn.Module)
@@ -63,6 +64,28 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
     @abstractmethod
     def quality(self, scores: Sequence[Score]) -> float:
         """Return one number from the scores on the validation split; higher is better."""
+
+    def check_conditions(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> None:
+        """Raise UserError for attacks and corruptions that `scores_under` cannot take."""
+        raise UserError(
+            f"run '{self.folder}': the job '{self.config.task}' has no images of its own to attack or corrupt; name a run of "
+            "multitask or dense."
+        )
+
+    def scores_under(
+        self,
+        net: Callable[[], Net],
+        training: Training,
+        split: str,
+        attacks: Sequence[AttackConfig],
+        corruptions: Sequence[CorruptionConfig],
+        records: Path,
+    ) -> list[Score]:
+        """Return every measure on the run's own images, clean and under each attack and corruption.
+
+        net: returns the evaluated net, asked for where something is not on record. records: the folder of records.
+        """
+        raise NotImplementedError
 
     def stock(self, net: Net) -> nn.Module:
         """Return the model of a net that is adapted, merged and exported."""

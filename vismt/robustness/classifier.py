@@ -23,12 +23,20 @@ SUFFIXES = {".safetensors", ".pt", ".pth", ".bin", ".tar"}
 class PixelClassifier(nn.Module):
     """A classifier with its resizing and normalisation: images float (b, 3, h, w) in [0, 1] -> logits (b, c).
 
-    size: (h, w) that images are resized to. mean, std: per channel, of the normalisation.
+    size: (h, w) that images are resized to. mean, std: per channel, of the normalisation. labels: names of the c classes, None
+    where they are not known.
     """
 
-    def __init__(self, net: nn.Module, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        size: tuple[int, int],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        labels: list[str] | None = None,
+    ) -> None:
         super().__init__()
-        self.net, self.size = net, tuple(size)
+        self.net, self.size, self.labels = net, tuple(size), labels
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
@@ -55,7 +63,8 @@ def load_classifier(
 
     Args:
         name_or_checkpoint: A timm name; or a .safetensors / .pt / .pth file of timm's keys (at the top, or under state_dict
-            or model), or a folder with model.safetensors.
+            or model), or a folder with model.safetensors. config.json beside a file, as `vismt merge` and timm write it, has
+            size, normalisation and names of the classes.
         num_classes: Number of classes, by default that of the weights. Another number is refused, as a fresh head
             classifies nothing.
         architecture: The timm model of a file; by default config.json beside the file names it, and img_size.
@@ -70,16 +79,21 @@ def load_classifier(
     path = Path(name_or_checkpoint)
     if path.is_dir():
         path = path / "model.safetensors"
+    about: dict[str, Any] = {}
     if path.suffix in SUFFIXES:
-        net = _from_file(path, architecture, num_classes)
+        about = _read_config(path)
+        net = _from_file(path, about, architecture, num_classes)
     else:
         net = _create(str(name_or_checkpoint), num_classes, pretrained)
-    config = net.pretrained_cfg
+    stock: Any = net.pretrained_cfg
+    config = {**stock, **about.get("pretrained_cfg", {})}
     size = getattr(getattr(net, "patch_embed", None), "img_size", None) or config["input_size"][-2:]
-    return PixelClassifier(net, size, config["mean"], config["std"]).eval()
+    labels = about.get("label_names")
+    known = isinstance(labels, list) and len(labels) == net.num_classes
+    return PixelClassifier(net, size, config["mean"], config["std"], labels if known else None).eval()
 
 
-def _create(name: str, num_classes: int | None, pretrained: bool, **options: int) -> nn.Module:
+def _create(name: str, num_classes: int | None, pretrained: bool, **options: Any) -> nn.Module:
     import timm
 
     base = name.split(".")[0].removeprefix("hf_hub:").removeprefix("hf-hub:")
@@ -110,19 +124,23 @@ def _read_config(path: Path) -> dict:
         raise UserError(f"checkpoint '{path}': the config.json beside it is not JSON ({error}).") from error
 
 
-def _from_file(path: Path, architecture: str | None, num_classes: int | None) -> nn.Module:
-    config = _read_config(path)
+def _from_file(path: Path, config: dict[str, Any], architecture: str | None, num_classes: int | None) -> nn.Module:
     architecture = architecture or config.get("architecture")
     if not architecture:
         raise UserError(f"checkpoint '{path}': which timm model is it? Give architecture, or a config.json beside it.")
-    size = config.get("img_size")
+    if config.get("num_classes") == 0:
+        raise UserError(
+            f"checkpoint '{path}': a backbone without a classifier; name the run folder that it is from as classifier.run."
+        )
+    arguments = {"img_size": config.get("img_size"), **config.get("model_args", {})}
+    options = {name: arguments[name] for name in ("img_size", "global_pool") if arguments.get(name)}
     state = _read_state(path)
     net = _create(architecture, None, pretrained=False)
     head = next((state[f"{name}.weight"] for name in _head_names(net) if f"{name}.weight" in state), None)
     if head is not None and num_classes not in (None, len(head)):
         raise UserError(f"checkpoint '{path}': its head has {len(head)} classes, not {num_classes}.")
     classes = len(head) if head is not None else num_classes
-    net = _create(architecture, classes, pretrained=False, **({"img_size": size} if size else {}))
+    net = _create(architecture, classes, pretrained=False, **options)
     try:
         net.load_state_dict(state, strict=True)
     except RuntimeError as error:

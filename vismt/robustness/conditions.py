@@ -7,13 +7,14 @@ condition under which its scores are reported.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import overload
 
 from vismt.config import HASHED_IF_SET, fraction
 from vismt.errors import UserError, near
 from vismt.robustness.attacks import AttackSpec, budget_text
-from vismt.robustness.corruptions import CORRUPTIONS, CorruptionSpec
+from vismt.robustness.corruptions import CORRUPTIONS, MOVING, CorruptionSpec
+from vismt.robustness.dense_attack import DenseAttack
 from vismt.robustness.transfer import Transfer, TransferSource
 from vismt.stats import Condition
 
@@ -21,6 +22,8 @@ SEVERITIES = (1, 2, 3, 4, 5)
 # Computed on the evaluated model or on no model.
 DirectPerturbation = AttackSpec | CorruptionSpec
 Perturbation = DirectPerturbation | Transfer
+# Of the images of a dense run.
+DensePerturbation = DenseAttack | CorruptionSpec
 
 
 @dataclass
@@ -28,7 +31,7 @@ class AttackConfig:
     """See robustness.attacks.AttackSpec; epsilon and step_size in pixel units of [0, 1], also as '4.5/255'.
 
     source: the model on whose task classifier the images are computed (a name as in evaluate.models); null: the evaluated
-    model.
+    model. tasks: of a dense run, those whose losses are raised, [] for all.
     """
 
     name: str = "pgd"
@@ -39,14 +42,28 @@ class AttackConfig:
     random_start: bool = True
     source: str | None = None
     restarts: int | None = field(default=None, metadata=HASHED_IF_SET)
+    tasks: list[str] = field(default_factory=list, metadata=HASHED_IF_SET)
 
     def spec(self, seed: int = 0) -> AttackSpec:
-        """Return the attack with its numbers, whatever its source."""
+        """Return the attack of a classifier with its numbers, whatever its source."""
+        if self.tasks:
+            raise UserError(
+                f"evaluate.attacks: tasks: {self.tasks}: the losses of single tasks are for dense runs; leave it out."
+            )
         step = None if self.step_size is None else fraction(self.step_size, "attack.step_size")
         epsilon = fraction(self.epsilon, "attack.epsilon")
         return AttackSpec(
             self.name, epsilon, step, self.steps, self.norm, self.restarts, seed, random_start=self.random_start
         )
+
+    def dense(self, known: Sequence[str]) -> DenseAttack:
+        """Return the attack of a dense net; known: the tasks of its run."""
+        if self.source is not None:
+            raise UserError("evaluate.attacks: source: attacks from another model are for few-shot runs; leave it out.")
+        for name in self.tasks:
+            if name not in known:
+                raise UserError(f"evaluate.attacks: tasks: no task '{name}'.{near(name, known)}")
+        return DenseAttack(replace(self, tasks=[]).spec(), tuple(name for name in known if name in self.tasks))
 
 
 @dataclass
@@ -56,15 +73,25 @@ class CorruptionConfig:
     name: str = "all"
     severities: list[int] = field(default_factory=lambda: list(SEVERITIES))
 
-    def specs(self) -> list[CorruptionSpec]:
-        """Return one spec for each corruption and severity."""
+    def specs(self, *, of_maps: bool = False) -> list[CorruptionSpec]:
+        """Return one spec for each corruption and severity.
+
+        of_maps: for images with a label at each pixel, which a corruption that moves pixels makes wrong: "all" leaves it out.
+        """
         if self.name != "all" and self.name not in CORRUPTIONS:
             raise UserError(f"evaluate.corruptions: '{self.name}'.{near(self.name, ('all', *CORRUPTIONS))}")
         if not self.severities:
             raise UserError(
                 f"evaluate.corruptions: {self.name} has no severities; name some of 1 to 5, or leave the key out."
             )
-        names = CORRUPTIONS if self.name == "all" else (self.name,)
+        if of_maps and self.name in MOVING:
+            raise UserError(
+                f"evaluate.corruptions: {self.name} moves pixels away from their labels; leave it out, or take all, which has "
+                "the others."
+            )
+        names = list(CORRUPTIONS) if self.name == "all" else [self.name]
+        if of_maps:
+            names = [name for name in names if name not in MOVING]
         return [CorruptionSpec(name, severity) for name in names for severity in self.severities]
 
 
@@ -115,7 +142,23 @@ def check_conditions(attacks: Sequence[AttackConfig], corruptions: Sequence[Corr
     labels = [
         f"{attack.spec().label} from {attack.source}" if attack.source else attack.spec().label for attack in attacks
     ]
-    labels += [spec.label for corruption in corruptions for spec in corruption.specs()]
+    _check_labels([*labels, *(spec.label for corruption in corruptions for spec in corruption.specs())])
+
+
+def dense_conditions(
+    attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], tasks: Sequence[str]
+) -> list[DensePerturbation]:
+    """Return the attacks and corruptions of a dense run with these tasks, in their order.
+
+    Raises UserError for values that do not fit, and for two conditions with the same label.
+    """
+    specs: list[DensePerturbation] = [attack.dense(tasks) for attack in attacks]
+    specs += [spec for corruption in corruptions for spec in corruption.specs(of_maps=True)]
+    _check_labels([spec.label for spec in specs])
+    return specs
+
+
+def _check_labels(labels: Sequence[str]) -> None:
     repeated = next((label for label in labels if labels.count(label) > 1), None)
     if repeated is not None:
         raise UserError(
@@ -123,14 +166,14 @@ def check_conditions(attacks: Sequence[AttackConfig], corruptions: Sequence[Corr
         )
 
 
-def condition_of(spec: Perturbation, num_classes: int | None = None) -> Condition:
+def condition_of(spec: Perturbation | DenseAttack, num_classes: int | None = None) -> Condition:
     """Return what a score under a perturbation is filed under."""
     label = spec.describe(num_classes)
     if isinstance(spec, CorruptionSpec):
         return Condition(label, "corruption", spec.name, float(spec.severity))
-    attack = spec.spec if isinstance(spec, Transfer) else spec
-    source = f" from {spec.source.name}" if isinstance(spec, Transfer) else ""
-    return Condition(label, "attack", f"{attack.family} {attack.norm}{source}", attack.epsilon)
+    attack = spec if isinstance(spec, AttackSpec) else spec.spec
+    ending = label.removeprefix(attack.describe(num_classes))  # the source of its images, or the tasks
+    return Condition(label, "attack", f"{attack.family} {attack.norm}{ending}", attack.epsilon)
 
 
 @dataclass(frozen=True)

@@ -311,3 +311,8 @@ CORRUPTIONS: dict[str, Corruption] = {
         jpeg_compression,
     )
 }
+
+# Corruptions after which the content of a pixel is elsewhere. At 224 px, severities 1 to 5, elastic_transform moves it by 16.6,
+# 34.5, 3.5, 3.7 and 4.2 px in the mean. Blurs keep the sharp image as a part, with its labels; the mean place of what they mix
+# moves too, by up to 11.6 px (motion_blur) and 14.1 px (zoom_blur, at the edge of the image).
+MOVING = ("elastic_transform",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from vismt.config import ModelConfig, OnBadSample
@@ -95,13 +96,18 @@ def check(config: MultitaskConfig) -> None:
                 "retain: quality retaining compares logits over the classes of all tasks; it needs head: union."
             )
         QualityRetaining(1, [0], **asdict(config.retain))
-    source = next((attack.source for attack in config.evaluate.attacks if attack.source is not None), None)
+    check_attacks(config.evaluate.attacks, config.evaluate.corruptions)
+    check_arms(config, check)
+
+
+def check_attacks(attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> None:
+    """Raise UserError for attacks and corruptions that a multi-task run does not have."""
+    source = next((attack.source for attack in attacks if attack.source is not None), None)
     if source is not None:
         raise UserError(
             f"evaluate.attacks: source '{source}': attacks from another model are for few-shot runs; leave it out."
         )
-    check_conditions(config.evaluate.attacks, config.evaluate.corruptions, 4)
-    check_arms(config, check)
+    check_conditions(attacks, corruptions, 4)
 
 
 def _check_task(task: TaskConfig) -> None:

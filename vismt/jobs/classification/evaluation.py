@@ -6,7 +6,6 @@ record are not evaluated again.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -23,9 +22,8 @@ from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.models import PixelNet
 from vismt.multitask.union import TaskClassifier
 from vismt.report.results import Score
-from vismt.robustness.conditions import AttackConfig, DirectPerturbation, conditions
+from vismt.robustness.conditions import DirectPerturbation
 from vismt.robustness.evaluate import accuracies, evaluate_classifier
-from vismt.seeds import digest
 from vismt.stats import Measure
 
 
@@ -42,23 +40,17 @@ class Evaluation:
         training: Training,
         separate: bool,
         split: str,
-        attacks: Sequence[AttackConfig] | None,
+        specs: Sequence[DirectPerturbation],
+        records: Path,
     ) -> list[Score]:
         """Return the accuracy of every task, clean and under each condition.
 
-        separate: whether the net chooses among the classes of the image's task only.
-        attacks: conditions in place of the configuration's, with separate records; None for the latter.
+        separate: whether the net chooses among the classes of the image's task only. records: the folder of records.
         """
-        settings = self.config.evaluate
-        corruptions = settings.corruptions if attacks is None else []
-        specs = conditions(settings.attacks if attacks is None else attacks, corruptions)
-        ending = ""
-        if attacks:
-            ending = "-" + digest(json.dumps([dict(spec.settings()) for spec in specs], sort_keys=True).encode())[:8]
         protocol = "task known" if separate else f"one of {self.data.union.num_classes} classes"
         scores = []
         for number, task in enumerate(self.data.union.tasks):
-            path = training.folder / "records" / f"{split}-{task}{ending}.jsonl"
+            path = records / f"{split}-{task}.jsonl"
             classifier = TaskClassifier(net, self.data.union, number, separate).eval()
             self._evaluate(net, classifier, number, split, specs, path, f"{task} {training.arm} seed {training.seed}")
             rows = [row for row in read_lines(path) if "id" in row]

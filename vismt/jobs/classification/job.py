@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +14,9 @@ from vismt.backbones import vit
 from vismt.data.batching import ShuffledBatches
 from vismt.data.transforms import augment
 from vismt.engine.study import Training
+from vismt.jobs.base import records_folder
 from vismt.jobs.classification import panels
-from vismt.jobs.classification.config import MultitaskConfig, check
+from vismt.jobs.classification.config import MultitaskConfig, check, check_attacks
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.evaluation import Evaluation
 from vismt.jobs.classification.models import PixelNet, fresh, load_head, save_head
@@ -25,9 +26,9 @@ from vismt.jobs.multitask import make_configured_balancer
 from vismt.lowrank.inject import train_along
 from vismt.multitask.retain import QualityRetaining
 from vismt.multitask.union import UnionObjective
-from vismt.report.results import Result, Score
+from vismt.report.results import RECORDS, Result, Score
 from vismt.report.sections import Section
-from vismt.robustness.conditions import AttackConfig
+from vismt.robustness.conditions import AttackConfig, CorruptionConfig, conditions
 
 
 class ClassificationJob(Job[MultitaskConfig, PixelNet]):
@@ -104,8 +105,25 @@ class ClassificationJob(Job[MultitaskConfig, PixelNet]):
         return load_head(self.fresh(self.study.config_of(training)), training)
 
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
+        settings = self.config.evaluate
+        chosen, corruptions = (settings.attacks, settings.corruptions) if attacks is None else (attacks, [])
+        records = records_folder(training.folder / RECORDS, attacks)
+        return self.scores_under(lambda: self.final(training), training, split, chosen, corruptions, records)
+
+    def check_conditions(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> None:
+        check_attacks(attacks, corruptions)
+
+    def scores_under(
+        self,
+        net: Callable[[], PixelNet],
+        training: Training,
+        split: str,
+        attacks: Sequence[AttackConfig],
+        corruptions: Sequence[CorruptionConfig],
+        records: Path,
+    ) -> list[Score]:
         separate = self.study.config_of(training).head == "separate"
-        return self.evaluation.scores(self.final(training), training, separate, split, attacks)
+        return self.evaluation.scores(net(), training, separate, split, conditions(attacks, corruptions), records)
 
     def quality(self, scores: Sequence[Score]) -> float:
         """Return the mean over the tasks of the clean accuracy."""

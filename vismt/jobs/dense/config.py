@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vismt.config import ModelConfig
+from vismt.config import HASHED_IF_SET, ModelConfig
 from vismt.engine.splits import PartsConfig, check_parts
 from vismt.engine.study import StudyConfig, check_arms, resolve_arms
 from vismt.errors import UserError, near
@@ -23,6 +23,7 @@ from vismt.multitask.heads import check_head
 from vismt.multitask.inference import check_overlap
 from vismt.multitask.retain_dense import DenseRetaining
 from vismt.multitask.tasks import DenseTask, make_task
+from vismt.robustness.conditions import AttackConfig, CorruptionConfig, dense_conditions
 
 MODES = ("slide", "whole")
 SHARED = ("data", "size", "canvas", "baseline")  # sections that all arms share, besides those in engine/study.py
@@ -64,7 +65,8 @@ class DenseEvaluateConfig:
 
     On a canvas larger than the size, mode 'slide' averages over windows of the size that overlap by the share `overlap` of
     their side; 'whole' predicts the canvas at once, with the position table resampled for it. flip: average with the
-    prediction on the mirrored image.
+    prediction on the mirrored image. attacks: pgd on the run's losses; corruptions: "all" has those that leave pixels where
+    they are.
     """
 
     split: str = "test"
@@ -72,6 +74,8 @@ class DenseEvaluateConfig:
     mode: str = "slide"
     overlap: float = 0.5
     flip: bool = False
+    attacks: list[AttackConfig] = field(default_factory=list, metadata=HASHED_IF_SET)
+    corruptions: list[CorruptionConfig] = field(default_factory=list, metadata=HASHED_IF_SET)
 
 
 @dataclass
@@ -129,6 +133,7 @@ def check(config: DenseConfig) -> None:
     _check_values(config)
     check_arms(config, _check_values, SHARED)
     _check_baseline(config)
+    dense_conditions(config.evaluate.attacks, config.evaluate.corruptions, [task.name for task in all_tasks(config)])
 
 
 def _check_values(config: DenseConfig) -> None:

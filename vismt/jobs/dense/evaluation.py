@@ -1,9 +1,9 @@
-"""Evaluation of a dense run: every task of every training on the images in their fixed size.
+"""Evaluation of a dense run: every task of every training on the images in their fixed size, clean, attacked and corrupted.
 
 A task's score is pooled over the n images that have a value of the task; its values by example are the jackknife's
 pseudo-values (pooled_score.py), which for accuracy are 1 and 0. delta_m (metrics/delta.py) over the configuration's
 baseline has its interval from the same values: the first-order effect of every image on the scores and on the baseline's.
-Only arms that train all tasks have a delta_m.
+Only arms that train all tasks have a delta_m. Under an attack the arms and their baselines are each attacked on their own losses.
 
 An image without a valid pixel of a task is left out of the task's score, n, records and interval, and has no effect on delta_m
 through that task; the n of delta_m counts the images with a value of any task. Fewer than two images with a value are an error.
@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -36,7 +37,11 @@ from vismt.multitask.inference import predict
 from vismt.multitask.metrics import delta_m
 from vismt.multitask.tasks import DenseTask, MapTask
 from vismt.report.results import Score
-from vismt.stats import CLEAN, HIGHER, LOWER, NUMBER, SHARE, Measure
+from vismt.robustness.conditions import DensePerturbation, condition_of
+from vismt.robustness.corruptions import CorruptionSpec, corrupt
+from vismt.robustness.dense_attack import DenseAttack
+from vismt.seeds import digest, mix_seed
+from vismt.stats import CLEAN, HIGHER, LOWER, NUMBER, SHARE, Condition, Measure
 
 LEAST = 1e-6  # lower bound of a score before its logarithm
 
@@ -49,15 +54,15 @@ class Evaluation:
         self.data = data
         self.tasks = data.tasks
 
-    def scores(self, scored: Mapping[str, Scored], split: str) -> list[Score]:
-        """Return one score for each task of a training."""
-        return [self._score(self.tasks[name], task_score, split) for name, task_score in scored.items()]
+    def scores(self, scored: Mapping[str, Scored], split: str, condition: Condition = CLEAN) -> list[Score]:
+        """Return one score for each task of a training under a condition."""
+        return [self._score(self.tasks[name], task_score, split, condition) for name, task_score in scored.items()]
 
-    def _score(self, task: DenseTask, scored: Scored, split: str) -> Score:
+    def _score(self, task: DenseTask, scored: Scored, split: str, condition: Condition) -> Score:
         scale = SHARE if task.share else NUMBER
         better = LOWER if task.lower_is_better else HIGHER
         measure = Measure(metric_name(task), scored.images, scale, better)
-        return Score(task.name, self.data.part(split).name, self._protocol(split), measure, CLEAN)
+        return Score(task.name, self.data.part(split).name, self._protocol(split), measure, condition)
 
     def _protocol(self, split: str) -> str:
         """Return split, image size, windows and mirroring as text."""
@@ -79,33 +84,85 @@ class Evaluation:
         return math.exp(math.fsum(sign * log for sign, log in zip(signs, logs)) / len(logs))
 
     def delta(self, scores: Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:
-        """Return delta_m of every arm that trains all tasks, by arm; none for the baseline itself."""
-        baselines = baseline_arms(self.config)
-        if not baselines:
-            return {}
-        by_arm = {arm: {score.task: score for score in arm_scores} for arm, arm_scores in scores.items()}
-        base = {task: by_arm[arm][task] for task, arm in baselines.items() if task in by_arm.get(arm, {})}
-        if len(base) < len(baselines):
-            return {}
+        """Return delta_m of every arm that trains all tasks under each condition, by arm; none for the baseline itself."""
         deltas: dict[str, list[Score]] = {}
-        for arm, by_task in by_arm.items():
-            if set(baselines.values()) == {arm} or not set(baselines) <= set(by_task):
-                continue
+        for condition in dict.fromkeys(score.condition for arm_scores in scores.values() for score in arm_scores):
+            by_arm = {
+                arm: {score.task: score for score in arm_scores if score.condition == condition}
+                for arm, arm_scores in scores.items()
+            }
             try:
-                deltas[arm] = [_delta({task: by_task[task] for task in baselines}, base, baselines.values())]
+                for arm, score in self._deltas(by_arm).items():
+                    deltas.setdefault(arm, []).append(score)
             except UserError as error:
-                console.stage("eval", f"{arm}   no delta_m: {error}")
-                return {}  # all arms or none: a table with a missing seed cannot be read
+                console.stage("eval", f"{condition.label}   no delta_m: {error}")
+                if condition == CLEAN:
+                    return {}
         return deltas
 
-    def scored(self, net: DenseNet, training: Training, config: DenseConfig, split: str) -> dict[str, Scored]:
-        """Score every task of one training and write the result to its folder.
+    def _deltas(self, by_arm: Mapping[str, Mapping[str, Score]]) -> dict[str, Score]:
+        """Return delta_m by arm under one condition, for all arms or, with a UserError, for none. by_arm: scores by task."""
+        baselines = baseline_arms(self.config)
+        base = {task: by_arm[arm][task] for task, arm in baselines.items() if task in by_arm.get(arm, {})}
+        if not baselines or len(base) < len(baselines):
+            return {}
+        return {
+            arm: _delta({task: by_task[task] for task in baselines}, base, baselines.values())
+            for arm, by_task in by_arm.items()
+            if set(baselines.values()) != {arm} and set(baselines) <= set(by_task)
+        }
+
+    def under(
+        self,
+        net: Callable[[], DenseNet],
+        training: Training,
+        config: DenseConfig,
+        split: str,
+        specs: Sequence[DensePerturbation],
+        records: Path,
+    ) -> list[Score]:
+        """Return the scores of one training, clean and under each condition that touches one of its tasks.
+
+        net: returns the evaluated net, asked for where a condition is not on record. config: of the training. records: folder.
+        """
+        scores = self.scores(self.clean(net, training, config, split, records), split)
+        for spec in specs:
+            if isinstance(spec, DenseAttack) and not spec.attacked(trained_tasks(config)):
+                continue
+            key = digest(json.dumps(spec.settings(), sort_keys=True).encode())[:8]
+            path = records / f"{split}-{key}.json"
+            scored = self.known(path, training) or self.scored(net(), training, config, split, path, spec)
+            scores += self.scores(scored, split, condition_of(spec))
+        return scores
+
+    def clean(
+        self, net: Callable[[], DenseNet], training: Training, config: DenseConfig, split: str, records: Path
+    ) -> dict[str, Scored]:
+        """Return the clean scores of every task; arguments as for `under`."""
+        path = records / f"{split}.json"
+        return self.known(path, training) or self.scored(net(), training, config, split, path)
+
+    def scored(
+        self,
+        net: DenseNet,
+        training: Training,
+        config: DenseConfig,
+        split: str,
+        path: Path,
+        spec: DensePerturbation | None = None,
+    ) -> dict[str, Scored]:
+        """Score every task of one training, clean or under a condition, and write the result to `path`.
 
         net: merged where that is exact. config: of the training.
         """
-        path = training.folder / "records" / f"{split}.json"
-        pools = {task.name: PooledScore(task) for task in trained_tasks(config)}
-        for names, samples, batch in self._batches(split, str(training)):
+        tasks = trained_tasks(config)
+        pools = {task.name: PooledScore(task) for task in tasks}
+        label = str(training) if spec is None else f"{training}   {spec.label}"
+        for names, samples, batch in self._batches(split, label):
+            if isinstance(spec, CorruptionSpec):
+                batch["image"] = self._corrupted(names, samples, spec)
+            elif spec is not None:
+                batch["image"] = self._attacked(net, tasks, names, samples, batch, spec)
             logits = self.logits(net, batch)
             for task, pool in pools.items():
                 key = self.tasks[task].key
@@ -115,19 +172,53 @@ class Evaluation:
                         prediction = _inside(self.tasks[task], logits[task][place : place + 1], size_of(sample))
                         pool.add(name, prediction, sample[key][None])
         scored = {task: pool.result() for task, pool in pools.items()}
-        tasks = {task: asdict(task_score) for task, task_score in scored.items()}
-        atomic_write(path, json.dumps({"fingerprint": fingerprint(training), "tasks": tasks}))
+        values = {task: asdict(task_score) for task, task_score in scored.items()}
+        settings = {} if spec is None else {"condition": spec.settings()}
+        atomic_write(path, json.dumps({"fingerprint": fingerprint(training), **settings, "tasks": values}))
         return scored
 
-    def known(self, training: Training, split: str) -> dict[str, Scored] | None:
+    def known(self, path: Path, training: Training) -> dict[str, Scored] | None:
         """Return the scores that `scored` wrote for these weights, None where there are none."""
-        path = training.folder / "records" / f"{split}.json"
         if not path.exists():
             return None
         content = read_json(path, f"run '{training.folder}': {path.name}")
         if not isinstance(content, dict) or content.get("fingerprint") != fingerprint(training):
             return None
         return {task: Scored(**values) for task, values in content["tasks"].items()}
+
+    def _corrupted(self, names: Sequence[str], samples: Sequence[Sample], spec: CorruptionSpec) -> Tensor:
+        """Return the corrupted images without their padding, padded again (b, 3, h, w)."""
+        images = [
+            corrupt(sample["image"][None], spec.name, spec.severity, seed=mix_seed(spec.seed, name))[0]
+            for name, sample in zip(names, samples)
+        ]
+        return torch.stack([pad({"image": image}, self.data.size)["image"] for image in images])
+
+    def _attacked(
+        self,
+        net: DenseNet,
+        tasks: Sequence[DenseTask],
+        names: Sequence[str],
+        samples: Sequence[Sample],
+        batch: Sample,
+        spec: DenseAttack,
+    ) -> Tensor:
+        """Return the images (b, 3, h, w) attacked through the whole inference, windows and mirrored image included."""
+        device = runtime.processes().device
+        inside = torch.zeros(len(samples), 1, *self.data.size, dtype=torch.bool)
+        for row, sample in enumerate(samples):
+            height, width = size_of(sample)
+            inside[row, :, :height, :width] = True
+        placed = {name: values.to(device) for name, values in batch.items()}
+        return spec.perturb(
+            net,
+            lambda images: self._predicted(net, images),
+            placed["image"],
+            placed,
+            tasks,
+            ids=names,
+            inside=inside.to(device),
+        ).cpu()
 
     def _batches(self, split: str, label: str) -> Iterator[tuple[list[str], list[Sample], Sample]]:
         """Yield (ids, fitted samples, the same samples padded and collated) of a split in order."""
@@ -140,11 +231,13 @@ class Evaluation:
 
     def logits(self, net: DenseNet, batch: Sample) -> dict[str, Tensor]:
         """Return the net's outputs by task, on the CPU."""
-        settings = self.config.evaluate
-        images = batch["image"].to(runtime.processes().device)
         with torch.no_grad():
-            outputs = predict(net, self.tasks, images, overlap=settings.overlap, flip=settings.flip)
+            outputs = self._predicted(net, batch["image"].to(runtime.processes().device))
         return {task: value.cpu() for task, value in outputs.items()}
+
+    def _predicted(self, net: DenseNet, images: Tensor) -> dict[str, Tensor]:
+        settings = self.config.evaluate
+        return predict(net, self.tasks, images, overlap=settings.overlap, flip=settings.flip)
 
     def outputs(self, merged: DenseNet, plain: DenseNet, label: str) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
         """Yield the outputs of both nets on the evaluated images; classes of pixels or images count as answers."""
@@ -181,7 +274,7 @@ def _delta(scores: Mapping[str, Score], base: Mapping[str, Score], arms: Iterabl
     values = {name: value + change for name, change in effect.items()}
     row = next(iter(scores.values()))
     metric = f"over {'+'.join(dict.fromkeys(arms))} in per cent"
-    return Score(DELTA, row.data, row.protocol, Measure(metric, values, NUMBER), CLEAN)
+    return Score(DELTA, row.data, row.protocol, Measure(metric, values, NUMBER), row.condition)
 
 
 def _inside(task: DenseTask, prediction: Tensor, size: tuple[int, int]) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from vismt.jobs.job import Job
 from vismt.jobs.multitask import make_configured_balancer
 from vismt.multitask.dense import SEGMENTATION, DenseNet, DenseObjective
 from vismt.multitask.retain_dense import DenseRetaining
-from vismt.report.results import Result, Score
+from vismt.report.results import RECORDS, Result, Score
 from vismt.report.sections import Section
-from vismt.robustness.conditions import AttackConfig
+from vismt.robustness.conditions import AttackConfig, CorruptionConfig, DensePerturbation, dense_conditions
 
 # Modules of a timm model that do not run where its maps are read.
 NEVER_RUN = ("fc_norm.", "head_drop.", "head.")
@@ -36,6 +36,7 @@ class DenseJob(Job[DenseConfig, DenseNet]):
     """A ViT with a dense head for each task."""
 
     names_tasks = True
+    default_attack = "pgd"
 
     def __init__(self, config: DenseConfig, folder: Path, config_hash: str) -> None:
         check(config)
@@ -119,16 +120,40 @@ class DenseJob(Job[DenseConfig, DenseNet]):
         return models.loaded(self.study.config_of(training), training, window_of(self.config))
 
     def scored(self, training: Training, split: str) -> dict[str, Scored]:
-        """Return the pooled scores of every task of a training, read from its folder where they are on record."""
-        known = self.evaluation.known(training, split)
-        if known is not None:
-            return known
-        return self.evaluation.scored(self.final(training), training, self.study.config_of(training), split)
+        """Return the clean pooled scores of every task of a training, read from its folder where they are on record."""
+        config = self.study.config_of(training)
+        return self.evaluation.clean(lambda: self.final(training), training, config, split, training.folder / RECORDS)
 
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
-        if attacks:
-            raise UserError("attack: attacks are for classifiers; a dense run has none. Leave it out.")
-        return self.evaluation.scores(self.scored(training, split), split)
+        settings = self.config.evaluate
+        chosen, corruptions = (settings.attacks, settings.corruptions) if attacks is None else (attacks, [])
+        net = cache(lambda: self.final(training))
+        return self.scores_under(net, training, split, chosen, corruptions, training.folder / RECORDS)
+
+    def check_conditions(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> None:
+        self._conditions(attacks, corruptions)
+
+    def _conditions(
+        self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]
+    ) -> list[DensePerturbation]:
+        return dense_conditions(attacks, corruptions, [task.name for task in all_tasks(self.config)])
+
+    def classifier(self, arm: str | None = None) -> tuple[nn.Module, list[str], int]:
+        raise UserError(
+            f"run '{self.folder}': a dense run is no classifier of other images; leave data out, and it is evaluated on its own."
+        )
+
+    def scores_under(
+        self,
+        net: Callable[[], DenseNet],
+        training: Training,
+        split: str,
+        attacks: Sequence[AttackConfig],
+        corruptions: Sequence[CorruptionConfig],
+        records: Path,
+    ) -> list[Score]:
+        specs = self._conditions(attacks, corruptions)
+        return self.evaluation.under(net, training, self.study.config_of(training), split, specs, records)
 
     def quality(self, scores: Sequence[Score]) -> float:
         return self.evaluation.quality(scores)

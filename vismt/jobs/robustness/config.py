@@ -1,23 +1,25 @@
-"""The sections of a robustness configuration (task: robustness): classifiers as arms, cards, attacks and corruptions."""
+"""The sections of a robustness configuration (task: robustness): trained models as arms, images, attacks and corruptions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vismt.config import AdaptConfig, ModelConfig, OnBadSample, TrainConfig
+from vismt.config import HASHED_IF_SET, AdaptConfig, ModelConfig, OnBadSample, TrainConfig
 from vismt.engine.study import StudyConfig, check_arms
 from vismt.errors import UserError, near
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
+from vismt.robustness.quantise import check_scheme
 
 
 @dataclass
 class ClassifierConfig:
     """The source of a classifier: one of name, run and function.
 
-    name: a timm name or a checkpoint file; architecture: of a checkpoint without a config.json; pretrained: false takes a
-    timm model without its weights. run: a run folder of vismt, arm: "arm" or "arm:seed" of it. function: "module:function",
-    which returns an nn.Module from images in [0, 1] to logits, and its number of classes. size: pixels that the images are
-    decoded to, null for the classifier's own; a function needs it.
+    name: a timm name, a checkpoint file, or a folder of `vismt merge` or `export`; architecture: of a checkpoint without a
+    config.json; pretrained: false takes a timm model without its weights. run: a run folder of vismt, arm: "arm" or "arm:seed"
+    of it. function: "module:function", which returns an nn.Module from images in [0, 1] to logits, and its number of classes.
+    size: pixels that the images are decoded to, null for the classifier's own; a function needs it. quantise: "int8" rounds
+    the weights (vismt.robustness.quantise), null leaves them.
     """
 
     name: str | None = None
@@ -27,13 +29,14 @@ class ClassifierConfig:
     arm: str | None = None
     function: str | None = None
     size: int | None = None
+    quantise: str | None = field(default=None, metadata=HASHED_IF_SET)
 
 
 @dataclass
 class RobustnessEvaluateConfig:
-    """Evaluation. images: number of images of each set, drawn with the run's seed, null for all; batch: images at a time.
+    """Evaluation. images: number of images of each card, drawn with the run's seed, null for all; batch: of them at a time.
 
-    masking: also run the first attack at growing radii. baseline: the mean corruption error is relative to this arm.
+    masking: also run the first attack at growing radii, on cards. baseline: the mean corruption error is relative to this arm.
     """
 
     images: int | None = None
@@ -46,9 +49,10 @@ class RobustnessEvaluateConfig:
 
 @dataclass
 class RobustnessConfig(StudyConfig):
-    """Classifiers on cards, clean, under attacks and under corruptions. Arms replace values of `classifier`.
+    """Trained models, clean, under attacks and under corruptions. Arms replace values of `classifier`.
 
-    data: cards as 'name' or 'name:split'. on_bad_sample: 'error' or 'skip' for images that cannot be decoded.
+    data: cards as 'name' or 'name:split'; [] evaluates run folders on the images and by the scores of their own
+    configurations, those of dense prediction included. on_bad_sample: 'error' or 'skip' for images that cannot be decoded.
     """
 
     task: str = "robustness"
@@ -67,8 +71,6 @@ def check(config: RobustnessConfig) -> None:
     settings = config.evaluate
     if config.adapt is not None or config.train is not None or config.seeds or config.tune is not None:
         raise UserError("robustness: nothing is trained; leave adapt, train, seeds and tune out.")
-    if not config.data or len(set(config.data)) < len(config.data):
-        raise UserError(f"data: {config.data}; name at least one card, each once.")
     for name, value, least in (("images", settings.images, 2), ("batch", settings.batch, 1)):
         if value is not None and value < least:
             raise UserError(f"evaluate.{name}: {name} is {value}; it must be at least {least}.")
@@ -78,10 +80,22 @@ def check(config: RobustnessConfig) -> None:
         raise UserError("evaluate.masking: it checks the first attack, and there is none; add one to evaluate.attacks.")
     if settings.baseline is not None and settings.baseline not in config.arms:
         raise UserError(f"evaluate.baseline: no arm '{settings.baseline}'.{near(settings.baseline, config.arms)}")
-    check_conditions(settings.attacks, settings.corruptions, 4)
+    _check_data(config)
     check_arms(config, _check_classifier, ("data",))
     if not config.arms:
         _check_classifier(config)
+
+
+def _check_data(config: RobustnessConfig) -> None:
+    settings = config.evaluate
+    if len(set(config.data)) < len(config.data):
+        raise UserError(f"data: {config.data}; name each card once.")
+    if config.data:
+        check_conditions(settings.attacks, settings.corruptions, 4)
+    elif settings.images is not None or settings.masking:
+        raise UserError(
+            "data: [] takes all images of the runs' own; evaluate.images and evaluate.masking are for cards."
+        )
 
 
 def _check_classifier(config: RobustnessConfig) -> None:
@@ -89,6 +103,12 @@ def _check_classifier(config: RobustnessConfig) -> None:
     given = [name for name in ("name", "run", "function") if getattr(classifier, name) is not None]
     if len(given) != 1:
         raise UserError(f"classifier: {', '.join(given) or 'nothing'} given; give one of name, run and function.")
+    if not config.data and (classifier.run is None or classifier.size is not None):
+        raise UserError(
+            "data: []; name at least one card. Only run folders (classifier.run) have images of their own, of their own size."
+        )
+    if classifier.quantise is not None:
+        check_scheme(classifier.quantise)
     if classifier.function is not None and classifier.size is None:
         raise UserError("classifier.size: a function has no image size; give it in pixels.")
     if classifier.arm is not None and classifier.run is None:

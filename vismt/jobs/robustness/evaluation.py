@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vismt.engine.log import read_lines, record_stem
@@ -14,6 +15,7 @@ from vismt.robustness.evaluate import accuracies, evaluate_classifier
 from vismt.stats import LOWER, Condition, Measure, wilson
 
 TASK = "robustness"
+ACCURACY = "accuracy"
 CORRUPTION_ERROR = "mean corruption error"
 ALL_CORRUPTIONS = Condition("all corruptions", "variant", "corruptions")
 
@@ -50,24 +52,25 @@ def score_set(
     for condition, values in accuracies(rows, specs, classifier.num_classes):
         interval = wilson(round(sum(values.values())), len(values))
         chance = 1 / classifier.num_classes
-        measure = Measure("accuracy", values, counts=True, bounds=interval, chance=chance)
+        measure = Measure(ACCURACY, values, counts=True, bounds=interval, chance=chance)
         scores.append(Score(TASK, data, f"one of {classifier.num_classes} classes", measure, condition))
     return scores
 
 
 def corruption_errors(scores: Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:
-    """Return by arm the mean error over all corruptions and severities on each set, image by image."""
+    """Return by arm the mean error of accuracies over all corruptions and severities on each set, image by image."""
     errors: dict[str, list[Score]] = {}
     for arm, arm_scores in scores.items():
-        for data in dict.fromkeys(score.data for score in arm_scores):
-            corrupted = [score for score in arm_scores if score.data == data and score.condition.kind == "corruption"]
-            if not corrupted:
-                continue
+        groups: dict[tuple[str, str, str], list[Score]] = {}
+        for score in arm_scores:
+            if score.condition.kind == "corruption" and score.measure.metric == ACCURACY:
+                groups.setdefault((score.task, score.data, score.protocol), []).append(score)
+        for corrupted in groups.values():
             first = corrupted[0]
             values = {
                 name: 1 - sum(score.measure.values[name] for score in corrupted) / len(corrupted)
                 for name in first.measure.values
             }
             measure = Measure(CORRUPTION_ERROR, values, better=LOWER)
-            errors.setdefault(arm, []).append(Score(TASK, data, first.protocol, measure, ALL_CORRUPTIONS))
+            errors.setdefault(arm, []).append(replace(first, measure=measure, condition=ALL_CORRUPTIONS))
     return errors

@@ -1,8 +1,9 @@
-"""The robustness job: classifiers on cards, clean, under attacks, at growing radii and under corruptions."""
+"""The robustness job: classifiers on cards, or run folders on their own images, clean, under attacks and corruptions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,17 @@ import numpy as np
 from vismt import console
 from vismt.engine.log import read_lines, write_lines
 from vismt.engine.study import Training
-from vismt.jobs.job import EvaluationJob
+from vismt.jobs.base import EvaluationJob, records_folder
 from vismt.jobs.robustness.config import RobustnessConfig, check
 from vismt.jobs.robustness.data import Cards
 from vismt.jobs.robustness.evaluation import corruption_errors, records_path, score_set
 from vismt.jobs.robustness.models import Classifier, load
+from vismt.jobs.robustness.own_images import TrainedArm
 from vismt.jobs.robustness.report import BROKEN, MASKING, sections
 from vismt.report.panels import to_bytes, write_panel
 from vismt.report.results import Result, Score
 from vismt.report.sections import Section
-from vismt.robustness.conditions import AttackConfig, DirectPerturbation
+from vismt.robustness.conditions import AttackConfig, CorruptionConfig, DirectPerturbation
 from vismt.robustness.evaluate import batch_keys
 from vismt.robustness.masking import check_masking
 
@@ -34,11 +36,18 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
         check(config)
         super().__init__(config, folder, config_hash)
         self.cards = Cards(config)
+        self.names_tasks = not config.data
         self._classifiers: dict[str, Classifier] = {}
+
+    @cached_property
+    def trained(self) -> dict[str, TrainedArm]:
+        """The arms that are evaluated on their own images, none where there are cards."""
+        return {} if self.config.data else {arm: TrainedArm(at.classifier) for arm, at in self.study.arms.items()}
 
     @property
     def split(self) -> str:
         splits = {name.partition(":")[2] or "all" for name in self.config.data}
+        splits |= {arm.split for arm in self.trained.values()}
         return splits.pop() if len(splits) == 1 else "several"
 
     def classifier_of(self, arm: str) -> Classifier:
@@ -50,17 +59,23 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
     def trainings(self, arm: str) -> list[Training]:
         return [Training(arm, 0.0, self.config.seed, self.folder / "classifiers" / arm)]
 
-    def _specs(self, attacks: Sequence[AttackConfig] | None) -> list[DirectPerturbation]:
+    def _chosen(self, attacks: Sequence[AttackConfig] | None) -> tuple[Sequence[AttackConfig], list[CorruptionConfig]]:
         settings = self.config.evaluate
-        chosen = settings.attacks if attacks is None else attacks
-        corruptions = settings.corruptions if attacks is None else []
-        specs: list[DirectPerturbation] = [attack.spec(self.config.seed) for attack in chosen]
-        return [*specs, *(spec for corruption in corruptions for spec in corruption.specs())]
+        return (settings.attacks, settings.corruptions) if attacks is None else (attacks, [])
+
+    def evaluate(self, attacks: Sequence[AttackConfig] | None = None) -> None:
+        for trained in self.trained.values():
+            trained.check(*self._chosen(attacks))
+        super().evaluate(attacks)
 
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
+        chosen, corruptions = self._chosen(attacks)
+        folder = records_folder(training.folder, attacks)
+        if training.arm in self.trained:
+            return self.trained[training.arm].scores(chosen, corruptions, folder)
         classifier = self.classifier_of(training.arm)
-        specs = self._specs(attacks)
-        folder = training.folder if attacks is None else training.folder / "-".join(str(spec) for spec in specs)
+        specs: list[DirectPerturbation] = [attack.spec(self.config.seed) for attack in chosen]
+        specs += [spec for corruption in corruptions for spec in corruption.specs()]
         scores = []
         for data in self.config.data:
             batches = self.cards.batches(data, classifier)

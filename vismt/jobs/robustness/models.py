@@ -11,6 +11,7 @@ from vismt.engine import runtime
 from vismt.jobs import open_run
 from vismt.jobs.robustness.config import ClassifierConfig
 from vismt.robustness.classifier import classifier_from_function, load_classifier
+from vismt.robustness.quantise import quantise
 from vismt.seeds import digest
 
 
@@ -34,7 +35,14 @@ class Classifier:
 
 
 def load(config: ClassifierConfig) -> Classifier:
-    """Return the classifier of a configuration on the device of this process."""
+    """Return the classifier of a configuration on the device of this process, quantised where it asks for that."""
+    classifier = _load(config)
+    if config.quantise is not None:
+        quantise(classifier.net, f"'{config.run or config.function or config.name}'")
+    return classifier
+
+
+def _load(config: ClassifierConfig) -> Classifier:
     device = runtime.processes().device
     if config.run is not None:
         net, labels, size = open_run(Path(config.run)).job.classifier(config.arm)
@@ -43,4 +51,4 @@ def load(config: ClassifierConfig) -> Classifier:
         net, classes = classifier_from_function(config.function)
         return Classifier(net.to(device), classes, config.size or 0)
     timm = load_classifier(config.name or "", architecture=config.architecture, pretrained=config.pretrained)
-    return Classifier(timm.to(device), timm.num_classes, config.size or max(timm.size))
+    return Classifier(timm.to(device), timm.num_classes, config.size or max(timm.size), timm.labels)

@@ -9,6 +9,7 @@ import numpy as np
 
 from vismt.engine.log import read_lines
 from vismt.jobs.robustness.config import RobustnessConfig
+from vismt.jobs.robustness.evaluation import ACCURACY
 from vismt.report.panels import read_panel
 from vismt.report.plotting import RIGHT, WRONG, axes_at, new_figure, save, short, show_image, write
 from vismt.report.results import Result
@@ -50,7 +51,7 @@ def _normalised(config: RobustnessConfig, results: Sequence[Result]) -> list[tup
     baseline = config.evaluate.baseline
     errors: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
     for row in results:
-        if row.kind == "corruption" and row.level is not None:
+        if row.kind == "corruption" and row.level is not None and row.metric == ACCURACY:
             by_severity = errors.setdefault((row.data, row.arm), {}).setdefault(row.family, {})
             by_severity[int(row.level)] = 1 - row.value
     if baseline is None or not errors:
@@ -58,6 +59,7 @@ def _normalised(config: RobustnessConfig, results: Sequence[Result]) -> list[tup
     rows = [
         [data, arm, f"{100 * mean_corruption_error(arm_errors, errors[data, baseline]):.1f}", str(len(arm_errors))]
         for (data, arm), arm_errors in errors.items()
+        if (data, baseline) in errors
     ]
     return [(Table(f"Over {baseline}, in %", ["Data", "Arm", "mCE", "corruptions"], rows, set()), MCE_NOTE)]
 

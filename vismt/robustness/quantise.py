@@ -1,0 +1,50 @@
+"""Weights in 8 bits, for evaluation: what a quantised model loses, clean and under attacks through its own gradient.
+
+    q = round(w / s) in -127..127,    s = max |w| / 127 of the output channel,    w <- s q
+
+The symmetric scheme of one scale for each output channel (Krishnamoorthi, arXiv 1806.08342), on the weights of linear layers
+and convolutions; biases, norms, embeddings and activations stay in floating point. The values that int8 stores take the place
+of the weights, which computes what dequantising in each forward pass does, and the gradient to the images is that of the
+quantised model. Integer kernels, quantised activations and their speed are not modelled: torch's own dynamic quantisation has
+no gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vismt.errors import UserError, near
+from vismt.lowrank.adapter_layer import AdapterLayer
+from vismt.lowrank.wrappers import ModuleWrapper
+
+SCHEMES = ("int8",)
+LEVELS = 127
+
+
+def check_scheme(scheme: str) -> None:
+    """Raise UserError for an unknown scheme."""
+    if scheme not in SCHEMES:
+        raise UserError(f"quantise: '{scheme}'.{near(scheme, SCHEMES)}")
+
+
+@torch.no_grad()
+def quantise(model: nn.Module, what: str) -> None:
+    """Replace the weights of a model's linear layers and convolutions by the values that int8 stores.
+
+    what: the model's name in errors. Raises UserError for an adapter that is not merged, and a model without such layers.
+    """
+    if any(isinstance(module, AdapterLayer | ModuleWrapper) for module in model.modules()):
+        raise UserError(f"quantise: {what} has an adapter that is not merged; only a merged model is stored in 8 bits.")
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    if not layers:
+        raise UserError(f"quantise: {what} has no linear layer and no convolution.")
+    for layer in layers:
+        layer.weight.copy_(int8(layer.weight))
+
+
+def int8(weight: Tensor) -> Tensor:
+    """Return the nearest values that int8 can store; weight: (o, ...), a scale for each of the o output channels."""
+    rows = weight.flatten(1)
+    scale = rows.abs().amax(1, keepdim=True) / LEVELS
+    return ((rows / torch.where(scale > 0, scale, 1)).round() * scale).view_as(weight)
