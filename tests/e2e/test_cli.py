@@ -203,12 +203,13 @@ def test_interrupted_training_and_evaluation_go_on(tmp_path: Path, monkeypatch, 
     calls = []
     run_episode = protocol._EpisodeRunner.__call__
 
-    def second_fails(self, index: int):
-        calls.append(index)
+    def second_fails(self, block: range):
+        calls.append(block)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return run_episode(self, index)
+        return run_episode(self, block)
 
+    monkeypatch.setattr(protocol, "BLOCK", 1)
     monkeypatch.setattr(protocol._EpisodeRunner, "__call__", second_fails)
     assert main(["run", str(path), "--out", str(out)]) == 130
     assert "at step 2 of 4" in capsys.readouterr().out
