@@ -386,7 +386,7 @@ def test_defaults():
         (AttackSpec("square", 4 / 255, steps=100, seed=2), "Square-100 linf 4/255 seed 2"),
         (AttackSpec("strong", 12, norm="l1"), "strong l1 12"),
         (AttackSpec(random_start=False), "PGD-10 linf 4.5/255 no random start"),
-        (AttackSpec("torchattacks:CW", 0.1), "CW linf 25.5/255"),
+        (AttackSpec("torchattacks:CW", 0.1), "CW (torchattacks) linf 25.5/255"),
     ],
 )
 def test_texts(spec, text):

@@ -64,8 +64,11 @@ TARGETS = 9
 FEW_WAYS = 4  # below this number of classes the ensembles have other parts
 FEW_WAY_RESTARTS = 5
 QUERIES = {"autoattack": 5000, "strong": 1000}  # of Square in an ensemble
-RENAMED = {"pgd_l2": "pgd with norm l2", "mifgsm": f"{PREFIX}MIFGSM", "difgsm": f"{PREFIX}DIFGSM"} | {
-    "tifgsm": f"{PREFIX}TIFGSM"
+RENAMED = {
+    "pgd_l2": "pgd with norm l2",
+    "mifgsm": f"{PREFIX}MIFGSM",
+    "difgsm": f"{PREFIX}DIFGSM",
+    "tifgsm": f"{PREFIX}TIFGSM",
 }
 
 
@@ -150,7 +153,9 @@ class AttackSpec:
     @property
     def family(self) -> str:
         """The attack's name in tables, without its settings."""
-        return self.name.removeprefix(PREFIX) if self.name.startswith(PREFIX) else self._kind.text
+        if self.name.startswith(PREFIX):
+            return f"{self.name.removeprefix(PREFIX)} (torchattacks)"
+        return self._kind.text
 
     @property
     def label(self) -> str:
@@ -160,8 +165,7 @@ class AttackSpec:
     def describe(self, num_classes: int | None = None) -> str:
         """Return `label`, with the parts of an ensemble that run on fewer than 4 classes."""
         head, _, tail = self.family.partition(" ")
-        numbered = self.has_steps_in_text
-        text = f"{head}-{self.steps}" if numbered else head
+        text = f"{head}-{self.steps}" if self.name.startswith("pgd") or self.steps != self._kind.steps else head
         text += f" {tail}" if tail else ""
         if self.name in ENSEMBLES and num_classes is not None and num_classes < FEW_WAYS:
             text += f" (APGD-CE x{FEW_WAY_RESTARTS}+FAB-T+Square)"
@@ -173,11 +177,6 @@ class AttackSpec:
         if not self.random_start and self.name.startswith("pgd"):
             text += " no random start"
         return text + (f" seed {self.seed}" if self.seed else "")
-
-    @property
-    def has_steps_in_text(self) -> bool:
-        """Whether the text names the number of steps: always for PGD, else where it is not the default."""
-        return self.name in ("pgd", "pgd_paper") or self.steps != self._kind.steps
 
     def __str__(self) -> str:
         return self.label
