@@ -82,7 +82,7 @@ def test_the_table_has_the_rules_and_the_yardsticks(tmp_path: Path) -> None:
     assert list(cells) == ["merged", "merged:ridge", "average", *oracles]
     assert cells["merged"] == ["55.0 ± 18.8", "–", "4"] and cells["oracle"][0] == "75.0 ± 18.8"
     assert cells["oracle"][1].startswith("+20.0 [") and cells["average"][1].startswith("−5.0 [")
-    assert "no evidence that experts differ" in note
+    assert "does not show that experts differ" in note
     # The best expert on validation is that of the file, not of the test episodes (60 against 45 %).
     (tmp_path / "pool" / "seed-3").mkdir(parents=True)
     (tmp_path / "pool" / "seed-3" / "validation.json").write_text(json.dumps({"all": {"a": 0.4, "b": 0.5}}))

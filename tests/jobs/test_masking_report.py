@@ -27,12 +27,12 @@ def lines(tmp_path):
 def test_the_masking_check_is_a_table(tmp_path, lines):
     ((table, note),) = tables(tmp_path)
     rows = table.rows
-    assert "no evidence of robustness" not in table.title and "no evidence of robustness" in note
+    assert "do not measure robustness" not in table.title and "do not measure robustness" in note
     assert table.heads == ["Model", "Data", "clean", "1/255", "64/255", "chance", "n (episodes)", "Verdict"]
     assert rows[0] == ["frozen", "digits, 5-way 1-shot", "60.0", "30.0", "0.0", "20.0", "10", "pass"]
     assert rows[1][-1] == "FAIL: still 50.0 % at 64/255, chance is 20.0 %"
     assert summary(lines[:1]) == "frozen   pass   at 64/255: digits 0.0 %   (n = 10 episodes)"
-    assert summary(lines[1:]).startswith("adapted   FAIL   digits still 50.0 % at 64/255") and "no evidence" in summary(
+    assert summary(lines[1:]).startswith("adapted   FAIL   digits still 50.0 % at 64/255") and "do not measure" in summary(
         lines[1:]
     )
     assert tables(tmp_path / "none") == []

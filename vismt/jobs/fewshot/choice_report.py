@@ -33,7 +33,7 @@ BEST = "best expert on validation"
 NOTE = (
     "“oracle” takes the best evaluated expert of each episode by the queries that it is scored on, so a part of its gain is "
     "luck: its choices given to other episodes know nothing of the task, and with every expert's episodes shuffled it picks "
-    "among accuracies of unrelated tasks, so that an oracle which does not exceed that is no evidence that experts differ "
+    "among accuracies of unrelated tasks, so that an oracle which does not exceed that does not show that experts differ "
     "by task. "
     "“average” and “merged:uniform” are the equal soup. Differences to “merged” are paired by episode (95 % bootstrap "
     "interval; for averages over sets 1.96 standard errors)."

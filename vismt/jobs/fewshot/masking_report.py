@@ -15,7 +15,8 @@ LINES = "masking.jsonl"
 NOTE = (
     "PGD-10 at growing radii on the first episodes of each set. With honest gradients the accuracy does not rise with the "
     "radius and ends at or below chance at 64/255, both within the 95 % interval over the episodes. Where it fails, the "
-    "accuracies under attack are no evidence of robustness."
+    "accuracies under attack do not measure robustness. The verdict ends with the accuracy under PGD-10 minus that under "
+    "the attack `strong` at the same radius: by so much PGD-10 flatters the model."
 )
 
 
@@ -31,7 +32,7 @@ def summary(lines: Sequence[dict[str, Any]]) -> str:
     failed = [f"{row['data']} {row['verdict'].removeprefix('FAIL: ')}" for row in lines if not row["passed"]]
     model = lines[0]["model"]
     if failed:
-        return f"{model}   FAIL   {'; '.join(failed)}: accuracies under attack are no evidence of robustness"
+        return f"{model}   FAIL   {'; '.join(failed)}: accuracies under attack do not measure robustness"
     last = ", ".join(f"{row['data']} {100 * row['accuracies'][-1]:.1f} %" for row in lines)
     return f"{model}   pass   at {255 * lines[0]['epsilons'][-1]:.3g}/255: {last}   (n = {lines[0]['n']} episodes)"
 

@@ -25,7 +25,8 @@ MCE_NOTE = (
 )
 MASKING_NOTE = (
     "The first attack at growing radii. With honest gradients the accuracy does not rise with the radius and ends at chance. "
-    "Where it fails, the accuracies under attack are no evidence of robustness."
+    "Where it fails, or where the attack's steps cannot cross the ball, the accuracies under attack do not measure "
+    "robustness. The verdict ends with the accuracy under this attack minus that under `strong` at the attack's radius."
 )
 BROKEN_CAPTION = (
     "The first images that are right when clean and wrong under the first attack: clean, attacked, and the change enlarged. "
