@@ -48,7 +48,8 @@ def _step(clean: Tensor, images: Tensor, value: Tensor, gradient: Tensor, norm: 
     w = gradient.flatten(1).double()
     here, origin = images.flatten(1).double(), clean.flatten(1).double()
     away = value + ((origin - here) * w).sum(1)  # the linearised f at the clean image
-    change, pull = boundary_step(here, w, -value, norm), boundary_step(origin, w, -away, norm)
+    both = torch.cat([here, origin]), torch.cat([w, w]), -torch.cat([value, away])
+    change, pull = boundary_step(*both, norm).chunk(2)
     length = size(change.view_as(images), norm).clamp_min(1e-8)
     distance = size(pull.view_as(images), norm).clamp_min(1e-8)
     a = (length / (length + distance)).clamp(max=LARGEST_PULL)[:, None]
@@ -78,13 +79,12 @@ def _fill_evenly(slope: Tensor, room: Tensor, needed: Tensor, norm: str) -> Tens
     rate = slope if norm == "linf" else slope.square()  # of the product, for the pixels with room left
     last = room if norm == "linf" else room / slope.clamp_min(TINY)  # where a pixel's room ends
     last = last.masked_fill(slope == 0, 0)
-    t = torch.zeros_like(needed)
+    t, end = torch.zeros_like(needed), last.amax(1, keepdim=True)
     for _ in range(NEWTON_STEPS):
         free = rate * (last > t)
         missing = needed - (rate * torch.minimum(last, t)).sum(1, keepdim=True)
-        rise = missing.clamp_min(0) / free.sum(1, keepdim=True).clamp_min(TINY)
-        t = torch.minimum(t + rise, last.amax(1, keepdim=True))
-        if not bool((rise > NEWTON_TOLERANCE * t).any()):
+        before, t = t, torch.minimum(t + missing.clamp_min(0) / free.sum(1, keepdim=True).clamp_min(TINY), end)
+        if bool((t - before <= NEWTON_TOLERANCE * t).all()):
             break
     return torch.minimum(last, t) if norm == "linf" else torch.minimum(last, t) * slope
 
