@@ -1,4 +1,4 @@
-"""`vismt run`, `train` and `evaluate`: a run folder from its configuration to its report."""
+"""`vismt run`, `train`, `evaluate` and `report`: a run folder from its configuration to its report."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vismt import console
 from vismt.cli.commands import Commands
+from vismt.errors import UserError
 
 
 def add_commands(commands: Commands) -> None:
@@ -23,6 +24,11 @@ def add_commands(commands: Commands) -> None:
         parser.add_argument("--out", type=Path, default=Path("runs"), help="parent of the run folder (runs)")
     parser = commands.add("evaluate", _evaluate, "evaluate a run folder and write its report")
     parser.add_argument("run", type=Path, help="a run folder")
+    parser = commands.add("report", _report, "write the report of an evaluated run folder again")
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument(
+        "--format", choices=("html", "robustbench"), default="html", help="robustbench: model_info of a robustness run"
+    )
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -48,3 +54,21 @@ def _evaluate(options: argparse.Namespace) -> None:
     run = open_run(options.run)
     run.on_main(run.evaluate)
     run.on_main(run.report)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from vismt.jobs import open_run
+
+    run = open_run(options.run)
+    if options.format == "html":
+        run.on_main(run.report)
+        return
+    from vismt.jobs.robustness.config import RobustnessConfig
+    from vismt.jobs.robustness.robustbench import write_model_info
+
+    if not isinstance(run.config, RobustnessConfig):
+        raise UserError(
+            f"report --format robustbench: '{options.run}' is a run of task '{run.config.task}'; need task robustness."
+        )
+    for path in write_model_info(run.folder, run.config):
+        console.stage("report", str(path))

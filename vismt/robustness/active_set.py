@@ -18,7 +18,7 @@ from torch import Tensor
 from vismt.robustness.victim import Victim
 from vismt.seeds import mix_seed
 
-CPU_FILL = 32  # trials in a batch beyond which a CPU computes no faster
+CPU_FILL = 48  # trials in a batch beyond which a CPU computes no faster
 
 
 @dataclass
@@ -64,10 +64,13 @@ class Round:
 
 
 class Wave:
-    """The trials of a batch that are still needed. All tensors have one entry for each trial, (m, ...)."""
+    """The trials of a batch that are still needed. All tensors have one entry for each trial, (m, ...).
 
-    def __init__(self, outcome: Outcome, rows: Tensor, rounds: Sequence[Round], name: str) -> None:
-        self.outcome = outcome
+    fill: trials that the device computes at once without loss.
+    """
+
+    def __init__(self, outcome: Outcome, rows: Tensor, rounds: Sequence[Round], name: str, fill: int) -> None:
+        self.outcome, self.fill = outcome, fill
         self.rows = rows.repeat(len(rounds))
         self.clean = outcome.clean[self.rows]
         self.labels = outcome.labels[self.rows]
@@ -134,4 +137,4 @@ def waves(outcome: Outcome, rounds: Sequence[Round], batch: int, name: str) -> I
         count = max(1, fill // len(rows))
         now, todo = todo[:count], todo[count:]
         for part in rows.split(batch):
-            yield Wave(outcome, part, now, name)
+            yield Wave(outcome, part, now, name, fill)

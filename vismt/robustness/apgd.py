@@ -64,12 +64,7 @@ def apgd(victim: Victim, wave: Wave, *, epsilon: float, norm: str, steps: int, l
             return
         moved = _move(wave, state, epsilon, norm, first=number == 0)
         state.previous, state.images = state.images, moved
-        last = number == steps - 1
-        if last:
-            with torch.no_grad():
-                state.keep(wave.settle(state.images, victim.logits(state.images, wave.rows)))
-            break
-        _evaluate(victim, wave, state, loss)
+        _evaluate(victim, wave, state, loss, last=number == steps - 1)
         since += 1
         if since == window:
             if norm == "l1":
@@ -131,9 +126,14 @@ def _sparse(state: _State) -> Tensor:
     return direction / column(direction.abs().flatten(1).sum(1).clamp_min(1))
 
 
-def _evaluate(victim: Victim, wave: Wave, state: _State, loss: Loss) -> None:
-    """Take loss and gradient at the new images, drop broken trials and keep the best points."""
-    logits, value, gradient = victim.gradient(state.images, wave.rows, wave.labels, wave.targets, loss)
+def _evaluate(victim: Victim, wave: Wave, state: _State, loss: Loss, *, last: bool) -> None:
+    """Take loss and gradient at the new images, drop broken trials and keep the best points; the last needs no gradient."""
+    if last:
+        with torch.no_grad():
+            logits = victim.logits(state.images, wave.rows)
+            value, gradient = loss(logits.double(), wave.labels, wave.targets), state.gradient
+    else:
+        logits, value, gradient = victim.gradient(state.images, wave.rows, wave.labels, wave.targets, loss)
     state.rises = state.rises + (value > state.loss)
     state.loss, state.gradient = value, gradient
     state.keep(wave.settle(state.images, logits))

@@ -7,8 +7,8 @@ norm p that reaches it inside [0, 1], from x_k and from the image x:
 
 A point across the boundary but outside the budget is pulled back to x + 0.9 (x_{k+1} - x). FAB looks for the nearest broken
 image; here a trial ends at the first one within epsilon, which decides the image. P is found exactly: in linf and l2 the
-change is w-aligned, clipped to the room in [0, 1], and its multiplier is found by bisection; in l1 the largest |w_i| are
-filled first.
+change is w-aligned, clipped to the room in [0, 1], and its multiplier is found by Newton's method; in l1 the largest |w_i|
+are filled first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vismt.robustness.norms import TINY, column, random_start, size
 from vismt.robustness.victim import Victim
 
 OVERSHOOT, PULL_BACK, LARGEST_PULL = 1.05, 0.9, 0.1
-BISECTIONS = 60
+NEWTON_STEPS, NEWTON_TOLERANCE = 50, 1e-9
 
 
 def fab(victim: Victim, wave: Wave, *, epsilon: float, norm: str, steps: int) -> None:
@@ -48,7 +48,8 @@ def _step(clean: Tensor, images: Tensor, value: Tensor, gradient: Tensor, norm: 
     w = gradient.flatten(1).double()
     here, origin = images.flatten(1).double(), clean.flatten(1).double()
     away = value + ((origin - here) * w).sum(1)  # the linearised f at the clean image
-    change, pull = boundary_step(here, w, -value, norm), boundary_step(origin, w, -away, norm)
+    both = torch.cat([here, origin]), torch.cat([w, w]), -torch.cat([value, away])
+    change, pull = boundary_step(*both, norm).chunk(2)
     length = size(change.view_as(images), norm).clamp_min(1e-8)
     distance = size(pull.view_as(images), norm).clamp_min(1e-8)
     a = (length / (length + distance)).clamp(max=LARGEST_PULL)[:, None]
@@ -71,15 +72,21 @@ def boundary_step(points: Tensor, w: Tensor, rise: Tensor, norm: str) -> Tensor:
 
 
 def _fill_evenly(slope: Tensor, room: Tensor, needed: Tensor, norm: str) -> Tensor:
-    """Return min(t, room) (linf) or min(t slope, room) (l2) with the least t whose product with `slope` is `needed`."""
-    shape = torch.ones_like(slope) if norm == "linf" else slope
-    high = (room / shape.clamp_min(TINY)).masked_fill(slope == 0, 0).amax(1, keepdim=True)
-    low = torch.zeros_like(high)
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        short = (slope * torch.minimum(middle * shape, room)).sum(1, keepdim=True) < needed
-        low, high = torch.where(short, middle, low), torch.where(short, high, middle)
-    return torch.minimum(high * shape, room).masked_fill(slope == 0, 0)
+    """Return min(t, room) (linf) or min(t slope, room) (l2) with the least t whose product with `slope` is `needed`.
+
+    The product is concave and piecewise linear in t, so Newton's steps from t = 0 rise to the solution and end there.
+    """
+    rate = slope if norm == "linf" else slope.square()  # of the product, for the pixels with room left
+    last = room if norm == "linf" else room / slope.clamp_min(TINY)  # where a pixel's room ends
+    last = last.masked_fill(slope == 0, 0)
+    t, end = torch.zeros_like(needed), last.amax(1, keepdim=True)
+    for _ in range(NEWTON_STEPS):
+        free = rate * (last > t)
+        missing = needed - (rate * torch.minimum(last, t)).sum(1, keepdim=True)
+        before, t = t, torch.minimum(t + missing.clamp_min(0) / free.sum(1, keepdim=True).clamp_min(TINY), end)
+        if bool((t - before <= NEWTON_TOLERANCE * t).all()):
+            break
+    return torch.minimum(last, t) if norm == "linf" else torch.minimum(last, t) * slope
 
 
 def _fill_largest(slope: Tensor, room: Tensor, needed: Tensor) -> Tensor:

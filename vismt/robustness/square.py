@@ -4,9 +4,14 @@ A query changes a square window of the image to a corner of the ball and is kept
 window's share of the pixels starts at 80 % and is halved at nine points of the search. linf starts from vertical stripes of
 +-epsilon; l2 starts from a grid of bumps and moves norm from one window to another. Windows and signs are functions of the
 seed and the query, the same for all images; starts are functions of each image's seed.
+
+Most queries are not kept. So few images ask several queries ahead in one batch, as if none of them were kept; an image that
+keeps one goes on from there and asks the later ones again. The images are those of one query after the other.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -21,30 +26,49 @@ HALVED_AT = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 querie
 TILES = 5  # of a side, in the l2 start
 
 
-def square(victim: Victim, wave: Wave, *, epsilon: float, norm: str, queries: int, seed: int) -> None:
-    """Ask `queries` queries for each image."""
-    generator = torch.Generator().manual_seed(seed)
-    images = _stripes(wave, epsilon) if norm == "linf" else _bumps(wave, epsilon)
-    value, images = _query(victim, wave, images, images, None)
-    for number in range(1, queries):
-        if not len(wave):
-            return
-        propose = _propose_linf if norm == "linf" else _propose_l2
-        proposal = propose(wave.clean, images, epsilon, _share(number, queries), generator)
-        value, images = _query(victim, wave, images, proposal, value)
-    wave.finish(images)
+@dataclass(frozen=True)
+class _Moves:
+    """What each query changes: a window by its side (q,) and upper left corner (q, 2), signs (q, c, 1, 1).
+
+    l2: also the corner of the window that gives its norm, and whether the bump is turned (q,).
+    """
+
+    side: Tensor
+    corner: Tensor
+    signs: Tensor
+    source: Tensor
+    turned: Tensor
+
+    def at(self, numbers: Tensor) -> _Moves:
+        """Return the moves of some queries."""
+        return _Moves(*(getattr(self, item.name)[numbers] for item in fields(self)))
 
 
 @torch.no_grad()
-def _query(victim: Victim, wave: Wave, images: Tensor, proposal: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Ask for the logits of the proposals; return the largest margins of other classes so far and their images."""
-    logits = victim.logits(proposal, wave.rows)
-    new = margin(logits, wave.labels)
-    better = new > value if value is not None else torch.ones_like(new, dtype=torch.bool)
-    images = torch.where(column(better), proposal, images)
-    value = new if value is None else torch.where(better, new, value)
-    images, value = select(wave.settle(proposal, logits), images, value)
-    return value, images
+def square(victim: Victim, wave: Wave, *, epsilon: float, norm: str, queries: int, seed: int) -> None:
+    """Ask `queries` queries for each image."""
+    images = _stripes(wave, epsilon) if norm == "linf" else _bumps(wave, epsilon)
+    propose = _propose_linf if norm == "linf" else _propose_l2
+    moves = _draw_moves(wave.clean, norm, queries, torch.Generator().manual_seed(seed))
+    logits = victim.logits(images, wave.rows)
+    images, logits = select(wave.settle(images, logits), images, logits)
+    done = torch.ones_like(wave.rows)  # queries that an image has behind it
+    while len(wave) and int(done.min()) < queries:
+        ahead = max(1, wave.fill // len(wave))
+        numbers = done[:, None] + torch.arange(ahead, device=done.device)
+        trial, place = (numbers < queries).nonzero(as_tuple=True)
+        clean, labels = wave.clean[trial], wave.labels[trial]
+        proposals = propose(clean, images[trial], epsilon, moves.at(numbers[trial, place]))
+        answers = victim.logits(proposals, wave.rows[trial])
+        better = torch.zeros_like(numbers, dtype=torch.bool)
+        better[trial, place] = margin(answers, labels) > margin(logits[trial], labels)
+        # The later queries of an image were asked from an image that is not kept.
+        keeps, first = better.any(1), better.int().argmax(1)
+        kept = keeps[trial] & (place == first[trial])
+        images[trial[kept]], logits[trial[kept]] = proposals[kept], answers[kept]
+        done = done + torch.where(keeps, first + 1, ahead)
+        images, logits, done = select(wave.settle(images, logits), images, logits, done)
+    wave.finish(images)
 
 
 def _share(number: int, queries: int) -> float:
@@ -58,21 +82,38 @@ def _stripes(wave: Wave, epsilon: float) -> Tensor:
     return (wave.clean + epsilon * signs).clamp(0, 1)
 
 
-def _corner(height: int, width: int, side: int, generator: torch.Generator) -> tuple[int, int]:
-    """Draw the upper left corner of a window."""
-    top = int(torch.randint(height - side + 1, (1,), generator=generator))
-    return top, int(torch.randint(width - side + 1, (1,), generator=generator))
+def _draw_moves(images: Tensor, norm: str, queries: int, generator: torch.Generator) -> _Moves:
+    """Draw what each query changes in images (m, c, h, w)."""
+    _, channels, height, width = images.shape
+    sides, places, signs = [], [], []
+
+    def number(end: int) -> int:
+        return int(torch.randint(end, (1,), generator=generator))
+
+    for query in range(queries):
+        side = round((_share(query, queries) * height * width) ** 0.5)
+        side = min(max(1, side) if norm == "linf" else max(3, side) | 1, height, width)
+        corners = [number(end - side + 1) for end in (height, width) * (1 if norm == "linf" else 2)]
+        signs.append(torch.randint(2, (channels, 1, 1), generator=generator) * 2 - 1)
+        sides.append(side)
+        places.append([*corners[:2], *corners[-2:], number(2) if norm == "l2" else 0])
+    drawn = torch.tensor(places).to(images.device)
+    side_of = torch.tensor(sides).to(images.device)
+    return _Moves(side_of, drawn[:, :2], torch.stack(signs).to(images), drawn[:, 2:4], drawn[:, 4] == 1)
 
 
-def _propose_linf(clean: Tensor, images: Tensor, epsilon: float, share: float, generator: torch.Generator) -> Tensor:
-    _, channels, height, width = clean.shape
-    side = min(max(1, round((share * height * width) ** 0.5)), height, width)
-    top, left = _corner(height, width, side, generator)
-    signs = torch.randint(2, (channels, 1, 1), generator=generator).to(clean) * 2 - 1
-    moved = images.clone()
-    window = (..., slice(top, top + side), slice(left, left + side))
-    moved[window] = moved[window] + 2 * epsilon * signs
-    return project(clean, moved, epsilon, "linf")
+def _windows(corner: Tensor, side: Tensor, images: Tensor) -> Tensor:
+    """Return masks (m, 1, h, w) of windows."""
+    top, left = corner[:, :1], corner[:, 1:]
+    rows, columns = (torch.arange(length, device=images.device) for length in images.shape[-2:])
+    high = (rows >= top) & (rows < top + side[:, None])
+    wide = (columns >= left) & (columns < left + side[:, None])
+    return high[:, None, :, None] & wide[:, None, None, :]
+
+
+def _propose_linf(clean: Tensor, images: Tensor, epsilon: float, moves: _Moves) -> Tensor:
+    window = _windows(moves.corner, moves.side, images)
+    return project(clean, images + 2 * epsilon * moves.signs * window, epsilon, "linf")
 
 
 def _bump(side: int) -> Tensor:
@@ -109,25 +150,25 @@ def _on_sphere(clean: Tensor, change: Tensor, epsilon: float) -> Tensor:
     return (clean + change * column(epsilon / size(change, "l2").clamp_min(TINY))).clamp(0, 1)
 
 
-def _propose_l2(clean: Tensor, images: Tensor, epsilon: float, share: float, generator: torch.Generator) -> Tensor:
+def _propose_l2(clean: Tensor, images: Tensor, epsilon: float, moves: _Moves) -> Tensor:
     """Replace the change in one window by a bump, with the norm of a second window and what the box has left."""
-    _, channels, height, width = clean.shape
-    side = min(max(3, round((share * height * width) ** 0.5)) | 1, height, width)
     change = images - clean
-    corners = [_corner(height, width, side, generator) for _ in range(2)]
-    into, out = ((..., slice(top, top + side), slice(left, left + side)) for top, left in corners)
-    both = torch.zeros(height, width, dtype=torch.bool, device=clean.device)
-    both[into[1:]] = True
-    both[out[1:]] = True
-    budget = (epsilon**2 - change.square().flatten(1).sum(1)).clamp_min(0)[:, None, None, None] / channels
-    budget = budget + (change * both).square().sum((2, 3), keepdim=True)
-    signs = (torch.randint(2, (channels, 1, 1), generator=generator).to(clean) * 2 - 1)[None]
-    bump = _bump(side).to(clean)
-    bump = bump.T if bool(torch.randint(2, (1,), generator=generator)) else bump
-    old = change[into] / change[into].square().sum((2, 3), keepdim=True).sqrt().clamp_min(TINY)
-    new = signs * bump + old
+    into, out = (_windows(corner, moves.side, images) for corner in (moves.corner, moves.source))
+    budget = (epsilon**2 - change.square().flatten(1).sum(1)).clamp_min(0)[:, None, None, None] / clean.shape[1]
+    budget = budget + (change * (into | out)).square().sum((2, 3), keepdim=True)
+    old = change * into
+    new = moves.signs * _placed_bumps(moves, clean) + old / old.square().sum((2, 3), keepdim=True).sqrt().clamp_min(
+        TINY
+    )
     new = new / new.square().sum((2, 3), keepdim=True).sqrt().clamp_min(TINY) * budget.sqrt()
-    change = change.clone()
-    change[out] = 0
-    change[into] = new
-    return _on_sphere(clean, change, epsilon)
+    return _on_sphere(clean, torch.where(into, new, change.masked_fill(out, 0)), epsilon)
+
+
+def _placed_bumps(moves: _Moves, images: Tensor) -> Tensor:
+    """Return the bump of each window in an empty image, (m, 1, h, w)."""
+    placed = images.new_zeros(len(images), 1, *images.shape[-2:])
+    bumps = {side: _bump(side).to(images) for side in set(moves.side.tolist())}
+    listed = zip(moves.side.tolist(), moves.corner.tolist(), moves.turned.tolist(), strict=True)
+    for image, (side, (top, left), turned) in zip(placed[:, 0], listed, strict=True):
+        image[top : top + side, left : left + side] = bumps[side].T if turned else bumps[side]
+    return placed

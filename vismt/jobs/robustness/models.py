@@ -1,4 +1,4 @@
-"""One interface for classifiers from timm, checkpoints, run folders and functions."""
+"""One interface for classifiers from timm, checkpoints, RobustBench, run folders and functions."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from vismt.jobs import open_run
 from vismt.jobs.robustness.config import ClassifierConfig
 from vismt.robustness.classifier import classifier_from_function, load_classifier
 from vismt.robustness.quantise import quantise
+from vismt.robustness.robustbench import PREFIX, load_robustbench
 from vismt.seeds import digest
 
 
@@ -50,5 +51,8 @@ def _load(config: ClassifierConfig) -> Classifier:
     if config.function is not None:
         net, classes = classifier_from_function(config.function)
         return Classifier(net.to(device), classes, config.size or 0)
+    if config.name is not None and config.name.startswith(PREFIX):
+        net, classes, size = load_robustbench(config.name)
+        return Classifier(net.to(device), classes, config.size or size)
     timm = load_classifier(config.name or "", architecture=config.architecture, pretrained=config.pretrained)
     return Classifier(timm.to(device), timm.num_classes, config.size or max(timm.size), timm.labels)
