@@ -32,9 +32,9 @@ def test_the_masking_check_is_a_table(tmp_path, lines):
     assert rows[0] == ["frozen", "digits, 5-way 1-shot", "60.0", "30.0", "0.0", "20.0", "10", "pass"]
     assert rows[1][-1] == "FAIL: still 50.0 % at 64/255, chance is 20.0 %"
     assert summary(lines[:1]) == "frozen   pass   at 64/255: digits 0.0 %   (n = 10 episodes)"
-    assert summary(lines[1:]).startswith("adapted   FAIL   digits still 50.0 % at 64/255") and "do not measure" in summary(
-        lines[1:]
-    )
+    assert summary(lines[1:]).startswith(
+        "adapted   FAIL   digits still 50.0 % at 64/255"
+    ) and "do not measure" in summary(lines[1:])
     assert tables(tmp_path / "none") == []
 
 
