@@ -265,6 +265,19 @@ def test_all_experts_at_beta_zero_are_the_uniform_average(pool: ExpertPool) -> N
     )
 
 
+def test_shares_weigh_the_average(pool: ExpertPool) -> None:
+    first, last = pool.labels[0], pool.labels[-1]
+    net = PoolNet(pool, MergeSettings(strategy="average", shares={last: 0.7, first: 0.3}))
+    classifier, batch = task(pool, strategy="average", shares={last: 0.7, first: 0.3})
+    assert torch.allclose(classifier.mixture, torch.tensor([0.3, *[0.0] * (len(pool) - 2), 0.7]))
+    expected = net.task(classifier.mixture, batch["support"], batch["support_labels"])
+    equal, _ = task(pool, strategy="average")
+    logits = classifier(batch["query"])
+    assert torch.equal(logits, expected(batch["query"])) and not torch.allclose(
+        logits, equal(batch["query"]), atol=1e-4
+    )
+
+
 def test_a_pool_of_one(tmp_path: Path) -> None:
     single = ExpertPool(backbone(), saved(tmp_path, (3,)))
     for strategy in ("merge", "min_ce", "average"):
@@ -395,6 +408,8 @@ def test_trimming_reaches_every_strategy_and_not_the_router(pool: ExpertPool, st
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"strategy": "average", "shares": {"none": 1.0}}, "no expert 'none'"),
+        ({"shares": {"a": 0.5, "b": 0.4}}, r"sum to 0\.9; need 1"),
         ({"strategy": "merged"}, "merging.strategy: 'merged'. Near: 'merge'"),
         ({"beta": -1.0}, "beta -1.0"),
         ({"beta": float("inf")}, "beta inf"),

@@ -118,7 +118,7 @@ def test_a_score_is_filed_under_family_and_level():
 
 
 def test_attacks_of_one_budget_have_a_worst_case():
-    specs = [AttackConfig(name).spec() for name in ("pgd", "apgd_ce")]
+    specs = [AttackConfig(name).spec() for name in ("pgd", "pgd_paper", "apgd_ce")]
     specs += [AttackConfig("pgd", epsilon=0.5, norm="l2").spec(), CorruptionSpec("fog", 3)]
     specs += [Transfer(AttackConfig("fgsm").spec(), TransferSource("frozen", None, "a"))]  # not white-box
     (worst,) = worst_cases(specs, 5)

@@ -33,8 +33,8 @@ STRATEGIES = (*RULES, "average", "logits", "expert")
 class MergeSettings:
     """Settings of merging.
 
-    strategy: a rule of selection_rules.py (merge is the paper's), average (zeta = 1/P), logits (mean of the experts'
-    logits), expert (the expert with the label `expert`).
+    strategy: a rule of selection_rules.py (merge is the paper's), average (zeta = `shares`, {label: share}, else 1/P), logits
+    (mean of the experts' logits), expert (the expert with the label `expert`).
     beta: sharpness, >= 0. balance: weight of compactness in [0, 1] (the paper's lambda). top_k: experts kept. augment:
     score augmented support images, drawn from `seed`. trim: {path pattern of adapted modules: share of the singular
     values kept, in (0, 1]}.
@@ -48,6 +48,8 @@ class MergeSettings:
     trim: Mapping[str, float] = field(default_factory=dict)
     expert: str | None = None
     seed: int = 0
+    # Not in the repr, which older records hold.
+    shares: Mapping[str, float] = field(default_factory=dict, repr=False, metadata={"hashed": "if set"})
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -60,6 +62,8 @@ class MergeSettings:
         for pattern, share in self.trim.items():
             if not 0 < share <= 1:
                 raise UserError(f"merging.trim['{pattern}']: {share}; keep a share in (0, 1] of the singular values.")
+        if self.shares and not abs(sum(self.shares.values()) - 1) < 1e-6:
+            raise UserError(f"merging.shares: {dict(self.shares)} sum to {sum(self.shares.values()):g}; need 1.")
 
 
 class PoolNet(nn.Module):
@@ -70,6 +74,8 @@ class PoolNet(nn.Module):
         self.pool, self.settings = pool, settings
         if settings.strategy == "expert":
             pool.index(str(settings.expert))
+        for label in settings.shares:
+            pool.index(label)
         check_patterns("merging.trim", settings.trim, [site.path for site in pool.sites])
 
     @torch.no_grad()
@@ -83,7 +89,7 @@ class PoolNet(nn.Module):
             experts = [self.weights(self._one_hot(index)) for index in range(len(pool))]
             return LogitAverage([self._task(weights, support_images, support_labels, batch) for weights in experts])
         if strategy in ("average", "expert"):
-            zeta = pool.uniform() if strategy == "average" else self._one_hot(pool.index(str(self.settings.expert)))
+            zeta = self._average() if strategy == "average" else self._one_hot(pool.index(str(self.settings.expert)))
         elif len(pool) == 1:
             zeta = pool.uniform()
         else:
@@ -118,6 +124,14 @@ class PoolNet(nn.Module):
             scored = diff_augment(images, generator, mean=backbone.mean, std=backbone.std)
         experts = [Functional(backbone, self.pool.expert_weights(index)) for index in range(len(self.pool))]
         return SupportTask(experts, images, labels, scored=scored, scale=self.pool.scale, batch=batch)
+
+    def _average(self) -> Tensor:
+        """Return the configured shares (P,), else 1/P for every expert."""
+        if not self.settings.shares:
+            return self.pool.uniform()
+        return torch.tensor([self.settings.shares.get(label, 0.0) for label in self.pool.labels]).to(
+            self.pool.uniform()
+        )
 
     def _one_hot(self, index: int) -> Tensor:
         return F.one_hot(torch.tensor(index), len(self.pool)).to(self.pool.uniform())

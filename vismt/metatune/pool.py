@@ -69,23 +69,28 @@ class ExpertPool(nn.Module):
                 self.banks.append(FactorBank.stack([_block(row, site, block) for row in rows]))
         self.banks.requires_grad_(False)
         self._merged: dict[int, dict[str, Tensor]] = {}
+        self._latest: tuple[Tensor, dict[str, Tensor]] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def weights(self, zeta: Tensor) -> dict[str, Tensor]:
-        """Return the backbone's adapted weights under the mixture `zeta` (P,), by parameter name, as new tensors.
+        """Return the backbone's adapted weights under the mixture `zeta` (P,), by parameter name.
 
-        Raises UserError for another length and for weights that do not sum to one.
+        The weights of the latest mixture are kept: an average is the same for every task. Raises UserError for another length
+        and for weights that do not sum to one.
         """
         gates, banks = self._gates(zeta), iter(self.banks)
+        if self._latest is not None and torch.equal(self._latest[0], zeta):
+            return dict(self._latest[1])
         merged = {}
         for site in self.sites:
             weight = self.backbone.vit.get_submodule(site.path).weight.detach()
             rows = [next(banks).merged(block, gates) for block in weight.flatten(1).split(site.settings.blocks, 0)]
             matrix = torch.cat(rows) if len(rows) > 1 else rows[0]
             merged[f"vit.{site.path}.weight"] = matrix.view(weight.shape)
-        return merged
+        self._latest = zeta.clone(), merged
+        return dict(merged)
 
     def mixture(self, zeta: Tensor) -> Updates:
         """Return the mixture `zeta` (P,) as updates of low rank, (P + 1) r with a start, for the stock model or for export.
@@ -129,6 +134,7 @@ class ExpertPool(nn.Module):
 
     def _apply(self, fn: object, recurse: bool = True) -> ExpertPool:
         self._merged.clear()  # these are on the old device, in the old dtype
+        self._latest = None
         return super()._apply(fn, recurse)
 
 

@@ -62,16 +62,17 @@ def block(row: Result) -> tuple[str, str, str, str]:
 
 
 def compare(results: Sequence[Result], folder: Path) -> list[Comparison]:
-    """Return one comparison per block, set and condition, by block, then sets in order, then their average.
+    """Return one comparison per block, set and condition, by block, then sets, then conditions in the order of the results.
 
     Rows of single trainings (with a seed) are left out.
     """
     rows = [row for row in results if row.seed is None]
     blocks = list(dict.fromkeys(block(row) for row in rows))
     sets = list(dict.fromkeys(row.data for row in rows))
+    conditions = list(dict.fromkeys(row.condition for row in rows))
 
-    def order(row: Result) -> tuple[int, int, bool, str]:
-        return blocks.index(block(row)), sets.index(row.data), row.condition != "clean", row.condition
+    def order(row: Result) -> tuple[int, int, bool, int]:
+        return blocks.index(block(row)), sets.index(row.data), row.condition != "clean", conditions.index(row.condition)
 
     values = ValuesByExample(folder)
     comparisons: list[Comparison] = []

@@ -188,7 +188,7 @@ def worst_cases(specs: Sequence[Perturbation], num_classes: int | None = None) -
     """Return a worst case for each norm and radius with two white-box attacks or more, in the order of the attacks."""
     by_budget: dict[tuple[str, float], list[str]] = {}
     for spec in specs:
-        if isinstance(spec, AttackSpec):
+        if isinstance(spec, AttackSpec) and spec.name != "pgd_paper":
             by_budget.setdefault((spec.norm, spec.epsilon), []).append(spec.describe(num_classes))
     cases = []
     for (norm, epsilon), labels in by_budget.items():

@@ -148,7 +148,8 @@ def _describe(model: FewShotModel) -> str:
         return f"{_describe(model.proto)}{model.describe()}"
     if isinstance(model, PoolNet):
         pool = model.pool
-        return f"{pool.labels} {pool.scale} {model.settings} {_values(pool.banks.state_dict())}"
+        shares = dict(model.settings.shares) or ""
+        return f"{pool.labels} {pool.scale} {model.settings} {_values(pool.banks.state_dict())}{shares}"
     if isinstance(model, MamlNet):
         return f"{model.settings} {_values(dict(model.learner.named_parameters()) | model.own_tensors())}"
     if isinstance(model, ProtoNet):
