@@ -22,6 +22,17 @@ def set_quiet(quiet: bool) -> None:
     _quiet = quiet
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide stage lines and bars while the body runs."""
+    before = _quiet
+    set_quiet(True)
+    try:
+        yield
+    finally:
+        set_quiet(before)
+
+
 def stage(name: str, text: str) -> None:
     """Print `name`, padded to eight characters, then `text`."""
     if not _quiet:

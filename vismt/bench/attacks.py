@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vismt import console
 from vismt.backbones.vit import Backbone
 from vismt.bench.timing import Ratios, interleave
 from vismt.metatune.episodes import EpisodeSampler
@@ -35,11 +36,11 @@ VISMT, TORCHATTACKS, IN_TURN, OLD = "vismt", "torchattacks", "as packages work",
 
 
 def run(rounds: int = 9, device: str = "cpu") -> list[Ratios]:
-    """Time AutoAttack on both ViTs and the protocol. A third of the rounds is spent on the robust ViT, without warm-up."""
+    """Time AutoAttack on both ViTs and the protocol. A quarter of the rounds is spent on the robust ViT, without warm-up."""
     where = torch.device(device)
     return [
         autoattack(False, rounds, where),
-        autoattack(True, max(1, rounds // 3), where),
+        autoattack(True, max(1, rounds // 4), where),
         protocol(rounds, where),
     ]
 
@@ -171,7 +172,8 @@ def protocol(rounds: int, device: torch.device) -> Ratios:
     accuracy: dict[str, float] = {}
 
     def packed() -> None:
-        result = run_protocol(net, images, sampler, episodes=EPISODES, attacks=[spec])
+        with console.quiet():
+            result = run_protocol(net, images, sampler, episodes=EPISODES, attacks=[spec])
         accuracy["clean"], accuracy[VISMT] = float(result["clean"].mean()), float(result[str(spec)].mean())
 
     def single() -> None:
@@ -199,17 +201,5 @@ def one_by_one(
         support, query = images[episode.support].to(device), images[episode.query].to(device)
         labels = episode.query_labels.to(device)
         classifier = net.classifier(support, episode.support_labels.to(device)).eval()
-        attacked = attack_class("PGD")(_OnDevice(classifier), **options)(query, labels)
+        attacked = attack_class("PGD")(classifier, **options)(query, labels)
         yield _right(classifier, query, labels), _right(classifier, attacked, labels)
-
-
-class _OnDevice(nn.Module):
-    """A classifier with a parameter, by which torchattacks finds the device."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-        self.marker = nn.Parameter(torch.zeros((), device=next(net.parameters()).device))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.net(images)

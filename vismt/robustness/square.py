@@ -50,7 +50,7 @@ def square(victim: Victim, wave: Wave, *, epsilon: float, norm: str, queries: in
     images = _stripes(wave, epsilon) if norm == "linf" else _bumps(wave, epsilon)
     propose = _propose_linf if norm == "linf" else _propose_l2
     moves = _draw_moves(wave.clean, norm, queries, torch.Generator().manual_seed(seed))
-    logits = victim.logits(images, wave.rows)
+    logits = victim.logits(images, wave.rows).clone()  # it is written to, and may be the model's own
     images, logits = select(wave.settle(images, logits), images, logits)
     done = torch.ones_like(wave.rows)  # queries that an image has behind it
     while len(wave) and int(done.min()) < queries:
@@ -156,12 +156,13 @@ def _propose_l2(clean: Tensor, images: Tensor, epsilon: float, moves: _Moves) ->
     into, out = (_windows(corner, moves.side, images) for corner in (moves.corner, moves.source))
     budget = (epsilon**2 - change.square().flatten(1).sum(1)).clamp_min(0)[:, None, None, None] / clean.shape[1]
     budget = budget + (change * (into | out)).square().sum((2, 3), keepdim=True)
-    old = change * into
-    new = moves.signs * _placed_bumps(moves, clean) + old / old.square().sum((2, 3), keepdim=True).sqrt().clamp_min(
-        TINY
-    )
-    new = new / new.square().sum((2, 3), keepdim=True).sqrt().clamp_min(TINY) * budget.sqrt()
+    new = _unit(moves.signs * _placed_bumps(moves, clean) + _unit(change * into)) * budget.sqrt()
     return _on_sphere(clean, torch.where(into, new, change.masked_fill(out, 0)), epsilon)
+
+
+def _unit(change: Tensor) -> Tensor:
+    """Return changes (m, c, h, w) scaled to a norm of 1 in each channel."""
+    return change / change.square().sum((2, 3), keepdim=True).sqrt().clamp_min(TINY)
 
 
 def _placed_bumps(moves: _Moves, images: Tensor) -> Tensor:
