@@ -16,10 +16,10 @@ class ClassifierConfig:
     """The source of a classifier: one of name, run and function.
 
     name: a timm name, a checkpoint file, a folder of `vismt merge` or `export`, or robustbench:MODEL[:DATASET[:THREAT]];
-    architecture: of a checkpoint without a config.json; pretrained: false takes a timm model without its weights. run: a run folder of vismt, arm: "arm" or "arm:seed"
-    of it. function: "module:function", which returns an nn.Module from images in [0, 1] to logits, and its number of classes.
-    size: pixels that the images are decoded to, null for the classifier's own; a function needs it. quantise: "int8" rounds
-    the weights (vismt.robustness.quantise), null leaves them.
+    architecture: of a checkpoint without a config.json; pretrained: false takes a timm model without its weights. run: a run
+    folder of vismt, arm: "arm" or "arm:seed" of it. function: "module:function", which returns an nn.Module from images in
+    [0, 1] to logits, and its number of classes. size: pixels that the images are decoded to, null for the classifier's own; a
+    function needs it. quantise: "int8" rounds the weights (vismt.robustness.quantise), null leaves them.
     """
 
     name: str | None = None
