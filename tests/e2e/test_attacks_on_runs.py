@@ -13,9 +13,11 @@ from vismt.cli import main
 from vismt.config import config_hash, typed
 from vismt.engine.log import read_lines
 from vismt.errors import UserError
-from vismt.jobs import load_config, make_job, open_run
+from vismt.jobs import load_config, open_run, start_config
 from vismt.jobs.dense.config import DenseConfig
 from vismt.jobs.fewshot.config import FewShotConfig
+from vismt.jobs.robustness.config import ClassifierConfig
+from vismt.jobs.robustness.own_images import TrainedArm
 from vismt.lowrank.inject import merge
 from vismt.report.results import Result, read_results
 from vismt.robustness.attacks import AttackSpec, robust_accuracy
@@ -307,11 +309,10 @@ def test_errors_of_runs_as_arms(
 
 
 def test_a_job_without_images_of_its_own_says_so(tmp_path: Path) -> None:
-    job = make_job(
-        typed({"evaluate": {"data": ["digits"]}, "source": {"data": ["digits"]}}, FewShotConfig, "a"), tmp_path
-    )
+    config = typed({"evaluate": {"data": ["digits"]}, "source": {"data": ["digits"]}}, FewShotConfig, "a")
+    folder = start_config(config, "a", tmp_path).folder
     with pytest.raises(UserError, match="'fewshot' has no images of its own"):
-        job.check_conditions([], [])
+        TrainedArm(ClassifierConfig(run=str(folder)))
 
 
 def test_runs_without_attacks_keep_their_hash(tmp_path: Path) -> None:

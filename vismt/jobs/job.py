@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -25,8 +25,6 @@ from vismt.lowrank.inject import merge, record_of
 from vismt.lowrank.layer_spec import factor_rank
 from vismt.lowrank.memory import count_parameters
 from vismt.methods import adapt
-from vismt.report.results import Score
-from vismt.robustness.conditions import AttackConfig, CorruptionConfig
 
 Config = TypeVar("Config", bound=StudyConfig)
 Net = TypeVar("Net", bound=nn.Module)
@@ -60,32 +58,6 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
     @abstractmethod
     def loaded(self, training: Training) -> Net:
         """Return a trained net, not merged."""
-
-    @abstractmethod
-    def quality(self, scores: Sequence[Score]) -> float:
-        """Return one number from the scores on the validation split; higher is better."""
-
-    def check_conditions(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> None:
-        """Raise UserError for attacks and corruptions that `scores_under` cannot take."""
-        raise UserError(
-            f"run '{self.folder}': the job '{self.config.task}' has no images of its own to attack or corrupt; name a run of "
-            "multitask or dense."
-        )
-
-    def scores_under(
-        self,
-        net: Callable[[], Net],
-        training: Training,
-        split: str,
-        attacks: Sequence[AttackConfig],
-        corruptions: Sequence[CorruptionConfig],
-        records: Path,
-    ) -> list[Score]:
-        """Return every measure on the run's own images, clean and under each attack and corruption.
-
-        net: returns the evaluated net, asked for where something is not on record. records: the folder of records.
-        """
-        raise NotImplementedError
 
     def stock(self, net: Net) -> nn.Module:
         """Return the model of a net that is adapted, merged and exported."""
@@ -214,8 +186,9 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
             loop.make_optimizer(trained, config.training)
 
     def validate(self, training: Training) -> float:
-        """Return a training's quality on the validation split."""
-        return self.quality(self.score(training, "validation", []))
+        """Return one number for a training on the validation split, higher is better: by default the mean of its scores."""
+        scores = self.score(training, "validation", [])
+        return sum(score.measure.score for score in scores) / len(scores)
 
     def trainings(self, arm: str) -> list[Training]:
         """Return an arm's trainings at its chosen rate; for a reference, one placeholder."""

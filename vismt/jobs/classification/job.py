@@ -21,7 +21,7 @@ from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.evaluation import Evaluation
 from vismt.jobs.classification.models import PixelNet, fresh, load_head, save_head
 from vismt.jobs.classification.report import sections
-from vismt.jobs.job import Job
+from vismt.jobs.image_job import ImageJob
 from vismt.jobs.multitask import make_configured_balancer
 from vismt.lowrank.inject import train_along
 from vismt.multitask.retain import QualityRetaining
@@ -31,7 +31,7 @@ from vismt.report.sections import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, conditions
 
 
-class ClassificationJob(Job[MultitaskConfig, PixelNet]):
+class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     """A ViT with a head over the classes of all tasks in place of timm's head."""
 
     logged: Mapping[str, str] = {
@@ -124,10 +124,6 @@ class ClassificationJob(Job[MultitaskConfig, PixelNet]):
     ) -> list[Score]:
         separate = self.study.config_of(training).head == "separate"
         return self.evaluation.scores(net(), training, separate, split, conditions(attacks, corruptions), records)
-
-    def quality(self, scores: Sequence[Score]) -> float:
-        """Return the mean over the tasks of the clean accuracy."""
-        return sum(score.measure.score for score in scores) / len(scores)
 
     def outputs(self, merged: PixelNet, plain: PixelNet, label: str) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
         return self.evaluation.outputs(merged, plain, label)

@@ -20,7 +20,7 @@ from vismt.jobs.dense.evaluation import Evaluation
 from vismt.jobs.dense.pooled_score import Scored
 from vismt.jobs.dense.predict import check_images, predict_images
 from vismt.jobs.dense.report import sections
-from vismt.jobs.job import Job
+from vismt.jobs.image_job import ImageJob
 from vismt.jobs.multitask import make_configured_balancer
 from vismt.multitask.dense import SEGMENTATION, DenseNet, DenseObjective
 from vismt.multitask.retain_dense import DenseRetaining
@@ -32,7 +32,7 @@ from vismt.robustness.conditions import AttackConfig, CorruptionConfig, DensePer
 NEVER_RUN = ("fc_norm.", "head_drop.", "head.")
 
 
-class DenseJob(Job[DenseConfig, DenseNet]):
+class DenseJob(ImageJob[DenseConfig, DenseNet]):
     """A ViT with a dense head for each task."""
 
     names_tasks = True
@@ -155,8 +155,8 @@ class DenseJob(Job[DenseConfig, DenseNet]):
         specs = self._conditions(attacks, corruptions)
         return self.evaluation.under(net, training, self.study.config_of(training), split, specs, records)
 
-    def quality(self, scores: Sequence[Score]) -> float:
-        return self.evaluation.quality(scores)
+    def validate(self, training: Training) -> float:
+        return self.evaluation.quality(self.score(training, "validation", []))
 
     def derived(self, scores: Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:
         """Return delta_m by arm."""

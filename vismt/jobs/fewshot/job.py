@@ -201,10 +201,6 @@ class FewShotJob(Job[FewShotConfig, Any]):
         with_panel = training.arm == self.evaluated()[-1] and training.seed == self.study.seeds[0]
         return evaluation.scores(models, training.arm, attacks, with_panel=with_panel)
 
-    def quality(self, scores: Sequence[Score]) -> float:
-        """Return the mean accuracy over sets and conditions."""
-        return sum(score.measure.score for score in scores) / len(scores)
-
     def evaluate(self, attacks: Sequence[AttackConfig] | None = None) -> None:
         self._skip_unavailable()
         super().evaluate(attacks)

@@ -184,9 +184,6 @@ class LmJob(Job[LmConfig, LmNet]):
     def validate(self, training: Training) -> float:
         return self.evaluation.quality(training)
 
-    def quality(self, scores: Sequence[Score]) -> float:
-        raise NotImplementedError("validate computes the quality from the records, which hold more than the scores")
-
     def check_merge(self, training: Training) -> None:
         """Compare the unmerged LM with a merged copy, since all nets share the LM; write merge.json, unless it exists."""
         if (training.folder / training_files.MERGE).exists():

@@ -10,6 +10,7 @@ from torch import nn
 
 from vismt.errors import UserError
 from vismt.jobs import open_run
+from vismt.jobs.image_job import ImageJob
 from vismt.jobs.job import Job
 from vismt.jobs.robustness.config import ClassifierConfig
 from vismt.report.results import RECORDS, Score
@@ -27,6 +28,11 @@ class TrainedArm:
         run = open_run(Path(config.run or ""))
         if not isinstance(run.job, Job):
             raise UserError(f"classifier.run: '{config.run}' trains nothing; name a run of multitask or dense.")
+        if not isinstance(run.job, ImageJob):
+            raise UserError(
+                f"classifier.run: '{config.run}': the job '{run.config.task}' has no images of its own to attack or corrupt; "
+                "name a run of multitask or dense."
+            )
         self.job = run.job
         self.training = run.job.study.find(config.arm)
         self.scheme = config.quantise
