@@ -20,7 +20,8 @@ from vismt.config import typed
 from vismt.engine.log import read_lines
 from vismt.errors import UserError
 from vismt.jobs import load_config, open_run
-from vismt.jobs.fewshot.config import FewShotConfig, check, evaluated_models, split_head, untrained_arms
+from vismt.jobs.fewshot.config import FewShotConfig, evaluated_models, split_head, untrained_arms
+from vismt.jobs.fewshot.config_checks import check
 from vismt.jobs.fewshot.data import FewShotData
 from vismt.paths import shipped
 

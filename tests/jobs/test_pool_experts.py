@@ -12,12 +12,12 @@ from vismt.jobs.fewshot.config import (
     FewShotConfig,
     PoolConfig,
     SourceConfig,
-    check,
     planned_experts,
     pool_members,
     resolve_experts,
     strategy_of,
 )
+from vismt.jobs.fewshot.config_checks import check
 from vismt.jobs.fewshot.data import draw_corruption
 from vismt.jobs.fewshot.pool_experts import ExpertSpec
 

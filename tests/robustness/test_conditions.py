@@ -4,7 +4,8 @@ import pytest
 
 from vismt.config import typed
 from vismt.errors import UserError
-from vismt.jobs.fewshot.config import FewShotConfig, check
+from vismt.jobs.fewshot.config import FewShotConfig
+from vismt.jobs.fewshot.config_checks import check
 from vismt.robustness.conditions import (
     AttackConfig,
     CorruptionConfig,

@@ -24,7 +24,6 @@ from vismt.jobs.fewshot.config import (
     FROZEN,
     ExpertConfig,
     FewShotConfig,
-    check,
     evaluated_experts,
     evaluated_models,
     pool_members,
@@ -32,6 +31,7 @@ from vismt.jobs.fewshot.config import (
     split_head,
     untrained_arms,
 )
+from vismt.jobs.fewshot.config_checks import check
 from vismt.jobs.fewshot.data import FewShotData, draw_corruption
 from vismt.jobs.fewshot.evaluation import Evaluation
 from vismt.jobs.fewshot.models import OWN_FILE, Models, make_net

@@ -1,0 +1,175 @@
+"""Checks of a few-shot configuration: what the types of its sections do not exclude."""
+
+from __future__ import annotations
+
+from vismt.engine.study import check_arms
+from vismt.errors import UserError, near
+from vismt.jobs.fewshot.config import (
+    DEFAULT,
+    EXPERT,
+    FROZEN,
+    POOLED,
+    SINGLE,
+    FewShotConfig,
+    evaluated_models,
+    planned_experts,
+    split_head,
+    untrained_arms,
+)
+from vismt.jobs.fewshot.pool_experts import CLEAN
+from vismt.robustness.conditions import check_conditions
+
+
+def check(config: FewShotConfig) -> None:
+    """Raise UserError for values that types do not exclude, also in the arms, before any work is done."""
+    trains = config.train is not None and config.adapt is not None
+    _check_values(config, trains)
+    _check_evaluation(config)
+    _check_models(config, trains)
+    _check_selection(config)
+    check_arms(config, check, ("pool", "select", "merging", "finetune"), () if trains else ("model",))
+    _check_arm_keys(config)
+    if config.arms and config.pool is not None:
+        raise UserError("arms: a pool's experts are the arms; leave out arms or the pool section.")
+    if config.tune is not None and not (config.select is not None and config.select.data):
+        raise UserError("tune: the rates are judged on validation tasks; name their sets in select.data.")
+
+
+def _check_arm_keys(config: FewShotConfig) -> None:
+    for name, values in config.arms.items():
+        if split_head(name)[1]:
+            raise UserError(f"arms: '{name}' reads as a head on '{split_head(name)[0]}'; name it otherwise.")
+        key = next((key for key in values if key.partition(".")[0] != "model"), None)
+        if key is not None and untrained_arms(config):
+            raise UserError(
+                f"arms.{name}: {key}: this run trains nothing, so its arms differ in `model` alone; leave the key out, or add "
+                "adapt and train."
+            )
+
+
+def _check_values(config: FewShotConfig, trains: bool) -> None:
+    source = config.source
+    if trains and not source.data:
+        raise UserError("source.data: names no set to train on; add a card, or set train to null to evaluate only.")
+    if not 0 < source.crop <= 1 or source.jitter < 0 or not source.scale > 0:
+        raise UserError(
+            f"source: crop {source.crop}, jitter {source.jitter}, scale {source.scale}; crop lies in (0, 1], jitter is not "
+            "negative, scale is positive."
+        )
+    repeated = {"targets", "rank", "alpha", "seed"} & set(config.adapt.options if config.adapt else {})
+    if repeated:
+        name = min(repeated)
+        raise UserError(f"adapt.options: '{name}' is not an option but the key adapt.{name} (seed: at the top).")
+
+
+def _check_evaluation(config: FewShotConfig) -> None:
+    settings = config.evaluate
+    source = config.source
+    if not settings.data:
+        raise UserError("evaluate.data: names no set to evaluate on.")
+    for name in ("data", "models", "shots"):
+        values = getattr(settings, name)
+        if not values or len(set(values)) < len(values):
+            raise UserError(f"evaluate.{name}: {values}; name at least one, each once.")
+    if config.meta is not None and (
+        config.pool is not None or (settings.rule, settings.ways) != ("uniform", source.ways)
+    ):
+        raise UserError(
+            f"meta: a head of source.ways = {source.ways} outputs; it needs evaluate.rule uniform, evaluate.ways "
+            f"{source.ways} and no pool section."
+        )
+    if settings.rule not in ("uniform", "variable"):
+        raise UserError(f"evaluate.rule: '{settings.rule}'.{near(settings.rule, ('uniform', 'variable'))}")
+    for name in ("episodes", "masking_episodes"):
+        if getattr(settings, name) < 2:
+            raise UserError(f"evaluate.{name}: {getattr(settings, name)}; an interval needs 2 or more.")
+    _check_ways(config)
+    least = min(map(settings.ways_in, settings.data)) if settings.rule == "uniform" else settings.min_ways
+    check_conditions(settings.attacks, settings.corruptions, least)
+    if config.select is not None and config.select.attack is not None and config.select.attack.source is not None:
+        raise UserError("select.attack: the choice attacks the evaluated model; leave source out.")
+
+
+def _check_ways(config: FewShotConfig) -> None:
+    settings = config.evaluate
+    names = [*settings.data, *(config.select.data if config.select is not None else ())]
+    for name, ways in settings.ways_of.items():
+        if name not in names:
+            raise UserError(f"evaluate.ways_of: '{name}' is not evaluated.{near(name, names)}")
+        if ways < 2:
+            raise UserError(f"evaluate.ways_of: {name}: {ways}; an episode has 2 ways or more.")
+    if settings.ways_of and (settings.rule != "uniform" or config.meta is not None):
+        raise UserError("evaluate.ways_of: needs evaluate.rule uniform and no meta section; leave it out.")
+
+
+def _check_models(config: FewShotConfig, trains: bool) -> None:
+    """Raise UserError for a model of evaluate.models that this configuration cannot build."""
+    pool = config.pool
+    assembled = pool is not None and bool(pool.folder)
+    known = _known_models(config)
+    labels = [*planned_experts(config), CLEAN]
+    for label in pool.rates if pool is not None else ():
+        if label not in labels:
+            raise UserError(f"pool.rates: no expert '{label}'.{near(label, labels)}")
+    sources = [attack.source for attack in config.evaluate.attacks if attack.source is not None]
+    for model in config.evaluate.models:
+        _check_model(config, "evaluate.models", model, known, trains)
+    for model in sources:
+        _check_model(config, "evaluate.attacks: source", model, known, trains)
+        if split_head(model)[0] != FROZEN and not trains and not assembled:
+            raise UserError(f"evaluate.attacks: source: '{model}' needs a training, and there is none; take 'frozen'.")
+    if not trains and not evaluated_models(config, []):
+        raise UserError(
+            f"evaluate.models: {config.evaluate.models} without an adapt and a train section; add them, name a pool.folder, "
+            "or evaluate 'frozen'."
+        )
+
+
+def _known_models(config: FewShotConfig) -> list[str]:
+    """Return the names of models that the configuration can build, without the experts of an assembled pool."""
+    if config.pool is None:
+        return [*SINGLE, *config.arms]
+    experts = [] if config.pool.folder else planned_experts(config)
+    return [*POOLED, *(f"{EXPERT}{label}" for label in experts)]
+
+
+def _check_model(config: FewShotConfig, where: str, model: str, known: list[str], trains: bool) -> None:
+    pool = config.pool
+    stem, head = split_head(model)
+    if stem == DEFAULT and config.select is None:
+        raise UserError(f"{where}: 'merged:default' equals 'merged' without a select section; write 'merged'.")
+    if stem == "logits" and head:
+        raise UserError(f"{where}: '{model}': an average of logits has no weights to tune; take 'merged+{head}'.")
+    if stem != FROZEN and head and config.meta is not None:
+        raise UserError(f"{where}: '{model}': the classifier of an inner loop has no prototypes; take '{stem}'.")
+    if stem not in known and not (pool is not None and pool.folder and stem.startswith(EXPERT)):
+        raise UserError(f"{where}: '{model}'.{near(stem, known)}")
+    if stem == CLEAN and pool is not None and not (trains and (pool.clean or CLEAN in planned_experts(config))):
+        raise UserError(f"{where}: 'clean' needs pool.clean: true and a training; add them, or leave it out.")
+
+
+def _check_selection(config: FewShotConfig) -> None:
+    """Raise UserError where the choice has no tasks, or one that can be a test task."""
+    select = config.select
+    if select is None:
+        return
+    if config.pool is None and config.tune is None:
+        raise UserError(
+            "select: chooses the settings of a pool's merging, or rates; add pool or tune, or leave it out."
+        )
+    if bool(select.data) == bool(select.class_share) or not 0 <= select.class_share < 1:
+        raise UserError(
+            f"select: data {select.data}, class_share {select.class_share:g}; give one of them, the share below 1."
+        )
+    if select.episodes < 2:
+        raise UserError(f"select.episodes: {select.episodes}; an interval needs 2 or more.")
+    if select.class_share and config.evaluate.rule != "uniform":
+        raise UserError("select.class_share: needs evaluate.rule uniform; for variable episodes give select.data.")
+    for name in select.data:
+        card, _, split = name.partition(":")
+        for other in config.evaluate.data:
+            same, _, tested = other.partition(":")
+            if card == same and (split in ("", "all", tested) or tested in ("", "all")):
+                raise UserError(
+                    f"select.data: '{name}' shares images with evaluate.data '{other}'; choose on other sets."
+                )
