@@ -298,6 +298,25 @@ def test_a_model_that_cannot_be_judged_is_an_error_not_a_robust_model(case, net,
             attack(net, images, net(images).argmax(1), quick(name, 0.1), num_classes=CLASSES)
 
 
+class Broken(torch.autograd.Function):
+    """The identity with a gradient of NaN."""
+
+    @staticmethod
+    def forward(context, images):
+        return images.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient * float("nan")
+
+
+def test_gradients_that_are_not_finite_are_an_error(case):
+    _, images, _ = case
+    net = Changed(Broken.apply).eval()
+    with pytest.raises(UserError, match="has gradients that are not finite; no accuracy is reported"):
+        attack(net, images, net(images).argmax(1), AttackSpec(epsilon=0.1), num_classes=CLASSES)
+
+
 def test_square_needs_no_gradient(case):
     _, images, _ = case
     net = Changed(lambda images: (images * 7).round() / 7).eval()
@@ -408,6 +427,12 @@ def test_classes_of_torchattacks_run_by_name(case, name):
     )
     attacked = attack(net, images, labels, spec, num_classes=CLASSES)
     assert size(attacked - images, spec.norm).max() <= spec.epsilon + 1e-5 and accuracy(net, attacked, labels) < 1
+
+
+def test_a_class_of_torchattacks_that_fails_is_one_clear_message(case):
+    net, images, labels = case
+    with pytest.raises(UserError, match=r"attack torchattacks:MultiAttack: torchattacks cannot run it here \("):
+        attack(net, images, labels, AttackSpec("torchattacks:MultiAttack", 0.1), num_classes=CLASSES)
 
 
 def test_torchattacks_that_is_missing_or_has_no_such_class_is_named(case, monkeypatch):

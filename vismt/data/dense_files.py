@@ -222,7 +222,7 @@ def _paths(value: str | list[str]) -> list[str]:
 
 
 def _in_folder(folder: Path, before: str = "", after: str = "") -> dict[str, Path]:
-    """Return {id: file} of a folder, sorted, empty when there is no such folder. Raises UserError for an id with two files."""
+    """Return {id: file} of a folder, sorted, empty for a missing folder. Raises UserError for an id with two files."""
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         name = path.stem

@@ -1,7 +1,7 @@
 """The dense sample: an image with any of the targets, maps or a class, and the value that means 'missing' in each of them.
 
     image                            float32 (3, h, w) in [0, 1]
-    semseg, parts, saliency, edge    int64 (h, w), 255 where there is no label; saliency and edge are 0 or 1
+    semseg, parts, saliency, edge    int64 (h, w), 255 for unlabelled pixels; saliency and edge are 0 or 1
     depth                            float32 (h, w) in metres, 0 where missing
     normals                          float32 (3, h, w), unit length, x right, y up, z towards the camera; (0, 0, 0) where missing
     class                            int64 (), of the whole image, -1 where missing: 255 can be a class

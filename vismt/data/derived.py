@@ -23,7 +23,7 @@ def normals_from_depth(
 ) -> Tensor:
     """Return the unit normals of a depth map: the cross product of the differences between back-projected points.
 
-    There is no normal where one of the five depths is missing, within `step` pixels of the border, and where 1/z at the
+    The normal is undefined where one of the five depths is missing, within `step` pixels of the border, and where 1/z at the
     middle differs from the mean of two opposite ones by more than `bend` of itself.
 
     Args:
@@ -68,9 +68,9 @@ def normals_by_camera(depth: Tensor, camera: Mapping[str, float]) -> Tensor:
 
 
 def edges_from_labels(labels: Tensor) -> Tensor:
-    """Return int64 (h, w): 1 where the pixel to the right or below has another class, thinned; 255 where there is no label.
+    """Return int64 (h, w): 1 where the pixel to the right or below has another class, thinned; 255 for unlabelled pixels.
 
-    labels: int64 (h, w), 255 where there is no label. A border with unlabelled pixels is not an edge.
+    labels: int64 (h, w), 255 for unlabelled pixels. A border with unlabelled pixels is not an edge.
     """
     labelled = labels != IGNORE
     edge = torch.zeros_like(labelled)

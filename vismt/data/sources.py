@@ -48,7 +48,7 @@ def shown_path(path: Path) -> str:
 
 
 def fix(card: Card) -> str:
-    """Return the sentence of error messages that says how to get the set."""
+    """Return the sentence of error messages that explains how to get the set."""
     see = f"{card.shown}/{card.path.name}"
     handle = card.name if card.shown == f"datasets/{card.name}" else card.shown
     if card.downloadable:

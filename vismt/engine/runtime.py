@@ -112,7 +112,7 @@ def _git(*arguments: str) -> str:
 
 
 def _cpu_only() -> bool:
-    """Return whether there is no accelerator, so that several processes communicate over the CPU."""
+    """Return whether the machine has no accelerator, so that several processes communicate over the CPU."""
     others = (torch.backends.mps.is_available(), hasattr(torch, "xpu") and torch.xpu.is_available())
     return not (torch.cuda.is_available() or any(others))
 

@@ -131,7 +131,7 @@ class Study(Generic[Config]):
         """
         names = list(self.arms)
         if not names:
-            raise UserError(f"run '{self.folder}': the configuration trains nothing; there is no arm to take.")
+            raise UserError(f"run '{self.folder}': the configuration trains nothing, so it has no arms.")
         if name is None and len(names) > 1:
             raise UserError(f"run '{self.folder}': this run has several arms; name one with --arm: {', '.join(names)}.")
         arm, _, seed = (name or names[0]).partition(":")

@@ -77,7 +77,7 @@ def collect_covariance(
     iterator = iter(batches)
     first = next(iterator, None)
     if first is None:
-        raise UserError("covariance: there are no batches to calibrate on.")
+        raise UserError("covariance: got no batches to calibrate on; give one or more.")
     groups = shared_inputs(model, target_modules, first)
     widths = {path: matrix_shape(module)[1] for path, module in target_modules.items()}
     passes = _passes({leader: widths[leader] for leader in groups.paths}, memory_budget)

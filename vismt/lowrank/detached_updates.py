@@ -138,7 +138,7 @@ def _of_model(model: nn.Module, what: str) -> Updates:
     check_mergeable(model, what)
     layers = adapter_layers(model)
     if any(layer.weight.is_meta for layer in layers.values()):
-        raise UserError(f"{name}: the model lies on the meta device; there are no values to read.")
+        raise UserError(f"{name}: the model is on the meta device, which holds no values.")
     with stock_order(model):
         updates = {path: _copied(layer.low_rank()) for path, layer in layers.items()}
         samples = base_samples(model, updates)

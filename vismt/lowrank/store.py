@@ -54,7 +54,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     record = need_record(model, "save_adapter")
     tensors = adapter_tensors(model)
     if any(value.is_meta for value in tensors.values()):
-        raise UserError("save_adapter: the model lies on the meta device; there are no values to save.")
+        raise UserError("save_adapter: the model is on the meta device, which holds no values to save.")
     # Beside factors or wrappers all counts as changed: a head may be fresh.
     unchanged = [] if record.sites or record.wrappers else unchanged_tensors(record.also_train, tensors)
     tensors = {name: value for name, value in tensors.items() if name not in unchanged}

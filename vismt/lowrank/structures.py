@@ -74,7 +74,7 @@ class Structure:
     """Units of one container.
 
     blocks: all tensors that hold units. parts: those that can be trained, 'v' and 'o' of heads, 'u' and 'd' of channels.
-    obstacle: why the units cannot be reordered. without_v: why heads have no 'v'. Both are empty where there is no reason.
+    obstacle: why the units cannot be reordered. without_v: why heads have no 'v'. Both are empty without a reason.
     """
 
     path: str

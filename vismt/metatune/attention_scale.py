@@ -28,7 +28,7 @@ class QueryRows:
 def attention_heads(backbone: nn.Module) -> list[QueryRows]:
     """Return the query rows of every attention of a backbone with timm's fused qkv, stock or with a low-rank update.
 
-    Raises UserError when there is no attention, and for an attention whose logits the rows of q do not scale.
+    Raises UserError for a backbone without attention, and for an attention whose logits the rows of q do not scale.
     """
     attentions = []
     for path, module in backbone.named_modules():

@@ -17,8 +17,7 @@ task on its support, see rate_choice.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -30,7 +29,7 @@ from torch.func import functional_call
 from vismt.errors import UserError, near
 from vismt.metatune.attention_scale import attention_heads, scaled_queries
 from vismt.metatune.diffaugment import diff_augment
-from vismt.metatune.functional import Functional, check_weights
+from vismt.metatune.functional import Functional, check_weights, evaluating
 from vismt.metatune.protocol import FewShotModel
 from vismt.metatune.protonet import PrototypeClassifier, cosine_logits, prototypes
 from vismt.metatune.rate_choice import AUTO, LossNotFinite, choose_rate
@@ -119,11 +118,11 @@ def finetune(
             tuned = finetune(backbone, images, labels, fixed, scale=scale, weights=weights, attack=attack)
             return Functional(backbone, tuned)
 
-        with _evaluating(backbone):
+        with evaluating(backbone):
             settings = replace(settings, lr=choose_rate(tune, support, labels, seed=settings.seed))
     start = dict(weights or {})
     check_weights(backbone, start)
-    with torch.inference_mode(False), torch.enable_grad(), _evaluating(backbone):
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(backbone):
         start = {name: _usable(tensor) for name, tensor in start.items()}
         named = (*backbone.named_parameters(), *backbone.named_buffers())
         tensors = {name: _usable(value) for name, value in named} | start
@@ -290,14 +289,3 @@ def _pgd(images: Tensor, labels: Tensor, logits: Callable[[Tensor], Tensor], eps
 def _usable(tensor: Tensor) -> Tensor:
     """Detach a tensor; copy it where it was created in inference mode, which autograd refuses."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    modes = {submodule: submodule.training for submodule in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for submodule, training in modes.items():
-            submodule.training = training

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -43,3 +44,15 @@ def check_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
             raise UserError(
                 f"weights: '{name}' is {shape}, {type(module).__name__} has {needed}: take them from this model."
             )
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Hold a module in eval mode; give every submodule its own mode back."""
+    modes = [(submodule, submodule.training) for submodule in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule, training in modes:
+            submodule.training = training

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vismt import console
 from vismt.errors import UserError
 from vismt.metatune.episode_outcome import EpisodeOutcome, write_panel
+from vismt.metatune.functional import evaluating
 from vismt.metatune.labelled import Episode
 from vismt.metatune.packed import PackedClassifier, pack_key
 from vismt.metatune.protonet import PrototypeClassifier
@@ -147,23 +148,17 @@ def run_protocol(
     label = label or f"{data} episodes"
     if 0 < len(missing) < episodes:
         console.stage("resume", f"{label}: {episodes - len(missing)} of {episodes} are on record")
-    modes = {submodule: submodule.training for submodule in module.modules()}
-    module.eval()
-    try:
-        with log, console.bar("eval", label, episodes, episodes - len(missing)) as bar:
-            for block in run.blocks(episodes):
-                todo = [index for index in block if index not in log]
-                outcomes = run(block) if todo else {}
-                for index in todo:
-                    log.add({"episode": index, **outcomes[index].record()})
-                    if index == 0 and panel is not None:
-                        write_panel(panel, outcomes[index], getattr(pixels, "classes", None))
-                    bar.advance()
+    with evaluating(module), log, console.bar("eval", label, episodes, episodes - len(missing)) as bar:
+        for block in run.blocks(episodes):
+            todo = [index for index in block if index not in log]
+            outcomes = run(block) if todo else {}
+            for index in todo:
+                log.add({"episode": index, **outcomes[index].record()})
+                if index == 0 and panel is not None:
+                    write_panel(panel, outcomes[index], getattr(pixels, "classes", None))
+                bar.advance()
         if panel is not None and not panel.exists():
             write_panel(panel, run(range(1))[0], getattr(pixels, "classes", None))
-    finally:
-        for submodule, training in modes.items():
-            submodule.training = training
     rows = [log[index] for index in range(episodes)]
     return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in columns}
 

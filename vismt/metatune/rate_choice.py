@@ -2,7 +2,7 @@
 
     lr* = argmax_{lr in RATES} accuracy of held-out support images under the weights tuned at lr on the other ones
 
-The smallest rate wins a tie, and 0 is no tuning: a task that gains nothing by it is left alone. Every class is cut in two
+The smallest rate wins a tie, and 0 skips the tuning: a task that gains nothing by it is left alone. Every class is cut in two
 halves, in the order of the support; each half is judged by the prototypes of the other half, under weights tuned on it. A
 class with one image cannot be cut: its image stays in the tuning, and VIEWS random crops of it are judged in its place,
 which the tuning, that shifts and recolours images but does not scale them, has not seen. At 1 shot these crops are all

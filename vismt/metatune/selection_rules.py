@@ -20,7 +20,7 @@ robust_loo: PGD-2 on the cross-entropy of h, linf, steps of epsilon / 2 from the
 ties often; of tied experts the largest mean / standard deviation of the margin h_y - max_{k != y} h_k wins, as an expert
 with contracted features has small cosine margins without more errors (were margins normal, Phi(mean / deviation) would be
 the accuracy). ridge: h and the one-hot Y are centred over classes, which no softmax sees, and h_i has length 1: a small
-scale of an expert's cosines is no fault of its order. Queries are not used by any rule.
+scale of an expert's cosines does not change its order. Queries are not used by any rule.
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ EXAMPLES_NOTE = (
 OVER_SEEDS_NOTE = f"{ARROWS} The same differences seed by seed, with the 95 % interval over the seeds (Student's t)."
 RATE_NOTE = (
     "Score on the validation examples, the higher the better, of the first seed trained at each rate. Every arm has the same "
-    "grid, the best rate is kept for all seeds, no test example takes part. A best rate at an end of the grid is no optimum."
+    "grid, the best rate is kept for all seeds, no test example takes part. A best rate at an end of "
+    "the grid may not be the optimum."
 )
 MERGE_NOTE = (
     "Test examples through the merged stock model and through the unmerged one: answers that differ, and the largest "

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vismt import console
 from vismt.errors import UserError
+from vismt.metatune.functional import evaluating
 from vismt.records import Records
 from vismt.robustness.conditions import DirectPerturbation, Perturbation, condition_of, worst_cases
 from vismt.seeds import mix_seed
@@ -213,13 +214,8 @@ def batch_keys(spec: DirectPerturbation, number: int, count: int) -> list[tuple[
 
 @torch.no_grad()
 def _predict(model: nn.Module, images: Tensor, num_classes: int) -> Tensor:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         logits = model(images)
-    finally:
-        for module, training in modes:
-            module.training = training
     if logits.ndim != 2 or logits.shape[1] != num_classes:
         raise UserError(f"evaluate: logits {tuple(logits.shape)} for {num_classes} classes: the head does not fit.")
     return logits.argmax(1)

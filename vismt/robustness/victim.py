@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError
+from vismt.metatune.functional import evaluating
 from vismt.robustness.losses import Loss
 
 PROBABILITY_SLACK = 1e-4
@@ -96,15 +97,11 @@ class Victim:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Hold the model in eval mode without trainable parameters; restore every flag."""
-    modes = [(module, module.training) for module in model.modules()]
-    parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.eval()
-        for parameter, _ in parameters:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, trainable in parameters:
-            parameter.requires_grad_(trainable)
-        for module, training in modes:
-            module.training = training
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with evaluating(model):
+        try:
+            model.requires_grad_(False)
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)

@@ -217,7 +217,7 @@ def _check_baseline(config: DenseConfig) -> None:
         )
     for task, arm in baseline_arms(config).items():
         if arm not in arms:
-            raise UserError(f"baseline: no arm '{arm}'.{near(arm, arms) or ' There are no arms.'}")
+            raise UserError(f"baseline: no arm '{arm}'.{near(arm, arms) or ' The configuration names no arms.'}")
         if task not in [trained.name for trained in trained_tasks(resolve_arms(config)[arm])]:
             raise UserError(
                 f"baseline: arm '{arm}' does not train '{task}'; name another arm for it, as {{task: arm}}."

@@ -218,7 +218,7 @@ def _check_task(section: LmTaskConfig) -> None:
     check_parts(section, f"tasks: {section.name}")
     if not section.train and (section.test_share or section.validation_share):
         raise UserError(
-            f"tasks: {section.name}: there is no training set to take a share of; name the sets in test and validation."
+            f"tasks: {section.name}: it has no training set to take a share of; name the sets in test and validation."
         )
     if section.limit is not None and section.limit < 1:
         raise UserError(f"tasks: {section.name}: limit {section.limit}; it must be at least 1.")

@@ -12,8 +12,8 @@ use: positive where probability > threshold, 99 thresholds k / 100, thinning unt
 Differences from SEISM's Matlab code. Its correspondPixels computes a matching of least total distance, with a cost of unmatched
 pixels above any distance and some randomness in sparse graphs; the counts depend only on the number of matched pixels, which
 is the largest possible here. One annotation per image. Probabilities are not rounded to 8 bits. Piotr Dollar's edgesEvalDir
-interpolates F between thresholds; here and in SEISM it is the maximum over them. There is no non-maximum suppression along the
-gradient, as in SEISM.
+interpolates F between thresholds; here and in SEISM it is the maximum over them. Non-maximum suppression along the
+gradient is left out, as in SEISM.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def _grow(true: np.ndarray, candidate: np.ndarray, mate: np.ndarray, owner: np.n
 
 
 def _augment(true: np.ndarray, candidate: np.ndarray, mate: np.ndarray, owner: np.ndarray) -> bool:
-    """Augment the matching along disjoint paths; return False when there is no path."""
+    """Augment the matching along disjoint paths; return False without a path."""
     from scipy.sparse import csr_matrix
     from scipy.sparse.csgraph import breadth_first_order
 
