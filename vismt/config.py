@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 
 from vismt import typed_yaml
 from vismt.errors import UserError, near
+from vismt.typed_yaml import within
 
 # Metadata of a field that changes how a run is computed, but not its numbers.
 UNHASHED = {"hashed": False}
@@ -28,6 +29,12 @@ UNHASHED = {"hashed": False}
 HASHED_IF_SET = {"hashed": "if set"}
 # What happens with an image that cannot be decoded.
 OnBadSample = Literal["error", "skip"]
+# Every random generator takes these.
+Seed = Annotated[int, within(0, 2**63 - 1)]
+# Strength of colour changes; beyond it images are black and white.
+Jitter = Annotated[float, within(0, 10)]
+# An interval needs two, and each is kept in a record.
+Episodes = Annotated[int, within(2, 1_000_000)]
 T = TypeVar("T")
 
 
@@ -98,7 +105,7 @@ class RunConfig:
 
     task: str = "fewshot"
     title: str = ""
-    seed: int = 0
+    seed: Seed = 0
     model: ModelSection = field(default_factory=ModelConfig)
     adapt: AdaptConfig | None = field(default_factory=AdaptConfig)
     train: TrainConfig | None = field(default_factory=TrainConfig)
@@ -132,7 +139,8 @@ def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
         try:
             node[leaf] = typed_yaml.parse_yaml(value)
         except yaml.YAMLError as error:
-            raise UserError(f"override '{assignment}': the value is not YAML.") from error
+            reason = " ".join(str(error).split())
+            raise UserError(f"override '{assignment}': the value is not YAML: {reason}.") from error
     return result
 
 

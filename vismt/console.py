@@ -65,7 +65,8 @@ def _cell(value: object) -> str:
 
 def error(text: str) -> None:
     """Print one `error:` line to stderr."""
-    print(f"error: {text}", file=sys.stderr, flush=True)
+    line = "".join(character if character.isprintable() else " " for character in text)
+    print(f"error: {line}", file=sys.stderr, flush=True)
 
 
 class Bar:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
+import stat
 import sys
 from pathlib import Path, PurePosixPath
 
@@ -46,3 +48,13 @@ def stays_inside(path: str) -> bool:
     pure = PurePosixPath(path)
     plain = not any(character in path for character in "\\\0:")
     return bool(path) and plain and not pure.is_absolute() and ".." not in pure.parts
+
+
+def regular_file(path: Path) -> Path:
+    """Return `path`. Raises OSError, without opening it, for a folder, named pipe, socket or device, also behind a link."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket"}
+        kind = next((text for test, text in kinds.items() if test(mode)), "a device")
+        raise OSError(errno.EINVAL, f"it is {kind}, not a file", str(path))
+    return path

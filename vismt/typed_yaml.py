@@ -1,74 +1,49 @@
 """Strict reading of YAML into dataclasses, for run configurations, data cards and asset cards.
 
-`read_yaml` reads the mapping of a file, `build` turns a mapping into a dataclass with typed, possibly nested fields. Every
-mistake is a UserError that names the file, the dotted key (`evaluate.attacks[0].epsilon`), the expected type, the value and,
-for an unknown key, the near ones.
+`read_yaml` (plain_yaml.py) reads the mapping of a file, `build` turns a mapping into a dataclass with typed, possibly nested
+fields. Every mistake is a UserError that names the file, the dotted key (`evaluate.attacks[0].epsilon`), the expected type,
+the value and, for an unknown key, the near ones. Numbers are finite, whole numbers fit 64 bits, text can be written as UTF-8.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import inspect
+import math
 import re
 import types
 import typing
-from collections.abc import Hashable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 
 from vismt.errors import UserError, near
 from vismt.paths import stays_inside
+from vismt.plain_yaml import parse_yaml, read_yaml
+
+__all__ = [
+    "RelativePath",
+    "arguments",
+    "build",
+    "describe",
+    "parse_yaml",
+    "plain_name",
+    "read_yaml",
+    "relative_path",
+    "shown",
+    "within",
+]
 
 T = TypeVar("T")
 EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")  # YAML 1.1 reads 1e-3 as text
+UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+PLAIN_NAME = re.compile(r"(?!\.+$)[\w.+-]{1,100}")
+SHOWN = 200  # characters of a value in an error
 SCALARS = (bool, int, float, str)
 NUMBERS = (int, float)
 MAPPINGS = (dict, Mapping)
 CONTAINERS = (*MAPPINGS, list, tuple)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with the booleans of version 1.2, in which `precision: no` is text, and without repeated keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value]
-        repeated = next((key for key in keys if keys.count(key) > 1), None)
-        if repeated is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"key '{repeated}' is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-
-
-def parse_yaml(text: str) -> Any:
-    """Return the plain value that `text` holds. Raises yaml.YAMLError."""
-    return yaml.load(text, _Loader)
-
-
-def read_yaml(path: Path, source: str) -> dict[str, Any]:
-    """Return the mapping in the file `path`; `source` names the file in errors.
-
-    Raises:
-        UserError: the file cannot be read, is not YAML, repeats a key or holds something else than a mapping.
-    """
-    try:
-        loaded = parse_yaml(path.read_text(encoding="utf8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{source}: not readable as YAML: {' '.join(str(error).split())}.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: cannot be read: {error}.") from error
-    if not isinstance(loaded, dict):
-        raise UserError(f"{source}: holds {type(loaded).__name__}, must hold `key: value` lines.")
-    return loaded
 
 
 def build(cls: type[T], values: object, source: str, key: str = "", /, **given: Any) -> T:
@@ -89,26 +64,49 @@ def build(cls: type[T], values: object, source: str, key: str = "", /, **given: 
         UserError: an unknown or missing key, a value of another type, or one that a check or `cls` itself refuses.
     """
     if not isinstance(values, Mapping):
-        raise UserError(f"{source}: {key or 'the file'} is {values!r}, not a section.")
+        raise UserError(f"{source}: {key or 'the file'} is {shown(values)}, not a section.")
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init and field.name not in given}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls, include_extras=True)
-    arguments = dict(given)
-    for name, value in values.items():
-        dotted = _join(key, name)
-        if name not in fields:
-            raise UserError(f"{source}: unknown key '{dotted}'.{near(str(name), fields)}")
-        try:
-            arguments[name] = _convert(value, hints[name], source, dotted)
-        except _WrongType as error:
-            raise UserError(f"{source}: {error}") from error
+    unknown = next((name for name in values if name not in fields), None)
+    if unknown is not None:
+        raise UserError(f"{source}: unknown key '{_join(key, unknown)}'.{near(str(unknown), fields)}")
+    converted = given | _convert_all(values, hints, source, key)
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise UserError(f"{source}: key '{_join(key, name)}' is missing.")
     try:
-        return cls(**arguments)
+        return cls(**converted)
     except ValueError as error:  # of a check in __post_init__; a UserError is a ValueError
         raise UserError(f"{source}: {error}") from error
+
+
+def arguments(function: Callable[..., Any], options: Mapping[str, Any], source: str, key: str = "") -> dict[str, Any]:
+    """Return options of a function or class, each typed by the annotation of its parameter.
+
+    source, key: as for `build`. Options without a parameter are copied. Raises UserError for a value of another type.
+    """
+    initialisers = (
+        [vars(base)["__init__"] for base in reversed(inspect.getmro(function)) if "__init__" in vars(base)]
+        if inspect.isclass(function)
+        else [function]
+    )
+    hints = {
+        name: hint for item in initialisers for name, hint in typing.get_type_hints(item, include_extras=True).items()
+    }
+    return _convert_all(options, {name: hints.get(name, Any) for name in options}, source, key)
+
+
+def _convert_all(values: Mapping[str, Any], hints: Mapping[str, Any], source: str, key: str) -> dict[str, Any]:
+    """Return the values, each as an object of the type in `hints`."""
+    try:
+        return {name: _convert(value, hints[name], source, _join(key, name)) for name, value in values.items()}
+    except (_WrongType, _OutOfRange) as error:
+        raise UserError(f"{source}: {error}") from error
+
+
+class _OutOfRange(ValueError):
+    """A scalar that fits no field."""
 
 
 class _WrongType(Exception):
@@ -119,15 +117,22 @@ class _WrongType(Exception):
         if value is None:
             text = f"{key} is null; it needs a value."
         elif dataclasses.is_dataclass(_not_null(hint)):
-            text = f"{key} is {value!r}, not a section."
+            text = f"{key} is {shown(value)}, not a section."
         else:
             quotes = "; text needs quotes here" if isinstance(value, NUMBERS) and _takes_text(hint) else ""
-            text = f"{key}: expected {describe(hint)}, got {value!r} ({type(value).__name__}){quotes}."
+            text = f"{key}: expected {describe(hint)}, got {shown(value)} ({type(value).__name__}){quotes}."
         super().__init__(text)
 
 
+def shown(value: object) -> str:
+    """Return a value as errors show it: one line, cut after 200 characters."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else text[:SHOWN] + "…"
+
+
 def _join(key: str, name: object) -> str:
-    return f"{key}.{name}" if key else str(name)
+    text = str(name) if str(name).isprintable() else shown(name)
+    return f"{key}.{text}" if key else text
 
 
 def _not_null(hint: Any) -> Any:
@@ -203,6 +208,7 @@ def _convert_container(value: Any, hint: Any, source: str, key: str) -> Any:
         for name in value:
             if not isinstance(name, arguments[0]):
                 raise UserError(f"{source}: {key}: the key {name!r} is not text; write it in quotes.")
+            _check_scalar(name, key)
         return {name: _convert(item, arguments[1], source, _join(key, name)) for name, item in value.items()}
     if not isinstance(value, (list, tuple)):
         raise _WrongType(key, hint, value)
@@ -222,13 +228,36 @@ def _convert_scalar(value: Any, hint: Any, key: str) -> Any:
     if isinstance(value, str) and hint in (int, float, Any):
         value = _number_in(value)
     if hint is Any:
-        return copy.deepcopy(value)
+        return _copied(value, key)
+    _check_scalar(value, key)
     if hint is float and type(value) in NUMBERS:
         return float(value)
     fits = type(value) is hint if hint in SCALARS else isinstance(value, hint)
     if not fits:
         raise _WrongType(key, hint, value)
     return value
+
+
+def _copied(value: Any, key: str) -> Any:
+    """Return a deep copy of a plain value, checked."""
+    if isinstance(value, Mapping):
+        for name in value:
+            _check_scalar(name, key)
+        return {name: _copied(item, _join(key, name)) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(item, f"{key}[{i}]") for i, item in enumerate(value))
+    _check_scalar(value, key)
+    return value
+
+
+def _check_scalar(value: object, key: str) -> None:
+    """Raise _OutOfRange for a value that no run could record: not finite, beyond 64 bits, or no text in UTF-8."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _OutOfRange(f"{key} is {value}; a number must be finite.")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise _OutOfRange(f"{key} is {value}; a whole number must fit 64 bits.")
+    if isinstance(value, str) and UNWRITABLE.search(value):
+        raise _OutOfRange(f"{key} is {shown(value)}; text must not hold a null character or half of a surrogate pair.")
 
 
 def _number_in(text: str) -> int | float | str:
@@ -245,6 +274,16 @@ def _number_in(text: str) -> int | float | str:
     return value if type(value) in NUMBERS else text
 
 
+def within(least: float, most: float) -> Callable[[float, str], None]:
+    """Return a check for `Annotated` that raises UserError for a number below `least` or above `most`."""
+
+    def check(value: float, where: str) -> None:
+        if not least <= value <= most:
+            raise UserError(f"{where} is {value}; it lies from {least} to {most}.")
+
+    return check
+
+
 def relative_path(text: str, name: str) -> str:
     """Return `text` when it is a relative path that stays inside its folder, else raise a UserError that starts with `name`."""
     if not stays_inside(text):
@@ -253,3 +292,10 @@ def relative_path(text: str, name: str) -> str:
 
 
 RelativePath = Annotated[str, relative_path]
+
+
+def plain_name(text: str, where: str) -> str:
+    """Return `text` when it can name a file on every system, else raise a UserError that starts with `where`."""
+    if not PLAIN_NAME.fullmatch(text):
+        raise UserError(f"{where}: '{text[:SHOWN]}' cannot be a name; use up to 100 letters, digits and + - . _")
+    return text

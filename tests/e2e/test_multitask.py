@@ -369,7 +369,7 @@ def test_overrides_of_an_arm_are_typed_and_its_trainings_are_found_by_name(tmp_p
         ({"augment": {"crop": 0}}, "augment: crop 0"),
         ({"evaluate": {"split": "train"}}, "evaluate.split: 'train'"),
         ({"evaluate": {"attacks": [{"name": "pgd", "source": "frozen"}]}}, "source 'frozen'"),
-        ({"arms": {"a b": {}}}, "'a b' cannot name an arm; use letters, digits"),
+        ({"arms": {"a b": {}}}, "'a b' cannot be a name; use up to 100 letters, digits"),
         ({"arms": {"a": {"tasks": []}}}, "must be the same for all arms"),
         ({"arms": {"a": {"train.lrr": 1}}}, "unknown key"),
         ({"arms": {"a": {"head": "x"}}}, "head: 'x'"),

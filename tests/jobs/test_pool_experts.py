@@ -125,7 +125,7 @@ def test_the_strategy_of_a_model() -> None:
         ([ExpertSpec(level=300)], r"\[300.0\]; a level is a budget in 1/255, from 0 to 255"),
         ([ExpertSpec(norm="l2", level=-1)], "not negative"),
         ([ExpertSpec(norm="corruption", level=8)], "severity, 1 to 5"),
-        ([ExpertSpec(level=8, label="a b")], "'a b' cannot name an expert"),
+        ([ExpertSpec(level=8, label="a b")], "'a b' cannot be a name"),
         ([ExpertSpec(level=8, label="clean")], "'clean' is clean meta-tuning on source.data"),
         ([ExpertSpec(source="x", norm="clean", label="clean")], "'clean' is clean meta-tuning on source.data"),
         ([ExpertSpec(level=8, label="a"), ExpertSpec(level=2, label="a")], r"\[1\]: two different experts .* 'a'"),

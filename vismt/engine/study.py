@@ -9,18 +9,18 @@ never uses the test examples.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from vismt import console
-from vismt.config import RunConfig, TrainConfig, with_values
+from vismt.config import RunConfig, Seed, TrainConfig, with_values
 from vismt.engine import runtime
 from vismt.engine.loop import Diverged
 from vismt.errors import UserError, near
 from vismt.files import atomic_write, read_json
+from vismt.typed_yaml import plain_name
 
 ARMS = "arms"
 CHOSEN = "chosen.json"
@@ -44,7 +44,7 @@ class StudyConfig(RunConfig):
     """
 
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)
-    seeds: list[int] = field(default_factory=list)
+    seeds: list[Seed] = field(default_factory=list)
     tune: TuneConfig | None = None
 
     @property
@@ -212,8 +212,7 @@ def check_arms(
         UserError: an invalid name, key, seed, rate or arm.
     """
     for name, values in config.arms.items():
-        if not re.fullmatch(r"[\w.+-]+", name):
-            raise UserError(f"arms: '{name}' cannot name an arm; use letters, digits and + - . _")
+        plain_name(name, "arms")
         for key in values:
             if key.partition(".")[0] in {*SHARED, *shared}.difference(free):
                 raise UserError(

@@ -8,7 +8,8 @@ from typing import Any
 
 from vismt.engine.study import StudyConfig
 from vismt.errors import UserError, near
-from vismt.multitask.balancing import Balancer, make_balancer
+from vismt.multitask.balancing import BALANCERS, Balancer, make_balancer
+from vismt.typed_yaml import arguments, plain_name
 
 SPLITS = ("test", "validation")
 
@@ -47,6 +48,8 @@ def check_tasks(config: StudyConfig, tasks: Sequence[str], split: str, batches: 
     Raises:
         UserError: an invalid value.
     """
+    for name in tasks:
+        plain_name(name, "tasks")
     if not tasks or len(set(tasks)) < len(tasks):
         raise UserError(f"tasks: {list(tasks)}; name at least one, each once.")
     if config.train is None:
@@ -60,4 +63,8 @@ def check_tasks(config: StudyConfig, tasks: Sequence[str], split: str, batches: 
 
 def make_configured_balancer(config: BalancingConfig | None, tasks: Sequence[str]) -> Balancer | None:
     """Return the balancer of a configuration, None without a balancing section."""
-    return None if config is None else make_balancer(config.method, tasks, **config.options)
+    if config is None:
+        return None
+    return make_balancer(
+        config.method, tasks, **arguments(BALANCERS[config.method], config.options, "balancing", "options")
+    )

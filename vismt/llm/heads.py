@@ -20,6 +20,7 @@ from vismt.llm.laplace import LARGEST, fit_laplace
 from vismt.llm.variational import GaussianHead
 from vismt.llm.vbll import VBLLClassifier
 from vismt.registry import Registry
+from vismt.typed_yaml import arguments
 
 SMALLEST = torch.finfo(torch.float32).tiny
 JOB_ARGUMENTS = ("rows", "bias", "num_train", "seed")  # a job passes these to a head that has parameters of these names
@@ -98,10 +99,11 @@ def make_head(
 
 
 def check_head(name: str, options: dict[str, Any]) -> None:
-    """Raise UserError for an unknown name or option."""
+    """Raise UserError for an unknown name or option, and for an option of another type."""
     parameters = inspect.signature(HEADS[name]).parameters
     known_options = [option for option in parameters if option not in JOB_ARGUMENTS]
     require_known(f"head: '{name}' has no option", options, known_options)
+    arguments(HEADS[name], options, "head", "options")
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError, near, require_known
 from vismt.registry import Registry
+from vismt.typed_yaml import arguments
 
 NORMS = ("group", "batch")
 GROUPS = 32  # largest number of groups
@@ -255,9 +256,10 @@ def _initialised(head: Callable[..., HeadType], widths: Sequence[int], channels:
         return head(widths, channels)
 
 
-def check_head(name: str, options: Iterable[str]) -> None:
-    """Raise UserError for an unknown head or option."""
+def check_head(name: str, options: Mapping[str, Any]) -> None:
+    """Raise UserError for an unknown head or option, and for an option of another type."""
     require_known(f"head: '{name}' has no option", options, head_options(HEADS[name]))
+    arguments(HEADS[name], options, "head", "options")
 
 
 def head_options(head: type[Head]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from vismt.config import ModelConfig, OnBadSample
+from vismt.config import Jitter, ModelConfig, OnBadSample
 from vismt.engine.splits import PartsConfig, check_parts
 from vismt.engine.study import StudyConfig, check_arms
 from vismt.errors import UserError, near
@@ -34,7 +34,7 @@ class AugmentConfig:
     """Augmentation. crop: smallest area of a random crop, 1 for none; jitter: strength of colour changes; flip: horizontal."""
 
     crop: float = 0.35
-    jitter: float = 0.0
+    jitter: Jitter = 0.0
     flip: bool = True
 
 
@@ -86,8 +86,8 @@ def check(config: MultitaskConfig) -> None:
         )
     if config.head not in HEADS:
         raise UserError(f"head: '{config.head}'.{near(config.head, HEADS)}")
-    if not 0 < config.augment.crop <= 1 or config.augment.jitter < 0:
-        raise UserError(f"augment: crop {config.augment.crop}, jitter {config.augment.jitter}; crop lies in (0, 1].")
+    if not 0 < config.augment.crop <= 1:
+        raise UserError(f"augment: crop {config.augment.crop}; it lies in (0, 1].")
     if not 0 <= config.label_smoothing < 1:
         raise UserError(f"label_smoothing: {config.label_smoothing}; it lies in [0, 1).")
     if config.retain is not None:
@@ -111,8 +111,6 @@ def check_attacks(attacks: Sequence[AttackConfig], corruptions: Sequence[Corrupt
 
 
 def _check_task(task: TaskConfig) -> None:
-    if not task.name or "/" in task.name:
-        raise UserError(f"tasks: '{task.name}' is not a name for a task; use letters and digits.")
     if not task.train:
         raise UserError(f"tasks: {task.name}: train names no set.")
     check_parts(task, f"tasks: {task.name}")

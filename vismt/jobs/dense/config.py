@@ -198,7 +198,7 @@ def _check_augment(augment: DenseAugmentConfig) -> None:
     scales = augment.scales
     if len(scales) != 2 or not 0 < scales[0] <= scales[1] < math.inf:
         raise UserError(f"augment.scales: {scales}; give two factors above 0, the smaller first.")
-    for name, low, high in (("strength", 0, math.inf), ("hue", 0, 0.5), ("cat_max_ratio", 0, 1)):
+    for name, low, high in (("strength", 0, 10), ("hue", 0, 0.5), ("cat_max_ratio", 0, 1)):
         value = getattr(augment, name)
         if not low <= value <= high:
             raise UserError(f"augment.{name}: {value}; it lies from {low} to {high:g}.")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from vismt.config import HASHED_IF_SET, ModelConfig, OnBadSample
+from vismt.config import HASHED_IF_SET, Episodes, Jitter, ModelConfig, OnBadSample, Seed
 from vismt.engine.study import ALONE, StudyConfig, TuneConfig, resolve_arms
 from vismt.errors import UserError, near
 from vismt.jobs.fewshot.pool_experts import CLEAN, ExpertSpec, PlannedExpert, level_text, plan_experts
@@ -42,7 +42,7 @@ class SourceConfig:
     queries: int = 15
     augment: bool = True
     crop: float = 0.35
-    jitter: float = 0.4
+    jitter: Jitter = 0.4
     flip: bool = True
     hierarchy: bool = False
     scale: float = field(default=10.0, metadata=HASHED_IF_SET)
@@ -94,8 +94,8 @@ class EvaluateConfig:
     ways: int = 5
     shots: list[int] = field(default_factory=lambda: [1, 5])
     queries: int = 15
-    episodes: int = 600
-    seed: int = 1
+    episodes: Episodes = 600
+    seed: Seed = 1
     hierarchy: bool = False
     min_ways: int = 5
     max_ways: int = 50
@@ -103,7 +103,7 @@ class EvaluateConfig:
     attacks: list[AttackConfig] = field(default_factory=list)
     corruptions: list[CorruptionConfig] = field(default_factory=list)
     masking: bool = False
-    masking_episodes: int = 10
+    masking_episodes: Episodes = 10
     ways_of: dict[str, int] = field(default_factory=dict, metadata=HASHED_IF_SET)
 
     def ways_in(self, data: str, classes: int | None = None) -> int:
@@ -128,10 +128,10 @@ class SelectConfig:
 
     data: list[str] = field(default_factory=list)
     class_share: float = 0.0
-    episodes: int = 20
+    episodes: Episodes = 20
     shots: int = 5
     queries: int = 5
-    seed: int = 2
+    seed: Seed = 2
     beta: list[float] = field(default_factory=lambda: [1.0, 4.0, 12.0])
     balance: list[float] = field(default_factory=lambda: [0.0, 0.3, 0.6, 0.9])
     trim: list[dict[str, float]] = field(default_factory=list)
@@ -149,7 +149,7 @@ class FewShotConfig(StudyConfig):
 
     model: ModelConfig = field(default_factory=ModelConfig)
     arms: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=HASHED_IF_SET)
-    seeds: list[int] = field(default_factory=list, metadata=HASHED_IF_SET)
+    seeds: list[Seed] = field(default_factory=list, metadata=HASHED_IF_SET)
     tune: TuneConfig | None = field(default=None, metadata=HASHED_IF_SET)
     source: SourceConfig = field(default_factory=SourceConfig)
     meta: MamlSettings | None = None

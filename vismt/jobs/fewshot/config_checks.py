@@ -51,11 +51,8 @@ def _check_values(config: FewShotConfig, trains: bool) -> None:
     source = config.source
     if trains and not source.data:
         raise UserError("source.data: names no set to train on; add a card, or set train to null to evaluate only.")
-    if not 0 < source.crop <= 1 or source.jitter < 0 or not source.scale > 0:
-        raise UserError(
-            f"source: crop {source.crop}, jitter {source.jitter}, scale {source.scale}; crop lies in (0, 1], jitter is not "
-            "negative, scale is positive."
-        )
+    if not 0 < source.crop <= 1 or not source.scale > 0:
+        raise UserError(f"source: crop {source.crop}, scale {source.scale}; crop lies in (0, 1], scale is positive.")
     repeated = {"targets", "rank", "alpha", "seed"} & set(config.adapt.options if config.adapt else {})
     if repeated:
         name = min(repeated)
@@ -80,9 +77,6 @@ def _check_evaluation(config: FewShotConfig) -> None:
         )
     if settings.rule not in ("uniform", "variable"):
         raise UserError(f"evaluate.rule: '{settings.rule}'.{near(settings.rule, ('uniform', 'variable'))}")
-    for name in ("episodes", "masking_episodes"):
-        if getattr(settings, name) < 2:
-            raise UserError(f"evaluate.{name}: {getattr(settings, name)}; an interval needs 2 or more.")
     _check_ways(config)
     least = min(map(settings.ways_in, settings.data)) if settings.rule == "uniform" else settings.min_ways
     check_conditions(settings.attacks, settings.corruptions, least)
@@ -161,8 +155,6 @@ def _check_selection(config: FewShotConfig) -> None:
         raise UserError(
             f"select: data {select.data}, class_share {select.class_share:g}; give one of them, the share below 1."
         )
-    if select.episodes < 2:
-        raise UserError(f"select.episodes: {select.episodes}; an interval needs 2 or more.")
     if select.class_share and config.evaluate.rule != "uniform":
         raise UserError("select.class_share: needs evaluate.rule uniform; for variable episodes give select.data.")
     for name in select.data:

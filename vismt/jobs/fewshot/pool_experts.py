@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from vismt.errors import UserError, near
 from vismt.jobs.fewshot.names import shown_name
 from vismt.metatune.amt import CORRUPTION, THREATS, Adversary, AdversaryForm
+from vismt.typed_yaml import plain_name
 
 CLEAN = "clean"
 NORMS = (*THREATS, CLEAN)
@@ -99,8 +99,7 @@ def plan_experts(
         sources = (spec.source,) if isinstance(spec.source, str) else tuple(spec.source or default)
         adversary = None if spec.norm == CLEAN else _adversary(spec.norm, levels, form)
         label = spec.label or spec.default_label(sources, levels)
-        if not re.fullmatch(r"[\w.+-]+", label):
-            raise UserError(f"{where}.label: '{label}' cannot name an expert; use letters, digits and + - . _")
+        plain_name(label, f"{where}.label")
         if label == CLEAN and (adversary is not None or sources != tuple(default)):
             raise UserError(f"{where}.label: 'clean' is clean meta-tuning on source.data; give another label.")
         copy = earlier.count((sources, adversary))

@@ -7,6 +7,7 @@ from typing import Any
 
 from vismt.errors import UserError, require_known
 from vismt.registry import Registry
+from vismt.typed_yaml import arguments
 
 # The type of the values is vismt.llm.tasks.base.LmTask, which importing this package does not load.
 TASKS: Registry[type] = Registry(
@@ -37,7 +38,4 @@ def make_task(kind: str, prompt: str, options: dict[str, Any], where: str = "tas
     ]
     if missing:
         raise UserError(f"{where}: '{kind}' needs the option '{missing[0]}'.")
-    try:
-        return TASKS[kind](prompt, **options)
-    except (TypeError, AttributeError) as error:
-        raise UserError(f"{where}: options {options} of '{kind}' have the wrong type ({error}).") from error
+    return TASKS[kind](prompt, **arguments(TASKS[kind], options, where, "options"))
