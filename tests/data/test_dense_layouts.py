@@ -180,7 +180,7 @@ def test_pascal_context_of_astmt(small):
     with pytest.raises(UserError, match=r"a.mat: has no variable 'anno', holds \['other'\]"):
         data.read(0)
     (base / "human_parts" / "a.mat").write_bytes(b"nothing of the kind")
-    with pytest.raises(UserError, match=r"a.mat: cannot be read as a MATLAB file"):
+    with pytest.raises(UserError, match=r"a.mat: cannot be decoded"):
         data.read(0)
 
 

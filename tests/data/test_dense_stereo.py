@@ -118,7 +118,7 @@ def test_damaged_pair_and_wrong_doors(package, write_card, monkeypatch):
     with pytest.raises(UserError, match=r"d.npz: the disparity is \(3, 3\), its image is \(8, 12\)"):
         open_dense(path)
     (package / "d.npz").write_bytes(b"no")
-    with pytest.raises(UserError, match=r"d.npz: cannot be read .*Install scikit-image again"):
+    with pytest.raises(UserError, match=r"d.npz: cannot be decoded .*Install scikit-image again"):
         open_dense(path)
     monkeypatch.setattr(source_types, "package_folder", lambda module: None)
     with pytest.raises(UserError, match=r"motorcycle: needs scikit-image, which is not installed: pip install"):

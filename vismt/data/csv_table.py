@@ -12,6 +12,7 @@ from vismt.data.manifest import digest
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
 from vismt.data.sources import fix, listed, shown_path, verify_classes, verify_counts
 from vismt.errors import UserError, near
+from vismt.paths import regular_file
 from vismt.typed_yaml import RelativePath, relative_path
 
 
@@ -92,7 +93,7 @@ class TableSource(RootedSource, ImageSource):
         columns = [self.column, *([self.label] if self.label else self.keep), *only]
         rows = []
         try:
-            with path.open(newline="", encoding="utf-8-sig") as file:
+            with regular_file(path).open(newline="", encoding="utf-8-sig") as file:
                 table = csv.DictReader(file)
                 absent = next((name for name in columns if name not in (table.fieldnames or ())), None)
                 if absent is not None:

@@ -1,10 +1,14 @@
-"""Decoding of image files of any mode to uint8 RGB tensors, with errors that name the file."""
+"""Decoding of image files of any mode to uint8 RGB tensors, with errors that name the file.
+
+Files are opened here alone: regular files of raster formats, up to a number of pixels. Pillow would also take formats that run
+a program (EPS starts Ghostscript) and decompress hundreds of kilobytes to gigabytes.
+"""
 
 from __future__ import annotations
 
 import io
-import struct
-import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +17,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from vismt.errors import UserError
+from vismt.paths import regular_file
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
-# What Pillow raises for damaged input, depending on the format.
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MAX_PIXELS = 64 * 2**20  # decoding an image with transparency takes about 26 bytes a pixel
+FIX = "Replace the file, or set on_bad_sample=skip."
 
 
 def is_image_name(path: Path) -> bool:
@@ -46,17 +52,42 @@ def to_rgb(image: Image.Image) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def decode_bytes(data: bytes, shown: str) -> Tensor:
-    """Return an encoded image as uint8 (3, h, w). Raises UserError, with `shown`, for data that is truncated or not an image."""
+@contextmanager
+def decoding(shown: str, fix: str = FIX, size: str = "") -> Iterator[None]:
+    """Turn whatever a decoder raises for damaged data into a UserError of `shown`, `size`, the reason and `fix`."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return to_rgb(image)
-    except DAMAGED as error:
-        size = f"{len(data):,} bytes"
-        reason = "no image format is recognised" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise UserError(
-            f"{shown}: cannot be decoded ({size}: {reason}). Replace the file, or set on_bad_sample=skip."
-        ) from error
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the decoders of Pillow, NumPy and SciPy raise whatever the damage leads to
+        usual = isinstance(error, (OSError, ValueError, SyntaxError))
+        reason = str(error) if usual and str(error) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{shown}: cannot be decoded ({size}{reason}). {fix}") from error
+
+
+@contextmanager
+def open_image(data: bytes, shown: str, fix: str = FIX) -> Iterator[Image.Image]:
+    """Yield an encoded image, of which only the header is read, for decoding inside the context.
+
+    Raises:
+        UserError: data that is truncated or not of FORMATS, and an image of more than MAX_PIXELS, which is not decoded.
+    """
+    with decoding(shown, fix, f"{len(data):,} bytes: "):
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except Image.UnidentifiedImageError as error:
+            raise ValueError(f"it is none of {', '.join(FORMATS)}") from error
+        with image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ValueError(f"{width} x {height} pixels; at most {MAX_PIXELS:,} are decoded, scale it down")
+            yield image
+
+
+def decode_bytes(data: bytes, shown: str) -> Tensor:
+    """Return an encoded image as uint8 (3, h, w). Raises UserError, with `shown`, as `open_image`."""
+    with open_image(data, shown) as image:
+        return to_rgb(image)
 
 
 def decode_file(path: Path) -> Tensor:
@@ -65,8 +96,8 @@ def decode_file(path: Path) -> Tensor:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return the bytes of a file. Raises UserError, with the file, when it cannot be read."""
+    """Return the bytes of a file. Raises UserError, with the file, when it cannot be read or is not a regular file."""
     try:
-        return path.read_bytes()
+        return regular_file(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error

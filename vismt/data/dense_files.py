@@ -16,6 +16,7 @@ from vismt.data.pascal_context import PARTS
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
 from vismt.data.sources import fix, shown_path, verify_counts
 from vismt.errors import UserError, near
+from vismt.paths import regular_file
 from vismt.typed_yaml import RelativePath
 
 READABLE = SUFFIXES | {".npy", ".mat"}
@@ -247,7 +248,7 @@ def _find(base: Path, value: str | list[str], split: str, group: str) -> dict[st
 
 def _lines(card: Card, base: Path, name: str) -> list[str]:
     try:
-        lines = [line.strip() for line in (base / name).read_text(encoding="utf8").splitlines()]
+        lines = [line.strip() for line in regular_file(base / name).read_text(encoding="utf8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{card.shown}: the list {shown_path(base / name)} cannot be read: {error}. {fix(card)}"

@@ -17,15 +17,15 @@ A normal is missing where the vector is far from unit length, as (0, 0, 0), whit
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from vismt.data.decode import DAMAGED, decode_file
+from vismt.data.decode import decode_file, decoding, open_image, read_bytes
 from vismt.data.dense_sample import IGNORE, Sample
 from vismt.data.pascal_context import read_context, read_parts
 from vismt.errors import UserError
@@ -36,13 +36,12 @@ UNIT_LENGTH = (0.5, 1.5)  # what an 8-bit or interpolated unit vector may have b
 
 def read_array(path: Path) -> np.ndarray:
     """Return the raw values of an image or npy file without colour conversion. Raises UserError for a damaged file."""
-    try:
-        if path.suffix.lower() == ".npy":
-            return np.load(path, allow_pickle=False)
-        with Image.open(path) as image:
-            return np.array(image)
-    except DAMAGED as error:
-        raise UserError(f"{path}: cannot be decoded ({error}). Replace the file.") from error
+    data = read_bytes(path)
+    if path.suffix.lower() == ".npy":
+        with decoding(str(path), "Replace the file."):
+            return np.load(io.BytesIO(data), allow_pickle=False)
+    with open_image(data, str(path), "Replace the file.") as image:
+        return np.array(image)
 
 
 def _plane(path: Path, what: str, kinds: str) -> np.ndarray:

@@ -12,6 +12,7 @@ from vismt.data.manifest import digest
 from vismt.data.source_types import Card, Files, RootedSource, source_kind
 from vismt.data.sources import fix, shown_path, verify_classes, verify_counts, verify_present
 from vismt.errors import UserError, near
+from vismt.paths import regular_file
 from vismt.typed_yaml import RelativePath, relative_path
 
 LAYOUTS = ("{class}", "{split}/{class}", "**/{class}", "{split}/**/{class}")
@@ -22,10 +23,17 @@ def _hidden(name: str) -> bool:
     return name.startswith((".", "__"))
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself; reading it as an image names it
+        return False
+
+
 def _class_folders(base: Path, deep: bool) -> list[Path]:
     """Return the sub-folders of `base`; with `deep` only those at the bottom, at any depth."""
     if not deep:
-        return sorted(Path(entry.path) for entry in os.scandir(base) if entry.is_dir() and not _hidden(entry.name))
+        return sorted(Path(entry.path) for entry in os.scandir(base) if _is_folder(entry) and not _hidden(entry.name))
     bottom = []
     for current, folders, _ in os.walk(base):
         folders[:] = sorted(name for name in folders if not _hidden(name))
@@ -35,7 +43,7 @@ def _class_folders(base: Path, deep: bool) -> list[Path]:
 
 
 def _images(folder: Path) -> list[Path]:
-    paths = (Path(entry.path) for entry in os.scandir(folder) if not entry.is_dir())
+    paths = (Path(entry.path) for entry in os.scandir(folder) if not _is_folder(entry))
     return sorted(path for path in paths if is_image_name(path))
 
 
@@ -124,7 +132,7 @@ class FolderSource(RootedSource, ImageSource):
         """Return the files that the split list names, in its order, without blank lines and lines with #."""
         name = self.lists[split]
         try:
-            lines = (card.folder / name).read_text(encoding="utf8").splitlines()
+            lines = regular_file(card.folder / name).read_text(encoding="utf8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"{card.shown}: missing split file '{name}' beside the card ({error}). {fix(card)}"
@@ -140,7 +148,7 @@ def _refuse_empty(card: Card, layout: str, base: Path, folders: ClassFolders) ->
     for classes in folders.values():
         for folder, paths in classes.items():
             if not paths:
-                nested = any(entry.is_dir() for entry in os.scandir(folder))
+                nested = any(_is_folder(entry) for entry in os.scandir(folder))
                 hint = f"it holds folders: is the layout '{{split}}/{{class}}' instead of '{layout}'?"
                 raise UserError(
                     f"{card.shown}: class folder '{shown_path(folder)}' holds no image; "

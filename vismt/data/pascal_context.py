@@ -12,6 +12,7 @@ normals_distill/<id>.png           normals predicted by a network trained on NYU
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vismt.data.decode import decoding, read_bytes
 from vismt.data.dense_sample import IGNORE, Sample
 from vismt.data.derived import edges_from_labels
 from vismt.errors import UserError
@@ -34,12 +36,9 @@ PART_OF = {name: number for number, names in _OF_SIX.items() for name in names.s
 def load_mat(path: Path, key: str) -> Any:
     """Return the variable `key` of a MATLAB file. Raises UserError when the file cannot be read or lacks it."""
     from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
 
-    try:
-        variables = loadmat(path)
-    except (OSError, ValueError, TypeError, NotImplementedError, MatReadError) as error:
-        raise UserError(f"{path}: cannot be read as a MATLAB file ({error}). Replace the file.") from error
+    with decoding(str(path), "Replace the file."):
+        variables = loadmat(io.BytesIO(read_bytes(path)))
     if key not in variables:
         names = sorted(name for name in variables if not name.startswith("__"))
         raise UserError(f"{path}: has no variable '{key}', holds {names}.")

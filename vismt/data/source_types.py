@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from vismt.errors import UserError
-from vismt.paths import cache_root, data_root, package_folder, shipped
+from vismt.paths import cache_root, data_root, package_folder, regular_file, shipped
 from vismt.registry import Registry
 from vismt.typed_yaml import RelativePath, relative_path
 
@@ -212,6 +212,6 @@ class Card:
         """Return the parsed JSON file `name` beside the card."""
         path = self.folder / relative_path(name, f"{self.shown}/card.yaml")
         try:
-            return json.loads(path.read_text(encoding="utf8"))
-        except (OSError, ValueError) as error:
+            return json.loads(regular_file(path).read_text(encoding="utf8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{self.shown}/{name}: cannot be read: {error}.") from error

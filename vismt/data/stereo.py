@@ -7,6 +7,7 @@ the test tiles is in a training tile or was used for one.
 from __future__ import annotations
 
 import functools
+import io
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from vismt.data.decode import DAMAGED, decode_file
+from vismt.data.decode import decode_file, decoding, read_bytes
 from vismt.data.dense_sample import Sample
 from vismt.data.dense_set import DenseSet, DenseSource, check_camera
 from vismt.data.derived import normals_by_camera
@@ -121,11 +122,11 @@ class StereoTilesSource(PackagedSource, DenseSource):
 def read_pair(source: StereoTilesSource, base: Path) -> Sample:
     """Return `image` float32 (3, h, w) and `depth` float32 (h, w) in metres, 0 where the disparity is not finite."""
     path = base / "data" / source.disparity
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            disparity = archive[archive.files[0]].astype(np.float64)
-    except DAMAGED as error:
-        raise UserError(f"{path}: cannot be read ({error}). Install scikit-image again.") from error
+    with (
+        decoding(str(path), "Install scikit-image again."),
+        np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as archive,
+    ):
+        disparity = archive[archive.files[0]].astype(np.float64)
     image = decode_file(base / "data" / source.image).to(torch.float32) / 255
     if disparity.shape != tuple(image.shape[-2:]):
         raise UserError(f"{path}: the disparity is {disparity.shape}, its image is {tuple(image.shape[-2:])}.")

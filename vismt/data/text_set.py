@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 from vismt.data.source_types import Card, DataSource
 from vismt.data.sources import fix, shown_path
 from vismt.errors import UserError
+from vismt.paths import regular_file
 
 # str.splitlines takes more; files mix these three.
 LINE_ENDS = re.compile("\r\n|\r|\n")
@@ -82,7 +83,7 @@ def read_text(card: Card, path: Path, encoding: str, unpack: Callable[[bytes], b
     """
     shown = shown_path(path)
     try:
-        return unpack(path.read_bytes()).decode(encoding).removeprefix("\ufeff")
+        return unpack(regular_file(path).read_bytes()).decode(encoding).removeprefix("\ufeff")
     except FileNotFoundError as error:
         raise UserError(f"{card.shown}: missing file '{shown}'. {fix(card)}") from error
     except (OSError, EOFError, UnicodeDecodeError) as error:

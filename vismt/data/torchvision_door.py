@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vismt.data.decode import DAMAGED, to_rgb
+from vismt.data.decode import decoding, to_rgb
 from vismt.data.image_source import ImageSource, LoadedImages
 from vismt.data.source_types import Card, Files, cached_folder, source_kind
 from vismt.data.sources import fix, shown_path, verify_classes, verify_counts
@@ -154,11 +154,8 @@ class TorchvisionSource(ImageSource):
 
         def read(i: int) -> Tensor:
             name, row = rows[i]
-            try:
+            with decoding(f"{self.dataset} {name}/{row:06d} under {shown_path(base)}", fix(card)):
                 return to_rgb(parts[name][row][0])
-            except DAMAGED as error:
-                where = f"{self.dataset} {name}/{row:06d} under {shown_path(base)}"
-                raise UserError(f"{where}: cannot be decoded ({error}). {fix(card)}") from error
 
         stamp = f"torchvision:{self.dataset}:{counts}:{labels}"
         ids = [f"{name}/{row:06d}" for name, row in rows]
@@ -166,7 +163,10 @@ class TorchvisionSource(ImageSource):
 
     def _construct(self, card: Card, base: Path, split: str, download: bool) -> Any:
         import torchvision
+        from PIL import EpsImagePlugin
 
+        # torchvision opens files with all formats of Pillow: an EPS called x.jpg must not start Ghostscript.
+        EpsImagePlugin.gs_binary = False
         arguments = DOORS[self.dataset].splits[split]
         try:
             return getattr(torchvision.datasets, self.dataset)(str(base), download=download, **arguments)

@@ -288,7 +288,7 @@ def jpeg_compression(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.nd
     """Compress the image as JPEG."""
     file = io.BytesIO()
     _picture(x).save(file, "JPEG", quality=(25, 18, 15, 10, 7)[level])
-    return np.asarray(Image.open(file)) / 255
+    return np.asarray(Image.open(file, formats=["JPEG"])) / 255
 
 
 CORRUPTIONS: dict[str, Corruption] = {
