@@ -19,7 +19,7 @@ from vismt.paths import regular_file
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 50
-MAX_VALUES = 50_000  # of the whole text, with every alias replaced by what it stands for
+MAX_VALUES = 10_000  # of the whole text, with every alias replaced by what it stands for
 MAX_DIGITS = 100  # characters of a number
 LEFT_OUT = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
 NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")

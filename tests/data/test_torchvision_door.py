@@ -63,7 +63,7 @@ def test_download_then_found_without(home, cifar):
     assert train.ids == ["train/000000", "train/000001", "train/000002"] and train.read(2)[0, 0, 0] == 20
     both = open_images(cifar)
     assert both.labels.tolist() == [1, 0, 1, 0, 1] and both.read(4)[0, 0, 0] == 10
-    assert FakeCifar.calls == [True, False, False]
+    assert FakeCifar.calls == [True, True, False, False, False]  # both splits once, then only loaded
 
 
 def test_prepare_downloads_every_split_and_checks(home, cifar):

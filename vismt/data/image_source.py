@@ -48,11 +48,6 @@ class ImageSource(DataSource):
     def load(self, card: Card, base: Path, split: str) -> LoadedImages:
         """Return `split` of the copy in the folder `base`."""
 
-    def fetch(self, card: Card, base: Path, split: str) -> LoadedImages:
-        """Download the copy into the folder `base` and load `split`."""
-        self.download(card, base)
-        return self.load(card, base, split)
-
 
 def check_classes_per_split(
     splits: Iterable[str], classes_per_split: Mapping[str, int], allowed: Iterable[str], where: str

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vismt import console
 from vismt.data.cards import Card, load_card
+from vismt.data.fetching import fetch
 from vismt.data.image_source import ImageSource, LoadedImages
 from vismt.data.sources import first_copy, listed, not_found, shown_path, sources_for
 from vismt.errors import UserError, near
@@ -146,15 +147,14 @@ def open_images(
         raise UserError(f"on_bad_sample is '{on_bad_sample}'.{near(str(on_bad_sample), ['error', 'skip'])}")
     sources = sources_for(card, ImageSource, split)
     copy = first_copy(card, sources, root)
-    if copy is not None:
-        source, base = copy
-        loaded = source.load(card, base, split)
-    else:
+    if copy is None:
         downloadable = next((source for source in sources if source.downloadable), None) if download else None
         if downloadable is None:
             raise not_found(card, split, root)
-        base = downloadable.candidates(card, root)[-1]
-        loaded = downloadable.fetch(card, base, split)
+        copy = downloadable, downloadable.candidates(card, root)[-1]
+        fetch(card, *copy, lambda: first_copy(card, sources, root) is not None)
+    source, base = copy
+    loaded = source.load(card, base, split)
     superclass, superclass_names = _superclasses(card, loaded)
     images = ImageSet(
         name=card.name,

