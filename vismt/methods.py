@@ -169,8 +169,8 @@ def adapt(
     require_known("adapt: no method", [name], METHODS)
     method = METHODS[name]
     require_known(f"adapt: '{name}' has no option", options, method.options)
-    if not isinstance(seed, int):
-        raise UserError(f"adapt.seed: {seed!r}; it must be a whole number.")
+    if not isinstance(seed, int) or seed.bit_length() > 64:
+        raise UserError(f"adapt.seed: {seed!r}; it must be a whole number of at most 64 bits.")
     return method.adapt(model, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.adapter_folders import write_description
 from helpers.language_models import LMS, padded, relative, tiny_lm, tokens
 from helpers.tiny import images, shake, snapshot, tiny_vit
 from torch import Tensor, nn
@@ -321,7 +322,7 @@ def test_i7_damaged_files_are_refused(tmp_path) -> None:
             vismt.load_adapter(tiny_lm("gpt2").double(), tmp_path)
     description = json.loads(text)
     description["parts"]["instance_gate"]["settings"]["kind"] = "cnm"
-    (tmp_path / "adapter.json").write_text(json.dumps(description))
+    write_description(tmp_path, description)
     with pytest.raises(UserError, match=r"gate: 'cnm'\. Near: 'cnn'"):
         vismt.load_adapter(tiny_lm("gpt2").double(), tmp_path)
 

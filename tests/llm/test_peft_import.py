@@ -169,10 +169,13 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "r zero": (lambda c, t: c.update(r=0), "cannot be read"),
     "no targets": (lambda c, t: c.update(target_modules=None), "name no module"),
-    "bad regex": (lambda c, t: c.update(target_modules="(q_proj"), "the settings that name the modules cannot be read"),
+    "bad regex": (
+        lambda c, t: c.update(target_modules="(q_proj"),
+        r"target_modules: '\(q_proj' is not a regular expression",
+    ),
     "bad layers": (
         lambda c, t: c.update(layers_to_transform=["0"]),
-        "the settings that name the modules cannot be read",
+        "layers_to_transform: expected int or a list of int",
     ),
     "pissa by iteration": (lambda c, t: c.update(init_lora_weights="pissa_niter_4"), "pissa_niter_4' changed the base"),
     "corda": (lambda c, t: c.update(init_lora_weights="corda"), "cannot be replayed; convert it"),

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from helpers.adapter_folders import write_description
 from helpers.language_models import LMS, relative, tiny_lm, tokens
 from helpers.tiny import images, shake, snapshot, tiny_vit
 from torch import Tensor, nn
@@ -281,7 +282,7 @@ def test_files_of_quantised_weights_are_read_strictly(tmp_path) -> None:
         vismt.load_adapter(tiny_vit(), tmp_path)
     for site in said["sites"]:
         del site["grid"]
-    (tmp_path / "adapter.json").write_text(json.dumps(said))
+    write_description(tmp_path, said)
     with pytest.raises(UserError, match=r"unexpected .*start_A"):
         vismt.load_adapter(tiny_vit(), tmp_path)
 

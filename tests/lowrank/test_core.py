@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from helpers.adapter_folders import described, edit_text, write_description
 from helpers.tiny import images, shake, tiny_vit
 from torch import nn
 
@@ -141,16 +142,17 @@ def test_files_hold_the_core_and_refuse_what_does_not_fit(theta: str, tmp_path) 
     loaded = vismt.load_adapter(tiny_vit(), tmp_path / "a")
     assert torch.equal(loaded(images()), model(images()))
     assert loaded.vismt_record.options == {"dropout": 0.0, "seed": 0, "attraction": 0.25, "constraint": "qr"}
-    path = tmp_path / "a" / DESCRIPTION
-    text = path.read_text()
-    path.write_text(text.replace(f'"core": "{theta}"', '"core": "round"'))
-    with pytest.raises(UserError, match=r"not what vismt.save_adapter writes \(ValueError.*core 'round'"):
+    original = described(tmp_path / "a")
+    edit_text(tmp_path / "a", f'"core": "{theta}"', '"core": "round"')
+    with pytest.raises(UserError, match=r"not what vismt.save_adapter writes \(sites\[0\]: core 'round'"):
         vismt.load_adapter(tiny_vit(), tmp_path / "a")
     other_theta = "diagonal" if theta == "full" else "full"
-    path.write_text(text.replace(f'"core": "{theta}"', f'"core": "{other_theta}"'))
+    write_description(tmp_path / "a", original)
+    edit_text(tmp_path / "a", f'"core": "{theta}"', f'"core": "{other_theta}"')
     with pytest.raises(UserError, match=r"lora_C: saved \(6,.*needed \(6,"):
         vismt.load_adapter(tiny_vit(), tmp_path / "a")
-    path.write_text(text.replace(f', "core": "{theta}"', ""))
+    write_description(tmp_path / "a", original)
+    edit_text(tmp_path / "a", f', "core": "{theta}"', "")
     with pytest.raises(UserError, match=r"unexpected '.*lora_C'"):
         vismt.load_adapter(tiny_vit(), tmp_path / "a")
 

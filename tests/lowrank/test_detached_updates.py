@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from helpers.adapter_folders import write_description
 from helpers.tiny import images, shake, snapshot, tiny_vit
 from torch import Tensor, nn
 
@@ -337,7 +338,6 @@ def test_a_damaged_folder_is_named(tmp_path: Path) -> None:
     ):
         payload = safetensors.torch.save(changed)
         (folder / description["tensors"]).write_bytes(payload)
-        digest = hashlib.sha256(payload).hexdigest()
-        (folder / store.DESCRIPTION).write_text(json.dumps({**description, "tensors_sha256": digest}))
+        write_description(folder, {**description, "tensors_sha256": hashlib.sha256(payload).hexdigest()})
         with pytest.raises(UserError, match=reason):
             combine([folder], [1.0])

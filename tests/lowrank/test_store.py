@@ -7,6 +7,7 @@ import json
 import pytest
 import safetensors.torch
 import torch
+from helpers.adapter_folders import edit_tensors, write_description
 from helpers.tiny import images, shake, snapshot, tiny_vit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -26,17 +27,6 @@ def saved(tmp_path):
     return model, vismt.save_adapter(model, tmp_path / "adapter")
 
 
-def rewrite(folder, change) -> None:
-    """Change the tensors and keep the two files of one save."""
-    description = json.loads((folder / store.DESCRIPTION).read_text())
-    tensors = safetensors.torch.load_file(folder / description["tensors"])
-    change(tensors)
-    payload = safetensors.torch.save(tensors)
-    (folder / description["tensors"]).write_bytes(payload)
-    description["tensors_sha256"] = store.hashlib.sha256(payload).hexdigest()
-    (folder / store.DESCRIPTION).write_text(json.dumps(description))
-
-
 def check_refused(folder, match: str, model: nn.Module | None = None) -> None:
     model = tiny_vit() if model is None else model
     before = snapshot(model)
@@ -48,11 +38,11 @@ def check_refused(folder, match: str, model: nn.Module | None = None) -> None:
 
 def test_missing_unexpected_and_misshapen_tensors_are_named(saved) -> None:
     _, folder = saved
-    rewrite(folder, lambda t: t.pop("blocks.0.attn.qkv.lora_A"))
+    edit_tensors(folder, lambda t: t.pop("blocks.0.attn.qkv.lora_A"))
     check_refused(folder, r"'blocks\.0\.attn\.qkv\.lora_A' is missing \(needed \(2, 32\)\)")
-    rewrite(folder, lambda t: t.update({"blocks.0.attn.qkv.lora_A": torch.zeros(3, 32)}))
+    edit_tensors(folder, lambda t: t.update({"blocks.0.attn.qkv.lora_A": torch.zeros(3, 32)}))
     check_refused(folder, r"blocks\.0\.attn\.qkv\.lora_A: saved \(3, 32\), needed \(2, 32\)")
-    rewrite(folder, lambda t: t.update({"blocks.0.attn.qkv.lora_A": torch.zeros(2, 32), "nobody": torch.zeros(1)}))
+    edit_tensors(folder, lambda t: t.update({"blocks.0.attn.qkv.lora_A": torch.zeros(2, 32), "nobody": torch.zeros(1)}))
     check_refused(folder, "unexpected 'nobody'")
 
 
@@ -98,7 +88,7 @@ def test_damaged_foreign_and_missing_files(saved, tmp_path) -> None:
     for wrong in ("{}", "5", '{"format": 1, "sites": [{}]}', json.dumps({**description, "options": 5})):
         path.write_text(wrong)
         check_refused(folder, "is not what vismt.save_adapter writes")
-    path.write_text(json.dumps({**description, "tensors": "../other/adapter-000000000000.safetensors"}))
+    write_description(folder, {**description, "tensors": "../other/adapter-000000000000.safetensors"})
     check_refused(folder, "is not what vismt.save_adapter writes")
     path.write_text("{")
     check_refused(folder, "JSON")

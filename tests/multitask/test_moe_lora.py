@@ -11,6 +11,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+from helpers.adapter_folders import write_description
 from helpers.tiny import images, shake, snapshot, tiny_vit
 from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
@@ -474,14 +475,14 @@ def test_loading_is_strict_and_leaves_the_model(tmp_path) -> None:
     ):
         description = json.loads(text)
         description["parts"]["blocks.1.mlp"] |= change
-        path.write_text(json.dumps(description))
+        write_description(tmp_path, description)
         before = snapshot(model)
         with pytest.raises(UserError, match=message):
             vismt.load_adapter(model, tmp_path)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     description = json.loads(text)
     del description["parts"]
-    path.write_text(json.dumps(description))
+    write_description(tmp_path, description)
     with pytest.raises(UserError, match=r"unexpected 'blocks\.0\.mlp"):
         vismt.load_adapter(tiny_vit(), tmp_path)
 

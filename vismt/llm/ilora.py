@@ -39,6 +39,7 @@ __all__ = ["InstanceGate", "gate_of", "gate_part", "ilora", "instance_gates", "r
 
 PATH = "instance_gate"
 KINDS = ("linear", "cnn")
+LARGEST = 2**20  # experts, and width of a user's representation
 
 
 def ilora(
@@ -117,17 +118,27 @@ class InstanceGate(AddedModule):
     @classmethod
     def check(cls, path: str, base: nn.Module | None, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         kind, n_experts, user_width = (settings.get(name) for name in ("kind", "n_experts", "user_width"))
+        if path != PATH:
+            raise UserError(f"ilora: the gate network of a model lies at '{PATH}', not at '{path}'.")
         if base is not None and not isinstance(base, InstanceGate):
             raise UserError(f"ilora: the model already has a '{path}', a {type(base).__name__}; rename it.")
         if kind is not None and kind not in KINDS:
             raise UserError(f"adapt.gate: {kind!r}.{near(str(kind), KINDS)}")
         for name, value in (("n_experts", n_experts), ("user_width", user_width)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"adapt.{name}: {value!r}; it must be a whole number, at least 1.")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST:
+                raise UserError(f"adapt.{name}: {value!r}; it must be a whole number from 1 to {LARGEST:,}.")
         with torch.device("meta"):
             planned = network(kind, n_experts, user_width)
         state = {} if planned is None else planned.state_dict()
         return {f"network.{name}": tuple(value.shape) for name, value in state.items()}
+
+    @classmethod
+    def check_tensors(cls, what: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        counts = {name: value for name, value in tensors.items() if name.endswith(".num_batches_tracked")}
+        for name, value in counts.items():
+            if value.dtype != torch.int64:
+                raise UserError(f"{what}.{name}: {value.dtype}; it must be int64.")
+        super().check_tensors(what, settings, {name: value for name, value in tensors.items() if name not in counts})
 
     @classmethod
     def around(cls, base: nn.Module | None, settings: Mapping[str, Any]) -> InstanceGate:

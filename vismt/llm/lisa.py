@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -30,6 +31,7 @@ from vismt.llm.layers import Layers, find_shares
 from vismt.lowrank.inject import install, need_record, refuse_adapted
 from vismt.lowrank.layer_spec import AdaptReport
 from vismt.lowrank.memory import count_parameters
+from vismt.lowrank.strict_json import build
 from vismt.lowrank.targets import Targets
 from vismt.methods import Method, register_method
 
@@ -178,9 +180,27 @@ class LISA:
                         state[parameter][name] = value.to(where)
 
 
+@dataclass(frozen=True)
+class Options:
+    """What an adapted model records of its schedule, and an adapter file holds: arguments of `LISA`."""
+
+    layers: list[str]
+    active: int
+    interval: int
+    seed: int
+    state_policy: str
+    train_embeddings: bool
+    cover: bool
+    exclude: str | list[str]
+
+
 def schedule(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int = 0, settings: Any = None) -> LISA:
-    """Return the schedule that an adapted model carries, on its optimiser."""
-    return LISA(model, optimizer, **need_record(model, "LISA").options)
+    """Return the schedule that an adapted model carries, on its optimiser; UserError for settings that a file made up."""
+    try:
+        saved = build(Options, need_record(model, "LISA").options)
+    except ValueError as error:
+        raise UserError(f"LISA: the settings of the adapter cannot be read ({error}).") from error
+    return LISA(model, optimizer, **vars(saved))
 
 
 def lisa(

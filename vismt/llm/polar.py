@@ -81,7 +81,7 @@ def orthonormal(size: int, rank: int, generator: torch.Generator) -> Tensor:
 def landing(optimizer: torch.optim.Optimizer, model: nn.Module) -> Landing:
     """Return the optimiser inside `Landing`, with the settings that the model was adapted with."""
     options = record_of(model).options
-    return Landing(optimizer, model, options["attraction"], constraint=options["constraint"])
+    return Landing(optimizer, model, options.get("attraction"), constraint=options.get("constraint"))
 
 
 register_method(Method("polar", polar, layers=(LowRankLayer,), optimizer=landing))

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError
+from vismt.lowrank.adapter_files import read_adapter
 from vismt.lowrank.inject import refuse_adapted, refuse_switched
 from vismt.lowrank.slice_linear import SliceLinear
-from vismt.lowrank.store import base_samples, other_base, read_adapter, same_base
+from vismt.lowrank.store import base_samples, other_base, same_base
 from vismt.lowrank.targets import is_conv1d, kind_of, matrix_shape
 
 
@@ -53,24 +54,19 @@ def read_slices(folder: str | Path) -> dict[str, Slice]:
     """
     description, specs, tensors = read_adapter(Path(folder))
     others = [spec for spec in specs if spec.layer is not SliceLinear]
-    if not specs or others or description["also_train"]:
-        addition = " with also_train" if description["also_train"] else ""
+    if not specs or others or description.also_train:
+        addition = " with also_train" if description.also_train else ""
         raise UserError(
-            f"adapter '{folder}': method '{description['method']}'{addition}; only an 's2ft' without also_train consists "
+            f"adapter '{folder}': method '{description.method}'{addition}; only an 's2ft' without also_train consists "
             "of slices alone: use load_adapter."
         )
     slices = {}
     for spec in specs:
-        shapes = spec.tensors()
-        values = {name: tensors.get(f"{spec.path}.{name}") for name in shapes}
-        if any(value is None or tuple(value.shape) != shapes[name] for name, value in values.items()):
-            raise UserError(
-                f"adapter '{folder}': the tensors of '{spec.path}' are missing or misshapen; save it again."
-            )
+        values = {name: tensors[f"{spec.path}.{name}"] for name in spec.tensors()}
         delta = values["slice_values"].float()
         if "slice_start" in values:
             delta = delta - values["slice_start"].float()
-        samples = description["base_samples"].get(spec.path, ())
+        samples = description.base_samples[spec.path]
         slices[spec.path] = Slice(spec.settings.dim, values["slice_index"], delta, tuple(samples))
     return slices
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.layer_spec import LayerSpec
 from vismt.lowrank.targets import kind_of, matrix_shape
+from vismt.lowrank.values import check_factor, check_finite
 from vismt.registry import Registry
 
 HOOKS = [name for name in nn.Module().__dict__ if "hook" in name and "state_dict" not in name]
@@ -42,9 +43,8 @@ class AdapterLayer(nn.Module, ABC):
         super().__init__()
         self.weight, self.bias, self.training = base.weight, base.bias, base.training
         # The stock module without its tensors: not a submodule, so it adds no keys and follows no conversion.
-        shell = copy.copy(base)
-        shell._parameters = {name: None for name in base._parameters}
-        self.__dict__["shell"] = shell
+        self.__dict__["shell"] = copy.copy(base)
+        self.empty_shell()
         for name in HOOKS:  # shared tables: hooks fire while the module is adapted and stay when it is undone
             self.__dict__[name] = base.__dict__[name]
 
@@ -68,6 +68,19 @@ class AdapterLayer(nn.Module, ABC):
     def optional_shapes(cls, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
         """Return the shapes of tensors that a file may hold besides: all of them or none."""
         return {}
+
+    @classmethod
+    def check_settings(cls, spec: LayerSpec) -> None:
+        """Raise ValueError for settings of an adapter file that do not fit the shape of the weight."""
+
+    @classmethod
+    def check_tensors(cls, what: str, spec: LayerSpec, tensors: Mapping[str, Tensor]) -> None:
+        """Raise UserError for values that a layer of `spec` cannot hold; here for all that is not floating and finite.
+
+        tensors: of an adapter file, by name, their shapes checked. what: start of messages.
+        """
+        for name, value in tensors.items():
+            check_factor(f"{what}.{name}", value)
 
     @classmethod
     @abstractmethod
@@ -133,6 +146,12 @@ class AdapterLayer(nn.Module, ABC):
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that an adapter file holds for this layer, by name."""
 
+    def check_fill(self, what: str, tensors: Mapping[str, Tensor]) -> None:
+        """Raise UserError for checked tensors that this layer on its model cannot take; here for values beyond its dtype."""
+        own = self.tensors()
+        for name, value in tensors.items():
+            check_finite(f"{what}.{name}", value, own[name].dtype if name in own else trained_dtype(self.weight))
+
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy in what `tensors` of a layer of the same settings returned."""
@@ -172,6 +191,10 @@ class AdapterLayer(nn.Module, ABC):
 
     def apply_update(self) -> None:
         """Put the update into the weight: the inverse of `remove_update`."""
+
+    def empty_shell(self) -> None:
+        """Drop the tensors of the stock module, which this layer has, or which a refused merge left there."""
+        self.shell._parameters = dict.fromkeys(self.shell._parameters)
 
     def _stock(self, weight: nn.Parameter) -> nn.Module:
         module = self.shell

@@ -20,6 +20,7 @@ from vismt.errors import UserError, near
 from vismt.lowrank.detached_updates import Updates, read_updates
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.store import same_base
+from vismt.lowrank.values import fits
 
 METHODS = ("cat", "svd")
 Adapter = Updates | nn.Module | str | Path
@@ -78,16 +79,25 @@ def _sum(
 ) -> LowRank:
     """Return the weighted sum. wide: sum half-precision factors in fp32, as layers and files hold them."""
     if len(updates) == 1 and weights[0] == 1.0 and rank is None:
+        _check_factors(updates[0])
         return updates[0]
     if wide:
         updates = [update.to(dtype=torch.promote_types(update.L.dtype, torch.float32)) for update in updates]
     stacked = _concatenate(updates, weights)
+    _check_factors(stacked)
     if method == "cat":
         return stacked
     compact = stacked.compact()
     if rank is None:
         return compact
     return compact.truncate(min(rank, compact.rank))
+
+
+def _check_factors(update: LowRank) -> None:
+    """Raise UserError for a sum with NaN or infinite factors."""
+    factors = (update.L, update.R) if update.core is None else (update.L, update.R, update.core)
+    if not all(fits(factor) for factor in factors):
+        raise UserError("combine: the weighted factors are NaN or infinite; give finite adapters and smaller weights.")
 
 
 def _of_models(adapters: Sequence[Updates], weights: Sequence[float], method: str, rank: int | None) -> Updates:
@@ -150,13 +160,27 @@ def _check_call(adapters: Sequence[LowRank | Adapter], weights: Sequence[float],
         raise UserError("combine: no adapter given, need at least one.")
     if len(weights) != len(adapters):
         raise UserError(f"combine: {len(adapters)} adapters but {len(weights)} weights, give one weight each.")
-    for position, weight in enumerate(weights):
-        if not isinstance(weight, Real) or not math.isfinite(weight):
-            raise UserError(f"combine: weight {position} is {weight!r}, give a finite number.")
+    _check_weights(weights)
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, Integral)):
         raise UserError(f"combine: rank is {rank!r}, give a whole number or None.")
     if rank is not None and method == "cat":
         raise UserError(f"combine: rank={rank} needs method='svd'; 'cat' keeps the sum of all ranks.")
+
+
+def _check_weights(weights: Sequence[float]) -> None:
+    """Raise UserError unless each weight and their sum are finite numbers."""
+    for position, weight in enumerate(weights):
+        if not isinstance(weight, Real) or not _finite(weight):
+            raise UserError(f"combine: weight {position} is {weight!r}, give a finite number.")
+    if not _finite(sum(float(weight) for weight in weights)):
+        raise UserError("combine: the sum of the weights is not finite; give smaller weights.")
+
+
+def _finite(value: Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond fp64
+        return False
 
 
 def _check_shapes(adapters: dict[int, LowRank], where: str = "") -> None:

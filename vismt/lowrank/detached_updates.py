@@ -15,23 +15,28 @@ from typing import Any
 from torch import Tensor, nn
 
 from vismt.errors import UserError
+from vismt.lowrank.adapter_files import DESCRIPTION, check_tensors, layer_shapes, read_adapter
 from vismt.lowrank.adapter_layer import spec_of
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.inject import adapter_layers, install, need_record, refuse_adapted
+from vismt.lowrank.inject import (
+    adapter_layers,
+    install,
+    need_record,
+    refuse_adapted,
+    refuse_offloaded,
+    undone_on_error,
+)
 from vismt.lowrank.layer_spec import LayerSpec
 from vismt.lowrank.linear import LowRankLayer, LowRankSettings
 from vismt.lowrank.peft_files import CONFIG, PeftAdapter, read_peft
 from vismt.lowrank.store import (
-    DESCRIPTION,
     base_samples,
-    check_tensors,
     fill,
-    layer_shapes,
     other_base,
-    read_adapter,
     same_base,
 )
 from vismt.lowrank.targets import kind_of, matrix_shape, refusals
+from vismt.lowrank.values import check_parameter
 from vismt.lowrank.wrappers import check_mergeable, stock_order, wrapper_type
 
 
@@ -74,9 +79,14 @@ def of_peft(adapter: PeftAdapter) -> Updates:
 
 
 def put_on(
-    model: nn.Module, updates: Updates, options: Mapping[str, Any] | None = None, *, on_other_base: str = "error"
+    model: nn.Module,
+    updates: Updates,
+    options: Mapping[str, Any] | None = None,
+    starts: Mapping[str, Tensor] | None = None,
+    *,
+    on_other_base: str = "error",
 ) -> nn.Module:
-    """Do the work of `Updates.put_on`. options: of the record."""
+    """Do the work of `Updates.put_on`. options: of the record. starts: factors that are subtracted, by adapter key."""
     what = updates.name
     specs: list[LayerSpec] = []
     tensors: dict[str, Tensor] = {}
@@ -86,7 +96,7 @@ def put_on(
         adapter.need_the_same_modules(model)
         parameters_of_file = adapter.kept(model)  # its checks are made in any case
         also_train = parameters_of_file if also_train else {}
-    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    modules = dict(model.named_modules())
     for path, update in updates.low_rank.items():
         if path not in modules or kind_of(modules[path]) is None:
             raise UserError(f"{what}: {type(model).__name__} has no linear or convolution '{path}'.")
@@ -99,17 +109,26 @@ def put_on(
         tensors |= {f"{path}.lora_A": plain.R, f"{path}.lora_B": plain.L}
     for reason in refusals(model, updates.low_rank).values():
         raise UserError(f"{what}: {reason}.")
-    for name, value in also_train.items():
+    _check_parameters(what, model, also_train)
+    samples = base_samples(model, [path for path in updates.base if path in modules])
+    if not same_base(samples, updates.base):
+        other_base(f"{what}: made for other weights than those of this {type(model).__name__}", on_other_base)
+    refuse_offloaded(model, what, whole=True)
+    install(model, "lora", specs, dict(options or {}), list(also_train))
+    with undone_on_error(model):
+        fill(model, {**tensors, **also_train, **(starts or {})}, what)
+    return model
+
+
+def _check_parameters(what: str, model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Raise UserError for whole parameters that the model has not, or that it cannot take."""
+    parameters = dict(model.named_parameters())
+    for name, value in values.items():
         if name not in parameters:
             raise UserError(f"{what}: {type(model).__name__} has no parameter '{name}'.")
         if value.shape != parameters[name].shape:
             raise UserError(f"{what}: {name}: saved {tuple(value.shape)}, needed {tuple(parameters[name].shape)}.")
-    samples = base_samples(model, [path for path in updates.base if path in modules])
-    if not same_base(samples, updates.base):
-        other_base(f"{what}: made for other weights than those of this {type(model).__name__}", on_other_base)
-    install(model, "lora", specs, dict(options or {}), list(also_train))
-    fill(model, {**tensors, **also_train})
-    return model
+        check_parameter(f"{what}: {name}", value, parameters[name])
 
 
 def read_updates(
@@ -159,13 +178,13 @@ def _of_folder(folder: Path, what: str) -> Updates:
         raise UserError(f"{what}: '{folder}' is not an adapter folder; it has neither {DESCRIPTION} nor {CONFIG}.")
     description, specs, tensors = read_adapter(folder)
     name = f"{what}: adapter '{folder}'"
-    check_combinable(name, description["method"], specs)
-    for path, entry in description["parts"].items():
+    check_combinable(name, description.method, specs)
+    for path, entry in description.parts.items():
         values = {key.removeprefix(f"{path}."): value for key, value in tensors.items() if key.startswith(f"{path}.")}
-        wrapper_type(entry["type"], name).check_mergeable_saved(name, path, values)
+        wrapper_type(entry.type, name).check_mergeable_saved(name, path, values)
     needed = layer_shapes(specs, tensors)
-    also_train = {key: value for key, value in tensors.items() if key in description["also_train"]}
-    wrapped = tuple(f"{path}." for path in description["parts"])
+    also_train = {key: value for key, value in tensors.items() if key in description.also_train}
+    wrapped = tuple(f"{path}." for path in description.parts)
     factors = {
         key: value
         for key, value in tensors.items()
@@ -173,7 +192,7 @@ def _of_folder(folder: Path, what: str) -> Updates:
     }
     check_tensors(name, needed, factors)
     updates = {spec.path: spec.layer.low_rank_of(what, spec, _below(spec.path, factors)) for spec in specs}
-    return Updates(updates, also_train, description["base_samples"], name=name)
+    return Updates(updates, also_train, description.base_samples, name=name)
 
 
 def _below(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

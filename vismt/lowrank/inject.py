@@ -7,7 +7,8 @@ changes the model as a whole or, on a UserError, not at all.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,10 +24,12 @@ from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.options import checked
 from vismt.lowrank.targets import Targets, check_patterns, find_targets, matches, pattern_value
 from vismt.lowrank.threads import each
+from vismt.lowrank.values import need_finite
 from vismt.lowrank.wrappers import (
     ModuleWrapper,
     check_mergeable,
     described,
+    from_stock,
     install_module,
     replace,
     to_stock,
@@ -133,11 +136,8 @@ def inject(
     ]
     names = also_trained(model, options["also_train"], list(modules))
     layers = install(model, method, specs, {"dropout": dropout, "seed": seed}, names, dtype=options["dtype"])
-    try:
+    with undone_on_error(model):
         _start(layers, specs, init, seed, offset)
-    except BaseException:
-        unadapt(model)
-        raise
     trainable, total = count_parameters(model)
     return AdaptReport(method, specs, trainable, total, remarks)
 
@@ -171,22 +171,59 @@ def install(
     *,
     dtype: torch.dtype | None = None,
 ) -> list[AdapterLayer]:
-    """Place the layer of every spec, freeze the rest but `also_train` (parameter names), and leave the record."""
+    """Place the layer of every spec, freeze the rest but `also_train` (parameter names), and leave the record.
+
+    On an error the model is left as it was.
+    """
     refuse_switched(model)
+    refuse_offloaded(model, "adapt")
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     originals = backup_tensors({name: model.get_parameter(name) for name in also_train})
     finish = []
     for layer in dict.fromkeys(spec.layer for spec in specs):
         finish.append(layer.prepare(model, [spec for spec in specs if spec.layer is layer]))
-    layers = {spec.path: place(model, spec, dropout=options.get("dropout", 0.0), dtype=dtype) for spec in specs}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in originals or name not in required)
-    for function in finish:
-        if function is not None:
-            function(layers)
     record = AdaptRecord(method, list(specs), options, required, originals)
     setattr(model, RECORD, record)
+    with undone_on_error(model):
+        dropout = options.get("dropout", 0.0)
+        layers = {spec.path: place(model, spec, dropout=dropout, dtype=dtype) for spec in specs}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in originals or name not in required)
+        for function in finish:
+            if function is not None:
+                function(layers)
     return list(layers.values())
+
+
+@contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """Undo the adaptation of the model when the block is left by an error."""
+    try:
+        yield
+    except BaseException:
+        unadapt(model)
+        raise
+
+
+def refuse_offloaded(model: nn.Module, what: str, *, whole: bool = False) -> None:
+    """Raise UserError where weights have no values: on the meta device beside others that have, or moved away by hooks.
+
+    whole: refuse a model that lies on the meta device as a whole, too, which `adapt` counts the parameters of.
+    """
+    on_meta = {name: parameter.is_meta for name, parameter in model.named_parameters()}
+    moved = next((path for path, module in model.named_modules() if _offloads(module)), None)
+    if moved is None and (not any(on_meta.values()) or (all(on_meta.values()) and not whole)):
+        return
+    name = moved if moved is not None else next(name for name, is_meta in on_meta.items() if is_meta)
+    raise UserError(
+        f"{what}: '{name}' has no values in memory (offloaded, or on the meta device); load the whole model on its device."
+    )
+
+
+def _offloads(module: nn.Module) -> bool:
+    """Return whether a hook of accelerate holds the weights of the module elsewhere between its calls."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(part, "offload", False) is True for part in getattr(hook, "hooks", [hook]))
 
 
 def record_of(model: nn.Module) -> AdaptRecord | None:
@@ -202,23 +239,40 @@ def need_record(model: nn.Module, what: str) -> AdaptRecord:
     return record
 
 
-def merge(model: nn.Module) -> nn.Module:
+def merge(model: nn.Module, *, force: bool = False) -> nn.Module:
     """Fold every update into its weight: stock classes, stock keys, the same function.
 
     Args:
         model: an adapted model; changed in place.
+        force: merge updates and weights with NaN or infinite values too.
 
     Returns:
         The model.
 
     Raises:
-        UserError: for a stock model, and where merged weights cannot hold the function (a router); nothing is changed.
+        UserError: for a stock model, where merged weights cannot hold the function (a router), and for updates or merged
+            weights that are not finite; nothing is changed.
     """
     record = need_record(model, "merge")
     check_mergeable(model, "merge")
+    layers = adapter_layers(model)
+    if not force:
+        need_finite(
+            "merge", {f"{path}.{name}": v for path, layer in layers.items() for name, v in layer.tensors().items()}
+        )
     to_stock(model)
+    try:
+        merged = {path: layer.merged() for path, layer in layers.items()}
+        if not force:
+            need_finite("merge", {f"{path}.weight": module.get_parameter("weight") for path, module in merged.items()})
+    except BaseException:
+        from_stock(model)
+        for layer in layers.values():
+            layer.empty_shell()
+        raise
     uninstall(model)
-    replace(model, AdapterLayer, lambda layer: layer.merged())
+    of_layer = {id(layer): merged[path] for path, layer in layers.items()}
+    replace(model, AdapterLayer, lambda layer: of_layer[id(layer)])
     _forget(model, record)
     return model
 

@@ -148,6 +148,8 @@ class LowRankSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))  # a list in a file
+        if self.rank < 1 or min(self.blocks, default=0) < 1:
+            raise ValueError(f"rank {self.rank}, blocks {self.blocks}")
         if self.core not in CORES:
             raise ValueError(f"core {self.core!r}")
         if self.experts is not None and not (self.experts > 0 and self.rank % self.experts == 0):
@@ -249,6 +251,11 @@ class LowRankLayer(AdapterLayer):
             "core": settings.core_shape,
             "experts": settings.experts,
         }
+
+    @classmethod
+    def check_settings(cls, spec: LayerSpec) -> None:
+        if sum(spec.settings.blocks) != spec.shape[0]:
+            raise ValueError(f"blocks {spec.settings.blocks} of {spec.shape[0]} outputs")
 
     @classmethod
     def tensor_shapes(cls, spec: LayerSpec) -> dict[str, tuple[int, ...]]:

@@ -13,8 +13,10 @@ tensor without a layer is dropped, and both are warnings at most. Here either is
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError
-from vismt.files import read_json, read_tensors
+from vismt.files import read_tensors
+from vismt.lowrank import strict_json
 from vismt.lowrank.factors import LowRank
+from vismt.lowrank.patterns import Pattern, PatternError
 from vismt.lowrank.targets import kind_of
+from vismt.lowrank.values import check_factor, check_finite, check_parameter
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 # Starts that leave the base as it is; every other one moved a part of it into the factors.
@@ -49,6 +54,73 @@ BIASES = ("none", "all", "lora_only")
 
 
 @dataclass(frozen=True)
+class PeftSettings:
+    """The settings in adapter_config.json that decide what the file means; ValueError for values out of range."""
+
+    r: int
+    lora_alpha: float
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    modules_to_save: str | list[str] | None = None
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool | None = False
+    bias: str = "none"
+    lora_dropout: float | None = 0.0
+    init_lora_weights: bool | str | None = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= (self.lora_dropout or 0.0) < 1:
+            raise ValueError(f"lora_dropout: {self.lora_dropout}; it must be a number in [0, 1)")
+        for name, rank in {
+            "r": self.r,
+            **{f"rank_pattern['{key}']": n for key, n in (self.rank_pattern or {}).items()},
+        }.items():
+            if rank < 1:
+                raise ValueError(f"{name}: {rank}; it must be a whole number, at least 1")
+        for patterns in (self.targets, self.excluded, self.saved, self.layer_names, self.ranks, self.alphas):
+            del patterns  # compiled here, so that a malformed one is found while the folder is read
+
+    # A text is an expression of the whole path, a list holds paths and suffixes.
+    @cached_property
+    def targets(self) -> Pattern | list[str]:
+        return _paths("target_modules", self.target_modules)
+
+    @cached_property
+    def excluded(self) -> Pattern | list[str]:
+        return _paths("exclude_modules", self.exclude_modules)
+
+    @cached_property
+    def saved(self) -> list[Pattern]:
+        return [_pattern("modules_to_save", text) for text in texts(self.modules_to_save)]
+
+    @cached_property
+    def layer_names(self) -> list[Pattern]:
+        return [_pattern("layers_pattern", text) for text in texts(self.layers_pattern)]
+
+    @cached_property
+    def ranks(self) -> list[tuple[Pattern, int]]:
+        return [(_pattern("rank_pattern", key), rank) for key, rank in (self.rank_pattern or {}).items()]
+
+    @cached_property
+    def alphas(self) -> list[tuple[Pattern, float]]:
+        return [(_pattern("alpha_pattern", key), alpha) for key, alpha in (self.alpha_pattern or {}).items()]
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether all linears are named."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
+
+    def scale(self, path: str) -> tuple[int, float]:
+        """Return the rank and the factor of the update at `path`."""
+        rank: int = _value(self.ranks, path, self.r)
+        alpha: float = _value(self.alphas, path, self.lora_alpha)
+        return rank, alpha / (rank**0.5 if self.use_rslora else rank)
+
+
+@dataclass(frozen=True)
 class PeftAdapter:
     """A folder that peft wrote, read but not compared with a model.
 
@@ -56,19 +128,19 @@ class PeftAdapter:
     """
 
     what: str
-    config: Mapping[str, Any]
+    settings: PeftSettings
     low_rank: dict[str, LowRank]
     extras: dict[str, Tensor]
 
     @property
     def replay(self) -> bool:
         """Whether it was trained on the rest of the base after an exact SVD start."""
-        return str(self.config.get("init_lora_weights")).lower() == "pissa"
+        return str(self.settings.init_lora_weights).lower() == "pissa"
 
     def targets(self, model: nn.Module) -> set[str]:
         """Return the paths of the linears and convolutions that the settings name."""
         paths = {path for path, module in model.named_modules() if path and kind_of(module) and self._names(path)}
-        if str(self.config.get("target_modules")).lower() == "all-linear":
+        if self.settings.everywhere:
             # Only the head of a transformers model is left out, not that of a timm model.
             getter = getattr(model, "get_output_embeddings", None)
             head = getter() if callable(getter) else None
@@ -96,7 +168,7 @@ class PeftAdapter:
         for name, parameter in parameters.items():
             sharing.setdefault(id(parameter), []).append(name)
         for name in sorted(promised - set(self.extras)):
-            why = f"bias '{self.config.get('bias')}', modules_to_save {self.config.get('modules_to_save')}"
+            why = f"bias '{self.settings.bias}', modules_to_save {self.settings.modules_to_save}"
             raise UserError(f"{self.what}: '{name}' is missing, which the settings say the file holds ({why}).")
         kept: dict[str, Tensor] = {}
         for name, value in self.extras.items():
@@ -106,6 +178,7 @@ class PeftAdapter:
                 raise UserError(
                     f"{self.what}: {name}: saved {tuple(value.shape)}, needed {tuple(tensors[name].shape)}."
                 )
+            check_parameter(f"{self.what}: {name}", value, tensors[name])
             names = sharing.get(id(tensors[name]), [])
             if promised.isdisjoint(names):  # peft saves the embeddings along when one of them is adapted
                 if not _equal(value, tensors[name]):
@@ -126,33 +199,37 @@ class PeftAdapter:
     def _promised(self, model: nn.Module) -> set[str]:
         """Return the names of the parameters that the file holds by its settings: of modules_to_save, and biases."""
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-        endings = tuple(_texts(self.config.get("modules_to_save")))
+        endings = tuple(texts(self.settings.modules_to_save))
         paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path and path.endswith(endings)]
         saved = {name for path in paths for name in names if name.startswith(f"{path}.")}
         biases = {name for name in names if name == "bias" or name.endswith(".bias")}
-        if self.config.get("bias") == "lora_only":
+        if self.settings.bias == "lora_only":
             biases &= {f"{path}.bias" for path in self.low_rank}
-        return saved | biases if self.config.get("bias", "none") != "none" else saved
+        return saved | biases if self.settings.bias != "none" else saved
 
     def _names(self, path: str) -> bool:
-        targets, excluded = self.config.get("target_modules"), self.config.get("exclude_modules")
-        if excluded and (re.fullmatch(excluded, path) if isinstance(excluded, str) else _ends(path, excluded)):
+        settings = self.settings
+        if _selects(settings.excluded, path) or any(holds(name, path) for name in settings.saved):
             return False
-        if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in _texts(self.config.get("modules_to_save"))):
-            return False
-        if isinstance(targets, str):
-            return targets.lower() == "all-linear" or re.fullmatch(targets, path) is not None
-        layers = self.config.get("layers_to_transform")
+        if settings.everywhere:
+            return True
+        layers = settings.layers_to_transform
+        wanted = [layers] if isinstance(layers, int) else layers
+        if not wanted or isinstance(settings.targets, Pattern):
+            return _selects(settings.targets, path)
         # A full path counts whatever the layers are.
-        return path in targets or (
-            _ends(path, targets) and (layers in (None, []) or self._layer(path) in _numbers(layers))
-        )
+        return path in settings.targets or (_selects(settings.targets, path) and self._layer(path) in wanted)
 
     def _layer(self, path: str) -> int | None:
-        patterns = _texts(self.config.get("layers_pattern"))
-        rules = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
-        match = next(filter(None, (re.match(rule, path) for rule in rules)), None)
-        return int(match[1]) if match else None
+        if not self.settings.layer_names:
+            match = re.match(r".*?\.[^.]*\.(\d+)\.", path)
+            return int(match[1]) if match else None
+        for name in self.settings.layer_names:
+            for end in (end for start in _starts(path) for end in name.ends(path, start)):
+                match = re.match(r"\.(\d+)\.", path[end:])
+                if match:
+                    return int(match[1])
+        return None
 
 
 def read_peft(folder: Path) -> PeftAdapter:
@@ -161,17 +238,20 @@ def read_peft(folder: Path) -> PeftAdapter:
     Raises UserError for damaged files, a variant that is not a plain LoRA, and a start that cannot be replayed.
     """
     what = f"peft adapter '{folder}'"
-    config = read_json(folder / CONFIG, what)
+    config = strict_json.read(folder / CONFIG, what)
     if not isinstance(config, dict):
         raise UserError(f"{what}: {CONFIG} holds no settings.")
-    _refuse(what, config)
+    settings = _settings(what, config)
     pairs, extras = _sort(what, _load(folder, what))
+    for name, value in extras.items():
+        check_finite(f"{what}: {name}", value)
     return PeftAdapter(
-        what, config, {path: _low_rank(what, config, path, pair) for path, pair in pairs.items()}, extras
+        what, settings, {path: _low_rank(what, settings, path, pair) for path, pair in pairs.items()}, extras
     )
 
 
-def _refuse(what: str, config: Mapping[str, Any]) -> None:
+def _settings(what: str, config: Mapping[str, Any]) -> PeftSettings:
+    """Return the settings; UserError for another tuner, a variant, and values that cannot be read."""
     if config.get("peft_type") != "LORA":
         raise UserError(f"{what}: peft_type {config.get('peft_type')!r}; only LORA can be read.")
     start = config.get("init_lora_weights", True)
@@ -184,32 +264,37 @@ def _refuse(what: str, config: Mapping[str, Any]) -> None:
         unknown = key not in OF_A_START and (key.startswith("use_") or key.endswith("_config")) and key != "use_rslora"
         if value and (key in VARIANTS or unknown):
             raise UserError(f"{what}: '{key}' is set; that variant is not a plain LoRA and cannot be read.")
-    if config.get("bias", "none") not in BIASES:
-        raise UserError(f"{what}: bias {config['bias']!r}; it must be one of {', '.join(BIASES)}.")
+    names = {field.name for field in fields(PeftSettings)}
     try:
-        targets, layers = config.get("target_modules"), config.get("layers_to_transform")
-        complete = bool(_texts(targets)) and (layers is None or bool(_numbers(layers)) or layers == [])
-        excluded = config.get("exclude_modules")
-        _texts(excluded)
-        texts = [text for key in ("modules_to_save", "layers_pattern") for text in _texts(config.get(key))]
-        for pattern in [*texts, *(text for text in (targets, excluded) if isinstance(text, str))]:
-            re.compile(pattern)
-    except (TypeError, re.error) as error:
-        raise UserError(f"{what}: {CONFIG}: the settings that name the modules cannot be read ({error}).") from error
-    if not complete:
-        raise UserError(
-            f"{what}: {CONFIG}: target_modules {targets!r} and layers_to_transform {layers!r} name no module."
-        )
+        settings = strict_json.build(PeftSettings, {key: value for key, value in config.items() if key in names})
+    except ValueError as error:
+        raise UserError(f"{what}: {CONFIG} cannot be read ({error}).") from error
+    if settings.bias not in BIASES:
+        raise UserError(f"{what}: bias {settings.bias!r}; it must be one of {', '.join(BIASES)}.")
+    if not texts(settings.target_modules):
+        raise UserError(f"{what}: {CONFIG}: target_modules {settings.target_modules!r} name no module.")
+    return settings
 
 
 def _load(folder: Path, what: str) -> dict[str, Tensor]:
     legacy = folder / "adapter_model.bin"
     if not (folder / TENSORS).exists() and legacy.exists():
         try:
-            return torch.load(legacy, map_location="cpu", weights_only=True)
+            content = torch.load(legacy, map_location="cpu", weights_only=True)
         except Exception as error:  # a torn file makes the reader raise whatever its bytes spell
             raise UserError(f"{what}: '{legacy}' is damaged ({type(error).__name__}).") from error
+        if not isinstance(content, dict) or not all(_plain(key, value) for key, value in content.items()):
+            raise UserError(f"{what}: '{legacy}' is not a mapping of plain tensors by name, as peft writes it.")
+        return content
     return read_tensors(folder / TENSORS, what)[1]
+
+
+def _plain(name: Any, value: Any) -> bool:
+    """Return whether an entry of an older file is a name and a dense tensor that holds as many values as its shape says."""
+    dense = (
+        isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized
+    )
+    return dense and value.device.type == "cpu" and value.untyped_storage().nbytes() >= value.numel() * value.itemsize
 
 
 def _sort(what: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
@@ -235,23 +320,58 @@ def _sort(what: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str,
     return pairs, extras
 
 
-def _low_rank(what: str, config: Mapping[str, Any], path: str, pair: Mapping[str, Tensor]) -> LowRank:
+def _low_rank(what: str, settings: PeftSettings, path: str, pair: Mapping[str, Tensor]) -> LowRank:
+    rank, scale = settings.scale(path)
+    matrices = {}
+    for side, factor in pair.items():
+        name = f"{path}.lora_{side}"
+        shape = tuple(factor.shape)
+        if len(shape) not in (2, 4):
+            raise UserError(f"{what}: {name}: saved {shape}; it must be a matrix, or the kernel of a convolution.")
+        needed = (rank, *shape[1:]) if side == "A" else (shape[0], rank, *[1] * (len(shape) - 2))
+        if shape != needed:
+            raise UserError(f"{what}: {name}: saved {shape}, needed {needed}.")
+        check_factor(f"{what}: {name}", factor)
+        matrices[side] = factor.flatten(1)
+    return LowRank(matrices["B"], matrices["A"], scale=scale)
+
+
+def _value(table: Iterable[tuple[Pattern, Any]], path: str, default: Any) -> Any:
+    """Return the value of the first expression that matches the end of the path after a dot, as in peft."""
+    for pattern, value in table:
+        if any(len(path) in pattern.ends(path, start) for start in _starts(path)):
+            return value
+    return default
+
+
+def _paths(key: str, value: str | list[str] | None) -> Pattern | list[str]:
+    return _pattern(key, value) if isinstance(value, str) else value or []
+
+
+def _pattern(key: str, text: str) -> Pattern:
     try:
-        rank = int(_pattern(config.get("rank_pattern"), path, config["r"]))
-        alpha = float(_pattern(config.get("alpha_pattern"), path, config["lora_alpha"]))
-        scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, re.error) as error:
-        raise UserError(f"{what}: {CONFIG}: r, lora_alpha or their patterns cannot be read ({error}).") from error
-    A, B = pair["A"].flatten(1), pair["B"].flatten(1)
-    for side, factor, needed in (("A", A, (rank, A.shape[1])), ("B", B, (B.shape[0], rank))):
-        if tuple(factor.shape) != needed:
-            raise UserError(f"{what}: {path}.lora_{side}: saved {tuple(factor.shape)}, needed {needed}.")
-    return LowRank(B, A, scale=scale)
+        return Pattern(text)
+    except PatternError as error:
+        raise ValueError(
+            f"{key}: {reprlib.repr(text)} is not a regular expression that can be matched: {error}"
+        ) from error
 
 
-def _pattern(table: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """Return the value of the first key whose regex matches the end of the path after a dot, as peft does."""
-    return next((value for key, value in (table or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
+def _starts(path: str) -> list[int]:
+    """Return where the names in a path begin: at its start and after each dot."""
+    return [0, *(dot.end() for dot in re.finditer(r"\.", path))]
+
+
+def _selects(modules: Pattern | list[str], path: str) -> bool:
+    """Return whether an expression matches the path, or a list holds it or a suffix of it after a dot."""
+    if isinstance(modules, Pattern):
+        return modules.matches(path)
+    return any(path == suffix or path.endswith(f".{suffix}") for suffix in modules)
+
+
+def holds(name: Pattern, path: str) -> bool:
+    """Return whether some names in a row in the path match."""
+    return any(path[end:][:1] in ("", ".") for start in _starts(path) for end in name.ends(path, start))
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:
@@ -260,22 +380,6 @@ def _equal(first: Tensor, second: Tensor) -> bool:
     return torch.equal(first, second.to(first.dtype)) or torch.equal(first.to(second.dtype), second)
 
 
-def _ends(path: str, suffixes: Iterable[str]) -> bool:
-    return any(path == suffix or path.endswith(f".{suffix}") for suffix in suffixes)
-
-
-def _texts(value: Any) -> list[str]:
-    """Return a list of texts, from one text or several; TypeError for anything else."""
-    if value is None:
-        return []
-    texts = [value] if isinstance(value, str) else list(value)
-    if not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"{value!r} holds something else than texts")
-    return texts
-
-
-def _numbers(value: Any) -> list[int]:
-    numbers = [value] if isinstance(value, int) else list(value)
-    if not all(isinstance(number, int) for number in numbers):
-        raise TypeError(f"{value!r} holds something else than whole numbers")
-    return numbers
+def texts(value: str | list[str] | None) -> list[str]:
+    """Return one text or several as a list."""
+    return [value] if isinstance(value, str) else value or []

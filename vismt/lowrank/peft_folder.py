@@ -21,26 +21,30 @@ from vismt.errors import UserError
 from vismt.files import atomic_write
 from vismt.lowrank.detached_updates import of_peft, put_on
 from vismt.lowrank.init import principal
-from vismt.lowrank.inject import AdaptRecord, adapter_layers, need_record, refuse_adapted
-from vismt.lowrank.peft_files import CONFIG, PREFIX, TENSORS, PeftAdapter, read_peft
-from vismt.lowrank.store import fill
+from vismt.lowrank.inject import AdaptRecord, adapter_layers, need_record, refuse_adapted, refuse_offloaded
+from vismt.lowrank.patterns import Pattern
+from vismt.lowrank.peft_files import CONFIG, PREFIX, TENSORS, PeftAdapter, holds, read_peft
+from vismt.lowrank.store import adapter_tensors
 from vismt.lowrank.targets import kind_of, matrix_shape
+from vismt.lowrank.values import fits, need_finite
 from vismt.lowrank.wrappers import check_mergeable, stock_order
 
 
-def export_peft(model: nn.Module, folder: str | Path, *, compact: bool = False) -> Path:
+def export_peft(model: nn.Module, folder: str | Path, *, compact: bool = False, force: bool = False) -> Path:
     """Write an adapted model as a plain LoRA in peft's layout.
 
     Args:
         model: an adapted model; not changed.
         folder: made where it is missing.
-        compact: drop vanishing directions by QR and a small SVD.
+        compact: drop vanishing directions by QR and a small SVD, which needs finite values.
+        force: write NaN and infinite values too; `import_peft` refuses them.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: where the model does more than plain LoRA (a router that has not faded, quantised weights).
+        UserError: where the model does more than plain LoRA (a router that has not faded, quantised weights), and for values
+            that are not finite; nothing is written then.
     """
     record = need_record(model, "export_peft")
     check_mergeable(model, "export_peft")
@@ -53,6 +57,8 @@ def export_peft(model: nn.Module, folder: str | Path, *, compact: bool = False) 
     _refuse_suffixes(model, saved)
     saved_names = {name for path in saved for name in _below(model, path)}
     bias = _bias_setting(model, set(record.also_train), saved_names)
+    if compact or not force:
+        need_finite("export_peft", adapter_tensors(model))
     with stock_order(model):
         payload, ranks = _plain_lora(model, compact)
         for name in saved_names | set(record.also_train):
@@ -60,6 +66,8 @@ def export_peft(model: nn.Module, folder: str | Path, *, compact: bool = False) 
             adapted = f"{path}.base_layer.{leaf}" if path in ranks else name
             payload[f"{PREFIX}{adapted}"] = model.get_parameter(name)
         payload = {name: value.detach().cpu().contiguous().clone() for name, value in payload.items()}
+    if not force:
+        need_finite("export_peft", payload)
     common = max(ranks.values())
     paths = [path for path, module in model.named_modules() if path and (path in ranks or kind_of(module))]
     # peft also takes a path for a suffix: where another module has this suffix, the pattern is anchored.
@@ -130,12 +138,11 @@ def import_peft(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     adapter = read_peft(Path(folder))
     refuse_adapted(model, adapter.what)
+    refuse_offloaded(model, adapter.what, whole=True)
     adapter.need_the_same_modules(model)
     starts = _replayed(model, adapter) if adapter.replay else {}
-    dropout = float(adapter.config.get("lora_dropout") or 0.0)
-    put_on(model, of_peft(adapter), {} if starts else {"dropout": dropout})
-    fill(model, starts)
-    return model
+    dropout = adapter.settings.lora_dropout or 0.0
+    return put_on(model, of_peft(adapter), {} if starts else {"dropout": dropout}, starts)
 
 
 def _replayed(model: nn.Module, adapter: PeftAdapter) -> dict[str, Tensor]:
@@ -149,6 +156,10 @@ def _replayed(model: nn.Module, adapter: PeftAdapter) -> dict[str, Tensor]:
             )
         weight = module.weight.detach().t() if kind_of(module) == "conv1d" else module.weight.detach()
         next_rank = min(update.rank + 1, *update.shape)  # shows whether the start is unique
+        if not fits(weight) or not update.scale:
+            raise UserError(
+                f"{adapter.what}: the start cannot be replayed: '{path}' is not finite, or lora_alpha is 0."
+            )
         A, B = principal(weight, next_rank, update.scale, generator=torch.Generator())
         values = A.square().sum(1)
         if next_rank > update.rank and not values[-2] - values[-1] > 1e-5 * values[0]:
@@ -176,7 +187,7 @@ def _refuse_suffixes(model: nn.Module, saved: list[str]) -> None:
     for path in adapter_layers(model):
         for name in saved:
             inside = any(f"{path}.".startswith(f"{outer}.") for outer in _ending(model, name))
-            if inside or re.match(rf"(^|.*\.){name}($|\..*)", path):
+            if inside or holds(Pattern(re.escape(name)), path):
                 raise UserError(
                     f"export_peft: peft cannot save '{name}' whole and adapt '{path}', whose path it takes for the same; merge "
                     "the model and save it whole."

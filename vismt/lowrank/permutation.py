@@ -66,21 +66,28 @@ def expand(order: Tensor, block: UnitBlock, structure: Structure) -> Tensor:
     return (block.start + order[:, None] * block.size + torch.arange(block.size, device=order.device)).flatten()
 
 
-def movable(model: nn.Module, paths: Iterable[str]) -> list[Structure]:
-    """Return the structures of the stock modules at these paths; UserError where their units cannot be reordered."""
-    paths = set(paths)
-    if not paths:
+def movable(model: nn.Module, dims: Mapping[str, int]) -> list[Structure]:
+    """Return the structures of the stock modules at these paths; UserError where their units cannot be reordered.
+
+    dims: by path, the axis that is trained, which has to be that of the units.
+    """
+    if not dims:
         return []
     matches = [
         structure
         for structure in structures(model).values()
-        if any(block.path in paths for block in structure.parts.values())
+        if any(block.path in dims for block in structure.parts.values())
     ]
     for structure in matches:
         if structure.obstacle:
             raise UserError(
                 f"s2ft: the units of '{structure.path}' cannot be reordered: {structure.obstacle}; use mode='index'."
             )
+        for block in structure.parts.values():
+            if dims.get(block.path, block.dim) != block.dim:
+                raise UserError(
+                    f"s2ft: '{block.path}' is trained on dim {dims[block.path]}; its units lie on dim {block.dim}."
+                )
         linears = {block.path for block in structure.blocks if kind_of(model.get_submodule(block.path)) is not None}
         find_targets(model, sorted(linears))  # their weights are moved, so they have to be plain linears
     return matches

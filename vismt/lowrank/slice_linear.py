@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vismt.errors import UserError
 from vismt.lowrank.adapter_layer import AdapterLayer, register_layer, spec_of, trained_dtype
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.layer_spec import LayerSpec
@@ -30,6 +31,7 @@ from vismt.lowrank.permutation import Coupling, couple, expand, movable
 from vismt.lowrank.slice_autograd import PartialLinear, take
 from vismt.lowrank.structures import Structure, UnitBlock
 from vismt.lowrank.targets import matrix_shape
+from vismt.lowrank.values import check_finite
 
 MODES = ("permute", "index", "delta")
 
@@ -114,6 +116,22 @@ class SliceLinear(AdapterLayer):
         return {"slice_index": (settings.rank,), "slice_values": values, **start}
 
     @classmethod
+    def check_settings(cls, spec: LayerSpec) -> None:
+        settings = spec.settings
+        if not 1 <= settings.rank <= spec.shape[settings.dim] or spec.kind == "conv2d":
+            raise ValueError(f"rank {settings.rank} on dim {settings.dim} of a {spec.kind} {spec.shape}")
+
+    @classmethod
+    def check_tensors(cls, what: str, spec: LayerSpec, tensors: Mapping[str, Tensor]) -> None:
+        index, features = tensors["slice_index"], spec.shape[spec.settings.dim]
+        if index.dtype != torch.int64 or len(index.unique()) < len(index):
+            raise UserError(f"{what}.slice_index: {index.dtype}; it must be int64, each row or column once.")
+        if int(index.min()) < 0 or int(index.max()) >= features:
+            wrong = next(number for number in index.tolist() if not 0 <= number < features)
+            raise UserError(f"{what}.slice_index: it names {wrong}; the weight has 0 to {features - 1}.")
+        super().check_tensors(what, spec, {name: value for name, value in tensors.items() if name != "slice_index"})
+
+    @classmethod
     def count_parameters(cls, spec: LayerSpec) -> int:
         return spec.settings.rank * spec.shape[1 - spec.settings.dim]
 
@@ -125,7 +143,7 @@ class SliceLinear(AdapterLayer):
     def prepare(
         cls, model: nn.Module, specs: Sequence[LayerSpec]
     ) -> Callable[[Mapping[str, AdapterLayer]], None] | None:
-        structures = movable(model, [spec.path for spec in specs if spec.settings.mode == "permute"])
+        structures = movable(model, {spec.path: spec.settings.dim for spec in specs if spec.settings.mode == "permute"})
         return partial(couple, model, structures)
 
     def attach(self, coupling: Coupling, block: UnitBlock) -> None:
@@ -279,6 +297,15 @@ class SliceLinear(AdapterLayer):
         start = {} if self.slice_start is None else {"slice_start": self.slice_start}
         return {"slice_index": self.slice_index, "slice_values": self.slice_values, **start}
 
+    def check_fill(self, what: str, tensors: Mapping[str, Tensor]) -> None:
+        block, index = self.block, tensors["slice_index"]
+        if block is not None:
+            end = block.start + block.units * block.size
+            if int(index.min()) < block.start or int(index.max()) >= end:
+                raise UserError(f"{what}.slice_index: rows outside of {block.start} to {end - 1}, those of its units.")
+        for name in tensors.keys() - {"slice_index"}:  # they are written into the weight
+            check_finite(f"{what}.{name}", tensors[name], self.weight.dtype)
+
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy in `tensors` of a layer on the same base, or on another one: then the difference is added."""
@@ -301,14 +328,15 @@ class SliceLinear(AdapterLayer):
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """Return the stock module with the trained values written into its weight, rounded once; the update is removed."""
-        weight = self.matrix(self.weight)
+        """Return the stock module with the trained values in its weight, rounded once; the update is removed before."""
+        merged = nn.Parameter(self.weight.detach().clone(), requires_grad=self.weight.requires_grad)
+        weight = self.matrix(merged)
         values: Tensor = self.slice_values
         if self.slice_start is None:
             dtype = torch.promote_types(values.dtype, torch.float32)
             values = values.to(dtype) + weight.index_select(self.dim, self.slice_index).to(dtype)
         weight.index_copy_(self.dim, self.slice_index, values.to(weight.dtype))
-        return self._stock(self.weight)
+        return self._stock(merged)
 
     def extra_repr(self) -> str:
         side = ("rows", "columns")[self.dim]

@@ -1,20 +1,19 @@
 """Adapters on disk: adapter.json describes the layers and names the safetensors file with the tensors.
 
 The tensors are written first, under a name of their digest, and the JSON that names them last: a save that is cut short
-leaves the one before. Loading is strict: a missing or unexpected tensor, another shape or another base model are errors
-that leave the model as it was. The base is recognised by samples of the adapted weights, compared within half-precision
-rounding, so that a cast of the same checkpoint is still the same base; what is not adapted is not compared.
-Where weights themselves are trained (no factors), only those that changed are written, and the others identify the base.
+leaves the one before. Loading is strict: a missing or unexpected tensor, another shape, values that are not finite or another
+base model are errors that leave the model as it was. The base is recognised by samples of the adapted weights, compared
+within half-precision rounding, so that a cast of the same checkpoint is still the same base; what is not adapted is not
+compared. Where weights themselves are trained (no factors), only those that changed are written, and the others identify the
+base.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +22,60 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError
-from vismt.files import atomic_write, read_json, read_tensors
-from vismt.lowrank.adapter_layer import LAYERS, AdapterLayer
+from vismt.files import atomic_write
+from vismt.lowrank.adapter_files import (
+    DESCRIPTION,
+    FORMAT,
+    SAMPLES,
+    Description,
+    check_tensors,
+    compared,
+    entry_of,
+    layer_shapes,
+    read_adapter,
+    sealed,
+)
+from vismt.lowrank.adapter_layer import AdapterLayer
 from vismt.lowrank.backups import unchanged_tensors
-from vismt.lowrank.inject import AdaptRecord, adapter_layers, attach, install, need_record, record_of, refuse_switched
+from vismt.lowrank.inject import (
+    AdaptRecord,
+    adapter_layers,
+    attach,
+    install,
+    need_record,
+    record_of,
+    refuse_offloaded,
+    refuse_switched,
+    undone_on_error,
+)
 from vismt.lowrank.layer_spec import LayerSpec
-from vismt.lowrank.targets import kind_of, matrix_shape
-from vismt.lowrank.wrappers import AddedModule, ModuleWrapper, stock_order, wrapper_type, wrappers_of
+from vismt.lowrank.targets import kind_of, matrix_shape, refusals
+from vismt.lowrank.values import check_parameter, need_finite
+from vismt.lowrank.wrappers import (
+    AddedModule,
+    ModuleWrapper,
+    from_stock,
+    stock_order,
+    to_stock,
+    wrapper_type,
+    wrappers_of,
+)
 
-FORMAT = 1
-DESCRIPTION = "adapter.json"
-SAMPLES = 16
-# Layers of version 0.1.0, whose entries in adapter.json do not name the layer: the setting that only theirs have.
-UNNAMED = {"low_rank": None, "quantized": "grid", "slice": "dim"}
 
-
-def save_adapter(model: nn.Module, folder: str | Path) -> Path:
+def save_adapter(model: nn.Module, folder: str | Path, *, force: bool = False) -> Path:
     """Write the factors (and also_train parameters) of an adapted model; each file appears whole or not at all.
 
     Args:
         model: an adapted model.
         folder: made where it is missing.
+        force: write NaN and infinite values too, for inspection; `load_adapter` refuses them.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: for a stock model, a model on the meta device, and a folder that cannot be written.
+        UserError: for a stock model, a model on the meta device, values that are not finite, and a folder that cannot be
+            written; nothing is written then.
     """
     record = need_record(model, "save_adapter")
     tensors = adapter_tensors(model)
@@ -58,8 +84,11 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     # Beside factors or wrappers all counts as changed: a head may be fresh.
     unchanged = [] if record.sites or record.wrappers else unchanged_tensors(record.also_train, tensors)
     tensors = {name: value for name, value in tensors.items() if name not in unchanged}
-    paths = _compared(record.sites, unchanged)
+    paths = compared(record.sites, unchanged)
     with stock_order(model):
+        if not force:
+            need_finite("save_adapter", tensors)
+            need_finite("save_adapter", {f"{path}.weight": _base_weight(model, path) for path in paths})
         payload = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
         base, samples = fingerprint(model, paths), base_samples(model, paths)
     digest = hashlib.sha256(payload).hexdigest()
@@ -68,7 +97,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         "method": record.method,
         "model": type(model).__name__,
         "options": record.options,
-        "sites": [_entry(spec) for spec in record.sites],
+        "sites": [entry_of(spec) for spec in record.sites],
         "also_train": sorted(record.also_train),
         "unchanged": unchanged,
         "parts": record.wrappers,
@@ -79,7 +108,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     }
     folder = Path(folder)
     atomic_write(folder / description["tensors"], payload)
-    atomic_write(folder / DESCRIPTION, json.dumps(description))
+    atomic_write(folder / DESCRIPTION, sealed(description))
     for stale in set(folder.glob("adapter-*.safetensors")) - {folder / description["tensors"]}:
         stale.unlink()
     return folder
@@ -101,61 +130,51 @@ def load_adapter(model: nn.Module, folder: str | Path, *, on_other_base: str = "
     """
     folder = Path(folder)
     refuse_switched(model, "load_adapter")
+    refuse_offloaded(model, "load_adapter", whole=True)
     description, specs, tensors = read_adapter(folder)
     record = record_of(model)
-    if record is not None and _identity(record) != (
-        description["method"],
-        specs,
-        sorted(description["also_train"]),
-        description["parts"],
-    ):
+    if record is not None and _identity(record) != _saved_identity(description, specs):
         raise UserError(f"adapter '{folder}': the model already carries another '{record.method}'; unadapt it first.")
     _check_modules(model, folder, description, specs, tensors)
-    unchanged = description["unchanged"]
+    unchanged = description.unchanged
     parameters = dict(model.named_parameters())
-    paths = _compared(specs, [name for name in unchanged if name in parameters])
+    paths = compared(specs, [name for name in unchanged if name in parameters])
     with stock_order(model):
         samples, base = base_samples(model, paths), fingerprint(model, paths)
-    if not same_base(samples, description["base_samples"]):
-        made_for = f"{description['model']} (weights {description['base']})"
+    if not same_base(samples, description.base_samples):
+        made_for = f"{description.model} (weights {description.base})"
         other_base(
             f"adapter '{folder}' was made for {made_for}, this is {type(model).__name__} (weights {base})",
             on_other_base,
         )
     _check_tensors(model, folder, description, specs, tensors)
-    if record is None:
-        install(model, description["method"], specs, description["options"], description["also_train"])
-        for path, entry in description["parts"].items():
-            base_module = dict(model.named_modules()).get(path)
-            attach(model, path, wrapper_type(entry["type"], path).around(base_module, entry["settings"]))
-    with stock_order(model):
-        fill(model, tensors)
     if record is not None:
+        with stock_order(model):
+            fill(model, tensors, f"adapter '{folder}'")
         fill(model, {name: record.also_train[name] for name in unchanged})
+        return model
+    install(model, description.method, specs, description.options, description.also_train)
+    with undone_on_error(model):
+        for path, entry in description.parts.items():
+            base_module = dict(model.named_modules()).get(path)
+            attach(model, path, wrapper_type(entry.type, path).around(base_module, entry.settings))
+        to_stock(model)
+        fill(model, tensors, f"adapter '{folder}'")
+        from_stock(model)  # not on an error: what is not filled cannot be applied
     return model
 
 
-def _identity(record: AdaptRecord) -> tuple[str, list[LayerSpec], list[str], dict[str, Any]]:
+Identity = tuple[str, list[LayerSpec], list[str], dict[str, dict[str, Any]]]
+
+
+def _identity(record: AdaptRecord) -> Identity:
     """Return what a file has to agree with to be loaded into an adapted model."""
     return record.method, record.sites, sorted(record.also_train), record.wrappers
 
 
-def _entry(spec: LayerSpec) -> dict[str, Any]:
-    """Return a spec as adapter.json holds it: empty settings are left out."""
-    layer = {} if spec.layer.name in UNNAMED else {"layer": spec.layer.name}
-    entry = {"path": spec.path, "kind": spec.kind, "shape": spec.shape, **layer, **asdict(spec.settings)}
-    return {name: value for name, value in entry.items() if value not in ("", None)}
-
-
-def _spec(entry: Mapping[str, Any]) -> LayerSpec:
-    """Return the spec of an entry of adapter.json; KeyError, TypeError or ValueError for one that is malformed."""
-    settings = dict(entry)
-    path, kind, shape = (settings.pop(name) for name in ("path", "kind", "shape"))
-    name = settings.pop("layer", None)
-    if name is None:
-        name = next((name for name, setting in UNNAMED.items() if setting in settings), "low_rank")
-    layer = LAYERS[name]
-    return LayerSpec(path, kind, tuple(shape), layer, layer.Settings(**settings))
+def _saved_identity(description: Description, specs: list[LayerSpec]) -> Identity:
+    wrappers = {path: {"type": entry.type, "settings": entry.settings} for path, entry in description.parts.items()}
+    return description.method, specs, sorted(description.also_train), wrappers
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -169,37 +188,41 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy adapter tensors into an adapted model; starts that the layers lack are created."""
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], what: str = "adapter") -> None:
+    """Copy checked adapter tensors into an adapted model; starts that the layers lack are created.
+
+    Raises UserError for what a layer cannot take on this model, before anything is copied. what: start of messages.
+    """
     of_layers: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        if isinstance(module, AdapterLayer) and leaf != "bias":
+        if isinstance(model.get_submodule(path), AdapterLayer) and leaf != "bias":
             of_layers.setdefault(path, {})[leaf] = value
-        elif isinstance(module, ModuleWrapper):
+    for path, values in of_layers.items():
+        model.get_submodule(path).check_fill(f"{what}: {path}", values)
+    for name, value in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if isinstance(module, ModuleWrapper):
             module.restore(leaf, value)
-        else:
+        elif leaf not in of_layers.get(path, {}):
             getattr(module, leaf).copy_(value)
     for path, values in of_layers.items():
         model.get_submodule(path).fill(values)
 
 
-def _compared(specs: Iterable[LayerSpec], unchanged: Iterable[str]) -> list[str]:
-    """Return the paths of the modules whose weights identify the base."""
-    return [
-        *(spec.path for spec in specs),
-        *(name[: -len(".weight")] for name in unchanged if name.endswith(".weight")),
-    ]
+def _base_weight(model: nn.Module, path: str) -> Tensor:
+    """Return the weight of a module as it was before the adaptation, for a model in stock order."""
+    record = record_of(model)
+    weight = record.also_train.get(f"{path}.weight") if record is not None else None
+    return model.get_submodule(path).weight.detach() if weight is None else weight
 
 
 def base_samples(model: nn.Module, paths: Iterable[str]) -> dict[str, list[float]]:
     """Return up to 16 values of each of these base weights, at places that depend on its path; none on the meta device."""
     samples: dict[str, list[float]] = {}
-    record = record_of(model)
     for path in sorted(paths):
-        weight = record.also_train.get(f"{path}.weight") if record is not None else None
-        flat = (model.get_submodule(path).weight if weight is None else weight).detach().flatten()
+        flat = _base_weight(model, path).flatten()
         if flat.is_meta:
             samples[path] = []
             continue
@@ -217,11 +240,14 @@ def other_base(message: str, on_other_base: str) -> None:
 
 
 def same_base(samples: Mapping[str, list[float]], saved: Mapping[str, list[float]]) -> bool:
-    """Return whether samples agree within 1 % of each weight's largest one: bf16 rounds by at most 0.4 % of a value."""
+    """Return whether samples agree within 1 % of each weight's largest one: bf16 rounds by at most 0.4 % of a value.
+
+    Samples that are NaN agree with nothing; weights without samples in one of the two are not compared.
+    """
     for path, values in samples.items():
         expected = saved.get(path, [])
         largest = max((abs(value) for value in expected), default=0.0)
-        if values and expected and any(abs(a - b) > 0.01 * largest for a, b in zip(values, expected, strict=True)):
+        if values and expected and not all(abs(a - b) <= 0.01 * largest for a, b in zip(values, expected, strict=True)):
             return False
     return True
 
@@ -231,125 +257,58 @@ def fingerprint(model: nn.Module, paths: Iterable[str]) -> str:
     return hashlib.sha256(json.dumps(base_samples(model, paths)).encode()).hexdigest()[:12]
 
 
-def read_adapter(folder: Path) -> tuple[dict[str, Any], list[LayerSpec], dict[str, Tensor]]:
-    """Return the content of adapter.json, its specs and the tensors, not compared with any model.
-
-    Raises UserError for damaged files.
-    """
-    what = f"adapter '{folder}'"
-    description = read_json(folder / DESCRIPTION, what)
-    try:
-        if description["format"] != FORMAT:
-            raise UserError(
-                f"{what}: format {description['format']}, this version reads {FORMAT}; use a matching vismt."
-            )
-        description.setdefault("parts", {})
-        description.setdefault("unchanged", [])
-        well_formed = _well_formed(description)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{what}: {DESCRIPTION} is not what vismt.save_adapter writes ({error!r}).") from error
-    if not well_formed:
-        raise UserError(f"{what}: {DESCRIPTION} is not what vismt.save_adapter writes.")
-    specs = _specs(what, description["sites"])
-    name = description["tensors"]
-    payload, tensors = read_tensors(folder / name, what)
-    if hashlib.sha256(payload).hexdigest() != description["tensors_sha256"]:
-        raise UserError(f"{what}: '{name}' is not the file that {DESCRIPTION} describes; save the adapter again.")
-    return description, specs, tensors
-
-
-def _well_formed(description: Mapping[str, Any]) -> bool:
-    """Return whether the values of adapter.json have the right types; KeyError and the like where some are missing."""
-    texts = [description[key] for key in ("method", "model", "base", "tensors", "tensors_sha256")]
-    if not all(isinstance(text, str) for text in texts):
-        return False
-    types = {"options": dict, "also_train": list, "unchanged": list, "base_samples": dict, "sites": list, "parts": dict}
-    if not all(isinstance(description[key], kind) for key, kind in types.items()):
-        return False
-    wrappers = description["parts"].values()
-    if not all(isinstance(entry["type"], str) and isinstance(entry["settings"], dict) for entry in wrappers):
-        return False
-    names = re.fullmatch(r"adapter-[0-9a-f]{12}\.safetensors", description["tensors"])
-    return names is not None and set(description["unchanged"]) <= set(description["also_train"])
-
-
-def _specs(what: str, entries: Iterable[Mapping[str, Any]]) -> list[LayerSpec]:
-    """Return the specs of adapter.json; UserError for a malformed entry and a layer that is not registered."""
-    try:
-        return [_spec(entry) for entry in entries]
-    except UserError as error:
-        raise UserError(f"{what}: {error} Import the file that registers it.") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{what}: {DESCRIPTION} is not what vismt.save_adapter writes ({error!r}).") from error
-
-
 def _check_modules(
     model: nn.Module,
     folder: Path,
-    description: Mapping[str, Any],
+    description: Description,
     specs: Iterable[LayerSpec],
     tensors: Mapping[str, Tensor],
 ) -> None:
     """Raise UserError unless the model has every adapted module, with its shape."""
     modules = dict(model.named_modules())
-    made_for = f"adapter '{folder}' was made for {description['model']}, this model is {type(model).__name__}"
+    made_for = f"adapter '{folder}' was made for {description.model}, this model is {type(model).__name__}"
     for spec in specs:
         module = modules.get(spec.path)
         if isinstance(module, AdapterLayer):
             shape = (module.out_features, module.in_features)
-        elif module is not None and kind_of(module) is not None:
+        elif module is not None and (kind_of(module) == "conv2d") == (spec.kind == "conv2d") and kind_of(module):
             shape = matrix_shape(module)
         else:
-            raise UserError(f"{made_for} (it has no linear or convolution '{spec.path}').")
+            raise UserError(f"{made_for} (it has no linear or convolution '{spec.path}' of kind {spec.kind}).")
         if shape != spec.shape:
             raise UserError(f"{made_for} ({spec.layer.shape_mismatch(spec, shape, tensors)}).")
+    if record_of(model) is None:
+        for reason in refusals(model, [spec.path for spec in specs]).values():
+            raise UserError(f"adapter '{folder}': {reason}.")
 
 
 def _check_tensors(
     model: nn.Module,
     folder: Path,
-    description: Mapping[str, Any],
+    description: Description,
     specs: Iterable[LayerSpec],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Raise UserError for a missing or unexpected tensor, and for a shape that does not follow from its spec."""
+    """Raise UserError for missing, unexpected and misshapen tensors, and for values that the model cannot take."""
+    what = f"adapter '{folder}'"
     needed = layer_shapes(specs, tensors)
     parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
-    for path, entry in description["parts"].items():
-        wrapper = wrapper_type(entry["type"], f"adapter '{folder}'")
+    of_wrappers: dict[str, set[str]] = {}
+    for path, entry in description.parts.items():
+        wrapper = wrapper_type(entry.type, what)
         if path not in modules and not issubclass(wrapper, AddedModule):
-            raise UserError(
-                f"adapter '{folder}': this model has no '{path}' to put a {entry['type'].split(':')[-1]} on."
-            )
-        shapes = wrapper.check(path, modules.get(path), entry["settings"])
+            raise UserError(f"{what}: this model has no '{path}' to put a {entry.type.split(':')[-1]} on.")
+        shapes = wrapper.check(path, modules.get(path), entry.settings)
+        of_wrappers[path] = set(shapes)
         needed.update({f"{path}.{name}": shape for name, shape in shapes.items()})
-    for name in description["also_train"]:
+    for name in description.also_train:
         if name not in parameters:
-            raise UserError(f"adapter '{folder}': this model has no parameter '{name}' to load.")
-        if name not in description["unchanged"]:
+            raise UserError(f"{what}: this model has no parameter '{name}' to load.")
+        if name not in description.unchanged:
             needed[name] = tuple(parameters[name].shape)
-    check_tensors(f"adapter '{folder}'", needed, tensors)
-
-
-def layer_shapes(specs: Iterable[LayerSpec], tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors that a file must hold for these specs, optional ones where it has any of them."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for spec in specs:
-        shapes.update({f"{spec.path}.{name}": shape for name, shape in spec.tensors().items()})
-        optional = {f"{spec.path}.{name}": shape for name, shape in spec.layer.optional_shapes(spec).items()}
-        if not optional.keys().isdisjoint(tensors):
-            shapes.update(optional)
-    return shapes
-
-
-def check_tensors(what: str, needed: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
-    """Raise UserError for the first missing, unexpected or misshapen tensor, with both shapes."""
-    for name, shape in needed.items():
-        if name not in tensors:
-            raise UserError(f"{what}: '{name}' is missing (needed {tuple(shape)}).")
-        if tuple(tensors[name].shape) != tuple(shape):
-            raise UserError(f"{what}: {name}: saved {tuple(tensors[name].shape)}, needed {tuple(shape)}.")
-    extra = sorted(set(tensors) - set(needed))
-    if extra:
-        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-        raise UserError(f"{what}: unexpected '{extra[0]}' {tuple(tensors[extra[0]].shape)}{more}.")
+    check_tensors(what, needed, tensors)
+    for path, names in of_wrappers.items():
+        entry, values = description.parts[path], {name: tensors[f"{path}.{name}"] for name in names}
+        wrapper_type(entry.type, what).check_tensors(f"{what}: {path}", entry.settings, values)
+    for name in tensors.keys() & parameters.keys() & set(description.also_train):
+        check_parameter(f"{what}: {name}", tensors[name], parameters[name])

@@ -18,6 +18,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from vismt.errors import UserError, near
+from vismt.lowrank.patterns import Pattern, PatternError, compiled
 
 HEAD_NAMES = {"head", "fc", "classifier", "score", "lm_head"}
 READ_DIRECTLY = (
@@ -141,18 +142,20 @@ def matches(pattern: str, path: str) -> bool:
     """Return whether `pattern` is a regular expression of the full path, the path itself, or a suffix of it after a dot."""
     if path == pattern or path.endswith(f".{pattern}"):
         return True
+    return expression("adapt", pattern).matches(path)
+
+
+def expression(name: str, pattern: str) -> Pattern:
+    """Return a compiled expression of module paths; UserError, which starts with `name`, for a malformed one."""
     try:
-        return re.fullmatch(pattern, path) is not None
-    except re.error as error:
-        raise UserError(f"adapt: '{pattern}' is not a regular expression: {error}.") from error
+        return compiled(pattern)
+    except PatternError as error:
+        raise UserError(f"{name}: '{pattern}' is not a regular expression: {error}.") from error
 
 
 def _select_regex(pattern: str, candidates: Mapping[str, nn.Module]) -> set[str]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"adapt.targets: '{pattern}' is not a regular expression: {error}.") from error
-    paths = {path for path in candidates if compiled.fullmatch(path)}
+    wanted = expression("adapt.targets", pattern)
+    paths = {path for path in candidates if wanted.matches(path)}
     if not paths:
         suffixed = any(path.endswith(f".{pattern}") for path in candidates)
         hint = f" A string must match the full path; as a suffix write ['{pattern}']." if suffixed else ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError
 from vismt.lowrank.adapter_layer import HOOKS, AdapterLayer
+from vismt.lowrank.values import check_factor
 
 
 class ModuleWrapper(nn.Module, ABC):
@@ -48,6 +50,15 @@ class ModuleWrapper(nn.Module, ABC):
     @abstractmethod
     def around(cls, base: nn.Module | None, settings: Mapping[str, Any]) -> ModuleWrapper:
         """Return the wrapper of a checked base, its tensors unset."""
+
+    @classmethod
+    def check_tensors(cls, what: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Raise UserError for values that a wrapper cannot hold; here for all that is not floating and finite.
+
+        tensors: of an adapter file, by name, their shapes and the settings checked by `check`. what: start of messages.
+        """
+        for name, value in tensors.items():
+            check_factor(f"{what}.{name}", value)
 
     def settings(self) -> dict[str, Any]:
         """Return what `check` and `around` need, as values that JSON can hold."""
@@ -126,10 +137,10 @@ def wrapper_type(name: str, what: str) -> type[ModuleWrapper]:
     """Return the class that `described` named; only classes of this package are looked up."""
     module, _, attribute = str(name).partition(":")
     wrapper = None
-    if re.fullmatch(r"vismt(\.\w+)+", module):
+    if re.fullmatch(r"vismt(\.[a-z]\w*)+", module):  # no __main__, which would run the program
         with suppress(ImportError):
             wrapper = getattr(importlib.import_module(module), attribute, None)
-    if not (isinstance(wrapper, type) and issubclass(wrapper, ModuleWrapper)):
+    if not (isinstance(wrapper, type) and issubclass(wrapper, ModuleWrapper)) or inspect.isabstract(wrapper):
         raise UserError(f"{what}: it needs '{name}', which this version of vismt does not have; use a matching vismt.")
     return wrapper
 

@@ -246,6 +246,14 @@ class MoEfiedMlp(ModuleWrapper):
         return {"lora_router.weight": (n_experts, width), "labels": (hidden,), "fade": ()}
 
     @classmethod
+    def check_tensors(cls, what: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        fade = tensors["fade"]
+        if fade.dtype != torch.float64 or not 0 <= float(fade) <= 1:
+            raise UserError(f"{what}.fade: {float(fade)} ({fade.dtype}); it must be float64, from 0 to 1.")
+        check_labels(tensors["labels"], len(tensors["labels"]), settings["n_experts"])
+        super().check_tensors(what, settings, {"lora_router.weight": tensors["lora_router.weight"]})
+
+    @classmethod
     def around(cls, base: nn.Module | None, settings: Mapping[str, Any]) -> MoEfiedMlp:
         return cls(base, None, settings["n_experts"], settings["temperature"])
 
@@ -270,7 +278,10 @@ class MoEfiedMlp(ModuleWrapper):
 
     @classmethod
     def check_mergeable_saved(cls, what: str, path: str, tensors: Mapping[str, Tensor]) -> None:
-        refuse_routing(what, path, float(tensors.get("fade", 0.0)))
+        fade = tensors.get("fade")
+        refuse_routing(
+            what, path, float(fade) if fade is not None and fade.dtype == torch.float64 and not fade.ndim else 0.0
+        )
 
     def extra_repr(self) -> str:
         return f"n_experts={self.n_experts}, temperature={self.temperature:g}, fade={self.fade_value:.4g}"

@@ -1,0 +1,283 @@
+"""Damaged folders in peft's layout: each is refused by one UserError that leaves the model as it was, or can be undone."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from helpers.adapter_folders import state_hash
+from helpers.damage import copied, damage_bytes, damage_json, damage_tensors
+from helpers.every_method import adapted_vit, small_vit
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import vismt
+from vismt.errors import UserError
+from vismt.lowrank.patterns import Pattern, PatternError
+from vismt.methods import METHODS
+
+EXPORTED = [name for name, method in METHODS.items() if method.exports and name not in ("moe_lora", "ilora")]
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+QKV = "base_model.model.blocks.0.attn.qkv.lora_{}.weight"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One export of each method; the last one with a head."""
+    root = tmp_path_factory.mktemp("peft")
+    exports = {method: vismt.export_peft(adapted_vit(method), root / method) for method in EXPORTED}
+    return {**exports, "head": vismt.export_peft(adapted_vit("lora", also_train=["head"]), root / "head")}
+
+
+@pytest.fixture(scope="module")
+def stock() -> nn.Module:
+    return small_vit()
+
+
+def edit_config(folder: Path, change: Callable[[Any], Any]) -> None:
+    path = folder / CONFIG
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    path = folder / TENSORS
+    tensors = safetensors.torch.load(path.read_bytes())
+    change(tensors)
+    path.write_bytes(safetensors.torch.save(tensors))
+
+
+def refused(model: nn.Module, folder: Path, match: str) -> None:
+    before = state_hash(model)
+    with pytest.raises(UserError, match=match):
+        vismt.import_peft(model, folder)
+    assert state_hash(model) == before
+
+
+SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "dropout as text": ({"lora_dropout": "x"}, "lora_dropout: expected float or null, got 'x'"),
+    "dropout of 5": ({"lora_dropout": 5}, r"lora_dropout: 5.*\[0, 1\)"),
+    "dropout below 0": ({"lora_dropout": -1}, "lora_dropout: -1"),
+    "rank as text": ({"r": "2"}, "r: expected int, got '2'"),
+    "rank true": ({"r": True}, "r: expected int, got True"),
+    "rank of 2.5": ({"r": 2.5}, "r: expected int"),
+    "alpha": ({"lora_alpha": [2]}, "lora_alpha: expected float"),
+    "NaN": ({"lora_alpha": float("nan")}, "not a finite number"),
+    "rslora as text": ({"use_rslora": "false"}, "use_rslora: expected bool or null"),
+    "start as number": ({"init_lora_weights": 5}, "init_lora_weights: expected bool or str"),
+    "ranks": ({"rank_pattern": {"qkv": "x"}}, "rank_pattern: expected a mapping to int or null, got {'qkv': 'x'}"),
+    "rank 0": ({"rank_pattern": {"qkv": 0}}, r"rank_pattern\['qkv'\]: 0; it must be"),
+    "patterns as list": ({"alpha_pattern": [3]}, "alpha_pattern: expected a mapping to float or null"),
+    "targets": ({"target_modules": {"a": 1}}, "target_modules: expected str or a list of str"),
+    "number in targets": ({"target_modules": ["qkv", 5]}, "target_modules: expected str or a list of str"),
+    "saved": ({"modules_to_save": [["head"]]}, "modules_to_save: expected"),
+    "layers": ({"layers_to_transform": [True]}, "layers_to_transform: expected"),
+    "a group": ({"target_modules": "(qkv"}, r"target_modules: '\(qkv' is not a regular expression"),
+    "a reference": ({"rank_pattern": {r"(q)\1": 2}}, r"rank_pattern: .* is not supported"),
+    "repeats": ({"rank_pattern": {"a{99999}": 2}}, "repeats a part more than 1000 times"),
+    "nested groups": ({"rank_pattern": {"(" * 50 + "a" + ")" * 50: 2}}, "nested more than 10 deep"),
+    "many parts": ({"exclude_modules": ".*" * 500}, "it has 1000 parts; at most 200 are matched"),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_wrong_settings_are_one_clear_line(
+    case: str, folders: dict[str, Path], stock: nn.Module, tmp_path: Path
+) -> None:
+    changes, match = SETTINGS[case]
+    folder = copied(folders["lora"], tmp_path / "p")
+    edit_config(folder, lambda config: {**config, **changes})
+    refused(stock, folder, match)
+
+
+FACTORS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
+    "NaN": (lambda t: t[QKV.format("A")].fill_(float("nan")), "lora_A: it holds NaN or infinite values"),
+    "infinite": (lambda t: t[QKV.format("B")].view(-1)[3:4].fill_(float("inf")), "lora_B: it holds NaN or infinite"),
+    "one axis": (lambda t: t.update({QKV.format("A"): torch.zeros(32)}), r"lora_A: saved \(32,\); it must be a matrix"),
+    "no axis": (lambda t: t.update({QKV.format("B"): torch.tensor(1.0)}), r"lora_B: saved \(\); it must be a matrix"),
+    "kernel": (lambda t: t.update({QKV.format("B"): torch.zeros(48, 2, 3, 3)}), r"saved \(48, 2, 3, 3\), needed"),
+    **{
+        str(dtype): (lambda t, dtype=dtype: t.update({QKV.format("A"): t[QKV.format("A")].to(dtype)}), "saved as")
+        for dtype in (torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn)
+    },
+}
+
+
+@pytest.mark.parametrize("case", FACTORS)
+def test_factors_that_are_no_numbers_are_refused(
+    case: str, folders: dict[str, Path], stock: nn.Module, tmp_path: Path
+) -> None:
+    change, match = FACTORS[case]
+    folder = copied(folders["lora"], tmp_path / "p")
+    edit_tensors(folder, change)
+    refused(stock, folder, match)
+
+
+def test_whole_parameters_have_the_kind_of_the_model(
+    folders: dict[str, Path], stock: nn.Module, tmp_path: Path
+) -> None:
+    name = "base_model.model.head.weight"
+    for change, match in (
+        (
+            lambda t: t.update({name: t[name].long()}),
+            r"head\.weight: saved as torch.int64, the model's is torch.float32",
+        ),
+        (lambda t: t[name].fill_(float("nan")), r"head\.weight: it holds NaN"),
+    ):
+        folder = copied(folders["head"], tmp_path / "p")
+        edit_tensors(folder, change)
+        refused(stock, folder, match)
+    folder = copied(folders["head"], tmp_path / "p")
+    edit_tensors(folder, lambda t: t[name].fill_(1e6))
+    refused(small_vit().half(), folder, "beyond the range of torch.float16")
+
+
+def test_older_files_hold_plain_tensors(folders: dict[str, Path], stock: nn.Module, tmp_path: Path) -> None:
+    tensors = safetensors.torch.load((folders["lora"] / TENSORS).read_bytes())
+    name = QKV.format("A")
+    for content in (
+        5,
+        [1],
+        {name: 3},
+        {5: torch.zeros(2)},
+        {**tensors, name: torch.zeros(1).expand(2, 10**9)},
+        {**tensors, name: tensors[name].to_sparse()},
+    ):
+        folder = copied(folders["lora"], tmp_path / "p")
+        (folder / TENSORS).unlink()
+        torch.save(content, folder / "adapter_model.bin")
+        refused(stock, folder, "is not a mapping of plain tensors")
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(.*)*x", "(.|b)*x", "((((.*)*)*)*)*x", "(.?){60}x", ".*" * 90 + "x"])
+@pytest.mark.parametrize(
+    "key", ["rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "modules_to_save"]
+)
+def test_catastrophic_patterns_do_not_hang(
+    key: str, pattern: str, folders: dict[str, Path], stock: nn.Module, tmp_path: Path
+) -> None:
+    folder = copied(folders["lora"], tmp_path / "p")
+    value = {pattern: 2} if key.endswith("_pattern") else [pattern] if key == "modules_to_save" else pattern
+    edit_config(folder, lambda config: {**config, key: value})
+    with no_hang():
+        harmless(stock, folder)
+
+
+@contextmanager
+def no_hang() -> Iterator[None]:
+    """Fail a block that takes 30 s of the processor, which `re` would not leave in a lifetime."""
+
+    def fail(*_: object) -> None:
+        raise AssertionError("it hangs")
+
+    before = signal.signal(signal.SIGVTALRM, fail)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 30)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def harmless(model: nn.Module, folder: Path) -> None:
+    before = state_hash(model)
+    try:
+        vismt.import_peft(model, folder)
+    except UserError:
+        pass
+    else:
+        vismt.unadapt(model)
+    assert state_hash(model) == before
+
+
+def damage(folder: Path, kind: str, random: Random) -> None:
+    if kind == "tensors":
+        edit_tensors(folder, lambda tensors: damage_tensors(tensors, random))
+    elif kind == "bytes":
+        damage_bytes(random.choice([folder / CONFIG, folder / TENSORS]), random)
+    else:
+        edit_config(folder, lambda config: damage_json(config, random))
+
+
+CASES = {
+    "name": st.sampled_from([*EXPORTED, "head"]),
+    "kind": st.sampled_from(["config", "config", "tensors", "bytes"]),
+    "random": st.randoms(use_true_random=False),
+}
+QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+
+
+@settings(max_examples=80, **QUIET)
+@given(**CASES)
+def test_damaged_folders_do_no_harm(folders, stock, tmp_path, name, kind, random) -> None:
+    folder = copied(folders[name], tmp_path / "p")
+    damage(folder, kind, random)
+    harmless(stock, folder)
+
+
+@pytest.mark.slow
+@settings(max_examples=700, **QUIET)
+@given(**CASES)
+def test_many_damaged_folders_do_no_harm(folders, stock, tmp_path, name, kind, random) -> None:
+    folder = copied(folders[name], tmp_path / "p")
+    damage(folder, kind, random)
+    harmless(stock, folder)
+
+
+# ---- the matching of patterns in bounded time is that of `re`
+
+ATOMS = st.sampled_from(["a", "b", r"\.", ".", r"\d", "[ab]", "[^a]", "^", "$", r"\b", "1"])
+
+
+def larger(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    counts = st.sampled_from(["*", "+", "?", "{2}", "{1,2}", "{,2}", "{2,}", "*?", "+?"])
+    return st.one_of(
+        st.tuples(inner, inner).map("".join),
+        st.tuples(inner, inner).map(lambda pair: f"(?:{pair[0]}|{pair[1]})"),
+        st.tuples(inner, counts).map(lambda pair: f"({pair[0]}){pair[1]}"),
+        inner.map(lambda part: f"(?={part})"),
+        inner.map(lambda part: f"(?!{part})"),
+        inner.map(lambda part: f"(?<!{part})"),
+    )
+
+
+@settings(max_examples=400, **QUIET)
+@given(pattern=st.recursive(ATOMS, larger, max_leaves=8), text=st.text("ab.1", max_size=7))
+def test_patterns_match_as_re_does(pattern: str, text: str) -> None:
+    try:
+        expected = re.fullmatch(pattern, text) is not None
+    except re.error:  # a look behind of no fixed width, which is matched here
+        return
+    assert Pattern(pattern).matches(text) == expected
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(", ")", "a)", "[a", "*a", "a**", "a{2}{3}", "^*", "a{3,2}", "\\", "(?P<a", "(?z)"]
+)
+def test_malformed_patterns_are_refused_where_re_refuses_them(pattern: str) -> None:
+    with pytest.raises(re.error):
+        re.compile(pattern)
+    with pytest.raises(PatternError):
+        Pattern(pattern)
+
+
+@pytest.mark.parametrize("pattern", [r"(a)\1", "(?i)a", "a++", "(?>a)", r"(a)(?(1)b|c)", r"\x41"])
+def test_what_cannot_be_matched_in_bounded_time_is_named(pattern: str) -> None:
+    with pytest.raises(PatternError, match="not supported"):
+        Pattern(pattern)
+
+
+def test_many_exact_paths_are_looked_up() -> None:
+    paths = [f"layers.{number}.q_proj" for number in range(3000)]
+    pattern = Pattern("|".join(re.escape(path) for path in paths))
+    assert pattern.matches(paths[-1]) and not pattern.matches("layers.3000.q_proj")
+    assert pattern.ends("layers.12.q_proj.x", 0) == [len("layers.12.q_proj")]

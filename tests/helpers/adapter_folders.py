@@ -1,0 +1,57 @@
+"""Changes of saved adapters that keep their digests, so that what is tested is the check of the values themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor, nn
+
+from vismt.lowrank.adapter_files import DESCRIPTION, sealed
+
+Change = Callable[[Any], Any]
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """Return the content of adapter.json."""
+    return json.loads((folder / DESCRIPTION).read_text())
+
+
+def write_description(folder: Path, description: dict[str, Any]) -> None:
+    """Write adapter.json with the digest of its content."""
+    (folder / DESCRIPTION).write_text(sealed(description))
+
+
+def edit_text(folder: Path, old: str, new: str) -> None:
+    """Replace a text of adapter.json."""
+    text = (folder / DESCRIPTION).read_text()
+    assert old in text
+    write_description(folder, json.loads(text.replace(old, new)))
+
+
+def edit_tensors(folder: Path, change: Change) -> None:
+    """Change the tensors in place; adapter.json stays that of the same save."""
+    description = described(folder)
+    path = folder / description["tensors"]
+    tensors: dict[str, Tensor] = safetensors.torch.load(path.read_bytes())
+    change(tensors)
+    payload = safetensors.torch.save(tensors)
+    path.write_bytes(payload)
+    write_description(folder, {**description, "tensors_sha256": hashlib.sha256(payload).hexdigest()})
+
+
+def state_hash(model: nn.Module) -> str:
+    """Return a digest of every tensor of a model, its module types, gradient flags and modes, and what it is adapted with."""
+    digest = hashlib.sha256()
+    for path, module in model.named_modules():
+        digest.update(f"{path} {type(module).__qualname__} {module.training}".encode())
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        flat = value.detach().cpu().contiguous().flatten()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} {value.requires_grad}".encode())
+        digest.update(flat.view(-1).numpy().tobytes() if value.dtype.itemsize != 2 else flat.float().numpy().tobytes())
+    digest.update(repr(getattr(model, "vismt_record", None)).encode())
+    return digest.hexdigest()
