@@ -15,10 +15,10 @@ import yaml
 from PIL import Image
 
 from vismt.cli import main
-from vismt.engine.log import read_lines
 from vismt.jobs import load_config, open_run
 from vismt.jobs.dense.data import DenseData
 from vismt.jobs.dense.job import DenseJob
+from vismt.lines import read_lines
 from vismt.paths import data_root
 from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
 

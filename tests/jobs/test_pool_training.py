@@ -14,13 +14,13 @@ from helpers.amt_parts import adapted, episode, saved
 from torch import Tensor
 
 from vismt.config import AdaptConfig, TrainConfig
-from vismt.engine.log import read_lines
 from vismt.errors import UserError
 from vismt.jobs import job as job_file
 from vismt.jobs.fewshot.config import EvaluateConfig, FewShotConfig, PoolConfig, SourceConfig
 from vismt.jobs.fewshot.job import FewShotJob
 from vismt.jobs.fewshot.models import OWN_FILE
 from vismt.jobs.fewshot.pool_training import find_experts, read_scale
+from vismt.lines import read_lines
 from vismt.metatune.amt import AdversarialObjective
 from vismt.metatune.objective import EpisodeObjective
 from vismt.metatune.pool import Expert, assemble, read_pool
@@ -123,7 +123,7 @@ def test_an_interrupted_pool_goes_on_inside_the_expert_it_was_at(tmp_path: Path)
         assert rows[0] == rows[1] and len(rows[0]) == 5
     # What is done stays done, its checkpoint deleted or not.
     again.clear()
-    for path in (tmp_path / "cut").rglob("checkpoint.pt"):
+    for path in (tmp_path / "cut").rglob("checkpoint-*"):
         path.unlink()
     pooled(tmp_path / "cut", settings, again)
     assert not again

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vismt.engine.log import read_lines, record_stem, write_lines
+from vismt.engine.log import record_stem
 from vismt.errors import UserError
+from vismt.lines import read_lines, write_lines
 from vismt.stats import Better, Condition, Measure, Scale
 from vismt.typed_yaml import build
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from vismt import console
 from vismt.engine import loop, runtime
-from vismt.engine.log import write_lines
 from vismt.engine.study import Study, Training
 from vismt.engine.training_files import ADAPTER
 from vismt.errors import UserError, WeightsUnavailable
@@ -39,6 +38,7 @@ from vismt.jobs.fewshot.pool_training import read_scale
 from vismt.jobs.fewshot.report import sections
 from vismt.jobs.fewshot.version_1 import move_to_arms
 from vismt.jobs.job import Job
+from vismt.lines import write_lines
 from vismt.lowrank.inject import merge
 from vismt.lowrank.store import load_adapter
 from vismt.lowrank.targets import check_patterns

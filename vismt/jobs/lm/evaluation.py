@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from vismt import console
 from vismt.engine import runtime
-from vismt.engine.log import read_lines, record_stem, write_lines
+from vismt.engine.log import record_stem
 from vismt.engine.study import Study, Training
 from vismt.jobs.lm.config import FROZEN, RECOMMENDER, REFERENCES, LmConfig
 from vismt.jobs.lm.data import LmData, lm_of
 from vismt.jobs.lm.models import LmModels, fingerprint, load_trained
 from vismt.jobs.lm.recommender import Recommender
+from vismt.lines import read_lines, write_lines
 from vismt.llm.heads import laplace_head, laplace_structure
 from vismt.llm.net import LmNet
 from vismt.llm.tasks.base import Item, LmTask, Record, gather, tempered
