@@ -27,14 +27,8 @@ def read_lines(path: Path, needed: tuple[str, ...] = ()) -> list[dict[str, Any]]
 
     Raises UserError for a file that cannot be read, a line that is not as it was written, and a row without a `needed` key.
     """
-    try:
-        *lines, _ = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be read ({error.strerror}).") from error
-    matches = [LINE.fullmatch(line) for line in lines]
-    if lines and not any(matches):
+    matches = _matches(path)
+    if matches and not any(matches):
         raise UserError(
             f"'{path}' was written by an earlier version, without checksums; move it away and make it again."
         )
@@ -51,6 +45,23 @@ def read_lines(path: Path, needed: tuple[str, ...] = ()) -> list[dict[str, Any]]
             raise UserError(f"'{path}' line {number} lacks {', '.join(missing)}; move the file away and make it again.")
         rows.append(row)
     return rows
+
+
+def lacks_checksums(path: Path) -> bool:
+    """Return whether a file has lines and all of them are of an earlier version, without checksums."""
+    matches = _matches(path)
+    return bool(matches) and not any(matches)
+
+
+def _matches(path: Path) -> list[re.Match[bytes] | None]:
+    """Return text and checksum of every whole line, None for a line of another form."""
+    try:
+        *lines, _ = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read ({error.strerror}).") from error
+    return [LINE.fullmatch(line) for line in lines]
 
 
 def _parsed(text: bytes) -> dict[str, Any] | None:

@@ -144,7 +144,9 @@ TENSORS: dict[str, Callable[[dict[str, Tensor]], object]] = {
     "without a parameter": lambda tensors: tensors.pop("model.layer.bias"),
     "a parameter that is not finite": lambda tensors: tensors["model.layer.bias"].fill_(float("inf")),
     "without random state": lambda tensors: tensors.pop("random.cpu"),
-    "a random state of another length": lambda tensors: tensors.update({"random.cpu": torch.zeros(3, dtype=torch.uint8)}),
+    "a random state of another length": lambda tensors: tensors.update(
+        {"random.cpu": torch.zeros(3, dtype=torch.uint8)}
+    ),
     "a random state of ones": lambda tensors: tensors["random.cpu"].fill_(255),
 }
 NUMBERS: list[object] = [

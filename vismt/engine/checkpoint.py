@@ -63,7 +63,8 @@ def save(
 ) -> None:
     """Write the checkpoint after `step` finished steps and delete all but the one before it.
 
-    updates: of the optimiser, fewer than `step` where fp16 skipped some. scaler: fp16's gradient scaler, None in other precisions. trained: as for `moving_state`.
+    updates: of the optimiser, fewer than `step` where fp16 skipped some. scaler: fp16's gradient scaler, None in other
+    precisions. trained: as for `moving_state`.
     """
     tensors = {f"model.{name}": value for name, value in moving_state(module, trained).items()}
     for parameter, name in _names(module, optimizer).items():
