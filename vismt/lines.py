@@ -57,7 +57,7 @@ def _matches(path: Path) -> list[re.Match[bytes] | None]:
     """Return text and checksum of every whole line, None for a line of another form."""
     try:
         *lines, _ = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise UserError(f"'{path}' cannot be read ({error.strerror}).") from error

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from vismt.errors import UserError
 from vismt.lines import LineFile, read_lines
@@ -31,7 +32,7 @@ class Field:
 
     def fits(self, value: object) -> bool:
         """Return whether a value is one of them."""
-        values = value if self.several and isinstance(value, list) else [value]
+        values: list[Any] = value if self.several and isinstance(value, list) else [value]
         types = (int,) if self.whole else (int, float)
         return all(
             type(number) in types and math.isfinite(number) and self.least <= number <= self.most for number in values

@@ -18,12 +18,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError
-from vismt.files import atomic_write, read_json, read_tensors
+from vismt.files import atomic_write, locked, read_json, read_tensors, write_tensors
 from vismt.lowrank.adapter_layer import LAYERS, AdapterLayer
 from vismt.lowrank.backups import unchanged_tensors
 from vismt.lowrank.inject import AdaptRecord, adapter_layers, attach, install, need_record, record_of, refuse_switched
@@ -34,6 +33,7 @@ from vismt.lowrank.wrappers import AddedModule, ModuleWrapper, stock_order, wrap
 FORMAT = 1
 DESCRIPTION = "adapter.json"
 SAMPLES = 16
+WAIT_S = 60  # for another process that saves into the same folder
 # Layers of version 0.1.0, whose entries in adapter.json do not name the layer: the setting that only theirs have.
 UNNAMED = {"low_rank": None, "quantized": "grid", "slice": "dim"}
 
@@ -59,29 +59,26 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     unchanged = [] if record.sites or record.wrappers else unchanged_tensors(record.also_train, tensors)
     tensors = {name: value for name, value in tensors.items() if name not in unchanged}
     paths = _compared(record.sites, unchanged)
-    with stock_order(model):
-        payload = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
-        base, samples = fingerprint(model, paths), base_samples(model, paths)
-    digest = hashlib.sha256(payload).hexdigest()
-    description = {
-        "format": FORMAT,
-        "method": record.method,
-        "model": type(model).__name__,
-        "options": record.options,
-        "sites": [_entry(spec) for spec in record.sites],
-        "also_train": sorted(record.also_train),
-        "unchanged": unchanged,
-        "parts": record.wrappers,
-        "base": base,
-        "base_samples": samples,
-        "tensors": f"adapter-{digest[:12]}.safetensors",
-        "tensors_sha256": digest,
-    }
     folder = Path(folder)
-    atomic_write(folder / description["tensors"], payload)
-    atomic_write(folder / DESCRIPTION, json.dumps(description))
-    for stale in set(folder.glob("adapter-*.safetensors")) - {folder / description["tensors"]}:
-        stale.unlink()
+    with locked(folder, WAIT_S), stock_order(model):
+        digest = write_tensors(folder / "adapter-{digest}.safetensors", tensors)
+        description = {
+            "format": FORMAT,
+            "method": record.method,
+            "model": type(model).__name__,
+            "options": record.options,
+            "sites": [_entry(spec) for spec in record.sites],
+            "also_train": sorted(record.also_train),
+            "unchanged": unchanged,
+            "parts": record.wrappers,
+            "base": fingerprint(model, paths),
+            "base_samples": base_samples(model, paths),
+            "tensors": f"adapter-{digest[:12]}.safetensors",
+            "tensors_sha256": digest,
+        }
+        atomic_write(folder / DESCRIPTION, json.dumps(description))
+        for stale in set(folder.glob("adapter-*.safetensors")) - {folder / description["tensors"]}:
+            stale.unlink()
     return folder
 
 

@@ -13,6 +13,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from vismt import console
+from vismt.backbones import vit
 from vismt.engine import loop, runtime
 from vismt.engine.study import Study, Training
 from vismt.engine.training_files import ADAPTER
@@ -86,6 +87,9 @@ class FewShotJob(Job[FewShotConfig, Any]):
         settings = self.models(self.study.seeds[0]).settings
         for name in self.config.evaluate.data:
             self.data.samplers(name, settings.classes(name, "test"))
+
+    def skeleton(self, config: FewShotConfig) -> nn.Module:
+        return vit.skeleton(config.model.name, config.model.img_size)
 
     def fresh(self, config: FewShotConfig) -> Net:
         """Return the net of an arm with untrained factors, where the configuration has any."""
