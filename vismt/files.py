@@ -1,18 +1,46 @@
-"""Files that are written whole or not at all; damaged ones raise a one-line UserError."""
+"""Files that are written whole or not at all, damaged ones that raise a one-line UserError, and locks of folders.
+
+A file is written beside its place under a name that ends in PARTIAL, synced, and renamed; then its folder is synced. What a
+killed process leaves are files of that ending, which `remove_partial` deletes at the next start.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import platform
 import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from vismt.errors import UserError
+
+PARTIAL = ".vismt-partial"
+LOCK, HOLDER = ".lock", ".lock-holder"
+# Seconds in which the worker processes of a killed process end, and with them its lock.
+WORKERS_END_S = 15
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def read_json(path: Path, what: str) -> Any:
@@ -41,25 +69,95 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 
     Raises UserError when the folder cannot be written or the disk is full; the old file is then kept.
     """
-    path = Path(path)
     payload = data.encode("utf8") if isinstance(data, str) else data
+    _write(Path(path), lambda file: file.write(payload))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write a safetensors file atomically, tensor by tensor: no second copy of all tensors is made.
+
+    Args:
+        path: the file; "{digest}" in its name is replaced with the first 12 digits of the digest.
+        tensors: by name, on any device; tied tensors are written under each of their names.
+        metadata: texts for the file's header.
+
+    Returns:
+        The SHA-256 of the file in hexadecimal digits.
+
+    Raises:
+        UserError: a dtype that safetensors does not have, and a file that cannot be written; the old file is then kept.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    # The format wants wide numbers first, so that every tensor is aligned.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    offset = 0
+    for name, value in ordered:
+        if value.dtype not in DTYPES:
+            raise UserError(
+                f"cannot write '{path}': '{name}' has dtype {value.dtype}, which safetensors does not have."
+            )
+        end = offset + value.numel() * value.element_size()
+        header[name] = {"dtype": DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    hasher = hashlib.sha256()
+
+    def write(file: BinaryIO) -> None:
+        def put(part: Any) -> None:
+            hasher.update(part)
+            file.write(part)
+
+        put(len(text).to_bytes(8, "little") + text)
+        for _, value in ordered:
+            put(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+    _write(Path(path), write, lambda name: name.replace("{digest}", hasher.hexdigest()[:12]))
+    return hasher.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits, read in pieces."""
+    hasher = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            hasher.update(piece)
+    return hasher.hexdigest()
+
+
+def _write(path: Path, write: Callable[[BinaryIO], object], name_of: Callable[[str], str] = str) -> None:
+    """Let `write` fill a new file, and put it in the place of `path`, under the name that `name_of` makes of its name."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(PARTIAL, f".{path.name}.", path.parent)
         with os.fdopen(handle, "wb") as file:
-            file.write(payload)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        os.replace(temporary, path.with_name(name_of(path.name)))
+        sync_folder(path.parent)
     except OSError as error:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
-        reason = error.strerror or str(error)
-        raise UserError(
-            f"cannot write '{path}': {reason}. Free space or choose a folder that can be written."
-        ) from error
+        raise cannot_write(path, error) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Sync the names in a folder to the disk, where the system can."""
+    with suppress(OSError):  # Windows opens no folder
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """Return the error for a file that cannot be written."""
+    reason = error.strerror or str(error)
+    return UserError(f"cannot write '{path}': {reason}. Free space or choose a folder that can be written.")
 
 
 def _umask() -> int:
@@ -67,3 +165,69 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete the files that killed processes have not finished, in a folder and below it; hold its lock."""
+    for path in folder.rglob(f".*{PARTIAL}"):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path, wait_s: float = 0) -> Iterator[None]:
+    """Hold the lock of a folder, which one process at a time has; the folder is made if it does not exist.
+
+    The system frees the lock when the process ends, however it ends. The holder's host and process are recorded beside it.
+
+    Args:
+        folder: the folder to own.
+        wait_s: seconds to wait for another process.
+
+    Raises:
+        UserError: another process has the lock, which is named; a folder that cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    me = {"host": platform.node(), "pid": os.getpid()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        try:
+            lock.acquire(timeout=wait_s)
+        except Timeout:
+            holder = _holder(folder)
+            if holder.get("host") != me["host"] or _lives(holder.get("pid")):
+                raise
+            lock.acquire(timeout=WORKERS_END_S)
+        (folder / HOLDER).write_text(json.dumps(me), encoding="utf8")
+    except Timeout as error:
+        holder = _holder(folder)
+        who = f"process {holder['pid']} on {holder['host']}" if {"pid", "host"} <= set(holder) else "another process"
+        raise UserError(f"'{folder}' is in use by {who}; wait until it ends, or stop it.") from error
+    except OSError as error:
+        raise cannot_write(folder / LOCK, error) from error
+    try:
+        yield
+    finally:
+        (folder / HOLDER).unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder(folder: Path) -> dict[str, Any]:
+    """Return the recorded holder of a folder's lock, {} where the record is missing or incomplete."""
+    try:
+        holder = json.loads((folder / HOLDER).read_text(encoding="utf8"))
+    except (OSError, ValueError):
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _lives(pid: object) -> bool:
+    """Return whether a process of this host is running; True where that cannot be found out."""
+    if os.name != "posix" or not isinstance(pid, int) or pid < 1:
+        return True
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
+    return True

@@ -8,7 +8,7 @@ trained model merges and exports. No other file tests the name of a method.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,9 @@ from torch.optim import Optimizer
 from vismt.errors import UserError, require_known
 from vismt.lowrank.inject import record_of
 from vismt.lowrank.layer_spec import AdaptReport
-from vismt.lowrank.options import COMMON
+from vismt.lowrank.linear import LowRankLayer
+from vismt.lowrank.options import COMMON, checked
+from vismt.lowrank.targets import find_targets, matrix_shape, pattern_value
 from vismt.registry import Registry
 
 METHOD_FILES = (
@@ -166,12 +168,38 @@ def adapt(
     """
     if name is None:
         name = options.pop("method", None)
-    require_known("adapt: no method", [name], METHODS)
-    method = METHODS[name]
-    require_known(f"adapt: '{name}' has no option", options, method.options)
+    method = known_method(name, options)
     if not isinstance(seed, int) or seed.bit_length() > 64:
         raise UserError(f"adapt.seed: {seed!r}; it must be a whole number of at most 64 bits.")
     return method.adapt(model, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)
+
+
+def known_method(name: Any, options: Collection[str]) -> Method:
+    """Return a method by name. Raises UserError for an unknown one, and for options that it does not have."""
+    require_known("adapt: no method", [name], METHODS)
+    require_known(f"adapt: '{name}' has no option", options, METHODS[name].options)
+    return METHODS[name]
+
+
+def check_adaptation(
+    model: nn.Module, name: str, targets: Any, rank: int, alpha: float | None, options: Mapping[str, Any]
+) -> None:
+    """Raise UserError for a method, option, target or rank that `adapt` refuses; the model's values are not read.
+
+    What a method checks beyond that is left to `adapt`.
+    """
+    method = known_method(name, options)
+    common = {option: options[option] for option in COMMON if option in options}
+    settings = checked({"targets": targets, "rank": rank, "alpha": alpha, **common})
+    if not any(issubclass(layer, LowRankLayer) for layer in method.layers):
+        return
+    modules, _ = find_targets(model, settings["targets"], settings["exclude"])
+    if targets is None:  # the method's own choice, which may leave out small modules
+        modules = dict([max(modules.items(), key=lambda item: min(matrix_shape(item[1])))])
+    flags = {option: options[option] for option in ("rslora", "clamp_rank", "split_qkv") if option in options}
+    for path, module in modules.items():
+        size: Any = pattern_value(path, settings["rank_pattern"], settings["rank"])
+        LowRankLayer.plan(path, module, size, None, **flags)
 
 
 def adapted_models(module: nn.Module) -> list[tuple[nn.Module, Method]]:

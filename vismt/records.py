@@ -1,41 +1,82 @@
-"""Records of a run on disk, one for each episode or example: JSON lines after a header, resumable."""
+"""Records of a run on disk, one for each episode or example: a line file after a header, resumable and checked when read."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any
 
 from vismt.errors import UserError
-from vismt.files import atomic_write
+from vismt.lines import LineFile, read_lines
 from vismt.seeds import digest
+
+AGAIN = "move the file away to start again."
+
+
+@dataclass(frozen=True)
+class Field:
+    """The values that a field of a record may have: finite numbers from `least` to `most`.
+
+    whole: only whole numbers. several: a list of such numbers. optional: the field may be missing.
+    """
+
+    least: float = -math.inf
+    most: float = math.inf
+    whole: bool = False
+    several: bool = False
+    optional: bool = False
+
+    def fits(self, value: object) -> bool:
+        """Return whether a value is one of them."""
+        values: list[Any] = value if self.several and isinstance(value, list) else [value]
+        types = (int,) if self.whole else (int, float)
+        return all(
+            type(number) in types and math.isfinite(number) and self.least <= number <= self.most for number in values
+        )
+
+
+SHARE = Field(0, 1)
 
 
 class Records:
     """Rows by their field `key` ("episode", "id"), in a file that a later run continues.
 
-    Use as a context manager. The file's first line is {"protocol": hash, "settings": settings}. A last line without its
-    newline was interrupted and is dropped.
+    Use as a context manager, which syncs the file at its end. The file's first line is {"protocol": hash, "settings":
+    settings}.
 
     Args:
         path: The file; None keeps the rows in memory only.
         settings: JSON-able description of the run. A file with other settings is refused.
-        fields: Numeric fields of every row.
-        key: The field that identifies a row.
+        fields: The fields of every row besides `key`, by name.
+        key: The field that identifies a row, a whole number or a text.
 
     Raises:
-        UserError: A file of another run or with a broken line, or a file that cannot be written.
+        UserError: A file of another run, one that was changed, one with a row of other fields, values or a repeated key, or a
+            file that cannot be written.
     """
 
-    def __init__(self, path: Path | None, settings: Mapping[str, object], fields: Sequence[str], key: str) -> None:
-        self.path, self.key = path, key
+    def __init__(
+        self, path: Path | None, settings: Mapping[str, object], fields: Mapping[str, Field], key: str
+    ) -> None:
+        self.key = key
+        self._fields = fields
         self._rows: dict[object, dict] = {}
-        self._log: BinaryIO | None = None
+        self._lines: LineFile | None = None
         if path is not None:
             plain = json.loads(json.dumps(settings))  # tuples as lists, as in the file
-            self._rows = {row[key]: row for row in _read(path, plain, key, fields)}
+            protocol = digest(json.dumps(plain, sort_keys=True).encode())
+            header, *rows = read_lines(path) or [{"protocol": protocol, "settings": plain}]
+            _check_header(path, header, plain)
+            for number, row in enumerate(rows, start=2):
+                fault = self._fault(row)
+                if fault is not None:
+                    raise UserError(f"records '{path}': line {number}: {fault}; {AGAIN}")
+                self._rows[row[key]] = row
+            self._lines = LineFile(path, [header, *rows])
 
     def __contains__(self, name: object) -> bool:
         return name in self._rows
@@ -50,14 +91,14 @@ class Records:
         """Add `row` in memory and on disk; a row with a key that is present already is ignored."""
         if row[self.key] in self._rows:
             return
+        fault = self._fault(row)
+        if fault is not None:
+            raise UserError(f"records: a row cannot be kept: {fault}.")
         self._rows[row[self.key]] = row
-        if self._log is not None:
-            _append(self._log, row)
+        if self._lines is not None:
+            self._lines.add(row)
 
     def __enter__(self) -> Records:
-        if self.path is not None:
-            # Unbuffered: a write fails here and not when the file is closed.
-            self._log = self.path.open("ab", buffering=0)
         return self
 
     def __exit__(
@@ -66,46 +107,33 @@ class Records:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        if self._lines is not None and kind is None:
+            self._lines.sync()
+
+    def _fault(self, row: Mapping[str, object]) -> str | None:
+        """Return what is wrong with a row that is not among the rows yet, None for a sound one."""
+        name = row.get(self.key)
+        if type(name) not in (int, str):
+            return f"{self.key} is {name!r}"
+        if name in self._rows:
+            return f"{self.key} {name!r} comes twice"
+        unknown = sorted(row.keys() - self._fields.keys() - {self.key})
+        if unknown:
+            return f"'{unknown[0]}' is not a field of these records"
+        for field, values in self._fields.items():
+            if field not in row:
+                if not values.optional:
+                    return f"'{field}' is missing"
+            elif not values.fits(row[field]):
+                return f"'{field}' is {row[field]!r}, which it cannot be"
+        return None
 
 
-def _append(log: BinaryIO, row: Mapping[str, object]) -> None:
-    """Write a line in a single call; a line that a full disk cut short is dropped when the run is continued."""
-    line = (json.dumps(row) + "\n").encode()
-    try:
-        written = log.write(line)
-    except OSError as error:
-        raise UserError(f"cannot write '{log.name}': {error.strerror or error}. Earlier records are kept.") from error
-    if written != len(line):
-        raise UserError(f"cannot write '{log.name}': the disk is full. Earlier records are kept.")
-
-
-def _read(path: Path, settings: dict, key: str, fields: Sequence[str]) -> list[dict]:
-    """Return the complete rows of the file and truncate it to them; create a file that does not exist."""
-    lines = path.read_text(encoding="utf8", errors="replace").splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    if not whole:
-        protocol = digest(json.dumps(settings, sort_keys=True).encode())
-        atomic_write(path, json.dumps({"protocol": protocol, "settings": settings}) + "\n")
-        return []
-    try:
-        header, *rows = [json.loads(line) for line in whole]
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"records '{path}': a line is not JSON ({error}): move the file away to start again."
-        ) from error
-    recorded = header.get("settings") if isinstance(header, dict) else None
+def _check_header(path: Path, header: Mapping[str, object], settings: Mapping[str, object]) -> None:
+    recorded = header.get("settings")
     if recorded != settings:
         differences = [key for key in settings if not isinstance(recorded, dict) or recorded.get(key) != settings[key]]
         raise UserError(
             f"records '{path}' are of another run (different: {', '.join(differences) or 'settings'}): "
             "choose another run folder, or move the file away to start again."
         )
-    for number, row in enumerate(rows, start=2):
-        whole_row = isinstance(row, dict) and isinstance(row.get(key), int | str)
-        if not whole_row or not all(isinstance(row.get(name), int | float) for name in fields):
-            raise UserError(f"records '{path}': line {number} is not a record: move the file away to start again.")
-    atomic_write(path, "".join(whole))
-    return rows

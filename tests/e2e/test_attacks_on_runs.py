@@ -11,13 +11,13 @@ import yaml
 
 from vismt.cli import main
 from vismt.config import config_hash, typed
-from vismt.engine.log import read_lines
 from vismt.errors import UserError
 from vismt.jobs import load_config, open_run, start_config
 from vismt.jobs.dense.config import DenseConfig
 from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.jobs.robustness.config import ClassifierConfig
 from vismt.jobs.robustness.own_images import TrainedArm
+from vismt.lines import read_lines
 from vismt.lowrank.inject import merge
 from vismt.report.results import Result, read_results
 from vismt.robustness.attacks import AttackSpec, robust_accuracy

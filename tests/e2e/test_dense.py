@@ -15,16 +15,17 @@ import safetensors.torch
 import timm
 import torch
 import yaml
+from helpers.checkpoints import saved_tensors
 
 from vismt.cli import main
 from vismt.data.dense_transforms import resize
-from vismt.engine.log import read_lines
 from vismt.errors import UserError
 from vismt.jobs import load_config, open_run
 from vismt.jobs.dense import config as dense_config
 from vismt.jobs.dense import panels as dense_panels
 from vismt.jobs.dense.config import check
 from vismt.jobs.dense.job import DenseJob
+from vismt.lines import read_lines, write_lines
 from vismt.methods import schedules
 from vismt.multitask.heads import resize_logits
 from vismt.multitask.moe_lora import routes
@@ -134,7 +135,7 @@ def test_panels_show_the_first_seed_on_images_evenly_over_the_set(study: Path) -
     for place, arm in enumerate(arms):
         training = job.study.find(f"{arm}:0")
         net = job.loaded(training)
-        scored = json.loads((training.folder / "records" / "test.json").read_text())["tasks"]
+        scored = read_lines(training.folder / "records" / "test.jsonl")[0]["tasks"]
         for number, sample in enumerate(samples):
             with torch.no_grad():
                 logits = {name: resize_logits(value, (32, 48))[0] for name, value in net(sample["image"][None]).items()}
@@ -214,11 +215,11 @@ def test_the_report_of_a_folder_that_was_trained_before_panels(study: Path, tmp_
 def test_a_baseline_of_zero_at_one_seed_leaves_a_report_without_delta_m(study: Path, tmp_path: Path, capsys) -> None:
     folder = tmp_path / study.name
     shutil.copytree(study, folder, ignore=shutil.ignore_patterns("report.*"))
-    path = next((folder / "arms" / "others").glob("*seed-1/records/test.json"))
-    record = json.loads(path.read_text())
+    path = next((folder / "arms" / "others").glob("*seed-1/records/test.jsonl"))
+    (record,) = read_lines(path)
     record["tasks"]["edge"]["value"] = 0.0
     record["tasks"]["edge"]["images"] = dict.fromkeys(record["tasks"]["edge"]["images"], 0.0)
-    path.write_text(json.dumps(record))
+    write_lines(path, [record])
     assert main(["evaluate", str(folder)]) == 0
     assert "no delta_m: delta_m: the baseline of 'edge' is 0.0" in capsys.readouterr().out
     assert {row.task for row in read_results(folder / "results.jsonl")} == {"depth", "normals", "edge"}
@@ -412,11 +413,8 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path: Path, monkeypatch
     assert main(["train", str(path), "--out", str(tmp_path / "cut")]) == 130
     assert main(["train", str(path), "--out", str(tmp_path / "cut")]) == 0
     assert "at step 2 of 4" in capsys.readouterr().out
-    tensors, heads = (
-        [next((tmp_path / name).rglob(file)) for name in ("whole", "cut")]
-        for file in ("checkpoint.pt", "heads.safetensors")
-    )
-    whole, cut = (torch.load(path, weights_only=True)["tensors"] for path in tensors)
+    heads = [next((tmp_path / name).rglob("heads.safetensors")) for name in ("whole", "cut")]
+    whole, cut = (saved_tensors(path.parent) for path in heads)
     fades = [float(value) for name, value in whole.items() if name.endswith("mlp._extra_state")]
     assert "balancer.calls" in whole and fades and set(fades) == {1.0} and set(whole) == set(cut)
     for name, value in whole.items():

@@ -15,10 +15,10 @@ import yaml
 from PIL import Image
 
 from vismt.cli import main
-from vismt.engine.log import read_lines
 from vismt.jobs import load_config, open_run
 from vismt.jobs.dense.data import DenseData
 from vismt.jobs.dense.job import DenseJob
+from vismt.lines import read_lines
 from vismt.paths import data_root
 from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
 
@@ -141,7 +141,7 @@ def test_rows_are_over_the_images_that_have_the_task(study: Path) -> None:
     for arm in ("both", "classify"):
         by_seed = []
         for training in job.study.trainings(arm):
-            scored = json.loads((training.folder / "records" / "test.json").read_text())["tasks"]["classify"]
+            scored = read_lines(training.folder / "records" / "test.jsonl")[0]["tasks"]["classify"]
             assert scored["numbers"]["images"] == 4
             assert scored["value"] == scored["numbers"]["accuracy"]
             assert value[arm, "classify", training.seed] == pytest.approx(scored["value"])

@@ -12,8 +12,8 @@ import yaml
 from PIL import Image
 
 from vismt.cli import main
-from vismt.engine.log import read_lines
 from vismt.jobs import open_run
+from vismt.lines import read_lines
 from vismt.multitask.tasks.base import DARK
 from vismt.report.panels import read_panel
 from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
@@ -82,8 +82,9 @@ def refuse(constant: str) -> None:
 
 def only_training(folder: Path) -> dict:
     """Return the scores by task of the only training of a run; NaN and the like are not JSON."""
-    (path,) = folder.glob("arms/*/*/records/test.json")
-    return json.loads(path.read_text(), parse_constant=refuse)["tasks"]
+    (path,) = folder.glob("arms/*/*/records/test.jsonl")
+    (line,) = path.read_text().splitlines()
+    return json.loads(line, parse_constant=refuse)["tasks"]
 
 
 def rows_by_task(folder: Path) -> dict[tuple[str, str], Result]:
@@ -173,7 +174,7 @@ def test_depth_is_compared_tuned_and_reported_by_its_measure(rooms: Path, tmp_pa
     job = open_run(folder).job
     for arm in ("base", "longer"):
         (training,) = job.study.trainings(arm)
-        scored = json.loads((training.folder / "records" / "test.json").read_text())["tasks"]["depth"]
+        scored = read_lines(training.folder / "records" / "test.jsonl")[0]["tasks"]["depth"]
         assert scored["numbers"]["abs_rel"] != pytest.approx(scored["numbers"]["rmse"], rel=0.01)
         assert scored["value"] == scored["numbers"]["abs_rel"]
         assert rows[arm, "depth"].value == pytest.approx(scored["value"])
@@ -182,7 +183,7 @@ def test_depth_is_compared_tuned_and_reported_by_its_measure(rooms: Path, tmp_pa
     chosen = json.loads((folder / "arms" / "base" / "chosen.json").read_text())
     for rate, score in chosen["validation"].items():
         training = job.study.training("base", float(rate), 0)
-        scored = json.loads((training.folder / "records" / "validation.json").read_text())["tasks"]["depth"]
+        scored = read_lines(training.folder / "records" / "validation.jsonl")[0]["tasks"]["depth"]
         assert score == pytest.approx(1 / scored["numbers"]["abs_rel"])
     assert chosen["lr"] == 3e-2
 

@@ -17,12 +17,12 @@ from vismt.backbones import build
 from vismt.backbones.assets import list_assets, load_asset_card
 from vismt.cli import main
 from vismt.config import typed
-from vismt.engine.log import read_lines
 from vismt.errors import UserError
 from vismt.jobs import load_config, open_run
 from vismt.jobs.fewshot.config import FewShotConfig, evaluated_models, split_head, untrained_arms
 from vismt.jobs.fewshot.config_checks import check
 from vismt.jobs.fewshot.data import FewShotData
+from vismt.lines import read_lines
 from vismt.paths import shipped
 
 pytest.importorskip("sklearn")

@@ -18,9 +18,9 @@ from helpers.lm_parts import changed, save_lm, save_texts
 
 from vismt.cli import main
 from vismt.engine import checkpoint, runtime
-from vismt.engine.log import read_lines
 from vismt.errors import UserError
 from vismt.jobs import open_run
+from vismt.lines import read_lines
 from vismt.llm import covariance
 from vismt.llm.covariance_files import load_covariances
 from vismt.llm.net import LmNet

@@ -14,11 +14,12 @@ import safetensors.torch
 import timm
 import torch
 import yaml
+from helpers.checkpoints import saved_tensors
 
 from vismt.cli import main
-from vismt.engine.log import read_lines
 from vismt.engine.study import Study
 from vismt.jobs import load_config, open_run
+from vismt.lines import read_lines
 from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
 
 pytest.importorskip("sklearn")
@@ -254,12 +255,12 @@ def test_an_interrupted_study_goes_on_bit_for_bit(tmp_path: Path, monkeypatch, c
     assert main(["train", str(path), "--out", str(tmp_path / "cut")]) == 130
     assert main(["train", str(path), "--out", str(tmp_path / "cut")]) == 0
     assert "at step 4 of 6" in capsys.readouterr().out
-    paths = [next((tmp_path / name).rglob("checkpoint.pt")) for name in ("whole", "cut")]
-    tensors = [torch.load(path, weights_only=True)["tensors"] for path in paths]
+    paths = [next((tmp_path / name).rglob("metrics.jsonl")).parent for name in ("whole", "cut")]
+    tensors = [saved_tensors(path) for path in paths]
     assert {"retain.bank", "retain.ema"} <= set(tensors[0]) and bool((tensors[0]["retain.ema"] < 10).all())
     fades = [value for name, value in tensors[0].items() if name.endswith("mlp._extra_state")]
     assert len(fades) == 6 and all(float(fade) == 1 for fade in fades)  # of six blocks
-    logs = [read_lines(path.parent / "metrics.jsonl") for path in paths]
+    logs = [read_lines(path / "metrics.jsonl") for path in paths]
     assert [row["fade"] for row in logs[0]] == [row["fade"] for row in logs[1]]
     for name, value in tensors[0].items():
         assert torch.equal(value, tensors[1][name]), name
@@ -385,7 +386,7 @@ def test_every_error_of_these_sections_is_one_line(tmp_path: Path, capsys, chang
     assert main(["run", str(write(tmp_path, **changes)), "--out", str(tmp_path / "runs")]) == 2
     message = capsys.readouterr().err
     assert words in message and message.startswith("error: ") and message.count("\n") == 1
-    assert not list((tmp_path / "runs").rglob("checkpoint.pt"))  # nothing was trained before
+    assert not list((tmp_path / "runs").rglob("checkpoint-*"))  # nothing was trained before
 
 
 @pytest.mark.slow
@@ -414,7 +415,7 @@ def test_two_processes_train_one_model(tmp_path: Path, balancing: dict | None) -
     assert len(read_results(folder / "results.jsonl")) == 2 and process.stdout.count("report  ") == 1
     merged = next(folder.rglob("merge.json"))
     assert json.loads(merged.read_text())["different_predictions"] == 0
-    tensors = torch.load(merged.parent / "checkpoint.pt", weights_only=True)["tensors"]
+    tensors = saved_tensors(merged.parent)
     # 4 steps of 2 batches of 16: more classes have been seen than 4 batches could show.
     assert int((tensors["retain.bank"][:, 1] != 0).any(1).sum()) > 20
     fades = [float(value) for name, value in tensors.items() if name.endswith("mlp._extra_state")]

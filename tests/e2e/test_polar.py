@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from vismt.cli import main
-from vismt.engine.log import read_lines
+from vismt.lines import read_lines
 from vismt.report.results import read_results
 
 pytest.importorskip("sklearn")

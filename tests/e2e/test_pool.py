@@ -13,7 +13,7 @@ import yaml
 import vismt
 from vismt.backbones.vit import create
 from vismt.cli import main
-from vismt.engine.log import read_lines
+from vismt.lines import read_lines
 
 pytest.importorskip("sklearn")
 

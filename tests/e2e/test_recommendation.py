@@ -17,9 +17,9 @@ from helpers.lm_parts import changed, save_interactions, save_lm, save_texts
 
 from vismt.cli import main
 from vismt.engine import checkpoint
-from vismt.engine.log import read_lines
 from vismt.errors import UserError
 from vismt.jobs import open_run
+from vismt.lines import read_lines
 from vismt.llm.hybrid import Hybrid
 from vismt.llm.ilora import gate_part
 from vismt.report.results import EXAMPLE, RECORDS, read_results

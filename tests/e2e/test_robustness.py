@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from vismt.cli import main
-from vismt.engine.log import read_lines
+from vismt.lines import read_lines
 
 pytest.importorskip("sklearn")
 

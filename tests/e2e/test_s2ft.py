@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import yaml
+from helpers.checkpoints import saved_tensors
 from helpers.ranks import of_two
 from helpers.s2ft_parts import MODES, sliced, steps
 from helpers.tiny import images, snapshot, tiny_vit
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 import vismt
 from vismt.cli import main
 from vismt.config import TrainConfig
-from vismt.engine import checkpoint, loop, runtime
-from vismt.engine.log import read_lines
+from vismt.engine import loop, runtime
 from vismt.errors import UserError
 from vismt.jobs import open_run
+from vismt.lines import read_lines
 from vismt.lowrank.inject import adapter_layers
 from vismt.lowrank.wrappers import to_stock
 from vismt.methods import method_optimizer
@@ -72,7 +73,7 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path,
     cut = run("cut")
     for (name, value), resumed in zip(whole.state_dict().items(), cut.state_dict().values(), strict=True):
         assert torch.equal(value, resumed), name
-    kept = torch.load(tmp_path / "cut" / checkpoint.NAME, weights_only=True)["tensors"]
+    kept = saved_tensors(tmp_path / "cut")
     assert not any(name.endswith("fc2.weight") for name in kept)  # slices, not weights
     logged = read_lines(tmp_path / "cut" / "metrics.jsonl")
     assert logged[-1]["loss"] < logged[0]["loss"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import vismt
 from vismt.config import TrainConfig
 from vismt.engine import loop, runtime
-from vismt.engine.log import read_lines
+from vismt.lines import read_lines
 from vismt.llm import Landing
 from vismt.lowrank.wrappers import wrappers_of
 from vismt.multitask.fading import FadeConfig

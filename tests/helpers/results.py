@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vismt import lines
 from vismt.report.comparison import Cell, Comparison
 from vismt.report.results import Result, result_of, write_values
 from vismt.report.results import Score as Score
@@ -46,16 +46,14 @@ def comparison(
     return Comparison(result(data, condition=condition, **changes), data, dict(cells), None, paired)
 
 
-def write_lines(path: Path, lines: Sequence[Mapping[str, Any]], mode: str = "w") -> None:
-    """Write JSON lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open(mode, encoding="utf8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]], mode: str = "w") -> None:
+    """Write a line file, or with mode "a" append to it."""
+    lines.write_lines(path, [*(lines.read_lines(path) if mode == "a" else ()), *rows])
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """The lines of results.jsonl."""
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    """The rows of results.jsonl."""
+    return lines.read_lines(folder / "results.jsonl")
 
 
 def add(

@@ -1,6 +1,5 @@
 """The pictures of a multi-task run, and the files from which examples and routers are drawn."""
 
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +16,7 @@ from vismt.jobs.classification.figures import examples_figure
 from vismt.jobs.classification.models import PixelNet
 from vismt.jobs.classification.panels import EXAMPLES, examples, routers, write_examples
 from vismt.jobs.classification.report import sections
+from vismt.lines import read_lines, write_lines
 from vismt.lowrank.wrappers import wrappers_of
 from vismt.methods import adapt
 from vismt.multitask.moe_lora import set_fade
@@ -127,8 +127,7 @@ def job(tmp_path):
         for task, part in zip("xy", parts):
             truths = zip(part.ids, part.labels.tolist())
             rows = [{"id": i, "label": k, "clean": k if answer is None else answer} for i, k in truths]
-            lines = [json.dumps(row) for row in ({"protocol": "0"}, *rows[::-1])]
-            (folder / f"test-{task}.jsonl").write_text("\n".join(lines) + "\n")
+            write_lines(folder / f"test-{task}.jsonl", [{"protocol": "0"}, *rows[::-1]])
     return SimpleNamespace(study=study, folder=tmp_path, data=data, split="test")
 
 
@@ -142,8 +141,8 @@ def test_examples_say_what_the_first_seed_of_each_arm_has_on_record(job, tmp_pat
 @pytest.mark.parametrize("row", [None, {"id": "image 1", "label": 3}, {"id": "image 1", "clean": 4}])
 def test_an_image_without_a_record_is_named(job, tmp_path, row):
     path = tmp_path / "arms" / "b" / "lr-0.1-seed-5" / "records" / "test-y.jsonl"
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], lines[2], *([json.dumps(row)] if row else [])]) + "\n")
+    lines = read_lines(path)
+    write_lines(path, [lines[0], lines[2], *([row] if row else [])])
     with pytest.raises(UserError, match=r"test-y.jsonl' lacks image 'image 1'; `vismt evaluate"):
         examples(job, tmp_path / "a.npz")
 

@@ -48,7 +48,7 @@ def evaluated(tmp_path, monkeypatch):
         config = DenseConfig(tasks=tasks, size=list(canvas))
         evaluation = Evaluation(config, Samples(samples, config))
         training = Training(ALONE, 1e-3, 0, folder)
-        path = folder / "records" / "validation.json"
+        path = folder / "records" / "validation.jsonl"
         scored = evaluation.scored(None, training, config, "validation", path)
         (result,) = evaluation.scores(scored, "validation")
         assert evaluation.known(path, training) == scored

@@ -1,11 +1,10 @@
 """The gradient-masking check in a report: its table, its line for the console, and broken files."""
 
-import json
-
 import pytest
 
 from vismt.errors import UserError
 from vismt.jobs.fewshot.masking_report import summary, tables
+from vismt.lines import write_lines
 
 
 @pytest.fixture
@@ -20,7 +19,7 @@ def lines(tmp_path):
         "passed": False,
         "verdict": "FAIL: still 50.0 % at 64/255, chance is 20.0 %",
     }
-    (tmp_path / "masking.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (good, bad)))
+    write_lines(tmp_path / "masking.jsonl", [good, bad])
     return [good, bad]
 
 
@@ -47,6 +46,6 @@ def test_the_masking_check_is_a_table(tmp_path, lines):
     ],
 )
 def test_broken_masking_lines_are_named(tmp_path, lines, change, words):
-    (tmp_path / "masking.jsonl").write_text(json.dumps({**lines[0], **change}) + "\n" + json.dumps(lines[1]) + "\n")
+    write_lines(tmp_path / "masking.jsonl", [{**lines[0], **change}, lines[1]])
     with pytest.raises(UserError, match=words):
         tables(tmp_path)

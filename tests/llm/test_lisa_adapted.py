@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.checkpoints import saved_tensors
 from helpers.lisa_parts import DEPTH, FAMILIES, Objective, adamw, case, steps, tokens, train
 from helpers.ranks import of_two
 from helpers.tiny import images, shake, snapshot, tiny_vit
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import vismt
 from vismt.config import TrainConfig
-from vismt.engine import checkpoint, loop, runtime
+from vismt.engine import loop, runtime
 from vismt.errors import UserError
 from vismt.llm import LISA
 from vismt.lowrank import backups
@@ -202,10 +203,8 @@ def test_the_loop_drives_the_schedule_and_resumes_bit_for_bit(tmp_path: Path, po
     whole = run(tmp_path / "whole", state_policy=policy)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", stop_after=cut, state_policy=policy)
-    saved = torch.load(tmp_path / "cut" / checkpoint.NAME, weights_only=True)
-    assert set(saved["tensors"]) >= {
-        f"model.{name}" for name, _ in whole.named_parameters()
-    }  # frozen layers have moved before
+    saved = saved_tensors(tmp_path / "cut")
+    assert set(saved) >= {f"model.{name}" for name, _ in whole.named_parameters()}  # frozen layers have moved before
     resumed = run(tmp_path / "cut", state_policy=policy)
     assert equal(resumed.state_dict(), whole.state_dict())
 

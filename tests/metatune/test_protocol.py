@@ -1,6 +1,7 @@
 """The protocol: the same episodes for every model, records that resume, the panel of an episode."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from vismt.errors import UserError
+from vismt.lines import read_lines, write_lines
 from vismt.metatune import EpisodeSampler, ProtoNet, run_protocol
 
 LABELS = torch.arange(6).repeat_interleave(20)
@@ -132,17 +134,35 @@ def test_another_protocol_is_refused_and_nothing_lost(tmp_path, changes, key):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda lines: [lines[0], "garbage\n", *lines[2:]], "a line is not JSON"),
-        (lambda lines: [lines[0], '{"episode": 0}\n'], "line 2 is not a record"),
-        (lambda lines: ["[1]\n", *lines[1:]], "of another run"),
-        (lambda lines: ["\x00\n"], "not JSON"),
+        (lambda header, rows: rows[0].pop("clean"), "line 2: 'clean' is missing"),
+        (lambda header, rows: rows[1].update({"clean": 123.0}), "line 3: 'clean' is 123.0, which it cannot be"),
+        (lambda header, rows: rows[1].update({"dark": -0.1}), "line 3: 'dark' is -0.1"),
+        (lambda header, rows: rows[1].update({"dark": True}), "line 3: 'dark' is True"),
+        (lambda header, rows: rows[1].update({"dark": float("nan")}), "line 3: 'dark' is nan"),
+        (lambda header, rows: rows[1].update({"mixture": [0.5, "a"]}), "line 3: 'mixture' is"),
+        (lambda header, rows: rows[2].update({"other": 0.5}), "line 4: 'other' is not a field"),
+        (lambda header, rows: rows[2].update({"episode": 0}), "line 4: episode 0 comes twice"),
+        (lambda header, rows: rows[2].update({"episode": 2.0}), "line 4: episode is 2.0"),
+        (lambda header, rows: header.update({"settings": 1}), "of another run"),
     ],
 )
-def test_broken_records_are_named(tmp_path, damage, message):
+def test_rows_that_no_evaluation_writes_are_named(tmp_path, damage, message):
     records = tmp_path / "fake.jsonl"
     run(records)
-    records.write_text("".join(damage(records.read_text().splitlines(keepends=True))))
-    with pytest.raises(UserError, match=message):
+    header, *rows = read_lines(records)
+    damage(header, rows)
+    write_lines(records, [header, *rows])
+    with pytest.raises(UserError, match=message) as error:
+        run(records)
+    assert str(records) in str(error.value)
+
+
+def test_a_line_changed_by_hand_is_named(tmp_path):
+    records = tmp_path / "fake.jsonl"
+    run(records)
+    lines = records.read_text().splitlines(keepends=True)
+    records.write_text("".join([*lines[:2], lines[2].replace('"dark": 0', '"dark": 1'), *lines[3:]]))
+    with pytest.raises(UserError, match=f"'{records}' line 3 was changed"):
         run(records)
 
 
@@ -153,26 +173,18 @@ def test_unwritable_records(tmp_path):
 
 
 def test_full_disk_keeps_earlier_episodes(tmp_path, monkeypatch):
-    from vismt import records as module
-
     path = tmp_path / "fake.jsonl"
-    real, rows = module._append, []
+    real, calls = Path.open, []
 
-    def fails_at_third(log, row):
-        rows.append(row)
-        if len(rows) == 3:
+    def fails_at_third(self, mode="r", *options, **named):
+        if mode == "ab" and self == path:
+            calls.append(self)
+            if len(calls) == 3:
+                raise OSError(28, "No space left on device")
+        return real(self, mode, *options, **named)
 
-            class Full:
-                name = str(path)
-
-                def write(self, line):
-                    raise OSError(28, "No space left on device")
-
-            log = Full()
-        real(log, row)
-
-    monkeypatch.setattr(module, "_append", fails_at_third)
-    with pytest.raises(UserError, match=r"No space left on device. Earlier records are kept"):
+    monkeypatch.setattr(Path, "open", fails_at_third)
+    with pytest.raises(UserError, match=f"cannot write '{path}': No space left on device"):
         run(path)
     monkeypatch.undo()
     assert len(path.read_text().splitlines()) == 3  # header and two episodes
@@ -231,7 +243,7 @@ class Mixed(nn.Module):
 def test_the_mixture_of_a_task_is_on_its_line_and_survives_a_resume(tmp_path):
     records = tmp_path / "fake.jsonl"
     run(records, net=Mixed(), episodes=3)
-    rows = [json.loads(line) for line in records.read_text().splitlines()[1:]]
+    rows = read_lines(records)[1:]
     assert [row["mixture"] for row in rows] == [[0.333333, 0.666667], [0.0, 1.0], [0.333333, 0.666667]]
     before = records.read_text()
     assert set(run(records, net=Mixed(), episodes=3)) == {"clean", "dark"} and records.read_text() == before

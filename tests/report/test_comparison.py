@@ -1,6 +1,5 @@
 """Comparisons of a hand-made run folder: numbers by hand, pairs, ties and averages."""
 
-import json
 import math
 import shutil
 
@@ -8,6 +7,7 @@ import pytest
 from helpers.results import HASH, PGD, add, measure, rows_of, write_lines
 from helpers.run_folder import FROZEN, add_arm, make_folder
 
+from vismt.lines import read_lines
 from vismt.report.comparison import compare
 from vismt.report.results import Score, read_results
 from vismt.report.tables import result_tables
@@ -72,7 +72,7 @@ def test_records_that_do_not_give_the_number_are_not_used(folder):
     add_arm(folder, "other", "frozen", FROZEN, FROZEN)
     add_arm(folder, "other", "adapted", [v + 0.1 for v in FROZEN], FROZEN)
     path = records_of(folder, "other", "adapted")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = read_lines(path)
     lines[3]["clean"] += 0.05
     write_lines(path, lines)
     results = comparisons(folder)
@@ -83,14 +83,13 @@ def test_records_that_do_not_give_the_number_are_not_used(folder):
 
 def test_records_pair_by_example_not_by_line(folder):
     path = records_of(folder, "digits", "adapted")
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join(reversed(lines)) + "\n")
+    write_lines(path, read_lines(path)[::-1])
     assert comparisons(folder)["digits", "clean"].difference == pytest.approx((0.1, 0.1, 0.1))
 
 
 def test_records_of_other_examples_are_not_paired(folder):
     path = records_of(folder, "digits", "adapted")
-    path.write_text(path.read_text().replace('"example": "3"', '"example": "7"'))
+    write_lines(path, [{**row, "example": row["example"].replace("3", "7")} for row in read_lines(path)])
     clean = comparisons(folder)["digits", "clean"]
     assert not clean.paired and clean.difference is None and clean.cells["frozen"].mark == "tie"
 

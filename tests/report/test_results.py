@@ -8,10 +8,10 @@ from helpers.results import HASH, PGD, add, measure, result, rows_of, write_line
 from helpers.run_folder import make_folder
 
 from vismt.errors import UserError
+from vismt.lines import read_lines
 from vismt.report.results import (
     Score,
     ValuesByExample,
-    is_old,
     read_results,
     result_of,
     write_results,
@@ -86,7 +86,7 @@ def test_values_of_other_conditions_stay(tmp_path):
     write_values(tmp_path, [(rows["clean"], clean.measure)])
     write_values(tmp_path, [(rows["pgd"], attacked.measure)])
     path = tmp_path / "records" / f"{rows['clean'].stem}.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = read_lines(path)
     assert lines == [
         {"example": "0", "clean": 0.1, PGD.label: 0.0},
         {"example": "1", "clean": 0.3, PGD.label: 0.2},
@@ -96,12 +96,12 @@ def test_values_of_other_conditions_stay(tmp_path):
     # an evaluation again replaces its own column
     again = score([0.2, 0.4])
     write_values(tmp_path, [(result_of(again, "lora", None, "test", HASH), again.measure)])
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = read_lines(path)
     assert [line["clean"] for line in lines] == [0.2, 0.4] and [line[PGD.label] for line in lines] == [0.0, 0.2]
     # columns of other examples go: they can no longer be paired
     more = score([0.2, 0.4, 0.6])
     write_values(tmp_path, [(result_of(more, "lora", None, "test", HASH), more.measure)])
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = read_lines(path)
     assert len(lines) == 3 and not any(PGD.label in line for line in lines)
 
 
@@ -119,7 +119,7 @@ def test_every_arm_and_metric_has_its_values(tmp_path):
 def test_values_that_are_not_numbers_are_not_used(tmp_path):
     row = add(tmp_path, score([0.1, 0.3]), "lora")
     path = tmp_path / "records" / f"{row.stem}.jsonl"
-    path.write_text(path.read_text().replace("0.3", '"0.3"'))
+    write_lines(path, [{**line, "clean": str(line["clean"])} for line in read_lines(path)])
     assert ValuesByExample(tmp_path).of(row) is None
 
 
@@ -135,6 +135,8 @@ LINE = vars(result(data="third"))
         ({"config_hash": ""}, "config hash '' is not this run's"),
         ({"config_hash": None}, "key 'config_hash' is missing"),
         ({"value": math.nan}, "nan in [0.35"),
+        ({"value": 1.01, "high": 1.2}, "1.01 is not a share, in [0, 1]"),
+        ({"value": -0.01, "low": -0.2}, "-0.01 is not a share, in [0, 1]"),
         ({"high": math.inf}, "inf] is not finite"),
         ({"n": 0}, "n = 0"),
         ({"n": 2.5}, "n: expected int, got 2.5"),
@@ -175,21 +177,20 @@ def test_a_missing_kind_is_a_clean_one(folder):
     assert Condition(last.condition, last.kind, last.family, last.level) == CLEAN
 
 
-def test_files_of_version_0_1_are_refused_until_they_are_written_again(folder):
+def test_files_without_checksums_are_refused_until_they_are_written_again(folder):
     path = folder / "results.jsonl"
     old = {
         "data": "digits", "protocol": "5-way 1-shot", "condition": "clean", "metric": "accuracy", "model": "frozen",
         "value": 0.5, "ci95": 0.1, "n": 4, "unit": "episodes", "seed": 1, "config_hash": HASH,
     }  # fmt: skip
-    write_lines(path, [old])
-    assert is_old(path)
+    path.write_text(json.dumps(old) + "\n")
     with pytest.raises(
-        UserError, match=rf"written by version 0.1.*`vismt evaluate {folder}` writes it again"
+        UserError, match=rf"written by an earlier version, without checksums; `vismt evaluate {folder}` writes it again"
     ) as caught:
         read_results(path, HASH)
     assert "\n" not in str(caught.value)
     write_results(folder, [result()])
-    assert not is_old(path) and read_results(path, HASH) == [result()]
+    assert read_results(path, HASH) == [result()]
 
 
 def test_a_number_of_a_lone_example_has_no_interval():

@@ -223,6 +223,12 @@ def create(
     return backbone
 
 
+def skeleton(name: str, img_size: int | tuple[int, int] | None = None, *, num_classes: int = 0) -> nn.Module:
+    """Return timm's model of a backbone on the meta device: its modules and shapes without values, made in no time."""
+    with torch.device("meta"):
+        return create(name, img_size, num_classes=num_classes).vit
+
+
 def check_vit(model: nn.Module, name: str) -> None:
     """Raise UserError unless `model` is a plain ViT of timm: patches, prefix tokens and a sequence of blocks with features."""
     missing = [part for part in NEEDED if not hasattr(model, part)]

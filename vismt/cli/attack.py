@@ -78,8 +78,9 @@ def _attack(options: argparse.Namespace) -> None:
             raise UserError(
                 f"attack: --{name.replace('_', '-')} goes with --model; a run takes it from its configuration."
             )
-    run.on_main(lambda: run.evaluate(attacks))
-    run.on_main(run.report)
+    with run.owned():
+        run.on_main(lambda: run.evaluate(attacks))
+        run.on_main(run.report)
 
 
 def _attack_model(options: argparse.Namespace, attacks: list[AttackConfig]) -> None:
@@ -98,6 +99,6 @@ def _attack_model(options: argparse.Namespace, attacks: list[AttackConfig]) -> N
         data=[options.data],
         evaluate=RobustnessEvaluateConfig(options.images, options.batch, attacks, masking=options.masking),
     )
-    run = start_config(config, f"attack-{arm}", Path("runs"), options.out)
-    run.on_main(run.evaluate)
-    run.on_main(run.report)
+    with start_config(config, f"attack-{arm}", Path("runs"), options.out).owned() as run:
+        run.on_main(run.evaluate)
+        run.on_main(run.report)

@@ -61,17 +61,19 @@ def _arm(options: argparse.Namespace) -> str | None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    console.stage("merged", str(open_run(options.run).merge(_arm(options))))
+    with open_run(options.run).owned() as run:
+        console.stage("merged", str(run.merge(_arm(options))))
 
 
 def _export(options: argparse.Namespace) -> None:
-    console.stage("export", str(open_run(options.run).export(options.format, options.to, _arm(options))))
+    with open_run(options.run).owned() as run:
+        console.stage("export", str(run.export(options.format, options.to, _arm(options))))
 
 
 def _predict(options: argparse.Namespace) -> None:
-    pictures = open_run(options.run).predict(
-        options.images, options.to, _arm(options), own_size=options.own_size, flip=options.flip, maps=options.maps
-    )
+    settings = {name: getattr(options, name) for name in ("own_size", "flip", "maps")}
+    with open_run(options.run).owned() as run:
+        pictures = run.predict(options.images, options.to, _arm(options), **settings)
     for path in pictures:
         console.stage("picture", str(path))
 

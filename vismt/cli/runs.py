@@ -34,26 +34,26 @@ def add_commands(commands: Commands) -> None:
 def _run(options: argparse.Namespace) -> None:
     from vismt.jobs import start
 
-    run = start(options.config, options.overrides, options.out)
-    run.train()
-    run.on_main(run.evaluate)
-    run.on_main(run.report)
+    with start(options.config, options.overrides, options.out).owned() as run:
+        run.train()
+        run.on_main(run.evaluate)
+        run.on_main(run.report)
 
 
 def _train(options: argparse.Namespace) -> None:
     from vismt.jobs import start
 
-    run = start(options.config, options.overrides, options.out)
-    run.train()
+    with start(options.config, options.overrides, options.out).owned() as run:
+        run.train()
     console.stage("run", str(run.folder))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     from vismt.jobs import open_run
 
-    run = open_run(options.run)
-    run.on_main(run.evaluate)
-    run.on_main(run.report)
+    with open_run(options.run).owned() as run:
+        run.on_main(run.evaluate)
+        run.on_main(run.report)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -61,7 +61,8 @@ def _report(options: argparse.Namespace) -> None:
 
     run = open_run(options.run)
     if options.format == "html":
-        run.on_main(run.report)
+        with run.owned():
+            run.on_main(run.report)
         return
     from vismt.jobs.robustness.config import RobustnessConfig
     from vismt.jobs.robustness.robustbench import write_model_info

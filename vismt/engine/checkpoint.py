@@ -1,35 +1,54 @@
-"""The checkpoint of a training: trainable tensors, buffers, optimiser, schedule, random state and step, written atomically.
+"""Checkpoints of a training: trainable tensors, buffers, optimiser state, random state and step, in one safetensors file.
 
-A training starts from 1. the checkpoint.pt of its folder, if there is one, 2. the adapter's start values. Batches are a
-function of the step number, so the step is enough to continue with the data.
+A training starts from 1. the newest sound checkpoint of its folder, 2. the adapter's start values. Batches are a function of
+the step number and rates one of the number of updates, so these two numbers are enough to continue with both.
+
+checkpoint-STEP-DIGEST.safetensors   tensors model.NAME, optimizer.NAME.KEY, random.cpu, random.cuda.I; the numbers as JSON
+                                     in the header. DIGEST is of the whole file, so no changed bit goes unnoticed.
+Two are kept. Nothing that was read is used before all of it was compared with what this training would have written.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable
+import copy
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from vismt import console
 from vismt.errors import UserError
-from vismt.files import atomic_write
+from vismt.files import file_digest, write_tensors
 from vismt.lowrank.store import check_tensors
 
-NAME = "checkpoint.pt"
+OLD_NAME = "checkpoint.pt"  # of earlier versions
+KEPT = 2
+NAME = re.compile(r"checkpoint-(\d+)-([0-9a-f]{12})\.safetensors")
+STATE = "state"  # key of the numbers in the file's header
 
 
-def moving_state(module: nn.Module, trained: Iterable[torch.Tensor] = ()) -> dict[str, torch.Tensor]:
-    """Return what training may change, the state dict without the frozen parameters, on the CPU.
+def moving_state(module: nn.Module, trained: Iterable[Tensor] = ()) -> dict[str, Tensor]:
+    """Return what training may change: the state dict without the frozen parameters.
 
     trained: parameters that are included even if a schedule has frozen them at the moment.
     """
     moving = set(trained)
     named = module.named_parameters(remove_duplicate=False)
     frozen = {name for name, value in named if not value.requires_grad and value not in moving}
-    return {name: value.detach().cpu() for name, value in module.state_dict().items() if name not in frozen}
+    return {name: value.detach() for name, value in module.state_dict().items() if name not in frozen}
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a training's folder, the newest first."""
+    paths = [path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name)]
+    return sorted(paths, key=_step_of, reverse=True)
 
 
 def save(
@@ -37,63 +56,194 @@ def save(
     step: int,
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
-    schedule: Any,
+    updates: int,
     scaler: Any,
     config_hash: str,
-    trained: Iterable[torch.Tensor] = (),
+    trained: Iterable[Tensor] = (),
 ) -> None:
-    """Write the checkpoint after `step` finished steps; the previous one stays until the new one is complete.
+    """Write the checkpoint after `step` finished steps and delete all but the one before it.
 
-    scaler: fp16's gradient scaler, None in other precisions. trained: as for `moving_state`.
+    updates: of the optimiser, fewer than `step` where fp16 skipped some. scaler: fp16's gradient scaler, None in other
+    precisions. trained: as for `moving_state`.
     """
-    state = {
-        "step": step,
-        "config_hash": config_hash,
-        "tensors": moving_state(module, trained),
-        "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
-        "scaler": scaler.state_dict() if scaler is not None else {},
-        "random": torch.get_rng_state(),
-        "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    atomic_write(folder / NAME, buffer.getvalue())
+    tensors = {f"model.{name}": value for name, value in moving_state(module, trained).items()}
+    for parameter, name in _names(module, optimizer).items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    numbers = {"step": step, "updates": updates, "config_hash": config_hash, "scaler": _scale(scaler)}
+    path = folder / f"checkpoint-{step}-{{digest}}.safetensors"
+    digest = write_tensors(path, {**tensors, **_random_state()}, {STATE: json.dumps(numbers)})
+    written = folder / path.name.format(digest=digest[:12])
+    before = [path for path in checkpoints(folder) if _step_of(path) < step]
+    for path in set(checkpoints(folder)) - {written, *before[: KEPT - 1]}:
+        path.unlink(missing_ok=True)
 
 
 def load(
-    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, scaler: Any, config_hash: str
-) -> int:
-    """Restore the checkpoint of a folder and return its number of finished steps; 0 without a checkpoint."""
-    path = folder / NAME
-    if not path.exists():
-        return 0
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        saved_hash = state["config_hash"]
-        tensors = dict(state["tensors"])
-    except Exception as error:  # a torn file can raise any error in the reader
+    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, scaler: Any, config_hash: str
+) -> tuple[int, int]:
+    """Restore the newest sound checkpoint of a folder; damaged ones are named on the console.
+
+    Returns:
+        The finished steps and the updates of the optimiser; 0 without a checkpoint.
+
+    Raises:
+        UserError: damaged checkpoints only, and a checkpoint that is not one of this training. Nothing is changed then.
+    """
+    paths = checkpoints(folder)
+    if not paths and (folder / OLD_NAME).exists():
         raise UserError(
-            f"checkpoint '{path}' is damaged ({type(error).__name__}); delete it to train from the start."
-        ) from error
-    if saved_hash != config_hash:
-        raise UserError(
-            f"checkpoint '{path}' is of configuration {saved_hash}, this is {config_hash}; use another run folder."
+            f"checkpoint '{folder / OLD_NAME}' was written by an earlier version; delete it to train from the start."
         )
-    wanted = {name: tuple(value.shape) for name, value in moving_state(module).items()}
-    check_tensors(f"checkpoint '{path}'", wanted, tensors)
+    damaged = [path for path in paths if not _is_sound(path)]
+    sound = next((path for path in paths if path not in damaged), None)
+    if sound is None and damaged:
+        names = " and ".join(f"'{path}'" for path in damaged)
+        raise UserError(f"checkpoint {names}: damaged; delete to train from the start.")
+    for path in damaged if sound is not None else ():
+        console.stage("resume", f"checkpoint '{path}' is damaged and not used")
+    return (0, 0) if sound is None else _restore(sound, module, optimizer, scaler, config_hash)
+
+
+def _step_of(path: Path) -> int:
+    match = NAME.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[1])
+
+
+def _is_sound(path: Path) -> bool:
+    """Return whether a checkpoint has the content that it was written with."""
     try:
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        if scaler is not None and state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["random"])
-        step = int(state["step"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        return file_digest(path).startswith(path.stem.rpartition("-")[2])
+    except OSError:
+        return False
+
+
+def _restore(
+    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, scaler: Any, config_hash: str
+) -> tuple[int, int]:
+    """Check everything in a checkpoint, then put it into random state, module, optimiser and scaler."""
+    what = f"checkpoint '{path}'"
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            numbers = json.loads((file.metadata() or {})[STATE])
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (OSError, safetensors.SafetensorError, KeyError, ValueError, RecursionError) as error:
+        raise UserError(f"{what} is not what a training writes; delete it to train from the start.") from error
+    step, updates = _checked(what, numbers, _step_of(path), scaler, config_hash)
+    random = _random_state()
+    gpus = {name for name in tensors if name.startswith("random.cuda.")}
+    if gpus != random.keys() - {"random.cpu"}:  # a machine with another number of GPUs
+        tensors = {name: value for name, value in tensors.items() if name not in gpus}
+        random = {"random.cpu": random["random.cpu"]}
+    state = {f"model.{name}": value for name, value in moving_state(module).items()}
+    fields = _fields(optimizer)
+    optimised = {}
+    for parameter, name in _names(module, optimizer).items():
+        keys = {key: f"optimizer.{name}.{key}" for key in fields}
+        if not tensors.keys().isdisjoint(keys.values()):  # a parameter that never had a gradient has no state
+            optimised[parameter] = keys
+    like = {
+        keys[key]: field if field.ndim == 0 else parameter
+        for parameter, keys in optimised.items()
+        for key, field in fields.items()
+    }
+    _check_tensors(what, tensors, {**random, **state, **like})
+    trained = {f"model.{name}" for name, _ in module.named_parameters(remove_duplicate=False)}
+    _check_finite(what, {name: tensors[name] for name in [*like, *(state.keys() & trained)]})  # buffers may be infinite
+    for name, value in like.items():
+        if value.ndim == 0 and not 0 <= float(tensors[name]) <= updates:
+            raise UserError(
+                f"{what}: {name} is {float(tensors[name]):g} after {updates} updates; delete the checkpoint."
+            )
+    _set_random_state(what, {name: tensors[name] for name in random})
+    module.load_state_dict({name.removeprefix("model."): tensors[name] for name in state}, strict=False)
+    for parameter, keys in optimised.items():
+        optimizer.state[parameter] = {key: tensors[name].to(like[name].device) for key, name in keys.items()}
+    if scaler is not None:
+        scaler.load_state_dict({**scaler.state_dict(), **numbers["scaler"]})
+    return step, updates
+
+
+def _checked(what: str, numbers: Any, step: int, scaler: Any, config_hash: str) -> tuple[int, int]:
+    """Return the progress in a checkpoint's numbers. Raises UserError for values that no training writes."""
+    refusal = UserError(f"{what} has numbers that no training writes: {numbers}; delete it to train from the start.")
+    if not isinstance(numbers, dict) or set(numbers) != {"step", "updates", "config_hash", "scaler"}:
+        raise refusal
+    if numbers["config_hash"] != config_hash:
         raise UserError(
-            f"checkpoint '{path}' does not fit this training ({error}); delete it to start again."
-        ) from error
-    module.load_state_dict(tensors, strict=False)  # it has no frozen parameters
-    if state["cuda_random"] and len(state["cuda_random"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda_random"])
-    return step
+            f"{what} is of configuration {numbers['config_hash']}, this is {config_hash}; use another run folder."
+        )
+    updates = numbers["updates"]
+    whole = type(updates) is int and type(numbers["step"]) is int
+    if not whole or numbers["step"] != step or not 0 <= updates <= step or (scaler is None and updates != step):
+        raise refusal
+    fresh, scale = _scale(scaler), numbers["scaler"]
+    if fresh is not None and isinstance(scale, dict) and scale.keys() == fresh.keys():
+        fits = all(type(scale[key]) is type(value) and 0 <= scale[key] < math.inf for key, value in fresh.items())
+        fits &= scale.get("scale") != 0
+    else:
+        fits = scale is None and fresh is None
+    if not fits:
+        raise refusal
+    return step, updates
+
+
+def _check_tensors(what: str, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+    """Raise UserError for a missing or unexpected tensor, another shape or another dtype."""
+    check_tensors(what, {name: tuple(value.shape) for name, value in like.items()}, dict(tensors))
+    for name, value in like.items():
+        if tensors[name].dtype != value.dtype:
+            raise UserError(f"{what}: {name}: saved {tensors[name].dtype}, needed {value.dtype}.")
+
+
+def _check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
+    for name, value in tensors.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise UserError(f"{what}: {name} is not finite; delete the checkpoint to train from the start.")
+
+
+def _names(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, str]:
+    """Return the optimiser's parameters with their names in `module`."""
+    optimised = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    return {parameter: name for name, parameter in module.named_parameters() if parameter in optimised}
+
+
+def _fields(optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]:
+    """Return the state that an optimiser keeps for one matrix, by key, found by a step of a copy on a matrix of zeros."""
+    inner = optimizer
+    while hasattr(inner, "optimizer"):  # a method's optimiser is around another one
+        inner = inner.optimizer
+    twin = copy.copy(inner)
+    parameter = inner.param_groups[0]["params"][0]
+    probe = nn.Parameter(torch.zeros(2, 2, dtype=parameter.dtype, device=parameter.device))
+    probe.grad = torch.zeros_like(probe)
+    twin.state = defaultdict(dict)
+    twin.param_groups = [{**inner.param_groups[0], "params": [probe]}]
+    twin.step()
+    return twin.state[probe]
+
+
+def _scale(scaler: Any) -> dict[str, float] | None:
+    """Return the moving numbers of a gradient scaler."""
+    if scaler is None:
+        return None
+    state = scaler.state_dict()
+    return {key: state[key] for key in ("scale", "_growth_tracker") if key in state}
+
+
+def _random_state() -> dict[str, Tensor]:
+    """Return the random state of the CPU and of every GPU."""
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"random.cpu": torch.get_rng_state(), **{f"random.cuda.{index}": state for index, state in enumerate(gpus)}}
+
+
+def _set_random_state(what: str, states: Mapping[str, Tensor]) -> None:
+    try:
+        torch.set_rng_state(states["random.cpu"])
+    except RuntimeError as error:
+        raise UserError(f"{what}: random.cpu is no state of a generator; delete the checkpoint.") from error
+    for name, state in states.items():
+        if name != "random.cpu":
+            torch.cuda.set_rng_state(state, int(name.rpartition(".")[2]))

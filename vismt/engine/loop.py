@@ -105,10 +105,10 @@ class _Training:
             raise UserError("train: nothing is trainable; name a method in the adapt section.")
         optimizer = method_optimizer(make_optimizer(trained, config, with_own_prior(objective)), objective)
         self.parameters = list(trained.values())
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, config) / config.lr)
 
-        # Where training starts: 1. the run folder's checkpoint, 2. the start values.
-        self.finished = checkpoint.load(folder, objective, optimizer, self.schedule, accelerator.scaler, config_hash)
+        # Where training starts: 1. the run folder's newest sound checkpoint, 2. the start values.
+        self.finished, updates = checkpoint.load(folder, objective, optimizer, accelerator.scaler, config_hash)
+        self.schedule = _schedule(optimizer, config, updates)
         self.log = MetricsLog(folder, self.finished, accelerator.is_main_process)
         if self.finished:
             console.stage("resume", f"{folder} at step {self.finished} of {config.steps}")
@@ -142,12 +142,13 @@ class _Training:
                     last = self._write_log(step, logged, {"lr": lr, "grad_norm": float(norm), **metrics})
                     progress.note("  ".join(f"{name} {last[name]:.3g}" for name in logged))
                 if due and self.accelerator.is_main_process:  # after _write_log has checked that it is finite
+                    self.log.sync()
                     checkpoint.save(
                         self.folder,
                         step,
                         self.objective,
                         self.optimizer,
-                        self.schedule,
+                        self.schedule.last_epoch,
                         self.accelerator.scaler,
                         self.hash,
                         self.parameters,
@@ -290,6 +291,13 @@ def _search(pattern: str, name: str) -> bool:
         raise UserError(f"train.rates: '{pattern}' is not a regular expression ({error}).") from error
 
 
+def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Return the schedule of the rate after a number of updates."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, config) / config.lr, updates - 1)
+
+
 def rate(step: int, config: TrainConfig) -> float:
     """Return the learning rate of step 0, 1, ...: linear over `warmup` steps to lr, a half cosine to min_lr, then `cooldown`."""
     if step < config.warmup:
@@ -327,5 +335,5 @@ def check(config: TrainConfig) -> None:
 
 
 def _last_good(folder: Path) -> str:
-    path = folder / checkpoint.NAME
-    return f"the last good checkpoint is kept in {path}." if path.exists() else "no checkpoint had been written yet."
+    paths = checkpoint.checkpoints(folder)
+    return f"the last good checkpoint is kept in {paths[0]}." if paths else "no checkpoint had been written yet."

@@ -10,18 +10,18 @@ import datetime
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
-import safetensors.torch
 from torch import nn
 
 from vismt import console
 from vismt.config import RunConfig, config_hash
 from vismt.engine import runtime
 from vismt.errors import UserError, near
-from vismt.files import atomic_write, read_json
+from vismt.files import atomic_write, locked, read_json, remove_partial, write_tensors
 from vismt.lowrank.peft_folder import export_peft
 
 RESOLVED = "config.resolved.yaml"
@@ -37,6 +37,9 @@ class Stages(Protocol):
     @property
     def trains(self) -> bool:
         """Whether the configuration trains anything."""
+
+    def check(self) -> None:
+        """Raise UserError for what the configuration names, before a folder is made."""
 
     def train(self) -> dict[str, Any]:
         """Train what is not trained yet; return the entry "adapt" of run.json."""
@@ -75,6 +78,17 @@ class Run:
         self.job = job
         self.hash = config_hash(config)
         self.started = time.monotonic()
+
+    @contextmanager
+    def owned(self) -> Iterator[Run]:
+        """Hold the folder's lock, on the first process of a launch, and remove what a killed run has not finished.
+
+        Raises UserError where another run has the lock.
+        """
+        with locked(self.folder) if runtime.processes().is_main_process else nullcontext():
+            if runtime.processes().is_main_process:
+                remove_partial(self.folder)
+            yield self
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -163,8 +177,7 @@ class Run:
         if hasattr(model, "save_pretrained"):
             model.save_pretrained(target)
             return self._write_beside(target, arm)
-        state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-        atomic_write(target / "model.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
+        write_tensors(target / "model.safetensors", model.state_dict(), {"format": "pt"})
         atomic_write(target / "config.json", json.dumps(self._model_config(model), indent=1))
         return self._write_beside(target, arm)
 

@@ -49,11 +49,15 @@ def start(path: Path, overrides: Sequence[str], out: Path) -> Run:
 
 
 def start_config(config: RunConfig, name: str, out: Path, folder: Path | None = None) -> Run:
-    """Make or find again the run folder of a configuration: `folder`, by default <out>/<name>-<hash>."""
+    """Make or find again the run folder of a configuration: `folder`, by default <out>/<name>-<hash>.
+
+    Raises UserError for what the configuration names and does not exist; no folder is made then.
+    """
     from vismt.engine.run import RESOLVED, Run
 
     folder = folder or out / f"{name}-{config_hash(config)}"
     run = Run(folder, config, make_job(config, folder))
+    run.job.check()
     if not (folder / RESOLVED).exists():
         atomic_write(folder / RESOLVED, yaml.safe_dump(resolved(config), sort_keys=False))
     return run

@@ -101,6 +101,9 @@ class EvaluationJob(ABC, Generic[Config]):
             f"run '{self.folder}': the job '{self.config.task}' has no classifier of images; name another run."
         )
 
+    def check(self) -> None:
+        """Raise UserError for what a configuration names, before data is decoded and a run folder is made."""
+
     # ---- a job that trains nothing ----------------------------------------------------------------------------------------
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -24,7 +24,7 @@ from vismt.jobs.base import EvaluationJob
 from vismt.lowrank.inject import merge, record_of
 from vismt.lowrank.layer_spec import factor_rank
 from vismt.lowrank.memory import count_parameters
-from vismt.methods import adapt
+from vismt.methods import adapt, check_adaptation
 
 Config = TypeVar("Config", bound=StudyConfig)
 Net = TypeVar("Net", bound=nn.Module)
@@ -38,6 +38,10 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
     @abstractmethod
     def check_data(self) -> None:
         """Raise UserError, before any training, for data that cannot be trained or evaluated on."""
+
+    @abstractmethod
+    def skeleton(self, config: Config) -> nn.Module:
+        """Return a model with the modules of an arm's stock model; its values are not read."""
 
     @abstractmethod
     def fresh(self, config: Config) -> Net:
@@ -95,7 +99,7 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
     def train(self) -> dict[str, Any]:
         """Train every arm at its rate and seeds; return {"arms": {arm: content of done.json}} for run.json."""
         self.check_data()
-        self._check_arms()
+        self._each_arm(self.check_arm)
         self.study.train(self)
         done = {arm: training_files.read_done(self.study.trainings(arm)[0]) for arm in self.study.arms}
         return {"arms": done}
@@ -163,8 +167,19 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
             console.stage("adapt", f"left out: {remark}")
         return settings.method
 
-    def _check_arms(self) -> None:
-        """Raise UserError, before any training, for an arm that cannot be built.
+    def check(self) -> None:
+        self._each_arm(self._check_names)
+
+    def _check_names(self, config: Config) -> None:
+        """Check the train section of an arm, its method and options, and its targets and rank on the bare modules."""
+        loop.check(config.training)
+        if config.adapt is not None:
+            settings = config.adapt
+            arguments = (settings.method, settings.targets, settings.rank, settings.alpha, settings.options)
+            check_adaptation(self.skeleton(config), *arguments)
+
+    def _each_arm(self, check: Callable[[Config], None]) -> None:
+        """Call `check` with the configuration of every arm; its errors name the arm.
 
         Arms with a chosen rate have been built before and are skipped.
         """
@@ -173,7 +188,7 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
                 continue
             first = self.study.training(arm, config.training.lr, self.study.seeds[0])
             try:
-                self.check_arm(self.study.config_of(first))
+                check(self.study.config_of(first))
             except UserError as error:
                 raise UserError(f"arms.{arm}: {error}" if self.config.arms else str(error)) from error
 

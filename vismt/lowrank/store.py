@@ -17,12 +17,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError
-from vismt.files import atomic_write
+from vismt.files import atomic_write, locked, write_tensors
 from vismt.lowrank.adapter_files import (
     DESCRIPTION,
     FORMAT,
@@ -61,6 +60,8 @@ from vismt.lowrank.wrappers import (
     wrappers_of,
 )
 
+WAIT_S = 60  # for another process that saves into the same folder
+
 
 def save_adapter(model: nn.Module, folder: str | Path, *, force: bool = False) -> Path:
     """Write the factors (and also_train parameters) of an adapted model; each file appears whole or not at all.
@@ -85,32 +86,29 @@ def save_adapter(model: nn.Module, folder: str | Path, *, force: bool = False) -
     unchanged = [] if record.sites or record.wrappers else unchanged_tensors(record.also_train, tensors)
     tensors = {name: value for name, value in tensors.items() if name not in unchanged}
     paths = compared(record.sites, unchanged)
-    with stock_order(model):
+    folder = Path(folder)
+    with locked(folder, WAIT_S), stock_order(model):
         if not force:
             need_finite("save_adapter", tensors)
             need_finite("save_adapter", {f"{path}.weight": _base_weight(model, path) for path in paths})
-        payload = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
-        base, samples = fingerprint(model, paths), base_samples(model, paths)
-    digest = hashlib.sha256(payload).hexdigest()
-    description = {
-        "format": FORMAT,
-        "method": record.method,
-        "model": type(model).__name__,
-        "options": record.options,
-        "sites": [entry_of(spec) for spec in record.sites],
-        "also_train": sorted(record.also_train),
-        "unchanged": unchanged,
-        "parts": record.wrappers,
-        "base": base,
-        "base_samples": samples,
-        "tensors": f"adapter-{digest[:12]}.safetensors",
-        "tensors_sha256": digest,
-    }
-    folder = Path(folder)
-    atomic_write(folder / description["tensors"], payload)
-    atomic_write(folder / DESCRIPTION, sealed(description))
-    for stale in set(folder.glob("adapter-*.safetensors")) - {folder / description["tensors"]}:
-        stale.unlink()
+        digest = write_tensors(folder / "adapter-{digest}.safetensors", tensors)
+        description = {
+            "format": FORMAT,
+            "method": record.method,
+            "model": type(model).__name__,
+            "options": record.options,
+            "sites": [entry_of(spec) for spec in record.sites],
+            "also_train": sorted(record.also_train),
+            "unchanged": unchanged,
+            "parts": record.wrappers,
+            "base": fingerprint(model, paths),
+            "base_samples": base_samples(model, paths),
+            "tensors": f"adapter-{digest[:12]}.safetensors",
+            "tensors_sha256": digest,
+        }
+        atomic_write(folder / DESCRIPTION, sealed(description))
+        for stale in set(folder.glob("adapter-*.safetensors")) - {folder / description["tensors"]}:
+            stale.unlink()
     return folder
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError
-from vismt.files import atomic_write, read_json
+from vismt.files import atomic_write, locked, read_json
 from vismt.lowrank.bank import FactorBank
 from vismt.lowrank.detached_updates import Updates
 from vismt.lowrank.factors import LowRank
@@ -186,6 +186,11 @@ def assemble(experts: Sequence[Expert], folder: Path) -> Path:
     if not experts:
         raise UserError("pool: no expert given, need at least one.")
     check_alike(experts)
+    with locked(folder):
+        return _assemble(experts, folder)
+
+
+def _assemble(experts: Sequence[Expert], folder: Path) -> Path:
     files, entries = {}, []
     for number, expert in enumerate(experts):
         description = read_json(expert.folder / DESCRIPTION, f"expert '{expert.label}'")

@@ -22,7 +22,7 @@ from vismt.metatune.functional import evaluating
 from vismt.metatune.labelled import Episode
 from vismt.metatune.packed import PackedClassifier, pack_key
 from vismt.metatune.protonet import PrototypeClassifier
-from vismt.records import Records
+from vismt.records import SHARE, Field, Records
 from vismt.seeds import mix_seed
 
 BLOCK = 8  # episodes that are run together
@@ -143,7 +143,8 @@ def run_protocol(
     if device is None:
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
     run = _EpisodeRunner(proto, pixels, sampler, dict(zip(conditions[1:], attacks, strict=True)), device, batch, worst)
-    log = Records(records, settings, columns, key="episode")
+    fields = {**dict.fromkeys(columns, SHARE), "mixture": Field(several=True, optional=True)}
+    log = Records(records, settings, fields, key="episode")
     missing = [index for index in range(episodes) if index not in log]
     label = label or f"{data} episodes"
     if 0 < len(missing) < episodes:

@@ -12,12 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vismt.engine.log import read_lines, record_stem, write_lines
+from vismt.engine.log import record_stem
 from vismt.errors import UserError
-from vismt.stats import Better, Condition, Measure, Scale
+from vismt.lines import lacks_checksums, read_lines, write_lines
+from vismt.stats import SHARE, Better, Condition, Measure, Scale
 from vismt.typed_yaml import build
 
 RESULTS, RECORDS = "results.jsonl", "records"
+ROUNDING = 1e-9  # of a mean of pseudo-values, which is the score
 EXAMPLE = "example"  # key of an example's name in a line of records
 
 
@@ -147,7 +149,8 @@ def write_values(folder: Path, rows: Sequence[tuple[Result, Measure]]) -> None:
     for stem, by_condition in columns.items():
         path = folder / RECORDS / f"{stem}.jsonl"
         names = list(next(iter(by_condition.values())))
-        known = {line[EXAMPLE]: line for line in read_lines(path, (EXAMPLE,))}
+        lines = [] if lacks_checksums(path) else read_lines(path, (EXAMPLE,))
+        known = {line[EXAMPLE]: line for line in lines}
         if list(known) != names:
             known = {}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,14 +190,8 @@ def write_results(folder: Path, results: Sequence[Result]) -> None:
     """Write results.jsonl. Rows of other conditions that the file already has (an earlier attack) stay."""
     path = folder / RESULTS
     fresh = {result.evaluation for result in results}
-    kept = [] if is_old(path) else [row for row in read_results(path) if row.evaluation not in fresh]
+    kept = [] if lacks_checksums(path) else [row for row in read_results(path) if row.evaluation not in fresh]
     write_lines(path, [asdict(row) for row in (*kept, *results)])
-
-
-def is_old(path: Path) -> bool:
-    """Return whether a results file is of version 0.1, whose rows were not typed."""
-    lines = read_lines(path)
-    return bool(lines) and "model" in lines[0]
 
 
 def read_results(path: Path, config_hash: str | None = None) -> list[Result]:
@@ -205,11 +202,11 @@ def read_results(path: Path, config_hash: str | None = None) -> list[Result]:
         config_hash: the run's; rows of another configuration are refused. None accepts all.
 
     Raises:
-        UserError: for a row that is not a complete number of this run, one that repeats another, and a file of version 0.1.
+        UserError: for a row that is not a complete number of this run, one that repeats another, and an earlier version's file.
     """
-    if is_old(path):
+    if lacks_checksums(path):
         raise UserError(
-            f"'{path}' was written by version 0.1, whose rows lack what reports need now; "
+            f"'{path}' was written by an earlier version, without checksums; "
             f"`vismt evaluate {path.parent}` writes it again."
         )
     results: dict[tuple[Any, ...], Result] = {}
@@ -235,6 +232,8 @@ def _fault(result: Result, config_hash: str | None) -> str | None:
     numbers = (result.value, result.low, result.high, result.chance, result.level)
     if not all(math.isfinite(number) for number in numbers if number is not None):
         return f"{result.value} in [{result.low}, {result.high}] is not finite"
+    if result.scale == SHARE and not -ROUNDING <= result.value <= 1 + ROUNDING:
+        return f"{result.value} is not a share, in [0, 1]"
     if result.n < 1 or result.low > result.high:
         return f"n = {result.n}, [{result.low}, {result.high}] around {result.value} are not a count and an interval"
     if config_hash is not None and result.config_hash != config_hash:

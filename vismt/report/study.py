@@ -10,10 +10,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from vismt.engine.log import METRICS, read_lines, record_stem
+from vismt.engine.log import METRICS, record_stem
 from vismt.engine.study import ARMS, CHOSEN, read_choice
 from vismt.engine.training_files import MERGE
 from vismt.files import read_json
+from vismt.lines import read_lines
 from vismt.report import figures, study_figures
 from vismt.report.comparison import AVERAGE, Comparison, Values, aligned, block
 from vismt.report.results import Result, ValuesByExample

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vismt import console
 from vismt.errors import UserError
 from vismt.metatune.functional import evaluating
-from vismt.records import Records
+from vismt.records import Field, Records
 from vismt.robustness.conditions import DirectPerturbation, Perturbation, condition_of, worst_cases
 from vismt.seeds import mix_seed
 from vismt.stats import CLEAN, Condition, wilson
@@ -97,7 +97,7 @@ def evaluate_classifier(
         "num_classes": num_classes,
         "attacks": [dict(spec.settings()) for spec in specs],
     }
-    log = Records(records, settings, ("label", "clean", *conditions), key="id")
+    log = Records(records, settings, _fields(conditions, num_classes), key="id")
     rows: dict[str, dict] = {}
     with log, console.bar("eval", label, len(batches) if isinstance(batches, Sized) else 0) as bar:
         for number, batch in enumerate(batches):
@@ -111,6 +111,15 @@ def evaluate_classifier(
             bar.advance()
     worst_case = {condition: spec.worst_case for condition, spec in conditions.items()}
     return summarise(list(rows.values()), worst_case, num_classes)
+
+
+def _fields(conditions: Iterable[str], num_classes: int) -> dict[str, Field]:
+    """Return the fields of a record besides its id."""
+    answer, distance = Field(0, num_classes - 1, whole=True), Field(0)
+    fields = {"label": answer, "clean": answer}
+    for name in conditions:
+        fields.update({name: answer, f"{name} linf": distance, f"{name} l2": distance})
+    return fields
 
 
 def accuracies(

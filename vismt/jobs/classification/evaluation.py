@@ -15,11 +15,11 @@ from torch import Tensor
 from vismt import console
 from vismt.data.batching import InOrder
 from vismt.engine import runtime
-from vismt.engine.log import read_lines
 from vismt.engine.study import Training
 from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.models import PixelNet
+from vismt.lines import read_lines
 from vismt.multitask.union import TaskClassifier
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation

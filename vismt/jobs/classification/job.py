@@ -64,6 +64,9 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
             if self.config.tune is not None:
                 self.data.check_part(task, "validation")
 
+    def skeleton(self, config: MultitaskConfig) -> nn.Module:
+        return vit.skeleton(config.model.name, config.model.img_size, num_classes=1)
+
     def fresh(self, config: MultitaskConfig) -> PixelNet:
         return fresh(config, self.data.union.num_classes)
 

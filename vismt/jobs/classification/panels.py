@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vismt.engine.log import read_lines
 from vismt.engine.study import Training
 from vismt.errors import UserError
+from vismt.lines import read_lines
 from vismt.report.panels import spread, to_bytes, write_panel
 from vismt.report.routers import ROUTED_IMAGES, ROUTERS, has_routers, write_routers
 

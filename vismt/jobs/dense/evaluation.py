@@ -27,11 +27,11 @@ from vismt.data.dense_transforms import pad
 from vismt.engine import runtime
 from vismt.engine.study import Training
 from vismt.errors import UserError
-from vismt.files import atomic_write, read_json
 from vismt.jobs.dense.config import DELTA, DenseConfig, baseline_arms, trained_tasks, window_of
 from vismt.jobs.dense.data import DenseData
 from vismt.jobs.dense.models import fingerprint
-from vismt.jobs.dense.pooled_score import PooledScore, Scored
+from vismt.jobs.dense.pooled_score import PooledScore, Scored, read_scored
+from vismt.lines import read_lines, write_lines
 from vismt.multitask.dense import DenseNet
 from vismt.multitask.inference import predict
 from vismt.multitask.metrics import delta_m
@@ -130,7 +130,7 @@ class Evaluation:
             if isinstance(spec, DenseAttack) and not spec.attacked(trained_tasks(config)):
                 continue
             key = digest(json.dumps(spec.settings(), sort_keys=True).encode())[:8]
-            path = records / f"{split}-{key}.json"
+            path = records / f"{split}-{key}.jsonl"
             scored = self.known(path, training) or self.scored(net(), training, config, split, path, spec)
             scores += self.scores(scored, split, condition_of(spec))
         return scores
@@ -139,7 +139,7 @@ class Evaluation:
         self, net: Callable[[], DenseNet], training: Training, config: DenseConfig, split: str, records: Path
     ) -> dict[str, Scored]:
         """Return the clean scores of every task; arguments as for `under`."""
-        path = records / f"{split}.json"
+        path = records / f"{split}.jsonl"
         return self.known(path, training) or self.scored(net(), training, config, split, path)
 
     def scored(
@@ -174,17 +174,15 @@ class Evaluation:
         scored = {task: pool.result() for task, pool in pools.items()}
         values = {task: asdict(task_score) for task, task_score in scored.items()}
         settings = {} if spec is None else {"condition": spec.settings()}
-        atomic_write(path, json.dumps({"fingerprint": fingerprint(training), **settings, "tasks": values}))
+        write_lines(path, [{"fingerprint": fingerprint(training), **settings, "tasks": values}])
         return scored
 
     def known(self, path: Path, training: Training) -> dict[str, Scored] | None:
         """Return the scores that `scored` wrote for these weights, None where there are none."""
-        if not path.exists():
+        lines = read_lines(path, ("fingerprint", "tasks"))
+        if not lines or lines[0]["fingerprint"] != fingerprint(training):
             return None
-        content = read_json(path, f"run '{training.folder}': {path.name}")
-        if not isinstance(content, dict) or content.get("fingerprint") != fingerprint(training):
-            return None
-        return {task: Scored(**values) for task, values in content["tasks"].items()}
+        return {task: read_scored(values, f"'{path}': {task}") for task, values in lines[0]["tasks"].items()}
 
     def _corrupted(self, names: Sequence[str], samples: Sequence[Sample], spec: CorruptionSpec) -> Tensor:
         """Return the corrupted images without their padding, padded again (b, 3, h, w)."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vismt.backbones import vit
 from vismt.engine import training_files
 from vismt.engine.study import Training
 from vismt.errors import UserError
@@ -67,6 +68,9 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
             models.make_backbone(self.config, window_of(self.config))
         for config in self.study.arms.values():
             self.batches(config)
+
+    def skeleton(self, config: DenseConfig) -> nn.Module:
+        return vit.skeleton(config.model.name, (config.size[0], config.size[1]))
 
     def fresh(self, config: DenseConfig) -> DenseNet:
         return models.fresh(config)

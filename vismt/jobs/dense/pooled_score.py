@@ -50,6 +50,19 @@ class Scored:
     alone: dict[str, float | None]
 
 
+def read_scored(values: Any, what: str) -> Scored:
+    """Return a score from its fields as they were recorded. Raises UserError for others, and for values not finite."""
+    try:
+        scored = Scored(**values)
+        numbers = [scored.value, *scored.images.values(), *(v for v in scored.alone.values() if v is not None)]
+        finite = all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+    except (TypeError, AttributeError):
+        finite = False
+    if not finite:
+        raise UserError(f"{what} is no score of finite numbers; move the file away, and it is evaluated again.")
+    return scored
+
+
 class PooledScore:
     """Collects the images of one task; images without a valid pixel are left out."""
 

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vismt.engine.log import read_lines
 from vismt.files import read_json
 from vismt.jobs.fewshot.config import DEFAULT, EXPERT, MERGED, FewShotConfig, evaluated_experts, split_head
 from vismt.jobs.fewshot.merge_settings import VALIDATION
 from vismt.jobs.fewshot.names import episodes_file
+from vismt.lines import read_lines
 from vismt.report.comparison import AVERAGE
 from vismt.report.results import Result
 from vismt.report.tables import MANY_CORRUPTIONS, Table, interval_text, number_text

@@ -13,8 +13,8 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from vismt import console
+from vismt.backbones import vit
 from vismt.engine import loop, runtime
-from vismt.engine.log import write_lines
 from vismt.engine.study import Study, Training
 from vismt.engine.training_files import ADAPTER
 from vismt.errors import UserError, WeightsUnavailable
@@ -39,6 +39,7 @@ from vismt.jobs.fewshot.pool_training import read_scale
 from vismt.jobs.fewshot.report import sections
 from vismt.jobs.fewshot.version_1 import move_to_arms
 from vismt.jobs.job import Job
+from vismt.lines import write_lines
 from vismt.lowrank.inject import merge
 from vismt.lowrank.store import load_adapter
 from vismt.lowrank.targets import check_patterns
@@ -86,6 +87,9 @@ class FewShotJob(Job[FewShotConfig, Any]):
         settings = self.models(self.study.seeds[0]).settings
         for name in self.config.evaluate.data:
             self.data.samplers(name, settings.classes(name, "test"))
+
+    def skeleton(self, config: FewShotConfig) -> nn.Module:
+        return vit.skeleton(config.model.name, config.model.img_size)
 
     def fresh(self, config: FewShotConfig) -> Net:
         """Return the net of an arm with untrained factors, where the configuration has any."""

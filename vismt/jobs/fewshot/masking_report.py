@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vismt.engine.log import read_lines
 from vismt.errors import UserError
+from vismt.lines import read_lines
 from vismt.report.tables import Table
 from vismt.robustness.masking import MaskingCheck
 

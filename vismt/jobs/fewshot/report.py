@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from vismt.engine.log import read_lines
 from vismt.engine.study import Study
 from vismt.errors import UserError
 from vismt.jobs.fewshot import masking_report
@@ -19,6 +18,7 @@ from vismt.jobs.fewshot.episode_figure import episode_grid
 from vismt.jobs.fewshot.figures import mixture_bars
 from vismt.jobs.fewshot.merge_settings import chosen_settings
 from vismt.jobs.fewshot.names import episodes_file
+from vismt.lines import read_lines
 from vismt.metatune.pool import read_pool
 from vismt.report.results import Result
 from vismt.report.sections import Picture, Section

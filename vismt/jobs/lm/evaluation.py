@@ -8,19 +8,23 @@ evaluated unmerged; the merge check compares the logits of each row's last token
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from vismt import console
 from vismt.engine import runtime
-from vismt.engine.log import read_lines, record_stem, write_lines
+from vismt.engine.log import record_stem
 from vismt.engine.study import Study, Training
+from vismt.errors import UserError
 from vismt.jobs.lm.config import FROZEN, RECOMMENDER, REFERENCES, LmConfig
 from vismt.jobs.lm.data import LmData, lm_of
 from vismt.jobs.lm.models import LmModels, fingerprint, load_trained
 from vismt.jobs.lm.recommender import Recommender
+from vismt.lines import read_lines, write_lines
 from vismt.llm.heads import laplace_head, laplace_structure
 from vismt.llm.net import LmNet
 from vismt.llm.tasks.base import Item, LmTask, Record, gather, tempered
@@ -115,6 +119,7 @@ class Evaluation:
         key = self._fingerprint(training, task, split, name, laplace)
         lines = read_lines(path)
         if lines and lines[0].get("fingerprint") == key:
+            _check_records(path, lines[1:])
             return lines[1:]
         items = self.data.rows(task, split, name)
         if training.arm == RECOMMENDER:
@@ -205,6 +210,29 @@ class Evaluation:
             net = net.to(runtime.processes().device)
             self._open = (training, self.models.given, net)
         return net
+
+
+def _check_records(path: Path, records: Sequence[Record]) -> None:
+    """Raise UserError for a row that comes twice, and for values that no task records."""
+    seen: set[str] = set()
+    for number, record in enumerate(records, 2):
+        name = record.get("id")
+        if not isinstance(name, str) or name in seen or not _is_sound(record):
+            raise UserError(f"records '{path}' line {number} is not a new row of this task; move the file away.")
+        seen.add(name)
+
+
+def _is_sound(record: Record) -> bool:
+    """Return whether numbers are finite, log-probabilities at most 0 and counts at least 0, and the label is a choice."""
+    values = [v for value in record.values() for v in (value if isinstance(value, list) else [value])]
+    log_p = [v for key in ("log_p", "mean_log_p") for v in record.get(key, ())]
+    label = record.get("label", 0)
+    return (
+        all(math.isfinite(value) for value in values if isinstance(value, float))
+        and max(log_p, default=0) <= 1e-6
+        and min(record.get("nats", 0), record.get("tokens", 0)) >= 0
+        and 0 <= label < len(record.get("log_p", [None]))  # a record without choices has no label
+    )
 
 
 @torch.no_grad()

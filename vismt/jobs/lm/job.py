@@ -90,6 +90,9 @@ class LmJob(Job[LmConfig, LmNet]):
         for config in self.study.arms.values():
             self.batches(config)
 
+    def skeleton(self, config: LmConfig) -> nn.Module:
+        return self.models.stock()
+
     def fresh(self, config: LmConfig) -> LmNet:
         net = self.models.fresh(config, self.data)
         if config.evaluate.laplace:

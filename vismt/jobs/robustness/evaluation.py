@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vismt.engine.log import read_lines, record_stem
+from vismt.engine.log import record_stem
 from vismt.jobs.robustness.data import Batches
 from vismt.jobs.robustness.models import Classifier
+from vismt.lines import read_lines
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
 from vismt.robustness.evaluate import accuracies, evaluate_classifier

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from vismt import console
-from vismt.engine.log import read_lines, write_lines
 from vismt.engine.study import Training
 from vismt.jobs.base import EvaluationJob, records_folder
 from vismt.jobs.robustness.config import RobustnessConfig, check
@@ -19,6 +18,7 @@ from vismt.jobs.robustness.evaluation import corruption_errors, records_path, sc
 from vismt.jobs.robustness.models import Classifier, load
 from vismt.jobs.robustness.own_images import TrainedArm
 from vismt.jobs.robustness.report import BROKEN, MASKING, sections
+from vismt.lines import read_lines, write_lines
 from vismt.report.panels import to_bytes, write_panel
 from vismt.report.results import Result, Score
 from vismt.report.sections import Section

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vismt.engine.log import read_lines
 from vismt.jobs.robustness.config import RobustnessConfig
 from vismt.jobs.robustness.evaluation import ACCURACY
+from vismt.lines import read_lines
 from vismt.report.panels import read_panel
 from vismt.report.plotting import RIGHT, WRONG, axes_at, new_figure, save, short, show_image, write
 from vismt.report.results import Result

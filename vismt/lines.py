@@ -1,0 +1,120 @@
+"""Line files: JSON objects, one a line, each with a checksum that continues the one of the line before.
+
+    {"step": 1, "loss": 0.5, "checksum": "1f0c2d3e"}
+
+A last line without its newline was cut short and is dropped. Everything else that differs from what was written, a changed,
+missing or moved line, is refused with the file's name and the line's number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from vismt.errors import UserError
+from vismt.files import atomic_write, cannot_write
+
+LINE = re.compile(rb'(\{.*?)(?:, )?"checksum": "([0-9a-f]{8})"\}', re.DOTALL)
+
+
+def read_lines(path: Path, needed: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """Return the rows of a line file; a missing file has none.
+
+    Raises UserError for a file that cannot be read, a line that is not as it was written, and a row without a `needed` key.
+    """
+    matches = _matches(path)
+    if matches and not any(matches):
+        raise UserError(
+            f"'{path}' was written by an earlier version, without checksums; move it away and make it again."
+        )
+    rows = []
+    checksum = b""
+    for number, match in enumerate(matches, 1):
+        row = None
+        if match is not None and match[2] == _checksum(checksum, match[1]):
+            checksum, row = match[2], _parsed(match[1] + b"}")
+        if row is None:
+            raise UserError(f"'{path}' line {number} was changed or damaged; move the file away and make it again.")
+        missing = sorted(set(needed) - set(row))
+        if missing:
+            raise UserError(f"'{path}' line {number} lacks {', '.join(missing)}; move the file away and make it again.")
+        rows.append(row)
+    return rows
+
+
+def lacks_checksums(path: Path) -> bool:
+    """Return whether a file has lines and all of them are of an earlier version, without checksums."""
+    matches = _matches(path)
+    return bool(matches) and not any(matches)
+
+
+def _matches(path: Path) -> list[re.Match[bytes] | None]:
+    """Return text and checksum of every whole line, None for a line of another form."""
+    try:
+        *lines, _ = path.read_bytes().split(b"\n")
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read ({error.strerror}).") from error
+    return [LINE.fullmatch(line) for line in lines]
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    """Return a JSON object, None for text that is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write the whole file atomically."""
+    LineFile(path, rows)
+
+
+class LineFile:
+    """A line file that grows: written with the rows it has, and then line by line.
+
+    Raises UserError, here and in `add`, when the file cannot be written.
+    """
+
+    def __init__(self, path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+        self.path = path
+        self._checksum = b""
+        atomic_write(path, self._encoded(rows))
+
+    def add(self, *rows: Mapping[str, Any]) -> None:
+        """Append rows in one call of the system; a line that a full disk cuts short is dropped when the file is read."""
+        payload = self._encoded(rows)
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                if file.write(payload) != len(payload):
+                    raise OSError("the disk is full")
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def sync(self) -> None:
+        """Sync the file to the disk."""
+        try:
+            with self.path.open("ab") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def _encoded(self, rows: Iterable[Mapping[str, Any]]) -> bytes:
+        lines = []
+        for row in rows:
+            text = json.dumps(row).encode()[:-1]
+            self._checksum = _checksum(self._checksum, text)
+            lines.append(text + (b", " if row else b"") + b'"checksum": "' + self._checksum + b'"}\n')
+        return b"".join(lines)
+
+
+def _checksum(previous: bytes, text: bytes) -> bytes:
+    """Return the checksum of a line without its closing brace, given the checksum of the line before."""
+    return hashlib.blake2b(previous + text, digest_size=4).hexdigest().encode()
