@@ -1,11 +1,24 @@
 """Fixtures of all tests. One intra-op thread, because the tests run in several processes."""
 
+import os
+
 import pytest
 import torch
 
 from vismt import console
+from vismt.paths import cache_root
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stores(tmp_path_factory):
+    """Keep decoded images and features of tests out of the user's cache folder, whose assets they use."""
+    folder = tmp_path_factory.mktemp("cache")
+    for used in cache_root().glob("*"):
+        if used.name not in ("pixels", "features"):
+            (folder / used.name).symlink_to(used)
+    os.environ["VISMT_CACHE"] = str(folder)
 
 
 @pytest.fixture(autouse=True)

@@ -47,17 +47,7 @@ def test_index(pets):
         store[torch.tensor([True, False, True, False, False])]
 
 
-def test_small_stores_leave_no_file(home, pets):
-    Pixels(open_images(pets), 8)
-    assert not (home / "cache").exists()
-
-
-@pytest.fixture
-def on_disk(monkeypatch):
-    monkeypatch.setattr(module, "MEMORY_BYTES", 0)
-
-
-def test_large_store_is_a_file_found_again(home, pets, paint, on_disk, monkeypatch):
+def test_a_store_is_a_file_found_again(home, pets, paint):
     first = Pixels(open_images(pets), 8)
     assert isinstance(first.store, np.memmap)
     (file,) = (home / "cache" / "pixels").iterdir()
@@ -73,13 +63,13 @@ def test_large_store_is_a_file_found_again(home, pets, paint, on_disk, monkeypat
     assert len(list((home / "cache" / "pixels").iterdir())) == 3
 
 
-def test_cache_false_stays_in_memory(home, pets, on_disk):
+def test_cache_false_stays_in_memory(home, pets):
     assert not isinstance(Pixels(open_images(pets), 8, cache=False).store, np.memmap)
     assert not (home / "cache").exists()
 
 
 def test_a_store_too_large_to_keep_is_decoded_on_demand(home, pets, monkeypatch):
-    whole = Pixels(open_images(pets), 8)
+    whole = Pixels(open_images(pets), 8, cache=False)
     monkeypatch.setattr(module, "STORE_BYTES", 100)
     images, decoded = open_images(pets), []
     read = images.reader
@@ -91,42 +81,75 @@ def test_a_store_too_large_to_keep_is_decoded_on_demand(home, pets, monkeypatch)
     assert isinstance(Pixels(open_images(pets), 8, cache=False).store, np.ndarray)
 
 
-def test_damaged_image_leaves_no_half_store(home, pets, on_disk):
+def test_damaged_image_leaves_no_half_store(home, pets):
     (home / "data" / "pets" / "train" / "dog" / "a.png").write_bytes(b"x")
     with pytest.raises(UserError, match=r"a.png: cannot be decoded"):
         Pixels(open_images(pets), 8)
     assert list((home / "cache" / "pixels").iterdir()) == []
 
 
-def test_full_disk_is_one_clear_error(home, pets, on_disk, monkeypatch):
-    real = os.fdopen
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A disk that takes no byte."""
 
-    def full(handle, mode):
-        file = real(handle, mode)
-        file.close()
+    class Full:
+        def __init__(self, handle, mode):
+            os.close(handle)
 
-        class Full:
-            def __enter__(self):
-                return self
+        def __enter__(self):
+            return self
 
-            def __exit__(self, *error):
-                return None
+        def __exit__(self, *error):
+            return None
 
-            def write(self, data):
-                raise OSError(28, "No space left on device")
+        def write(self, data):
+            raise OSError(28, "No space left on device")
 
-        return Full()
+    monkeypatch.setattr(module.os, "fdopen", Full)
 
-    monkeypatch.setattr(module.os, "fdopen", full)
-    with pytest.raises(UserError, match=r"No space left on device. Free space, set VISMT_CACHE"):
-        Pixels(open_images(pets), 8)
+
+def test_a_full_disk_gives_one_notice_and_the_same_images(home, pets, full_disk, capsys):
+    expected = Pixels(open_images(pets), 8, cache=False)
+    capsys.readouterr()
+    stores = [Pixels(open_images(pets), 8) for _ in range(2)]
+    assert all(torch.equal(store[torch.arange(5)], expected[torch.arange(5)]) for store in stores)
+    assert capsys.readouterr().out.count("No space left on device. Free space or set VISMT_CACHE") == 1
     assert list((home / "cache" / "pixels").iterdir()) == []
 
 
-def test_unusable_cache_folder(home, pets, on_disk):
+def test_a_large_set_is_decoded_on_demand_where_there_is_no_room(home, pets, full_disk, monkeypatch):
+    monkeypatch.setattr(module, "MEMORY_BYTES", 100)
+    images = Pixels(open_images(pets), 8)
+    assert isinstance(images.store, module.OnDemand) and images.key is None
+    assert torch.equal(images[torch.tensor([3, 1])], Pixels(open_images(pets), 8, cache=False)[torch.tensor([3, 1])])
+
+
+def test_a_cache_folder_that_is_a_file_gives_a_notice(home, pets, capsys):
     (home / "cache").write_text("a file where the folder should be")
-    with pytest.raises(UserError, match=r"pixel store .*set VISMT_CACHE"):
-        Pixels(open_images(pets), 8)
+    assert isinstance(Pixels(open_images(pets), 8).store, np.ndarray)
+    assert "decoded images are kept in memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"", lambda data: b"x" * len(data)])
+def test_a_damaged_store_is_written_again(home, pets, damage):
+    expected = Pixels(open_images(pets), 8).raw(torch.arange(5))
+    (file,) = (home / "cache" / "pixels").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    assert torch.equal(Pixels(open_images(pets), 8).raw(torch.arange(5)), expected) and file.read_bytes() == whole
+
+
+def test_the_store_used_longest_ago_is_deleted(home, pets, monkeypatch):
+    one, two = (Pixels(open_images(pets), size) for size in (8, 9))
+    files = {int(path.name.split("-")[2]): path for path in (home / "cache" / "pixels").iterdir()}
+    for age, path in enumerate(files.values()):
+        os.utime(path, (age, age))
+    Pixels(open_images(pets), 8)  # used now
+    monkeypatch.setattr(module, "STORE_BYTES", 5 * 3 * (64 + 100) + 200)
+    Pixels(open_images(pets), 10)
+    assert files[8].exists() and not files[9].exists()
+    assert torch.equal(two.raw(torch.arange(5)), Pixels(open_images(pets), 9, cache=False).raw(torch.arange(5)))
+    assert torch.equal(one.raw(torch.arange(5)), Pixels(open_images(pets), 8, cache=False).raw(torch.arange(5)))
 
 
 def test_size_must_be_positive(pets):

@@ -1,12 +1,14 @@
-"""Images of one size, decoded once into a uint8 store: in memory, or a file in the cache when it is large."""
+"""Images of one size, decoded once into a uint8 store: a memory-mapped file in the cache folder, which later runs use."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +17,14 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
 from vismt import console
+from vismt.cache import make_room, note_no_room, note_use
 from vismt.data.images import ImageSet
 from vismt.errors import UserError
 from vismt.paths import cache_root
 
 RECIPE = "bilinear-antialias-shorter-side-centre-crop-1"
 MEMORY_BYTES = 512 * 2**20
-STORE_BYTES = 32 * 2**30
+STORE_BYTES = 32 * 2**30  # of all stores together
 CHUNK = 64
 
 
@@ -51,17 +54,21 @@ class Pixels:
 
     `pixels[index]` is float32 (b, 3, size, size) in [0, 1] for an int64 index (b,).
 
-    A store of up to 512 MiB is kept in memory. A larger one is a file in the cache folder, named by the content of the images
-    and the size, and used again by the next run. Beyond 32 GiB (ImageNet, QuickDraw) nothing is stored: each image is decoded
-    whenever it is drawn.
+    The store is a file in the cache folder, named by the content of the images and the size, and used again by the next run.
+    The folder takes up to 32 GiB, and the stores used longest ago are deleted first. A set beyond that (ImageNet, QuickDraw)
+    is not stored: each image is decoded whenever it is drawn. Where the folder cannot be written, one notice is given and the
+    store is kept in memory; one of more than 512 MiB is decoded as it is drawn.
 
     Args:
         images: the set.
         size: height and width in pixels.
         cache: with False the store is kept in memory, whatever its size.
 
+    Attributes:
+        key: a text that differs for any other images or size; None for a set too large to store.
+
     Raises:
-        UserError: a damaged image, and a cache folder that is full or cannot be written.
+        UserError: a damaged image.
     """
 
     def __init__(self, images: ImageSet, size: int, *, cache: bool = True) -> None:
@@ -77,7 +84,7 @@ class Pixels:
                 "data", f"{self.name}: {len(images):,} images are decoded as they are drawn, too many to store"
             )
             self.store = OnDemand(images, size)
-        elif needed > MEMORY_BYTES:
+        elif cache:
             self.store = self._on_disk()
         else:
             self.store = self._in_memory()
@@ -116,31 +123,55 @@ class Pixels:
             done += len(rows)
         return store
 
-    def _on_disk(self) -> np.ndarray:
-        key = hashlib.sha256(f"{RECIPE}:{self.size}:{self.images.content()}:{self.ids}".encode()).hexdigest()[:20]
-        path = cache_root() / "pixels" / f"{self.name}-{self.split}-{self.size}-{key}.npy"
-        if not path.is_file():
-            self._write(path)
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+    @cached_property
+    def key(self) -> str | None:
+        if isinstance(self.store, OnDemand):
+            return None  # reading all files would take longer than any use
+        return self._digest()
 
-    def _write(self, path: Path) -> None:
+    def _digest(self) -> str:
+        return hashlib.sha256(f"{RECIPE}:{self.size}:{self.images.content()}:{self.ids}".encode()).hexdigest()[:20]
+
+    def _on_disk(self) -> np.ndarray | OnDemand:
+        """Return the store as a file, written where it is missing or damaged."""
+        path = cache_root() / "pixels" / f"{self.name}-{self.split}-{self.size}-{self._digest()}.npy"
+        shape = (len(self), 3, self.size, self.size)
+        stored = _opened(path, shape)
+        if stored is None:
+            try:
+                self._write(path, shape)
+            except OSError as error:
+                large = math.prod(shape) > MEMORY_BYTES
+                how = "decoded as they are drawn" if large else "kept in memory"
+                reason = f"'{path}': {error.strerror or error}. Free space or set VISMT_CACHE."
+                note_no_room(path.parent, f"decoded images are {how}", OSError(reason))
+                return OnDemand(self.images, self.size) if large else self._in_memory()
+            stored = np.load(path, mmap_mode="r", allow_pickle=False)
+        note_use(path)
+        return stored
+
+    def _write(self, path: Path, shape: tuple[int, ...]) -> None:
         """Write the rows in order to a temporary file and rename it: `path` is whole or missing."""
         part = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            make_room(path, math.prod(shape), STORE_BYTES)
             handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
             with os.fdopen(handle, "wb") as file:
-                shape = (len(self), 3, self.size, self.size)
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
                 for rows in self._rows():
                     file.write(rows.tobytes())
             os.replace(part, path)
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(
-                f"pixel store '{path}': {reason}. Free space, set VISMT_CACHE, or use cache=False."
-            ) from error
         finally:
             if part is not None and os.path.exists(part):
                 os.unlink(part)
+
+
+def _opened(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Return a store of this shape, memory-mapped; None without a whole file."""
+    try:
+        stored = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return stored if stored.dtype == np.uint8 and stored.shape == shape else None

@@ -29,6 +29,7 @@ from torch.func import functional_call
 from vismt.errors import UserError, near
 from vismt.metatune.attention_scale import attention_heads, scaled_queries
 from vismt.metatune.diffaugment import diff_augment
+from vismt.metatune.features import features
 from vismt.metatune.functional import Functional, check_weights, evaluating
 from vismt.metatune.protocol import FewShotModel
 from vismt.metatune.protonet import PrototypeClassifier, cosine_logits, prototypes
@@ -173,8 +174,8 @@ class FineTuned(nn.Module):
             ),
         )
         with torch.no_grad():
-            features = torch.cat([tuned(piece) for piece in support_images.split(batch)])
-            result = PrototypeClassifier(tuned, prototypes(features, support_labels), task.scale)
+            centres = prototypes(features(tuned, support_images, batch), support_labels)
+            result = PrototypeClassifier(tuned, centres, task.scale)
         copied = dict(result.named_buffers(recurse=False))
         for name, buffer in task.named_buffers(recurse=False):
             if name not in copied:  # a pool's description of the task, such as its mixture

@@ -17,12 +17,13 @@ class Functional(nn.Module):
     weights: {name of a parameter or buffer of the module: tensor of its shape}, on the device they are to run on. They are
     detached (memory is shared, not copied), and neither parameters nor buffers: `.to`, `parameters()` and `state_dict()`
     act on the module's tensors alone, and two Functionals may share a module. Gradients reach the images. To tune the
-    weights, build a new Functional from tuned copies of `weights`. Raises UserError for an unknown name or a shape that
-    does not fit.
+    weights, build a new Functional from tuned copies of `weights`. lasting: whether other tasks have the same weights, so
+    that features may be kept. Raises UserError for an unknown name or a shape that does not fit.
     """
 
-    def __init__(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, module: nn.Module, weights: Mapping[str, Tensor], *, lasting: bool = False) -> None:
         super().__init__()
+        self.lasting = lasting
         check_weights(module, weights)
         self.module = module
         self.weights = {name: weight.detach() for name, weight in weights.items()}

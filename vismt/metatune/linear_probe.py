@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.errors import UserError
+from vismt.metatune.features import features
 from vismt.metatune.protocol import FewShotModel
 from vismt.metatune.protonet import PrototypeClassifier, prototypes
 
@@ -32,9 +33,9 @@ class LinearClassifier(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.backbone(images)
-        with torch.autocast(features.device.type, enabled=False):
-            return F.linear(F.normalize(features.to(self.weight.dtype), dim=1, eps=1e-12), self.weight, self.bias)
+        raw = features(self.backbone, images)
+        with torch.autocast(raw.device.type, enabled=False):
+            return F.linear(F.normalize(raw.to(self.weight.dtype), dim=1, eps=1e-12), self.weight, self.bias)
 
 
 class LinearProbe(nn.Module, ABC):
@@ -64,10 +65,10 @@ class LinearProbe(nn.Module, ABC):
             raise UserError(
                 f"linear probe: the task's classifier is {type(task).__name__}: it needs one with prototypes."
             )
-        features = torch.cat([task.backbone(piece) for piece in support_images.split(batch)])
-        weight, bias = self.fit_features(features, support_labels)
-        kind = torch.promote_types(features.dtype, torch.float32)
-        result = LinearClassifier(task.backbone, weight.to(features.device, kind), bias.to(features.device, kind))
+        fitted = features(task.backbone, support_images, batch)
+        weight, bias = self.fit_features(fitted, support_labels)
+        kind = torch.promote_types(fitted.dtype, torch.float32)
+        result = LinearClassifier(task.backbone, weight.to(fitted.device, kind), bias.to(fitted.device, kind))
         result.training = task.training
         return result
 

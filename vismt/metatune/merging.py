@@ -21,6 +21,7 @@ from vismt.errors import UserError, near
 from vismt.lowrank.init import principal
 from vismt.lowrank.targets import check_patterns, pattern_value
 from vismt.metatune.diffaugment import diff_augment
+from vismt.metatune.features import features
 from vismt.metatune.functional import Functional
 from vismt.metatune.pool import ExpertPool
 from vismt.metatune.protonet import PrototypeClassifier, prototypes
@@ -77,6 +78,7 @@ class PoolNet(nn.Module):
         for label in settings.shares:
             pool.index(label)
         check_patterns("merging.trim", settings.trim, [site.path for site in pool.sites])
+        self._kept: dict[tuple[float, ...], dict[str, Tensor]] = {}  # weights of mixtures that last
 
     @torch.no_grad()
     def classifier(self, support_images: Tensor, support_labels: Tensor, *, batch: int = 256) -> nn.Module:
@@ -86,8 +88,8 @@ class PoolNet(nn.Module):
         """
         strategy, pool = self.settings.strategy, self.pool
         if strategy == "logits":
-            experts = [self.weights(self._one_hot(index)) for index in range(len(pool))]
-            return LogitAverage([self._task(weights, support_images, support_labels, batch) for weights in experts])
+            experts = [self._one_hot(index) for index in range(len(pool))]
+            return LogitAverage([self._task(zeta, support_images, support_labels, batch) for zeta in experts])
         if strategy in ("average", "expert"):
             zeta = self._average() if strategy == "average" else self._one_hot(pool.index(str(self.settings.expert)))
         elif len(pool) == 1:
@@ -101,12 +103,24 @@ class PoolNet(nn.Module):
         self, zeta: Tensor, support_images: Tensor, support_labels: Tensor, *, batch: int = 256
     ) -> PrototypeClassifier:
         """Return the query classifier under a given mixture (P,), with the prototypes of the clean support."""
-        task = self._task(self.weights(zeta), support_images, support_labels, batch)
+        task = self._task(zeta, support_images, support_labels, batch)
         task.register_buffer("mixture", zeta, persistent=False)
         return task
 
     def weights(self, zeta: Tensor) -> dict[str, Tensor]:
         """Return W(zeta) by parameter name, with the settings' trim."""
+        if not self.lasting(zeta):
+            return self._computed(zeta)
+        key = tuple(zeta.tolist())
+        if key not in self._kept:
+            self._kept[key] = self._computed(zeta)
+        return dict(self._kept[key])
+
+    def lasting(self, zeta: Tensor) -> bool:
+        """Return whether W(zeta) is the same in other tasks: that of one expert, or of shares that no task chooses."""
+        return self.settings.strategy == "average" or int(zeta.count_nonzero()) == 1
+
+    def _computed(self, zeta: Tensor) -> dict[str, Tensor]:
         single = zeta.nonzero()[:, 0].tolist()
         weights = dict(self.pool.expert_weights(single[0])) if len(single) == 1 else self.pool.weights(zeta)
         for site in self.pool.sites if self.settings.trim else ():
@@ -122,8 +136,14 @@ class PoolNet(nn.Module):
         if self.settings.augment:
             generator = torch.Generator().manual_seed(self.settings.seed)
             scored = diff_augment(images, generator, mean=backbone.mean, std=backbone.std)
-        experts = [Functional(backbone, self.pool.expert_weights(index)) for index in range(len(self.pool))]
+        experts = [
+            Functional(backbone, self.pool.expert_weights(index), lasting=True) for index in range(len(self.pool))
+        ]
         return SupportTask(experts, images, labels, scored=scored, scale=self.pool.scale, batch=batch)
+
+    def _apply(self, fn: object, recurse: bool = True) -> PoolNet:
+        self._kept.clear()  # these are on the old device, in the old dtype
+        return super()._apply(fn, recurse)
 
     def _average(self) -> Tensor:
         """Return the configured shares (P,), else 1/P for every expert."""
@@ -136,9 +156,9 @@ class PoolNet(nn.Module):
     def _one_hot(self, index: int) -> Tensor:
         return F.one_hot(torch.tensor(index), len(self.pool)).to(self.pool.uniform())
 
-    def _task(self, weights: Mapping[str, Tensor], support: Tensor, labels: Tensor, batch: int) -> PrototypeClassifier:
-        backbone = Functional(self.pool.backbone, weights)
-        centres = prototypes(_features(backbone, support, batch), labels)
+    def _task(self, zeta: Tensor, support: Tensor, labels: Tensor, batch: int) -> PrototypeClassifier:
+        backbone = Functional(self.pool.backbone, self.weights(zeta), lasting=self.lasting(zeta))
+        centres = prototypes(features(backbone, support, batch), labels)
         task = PrototypeClassifier(backbone, centres, torch.tensor(self.pool.scale).to(centres))
         task.training = self.training
         return task
@@ -161,7 +181,3 @@ def trim(weight: Tensor, share: float) -> Tensor:
     rank = max(1, int(min(matrix.shape) * share))
     A, B = principal(matrix, rank, 1.0, generator=torch.Generator())
     return (B @ A).view(weight.shape).to(weight.dtype)
-
-
-def _features(backbone: nn.Module, images: Tensor, batch: int) -> Tensor:
-    return torch.cat([backbone(part) for part in images.split(batch)])

@@ -3,21 +3,24 @@
 Support images stay clean, the query images are attacked against the task's fixed classifier, and episode i is the same for
 every model that runs the same sampler, so methods can be compared in pairs (vismt.stats). Episodes are run in blocks of fixed
 numbers, so that an attack can pack the queries of several tasks (packed.py); a block that was cut is run again as a whole.
+Features of clean images under weights that no task changes are computed once (features.py); accuracies stay the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from vismt import console
-from vismt.errors import UserError
+from vismt.errors import UserError, near
 from vismt.metatune.episode_outcome import EpisodeOutcome, write_panel
+from vismt.metatune.features import FeatureStore, number
 from vismt.metatune.functional import evaluating
 from vismt.metatune.labelled import Episode
 from vismt.metatune.packed import PackedClassifier, pack_key
@@ -26,6 +29,7 @@ from vismt.records import SHARE, Field, Records
 from vismt.seeds import mix_seed
 
 BLOCK = 8  # episodes that are run together
+FEATURES = ("auto", "off")
 
 
 class FewShotModel(Protocol):
@@ -77,7 +81,10 @@ class PreparedPerturbation(QueryCondition, Protocol):
 
 
 class PixelStore(Protocol):
-    """Images float (b, 3, h, w) in [0, 1] by int64 index (b,)."""
+    """Images float (b, 3, h, w) in [0, 1] by int64 index (b,).
+
+    One with a text `key`, which differs for any other images, lets features be kept from run to run.
+    """
 
     def __getitem__(self, index: Tensor) -> Tensor: ...
 
@@ -97,6 +104,7 @@ def run_protocol(
     label: str | None = None,
     batch: int = 256,
     worst: Mapping[str, Sequence[str]] | None = None,
+    features: Literal["auto", "off"] = "auto",
 ) -> dict[str, Tensor]:
     """Evaluate a few-shot model on episodes, clean and under attack.
 
@@ -117,6 +125,7 @@ def run_protocol(
         batch: Query images in one forward pass.
         worst: {text of a worst case: texts of its attacks}. A query counts as right there when it is right when clean and
             under each of them.
+        features: "auto" computes the features of an image once where that is exact, "off" in every episode.
 
     Returns:
         Query accuracy in [0, 1] of every episode, float64 (episodes,), by condition: "clean", each attack's text, then each
@@ -126,6 +135,8 @@ def run_protocol(
         UserError: Fewer than 2 episodes, two attacks with the same text, or records that do not fit or cannot be written.
     """
     worst = worst or {}
+    if features not in FEATURES:
+        raise UserError(f"evaluate {data}: features '{features}'.{near(str(features), FEATURES)}")
     if episodes < 2:
         raise UserError(f"evaluate {data}: {episodes} episodes have no confidence interval: use 2 or more.")
     conditions = ["clean", *(attack.describe(sampler.min_ways) for attack in attacks)]
@@ -142,14 +153,22 @@ def run_protocol(
     module = proto if isinstance(proto, nn.Module) else nn.Module()
     if device is None:
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    run = _EpisodeRunner(proto, pixels, sampler, dict(zip(conditions[1:], attacks, strict=True)), device, batch, worst)
     fields = {**dict.fromkeys(columns, SHARE), "mixture": Field(several=True, optional=True)}
     log = Records(records, settings, fields, key="episode")
     missing = [index for index in range(episodes) if index not in log]
+    key = getattr(pixels, "key", None) if missing and features == "auto" else None
+    store = FeatureStore(key) if features == "auto" else None
+    by_name = dict(zip(conditions[1:], attacks, strict=True))
+    run = _EpisodeRunner(proto, pixels, sampler, by_name, device, batch, worst, store)
     label = label or f"{data} episodes"
     if 0 < len(missing) < episodes:
         console.stage("resume", f"{label}: {episodes - len(missing)} of {episodes} are on record")
-    with evaluating(module), log, console.bar("eval", label, episodes, episodes - len(missing)) as bar:
+    with (
+        evaluating(module),
+        log,
+        store or nullcontext(),
+        console.bar("eval", label, episodes, episodes - len(missing)) as bar,
+    ):
         for block in run.blocks(episodes):
             todo = [index for index in block if index not in log]
             outcomes = run(block) if todo else {}
@@ -188,6 +207,7 @@ class _EpisodeRunner:
     device: torch.device | str
     batch: int
     worst: Mapping[str, Sequence[str]]
+    store: FeatureStore | None
 
     def blocks(self, episodes: int) -> list[range]:
         """Return the numbers of the episodes that run together; single ones where no attack packs."""
@@ -218,8 +238,10 @@ class _EpisodeRunner:
         episode = self.sampler[index]
         support = self.pixels[episode.support]
         query = self.pixels[episode.query]
-        classifier = self.proto.classifier(support.to(self.device), episode.support_labels.to(self.device)).eval()
-        return _Task(index, episode, support, query, classifier, {"clean": self._predict(classifier, query)})
+        placed = number(support.to(self.device), self.store, episode.support)
+        classifier = self.proto.classifier(placed, episode.support_labels.to(self.device)).eval()
+        clean = self._predict(classifier, query, episode.query)
+        return _Task(index, episode, support, query, classifier, {"clean": clean})
 
     def _groups(self, tasks: Sequence[_Task], attack: QueryPerturbation | PreparedPerturbation) -> list[list[_Task]]:
         """Return the tasks in groups that one run of the attack perturbs together."""
@@ -263,5 +285,9 @@ class _EpisodeRunner:
         return [(mix_seed(seed, task.index, part), position) for part, position in places]
 
     @torch.no_grad()
-    def _predict(self, classifier: nn.Module, images: Tensor) -> Tensor:
-        return torch.cat([classifier(part.to(self.device)).argmax(1).cpu() for part in images.split(self.batch)])
+    def _predict(self, classifier: nn.Module, images: Tensor, index: Tensor | None = None) -> Tensor:
+        """Return the predictions of images; index (b,): their rows in the set, where they are unchanged."""
+        parts = [part.to(self.device) for part in images.split(self.batch)]
+        if index is not None:
+            parts = [number(part, self.store, rows) for part, rows in zip(parts, index.split(self.batch))]
+        return torch.cat([classifier(part).argmax(1).cpu() for part in parts])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError
 from vismt.lowrank.store import check_tensors
+from vismt.metatune.features import features
 
 
 def prototypes(features: Tensor, labels: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ class PrototypeClassifier(nn.Module):
         self.register_buffer("scale", scale.detach().clone(), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return cosine_logits(self.backbone(images), self.prototypes, self.scale)
+        return cosine_logits(features(self.backbone, images), self.prototypes, self.scale)
 
 
 class ProtoNet(nn.Module):
@@ -115,7 +116,7 @@ class ProtoNet(nn.Module):
         The support runs in pieces of `batch` images, without gradients.
         """
         with torch.no_grad():
-            features = torch.cat([self.backbone(piece) for piece in support_images.split(batch)])
-            task = PrototypeClassifier(self.backbone, prototypes(features, support_labels), self.scale)
+            centres = prototypes(features(self.backbone, support_images, batch), support_labels)
+            task = PrototypeClassifier(self.backbone, centres, self.scale)
         task.training = self.training  # not .train(): the backbone is shared
         return task

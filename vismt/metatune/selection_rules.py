@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.errors import UserError
+from vismt.metatune.features import features
 from vismt.metatune.input_attack import PLAIN, pyramid_attack
 from vismt.metatune.protonet import cosine_logits, prototypes
 
@@ -70,8 +71,7 @@ class SupportTask:
 
     def features(self, images: Tensor) -> Tensor:
         """Return the features (P, b, d) of images."""
-        parts = images.split(self.batch)
-        return torch.stack([torch.cat([expert(part) for part in parts]) for expert in self.experts])
+        return torch.stack([features(expert, images, self.batch) for expert in self.experts])
 
     @cached_property
     def clean(self) -> Tensor:

@@ -1,0 +1,274 @@
+"""Features that are computed once: equal to those of every episode bit for bit, on disk only where they stay true."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.amt_parts import backbone, drawn, saved
+from torch import Tensor, nn
+
+from vismt.backbones.vit import Backbone
+from vismt.errors import UserError
+from vismt.metatune import EpisodeSampler, LogisticProbe, MergeSettings, PoolNet, ProtoNet, RidgeProbe, run_protocol
+from vismt.metatune import feature_files as files
+from vismt.metatune.features import FeatureStore, features, number
+from vismt.metatune.finetune import FineTuned, FineTuneSettings
+from vismt.metatune.pool import ExpertPool
+from vismt.robustness.attacks import AttackSpec
+
+LABELS = torch.arange(6).repeat_interleave(8)
+IMAGES = drawn(LABELS, 3)
+
+
+class Pixels:
+    """Images with a key, as `vismt.data.pixels.Pixels` has one."""
+
+    def __init__(self, key: str | None = "gratings"):
+        self.key = key
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return IMAGES[index]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("VISMT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "features"
+
+
+@pytest.fixture
+def computed(monkeypatch) -> list[int]:
+    """Number of images in every forward pass of a ViT."""
+    counts: list[int] = []
+    forward = Backbone.forward
+
+    def counting(self, images):
+        counts.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(Backbone, "forward", counting)
+    return counts
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory) -> ExpertPool:
+    return ExpertPool(backbone(), saved(tmp_path_factory.mktemp("experts"), (3, 4, 5))).requires_grad_(False).eval()
+
+
+def run(
+    net: nn.Module, mode: str = "auto", records: Path | None = None, shots: int = 2, **options
+) -> dict[str, Tensor]:
+    sampler = EpisodeSampler(LABELS, ways=3, shots=shots, queries=4, seed=1)
+    pixels = options.pop("pixels", None) or Pixels()
+    return run_protocol(net, pixels, sampler, episodes=12, records=records, features=mode, **options)
+
+
+def frozen() -> ProtoNet:
+    return ProtoNet(backbone().requires_grad_(False)).requires_grad_(False).eval()
+
+
+MODELS: dict[str, Callable[[ExpertPool], nn.Module]] = {
+    "frozen": lambda pool: frozen(),
+    "ridge": lambda pool: RidgeProbe(frozen()),
+    "logistic of a pool": lambda pool: LogisticProbe(PoolNet(pool, MergeSettings("average"))),
+    "tuned": lambda pool: FineTuned(frozen(), FineTuneSettings(steps=2)),
+    "trimmed average": lambda pool: PoolNet(pool, MergeSettings("average", trim={r".*mlp.fc1": 0.5})),
+    "expert": lambda pool: PoolNet(pool, MergeSettings("expert", expert=pool.labels[1])),
+    **{
+        name: lambda pool, name=name: PoolNet(pool, MergeSettings(name))
+        for name in ("merge", "logits", "min_ce", "ridge", "robust_loo")
+    },
+    "augmented": lambda pool: PoolNet(pool, MergeSettings("merge", augment=True)),
+}
+
+
+@pytest.mark.parametrize("shots", [1, 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_records_are_those_of_every_episode(name, shots, pool, cache, tmp_path):
+    paths = {mode: tmp_path / f"{mode}.jsonl" for mode in ("off", "auto", "again")}
+    for mode, path in paths.items():
+        net = MODELS[name](pool)
+        run(net, "off" if mode == "off" else "auto", path, shots)
+    assert paths["auto"].read_text() == paths["off"].read_text() == paths["again"].read_text()
+    logits = {}
+    for mode in ("off", "auto"):
+        seen: list[Tensor] = []
+        net = MODELS[name](pool)
+        plain = net.classifier
+
+        def watched(support, labels, plain=plain, seen=seen):
+            task = plain(support, labels)
+            task.register_forward_hook(lambda module, inputs, output: seen.append(output))
+            return task
+
+        net.classifier = watched
+        run(net, mode, shots=shots)
+        logits[mode] = seen
+    assert len(logits["off"]) == 12 and all(map(torch.equal, logits["auto"], logits["off"]))
+
+
+def test_each_image_is_computed_once_and_never_by_the_next_run(cache, computed):
+    run(frozen(), "off")
+    each = 12 * 3 * (2 + 4)
+    assert sum(computed) == each
+    computed.clear()
+    run(frozen())
+    probe = 3 * 2 // 2 + 1  # half of the first support, compared in another batch
+    assert sum(computed) <= len(LABELS) + probe
+    computed.clear()
+    run(frozen())
+    assert computed == []
+
+
+def test_attacks_are_those_on_the_images(cache, tmp_path):
+    spec = AttackSpec("pgd", 8 / 255, steps=3)
+    paths = [tmp_path / mode for mode in ("auto", "off")]
+    for path in paths:
+        run(frozen(), path.name, path, attacks=[spec])
+    assert paths[0].read_text() == paths[1].read_text()
+    row = json.loads(paths[0].read_text().splitlines()[1])
+    assert row[str(spec)] < row["clean"]
+
+
+class Relative(nn.Module):
+    """A backbone whose features depend on the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def forward(self, images):
+        means = images.mean((2, 3)) * self.weight
+        return means - means.mean(0)
+
+
+def test_features_that_depend_on_the_batch_are_not_kept(cache, capsys):
+    net = ProtoNet(Relative()).requires_grad_(False).eval()
+    expected = run(net, "off")["clean"]
+    capsys.readouterr()
+    assert torch.equal(run(net)["clean"], expected)
+    assert capsys.readouterr().out.count("features depend on the other images") == 1
+
+
+def test_changed_images_changed_weights_and_gradients_are_computed(computed):
+    net, index = backbone().requires_grad_(False), torch.arange(4)
+    with FeatureStore() as store, torch.no_grad():
+        images = number(IMAGES[index], store, index)
+        first = features(net, images)
+        computed.clear()
+        assert torch.equal(features(net, images), first) and computed == []
+        images.mul_(0.5)
+        assert torch.equal(features(net, images), net(images)) and not torch.equal(net(images), first)
+        images = number(IMAGES[index], store, index)
+        net.vit.blocks[0].mlp.fc1.weight.mul_(2)
+        changed = features(net, images)
+        assert torch.equal(changed, net(IMAGES[index])) and not torch.equal(changed, first)
+        computed.clear()
+        assert torch.equal(features(net, number(IMAGES[[2, 5]], store, torch.tensor([2, 5]))), net(IMAGES[[2, 5]]))
+        assert computed == [1, 2]  # row 5 alone, then the expected ones
+        with torch.enable_grad():
+            assert features(net, images) is not changed and computed[-1] == 4
+    net.train()
+    with FeatureStore() as store, torch.no_grad():
+        assert store.table(net) is None  # dropout draws anew
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: net.backbone.vit.blocks[1].attn.proj.weight.mul_(1.5),
+        lambda net: net.backbone.std.mul_(2),
+        lambda net: setattr(net.backbone, "block", 0),
+        lambda net: vars(net.backbone.vit.blocks[0].attn).update(num_heads=2, head_dim=16),
+        lambda net: setattr(net.backbone.vit.norm, "eps", 0.5),
+        lambda net: net.double(),
+    ],
+)
+def test_a_file_belongs_to_all_that_a_feature_depends_on(cache, computed, change):
+    run(frozen())
+    other = frozen()
+    with torch.no_grad():
+        change(other)
+    computed.clear()
+    run(other)
+    assert computed and len(list(cache.iterdir())) == 2
+    computed.clear()
+    run(frozen(), pixels=Pixels("other images"))
+    assert computed and len(list(cache.iterdir())) == 3
+
+
+def test_code_of_others_is_not_trusted_from_run_to_run(cache):
+    hooked, replaced = frozen(), frozen()
+    hooked.backbone.vit.norm.register_forward_hook(lambda module, inputs, output: output * 2)
+    replaced.backbone.vit.norm.forward = torch.tanh
+    run(ProtoNet(Relative()).eval())
+    run(hooked)
+    run(replaced)
+    run(frozen(), pixels=Pixels(None))
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "empty", "other"])
+def test_a_damaged_file_is_computed_again(cache, computed, capsys, damage):
+    expected = run(frozen())["clean"]
+    (file,) = cache.iterdir()
+    whole = file.read_bytes()
+    flipped = whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:]
+    file.write_bytes({"cut": whole[:-9], "bit": flipped, "empty": b"", "other": b"x" * 99}[damage])
+    computed.clear()
+    assert torch.equal(run(frozen())["clean"], expected) and computed
+    assert "is damaged; its features are computed again" in capsys.readouterr().out
+    assert file.read_bytes() == whole
+
+
+def test_an_interrupted_evaluation_keeps_what_it_computed(cache, computed, tmp_path):
+    class Interrupted(Pixels):
+        calls = 0
+
+        def __getitem__(self, index):
+            self.calls += 1
+            if self.calls > 10:
+                raise KeyboardInterrupt
+            return super().__getitem__(index)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(frozen(), pixels=Interrupted())
+    assert len(list(cache.iterdir())) == 1
+    first = sum(computed)
+    run(frozen())
+    assert sum(computed) - first < len(LABELS) and sum(computed) <= len(LABELS) + 4
+
+
+def test_without_room_there_is_one_notice_and_the_same_result(cache, capsys):
+    expected = run(frozen(), "off")["clean"]
+    cache.parent.write_text("a file where the folder should be")
+    capsys.readouterr()
+    assert all(torch.equal(run(frozen())["clean"], expected) for _ in range(2))
+    assert capsys.readouterr().out.count("features are computed again by the next run") == 1
+
+
+def test_the_file_used_longest_ago_makes_room(cache, monkeypatch):
+    run(frozen())
+    (old,) = cache.iterdir()
+    size = old.stat().st_size
+    os.utime(old, (1, 1))
+    run(frozen(), pixels=Pixels("second"))
+    (second,) = set(cache.iterdir()) - {old}
+    os.utime(second, (2, 2))
+    run(frozen())  # used now
+    monkeypatch.setattr(files, "LIMIT", int(2.5 * size))
+    run(frozen(), pixels=Pixels("third"))
+    assert old.exists() and not second.exists() and len(list(cache.iterdir())) == 2
+    monkeypatch.setattr(files, "LIMIT", size - 1)
+    run(frozen(), pixels=Pixels("fourth"))
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_another_word_is_refused():
+    with pytest.raises(UserError, match=r"features 'of'. Near: 'off'"):
+        run(frozen(), "of")

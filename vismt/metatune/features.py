@@ -1,0 +1,149 @@
+"""Features that are computed once: f(x; W) is a function of the image and of weights that no task changes.
+
+Episodes draw the same images again and again. `number` marks a batch with the rows of its images in their set, and
+`features` then takes the features of rows that were seen before from a store. An image that was changed (attacked, shifted,
+augmented) is another tensor without a mark, so it is computed; the same holds under gradients and for the weights of a single
+task (`Functional.lasting`).
+
+On a CPU a feature has the same bits in every batch, or it is not stored: the first batch of every backbone is computed in
+two ways and compared. On a GPU kernels depend on the batch's shape, and the two may differ by rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vismt import console
+from vismt.metatune.feature_files import load_features, path_of, save_features
+from vismt.metatune.functional import Functional
+
+MARK = "_vismt_rows"
+ROUNDING = 1e-3  # largest difference on a GPU between two batches, as a share of the largest feature
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a batch's images in the set of a store; version: of the batch when it was marked."""
+
+    store: FeatureStore
+    index: list[int]
+    version: int
+
+
+def number(images: Tensor, store: FeatureStore | None, index: Tensor) -> Tensor:
+    """Mark images (b, 3, h, w) as the rows `index` (b,) of the set of a store, and return them; None for no store."""
+    if store is not None and not images.is_inference():
+        setattr(images, MARK, Rows(store, index.tolist(), images._version))
+    return images
+
+
+def features(backbone: nn.Module, images: Tensor, batch: int | None = None) -> Tensor:
+    """Return the features (b, d) of images (b, 3, h, w), `batch` (None: all) in a forward pass; those in a store from there."""
+    rows: Rows | None = getattr(images, MARK, None)
+    table = None
+    if rows is not None and rows.version == images._version and not torch.is_grad_enabled():
+        table = rows.store.table(backbone)
+    if rows is None or table is None:
+        return _computed(backbone, images, batch)
+    return table.look_up(backbone, images, rows.index, batch)
+
+
+def _computed(backbone: nn.Module, images: Tensor, batch: int | None) -> Tensor:
+    parts = images.split(batch) if batch is not None and len(images) > batch else (images,)
+    return torch.cat([backbone(part) for part in parts]) if len(parts) > 1 else backbone(images)
+
+
+class FeatureStore:
+    """Features of the images of one set, by row, for every backbone that asks.
+
+    Use as a context manager: at its end, features of stock models are written to the cache folder (feature_files.py).
+
+    Args:
+        data: a text that differs for any other images; None keeps all features in memory only.
+    """
+
+    def __init__(self, data: str | None = None) -> None:
+        self.data = data
+        self._tables: dict[Hashable, _Table] = {}
+
+    def __enter__(self) -> FeatureStore:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for table in self._tables.values():
+            table.save()
+
+    def table(self, backbone: nn.Module) -> _Table | None:
+        """Return the features of a backbone's weights; None where they cannot be kept."""
+        if isinstance(backbone, Functional) and not backbone.lasting:
+            return None
+        module = backbone.module if isinstance(backbone, Functional) else backbone
+        tensors = dict(_tensors(backbone))
+        if any(tensor.is_inference() for tensor in tensors.values()):
+            return None  # their changes are not counted
+        precision = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        key = (id(module), precision, *((value.data_ptr(), value._version) for value in tensors.values()))
+        if key not in self._tables:
+            self._tables[key] = _Table(module, tensors, self.data if precision is None else None)
+        table = self._tables[key]
+        return table if table.usable else None
+
+
+def _tensors(backbone: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter and buffer that a backbone runs on, by name."""
+    weights = backbone.weights if isinstance(backbone, Functional) else {}
+    module = backbone.module if isinstance(backbone, Functional) else backbone
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        yield name, weights.get(name, tensor)
+
+
+class _Table:
+    """Features by row for one state of the weights. tensors: kept, so that their addresses stay theirs."""
+
+    def __init__(self, module: nn.Module, tensors: dict[str, Tensor], data: str | None) -> None:
+        self.module = module
+        self.tensors = tensors
+        self.usable = not any(part.training for part in module.modules())
+        self.path = path_of(module, tensors, data) if self.usable and data is not None else None
+        self.rows: dict[int, Tensor] = {}
+        if self.path is not None:
+            device = next(iter(tensors.values())).device
+            self.rows = load_features(self.path, device)
+        self._saved = len(self.rows)
+
+    def look_up(self, backbone: nn.Module, images: Tensor, index: list[int], batch: int | None) -> Tensor:
+        missing = [place for place, row in enumerate(index) if row not in self.rows]
+        if missing:
+            part = images if len(missing) == len(index) else images[missing]
+            new = _computed(backbone, part, batch)
+            if not self.rows and not _repeatable(backbone, part, new):
+                self.usable = False
+                console.stage(
+                    "cache", "features depend on the other images of their batch: each episode computes its own"
+                )
+                return new
+            self.rows |= zip((index[place] for place in missing), new.unbind())
+            if part is images:
+                return new
+        return torch.stack([self.rows[row] for row in index])
+
+    def save(self) -> None:
+        if self.path is not None and len(self.rows) > self._saved:
+            save_features(self.path, self.rows)
+            self._saved = len(self.rows)
+
+
+def _repeatable(backbone: nn.Module, images: Tensor, expected: Any) -> bool:
+    """Return whether features are the same in a batch of another size and order."""
+    if not isinstance(expected, Tensor) or expected.ndim != 2 or len(expected) != len(images):
+        return False
+    half = len(images) // 2 + 1
+    again, first = backbone(images[:half].flip(0)).flip(0), expected[:half]
+    if expected.device.type == "cpu":
+        return torch.equal(again, first)
+    return bool((again - first).abs().max() <= ROUNDING * first.abs().max())
