@@ -57,10 +57,12 @@ def recompute(model: nn.Module) -> Iterator[None]:
 
 
 class _Kept:
-    """A tensor in memory, which may not change in place."""
+    """A tensor in memory, which may not change in place. missing: its bytes where nothing else keeps it, otherwise 0."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.version = tensor, tensor._version
+    __slots__ = ("__weakref__", "missing", "tensor", "version")
+
+    def __init__(self, tensor: Tensor, missing: int = 0) -> None:
+        self.tensor, self.version, self.missing = tensor, tensor._version, missing
 
     def value(self) -> Tensor:
         if self.tensor._version != self.version:
@@ -80,9 +82,11 @@ class _Call:
 
     def __init__(self, function: Any, args: list[Any], options: dict[str, Any], device: str) -> None:
         self.function, self.args, self.options = function, args, options
-        self.autocast = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
-        self.device = device
-        self.missing = self.uses = self.served = 0
+        self.device, self.autocast = device, torch.is_autocast_enabled(device)
+        self.dtype = torch.get_autocast_dtype(device) if self.autocast else None
+        self.parts = [arg for arg in (*args, *options.values()) if isinstance(arg, _Kept | _View)]
+        self.missing = sum(part.missing for part in self.parts)
+        self.uses = self.served = 0
         self.output: Tensor | None = None
 
     def value(self) -> Tensor:
@@ -94,25 +98,31 @@ class _Call:
     def _repeat(self) -> Tensor:
         args = [_value(arg) for arg in self.args]
         options = {name: _value(option) for name, option in self.options.items()}
-        with torch.no_grad(), torch.autocast(self.device, cache_enabled=False, **self.autocast):
+        with torch.no_grad(), torch.autocast(self.device, self.dtype, self.autocast, cache_enabled=False):
             return self.function(*args, **options)
 
     def use(self) -> Iterator[_Kept]:
-        """Count one more use, also of the calls before; yield every tensor that is kept for it."""
+        """Count one more use; yield, the first time, every tensor that is kept for the call."""
         self.uses += 1
-        for arg in (*self.args, *self.options.values()):
-            if isinstance(arg, _Kept):
-                yield arg
-            elif isinstance(arg, _View) and self.uses == 1:
-                yield from arg.call.use()
+        for part in self.parts if self.uses == 1 else ():
+            if isinstance(part, _View):
+                yield from part.call.use()
+            else:
+                yield part
 
 
 class _View:
     """A tensor in the storage of a call's output."""
 
+    __slots__ = ("call", "geometry")
+
     def __init__(self, call: _Call, tensor: Tensor) -> None:
         self.call = call
         self.geometry = tensor.shape, tensor.stride(), tensor.storage_offset()
+
+    @property
+    def missing(self) -> int:
+        return self.call.missing
 
     def value(self) -> Tensor:
         return self.call.value().as_strided(*self.geometry)
@@ -123,77 +133,74 @@ def _value(arg: Any) -> Any:
 
 
 class _Calls(TorchFunctionMode):
-    """The calls whose outputs are alive, and the storages that are kept for the backward pass."""
+    """The calls whose outputs are alive, and what is kept for the backward pass, both by storage.
+
+    outputs: (the output, its version, the call). A freed storage can be used again, so entries end with their tensors.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        # By storage: the output of a call while it is alive, its version, and the call.
         self.outputs: dict[int, tuple[weakref.ref[Tensor], int, _Call]] = {}
-        self.kept: dict[int, weakref.ref[Tensor]] = {}
+        self.kept: dict[int, weakref.ref[_Kept]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func in CHEAP and out.requires_grad:
-            self._record(func, args, kwargs, out)
+        out = func(*args, **(kwargs or {}))
+        if func in CHEAP and args and out is not args[0] and out.requires_grad:
+            self._record(func, args, kwargs or {}, out)
         return out
 
     def pack(self, tensor: Tensor) -> _Kept | _View:
         """Return what is kept in place of a saved tensor."""
-        view = self._computed(tensor)
-        if view is None or _storage(tensor) in self.kept:
-            return self._keep(_Kept(tensor))
+        storage = _storage(tensor)
+        view = self._computed(storage, tensor)
+        if view is None or self._is_kept(storage):
+            return self._keep(storage, _Kept(tensor))
         for part in view.call.use():
-            self._keep(part)
+            self._keep(_storage(part.tensor), part)
         return view
 
     def _record(self, function: Any, args: tuple[Any, ...], options: dict[str, Any], out: Tensor) -> None:
         """Note the call that returned `out` where it may take the place of `out`."""
-        inputs = [arg for arg in (*args, *options.values()) if isinstance(arg, Tensor)]
         storage = _storage(out)
-        if any(_storage(arg) == storage or arg.device != out.device for arg in inputs):
-            return
-        parts = {id(arg): self._part(arg) for arg in inputs}
-        call = _Call(
-            function,
-            [parts[id(arg)][0] if isinstance(arg, Tensor) else arg for arg in args],
-            {name: parts[id(arg)][0] if isinstance(arg, Tensor) else arg for name, arg in options.items()},
-            out.device.type,
-        )
-        call.missing = sum(size for _, size in parts.values())
+        for arg in (*args, *options.values()):
+            if isinstance(arg, Tensor) and (_storage(arg) == storage or arg.device != out.device):
+                return
+        parts = [self._part(arg) if isinstance(arg, Tensor) else arg for arg in args]
+        named = {name: self._part(arg) if isinstance(arg, Tensor) else arg for name, arg in options.items()}
+        call = _Call(function, parts, named, out.device.type)
         if call.missing < out.untyped_storage().nbytes():
-            reference = weakref.ref(out, lambda gone: self._forget(self.outputs, storage, gone))
+            reference = weakref.ref(out, lambda gone: self._forget(storage, gone))
             self.outputs[storage] = reference, out._version, call
 
-    def _part(self, tensor: Tensor) -> tuple[_Kept | _View, int]:
-        """Return what a call needs for its input `tensor`, and the bytes of it that nothing else keeps."""
-        if _storage(tensor) not in self.kept:
-            view = self._computed(tensor)
-            if view is not None:
-                return view, view.call.missing
-            if not isinstance(tensor, nn.Parameter):
-                return _Kept(tensor.detach()), tensor.untyped_storage().nbytes()
-        return _Kept(tensor.detach()), 0
+    def _forget(self, storage: int, gone: weakref.ref[Tensor]) -> None:
+        entry = self.outputs.get(storage)
+        if entry is not None and entry[0] is gone:
+            del self.outputs[storage]
 
-    def _computed(self, tensor: Tensor) -> _View | None:
+    def _part(self, tensor: Tensor) -> _Kept | _View:
+        """Return what a call needs for its input `tensor`."""
+        storage = _storage(tensor)
+        if self._is_kept(storage) or isinstance(tensor, nn.Parameter):
+            return _Kept(tensor.detach())
+        view = self._computed(storage, tensor)
+        return _Kept(tensor.detach(), tensor.untyped_storage().nbytes()) if view is None else view
+
+    def _computed(self, storage: int, tensor: Tensor) -> _View | None:
         """Return a tensor as a view of a call's output; None for another tensor, and after a change in place."""
-        reference, version, call = self.outputs.get(_storage(tensor), (None, 0, None))
-        out = None if reference is None else reference()
-        if out is None or call is None or out.dtype != tensor.dtype or tensor._version != version:
+        entry = self.outputs.get(storage)
+        if entry is None or entry[1] != tensor._version:
             return None
-        return _View(call, tensor)
+        out = entry[0]()
+        return None if out is None or out.dtype != tensor.dtype else _View(entry[2], tensor)
 
-    def _keep(self, kept: _Kept) -> _Kept:
-        storage = _storage(kept.tensor)
-        if storage not in self.kept:
-            self.kept[storage] = weakref.ref(kept.tensor, lambda gone: self._forget(self.kept, storage, gone))
+    def _is_kept(self, storage: int) -> bool:
+        reference = self.kept.get(storage)
+        return reference is not None and reference() is not None
+
+    def _keep(self, storage: int, kept: _Kept) -> _Kept:
+        if not self._is_kept(storage):
+            self.kept[storage] = weakref.ref(kept)
         return kept
-
-    @staticmethod
-    def _forget(entries: dict[int, Any], storage: int, gone: Any) -> None:
-        entry = entries.get(storage)
-        if entry is gone or (isinstance(entry, tuple) and entry[0] is gone):
-            del entries[storage]
 
 
 def _storage(tensor: Tensor) -> int:
