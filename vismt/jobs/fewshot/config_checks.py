@@ -56,6 +56,11 @@ def _check_values(config: FewShotConfig, trains: bool) -> None:
             f"source: crop {source.crop}, jitter {source.jitter}, scale {source.scale}; crop lies in (0, 1], jitter is not "
             "negative, scale is positive."
         )
+    if config.meta is not None and config.train is not None and config.train.compile:
+        raise UserError(
+            "train.compile: the outer loop of meta differentiates a gradient, and torch.compile has no second derivative; leave "
+            "it out."
+        )
     repeated = {"targets", "rank", "alpha", "seed"} & set(config.adapt.options if config.adapt else {})
     if repeated:
         name = min(repeated)
