@@ -4,6 +4,7 @@ from vismt import llm
 from vismt.errors import UserError
 from vismt.lowrank.inject import merge, unadapt
 from vismt.lowrank.peft_folder import export_peft, import_peft
+from vismt.lowrank.recompute import recompute
 from vismt.lowrank.store import load_adapter, save_adapter
 from vismt.methods import adapt, list_methods
 
@@ -18,6 +19,7 @@ __all__ = [
     "llm",
     "load_adapter",
     "merge",
+    "recompute",
     "save_adapter",
     "unadapt",
 ]

@@ -35,6 +35,8 @@ Seed = Annotated[int, within(0, 2**63 - 1)]
 Jitter = Annotated[float, within(0, 10)]
 # An interval needs two, and each is kept in a record.
 Episodes = Annotated[int, within(2, 1_000_000)]
+# Of the weights of a model.
+Dtype = Literal["float32", "bfloat16", "float16"]
 T = TypeVar("T")
 
 
@@ -49,7 +51,8 @@ class ModelSection:
 class ModelConfig(ModelSection):
     """The backbone. name: asset or timm model; img_size: pixels; pretrained: true, false or a checkpoint file.
 
-    block, position, pool: see vismt.backbones.vit.create.
+    block, position, pool: see vismt.backbones.vit.create. dtype: in which the weights are held and the blocks compute; heads and
+    what a method trains stay float32.
     """
 
     name: str = "vit_small_patch14_imgfocus"
@@ -58,6 +61,7 @@ class ModelConfig(ModelSection):
     block: int | None = None
     position: str = "timm"
     pool: str | None = None
+    dtype: Dtype = field(default="float32", metadata=HASHED_IF_SET)
 
 
 @dataclass
@@ -78,7 +82,9 @@ class TrainConfig:
     lr: the peak learning rate, reached after `warmup` steps, then a cosine down to min_lr. cooldown: number of last steps at
     min_lr. rates: {regular expression: factor of lr}; a parameter takes the factor of the first expression that matches
     anywhere in its name. weight_decay: of matrices; vectors and scalars have none. momentum: of sgd. clip: largest gradient
-    norm, null for none. precision: no, bf16 or fp16. trackers: accelerate's (tensorboard, wandb).
+    norm, null for none. precision: no, bf16 or fp16. recompute: cheap computes outputs of norms and activations again in the
+    backward pass (vismt.recompute). checkpointing: whether every block is computed again in the backward pass. compile: whether
+    blocks run under torch.compile, with static shapes. trackers: accelerate's (tensorboard, wandb).
     """
 
     steps: int = 100
@@ -93,6 +99,9 @@ class TrainConfig:
     accumulate: int = 1
     clip: float | None = 1.0
     precision: str = "no"
+    recompute: Literal["none", "cheap"] = field(default="none", metadata=UNHASHED)
+    checkpointing: bool = field(default=False, metadata=UNHASHED)
+    compile: bool = field(default=False, metadata=HASHED_IF_SET)
     workers: int = 0
     log_every: int = 1
     checkpoint_every: int = 50

@@ -27,6 +27,8 @@ NEEDED = ("blocks", "patch_embed", "forward_intermediates", "forward_head", "num
 class Backbone(nn.Module):
     """A timm ViT that takes images (b, 3, h, w), floating point in [0, 1], of the size `img_size` = (h, w).
 
+    Blocks compute in the dtype of the ViT's weights; features and class scores of half-precision weights are float32.
+
     Args:
         vit: the stock timm model.
         block: index of the block whose output is used, or None for the last; later blocks are not run.
@@ -76,10 +78,13 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the features (b, d) at `block`: the tokens after the final norm, pooled."""
-        return self._pooled(self.tokens(images))
+        return _widened(self._pooled(self._tokens(images)))
 
     def tokens(self, images: Tensor, block: int | None = None) -> Tensor:
         """Return the tokens (b, n, d) after the final norm, class and register tokens first; block: None for the backbone's."""
+        return _widened(self._tokens(images, block))
+
+    def _tokens(self, images: Tensor, block: int | None = None) -> Tensor:
         last = self.block if block is None else check_block(block, self.depth, type(self.vit).__name__)
         output = self._taps(images, [self.depth - 1 if last is None else last], "NLC")[0]
         if isinstance(output, Tensor):
@@ -92,7 +97,7 @@ class Backbone(nn.Module):
         wanted = [check_block(block, self.depth, type(self.vit).__name__) for block in blocks]
         order = sorted(set(wanted))
         outputs = self._taps(images, order, "NCHW")
-        maps = [output if isinstance(output, Tensor) else output[0] for output in outputs]
+        maps = [_widened(output if isinstance(output, Tensor) else output[0]) for output in outputs]
         map_of = dict(zip(order, maps, strict=True))
         return [map_of[block] for block in wanted]
 
@@ -119,7 +124,8 @@ class Backbone(nn.Module):
             )
         if not images.is_floating_point():
             raise UserError(f"images are {images.dtype}, the backbone takes floating point in [0, 1]: divide by 255.")
-        return ((images - self.mean) / self.std).to(self.mean.dtype)
+        embed: Any = self.vit.patch_embed
+        return ((images - self.mean) / self.std).to(next(embed.parameters()).dtype)
 
     def set_input_size(self, size: tuple[int, int], table: Tensor | None = None) -> None:
         """Take images of `size` (h, w) from now on.
@@ -176,8 +182,9 @@ def create(
     num_classes: int = 0,
     new_head: bool = False,
     seed: int = 0,
+    dtype: str = "float32",
 ) -> Backbone:
-    """Return a backbone on the CPU in float32, in training mode, like a model of timm.
+    """Return a backbone on the CPU, in training mode, like a model of timm.
 
     Args:
         name: an asset of `vismt assets list`, the path of an asset card, or any timm ViT, with or without its tag
@@ -192,6 +199,8 @@ def create(
         num_classes: 0 for no head. Weights with a head of another number of classes give a fresh head, with a message.
         new_head: draw the head from `seed`, whatever the weights have.
         seed: of random weights.
+        dtype: "float32", "bfloat16" or "float16", in which the weights are held, once; the classifier head and the
+            normalisation of images stay float32.
 
     Raises:
         UserError: an unknown name (with the near ones), a model that is not a ViT, a size that does not fit the patches, and
@@ -220,6 +229,10 @@ def create(
             from_hub(architecture).state_dict() if card is None else read_checkpoint(get_asset(name))
         )
         load_weights(vit, state, position, f"the weights of '{name}'", new_head=new_head)
+    if dtype != "float32":
+        vit.to(getattr(torch, dtype))
+        if num_classes:
+            vit.head.float().register_forward_pre_hook(_widen_inputs)
     return backbone
 
 
@@ -227,6 +240,15 @@ def skeleton(name: str, img_size: int | tuple[int, int] | None = None, *, num_cl
     """Return timm's model of a backbone on the meta device: its modules and shapes without values, made in no time."""
     with torch.device("meta"):
         return create(name, img_size, num_classes=num_classes).vit
+
+
+def _widened(features: Tensor) -> Tensor:
+    """Return features of half precision in float32."""
+    return features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
+
+
+def _widen_inputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(_widened(value) for value in inputs)
 
 
 def check_vit(model: nn.Module, name: str) -> None:

@@ -23,8 +23,10 @@ from torch.utils.data import DataLoader, Dataset
 from vismt import console
 from vismt.config import TrainConfig
 from vismt.engine import checkpoint
+from vismt.engine.blocks import check_blocks, running_blocks
 from vismt.engine.log import MetricsLog
 from vismt.errors import UserError, near
+from vismt.lowrank.recompute import recompute
 from vismt.methods import freezes, method_optimizer, schedules
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -77,7 +79,7 @@ def train(
         Diverged: on a loss or gradient that is not finite; the latest checkpoint is kept.
     """
     check(config)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), running_blocks(objective, config):
         torch.manual_seed(seed + accelerator.process_index)
         return _Training(objective, batches, config, folder, config_hash, accelerator, sections).run(after_step)
 
@@ -205,7 +207,7 @@ def _step(
         batch = next(stream)
         last = part == config.accumulate - 1
         with nullcontext() if last else accelerator.no_sync(wrapped):
-            with accelerator.autocast():
+            with recompute(wrapped) if config.recompute == "cheap" else nullcontext(), accelerator.autocast():
                 losses = wrapped(batch)
             accelerator.backward(losses["loss"] / config.accumulate)
         for name, value in losses.items():
@@ -315,6 +317,7 @@ def check(config: TrainConfig) -> None:
     """Raise UserError for values that the types of the train section do not exclude."""
     if config.optimizer not in OPTIMIZERS:
         raise UserError(f"train.optimizer: '{config.optimizer}'.{near(config.optimizer, OPTIMIZERS)}")
+    check_blocks(config)
     for name, least in LEAST.items():
         if getattr(config, name) < least:
             raise UserError(f"train.{name}: {getattr(config, name)}; it must be at least {least}.")

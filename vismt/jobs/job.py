@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor, nn
 
 from vismt import console
-from vismt.config import AdaptConfig
+from vismt.config import AdaptConfig, ModelConfig
 from vismt.engine import loop, runtime, training_files
 from vismt.engine.study import ARMS, CHOSEN, StudyConfig, Training
 from vismt.errors import UserError
@@ -150,6 +150,8 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
         heads = self.heads(net).requires_grad_(True)
         if not balanced:
             balanced = list(heads.parameters())
+        if isinstance(config.model, ModelConfig):
+            check_trained_dtype(net, config.model.dtype)
         return net, method, balanced
 
     def prepare(self, net: Net, config: Config) -> str:
@@ -274,3 +276,13 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
     def files_beside(self, arm: str | None = None) -> dict[str, bytes]:
         """Return the files to write beside the merged or exported weights of one arm, by name."""
         return self.beside(self.study.find(arm))
+
+
+def check_trained_dtype(net: nn.Module, dtype: str) -> None:
+    """Raise UserError where weights in half precision are trained: steps would be lost in rounding."""
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad and parameter.dtype.itemsize < 4:
+            raise UserError(
+                f"model.dtype: {dtype} is for frozen weights, and '{name}' is trained; set it to float32, and train.precision "
+                "to bf16 for a faster pass."
+            )

@@ -96,8 +96,8 @@ def find_layers(model: nn.Module, layers: Layers) -> list[str]:
     return paths
 
 
-def _stack(model: nn.Module) -> nn.Module:
-    """Return the outermost ModuleList or Sequential of children of one class that has the most parameters."""
+def stacks(model: nn.Module) -> dict[str, int]:
+    """Return the numbers of parameters of the outermost ModuleLists and Sequentials of children of one class, largest first."""
     sizes: dict[str, int] = {}
     for path, module in model.named_modules():
         is_stack = (
@@ -105,7 +105,13 @@ def _stack(model: nn.Module) -> nn.Module:
         )
         if is_stack and not any(path.startswith(f"{outer}.") for outer in sizes):
             sizes[path] = count_parameters(module)[1]
-    ranked = sorted(sizes, key=lambda path: -sizes[path])
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+
+def _stack(model: nn.Module) -> nn.Module:
+    """Return the stack of equal layers that has the most parameters."""
+    sizes = stacks(model)
+    ranked = list(sizes)
     if not ranked:
         raise UserError(f"LISA.layers: {type(model).__name__} has no list of equal layers; name them with layers=.")
     if len(ranked) > 1 and 2 * sizes[ranked[1]] >= sizes[ranked[0]]:

@@ -172,7 +172,7 @@ def _check_weights(weights: Sequence[float]) -> None:
     for position, weight in enumerate(weights):
         if not isinstance(weight, Real) or not _finite(weight):
             raise UserError(f"combine: weight {position} is {weight!r}, give a finite number.")
-    total = float(sum(weights))
+    total = sum((float(weight) for weight in weights), 0.0)
     if not math.isfinite(total):
         raise UserError("combine: the sum of the weights is not finite; give smaller weights.")
 

@@ -134,6 +134,19 @@ def saved_activation_bytes(model: nn.Module, forward: Callable[[], object]) -> i
     return sum(sizes.values())
 
 
+def kept_bytes(forward: Callable[[], object]) -> int:
+    """Return the bytes of the storages that `forward()` creates and that its result keeps alive: what backward needs.
+
+    Counts what hooks on saved tensors keep in place of tensors, too, as `vismt.recompute` and torch.utils.checkpoint do.
+    """
+    live = _Live()
+    with torch.enable_grad(), live:
+        output = forward()
+    kept = live.now
+    del output
+    return kept
+
+
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Return the bytes of the tensors in the optimiser's state (moments, step counters), each storage once."""
     return _bytes(value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))

@@ -52,6 +52,7 @@ def fresh(config: MultitaskConfig, num_classes: int) -> PixelNet:
             num_classes=num_classes,
             new_head=True,
             seed=config.seed,
+            dtype=model.dtype,
         )
     )
 

@@ -53,6 +53,11 @@ def _check_values(config: FewShotConfig, trains: bool) -> None:
         raise UserError("source.data: names no set to train on; add a card, or set train to null to evaluate only.")
     if not 0 < source.crop <= 1 or not source.scale > 0:
         raise UserError(f"source: crop {source.crop}, scale {source.scale}; crop lies in (0, 1], scale is positive.")
+    if config.meta is not None and config.train is not None and config.train.compile:
+        raise UserError(
+            "train.compile: the outer loop of meta differentiates a gradient, and torch.compile has no second derivative; leave "
+            "it out."
+        )
     repeated = {"targets", "rank", "alpha", "seed"} & set(config.adapt.options if config.adapt else {})
     if repeated:
         name = min(repeated)

@@ -41,7 +41,13 @@ class FewShotData:
         """Return the stock backbone."""
         model = self.config.model
         return vit.create(
-            model.name, model.img_size, model.pretrained, block=model.block, position=model.position, pool=model.pool
+            model.name,
+            model.img_size,
+            model.pretrained,
+            block=model.block,
+            position=model.position,
+            pool=model.pool,
+            dtype=model.dtype,
         )
 
     def open(self, name: str) -> Pixels:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from vismt.config import UNHASHED, ModelSection
+from vismt.config import UNHASHED, Dtype, ModelSection
 from vismt.engine.splits import PartsConfig, check_parts
 from vismt.engine.study import StudyConfig, check_arms, resolve_arms
-from vismt.errors import UserError, require_known
+from vismt.errors import UserError
 from vismt.jobs.multitask import check_tasks
 from vismt.llm.heads import check_head
 from vismt.llm.hybrid import check_gates
@@ -21,7 +21,6 @@ FROZEN = "frozen"  # name of the model before training
 RECOMMENDER = "sasrec"  # name of the recommender
 REFERENCES = (FROZEN, RECOMMENDER)  # models that no arm trains
 KIND = "recommendation"
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -35,7 +34,7 @@ class LmModelConfig(ModelSection):
     name: str = "smollm2-135m-instruct"
     revision: str | None = None
     gguf_file: str | None = None
-    dtype: str | None = None
+    dtype: Dtype | None = None
     first_block: int = 0
     cache_mb: int = 1024
 
@@ -245,8 +244,6 @@ def _check_numbers(config: LmConfig) -> None:
         numbers = (calibration.rows, calibration.batch, calibration.length, calibration.memory_mb)
         if not calibration.data or min(number for number in numbers if number is not None) < 1:
             raise UserError("calibration: name sets in data; rows, batch, length and memory_mb must be at least 1.")
-    if config.model.dtype is not None:
-        require_known("model.dtype: no precision", [config.model.dtype], DTYPES)
     least = {
         "model.cache_mb": (config.model.cache_mb, 0),
         "evaluate.limit": (config.evaluate.limit, 2),

@@ -1,0 +1,142 @@
+"""How the blocks of a net run while it is trained: checkpointed, or under torch.compile.
+
+A block is a child of the net's largest stack of equal layers, in any library. A checkpointed block keeps its input, and runs
+again in the backward pass with the tensors, gates and kernels of its forward pass: inner loops and attacks on weights
+replace a block's tensors for one call alone, which torch.utils.checkpoint does not know.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from vismt.config import TrainConfig
+from vismt.errors import UserError
+from vismt.llm.layers import stacks
+from vismt.lowrank.instance_gates import recompute_gates
+from vismt.methods import freezes
+
+BACKEND = "inductor"
+KERNELS = {
+    SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
+    SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
+    SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
+    SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
+}
+COMPILERS = ("g++", "clang++", "c++")
+
+
+def check_blocks(config: TrainConfig) -> None:
+    """Raise UserError for options that exclude each other."""
+    if config.compile and (config.checkpointing or config.recompute != "none"):
+        other = "checkpointing" if config.checkpointing else "recompute"
+        raise UserError(
+            f"train.compile: torch.compile decides by itself what it recomputes; leave out train.{other} or train.compile."
+        )
+
+
+@contextmanager
+def running_blocks(objective: nn.Module, config: TrainConfig) -> Iterator[None]:
+    """Inside the block, run the blocks of the objective's net as the train section says; afterwards as before.
+
+    Raises UserError for train.compile with a method that freezes parameters in turn, and without a C++ compiler on a CPU.
+    """
+    with ExitStack() as undo:
+        blocks = find_blocks(objective) if config.checkpointing or config.compile else []
+        if config.compile:
+            _check_compile(objective)
+            undo.enter_context(_kept_buffers())
+        for block in blocks:
+            if config.checkpointing:
+                block.forward = _Checkpointed(block).checkpointed  # type: ignore[method-assign]
+                undo.callback(block.__dict__.pop, "forward", None)
+            else:
+                block.compile(backend=BACKEND, dynamic=False)
+                undo.callback(setattr, block, "_compiled_call_impl", None)
+        yield
+
+
+def find_blocks(objective: nn.Module) -> list[nn.Module]:
+    """Return the blocks of the largest stack of equal layers, and of others at least half as large (a second net).
+
+    Raises UserError for a net without one.
+    """
+    sizes = stacks(objective)
+    if not sizes:
+        raise UserError("train.checkpointing and train.compile: the net has no list of equal blocks; leave them out.")
+    largest = max(sizes.values())
+    chosen = [objective.get_submodule(path) for path, size in sizes.items() if 2 * size >= largest]
+    return [block for stack in chosen for block in stack.children()]
+
+
+class _Checkpointed(nn.Module):
+    """A block whose forward is computed again in the backward pass, with the tensors that it had."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.run = block.forward
+
+    def checkpointed(self, *args: Any, **options: Any) -> Any:
+        return checkpoint(self._with, self._tensors(), *args, use_reentrant=False, context_fn=_contexts, **options)
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        return self.run(*args, **options)
+
+    def _with(self, tensors: dict[str, Tensor], *args: Any, **options: Any) -> Any:
+        now = self._tensors()
+        changed = {name: tensor for name, tensor in tensors.items() if now[name] is not tensor}
+        return functional_call(self, changed, args, options) if changed else self.run(*args, **options)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+
+
+def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Return the contexts of a block's forward pass and of its repetition."""
+    return nullcontext(), _AsBefore()
+
+
+class _AsBefore:
+    """Gates and kinds of attention kernels as they are when this is made; it may be entered more than once."""
+
+    def __init__(self) -> None:
+        self.gates = recompute_gates()[1]
+        self.kernels = [kernel for kernel, enabled in KERNELS.items() if enabled()]
+        self._entered: list[ExitStack] = []
+
+    def __enter__(self) -> None:
+        entered = ExitStack()
+        entered.enter_context(self.gates)
+        entered.enter_context(sdpa_kernel(self.kernels))
+        self._entered.append(entered)
+
+    def __exit__(self, *error: object) -> None:
+        self._entered.pop().close()
+
+
+def _check_compile(objective: nn.Module) -> None:
+    if freezes(objective):
+        raise UserError(
+            "train.compile: the method's schedule freezes parameters in turn, and torch.compile would compile again at every "
+            "turn; leave it out."
+        )
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu and BACKEND == "inductor" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), *COMPILERS))):
+        raise UserError(f"train.compile: needs a C++ compiler on a CPU ({', '.join(COMPILERS)}), none was found.")
+
+
+def _kept_buffers() -> Any:
+    """Return a context in which a compiled backward pass may run twice, as attacks and balancers do (retain_graph)."""
+    import torch._functorch.config as settings
+
+    return settings.patch(donated_buffer=False) if hasattr(settings, "donated_buffer") else ExitStack()
