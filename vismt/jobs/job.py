@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vismt import console
 from vismt.config import AdaptConfig
 from vismt.engine import loop, runtime, training_files
-from vismt.engine.study import ARMS, CHOSEN, StudyConfig, Training
+from vismt.engine.study import StudyConfig, Training
 from vismt.errors import UserError
 from vismt.files import atomic_write
 from vismt.jobs.base import EvaluationJob
@@ -94,11 +94,21 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
 
     def train(self) -> dict[str, Any]:
         """Train every arm at its rate and seeds; return {"arms": {arm: content of done.json}} for run.json."""
-        self.check_data()
-        self._check_arms()
+        self.check()
         self.study.train(self)
         done = {arm: training_files.read_done(self.study.trainings(arm)[0]) for arm in self.study.arms}
         return {"arms": done}
+
+    def check(self) -> None:
+        self.check_data()
+        for arm, config in self.study.arms.items():
+            if self.study.is_chosen(arm):  # it has been built before
+                continue
+            first = self.study.training(arm, config.training.lr, self.study.seeds[0])
+            try:
+                self.check_arm(self.study.config_of(first))
+            except UserError as error:
+                raise UserError(f"arms.{arm}: {error}" if self.config.arms else str(error)) from error
 
     def train_one(self, training: Training) -> None:
         """Train one arm at one rate and seed, unless its folder has done.json."""
@@ -162,20 +172,6 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
         for remark in report.skipped:
             console.stage("adapt", f"left out: {remark}")
         return settings.method
-
-    def _check_arms(self) -> None:
-        """Raise UserError, before any training, for an arm that cannot be built.
-
-        Arms with a chosen rate have been built before and are skipped.
-        """
-        for arm, config in self.study.arms.items():
-            if (self.folder / ARMS / arm / CHOSEN).exists():
-                continue
-            first = self.study.training(arm, config.training.lr, self.study.seeds[0])
-            try:
-                self.check_arm(self.study.config_of(first))
-            except UserError as error:
-                raise UserError(f"arms.{arm}: {error}" if self.config.arms else str(error)) from error
 
     def check_arm(self, config: Config) -> None:
         """Build the net of an arm, and its optimiser where that depends on the names of parameters."""
