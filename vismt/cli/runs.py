@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vismt import console
 from vismt.cli.commands import Commands
 from vismt.errors import UserError
+
+if TYPE_CHECKING:
+    from vismt.engine.run import Run
 
 
 def add_commands(commands: Commands) -> None:
@@ -22,6 +26,13 @@ def add_commands(commands: Commands) -> None:
             "overrides", nargs="*", metavar="key=value", help="dotted overrides, for example train.steps=20"
         )
         parser.add_argument("--out", type=Path, default=Path("runs"), help="parent of the run folder (runs)")
+        if name == "run":
+            parser.add_argument(
+                "--workers",
+                metavar="N|ray[:ADDRESS]",
+                help="trainings and evaluations in N processes or on a Ray cluster",
+            )
+            parser.add_argument("--part", metavar="i/n", help="one share of n, for job arrays; then `vismt report RUN`")
     parser = commands.add("evaluate", _evaluate, "evaluate a run folder and write its report")
     parser.add_argument("run", type=Path, help="a run folder")
     parser = commands.add("report", _report, "write the report of an evaluated run folder again")
@@ -34,10 +45,47 @@ def add_commands(commands: Commands) -> None:
 def _run(options: argparse.Namespace) -> None:
     from vismt.jobs import start
 
-    with start(options.config, options.overrides, options.out).owned() as run:
+    part = _part(options.part)
+    # Workers may have another working folder.
+    run = start(options.config, options.overrides, options.out.resolve() if options.workers else options.out)
+    if part or options.workers:
+        _run_units(run, part, options.workers)
+        return
+    with run.owned():
         run.train()
         run.on_main(run.evaluate)
         run.on_main(run.report)
+
+
+def _run_units(run: Run, part: tuple[int, int] | None, workers: str | None) -> None:
+    """Run the units of a study in several processes: by workers, or one part of a job array."""
+    from vismt.engine import runtime
+    from vismt.files import locked
+    from vismt.jobs.units import run_part, run_with_workers
+
+    if part and workers:
+        raise UserError("run: --part and --workers exclude each other; start every part alone.")
+    if runtime.processes().num_processes > 1:
+        raise UserError("run: --part and --workers start under one process, not under torchrun or accelerate launch.")
+    if part:
+        with locked(run.folder / "parts" / "-of-".join(map(str, part))):
+            run_part(run, *part)
+    elif workers:
+        with run.owned():
+            run_with_workers(run, workers)
+
+
+def _part(text: str | None) -> tuple[int, int] | None:
+    """Return (i, n) of "i/n"."""
+    if text is None:
+        return None
+    words = text.split("/")
+    if len(words) != 2 or not all(word.isascii() and word.isdecimal() for word in words):
+        raise UserError(f"run --part: '{text}'; give i/n, for example 1/4.")
+    part, parts = map(int, words)
+    if not 1 <= part <= parts:
+        raise UserError(f"run --part: {part} of {parts}; the parts of {parts} are 1 to {parts}.")
+    return part, parts
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -58,12 +106,15 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     from vismt.jobs import open_run
+    from vismt.report.results import RESULTS
 
     run = open_run(options.run)
-    if options.format == "html":
-        with run.owned():
+    with run.owned():
+        if not (options.run / RESULTS).exists() and (not run.job.trains or "adapt" in run.facts):
+            run.on_main(run.evaluate)  # from the records of parts that ended before
+        if options.format == "html":
             run.on_main(run.report)
-        return
+            return
     from vismt.jobs.robustness.config import RobustnessConfig
     from vismt.jobs.robustness.robustbench import write_model_info
 

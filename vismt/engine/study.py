@@ -24,6 +24,7 @@ from vismt.typed_yaml import plain_name
 
 ARMS = "arms"
 CHOSEN = "chosen.json"
+DIVERGED = "diverged.json"
 ALONE = "adapted"  # the arm of a configuration that names none
 # Sections that are the same for every arm of a study, whatever the job.
 SHARED = ("arms", "seeds", "seed", "tune", "tasks", "evaluate", "model", "task")
@@ -147,9 +148,15 @@ class Study(Generic[Config]):
         return match
 
     def train(self, job: Trainer) -> None:
-        """Train every arm; finished trainings are kept."""
+        """Train every arm, the tried rates before the seeds; finished trainings are kept."""
         for arm in self.arms:
-            self._train_arm(job, arm)
+            attempted = [] if self.is_chosen(arm) else self.tried(arm)
+            for training in attempted:
+                self.attempt(job, training)
+            self.choose(job, arm)
+            for training in self.trainings(arm):
+                if training not in attempted:
+                    self.attempt(job, training)
 
     def rates(self, arm: str) -> list[float]:
         """Return the rates that an arm tries, ascending."""
@@ -157,36 +164,47 @@ class Study(Generic[Config]):
             return [self.arms[arm].training.lr]
         return sorted(self.config.tune.rates)
 
-    def _train_arm(self, job: Trainer, arm: str) -> None:
-        """Train the grid with the first seed, choose, then train the other seeds."""
-        first, *others = self.seeds
-        path = self.folder / ARMS / arm / CHOSEN
-        processes = runtime.processes()
-        is_chosen = path.exists()
-        processes.wait_for_everyone()  # every process checks before the first one writes
-        if not is_chosen:
-            rates = self.rates(arm)
-            tried = {lr: self._try_rate(job, self.training(arm, lr, first), alone=len(rates) == 1) for lr in rates}
-            if processes.is_main_process:
-                validation: dict[float, float | None] = {}
-                for lr, training in tried.items() if len(rates) > 1 else ():
-                    validation[lr] = None if training is None else job.validate(training)
-                write_choice(path, arm, rates, validation)
-            processes.wait_for_everyone()
-        chosen = read_choice(self.folder, arm).lr
-        for seed in others:
-            job.train_one(self.training(arm, chosen, seed))
+    def is_chosen(self, arm: str) -> bool:
+        """Return whether the rate of an arm is chosen."""
+        return (self.folder / ARMS / arm / CHOSEN).exists()
 
-    def _try_rate(self, job: Trainer, training: Training, *, alone: bool) -> Training | None:
-        """Train at one rate; return None where the training diverged and is not the only one of its arm."""
+    def tried(self, arm: str) -> list[Training]:
+        """Return the trainings that need no choice of a rate: every rate with the first seed, or every seed at the only rate."""
+        rates = self.rates(arm)
+        seeds = self.seeds if len(rates) == 1 else self.seeds[:1]
+        return [self.training(arm, lr, seed) for lr in rates for seed in seeds]
+
+    def attempt(self, job: Trainer, training: Training) -> None:
+        """Train; a training that diverges is marked as diverged where its arm tries other rates, and an error otherwise."""
+        if has_diverged(training):
+            return
         try:
             job.train_one(training)
         except Diverged as error:
-            if alone:
+            if len(self.rates(training.arm)) == 1 or self.is_chosen(training.arm):
                 raise
             console.stage("tune", f"{training.arm}   lr {training.lr:g}   {error}")
-            return None
-        return training
+            if runtime.processes().is_main_process:
+                atomic_write(training.folder / DIVERGED, json.dumps({"error": str(error)}))
+            runtime.processes().wait_for_everyone()
+
+    def choose(self, job: Trainer, arm: str) -> None:
+        """Choose the rate of an arm by the validation scores of the tried ones, unless it is chosen."""
+        processes = runtime.processes()
+        is_chosen = self.is_chosen(arm)
+        processes.wait_for_everyone()  # every process checks before the first one writes
+        if not is_chosen and processes.is_main_process:
+            rates = self.rates(arm)
+            validation: dict[float, float | None] = {}
+            for training in self.tried(arm) if len(rates) > 1 else ():
+                validation[training.lr] = None if has_diverged(training) else job.validate(training)
+            write_choice(self.folder / ARMS / arm / CHOSEN, arm, rates, validation)
+        processes.wait_for_everyone()
+
+
+def has_diverged(training: Training) -> bool:
+    """Return whether a tried training ended with a loss that is not finite."""
+    return (training.folder / DIVERGED).exists()
 
 
 def resolve_arms(config: Config) -> dict[str, Config]:

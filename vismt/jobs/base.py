@@ -77,6 +77,9 @@ class EvaluationJob(ABC, Generic[Config]):
         """Return further scores by arm, computed from the scores of several arms or conditions."""
         return {}
 
+    def check_evaluation(self, attacks: Sequence[AttackConfig] | None) -> None:
+        """Raise UserError, before any evaluation, for what cannot be evaluated; by default do nothing."""
+
     def finished(self, training: Training) -> None:
         """Run after the evaluation of a training; by default do nothing."""
 
@@ -141,17 +144,22 @@ class EvaluationJob(ABC, Generic[Config]):
 
         attacks: conditions in place of those of the configuration.
         """
+        self.check_evaluation(attacks)
         scores: dict[str, dict[int, list[Score]]] = {}
         for arm in self.evaluated():
             trainings = self.trainings(arm)
-            scores[arm] = {training.seed: self.score(training, self.split, attacks) for training in trainings}
+            scores[arm] = {training.seed: self.evaluate_one(training, attacks) for training in trainings}
             self._print(arm, mean_scores(scores[arm].values()), len(trainings))
-            if attacks is None and arm in self.study.arms:
-                for training in trainings:
-                    self.finished(training)
         self._write(scores)
         if attacks is None:
             self.write_panels()
+
+    def evaluate_one(self, training: Training, attacks: Sequence[AttackConfig] | None = None) -> list[Score]:
+        """Return the scores of a training or reference, from its records where they are complete."""
+        scores = self.score(training, self.split, attacks)
+        if attacks is None and training.arm in self.study.arms:
+            self.finished(training)
+        return scores
 
     def evaluated(self) -> list[str]:
         """Return the names of all evaluated models, references first."""

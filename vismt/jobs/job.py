@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vismt import console
 from vismt.config import AdaptConfig, ModelConfig
 from vismt.engine import loop, runtime, training_files
-from vismt.engine.study import ARMS, CHOSEN, StudyConfig, Training
+from vismt.engine.study import StudyConfig, Training
 from vismt.errors import UserError
 from vismt.files import atomic_write
 from vismt.jobs.base import EvaluationJob
@@ -98,11 +98,15 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
 
     def train(self) -> dict[str, Any]:
         """Train every arm at its rate and seeds; return {"arms": {arm: content of done.json}} for run.json."""
-        self.check_data()
-        self._each_arm(self.check_arm)
+        self.check_training()
         self.study.train(self)
         done = {arm: training_files.read_done(self.study.trainings(arm)[0]) for arm in self.study.arms}
         return {"arms": done}
+
+    def check_training(self) -> None:
+        """Raise UserError, before any training, for data and arms that cannot be trained or evaluated."""
+        self.check_data()
+        self._each_arm(self.check_arm)
 
     def train_one(self, training: Training) -> None:
         """Train one arm at one rate and seed, unless its folder has done.json."""
@@ -186,7 +190,7 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
         Arms with a chosen rate have been built before and are skipped.
         """
         for arm, config in self.study.arms.items():
-            if (self.folder / ARMS / arm / CHOSEN).exists():
+            if self.study.is_chosen(arm):
                 continue
             first = self.study.training(arm, config.training.lr, self.study.seeds[0])
             try:

@@ -23,16 +23,21 @@ from vismt.robustness.conditions import check_conditions
 def check(config: FewShotConfig) -> None:
     """Raise UserError for values that types do not exclude, also in the arms, before any work is done."""
     trains = config.train is not None and config.adapt is not None
-    _check_values(config, trains)
-    _check_evaluation(config)
-    _check_models(config, trains)
+    _check_arm(config)
     _check_selection(config)
-    check_arms(config, check, ("pool", "select", "merging", "finetune"), () if trains else ("model",))
+    check_arms(config, _check_arm, ("pool", "select", "merging", "finetune"), () if trains else ("model",))
     _check_arm_keys(config)
     if config.arms and config.pool is not None:
         raise UserError("arms: a pool's experts are the arms; leave out arms or the pool section.")
     if config.tune is not None and not (config.select is not None and config.select.data):
         raise UserError("tune: the rates are judged on validation tasks; name their sets in select.data.")
+
+
+def _check_arm(config: FewShotConfig) -> None:
+    trains = config.train is not None and config.adapt is not None
+    _check_values(config, trains)
+    _check_evaluation(config)
+    _check_models(config, trains)
 
 
 def _check_arm_keys(config: FewShotConfig) -> None:

@@ -206,7 +206,6 @@ class FewShotJob(Job[FewShotConfig, Any]):
         return evaluation.scores(models, training.arm, attacks, with_panel=with_panel)
 
     def evaluate(self, attacks: Sequence[AttackConfig] | None = None) -> None:
-        self._skip_unavailable()
         super().evaluate(attacks)
         experts = evaluated_experts(self.config)
         if self.config.select is not None and attacks is None and len(experts) > 1:
@@ -219,7 +218,7 @@ class FewShotJob(Job[FewShotConfig, Any]):
                 lines += self._evaluation(arm).masking_lines(self.models(seed, arm), arm, self.hash)
             write_lines(self.folder / masking_report.LINES, lines)
 
-    def _skip_unavailable(self) -> None:
+    def check_evaluation(self, attacks: Sequence[AttackConfig] | None) -> None:
         """Leave out the untrained arms whose weights cannot be had, with a line for each."""
         self.skipped = {}
         for arm in self.untrained:

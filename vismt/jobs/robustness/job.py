@@ -63,10 +63,9 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
         settings = self.config.evaluate
         return (settings.attacks, settings.corruptions) if attacks is None else (attacks, [])
 
-    def evaluate(self, attacks: Sequence[AttackConfig] | None = None) -> None:
+    def check_evaluation(self, attacks: Sequence[AttackConfig] | None) -> None:
         for trained in self.trained.values():
             trained.check(*self._chosen(attacks))
-        super().evaluate(attacks)
 
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
         chosen, corruptions = self._chosen(attacks)

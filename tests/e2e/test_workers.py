@@ -1,0 +1,134 @@
+"""A study in several processes: the files of one process, failures named, wrong command lines refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers.units import die, mark
+
+from vismt.cli import main
+from vismt.engine.loop import Diverged
+from vismt.engine.study import Training
+from vismt.engine.workers import LocalWorkers, make_workers
+from vismt.errors import UserError
+from vismt.jobs.fewshot.job import FewShotJob
+from vismt.report.results import RESULTS
+
+pytest.importorskip("sklearn")
+pytest.importorskip("skimage")
+
+CONFIG = {
+    "model": {"name": "test_vit", "img_size": 32, "pretrained": False, "block": 3},
+    "adapt": {"method": "lora", "rank": 2},
+    "source": {"data": ["photo_crops:train"], "ways": 3, "shots": 1, "queries": 2, "augment": False},
+    "arms": {"lora": {}, "wide": {"adapt.rank": 4}},
+    "seeds": [0, 1],
+    "tune": {"rates": [1.0e-3, 1.0e-2]},
+    "select": {"data": ["photo_crops:test"], "episodes": 2},
+    "train": {"steps": 2},
+    "evaluate": {"data": ["digits"], "ways": 3, "shots": [1], "queries": 2, "episodes": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("study") / "study.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(config: Path) -> dict[str, bytes]:
+    """The files of one process."""
+    assert main(["run", str(config), "--out", str(config.parent / "one"), "--quiet"]) == 0
+    return files(config.parent / "one")
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """Return what a run computed: results, records, choices and adapters by name."""
+    folder = next(out.iterdir())
+    kept = [folder / RESULTS, *folder.glob("arms/*/chosen.json"), *folder.glob("arms/*/*/adapter/*")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in [*kept, *folder.glob("episodes/*/*")]}
+
+
+def test_local_workers_write_the_files_of_one_process(config: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    assert main(["run", str(config), "--out", str(tmp_path), "--quiet", "--workers", "2"]) == 0
+    assert files(tmp_path) == expected
+    assert sum(name.endswith(".safetensors") for name in expected) == 6  # two arms: two rates, then another seed
+    assert (next(tmp_path.iterdir()) / "report.html").exists()
+
+
+def test_parts_share_the_units_and_wait_for_each_other(
+    config: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    call = [sys.executable, "-m", "vismt.cli", "run", str(config), "--out", str(tmp_path), "--quiet", "--part"]
+    parts = [subprocess.Popen([*call, f"{part}/2"]) for part in (1, 2)]
+    assert [part.wait(200) for part in parts] == [0, 0]
+    folder = next(tmp_path.iterdir())
+    assert not (folder / RESULTS).exists()
+    assert main(["report", str(folder), "--quiet"]) == 0
+    assert files(tmp_path) == expected
+
+
+def test_a_rate_that_diverged_is_not_trained_again(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_one = FewShotJob.train_one
+    rates = []
+
+    def diverge(job: FewShotJob, training: Training) -> None:
+        rates.append(training.lr)
+        if training.lr > 5e-3:
+            raise Diverged("train: the loss is not finite.")
+        train_one(job, training)
+
+    monkeypatch.setattr(FewShotJob, "train_one", diverge)
+    options = ["run", str(config), "--out", str(tmp_path), "--quiet"]
+    assert main(options) == 0
+    assert rates.count(1e-2) == 2  # once for each arm
+    folder = next(tmp_path.iterdir())
+    chosen = json.loads((folder / "arms" / "lora" / "chosen.json").read_text())
+    assert chosen["lr"] == 1e-3 and chosen["validation"]["0.01"] is None
+    for name in ("run.json", "arms/lora/chosen.json"):
+        (folder / name).unlink()
+    assert main(options) == 0
+    assert rates.count(1e-2) == 2
+
+
+def test_a_killed_worker_s_unit_runs_once_more_and_the_others_are_kept(tmp_path: Path) -> None:
+    with LocalWorkers(2) as workers:
+        workers.run({"dies once": (die, (tmp_path / "once", 1)), "other": (mark, (tmp_path / "other",))})
+        assert (tmp_path / "once").read_text() == "2" and (tmp_path / "other").exists()
+        with pytest.raises(UserError, match=r"1 of 2 units failed twice.*dies twice: its process ended"):
+            workers.run({"dies twice": (die, (tmp_path / "twice", 9)), "third": (mark, (tmp_path / "third",))})
+        assert (tmp_path / "twice").read_text() == "2" and (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--workers", "9"], "9 processes for 6 units"),
+        (["--workers", "0"], "give a number of processes"),
+        (["--workers", "two"], "give a number of processes"),
+        (["--part", "3/2"], "the parts of 2 are 1 to 2"),
+        (["--part", "1"], "give i/n"),
+        (["--part", "1/2", "--workers", "2"], "exclude each other"),
+    ],
+)
+def test_wrong_numbers_are_one_line(
+    options: list[str], message: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(config), "--out", str(tmp_path), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_ray_cluster_that_does_not_answer_is_named() -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(UserError, match=r"no Ray cluster answers at '127\.0\.0\.1:1'"):
+        make_workers("ray:127.0.0.1:1", 4)

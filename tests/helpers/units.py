@@ -1,0 +1,19 @@
+"""Units for tests of workers, in a module that a spawned process can import."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def die(flag: Path, times: int) -> None:
+    """End this process as the kernel does when memory is short, the first `times` times; count the calls in `flag`."""
+    count = int(flag.read_text()) if flag.exists() else 0
+    flag.write_text(str(count + 1))
+    if count < times:
+        os._exit(9)
+
+
+def mark(path: Path) -> None:
+    """Leave a file."""
+    path.touch()

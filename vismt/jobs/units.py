@@ -1,0 +1,138 @@
+"""A study as units: trainings and evaluations of one arm and seed, which several processes may run at the same time.
+
+A round holds the units that need no other unit of it: the tried rates and single rates, the remaining seeds, the evaluations.
+Units write checkpoints, adapters and records; what is made of all of them (choice of rates, pools, results, report) is made
+afterwards by the ordinary run, which finds every unit finished.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+from vismt import console
+from vismt.engine.run import Run
+from vismt.engine.study import Training, has_diverged
+from vismt.engine.training_files import read_done
+from vismt.engine.workers import make_workers
+from vismt.jobs import open_run
+from vismt.jobs.base import EvaluationJob
+from vismt.jobs.job import Job
+
+POLL_S = 2.0
+Share = Callable[[Sequence[Training]], None]
+
+
+def run_with_workers(run: Run, workers: str) -> None:
+    """Train, evaluate and report as `vismt run` does in one process.
+
+    Args:
+        run: the run folder.
+        workers: see `make_workers`.
+    """
+    job = _job(run)
+    with make_workers(workers, _most_units(job)) as pool:
+
+        def run_all(stage: str, function: Callable[[Path, Training], None], trainings: Sequence[Training]) -> None:
+            calls = {f"{stage} {training}": (function, (run.folder, training)) for training in trainings}
+            pool.run({" ".join(name.split()): call for name, call in calls.items()})
+
+        _train(job, lambda trainings: run_all("train", train_unit, trainings))
+        run.train()
+        run_all("evaluate", evaluate_unit, _evaluations(job))
+    run.evaluate()
+    run.report()
+
+
+def run_part(run: Run, part: int, parts: int) -> None:
+    """Run one part's share of a study, and wait between rounds for the others; `vismt report` finishes the run.
+
+    Args:
+        run: the run folder, which all parts share.
+        part: from 1 to `parts`.
+        parts: the number of parts, each started once.
+    """
+    job = _job(run)
+
+    def share(trainings: Sequence[Training]) -> None:
+        for training in trainings[part - 1 :: parts]:
+            _attempt(job, training)
+        _wait(lambda: sum(not _is_finished(training) for training in trainings), "training(s) of other parts")
+
+    _train(job, share)
+    if part == 1:
+        run.train()
+    _wait(lambda: int(job.trains and "adapt" not in run.facts), "part: the first one")
+    for training in _evaluations(job)[part - 1 :: parts]:
+        job.evaluate_one(training)
+
+
+def train_unit(folder: Path, training: Training) -> None:
+    """Train one training of a run folder, in a worker."""
+    _attempt(_opened(folder), training)
+
+
+def evaluate_unit(folder: Path, training: Training) -> None:
+    """Write the records of one training or reference, in a worker."""
+    _opened(folder).evaluate_one(training)
+
+
+def _attempt(job: EvaluationJob[Any], training: Training) -> None:
+    """Train, and validate where the arm tries several rates: the records make the choice of the rate quick."""
+    if not isinstance(job, Job):
+        return
+    job.study.attempt(job, training)
+    if len(job.study.rates(training.arm)) > 1 and not has_diverged(training):
+        job.validate(training)
+
+
+def _train(job: EvaluationJob[Any], share: Share) -> None:
+    """Train in two rounds: what needs no choice of a rate, then the other seeds of the arms that chose one."""
+    study = job.study
+    if not isinstance(job, Job):
+        return
+    job.check_training()
+    tried = [training for arm in study.arms for training in study.tried(arm)]
+    share(tried)
+    for arm in study.arms:
+        study.choose(job, arm)
+    share([training for arm in study.arms for training in study.trainings(arm) if training not in tried])
+
+
+def _evaluations(job: EvaluationJob[Any]) -> list[Training]:
+    """Return what is evaluated, each by a unit."""
+    job.check_evaluation(None)
+    return [training for arm in job.evaluated() for training in job.trainings(arm)]
+
+
+def _most_units(job: EvaluationJob[Any]) -> int:
+    """Return the number of units of the largest round."""
+    study = job.study
+    tried = sum(len(study.tried(arm)) for arm in study.arms) if job.trains else 0
+    return max(tried, len(job.evaluated()) * len(study.seeds))
+
+
+def _is_finished(training: Training) -> bool:
+    return read_done(training) is not None or has_diverged(training)
+
+
+def _wait(missing: Callable[[], int], what: str) -> None:
+    """Wait until nothing is missing."""
+    count = missing()
+    if count:
+        console.stage("wait", f"for {count} {what}")
+    while missing():
+        time.sleep(POLL_S)
+
+
+@lru_cache(maxsize=1)
+def _opened(folder: Path) -> EvaluationJob[Any]:
+    """Return the job of a run folder, which a worker keeps with its data for its next unit."""
+    return _job(open_run(folder))
+
+
+def _job(run: Run) -> EvaluationJob[Any]:
+    return cast(EvaluationJob[Any], run.job)
