@@ -6,6 +6,7 @@ and a unit that is run again continues from its own files. A unit that fails is 
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import queue
@@ -131,7 +132,7 @@ class RayWorkers(Workers):
         except ImportError as error:
             raise UserError('workers: ray is not installed; pip install "vismt[ray]".') from error
         try:
-            ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR")
+            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = f"at '{address}'" if address else "on this machine"
             raise UserError(f"workers: no Ray cluster answers {where} ({' '.join(str(error).split())}).") from error
