@@ -33,7 +33,9 @@ def add_commands(commands: Commands) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     from vismt.jobs import start
+    from vismt.report.plotting import need_matplotlib
 
+    need_matplotlib()
     with start(options.config, options.overrides, options.out).owned() as run:
         run.train()
         run.on_main(run.evaluate)

@@ -12,6 +12,7 @@ from vismt.data.manifest import digest, read_manifest
 from vismt.data.source_types import DataSource, Files
 from vismt.data.sources import first_copy, fix, not_found, place, shown_path
 from vismt.errors import UserError
+from vismt.files import locked
 
 LISTED = 8  # wrong rows that a report names
 
@@ -155,7 +156,8 @@ def prepare(name: str | Path) -> CheckReport:
     for source in card.sources:
         if source.downloadable:
             base = place(card, source) or source.candidates(card)[-1]
-            source.download(card, base)
+            with locked(base.parent / f".{base.name}.prepare"):
+                source.download(card, base)
             return check_source(card, source, base)
     report = check(name)
     if report.where is None:
