@@ -149,7 +149,7 @@ def test_same_input_same_file(tmp_path):
 
 
 def test_without_matplotlib(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r'pip install "vismt\[report\]"'):
         figures.domain_bars(comparisons(["digits"]), tmp_path / "a.png")
 

@@ -44,7 +44,9 @@ def add_commands(commands: Commands) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     from vismt.jobs import start
+    from vismt.report.plotting import need_matplotlib
 
+    need_matplotlib()
     part = _part(options.part)
     # Workers may have another working folder.
     run = start(options.config, options.overrides, options.out.resolve() if options.workers else options.out)

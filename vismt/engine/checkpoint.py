@@ -73,10 +73,7 @@ def save(
     numbers = {"step": step, "updates": updates, "config_hash": config_hash, "scaler": _scale(scaler)}
     path = folder / f"checkpoint-{step}-{{digest}}.safetensors"
     digest = write_tensors(path, {**tensors, **_random_state()}, {STATE: json.dumps(numbers)})
-    written = folder / path.name.format(digest=digest[:12])
-    before = [path for path in checkpoints(folder) if _step_of(path) < step]
-    for path in set(checkpoints(folder)) - {written, *before[: KEPT - 1]}:
-        path.unlink(missing_ok=True)
+    _delete_others(folder / path.name.format(digest=digest[:12]))
 
 
 def load(
@@ -101,8 +98,20 @@ def load(
         names = " and ".join(f"'{path}'" for path in damaged)
         raise UserError(f"checkpoint {names}: damaged; delete to train from the start.")
     for path in damaged if sound is not None else ():
-        console.stage("resume", f"checkpoint '{path}' is damaged and not used")
-    return (0, 0) if sound is None else _restore(sound, module, optimizer, scaler, config_hash)
+        console.stage("resume", f"checkpoint '{path}' is damaged; an older one is used")
+    if sound is None:
+        return 0, 0
+    progress = _restore(sound, module, optimizer, scaler, config_hash)
+    _delete_others(sound)
+    return progress
+
+
+def _delete_others(newest: Path) -> None:
+    """Delete all checkpoints of a folder but `newest` and the one before it."""
+    paths = checkpoints(newest.parent)
+    before = [path for path in paths if _step_of(path) < _step_of(newest)]
+    for path in set(paths) - {newest, *before[: KEPT - 1]}:
+        path.unlink(missing_ok=True)
 
 
 def _step_of(path: Path) -> int:

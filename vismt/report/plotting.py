@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,13 +110,18 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     return smooth
 
 
+def need_matplotlib() -> None:
+    """Raise UserError where matplotlib is missing."""
+    if find_spec("matplotlib") is None:
+        raise UserError('report: figures need matplotlib; `pip install "vismt[report]"`.')
+
+
 def new_figure(width: float, height: float) -> Figure:
     """Return an empty white figure of inches on an Agg canvas; raise UserError without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError('report: figures need matplotlib; `pip install "vismt[report]"`.') from error
+    need_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
