@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -172,11 +172,12 @@ def _check_weights(weights: Sequence[float]) -> None:
     for position, weight in enumerate(weights):
         if not isinstance(weight, Real) or not _finite(weight):
             raise UserError(f"combine: weight {position} is {weight!r}, give a finite number.")
-    if not _finite(sum(float(weight) for weight in weights)):
+    total: float = sum(float(weight) for weight in weights)
+    if not _finite(total):
         raise UserError("combine: the sum of the weights is not finite; give smaller weights.")
 
 
-def _finite(value: Real) -> bool:
+def _finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
     except OverflowError:  # a whole number beyond fp64
