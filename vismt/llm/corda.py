@@ -134,8 +134,10 @@ def _checked(modules: Mapping[str, nn.Module], covariances: Mapping[str, Tensor]
             )
         if id(value) in checked:
             continue
-        if not bool(value.isfinite().all()):
-            raise UserError(f"adapt.covariances['{path}']: it has values that are infinite or NaN; collect it again.")
+        if not value.is_floating_point() or not bool(value.isfinite().all()):
+            raise UserError(
+                f"adapt.covariances['{path}']: it is {value.dtype}, or has values that are infinite or NaN; collect it again."
+            )
         if float((value - value.T).abs().max()) > 1e-3 * float(value.abs().max()):
             raise UserError(
                 f"adapt.covariances['{path}']: it is not symmetric, so it is not a sum of x x^T; collect it again."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vismt.errors import UserError
-from vismt.files import atomic_write, read_json
+from vismt.files import atomic_write
+from vismt.lowrank import strict_json
 from vismt.lowrank.store import check_tensors
 
 FORMAT = 1
@@ -210,25 +212,51 @@ def _by_path(
     return {path: by_leader[leader_of[path]] for path in widths}
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """The unfinished pass of a folder."""
+
+    file: str
+    tokens: dict[str, int]
+    samples: int
+    batches: int
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """The content of covariances.json."""
+
+    format: int
+    model: str
+    data: str
+    groups: dict[str, list[str]]
+    passes: list[list[str]]
+    widths: dict[str, int]
+    finished: list[str]
+    tokens: dict[str, int]
+    begun: _Begun | None
+
+    def __post_init__(self) -> None:
+        led = {path for paths in self.groups.values() for path in paths}
+        leaders = [leader for leaders in self.passes for leader in leaders]
+        if self.format != FORMAT or set(leaders) != set(self.groups) or led != set(self.widths):
+            raise ValueError(f"format {self.format}, or groups that are not those of passes and widths")
+        if not set(leaders) <= led or len(self.finished) > len(self.passes) or min(self.widths.values(), default=1) < 1:
+            raise ValueError("passes, finished or widths out of range")
+        names = [*self.finished, *([self.begun.file] if self.begun else [])]
+        if not all(re.fullmatch(r"[\w-]+\.safetensors", name) for name in names):
+            raise ValueError("a file that does not lie in the folder")
+
+
 def _read(folder: Path) -> dict[str, Any]:
     what = f"covariances '{folder}'"
-    description = read_json(folder / DESCRIPTION, what)
-    types = {
-        "model": str,
-        "data": str,
-        "groups": dict,
-        "passes": list,
-        "widths": dict,
-        "finished": list,
-        "tokens": dict,
-    }
-    well_formed = isinstance(description, dict) and all(
-        isinstance(description.get(key), kind) for key, kind in types.items()
-    )
-    if not well_formed or "begun" not in description or description.get("format") != FORMAT:
+    description = strict_json.read(folder / DESCRIPTION, what)
+    try:
+        strict_json.build(_Saved, description)
+    except ValueError as error:
         raise UserError(
-            f"{what}: {DESCRIPTION} is not what this version of vismt writes; collect the covariances again."
-        )
+            f"{what}: {DESCRIPTION} is not what this version of vismt writes ({error}); collect the covariances again."
+        ) from error
     return description
 
 

@@ -12,6 +12,7 @@ changes with the kept values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -84,6 +85,8 @@ def add_slices(adapters: Sequence[Slices], weights: Sequence[float] | None = Non
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     if not adapters or len(weights) != len(adapters):
         raise UserError(f"add_slices: {len(adapters)} adapters and {len(weights)} weights; give one weight for each.")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise UserError(f"add_slices: the weights {weights} are not finite numbers.")
     paths = dict.fromkeys(path for adapter in adapters for path in adapter)
     return {
         path: _weighted_sum(

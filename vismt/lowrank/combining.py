@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -177,7 +177,7 @@ def _check_weights(weights: Sequence[float]) -> None:
         raise UserError("combine: the sum of the weights is not finite; give smaller weights.")
 
 
-def _finite(value: Real) -> bool:
+def _finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
     except OverflowError:  # a whole number beyond fp64

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from functools import lru_cache
 
-LONGEST, DEEPEST, MOST_PARTS, MOST_REPEATS = 200_000, 10, 200, 1000
+LONGEST, DEEPEST, MOST_PARTS, MOST_REPEATS = 200_000, 10, 1000, 1000
 
 ANCHORS: dict[str, Callable[[str, int], bool]] = {
     "^": lambda path, at: at == 0,
@@ -274,7 +274,7 @@ class _Parser:
             self.at += 1
         elif follows == "+":
             raise PatternError(f"the possessive repeat at {self.at} is not supported")
-        self.parts += 1
+        self.parts += 10  # its part is matched again from each new position
         if self._counts() is not None:
             raise PatternError(f"multiple repeat at {self.at}")
         return _Repeat(part, least, most)

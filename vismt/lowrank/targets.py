@@ -1,7 +1,7 @@
 """The modules that a target pattern names; an error with near names where there are none.
 
 targets     'all-linear'            every nn.Linear and transformers Conv1D except the task head
-            a string                a regular expression that must match the full module path
+            a string                a regular expression (see patterns.py) that must match the full module path
             a list of strings       full paths or suffixes after a dot; an entry that matches linears leaves the
                                     convolutions of the same suffix alone ('proj' does not take patch_embed.proj)
 The head is what get_classifier (timm) or get_output_embeddings (transformers) returns, or a top-level module named

@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError
 from vismt.files import atomic_write, locked, read_json
+from vismt.lowrank.adapter_files import DESCRIPTION, read_description
 from vismt.lowrank.bank import FactorBank
 from vismt.lowrank.detached_updates import Updates
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.inject import adapter_layers, record_of, unadapt
 from vismt.lowrank.layer_spec import LayerSpec
-from vismt.lowrank.store import DESCRIPTION, base_samples, load_adapter
+from vismt.lowrank.store import base_samples, load_adapter
 
 INDEX, FORMAT = "pool.json", 1
 
@@ -193,9 +194,9 @@ def assemble(experts: Sequence[Expert], folder: Path) -> Path:
 def _assemble(experts: Sequence[Expert], folder: Path) -> Path:
     files, entries = {}, []
     for number, expert in enumerate(experts):
-        description = read_json(expert.folder / DESCRIPTION, f"expert '{expert.label}'")
+        description, _ = read_description(expert.folder, f"expert '{expert.label}'")
         name = f"expert-{number}"
-        for part in (Path(str(description.get("tensors"))).name, DESCRIPTION):
+        for part in (description.tensors, DESCRIPTION):
             try:
                 files[folder / name / part] = (expert.folder / part).read_bytes()
             except OSError as error:
@@ -215,17 +216,12 @@ def _assemble(experts: Sequence[Expert], folder: Path) -> Path:
 
 def _sites(expert: Expert) -> dict[str, dict]:
     what = f"expert '{expert.label}'"
-    description = read_json(expert.folder / DESCRIPTION, what)
-    try:
-        if description["also_train"]:
-            raise UserError(
-                f"{what}: it trains '{description['also_train'][0]}' too; a pool mixes low-rank factors only."
-            )
-        if any(site.get("grid") for site in description["sites"]):
-            raise UserError(f"{what}: it adapts quantised weights; a pool mixes updates of the original weights.")
-        return {site["path"]: site for site in description["sites"]}
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{what}: '{expert.folder}' has no adapter that vismt wrote ({error!r}).") from error
+    description, _ = read_description(expert.folder, what)
+    if description.also_train:
+        raise UserError(f"{what}: it trains '{description.also_train[0]}' too; a pool mixes low-rank factors only.")
+    if any(site.get("grid") for site in description.sites):
+        raise UserError(f"{what}: it adapts quantised weights; a pool mixes updates of the original weights.")
+    return {site["path"]: site for site in description.sites}
 
 
 Pairs = list[tuple[Tensor, Tensor]]
