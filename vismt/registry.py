@@ -51,7 +51,7 @@ class Registry(Mapping[str, T]):
         return items[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._loaded()
+        return isinstance(name, str) and name in self._loaded()
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._loaded()))

@@ -39,6 +39,7 @@ T = TypeVar("T")
 EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")  # YAML 1.1 reads 1e-3 as text
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 PLAIN_NAME = re.compile(r"(?!\.+$)[\w.+-]{1,100}")
+LONGEST_NAME = 255  # bytes, on the usual file systems
 SHOWN = 200  # characters of a value in an error
 SCALARS = (bool, int, float, str)
 NUMBERS = (int, float)
@@ -286,6 +287,8 @@ def within(least: float, most: float) -> Callable[[float, str], None]:
 
 def relative_path(text: str, name: str) -> str:
     """Return `text` when it is a relative path that stays inside its folder, else raise a UserError that starts with `name`."""
+    if max((len(part.encode("utf8", "surrogatepass")) for part in text.split("/")), default=0) > LONGEST_NAME:
+        raise UserError(f"{name}: '{text[:SHOWN]}…' holds a name of more than {LONGEST_NAME} bytes.")
     if not stays_inside(text):
         raise UserError(f"{name}: '{text}' must be a relative path with '/' and without '..'.")
     return text

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
+import torchvision
+from PIL import Image
 
+from vismt.cli import main
 from vismt.data.cards import list_cards, load_card
 from vismt.data.check import check, listing, prepare
+from vismt.data.fetching import fetch
+from vismt.data.folder import FolderSource
 from vismt.data.manifest import digest, write_manifest
 from vismt.errors import UserError
 
@@ -93,6 +100,123 @@ def test_manifest_of_another_shape(recorded):
     (recorded.parent / "manifest.json").write_text('{"train/cat": 3}')
     with pytest.raises(UserError, match=r"manifest.json: must map a group to \[count, sha256\]"):
         check(recorded)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", None], ids=["empty", "truncated", "cut"])
+def test_decoding_finds_what_counts_do_not(home, pets, content):
+    path = home / "data" / "pets" / "train" / "cat" / "b.png"
+    path.write_bytes(path.read_bytes()[:45] if content is None else content)
+    report = check(pets)
+    assert not report.ok and [(row.group, row.state) for row in report.damaged] == [("train/cat/b.png", "damaged")]
+    assert "5 of 5 images found" in str(report) and "damaged 'train/cat/b.png'" in str(report)
+    assert check(pets, decode=False).ok
+
+
+def test_the_command_decodes_unless_told(home, pets, capsys):
+    assert main(["data", "check", str(pets)]) == 0
+    (home / "data" / "pets" / "train" / "cat" / "b.png").write_bytes(b"")
+    assert main(["data", "check", str(pets)]) == 1 and "damaged 'train/cat/b.png'" in capsys.readouterr().out
+    assert main(["data", "check", str(pets), "--no-decode"]) == 0
+
+
+class Downloaded:
+    """Stands for torchvision's EuroSAT: an archive whose checksum is its text, and a file for each image from it."""
+
+    classes = ("cat", "dog")
+    archive = "whole"
+    fetched: ClassVar[list[str]] = []
+
+    def __init__(self, root, transform=None, target_transform=None, download=False):
+        self.root, self.targets = Path(root), [0, 1, 1]
+        archive = self.root / "images.zip"
+        if download and not (archive.is_file() and archive.read_text() == "whole"):
+            self.fetched.append(str(self.root))
+            archive.write_text(self.archive)
+        if download:
+            for i in range(3):
+                Image.new("L", (2, 2), i).save(self.root / f"{i}.png")
+        if not archive.is_file():
+            raise RuntimeError("Dataset not found or corrupted.")
+        if archive.read_text() != "whole":
+            self.targets.pop()
+
+    def __getitem__(self, i):
+        return Image.open(self.root / f"{i}.png"), self.targets[i]
+
+
+@pytest.fixture
+def eurosat(monkeypatch, write_card):
+    monkeypatch.setattr(torchvision.datasets, "EuroSAT", Downloaded)
+    monkeypatch.setattr(Downloaded, "fetched", [])
+    return write_card("  - {kind: torchvision, dataset: EuroSAT, root: e, splits: {all: 3}}")
+
+
+def test_prepare_mends_half_a_set(home, eurosat, monkeypatch):
+    root = home / "cache" / "torchvision"
+    base = root / "e"
+    assert prepare(eurosat).ok and len(Downloaded.fetched) == 1
+    assert base != Path(Downloaded.fetched[0]) and not list(root.glob(".e.part-*"))  # fetched beside, then moved
+    (base / "mine.txt").write_text("mine")
+    (base / "1.png").unlink()
+    (base / "2.png").write_bytes(b"")
+    (root / ".e.part-killed").mkdir()
+    (root / ".e.part-killed" / "images.zip").touch()
+    assert not check(eurosat).ok
+    assert prepare(eurosat).ok and check(eurosat).ok
+    assert len(Downloaded.fetched) == 1  # the archive was whole
+    assert not list(root.glob(".e.part-*")) and (base / "mine.txt").read_text() == "mine"
+    (base / "images.zip").write_text("ha")
+    assert not check(eurosat).ok and prepare(eurosat).ok and len(Downloaded.fetched) == 2
+    # A complete set is not fetched again, not even opened for it.
+    monkeypatch.setattr(Downloaded, "archive", "none")
+    (root / ".e.part-killed").mkdir()
+    assert prepare(eurosat).ok and len(Downloaded.fetched) == 2 and not list(root.glob(".e.part-*"))
+
+
+def test_prepare_of_a_set_that_stays_incomplete_exits_1(home, eurosat, monkeypatch, capsys):
+    monkeypatch.setattr(Downloaded, "archive", "half")
+    assert main(["data", "prepare", str(eurosat)]) == 1 and "missing 'all'" in capsys.readouterr().out
+    monkeypatch.setattr(Downloaded, "archive", "whole")
+    assert main(["data", "prepare", str(eurosat)]) == 0
+
+
+def test_a_download_that_breaks_off_leaves_the_copy_as_it_was(home, eurosat, monkeypatch):
+    base = home / "cache" / "torchvision" / "e"
+    assert prepare(eurosat).ok
+    (base / "2.png").write_bytes(b"")
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+
+    def save(self, path):
+        raise OSError("the connection was reset")
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(UserError, match=r"could not download EuroSAT .*connection was reset"):
+        prepare(eurosat)
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+    assert sorted(path.name for path in base.parent.iterdir()) == [".e.lock", "e"]
+
+
+def test_prepare_adds_to_a_folder_of_the_user_and_replaces_nothing(home, tmp_path, monkeypatch, write_card):
+    source = MineSource(splits={"all": 2}, root="mine")
+    base = home / "data" / "mine"
+    base.mkdir()
+    (base / "a.txt").write_text("the user's")
+    fetch(load_card(write_card(CARD)), source, base, lambda: False)
+    assert {path.name: path.read_text() for path in base.iterdir()} == {"a.txt": "the user's", "b.txt": "fetched"}
+
+
+CARD = '  - {kind: folder, root: mine, layout: "{class}", splits: {all: 2}}'
+
+
+class MineSource(FolderSource):
+    """Two files, downloaded."""
+
+    def __init__(self, **values):
+        super().__init__(layout="{class}", **values)
+
+    def download(self, card, base):
+        for name in ("a.txt", "b.txt"):
+            (base / name).write_text("fetched")
 
 
 def test_listing_has_a_row_per_card(home):

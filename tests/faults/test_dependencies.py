@@ -1,0 +1,56 @@
+"""The base install leaves a user's environment current, and its lower bounds leave out versions that run what they read."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["project"]
+BASE = {requirement.name: requirement for requirement in map(Requirement, PROJECT["dependencies"])}
+# The last versions that must not be installed: known holes, and for urllib3 the series that old requests pin.
+VULNERABLE = {
+    "torch": "2.5.1",
+    "pillow": "10.2.0",
+    "pyyaml": "5.3.1",
+    "requests": "2.31.0",
+    "urllib3": "1.99",
+    "idna": "3.6",
+}
+
+
+@pytest.mark.parametrize("name", ["torch", "pillow", "pyyaml"])
+def test_lower_bounds_leave_out_vulnerable_versions(name: str) -> None:
+    assert VULNERABLE[name] not in BASE[name].specifier
+
+
+def test_packages_that_pin_others_are_extras() -> None:
+    assert not {"torchattacks", "learn2learn", "requests", "urllib3", "idna", "chardet"} & {
+        name.lower() for name in BASE
+    }
+    assert any(re.match("torchattacks", text) for text in PROJECT["optional-dependencies"]["attacks"])
+
+
+@pytest.mark.slow
+def test_the_base_install_downgrades_nothing(tmp_path: Path) -> None:
+    """Resolve the base install in an empty environment; nothing is installed."""
+    report = tmp_path / "report.json"
+    options = ["--dry-run", "--ignore-installed", "--quiet", "--no-input", "--report", str(report)]
+    packages = [text for text in PROJECT["dependencies"]] + ["requests"]
+    done = subprocess.run([sys.executable, "-m", "pip", "install", *options, *packages], capture_output=True, text=True)
+    if done.returncode and re.search("connection|resolve host|No matching distribution|timed out", done.stderr, re.I):
+        pytest.skip(f"the package index cannot be reached: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    items = json.loads(report.read_text(encoding="utf8"))["install"]
+    versions = {item["metadata"]["name"].lower(): Version(item["metadata"]["version"]) for item in items}
+    for name in ("requests", "urllib3", "idna", "pillow", "torch"):
+        assert versions[name] > Version(VULNERABLE[name]), f"{name} {versions[name]}"
+    assert "torchattacks" not in versions
