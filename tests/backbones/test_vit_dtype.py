@@ -96,5 +96,7 @@ def test_casts_are_seen() -> None:
 def test_weights_in_half_precision_are_not_trained() -> None:
     net = backbone()
     vismt.adapt(net.vit, "lora", rank=4, also_train=["norm"])
-    with pytest.raises(UserError, match=r"model.dtype: bfloat16 is for frozen weights, and 'vit.norm.weight' is trained"):
+    with pytest.raises(
+        UserError, match=r"model.dtype: bfloat16 is for frozen weights, and 'vit.norm.weight' is trained"
+    ):
         check_trained_dtype(net, "bfloat16")

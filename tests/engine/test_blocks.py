@@ -20,7 +20,7 @@ from vismt.engine.blocks import find_blocks, running_blocks
 from vismt.errors import UserError
 from vismt.lowrank.memory import kept_bytes
 from vismt.metatune.amt import AdversarialObjective, Adversary
-from vismt.metatune.maml import LinearLearner, MamlNet, MamlObjective, MamlSettings
+from vismt.metatune.maml import LinearLearner, MamlObjective, MamlSettings
 
 SAVING = {"recompute": {"recompute": "cheap"}, "checkpointing": {"checkpointing": True}}
 SAVING["both"] = {**SAVING["recompute"], **SAVING["checkpointing"]}
@@ -125,8 +125,9 @@ def test_what_cannot_be_compiled_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(UserError, match=r"leave out train\.recompute"):
         loop.check(TrainConfig(compile=True, recompute="cheap"))
     model = tiny_vit()
-    with pytest.raises(UserError, match="no list of equal blocks"), running_blocks(
-        nn.Linear(2, 2), TrainConfig(checkpointing=True)
+    with (
+        pytest.raises(UserError, match="no list of equal blocks"),
+        running_blocks(nn.Linear(2, 2), TrainConfig(checkpointing=True)),
     ):
         pass
     if not torch.cuda.is_available():

@@ -37,7 +37,9 @@ def _bench(options: argparse.Namespace) -> None:
             f"bench: --model applies to 'memory' only, and '{options.what}' has fixed models; leave it out."
         )
     if options.json is not None and not options.json.parent.is_dir():
-        raise UserError(f"bench: --json {options.json}: the folder {options.json.parent} does not exist; make it first.")
+        raise UserError(
+            f"bench: --json {options.json}: the folder {options.json.parent} does not exist; make it first."
+        )
     more = [options.model] if options.what == "memory" else []
     results = importlib.import_module(f"vismt.bench.{options.what}").run(options.rounds, options.device, *more)
     for result in results:

@@ -44,9 +44,7 @@ def _head(config: DenseConfig, task: DenseTask, widths: list[int]) -> Head:
 def make_backbone(config: DenseConfig, size: tuple[int, int]) -> vit.Backbone:
     """Return the stock backbone for images of `size` in pixels; raise UserError where the size does not fit the patches."""
     model = config.model
-    return vit.create(
-        model.name, size, model.pretrained, position=model.position, seed=config.seed, dtype=model.dtype
-    )
+    return vit.create(model.name, size, model.pretrained, position=model.position, seed=config.seed, dtype=model.dtype)
 
 
 def save(net: DenseNet, config: DenseConfig, folder: Path) -> None:

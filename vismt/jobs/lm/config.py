@@ -8,7 +8,7 @@ from typing import Any
 from vismt.config import UNHASHED, Dtype, ModelSection
 from vismt.engine.splits import PartsConfig, check_parts
 from vismt.engine.study import StudyConfig, check_arms, resolve_arms
-from vismt.errors import UserError, require_known
+from vismt.errors import UserError
 from vismt.jobs.multitask import check_tasks
 from vismt.llm.heads import check_head
 from vismt.llm.hybrid import check_gates
