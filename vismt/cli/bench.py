@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+from typing import Any
 
 from vismt import console
 from vismt.cli.commands import Commands
 from vismt.errors import UserError
+from vismt.files import atomic_write
+
+BENCHES = ("core", "lowrank", "amt", "emtal", "attacks", "memory")  # vismt/bench has a file of the name for each
 
 
 def add_commands(commands: Commands) -> None:
@@ -14,25 +22,53 @@ def add_commands(commands: Commands) -> None:
     parser = commands.add(
         "bench", _bench, "time the core, its starts, AMT, EMTAL and attacks against their peers, or account for memory"
     )
-    parser.add_argument("what", choices=("core", "lowrank", "amt", "emtal", "attacks", "memory"))
+    parser.add_argument("what", choices=BENCHES)
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds of each timing (9)")
     parser.add_argument("--device", default="cpu", help="torch device (cpu)")
     parser.add_argument("--model", help="for memory: the name of a language model (a random Llama)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from vismt.bench import amt, attacks, core, emtal, lowrank, memory
-
     if options.rounds < 1:
         raise UserError(f"bench: --rounds {options.rounds}; it must be at least 1.")
     if options.model is not None and options.what != "memory":
         raise UserError(
             f"bench: --model applies to 'memory' only, and '{options.what}' has fixed models; leave it out."
         )
-    if options.what == "memory":
-        results = memory.run(options.rounds, options.device, options.model)
-    else:
-        benches = {"core": core, "lowrank": lowrank, "amt": amt, "emtal": emtal, "attacks": attacks}
-        results = benches[options.what].run(options.rounds, options.device)
+    if options.json is not None and not options.json.parent.is_dir():
+        raise UserError(
+            f"bench: --json {options.json}: the folder {options.json.parent} does not exist; make it first."
+        )
+    more = [options.model] if options.what == "memory" else []
+    results = importlib.import_module(f"vismt.bench.{options.what}").run(options.rounds, options.device, *more)
     for result in results:
         console.block(str(result))
+    if options.json is not None:
+        content = report(options.what, options.rounds, options.device, results)
+        atomic_write(options.json, json.dumps(content, indent=1) + "\n")
+        console.stage("bench", f"written to {options.json}")
+
+
+def report(what: str, rounds: int, device: str, results: list[Any]) -> dict[str, Any]:
+    """Return the content of a JSON file of results: the fields of each, and its table as "text".
+
+    A timing has the seconds of each round and "ratios": {candidate: {base: [median, smallest, largest]}}.
+    """
+    from vismt.bench.timing import Timing
+    from vismt.engine import runtime
+
+    def fields(value: Any) -> Any:
+        if isinstance(value, Timing):
+            names = list(value.seconds)
+            ratios = {name: {base: value.ratio(name, base) for base in names if base != name} for name in names}
+            return {"seconds": value.seconds, "ratios": ratios}
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {field.name: fields(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        if isinstance(value, dict):
+            return {key: fields(entry) for key, entry in value.items()}
+        return value
+
+    machine = {"hardware": runtime.hardware(), "versions": runtime.versions()}
+    entries = [{"kind": type(result).__name__, **fields(result), "text": str(result)} for result in results]
+    return {"bench": what, "rounds": rounds, "device": device, **machine, "results": entries}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -53,15 +53,16 @@ def running_blocks(objective: nn.Module, config: TrainConfig) -> Iterator[None]:
     with ExitStack() as undo:
         blocks = find_blocks(objective) if config.checkpointing or config.compile else []
         if config.compile:
-            _check_compile(objective)
+            check_compile(objective)
             undo.enter_context(_kept_buffers())
         for block in blocks:
             if config.checkpointing:
                 block.forward = _Checkpointed(block).checkpointed  # type: ignore[method-assign]
                 undo.callback(block.__dict__.pop, "forward", None)
             else:
-                block.compile(backend=BACKEND, dynamic=False)
                 undo.callback(setattr, block, "_compiled_call_impl", None)
+        if config.compile:
+            compile_blocks(blocks)
         yield
 
 
@@ -124,7 +125,14 @@ class _AsBefore:
         self._entered.pop().close()
 
 
-def _check_compile(objective: nn.Module) -> None:
+def compile_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Run blocks under torch.compile from now on, with static shapes; blocks of one kind share their code."""
+    for block in blocks:
+        block.compile(backend=BACKEND, dynamic=False)
+
+
+def check_compile(objective: nn.Module) -> None:
+    """Raise UserError for a method that freezes parameters in turn, and without a C++ compiler on a CPU."""
     if freezes(objective):
         raise UserError(
             "train.compile: the method's schedule freezes parameters in turn, and torch.compile would compile again at every "

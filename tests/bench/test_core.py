@@ -1,0 +1,60 @@
+"""The benchmark of the core on tiny models: every row, its ratios, and the JSON file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny import images, tiny_vit
+from torch import Tensor, nn
+
+from vismt.bench import core
+from vismt.bench.core import COMPILE, HALF, LORA, PEFT, RECOMPUTE
+from vismt.cli import main
+from vismt.engine import blocks
+
+
+@pytest.fixture
+def result(monkeypatch: pytest.MonkeyPatch) -> core.CoreResult:
+    torch.compiler.reset()
+    monkeypatch.setattr(blocks, "BACKEND", "aot_eager")
+    monkeypatch.setattr(core, "RANK", 2)
+    pytest.importorskip("peft")
+
+    def loss(model: nn.Module) -> Tensor:
+        return nn.functional.cross_entropy(model(images().to(model.patch_embed.proj.weight.dtype)), torch.arange(3))
+
+    return core.compare("tiny", tiny_vit().train(), loss, "head", 2, torch.device("cpu"), (0.95, 0.65))
+
+
+def test_rows_and_saved_bytes(result: core.CoreResult) -> None:
+    saved = result.saved_bytes
+    assert set(saved) == set(result.timing.seconds)
+    assert saved[RECOMPUTE] < 0.8 * saved[LORA] and saved[LORA] <= saved[PEFT]
+    assert saved[HALF] < 0.7 * saved[LORA]
+    assert 0 < saved[COMPILE] <= 1.1 * saved[LORA]
+    text = str(result)
+    for line in ("time of vismt lora, bf16 / peft lora, bf16: ", "saved by vismt lora, recompute / peft lora: "):
+        assert line in text
+    assert "(" in text and ".." in text
+
+
+def test_results_as_json(result: core.CoreResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "run", lambda rounds, device: [result])
+    file = tmp_path / "core.json"
+    assert main(["bench", "core", "--rounds", "2", "--json", str(file)]) in (0, None)
+    content = json.loads(file.read_text())
+    assert content["bench"] == "core" and content["rounds"] == 2 and "torch" in content["versions"]
+    (entry,) = content["results"]
+    assert entry["saved_bytes"] == result.saved_bytes and entry["text"] == str(result)
+    median, low, high = entry["timing"]["ratios"][HALF][PEFT]
+    assert low <= median <= high and median == result.timing.ratio(HALF, PEFT)[0]
+
+
+def test_a_folder_that_does_not_exist_is_named_before_the_measurement(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["bench", "core", "--json", str(tmp_path / "none" / "x.json")]) == 2
+    assert "none does not exist; make it first" in capsys.readouterr().err
