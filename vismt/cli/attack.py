@@ -78,7 +78,7 @@ def _attack(options: argparse.Namespace) -> None:
             raise UserError(
                 f"attack: --{name.replace('_', '-')} goes with --model; a run takes it from its configuration."
             )
-    run.on_main(lambda: run.evaluate(attacks))
+    run.evaluate(attacks)
     run.on_main(run.report)
 
 
@@ -99,5 +99,5 @@ def _attack_model(options: argparse.Namespace, attacks: list[AttackConfig]) -> N
         evaluate=RobustnessEvaluateConfig(options.images, options.batch, attacks, masking=options.masking),
     )
     run = start_config(config, f"attack-{arm}", Path("runs"), options.out)
-    run.on_main(run.evaluate)
+    run.evaluate()
     run.on_main(run.report)

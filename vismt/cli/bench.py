@@ -12,16 +12,18 @@ from vismt.errors import UserError
 def add_commands(commands: Commands) -> None:
     """Add the command of this file."""
     parser = commands.add(
-        "bench", _bench, "time the core, its starts, AMT, EMTAL and attacks against their peers, or account for memory"
+        "bench",
+        _bench,
+        "time the core, its starts, AMT, EMTAL, attacks and few-shot evaluation against their peers, or account for memory",
     )
-    parser.add_argument("what", choices=("core", "lowrank", "amt", "emtal", "attacks", "memory"))
+    parser.add_argument("what", choices=("core", "lowrank", "amt", "emtal", "attacks", "memory", "fewshot"))
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds of each timing (9)")
     parser.add_argument("--device", default="cpu", help="torch device (cpu)")
     parser.add_argument("--model", help="for memory: the name of a language model (a random Llama)")
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from vismt.bench import amt, attacks, core, emtal, lowrank, memory
+    from vismt.bench import amt, attacks, core, emtal, fewshot, lowrank, memory
 
     if options.rounds < 1:
         raise UserError(f"bench: --rounds {options.rounds}; it must be at least 1.")
@@ -32,7 +34,7 @@ def _bench(options: argparse.Namespace) -> None:
     if options.what == "memory":
         results = memory.run(options.rounds, options.device, options.model)
     else:
-        benches = {"core": core, "lowrank": lowrank, "amt": amt, "emtal": emtal, "attacks": attacks}
+        benches = {"core": core, "lowrank": lowrank, "amt": amt, "emtal": emtal, "attacks": attacks, "fewshot": fewshot}
         results = benches[options.what].run(options.rounds, options.device)
     for result in results:
         console.block(str(result))

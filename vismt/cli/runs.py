@@ -36,7 +36,7 @@ def _run(options: argparse.Namespace) -> None:
 
     run = start(options.config, options.overrides, options.out)
     run.train()
-    run.on_main(run.evaluate)
+    run.evaluate()
     run.on_main(run.report)
 
 
@@ -52,7 +52,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from vismt.jobs import open_run
 
     run = open_run(options.run)
-    run.on_main(run.evaluate)
+    run.evaluate()
     run.on_main(run.report)
 
 
