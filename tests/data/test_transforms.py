@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
+from torchvision.transforms import v2
 
 from vismt.data.transforms import augment
 
@@ -57,3 +60,22 @@ def test_jitter_strength_bounds_the_brightness():
     # Grey stays grey under contrast and saturation; brightness 0.4 multiplies by 0.6 to 1.4: 0.5 -> 0.3 to 0.7.
     out = augment(torch.full((64, 3, 4, 4), 0.5), 1, crop=None, jitter=0.4, flip=False)
     assert 0.3 - 1e-5 <= out.min() < 0.35 and 0.65 < out.max() <= 0.7 + 1e-5
+
+
+def test_the_draws_are_those_of_v2_from_the_global_generator_and_a_thread_may_make_them(batch):
+    parts = [
+        v2.RandomResizedCrop((20, 24), scale=(0.35, 1.0), antialias=True),
+        v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4),
+        v2.RandomHorizontalFlip(),
+    ]
+    torch.manual_seed(9)
+    expected = torch.stack([v2.Compose(parts)(image) for image in batch]).clamp(0, 1)
+    made = []
+    thread = threading.Thread(target=lambda: made.append(augment(batch, 9)))
+    generator = torch.Generator().manual_seed(2)
+    alone = [torch.rand(1, generator=generator) for _ in range(500)]
+    torch.manual_seed(2)
+    thread.start()
+    beside = [torch.rand(1) for _ in range(500)]
+    thread.join()
+    assert torch.equal(made[0], expected) and torch.equal(torch.cat(beside), torch.cat(alone))

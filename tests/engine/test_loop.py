@@ -230,3 +230,25 @@ def test_log_drops_a_torn_line_and_what_came_after_the_checkpoint(tmp_path: Path
     log.add({"step": 3, "loss": float("inf")})
     log.sync()
     assert read_lines(path)[-1] == {"step": 3, "loss": None}
+
+
+def test_the_next_batch_is_prepared_while_the_last_one_is_used():
+    from threading import Event, current_thread, main_thread
+
+    from vismt.engine.loop import _prepared_ahead
+
+    begun = {number: Event() for number in range(4)}
+
+    def batches(number):
+        assert current_thread() is not main_thread()
+        begun[number].set()
+        if number == 3:
+            raise ValueError("batch 3")
+        return number
+
+    stream = _prepared_ahead(batches, range(1, 4))
+    assert not begun[1].is_set()
+    assert next(stream) == 1 and begun[2].wait(10)
+    assert next(stream) == 2 and begun[3].wait(10) and not begun[0].is_set()
+    with pytest.raises(ValueError, match="batch 3"):
+        next(stream)

@@ -275,3 +275,17 @@ def test_an_attack_may_be_prepared_with_the_support_once_an_episode():
         assert torch.equal(support, Pixels()[sampler[index].support]) and torch.equal(
             labels, sampler[index].support_labels
         )
+
+
+def test_two_processes_write_the_records_of_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("VISMT_CACHE", str(tmp_path / "cache"))
+    from helpers.protocol_ranks import Pixels as Gratings
+    from helpers.protocol_ranks import evaluate
+    from helpers.ranks import of_two
+
+    of_two("protocol_ranks.py", tmp_path)  # also compares the results of both ranks, and those of rank 0 alone
+    evaluate(tmp_path / "one.jsonl", Gratings())
+    evaluate(tmp_path / "one.jsonl", Gratings(), 19)
+    assert (tmp_path / "shared.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
+    first, _ = torch.load(tmp_path / "reads.pt").tolist()
+    assert first == 2 * 8 and (tmp_path / "panel.npz").exists()  # the first block of two, support and query

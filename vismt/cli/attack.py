@@ -79,7 +79,7 @@ def _attack(options: argparse.Namespace) -> None:
                 f"attack: --{name.replace('_', '-')} goes with --model; a run takes it from its configuration."
             )
     with run.owned():
-        run.on_main(lambda: run.evaluate(attacks))
+        run.evaluate(attacks)
         run.on_main(run.report)
 
 
@@ -100,5 +100,5 @@ def _attack_model(options: argparse.Namespace, attacks: list[AttackConfig]) -> N
         evaluate=RobustnessEvaluateConfig(options.images, options.batch, attacks, masking=options.masking),
     )
     with start_config(config, f"attack-{arm}", Path("runs"), options.out).owned() as run:
-        run.on_main(run.evaluate)
+        run.evaluate()
         run.on_main(run.report)

@@ -14,13 +14,23 @@ from vismt.cli.commands import Commands
 from vismt.errors import UserError
 from vismt.files import atomic_write
 
-BENCHES = ("core", "lowrank", "amt", "emtal", "attacks", "memory")  # vismt/bench has a file of the name for each
+BENCHES = (
+    "core",
+    "lowrank",
+    "amt",
+    "emtal",
+    "attacks",
+    "memory",
+    "fewshot",
+)  # vismt/bench has a file of the name for each
 
 
 def add_commands(commands: Commands) -> None:
     """Add the command of this file."""
     parser = commands.add(
-        "bench", _bench, "time the core, its starts, AMT, EMTAL and attacks against their peers, or account for memory"
+        "bench",
+        _bench,
+        "time the core, its starts, AMT, EMTAL, attacks and few-shot evaluation against their peers, or account for memory",
     )
     parser.add_argument("what", choices=BENCHES)
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds of each timing (9)")

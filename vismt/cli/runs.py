@@ -55,7 +55,7 @@ def _run(options: argparse.Namespace) -> None:
         return
     with run.owned():
         run.train()
-        run.on_main(run.evaluate)
+        run.evaluate()
         run.on_main(run.report)
 
 
@@ -102,7 +102,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from vismt.jobs import open_run
 
     with open_run(options.run).owned() as run:
-        run.on_main(run.evaluate)
+        run.evaluate()
         run.on_main(run.report)
 
 
@@ -113,7 +113,7 @@ def _report(options: argparse.Namespace) -> None:
     run = open_run(options.run)
     with run.owned():
         if not (options.run / RESULTS).exists() and (not run.job.trains or "adapt" in run.facts):
-            run.on_main(run.evaluate)  # from the records of parts that ended before
+            run.evaluate()  # from the records of parts that ended before
         if options.format == "html":
             run.on_main(run.report)
             return

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torchvision.transforms import v2
+
+DRAWS = (torch.rand, torch.randint, torch.randperm, Tensor.uniform_)  # what v2 calls
 
 
 def augment(
@@ -35,7 +40,19 @@ def augment(
     if not steps or len(images) == 0:
         return images.clone()
     pipeline = v2.Compose(steps)
-    # v2 draws from the CPU generator only. torch.manual_seed would also seed every GPU's, which fork_rng does not undo here.
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
+    with _DrawsFrom(torch.Generator().manual_seed(seed)):
         return torch.stack([pipeline(image) for image in images]).clamp_(0, 1)
+
+
+class _DrawsFrom(TorchFunctionMode):
+    """Let v2, which draws from the global CPU generator, draw from another one: the thread that prepares batches shares it."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        drawn = {"generator": self.generator} if func in DRAWS else {}
+        return func(*args, **{**(kwargs or {}), **drawn})

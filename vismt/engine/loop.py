@@ -11,6 +11,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -223,12 +224,26 @@ def _stream(batches: Batches, config: TrainConfig, finished: int, accelerator: A
     world = accelerator.num_processes
     rank = accelerator.process_index
     numbers = range(finished * config.accumulate * world + rank, config.steps * config.accumulate * world, world)
+    if not config.workers:
+        return (_to(batch, accelerator.device) for batch in _prepared_ahead(batches, numbers))
     # The loader draws a seed when it starts; from the global generator this would move the state that a resumed run restored.
     generator = torch.Generator().manual_seed(0)
     loader = DataLoader(
         _Numbered(batches), batch_size=None, sampler=numbers, num_workers=config.workers, generator=generator
     )
     return (_to(batch, accelerator.device) for batch in loader)
+
+
+def _prepared_ahead(batches: Batches, numbers: Sequence[int]) -> Iterator[Any]:
+    """Yield the batches of some numbers in order; a thread prepares the next one while the caller works on the last."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for number in numbers:
+            batch, coming = coming, pool.submit(batches, number)
+            if batch is not None:
+                yield batch.result()
+        if coming is not None:
+            yield coming.result()
 
 
 def _to(batch: Any, device: torch.device) -> Any:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from vismt import console
+from vismt import console, ranks
 from vismt.config import RunConfig, config_hash
 from vismt.engine import runtime
 from vismt.errors import UserError, near
@@ -33,6 +33,7 @@ class Stages(Protocol):
     """The methods of a job that a run folder calls. arm: "arm" or "arm:seed", None for the only one."""
 
     default_attack: str
+    shares_evaluation: bool
 
     @property
     def trains(self) -> bool:
@@ -121,7 +122,18 @@ class Run:
         state.wait_for_everyone()
 
     def evaluate(self, attacks: Sequence[Any] | None = None) -> None:
-        """Evaluate and write results.jsonl; rows of other conditions (an earlier attack) stay."""
+        """Evaluate and write results.jsonl; rows of other conditions (an earlier attack) stay.
+
+        All processes call it: they share the evaluation of a job that can be shared, else the others wait for the first one.
+        """
+        if self.job.shares_evaluation:
+            with ranks.shared():
+                self._evaluate(attacks)
+            runtime.processes().wait_for_everyone()
+        else:
+            self.on_main(lambda: self._evaluate(attacks))
+
+    def _evaluate(self, attacks: Sequence[Any] | None) -> None:
         if not self.facts:  # also refuses a folder whose configuration was changed after the run
             self._note(started=_now())
         self.job.evaluate(attacks)

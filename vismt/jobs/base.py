@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from vismt import console
+from vismt import console, ranks
 from vismt.engine.study import Study, StudyConfig, Training
 from vismt.errors import UserError
 from vismt.report.comparison import compare
@@ -44,6 +44,8 @@ class EvaluationJob(ABC, Generic[Config]):
     references: Sequence[str] = ()
     # The attack of `vismt attack RUN` where none is named.
     default_attack = "strong"
+    # Whether several processes evaluate together: then all of them run `evaluate`, and the first one writes.
+    shares_evaluation = False
 
     def __init__(self, config: Config, folder: Path, config_hash: str) -> None:
         self.config = config
@@ -183,6 +185,8 @@ class EvaluationJob(ABC, Generic[Config]):
             for arm, arm_scores in by_arm.items()
             for score in (*arm_scores, *derived.get(seed, {}).get(arm, ()))
         ]
+        if ranks.rank() > 0:
+            return
         write_values(self.folder, [(row, measure) for row, measure in rows if row.seed is None])
         write_results(self.folder, [row for row, _ in rows])
 

@@ -96,8 +96,9 @@ def load_features(path: Path, device: torch.device) -> dict[int, Tensor]:
 
 def save_features(path: Path, features: Mapping[int, Tensor]) -> None:
     """Write features by row and delete the files used longest ago; give one notice where that fails."""
+    features = {**load_features(path, torch.device("cpu")), **features}  # those that another process has written
     rows = torch.tensor(sorted(features))
-    values = torch.stack([features[int(row)] for row in rows]).cpu()
+    values = torch.stack([features[int(row)].cpu() for row in rows])
     payload = safetensors.torch.save({"rows": rows, "features": values}, {"digest": _digest(rows, values)})
     if len(payload) > LIMIT:
         return

@@ -3,12 +3,13 @@
 Support images stay clean, the query images are attacked against the task's fixed classifier, and episode i is the same for
 every model that runs the same sampler, so methods can be compared in pairs (vismt.stats). Episodes are run in blocks of fixed
 numbers, so that an attack can pack the queries of several tasks (packed.py); a block that was cut is run again as a whole.
+Processes that share an evaluation (vismt/ranks.py) run a block each, and the first one writes the records in order.
 Features of clean images under weights that no task changes are computed once (features.py); accuracies stay the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from vismt import console
+from vismt import console, ranks
 from vismt.errors import UserError, near
 from vismt.metatune.episode_outcome import EpisodeOutcome, write_panel
 from vismt.metatune.features import FeatureStore, number
@@ -139,9 +140,7 @@ def run_protocol(
         raise UserError(f"evaluate {data}: features '{features}'.{near(str(features), FEATURES)}")
     if episodes < 2:
         raise UserError(f"evaluate {data}: {episodes} episodes have no confidence interval: use 2 or more.")
-    conditions = ["clean", *(attack.describe(sampler.min_ways) for attack in attacks)]
-    if len(set(conditions)) < len(conditions):
-        raise UserError(f"evaluate {data}: two conditions have the same text in {conditions[1:]}: leave one out.")
+    conditions = _condition_texts(attacks, sampler, data)
     columns = [*conditions, *worst]
     settings = {
         "data": data,
@@ -154,7 +153,9 @@ def run_protocol(
     if device is None:
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
     fields = {**dict.fromkeys(columns, SHARE), "mixture": Field(several=True, optional=True)}
-    log = Records(records, settings, fields, key="episode")
+    log = Records(records if ranks.rank() == 0 else None, settings, fields, key="episode")
+    for row in ranks.gather([log[index] for index in range(episodes) if index in log])[0]:
+        log.add(row)
     missing = [index for index in range(episodes) if index not in log]
     key = getattr(pixels, "key", None) if missing and features == "auto" else None
     store = FeatureStore(key) if features == "auto" else None
@@ -163,24 +164,27 @@ def run_protocol(
     label = label or f"{data} episodes"
     if 0 < len(missing) < episodes:
         console.stage("resume", f"{label}: {episodes - len(missing)} of {episodes} are on record")
-    with (
-        evaluating(module),
-        log,
-        store or nullcontext(),
-        console.bar("eval", label, episodes, episodes - len(missing)) as bar,
-    ):
-        for block in run.blocks(episodes):
-            todo = [index for index in block if index not in log]
-            outcomes = run(block) if todo else {}
-            for index in todo:
-                log.add({"episode": index, **outcomes[index].record()})
-                if index == 0 and panel is not None:
-                    write_panel(panel, outcomes[index], getattr(pixels, "classes", None))
-                bar.advance()
-        if panel is not None and not panel.exists():
+    bar = console.bar("eval", label, episodes, episodes - len(missing))
+    with evaluating(module), log, store or nullcontext(), bar as progress:
+        for outcomes, rows in run.shares(log, episodes):
+            if 0 in outcomes and panel is not None:
+                write_panel(panel, outcomes[0], getattr(pixels, "classes", None))
+            for row in rows:
+                progress.advance(row["episode"] not in log)
+                log.add(row)
+        if panel is not None and ranks.rank() == 0 and not panel.exists():
             write_panel(panel, run(range(1))[0], getattr(pixels, "classes", None))
     rows = [log[index] for index in range(episodes)]
     return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in columns}
+
+
+def _condition_texts(
+    attacks: Sequence[QueryPerturbation | PreparedPerturbation], sampler: Sampler, data: str
+) -> list[str]:
+    conditions = ["clean", *(attack.describe(sampler.min_ways) for attack in attacks)]
+    if len(set(conditions)) < len(conditions):
+        raise UserError(f"evaluate {data}: two conditions have the same text in {conditions[1:]}: leave one out.")
+    return conditions
 
 
 @dataclass
@@ -213,6 +217,18 @@ class _EpisodeRunner:
         """Return the numbers of the episodes that run together; single ones where no attack packs."""
         size = BLOCK if any(getattr(attack, "packs", False) for attack in self.attacks.values()) else 1
         return [range(start, min(start + size, episodes)) for start in range(0, episodes, size)]
+
+    def shares(self, log: Records, episodes: int) -> Iterator[tuple[dict[int, EpisodeOutcome], list[dict]]]:
+        """Run the blocks that are not on record, one in each process at a time.
+
+        Yield the outcomes of this process, and the rows of all processes in the order of the episodes.
+        """
+        blocks = [block for block in self.blocks(episodes) if any(index not in log for index in block)]
+        for start in range(0, len(blocks), ranks.count()):
+            own = blocks[start : start + ranks.count()][ranks.rank() :]
+            outcomes = self(own[0]) if own else {}
+            rows = [{"episode": index, **outcome.record()} for index, outcome in outcomes.items()]
+            yield outcomes, [row for part in ranks.gather(rows) for row in part]
 
     def __call__(self, block: range) -> dict[int, EpisodeOutcome]:
         strict = [name for name, attack in self.attacks.items() if getattr(attack, "worst_case", False)]

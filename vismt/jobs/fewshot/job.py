@@ -12,7 +12,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from vismt import console
+from vismt import console, ranks
 from vismt.backbones import vit
 from vismt.engine import loop, runtime
 from vismt.engine.study import Study, Training
@@ -65,6 +65,8 @@ class FewShotJob(Job[FewShotConfig, Any]):
         "accuracy": "Training accuracy (%)",
         "robust": "Training accuracy under attack (%)",
     }
+
+    shares_evaluation = True
 
     def __init__(self, config: FewShotConfig, folder: Path, config_hash: str) -> None:
         check(config)
@@ -216,7 +218,8 @@ class FewShotJob(Job[FewShotConfig, Any]):
             lines = []
             for arm in self.evaluated():
                 lines += self._evaluation(arm).masking_lines(self.models(seed, arm), arm, self.hash)
-            write_lines(self.folder / masking_report.LINES, lines)
+            if ranks.rank() == 0:
+                write_lines(self.folder / masking_report.LINES, lines)
 
     def check_evaluation(self, attacks: Sequence[AttackConfig] | None) -> None:
         """Leave out the untrained arms whose weights cannot be had, with a line for each."""
