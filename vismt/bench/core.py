@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def compare(
     check_compile(model)
     variants = _variants(model, head)
     losses = {name: _recomputed(loss) if name.endswith("recompute") else loss for name in variants}
-    saved = {name: kept_bytes(lambda name=name: losses[name](variants[name])) for name in variants}
+    saved = {name: kept_bytes(partial(losses[name], variants[name])) for name in variants}
     compiled = copy.deepcopy(variants[LORA])
     compile_blocks(find_blocks(compiled))
     variants[COMPILE], losses[COMPILE] = compiled, loss

@@ -57,7 +57,7 @@ def running_blocks(objective: nn.Module, config: TrainConfig) -> Iterator[None]:
             undo.enter_context(_kept_buffers())
         for block in blocks:
             if config.checkpointing:
-                block.forward = _Checkpointed(block).checkpointed  # type: ignore[method-assign]
+                block.forward = _Checkpointed(block).checkpointed
                 undo.callback(block.__dict__.pop, "forward", None)
             else:
                 undo.callback(setattr, block, "_compiled_call_impl", None)
