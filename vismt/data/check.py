@@ -116,8 +116,10 @@ def _groups(card: Card, source: DataSource, files: Files) -> list[CheckRow]:
 def _damaged(card: Card, loaded: LoadedSplit) -> list[CheckRow]:
     """Return a row for each example that cannot be decoded. Texts are decoded when they are loaded."""
     read = getattr(loaded, "read", None)
+    if read is None:
+        return []
     rows = []
-    for i in console.track(range(len(loaded.ids)), "check", f"{card.name}: decoding") if read is not None else ():
+    for i in console.track(range(len(loaded.ids)), "check", f"{card.name}: decoding"):
         try:
             read(i)
         except UserError:
