@@ -529,7 +529,7 @@ def test_weights_that_are_trained_in_place_begin_at_the_first_block(home, tmp_pa
     ({"tasks": []}, "name at least one"),
     ({"head": {"name": "vbl"}}, "no head 'vbl'. Near: 'vbll'"),
     ({"head": {"alternate": {}}}, "set head.name to vbll"),
-    ({"model.dtype": "fp8"}, "no precision 'fp8'"),
+    ({"model.dtype": "fp8"}, "got 'fp8'"),
     ({"model.first_block": 3}, "model.first_block: 3; LlamaForCausalLM has blocks 0 to 2"),
     ({"evaluate.limit": 1}, "evaluate.limit: 1; it must be at least 2"),
     ({"arms": {"frozen": {}}}, "'frozen' is the model before training"),
