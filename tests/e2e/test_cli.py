@@ -15,7 +15,7 @@ import yaml
 
 from vismt.cli import main
 from vismt.data.images import open_images
-from vismt.lines import read_lines
+from vismt.lines import read_lines, write_lines
 
 pytest.importorskip("sklearn")
 
@@ -136,15 +136,16 @@ def test_damaged_run_folders_are_named(run_folder: Path, tmp_path: Path, capsys)
     import shutil
 
     records = next((run_folder / EPISODES).glob("*frozen.jsonl"))
-    lines = records.read_text().splitlines()
-    lines[1] = json.dumps({**json.loads(lines[1]), "clean": "abc"})
+    first, *rows = read_lines(records)
+    write_lines(tmp_path / "abc.jsonl", [first, {**rows[0], "clean": "abc"}, *rows[1:]])
+    results = (run_folder / "results.jsonl").read_text()
     changed = (run_folder / "config.resolved.yaml").read_text().replace("rank: 2", "rank: 3")
     for name, text, words in (
         ("run.json", "[]", "run.json"),
         ("run.json", '{"wall_time_s": "a"}', "run.json"),
-        ("results.jsonl", "5\n{}\n", "results.jsonl"),
-        ("results.jsonl", "{}\n", "results.jsonl"),
-        (f"{EPISODES}/{records.name}", "\n".join(lines) + "\n", "line 2 is not a record"),
+        ("results.jsonl", results.replace('"n": 3', '"n": 4', 1), "results.jsonl' line 1 was changed"),
+        (f"{EPISODES}/{records.name}", records.read_text().replace("0.", "1.", 1), "was changed or damaged"),
+        (f"{EPISODES}/{records.name}", (tmp_path / "abc.jsonl").read_text(), "line 2: 'clean' is 'abc'"),
         (f"{TRAINING}/classifier.safetensors", "x", "classifier.safetensors"),
         ("config.resolved.yaml", changed, "changed after"),
     ):
@@ -410,3 +411,37 @@ def test_the_list_answers_quickly() -> None:
 def test_a_bench_without_rounds_is_refused(what: str, capsys) -> None:
     assert main(["bench", what, "--rounds", "0"]) == 2
     assert capsys.readouterr().err == "error: bench: --rounds 0; it must be at least 1.\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"adapt": {"method": "lorra"}}, "no method 'lorra'"),
+        ({"adapt": {"method": "lora", "targets": ["attn.qvk"]}}, "no module matches 'attn.qvk'"),
+        ({"adapt": {"method": "lora", "rank": 999}}, "adapt.rank: 999"),
+        ({"adapt": {"method": "lora", "options": {"droput": 0.1}}}, "no option 'droput'"),
+        ({"train": {**SMALL["train"], "optimizer": "adam"}}, "train.optimizer: 'adam'"),
+        ({"train": {**SMALL["train"], "warmup": 9}}, "warmup 9"),
+    ],
+)
+def test_a_configuration_that_names_what_is_missing_leaves_no_folder(
+    tmp_path, capsys, monkeypatch, changes, words
+) -> None:
+    monkeypatch.setattr("vismt.jobs.fewshot.data.open_images", None)  # no data is read either
+    assert main(["run", str(write(tmp_path, **changes)), "--out", str(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_a_run_folder_in_use_is_refused(run_folder: Path, capsys) -> None:
+    import os
+
+    from vismt.files import LOCK
+
+    locks = pytest.importorskip("filelock")
+    with locks.FileLock(run_folder / LOCK):
+        (run_folder / ".lock-holder").write_text(json.dumps({"host": "node7", "pid": os.getpid()}))
+        for command in ("evaluate", "report", "merge"):
+            assert main([command, str(run_folder)]) == 2
+            error = capsys.readouterr().err
+            assert f"is in use by process {os.getpid()} on node7" in error and error.count("\n") == 1
