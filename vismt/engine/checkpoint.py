@@ -47,8 +47,13 @@ def moving_state(module: nn.Module, trained: Iterable[Tensor] = ()) -> dict[str,
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a training's folder, the newest first."""
-    paths = [path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name)]
+    paths = [path for path in folder.glob("checkpoint-*") if is_checkpoint(path)]
     return sorted(paths, key=_step_of, reverse=True)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a file has the name of a checkpoint."""
+    return NAME.fullmatch(path.name) is not None
 
 
 def save(
