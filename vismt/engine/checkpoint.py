@@ -116,7 +116,10 @@ def _delete_others(newest: Path) -> None:
     paths = checkpoints(newest.parent)
     before = [path for path in paths if _step_of(path) < _step_of(newest)]
     for path in set(paths) - {newest, *before[: KEPT - 1]}:
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:  # a folder of that name
+            raise UserError(f"cannot delete checkpoint '{path}' ({error.strerror}); remove it by hand.") from error
 
 
 def _step_of(path: Path) -> int:
