@@ -22,7 +22,7 @@ def test_rows_come_back_and_lines_are_json_objects(tmp_path: Path) -> None:
     write_lines(path, ROWS)
     assert read_lines(path) == ROWS
     parsed = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [{name: value for name, value in row.items() if name != "checksum"} for row in parsed] == ROWS
+    assert [{name: value for name, value in row.items() if name not in ("checksum", "last")} for row in parsed] == ROWS
 
 
 def test_appended_lines_continue_the_file(tmp_path: Path) -> None:
@@ -31,8 +31,25 @@ def test_appended_lines_continue_the_file(tmp_path: Path) -> None:
     file.add(ROWS[1])
     file.add(*ROWS[2:])
     file.sync()
-    write_lines(whole, ROWS)
+    LineFile(whole, ROWS)
     assert path.read_bytes() == whole.read_bytes()
+
+
+def test_a_whole_file_that_was_cut_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    write_lines(path, ROWS)
+    assert read_lines(path, whole=True) == ROWS
+    lines = path.read_bytes().splitlines(keepends=True)
+    for count in range(1, len(lines)):
+        path.write_bytes(b"".join(lines[:count]))
+        assert read_lines(path) == ROWS[:count]
+        with pytest.raises(UserError, match=f"was cut after line {count}"):
+            read_lines(path, whole=True)
+    path.write_bytes(b"".join(lines)[:-1])
+    with pytest.raises(UserError, match="was cut after line 3"):
+        read_lines(path, whole=True)
+    write_lines(path, [])
+    assert read_lines(path, whole=True) == []
 
 
 def test_a_torn_last_line_is_dropped_at_any_length(tmp_path: Path) -> None:

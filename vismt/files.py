@@ -24,6 +24,7 @@ from torch import Tensor
 from vismt.errors import UserError
 
 PARTIAL = ".vismt-partial"
+DIGEST = "sha256"  # the key of a JSON file with the digest of all other keys
 LOCK, HOLDER = ".lock", ".lock-holder"
 # Seconds in which the worker processes of a killed process end, and with them its lock.
 WORKERS_END_S = 15
@@ -49,8 +50,38 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(path.read_text(encoding="utf8"))
     except FileNotFoundError as error:
         raise UserError(f"{what}: no file '{path}'.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{what}: '{path}' cannot be read as JSON ({error}).") from error
+
+
+def sealed(content: Mapping[str, Any], indent: int | None = None) -> str:
+    """Return JSON text of an object and its digest, by which `read_sealed` and `is_sealed` notice a changed file."""
+    return json.dumps({**content, DIGEST: _digest_of(content)}, indent=indent)
+
+
+def is_sealed(content: Mapping[str, Any]) -> bool:
+    """Return whether the content of a JSON file is that with which it was written."""
+    return content.get(DIGEST) == _digest_of(content)
+
+
+def read_sealed(path: Path, what: str, needed: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the content of a JSON file that was written as `sealed`, without its digest.
+
+    Files of earlier versions have no digest, and are read unless `needed` names it.
+
+    Raises:
+        UserError: a file that cannot be read, one that was changed after it was written, and one without a `needed` key.
+    """
+    content = read_json(path, what)
+    fits = isinstance(content, dict) and (DIGEST not in content or is_sealed(content))
+    if not fits or not set(needed) <= set(content):
+        raise UserError(f"{what}: '{path}' was changed or damaged after it was written; delete it to make it again.")
+    return {name: value for name, value in content.items() if name != DIGEST}
+
+
+def _digest_of(content: Mapping[str, Any]) -> str:
+    plain = {name: value for name, value in json.loads(json.dumps(content)).items() if name != DIGEST}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def read_tensors(path: Path, what: str) -> tuple[bytes, dict[str, Tensor]]:

@@ -2,7 +2,8 @@
 
     {"step": 1, "loss": 0.5, "checksum": "1f0c2d3e"}
 
-A last line without its newline was cut short and is dropped. Everything else that differs from what was written, a changed,
+A last line without its newline was cut short and is dropped. A file that was written whole marks its last line by "last": true
+and is refused when it is cut. Everything else that differs from what was written, a changed,
 missing or moved line, is refused with the file's name and the line's number.
 """
 
@@ -19,13 +20,21 @@ from typing import Any
 from vismt.errors import UserError
 from vismt.files import atomic_write, cannot_write
 
-LINE = re.compile(rb'(\{.*?)(?:, )?"checksum": "([0-9a-f]{8})"\}', re.DOTALL)
+LINE = re.compile(rb'(\{.*?)(?:, )?"checksum": "([0-9a-f]{8})"(, "last": true)?\}', re.DOTALL)
+LAST = b', "last": true'
 
 
-def read_lines(path: Path, needed: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+def read_lines(path: Path, needed: tuple[str, ...] = (), whole: bool = False) -> list[dict[str, Any]]:
     """Return the rows of a line file; a missing file has none.
 
-    Raises UserError for a file that cannot be read, a line that is not as it was written, and a row without a `needed` key.
+    Args:
+        path: the file.
+        needed: keys of every row.
+        whole: whether the file was written whole, by `write_lines`.
+
+    Raises:
+        UserError: a file that cannot be read, a line that is not as it was written, a row without a `needed` key, and a
+            `whole` file that was cut.
     """
     matches = _matches(path)
     if matches and not any(matches):
@@ -44,6 +53,8 @@ def read_lines(path: Path, needed: tuple[str, ...] = ()) -> list[dict[str, Any]]
         if missing:
             raise UserError(f"'{path}' line {number} lacks {', '.join(missing)}; move the file away and make it again.")
         rows.append(row)
+    if whole and matches and not (matches[-1] and matches[-1][3]):
+        raise UserError(f"'{path}' was cut after line {len(rows)}; move the file away and make it again.")
     return rows
 
 
@@ -73,8 +84,9 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write the whole file atomically."""
-    LineFile(path, rows)
+    """Write the whole file atomically; the last line is marked, so that a cut file is noticed."""
+    lines = _Lines().encoded(rows)
+    atomic_write(path, lines[:-2] + LAST + lines[-2:] if lines else lines)
 
 
 class LineFile:
@@ -85,12 +97,12 @@ class LineFile:
 
     def __init__(self, path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         self.path = path
-        self._checksum = b""
-        atomic_write(path, self._encoded(rows))
+        self._lines = _Lines()
+        atomic_write(path, self._lines.encoded(rows))
 
     def add(self, *rows: Mapping[str, Any]) -> None:
         """Append rows in one call of the system; a line that a full disk cuts short is dropped when the file is read."""
-        payload = self._encoded(rows)
+        payload = self._lines.encoded(rows)
         try:
             with self.path.open("ab", buffering=0) as file:
                 if file.write(payload) != len(payload):
@@ -106,7 +118,15 @@ class LineFile:
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
-    def _encoded(self, rows: Iterable[Mapping[str, Any]]) -> bytes:
+
+class _Lines:
+    """Rows as the lines of one file."""
+
+    def __init__(self) -> None:
+        self._checksum = b""
+
+    def encoded(self, rows: Iterable[Mapping[str, Any]]) -> bytes:
+        """Return the next lines."""
         lines = []
         for row in rows:
             text = json.dumps(row).encode()[:-1]

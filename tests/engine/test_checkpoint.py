@@ -8,58 +8,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors
 import safetensors.torch
 import torch
+from helpers.toy_training import Toy, rewritten, run, stopped
 from torch import Tensor, nn
 
 from vismt.config import TrainConfig
-from vismt.engine import checkpoint, loop, runtime
+from vismt.engine import checkpoint, loop
 from vismt.errors import UserError
-from vismt.files import write_tensors
 from vismt.lines import read_lines
-
-
-class Toy(nn.Module):
-    """A regression with dropout; the bias of `unused` never has a gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer, self.frozen = nn.Linear(4, 1), nn.Linear(4, 4).requires_grad_(False)
-        self.scale = nn.Parameter(torch.tensor(1.0))  # whose moments are scalars too, of either sign
-        self.unused = nn.Parameter(torch.zeros(2))
-        self.register_buffer("mask", torch.full((2,), float("-inf")))
-
-    def forward(self, batch: Tensor) -> dict[str, Tensor]:
-        hidden = self.scale * nn.functional.dropout(self.frozen(batch), 0.3, self.training)
-        return {"loss": (self.layer(hidden) - batch.sum(1, keepdim=True)).square().mean()}
-
-
-def batches(number: int) -> Tensor:
-    return torch.randn(6, 4, generator=torch.Generator().manual_seed(number))
-
-
-def run(folder: Path, stop_after: int | None = None, **settings: Any) -> Toy:
-    objective = Toy()
-    config = TrainConfig(**{"steps": 8, "lr": 0.05, "warmup": 2, "checkpoint_every": 3, **settings})
-
-    def after(step: int) -> None:
-        if step == stop_after:
-            raise KeyboardInterrupt
-
-    loop.train(objective, batches, config, folder, "hash", runtime.accelerator(), seed=1, after_step=after)
-    return objective
-
-
-def stopped(folder: Path, **settings: Any) -> list[Path]:
-    """Return the checkpoints of steps 6 and 3."""
-    with pytest.raises(KeyboardInterrupt):
-        run(folder, stop_after=7, **settings)
-    return checkpoint.checkpoints(folder)
 
 
 def load(folder: Path, module: nn.Module | None = None, config_hash: str = "hash") -> tuple[int, int]:
@@ -122,13 +82,6 @@ def test_checkpoints_of_others_are_refused(tmp_path: Path) -> None:
     (old / "checkpoint.pt").write_bytes(b"any")
     with pytest.raises(UserError, match="by an earlier version; delete it"):
         load(old)
-
-
-def rewritten(path: Path, tensors: dict[str, Tensor], numbers: object) -> None:
-    """Replace a checkpoint by one with other content and the right digest."""
-    step = path.name.split("-")[1]
-    path.unlink()
-    write_tensors(path.with_name(f"checkpoint-{step}-{{digest}}.safetensors"), tensors, {"state": json.dumps(numbers)})
 
 
 STEP, MOMENT = "optimizer.layer.weight.step", "optimizer.layer.weight.exp_avg_sq"

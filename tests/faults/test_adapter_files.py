@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 import vismt
 from vismt.errors import UserError
-from vismt.lowrank.adapter_files import DESCRIPTION, sealed
+from vismt.files import sealed
+from vismt.lowrank.adapter_files import DESCRIPTION
 
 METHODS = vismt.list_methods()
 Folders = dict[str, Path]

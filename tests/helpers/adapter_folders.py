@@ -11,7 +11,8 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from vismt.lowrank.adapter_files import DESCRIPTION, sealed
+from vismt.files import sealed
+from vismt.lowrank.adapter_files import DESCRIPTION
 
 Change = Callable[[Any], Any]
 

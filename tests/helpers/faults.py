@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import time
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,12 +27,16 @@ def many(count: int) -> settings:
     )
 
 
+class Hang(AssertionError):
+    """A body that does not end."""
+
+
 @contextmanager
 def no_hang(what: Any, seconds: int = 20) -> Iterator[None]:
     """Fail for a body that runs longer than `seconds`, as one that waits for the writer of a named pipe."""
 
     def give_up(*_: Any) -> None:
-        raise AssertionError(f"still running after {seconds} s: {what!r}")
+        raise Hang(f"still running after {seconds} s: {what!r}")
 
     earlier = signal.signal(signal.SIGALRM, give_up)
     signal.alarm(seconds)
@@ -53,3 +59,24 @@ def refused_or_harmless(what: Any) -> Iterator[None]:
         raise
     except Exception as error:
         raise AssertionError(f"{type(error).__name__} ({error}) instead of a UserError for {what!r}") from error
+
+
+# What became of a trial. "silent": other numbers, and no word about it. "changed": refused, and the model is another one.
+OUTCOMES = ("refused", "harmless", "traceback", "hang", "silent", "changed")
+SOUND = ("refused", "harmless")
+
+
+def tried(body: Callable[[], bool]) -> str:
+    """Return the outcome of a trial whose body returns whether the numbers are the right ones; "hang" above 10 s of CPU."""
+    start = time.process_time()
+    try:
+        with no_hang(body, seconds=120):
+            result = "harmless" if body() else "silent"
+    except UserError as error:
+        result = "refused" if str(error) and "\n" not in str(error)[:50] else "traceback"
+    except Hang:
+        return "hang"
+    except Exception:
+        traceback.print_exc()
+        result = "traceback"
+    return "hang" if time.process_time() - start > 10 else result

@@ -201,9 +201,9 @@ def test_every_block_is_cited_once(folder):
     ("break_it", "message"),
     [
         (lambda f: (f / "run.json").unlink(), "vismt run CONFIG"),
-        (lambda f: (f / "run.json").write_text("{"), "is not JSON"),
+        (lambda f: (f / "run.json").write_text("{"), "cannot be read as JSON"),
         (lambda f: (f / "run.json").write_text("{}"), "no config_hash"),
-        (lambda f: (f / "run.json").write_text("[]"), "no config_hash"),
+        (lambda f: (f / "run.json").write_text("[]"), "changed or damaged"),
     ],
 )
 def test_broken_files(folder, break_it, message):

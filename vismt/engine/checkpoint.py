@@ -47,8 +47,13 @@ def moving_state(module: nn.Module, trained: Iterable[Tensor] = ()) -> dict[str,
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a training's folder, the newest first."""
-    paths = [path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name)]
+    paths = [path for path in folder.glob("checkpoint-*") if is_checkpoint(path)]
     return sorted(paths, key=_step_of, reverse=True)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a file has the name of a checkpoint."""
+    return NAME.fullmatch(path.name) is not None
 
 
 def save(
@@ -111,7 +116,10 @@ def _delete_others(newest: Path) -> None:
     paths = checkpoints(newest.parent)
     before = [path for path in paths if _step_of(path) < _step_of(newest)]
     for path in set(paths) - {newest, *before[: KEPT - 1]}:
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:  # a folder of that name
+            raise UserError(f"cannot delete checkpoint '{path}' ({error.strerror}); remove it by hand.") from error
 
 
 def _step_of(path: Path) -> int:

@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 
+from vismt import console
 from vismt.lines import LineFile, read_lines
 
 METRICS = "metrics.jsonl"
@@ -20,6 +21,9 @@ class MetricsLog:
         if enabled:
             rows = read_lines(folder / METRICS, ("step", "elapsed_s"))
             kept = [row for row in rows if row["step"] <= finished_steps]
+            if finished_steps and (not kept or kept[-1]["step"] != finished_steps):
+                # Every step with a checkpoint has a row, and it is on the disk before the checkpoint.
+                console.stage("resume", f"'{folder / METRICS}' lacks rows before step {finished_steps + 1}")
             self._lines = LineFile(folder / METRICS, kept)
             self._elapsed = float(kept[-1]["elapsed_s"]) if kept else 0.0
 

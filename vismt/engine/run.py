@@ -21,7 +21,7 @@ from vismt import console, ranks
 from vismt.config import RunConfig, config_hash
 from vismt.engine import runtime
 from vismt.errors import UserError, near
-from vismt.files import atomic_write, locked, read_json, remove_partial, write_tensors
+from vismt.files import atomic_write, locked, read_sealed, remove_partial, sealed, write_tensors
 from vismt.lowrank.peft_folder import export_peft
 
 RESOLVED = "config.resolved.yaml"
@@ -95,8 +95,8 @@ class Run:
     def facts(self) -> dict[str, Any]:
         """The content of run.json, empty before the first stage."""
         path = self.folder / FACTS
-        facts = read_json(path, f"run '{self.folder}'") if path.exists() else {}
-        if not isinstance(facts, dict) or not isinstance(facts.get("wall_time_s", 0.0), int | float):
+        facts = read_sealed(path, f"run '{self.folder}'") if path.exists() else {}
+        if not isinstance(facts.get("wall_time_s", 0.0), int | float):
             raise UserError(
                 f"run '{self.folder}': {FACTS} does not have the content that a run writes; the file was changed by hand."
             )
@@ -233,7 +233,7 @@ class Run:
         }
         self.started = now
         if runtime.processes().is_main_process:
-            atomic_write(self.folder / FACTS, json.dumps({**before, **facts, **changes}, indent=1))
+            atomic_write(self.folder / FACTS, sealed({**before, **facts, **changes}, indent=1))
 
 
 def _now() -> str:

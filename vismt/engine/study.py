@@ -8,7 +8,6 @@ never uses the test examples.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from vismt.config import RunConfig, Seed, TrainConfig, with_values
 from vismt.engine import runtime
 from vismt.engine.loop import Diverged
 from vismt.errors import UserError, near
-from vismt.files import atomic_write, read_json
+from vismt.files import atomic_write, read_sealed, sealed
 from vismt.typed_yaml import plain_name
 
 ARMS = "arms"
@@ -185,7 +184,7 @@ class Study(Generic[Config]):
                 raise
             console.stage("tune", f"{training.arm}   lr {training.lr:g}   {error}")
             if runtime.processes().is_main_process:
-                atomic_write(training.folder / DIVERGED, json.dumps({"error": str(error)}))
+                atomic_write(training.folder / DIVERGED, sealed({"error": str(error)}))
             runtime.processes().wait_for_everyone()
 
     def choose(self, job: Trainer, arm: str) -> None:
@@ -252,7 +251,7 @@ def write_choice(path: Path, arm: str, rates: list[float], validation: Mapping[f
     validation: score by rate, ascending, None where the training diverged. Raises UserError when all of them diverged.
     """
     if not validation:
-        atomic_write(path, json.dumps({"lr": rates[0], "validation": {}}))
+        atomic_write(path, sealed({"lr": rates[0], "validation": {}}))
         return
     finished = {lr: score for lr, score in validation.items() if score is not None}
     if not finished:
@@ -263,7 +262,7 @@ def write_choice(path: Path, arm: str, rates: list[float], validation: Mapping[f
     scores = "   ".join(f"{lr:g} {text}" for lr, text in texts.items())
     edge = "   (at an end of the grid)" if best in (rates[0], rates[-1]) and len(rates) > 2 else ""
     console.stage("tune", f"{arm}   validation score by rate: {scores}   chosen {best:g}{edge}")
-    atomic_write(path, json.dumps({"lr": best, "validation": {f"{lr:g}": score for lr, score in validation.items()}}))
+    atomic_write(path, sealed({"lr": best, "validation": {f"{lr:g}": score for lr, score in validation.items()}}))
 
 
 def read_choice(folder: Path, arm: str) -> Choice:
@@ -271,9 +270,8 @@ def read_choice(folder: Path, arm: str) -> Choice:
     path = folder / ARMS / arm / CHOSEN
     if not path.exists():
         raise UserError(f"run '{folder}': arm '{arm}' is not trained yet; `vismt train` goes on with it.")
-    content = read_json(path, f"run '{folder}': {path.name} of arm '{arm}'")
-    fits = isinstance(content, dict) and isinstance(content.get("lr"), float)
-    if not fits or not isinstance(content.get("validation"), dict):
+    content = read_sealed(path, f"run '{folder}'", ("lr", "validation"))
+    if not isinstance(content["lr"], float) or not isinstance(content["validation"], dict):
         raise UserError(
             f"run '{folder}': {path} does not have the content that a run writes; delete it to choose again."
         )

@@ -1,36 +1,60 @@
-"""The files of one training under arms/: adapter/, the job's files, and done.json, written last to mark it as finished."""
+"""The files of one training under arms/: adapter/, the job's files, and done.json, written last to mark it as finished.
+
+done.json has the digests of the other files, so that a trained net is the one that was saved, or is refused.
+"""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from vismt.engine.checkpoint import is_checkpoint
 from vismt.engine.study import Training
 from vismt.errors import UserError
-from vismt.files import atomic_write, read_json, read_tensors
+from vismt.files import atomic_write, file_digest, read_sealed, read_tensors, sealed
 from vismt.lowrank.inject import merge
-from vismt.lowrank.store import check_tensors, load_adapter, save_adapter
+from vismt.lowrank.store import DESCRIPTION, check_tensors, load_adapter, save_adapter
 from vismt.lowrank.wrappers import is_mergeable
 
 ADAPTER = "adapter"
 DONE = "done.json"
 MERGE = "merge.json"
+FILES = "files"  # the key of done.json with the digest of each file by its path in the folder
 
 
 def finish(model: nn.Module, folder: Path, with_adapter: bool, about: dict[str, Any]) -> None:
     """Write the adapter of a model, if it has one, and then done.json with the facts `about` the adaptation."""
     if with_adapter:
         save_adapter(model, folder / ADAPTER)
-    atomic_write(folder / DONE, json.dumps(about))
+    weights = sorted(path for path in folder.glob("*.safetensors") if not is_checkpoint(path))
+    kept = [folder / ADAPTER / DESCRIPTION, *weights] if with_adapter else weights
+    files = {path.relative_to(folder).as_posix(): file_digest(path) for path in kept}
+    atomic_write(folder / DONE, sealed({**about, FILES: files}))
 
 
 def read_done(training: Training) -> dict[str, Any] | None:
     """Return the content of a finished training's done.json, None for an unfinished training."""
-    path = training.folder / DONE
-    return read_json(path, f"run '{training.folder}'") if path.exists() else None
+    about = _read(training.folder)
+    return None if about is None else {name: value for name, value in about.items() if name != FILES}
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    path = folder / DONE
+    return read_sealed(path, f"run '{folder}'") if path.exists() else None
+
+
+def check_files(folder: Path) -> None:
+    """Raise UserError where files of a finished training are not those that its done.json names."""
+    about = _read(folder)
+    files = {} if about is None else about.get(FILES, {})  # earlier versions wrote no digests
+    for name, digest in files.items():
+        path = folder / name
+        if not path.is_file() or file_digest(path) != digest:
+            raise UserError(
+                f"run '{folder}': {name} is missing or was changed after the training; delete {DONE} to train again."
+            )
 
 
 def has_adapter(training: Training) -> bool:
@@ -46,6 +70,7 @@ def restore(model: nn.Module, training: Training) -> str:
     what = f"run '{training.folder}'"
     if read_done(training) is None:
         raise UserError(f"{what}: the training is not finished; `vismt train` goes on with it.")
+    check_files(training.folder)
     if has_adapter(training):
         load_adapter(model, training.folder / ADAPTER)
     return what

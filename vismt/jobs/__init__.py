@@ -58,8 +58,7 @@ def start_config(config: RunConfig, name: str, out: Path, folder: Path | None = 
     folder = folder or out / f"{name}-{config_hash(config)}"
     run = Run(folder, config, make_job(config, folder))
     run.job.check()
-    if not (folder / RESOLVED).exists():
-        atomic_write(folder / RESOLVED, yaml.safe_dump(resolved(config), sort_keys=False))
+    atomic_write(folder / RESOLVED, yaml.safe_dump(resolved(config), sort_keys=False))
     return run
 
 

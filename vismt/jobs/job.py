@@ -6,7 +6,6 @@ the report in base.py.
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from vismt.config import AdaptConfig, ModelConfig
 from vismt.engine import loop, runtime, training_files
 from vismt.engine.study import StudyConfig, Training
 from vismt.errors import UserError
-from vismt.files import atomic_write
+from vismt.files import atomic_write, sealed
 from vismt.jobs.base import EvaluationJob
 from vismt.lowrank.inject import merge, record_of
 from vismt.lowrank.layer_spec import factor_rank
@@ -252,7 +251,7 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
             "largest_logit": worst["largest"],
             "outputs": names,
         }
-        atomic_write(training.folder / training_files.MERGE, json.dumps(about))
+        atomic_write(training.folder / training_files.MERGE, sealed(about))
 
     def final(self, training: Training) -> Net:
         """Return a trained net for evaluation: merged where that is exact, on the device of this process."""

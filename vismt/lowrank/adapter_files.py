@@ -7,7 +7,6 @@ determines alone is checked here: types, ranges, the tensors of each layer. What
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from vismt.errors import UserError
-from vismt.files import read_tensors
+from vismt.files import is_sealed, read_tensors
 from vismt.lowrank import strict_json
 from vismt.lowrank.adapter_layer import LAYERS
 from vismt.lowrank.layer_spec import LayerSpec
@@ -25,7 +24,6 @@ from vismt.lowrank.values import check_finite
 
 FORMAT = 1
 DESCRIPTION = "adapter.json"
-DIGEST = "sha256"  # the key of adapter.json with the digest of the others; files of version 0.1.0 have none
 SAMPLES = 16
 # Layers of version 0.1.0, whose entries in adapter.json do not name the layer: the setting that only theirs have.
 UNNAMED = {"low_rank": None, "quantized": "grid", "slice": "dim"}
@@ -56,7 +54,7 @@ class Description:
     tensors_sha256: str
     unchanged: list[str] = field(default_factory=list)
     parts: dict[str, SavedWrapper] = field(default_factory=dict)
-    sha256: str | None = None
+    sha256: str | None = None  # missing in files of version 0.1.0
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"adapter-[0-9a-f]{12}\.safetensors", self.tensors):
@@ -107,16 +105,6 @@ def _spec(entry: Mapping[str, Any], key: str) -> LayerSpec:
     return spec
 
 
-def sealed(description: Mapping[str, Any]) -> str:
-    """Return the text of adapter.json: the description with its digest."""
-    return json.dumps({**description, DIGEST: _digest(description)})
-
-
-def _digest(description: Mapping[str, Any]) -> str:
-    plain = {key: value for key, value in description.items() if key != DIGEST}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-
-
 def compared(specs: Iterable[LayerSpec], unchanged: Iterable[str]) -> list[str]:
     """Return the paths of the modules whose weights identify the base."""
     return [
@@ -140,7 +128,7 @@ def read_description(folder: Path, what: str = "") -> tuple[Description, list[La
         raise UserError(f"{what}: {error} Import the file that registers it.") from error
     except ValueError as error:
         raise UserError(f"{what}: {NOT_OURS} ({error}).") from error
-    if description.sha256 is not None and description.sha256 != _digest(content):
+    if description.sha256 is not None and not is_sealed(content):
         raise UserError(f"{what}: {DESCRIPTION} was changed after it was written; save the adapter again.")
     return description, specs
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError
-from vismt.files import atomic_write, locked, write_tensors
+from vismt.files import atomic_write, locked, sealed, write_tensors
 from vismt.lowrank.adapter_files import (
     DESCRIPTION,
     FORMAT,
@@ -32,7 +32,6 @@ from vismt.lowrank.adapter_files import (
     entry_of,
     layer_shapes,
     read_adapter,
-    sealed,
 )
 from vismt.lowrank.adapter_layer import AdapterLayer
 from vismt.lowrank.backups import unchanged_tensors

@@ -12,7 +12,6 @@ which neither paper nor code does.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError
-from vismt.files import atomic_write, locked, read_json
+from vismt.files import atomic_write, locked, read_sealed, sealed
 from vismt.lowrank.adapter_files import DESCRIPTION, read_description
 from vismt.lowrank.bank import FactorBank
 from vismt.lowrank.detached_updates import Updates
@@ -167,7 +166,7 @@ def check_alike(experts: Sequence[Expert]) -> None:
 def read_pool(folder: Path) -> list[Expert]:
     """Return the experts of a pool folder."""
     what = f"pool '{folder}'"
-    index = read_json(folder / INDEX, what)
+    index = read_sealed(folder / INDEX, what)
     try:
         form = index["format"]
         listed = index["experts"] if form == FORMAT else ()
@@ -210,7 +209,7 @@ def _assemble(experts: Sequence[Expert], folder: Path) -> Path:
         (folder / INDEX).unlink()
     for path, payload in files.items():
         atomic_write(path, payload)
-    atomic_write(folder / INDEX, json.dumps({"format": FORMAT, "experts": entries}, indent=1))
+    atomic_write(folder / INDEX, sealed({"format": FORMAT, "experts": entries}, indent=1))
     return folder
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vismt.errors import UserError
-from vismt.files import atomic_write
+from vismt.files import atomic_write, read_sealed
 from vismt.report.comparison import AVERAGE, Comparison
 from vismt.report.html import render_html, render_markdown
 from vismt.report.sections import Section
@@ -71,13 +70,8 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     if not path.exists():
         raise UserError(f"report: no run.json in '{folder}'; give a run folder, `vismt run CONFIG` makes one.")
-    try:
-        about = json.loads(path.read_text(encoding="utf8"))
-    except ValueError as error:
-        raise UserError(
-            f"report: '{path}' is not JSON ({error}); `vismt evaluate {folder}` writes it again."
-        ) from error
-    if not isinstance(about, dict) or not about.get("config_hash"):
+    about = read_sealed(path, "report")
+    if not about.get("config_hash"):
         raise UserError(f"report: '{path}' has no config_hash; `vismt evaluate {folder}` writes it again.")
     return about
 

@@ -149,7 +149,7 @@ def write_values(folder: Path, rows: Sequence[tuple[Result, Measure]]) -> None:
     for stem, by_condition in columns.items():
         path = folder / RECORDS / f"{stem}.jsonl"
         names = list(next(iter(by_condition.values())))
-        lines = [] if lacks_checksums(path) else read_lines(path, (EXAMPLE,))
+        lines = [] if lacks_checksums(path) else read_lines(path, (EXAMPLE,), whole=True)
         known = {line[EXAMPLE]: line for line in lines}
         if list(known) != names:
             known = {}
@@ -177,7 +177,9 @@ class ValuesByExample:
     def of(self, result: Result) -> dict[str, float] | None:
         """Return a row's values by example; None unless the records reproduce its value and n."""
         if result.stem not in self._lines:
-            self._lines[result.stem] = read_lines(self.folder / RECORDS / f"{result.stem}.jsonl", (EXAMPLE,))
+            self._lines[result.stem] = read_lines(
+                self.folder / RECORDS / f"{result.stem}.jsonl", (EXAMPLE,), whole=True
+            )
         lines = self._lines[result.stem]
         values = {line[EXAMPLE]: line[result.condition] for line in lines if result.condition in line}
         if len(values) != result.n or not all(isinstance(value, int | float) for value in values.values()):
@@ -210,7 +212,7 @@ def read_results(path: Path, config_hash: str | None = None) -> list[Result]:
             f"`vismt evaluate {path.parent}` writes it again."
         )
     results: dict[tuple[Any, ...], Result] = {}
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in enumerate(read_lines(path, whole=True), 1):
         name = " ".join(str(line[key]) for key in ("data", "condition", "arm") if key in line)
         source = f"'{path}' row {number} {name}"
         try:

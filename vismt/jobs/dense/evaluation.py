@@ -179,7 +179,7 @@ class Evaluation:
 
     def known(self, path: Path, training: Training) -> dict[str, Scored] | None:
         """Return the scores that `scored` wrote for these weights, None where there are none."""
-        lines = read_lines(path, ("fingerprint", "tasks"))
+        lines = read_lines(path, ("fingerprint", "tasks"), whole=True)
         if not lines or lines[0]["fingerprint"] != fingerprint(training):
             return None
         return {task: read_scored(values, f"'{path}': {task}") for task, values in lines[0]["tasks"].items()}

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vismt.files import read_json
+from vismt.files import DIGEST, read_sealed
 from vismt.jobs.fewshot.config import DEFAULT, EXPERT, MERGED, FewShotConfig, evaluated_experts, split_head
 from vismt.jobs.fewshot.merge_settings import VALIDATION
 from vismt.jobs.fewshot.names import episodes_file
@@ -114,7 +114,7 @@ def _of_seed(
         values[arm] = torch.tensor([by_episode[number] for number in sorted(by_episode)], dtype=torch.float64)
     shown = {arm: values[arm] for arm in models}
     path = folder / "pool" / f"seed-{seed}" / VALIDATION
-    validated = read_json(path, f"run '{folder}'") if path.exists() else {}
+    validated = read_sealed(path, f"run '{folder}'", (DIGEST,)) if path.exists() else {}
     share = config.select.class_share if config.select is not None else 0.0
     judged: dict[str, float] = validated.get(row.data if share else "all", {})
     if judged:

@@ -40,7 +40,7 @@ def summary(lines: Sequence[dict[str, Any]]) -> str:
 def tables(folder: Path) -> list[tuple[Table, str]]:
     """Return a table with a row for each model and set; [] for a run without the check."""
     needed = ("model", "data", "protocol", "epsilons", "accuracies", "chance", "n", "verdict")
-    lines = read_lines(folder / LINES, needed)
+    lines = read_lines(folder / LINES, needed, whole=True)
     if not lines:
         return []
     models = list(dict.fromkeys(row["model"] for row in lines))

@@ -6,7 +6,6 @@ class_share, a share of the classes of each evaluated set, which its test episod
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -20,7 +19,7 @@ from vismt import console
 from vismt.data.pixels import Pixels
 from vismt.engine import runtime
 from vismt.errors import UserError
-from vismt.files import atomic_write, read_json
+from vismt.files import DIGEST, atomic_write, read_sealed, sealed
 from vismt.jobs.fewshot.config import MERGED, FewShotConfig, strategy_of
 from vismt.jobs.fewshot.names import shown_name
 from vismt.metatune.episodes import EpisodeSampler
@@ -56,10 +55,10 @@ class PoolSettings:
         key = data if select.class_share else "all"
         if key not in self._chosen:
             path = self.folder / SELECTION
-            saved = read_json(path, f"run '{self.folder}'") if path.exists() else {}
+            saved = read_sealed(path, f"run '{self.folder}'", (DIGEST,)) if path.exists() else {}
             if key not in saved:
                 saved[key] = self._choose(select.data if key == "all" else [data], key)
-                atomic_write(path, json.dumps(saved, indent=1))
+                atomic_write(path, sealed(saved, indent=1))
             self._chosen[key] = (
                 replace(config.merging, **saved[key]["merging"]),
                 replace(config.finetune, lr=saved[key]["lr"]),
@@ -113,7 +112,7 @@ class PoolSettings:
         select = self.config.selection
         key = shown_name(data) if select.class_share else "all"
         path = self.folder / VALIDATION
-        saved = read_json(path, f"run '{self.folder}'") if path.exists() else {}
+        saved = read_sealed(path, f"run '{self.folder}'", (DIGEST,)) if path.exists() else {}
         if set(saved.get(key, ())) == set(labels):
             return
         pool, tasks, judge = self._validation([data] if select.class_share else select.data)
@@ -122,7 +121,7 @@ class PoolSettings:
         saved[key] = {label: math.fsum(by_task) / len(by_task) for label, by_task in zip(labels, values)}
         texts = "   ".join(f"{label} {100 * value:.1f}" for label, value in saved[key].items())
         console.stage("select", f"{key}  experts   {texts}   (n = {len(tasks)} tasks)")
-        atomic_write(path, json.dumps(saved, indent=1))
+        atomic_write(path, sealed(saved, indent=1))
 
     def _validation(self, names: Sequence[str]) -> tuple[ExpertPool, list[LabelledTask], Judge]:
         """Return the pool, the validation tasks of the sets `names`, and the judge of a classifier on one of them."""
@@ -186,7 +185,7 @@ def chosen_settings(folder: Path) -> list[tuple[Table, str]]:
     rows: list[list[str]] = []
     best: set[tuple[int, int]] = set()
     validation = []
-    for data, choice in read_json(path, f"run '{folder}'").items():
+    for data, choice in read_sealed(path, f"run '{folder}'", (DIGEST,)).items():
         on = choice["on"] if isinstance(choice["on"], str) else ", ".join(choice["on"])
         validation.append(f"{data}: {on}; {choice['criterion']}")
         for candidate in choice["tried"]:

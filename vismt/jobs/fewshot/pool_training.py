@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vismt.engine.study import ALONE, ARMS, CHOSEN, read_choice
-from vismt.engine.training_files import ADAPTER, DONE
+from vismt.engine.training_files import ADAPTER, DONE, check_files
 from vismt.errors import UserError
 from vismt.files import read_tensors
 from vismt.jobs.fewshot.models import OWN_FILE
@@ -16,6 +16,7 @@ from vismt.metatune.pool import INDEX, Expert, read_pool
 
 def read_scale(folder: Path) -> float:
     """Return the scale of the cosine classifier that was trained with an adapter."""
+    check_files(folder)
     tensors = read_tensors(folder / OWN_FILE, f"run '{folder}'")[1]
     check_tensors(f"run '{folder}': {OWN_FILE}", {"scale": ()}, tensors)
     return float(tensors["scale"])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from vismt import console
 from vismt.engine import runtime
 from vismt.engine.study import ARMS, CHOSEN, Study
 from vismt.engine.training_files import ADAPTER, DONE
-from vismt.files import atomic_write, read_json
+from vismt.files import atomic_write, read_json, sealed
 from vismt.jobs.fewshot.config import FewShotConfig
 
 FILES = (ADAPTER, "classifier.safetensors", "metrics.jsonl", "checkpoint.pt")
@@ -37,8 +36,8 @@ def _move(folder: Path, study: Study[FewShotConfig]) -> None:
                 training.folder.mkdir(parents=True, exist_ok=True)
                 (source / name).rename(training.folder / name)
         if (training.folder / ADAPTER).exists():
-            atomic_write(training.folder / DONE, json.dumps(facts.get("adapt", {})))
-            atomic_write(folder / ARMS / arm / CHOSEN, json.dumps({"lr": config.training.lr, "validation": {}}))
+            atomic_write(training.folder / DONE, sealed(facts.get("adapt", {})))
+            atomic_write(folder / ARMS / arm / CHOSEN, sealed({"lr": config.training.lr, "validation": {}}))
     pool = folder / "pool" / f"seed-{seed}"
     if (folder / "pool" / "pool.json").exists():
         (folder / "pool").rename(folder / "pool-0.1")
@@ -46,7 +45,9 @@ def _move(folder: Path, study: Study[FewShotConfig]) -> None:
         (folder / "pool-0.1").rename(pool)
     if (folder / "selection.json").exists():
         pool.mkdir(parents=True, exist_ok=True)
-        (folder / "selection.json").rename(pool / "selection.json")
+        selection = read_json(folder / "selection.json", f"run '{folder}'")
+        atomic_write(pool / "selection.json", sealed(selection, indent=1))
+        (folder / "selection.json").unlink()
     if (folder / "records").is_dir():
         episodes = folder / "episodes" / f"seed-{seed}"
         episodes.parent.mkdir(exist_ok=True)

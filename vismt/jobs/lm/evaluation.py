@@ -117,7 +117,7 @@ class Evaluation:
         stem = record_stem(split, task, name) + ("-laplace" if laplace else "")
         path = training.folder / "records" / f"{stem}.jsonl"
         key = self._fingerprint(training, task, split, name, laplace)
-        lines = read_lines(path)
+        lines = read_lines(path, whole=True)
         if lines and lines[0].get("fingerprint") == key:
             _check_records(path, lines[1:])
             return lines[1:]

@@ -57,7 +57,8 @@ class Recommender:
             settings.dropout,
             self.config.seed,
         )
-        if path.exists():
+        if (self.folder / training_files.DONE).exists():
+            training_files.check_files(self.folder)
             training_files.load_state(sasrec, path, f"run '{self.folder}'")
         else:
             self._train(sasrec)
@@ -110,6 +111,7 @@ class Recommender:
         )
         if accelerator.is_main_process:
             atomic_write(self.folder / FILE, safetensors.torch.save(training_files.state(net)))
+            training_files.finish(net, self.folder, False, {})
         accelerator.wait_for_everyone()
 
 

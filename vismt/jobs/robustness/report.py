@@ -66,7 +66,8 @@ def _normalised(config: RobustnessConfig, results: Sequence[Result]) -> list[tup
 
 
 def _masking(folder: Path) -> list[tuple[Table, str]]:
-    lines = read_lines(folder / MASKING, ("arm", "data", "epsilons", "accuracies", "chance", "n", "verdict"))
+    needed = ("arm", "data", "epsilons", "accuracies", "chance", "n", "verdict")
+    lines = read_lines(folder / MASKING, needed, whole=True)
     if not lines:
         return []
     radii = [f"{255 * radius:.3g}/255" if radius else "clean" for radius in lines[0]["epsilons"]]

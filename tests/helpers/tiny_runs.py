@@ -1,0 +1,96 @@
+"""A run of each job that takes seconds, and what of its folder must not depend on how it came about."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from helpers.lm_parts import save_lm, save_texts
+from vismt.files import HOLDER, LOCK, PARTIAL
+from vismt.lines import read_lines
+
+VIT = {"name": "test_vit", "img_size": 32, "pretrained": False}
+TRAIN = {"steps": 3, "lr": 1.0e-2, "checkpoint_every": 2}
+FEWSHOT: dict[str, Any] = {
+    "model": {**VIT, "block": 2},
+    "adapt": {"method": "lora", "rank": 2},
+    "source": {"data": ["photo_crops:train"], "ways": 3, "shots": 1, "queries": 2, "augment": False},
+    "select": {"data": ["photo_crops:test"], "episodes": 2},
+    "train": TRAIN,
+    "evaluate": {"data": ["digits"], "ways": 3, "shots": [1], "queries": 2, "episodes": 3},
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "fewshot": {**FEWSHOT, "tune": {"rates": [1.0e-3, 1.0e-2]}},
+    "pool": {
+        **FEWSHOT,
+        "adapt": {"method": "amt", "rank": 2},
+        "pool": {"levels": [0.5, 4], "warmup": 2, "gamma": 1.0e-2},
+        "select": {**FEWSHOT["select"], "attack": None, "beta": [4.0]},
+        "evaluate": {**FEWSHOT["evaluate"], "models": ["frozen", "merged"]},
+    },
+    "multitask": {
+        "task": "multitask",
+        "model": VIT,
+        "adapt": {"method": "moe_lora", "rank": 2, "options": {"n_experts": 4, "cluster": False}},
+        "fade": {"start": 0.0, "end": 0.5},
+        "tasks": [
+            {"name": "digits", "train": ["digits"], "test_share": 0.05, "validation_share": 0.03, "limit": 20},
+            {"name": "photos", "train": ["photo_crops:train"], "test": ["photo_crops:test"], "limit": 20},
+        ],
+        "batch": 4,
+        "train": TRAIN,
+        "evaluate": {"batch": 64},
+    },
+    "dense": {
+        "task": "dense",
+        "model": {"name": "test_vit", "pretrained": False},
+        "adapt": {"method": "lora", "rank": 2},
+        "data": {"train": ["motorcycle:train"], "test": ["motorcycle:test"]},
+        "tasks": ["depth", "normals"],
+        "size": [32, 48],
+        "head": {"name": "linear"},
+        "augment": {"strength": 0},
+        "batch": 2,
+        "train": TRAIN,
+    },
+    "lm": {
+        "task": "lm",
+        "adapt": {"method": "lora", "rank": 2, "targets": ["q_proj", "v_proj"]},
+        "train": TRAIN,
+        "batch": 2,
+        "evaluate": {"batch": 4},
+    },
+}
+
+
+def write_config(job: str, folder: Path) -> Path:
+    """Write the configuration of a job and what it needs; return its file."""
+    config = dict(CONFIGS[job])
+    if job == "lm":
+        films = save_texts(folder)["films"]
+        config["model"] = {"name": str(save_lm(folder / "lm")), "first_block": 1}
+        task = {"name": "films", "kind": "causal", "options": {"answer": "{text}", "length": 16, "end": False}}
+        config["tasks"] = [{**task, "limit": 8, "train": [f"{films}:train"], "test": [f"{films}:test"]}]
+    path = folder / f"{job}.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return path
+
+
+def files(folder: Path) -> list[Path]:
+    """Return the files of a run but for locks."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (LOCK, HOLDER))
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """Return what a run has computed, by file: bytes, or the rows of a log without their times. run.json and report differ."""
+    found: dict[str, Any] = {}
+    for path in files(folder):
+        name = path.relative_to(folder).as_posix()
+        assert PARTIAL not in name, name
+        if path.name == "metrics.jsonl":
+            found[name] = [{key: row[key] for key in row if key != "elapsed_s"} for row in read_lines(path)]
+        elif name != "run.json" and not name.startswith(("report.", "figures/")):
+            found[name] = path.read_bytes()
+    return found

@@ -1,0 +1,61 @@
+"""A training of a second: its run, its interruption, and checkpoints with other content and the right digest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vismt.config import TrainConfig
+from vismt.engine import checkpoint, loop, runtime
+from vismt.files import write_tensors
+
+
+class Toy(nn.Module):
+    """A regression with dropout; the bias of `unused` never has a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.frozen = nn.Linear(4, 1), nn.Linear(4, 4).requires_grad_(False)
+        self.scale = nn.Parameter(torch.tensor(1.0))  # whose moments are scalars too, of either sign
+        self.unused = nn.Parameter(torch.zeros(2))
+        self.register_buffer("mask", torch.full((2,), float("-inf")))
+
+    def forward(self, batch: Tensor) -> dict[str, Tensor]:
+        hidden = self.scale * nn.functional.dropout(self.frozen(batch), 0.3, self.training)
+        return {"loss": (self.layer(hidden) - batch.sum(1, keepdim=True)).square().mean()}
+
+
+def batches(number: int) -> Tensor:
+    return torch.randn(6, 4, generator=torch.Generator().manual_seed(number))
+
+
+def run(folder: Path, stop_after: int | None = None, **settings: Any) -> Toy:
+    objective = Toy()
+    config = TrainConfig(**{"steps": 8, "lr": 0.05, "warmup": 2, "checkpoint_every": 3, **settings})
+
+    def after(step: int) -> None:
+        if step == stop_after:
+            raise KeyboardInterrupt
+
+    loop.train(objective, batches, config, folder, "hash", runtime.accelerator(), seed=1, after_step=after)
+    return objective
+
+
+def stopped(folder: Path, **settings: Any) -> list[Path]:
+    """Return the checkpoints of steps 6 and 3."""
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, stop_after=7, **settings)
+    return checkpoint.checkpoints(folder)
+
+
+def rewritten(path: Path, tensors: dict[str, Tensor], numbers: object) -> None:
+    """Replace a checkpoint by one with other content and the right digest."""
+    step = path.name.split("-")[1]
+    path.unlink()
+    write_tensors(path.with_name(f"checkpoint-{step}-{{digest}}.safetensors"), tensors, {"state": json.dumps(numbers)})
