@@ -22,11 +22,12 @@ class Toy(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.layer, self.frozen = nn.Linear(4, 1), nn.Linear(4, 4).requires_grad_(False)
+        self.scale = nn.Parameter(torch.tensor(1.0))  # whose moments are scalars too, of either sign
         self.unused = nn.Parameter(torch.zeros(2))
         self.register_buffer("mask", torch.full((2,), float("-inf")))
 
     def forward(self, batch: Tensor) -> dict[str, Tensor]:
-        hidden = nn.functional.dropout(self.frozen(batch), 0.3, self.training)
+        hidden = self.scale * nn.functional.dropout(self.frozen(batch), 0.3, self.training)
         return {"loss": (self.layer(hidden) - batch.sum(1, keepdim=True)).square().mean()}
 
 

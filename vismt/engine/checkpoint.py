@@ -169,8 +169,9 @@ def _restore(
     _check_tensors(what, tensors, {**random, **state, **like})
     trained = {f"model.{name}" for name, _ in module.named_parameters(remove_duplicate=False)}
     _check_finite(what, {name: tensors[name] for name in [*like, *(state.keys() & trained)]})  # buffers may be infinite
-    for name, value in like.items():
-        if value.ndim == 0 and not 0 <= float(tensors[name]) <= updates:
+    counters = [keys[key] for keys in optimised.values() for key, field in fields.items() if field.ndim == 0]
+    for name in counters:
+        if not 0 <= float(tensors[name]) <= updates:
             raise UserError(
                 f"{what}: {name} is {float(tensors[name]):g} after {updates} updates; delete the checkpoint."
             )

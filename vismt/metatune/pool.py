@@ -186,11 +186,6 @@ def assemble(experts: Sequence[Expert], folder: Path) -> Path:
     if not experts:
         raise UserError("pool: no expert given, need at least one.")
     check_alike(experts)
-    with locked(folder):
-        return _assemble(experts, folder)
-
-
-def _assemble(experts: Sequence[Expert], folder: Path) -> Path:
     files, entries = {}, []
     for number, expert in enumerate(experts):
         description, _ = read_description(expert.folder, f"expert '{expert.label}'")
@@ -205,11 +200,12 @@ def _assemble(experts: Sequence[Expert], folder: Path) -> Path:
         entries.append({"label": expert.label, "folder": name, "scale": expert.scale})
     # Everything is read before anything is written: the experts may be in this folder. The old index goes first, as it must
     # not describe new files.
-    if (folder / INDEX).exists():
-        (folder / INDEX).unlink()
-    for path, payload in files.items():
-        atomic_write(path, payload)
-    atomic_write(folder / INDEX, sealed({"format": FORMAT, "experts": entries}, indent=1))
+    with locked(folder):
+        if (folder / INDEX).exists():
+            (folder / INDEX).unlink()
+        for path, payload in files.items():
+            atomic_write(path, payload)
+        atomic_write(folder / INDEX, sealed({"format": FORMAT, "experts": entries}, indent=1))
     return folder
 
 
