@@ -276,7 +276,7 @@ ENTRY = {"label": "a", "folder": "expert-0", "scale": 10.0}
         ),
         ({"format": 1, "experts": [{**ENTRY, "scale": "big"}]}, "is not what `vismt pool assemble` writes"),
         ({"format": 1, "experts": None}, "is not what"),
-        ([1], "is not what"),
+        ([1], "was changed or damaged"),
         ({}, "is not what"),
     ],
 )
