@@ -56,9 +56,14 @@ KINDS = {
 def drawn(strategy: st.SearchStrategy[bytes], count: int) -> list[bytes]:
     """Return examples of a strategy, the same in every campaign."""
     examples: list[bytes] = []
-    if count:
-        many(count)(given(strategy)(examples.append))()
-    return examples
+
+    @many(max(1, count))
+    @given(strategy)
+    def draw(data: bytes) -> None:
+        examples.append(data)
+
+    draw()
+    return examples[:count]
 
 
 def configurations(count: int, place: Path) -> Iterator[str]:

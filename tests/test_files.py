@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import stat
 import threading
@@ -19,7 +20,17 @@ import safetensors.torch
 import torch
 
 from vismt.errors import UserError
-from vismt.files import HOLDER, PARTIAL, atomic_write, file_digest, locked, remove_partial, write_tensors
+from vismt.files import (
+    HOLDER,
+    PARTIAL,
+    atomic_write,
+    file_digest,
+    locked,
+    read_sealed,
+    remove_partial,
+    sealed,
+    write_tensors,
+)
 
 
 def test_tensors_are_read_back_by_safetensors(tmp_path: Path) -> None:
@@ -124,3 +135,22 @@ def test_a_lock_is_free_again_after_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"), locked(tmp_path / "file"):
         pass
+
+
+def test_a_changed_json_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    content = {"lr": 0.01, "validation": {"0.01": None}, "seeds": (1, 2)}
+    path.write_text(sealed(content))
+    assert read_sealed(path, "run") == {**content, "seeds": [1, 2]}
+    path.write_text(path.read_text().replace("0.01,", "0.02,"))
+    with pytest.raises(UserError, match=f"run: '{path}' was changed or damaged after it was written"):
+        read_sealed(path, "run")
+    path.write_text(json.dumps({"lr": 0.01}))  # of an earlier version
+    assert read_sealed(path, "run", ("lr",)) == {"lr": 0.01}
+    for text in ("[]", "{}", "null"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="was changed or damaged"):
+            read_sealed(path, "run", ("lr",))
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        read_sealed(path, "run")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from helpers.results import PGD, result, write_lines
 from torch import Tensor
 
+from vismt.files import sealed
 from vismt.jobs.fewshot.choice_report import choice_tables, choose
 from vismt.jobs.fewshot.config import EvaluateConfig, FewShotConfig, PoolConfig, SelectConfig
 
@@ -85,7 +85,7 @@ def test_the_table_has_the_rules_and_the_yardsticks(tmp_path: Path) -> None:
     assert "does not show that experts differ" in note
     # The best expert on validation is that of the file, not of the test episodes (60 against 45 %).
     (tmp_path / "pool" / "seed-3").mkdir(parents=True)
-    (tmp_path / "pool" / "seed-3" / "validation.json").write_text(json.dumps({"all": {"a": 0.4, "b": 0.5}}))
+    (tmp_path / "pool" / "seed-3" / "validation.json").write_text(sealed({"all": {"a": 0.4, "b": 0.5}}))
     ((table, _),) = choice_tables(tmp_path, CONFIG, [3], rows())
     assert {row[2]: row[3] for row in table.rows}["best expert on validation"].startswith("45.0")
 

@@ -10,6 +10,7 @@ from helpers.readable import assert_readable, visible_texts
 from helpers.results import PGD, result, write_lines
 
 from vismt.errors import UserError
+from vismt.files import sealed
 from vismt.jobs.fewshot.config import FewShotConfig, PoolConfig
 from vismt.jobs.fewshot.episode_figure import episode_grid
 from vismt.jobs.fewshot.figures import mixture_bars
@@ -138,7 +139,7 @@ def test_chosen_settings_are_those_of_the_pool_of_the_first_seed(tmp_path):
     selection = {"all": {"on": ["crops", "birds"], "criterion": "clean accuracy", "tried": tried}}
     folder = tmp_path / "pool" / "seed-3"
     folder.mkdir(parents=True)
-    (folder / "selection.json").write_text(json.dumps(selection))
+    (folder / "selection.json").write_text(sealed(selection))
     ((table, note),) = shown(tmp_path, [])["Pool"].tables
     assert table.rows == [
         ["all", "beta", "beta 1.0, trim none", "default", "50.0 ± 2.0", "20"],

@@ -13,7 +13,7 @@ from typing import Any
 from vismt.engine.log import METRICS, record_stem
 from vismt.engine.study import ARMS, CHOSEN, read_choice
 from vismt.engine.training_files import MERGE
-from vismt.files import DIGEST, read_sealed
+from vismt.files import read_sealed
 from vismt.lines import read_lines
 from vismt.report import figures, study_figures
 from vismt.report.comparison import AVERAGE, Comparison, Values, aligned, block
@@ -365,7 +365,8 @@ def _merging(folder: Path, arms: Sequence[str]) -> list[tuple[Table, str]]:
     rows = []
     for arm in arms:
         paths = sorted((folder / ARMS / arm).glob(f"*/{MERGE}"))
-        checks = [read_sealed(path, f"run '{folder}'", (DIGEST,)) for path in paths]
+        needed = ("n", "different_predictions", "largest_difference", "largest_logit")
+        checks = [read_sealed(path, f"run '{folder}'", needed) for path in paths]
         if checks:
             ratio = max(check["largest_difference"] / max(check["largest_logit"], 1e-12) for check in checks)
             n = sum(check["n"] for check in checks)

@@ -57,7 +57,7 @@ class Recommender:
             settings.dropout,
             self.config.seed,
         )
-        if (self.folder / training_files.DONE).exists():
+        if path.exists():
             training_files.check_files(self.folder)
             training_files.load_state(sasrec, path, f"run '{self.folder}'")
         else:
