@@ -1,27 +1,34 @@
-"""The processes of a launch share an evaluation: each runs some of the blocks, and every one gets the rows of all.
+"""The processes of a launch share an evaluation: each runs some of its blocks or batches, and every one gets the results of all.
 
 Sharing is on inside `shared()` only, which all processes have to enter together: work that one process does alone (choosing a
-rate, a report) may call the same functions.
+rate, a report) may call the same functions. Files are read and written by the first process; what it read, all get.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 
 T = TypeVar("T")
+R = TypeVar("R")
 _sharing = False
 
 
 @contextmanager
 def shared() -> Iterator[None]:
     """Share evaluations among the processes inside the block; with one process nothing changes."""
+    with _set_sharing(dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        yield
+
+
+@contextmanager
+def _set_sharing(sharing: bool) -> Iterator[None]:
     global _sharing
     before = _sharing
-    _sharing = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    _sharing = sharing
     try:
         yield
     finally:
@@ -45,3 +52,35 @@ def gather(item: T) -> list[T]:
     items: list = [None] * count()
     dist.all_gather_object(items, item)
     return items
+
+
+def own(items: Sequence[T]) -> Sequence[T]:
+    """Return every n-th item, those that this process runs."""
+    return items[rank() :: count()]
+
+
+def share(items: Iterable[T], run: Callable[[T], R]) -> Iterator[R]:
+    """Yield `run` of every item in order, in all processes; each process runs every n-th item.
+
+    Results have to be on the CPU. All processes need equal items.
+    """
+    result: R | None = None
+    place = 0
+    for item in items:
+        if place == rank():
+            result = run(item)
+        place += 1
+        if place == count():
+            yield from cast("list[R]", gather(result))
+            result, place = None, 0
+    if place:
+        yield from cast("list[R]", gather(result))[:place]
+
+
+def from_first(function: Callable[[], T]) -> T:
+    """Return what a function returns in the first process, which alone calls it; nothing inside it is shared."""
+    result: T | None = None
+    if rank() == 0:
+        with _set_sharing(False):
+            result = function()
+    return cast("T", gather(result)[0])

@@ -1,4 +1,7 @@
-"""Records of a run on disk, one for each episode or example: a line file after a header, resumable and checked when read."""
+"""Records of a run on disk, one for each episode or example: a line file after a header, resumable and checked when read.
+
+Processes that share an evaluation (ranks.py) have the same rows; the first one reads and writes the file.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from vismt import ranks
 from vismt.errors import UserError
 from vismt.lines import LineFile, read_lines
 from vismt.seeds import digest
@@ -68,15 +72,7 @@ class Records:
         self._lines: LineFile | None = None
         if path is not None:
             plain = json.loads(json.dumps(settings))  # tuples as lists, as in the file
-            protocol = digest(json.dumps(plain, sort_keys=True).encode())
-            header, *rows = read_lines(path) or [{"protocol": protocol, "settings": plain}]
-            _check_header(path, header, plain)
-            for number, row in enumerate(rows, start=2):
-                fault = self._fault(row)
-                if fault is not None:
-                    raise UserError(f"records '{path}': line {number}: {fault}; {AGAIN}")
-                self._rows[row[key]] = row
-            self._lines = LineFile(path, [header, *rows])
+            self._rows = ranks.from_first(lambda: self._opened(path, plain))
 
     def __contains__(self, name: object) -> bool:
         return name in self._rows
@@ -109,6 +105,19 @@ class Records:
     ) -> None:
         if self._lines is not None and kind is None:
             self._lines.sync()
+
+    def _opened(self, path: Path, settings: Mapping[str, object]) -> dict[object, dict]:
+        """Open the file for more rows and return those that it has."""
+        protocol = digest(json.dumps(settings, sort_keys=True).encode())
+        header, *rows = read_lines(path) or [{"protocol": protocol, "settings": settings}]
+        _check_header(path, header, settings)
+        for number, row in enumerate(rows, start=2):
+            fault = self._fault(row)
+            if fault is not None:
+                raise UserError(f"records '{path}': line {number}: {fault}; {AGAIN}")
+            self._rows[row[self.key]] = row
+        self._lines = LineFile(path, [header, *rows])
+        return self._rows
 
     def _fault(self, row: Mapping[str, object]) -> str | None:
         """Return what is wrong with a row that is not among the rows yet, None for a sound one."""

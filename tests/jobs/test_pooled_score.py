@@ -20,7 +20,7 @@ def depth(errors: list[list[float]]) -> PooledScore:
     pool = PooledScore(DEPTH)
     for number, row in enumerate(errors):
         truth = torch.full((1, 1, len(row)), 2.0)
-        pool.add(f"image {number}", truth[:, None] + torch.tensor(row), truth)
+        pool.add(f"image {number}", pool.state(truth[:, None] + torch.tensor(row), truth))
     return pool
 
 
@@ -68,7 +68,7 @@ def test_leaving_an_image_out_is_scoring_the_others(name: str) -> None:
     for number, (prediction, target) in enumerate(samples):
         for left_out, pool in enumerate(pools):
             if number != left_out:
-                pool.add(str(number), prediction, target)
+                pool.add(str(number), pool.state(prediction, target))
     whole, without = pools[4].result(), [pool.result().value for pool in pools[:4]]
     mean = sum(without) / 4
     assert list(whole.images.values()) == pytest.approx(
@@ -78,22 +78,19 @@ def test_leaving_an_image_out_is_scoring_the_others(name: str) -> None:
 
 def test_images_without_a_value_are_left_out_and_too_few_are_an_error() -> None:
     pool = depth([[1.0], [0.5]])
-    pool.add("blank", torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1))
+    pool.add("blank", pool.state(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1)))
     assert list(pool.result().images) == ["image 0", "image 1"]
     with pytest.raises(UserError, match=r"1 image\(s\) with a value for depth"):
         depth([[1.0]]).result()
     edge = PooledScore(make_task("edge"))
     truth = torch.zeros(1, 6, 6, dtype=torch.int64)
-    edge.add("none", torch.zeros(1, 1, 6, 6), truth)
-    edge.add("some", torch.zeros(1, 1, 6, 6), truth.index_fill(2, torch.tensor([3]), 1))
+    edge.add("none", edge.state(torch.zeros(1, 1, 6, 6), truth))
+    edge.add("some", edge.state(torch.zeros(1, 1, 6, 6), truth.index_fill(2, torch.tensor([3]), 1)))
     with pytest.raises(UserError, match="edge rests on image 'some' alone"):
         edge.result()
     nan = PooledScore(make_task({"name": "semseg", "classes": 3, "absent": "nan"}))
     for number in range(2):
-        nan.add(
-            str(number),
-            torch.eye(3)[torch.zeros(1, 4, 4, dtype=torch.int64)].movedim(-1, 1),
-            torch.zeros(1, 4, 4).long(),
-        )
+        prediction = torch.eye(3)[torch.zeros(1, 4, 4, dtype=torch.int64)].movedim(-1, 1)
+        nan.add(str(number), nan.state(prediction, torch.zeros(1, 4, 4).long()))
     with pytest.raises(UserError, match="the score of semseg is nan"):
         nan.result()

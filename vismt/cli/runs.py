@@ -10,6 +10,8 @@ from vismt import console
 from vismt.cli.commands import Commands
 from vismt.errors import UserError
 
+PARTS = "parts"  # holds the locks of a run's parts
+
 if TYPE_CHECKING:
     from vismt.engine.run import Run
 
@@ -70,7 +72,7 @@ def _run_units(run: Run, part: tuple[int, int] | None, workers: str | None) -> N
     if runtime.processes().num_processes > 1:
         raise UserError("run: --part and --workers start under one process, not under torchrun or accelerate launch.")
     if part:
-        with locked(run.folder / "parts" / "-of-".join(map(str, part))):
+        with locked(run.folder / PARTS / "-of-".join(map(str, part))):
             run_part(run, *part)
     elif workers:
         with run.owned():
@@ -111,12 +113,12 @@ def _report(options: argparse.Namespace) -> None:
     from vismt.report.results import RESULTS
 
     run = open_run(options.run)
-    with run.owned():
-        if not (options.run / RESULTS).exists() and (not run.job.trains or "adapt" in run.facts):
-            run.evaluate()  # from the records of parts that ended before
-        if options.format == "html":
+    if options.format == "html":
+        with run.owned():
+            if (options.run / PARTS).is_dir() and not (options.run / RESULTS).exists():
+                run.evaluate()  # from the records of the parts
             run.on_main(run.report)
-            return
+        return
     from vismt.jobs.robustness.config import RobustnessConfig
     from vismt.jobs.robustness.robustbench import write_model_info
 

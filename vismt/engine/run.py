@@ -33,7 +33,6 @@ class Stages(Protocol):
     """The methods of a job that a run folder calls. arm: "arm" or "arm:seed", None for the only one."""
 
     default_attack: str
-    shares_evaluation: bool
 
     @property
     def trains(self) -> bool:
@@ -124,20 +123,14 @@ class Run:
     def evaluate(self, attacks: Sequence[Any] | None = None) -> None:
         """Evaluate and write results.jsonl; rows of other conditions (an earlier attack) stay.
 
-        All processes call it: they share the evaluation of a job that can be shared, else the others wait for the first one.
+        All processes of a launch call it and share the evaluation.
         """
-        if self.job.shares_evaluation:
-            with ranks.shared():
-                self._evaluate(attacks)
-            runtime.processes().wait_for_everyone()
-        else:
-            self.on_main(lambda: self._evaluate(attacks))
-
-    def _evaluate(self, attacks: Sequence[Any] | None) -> None:
-        if not self.facts:  # also refuses a folder whose configuration was changed after the run
-            self._note(started=_now())
-        self.job.evaluate(attacks)
-        self._note(finished=_now())
+        with ranks.shared():
+            if not self.facts:  # also refuses a folder whose configuration was changed after the run
+                self._note(started=_now())
+            self.job.evaluate(attacks)
+            self._note(finished=_now())
+        runtime.processes().wait_for_everyone()
 
     def report(self) -> None:
         """Write report.md and report.html and print their place."""

@@ -44,8 +44,6 @@ class EvaluationJob(ABC, Generic[Config]):
     references: Sequence[str] = ()
     # The attack of `vismt attack RUN` where none is named.
     default_attack = "strong"
-    # Whether several processes evaluate together: then all of them run `evaluate`, and the first one writes.
-    shares_evaluation = False
 
     def __init__(self, config: Config, folder: Path, config_hash: str) -> None:
         self.config = config
@@ -144,6 +142,7 @@ class EvaluationJob(ABC, Generic[Config]):
     def evaluate(self, attacks: Sequence[AttackConfig] | None = None) -> None:
         """Score every reference and arm and write results.jsonl; rows of other conditions (an earlier attack) stay.
 
+        Processes that share the evaluation (ranks.py) call it together, and the first one writes the files.
         attacks: conditions in place of those of the configuration.
         """
         self.check_evaluation(attacks)
@@ -154,7 +153,7 @@ class EvaluationJob(ABC, Generic[Config]):
             self._print(arm, mean_scores(scores[arm].values()), len(trainings))
         self._write(scores)
         if attacks is None:
-            self.write_panels()
+            ranks.from_first(self.write_panels)
 
     def evaluate_one(self, training: Training, attacks: Sequence[AttackConfig] | None = None) -> list[Score]:
         """Return the scores of a training or reference, from its records where they are complete."""

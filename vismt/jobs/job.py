@@ -7,13 +7,13 @@ the report in base.py.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from vismt import console
+from vismt import console, ranks
 from vismt.config import AdaptConfig, ModelConfig
 from vismt.engine import loop, runtime, training_files
 from vismt.engine.study import StudyConfig, Training
@@ -74,7 +74,10 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
         """Run after optimiser step `number`; by default do nothing."""
 
     def outputs(self, merged: Net, plain: Net, label: str) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
-        """Yield, batch by batch, (name, outputs merged, outputs unmerged, whether their argmax along dim 1 is an answer)."""
+        """Yield, batch by batch, (name, outputs merged, outputs unmerged, whether their argmax along dim 1 is an answer).
+
+        Of processes that share the evaluation each one yields its own batches (`ranks.own`).
+        """
         return ()
 
     def beside(self, training: Training) -> dict[str, bytes]:
@@ -222,7 +225,7 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
     def check_merge(self, training: Training) -> None:
         """Compare the merged net with the unmerged one, example by example, and write merge.json, unless it exists."""
         merged = self.loaded(training)
-        if not training_files.needs_merge_check(self.stock(merged), training):
+        if not ranks.from_first(lambda: training_files.needs_merge_check(self.stock(merged), training)):
             return
         device = runtime.processes().device
         merge(self.stock(merged))
@@ -231,16 +234,14 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
         self.write_merge_check(training, self.outputs(merged, plain, f"{training}, merged and not"))
 
     def write_merge_check(self, training: Training, outputs: Iterable[tuple[str, Tensor, Tensor, bool]]) -> None:
-        """Write merge.json from (name, outputs merged, outputs unmerged, whether their argmax along dim 1 is an answer)."""
+        """Write merge.json from (name, outputs merged, outputs unmerged, whether their argmax along dim 1 is an answer).
+
+        outputs: of this process; those that share the evaluation write one file.
+        """
         names: dict[str, dict[str, float]] = {}
-        for name, folded, other, answers in outputs:
-            sums = names.setdefault(name, {"n": 0, "difference": 0.0, "largest": 0.0})
-            sums["n"] += len(folded)
-            if answers:
-                different = int((folded.argmax(1) != other.argmax(1)).sum())
-                sums["different"] = sums.get("different", 0) + different
-            sums["difference"] = max(sums["difference"], float((folded - other).abs().max()))
-            sums["largest"] = max(sums["largest"], float(other.abs().max()))
+        for part in ranks.gather(_compared(outputs)):
+            for name, sums in part.items():
+                _add(names.setdefault(name, {}), sums)
         if not names:
             return
         worst = max(names.values(), key=lambda sums: sums["difference"] / max(sums["largest"], 1e-12))
@@ -251,7 +252,7 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
             "largest_logit": worst["largest"],
             "outputs": names,
         }
-        atomic_write(training.folder / training_files.MERGE, sealed(about))
+        ranks.from_first(lambda: atomic_write(training.folder / training_files.MERGE, sealed(about)))
 
     def final(self, training: Training) -> Net:
         """Return a trained net for evaluation: merged where that is exact, on the device of this process."""
@@ -279,6 +280,28 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
     def files_beside(self, arm: str | None = None) -> dict[str, bytes]:
         """Return the files to write beside the merged or exported weights of one arm, by name."""
         return self.beside(self.study.find(arm))
+
+
+def _compared(outputs: Iterable[tuple[str, Tensor, Tensor, bool]]) -> dict[str, dict[str, float]]:
+    """Return counts and largest differences by name of the output."""
+    names: dict[str, dict[str, float]] = {}
+    for name, folded, other, answers in outputs:
+        sums = {
+            "n": len(folded),
+            "difference": float((folded - other).abs().max()),
+            "largest": float(other.abs().max()),
+        }
+        if answers:
+            sums["different"] = int((folded.argmax(1) != other.argmax(1)).sum())
+        _add(names.setdefault(name, {}), sums)
+    return names
+
+
+def _add(total: dict[str, float], sums: Mapping[str, float]) -> None:
+    """Add counts to a total, and keep the largest difference and the largest output."""
+    for key, value in sums.items():
+        before = total.get(key, 0)
+        total[key] = before + value if key in ("n", "different") else max(value, before)  # first a float
 
 
 def check_trained_dtype(net: nn.Module, dtype: str) -> None:

@@ -9,7 +9,7 @@ Features of clean images under weights that no task changes are computed once (f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,9 +153,7 @@ def run_protocol(
     if device is None:
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
     fields = {**dict.fromkeys(columns, SHARE), "mixture": Field(several=True, optional=True)}
-    log = Records(records if ranks.rank() == 0 else None, settings, fields, key="episode")
-    for row in ranks.gather([log[index] for index in range(episodes) if index in log])[0]:
-        log.add(row)
+    log = Records(records, settings, fields, key="episode")
     missing = [index for index in range(episodes) if index not in log]
     key = getattr(pixels, "key", None) if missing and features == "auto" else None
     store = FeatureStore(key) if features == "auto" else None
@@ -166,9 +164,14 @@ def run_protocol(
         console.stage("resume", f"{label}: {episodes - len(missing)} of {episodes} are on record")
     bar = console.bar("eval", label, episodes, episodes - len(missing))
     with evaluating(module), log, store or nullcontext(), bar as progress:
-        for outcomes, rows in run.shares(log, episodes):
+
+        def rows_of(block: range) -> list[dict]:
+            outcomes = run(block)
             if 0 in outcomes and panel is not None:
                 write_panel(panel, outcomes[0], getattr(pixels, "classes", None))
+            return [{"episode": index, **outcome.record()} for index, outcome in outcomes.items()]
+
+        for rows in ranks.share(run.missing(log, episodes), rows_of):
             for row in rows:
                 progress.advance(row["episode"] not in log)
                 log.add(row)
@@ -218,17 +221,9 @@ class _EpisodeRunner:
         size = BLOCK if any(getattr(attack, "packs", False) for attack in self.attacks.values()) else 1
         return [range(start, min(start + size, episodes)) for start in range(0, episodes, size)]
 
-    def shares(self, log: Records, episodes: int) -> Iterator[tuple[dict[int, EpisodeOutcome], list[dict]]]:
-        """Run the blocks that are not on record, one in each process at a time.
-
-        Yield the outcomes of this process, and the rows of all processes in the order of the episodes.
-        """
-        blocks = [block for block in self.blocks(episodes) if any(index not in log for index in block)]
-        for start in range(0, len(blocks), ranks.count()):
-            own = blocks[start : start + ranks.count()][ranks.rank() :]
-            outcomes = self(own[0]) if own else {}
-            rows = [{"episode": index, **outcome.record()} for index, outcome in outcomes.items()]
-            yield outcomes, [row for part in ranks.gather(rows) for row in part]
+    def missing(self, log: Records, episodes: int) -> list[range]:
+        """Return the blocks that are not on record."""
+        return [block for block in self.blocks(episodes) if any(index not in log for index in block)]
 
     def __call__(self, block: range) -> dict[int, EpisodeOutcome]:
         strict = [name for name, attack in self.attacks.items() if getattr(attack, "worst_case", False)]

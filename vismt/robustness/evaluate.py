@@ -2,20 +2,21 @@
 
 Under an attack an example counts when the model is right on the clean image and on the attacked one: the unchanged image
 is inside every budget (the convention of RobustBench, arXiv 2010.09670). Under a corruption the corrupted image alone
-counts. Intervals are Wilson's at 95 %.
+counts. Intervals are Wilson's at 95 %. Processes that share an evaluation (vismt/ranks.py) run a batch each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from vismt import console
+from vismt import console, ranks
 from vismt.errors import UserError
 from vismt.metatune.functional import evaluating
 from vismt.records import Field, Records
@@ -68,6 +69,38 @@ def evaluate_classifier(
 ) -> list[ConditionAccuracy]:
     """Evaluate a classifier on clean images and under every condition of `specs`.
 
+    Args and errors are those of `evaluate_examples`.
+
+    Returns:
+        The accuracy "clean", then one for each of `specs` in their order.
+    """
+    rows = evaluate_examples(
+        model,
+        batches,
+        specs,
+        num_classes=num_classes,
+        records=records,
+        data=data,
+        fingerprint=fingerprint,
+        label=label,
+    )
+    worst_case = {spec.describe(num_classes): spec.worst_case for spec in specs}
+    return summarise(rows, worst_case, num_classes)
+
+
+def evaluate_examples(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    specs: Sequence[DirectPerturbation],
+    *,
+    num_classes: int,
+    records: Path | None = None,
+    data: str = "data",
+    fingerprint: str = "",
+    label: str = "robustness",
+) -> list[dict]:
+    """Return a record for every example, clean and under every condition of `specs`.
+
     Args:
         model: Images float (b, 3, h, w) in [0, 1] -> logits (b, num_classes), normalisation included. Its mode and its
             parameters' flags are restored afterwards.
@@ -75,14 +108,14 @@ def evaluate_classifier(
             numbers by default.
         specs: Attacks and corruptions with different texts.
         num_classes: Number of logits; labels are 0..num_classes-1.
-        records: JSON lines with id, label, the predictions "clean" and "<condition>", and the distances "<condition> linf"
-            and "<condition> l2", written batch by batch. An interrupted run continues with the batches that are missing.
+        records: A line file, written batch by batch. An interrupted run continues with the batches that are missing.
         data: The caller's name for the images. A file of other images is refused.
         fingerprint: The caller's name for the weights. A file of other weights is refused.
         label: Text of the progress bar.
 
     Returns:
-        The accuracy "clean", then one for each of `specs` in their order.
+        Records with id, label, the predictions "clean" and "<condition>", and the distances "<condition> linf" and
+        "<condition> l2", in the order of the examples.
 
     Raises:
         UserError: No example, labels or logits that do not fit num_classes, pixels outside [0, 1], two conditions with the
@@ -99,18 +132,36 @@ def evaluate_classifier(
     }
     log = Records(records, settings, _fields(conditions, num_classes), key="id")
     rows: dict[str, dict] = {}
+
+    def run(numbered: tuple[int, Callable[[], Batch]]) -> tuple[dict[str, int], list[dict]]:
+        """Return the labels of one batch by id, and its records where it was evaluated."""
+        number, load = numbered
+        batch = load()
+        images, labels = batch[0], torch.as_tensor(batch[1])
+        ids = [str(name) for name in batch[2]] if len(batch) > 2 else _running_ids(len(rows), len(labels))
+        _check_batch(images, labels, ids, num_classes)
+        _check_ids(ids, labels.tolist(), rows, log)
+        names = dict(zip(ids, labels.tolist(), strict=True))
+        if all(name in log for name in ids):
+            return names, []
+        return names, _evaluate_batch(model, images, labels, ids, conditions, num_classes, number)
+
     with log, console.bar("eval", label, len(batches) if isinstance(batches, Sized) else 0) as bar:
-        for number, batch in enumerate(batches):
-            images, labels = batch[0], torch.as_tensor(batch[1])
-            ids = [str(name) for name in batch[2]] if len(batch) > 2 else _running_ids(len(rows), len(labels))
-            _check_batch(images, labels, ids, rows, log, num_classes)
-            if not all(name in log for name in ids):
-                for row in _evaluate_batch(model, images, labels, ids, conditions, num_classes, number):
-                    log.add(row)
-            rows |= {name: log[name] for name in ids}
+        for names, found in ranks.share(enumerate(_loads(batches)), run):
+            _check_ids(list(names), list(names.values()), rows, log)  # against the batches of other processes, too
+            for row in found:
+                log.add(row)
+            rows |= {name: log[name] for name in names}
             bar.advance()
-    worst_case = {condition: spec.worst_case for condition, spec in conditions.items()}
-    return summarise(list(rows.values()), worst_case, num_classes)
+    return list(rows.values())
+
+
+def _loads(batches: Iterable[Batch]) -> Iterator[Callable[[], Batch]]:
+    """Yield for every batch the function that returns it: a batch of a sequence is read where it is called."""
+    if isinstance(batches, Sized) and hasattr(batches, "__getitem__"):
+        yield from (partial(batches.__getitem__, number) for number in range(len(batches)))
+    else:
+        yield from (lambda batch=batch: batch for batch in batches)
 
 
 def _fields(conditions: Iterable[str], num_classes: int) -> dict[str, Field]:
@@ -163,6 +214,8 @@ def summarise(rows: Sequence[Mapping], worst_case: Mapping[str, bool], num_class
 
 
 def _running_ids(start: int, count: int) -> list[str]:
+    if ranks.count() > 1:
+        raise UserError("evaluate: batches without ids have no numbers in several processes; give every example an id.")
     return [str(number) for number in range(start, start + count)]
 
 
@@ -170,8 +223,6 @@ def _check_batch(
     images: Tensor,
     labels: Tensor,
     ids: Sequence[str],
-    previous: Mapping[str, dict],
-    log: Records,
     num_classes: int,
 ) -> None:
     if not len(labels) == len(images) == len(ids) or not len(ids):
@@ -181,10 +232,13 @@ def _check_batch(
             f"evaluate: labels {int(labels.min())} to {int(labels.max())} for {num_classes} classes: the data has other "
             "classes than the model."
         )
+
+
+def _check_ids(ids: Sequence[str], labels: Sequence[int], previous: Mapping[str, dict], log: Records) -> None:
     repeated = [name for number, name in enumerate(ids) if name in previous or name in ids[:number]]
     if repeated:
         raise UserError(f"evaluate: the id '{repeated[0]}' comes twice: give every example a different id.")
-    for name, label in zip(ids, labels.tolist(), strict=True):
+    for name, label in zip(ids, labels, strict=True):
         if name in log and log[name]["label"] != label:
             raise UserError(f"evaluate: '{name}' is on record with label {log[name]['label']}, now it has {label}.")
 

@@ -12,18 +12,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vismt import console
+from vismt import console, ranks
 from vismt.data.batching import InOrder
 from vismt.engine import runtime
 from vismt.engine.study import Training
 from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.models import PixelNet
-from vismt.lines import read_lines
 from vismt.multitask.union import TaskClassifier
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
-from vismt.robustness.evaluate import accuracies, evaluate_classifier
+from vismt.robustness.evaluate import accuracies, evaluate_examples
 from vismt.stats import Measure
 
 
@@ -52,8 +51,8 @@ class Evaluation:
         for number, task in enumerate(self.data.union.tasks):
             path = records / f"{split}-{task}.jsonl"
             classifier = TaskClassifier(net, self.data.union, number, separate).eval()
-            self._evaluate(net, classifier, number, split, specs, path, f"{task} {training.arm} seed {training.seed}")
-            rows = [row for row in read_lines(path) if "id" in row]
+            label = f"{task} {training.arm} seed {training.seed}"
+            rows = self._evaluate(net, classifier, number, split, specs, path, label)
             for condition, values in accuracies(rows, specs, self.data.union.num_classes):
                 measure = Measure("accuracy", values)
                 scores.append(Score("classification", task, f"{split} images, {protocol}", measure, condition))
@@ -68,10 +67,10 @@ class Evaluation:
         specs: Sequence[DirectPerturbation],
         path: Path,
         label: str,
-    ) -> None:
-        """Evaluate the images of a task that are not on record."""
+    ) -> list[dict]:
+        """Return the records of a task's images; those on record are not evaluated again."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        evaluate_classifier(
+        return evaluate_examples(
             classifier,
             InOrder(self.data.part(number, split), self.config.evaluate.batch),
             specs,
@@ -88,5 +87,6 @@ class Evaluation:
         device = runtime.processes().device
         for number, task in enumerate(self.data.union.tasks):
             batches = InOrder(self.data.part(number, self.config.evaluate.split), self.config.evaluate.batch)
-            for images, _, _ in console.track(batches, "merge", f"{task} {label}"):
+            for place in console.track(ranks.own(range(len(batches))), "merge", f"{task} {label}"):
+                images = batches[place][0]
                 yield "logits", merged(images.to(device)), plain(images.to(device)), True

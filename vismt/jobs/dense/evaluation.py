@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from vismt import console
+from vismt import console, ranks
 from vismt.data.dense_sample import Sample, collate, size_of
 from vismt.data.dense_transforms import pad
 from vismt.engine import runtime
@@ -30,7 +30,7 @@ from vismt.errors import UserError
 from vismt.jobs.dense.config import DELTA, DenseConfig, baseline_arms, trained_tasks, window_of
 from vismt.jobs.dense.data import DenseData
 from vismt.jobs.dense.models import fingerprint
-from vismt.jobs.dense.pooled_score import PooledScore, Scored, read_scored
+from vismt.jobs.dense.pooled_score import PooledScore, Scored, State, read_scored
 from vismt.lines import read_lines, write_lines
 from vismt.multitask.dense import DenseNet
 from vismt.multitask.inference import predict
@@ -158,28 +158,39 @@ class Evaluation:
         tasks = trained_tasks(config)
         pools = {task.name: PooledScore(task) for task in tasks}
         label = str(training) if spec is None else f"{training}   {spec.label}"
-        for names, samples, batch in self._batches(split, label):
+
+        def states(start: int) -> list[tuple[str, str, State]]:
+            """Return (task, image, state) of a batch's images."""
+            names, samples, batch = self._batch(split, start)
             if isinstance(spec, CorruptionSpec):
                 batch["image"] = self._corrupted(names, samples, spec)
             elif spec is not None:
                 batch["image"] = self._attacked(net, tasks, names, samples, batch, spec)
             logits = self.logits(net, batch)
+            found = []
             for task, pool in pools.items():
                 key = self.tasks[task].key
                 for place, (name, sample) in enumerate(zip(names, samples)):
                     if key in sample:
                         # Without the padding, from which odsF would compute too large an image diagonal.
                         prediction = _inside(self.tasks[task], logits[task][place : place + 1], size_of(sample))
-                        pool.add(name, prediction, sample[key][None])
+                        found.append((task, name, pool.state(prediction, sample[key][None])))
+            return found
+
+        starts = self._starts(split)
+        for found in console.track(ranks.share(starts, states), "eval", f"{split} {label}", len(starts)):
+            for task, name, state in found:
+                pools[task].add(name, state)
         scored = {task: pool.result() for task, pool in pools.items()}
         values = {task: asdict(task_score) for task, task_score in scored.items()}
         settings = {} if spec is None else {"condition": spec.settings()}
-        write_lines(path, [{"fingerprint": fingerprint(training), **settings, "tasks": values}])
+        row = {"fingerprint": fingerprint(training), **settings, "tasks": values}
+        ranks.from_first(lambda: write_lines(path, [row]))
         return scored
 
     def known(self, path: Path, training: Training) -> dict[str, Scored] | None:
         """Return the scores that `scored` wrote for these weights, None where there are none."""
-        lines = read_lines(path, ("fingerprint", "tasks"), whole=True)
+        lines = ranks.from_first(lambda: read_lines(path, ("fingerprint", "tasks"), whole=True))
         if not lines or lines[0]["fingerprint"] != fingerprint(training):
             return None
         return {task: read_scored(values, f"'{path}': {task}") for task, values in lines[0]["tasks"].items()}
@@ -218,14 +229,16 @@ class Evaluation:
             inside=inside.to(device),
         ).cpu()
 
-    def _batches(self, split: str, label: str) -> Iterator[tuple[list[str], list[Sample], Sample]]:
-        """Yield (ids, fitted samples, the same samples padded and collated) of a split in order."""
+    def _starts(self, split: str) -> range:
+        """Return the number of the first image of each batch of a split."""
+        return range(0, len(self.data.part(split)), self.config.evaluate.batch)
+
+    def _batch(self, split: str, start: int) -> tuple[list[str], list[Sample], Sample]:
+        """Return (ids, fitted samples, the same samples padded and collated) of the batch from image `start` on."""
         rows = self.data.part(split)
-        step = self.config.evaluate.batch
-        for start in console.track(range(0, len(rows), step), "eval", f"{split} {label}"):
-            numbers = range(start, min(len(rows), start + step))
-            samples = [rows.unpadded(i, self.data.size) for i in numbers]
-            yield [rows.ids[i] for i in numbers], samples, collate([pad(sample, self.data.size) for sample in samples])
+        numbers = range(start, min(len(rows), start + self.config.evaluate.batch))
+        samples = [rows.unpadded(i, self.data.size) for i in numbers]
+        return [rows.ids[i] for i in numbers], samples, collate([pad(sample, self.data.size) for sample in samples])
 
     def logits(self, net: DenseNet, batch: Sample) -> dict[str, Tensor]:
         """Return the net's outputs by task, on the CPU."""
@@ -239,7 +252,9 @@ class Evaluation:
 
     def outputs(self, merged: DenseNet, plain: DenseNet, label: str) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
         """Yield the outputs of both nets on the evaluated images; classes of pixels or images count as answers."""
-        for _, _, batch in self._batches(self.config.evaluate.split, label):
+        split = self.config.evaluate.split
+        for start in console.track(ranks.own(self._starts(split)), "eval", f"{split} {label}"):
+            batch = self._batch(split, start)[2]
             merged_logits = self.logits(merged, batch)
             plain_logits = self.logits(plain, batch)
             for task, value in merged_logits.items():

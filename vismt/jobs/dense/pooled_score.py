@@ -13,11 +13,11 @@ images, not of pixels within an image.
 
 from __future__ import annotations
 
-import copy
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,12 +25,12 @@ from torch import Tensor
 from vismt.errors import UserError
 from vismt.multitask.tasks import DenseTask
 
-if TYPE_CHECKING:
-    from torchmetrics import Metric
-
 LARGEST = (
     100_000  # numbers of a state kept for each image; the histogram of angles has more, and no score is read from it
 )
+
+
+State = dict[str, Tensor]  # what a metric has counted on one image, by the metric's names; empty for an image left out
 
 
 @dataclass(frozen=True)
@@ -68,21 +68,25 @@ class PooledScore:
 
     def __init__(self, task: DenseTask) -> None:
         self.task = task
-        self._states: dict[str, dict[str, Tensor]] = {}
-        self._total: dict[str, Tensor] = {}
-        self._metric: Metric | None = None
+        self._states: dict[str, State] = {}
+        self._total: State = {}
 
-    def add(self, name: str, prediction: Tensor, target: Tensor) -> None:
-        """Add one image, with a batch dimension of 1, at the target's size; arguments and errors as DenseTask.update."""
+    def state(self, prediction: Tensor, target: Tensor) -> State:
+        """Return the state of one image, with a batch dimension of 1, at the target's size.
+
+        Arguments and errors as DenseTask.update.
+        """
         if not bool(self.task.valid(target).any()):
-            return
+            return {}
         metric = self.task.metric()
         self.task.update(metric, prediction, target)
-        state = cast("dict[str, Tensor]", metric.metric_state)
-        states = {key: value.clone() for key, value in state.items()}
-        self._total = {key: value + self._total.get(key, 0) for key, value in states.items()}
-        self._states[name] = {key: value for key, value in states.items() if value.numel() <= LARGEST}
-        self._metric = metric
+        return {key: value.clone() for key, value in cast("State", metric.metric_state).items()}
+
+    def add(self, name: str, state: State) -> None:
+        """Add the state of one image."""
+        if state:
+            self._total = {key: value + self._total.get(key, 0) for key, value in state.items()}
+            self._states[name] = {key: value for key, value in state.items() if value.numel() <= LARGEST}
 
     def result(self) -> Scored:
         """Return the score.
@@ -113,12 +117,13 @@ class PooledScore:
         return Scored(value, {key: _writable(number) for key, number in numbers.items()}, images, alone)
 
     def _compute(self, states: Mapping[str, Tensor]) -> dict[str, Any]:
-        assert self._metric is not None
-        metric = copy.deepcopy(self._metric)  # it has been updated, so compute() does not warn; its states are replaced
-        metric.distributed_available_fn = lambda: False  # the other processes wait and would not answer
+        metric = self.task.metric()
+        metric.distributed_available_fn = lambda: False  # the states are those of all processes
         for key, value in states.items():
             setattr(metric, key, value)
-        return metric.compute()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The ``compute`` method of metric")  # its states come without an update
+            return metric.compute()
 
     def _alone(self, states: Mapping[str, Tensor]) -> float | None:
         """Return the score of an image as if it were the whole set, None where it has none (no boundary in it, say)."""

@@ -66,8 +66,6 @@ class FewShotJob(Job[FewShotConfig, Any]):
         "robust": "Training accuracy under attack (%)",
     }
 
-    shares_evaluation = True
-
     def __init__(self, config: FewShotConfig, folder: Path, config_hash: str) -> None:
         check(config)
         super().__init__(config, folder, config_hash)
@@ -218,8 +216,7 @@ class FewShotJob(Job[FewShotConfig, Any]):
             lines = []
             for arm in self.evaluated():
                 lines += self._evaluation(arm).masking_lines(self.models(seed, arm), arm, self.hash)
-            if ranks.rank() == 0:
-                write_lines(self.folder / masking_report.LINES, lines)
+            ranks.from_first(lambda: write_lines(self.folder / masking_report.LINES, lines))
 
     def check_evaluation(self, attacks: Sequence[AttackConfig] | None) -> None:
         """Leave out the untrained arms whose weights cannot be had, with a line for each."""

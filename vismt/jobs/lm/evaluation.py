@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vismt import console
+from vismt import console, ranks
 from vismt.engine import runtime
 from vismt.engine.log import record_stem
 from vismt.engine.study import Study, Training
@@ -117,7 +117,7 @@ class Evaluation:
         stem = record_stem(split, task, name) + ("-laplace" if laplace else "")
         path = training.folder / "records" / f"{stem}.jsonl"
         key = self._fingerprint(training, task, split, name, laplace)
-        lines = read_lines(path, whole=True)
+        lines = ranks.from_first(lambda: read_lines(path, whole=True))
         if lines and lines[0].get("fingerprint") == key:
             _check_records(path, lines[1:])
             return lines[1:]
@@ -130,7 +130,7 @@ class Evaluation:
         order = {item.id: place for place, item in enumerate(items)}
         records.sort(key=lambda record: order[record["id"]])
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_lines(path, [{"fingerprint": key}, *records])
+        ranks.from_first(lambda: write_lines(path, [{"fingerprint": key}, *records]))
         return records
 
     def _fingerprint(self, training: Training, task: str, split: str, name: str, laplace: str) -> list[str | int]:
@@ -151,8 +151,9 @@ class Evaluation:
         shown = task.shown(net, items)
         if task.reads:
             self.data.cache(shown, net, label)
-        chunks = console.track(self._chunks(shown), "eval", label)
-        return [record for chunk in chunks for record in task.score(net, self._batch(chunk, net), chunk)]
+        chunks = self._chunks(shown)
+        parts = ranks.share(chunks, lambda chunk: task.score(net, self._batch(chunk, net), chunk))
+        return [record for part in console.track(parts, "eval", label, len(chunks)) for record in part]
 
     def _laplace(self, training: Training) -> LmNet:
         """Return the net of a training with the Laplace approximation in place of its head."""
@@ -170,13 +171,15 @@ class Evaluation:
     def _features(self, net: LmNet, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
         """Return features (n, d) and labels (n,) of all rows."""
         self.data.cache(items, net, "rows for Laplace")
-        features: list[Tensor] = []
-        labels: list[Tensor] = []
-        for chunk in self._chunks(items):
+
+        def features(chunk: list[Item]) -> tuple[Tensor, Tensor]:
             batch = self._batch(chunk, net)
-            features.append(net.features(batch))
-            labels.append(batch["label"])
-        return torch.cat(features), torch.cat(labels)
+            return net.features(batch).cpu(), batch["label"].cpu()
+
+        parts = list(ranks.share(self._chunks(items), features))
+        device = next(net.lm.parameters()).device
+        found, labels = (torch.cat([part[place] for part in parts]).to(device) for place in (0, 1))
+        return found, labels
 
     def _chunks(self, items: Sequence[Item]) -> list[list[Item]]:
         """Return batches of rows of similar length, which need little padding."""
@@ -193,11 +196,11 @@ class Evaluation:
         """Yield the logits of each row's last token from the merged and the unmerged LM, for a batch of each set."""
         merged = LmNet(merge(copy.deepcopy(net.stock)), first=net.first)
         split = self.config.evaluate.split
-        for task in self.data.tasks:
-            for name in self.data.names(task, split):
-                batch = self._batch(self.data.rows(task, split, name)[: self.config.evaluate.batch], net)
-                batch.pop("lower", None)  # the merged LM runs without cached states, as its users run it
-                yield "logits", _last_logits(merged, batch), _last_logits(net, batch), True
+        sets = [(task, name) for task in self.data.tasks for name in self.data.names(task, split)]
+        for task, name in ranks.own(sets):
+            batch = self._batch(self.data.rows(task, split, name)[: self.config.evaluate.batch], net)
+            batch.pop("lower", None)  # the merged LM runs without cached states, as its users run it
+            yield "logits", _last_logits(merged, batch), _last_logits(net, batch), True
 
     def net(self, training: Training) -> LmNet:
         """Return the net of a training, or the net before training; it is kept until another one is made."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vismt import ranks
 from vismt.config import AdaptConfig
 from vismt.engine import runtime, training_files
 from vismt.engine.study import Training
@@ -189,7 +190,7 @@ class LmJob(Job[LmConfig, LmNet]):
 
     def check_merge(self, training: Training) -> None:
         """Compare the unmerged LM with a merged copy, since all nets share the LM; write merge.json, unless it exists."""
-        if (training.folder / training_files.MERGE).exists():
+        if ranks.from_first((training.folder / training_files.MERGE).exists):
             return
         net = self.evaluation.net(training)
         if training_files.needs_merge_check(net.stock, training):

@@ -9,10 +9,9 @@ from pathlib import Path
 from vismt.engine.log import record_stem
 from vismt.jobs.robustness.data import Batches
 from vismt.jobs.robustness.models import Classifier
-from vismt.lines import read_lines
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
-from vismt.robustness.evaluate import accuracies, evaluate_classifier
+from vismt.robustness.evaluate import accuracies, evaluate_examples
 from vismt.stats import LOWER, Condition, Measure, wilson
 
 TASK = "robustness"
@@ -38,7 +37,7 @@ def score_set(
     """Return the accuracy on one set, clean and under each spec; images on record are not evaluated again."""
     path = records_path(folder, data)
     path.parent.mkdir(parents=True, exist_ok=True)
-    evaluate_classifier(
+    rows = evaluate_examples(
         classifier.net,
         batches,
         specs,
@@ -48,7 +47,6 @@ def score_set(
         fingerprint=classifier.fingerprint(),
         label=label,
     )
-    rows = [row for row in read_lines(path) if "id" in row]
     scores = []
     for condition, values in accuracies(rows, specs, classifier.num_classes):
         interval = wilson(round(sum(values.values())), len(values))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vismt import console
+from vismt import console, ranks
 from vismt.engine.study import Training
 from vismt.jobs.base import EvaluationJob, records_folder
 from vismt.jobs.robustness.config import RobustnessConfig, check
@@ -86,9 +86,12 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
         """Return the mean corruption error by arm."""
         return corruption_errors(scores)
 
-    def write_panels(self) -> None:
-        if self.config.evaluate.masking:
+    def evaluate(self, attacks: Sequence[AttackConfig] | None = None) -> None:
+        super().evaluate(attacks)
+        if self.config.evaluate.masking and attacks is None:
             self._check_masking()
+
+    def write_panels(self) -> None:
         if self.config.evaluate.attacks:
             for arm in self.study.arms:
                 for data in self.config.data:
@@ -106,7 +109,7 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
                 fields = {**vars(result), "epsilons": list(result.epsilons), "accuracies": list(result.accuracies)}
                 lines.append({"arm": arm, "data": data, **fields, "verdict": result.verdict()})
                 console.stage("masking", f"{arm}   {data}   {result.verdict()}")
-        write_lines(self.folder / MASKING, lines)
+        ranks.from_first(lambda: write_lines(self.folder / MASKING, lines))
 
     def _write_broken(self, arm: str, data: str) -> None:
         """Write the first images that are right when clean and wrong under the first attack, and the attacked images."""
