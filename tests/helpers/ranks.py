@@ -23,7 +23,7 @@ def of_two(script: str, folder: Path) -> list[dict[str, Tensor]]:
     common["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HELPERS.parent), os.environ.get("PYTHONPATH"))))
     call = [sys.executable, HELPERS / script, folder]
     ranks = [subprocess.Popen(call, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
-    assert [rank.wait(300) for rank in ranks] == [0, 0]
+    assert [rank.wait(900) for rank in ranks] == [0, 0]
     results = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
     assert set(results[0]) == set(results[1]) and all(
         torch.equal(results[0][name], results[1][name]) for name in results[0]

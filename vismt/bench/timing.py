@@ -36,9 +36,10 @@ class Ratios:
     title: str
     timing: Timing
     targets: Sequence[tuple[str, str, float]]
+    unit: str = "CPU seconds"
 
     def __str__(self) -> str:
-        lines = [self.title, f"{'':<22}{'CPU seconds':>12}"]
+        lines = [self.title, f"{'':<22}{self.unit:>12}"]
         lines += [f"{name:<22}{statistics.median(rounds):>12.4f}" for name, rounds in self.timing.seconds.items()]
         for name, base, target in self.targets:
             median, low, high = self.timing.ratio(name, base)
@@ -53,14 +54,18 @@ def interleave(
     label: str,
     device: torch.device | None = None,
     warmup: int = 1,
+    wall: bool = False,
 ) -> Timing:
-    """Time every candidate `rounds` times after `warmup` rounds that are not counted."""
+    """Time every candidate `rounds` times after `warmup` rounds that are not counted.
+
+    wall: by the wall clock on a CPU, too, for candidates that run in other processes.
+    """
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with one_thread():
         for turn in console.track(range(warmup + rounds), "bench", label):
             for name in _rotated(names, turn):
-                elapsed = _clock(candidates[name], device)
+                elapsed = _clock(candidates[name], device, time.perf_counter if wall else time.process_time)
                 if turn >= warmup:
                     seconds[name].append(elapsed)
     return Timing(seconds)
@@ -71,13 +76,13 @@ def _rotated(names: Sequence[str], turn: int) -> list[str]:
     return [*names[start:], *names[:start]]
 
 
-def _clock(call: Callable[[], object], device: torch.device | None) -> float:
+def _clock(call: Callable[[], object], device: torch.device | None, clock: Callable[[], float]) -> float:
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
         start = time.perf_counter()
         call()
         torch.cuda.synchronize(device)
         return time.perf_counter() - start
-    start = time.process_time()
+    start = clock()
     call()
-    return time.process_time() - start
+    return clock() - start

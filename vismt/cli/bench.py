@@ -22,6 +22,7 @@ BENCHES = (
     "attacks",
     "memory",
     "fewshot",
+    "study",
 )  # vismt/bench has a file of the name for each
 
 
@@ -30,7 +31,7 @@ def add_commands(commands: Commands) -> None:
     parser = commands.add(
         "bench",
         _bench,
-        "time the core, its starts, AMT, EMTAL, attacks and few-shot evaluation against their peers, or account for memory",
+        "time the core, its starts, AMT, EMTAL, attacks, few-shot evaluation and workers, or account for memory",
     )
     parser.add_argument("what", choices=BENCHES)
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds of each timing (9)")
