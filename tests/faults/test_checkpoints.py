@@ -96,3 +96,13 @@ def test_a_log_that_lost_rows_is_named(tmp_path: Path, capsys: pytest.CaptureFix
     assert state_hash(run(folder)) == expected
     assert "metrics.jsonl' lacks rows before step 7" in capsys.readouterr().out
     assert [row["step"] for row in read_lines(folder / "metrics.jsonl")] == [7, 8]
+
+
+def test_a_folder_in_the_place_of_a_checkpoint_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    folder = copied(whole()[0], tmp_path / "run")
+    newest, older = checkpoint.checkpoints(folder)
+    newest.unlink()
+    newest.mkdir()
+    with pytest.raises(UserError, match=f"'{newest}' is not a file"):
+        run(folder)
+    assert older.is_file()

@@ -97,6 +97,9 @@ def load(
         raise UserError(
             f"checkpoint '{folder / OLD_NAME}' was written by an earlier version; delete it to train from the start."
         )
+    odd = next((path for path in paths if not path.is_file()), None)
+    if odd is not None:
+        raise UserError(f"checkpoint '{odd}' is not a file; remove it.")
     damaged = [path for path in paths if not _is_sound(path)]
     sound = next((path for path in paths if path not in damaged), None)
     if sound is None and damaged:
@@ -116,10 +119,7 @@ def _delete_others(newest: Path) -> None:
     paths = checkpoints(newest.parent)
     before = [path for path in paths if _step_of(path) < _step_of(newest)]
     for path in set(paths) - {newest, *before[: KEPT - 1]}:
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:  # a folder of that name
-            raise UserError(f"cannot delete checkpoint '{path}' ({error.strerror}); remove it by hand.") from error
+        path.unlink(missing_ok=True)
 
 
 def _step_of(path: Path) -> int:
