@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from helpers.units import die, mark
@@ -132,3 +135,32 @@ def test_a_ray_cluster_that_does_not_answer_is_named() -> None:
     pytest.importorskip("ray")
     with pytest.raises(UserError, match=r"no Ray cluster answers at '127\.0\.0\.1:1'"):
         make_workers("ray:127.0.0.1:1", 4)
+
+
+@pytest.mark.slow
+def test_a_study_on_ray_survives_a_killed_worker(config: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    call = [
+        sys.executable,
+        "-m",
+        "vismt.cli",
+        "run",
+        str(config),
+        "--out",
+        str(tmp_path),
+        "--quiet",
+        "--workers",
+        "ray",
+    ]
+    study = subprocess.Popen(call)
+    killed = False
+    while study.poll() is None:
+        for process in [] if killed else psutil.Process(study.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if process.cmdline()[:1] == ["ray::_run"]:
+                    process.kill()
+                    killed = True
+                    break
+        time.sleep(0.05)
+    assert killed and study.returncode == 0
+    assert files(tmp_path) == expected

@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import queue
+import socket
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -132,8 +133,10 @@ class RayWorkers(Workers):
         except ImportError as error:
             raise UserError('workers: ray is not installed; pip install "vismt[ray]".') from error
         try:
+            if ":" in address:
+                _reach(address)  # Ray itself would try for minutes
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             where = f"at '{address}'" if address else "on this machine"
             raise UserError(f"workers: no Ray cluster answers {where} ({' '.join(str(error).split())}).") from error
         self._ray = ray
@@ -150,6 +153,12 @@ class RayWorkers(Workers):
 
     def close(self) -> None:
         self._ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Open and close a connection to "HOST:PORT" or "ray://HOST:PORT". Raises OSError or ValueError where that fails."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def make_workers(text: str, units: int) -> Workers:
