@@ -266,7 +266,7 @@ def test_an_image_classifier_from_elsewhere_is_attacked(tmp_path: Path, capsys) 
         (["run", "{config}", "evaluate.attacks=[{{name: pdg}}]"], ["'pdg'", "'pgd'"]),
         (["run", "{config}", "evaluate.models=[frosen]"], ["'frosen'", "'frozen'"]),
         (["run", "{config}", "train.lr=.nan"], ["train.lr"]),
-        (["run", "{config}", "evaluate.episodes=1"], ["evaluate.episodes: 1"]),
+        (["run", "{config}", "evaluate.episodes=1"], ["evaluate.episodes is 1", "from 2"]),
         (["run", "{config}", "evaluate.shots=[]"], ["evaluate.shots"]),
         (["run", "{config}", "evaluate.shots=[1,1]"], ["evaluate.shots", "each once"]),
         (["run", "{config}", "evaluate.ways=11"], ["11"]),

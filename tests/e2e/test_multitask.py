@@ -344,7 +344,7 @@ def test_overrides_of_an_arm_are_typed_and_its_trainings_are_found_by_name(tmp_p
     [
         ({"tasks": []}, "tasks: []; name at least one"),
         ({"tasks": [TASKS[0], TASKS[0]]}, "each once"),
-        ({"tasks": [{"name": "a/b", "train": ["digits"], "test_share": 0.1}]}, "'a/b' is not a name"),
+        ({"tasks": [{"name": "a/b", "train": ["digits"], "test_share": 0.1}]}, "'a/b' cannot be a name"),
         ({"tasks": [{"name": "a", "train": [], "test_share": 0.1}]}, "train names no set"),
         ({"tasks": [{"name": "a", "train": ["digits"]}]}, "nothing to test on"),
         (

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import vismt
 from vismt.errors import UserError
-from vismt.files import sealed
+from vismt.files import LOCK, sealed
 from vismt.lowrank.adapter_files import DESCRIPTION
 
 METHODS = vismt.list_methods()
@@ -363,7 +363,7 @@ def damage(folder: Path, kind: str, random: Random) -> None:
     if kind == "tensors":
         edit_tensors(folder, lambda tensors: damage_tensors(tensors, random))
     elif kind == "bytes":
-        damage_bytes(random.choice(sorted(folder.iterdir())), random)
+        damage_bytes(random.choice(sorted(path for path in folder.iterdir() if path.name != LOCK)), random)
     else:
         content = damage_json(described(folder), random)
         text = sealed(content) if kind == "resealed" and isinstance(content, dict) else json.dumps(content)

@@ -404,7 +404,7 @@ def test_the_prior_of_a_vbll_head_is_centred_at_the_rows():
     ("causal", "", {"answer": "{text}", "windows": 0}, "windows 0; it must be at least 1"),
     ("causal", "{text}", {"answer": "{text}", "windows": 2}, "is for texts without a prompt"),
     ("classes", "", SENTIMENT, "needs a prompt and two answers"),
-    ("classes", "x", {"answers": ["a", "b"]}, "have the wrong type"),
+    ("classes", "x", {"answers": ["a", "b"]}, "expected mapping of str to str"),
     ("answers", "x", {"answers": {"a": "b", "c": "d"}, "normalise": "words"}, "normalise 'words'"),
     ("generation", "x", {"answer": "y", "gold": "z", "pattern": "("}, "is not a regular expression"),
     ("generation", "x", {"answer": "y", "gold": "z", "pattern": "a"}, "has 0 groups, needed one"),

@@ -84,7 +84,7 @@ def test_accuracy_is_pooled_over_images_not_over_classes_or_batches() -> None:
 def test_the_jackknife_of_accuracy_is_right_and_wrong_of_each_labelled_image() -> None:
     pool = PooledScore(classify())
     for name, label in (("a", 0), ("b", 1), ("c", 0), ("d", -1), ("e", 2)):
-        pool.add(name, LOGITS[:1], torch.tensor([label]))
+        pool.add(name, pool.state(LOGITS[:1], torch.tensor([label])))
     result = pool.result()
     assert result.value == 0.5 and result.numbers["images"] == 4
     right = {"a": 1, "b": 0, "c": 1, "e": 0}

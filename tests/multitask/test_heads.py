@@ -135,7 +135,7 @@ def test_a_vit_learns_a_map(name: str) -> None:
         ("conv", WIDTHS, {"hiden": 8}, "'conv' has no option 'hiden'.*Near: 'hidden'"),
         ("linear", WIDTHS, {"hidden": 8}, "'linear' has no option 'hidden'. It has none"),
         ("conv", WIDTHS, {"hidden": 0}, "conv: hidden 0; it must be a whole number"),
-        ("conv", WIDTHS, {"scale": 2.5}, "conv: scale 2.5"),
+        ("conv", WIDTHS, {"scale": 2.5}, "options.scale: expected int, got 2.5"),
         ("conv", WIDTHS, {"norm": "bach"}, "conv: norm 'bach'.*Near: 'batch'"),
         ("segformer", WIDTHS, {"hidden": "8"}, "segformer: hidden '8'"),
         ("dpt", WIDTHS[:3], {}, "dpt: 3 taps; it fuses four"),

@@ -13,7 +13,6 @@ from vismt.data.manifest import digest, read_manifest
 from vismt.data.source_types import DataSource, Files, LoadedSplit
 from vismt.data.sources import first_copy, fix, not_found, place, shown_path
 from vismt.errors import UserError
-from vismt.files import locked
 
 LISTED = 8  # wrong rows that a report names
 
@@ -179,9 +178,7 @@ def prepare(name: str | Path, *, decode: bool = True) -> CheckReport:
     card = load_card(name)
     source = next((source for source in card.sources if source.downloadable), None)
     if source is not None:
-        base = place(card, source) or source.candidates(card)[-1]
-        with locked(base.parent / f".{base.name}.prepare"):
-            return _prepare(card, source, base, decode)
+        return _prepare(card, source, place(card, source) or source.candidates(card)[-1], decode)
     report = check(name, decode=decode)
     if report.where is None:
         steps = " ".join(card.how_to_get.split()) or f"See {card.shown}/{card.path.name}."

@@ -86,10 +86,11 @@ def save_adapter(model: nn.Module, folder: str | Path, *, force: bool = False) -
     tensors = {name: value for name, value in tensors.items() if name not in unchanged}
     paths = compared(record.sites, unchanged)
     folder = Path(folder)
-    with locked(folder, WAIT_S), stock_order(model):
-        if not force:
+    if not force:  # before the lock, which makes the folder
+        with stock_order(model):
             need_finite("save_adapter", tensors)
             need_finite("save_adapter", {f"{path}.weight": _base_weight(model, path) for path in paths})
+    with locked(folder, WAIT_S), stock_order(model):
         digest = write_tensors(folder / "adapter-{digest}.safetensors", tensors)
         description = {
             "format": FORMAT,
