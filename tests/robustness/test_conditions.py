@@ -81,7 +81,7 @@ def config(evaluate, **sections):
         ({"attacks": [{"source": "logits+finetune"}]}, {"pool": {}}, "no weights to tune"),
         ({"attacks": [{"source": "clean"}]}, {"pool": {}}, "needs pool.clean"),
         ({"attacks": [{"source": "adapted"}], "models": ["frozen"]}, {"train": None}, "'adapted' needs a training"),
-        ({"masking_episodes": 1}, {}, "evaluate.masking_episodes: 1"),
+        ({"masking_episodes": 1}, {}, "evaluate.masking_episodes is 1"),
         ({}, {"pool": {}, "select": {"class_share": 0.5, "attack": {"source": "frozen"}}}, "select.attack"),
     ],
 )
