@@ -137,7 +137,7 @@ def test_a_ray_cluster_that_does_not_answer_is_named() -> None:
         make_workers("ray:127.0.0.1:1", 4)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_study_on_ray_survives_a_killed_worker(config: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     pytest.importorskip("ray")
     call = [

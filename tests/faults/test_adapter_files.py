@@ -386,7 +386,7 @@ def test_damaged_adapters_do_no_harm(folders, stock, tmp_path, method, kind, ran
     harmless(stock, lambda model: vismt.load_adapter(model, folder))
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @settings(max_examples=700, **QUIET)
 @given(**CASES)
 def test_many_damaged_adapters_do_no_harm(folders, stock, tmp_path, method, kind, random) -> None:
@@ -401,7 +401,7 @@ def test_many_damaged_adapters_do_no_harm(folders, stock, tmp_path, method, kind
             pass
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @settings(max_examples=100, **QUIET)
 @given(seed=st.integers(0, 10**6), at=st.integers(0, 10**6), bit=st.integers(0, 7))
 def test_a_bit_that_changed_is_noticed(folders, stock, tmp_path, seed, at, bit) -> None:

@@ -92,7 +92,7 @@ def card_text(kind: str) -> str:
     return f"{head}sources:\n  - {SOURCES[kind].replace('{', '{kind: ' + kind + ', ', 1)}\n"
 
 
-@cases(quick=8, slow=100)
+@cases(quick=8, campaign=100)
 @pytest.mark.parametrize("kind", SOURCES)
 def test_damaged_cards_of_every_kind_of_source(world: Path, kind: str, cases: int) -> None:
     text = card_text(kind)
@@ -110,7 +110,7 @@ def test_damaged_cards_of_every_kind_of_source(world: Path, kind: str, cases: in
     run()
 
 
-@cases(quick=8, slow=100)
+@cases(quick=8, campaign=100)
 @pytest.mark.parametrize("kind", FILES)
 def test_damaged_lists_and_tables(world: Path, kind: str, cases: int) -> None:
     world.write_text(card_text(kind))
@@ -127,7 +127,7 @@ def test_damaged_lists_and_tables(world: Path, kind: str, cases: int) -> None:
     run()
 
 
-@cases(quick=20, slow=300)
+@cases(quick=20, campaign=300)
 def test_damaged_cards_of_the_package(world: Path, cases: int) -> None:
     texts = [(shipped("datasets") / name / "card.yaml").read_text(encoding="utf8") for name in list_cards()]
 
@@ -142,7 +142,7 @@ def test_damaged_cards_of_the_package(world: Path, cases: int) -> None:
     run()
 
 
-@cases(quick=15, slow=200)
+@cases(quick=15, campaign=200)
 def test_damaged_asset_cards(world: Path, cases: int) -> None:
     texts = [path.read_text(encoding="utf8") for path in sorted(SHIPPED.glob("*.yaml"))]
 

@@ -28,7 +28,7 @@ SMALL = [
 ]
 
 
-@cases(quick=14, slow=170)
+@cases(quick=14, campaign=170)
 @pytest.mark.parametrize("name", SMALL)
 def test_damaged_configurations(tmp_path: Path, name: str, cases: int) -> None:
     path, again = tmp_path / "damaged.yaml", tmp_path / "again.yaml"

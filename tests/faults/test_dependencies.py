@@ -39,7 +39,7 @@ def test_packages_that_pin_others_are_extras() -> None:
     assert any(re.match("torchattacks", text) for text in PROJECT["optional-dependencies"]["attacks"])
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_the_base_install_downgrades_nothing(tmp_path: Path) -> None:
     """Resolve the base install in an empty environment; nothing is installed."""
     report = tmp_path / "report.json"

@@ -67,7 +67,7 @@ def damaged(draw: st.DrawFn, base: bytes) -> bytes:
     return bytes(data)
 
 
-@cases(quick=70, slow=600)
+@cases(quick=70, campaign=600)
 def test_damaged_files(cases: int) -> None:
     @many(cases)
     @given(st.sampled_from(BASES).flatmap(damaged))
@@ -79,7 +79,7 @@ def test_damaged_files(cases: int) -> None:
     run()
 
 
-@cases(quick=30, slow=200)
+@cases(quick=30, campaign=200)
 @pytest.mark.parametrize("suffix", ["npy", "png"])
 def test_damaged_maps(tmp_path: Path, suffix: str, cases: int) -> None:
     base = encoded("npy" if suffix == "npy" else "PNG", "L")
@@ -200,7 +200,7 @@ def test_a_folder_called_like_an_image_is_left_out(pets: Path) -> None:
     assert not report.ok and "3 of 4 images" in str(report)
 
 
-@cases(quick=12, slow=200)
+@cases(quick=12, campaign=200)
 def test_damaged_folders(tmp_path: Path, pets: Path, cases: int) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "pets"
     shutil.copytree(folder, whole)

@@ -57,13 +57,13 @@ def two_at_once(out: Path) -> str:
     return "harmless" if outcome(next(out.iterdir())) == expected else "silent"
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("job", CONFIGS)
 def test_killed_runs_go_on(tmp_path: Path, job: str) -> None:
     trials = [kill_trial(job, tmp_path / str(number), Random(number)) for number in range(4)]
     assert all(result in SOUND for result, _ in trials) and any(was_killed for _, was_killed in trials)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_two_runs_of_one_folder_do_not_mix(tmp_path: Path) -> None:
     assert [two_at_once(tmp_path / str(number)) for number in range(2)] == ["harmless"] * 2

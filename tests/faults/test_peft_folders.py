@@ -224,7 +224,7 @@ def test_damaged_folders_do_no_harm(folders, stock, tmp_path, name, kind, random
     harmless(stock, folder)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @settings(max_examples=700, **QUIET)
 @given(**CASES)
 def test_many_damaged_folders_do_no_harm(folders, stock, tmp_path, name, kind, random) -> None:

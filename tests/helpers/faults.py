@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, settings
 from vismt.errors import UserError
 
 
-def cases(quick: int, slow: int) -> pytest.MarkDecorator:
-    """Parametrise a test by its number of cases: few in every run, many in slow ones."""
-    return pytest.mark.parametrize("cases", [quick, pytest.param(slow, marks=pytest.mark.slow)])
+def cases(quick: int, campaign: int) -> pytest.MarkDecorator:
+    """Parametrise a test by its number of cases: few in every run, many in a campaign."""
+    return pytest.mark.parametrize("cases", [quick, pytest.param(campaign, marks=pytest.mark.campaign)])
 
 
 def many(count: int) -> settings:
