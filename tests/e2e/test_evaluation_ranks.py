@@ -88,6 +88,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_files_of_one_and_each_runs_half(tmp_path: Path) -> None:
     counts = {}
     for name, config in configs(tmp_path).items():
