@@ -16,7 +16,7 @@ from helpers.lm_parts import save_lm, save_texts
 from helpers.ranks import of_two
 
 from vismt.cli import main
-from vismt.report.results import RESULTS
+from vismt.report.results import RECORDS, RESULTS
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
@@ -117,8 +117,8 @@ def test_two_processes_write_the_files_of_one_and_each_runs_half(tmp_path: Path)
 
 def cut_records(folder: Path) -> None:
     """Leave of an evaluation half of the lines of the records, and no other results."""
-    for path in [folder / RESULTS, *folder.rglob("merge.json")]:
+    for path in [folder / RESULTS, *folder.rglob("merge.json"), *(folder / RECORDS).glob("*.jsonl")]:
         path.unlink()
-    for path in folder.rglob("records/*.jsonl"):
+    for path in folder.glob("arms/*/*/records/*.jsonl"):
         lines = path.read_bytes().splitlines(keepends=True)
         path.write_bytes(b"".join(lines[: len(lines) // 2]))
