@@ -59,7 +59,9 @@ def read_scored(values: Any, what: str) -> Scored:
     except (TypeError, AttributeError):
         finite = False
     if not finite:
-        raise UserError(f"{what} does not hold a score of finite numbers; move the file away, and it is evaluated again.")
+        raise UserError(
+            f"{what} does not hold a score of finite numbers; move the file away, and it is evaluated again."
+        )
     return scored
 
 
