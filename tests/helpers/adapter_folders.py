@@ -1,16 +1,20 @@
-"""Changes of saved adapters that keep their digests, so that what is tested is the check of the values themselves."""
+"""Changes of saved adapters that keep their digests, so that the check of the values is tested, and what a load leaves."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import safetensors.torch
 from torch import Tensor, nn
 
+import vismt
+from vismt.errors import UserError
 from vismt.files import sealed
 from vismt.lowrank.adapter_files import DESCRIPTION
 
@@ -56,3 +60,29 @@ def state_hash(model: nn.Module) -> str:
         digest.update(flat.view(-1).numpy().tobytes() if value.dtype.itemsize != 2 else flat.float().numpy().tobytes())
     digest.update(repr(getattr(model, "vismt_record", None)).encode())
     return digest.hexdigest()
+
+
+Load = Callable[[nn.Module, Path], object]
+
+
+def refusal(load: Load, model: nn.Module, folder: Path) -> str:
+    """Return the message with which a load is refused; fail where it is not, or where the model changes."""
+    before = state_hash(model)
+    with pytest.raises(UserError) as error:
+        load(model, folder)
+    assert state_hash(model) == before and "\n" not in str(error.value)
+    return str(error.value)
+
+
+def unharmed(load: Load, model: nn.Module, folder: Path) -> bool:
+    """Return whether the model is as it was after a load that is refused, or that succeeds and is undone."""
+    before = state_hash(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            load(model, folder)
+        except UserError as error:
+            assert "\n" not in str(error)[:50]
+        else:
+            vismt.unadapt(model)
+    return state_hash(model) == before
