@@ -406,9 +406,9 @@ def test_card_mistakes(tmp_path, change, message) -> None:
 
 
 def test_unknown_asset() -> None:
-    with pytest.raises(UserError, match=r"asset 'smollm2': there is no such card.*Near: 'smollm2-135m-instruct'"):
+    with pytest.raises(UserError, match=r"asset 'smollm2': not found.*Near: 'smollm2-135m-instruct'"):
         get_asset("smollm2")
-    with pytest.raises(UserError, match="there is no such card"):
+    with pytest.raises(UserError, match="not found"):
         get_asset("../cards/smollm2-135m-instruct")
     with pytest.raises(UserError, match="not readable as YAML"):
         broken = Path(os.environ["VISMT_CACHE"]).parent / "broken.yaml"

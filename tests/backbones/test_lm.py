@@ -121,7 +121,7 @@ def test_mistakes(folder, tmp_path, monkeypatch) -> None:
         create_lm("vit_small_patch14_imgfocus")
     with pytest.raises(UserError, match=r"the folder has no config.json"):
         create_lm(tmp_path)
-    with pytest.raises(UserError, match=r"there is no file 'a.gguf'"):
+    with pytest.raises(UserError, match=r"the file 'a.gguf' is missing"):
         create_lm(folder, gguf_file="a.gguf")
     with pytest.raises(
         UserError, match=r"'smollm2-135m-instrukt' cannot be loaded.*Near: 'smollm2-135m-instruct'"

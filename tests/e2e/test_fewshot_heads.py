@@ -252,7 +252,7 @@ def test_the_foundation_table_has_every_vision_asset_and_four_families_of_the_hu
                 "arms": {"a": {}},
                 "evaluate": {"models": ["frozen"], "attacks": [{"source": "a"}]},
             },
-            "'a' needs a training, and there is none; take 'frozen'",
+            "'a' needs a training, and this configuration trains nothing; take 'frozen'",
         ),
     ],
 )

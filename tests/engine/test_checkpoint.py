@@ -17,7 +17,8 @@ from helpers.toy_training import Toy, rewritten, run, stopped
 from torch import Tensor, nn
 
 from vismt.config import TrainConfig
-from vismt.engine import checkpoint, loop
+from vismt.engine import checkpoint
+from vismt.engine.optimizer import make_optimizer
 from vismt.errors import UserError
 from vismt.lines import read_lines
 
@@ -25,7 +26,7 @@ from vismt.lines import read_lines
 def load(folder: Path, module: nn.Module | None = None, config_hash: str = "hash") -> tuple[int, int]:
     module = Toy() if module is None else module
     trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
-    optimizer = loop.make_optimizer(trained, TrainConfig())
+    optimizer = make_optimizer(trained, TrainConfig())
     return checkpoint.load(folder, module, optimizer, None, config_hash)
 
 
@@ -143,7 +144,7 @@ def test_the_scale_of_fp16_and_its_skipped_updates_are_resumed(tmp_path: Path) -
         return made
 
     module = Toy()
-    optimizer = loop.make_optimizer({"layer.weight": module.layer.weight}, TrainConfig())
+    optimizer = make_optimizer({"layer.weight": module.layer.weight}, TrainConfig())
     used = scaler()
     used.load_state_dict({**used.state_dict(), "scale": 4.0, "_growth_tracker": 3})
     checkpoint.save(tmp_path, 6, module, optimizer, 4, used, "hash")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vismt.config import TrainConfig
 from vismt.engine import loop, runtime
 from vismt.engine.log import MetricsLog
+from vismt.engine.optimizer import make_optimizer, rate
 from vismt.errors import UserError
 from vismt.lines import read_lines, write_lines
 
@@ -105,7 +106,7 @@ def test_buffers_and_extra_state_are_resumed_frozen_tensors_are_not_kept(tmp_pat
 def test_rates_and_decay_by_name() -> None:
     toy = Toy()
     named = {name: value for name, value in toy.named_parameters() if value.requires_grad}
-    made = loop.make_optimizer(named, TrainConfig(lr=0.1, weight_decay=0.5, rates={"^layer[.]w": 10.0, "layer": 0.5}))
+    made = make_optimizer(named, TrainConfig(lr=0.1, weight_decay=0.5, rates={"^layer[.]w": 10.0, "layer": 0.5}))
     seen = {tuple(group["params"][0].shape): (group["lr"], group["weight_decay"]) for group in made.param_groups}
     # The first pattern that fits counts; a bias is not decayed.
     assert seen == {(1, 4): (1.0, 0.5), (1,): (0.05, 0.0)}
@@ -114,7 +115,7 @@ def test_rates_and_decay_by_name() -> None:
         ({"(": 1.0}, "is not a regular expression"),
     ):
         with pytest.raises(UserError, match=told):
-            loop.make_optimizer(named, TrainConfig(rates=rates))
+            make_optimizer(named, TrainConfig(rates=rates))
 
 
 def test_a_module_with_its_own_prior_is_not_decayed(tmp_path: Path) -> None:
@@ -154,11 +155,11 @@ def test_a_finished_run_trains_no_further(tmp_path: Path) -> None:
 def test_learning_rate_golden_numbers() -> None:
     config = TrainConfig(steps=10, lr=1.0, min_lr=0.2, warmup=2)
     # warm-up: 1/2, 2/2. Cosine over the 8 steps that remain: step 6 is half way, 0.2 + 0.8 * 0.5 * (1 + cos(pi / 2)) = 0.6.
-    assert [loop.rate(step, config) for step in (0, 1, 2)] == [0.5, 1.0, 1.0]
-    assert loop.rate(6, config) == pytest.approx(0.6) and loop.rate(10, config) == pytest.approx(0.2)
+    assert [rate(step, config) for step in (0, 1, 2)] == [0.5, 1.0, 1.0]
+    assert rate(6, config) == pytest.approx(0.6) and rate(10, config) == pytest.approx(0.2)
     # Four steps of cool-down leave four for the cosine: step 4 is half way, from step 6 on it is min_lr.
     config.cooldown = 4
-    assert [loop.rate(step, config) for step in (4, 6, 7, 9)] == pytest.approx([0.6, 0.2, 0.2, 0.2])
+    assert [rate(step, config) for step in (4, 6, 7, 9)] == pytest.approx([0.6, 0.2, 0.2, 0.2])
 
 
 def test_accumulation_is_the_mean_over_its_batches(tmp_path: Path) -> None:
@@ -235,7 +236,7 @@ def test_log_drops_a_torn_line_and_what_came_after_the_checkpoint(tmp_path: Path
 def test_the_next_batch_is_prepared_while_the_last_one_is_used():
     from threading import Event, current_thread, main_thread
 
-    from vismt.engine.loop import _prepared_ahead
+    from vismt.engine.stream import prepared_ahead
 
     begun = {number: Event() for number in range(4)}
 
@@ -246,7 +247,7 @@ def test_the_next_batch_is_prepared_while_the_last_one_is_used():
             raise ValueError("batch 3")
         return number
 
-    stream = _prepared_ahead(batches, range(1, 4))
+    stream = prepared_ahead(batches, range(1, 4))
     assert not begun[1].is_set()
     assert next(stream) == 1 and begun[2].wait(10)
     assert next(stream) == 2 and begun[3].wait(10) and not begun[0].is_set()

@@ -20,7 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vismt.config import TrainConfig
-from vismt.engine import checkpoint, loop
+from vismt.engine import checkpoint
+from vismt.engine.optimizer import make_optimizer
 from vismt.errors import UserError
 from vismt.lines import read_lines
 
@@ -62,7 +63,7 @@ def trial(folder: Path, random: Random, flip_only: bool = False) -> str:
         damage_bytes(random.choice([newest, older, folder / "metrics.jsonl"]), random)
     module = Toy()
     before, generator = state_hash(module), torch.get_rng_state()
-    optimizer = loop.make_optimizer({n: p for n, p in module.named_parameters() if p.requires_grad}, TrainConfig())
+    optimizer = make_optimizer({n: p for n, p in module.named_parameters() if p.requires_grad}, TrainConfig())
     try:
         checkpoint.load(copied(folder, folder.with_name("loaded")), module, optimizer, None, "hash")
     except UserError:

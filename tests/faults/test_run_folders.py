@@ -44,12 +44,11 @@ def finished(job: str) -> tuple[Path, Path, Any]:
 
 
 def numbers(out: Path) -> Any:
-    """Return the results, the values by example, the trained tensors and the tables of the report."""
+    """Return the results, the values by example and the tables of the report, among them the chosen rates."""
     folder = next(out.iterdir())
     values = {path.name: read_lines(path) for path in [folder / "results.jsonl", *folder.glob("records/*.jsonl")]}
-    choices = [path.read_text() for path in sorted(folder.glob("arms/*/chosen.json"))]
     tables = [row for row in (folder / "report.md").read_text().splitlines() if re.match(r"\|.*\d", row)]
-    return values, choices, [row for row in tables if not row.startswith(("| Wall time", "| Run |"))]
+    return values, [row for row in tables if not row.startswith(("| Wall time", "| Run |"))]
 
 
 def damage_rows(path: Path, random: Random) -> None:

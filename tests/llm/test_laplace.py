@@ -177,7 +177,7 @@ def test_labels_and_batches_that_do_not_fit() -> None:
     ):
         with pytest.raises(UserError, match=f"Laplace: {message}"):
             laplace.tune(TEST, labels)
-    with pytest.raises(UserError, match="tune: there are no validation examples"):
+    with pytest.raises(UserError, match="tune: validation examples are missing"):
         laplace.tune(TEST[:0], torch.zeros(0).long())
     assert laplace.prior_precision == 1.0
     for batch, kind in (((TRAIN, torch.zeros(20)), "tuple"), ([TRAIN], "list"), ({"x": TRAIN}, "dict")):

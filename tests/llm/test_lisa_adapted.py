@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import vismt
 from vismt.config import TrainConfig
 from vismt.engine import loop, runtime
+from vismt.engine.optimizer import make_optimizer, rate
 from vismt.errors import UserError
 from vismt.llm import LISA
 from vismt.lowrank import backups
@@ -214,12 +215,12 @@ def test_the_loop_is_the_usual_loop_with_on_step(tmp_path: Path) -> None:
     trained = run(tmp_path)
     model = case("gpt2").model
     config = TrainConfig(steps=9, lr=1e-2, weight_decay=0.1, clip=1.0, warmup=2)
-    optimizer = loop.make_optimizer(dict(model.named_parameters()), config)
+    optimizer = make_optimizer(dict(model.named_parameters()), config)
     lisa = LISA(model, optimizer, active=1, interval=3, seed=2)
     for step in range(9):
         lisa.on_step(step)
         for group in optimizer.param_groups:
-            group["lr"] = loop.rate(step, config)
+            group["lr"] = rate(step, config)
         Objective(model)(tokens(step))["loss"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -13,7 +13,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 
 import vismt
 from vismt.config import TrainConfig
-from vismt.engine import loop
+from vismt.engine.optimizer import make_optimizer, with_own_prior
 from vismt.errors import UserError
 from vismt.llm import VBLLClassifier
 
@@ -315,8 +315,8 @@ def test_start_values_are_a_function_of_the_seed() -> None:
 def test_rates_of_their_own_and_no_decay() -> None:
     objective = nn.ModuleDict({"backbone": nn.Linear(6, 6), "head": VBLLClassifier(6, 3, 40, "lowrank")})
     config = TrainConfig(lr=0.01, weight_decay=0.1, rates={"head.spread": 30.0, "head": 3.0})
-    undecayed = loop.with_own_prior(objective)
-    optimizer = loop.make_optimizer(dict(objective.named_parameters()), config, undecayed)
+    undecayed = with_own_prior(objective)
+    optimizer = make_optimizer(dict(objective.named_parameters()), config, undecayed)
     names = {id(value): name for name, value in objective.named_parameters()}
     rates = {
         names[id(p)]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]

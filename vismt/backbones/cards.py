@@ -80,9 +80,7 @@ def load_asset_card(name: str | Path) -> AssetCard:
     elif str(name) in list_assets():
         path = SHIPPED / f"{name}.yaml"
     if path is None or not path.is_file():
-        raise UserError(
-            f"asset '{name}': there is no such card.{near(str(name), list_assets())} `vismt assets list` shows all."
-        )
+        raise UserError(f"asset '{name}': not found.{near(str(name), list_assets())} `vismt assets list` shows all.")
     where = f"asset card '{path}'"
     values = read_yaml(path, where)
     entries = values.pop("sources", None)

@@ -55,7 +55,7 @@ def create_lm(
         place = str(get_asset(place))
     elif gguf_file is not None and Path(place).is_dir() and not (Path(place) / gguf_file).is_file():
         names = [path.name for path in Path(place).glob("*.gguf")]
-        raise UserError(f"language model '{place}': there is no file '{gguf_file}'.{near(gguf_file, names)}")
+        raise UserError(f"language model '{place}': the file '{gguf_file}' is missing.{near(gguf_file, names)}")
     weights_dtype: torch.dtype | str | None = dtype
     if dtype is None:
         weights_dtype = torch.float32 if gguf_file else "auto"

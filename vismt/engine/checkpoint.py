@@ -261,7 +261,7 @@ def _set_random_state(what: str, states: Mapping[str, Tensor]) -> None:
     try:
         torch.set_rng_state(states["random.cpu"])
     except RuntimeError as error:
-        raise UserError(f"{what}: random.cpu is no state of a generator; delete the checkpoint.") from error
+        raise UserError(f"{what}: random.cpu is not the state of a generator; delete the checkpoint.") from error
     for name, state in states.items():
         if name != "random.cpu":
             torch.cuda.set_rng_state(state, int(name.rpartition(".")[2]))

@@ -8,10 +8,8 @@ goes to process k mod world, so one step of w processes takes w batches.
 from __future__ import annotations
 
 import math
-import re
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,33 +17,21 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from vismt import console
 from vismt.config import TrainConfig
 from vismt.engine import checkpoint
 from vismt.engine.blocks import check_blocks, running_blocks
 from vismt.engine.log import MetricsLog
+from vismt.engine.optimizer import OPTIMIZERS, make_optimizer, make_schedule, rate, with_own_prior
+from vismt.engine.stream import Batches, stream_batches
 from vismt.errors import UserError, near
 from vismt.lowrank.recompute import recompute
 from vismt.methods import freezes, method_optimizer, schedules
 
-OPTIMIZERS = ("adamw", "sgd")
-Batches = Callable[[int], Any]
-
 
 class Diverged(UserError):
     """A loss or gradient that is not finite."""
-
-
-class _Numbered(Dataset):
-    """Batches by number, so that workers can prepare them."""
-
-    def __init__(self, batches: Batches) -> None:
-        self.batches = batches
-
-    def __getitem__(self, number: int) -> Any:
-        return self.batches(number)
 
 
 def train(
@@ -111,7 +97,7 @@ class _Training:
 
         # Where training starts: 1. the run folder's newest sound checkpoint, 2. the start values.
         self.finished, updates = checkpoint.load(folder, objective, optimizer, accelerator.scaler, config_hash)
-        self.schedule = _schedule(optimizer, config, updates)
+        self.schedule = make_schedule(optimizer, config, updates)
         self.log = MetricsLog(folder, self.finished, accelerator.is_main_process)
         if self.finished:
             console.stage("resume", f"{folder} at step {self.finished} of {config.steps}")
@@ -123,7 +109,7 @@ class _Training:
         for schedule in self.method_schedules:
             schedule.on_step(self.finished)
         self.measured = [optimizer, *self.method_schedules]
-        self.stream = _stream(batches, config, self.finished, accelerator)
+        self.stream = stream_batches(batches, config, self.finished, accelerator)
         # Number of the first step whose loss or gradient was not finite; read when something is logged.
         self.first_bad = torch.zeros((), device=accelerator.device)
 
@@ -217,110 +203,6 @@ def _step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return sums, torch.as_tensor(norm)
-
-
-def _stream(batches: Batches, config: TrainConfig, finished: int, accelerator: Accelerator) -> Iterator[Any]:
-    """Yield the batches of this process from the first unfinished step on, on its device."""
-    world = accelerator.num_processes
-    rank = accelerator.process_index
-    numbers = range(finished * config.accumulate * world + rank, config.steps * config.accumulate * world, world)
-    if not config.workers:
-        return (_to(batch, accelerator.device) for batch in _prepared_ahead(batches, numbers))
-    # The loader draws a seed when it starts; from the global generator this would move the state that a resumed run restored.
-    generator = torch.Generator().manual_seed(0)
-    loader = DataLoader(
-        _Numbered(batches), batch_size=None, sampler=numbers, num_workers=config.workers, generator=generator
-    )
-    return (_to(batch, accelerator.device) for batch in loader)
-
-
-def _prepared_ahead(batches: Batches, numbers: Sequence[int]) -> Iterator[Any]:
-    """Yield the batches of some numbers in order; a thread prepares the next one while the caller works on the last."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = None
-        for number in numbers:
-            batch, coming = coming, pool.submit(batches, number)
-            if batch is not None:
-                yield batch.result()
-        if coming is not None:
-            yield coming.result()
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {name: _to(value, device) for name, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return type(batch)(_to(value, device) for value in batch)
-    return batch
-
-
-def with_own_prior(objective: nn.Module) -> set[str]:
-    """Return the names of parameters in modules with `own_prior`: their loss has a prior, and weight decay would add a second."""
-    return {
-        f"{path}.{name}" if path else name
-        for path, module in objective.named_modules()
-        if getattr(module, "own_prior", False)
-        for name, _ in module.named_parameters()
-    }
-
-
-def make_optimizer(
-    parameters: Mapping[str, Tensor], config: TrainConfig, undecayed: Collection[str] = ()
-) -> torch.optim.Optimizer:
-    """Return AdamW, or SGD with momentum, with a group for each learning rate, with and without weight decay.
-
-    Args:
-        parameters: by name.
-        config: the run's train section.
-        undecayed: names of matrices without weight decay.
-
-    Raises:
-        UserError: a pattern of train.rates that is not a regular expression or matches no name.
-    """
-    groups: dict[tuple[float, bool], list[Tensor]] = {}
-    matched = set()
-    for name, parameter in parameters.items():
-        pattern = next((pattern for pattern in config.rates if _search(pattern, name)), None)
-        factor = 1.0
-        if pattern is not None:
-            matched.add(pattern)
-            factor = config.rates[pattern]
-        decays = parameter.ndim > 1 and name not in undecayed
-        groups.setdefault((factor, decays), []).append(parameter)
-    for pattern in config.rates:
-        if pattern not in matched:
-            raise UserError(f"train.rates: '{pattern}' is found in no trained parameter.{near(pattern, parameters)}")
-    settings = [
-        {"params": group, "lr": config.lr * factor, "weight_decay": config.weight_decay if decays else 0.0}
-        for (factor, decays), group in groups.items()
-    ]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(settings, lr=config.lr, momentum=config.momentum)
-    return torch.optim.AdamW(settings, lr=config.lr)
-
-
-def _search(pattern: str, name: str) -> bool:
-    try:
-        return re.search(pattern, name) is not None
-    except re.error as error:
-        raise UserError(f"train.rates: '{pattern}' is not a regular expression ({error}).") from error
-
-
-def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Return the schedule of the rate after a number of updates."""
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, config) / config.lr, updates - 1)
-
-
-def rate(step: int, config: TrainConfig) -> float:
-    """Return the learning rate of step 0, 1, ...: linear over `warmup` steps to lr, a half cosine to min_lr, then `cooldown`."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    share = (step - config.warmup) / max(1, config.steps - config.warmup - config.cooldown)
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
 # The smallest allowed value of each number of a train section.

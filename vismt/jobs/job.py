@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from vismt import console, ranks
 from vismt.config import AdaptConfig, ModelConfig
 from vismt.engine import loop, runtime, training_files
+from vismt.engine.optimizer import make_optimizer
+from vismt.engine.stream import Batches
 from vismt.engine.study import StudyConfig, Training
 from vismt.errors import UserError
 from vismt.files import atomic_write, sealed
@@ -51,7 +53,7 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
         """Return the objective. balanced: the parameters whose gradients a balancer uses."""
 
     @abstractmethod
-    def batches(self, config: Config) -> loop.Batches:
+    def batches(self, config: Config) -> Batches:
         """Return the function from batch number to batch."""
 
     @abstractmethod
@@ -206,7 +208,7 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
         if config.training.rates:
             objective = self.objective(config, net, balanced)
             trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-            loop.make_optimizer(trained, config.training)
+            make_optimizer(trained, config.training)
 
     def validate(self, training: Training) -> float:
         """Return one number for a training on the validation split, higher is better: by default the mean of its scores."""

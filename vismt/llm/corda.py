@@ -7,7 +7,7 @@
 Yang et al., NeurIPS 2024. The product is that of the paper and of the released code (vismt.llm.corda_start shows why no
 inverse is needed). As with 'pissa', W stays whole and the start is subtracted, biases stay frozen (the released code
 trains them), a file carries A0 and B0, and dropout is refused. Paper and released code differ in the default mode (the
-release: kpm); there is none here.
+release: kpm, here: ipm).
 
 The published factors are not balanced: with kpm |A| / |B| reaches hundreds and depends on the scale of C, and an optimiser
 step changes B A that much more. `balanced` takes the same product with |A| = |B|, and is the default for kpm; raw factors

@@ -4,7 +4,7 @@
 
 One gate g (b, E) of the user's representation u (b, width) serves all layers, tokens and generation steps. The product is
 ((x A^T) * spread(g)) B^T: plain LoRA and one multiplication of the hidden width, where the released code builds an output
-for each expert. A uniform gate is plain LoRA with alpha / r; "balance" in the paper means that rank, there is no balancing loss.
+for each expert. A uniform gate is plain LoRA with alpha / r; "balance" in the paper means that rank, not a balancing loss.
 
 Paper and released code differ: the paper's gate is linear (the default here), every shipped script uses a 1-D ResNet-20
 ("cnn"). Its batch norms mix the samples of a batch while training; their running statistics are saved here; the released

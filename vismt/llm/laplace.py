@@ -190,7 +190,7 @@ class Laplace(GaussianHead):
             UserError: no examples, labels that do not fit, or an empty grid.
         """
         if not len(features):
-            raise UserError("laplace.tune: there are no validation examples; give features (n, d) and labels (n,).")
+            raise UserError("laplace.tune: validation examples are missing; give features (n, d) and labels (n,).")
         # Checked on the CPU, where a label out of range raises an error instead of a device fault.
         classes = self._labels(labels.cpu(), len(features)).to(features.device)
         nll_by_precision = {}

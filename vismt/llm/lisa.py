@@ -133,7 +133,7 @@ class LISA:
         if not isinstance(step, Integral) or step < 0:
             raise UserError(f"LISA.on_step: {step!r}; it takes the number of finished optimiser steps.")
         if self.optimizer is None:
-            raise UserError("LISA.on_step: there is no optimiser yet; set lisa.optimizer first.")
+            raise UserError("LISA.on_step: the optimiser is missing; set lisa.optimizer first.")
         if self.state_policy == "reset_all" and step % self.interval == 0:
             self.optimizer.state.clear()
         if step // self.interval != self._open:

@@ -60,9 +60,7 @@ def pissa(
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise UserError(f"adapt.iterations: {iterations!r}; it must be a whole number, at least 1.")
     if quantize is not None and any(parameter.is_meta for parameter in model.parameters()):
-        raise UserError(
-            "adapt.quantize: the model lies on the meta device, and there is nothing to quantise; load its weights."
-        )
+        raise UserError("adapt.quantize: the model lies on the meta device without values; load its weights.")
 
     def start(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         if quantize:

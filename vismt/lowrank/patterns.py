@@ -8,6 +8,7 @@ that of `re` without back-references, conditions, atomic groups, possessive repe
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -80,9 +81,10 @@ class _Run:
         return sum(1 << at for at in range(len(self.path) + 1) if holds(at))
 
 
-class _Part:
+class _Part(ABC):
+    @abstractmethod
     def step(self, run: _Run, starts: int) -> int:
-        raise NotImplementedError
+        """Return the set of positions where a match ends that begins in the set `starts`."""
 
 
 class _Atom(_Part):
@@ -96,8 +98,9 @@ class _Atom(_Part):
             run.known[key] = run.where(lambda at: self.fits(run, at))
         return (starts & run.known[key]) << self.length
 
+    @abstractmethod
     def fits(self, run: _Run, at: int) -> bool:
-        raise NotImplementedError
+        """Return whether it matches at a position."""
 
 
 class _Text(_Atom):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -57,33 +57,16 @@ class ConditionAccuracy:
 
 
 def evaluate_classifier(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    specs: Sequence[DirectPerturbation],
-    *,
-    num_classes: int,
-    records: Path | None = None,
-    data: str = "data",
-    fingerprint: str = "",
-    label: str = "robustness",
+    model: nn.Module, batches: Iterable[Batch], specs: Sequence[DirectPerturbation], *, num_classes: int, **options: Any
 ) -> list[ConditionAccuracy]:
     """Evaluate a classifier on clean images and under every condition of `specs`.
 
-    Args and errors are those of `evaluate_examples`.
+    Args, options and errors are those of `evaluate_examples`.
 
     Returns:
         The accuracy "clean", then one for each of `specs` in their order.
     """
-    rows = evaluate_examples(
-        model,
-        batches,
-        specs,
-        num_classes=num_classes,
-        records=records,
-        data=data,
-        fingerprint=fingerprint,
-        label=label,
-    )
+    rows = evaluate_examples(model, batches, specs, num_classes=num_classes, **options)
     worst_case = {spec.describe(num_classes): spec.worst_case for spec in specs}
     return summarise(rows, worst_case, num_classes)
 

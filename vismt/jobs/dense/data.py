@@ -96,7 +96,7 @@ class DenseData:
         console.stage("data", "   ".join(f"{part} {len(rows):,}" for part, rows in self.parts.items() if len(rows)))
 
     def part(self, name: str) -> Rows:
-        """Return the samples of a part; UserError where there is no validation part."""
+        """Return the samples of a part; raise UserError where the validation part is missing."""
         if not len(self.parts[name]):
             raise UserError("data: nothing to validate on; name a set in validation, or give validation_share.")
         return self.parts[name]

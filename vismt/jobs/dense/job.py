@@ -144,7 +144,8 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
 
     def classifier(self, arm: str | None = None) -> tuple[nn.Module, list[str], int]:
         raise UserError(
-            f"run '{self.folder}': a dense run is no classifier of other images; leave data out, and it is evaluated on its own."
+            f"run '{self.folder}': a dense run does not classify images of cards; leave data out, and it is evaluated on its "
+            "own images."
         )
 
     def scores_under(

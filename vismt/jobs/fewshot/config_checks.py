@@ -121,7 +121,9 @@ def _check_models(config: FewShotConfig, trains: bool) -> None:
     for model in sources:
         _check_model(config, "evaluate.attacks: source", model, known, trains)
         if split_head(model)[0] != FROZEN and not trains and not assembled:
-            raise UserError(f"evaluate.attacks: source: '{model}' needs a training, and there is none; take 'frozen'.")
+            raise UserError(
+                f"evaluate.attacks: source: '{model}' needs a training, and this configuration trains nothing; take 'frozen'."
+            )
     if not trains and not evaluated_models(config, []):
         raise UserError(
             f"evaluate.models: {config.evaluate.models} without an adapt and a train section; add them, name a pool.folder, "

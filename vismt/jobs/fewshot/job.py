@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from vismt import console, ranks
 from vismt.backbones import vit
-from vismt.engine import loop, runtime
+from vismt.engine import runtime
+from vismt.engine.stream import Batches
 from vismt.engine.study import Study, Training
 from vismt.engine.training_files import ADAPTER
 from vismt.errors import UserError, WeightsUnavailable
@@ -136,7 +137,7 @@ class FewShotJob(Job[FewShotConfig, Any]):
         if number % 10 == 0 and isinstance(objective, AdversarialObjective):
             objective.collapsed(number)
 
-    def batches(self, config: FewShotConfig) -> loop.Batches:
+    def batches(self, config: FewShotConfig) -> Batches:
         return self.data.batches(config)
 
     def save(self, net: Net, config: FewShotConfig, folder: Path) -> None:
@@ -256,7 +257,7 @@ class FewShotJob(Job[FewShotConfig, Any]):
         assembled = {expert.label: expert.folder for expert in read_pool(Path(pool.folder))} if pool.folder else {}
         names = list(assembled if pool.folder else self.study.arms)
         if name not in names:
-            reason = "a pool is merged for every task" if arm is None else f"there is no single adapter '{arm}'"
+            reason = "a pool is merged for every task" if arm is None else f"it has no single adapter '{arm}'"
             raise UserError(
                 f"run '{self.folder}': {reason}; name one with --arm: {', '.join(names)}, or {AVERAGE} to merge all."
             )

@@ -125,4 +125,4 @@ def save_head(net: LmNet, folder: Path) -> None:
 def fingerprint(training: Training) -> str:
     """Return the weight fingerprint of a training: the digest of the adapter's description and of the head."""
     files = (training.folder / training_files.ADAPTER / DESCRIPTION, training.folder / HEAD)
-    return digest(b"".join(path.read_bytes() for path in files if path.exists()))
+    return digest(b"".join(path.read_bytes() for path in files if path.is_file()))

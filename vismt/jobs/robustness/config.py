@@ -77,7 +77,7 @@ def check(config: RobustnessConfig) -> None:
     if any(attack.source is not None for attack in settings.attacks):
         raise UserError("evaluate.attacks: source: attacks from another model are for few-shot runs; leave it out.")
     if settings.masking and not settings.attacks:
-        raise UserError("evaluate.masking: it checks the first attack, and there is none; add one to evaluate.attacks.")
+        raise UserError("evaluate.masking: checks the first attack of evaluate.attacks, which is empty; add one.")
     if settings.baseline is not None and settings.baseline not in config.arms:
         raise UserError(f"evaluate.baseline: no arm '{settings.baseline}'.{near(settings.baseline, config.arms)}")
     _check_data(config)

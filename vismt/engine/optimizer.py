@@ -1,0 +1,84 @@
+"""The optimiser of a training, with its groups by rate and weight decay, and the schedule of its rate."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from vismt.config import TrainConfig
+from vismt.errors import UserError, near
+
+OPTIMIZERS = ("adamw", "sgd")
+
+
+def with_own_prior(objective: nn.Module) -> set[str]:
+    """Return the names of parameters in modules with `own_prior`: their loss has a prior, and weight decay would add a second."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, module in objective.named_modules()
+        if getattr(module, "own_prior", False)
+        for name, _ in module.named_parameters()
+    }
+
+
+def make_optimizer(
+    parameters: Mapping[str, Tensor], config: TrainConfig, undecayed: Collection[str] = ()
+) -> torch.optim.Optimizer:
+    """Return AdamW, or SGD with momentum, with a group for each learning rate, with and without weight decay.
+
+    Args:
+        parameters: by name.
+        config: the run's train section.
+        undecayed: names of matrices without weight decay.
+
+    Raises:
+        UserError: a pattern of train.rates that is not a regular expression or matches no name.
+    """
+    groups: dict[tuple[float, bool], list[Tensor]] = {}
+    matched = set()
+    for name, parameter in parameters.items():
+        pattern = next((pattern for pattern in config.rates if _search(pattern, name)), None)
+        factor = 1.0
+        if pattern is not None:
+            matched.add(pattern)
+            factor = config.rates[pattern]
+        decays = parameter.ndim > 1 and name not in undecayed
+        groups.setdefault((factor, decays), []).append(parameter)
+    for pattern in config.rates:
+        if pattern not in matched:
+            raise UserError(f"train.rates: '{pattern}' is found in no trained parameter.{near(pattern, parameters)}")
+    settings = [
+        {"params": group, "lr": config.lr * factor, "weight_decay": config.weight_decay if decays else 0.0}
+        for (factor, decays), group in groups.items()
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(settings, lr=config.lr, momentum=config.momentum)
+    return torch.optim.AdamW(settings, lr=config.lr)
+
+
+def _search(pattern: str, name: str) -> bool:
+    try:
+        return re.search(pattern, name) is not None
+    except re.error as error:
+        raise UserError(f"train.rates: '{pattern}' is not a regular expression ({error}).") from error
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Return the schedule of the rate after a number of updates."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, config) / config.lr, updates - 1)
+
+
+def rate(step: int, config: TrainConfig) -> float:
+    """Return the learning rate of step 0, 1, ...: linear over `warmup` steps to lr, a half cosine to min_lr, then `cooldown`."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    share = (step - config.warmup) / max(1, config.steps - config.warmup - config.cooldown)
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
