@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vismt.errors import UserError, require_known
-from vismt.lowrank.inject import record_of
 from vismt.lowrank.layer_spec import AdaptReport
 from vismt.lowrank.linear import LowRankLayer
 from vismt.lowrank.options import COMMON, checked
+from vismt.lowrank.record import record_of
 from vismt.lowrank.targets import find_targets, matrix_shape, pattern_value
 from vismt.registry import Registry
 

@@ -269,7 +269,7 @@ def test_every_layer_that_was_drawn_has_moved(family: str, built: str) -> None:
     before = snapshot(setup.model)
     if built == "after":
         lisa = LISA(setup.model, None, active=1, interval=1, cover=True)
-        with pytest.raises(UserError, match="no optimiser yet"):
+        with pytest.raises(UserError, match="the optimiser is missing"):
             lisa.on_step(0)
     elif built != "before":
         for layer in setup.layers()[1 if built == "frozen" else 0 :]:

@@ -21,7 +21,7 @@ from vismt.engine.optimizer import make_optimizer, rate
 from vismt.errors import UserError
 from vismt.llm import LISA
 from vismt.lowrank import backups
-from vismt.lowrank.inject import record_of
+from vismt.lowrank.record import record_of
 from vismt.methods import schedules
 
 

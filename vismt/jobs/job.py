@@ -22,9 +22,10 @@ from vismt.engine.study import StudyConfig, Training
 from vismt.errors import UserError
 from vismt.files import atomic_write, sealed
 from vismt.jobs.base import EvaluationJob
-from vismt.lowrank.inject import merge, record_of
+from vismt.lowrank.inject import merge
 from vismt.lowrank.layer_spec import factor_rank
 from vismt.lowrank.memory import count_parameters
+from vismt.lowrank.record import record_of
 from vismt.methods import adapt, check_adaptation
 
 Config = TypeVar("Config", bound=StudyConfig)

@@ -28,7 +28,7 @@ from vismt import console
 from vismt.errors import UserError
 from vismt.llm.covariance_files import CovarianceStore, batch_digest
 from vismt.llm.covariance_pass import Batch, Groups, add_batch, arguments, shared_inputs
-from vismt.lowrank.inject import refuse_adapted
+from vismt.lowrank.record import refuse_adapted
 from vismt.lowrank.store import fingerprint
 from vismt.lowrank.svd import double
 from vismt.lowrank.targets import Targets, find_targets, matrix_shape

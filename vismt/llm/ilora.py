@@ -26,11 +26,12 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError, near
 from vismt.lowrank.init import kaiming
-from vismt.lowrank.inject import attach, inject, refuse_adapted, site_generator
+from vismt.lowrank.inject import attach, inject, site_generator
 from vismt.lowrank.instance_gates import instance_gates, recompute_gates, repeat_gates
 from vismt.lowrank.layer_spec import AdaptReport
 from vismt.lowrank.linear import LowRankLayer
 from vismt.lowrank.memory import count_parameters
+from vismt.lowrank.record import refuse_adapted
 from vismt.lowrank.targets import Targets
 from vismt.lowrank.wrappers import AddedModule
 from vismt.methods import Method, register_method

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError, near
 from vismt.llm.layers import Layers, find_shares
-from vismt.lowrank.inject import install, need_record, refuse_adapted
+from vismt.lowrank.inject import install
 from vismt.lowrank.layer_spec import AdaptReport
 from vismt.lowrank.memory import count_parameters
+from vismt.lowrank.record import need_record, refuse_adapted
 from vismt.lowrank.strict_json import build
 from vismt.lowrank.targets import Targets
 from vismt.methods import Method, register_method

@@ -23,9 +23,10 @@ from vismt.errors import UserError, near
 from vismt.llm.landing import Landing, check_constraint
 from vismt.lowrank import stiefel
 from vismt.lowrank.init import working_dtype
-from vismt.lowrank.inject import inject, record_of
+from vismt.lowrank.inject import inject
 from vismt.lowrank.layer_spec import AdaptReport
 from vismt.lowrank.linear import LowRankLayer
+from vismt.lowrank.record import record_of
 from vismt.lowrank.targets import Targets
 from vismt.methods import Method, register_method
 

@@ -26,10 +26,11 @@ from torch import nn
 from vismt.errors import UserError, require_known
 from vismt.llm.unit_scores import SCORES
 from vismt.llm.unit_selection import UnitSelection, select_units
-from vismt.lowrank.inject import also_trained, install, refuse_adapted
+from vismt.lowrank.inject import also_trained, install
 from vismt.lowrank.layer_spec import AdaptReport
 from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.options import checked
+from vismt.lowrank.record import refuse_adapted
 from vismt.lowrank.slice_linear import MODES, SliceLinear
 from vismt.lowrank.structures import Structure, structures
 from vismt.lowrank.targets import Targets, find_targets

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError
 from vismt.lowrank.adapter_files import read_adapter
-from vismt.lowrank.inject import refuse_adapted, refuse_switched
+from vismt.lowrank.record import refuse_adapted, refuse_switched
 from vismt.lowrank.slice_linear import SliceLinear
 from vismt.lowrank.store import base_samples, other_base, same_base
 from vismt.lowrank.targets import is_conv1d, kind_of, matrix_shape

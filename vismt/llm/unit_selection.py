@@ -19,7 +19,7 @@ from torch import nn
 
 from vismt.errors import UserError, require_known
 from vismt.llm.unit_scores import SCORES, Scores, Slot, Slots, unit_scores
-from vismt.lowrank.inject import refuse_adapted
+from vismt.lowrank.record import refuse_adapted
 from vismt.lowrank.structures import PARTS, Structure, structures
 from vismt.lowrank.targets import check_patterns, matches
 

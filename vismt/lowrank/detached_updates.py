@@ -18,17 +18,11 @@ from vismt.errors import UserError
 from vismt.lowrank.adapter_files import DESCRIPTION, check_tensors, layer_shapes, read_adapter
 from vismt.lowrank.adapter_layer import spec_of
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.inject import (
-    adapter_layers,
-    install,
-    need_record,
-    refuse_adapted,
-    refuse_offloaded,
-    undone_on_error,
-)
+from vismt.lowrank.inject import adapter_layers, install, undone_on_error
 from vismt.lowrank.layer_spec import LayerSpec
 from vismt.lowrank.linear import LowRankLayer, LowRankSettings
 from vismt.lowrank.peft_files import CONFIG, PeftAdapter, read_peft
+from vismt.lowrank.record import need_record, refuse_adapted, refuse_offloaded
 from vismt.lowrank.store import (
     base_samples,
     fill,

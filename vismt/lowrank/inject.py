@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +21,14 @@ from vismt.lowrank.layer_spec import AdaptReport, LayerSpec
 from vismt.lowrank.linear import LowRankLayer
 from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.options import checked
+from vismt.lowrank.record import (
+    RECORD,
+    AdaptRecord,
+    need_record,
+    refuse_adapted,
+    refuse_offloaded,
+    refuse_switched,
+)
 from vismt.lowrank.targets import Targets, check_patterns, find_targets, matches, pattern_value
 from vismt.lowrank.threads import each
 from vismt.lowrank.values import need_finite
@@ -36,25 +43,8 @@ from vismt.lowrank.wrappers import (
     uninstall,
 )
 
-RECORD = "vismt_record"  # the attribute of an adapted model
-
 # (weight (o, i), rank, scale, generator) -> (A (r, i), B (o, r)), called once per output block.
 Initialiser = Callable[[Tensor, int, float, torch.Generator], tuple[Tensor, Tensor]]
-
-
-@dataclass
-class AdaptRecord:
-    """What an adapted model remembers of its adaptation: enough to save it, to undo it and to refuse a second one.
-
-    also_train: values before the adaptation, by parameter name. wrappers: type and settings of each wrapper, by path.
-    """
-
-    method: str
-    sites: list[LayerSpec]
-    options: dict[str, Any]
-    required_grad: dict[str, bool]
-    also_train: dict[str, Tensor]
-    wrappers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def inject(
@@ -142,26 +132,6 @@ def inject(
     return AdaptReport(method, specs, trainable, total, remarks)
 
 
-def refuse_adapted(model: nn.Module, what: str = "adapt") -> None:
-    """Raise UserError where the model or a part of it is adapted already."""
-    for path, module in model.named_modules():
-        record = record_of(module)
-        if record is not None or isinstance(module, (AdapterLayer, ModuleWrapper)):
-            where = f"its part '{path}' already carries" if path else "the model already carries"
-            raise UserError(f"{what}: {where} '{record.method if record else 'an update'}'; merge or unadapt it first.")
-
-
-def refuse_switched(model: nn.Module, what: str = "adapt") -> None:
-    """Raise UserError where the model is switched to slices: undoing the switch would overwrite later changes."""
-    for path, module in model.named_modules():
-        if getattr(module, "vismt_switched", None):
-            where = f"its part '{path}'" if path else "the model"
-            raise UserError(
-                f"{what}: {where} is switched to S2FT slices; call vismt.llm.switch(..., None) first, or load_adapter and "
-                "merge to keep them."
-            )
-
-
 def install(
     model: nn.Module,
     method: str,
@@ -203,40 +173,6 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
     except BaseException:
         unadapt(model)
         raise
-
-
-def refuse_offloaded(model: nn.Module, what: str, *, whole: bool = False) -> None:
-    """Raise UserError where weights have no values: on the meta device beside others that have, or moved away by hooks.
-
-    whole: refuse a model that lies on the meta device as a whole, too, which `adapt` counts the parameters of.
-    """
-    on_meta = {name: parameter.is_meta for name, parameter in model.named_parameters()}
-    moved = next((path for path, module in model.named_modules() if _offloads(module)), None)
-    if moved is None and (not any(on_meta.values()) or (all(on_meta.values()) and not whole)):
-        return
-    name = moved if moved is not None else next(name for name, is_meta in on_meta.items() if is_meta)
-    raise UserError(
-        f"{what}: '{name}' has no values in memory (offloaded, or on the meta device); load the whole model on its device."
-    )
-
-
-def _offloads(module: nn.Module) -> bool:
-    """Return whether a hook of accelerate holds the weights of the module elsewhere between its calls."""
-    hook = getattr(module, "_hf_hook", None)
-    return any(getattr(part, "offload", False) is True for part in getattr(hook, "hooks", [hook]))
-
-
-def record_of(model: nn.Module) -> AdaptRecord | None:
-    """Return the record of an adapted model, None for a stock one."""
-    return getattr(model, RECORD, None)
-
-
-def need_record(model: nn.Module, what: str) -> AdaptRecord:
-    """Return the record of an adapted model; UserError for a stock one."""
-    record = record_of(model)
-    if record is None:
-        raise UserError(f"{what}: this model is not adapted; call vismt.adapt or vismt.load_adapter on it first.")
-    return record
 
 
 def merge(model: nn.Module, *, force: bool = False) -> nn.Module:

@@ -21,9 +21,10 @@ from vismt.errors import UserError
 from vismt.files import atomic_write
 from vismt.lowrank.detached_updates import of_peft, put_on
 from vismt.lowrank.init import principal
-from vismt.lowrank.inject import AdaptRecord, adapter_layers, need_record, refuse_adapted, refuse_offloaded
+from vismt.lowrank.inject import adapter_layers
 from vismt.lowrank.patterns import Pattern
 from vismt.lowrank.peft_files import CONFIG, PREFIX, TENSORS, PeftAdapter, holds, read_peft
+from vismt.lowrank.record import AdaptRecord, need_record, refuse_adapted, refuse_offloaded
 from vismt.lowrank.store import adapter_tensors
 from vismt.lowrank.targets import kind_of, matrix_shape
 from vismt.lowrank.values import fits, need_finite

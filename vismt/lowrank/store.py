@@ -35,18 +35,9 @@ from vismt.lowrank.adapter_files import (
 )
 from vismt.lowrank.adapter_layer import AdapterLayer
 from vismt.lowrank.backups import unchanged_tensors
-from vismt.lowrank.inject import (
-    AdaptRecord,
-    adapter_layers,
-    attach,
-    install,
-    need_record,
-    record_of,
-    refuse_offloaded,
-    refuse_switched,
-    undone_on_error,
-)
+from vismt.lowrank.inject import adapter_layers, attach, install, undone_on_error
 from vismt.lowrank.layer_spec import LayerSpec
+from vismt.lowrank.record import AdaptRecord, need_record, record_of, refuse_offloaded, refuse_switched
 from vismt.lowrank.targets import kind_of, matrix_shape, refusals
 from vismt.lowrank.values import check_parameter, need_finite
 from vismt.lowrank.wrappers import (

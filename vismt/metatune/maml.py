@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import skip_init
 
 from vismt.errors import UserError, near
-from vismt.lowrank.inject import record_of
+from vismt.lowrank.record import record_of
 from vismt.lowrank.store import adapter_tensors, check_tensors
 from vismt.metatune.functional import Functional
 from vismt.metatune.objective import EpisodeObjective
