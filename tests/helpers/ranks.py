@@ -19,7 +19,8 @@ def of_two(script: str, folder: Path) -> list[dict[str, Tensor]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    # One thread, as the tests have (conftest.py): the number of threads decides how a sum is rounded.
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     common["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HELPERS.parent), os.environ.get("PYTHONPATH"))))
     call = [sys.executable, HELPERS / script, folder]
     ranks = [subprocess.Popen(call, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
