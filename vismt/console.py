@@ -10,6 +10,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from vismt.errors import UserError
+
 T = TypeVar("T")
 
 _console = Console(highlight=False, soft_wrap=True)
@@ -61,6 +63,14 @@ def _cell(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return str(value)
+
+
+def ask(question: str) -> bool:
+    """Return whether the user answers yes. Raises UserError where there is no terminal to answer at."""
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError as error:
+        raise UserError(f"{question} There is no terminal to ask at; give --yes.") from error
 
 
 def error(text: str) -> None:

@@ -6,7 +6,6 @@ import errno
 import importlib.util
 import os
 import stat
-import sys
 from pathlib import Path, PurePosixPath
 
 from vismt.errors import UserError
@@ -32,9 +31,16 @@ def cache_root() -> Path:
 
 
 def shipped(folder: str) -> Path:
-    """Return the folder `datasets` or `configs`: beside the package in a checkout, under <prefix>/share/vismt when installed."""
+    """Return the folder `datasets` or `configs`: beside the package in a checkout, else of the wheel.
+
+    A wheel's is share/vismt/<folder> in the first folder above the package that has one: the environment, the user's own
+    prefix, or the target of `pip install --target`.
+    """
     beside = CHECKOUT / folder
-    return beside if beside.is_dir() else Path(sys.prefix) / "share" / "vismt" / folder
+    if beside.is_dir():
+        return beside
+    places = [parent / "share" / "vismt" / folder for parent in (CHECKOUT, *CHECKOUT.parents)]
+    return next((place for place in places if place.is_dir()), places[0])
 
 
 def package_folder(module: str) -> Path | None:

@@ -7,12 +7,13 @@ import os
 import warnings
 from collections.abc import Sequence
 
+import vismt
 from vismt import console
-from vismt.cli import attack, bench, data, models, runs
+from vismt.cli import attack, bench, data, folders, models, runs
 from vismt.cli.commands import Commands
 from vismt.errors import UserError
 
-GROUPS = (runs, attack, models, data, bench)  # in the order of `vismt --help`
+GROUPS = (runs, folders, attack, models, data, bench)  # in the order of `vismt --help`
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,9 +47,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="vismt", description="Low-rank adaptation methods with numbers that can be trusted."
     )
+    parser.add_argument("--version", action="version", version=f"vismt {vismt.__version__}")
     commands = Commands(parser)
     for group in GROUPS:
         group.add_commands(commands)
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks for completions
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     options, rest = parser.parse_known_args(arguments)
     # argparse takes no positional after an option: `run CONFIG --out runs train.steps=2` leaves the override in `rest`.
     takes_overrides = hasattr(options, "overrides")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from vismt.cli.commands import Commands
 from vismt.errors import UserError
-from vismt.jobs import open_run
 
 if TYPE_CHECKING:
     from vismt.robustness.conditions import AttackConfig
@@ -53,6 +52,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def _attack(options: argparse.Namespace) -> None:
+    from vismt.jobs import open_run
     from vismt.robustness.conditions import AttackConfig
 
     if (options.run is None) == (options.model is None):

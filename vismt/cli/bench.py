@@ -12,7 +12,6 @@ from typing import Any
 from vismt import console
 from vismt.cli.commands import Commands
 from vismt.errors import UserError
-from vismt.files import atomic_write
 
 BENCHES = (
     "core",
@@ -41,6 +40,8 @@ def add_commands(commands: Commands) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
+    from vismt.files import atomic_write
+
     if options.rounds < 1:
         raise UserError(f"bench: --rounds {options.rounds}; it must be at least 1.")
     if options.model is not None and options.what != "memory":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -47,8 +48,8 @@ class Stages(Protocol):
     def evaluate(self, attacks: Sequence[Any] | None = None) -> None:
         """Write results.jsonl."""
 
-    def report(self) -> Path:
-        """Write the report and return the path of its page."""
+    def report(self, formats: Sequence[str] = ...) -> list[Path]:
+        """Write the report in some formats and return its files."""
 
     def adapted(self, arm: str | None = None) -> nn.Module:
         """Return the stock model with the adapter of one arm."""
@@ -132,9 +133,10 @@ class Run:
             self._note(finished=_now())
         runtime.processes().wait_for_everyone()
 
-    def report(self) -> None:
-        """Write report.md and report.html and print their place."""
-        console.stage("report", str(self.job.report()))
+    def report(self, formats: Sequence[str] | None = None) -> None:
+        """Write the report, by default as report.html and report.md, and print its files, the page last."""
+        for path in self.job.report() if formats is None else self.job.report(formats):
+            console.stage("report", str(path))
 
     def _need_adapter(self) -> None:
         if not any((self.folder / place).is_dir() for place in ("pool", "arms")):
@@ -234,4 +236,7 @@ def _now() -> str:
 
 
 def _command() -> str:
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """Return the command of this process as a shell takes it."""
+    program = Path(sys.argv[0]).name
+    start = ["python", "-m", "vismt"] if program == "__main__.py" else [program]
+    return shlex.join([*start, *sys.argv[1:]])

@@ -9,10 +9,15 @@ from vismt.errors import UserError
 
 @dataclass
 class PartsConfig:
-    """The sets of each part. train, validation, test: cards as 'name' or 'name:split'; several are joined.
+    """The sets of each part.
 
-    validation_share, test_share: share of `train` that is split off where no set is named. limit: the largest number of
-    training images, or rows of text.
+    Args:
+        train: cards as 'name' or 'name:split', of which several are joined.
+        test: cards to test on.
+        validation: cards to choose settings on.
+        test_share: share of `train` that is split off for the test where `test` is empty.
+        validation_share: share of `train` that is split off for validation where `validation` is empty.
+        limit: largest number of training images, or rows of text; null for all.
     """
 
     train: list[str] = field(default_factory=list)

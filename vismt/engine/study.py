@@ -31,16 +31,24 @@ SHARED = ("arms", "seeds", "seed", "tune", "tasks", "evaluate", "model", "task")
 
 @dataclass
 class TuneConfig:
-    """rates: values of train.lr that every arm tries with the first seed. The smaller one wins a tie."""
+    """The learning rates that every arm tries.
+
+    Args:
+        rates: values of train.lr; each arm tries them with the first seed and keeps the best on validation examples.
+            The smaller one wins a tie.
+    """
 
     rates: list[float] = field(default_factory=list)
 
 
 @dataclass
 class StudyConfig(RunConfig):
-    """A study. arms: {name: {dotted key: value}}, {} for the configuration itself as the only arm.
+    """A study: variants of one configuration, trained at several seeds.
 
-    seeds: seeds of the trainings, [] for `seed` alone. tune: the learning rates that every arm tries.
+    Args:
+        arms: {name: {dotted key: value}}, the variants; {} for the configuration itself as the only arm.
+        seeds: seeds of the trainings; [] for `seed` alone.
+        tune: the learning rates that every arm tries; null takes train.lr.
     """
 
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -38,6 +38,11 @@ def config_type(raw: Mapping[str, Any], source: str) -> type[RunConfig]:
     return _module(str(raw.get("task", "fewshot")), source).CONFIG
 
 
+def job_config(job: str) -> type[RunConfig]:
+    """Return the dataclass of a job's configuration."""
+    return _module(job, "config").CONFIG
+
+
 def make_job(config: RunConfig, folder: Path) -> EvaluationJob[Any]:
     """Return the job of a configuration in a run folder."""
     return _module(config.task, str(folder)).JOB(config, folder, config_hash(config))

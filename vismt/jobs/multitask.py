@@ -4,35 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from vismt.engine.study import StudyConfig
 from vismt.errors import UserError, near
 from vismt.multitask.balancing import BALANCERS, Balancer, make_balancer
-from vismt.typed_yaml import arguments, plain_name
+from vismt.typed_yaml import Names, arguments, plain_name
 
 SPLITS = ("test", "validation")
 
 
 @dataclass
 class RetainConfig:
-    """Arguments of vismt.multitask.retain.QualityRetaining."""
+    """Quality retaining, see vismt.multitask.retain.QualityRetaining.
+
+    Args:
+        temperature: temperature of the divergence, > 0.
+        mode: fifo2 keeps the last two logits of a class, ema a running mean.
+        ema_decay: decay of the running cross-entropy of a task, in [0, 1].
+        ema_init: start value of the running cross-entropy, > 0.
+        momentum: momentum of mode ema, in [0, 1).
+        reduction: over the samples of a batch.
+        ema_floor: a task's weight is 1 / max(running cross-entropy, ema_floor); null for no floor.
+        reverse: KL(student || bank) instead of KL(bank || student).
+    """
 
     temperature: float = 2.0
-    mode: str = "fifo2"
+    mode: Annotated[str, Names("vismt.multitask.retain:MODES")] = "fifo2"
     ema_decay: float = 0.95
     ema_init: float = 10.0
     momentum: float = 0.5
-    reduction: str = "mean"
+    reduction: Annotated[str, Names("vismt.multitask.retain:REDUCTIONS")] = "mean"
     ema_floor: float | None = None
     reverse: bool = False
 
 
 @dataclass
 class BalancingConfig:
-    """method: one of vismt.multitask.balancing.balancers(); options: its arguments."""
+    """How the losses of the tasks are weighed.
 
-    method: str = "ew"
+    Args:
+        method: the balancing method.
+        options: further arguments of the method.
+    """
+
+    method: Annotated[str, Names("vismt.multitask.balancing:BALANCERS")] = "ew"
     options: dict[str, Any] = field(default_factory=dict)
 
 

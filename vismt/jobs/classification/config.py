@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Annotated
 
 from vismt.config import Jitter, ModelConfig, OnBadSample
 from vismt.engine.splits import PartsConfig, check_parts
@@ -20,18 +21,29 @@ from vismt.multitask.fading import FadeConfig
 from vismt.multitask.retain import QualityRetaining
 from vismt.multitask.union import HEADS
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
+from vismt.typed_yaml import Names
 
 
 @dataclass
 class TaskConfig(PartsConfig):
-    """One task. Shares are taken of each class, and a limit is spread over the classes."""
+    """One task. Shares are taken of each class, and a limit is spread over the classes.
+
+    Args:
+        name: name of the task.
+    """
 
     name: str = ""
 
 
 @dataclass
 class AugmentConfig:
-    """Augmentation. crop: smallest area of a random crop, 1 for none; jitter: strength of colour changes; flip: horizontal."""
+    """Augmentation of training images.
+
+    Args:
+        crop: smallest area of a random crop; 1 for none.
+        jitter: strength of colour changes.
+        flip: whether images are mirrored at random.
+    """
 
     crop: float = 0.35
     jitter: Jitter = 0.0
@@ -40,9 +52,16 @@ class AugmentConfig:
 
 @dataclass
 class MultitaskEvaluateConfig:
-    """Evaluation. split: 'test', or 'validation' while settings are chosen; batch: images in one forward pass."""
+    """Evaluation.
 
-    split: str = "test"
+    Args:
+        split: test, or validation while settings are chosen.
+        batch: images in one forward pass.
+        attacks: evaluated attacks.
+        corruptions: evaluated corruptions.
+    """
+
+    split: Annotated[str, Names("vismt.jobs.multitask:SPLITS")] = "test"
     batch: int = 64
     attacks: list[AttackConfig] = field(default_factory=list)
     corruptions: list[CorruptionConfig] = field(default_factory=list)
@@ -50,15 +69,27 @@ class MultitaskEvaluateConfig:
 
 @dataclass
 class MultitaskConfig(StudyConfig):
-    """Several classification tasks on one backbone. head: 'union' or 'separate'; balancing: null for one mean over the batch.
+    """Several classification tasks on one backbone.
 
-    fade: null leaves routers at their start value. on_bad_sample: 'error' or 'skip' for images that cannot be decoded.
+    Args:
+        model: the backbone.
+        tasks: the tasks.
+        head: union, one head over the classes of all tasks, or separate, one for each task.
+        label_smoothing: share of the label that is spread over all classes, in [0, 1).
+        batch: images of a training batch.
+        augment: augmentation of training images.
+        fade: the fading of routers; null leaves them at their start value.
+        retain: quality retaining; null for none.
+        balancing: how the losses of the tasks are weighed; null for one mean over the batch.
+        evaluate: the evaluation.
+        on_bad_sample: error or skip, for images that cannot be decoded.
+        download: whether sets that are missing are downloaded.
     """
 
     task: str = "multitask"
     model: ModelConfig = field(default_factory=ModelConfig)
     tasks: list[TaskConfig] = field(default_factory=list)
-    head: str = "union"
+    head: Annotated[str, Names("vismt.multitask.union:HEADS")] = "union"
     label_smoothing: float = 0.1
     batch: int = 32
     augment: AugmentConfig = field(default_factory=AugmentConfig)
