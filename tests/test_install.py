@@ -18,11 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("torch", "timm", "transformers", "numpy", "matplotlib")
 
 
-def python(code: str, *, folder: Path, interpreter: str | Path = sys.executable) -> str:
+def started(*call: str | Path, folder: Path) -> str:
     """Return what a new process prints; it finds vismt as a user's does, by its installation and the working folder."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    call = [str(interpreter), "-c", code]
-    return subprocess.run(call, capture_output=True, text=True, check=True, cwd=folder, env=environment).stdout
+    words = list(map(str, call))
+    result = subprocess.run(words, capture_output=True, text=True, check=False, cwd=folder, env=environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 @pytest.mark.parametrize(
@@ -34,14 +36,14 @@ def python(code: str, *, folder: Path, interpreter: str | Path = sys.executable)
     ],
 )
 def test_import_and_help_load_no_library(code: str) -> None:
-    printed = python(f"{code}\nimport sys\nprint('loaded', *sorted({set(HEAVY)!r} & set(sys.modules)))", folder=ROOT)
+    code += f"\nimport sys\nprint('loaded', *sorted({set(HEAVY)!r} & set(sys.modules)))"
+    printed = started(sys.executable, "-c", code, folder=ROOT)
     assert printed.splitlines()[-1].split() == ["loaded"]
 
 
 def test_public_names_are_there_when_used() -> None:
-    printed = python(
-        "import vismt\nprint(*sorted({type(getattr(vismt, n)).__name__ for n in vismt.__all__}))", folder=ROOT
-    )
+    code = "import vismt; print(*sorted({type(getattr(vismt, name)).__name__ for name in vismt.__all__}))"
+    printed = started(sys.executable, "-c", code, folder=ROOT)
     assert printed.split() == ["function", "module", "type"]
     assert set(vismt.__all__) <= set(dir(vismt))
     with pytest.raises(AttributeError, match="module 'vismt' has no attribute 'adpat'"):
@@ -60,8 +62,7 @@ def test_names_for_type_checkers_are_those_at_run_time() -> None:
 
 
 def test_module_and_version() -> None:
-    call = [sys.executable, "-m", "vismt", "--version"]
-    printed = subprocess.run(call, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    printed = started(sys.executable, "-m", "vismt", "--version", folder=ROOT)
     assert printed.split() == ["vismt", vismt.__version__]
     assert f'version = "{vismt.__version__}"' in (ROOT / "pyproject.toml").read_text(encoding="utf8")
 
@@ -113,7 +114,7 @@ def test_an_editable_install_is_found_from_the_folder_of_the_clone(clone: Path, 
     pip("--python", interpreter, "install", "-e", clone)
     script = clone.parent / "script.py"
     script.write_text("import vismt; print(vismt.adapt.__name__, vismt.__file__)")
-    printed = subprocess.run([interpreter, script], capture_output=True, text=True, check=True, cwd=clone.parent).stdout
+    printed = started(interpreter, script, folder=clone.parent)
     assert printed.split() == ["adapt", str(clone / "vismt" / "__init__.py")]
 
 
@@ -123,15 +124,24 @@ def test_a_wheel_has_its_configurations_and_cards(clone: Path, tmp_path: Path) -
     (wheel,) = tmp_path.glob("vismt-*.whl")
     interpreter = environment_in(tmp_path / "env")
     pip("--python", interpreter, "install", wheel)
-    small = ["model.name=test_vit", "model.img_size=32", "model.pretrained=false", "model.block=null", "train.steps=1"]
+    small = [
+        "model.name=test_vit",
+        "model.img_size=32",
+        "model.pretrained=false",
+        "model.block=null",
+        "train.steps=1",
+        "train.warmup=0",
+    ]
     small += ["source.queries=1", "evaluate.episodes=2", "evaluate.queries=1", "evaluate.attacks=[]", "pool=null"]
     small += ["evaluate.models=[frozen, adapted]", "adapt.rank=2"]
-    command = [tmp_path / "env" / "bin" / "vismt", "run", "quickstart", *small, "--out", tmp_path / "runs"]
-    subprocess.run(list(map(str, command)), check=True, cwd=tmp_path)
+    started(
+        tmp_path / "env" / "bin" / "vismt", "run", "quickstart", *small, "--out", tmp_path / "runs", folder=tmp_path
+    )
     assert len(list((tmp_path / "runs").glob("quickstart-*/report.html"))) == 1
     # `pip install --target`: no environment of its own
     pip("install", "--target", tmp_path / "target", wheel)
-    code = "import vismt.config, vismt.data.cards as cards; print(vismt.config.find_config('quickstart'), *cards.list_cards())"
-    printed = python(f"import sys; sys.path.insert(0, 'target'); {code}", folder=tmp_path, interpreter=interpreter)
+    code = "import sys; sys.path.insert(0, 'target'); from vismt import config; from vismt.data import cards"
+    code += "; print(config.find_config('quickstart'), *cards.list_cards())"
+    printed = started(interpreter, "-c", code, folder=tmp_path)
     assert printed.split()[0] == str(tmp_path / "target" / "share" / "vismt" / "configs" / "quickstart.yaml")
     assert "digits" in printed.split()

@@ -59,8 +59,8 @@ def test_by_seed_with_the_difference_to_the_arm_of_the_task(folder):
     table = tables(folder)["By seed, 2 seeds"]
     assert table.heads == ["Score", "Arm", "seed 0", "seed 1", "mean", "difference"]
     assert table.rows == [
-        [f"depth: {DEPTH} ↓", "alone", "2", "2.2", "2.1 ± 1.3", "–"],  # T * 0.1
-        [f"depth: {DEPTH} ↓", "emtal", "1", "1.4", "1.2 ± 2.5", "−0.9 ± 1.3 to alone"],  # -1, -0.8
+        [f"depth: {DEPTH} ↓", "alone", "2.0", "2.2", "2.1 ± 1.3", "–"],  # T * 0.1
+        [f"depth: {DEPTH} ↓", "emtal", "1.0", "1.4", "1.2 ± 2.5", "−0.9 ± 1.3 to alone"],  # -1, -0.8
         [f"edge: {EDGE} in % ↑", "edge", "50.0", "52.0", "51.0 ± 12.7", "–"],
         [f"edge: {EDGE} in % ↑", "emtal", "56.0", "54.0", "55.0 ± 12.7", "+4.0 ± 25.4 to edge"],  # 6, 2
         [f"delta_m: {DELTA} ↑", "emtal", "30", "20", "25 ± 64", "–"],

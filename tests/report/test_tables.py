@@ -89,8 +89,8 @@ def test_several_measures_are_columns_of_one_table():
             c = comparison("films", condition, count=2, metric=metric, scale=scale, better=better)
             rows.append(replace(c, difference=(0.011, 0.001, 0.021)))
     (table,) = result_tables(rows)
-    assert table.title == "5-way 1-shot"
-    assert table.heads == ["Condition", "Arm", "accuracy in % ↑, n = 60", "NLL in nats ↓, n = 60"]
+    assert table.title == "5-way 1-shot, n = 60 episodes"
+    assert table.heads == ["Condition", "Arm", "accuracy in % ↑", "NLL in nats ↓"]
     assert [row[:2] for row in table.rows[:3]] == [
         ["clean", "arm_0"],
         ["clean", "arm_1"],
@@ -105,13 +105,35 @@ def test_tasks_of_one_protocol_are_columns_of_one_table():
     )
     parts = comparison("rooms", count=2, task="parts", protocol="test", metric="mIoU")
     (table,) = result_tables([depth, parts])
-    assert table.heads == ["Arm", "depth RMSE in m ↓, n = 60", "parts mIoU in % ↑, n = 60"]
+    assert table.title == "test, n = 60 episodes"
+    assert table.heads == ["Arm", "depth RMSE in m ↓", "parts mIoU in % ↑"]
     assert [row[0] for row in table.rows] == ["arm_0", "arm_1"]
     other = comparison("rooms", count=2, task="parts", protocol="validation", metric="mIoU")
     assert [table.title for table in result_tables([depth, other])] == [
         "depth: test, RMSE in m, lower is better",
         "parts: validation, mIoU in %",
     ]
+
+
+def test_a_measure_of_other_conditions_has_a_table_of_its_own():
+    """Else its column would be empty in every row but one."""
+    error = comparison(
+        "digits", Condition("all corruptions", "corruption", "all"), count=2, metric="error", better="lower"
+    )
+    tables = result_tables([comparison("digits", count=2), comparison("digits", attack("PGD"), count=2), error])
+    assert [table.title for table in tables] == [
+        "5-way 1-shot, accuracy in %",
+        "5-way 1-shot, error in %, lower is better",
+    ]
+    assert [len(table.rows) for table in tables] == [2, 1]
+
+
+def test_an_arm_may_be_named_average():
+    rows = [comparison("digits", count=8)]
+    cells = {f"arm_{i}" if i else "average": cell for i, cell in enumerate(rows[0].cells.values())}
+    html = render_html(report(result_tables([replace(rows[0], cells=cells)])))
+    assert 'class="average"' not in html and "average" in html
+    assert 'class="average"' in render_html(report(result_tables([comparison("average", count=2)])))
 
 
 def test_a_wide_table_is_cut_between_columns_and_keeps_its_first():

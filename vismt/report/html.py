@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vismt.report.comparison import AVERAGE
+from vismt.report.plotting import FIGURE_DPI
 from vismt.report.sections import Picture, Section
-from vismt.report.tables import Table, fitted, is_text
+from vismt.report.tables import Table, fitted, is_long, is_text
 
 if TYPE_CHECKING:
     from vismt.report.report import KeyFigure, Report
+
+SCREEN_DPI, FRAME = 96, 26  # at which letters of a figure have the size of those around it; pixels of its frame
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --muted: #5d6775; --line: #dfe3e9; --page: #ffffff; --soft: #f5f7f9;
@@ -38,7 +41,7 @@ table { border-collapse: collapse; width: 100%; font-size: 0.9rem; font-variant-
 th { text-align: left; font-weight: 600; color: var(--muted); border-bottom: 2px solid var(--line); }
 th, td { padding: 0.45rem 0.9rem 0.45rem 0; white-space: nowrap; vertical-align: top; }
 td { border-top: 1px solid var(--line); }
-th, td.text { white-space: normal; } th { vertical-align: bottom; }
+th, td.long { white-space: normal; } th { vertical-align: bottom; }
 tr.more td { border-top: 0; padding-top: 0; }
 tr.average td { font-weight: 600; } .number { text-align: right; padding-left: 0.9rem; }
 td.best span { background: var(--best); border-radius: 5px; padding: 0.12rem 0.4rem; margin-right: -0.4rem; font-weight: 700; }
@@ -51,7 +54,8 @@ img { display: block; max-width: 100%; height: auto; background: #fff; border: 1
 .cite { border-left: 4px solid var(--accent); background: var(--soft); border-radius: 0 10px 10px 0; padding: 0.9rem 1.3rem; }
 details { margin: 0.75rem 0; } summary { cursor: pointer; color: var(--accent); }
 pre { background: var(--soft); border-radius: 10px; padding: 1rem 1.3rem; overflow-x: auto; }
-@media (max-width: 40rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 0.5rem; } }
+@media (max-width: 40rem) { td.text { white-space: normal; }
+  dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 0.5rem; } }
 @media print { main { max-width: none; padding: 0; } figure, tr { break-inside: avoid; } }
 """
 
@@ -138,17 +142,18 @@ def _html_table(table: Table) -> str:
 
 
 def _html_part(table: Table) -> str:
-    kinds = ["text" if is_text(table, column) else "number" for column in range(len(table.heads))]
+    kinds = [_kind(table, column) for column in range(len(table.heads))]
     heads = "".join(
         f'<th class="{kind}">{_breakable(head)}</th>' for kind, head in zip(kinds, table.heads, strict=True)
     )
     rows = []
     for number, row in enumerate(table.rows):
         again = table.texts > 1 and number > 0 and table.rows[number - 1][0] == row[0]
-        classes = " ".join(name for name, applies in (("more", again), ("average", row[0] == AVERAGE)) if applies)
+        average = table.heads[0] == "Data" and row[0] == AVERAGE
+        classes = " ".join(name for name, applies in (("more", again), ("average", average)) if applies)
         cells = []
         for i, text in enumerate(row):
-            shown = _breakable(text) if kinds[i] == "text" else escape(text)
+            shown = _breakable(text) if "text" in kinds[i] else escape(text)
             if i == 0 and again:
                 shown = ""
             if (number, i) in table.best:
@@ -160,9 +165,17 @@ def _html_part(table: Table) -> str:
     return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def _kind(table: Table, column: int) -> str:
+    """Return the classes of the cells of a column."""
+    if not is_text(table, column):
+        return "number"
+    return "text long" if is_long(table, column) else "text"
+
+
 def _breakable(text: str) -> str:
-    """Return a text that may be broken behind the joints of a name."""
-    return re.sub(r"([+:_/])", r"\1<wbr>", escape(text))
+    """Return a text that may be broken behind the joints of a name, and not before or behind a sign such as in "n = 60"."""
+    joints = re.sub(r"([+:_/])", r"\1<wbr>", escape(text))
+    return re.sub(r" (?=[=↑↓])|(?<==) ", "\u00a0", joints)
 
 
 def _fact(name: str, value: str) -> str:
@@ -170,9 +183,11 @@ def _fact(name: str, value: str) -> str:
 
 
 def _figure(picture: Picture) -> str:
-    data = base64.b64encode(picture.path.read_bytes()).decode("ascii")
+    content = picture.path.read_bytes()
+    width = round(int.from_bytes(content[16:20], "big") * SCREEN_DPI / FIGURE_DPI) + FRAME  # from the header of the PNG
+    data = base64.b64encode(content).decode("ascii")
     return (
-        f'<figure><img alt="{escape(picture.title)}" src="data:image/png;base64,{data}">'
+        f'<figure><img alt="{escape(picture.title)}" width="{width}" src="data:image/png;base64,{data}">'
         f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
     )
 

@@ -27,6 +27,7 @@ INK, MUTED, GRID = "#1b1f24", "#667080", "#e6e9ee"
 PALETTE = ("#9aa4b2", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#f0e442", "#8c510a", "#5e4fa2")
 RIGHT, WRONG = PALETTE[1], PALETTE[2]
 DASHES = (0, (3, 3))
+FIGURE_DPI = 150
 VECTORS = ("svg", "pdf")
 # Fonts inside the file: TrueType in PDF, which publishers ask for, and outlines in SVG. Two runs give the same bytes.
 EMBEDDED = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "vismt"}
@@ -133,7 +134,7 @@ def new_figure(width: float, height: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
+    figure = Figure(figsize=(width, height), dpi=FIGURE_DPI, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 

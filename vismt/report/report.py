@@ -16,6 +16,7 @@ from vismt.report.results import Result
 from vismt.report.sections import Section
 from vismt.report.tables import (
     Table,
+    counts_text,
     difference_text,
     interval_text,
     paper_tables,
@@ -144,16 +145,16 @@ def key_comparisons(comparisons: Sequence[Comparison]) -> list[Comparison]:
     column = (chosen[0].block, chosen[0].data)
     attacked = [c for c in comparisons if c.row.kind == "attack" and (c.block, c.data) == column]
     sign = -1 if chosen[0].row.better == LOWER else 1
-    strongest = sorted(attacked, key=lambda c: max(sign * cell.value for cell in c.cells.values()))[:1]
-    return [chosen[0], *strongest, *chosen[1:]]
+    # Of several that break all, the last: the worst case over the others follows them.
+    by_strength = sorted(attacked[::-1], key=lambda c: max(sign * cell.value for cell in c.cells.values()))
+    return [chosen[0], *by_strength[:1], *chosen[1:]]
 
 
 def _key_figure(c: Comparison) -> KeyFigure:
     arms = list(c.cells)
     row = c.row
-    counts = " / ".join(f"{n:,}" for n in dict.fromkeys(cell.n for cell in c.cells.values()))
     words = [scale_text(row.metric, row.scale), row.task, c.data, row.protocol, c.condition]
-    about = f"{', '.join(dict.fromkeys(words))}; n = {counts} {row.unit}, 95 % intervals"
+    about = f"{', '.join(dict.fromkeys(words))}; n = {counts_text([c])} {row.unit}, 95 % intervals"
     if c.difference is not None:
         about += f"; {arms[1]} − {arms[0]} on the same {row.unit}: {difference_text(c)}"
     shown = arms if len(arms) <= MOST_KEYS else dict.fromkeys([arms[0], _best(c)])

@@ -24,6 +24,7 @@ from vismt.report.tables import Table, interval_text, number_text, scale_text, s
 from vismt.stats import LOWER, SHARE, domain_average, seeds_interval
 
 MOST_PANELS = 12  # of the figure by seed
+MOST_OPEN = 3  # figures of scores; of more the first is shown and the others on request
 ARROWS = "↓ lower is better, ↑ higher is better."
 SEED_NOTE = (
     f"{ARROWS} Mean over the training seeds ± half width of its 95 % interval (Student's t), and the same of the difference to "
@@ -106,9 +107,10 @@ def score_sections(
             left out.
     """
     scores = arm_scores(results, compared)
+    bars = _bars(folder, comparisons)
     pairs = [*_over_examples(values, compared, scores), *_over_seeds(compared, scores)]
     return [
-        Section("Scores by set", pictures=_bars(folder, comparisons)),
+        Section("Scores by set", pictures=bars, folded=len(bars) > MOST_OPEN),
         Section("Scores by level", pictures=_levels(folder, comparisons)),
         Section("Arms by seed", _by_seed(scores, baselines), _seeds_figure(folder, compared, scores)),
         Section("Paired differences", pairs),
@@ -265,10 +267,9 @@ def _by_seed(scores: Sequence[ArmScore], baselines: Mapping[str, str]) -> list[t
                 difference = f"{interval_text(*seeds_interval(steps), score.row.scale, sign=True)} to {base}"
             if arm == first and len(arms) > 1:
                 best.add((len(rows), 2 + len(seeds)))
-            numbers = [number_text(value, score.row.scale) for value in values]
-            rows.append(
-                [score.label, arm, *numbers, interval_text(*seeds_interval(values), score.row.scale), difference]
-            )
+            mean, half = seeds_interval(values)
+            numbers = [number_text(value, score.row.scale, half=half) for value in values]
+            rows.append([score.label, arm, *numbers, interval_text(mean, half, score.row.scale), difference])
     if not rows:
         return []
     heads = ["Score", "Arm", *(f"seed {seed}" for seed in seeds), "mean", "difference"]

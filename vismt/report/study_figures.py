@@ -26,7 +26,7 @@ from vismt.report.plotting import (
     short,
     write,
 )
-from vismt.report.tables import number_text
+from vismt.report.tables import typographic
 from vismt.stats import SHARE, Scale
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _seeds(axes: Axes, panel: SeedsPanel, arms: Sequence[str]) -> None:
                 zorder=2,
             )
             axes.annotate(
-                number_text(mean / 100 if panel.scale == SHARE else mean, panel.scale),
+                typographic(format(mean, ".1f" if panel.scale == SHARE else ".3g")),
                 (number, 1),
                 xycoords=("data", "axes fraction"),
                 xytext=(0, 6),

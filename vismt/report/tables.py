@@ -42,12 +42,12 @@ def split_corruptions(comparisons: Sequence[Comparison]) -> tuple[list[Compariso
 
 
 def result_tables(comparisons: Sequence[Comparison]) -> list[Table]:
-    """Return the tables of results, one for each protocol; many corruptions have one of their own.
+    """Return the tables of results, one for each protocol and its conditions; many corruptions have one of their own.
 
     Of one measure of few arms, arms are columns and sets and conditions rows. Otherwise arms are rows and measures columns.
     """
     tables = []
-    for group in _by_protocol(comparisons):
+    for group in _groups(comparisons):
         arms = {arm for c in group for arm in c.cells}
         for kept, folded in zip(split_corruptions(group), (False, True), strict=True):
             if not kept:
@@ -62,15 +62,24 @@ def result_tables(comparisons: Sequence[Comparison]) -> list[Table]:
 
 def paper_tables(comparisons: Sequence[Comparison]) -> list[Table]:
     """Return the tables of results with arms as rows, and with measures or sets as columns, as papers print them."""
-    return [_arms_down(_title(group, comparisons), group) for group in _by_protocol(comparisons)]
+    return [_arms_down(_title(group, comparisons), group) for group in _groups(comparisons)]
 
 
-def _by_protocol(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
-    """Return the comparisons of each protocol, in their order."""
-    groups: dict[tuple[str, str], list[Comparison]] = {}
+def _groups(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
+    """Return the comparisons of each protocol in their order; measures without a common condition are groups of their own."""
+    measures: dict[tuple[str, ...], list[Comparison]] = {}
     for c in comparisons:
-        groups.setdefault((c.row.protocol, c.row.unit), []).append(c)
-    return list(groups.values())
+        measures.setdefault(c.block, []).append(c)
+    groups: list[list[Comparison]] = []
+    for measure in measures.values():
+        for group in groups:
+            alike = (group[0].row.protocol, group[0].row.unit) == (measure[0].row.protocol, measure[0].row.unit)
+            if alike and {c.condition for c in group} & {c.condition for c in measure}:
+                group += measure
+                break
+        else:
+            groups.append(measure)
+    return groups
 
 
 def _title(group: Sequence[Comparison], comparisons: Sequence[Comparison], more: str = "") -> str:
@@ -100,7 +109,7 @@ def _arms_across(title: str, group: Sequence[Comparison], folded: bool) -> Table
         best |= {(number, first + i) for i, arm in enumerate(arms) if _is_best(c, arm)}
         if differences:
             texts.append(difference_text(c))
-        rows.append([*texts, " / ".join(f"{n:,}" for n in dict.fromkeys(cell.n for cell in c.cells.values()))])
+        rows.append([*texts, counts_text([c])])
     return Table(title, heads, rows, best, texts=first, folded=folded)
 
 
@@ -112,12 +121,14 @@ def _arms_down(title: str, group: Sequence[Comparison], folded: bool = False) ->
     conditions = list(dict.fromkeys(c.condition for c in group))
     if len(columns) == 1:  # conditions are the columns
         across = [[table[columns[0], condition]] for condition in conditions]
-        heads, bands = _heads(across, conditions), {"": [of_column[0] for of_column in across]}
+        heads, counts = _heads(across, conditions)
+        bands: dict[str, list[Comparison | None]] = {"": [of_column[0] for of_column in across]}
         title = f"{title}, {columns[0][2]}"
     else:
         present = [[table[column, name] for name in conditions if (column, name) in table] for column in columns]
-        heads = _heads(present, _names([of_column[0] for of_column in present]))
+        heads, counts = _heads(present, _names([of_column[0] for of_column in present]))
         bands = {name: [table.get((column, name)) for column in columns] for name in conditions}
+    title += f", n = {counts} {group[0].row.unit}" if counts else ""
     texts = 2 if len(bands) > 1 else 1
     rows: list[list[str]] = []
     best: set[tuple[int, int]] = set()
@@ -149,14 +160,23 @@ def _names(columns: Sequence[Comparison]) -> list[str]:
     return names
 
 
-def _heads(columns: Sequence[Sequence[Comparison]], names: Sequence[str]) -> list[str]:
-    """Return the heads of columns of numbers: name, n, and whether a comparison in the column is not paired."""
+def _heads(columns: Sequence[Sequence[Comparison]], names: Sequence[str]) -> tuple[list[str], str]:
+    """Return the heads of columns of numbers, and the n that all have, "" where it differs and is in the heads.
+
+    A head also tells that a comparison in its column is not paired.
+    """
+    counts = [counts_text(of_column) for of_column in columns]
+    same = counts[0] if len(set(counts)) == 1 else ""
     heads = []
-    for of_column, name in zip(columns, names, strict=True):
-        counts = dict.fromkeys(cell.n for c in of_column for cell in c.cells.values())
+    for of_column, name, count in zip(columns, names, counts, strict=True):
         unpaired = any(not c.paired and len(c.cells) > 1 for c in of_column)
-        heads.append(f"{name}, n = {' / '.join(f'{n:,}' for n in counts)}" + (" (unpaired)" if unpaired else ""))
-    return heads
+        heads.append(name + ("" if same else f", n = {count}") + (" (unpaired)" if unpaired else ""))
+    return heads, same
+
+
+def counts_text(comparisons: Sequence[Comparison]) -> str:
+    """Return the numbers of examples of some comparisons, "50 / 60" where they differ."""
+    return " / ".join(f"{n:,}" for n in dict.fromkeys(cell.n for c in comparisons for cell in c.cells.values()))
 
 
 def _is_best(c: Comparison, arm: str) -> bool:
@@ -182,12 +202,18 @@ def _width(table: Table, column: int) -> int:
     """Return the characters that a column needs: numbers are not broken, other texts and heads between words only."""
     words = max(len(word) for text in (table.heads[column], *_texts(table, column)) for word in text.split() or [""])
     longest = max((len(text) for text in _texts(table, column)), default=0)
-    return APART + max(words, min(longest, TEXT) if is_text(table, column) else longest)
+    return APART + max(words, TEXT if is_long(table, column) else longest)
 
 
 def is_text(table: Table, column: int) -> bool:
-    """Return whether a column holds words, which may be broken between lines, and not numbers."""
-    return column < table.texts or any(len(text) > 2 * TEXT for text in _texts(table, column))
+    """Return whether a column holds words and not numbers."""
+    return column < table.texts or is_long(table, column)
+
+
+def is_long(table: Table, column: int) -> bool:
+    """Return whether a column holds texts that may be broken between lines."""
+    most = TEXT if column < table.texts else 2 * TEXT
+    return any(len(text) > most for text in _texts(table, column))
 
 
 def _texts(table: Table, column: int) -> list[str]:
@@ -238,9 +264,13 @@ def number_text(value: float, scale: str, sign: bool = False, half: float = 0.0)
     digits = f".{max(0, 1 - exponent)}f" if width > 0 else ".4g"
     if scale == SHARE:
         digits = f".{1 if exponent >= -1 else 1 - exponent}f"
-    text = format(shown, f"+{digits}" if sign else digits)
+    return typographic(format(shown, f"+{digits}" if sign else digits))
+
+
+def typographic(text: str) -> str:
+    """Return a number's text with a typographic minus, and without a sign where it is zero."""
     if not text.strip("+-0."):
-        return text.lstrip("+-")  # zero has no sign
+        return text.lstrip("+-")
     return text.replace("-", "−", 1) if text.startswith("-") else text
 
 
