@@ -12,6 +12,8 @@ import pytest
 from helpers import pages
 from helpers.pages import PAGES, README, ROOT
 
+from vismt.config import config_hash
+from vismt.jobs import load_config
 from vismt.lowrank.options import COMMON
 from vismt.methods import METHODS
 
@@ -73,6 +75,8 @@ def test_a_header_has_the_command_and_the_page_of_its_results(path: Path) -> Non
     assert f"vismt run {path.relative_to(ROOT).as_posix()}" in text and len(header) <= HEADER_LINES
     for page in re.findall(r"docs/results/\w+\.md", text):
         assert path.relative_to(ROOT).as_posix() in pages.read(ROOT / page), f"{page} does not name its configuration"
+    for digest in re.findall(r"Config ([0-9a-f]{8})", text):
+        assert digest == config_hash(load_config(path, [])), "the numbers are of another configuration"
 
 
 @pytest.mark.slow
