@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import pages
@@ -61,6 +64,30 @@ def test_every_method_is_in_the_readme_and_its_page_has_all_options() -> None:
         absent = [option for option in method.options if option not in COMMON and f"`{option}`" not in page]
         assert not absent, f"{row[1]} does not describe {absent}"
         assert (row[0].split("|")[-2].strip() == "no") == (not method.exports)
+
+
+OPTION = re.compile(r"^\| `(\w+)` \| ([^|]+) \|", re.M)
+
+
+def value_of(cell: str) -> Any:
+    """Return the default that a table shows."""
+    text = cell.strip(" `")
+    try:
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError):
+        return text
+
+
+def test_the_defaults_of_options_are_those_of_the_code() -> None:
+    checked = 0
+    for method in METHODS.values():
+        page = ROOT / re.search(rf"^\| \[`{method.name}`\]\((docs/methods/\w+\.md)\)", pages.read(README), re.M)[1]
+        parameters = inspect.signature(method.adapt).parameters
+        for option, cell in OPTION.findall(pages.prose(page)):
+            if option in parameters:
+                assert value_of(cell) == parameters[option].default, f"{pages.name(page)}: {option}"
+                checked += 1
+    assert checked > 25
 
 
 def test_common_options_are_described() -> None:
