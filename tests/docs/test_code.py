@@ -147,7 +147,7 @@ def test_commands_parse_and_their_configurations_are_valid(page: Path, tmp_path,
             if arguments is not None:
                 options = _parse(arguments)
                 if options.command == "run":
-                    make_job(load_config(options.config, options.overrides), tmp_path)
+                    make_job(load_config(Path(options.config), options.overrides), tmp_path)
             elif words[0] == "python":
                 _parse_script(words[1:], monkeypatch)
 
