@@ -1,0 +1,56 @@
+"""Train the configurations FOLDER/*.yaml under FSDP2, as one of two processes: `python fsdp_ranks.py FOLDER`.
+
+Each is trained into FOLDER/sharded, and into FOLDER/resumed with an interruption after the checkpoint of step 2; what the
+interrupted one had written is copied to FOLDER/cut. refused.yaml and further overrides of it end with exit code 2.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from vismt.cli import main
+from vismt.engine import loop, runtime
+
+REFUSED = ("adapt.options.mode=permute", "train.compile=true", "train.precision=fp16")
+
+
+def train(path: Path, out: str, *overrides: str) -> int:
+    return main(["train", str(path), "--out", str(path.parent / out / path.stem), "--quiet", *overrides])
+
+
+def train_twice(path: Path) -> list[int]:
+    """Return the exit codes of a training, one that is interrupted, and its continuation."""
+    codes = [train(path, "sharded")]
+    save = loop._Training._save
+
+    def interrupted(self: loop._Training, step: int) -> None:
+        save(self, step)
+        if step == 2:
+            self.accelerator.wait_for_everyone()
+            raise KeyboardInterrupt
+
+    loop._Training._save = interrupted
+    codes.append(train(path, "resumed"))
+    loop._Training._save = save
+    if runtime.processes().is_main_process:
+        shutil.copytree(path.parent / "resumed" / path.stem, path.parent / "cut" / path.stem)
+    runtime.processes().wait_for_everyone()
+    return [*codes, train(path, "resumed")]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    refused = folder / "refused.yaml"
+    results = {path.stem: train_twice(path) for path in sorted(folder.glob("*.yaml")) if path != refused}
+    results["refused"] = [train(refused, "refused", override) for override in REFUSED]
+    assert runtime.sharded()
+    torch.save(
+        {name: torch.tensor(codes) for name, codes in results.items()},
+        folder / f"{runtime.processes().process_index}.pt",
+    )
+    runtime.leave()
