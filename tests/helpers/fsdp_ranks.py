@@ -1,7 +1,7 @@
 """Train the configurations FOLDER/*.yaml under FSDP2, as one of two processes: `python fsdp_ranks.py FOLDER`.
 
-Each is trained into FOLDER/sharded, and into FOLDER/resumed with an interruption after the checkpoint of step 2; what the
-interrupted one had written is copied to FOLDER/cut. refused.yaml and further overrides of it end with exit code 2.
+Each is trained into FOLDER/sharded, and into FOLDER/resumed with an interruption of every arm after the checkpoint of step 2;
+what the first interruption left is copied to FOLDER/cut. Overrides of refused.yaml end with exit code 2.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def train(path: Path, out: str, *overrides: str) -> int:
 
 
 def train_twice(path: Path) -> list[int]:
-    """Return the exit codes of a training, one that is interrupted, and its continuation."""
+    """Return the exit codes of a training, and of the calls of an interrupted one."""
     codes = [train(path, "sharded")]
     save = loop._Training._save
 
@@ -35,11 +35,13 @@ def train_twice(path: Path) -> list[int]:
 
     loop._Training._save = interrupted
     codes.append(train(path, "resumed"))
-    loop._Training._save = save
     if runtime.processes().is_main_process:
         shutil.copytree(path.parent / "resumed" / path.stem, path.parent / "cut" / path.stem)
     runtime.processes().wait_for_everyone()
-    return [*codes, train(path, "resumed")]
+    while codes[-1] == 130:
+        codes.append(train(path, "resumed"))
+    loop._Training._save = save
+    return codes
 
 
 if __name__ == "__main__":

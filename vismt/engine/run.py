@@ -85,7 +85,7 @@ class Run:
 
         Raises UserError where another run has the lock.
         """
-        runtime.processes()
+        runtime.processes().wait_for_everyone()  # what the others write at the start is not finished, nor to be removed
         with ExitStack() as held, ranks.shared():
             ranks.from_first(lambda: self._claim(held))
             yield self
