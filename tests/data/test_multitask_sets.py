@@ -106,4 +106,4 @@ def test_the_files_name_what_the_paper_trains_on(name):
     assert train["steps"] == 110 * steps and train["warmup"] == train["cooldown"] == 10 * steps
     assert config["fade"] == {"start": 0.0, "end": 0.5} and config["evaluate"]["split"] == "test"
     header = path.read_text().partition("task:")[0]
-    assert "Not run yet" in header and "no error bars" in header and all(card in header for card in cards)
+    assert "Not run" in header and "docs/results/paper_scale.md" in header and all(card in header for card in cards)

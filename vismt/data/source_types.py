@@ -36,6 +36,7 @@ KINDS: Registry[type[DataSource]] = Registry(
         "vismt.data.interaction_files",
         "vismt.data.json_lists",
         "vismt.data.meta_dataset",
+        "vismt.data.python_topics",
         "vismt.data.stereo",
         "vismt.data.text_files",
         "vismt.data.torchvision_door",

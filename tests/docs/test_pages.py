@@ -1,0 +1,122 @@
+"""Links, paths and names of the pages, the size of README.md, the headers of configurations, and the built site."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import pages
+from helpers.pages import PAGES, README, ROOT
+
+from vismt.config import config_hash
+from vismt.jobs import load_config
+from vismt.lowrank.options import COMMON
+from vismt.methods import METHODS
+
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+OURS = re.compile(r"`((?:configs|docs|examples|scripts|tests|vismt)/[\w./-]+\.\w+)`")
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+HEADER_LINES = 24  # configs/quickstart.yaml holds its results itself
+EXTERNAL = re.compile(r"""<(?:script|img|iframe)[^>]*\ssrc=["']?https?:|<link[^>]*\shref=["']?https?:""")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=pages.name)
+def test_relative_links_lead_to_a_file_and_a_heading(page: Path) -> None:
+    for link in LINK.findall(pages.prose(page)):
+        target, _, anchor = link.partition("#")
+        if re.match(r"[a-z]+:", link):
+            continue
+        file = page if not target else page.parent / target
+        assert file.exists(), f"{pages.name(page)}: {link}"
+        assert not anchor or anchor in pages.anchors(file), f"{pages.name(page)}: no heading for {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=pages.name)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    missing = [path for path in OURS.findall(pages.prose(page)) if not (ROOT / path).exists()]
+    assert not missing
+
+
+def test_a_page_in_docs_links_to_no_file_outside() -> None:
+    # The site has the pages of docs alone.
+    for page in PAGES:
+        if (ROOT / "docs") in page.parents:
+            assert not [link for link in LINK.findall(pages.prose(page)) if (page.parent / link).resolve() in PAGES[:3]]
+
+
+def test_the_readme_is_short() -> None:
+    text = pages.read(README)
+    assert len(text.splitlines()) <= 150 and len(text.split()) <= 1200
+
+
+def test_every_method_is_in_the_readme_and_its_page_has_all_options() -> None:
+    for method in METHODS.values():
+        row = re.search(rf"^\| \[`{method.name}`\]\((docs/methods/\w+\.md)\) .*$", pages.read(README), re.M)
+        assert row, f"README.md has no row for {method.name}"
+        page = pages.read(ROOT / row[1])
+        absent = [option for option in method.options if option not in COMMON and f"`{option}`" not in page]
+        assert not absent, f"{row[1]} does not describe {absent}"
+        assert (row[0].split("|")[-2].strip() == "no") == (not method.exports)
+
+
+OPTION = re.compile(r"^\| `(\w+)` \| ([^|]+) \|", re.M)
+
+
+def value_of(cell: str) -> Any:
+    """Return the default that a table shows."""
+    text = cell.strip(" `")
+    try:
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError):
+        return text
+
+
+def test_the_defaults_of_options_are_those_of_the_code() -> None:
+    checked = 0
+    for method in METHODS.values():
+        page = ROOT / re.search(rf"^\| \[`{method.name}`\]\((docs/methods/\w+\.md)\)", pages.read(README), re.M)[1]
+        parameters = inspect.signature(method.adapt).parameters
+        for option, cell in OPTION.findall(pages.prose(page)):
+            if option in parameters:
+                assert value_of(cell) == parameters[option].default, f"{pages.name(page)}: {option}"
+                checked += 1
+    assert checked > 25
+
+
+def test_common_options_are_described() -> None:
+    page = pages.read(ROOT / "docs/methods/index.md")
+    assert not [option for option in COMMON if f"`{option}`" not in page]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_header_has_the_command_and_the_page_of_its_results(path: Path) -> None:
+    header = [line for line in path.read_text(encoding="utf8").splitlines() if line.startswith("#")]
+    text = "\n".join(header)
+    assert f"vismt run {path.relative_to(ROOT).as_posix()}" in text and len(header) <= HEADER_LINES
+    for page in re.findall(r"docs/results/\w+\.md", text):
+        assert path.relative_to(ROOT).as_posix() in pages.read(ROOT / page), f"{page} does not name its configuration"
+    for digest in re.findall(r"Config ([0-9a-f]{8})", text):
+        assert digest == config_hash(load_config(path, [])), "the numbers are of another configuration"
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_network(tmp_path) -> None:
+    pytest.importorskip("mkdocstrings")
+    pytest.importorskip("material")
+    nowhere = "http://127.0.0.1:9"
+    environment = {**os.environ, **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), nowhere)}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    for page in PAGES[3:]:
+        html = (tmp_path / page.relative_to(ROOT / "docs")).with_suffix(".html").read_text(encoding="utf8")
+        assert not EXTERNAL.search(html), page
+    assert "vismt.adapt" in (tmp_path / "reference/api.html").read_text(encoding="utf8")
+    assert "--workers" in (tmp_path / "reference/cli.html").read_text(encoding="utf8")
