@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import sys
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vismt.backbones.any_module import UNKNOWN, size_of
 from vismt.errors import UserError, near
 
 SUFFIXES = {".safetensors", ".pt", ".pth", ".bin", ".tar"}
@@ -24,7 +26,7 @@ class PixelClassifier(nn.Module):
     """A classifier with its resizing and normalisation: images float (b, 3, h, w) in [0, 1] -> logits (b, c).
 
     size: (h, w) that images are resized to. mean, std: per channel, of the normalisation. labels: names of the c classes, None
-    where they are not known.
+    where they are not known. num_classes: c, by default that of the net.
     """
 
     def __init__(
@@ -34,17 +36,14 @@ class PixelClassifier(nn.Module):
         mean: tuple[float, ...],
         std: tuple[float, ...],
         labels: list[str] | None = None,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
+        stock: Any = net
         self.net, self.size, self.labels = net, tuple(size), labels
+        self.num_classes: int = stock.num_classes if num_classes is None else num_classes
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
-
-    @property
-    def num_classes(self) -> int:
-        """Number of logits c."""
-        net: Any = self.net
-        return net.num_classes
 
     def forward(self, images: Tensor) -> Tensor:
         if tuple(images.shape[-2:]) != self.size:
@@ -91,6 +90,36 @@ def load_classifier(
     labels = about.get("label_names")
     known = isinstance(labels, list) and len(labels) == net.num_classes
     return PixelClassifier(net, size, config["mean"], config["std"], labels if known else None).eval()
+
+
+def classifier_of(model: nn.Module, img_size: int | None = None) -> PixelClassifier:
+    """Return a copy of any module as a classifier of images in [0, 1], in eval mode.
+
+    Args:
+        model: a timm model, which gets images normalised by its pretrained_cfg; a PixelClassifier; or any module that maps
+            images float (b, 3, h, w) in [0, 1] to logits (b, c).
+        img_size: pixels, by default those of a timm model.
+
+    Raises:
+        UserError: a module without class scores, and one of unknown size.
+    """
+    model = copy.deepcopy(model).eval()
+    if isinstance(model, PixelClassifier):
+        return model
+    size = size_of(model, img_size)
+    settings = getattr(model, "pretrained_cfg", None) or {}
+    mean, std = (settings.get(name, values) for name, values in zip(("mean", "std"), UNKNOWN))
+    classes = getattr(model, "num_classes", None)
+    if not isinstance(classes, int):
+        parameter = next(model.parameters(), torch.empty(0))
+        with torch.no_grad():
+            logits = model(torch.full((1, 3, size, size), 0.5, device=parameter.device))
+        classes = logits.shape[1] if isinstance(logits, Tensor) and logits.ndim == 2 else 0
+    if classes < 2:
+        raise UserError(
+            f"model: {type(model).__name__} gives no class scores; need a module from images in [0, 1] to logits (b, classes)."
+        )
+    return PixelClassifier(model, (size, size), mean, std, num_classes=classes)
 
 
 def _create(name: str, num_classes: int | None, pretrained: bool, **options: Any) -> nn.Module:

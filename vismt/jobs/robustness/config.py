@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vismt.config import HASHED_IF_SET, AdaptConfig, ModelConfig, OnBadSample, TrainConfig
+from vismt.data.names import check_row_names
 from vismt.engine.study import StudyConfig, check_arms
 from vismt.errors import UserError, near
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
@@ -90,6 +91,7 @@ def _check_data(config: RobustnessConfig) -> None:
     settings = config.evaluate
     if len(set(config.data)) < len(config.data):
         raise UserError(f"data: {config.data}; name each card once.")
+    check_row_names(config.data, "data")
     if config.data:
         check_conditions(settings.attacks, settings.corruptions, 4)
     elif settings.images is not None or settings.masking:
