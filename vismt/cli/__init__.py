@@ -8,11 +8,11 @@ import warnings
 from collections.abc import Sequence
 
 from vismt import console
-from vismt.cli import attack, bench, data, models, runs
+from vismt.cli import attack, bench, data, init, models, runs
 from vismt.cli.commands import Commands
 from vismt.errors import UserError
 
-GROUPS = (runs, attack, models, data, bench)  # in the order of `vismt --help`
+GROUPS = (runs, init, attack, models, data, bench)  # in the order of `vismt --help`
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
