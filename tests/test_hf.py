@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,15 @@ def test_routers_of_a_timm_model_fade(tmp_path: Path) -> None:
         routed = train(tmp_path / "b", VismtCallback())
     with pytest.raises(UserError):
         vismt.merge(routed.vit)
+
+
+def test_a_folder_in_the_place_of_a_package(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "datasets").mkdir()
+    monkeypatch.setattr("transformers.trainer.is_datasets_available", lambda: True)
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "datasets", raising=False)
+    with pytest.raises(UserError, match="a folder called datasets is taken for Hugging Face's package"):
+        VismtCallback().on_init_end(None, None, None, model=tiny_vit())
 
 
 def test_a_repository_of_an_adapter(folder: Path, tmp_path: Path, monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +21,7 @@ from vismt.lowrank.store import fingerprint, save_adapter
 from vismt.methods import METHODS
 
 try:
-    from transformers import TrainerCallback
+    from transformers import TrainerCallback, trainer
 except ImportError as error:
     raise UserError('vismt.hf: needs transformers, which is not installed: pip install "vismt[llm]".') from error
 
@@ -53,6 +54,12 @@ class VismtCallback(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
         """Let the Trainer save and load the trained tensors alone."""
+        found = importlib.util.find_spec("datasets")
+        if trainer.is_datasets_available() and found is not None and found.origin is None:
+            raise UserError(
+                "Trainer: a folder called datasets is taken for Hugging Face's package of that name, which is not installed; pip "
+                "install datasets, or start in another folder."
+            )
         self._driver = MethodDriver(model, **self._sections)
         self._ignored = getattr(model, IGNORED, None)
         self._ignore_frozen()
