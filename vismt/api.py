@@ -255,7 +255,7 @@ def audit(
         "title": f"Robustness of {', '.join(arms)}",
         "seed": seed,
         "arms": arms,
-        "classifier": {"size": img_size},
+        "classifier": {"img_size": img_size},
         "data": _sets(data, objects),
         "evaluate": {
             "images": images,

@@ -69,6 +69,8 @@ def _locate(name: str | Path) -> tuple[Path, str]:
         return path.resolve(), str(path.parent)
     if path.is_dir() or (path.is_file() and path.suffix in FILES):
         return path.resolve(), str(path)
+    if path.name != text and not path.exists():
+        raise UserError(f"data '{text}': no such file or folder.")
     raise UserError(
         f"data '{text}': no card of that name and no card, folder or table at that path.{near(text, list_cards())}"
     )

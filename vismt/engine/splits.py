@@ -13,7 +13,7 @@ class PartsConfig:
     """The sets of each part. train, validation, test: cards as 'name' or 'name:split'; several are joined.
 
     validation_share, test_share: share of `train` that is split off where no set is named. limit: the largest number of
-    training images, or rows of text.
+    training images, or rows of text, of what is left of `train`; it leaves the shares as they are.
     """
 
     train: list[str] = field(default_factory=list)

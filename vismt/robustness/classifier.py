@@ -57,6 +57,7 @@ def load_classifier(
     *,
     architecture: str | None = None,
     pretrained: bool = True,
+    img_size: int | None = None,
 ) -> PixelClassifier:
     """Load a timm classifier on the CPU, in eval mode.
 
@@ -68,6 +69,7 @@ def load_classifier(
             classifies nothing.
         architecture: The timm model of a file; by default config.json beside the file names it, and img_size.
         pretrained: Whether timm fetches the weights of a name.
+        img_size: Pixels of the model's images; by default those of config.json beside a file, or of the timm model.
 
     Returns:
         The classifier, for images float (b, 3, h, w) in [0, 1] of any size.
@@ -80,13 +82,21 @@ def load_classifier(
         path = path / "model.safetensors"
     about: dict[str, Any] = {}
     if path.suffix in SUFFIXES:
+        if not path.is_file():
+            raise UserError(f"checkpoint '{path}': no such file.")
         about = _read_config(path)
+        architecture = architecture or about.get("architecture")
+        about = {**about, "model_args": {**about.get("model_args", {}), **_size_option(architecture, img_size)}}
         net = _from_file(path, about, architecture, num_classes)
+    elif len(path.parts) > 2:  # names have one slash at most, after hf-hub:
+        raise UserError(f"model '{path}': no such file.")
     else:
-        net = _create(str(name_or_checkpoint), num_classes, pretrained)
+        name = str(name_or_checkpoint)
+        net = _create(name, num_classes, pretrained, **_size_option(name, img_size))
     stock: Any = net.pretrained_cfg
     config = {**stock, **about.get("pretrained_cfg", {})}
-    size = getattr(getattr(net, "patch_embed", None), "img_size", None) or config["input_size"][-2:]
+    pixels = (img_size, img_size) if img_size else config["input_size"][-2:]
+    size = getattr(getattr(net, "patch_embed", None), "img_size", None) or pixels
     labels = about.get("label_names")
     known = isinstance(labels, list) and len(labels) == net.num_classes
     return PixelClassifier(net, size, config["mean"], config["std"], labels if known else None).eval()
@@ -122,6 +132,20 @@ def classifier_of(model: nn.Module, img_size: int | None = None) -> PixelClassif
     return PixelClassifier(model, (size, size), mean, std, num_classes=classes)
 
 
+def _size_option(architecture: str | None, img_size: int | None) -> dict[str, int]:
+    """Return timm's argument img_size where the architecture has one; others take images of any size."""
+    import timm
+
+    if img_size is None or architecture is None:
+        return {}
+    try:
+        with torch.device("meta"):
+            sized = hasattr(timm.create_model(architecture, pretrained=False), "patch_embed")
+    except (OSError, RuntimeError, ValueError):  # an unknown name, which `_create` explains
+        sized = False
+    return {"img_size": img_size} if sized else {}
+
+
 def _create(name: str, num_classes: int | None, pretrained: bool, **options: Any) -> nn.Module:
     import timm
 
@@ -154,7 +178,6 @@ def _read_config(path: Path) -> dict:
 
 
 def _from_file(path: Path, config: dict[str, Any], architecture: str | None, num_classes: int | None) -> nn.Module:
-    architecture = architecture or config.get("architecture")
     if not architecture:
         raise UserError(f"checkpoint '{path}': which timm model is it? Give architecture, or a config.json beside it.")
     if config.get("num_classes") == 0:
@@ -184,8 +207,6 @@ def _head_names(net: nn.Module) -> list[str]:
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"checkpoint '{path}' does not exist: give an existing file or a timm name.")
     state: Any
     try:
         if path.suffix == ".safetensors":

@@ -20,7 +20,8 @@ class ClassifierConfig:
     architecture: of a checkpoint without a config.json; pretrained: false takes a timm model without its weights. run: a run
     folder of vismt, arm: "arm" or "arm:seed" of it. function: "module:function", which returns an nn.Module from images in
     [0, 1] to logits, and its number of classes. size: pixels that the images are decoded to, null for the classifier's own; a
-    function needs it. quantise: "int8" rounds the weights (vismt.robustness.quantise), null leaves them.
+    function needs it. quantise: "int8" rounds the weights (vismt.robustness.quantise), null leaves them. img_size: pixels
+    of the images of a timm model, null for those of its config.json or of timm.
     """
 
     name: str | None = None
@@ -31,6 +32,7 @@ class ClassifierConfig:
     function: str | None = None
     size: int | None = None
     quantise: str | None = field(default=None, metadata=HASHED_IF_SET)
+    img_size: int | None = field(default=None, metadata=HASHED_IF_SET)
 
 
 @dataclass

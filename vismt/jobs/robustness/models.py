@@ -48,7 +48,7 @@ def _load(config: ClassifierConfig) -> Classifier:
     device = runtime.processes().device
     given = held(config.name or "")
     if given is not None:
-        own = classifier_of(given, config.size)
+        own = classifier_of(given, config.img_size)
         return Classifier(own.to(device), own.num_classes, config.size or max(own.size), own.labels)
     if config.run is not None:
         net, labels, size = open_run(Path(config.run)).job.classifier(config.arm)
@@ -59,5 +59,10 @@ def _load(config: ClassifierConfig) -> Classifier:
     if config.name is not None and config.name.startswith(PREFIX):
         net, classes, size = load_robustbench(config.name)
         return Classifier(net.to(device), classes, config.size or size)
-    timm = load_classifier(config.name or "", architecture=config.architecture, pretrained=config.pretrained)
+    timm = load_classifier(
+        config.name or "",
+        architecture=config.architecture,
+        pretrained=config.pretrained,
+        img_size=config.img_size,
+    )
     return Classifier(timm.to(device), timm.num_classes, config.size or max(timm.size), timm.labels)
