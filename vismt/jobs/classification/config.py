@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from vismt.config import Jitter, ModelConfig, OnBadSample
+from vismt.config import HASHED_IF_SET, Jitter, ModelConfig, OnBadSample
 from vismt.engine.splits import PartsConfig, check_parts
 from vismt.engine.study import StudyConfig, check_arms
 from vismt.errors import UserError, near
@@ -16,6 +16,7 @@ from vismt.jobs.multitask import (
     make_configured_balancer,
 )
 from vismt.methods import check_sections
+from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.fading import FadeConfig
 from vismt.multitask.retain import QualityRetaining
 from vismt.multitask.union import HEADS
@@ -52,6 +53,7 @@ class MultitaskEvaluateConfig:
 class MultitaskConfig(StudyConfig):
     """Several classification tasks on one backbone. head: 'union' or 'separate'; balancing: null for one mean over the batch.
 
+    class_weights, logit_adjustment, focal: see vismt.multitask.class_loss.ClassLoss, over the training images of all tasks.
     fade: null leaves routers at their start value. on_bad_sample: 'error' or 'skip' for images that cannot be decoded.
     """
 
@@ -60,6 +62,9 @@ class MultitaskConfig(StudyConfig):
     tasks: list[TaskConfig] = field(default_factory=list)
     head: str = "union"
     label_smoothing: float = 0.1
+    class_weights: str | None = field(default=None, metadata=HASHED_IF_SET)
+    logit_adjustment: float = field(default=0.0, metadata=HASHED_IF_SET)
+    focal: float = field(default=0.0, metadata=HASHED_IF_SET)
     batch: int = 32
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     fade: FadeConfig | None = None
@@ -68,6 +73,16 @@ class MultitaskConfig(StudyConfig):
     evaluate: MultitaskEvaluateConfig = field(default_factory=MultitaskEvaluateConfig)
     on_bad_sample: OnBadSample = "error"
     download: bool = False
+
+
+def class_loss(config: MultitaskConfig, counts: Sequence[int] | None = None) -> ClassLoss:
+    """Return the loss over the classes; counts: training images of each class of the union."""
+    return ClassLoss(
+        class_weights=config.class_weights,
+        logit_adjustment=config.logit_adjustment,
+        focal=config.focal,
+        class_counts=counts,
+    )
 
 
 def check(config: MultitaskConfig) -> None:
@@ -90,6 +105,7 @@ def check(config: MultitaskConfig) -> None:
         raise UserError(f"augment: crop {config.augment.crop}; it lies in (0, 1].")
     if not 0 <= config.label_smoothing < 1:
         raise UserError(f"label_smoothing: {config.label_smoothing}; it lies in [0, 1).")
+    class_loss(config).check_options("multitask", 0)
     if config.retain is not None:
         if config.head != "union":
             raise UserError(

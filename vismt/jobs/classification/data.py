@@ -62,6 +62,11 @@ class TaskData:
         """Return the training images of all tasks with the labels of the union."""
         return Gathered([part for task in range(len(self._parts)) for part in self._pixels(task, "train")])
 
+    def class_counts(self) -> list[int]:
+        """Return the number of training images of each class of the union."""
+        labels = [y + self.union.offset(task) for task, parts in enumerate(self._parts) for _, y in parts["train"]]
+        return torch.cat(labels).bincount(minlength=self.union.num_classes).tolist()
+
     def check_part(self, task: int, part: str) -> None:
         """Raise UserError where a task has no images of a part."""
         if not self._parts[task][part]:

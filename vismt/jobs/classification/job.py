@@ -16,7 +16,7 @@ from vismt.data.transforms import augment
 from vismt.engine.study import Training
 from vismt.jobs.base import records_folder
 from vismt.jobs.classification import panels
-from vismt.jobs.classification.config import MultitaskConfig, check, check_attacks
+from vismt.jobs.classification.config import MultitaskConfig, check, check_attacks, class_loss
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.evaluation import Evaluation
 from vismt.jobs.classification.models import PixelNet, fresh, load_head, save_head
@@ -83,6 +83,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
             union,
             head=config.head,
             label_smoothing=config.label_smoothing,
+            class_loss=class_loss(config, self.data.class_counts()),
             balancer=make_configured_balancer(config.balancing, union.tasks),
             balanced=balanced,
             retain=retain,

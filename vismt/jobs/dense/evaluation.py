@@ -224,7 +224,7 @@ class Evaluation:
             lambda images: self._predicted(net, images),
             placed["image"],
             placed,
-            tasks,
+            self.data.counted(tasks),
             ids=names,
             inside=inside.to(device),
         ).cpu()

@@ -68,6 +68,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
             models.make_backbone(self.config, window_of(self.config))
         for config in self.study.arms.values():
             self.batches(config)
+        self.data.counted(all_tasks(self.config))
 
     def skeleton(self, config: DenseConfig) -> nn.Module:
         return vit.skeleton(config.model.name, (config.size[0], config.size[1]))
@@ -88,7 +89,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         return "full"
 
     def objective(self, config: DenseConfig, net: DenseNet, balanced: Sequence[Tensor]) -> DenseObjective:
-        tasks = trained_tasks(config)
+        tasks = self.data.counted(trained_tasks(config))
         retain = None
         if config.retain is not None:
             classes = next(task.channels for task in tasks if task.name == SEGMENTATION)
