@@ -41,10 +41,16 @@ class AugmentConfig:
 
 @dataclass
 class MultitaskEvaluateConfig:
-    """Evaluation. split: 'test', or 'validation' while settings are chosen; batch: images in one forward pass."""
+    """Evaluation. split: 'test', or 'validation' while settings are chosen; batch: images in one forward pass.
+
+    temperature: write the temperature that fits the validation images beside exported weights (reports have it wherever there
+    are validation images). adjust_logits: also evaluate with the logits minus tau log prior, tau chosen on validation.
+    """
 
     split: str = "test"
     batch: int = 64
+    temperature: bool = field(default=False, metadata=HASHED_IF_SET)
+    adjust_logits: bool = field(default=False, metadata=HASHED_IF_SET)
     attacks: list[AttackConfig] = field(default_factory=list)
     corruptions: list[CorruptionConfig] = field(default_factory=list)
 
