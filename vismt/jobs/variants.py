@@ -9,6 +9,7 @@ from vismt.stats import Condition
 TEMPERED = Condition("temperature of validation", "variant", "temperature")
 ADJUSTED = Condition("logit adjustment of validation", "variant", "logit adjustment")
 TEMPERATURE_FILE = "temperature.json"
+TAUS = tuple(tau / 4 for tau in range(9))  # tried factors of the log prior, 0 to 2
 
 
 def temperature_file(temperature: float) -> bytes:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from vismt.files import atomic_write, read_sealed, sealed
+from vismt.jobs.variants import TAUS
 from vismt.llm.temperature import fit_temperature
 from vismt.multitask.class_loss import adjusted
 
 CALIBRATION = "calibration.json"
-TAUS = tuple(tau / 4 for tau in range(9))  # tried factors of the log prior, 0 to 2
 Outputs = list[tuple[Tensor, Tensor]]  # of each task: logits (n, C) and labels (n,)
 
 

@@ -65,8 +65,9 @@ class DenseEvaluateConfig:
 
     On a canvas larger than the size, mode 'slide' averages over windows of the size that overlap by the share `overlap` of
     their side; 'whole' predicts the canvas at once, with the position table resampled for it. flip: average with the
-    prediction on the mirrored image. attacks: pgd on the run's losses; corruptions: "all" has those that leave pixels where
-    they are.
+    prediction on the mirrored image. adjust_logits: also evaluate tasks with classes with the logits minus tau log prior
+    (vismt.multitask.class_loss), tau of each task chosen on the validation images. attacks: pgd on the run's losses;
+    corruptions: "all" has those that leave pixels where they are.
     """
 
     split: str = "test"
@@ -74,6 +75,7 @@ class DenseEvaluateConfig:
     mode: str = "slide"
     overlap: float = 0.5
     flip: bool = False
+    adjust_logits: bool = field(default=False, metadata=HASHED_IF_SET)
     attacks: list[AttackConfig] = field(default_factory=list, metadata=HASHED_IF_SET)
     corruptions: list[CorruptionConfig] = field(default_factory=list, metadata=HASHED_IF_SET)
 

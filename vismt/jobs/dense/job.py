@@ -60,7 +60,8 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         return self.config.evaluate.split
 
     def check_data(self) -> None:
-        splits = {self.split, "validation"} if self.config.tune is not None else {self.split}
+        validates = self.config.tune is not None or self.config.evaluate.adjust_logits
+        splits = {self.split, "validation"} if validates else {self.split}
         for split in splits:
             if len(self.data.part(split)) < 2:
                 raise UserError(f"data: one {split} image; an interval needs two or more.")
@@ -133,7 +134,12 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         settings = self.config.evaluate
         chosen, corruptions = (settings.attacks, settings.corruptions) if attacks is None else (attacks, [])
         net = cache(lambda: self.final(training))
-        return self.scores_under(net, training, split, chosen, corruptions, training.folder / RECORDS)
+        records = training.folder / RECORDS
+        scores = self.scores_under(net, training, split, chosen, corruptions, records)
+        if settings.adjust_logits and attacks is None and split != "validation":
+            config = self.study.config_of(training)
+            scores += self.evaluation.adjusted(net, training, config, split, records)
+        return scores
 
     def check_conditions(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> None:
         self._conditions(attacks, corruptions)
