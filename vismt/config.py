@@ -82,9 +82,10 @@ class TrainConfig:
     lr: the peak learning rate, reached after `warmup` steps, then a cosine down to min_lr. cooldown: number of last steps at
     min_lr. rates: {regular expression: factor of lr}; a parameter takes the factor of the first expression that matches
     anywhere in its name. weight_decay: of matrices; vectors and scalars have none. momentum: of sgd. clip: largest gradient
-    norm, null for none. precision: no, bf16 or fp16. recompute: cheap computes outputs of norms and activations again in the
-    backward pass (vismt.recompute). checkpointing: whether every block is computed again in the backward pass. compile: whether
-    blocks run under torch.compile, with static shapes. trackers: accelerate's (tensorboard, wandb).
+    norm, null for none; under a balancer of gradients that of the balanced parameters alone. precision: no, bf16 or fp16.
+    recompute: cheap computes outputs of norms and activations again in the backward pass (vismt.recompute). checkpointing:
+    whether every block is computed again in the backward pass. compile: whether blocks run under torch.compile, with static
+    shapes. trackers: accelerate's (tensorboard, wandb).
     """
 
     steps: int = 100

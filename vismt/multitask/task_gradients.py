@@ -50,27 +50,44 @@ class GradientBalancer(Balancer, ABC):
         gram: (t, t), losses: (t,), float64 on the CPU; tasks: (t,) task numbers.
         """
 
+    def prepared(self, batch: TaskLosses) -> TaskLosses:
+        """Return the batch with the losses whose gradients are balanced; in this class as it is."""
+        return batch
+
+    def smoothed(self, gradients: Tensor, present: Tensor) -> Tensor:
+        """Return the vectors (T, P) that are balanced; in this class the gradients (T, P), all finite.
+
+        present: (T,) bool on the CPU.
+        """
+        return gradients
+
     def surrogate(self, batch: TaskLosses, parameters: Sequence[Tensor]) -> Tensor:
+        batch = self.prepared(batch)
         gradients = self._gradients(batch.losses, parameters)
-        gram, alpha = gram_matrix(gradients), batch.present.double()
-        tasks = (gram.diagonal() > 0).nonzero().flatten()
-        finite = bool(gram.isfinite().all())
-        if finite and len(tasks):
-            alpha[tasks] = self.solve(gram[tasks][:, tasks], tasks, batch.host()[tasks])
+        vectors, alpha = gradients, batch.present.double()
+        finite = bool(gradients.isfinite().all())
+        if finite:
+            vectors = self.smoothed(gradients, batch.present)
+            gram = gram_matrix(vectors)
+            tasks = (batch.present & (gram.diagonal() > 0)).nonzero().flatten()
+            if len(tasks):
+                alpha[tasks] = self.solve(gram[tasks][:, tasks], tasks, batch.host()[tasks])
         self.alpha.copy_(alpha)
-        if self.heads == "weighted":
-            return weighted_sum(batch, alpha)
-        total = sum(batch.losses.values(), batch.means.new_zeros(()))
-        if not finite:
+        factors = alpha if self.heads == "weighted" else batch.present.double()
+        total = weighted_sum(batch, factors)
+        if not finite or (self.heads == "weighted" and vectors is gradients):
             return total
-        # The losses give sum_t g_t; a term that is linear in the parameters and has value 0 adds the rest of d.
-        rest = ((alpha - 1).to(gradients) @ gradients).split([p.numel() for p in parameters])
-        linear = sum((p * change.view_as(p)).sum() for p, change in zip(parameters, rest))
+        # The losses give sum_t factor_t g_t; a term that is linear in the parameters and has value 0 adds the rest of d.
+        rest = (alpha - factors).to(gradients) @ gradients
+        if vectors is not gradients:
+            rest = rest + alpha.to(gradients) @ (vectors - gradients)
+        parts = rest.split([p.numel() for p in parameters])
+        linear = sum((p * part.view_as(p)).sum() for p, part in zip(parameters, parts))
         return total + (linear - linear.detach())
 
     def _gradients(self, losses: dict[int, Tensor], parameters: Sequence[Tensor]) -> Tensor:
         """Return g_t (T, P), averaged over the processes, in at least float32; zeros for absent tasks."""
-        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+        dtype = gradient_dtype(parameters)
         size = sum(p.numel() for p in parameters)
         rows = torch.zeros(len(self.tasks), size, dtype=dtype, device=parameters[0].device)
         for number, loss in losses.items():
@@ -82,6 +99,11 @@ class GradientBalancer(Balancer, ABC):
         if processes() > 1:
             dist.all_reduce(rows)
         return rows.div_(processes() * self.loss_scale)
+
+
+def gradient_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
+    """Return the dtype in which gradients of parameters are kept, at least float32."""
+    return torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
 
 
 @torch.no_grad()

@@ -128,12 +128,7 @@ class UnionObjective(TaskObjective):
         tasks = self.task_of_class[labels]
         entropies, correct = self._per_sample(logits, labels, tasks)
         scalars = {"ce": entropies.detach().mean(), "accuracy": correct.float().mean()}
-        if self.balancer is None:
-            loss = entropies.mean()
-        else:
-            present = {name: entropies[tasks == number] for number, name in enumerate(self.union.tasks)}
-            losses = {name: values.mean() for name, values in present.items() if len(values)}
-            loss = self.balance(losses)
+        loss = entropies.mean() if self.balancer is None else self.balance(self._by_task(entropies, tasks), batch)
         if self.retain is not None:
             pull = self.retain.loss(logits, labels)
             loss = loss + pull
@@ -143,6 +138,16 @@ class UnionObjective(TaskObjective):
                 names = self.union.tasks
                 scalars |= {f"running ce/{name}": value.clone() for name, value in zip(names, self.retain.ema)}
         return {"loss": loss, **scalars, **self.logged()}
+
+    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        logits, labels = self.net(batch["images"]).float(), batch["labels"]
+        tasks = self.task_of_class[labels]
+        return self._by_task(self._per_sample(logits, labels, tasks)[0], tasks)
+
+    def _by_task(self, entropies: Tensor, tasks: Tensor) -> dict[str, Tensor]:
+        """Return the mean cross-entropy of every task with a sample. entropies, tasks: (b,)."""
+        present = {name: entropies[tasks == number] for number, name in enumerate(self.union.tasks)}
+        return {name: values.mean() for name, values in present.items() if len(values)}
 
     def _per_sample(self, logits: Tensor, labels: Tensor, tasks: Tensor) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy of each sample (b,), and whether it is classified correctly (b,)."""
