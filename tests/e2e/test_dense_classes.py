@@ -15,7 +15,8 @@ import yaml
 from PIL import Image
 
 from vismt.cli import main
-from vismt.jobs import load_config, open_run
+from vismt.errors import UserError
+from vismt.jobs import load_config, make_job, open_run
 from vismt.jobs.dense.data import DenseData
 from vismt.jobs.dense.job import DenseJob
 from vismt.lines import read_lines
@@ -273,6 +274,21 @@ def test_tuning_takes_the_accuracy_into_its_score(room: Path, tmp_path: Path) ->
         (max(scored["semseg"].value, 1e-6) * max(scored["classify"].value, 1e-6)) ** 0.5
     )
     assert len(scored["classify"].images) == 2 and len(scored["semseg"].images) == 2
+
+
+def test_training_labels_are_counted_where_a_loss_needs_them(room: Path, tmp_path: Path) -> None:
+    tasks = [{"name": "semseg", "classes": 3, "class_weights": "sqrt"}, {**CLASSIFY, "logit_adjustment": 1.0}]
+    job = make_job(load_config(write(tmp_path, **on_room(room, tasks=tasks)), []), tmp_path / "run")
+    labels = [np.asarray(Image.open(path)) for path in sorted((room / "data/scenes/train/label").iterdir())]
+    wanted = [int(sum((label == c).sum() for label in labels)) for c in range(3)]
+    config = job.study.arms["adapted"]
+    objective = job.objective(config, job.fresh(config), [])
+    assert objective.tasks["semseg"].class_counts == wanted and objective.tasks["classify"].class_counts == [3, 3]
+    plain = DenseData(load_config(write(tmp_path, **on_room(room)), []))
+    assert plain.counted(list(plain.tasks.values()))[0].class_counts is None
+    plain.parts["train"].entries.clear()
+    with pytest.raises(UserError, match="tasks: semseg: class 0 has 0 training labels"):
+        plain.class_counts(plain.tasks["semseg"])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from vismt.config import HASHED_IF_SET
 from vismt.engine.study import StudyConfig
 from vismt.errors import UserError, near
 from vismt.multitask.balancing import BALANCERS, Balancer, make_balancer
@@ -37,6 +38,10 @@ class RetainConfig:
     reduction: Annotated[str, Names("vismt.multitask.retain:REDUCTIONS")] = "mean"
     ema_floor: float | None = None
     reverse: bool = False
+    weight: float = field(default=1.0, metadata=HASHED_IF_SET)
+    select: str = field(default="all", metadata=HASHED_IF_SET)
+    weighting: str = field(default="task", metadata=HASHED_IF_SET)
+    teacher: str = field(default="bank", metadata=HASHED_IF_SET)
 
 
 @dataclass

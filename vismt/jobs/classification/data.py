@@ -63,9 +63,18 @@ class TaskData:
         """Return the training images of all tasks with the labels of the union."""
         return Gathered([part for task in range(len(self._parts)) for part in self._pixels(task, "train")])
 
+    def class_counts(self) -> list[int]:
+        """Return the number of training images of each class of the union."""
+        labels = [y + self.union.offset(task) for task, parts in enumerate(self._parts) for _, y in parts["train"]]
+        return torch.cat(labels).bincount(minlength=self.union.num_classes).tolist()
+
+    def has_part(self, task: int, part: str) -> bool:
+        """Return whether a task has images of a part."""
+        return bool(self._parts[task][part])
+
     def check_part(self, task: int, part: str) -> None:
         """Raise UserError where a task has no images of a part."""
-        if not self._parts[task][part]:
+        if not self.has_part(task, part):
             name = self.union.tasks[task]
             raise UserError(
                 f"tasks: {name}: nothing to validate on; name a set in validation, or give validation_share."
