@@ -29,13 +29,12 @@ from torch.nn import functional as F
 
 from vismt.errors import UserError, near
 
-CHOICES = {
-    "mode": ("fifo2", "ema"),
-    "reduction": ("mean", "sum"),
-    "select": ("all", "correct", "confident"),
-    "weighting": ("task", "class"),
-    "teacher": ("bank", "uniform"),
-}
+MODES = ("fifo2", "ema")
+REDUCTIONS = ("mean", "sum")
+SELECT = ("all", "correct", "confident")
+WEIGHTING = ("task", "class")
+TEACHERS = ("bank", "uniform")
+CHOICES = {"mode": MODES, "reduction": REDUCTIONS, "select": SELECT, "weighting": WEIGHTING, "teacher": TEACHERS}
 
 
 class QualityRetaining(nn.Module):
