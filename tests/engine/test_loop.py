@@ -46,7 +46,7 @@ def run(
     objective = objective or Toy()
     config = TrainConfig(**{"steps": 8, "lr": 0.05, "warmup": 2, "checkpoint_every": 3, **settings})
 
-    def after(step: int) -> None:
+    def after(_: nn.Module, step: int) -> None:
         if step == stop_after:
             raise KeyboardInterrupt
 

@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if options.debug:
             raise
-        console.error(str(error))
+        if not error.elsewhere:
+            console.error(str(error))
         return 2
     except KeyboardInterrupt:
         console.error("interrupted; run the same command again to continue from here.")

@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,10 +85,14 @@ class Run:
 
         Raises UserError where another run has the lock.
         """
-        with locked(self.folder) if runtime.processes().is_main_process else nullcontext():
-            if runtime.processes().is_main_process:
-                remove_partial(self.folder)
+        runtime.processes().wait_for_everyone()  # what the others write at the start is not finished, nor to be removed
+        with ExitStack() as held, ranks.shared():
+            ranks.from_first(lambda: self._claim(held))
             yield self
+
+    def _claim(self, held: ExitStack) -> None:
+        held.enter_context(locked(self.folder))
+        remove_partial(self.folder)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -104,21 +108,20 @@ class Run:
         return facts
 
     def train(self) -> None:
-        """Train unless this folder has the finished trainings."""
+        """Train unless this folder has the finished trainings. All processes of a launch call it."""
         self._note(started=self.facts.get("started") or _now())
         if not self.job.trains:
             console.stage("train", "nothing to train: the configuration has no train or no adapt section")
         elif "adapt" in self.facts:
             console.stage("train", f"done before: {self.folder}")
         else:
-            self._note(adapt=self.job.train())
+            with ranks.shared():
+                self._note(adapt=self.job.train())
 
     def on_main(self, stage: Callable[[], None]) -> None:
         """Run a stage on the first process only; the others wait for it."""
-        state = runtime.processes()
-        if state.is_main_process:
-            stage()
-        state.wait_for_everyone()
+        with ranks.shared():
+            ranks.from_first(stage)
 
     def evaluate(self, attacks: Sequence[Any] | None = None) -> None:
         """Evaluate and write results.jsonl; rows of other conditions (an earlier attack) stay.
@@ -130,7 +133,6 @@ class Run:
                 self._note(started=_now())
             self.job.evaluate(attacks)
             self._note(finished=_now())
-        runtime.processes().wait_for_everyone()
 
     def report(self) -> None:
         """Write report.md and report.html and print their place."""

@@ -140,16 +140,18 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
             self.hash,
             accelerator,
             seed=config.training_seed,
-            after_step=lambda number: self.step(objective, number),
+            after_step=self.step,
             sections=config,
         )
-        if accelerator.is_main_process:
-            self.save(net, config, training.folder)
-            about = {"method": method, "rank": rank, "trainable": trainable, "total": total}
-            training_files.finish(self.stock(net), training.folder, config.adapt is not None, about)
-        accelerator.wait_for_everyone()
+        about = {"method": method, "rank": rank, "trainable": trainable, "total": total}
+        ranks.from_first(lambda: self._finish(net, config, training, about))
         if settings.trackers:
             accelerator.end_training()
+
+    def _finish(self, net: Net, config: Config, training: Training, about: dict[str, Any]) -> None:
+        """Write the files of a finished training."""
+        self.save(net, config, training.folder)
+        training_files.finish(self.stock(net), training.folder, config.adapt is not None, about)
 
     def prepared(self, config: Config) -> tuple[Net, str, list[Tensor]]:
         """Return the net of an arm ready to train, the method's name, and the parameters whose gradients are balanced."""

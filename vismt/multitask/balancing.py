@@ -5,7 +5,7 @@
 All methods of this package have this form and differ in alpha. `combine` returns a scalar to call backward on, which works
 with accumulation, clipping, loss scaling and DistributedDataParallel like any loss. loss_weighting.py: alpha from the losses.
 gradient_balancing.py: alpha from the Gram matrix <g_s, g_t> (T x T, float64, solved on the CPU); this costs a backward pass for
-each task in addition to the usual one, and memory for T gradients of the given parameters (task_gradients.py).
+each task in place of the usual one, and memory for T gradients of the given parameters (task_gradients.py).
 
 Several processes: L_t is the mean over the processes whose batch has the task, and g_t the mean of the gradients (not of Gram
 matrices), so alpha is equal on all processes; the scalar is scaled so that DistributedDataParallel's mean of gradients is d.

@@ -120,13 +120,16 @@ class DenseObjective(TaskObjective):
         scalars: dict[str, Tensor] = {}
         losses: dict[str, Tensor] = {}
         logits = {name: value.float() for name, value in self.net(batch["image"]).items()}
-        # The sum of no elements: zero whatever the logits are, and in the graph of every head.
-        zero = sum(value.flatten()[:0].sum() for value in logits.values())
+        zero: Tensor | float = 0.0
         for name, task in self.tasks.items():
             loss = self._loss(task, logits[name], batch)
-            scalars[name] = zero.detach() * torch.nan if loss is None else loss.detach()
             if loss is not None:
+                scalars[name] = loss.detach()
                 losses[name] = task.loss_weight * loss
+                continue
+            scalars[name] = logits[name].new_full((), torch.nan)
+            # The sum of no elements: zero whatever the logits are, and in the graph of the head.
+            zero = zero + logits[name].flatten()[:0].sum()
         loss = (sum(losses.values()) if self.balancer is None else self.balance(losses)) + zero
         if self.retain is not None:
             pull = self._retain(logits[SEGMENTATION], batch)

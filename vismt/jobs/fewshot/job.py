@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from vismt import console, ranks
 from vismt.backbones import vit
-from vismt.engine import runtime
 from vismt.engine.stream import Batches
 from vismt.engine.study import Study, Training
 from vismt.engine.training_files import ADAPTER
@@ -147,11 +146,12 @@ class FewShotJob(Job[FewShotConfig, Any]):
     def train(self) -> dict[str, Any]:
         about = super().train()
         if self.config.pool is not None:
-            processes = runtime.processes()
-            for seed in self.study.seeds if processes.is_main_process else ():
-                assemble(self._experts(seed), self._pool_folder(seed))
-            processes.wait_for_everyone()
+            ranks.from_first(self._assemble_pools)
         return about
+
+    def _assemble_pools(self) -> None:
+        for seed in self.study.seeds:
+            assemble(self._experts(seed), self._pool_folder(seed))
 
     def _pool_folder(self, seed: int) -> Path:
         return self.folder / "pool" / f"seed-{seed}"

@@ -105,7 +105,7 @@ class LmJob(Job[LmConfig, LmNet]):
 
     def prepare(self, net: LmNet, config: LmConfig) -> str:
         """Adapt the LM from model.first_block on and return the name of the method."""
-        net.to(runtime.processes().device)  # calibrations and decompositions take a large part of the time
+        net.to(runtime.net_device())  # calibrations and decompositions take a large part of the time
         if config.adapt is not None:
             options = self._options(net, config.adapt, config.calibration)
             config = replace(config, adapt=replace(config.adapt, options=options))
@@ -152,7 +152,7 @@ class LmJob(Job[LmConfig, LmNet]):
         return {**options, **computed}
 
     def objective(self, config: LmConfig, net: LmNet, balanced: Sequence[Tensor]) -> LmObjective:
-        net.to(runtime.processes().device)
+        net.to(runtime.net_device())
         self.data.cache(self.data.forms(), net, "training rows")
         if config.head.alternate is None:
             return LmObjective(net, self.data.tasks[self.data.trained])
