@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vismt import llm, lowrank, metatune, multitask, robustness
+    from vismt.api import StudyResults, audit, evaluate_fewshot, meta_tune, train
     from vismt.errors import UserError
     from vismt.lowrank.inject import merge, unadapt
     from vismt.lowrank.peft_folder import export_peft, import_peft
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "StudyResults",
     "UserError",
     "adapt",
+    "audit",
+    "evaluate_fewshot",
     "export_peft",
     "import_peft",
     "list_methods",
@@ -29,25 +33,32 @@ __all__ = [
     "load_adapter",
     "lowrank",
     "merge",
+    "meta_tune",
     "metatune",
     "multitask",
     "recompute",
     "robustness",
     "save_adapter",
+    "train",
     "unadapt",
 ]
 
 # Public name -> module that defines it; names of __all__ that are not here are packages of this one.
 _MODULES = {
+    "StudyResults": "api",
     "UserError": "errors",
     "adapt": "methods",
+    "audit": "api",
+    "evaluate_fewshot": "api",
     "export_peft": "lowrank.peft_folder",
     "import_peft": "lowrank.peft_folder",
     "list_methods": "methods",
     "load_adapter": "lowrank.store",
     "merge": "lowrank.inject",
+    "meta_tune": "api",
     "recompute": "lowrank.recompute",
     "save_adapter": "lowrank.store",
+    "train": "api",
     "unadapt": "lowrank.inject",
 }
 

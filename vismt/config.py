@@ -110,7 +110,8 @@ class TrainConfig:
         weight_decay: of matrices; vectors and scalars have none.
         momentum: of sgd.
         accumulate: batches in one optimiser step.
-        clip: largest norm of the gradient; null for none.
+        clip: largest norm of the gradient; null for none. Under a balancer of gradients, of that of the balanced
+            parameters alone.
         precision: mixed precision of the forward pass: no, bf16 or fp16.
         recompute: cheap computes outputs of norms and activations again in the backward pass, for less memory
             (vismt.recompute).

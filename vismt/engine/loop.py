@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,8 @@ class _Training:
             self.shards = Shards(objective, self.kept, self._make_optimizer, accelerator.device)
             self.running, optimizer = self.shards.module, self.shards.optimizer
         self.parameters = [parameter for parameter in self.running.parameters() if parameter.requires_grad]
+        clipped = getattr(self.running, "clipped", None)
+        self.clipped = self.parameters if clipped is None else [p for p in clipped if p.requires_grad]
         self.schedule = make_schedule(optimizer, config, updates)
         self.log = MetricsLog(folder, self.finished, accelerator.is_main_process)
         if self.finished:
@@ -162,7 +164,7 @@ class _Training:
 
     def _step(self, step: int) -> tuple[dict[str, Tensor], Tensor, float]:
         """Run optimiser step `step`; return the mean metrics, the gradient norm before clipping, and the rate."""
-        logged, norm = _step(self.wrapped, self.stream, self.config, self.optimizer, self.parameters, self.accelerator)
+        logged, norm = self._update()
         # fp16's scaler finds its scale by overflowing: it skips that step, which is not an error and moves no schedule.
         skipped = self.optimizer.step_was_skipped
         bad = ~torch.isfinite(logged["loss"]) | (~torch.isfinite(norm).to(self.first_bad.device) & (not skipped))
@@ -171,6 +173,34 @@ class _Training:
         if not skipped:
             self.schedule.step()
         return logged, norm, lr
+
+    def _update(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Run one optimiser step over `accumulate` batches; return mean metrics and the gradient norm before clipping."""
+        config, accelerator = self.config, self.accelerator
+        sums: dict[str, Tensor] = {}
+        for part in range(config.accumulate):
+            batch = next(self.stream)
+            last = part == config.accumulate - 1
+            with nullcontext() if last else accelerator.no_sync(self.wrapped):
+                cheap = recompute(self.wrapped) if config.recompute == "cheap" else nullcontext()
+                with cheap, accelerator.autocast():
+                    losses = self.wrapped(batch)
+                accelerator.backward(losses["loss"] / config.accumulate)
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach() / config.accumulate
+        norm = self._clip()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return sums, whole(norm)
+
+    def _clip(self) -> Tensor:
+        """Clip the gradient of the parameters that the objective names; return the norm of the whole gradient before it."""
+        limit = math.inf if self.config.clip is None else self.config.clip
+        if self.clipped is self.parameters:
+            return torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters, limit))
+        norm = self.accelerator.clip_grad_norm_(self.parameters, math.inf)  # takes the scale of fp16 out
+        torch.nn.utils.clip_grad_norm_(self.clipped, limit)
+        return torch.as_tensor(norm)
 
     def _write_log(self, step: int, logged: Mapping[str, Tensor], further: Mapping[str, float]) -> dict[str, float]:
         """Write a line of metrics averaged over the processes; raise Diverged where a step was not finite."""
@@ -193,31 +223,6 @@ def _metrics(measured: Iterable[Any]) -> dict[str, float]:
     """Return the metrics of the optimisers and schedules that have metrics()."""
     values = [source.metrics() for source in measured if hasattr(source, "metrics")]
     return {name: float(value) for metrics in values for name, value in metrics.items()}
-
-
-def _step(
-    wrapped: nn.Module,
-    stream: Iterator[Any],
-    config: TrainConfig,
-    optimizer: Any,
-    parameters: Sequence[Tensor],
-    accelerator: Accelerator,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Run one optimiser step over `accumulate` batches; return mean metrics and the gradient norm before clipping."""
-    sums: dict[str, Tensor] = {}
-    for part in range(config.accumulate):
-        batch = next(stream)
-        last = part == config.accumulate - 1
-        with nullcontext() if last else accelerator.no_sync(wrapped):
-            with recompute(wrapped) if config.recompute == "cheap" else nullcontext(), accelerator.autocast():
-                losses = wrapped(batch)
-            accelerator.backward(losses["loss"] / config.accumulate)
-        for name, value in losses.items():
-            sums[name] = sums.get(name, 0) + value.detach() / config.accumulate
-    norm = torch.as_tensor(accelerator.clip_grad_norm_(parameters, math.inf if config.clip is None else config.clip))
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return sums, whole(norm)
 
 
 # The smallest allowed value of each number of a train section.

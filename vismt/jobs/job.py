@@ -22,6 +22,7 @@ from vismt.engine.study import StudyConfig, Training
 from vismt.errors import UserError
 from vismt.files import atomic_write, sealed
 from vismt.jobs.base import EvaluationJob
+from vismt.jobs.variants import TEMPERATURE_FILE, temperature_file
 from vismt.lowrank.inject import merge
 from vismt.lowrank.layer_spec import factor_rank
 from vismt.lowrank.memory import count_parameters
@@ -86,6 +87,10 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
     def beside(self, training: Training) -> dict[str, bytes]:
         """Return the files to write beside the merged or exported weights of a training, by name."""
         return {}
+
+    def temperature(self, training: Training) -> float | None:
+        """Return the temperature that exports of a training carry, None for none."""
+        return None
 
     def about(self) -> dict[str, Any]:
         """Return the further entries of config.json beside merged weights."""
@@ -284,7 +289,10 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
 
     def files_beside(self, arm: str | None = None) -> dict[str, bytes]:
         """Return the files to write beside the merged or exported weights of one arm, by name."""
-        return self.beside(self.study.find(arm))
+        training = self.study.find(arm)
+        temperature = self.temperature(training)
+        fitted = {} if temperature is None else {TEMPERATURE_FILE: temperature_file(temperature)}
+        return {**self.beside(training), **fitted}
 
 
 def _compared(outputs: Iterable[tuple[str, Tensor, Tensor, bool]]) -> dict[str, dict[str, float]]:

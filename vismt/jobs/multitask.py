@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from vismt.config import HASHED_IF_SET
 from vismt.engine.study import StudyConfig
 from vismt.errors import UserError, near
 from vismt.multitask.balancing import BALANCERS, Balancer, make_balancer
@@ -27,6 +28,10 @@ class RetainConfig:
         reduction: over the samples of a batch.
         ema_floor: a task's weight is 1 / max(running cross-entropy, ema_floor); null for no floor.
         reverse: KL(student || bank) instead of KL(bank || student).
+        weight: factor of the loss, >= 0.
+        select: samples that the bank stores: all, correct ones, or confident ones (probability of the label above 1/2).
+        weighting: one running cross-entropy for each task or each class.
+        teacher: bank, or uniform, which stores nothing (a control).
     """
 
     temperature: float = 2.0
@@ -37,6 +42,10 @@ class RetainConfig:
     reduction: Annotated[str, Names("vismt.multitask.retain:REDUCTIONS")] = "mean"
     ema_floor: float | None = None
     reverse: bool = False
+    weight: float = field(default=1.0, metadata=HASHED_IF_SET)
+    select: Annotated[str, Names("vismt.multitask.retain:SELECT")] = field(default="all", metadata=HASHED_IF_SET)
+    weighting: Annotated[str, Names("vismt.multitask.retain:WEIGHTING")] = field(default="task", metadata=HASHED_IF_SET)
+    teacher: Annotated[str, Names("vismt.multitask.retain:TEACHERS")] = field(default="bank", metadata=HASHED_IF_SET)
 
 
 @dataclass

@@ -58,22 +58,37 @@ class GradientBalancer(Balancer, ABC):
         gram: (t, t), losses: (t,), float64 on the CPU; tasks: (t,) task numbers.
         """
 
+    def prepared(self, batch: TaskLosses) -> TaskLosses:
+        """Return the batch with the losses whose gradients are balanced; in this class as it is."""
+        return batch
+
+    def smoothed(self, gradients: Tensor, present: Tensor) -> Tensor:
+        """Return the vectors (T, P) that are balanced; in this class the gradients (T, P), all finite.
+
+        present: (T,) bool on the CPU.
+        """
+        return gradients
+
     def surrogate(self, batch: TaskLosses, parameters: Sequence[Tensor]) -> Tensor:
+        batch = self.prepared(batch)
         balanced = {id(parameter) for parameter in parameters}
         others = [leaf for leaf in trained_leaves(batch.losses.values()) if id(leaf) not in balanced]
         gradients, of_others = self._gradients(batch.losses, parameters, others)
-        gram, alpha = gram_matrix(gradients), batch.present.double()
+        vectors, alpha = gradients, batch.present.double()
         factors = alpha.clone()  # of the tasks in the gradient of other parameters
-        tasks = (gram.diagonal() > 0).nonzero().flatten()
-        finite = bool(gram.isfinite().all())
-        if finite and len(tasks):
-            alpha[tasks] = self.solve(gram[tasks][:, tasks], tasks, batch.host()[tasks])
+        finite = bool(gradients.isfinite().all())
+        if finite:
+            vectors = self.smoothed(gradients, batch.present)
+            gram = gram_matrix(vectors)
+            tasks = (batch.present & (gram.diagonal() > 0)).nonzero().flatten()
+            if len(tasks):
+                alpha[tasks] = self.solve(gram[tasks][:, tasks], tasks, batch.host()[tasks])
         self.alpha.copy_(alpha)
         if not finite:
             return weighted_sum(batch, factors)
         if self.heads == "weighted":
             factors = alpha
-        combined = (alpha.to(gradients) @ gradients).split([p.numel() for p in parameters])
+        combined = (alpha.to(vectors) @ vectors).split([p.numel() for p in parameters])
         linear = sum((p * change.view_as(p)).sum() for p, change in zip(parameters, combined))
         for number, changes in of_others.items():
             scale = float(factors[number]) / self.loss_scale
@@ -89,7 +104,7 @@ class GradientBalancer(Balancer, ABC):
 
         Also returns the gradients of `others` by task, those of this process times the loss scale, None for an unused one.
         """
-        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+        dtype = gradient_dtype(parameters)
         size = sum(p.numel() for p in parameters)
         rows = torch.zeros(len(self.tasks), size, dtype=dtype, device=parameters[0].device)
         of_others: dict[int, Sequence[Tensor | None]] = {}
@@ -120,6 +135,11 @@ def trained_leaves(losses: Iterable[Tensor]) -> list[Tensor]:
             leaves.append(node.variable)
         nodes += [following for following, _ in node.next_functions]
     return leaves
+
+
+def gradient_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
+    """Return the dtype in which gradients of parameters are kept, at least float32."""
+    return torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
 
 
 @torch.no_grad()

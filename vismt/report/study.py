@@ -108,7 +108,9 @@ def score_sections(
     """
     scores = arm_scores(results, compared)
     bars = _bars(folder, comparisons)
-    pairs = [*_over_examples(values, compared, scores), *_over_seeds(compared, scores)]
+    # Of two models, the result tables have the one difference.
+    several = len({row.arm for row in results}) > 2 or any(score.seeds for score in scores)
+    pairs = [*(_over_examples(values, compared, scores) if several else []), *_over_seeds(compared, scores)]
     return [
         Section("Scores by set", pictures=bars, folded=len(bars) > MOST_OPEN),
         Section("Scores by level", pictures=_levels(folder, comparisons)),
@@ -291,8 +293,6 @@ def _over_examples(values: ExampleValues, arms: Sequence[str], scores: Sequence[
             differences[a.data] = [x - y for x, y in zip(*both, strict=True)]
         return interval_text(*domain_average(differences), score.row.scale, sign=True)
 
-    if len(arms) < 3 and not any(score.seeds for score in scores):
-        return []  # the result tables have the one difference
     return _pairs("Over examples", arms, scores, cell, EXAMPLES_NOTE)
 
 

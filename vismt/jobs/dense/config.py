@@ -84,6 +84,8 @@ class DenseEvaluateConfig:
             once, with the position table resampled for it.
         overlap: share of their side by which windows overlap.
         flip: whether the prediction is averaged with that on the mirrored image.
+        adjust_logits: whether tasks with classes are evaluated with the logits minus tau log prior, too
+            (vismt.multitask.class_loss), with tau of each task chosen on the validation images.
         attacks: pgd on the run's losses.
         corruptions: evaluated corruptions; all has those that leave pixels where they are.
     """
@@ -93,6 +95,7 @@ class DenseEvaluateConfig:
     mode: Annotated[str, Names(MODES)] = "slide"
     overlap: float = 0.5
     flip: bool = False
+    adjust_logits: bool = field(default=False, metadata=HASHED_IF_SET)
     attacks: list[AttackConfig] = field(default_factory=list, metadata=HASHED_IF_SET)
     corruptions: list[CorruptionConfig] = field(default_factory=list, metadata=HASHED_IF_SET)
 

@@ -188,6 +188,11 @@ class LmJob(Job[LmConfig, LmNet]):
     def validate(self, training: Training) -> float:
         return self.evaluation.quality(training)
 
+    def temperature(self, training: Training) -> float | None:
+        if not (self.config.evaluate.temperature and self.data.tasks[self.data.trained].head):
+            return None
+        return self.evaluation.temperature(training)
+
     def check_merge(self, training: Training) -> None:
         """Compare the unmerged LM with a merged copy, since all nets share the LM; write merge.json, unless it exists."""
         if ranks.from_first((training.folder / training_files.MERGE).exists):

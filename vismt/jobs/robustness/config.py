@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from vismt.config import HASHED_IF_SET, AdaptConfig, ModelConfig, OnBadSample, TrainConfig
+from vismt.data.names import check_row_names
 from vismt.engine.study import StudyConfig, check_arms
 from vismt.errors import UserError, near
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
@@ -28,6 +29,7 @@ class ClassifierConfig:
             classes.
         size: pixels that the images are decoded to; null for the classifier's own. A function needs it.
         quantise: rounds the weights (vismt.robustness.quantise); null leaves them.
+        img_size: pixels of the images of a timm model; null for those of its config.json or of timm.
     """
 
     name: str | None = None
@@ -40,6 +42,7 @@ class ClassifierConfig:
     quantise: Annotated[str | None, Names("vismt.robustness.quantise:SCHEMES")] = field(
         default=None, metadata=HASHED_IF_SET
     )
+    img_size: int | None = field(default=None, metadata=HASHED_IF_SET)
 
 
 @dataclass
@@ -114,6 +117,7 @@ def _check_data(config: RobustnessConfig) -> None:
     settings = config.evaluate
     if len(set(config.data)) < len(config.data):
         raise UserError(f"data: {config.data}; name each card once.")
+    check_row_names(config.data, "data")
     if config.data:
         check_conditions(settings.attacks, settings.corruptions, 4)
     elif settings.images is not None or settings.masking:
