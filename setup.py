@@ -1,4 +1,4 @@
-"""Data files of the wheel. All other metadata is in pyproject.toml."""
+"""Data files of the wheel, and how an editable install works. All other metadata is in pyproject.toml."""
 
 from pathlib import Path
 
@@ -19,4 +19,6 @@ def shared_files(*folders: str) -> list[tuple[str, list[str]]]:
     return sorted(files.items())
 
 
-setup(data_files=shared_files("datasets", "configs"))
+# compat: an editable install puts the checkout on sys.path. The default, an import hook, comes after the folders of sys.path,
+# so that a script beside the checkout gets the checkout's folder as an empty namespace package.
+setup(data_files=shared_files("datasets", "configs"), options={"editable_wheel": {"mode": "compat"}})

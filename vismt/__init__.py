@@ -1,25 +1,77 @@
-"""vismt: low-rank adaptation methods for any timm ViT and any Hugging Face causal LM."""
+"""vismt: low-rank adaptation methods for any timm ViT and any Hugging Face causal LM.
 
-from vismt import llm
-from vismt.errors import UserError
-from vismt.lowrank.inject import merge, unadapt
-from vismt.lowrank.peft_folder import export_peft, import_peft
-from vismt.lowrank.recompute import recompute
-from vismt.lowrank.store import load_adapter, save_adapter
-from vismt.methods import adapt, list_methods
+Public names are imported when they are first used, so that `import vismt` loads no library.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vismt import llm, lowrank, metatune, multitask, robustness
+    from vismt.api import StudyResults, audit, evaluate_fewshot, meta_tune, train
+    from vismt.errors import UserError
+    from vismt.lowrank.inject import merge, unadapt
+    from vismt.lowrank.peft_folder import export_peft, import_peft
+    from vismt.lowrank.recompute import recompute
+    from vismt.lowrank.store import load_adapter, save_adapter
+    from vismt.methods import adapt, list_methods
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "StudyResults",
     "UserError",
     "adapt",
+    "audit",
+    "evaluate_fewshot",
     "export_peft",
     "import_peft",
     "list_methods",
     "llm",
     "load_adapter",
+    "lowrank",
     "merge",
+    "meta_tune",
+    "metatune",
+    "multitask",
     "recompute",
+    "robustness",
     "save_adapter",
+    "train",
     "unadapt",
 ]
+
+# Public name -> module that defines it; names of __all__ that are not here are packages of this one.
+_MODULES = {
+    "StudyResults": "api",
+    "UserError": "errors",
+    "adapt": "methods",
+    "audit": "api",
+    "evaluate_fewshot": "api",
+    "export_peft": "lowrank.peft_folder",
+    "import_peft": "lowrank.peft_folder",
+    "list_methods": "methods",
+    "load_adapter": "lowrank.store",
+    "merge": "lowrank.inject",
+    "meta_tune": "api",
+    "recompute": "lowrank.recompute",
+    "save_adapter": "lowrank.store",
+    "train": "api",
+    "unadapt": "lowrank.inject",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'vismt' has no attribute {name!r}")
+    if name not in _MODULES:
+        return importlib.import_module(f"vismt.{name}")
+    value = getattr(importlib.import_module(f"vismt.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,13 +15,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 
 from vismt import typed_yaml
 from vismt.errors import UserError, near
-from vismt.typed_yaml import within
+from vismt.paths import shipped
+from vismt.typed_yaml import Names, within
 
 # Metadata of a field that changes how a run is computed, but not its numbers.
 UNHASHED = {"hashed": False}
@@ -42,33 +43,51 @@ T = TypeVar("T")
 
 @dataclass
 class ModelSection:
-    """The key that the model sections of all jobs share. name: of the model, where each job's section says what is known."""
+    """The key that the model sections of all jobs share.
+
+    Args:
+        name: model; each job's section says what is known.
+    """
 
     name: str = ""
 
 
 @dataclass
 class ModelConfig(ModelSection):
-    """The backbone. name: asset or timm model; img_size: pixels; pretrained: true, false or a checkpoint file.
+    """The backbone.
 
-    block, position, pool: see vismt.backbones.vit.create. dtype: in which the weights are held and the blocks compute; heads and
-    what a method trains stay float32.
+    Args:
+        name: an asset (`vismt assets list`) or a timm model.
+        img_size: side of the images in pixels; null for the model's own.
+        pretrained: true for the published weights, false for random ones, or a checkpoint file.
+        block: number of the block whose output is used, later ones are left out; null for the last.
+        position: how a pretrained position table is resampled to another image size (vismt.backbones.position).
+        pool: token (class token) or avg (mean of the patches); null as the model does.
+        dtype: type of the weights and of the computations in blocks; heads and what a method trains stay float32.
     """
 
     name: str = "vit_small_patch14_imgfocus"
     img_size: int | None = None
     pretrained: bool | str = True
     block: int | None = None
-    position: str = "timm"
-    pool: str | None = None
+    position: Annotated[str, Names("vismt.backbones.position:POSITIONS")] = "timm"
+    pool: Annotated[str | None, Names(("token", "avg"))] = None
     dtype: Dtype = field(default="float32", metadata=HASHED_IF_SET)
 
 
 @dataclass
 class AdaptConfig:
-    """The arguments of vismt.adapt; options: further arguments of the method."""
+    """The arguments of vismt.adapt.
 
-    method: str = "lora"
+    Args:
+        method: the adaptation method (`vismt list methods`).
+        targets: the adapted modules: a regular expression, names or "all-linear"; null for the method's own choice.
+        rank: rank of the update.
+        alpha: numerator of the scale alpha / rank of the update; null for the method's own.
+        options: further arguments of the method, which `vismt list methods` shows.
+    """
+
+    method: Annotated[str, Names("vismt.methods:METHODS")] = "lora"
     targets: str | list[str] | None = None
     rank: int = 8
     alpha: float | None = None
@@ -77,18 +96,35 @@ class AdaptConfig:
 
 @dataclass
 class TrainConfig:
-    """Optimisation. steps: optimiser steps; accumulate: batches in one step.
+    """Optimisation.
 
-    lr: the peak learning rate, reached after `warmup` steps, then a cosine down to min_lr. cooldown: number of last steps at
-    min_lr. rates: {regular expression: factor of lr}; a parameter takes the factor of the first expression that matches
-    anywhere in its name. weight_decay: of matrices; vectors and scalars have none. momentum: of sgd. clip: largest gradient
-    norm, null for none. precision: no, bf16 or fp16. recompute: cheap computes outputs of norms and activations again in the
-    backward pass (vismt.recompute). checkpointing: whether every block is computed again in the backward pass. compile: whether
-    blocks run under torch.compile, with static shapes. trackers: accelerate's (tensorboard, wandb).
+    Args:
+        steps: optimiser steps.
+        optimizer: adamw, or sgd with momentum.
+        lr: the peak learning rate, reached after `warmup` steps, followed by a cosine down to min_lr.
+        min_lr: the last learning rate.
+        warmup: steps over which the rate grows linearly.
+        cooldown: number of last steps at min_lr.
+        rates: {regular expression: factor of lr}; a parameter takes the factor of the first expression that matches
+            anywhere in its name.
+        weight_decay: of matrices; vectors and scalars have none.
+        momentum: of sgd.
+        accumulate: batches in one optimiser step.
+        clip: largest norm of the gradient; null for none. Under a balancer of gradients, of that of the balanced
+            parameters alone.
+        precision: mixed precision of the forward pass: no, bf16 or fp16.
+        recompute: cheap computes outputs of norms and activations again in the backward pass, for less memory
+            (vismt.recompute).
+        checkpointing: whether every block is computed again in the backward pass, for less memory.
+        compile: whether blocks run under torch.compile, with static shapes.
+        workers: processes that load data; 0 for the training's own.
+        log_every: steps between two lines of metrics.jsonl.
+        checkpoint_every: steps between two checkpoints, from which a run resumes.
+        trackers: further logs through accelerate.
     """
 
     steps: int = 100
-    optimizer: str = "adamw"
+    optimizer: Annotated[str, Names("vismt.engine.optimizer:OPTIMIZERS")] = "adamw"
     lr: float = 1e-3
     min_lr: float = 0.0
     warmup: int = 0
@@ -98,19 +134,34 @@ class TrainConfig:
     momentum: float = 0.9
     accumulate: int = 1
     clip: float | None = 1.0
-    precision: str = "no"
+    precision: Annotated[str, Names(("no", "bf16", "fp16"))] = "no"
     recompute: Literal["none", "cheap"] = field(default="none", metadata=UNHASHED)
     checkpointing: bool = field(default=False, metadata=UNHASHED)
     compile: bool = field(default=False, metadata=HASHED_IF_SET)
     workers: int = 0
     log_every: int = 1
     checkpoint_every: int = 50
-    trackers: list[str] = field(default_factory=list)
+    trackers: Annotated[list[str], Names(("tensorboard", "wandb"))] = field(default_factory=list)
 
 
 @dataclass
 class RunConfig:
-    """The sections that every job has; a job declares the type of its model section."""
+    """The sections that every job has; a job declares the type of its model section.
+
+    Args:
+        task: the job.
+        title: title of the report; not part of the run's hash.
+        seed: of start values and, where `seeds` is empty, of the training.
+        model: the model.
+        adapt: the adaptation method; null trains no adapter.
+        train: the optimisation; null trains nothing.
+    """
+
+    ELSEWHERE: ClassVar[dict[str, str]] = {
+        "device": "A run takes the GPU where there is one: CUDA_VISIBLE_DEVICES=1 vismt run ... takes the second, "
+        "ACCELERATE_USE_CPU=true the processor.",
+        "threads": "OMP_NUM_THREADS=4 vismt run ... sets the number of threads, `vismt run --workers` that of processes.",
+    }
 
     task: str = "fewshot"
     title: str = ""
@@ -120,14 +171,32 @@ class RunConfig:
     train: TrainConfig | None = field(default_factory=TrainConfig)
 
 
+def list_configs() -> list[str]:
+    """Return the names of the configurations that travel with the package, "dense/camvid"."""
+    folder = shipped("configs")
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+
+
+def find_config(text: str) -> Path:
+    """Return the file of a path, or of a name of `list_configs`, with or without "configs/" and ".yaml".
+
+    What is neither is returned as a path, and `read_yaml` names what is near.
+    """
+    name = text.removeprefix("configs/").removesuffix(".yaml")
+    if Path(text).exists() or name not in list_configs():
+        return Path(text)
+    return shipped("configs") / f"{name}.yaml"
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in the YAML file `path`.
 
-    Raises UserError for a file that cannot be read; for a missing file the message names similar files.
+    Raises UserError for a file that cannot be read; for a missing file the message names similar files and configurations.
     """
     if not path.exists():
         names = [str(file) for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise UserError(f"config: no file '{path}'.{near(str(path), names)}")
+        names += list_configs()
+        raise UserError(f"config: no file '{path}'.{near(str(path), names)} `vismt list configs` shows those of vismt.")
     return typed_yaml.read_yaml(path, f"config: '{path}'")
 
 
@@ -177,7 +246,7 @@ def _replaced(node: Any, path: Sequence[str], value: Any, source: str, prefix: s
         raise UserError(f"{source}: '{prefix.rstrip('.')}' is a value, not a section.")
     names = [item.name for item in dataclasses.fields(node)]
     if name not in names:
-        raise UserError(f"{source}: unknown key '{prefix}{name}'.{near(name, names)}")
+        raise typed_yaml.unknown_key(type(node), name, source, f"{prefix}{name}", names)
     if rest:
         value = _replaced(getattr(node, name), rest, value, source, f"{prefix}{name}.")
     if not dataclasses.is_dataclass(value):

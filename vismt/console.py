@@ -10,6 +10,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from vismt.errors import UserError
+
 T = TypeVar("T")
 
 _console = Console(highlight=False, soft_wrap=True)
@@ -46,11 +48,15 @@ def block(text: str) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print aligned columns under a header; None is printed as '-', booleans as yes and no, integers with separators."""
+    """Print the text of `aligned`."""
+    block(aligned(columns, rows))
+
+
+def aligned(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return aligned columns under a header; None is shown as '-', booleans as yes and no, integers with separators."""
     cells = [tuple(columns), *(tuple(_cell(value) for value in row) for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
-    block("\n".join(lines))
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)
 
 
 def _cell(value: object) -> str:
@@ -61,6 +67,14 @@ def _cell(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return str(value)
+
+
+def ask(question: str) -> bool:
+    """Return whether the user answers yes. Raises UserError where there is no terminal to answer at."""
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError as error:
+        raise UserError(f"{question} There is no terminal to ask at; give --yes.") from error
 
 
 def error(text: str) -> None:

@@ -12,6 +12,8 @@ class UserError(ValueError):
     The command line prints it as one line and exits with code 2.
     """
 
+    elsewhere = False  # whether another process had the error and prints it (ranks.py)
+
 
 class WeightsUnavailable(UserError):
     """Weights that no source delivers now: the network cannot be reached, or access is not granted."""

@@ -204,6 +204,19 @@ def remove_partial(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def is_locked(folder: Path) -> bool:
+    """Return whether a process holds the lock of a folder."""
+    from filelock import FileLock, Timeout
+
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        FileLock(folder / LOCK).acquire(timeout=0).lock.release()
+    except Timeout:
+        return True
+    return False
+
+
 @contextmanager
 def locked(folder: Path, wait_s: float = 0) -> Iterator[None]:
     """Hold the lock of a folder, which one process at a time has; the folder is made if it does not exist.

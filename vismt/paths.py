@@ -6,7 +6,6 @@ import errno
 import importlib.util
 import os
 import stat
-import sys
 from pathlib import Path, PurePosixPath
 
 from vismt.errors import UserError
@@ -14,16 +13,17 @@ from vismt.errors import UserError
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
-def data_root() -> Path | None:
-    """Return `VISMT_DATA`, else a folder `shared/data` beside the checkout, else None."""
-    folder = os.environ.get("VISMT_DATA")
-    if folder:
-        root = Path(folder).expanduser()
+def data_roots() -> list[Path]:
+    """Return the folders of `VISMT_DATA` (as in PATH, several have the system's separator between them), in order.
+
+    Where it is not set, a folder `shared/data` beside the checkout, if there is one.
+    """
+    roots = [Path(name).expanduser() for name in os.environ.get("VISMT_DATA", "").split(os.pathsep) if name]
+    for root in roots:
         if not root.is_dir():
-            raise UserError(f"VISMT_DATA is '{folder}', which is not a folder: set it to the folder of your data sets.")
-        return root
+            raise UserError(f"VISMT_DATA: '{root}' is not a folder: set it to the folder of your data sets.")
     beside = CHECKOUT.parent / "shared" / "data"
-    return beside if beside.is_dir() else None
+    return roots or [beside] * beside.is_dir()
 
 
 def cache_root() -> Path:
@@ -32,9 +32,16 @@ def cache_root() -> Path:
 
 
 def shipped(folder: str) -> Path:
-    """Return the folder `datasets` or `configs`: beside the package in a checkout, under <prefix>/share/vismt when installed."""
+    """Return the folder `datasets` or `configs`: beside the package in a checkout, else of the wheel.
+
+    A wheel's is share/vismt/<folder> in the first folder above the package that has one: the environment, the user's own
+    prefix, or the target of `pip install --target`.
+    """
     beside = CHECKOUT / folder
-    return beside if beside.is_dir() else Path(sys.prefix) / "share" / "vismt" / folder
+    if beside.is_dir():
+        return beside
+    places = [parent / "share" / "vismt" / folder for parent in (CHECKOUT, *CHECKOUT.parents)]
+    return next((place for place in places if place.is_dir()), places[0])
 
 
 def package_folder(module: str) -> Path | None:

@@ -1,16 +1,20 @@
 """The processes of a launch share an evaluation: each runs some of its blocks or batches, and every one gets the results of all.
 
-Sharing is on inside `shared()` only, which all processes have to enter together: work that one process does alone (choosing a
-rate, a report) may call the same functions. Files are read and written by the first process; what it read, all get.
+Sharing is on inside `shared()` only, which all processes have to enter together: work that one process does alone (a report)
+may call the same functions. Files are read and written by the first process; what it read, all get. A UserError of one process
+is raised in all of them, so that none waits for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar, cast
 
 import torch.distributed as dist
+
+from vismt.errors import UserError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -64,23 +68,44 @@ def share(items: Iterable[T], run: Callable[[T], R]) -> Iterator[R]:
 
     Results have to be on the CPU. All processes need equal items.
     """
-    result: R | None = None
+    outcome: Outcome[R] = None, None
     place = 0
     for item in items:
         if place == rank():
-            result = run(item)
+            outcome = _outcome(partial(run, item))
         place += 1
         if place == count():
-            yield from cast("list[R]", gather(result))
-            result, place = None, 0
+            yield from _results(outcome)
+            outcome, place = (None, None), 0
     if place:
-        yield from cast("list[R]", gather(result))[:place]
+        yield from _results(outcome)[:place]
 
 
 def from_first(function: Callable[[], T]) -> T:
     """Return what a function returns in the first process, which alone calls it; nothing inside it is shared."""
-    result: T | None = None
+    outcome: Outcome[T] = None, None
     if rank() == 0:
         with _set_sharing(False):
-            result = function()
-    return cast("T", gather(result)[0])
+            outcome = _outcome(function)
+    return _results(outcome)[0]
+
+
+Outcome = tuple[T | None, UserError | None]
+
+
+def _outcome(function: Callable[[], T]) -> Outcome[T]:
+    """Return what a function returns, or its UserError."""
+    try:
+        return function(), None
+    except UserError as error:
+        return None, error
+
+
+def _results(outcome: Outcome[T]) -> list[T]:
+    """Return the results of all processes by rank; raise the first UserError of any process in all of them."""
+    outcomes = gather(outcome)
+    for number, (_, error) in enumerate(outcomes):
+        if error is not None:
+            error.elsewhere = number != rank()
+            raise error
+    return [cast("T", result) for result, _ in outcomes]

@@ -8,12 +8,14 @@ the value and, for an unknown key, the near ones. Numbers are finite, whole numb
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import math
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
@@ -23,10 +25,12 @@ from vismt.paths import stays_inside
 from vismt.plain_yaml import parse_yaml, read_yaml
 
 __all__ = [
+    "Names",
     "RelativePath",
     "arguments",
     "build",
     "describe",
+    "is_union",
     "parse_yaml",
     "plain_name",
     "read_yaml",
@@ -45,6 +49,23 @@ SCALARS = (bool, int, float, str)
 NUMBERS = (int, float)
 MAPPINGS = (dict, Mapping)
 CONTAINERS = (*MAPPINGS, list, tuple)
+
+
+@dataclass(frozen=True)
+class Names:
+    """The known names of a field, `Annotated[str, Names(...)]`, for documentation and editors; `build` does not check them.
+
+    source: names, or "module:attribute" of names or of a function that returns them, imported when they are asked for.
+    """
+
+    source: str | Iterable[str]
+
+    def __iter__(self) -> Iterator[str]:
+        if not isinstance(self.source, str):
+            return iter(self.source)
+        module, _, attribute = self.source.partition(":")
+        names = getattr(importlib.import_module(module), attribute)
+        return iter(names() if callable(names) else names)
 
 
 def build(cls: type[T], values: object, source: str, key: str = "", /, **given: Any) -> T:
@@ -70,7 +91,7 @@ def build(cls: type[T], values: object, source: str, key: str = "", /, **given: 
     hints = typing.get_type_hints(cls, include_extras=True)
     unknown = next((name for name in values if name not in fields), None)
     if unknown is not None:
-        raise UserError(f"{source}: unknown key '{_join(key, unknown)}'.{near(str(unknown), fields)}")
+        raise unknown_key(cls, str(unknown), source, _join(key, unknown), fields)
     converted = given | _convert_all(values, hints, source, key)
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -96,6 +117,17 @@ def arguments(function: Callable[..., Any], options: Mapping[str, Any], source: 
         name: hint for item in initialisers for name, hint in typing.get_type_hints(item, include_extras=True).items()
     }
     return _convert_all(options, {name: hints.get(name, Any) for name in options}, source, key)
+
+
+def unknown_key(cls: type, name: str, source: str, key: str, known: Iterable[str]) -> UserError:
+    """Return the error for a key that is no field: where the setting is made, the near keys, or all of the section.
+
+    A class may have a dict ELSEWHERE: {name: where that is set}.
+    """
+    choices = list(known)
+    elsewhere = getattr(cls, "ELSEWHERE", {}).get(name)
+    hint = f" {elsewhere}" if elsewhere else near(name, choices) or f" Known: {', '.join(map(repr, sorted(choices)))}."
+    return UserError(f"{source}: unknown key '{key}'.{hint}")
 
 
 def _convert_all(values: Mapping[str, Any], hints: Mapping[str, Any], source: str, key: str) -> dict[str, Any]:
@@ -139,14 +171,15 @@ def _join(key: str, name: object) -> str:
 def _not_null(hint: Any) -> Any:
     """Return X for the hint X | None, and any other hint unchanged."""
     members = [member for member in typing.get_args(hint) if member is not types.NoneType]
-    return members[0] if _is_union(hint) and len(members) == 1 else hint
+    return members[0] if is_union(hint) and len(members) == 1 else hint
 
 
 def _takes_text(hint: Any) -> bool:
-    return hint is str or (_is_union(hint) and str in typing.get_args(hint))
+    return hint is str or (is_union(hint) and str in typing.get_args(hint))
 
 
-def _is_union(hint: Any) -> bool:
+def is_union(hint: Any) -> bool:
+    """Return whether a type is a union."""
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
@@ -154,7 +187,7 @@ def describe(hint: Any) -> str:
     """Return a type as error messages name it: 'int or null', 'list of str'."""
     arguments = typing.get_args(hint)
     origin = typing.get_origin(hint)
-    if _is_union(hint):
+    if is_union(hint):
         return " or ".join(dict.fromkeys(describe(member) for member in arguments))
     if origin is Annotated:
         return describe(arguments[0])
@@ -176,9 +209,10 @@ def _convert(value: Any, hint: Any, source: str, key: str) -> Any:
         plain, *checks = typing.get_args(hint)
         converted = _convert(value, plain, source, key)
         for check in checks:
-            check(converted, f"{source}: {key}")
+            if not isinstance(check, Names):
+                check(converted, f"{source}: {key}")
         return converted
-    if _is_union(hint):
+    if is_union(hint):
         return _convert_union(value, hint, source, key)
     if origin in CONTAINERS:
         return _convert_container(value, hint, source, key)

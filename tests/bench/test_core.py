@@ -36,7 +36,10 @@ def test_rows_and_saved_bytes(result: core.CoreResult) -> None:
     assert saved[HALF] < 0.7 * saved[LORA]
     assert 0 < saved[COMPILE] <= 1.1 * saved[LORA]
     text = str(result)
-    for line in ("time of vismt lora, bf16 / peft lora, bf16: ", "saved by vismt lora, recompute / peft lora: "):
+    for line in (
+        "time of vismt lora, bf16 / peft lora, bf16: ",
+        "saved activations of vismt lora, recompute / peft lora: ",
+    ):
         assert line in text
     assert "(" in text and ".." in text
 
@@ -49,6 +52,18 @@ def test_results_as_json(result: core.CoreResult, tmp_path: Path, monkeypatch: p
     assert content["bench"] == "core" and content["rounds"] == 2 and "torch" in content["versions"]
     (entry,) = content["results"]
     assert entry["saved_bytes"] == result.saved_bytes and entry["text"] == str(result)
+    assert content["command"] == "vismt bench core --rounds 2 --device cpu" and len(content["date"]) == 10
+    assert [comparison["name"] for comparison in entry["comparisons"]] == [LORA, RECOMPUTE, HALF, HALF, RECOMPUTE]
+    assert entry["comparisons"][0] | {"ratio": 0, "low": 0, "high": 0} == {
+        "what": "time",
+        "name": LORA,
+        "base": PEFT,
+        "ratio": 0,
+        "low": 0,
+        "high": 0,
+        "target": 0.95,
+        "least": 0.0,
+    }
     median, low, high = entry["timing"]["ratios"][HALF][PEFT]
     assert low <= median <= high and median == result.timing.ratio(HALF, PEFT)[0]
 

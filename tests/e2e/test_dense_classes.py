@@ -15,11 +15,12 @@ import yaml
 from PIL import Image
 
 from vismt.cli import main
-from vismt.jobs import load_config, open_run
+from vismt.errors import UserError
+from vismt.jobs import load_config, make_job, open_run
 from vismt.jobs.dense.data import DenseData
 from vismt.jobs.dense.job import DenseJob
 from vismt.lines import read_lines
-from vismt.paths import data_root
+from vismt.paths import data_roots
 from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
 
 pytest.importorskip("torchmetrics")
@@ -185,7 +186,7 @@ def test_merging_is_checked_and_the_file_of_heads_describes_them(study: Path) ->
         classify = check["outputs"]["classify"]
         assert classify["different"] == 0 and classify["largest"] > 0 and classify["n"] == 7
     assert main(["merge", str(study), "--arm", "both:1"]) == 0
-    with safetensors.safe_open(study / "merged" / "heads.safetensors", "pt") as file:
+    with safetensors.safe_open(study / "merged-both-seed-1" / "heads.safetensors", "pt") as file:
         metadata = json.loads(file.metadata()["heads"])
         weight = file.get_tensor("classify.predict.weight")
     assert metadata["tasks"] == {"semseg": 3, "classify": 2}
@@ -275,6 +276,21 @@ def test_tuning_takes_the_accuracy_into_its_score(room: Path, tmp_path: Path) ->
     assert len(scored["classify"].images) == 2 and len(scored["semseg"].images) == 2
 
 
+def test_training_labels_are_counted_where_a_loss_needs_them(room: Path, tmp_path: Path) -> None:
+    tasks = [{"name": "semseg", "classes": 3, "class_weights": "sqrt"}, {**CLASSIFY, "logit_adjustment": 1.0}]
+    job = make_job(load_config(write(tmp_path, **on_room(room, tasks=tasks)), []), tmp_path / "run")
+    labels = [np.asarray(Image.open(path)) for path in sorted((room / "data/scenes/train/label").iterdir())]
+    wanted = [int(sum((label == c).sum() for label in labels)) for c in range(3)]
+    config = job.study.arms["adapted"]
+    objective = job.objective(config, job.fresh(config), [])
+    assert objective.tasks["semseg"].class_counts == wanted and objective.tasks["classify"].class_counts == [3, 3]
+    plain = DenseData(load_config(write(tmp_path, **on_room(room)), []))
+    assert plain.counted(list(plain.tasks.values()))[0].class_counts is None
+    plain.parts["train"].entries.clear()
+    with pytest.raises(UserError, match="tasks: semseg: class 0 has 0 training labels"):
+        plain.class_counts(plain.tasks["semseg"])
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -334,7 +350,7 @@ def test_depth_of_the_motorcycle_and_digits(tmp_path: Path) -> None:
 @pytest.mark.realdata
 def test_camvid_and_textures(tmp_path: Path) -> None:
     """Segmentation of road scenes and ten textures, each set with one of the two."""
-    root = data_root()
+    root = next(iter(data_roots()), None)
     if root is None or not all((root / name).is_dir() for name in ("camvid", "dtd10")):
         pytest.skip("camvid and dtd10 are not under VISMT_DATA")
     path = write(

@@ -13,14 +13,20 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn.functional as F
 import yaml
 from helpers.checkpoints import saved_tensors
 
 from vismt.cli import main
 from vismt.engine.study import Study
+from vismt.files import read_sealed
 from vismt.jobs import load_config, open_run
-from vismt.lines import read_lines
+from vismt.jobs.classification.calibration import CALIBRATION, best_tau
+from vismt.jobs.variants import ADJUSTED, TEMPERED
+from vismt.lines import read_lines, write_lines
+from vismt.multitask.class_loss import adjusted
 from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
+from vismt.seeds import digest
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
@@ -51,7 +57,7 @@ SMALL = {
     "seeds": [0, 1],
     "tune": {"rates": [3.0e-3, 1.0e-2]},
     "train": {"steps": 4, "weight_decay": 0.05, "checkpoint_every": 2},
-    "evaluate": {"batch": 64},
+    "evaluate": {"batch": 64, "temperature": True, "adjust_logits": True},
 }
 
 
@@ -59,6 +65,12 @@ def write(folder: Path, **changes: object) -> Path:
     path = folder / "tasks.yaml"
     path.write_text(yaml.safe_dump({**SMALL, **changes}, sort_keys=False))
     return path
+
+
+def accuracies(path: Path, config_hash: str | None = None) -> list[Result]:
+    """Return the rows of accuracy but for those of an adjusted prior."""
+    rows = read_results(path, config_hash)
+    return [row for row in rows if row.metric == "accuracy" and row.condition != ADJUSTED.label]
 
 
 def over_seeds(results: list[Result]) -> list[Result]:
@@ -94,7 +106,7 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path) -> None:
         assert chosen["validation"][f"{chosen['lr']:g}"] == max(chosen["validation"].values())
         trained = {path.name for path in (study / "arms" / arm).iterdir() if path.is_dir()}
         assert trained == {"lr-0.003-seed-0", "lr-0.01-seed-0", f"lr-{chosen['lr']:g}-seed-1"}
-    results = read_results(study / "results.jsonl", open_run(study).hash)
+    results = accuracies(study / "results.jsonl", open_run(study).hash)
     rows = over_seeds(results)
     assert [(row.arm, row.data) for row in rows] == [
         (arm, task) for arm in ("head", "lora", "emtal") for task in ("digits", "photos")
@@ -110,7 +122,7 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path) -> None:
     for title in ("average", "By seed", "Paired differences", "Merging", "Choice of the rate"):
         assert title in report
     assert {path.stem for path in (study / "figures").glob("*.png")} == {
-        "scores-classification-accuracy",
+        *(f"scores-classification-{metric}" for metric in ("accuracy", "ECE-15", "NLL-in-nats", "Brier")),
         "seeds",
         "training",
         "examples",
@@ -120,7 +132,7 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path) -> None:
 
 
 def test_the_paired_table_is_what_the_records_say(study: Path) -> None:
-    results = read_results(study / "results.jsonl")
+    results = accuracies(study / "results.jsonl")
     value = {(row.arm, row.data, row.seed): row.value for row in results}
     for arm in ("head", "emtal"):
         lr = json.loads((study / "arms" / arm / "chosen.json").read_text())["lr"]
@@ -145,7 +157,63 @@ def test_the_paired_table_is_what_the_records_say(study: Path) -> None:
     for title in ("Over examples", "Over 2 seeds"):
         rows = report_table(study, title)
         assert {name for name in rows if "−" in name} == {"lora − head", "emtal − head", "emtal − lora"}
-        assert rows["emtal − head"][-1].startswith(f"{difference:+.1f}".replace("-", "−"))  # of the average
+        assert rows["emtal − head"][2].startswith(f"{difference:+.1f}".replace("-", "−"))  # of the average
+
+
+def test_every_arm_and_task_has_the_quality_of_its_probabilities(study: Path) -> None:
+    rows = read_results(study / "results.jsonl")
+    job = open_run(study).job
+    for training in job.study.trainings("lora"):
+        fitted = read_sealed(training.folder / CALIBRATION, "calibration")
+        net, temperature = job.loaded(training), fitted["temperature"]
+        with torch.no_grad():
+            parts = [job.data.part(task, "validation") for task in (0, 1)]
+            outputs = [(net(part[torch.arange(len(part))]), part.labels) for part in parts]
+        logits, labels = (torch.cat(values) for values in zip(*outputs))
+        # No other temperature is better on the validation images; the tau is the best of its grid.
+        losses = {
+            T: float(F.cross_entropy(logits / T, labels)) for T in (temperature, 0.9 * temperature, 1.1 * temperature)
+        }
+        assert min(losses, key=losses.get) == temperature and fitted["n"] == len(labels)
+        assert fitted["tau"] == best_tau(outputs, job.data.class_counts())
+        part = job.data.part(1, "test")
+        with torch.no_grad():
+            test = net(part[torch.arange(len(part))])
+        known = {
+            (row.condition, row.metric): row.value
+            for row in rows
+            if (row.arm, row.data, row.seed) == ("lora", "photos", training.seed)
+        }
+        wanted = float(F.cross_entropy(test, part.labels))
+        assert known["clean", "NLL in nats"] == pytest.approx(wanted, rel=1e-4)
+        assert known[TEMPERED.label, "NLL in nats"] == pytest.approx(
+            float(F.cross_entropy(test / temperature, part.labels)), rel=1e-4
+        )
+        shifted = adjusted(test, job.data.class_counts(), fitted["tau"]).argmax(1) == part.labels
+        assert known[ADJUSTED.label, "accuracy"] == pytest.approx(float(shifted.double().mean()))
+        assert (TEMPERED.label, "accuracy") not in known and 0 <= known["clean", "ECE-15"] <= 1
+    assert {row.metric for row in rows} == {"accuracy", "ECE-15", "NLL in nats", "Brier"}
+    assert TEMPERED.label in (study / "report.md").read_text()
+
+
+def test_records_of_an_earlier_version_are_evaluated_again(study: Path, tmp_path: Path) -> None:
+    copied = tmp_path / study.name
+    shutil.copytree(study, copied)
+    for path in copied.glob("arms/lora/*/records/test-digits.jsonl"):
+        header, *lines = read_lines(path)
+        header["settings"].pop("forms")
+        header["protocol"] = digest(json.dumps(header["settings"], sort_keys=True).encode())
+        write_lines(path, [header, *({name: line[name] for name in ("id", "label", "clean")} for line in lines)])
+    assert main(["evaluate", str(copied), "--quiet"]) == 0
+    assert (copied / "results.jsonl").read_text() == (study / "results.jsonl").read_text()
+
+
+def test_the_best_tau_is_the_smallest_of_the_best() -> None:
+    # Class 0 has 9 of 10 training images. z_0 - z_1 = 1 for two images of class 1 is overcome by tau log 9 = 2.2 tau > 1, from
+    # tau = 1/2 on; z_0 - z_1 = 3 for an image of class 0 survives until 2.2 tau > 3, tau = 1.5.
+    logits = torch.tensor([[1.0, 0], [1, 0], [3, 0]])
+    assert best_tau([(logits, torch.tensor([1, 1, 0]))], [9, 1]) == 0.5
+    assert best_tau([(logits, torch.tensor([0, 0, 0]))], [9, 1]) == 0.0
 
 
 def test_arms_of_a_seed_start_alike_and_see_the_same_batches(study: Path) -> None:
@@ -186,12 +254,29 @@ def test_merged_answers_are_the_faded_models(study: Path) -> None:
     assert not list((study / "arms" / "head").rglob("merge.json"))
 
 
+def test_an_export_does_not_overwrite_another(study: Path, tmp_path: Path, capsys) -> None:
+    for arm in ("lora:0", "lora:1"):
+        assert main(["export", str(study), "--format", "peft", "--arm", arm, "--quiet"]) == 0
+        assert (study / f"export-peft-lora-seed-{arm[-1]}" / "adapter_model.safetensors").exists()
+    command = ["export", str(study), "--to", str(tmp_path / "one"), "--quiet", "--arm"]
+    assert main([*command, "lora:0"]) == 0
+    first = (tmp_path / "one" / "model.safetensors").read_bytes()
+    assert main([*command, "lora:0"]) == 0  # the same again
+    assert main([*command, "emtal:0"]) == 2
+    assert f"holds a model of lora-seed-0 of the run {study.name}; name another folder" in capsys.readouterr().err
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == first
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "model.safetensors").write_bytes(b"mine")
+    assert main(["export", str(study), "--to", str(tmp_path / "own"), "--arm", "lora"]) == 2
+    assert "holds a model that is not an export of vismt" in capsys.readouterr().err
+
+
 def test_merge_and_export_are_timm_classifiers(study: Path, tmp_path: Path, capsys) -> None:
     assert main(["merge", str(study), "--arm", "emtal:1"]) == 0
-    state = safetensors.torch.load_file(study / "merged" / "model.safetensors")
+    state = safetensors.torch.load_file(study / "merged-emtal-seed-1" / "model.safetensors")
     model = timm.create_model("test_vit", img_size=32, num_classes=28)
     model.load_state_dict(state)
-    about = json.loads((study / "merged" / "config.json").read_text())
+    about = json.loads((study / "merged-emtal-seed-1" / "config.json").read_text())
     assert about["num_classes"] == 28 and about["label_names"][0].startswith("digits/")
     job = open_run(study).job
     images = job.data.part(0, "test")[torch.arange(8)]
@@ -200,6 +285,9 @@ def test_merge_and_export_are_timm_classifiers(study: Path, tmp_path: Path, caps
         assert torch.allclose(model.eval()(net.backbone.normalise(images)), net(images), atol=1e-5)
     assert main(["export", str(study), "--format", "peft", "--arm", "lora", "--to", str(tmp_path / "peft")]) == 0
     assert (tmp_path / "peft" / "adapter_config.json").exists()
+    for folder, arm in ((study / "merged", "emtal:1"), (tmp_path / "peft", "lora")):
+        fitted = read_sealed(job.study.find(arm).folder / CALIBRATION, "calibration")
+        assert json.loads((folder / "temperature.json").read_text())["temperature"] == fitted["temperature"]
     capsys.readouterr()
     for command, words in (
         (["merge", str(study)], "several arms; name one with --arm: head, lora, emtal"),
@@ -224,7 +312,7 @@ def test_an_attack_on_the_run_adds_rows(study: Path, tmp_path: Path) -> None:
     copied = tmp_path / study.name
     shutil.copytree(study, copied)
     assert main(["attack", str(copied), "--attack", "fgsm", "--epsilon", "8/255", "--quiet"]) == 0
-    before, after = (read_results(folder / "results.jsonl") for folder in (study, copied))
+    before, after = (accuracies(folder / "results.jsonl") for folder in (study, copied))
     assert [row for row in after if row.condition == "clean"] == before  # they stay
     attacked = {(row.arm, row.data, row.seed): row for row in after if row.kind == "attack"}
     assert len(over_seeds(before)) == 6 and len(before) + len(attacked) == len(after) == 2 * (6 + 12)
@@ -233,7 +321,7 @@ def test_an_attack_on_the_run_adds_rows(study: Path, tmp_path: Path) -> None:
     for row in over_seeds(before):
         lines = read_lines(copied / RECORDS / f"{row.stem}.jsonl")
         label = attacked[row.arm, row.data, None].condition
-        assert all(set(line) == {EXAMPLE, "clean", label} for line in lines)
+        assert all(set(line) == {EXAMPLE, "clean", ADJUSTED.label, label} for line in lines)
         assert attacked[row.arm, row.data, None].value == pytest.approx(sum(line[label] for line in lines) / row.n)
 
 
@@ -270,7 +358,7 @@ def test_a_router_that_does_not_fade_is_evaluated_unmerged_and_not_merged(tmp_pa
     path = write(tmp_path, arms={}, seeds=[], tune=None, fade=None)
     assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
     folder = next((tmp_path / "runs").iterdir())
-    assert [(row.arm, row.seed) for row in read_results(folder / "results.jsonl")] == [("adapted", None)] * 2
+    assert [(row.arm, row.seed) for row in accuracies(folder / "results.jsonl")] == [("adapted", None)] * 2
     assert not list(folder.rglob("merge.json"))
     assert main(["merge", str(folder)]) == 2
     assert "still routes" in capsys.readouterr().err
@@ -314,7 +402,7 @@ def test_separate_heads_balanced_tasks_and_validation(tmp_path: Path) -> None:
     )
     assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
     folder = next((tmp_path / "runs").iterdir())
-    rows = read_results(folder / "results.jsonl")
+    rows = accuracies(folder / "results.jsonl")
     assert {(row.arm, row.split, row.protocol) for row in rows} == {
         ("separate", "validation", "validation images, task known"),
         ("union", "validation", "validation images, one of 28 classes"),
@@ -322,7 +410,7 @@ def test_separate_heads_balanced_tasks_and_validation(tmp_path: Path) -> None:
     metrics = read_lines(next(folder.rglob("metrics.jsonl")))
     assert {"weight/digits", "weight/photos"} <= set(metrics[0])
     assert main(["attack", str(folder), "--attack", "apgd_ce", "--epsilon", "2/255", "--steps", "2", "--quiet"]) == 0
-    attacked = [row for row in read_results(folder / "results.jsonl") if row.condition != "clean"]
+    attacked = [row for row in accuracies(folder / "results.jsonl") if row.condition != "clean"]
     assert len(attacked) == 4 and {row.protocol for row in attacked} == {row.protocol for row in rows}
 
 
@@ -365,6 +453,9 @@ def test_overrides_of_an_arm_are_typed_and_its_trainings_are_found_by_name(tmp_p
         ({"adapt": {"method": "lora"}}, "fade: 'lora' has no schedule with this section; set adapt.method to moe_lora"),
         ({"fade": {"end": 1.5}}, "need 0 <= start <= end <= 1"),
         ({"label_smoothing": 1.0}, "label_smoothing: 1.0"),
+        ({"class_weights": "invers"}, "multitask: class_weights 'invers'; null for none. Near: 'inverse'"),
+        ({"focal": 0.5}, "multitask: focal 0.5; it must be 0, or 1 or more"),
+        ({"retain": {"select": "corect"}}, "select 'corect'. Near: 'correct'"),
         ({"batch": 0}, "batch: 0"),
         ({"batch": 77}, "batch: 77, with 76 training images"),
         ({"augment": {"crop": 0}}, "augment: crop 0"),
@@ -412,7 +503,7 @@ def test_two_processes_train_one_model(tmp_path: Path, balancing: dict | None) -
     process = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert process.returncode == 0, process.stderr[-2000:]
     folder = next((tmp_path / "runs").iterdir())
-    assert len(read_results(folder / "results.jsonl")) == 2 and process.stdout.count("report  ") == 1
+    assert len(accuracies(folder / "results.jsonl")) == 2 and process.stdout.count("report  ") == 1
     merged = next(folder.rglob("merge.json"))
     assert json.loads(merged.read_text())["different_predictions"] == 0
     tensors = saved_tensors(merged.parent)
@@ -441,6 +532,6 @@ def test_the_small_study_runs_on_the_real_sets(tmp_path: Path) -> None:
         "adapt.options={n_experts: 4, cluster: false}",
     ]
     assert main(["run", str(config), *changes, "--out", str(tmp_path), "--quiet"]) == 0
-    rows = read_results(next(tmp_path.iterdir()) / "results.jsonl")
+    rows = accuracies(next(tmp_path.iterdir()) / "results.jsonl")
     assert {row.data: row.n for row in rows} == {"grocery": 393, "flowers102": 444, "dtd10": 150, "gtsrb": 321}
     assert {row.protocol for row in rows} == {"validation images, one of 223 classes"}

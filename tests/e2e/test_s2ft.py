@@ -51,7 +51,7 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path,
         objective = Objective(mode, dtype)
         config = TrainConfig(steps=6, lr=0.01, checkpoint_every=2, weight_decay=0.1)
 
-        def after(step: int) -> None:
+        def after(_: nn.Module, step: int) -> None:
             if step == stop_after:
                 raise KeyboardInterrupt
 

@@ -46,7 +46,7 @@ def run(
     objective = objective or Toy()
     config = TrainConfig(**{"steps": 8, "lr": 0.05, "warmup": 2, "checkpoint_every": 3, **settings})
 
-    def after(step: int) -> None:
+    def after(_: nn.Module, step: int) -> None:
         if step == stop_after:
             raise KeyboardInterrupt
 
@@ -172,6 +172,27 @@ def test_accumulation_is_the_mean_over_its_batches(tmp_path: Path) -> None:
     losses = [model(batches(number))["loss"] for number in (0, 1)]
     (sum(losses) / 2).backward()
     assert torch.allclose(one.layer.weight, model.layer.weight - 0.05 * model.layer.weight.grad)
+
+
+class Shared(nn.Module):
+    """A shared parameter with a gradient of length 5 and a head with one of 12,000."""
+
+    def __init__(self, alone: bool) -> None:
+        super().__init__()
+        self.shared, self.head = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
+        self.clipped = [self.shared] if alone else None
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"loss": 3 * self.shared[0] + 4 * self.shared[1] + 12000 * self.head.sum()}
+
+
+def test_the_objective_names_what_is_clipped(tmp_path: Path) -> None:
+    for alone, moved, of_head in ((True, 1.0, 12000.0), (False, 5 / 12000, 1.0)):
+        folder = tmp_path / str(alone)
+        objective = run(folder, Shared(alone), steps=1, optimizer="sgd", momentum=0.0, clip=1.0, warmup=0, lr=1.0)
+        assert objective.shared.norm().item() == pytest.approx(moved, rel=1e-4)
+        assert objective.head.abs().item() == pytest.approx(of_head, rel=1e-4)
+        assert read_lines(folder / "metrics.jsonl")[0]["grad_norm"] == pytest.approx(12000, rel=1e-4)  # of all
 
 
 def test_clipping_bounds_the_step_and_logs_the_norm_before(tmp_path: Path) -> None:

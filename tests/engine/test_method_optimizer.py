@@ -44,7 +44,7 @@ def run(
 ) -> Classify:
     config = TrainConfig(**{"steps": 6, "lr": 0.02, "warmup": 2, "checkpoint_every": 2, **settings})
 
-    def after(step: int) -> None:
+    def after(_: nn.Module, step: int) -> None:
         if step == stop_after:
             raise KeyboardInterrupt
 

@@ -14,13 +14,17 @@ from torch import Tensor
 HELPERS = Path(__file__).resolve().parent
 
 
-def of_two(script: str, folder: Path) -> list[dict[str, Tensor]]:
-    """Run `python tests/helpers/SCRIPT FOLDER` as ranks 0 and 1; return the equal results that they wrote to FOLDER/RANK.pt."""
+def of_two(script: str, folder: Path, **variables: str) -> list[dict[str, Tensor]]:
+    """Run `python tests/helpers/SCRIPT FOLDER` as ranks 0 and 1; return the equal results that they wrote to FOLDER/RANK.pt.
+
+    variables: further ones of the environment.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     # One thread, as the tests have (conftest.py): the number of threads decides how a sum is rounded.
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    common.update(variables)
     common["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HELPERS.parent), os.environ.get("PYTHONPATH"))))
     call = [sys.executable, HELPERS / script, folder]
     ranks = [subprocess.Popen(call, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]

@@ -40,7 +40,7 @@ def run(folder: Path, stop_after: int | None = None, **settings: Any) -> Toy:
     objective = Toy()
     config = TrainConfig(**{"steps": 8, "lr": 0.05, "warmup": 2, "checkpoint_every": 3, **settings})
 
-    def after(step: int) -> None:
+    def after(_: nn.Module, step: int) -> None:
         if step == stop_after:
             raise KeyboardInterrupt
 

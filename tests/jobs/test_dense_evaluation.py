@@ -9,10 +9,14 @@ import torch
 
 from vismt.data.dense import DenseSet
 from vismt.engine.study import ALONE, Training
+from vismt.files import read_sealed
 from vismt.jobs.dense import evaluation as dense_evaluation
 from vismt.jobs.dense.config import DenseConfig, all_tasks
 from vismt.jobs.dense.data import Rows
 from vismt.jobs.dense.evaluation import Evaluation
+from vismt.jobs.variants import ADJUSTED
+from vismt.lines import read_lines
+from vismt.multitask.tasks import DenseTask
 from vismt.robustness.corruptions import CorruptionSpec
 
 pytest.importorskip("torchmetrics")
@@ -29,6 +33,9 @@ class Samples:
 
     def part(self, name: str) -> Rows:
         return self.rows
+
+    def class_counts(self, task: DenseTask) -> list[int]:
+        return [9, 1]
 
 
 @pytest.fixture
@@ -112,3 +119,23 @@ def test_corruptions_do_not_reach_the_padding(evaluated, tmp_path) -> None:
             assert corrupted["depth"].value > clean["depth"].value + 0.05
             values.append(corrupted)
         assert values[0] == values[1]
+
+
+def test_the_prior_is_taken_out_by_the_tau_of_validation(evaluated, tmp_path) -> None:
+    # Class 1 is rare and its pixels, a quarter, have z_0 - z_1 = 1; those of class 0 have 3. With log 9 = 2.2, tau = 1/2 makes
+    # all right, none calls everything class 0 (mIoU (3/4 + 0) / 2), and from 3/2 on everything is class 1.
+    labels = torch.zeros(8, 8, dtype=torch.int64)
+    labels[:2] = 1
+    image = torch.stack([torch.where(labels == 1, 1.0, 3.0), torch.zeros(8, 8), torch.zeros(8, 8)])
+    samples = [{"image": image, "semseg": labels, "depth": image[0]} for _ in range(3)]
+    config = DenseConfig(tasks=[{"name": "semseg", "classes": 2}, "depth"], size=[8, 8])
+    evaluation, training = Evaluation(config, Samples(samples, config)), Training(ALONE, 1e-3, 0, tmp_path)
+    plain = evaluation.scores(evaluation.scored(None, training, config, "test", tmp_path / "test.jsonl"), "test")
+    assert plain[0].measure.score == pytest.approx(3 / 8)
+    (score,) = evaluation.adjusted(lambda: None, training, config, "test", tmp_path)
+    assert (score.task, score.condition, score.measure.score) == ("semseg", ADJUSTED, pytest.approx(1))
+    fitted = read_sealed(tmp_path / "adjustment.json", "adjustment")
+    assert fitted["taus"] == {"semseg": 0.5} and fitted["validation"]["semseg 0"] == pytest.approx(3 / 8)
+    assert fitted["validation"]["semseg 1.5"] == pytest.approx(1 / 8)
+    never = evaluation.adjusted(pytest.fail, training, config, "test", tmp_path)  # it is on record
+    assert never[0].measure.score == score.measure.score and len(read_lines(tmp_path / "test-adjusted.jsonl")) == 1

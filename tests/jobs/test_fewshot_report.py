@@ -157,6 +157,7 @@ def panel(classes, size=16, attacked=True):
     images = generator.integers(20, 230, (2 * len(classes), 3, size, size), dtype=np.uint8)
     labels = np.repeat(np.arange(len(classes)), 2)
     arrays = {
+        "model": np.array("merged"),
         "support": images[::2],
         "support_labels": labels[::2],
         "query": images,
@@ -177,7 +178,7 @@ def test_episode_grid(drawn, tmp_path):
     assert len(drawn[0].axes) == 21
     texts = [text for text, _ in visible_texts(drawn[0])]
     # the change is 4 of 255 everywhere: floor(127 / 4) = 31, drawn at 128 + 31 * 4 = 252
-    assert texts.count("change × 31") == 2
+    assert texts.count("change × 31") == 2 and texts.count("merged") == 1
     assert np.asarray(drawn[0].axes[-1].images[0].get_array()).tolist() == [[[252] * 3] * 16] * 16
     # class 0 is right when clean and taken for class 1 when attacked
     assert texts.count("✓ cat") == 2 and texts.count("✗ cat") == 2 and "✗ a very long…" in texts
@@ -213,10 +214,12 @@ def episode_arrays():
 
 def test_episodes_of_a_report(tmp_path):
     (tmp_path / "panels").mkdir()
-    np.savez(tmp_path / "panels" / "digits-5-way-1-shot.npz", **episode_arrays())
+    np.savez(tmp_path / "panels" / "digits-5-way-1-shot.npz", model="average", **episode_arrays())
+    np.savez(tmp_path / "panels" / "of-an-earlier-version.npz", **episode_arrays())
     section = shown(tmp_path, [])["Episodes"]
-    (picture,) = section.pictures
-    assert section.folded and picture.title == "digits-5-way-1-shot"
+    picture, older = section.pictures
+    assert section.folded and picture.title == "digits-5-way-1-shot, average" and older.title == "of-an-earlier-version"
+    assert picture.caption.startswith("One episode, average. ") and older.caption.startswith("One episode. ")
     assert picture.path == tmp_path / "figures" / "episode-digits-5-way-1-shot.png" and picture.path.exists()
     # 4 classes of 2 are right when clean, class 0 alone when attacked
     assert "Of 10 query images in the panel file, 8 are right, 2 under PGD-10" in picture.caption

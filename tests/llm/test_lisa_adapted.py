@@ -187,7 +187,7 @@ def run(folder: Path, stop_after: int | None = None, **options: object) -> nn.Mo
     model = case("gpt2").model
     vismt.adapt(model, "lisa", **{"active": 1, "interval": 3, "seed": 2, **options})
 
-    def after(step: int) -> None:
+    def after(_: nn.Module, step: int) -> None:
         if step == stop_after:
             raise KeyboardInterrupt
 

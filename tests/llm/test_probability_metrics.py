@@ -14,6 +14,7 @@ from vismt.errors import UserError
 from vismt.llm import fit_temperature
 from vismt.llm.probability_metrics import (
     binned_gaps,
+    calibration_values,
     detection_auroc,
     ece_difference,
     ece_interval,
@@ -82,6 +83,18 @@ def test_resampled_bins_are_those_of_the_value(k: int) -> None:
     p, y = torch.cat([torch.randn(200, k).double().softmax(1), edges, sure]), torch.randint(k, (212,))
     gaps = binned_gaps(p, y, 15)
     assert (gaps.sum(0).abs().sum() / len(y)).item() == pytest.approx(expected_calibration_error(p, y), abs=1e-6)
+
+
+def test_values_by_example_of_the_calibration_error() -> None:
+    torch.manual_seed(0)
+    p, y = torch.randn(200, 4).double().softmax(1), torch.randint(4, (200,))
+    confidences, chosen = p.max(1)
+    values, bounds = calibration_values(confidences, chosen == y)
+    value, *interval = ece_interval(p, y, resamples=500)
+    assert values.mean().item() == pytest.approx(value, abs=1e-6) and list(bounds) == interval
+    # Confidences 0.65 (right), 0.65 (wrong), 0.95 (right) in ten bins: sums 0.35 - 0.65 = -0.3 and 0.05.
+    values, _ = calibration_values(torch.tensor([0.65, 0.65, 0.95]).double(), torch.tensor([True, False, True]), 10)
+    assert values.tolist() == pytest.approx([-0.35, 0.65, 0.05])  # the first bin with the sign of its sum
 
 
 def test_a_true_class_of_probability_zero_is_bad_and_finite() -> None:

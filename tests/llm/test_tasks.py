@@ -24,6 +24,7 @@ from vismt.llm.tasks.base import (
     gather,
     probability_measures,
     ratio_measures,
+    temperature_of,
     tempered,
 )
 from vismt.llm.tasks.generation import normalised
@@ -275,7 +276,7 @@ def test_calibration_by_hand_and_rows_with_fewer_choices():
     assert measures["AUROC"].score == pytest.approx((0.75 + 0.25 + 1) / 3)
     low, high = measures["ECE-15"].interval()
     assert 0 <= low < high and "AUROC" not in probability_measures(records[:1])
-    soft = tempered(records[:2], records[:2])
+    soft = tempered(records[:2], temperature_of(records[:2]))
     assert [math.exp(p) for p in soft[0]["log_p"]] == pytest.approx([0.5, 0.5], abs=1e-2) and soft[0]["label"] == 0
 
 

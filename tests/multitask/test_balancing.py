@@ -163,6 +163,34 @@ def test_famo_leaves_absent_tasks_out_of_weights_and_signal():
 
 
 # ---- gradient balancing: other solvers ----------------------------------------------------------------------------------------
+def test_stch_by_hand_through_its_warm_up():
+    balancer = make("stch", warmup=2, mu=0.5).double()
+    g = matrix()
+    for values in ([1.0, 4.0, 0.5], [3.0, 2.0, 1.5]):
+        direction(balancer, g, values)
+        assert close(balancer.alpha, [1 / value for value in values])  # the gradient of sum log L
+    # nadir (2, 3, 1); losses (2, 1.5, 2): ratios 1, 1/2, 2, whose logarithms over 1/2 have softmax (1, 1/4, 4) / 5.25.
+    direction(balancer, g, [2.0, 1.5, 2.0])
+    assert close(balancer.alpha, [3 / 5.25 / 2, 3 * 0.25 / 5.25 / 1.5, 3 * 4 / 5.25 / 2])
+    direction(balancer, g, [2.0, 1.5, 2.0], TASKS[:2])
+    assert close(balancer.alpha, [2 * 1 / 1.25 / 2, 2 * 0.25 / 1.25 / 1.5, 0])
+    sharp = make("stch", warmup=1, mu=1e-3).double()
+    direction(sharp, g, [1.0, 1.0, 1.0])
+    direction(sharp, g, [1.0, 1.1, 0.9])
+    assert close(sharp.alpha, [0, 3 / 1.1, 0], 1e-6)  # the worst task alone
+
+
+def test_stch_has_the_gradient_of_its_formula():
+    losses, parameters = problem(matrix(1), [2.0, 0.5, 1.0])
+    balancer = make("stch", warmup=1, mu=0.7).double()
+    direction(balancer, matrix(1), [1.0, 1.0, 3.0])
+    balancer.combine(losses, parameters).backward()
+    again, others = problem(matrix(1), [2.0, 0.5, 1.0])
+    ratios = torch.stack([again["depth"], again["edges"], again["normals"] / 3])
+    (3 * 0.7 * (ratios.log() / 0.7).logsumexp(0)).backward()
+    assert all(close(p.grad, q.grad, 1e-7) for p, q in zip(parameters, others))
+
+
 def pcgrad_reference(g, seed, call, conflicts=None):
     """Project the vectors themselves. conflicts: collects the pairs that were projected."""
     generator, total = np.random.default_rng([seed, call]), torch.zeros_like(g[0])
@@ -324,6 +352,101 @@ def test_nash_against_cvxpy_and_where_gradients_cancel():
     assert direction(make_balancer("nash", TASKS[:2]), opposed).isfinite().all()
 
 
+@pytest.mark.parametrize("spread", [0.0, 2.0])
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0, 5.0])
+def test_fairgrad_solves_its_equation_whatever_the_sizes(alpha, spread):
+    tasks = [*TASKS, "task3"]
+    for seed in range(2):
+        g = scaled(seed, spread=spread)
+        w = alpha_of("fairgrad", g, tasks=tasks, alpha=alpha)
+        assert (w > 0).all() and close((g @ g.T @ w) * w ** (1 / alpha), torch.ones(4), 1e-7)
+    if alpha == 1:
+        assert close(w, alpha_of("nash", g, tasks=tasks))
+
+
+def test_fairgrad_by_hand_and_where_gradients_cancel():
+    g = torch.tensor([[2.0, 0, 0], [0, 0.5, 0]]).double()
+    # Orthogonal: |g|^2 w = w^(-1/2), so w = |g|^(-4/3), and the decreases |g|^2 w are |g|^(2/3).
+    assert close(alpha_of("fairgrad", g, tasks=TASKS[:2]), [2 ** (-4 / 3), 2 ** (4 / 3)])
+    # Their ratio is 4^(2 / (1 + alpha)), 4^(2/3) here; for large alpha they become equal.
+    decreases = [g @ g.T @ alpha_of("fairgrad", g, tasks=TASKS[:2], alpha=alpha) for alpha in (2.0, 10.0)]
+    assert [float(d[0] / d[1]) for d in decreases] == pytest.approx([4 ** (2 / 3), 4 ** (2 / 11)])
+    opposed = torch.tensor([[1.0, 0, 0], [-1.0, 0, 0]]).double()
+    assert direction(make_balancer("fairgrad", TASKS[:2]), opposed).isfinite().all()
+
+
+def test_upgrad_by_hand():
+    # Onto x_1 >= 0, x_2 >= x_1: (1, 0) falls on (1/2, 1/2), (-1, 1) on (0, 1). Their mean; PCGrad would give their sum.
+    g = torch.tensor([[1.0, 0, 0], [-1.0, 1.0, 0]]).double()
+    assert close(direction(make_balancer("upgrad", TASKS[:2]), g), [0.25, 0.75, 0])
+    free = torch.eye(3).double()
+    assert close(direction(make("upgrad"), free), free.mean(0))
+    opposed = torch.tensor([[1.0, 0, 0], [-2.0, 0, 0]]).double()
+    assert close(direction(make_balancer("upgrad", TASKS[:2]), opposed), torch.zeros(3), 1e-12)
+
+
+@pytest.mark.parametrize("spread", [0.0, 3.0])
+@pytest.mark.parametrize("seed", range(2))
+def test_upgrad_against_projections_in_cvxpy(seed, spread):
+    cp = pytest.importorskip("cvxpy")
+    g = scaled(seed, size=5, spread=spread)
+    unit = (g / g.norm(dim=1, keepdim=True)).numpy()
+    projections = []
+    for row in unit:
+        x = cp.Variable(5)
+        cp.Problem(cp.Minimize(cp.sum_squares(x - row)), [unit @ x >= 0]).solve(solver=cp.CLARABEL)
+        projections.append(x.value)
+    lengths = g.norm(dim=1)
+    expected = (torch.from_numpy(np.stack(projections)) * lengths[:, None]).mean(0)
+    d = direction(make_balancer("upgrad", [*TASKS, "task3"]), g)
+    assert (d - expected).norm() < 1e-4 * expected.norm()
+    assert (g @ d >= -1e-9 * lengths * d.norm()).all()  # no loss increases
+
+
+def dbmtl_reference(gradients, values, state, call, beta, sigma):
+    """Return (d, state): mean gradients of log L by plain arithmetic, made as long as the longest."""
+    logs = gradients / (torch.tensor(values).double() + 1e-8)[:, None]
+    state = logs + beta / call**sigma * (state - logs)
+    norms = state.norm(dim=1)
+    return (norms.max() / norms) @ state, state
+
+
+def test_dbmtl_against_its_formula_over_several_calls():
+    balancer, state = make("dbmtl", beta=0.8, sigma=0.5).double(), torch.zeros(3, 7).double()
+    for call in range(1, 5):
+        g, values = matrix(call), [1.0 + call, 0.25, 3.0]
+        expected, state = dbmtl_reference(g, values, state, call, 0.8, 0.5)
+        assert close(direction(balancer, g, values), expected, 1e-7)
+    # An absent task leaves its mean as it is, and has no weight.
+    before = balancer.average.clone()
+    direction(balancer, matrix(9), [1.0, 1.0, 1.0], TASKS[:2])
+    assert (
+        torch.equal(balancer.average[2], before[2])
+        and balancer.alpha[2] == 0
+        and not torch.equal(balancer.average[0], before[0])
+    )
+
+
+def test_dbmtl_balances_scales_of_losses_and_gradients():
+    g = matrix(3)
+    d = direction(make("dbmtl", beta=0.0), g, [1.0, 2.0, 3.0])
+    # A loss in another unit has the same gradient of its logarithm.
+    other = direction(make("dbmtl", beta=0.0), g * torch.tensor([[10.0], [1.0], [0.1]]), [10.0, 2.0, 0.3])
+    assert close(d, other, 1e-6)
+    longest = (g / torch.tensor([[1.0], [2.0], [3.0]]).double()).norm(dim=1).max()
+    unit = g / g.norm(dim=1, keepdim=True)
+    assert close(d, longest * unit.sum(0), 1e-6)
+    losses, parameters = problem(g, [1.0, 2.0, 3.0])
+    assert make("dbmtl").double().combine(losses, parameters).item() == pytest.approx(math.log(6), abs=1e-6)
+
+
+def test_dbmtl_names_parameters_that_change_in_number():
+    balancer = make("dbmtl").double()
+    direction(balancer, matrix())
+    with pytest.raises(UserError, match="mean gradients of 7 values, now 5 are trained"):
+        direction(balancer, matrix(size=5))
+
+
 def test_imtl_g_projects_equally_on_all_gradients():
     for seed in range(8):
         g = scaled(seed, spread=1.0)
@@ -378,6 +501,8 @@ TORCHJD = {
     "imtl_g": lambda jd: (jd.IMTLG(), 1, {}, 1e-8),
     "aligned": lambda jd: (jd.AlignedMTL(), 4, {}, 1e-8),
     "nash": lambda jd: (jd.NashMTL(n_tasks=4, max_norm=0.0, optim_niter=200), 1, {}, 1e-2),
+    "upgrad": lambda jd: (jd.UPGrad(), 1, {}, 2e-3),
+    "fairgrad": lambda jd: (jd.FairGrad(alpha=2.0), 1, {}, 1e-8),
     "ew": lambda jd: (jd.Sum(), 1, {}, 1e-9),
 }
 
@@ -459,7 +584,7 @@ def test_state_round_trip_goes_on_as_if_never_interrupted(name):
             optimizer.step()
             optimizer.zero_grad()
 
-    options = {"window": 2} if name == "dwa" else {}
+    options = {"dwa": {"window": 2}, "stch": {"warmup": 2}}.get(name, {})
     straight, first, second = Net(name, **options), Net(name, **options), Net(name, **options)
     steps(straight, 0, 8)
     steps(first, 0, 5)
@@ -496,10 +621,11 @@ def test_heads_get_the_plain_or_the_weighted_gradient(name):
     net = Net("ew")
     net(batch_of(0, 0)).backward()
     assert (alpha - 1).abs().max() > 1e-3 and close(shared, same_shared, 1e-5)
+    # dbmtl follows the logarithms of the losses.
+    losses = net.losses(batch_of(0, 0)) if name == "dbmtl" else dict.fromkeys(TASKS, torch.tensor(1.0).double())
     for task, plain_gradient, weighted_gradient, factor in zip(TASKS, plain, weighted, alpha):
-        assert close(plain_gradient, net.heads[task].weight.grad) and close(
-            weighted_gradient, factor * plain_gradient, 1e-5
-        )
+        assert close(losses[task] * plain_gradient, net.heads[task].weight.grad, 1e-6)
+        assert close(weighted_gradient, factor * plain_gradient, 1e-5)
     assert make(name).heads == ("weighted" if name in ("mgda", "nash") else "plain")
 
 
@@ -583,6 +709,12 @@ def test_last_alpha_by_name():
         ("dwa", {"temperature": 0.0}, "balancing.temperature: 0.0"),
         ("dwa", {"window": 0}, "balancing.window: 0"),
         ("uncertainty", {"init": math.inf}, "balancing.init: inf"),
+        ("stch", {"mu": 0.0}, "balancing.mu: 0.0"),
+        ("stch", {"warmup": 0}, "balancing.warmup: 0"),
+        ("fairgrad", {"alpha": 0.0}, "balancing.alpha: 0.0"),
+        ("dbmtl", {"beta": 1.0}, "balancing.beta: 1.0"),
+        ("dbmtl", {"sigma": -1.0}, "balancing.sigma: -1.0"),
+        ("upgrd", {}, "no method 'upgrd'. Near: 'upgrad'"),
         ("famo", {"lr": 0.0}, "balancing.lr: 0.0"),
         ("famo", {"gamma": -1.0}, "balancing.gamma: -1.0"),
         ("famo", {"least": {"edge": 0.0}}, "balancing.least: no task 'edge'. Near: 'edges'"),

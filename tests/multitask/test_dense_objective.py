@@ -145,6 +145,21 @@ def test_retaining_sees_the_heads_own_logits_of_all_batches_of_a_step() -> None:
     assert torch.allclose(retain.bank, alone.bank)
 
 
+def test_famo_is_updated_with_the_weighted_losses_after_the_step() -> None:
+    model, data = net(), batch(2)
+    shared = list(model.backbone.vit.parameters())
+    balancer = make_balancer("famo", [task.name for task in TASKS])
+    objective = DenseObjective(model, TASKS, balancer=balancer, balanced=shared)
+    losses = objective.losses(data)
+    scalars = objective(data)
+    for task in TASKS:
+        assert losses[task.name].item() == pytest.approx(task.loss_weight * float(scalars[task.name]), rel=1e-5)
+    distances = balancer.before.exp()
+    assert distances.tolist() == pytest.approx([losses[name].item() for name in balancer.tasks], rel=1e-4)
+    objective.step()
+    assert int(balancer.updates) == 1 and balancer.before.isnan().all()
+
+
 def test_state_of_all_parts_is_saved() -> None:
     objective = DenseObjective(
         net(),

@@ -122,6 +122,44 @@ def test_a_balancer_gets_one_mean_for_each_task_that_is_there() -> None:
     assert [float(scalars[f"weight/{task}"]) for task in UNION.tasks] == [1, 1, 0]
 
 
+def test_famo_sees_the_same_batch_before_and_after_the_step() -> None:
+    net, twin = Fixed(), Fixed()
+    balancer, reference = (make_balancer("famo", UNION.tasks) for _ in range(2))
+    objective = UnionObjective(net, UNION, balancer=balancer, balanced=[net.logits])
+    steps = [LABELS, LABELS.flip(0), LABELS]
+    for labels in steps:
+        objective(batch(labels))["loss"].backward()
+        reference.combine(objective.losses(batch(labels)), [net.logits])
+        with torch.no_grad():
+            net.logits -= 0.5 * net.logits.grad
+        net.logits.grad = None
+        objective.step()
+        with torch.no_grad():
+            after = objective.losses(batch(labels))
+        reference.update(after)
+        assert torch.equal(balancer.xi, reference.xi) and balancer.before.isnan().all()
+    assert balancer.xi[:2].abs().min() > 0 and int(balancer.updates) == 3
+    # Without the call the next batch takes its place.
+    late = UnionObjective(twin, UNION, balancer=make_balancer("famo", UNION.tasks), balanced=[twin.logits])
+    late(batch(steps[0]))
+    assert not late.balancer.before[:2].isnan().any() and not late.balancer.xi.any()
+    objective.step()  # nothing since the last step
+    assert int(balancer.updates) == 3
+
+
+def test_only_balancers_of_gradients_clip_the_balanced_parameters_alone() -> None:
+    net = Fixed()
+    for name, alone in (("nash", True), ("pcgrad", True), ("ew", False), ("famo", False)):
+        objective = UnionObjective(net, UNION, balancer=make_balancer(name, UNION.tasks), balanced=[net.logits])
+        assert (objective.clipped == (net.logits,)) if alone else objective.clipped is None
+    assert UnionObjective(net, UNION).clipped is None
+    objective = UnionObjective(net, UNION, balancer=make_balancer("dbmtl", UNION.tasks), balanced=[net.logits])
+    assert objective.state_dict()["balancer.average"].shape == (
+        3,
+        net.logits.numel(),
+    )  # room before a checkpoint is read
+
+
 def test_the_state_of_retaining_is_the_objectives() -> None:
     objective, twin = (
         UnionObjective(Fixed(seed), UNION, retain=QualityRetaining(9, UNION.task_of_class())) for seed in (0, 1)

@@ -9,7 +9,7 @@ from helpers.run_folder import FROZEN, add_arm, make_folder
 
 from vismt.lines import read_lines
 from vismt.report.comparison import compare
-from vismt.report.results import Score, read_results
+from vismt.report.results import Score, ValuesByExample, read_results
 from vismt.report.tables import result_tables
 from vismt.stats import CLEAN
 
@@ -23,7 +23,7 @@ def folder(tmp_path):
 
 
 def comparisons(folder):
-    results = compare(read_results(folder / "results.jsonl", HASH), folder)
+    results = compare(read_results(folder / "results.jsonl", HASH), ValuesByExample(folder))
     return {(c.data, c.condition): c for c in results}
 
 
@@ -62,7 +62,9 @@ def test_a_measure_with_bounds_is_not_paired(folder):
         ece = measure([value] * 4, "ECE-15", bounds=(0.1, 0.9), paired=False)
         score = Score("few-shot", "digits", "5-way 1-shot", ece, CLEAN)
         add(folder, score, arm)
-    compared = next(c for c in compare(read_results(folder / "results.jsonl"), folder) if c.row.metric == "ECE-15")
+    compared = next(
+        c for c in compare(read_results(folder / "results.jsonl"), ValuesByExample(folder)) if c.row.metric == "ECE-15"
+    )
     assert not compared.paired and compared.difference is None and compared.cells["frozen"].mark == "tie"
     assert compared.cells["frozen"].half == pytest.approx(0.4) and compared.cells["adapted"].half == pytest.approx(0.5)
     assert not list((folder / "records").glob("*ECE*"))
@@ -150,7 +152,7 @@ def test_rows_of_single_trainings_are_not_compared(folder):
 
 def test_other_protocols_metrics_and_units_are_other_blocks(folder):
     add_arm(folder, "digits", "frozen", FROZEN, FROZEN, protocol="5-way 5-shot")
-    blocks = [c.block for c in compare(read_results(folder / "results.jsonl"), folder)]
+    blocks = [c.block for c in compare(read_results(folder / "results.jsonl"), ValuesByExample(folder))]
     assert list(dict.fromkeys(blocks)) == [
         ("few-shot", "5-way 1-shot", "accuracy", "episodes"),
         ("few-shot", "5-way 5-shot", "accuracy", "episodes"),

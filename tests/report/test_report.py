@@ -4,17 +4,18 @@ import json
 from html.parser import HTMLParser
 
 import pytest
-from helpers.results import HASH, add, corruption, measure, write_lines
+from helpers.results import HASH, PGD, add, corruption, measure, write_lines
 from helpers.run_folder import FROZEN, add_arm, make_folder
 
 from vismt.errors import UserError
 from vismt.report.comparison import compare
-from vismt.report.report import write_report
-from vismt.report.results import Score, read_results
+from vismt.report.plotting import vector_figures
+from vismt.report.report import run_heading, write_report
+from vismt.report.results import Score, ValuesByExample, read_results
 from vismt.report.sections import Picture, Section
-from vismt.report.study import study_sections
+from vismt.report.study import score_sections, training_sections
 from vismt.report.tables import Table
-from vismt.stats import CLEAN
+from vismt.stats import CLEAN, Condition
 
 LOGGED = {"loss": "Training loss", "accuracy": "Training accuracy (%)"}
 PICTURES = {"figures/training.png", "figures/scores-few-shot-accuracy.png"}
@@ -33,12 +34,17 @@ def make_trained(parent):
     return folder
 
 
-def written(folder, *more):
+def written(folder, *more, formats=("html", "md")):
     """The report with the shared sections, as a job writes it; more: sections of the job."""
-    results = read_results(folder / "results.jsonl", HASH)
-    comparisons = compare(results, folder)
-    shared = study_sections(folder, results, comparisons, ["adapted"], ["adapted"], LOGGED, {})
-    return write_report(folder, comparisons, [*shared, *more])
+    results, values = read_results(folder / "results.jsonl", HASH), ValuesByExample(folder)
+    comparisons = compare(results, values)
+    with vector_figures(formats):
+        sections = [
+            *score_sections(folder, results, comparisons, values, ["adapted"], {}),
+            *training_sections(folder, results, ["adapted"], LOGGED),
+            *more,
+        ]
+    return write_report(folder, run_heading(folder), results, comparisons, sections, formats)[-1]
 
 
 @pytest.fixture
@@ -57,7 +63,7 @@ def reported(tmp_path_factory):
 class Page(HTMLParser):
     """Tags, attributes that load something, the text of each cell; fails on tags that do not close."""
 
-    VOID = ("meta", "img", "!doctype")
+    VOID = ("meta", "img", "!doctype", "wbr")
 
     def __init__(self, text):
         super().__init__()
@@ -218,3 +224,32 @@ def test_a_broken_row_stops_the_report(folder):
     with pytest.raises(UserError, match="row 9 third: key 'task' is missing"):
         written(folder)
     assert not (folder / "report.html").exists()
+
+
+def test_key_figures_come_first(folder):
+    """The average of the first task, clean and under its strongest attack, then the other task."""
+    for arm in ("frozen", "adapted"):
+        for data in ("digits", "crops"):
+            weak = Score("few-shot", data, "5-way 1-shot", measure([0.9] * 4), Condition("weak", "attack", "weak", 0.1))
+            add(folder, weak, arm)
+        depth = Score("depth", "rooms", "test", measure([1.0, 2.0], "RMSE in m", scale="number", better="lower"), CLEAN)
+        add(folder, depth, arm)
+    page = written(folder).read_text()
+    keys = page[: page.index("<dl>")].split('<div class="headline">')[1:]
+    assert len(keys) == 3
+    assert "<strong>50.0 ± 17.9</strong>frozen" in keys[0] and "<strong>56.2 ± 17.0</strong>adapted" in keys[0]
+    assert (
+        "average, 5-way 1-shot, clean; n = 8 episodes" in keys[0] and "adapted − frozen on the same episodes" in keys[0]
+    )
+    assert PGD.label in keys[1] and "weak" not in keys[1] and "RMSE in m, depth, rooms" in keys[2]
+    text = (folder / "report.md").read_text()
+    assert text.index("adapted **56.2 ± 17.0**") < text.index("| Command |")
+
+
+def test_of_many_arms_the_key_figure_has_the_first_and_the_best(tmp_path):
+    folder = make_trained(tmp_path)
+    for number in range(5):
+        add_arm(folder, "digits", f"arm{number}", [0.5 + 0.1 * number] * 4, FROZEN)
+    page = written(folder).read_text()
+    key = page[: page.index("<dl>")]
+    assert key.count("<strong>") == 4 and "frozen</div>" in key and "arm4</div>" in key and "arm3</div>" not in key

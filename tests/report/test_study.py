@@ -9,8 +9,8 @@ from helpers.results import PGD, add, corruption, measure, result, rows_of, writ
 
 from vismt.lines import read_lines
 from vismt.report.comparison import compare
-from vismt.report.results import Score, read_results
-from vismt.report.study import arm_scores, study_sections
+from vismt.report.results import Score, ValuesByExample, read_results
+from vismt.report.study import arm_scores, score_sections, training_sections
 from vismt.stats import CLEAN, Condition
 
 DEPTH, EDGE, DELTA = "RMSE in m", "odsF", "over alone+edge in per cent"
@@ -46,11 +46,9 @@ def folder(tmp_path):
 
 
 def sections(folder, arms=ARMS, baselines=BASELINES, logged=LOGGED):
-    results = read_results(folder / "results.jsonl")
-    return {
-        section.title: section
-        for section in study_sections(folder, results, compare(results, folder), arms, arms, logged, baselines)
-    }
+    results, values = read_results(folder / "results.jsonl"), ValuesByExample(folder)
+    scores = score_sections(folder, results, compare(results, values), values, arms, baselines)
+    return {section.title: section for section in [*scores, *training_sections(folder, results, arms, logged)]}
 
 
 def tables(folder, **options):
@@ -61,11 +59,11 @@ def test_by_seed_with_the_difference_to_the_arm_of_the_task(folder):
     table = tables(folder)["By seed, 2 seeds"]
     assert table.heads == ["Score", "Arm", "seed 0", "seed 1", "mean", "difference"]
     assert table.rows == [
-        [f"depth: {DEPTH} ↓", "alone", "2", "2.2", "2.1 ± 1.3", "–"],  # T * 0.1
-        [f"depth: {DEPTH} ↓", "emtal", "1", "1.4", "1.2 ± 2.5", "−0.9 ± 1.3 to alone"],  # -1, -0.8
+        [f"depth: {DEPTH} ↓", "alone", "2.0", "2.2", "2.1 ± 1.3", "–"],  # T * 0.1
+        [f"depth: {DEPTH} ↓", "emtal", "1.0", "1.4", "1.2 ± 2.5", "−0.9 ± 1.3 to alone"],  # -1, -0.8
         [f"edge: {EDGE} in % ↑", "edge", "50.0", "52.0", "51.0 ± 12.7", "–"],
         [f"edge: {EDGE} in % ↑", "emtal", "56.0", "54.0", "55.0 ± 12.7", "+4.0 ± 25.4 to edge"],  # 6, 2
-        [f"delta_m: {DELTA} ↑", "emtal", "30", "20", "25.0 ± 63.5", "–"],
+        [f"delta_m: {DELTA} ↑", "emtal", "30", "20", "25 ± 64", "–"],
     ]
     assert pytest.approx(T * 0.1, abs=0.05) == 1.3 and table.texts == 2
     assert table.best == {(1, 4), (3, 4)}  # the lowest error, the highest F; delta_m has one arm
@@ -119,7 +117,9 @@ def test_one_seed_has_no_spread(folder):
     write_lines(folder / "results.jsonl", [row for row in rows_of(folder) if row["seed"] is None])
     assert list(tables(folder)) == ["Over examples"]
     assert not sections(folder)["Arms by seed"].pictures
-    # of two arms the result tables have the one difference already
+    assert list(tables(folder, arms=["alone", "emtal"])) == ["Over examples"]  # beside a third model, one no training made
+    write_lines(folder / "results.jsonl", [row for row in rows_of(folder) if row["arm"] != "edge"])
+    # of two models the result tables have the one difference already
     assert list(tables(folder, arms=["alone", "emtal"])) == []
 
 

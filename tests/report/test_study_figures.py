@@ -39,7 +39,7 @@ def test_seeds_can_be_read(drawn, tmp_path, arms, panels, seeds):
             "accuracy in % ↑",
             "n = 12,345 to 12,346",
             {(arm, seed): values[t, a, seed] for a, arm in enumerate(ARMS[:arms]) for seed in range(seeds)},
-            ".1f",
+            "share",
         )
         for t, task in enumerate(TASKS[:panels])
     ]
@@ -54,8 +54,8 @@ def test_dots_of_a_seed_are_joined_and_bars_are_means(drawn, tmp_path):
     first = {("a", 0): 50.0, ("a", 1): 70.0, ("b", 0): 60.0, ("b", 1): 60.0}
     second = {("a", 0): 70.0, ("a", 1): 40.0, ("b", 0): 40.0}
     panels = [
-        SeedsPanel("x", "accuracy in % ↑", "n = 12,345", first, ".1f"),
-        SeedsPanel("average", "accuracy in % ↑", "n = 24,690", second, ".1f"),
+        SeedsPanel("x", "accuracy in % ↑", "n = 12,345", first, "share"),
+        SeedsPanel("average", "accuracy in % ↑", "n = 24,690", second, "share"),
     ]
     seeds_figure(panels, ["a", "b"], tmp_path / "a.png")
     left, right = drawn[0].axes
@@ -73,7 +73,7 @@ def test_dots_of_a_seed_are_joined_and_bars_are_means(drawn, tmp_path):
 def test_a_long_metric_leaves_room_for_n(drawn, tmp_path):
     values = {("a", 0): -1.5, ("a", 1): 0.25}
     metric = "over a-long-name+another-long-name in per cent ↑"
-    seeds_figure([SeedsPanel("delta_m", metric, "n = 4", values, ".3g")] * 3, ["a"], tmp_path / "a.png")
+    seeds_figure([SeedsPanel("delta_m", metric, "n = 4", values, "number")] * 3, ["a"], tmp_path / "a.png")
     assert_readable(drawn[0])
     shown = [text for text in texts(drawn[0]) if text.endswith(", n = 4")]
     assert len(shown) == 3 and shown[0].startswith("over a-long-name") and "−0.625" in texts(drawn[0])

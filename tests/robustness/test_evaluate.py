@@ -1,6 +1,7 @@
 """Robust accuracy of any classifier: the numbers by hand, records that resume, and a check that catches masked gradients."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from vismt.errors import UserError
 from vismt.robustness.attacks import AttackSpec
 from vismt.robustness.corruptions import CorruptionSpec
-from vismt.robustness.evaluate import accuracies, evaluate_classifier, summarise
+from vismt.robustness.evaluate import accuracies, evaluate_classifier, evaluate_examples, summarise
 from vismt.robustness.masking import check_masking
 from vismt.stats import wilson
 
@@ -65,6 +66,31 @@ def test_wilson_by_hand():
     low, high = wilson(8, 10)
     assert (low, high) == pytest.approx((0.490165, 0.943315), abs=2e-5)
     assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == 1
+
+
+class Fixed(nn.Module):
+    """Logits that do not depend on the images."""
+
+    def forward(self, images):
+        # p = (1/2, 1/4, 1/4) and (1/10, 8/10, 1/10).
+        return torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]).log()
+
+
+def test_forms_of_the_logits_by_hand(tmp_path):
+    forms = {"clean": lambda z: z, "squared": lambda z: 2 * z, "turned": lambda z: z.flip(1)}
+    batch = [(torch.zeros(2, 3, 4, 4), torch.tensor([0, 2]), ["a", "b"])]
+    path = tmp_path / "rows.jsonl"
+    first, second = evaluate_examples(Fixed(), batch, [], num_classes=3, forms=forms, records=path)
+    assert (first["clean"], first["turned"], second["squared"]) == (0, 2, 1)
+    assert first["clean confidence"] == pytest.approx(1 / 2) and second["clean confidence"] == pytest.approx(0.8)
+    assert first["clean nll"] == pytest.approx(math.log(2)) and second["clean nll"] == pytest.approx(math.log(10))
+    # (1/2)^2 + 2 (1/4)^2 and 0.1^2 + 0.8^2 + 0.9^2.
+    assert first["clean brier"] == pytest.approx(3 / 8) and second["clean brier"] == pytest.approx(1.46)
+    # Twice the logits square p: (4, 1, 1) / 6 and (1, 64, 1) / 66.
+    assert first["squared nll"] == pytest.approx(math.log(1.5)) and second["squared nll"] == pytest.approx(math.log(66))
+    assert evaluate_examples(Fixed(), batch, [], num_classes=3, forms=forms, records=path) == [first, second]
+    with pytest.raises(UserError, match="different: forms"):
+        evaluate_examples(Fixed(), batch, [], num_classes=3, forms={"clean": forms["clean"]}, records=path)
 
 
 def test_robust_means_right_before_and_after():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vismt.backbones.vit import Backbone, create
 from vismt.bench import amt_released
-from vismt.bench.timing import Timing, interleave
+from vismt.bench.timing import Comparison, Timing, interleave
 from vismt.lowrank.inject import unadapt
 from vismt.lowrank.store import save_adapter
 from vismt.metatune.amt import AdversarialObjective, Adversary
@@ -48,6 +48,10 @@ class AmtResult:
             target = f"{self.target:.2f}" if name == VISMT else ""
             lines.append(f"{name:<22}{median:>13.3f}{f'{low:.2f}..{high:.2f}':>15}{target:>9}")
         return "\n".join(lines)
+
+    def comparisons(self) -> list[Comparison]:
+        """Return the ratio that has a target."""
+        return [self.timing.compare(VISMT, RELEASED, self.target)]
 
 
 def run(rounds: int = 9, device: str = "cpu") -> list[AmtResult]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vismt.bench.timing import Timing, interleave
+from vismt.bench.timing import Comparison, Timing, compare_bytes, interleave
 from vismt.engine.blocks import check_compile, compile_blocks, find_blocks
 from vismt.errors import UserError
 from vismt.lowrank.memory import kept_bytes, saved_activation_bytes
@@ -41,7 +41,7 @@ class CoreResult:
     target: largest ratio of a LoRA step to peft's. saved_target: largest share of peft's activations with recompute.
     """
 
-    model: str
+    title: str
     timing: Timing
     saved_bytes: dict[str, int]
     target: float
@@ -50,20 +50,20 @@ class CoreResult:
     def __str__(self) -> str:
         width = max(map(len, self.timing.seconds)) + 2
         header = f"{'':<{width}}{'vs peft':>9}{'min..max':>15}{'vs full':>9}{'saved MB':>10}{'vs peft':>9}"
-        lines = [self.model, header]
+        lines = [self.title, header]
         for name in self.timing.seconds:
             median, low, high = self.timing.ratio(name, PEFT)
             full = self.timing.ratio(name, FULL)[0]
             saved, share = self.saved_bytes[name] / 1e6, self.saved_bytes[name] / self.saved_bytes[PEFT]
             times = f"{median:>9.3f}{f'{low:.2f}..{high:.2f}':>15}{full:>9.3f}"
             lines.append(f"{name:<{width}}{times}{saved:>10.1f}{share:>9.3f}")
-        for name, base, target in TIMES:
-            median, low, high = self.timing.ratio(name, base)
-            aim = self.target if target is None else target
-            lines.append(f"time of {name} / {base}: {median:.3f} ({low:.3f}..{high:.3f}), target at most {aim:.2f}")
-        share = self.saved_bytes[RECOMPUTE] / self.saved_bytes[PEFT]
-        lines.append(f"saved by {RECOMPUTE} / {PEFT}: {share:.3f}, target at most {self.saved_target:.2f}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *map(str, self.comparisons())])
+
+    def comparisons(self) -> list[Comparison]:
+        """Return the ratios that have a target."""
+        targets = [(name, base, self.target if target is None else target) for name, base, target in TIMES]
+        times = [self.timing.compare(*target) for target in targets]
+        return [*times, compare_bytes("saved activations", self.saved_bytes, RECOMPUTE, PEFT, self.saved_target)]
 
 
 def run(rounds: int = 9, device: str = "cpu") -> list[CoreResult]:

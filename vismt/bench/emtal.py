@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.bench.emtal_released import released
-from vismt.bench.timing import Timing, interleave
+from vismt.bench.timing import Comparison, Timing, interleave
 from vismt.lowrank.inject import merge
 from vismt.lowrank.memory import saved_activation_bytes
 from vismt.methods import adapt
@@ -53,6 +53,10 @@ class EmtalResult:
             span = f"{low:.2f} to {high:.2f}" if low else f"at most {high:.2f}"
             lines.append(f"target: {self.subject} {span} of {base}")
         return "\n".join(lines)
+
+    def comparisons(self) -> list[Comparison]:
+        """Return the ratios that have a target."""
+        return [self.timing.compare(self.subject, base, high, low) for base, (low, high) in self.targets.items()]
 
 
 def run(rounds: int = 9, device: str = "cpu") -> list[EmtalResult]:

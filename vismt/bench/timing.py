@@ -18,10 +18,42 @@ from vismt.lowrank.threads import one_thread
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """A ratio that a benchmark is run for: of `name` to `base`, below 1 where `name` takes less.
+
+    what: "time", or the kind of bytes that were counted. ratio, low, high: median, smallest and largest of the rounds; equal
+    where bytes are counted once. target: the largest ratio to reach, None without one; least: the smallest.
+    """
+
+    what: str
+    name: str
+    base: str
+    ratio: float
+    low: float
+    high: float
+    target: float | None = None
+    least: float = 0.0
+
+    def __str__(self) -> str:
+        aim = "" if self.target is None else f", target at most {self.target:.2f}"
+        return f"{self.what} of {self.name} / {self.base}: {self.ratio:.3f} ({self.low:.3f}..{self.high:.3f}){aim}"
+
+
+def compare_bytes(what: str, sizes: Mapping[str, int], name: str, base: str, target: float | None = None) -> Comparison:
+    """Return the ratio of two counts of bytes."""
+    share = sizes[name] / sizes[base]
+    return Comparison(what, name, base, share, share, share, target)
+
+
+@dataclass(frozen=True)
 class Timing:
     """Seconds of each round by candidate."""
 
     seconds: dict[str, list[float]]
+
+    def compare(self, name: str, base: str, target: float | None = None, least: float = 0.0) -> Comparison:
+        """Return the ratio of `name` to `base`."""
+        return Comparison("time", name, base, *self.ratio(name, base), target, least)
 
     def ratio(self, name: str, base: str) -> tuple[float, float, float]:
         """Return the median, smallest and largest ratio of `name` to `base` over the rounds."""
@@ -41,10 +73,11 @@ class Ratios:
     def __str__(self) -> str:
         lines = [self.title, f"{'':<22}{self.unit:>12}"]
         lines += [f"{name:<22}{statistics.median(rounds):>12.4f}" for name, rounds in self.timing.seconds.items()]
-        for name, base, target in self.targets:
-            median, low, high = self.timing.ratio(name, base)
-            lines.append(f"{name} / {base}: {median:.3f} ({low:.3f}..{high:.3f}), target at most {target:.2f}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *map(str, self.comparisons())])
+
+    def comparisons(self) -> list[Comparison]:
+        """Return the ratios that have a target."""
+        return [self.timing.compare(*target) for target in self.targets]
 
 
 def interleave(

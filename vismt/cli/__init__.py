@@ -7,12 +7,13 @@ import os
 import warnings
 from collections.abc import Sequence
 
+import vismt
 from vismt import console
-from vismt.cli import attack, bench, data, models, runs
+from vismt.cli import attack, bench, data, folders, init, models, runs
 from vismt.cli.commands import Commands
 from vismt.errors import UserError
 
-GROUPS = (runs, attack, models, data, bench)  # in the order of `vismt --help`
+GROUPS = (runs, folders, init, attack, models, data, bench)  # in the order of `vismt --help`
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 a check failed, 2 a user error, 130 interrupted.
     """
-    options = _parse(arguments)
+    options = parse(arguments)
     console.set_quiet(options.quiet or int(os.environ.get("RANK", "0")) > 0)
     if not options.verbose:
         # The warnings of dependencies are for developers; a user cannot act on them.
@@ -35,20 +36,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if options.debug:
             raise
-        console.error(str(error))
+        if not error.elsewhere:
+            console.error(str(error))
         return 2
     except KeyboardInterrupt:
         console.error("interrupted; run the same command again to continue from here.")
         return 130
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options of a command line, with the function that runs it as `runner`."""
     parser = argparse.ArgumentParser(
         prog="vismt", description="Low-rank adaptation methods with numbers that can be trusted."
     )
+    parser.add_argument("--version", action="version", version=f"vismt {vismt.__version__}")
     commands = Commands(parser)
     for group in GROUPS:
         group.add_commands(commands)
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks for completions
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     options, rest = parser.parse_known_args(arguments)
     # argparse takes no positional after an option: `run CONFIG --out runs train.steps=2` leaves the override in `rest`.
     takes_overrides = hasattr(options, "overrides")

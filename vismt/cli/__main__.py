@@ -1,4 +1,4 @@
-"""`python -m vismt.cli`, also under torchrun."""
+"""`python -m vismt.cli`, the same as `python -m vismt`."""
 
 import sys
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import importlib
 import json
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 from vismt import console
 from vismt.cli.commands import Commands
 from vismt.errors import UserError
-from vismt.files import atomic_write
 
 BENCHES = (
     "core",
@@ -23,6 +23,7 @@ BENCHES = (
     "memory",
     "fewshot",
     "study",
+    "multitask",
 )  # vismt/bench has a file of the name for each
 
 
@@ -31,7 +32,7 @@ def add_commands(commands: Commands) -> None:
     parser = commands.add(
         "bench",
         _bench,
-        "time the core, its starts, AMT, EMTAL, attacks, few-shot evaluation and workers, or account for memory",
+        "time the core, its starts, AMT, EMTAL, attacks, few-shot evaluation, workers and balancing, or account for memory",
     )
     parser.add_argument("what", choices=BENCHES)
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds of each timing (9)")
@@ -41,6 +42,8 @@ def add_commands(commands: Commands) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
+    from vismt.files import atomic_write
+
     if options.rounds < 1:
         raise UserError(f"bench: --rounds {options.rounds}; it must be at least 1.")
     if options.model is not None and options.what != "memory":
@@ -56,13 +59,13 @@ def _bench(options: argparse.Namespace) -> None:
     for result in results:
         console.block(str(result))
     if options.json is not None:
-        content = report(options.what, options.rounds, options.device, results)
+        content = report(options.what, options.rounds, options.device, options.model, results)
         atomic_write(options.json, json.dumps(content, indent=1) + "\n")
         console.stage("bench", f"written to {options.json}")
 
 
-def report(what: str, rounds: int, device: str, results: list[Any]) -> dict[str, Any]:
-    """Return the content of a JSON file of results: the fields of each, and its table as "text".
+def report(what: str, rounds: int, device: str, model: str | None, results: list[Any]) -> dict[str, Any]:
+    """Return the content of a JSON file of results: the fields of each, its comparisons, and its table as "text".
 
     A timing has the seconds of each round and "ratios": {candidate: {base: [median, smallest, largest]}}.
     """
@@ -76,10 +79,28 @@ def report(what: str, rounds: int, device: str, results: list[Any]) -> dict[str,
             return {"seconds": value.seconds, "ratios": ratios}
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             return {field.name: fields(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        if isinstance(value, list):
+            return [fields(entry) for entry in value]
         if isinstance(value, dict):
             return {key: fields(entry) for key, entry in value.items()}
         return value
 
-    machine = {"hardware": runtime.hardware(), "versions": runtime.versions()}
-    entries = [{"kind": type(result).__name__, **fields(result), "text": str(result)} for result in results]
-    return {"bench": what, "rounds": rounds, "device": device, **machine, "results": entries}
+    entries = [
+        {
+            "kind": type(result).__name__,
+            **fields(result),
+            "comparisons": fields(result.comparisons()),
+            "text": str(result),
+        }
+        for result in results
+    ]
+    return {
+        "bench": what,
+        "rounds": rounds,
+        "device": device,
+        "command": f"vismt bench {what} --rounds {rounds} --device {device}" + (f" --model {model}" if model else ""),
+        "date": datetime.date.today().isoformat(),
+        "hardware": runtime.hardware(),
+        "versions": runtime.versions(),
+        "results": entries,
+    }

@@ -1,17 +1,27 @@
-"""`vismt data`, `assets` and `list`: data cards, weights, and the names that a configuration may use."""
+"""`vismt data`, `assets`, `list` and `config`: data cards, weights, and the keys and names that a configuration may use."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from vismt import console
 from vismt.cli.commands import Commands
+from vismt.config import list_configs
 from vismt.errors import UserError
+
+LISTS = ("methods", "jobs", "configs", "data", "assets", "runs")
 
 
 def add_commands(commands: Commands) -> None:
     """Add the commands of this file."""
-    data = commands.add("data", _data, "list the data cards, check a set's counts, hashes and images, or fetch it")
+    data = commands.add(
+        "data",
+        _data,
+        "list the data cards, check a set's counts, hashes and images, or fetch it; exit code 1 where a named set is missing, or "
+        "a set is not as its card says",
+    )
     data.add_argument("action", choices=("list", "check", "prepare"))
     data.add_argument("name", nargs="*", help="card names or paths")
     data.add_argument(
@@ -20,7 +30,32 @@ def add_commands(commands: Commands) -> None:
     assets = commands.add("assets", _assets, "list the weights that have a card, or fetch them")
     assets.add_argument("action", choices=("list", "get"))
     assets.add_argument("name", nargs="*", help="asset names")
-    commands.add("list", _list, "list methods, jobs, data cards and assets")
+    config = commands.add(
+        "config", _config, "print the keys of a job's configuration, for example `vismt config lm train.lr`"
+    )
+    config.add_argument("job", nargs="?", help="a job (lists the jobs)")
+    config.add_argument("key", nargs="?", help="a dotted key or section (all)")
+    listing = commands.add(
+        "list", _list, "list methods, jobs, configurations, data cards, assets, or the runs of a folder"
+    )
+    listing.add_argument("what", nargs="?", choices=LISTS, help="one of them (all but runs)")
+    listing.add_argument("--runs", type=Path, default=Path("runs"), help="for runs: parent of the run folders (runs)")
+
+
+def _config(options: argparse.Namespace) -> None:
+    from vismt.jobs import JOBS, job_config
+    from vismt.jobs.reference import find_keys, keys
+
+    if options.job is None:
+        for job in JOBS:
+            console.stage("config", f"{job:<12}{(job_config(job).__doc__ or '').splitlines()[0]}")
+        return
+    found = keys(options.job) if options.key is None else find_keys(options.job, options.key)
+    for key in found:
+        console.block(str(key))
+    if options.key is None:
+        for name, place in job_config(options.job).ELSEWHERE.items():
+            console.block(f"no key '{name}': {place}")
 
 
 def _data(options: argparse.Namespace) -> int:
@@ -30,11 +65,13 @@ def _data(options: argparse.Namespace) -> int:
         console.table(("card", "kind", "images", "classes", "found"), check.listing())
         return 0
     if options.action == "check":
-        reports = [
-            check.check(name, decode=options.decode) for name in options.name or [row.name for row in check.listing()]
-        ]
+        rows = check.listing() if not options.name else []
+        names = options.name or [row.name for row in rows if row.where != check.NOWHERE]
+        reports = [check.check(name, decode=options.decode) for name in names]
         for report in reports:
             console.stage("check", str(report))
+        if len(rows) > len(names):
+            console.stage("check", f"{len(rows) - len(names)} of {len(rows)} sets are not on this machine")
         return 0 if all(report.ok for report in reports) else 1
     if not options.name:
         raise UserError("data prepare: name a card; `vismt data list` shows them.")
@@ -57,9 +94,29 @@ def _assets(options: argparse.Namespace) -> None:
 
 
 def _list(options: argparse.Namespace) -> None:
-    from vismt.backbones.assets import list_assets
-    from vismt.data.cards import list_cards
-    from vismt.jobs import JOBS
+    if options.what == "runs":
+        _list_runs(options.runs)
+        return
+    if options.what in (None, "methods"):
+        _list_methods()
+    for what, names in LISTED.items():
+        if options.what in (None, what):
+            console.stage(what, ", ".join(names()))
+
+
+def _list_runs(parent: Path) -> None:
+    from vismt.report.overview import list_runs
+
+    rows = list_runs(parent)
+    if not rows:
+        raise UserError(f"list runs: no run folder in '{parent}'; `vismt run` makes one, --runs names another folder.")
+    console.table(
+        ("run", "title", "job", "result", "state"),
+        [(row.folder.name, row.title, row.job, row.headline, row.state) for row in rows],
+    )
+
+
+def _list_methods() -> None:
     from vismt.methods import METHODS
 
     for name, method in METHODS.items():
@@ -69,6 +126,30 @@ def _list(options: argparse.Namespace) -> None:
         console.stage(
             "", f"{'':<10}{'; '.join(text for text, able in abilities.items() if able) or 'neither merges nor exports'}"
         )
-    console.stage("jobs", ", ".join(JOBS))
-    console.stage("data", ", ".join(list_cards()))
-    console.stage("assets", ", ".join(list_assets()))
+
+
+def _jobs() -> Iterable[str]:
+    from vismt.jobs import JOBS
+
+    return JOBS
+
+
+def _cards() -> Iterable[str]:
+    from vismt.data.cards import list_cards
+
+    return list_cards()
+
+
+def _asset_names() -> Iterable[str]:
+    from vismt.backbones.assets import list_assets
+
+    return list_assets()
+
+
+# What `vismt list` prints in one line -> its names.
+LISTED: dict[str, Callable[[], Iterable[str]]] = {
+    "jobs": _jobs,
+    "configs": list_configs,
+    "data": _cards,
+    "assets": _asset_names,
+}

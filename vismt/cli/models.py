@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vismt import console
 from vismt.cli.commands import Commands
 from vismt.errors import UserError
-from vismt.jobs import open_run
+
+if TYPE_CHECKING:
+    from vismt.engine.run import Run
 
 
 def add_commands(commands: Commands) -> None:
@@ -37,7 +40,7 @@ def add_commands(commands: Commands) -> None:
     export = commands.add("export", _export, "export a run's model: timm, transformers or peft")
     export.add_argument("run", type=Path, help="a run folder")
     export.add_argument("--format", default="timm", help="timm, transformers or peft (timm)")
-    export.add_argument("--to", type=Path, help="target folder (RUN/export-FORMAT)")
+    export.add_argument("--to", type=Path, help="target folder (RUN/export-FORMAT-ARM-seed-SEED)")
     _add_arm(export)
 
 
@@ -48,6 +51,12 @@ def _add_arm(parser: argparse.ArgumentParser) -> None:
         help="the arm of a study and its training seed; of a pool, the label of one expert, or average",
     )
     parser.add_argument("--expert", help=argparse.SUPPRESS)
+
+
+def _open(options: argparse.Namespace) -> Run:
+    from vismt.jobs import open_run
+
+    return open_run(options.run)
 
 
 def _arm(options: argparse.Namespace) -> str | None:
@@ -61,18 +70,18 @@ def _arm(options: argparse.Namespace) -> str | None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    with open_run(options.run).owned() as run:
+    with _open(options).owned() as run:
         console.stage("merged", str(run.merge(_arm(options))))
 
 
 def _export(options: argparse.Namespace) -> None:
-    with open_run(options.run).owned() as run:
+    with _open(options).owned() as run:
         console.stage("export", str(run.export(options.format, options.to, _arm(options))))
 
 
 def _predict(options: argparse.Namespace) -> None:
     settings = {name: getattr(options, name) for name in ("own_size", "flip", "maps")}
-    with open_run(options.run).owned() as run:
+    with _open(options).owned() as run:
         pictures = run.predict(options.images, options.to, _arm(options), **settings)
     for path in pictures:
         console.stage("picture", str(path))

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from vismt import console
 from vismt.cli.commands import Commands
+from vismt.cli.folders import add_format, formats_of
 from vismt.errors import UserError
 
 PARTS = "parts"  # holds the locks of a run's parts
+ROBUSTBENCH = "robustbench"  # a format of reports that only robustness runs have
 
 if TYPE_CHECKING:
     from vismt.engine.run import Run
@@ -23,7 +25,8 @@ def add_commands(commands: Commands) -> None:
         ("train", _train, "train only; resumes"),
     ):
         parser = commands.add(name, runner, text)
-        parser.add_argument("config", type=Path, help="a YAML file, see configs/")
+        config = parser.add_argument("config", help="a YAML file, or the name of one that `vismt list configs` shows")
+        config.completer = _completions  # type: ignore[attr-defined]  # read by argcomplete
         parser.add_argument(
             "overrides", nargs="*", metavar="key=value", help="dotted overrides, for example train.steps=20"
         )
@@ -39,19 +42,27 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("run", type=Path, help="a run folder")
     parser = commands.add("report", _report, "write the report of an evaluated run folder again")
     parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument(
-        "--format", choices=("html", "robustbench"), default="html", help="robustbench: model_info of a robustness run"
-    )
+    add_format(parser, ", robustbench (model_info of a robustness run)")
+
+
+def _completions(prefix: str, **_: object) -> list[str]:
+    """Return the configurations and folders that begin with `prefix`."""
+    from vismt.config import list_configs
+
+    files = [path for path in Path().glob(f"{prefix}*") if path.is_dir() or path.suffix in (".yaml", ".yml")]
+    return [*list_configs(), *(f"{path}/" if path.is_dir() else str(path) for path in files)]
 
 
 def _run(options: argparse.Namespace) -> None:
+    from vismt.config import find_config
     from vismt.jobs import start
     from vismt.report.plotting import need_matplotlib
 
     need_matplotlib()
     part = _part(options.part)
     # Workers may have another working folder.
-    run = start(options.config, options.overrides, options.out.resolve() if options.workers else options.out)
+    out = options.out.resolve() if options.workers else options.out
+    run = start(find_config(options.config), options.overrides, out)
     if part or options.workers:
         _run_units(run, part, options.workers)
         return
@@ -93,9 +104,10 @@ def _part(text: str | None) -> tuple[int, int] | None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from vismt.config import find_config
     from vismt.jobs import start
 
-    with start(options.config, options.overrides, options.out).owned() as run:
+    with start(find_config(options.config), options.overrides, options.out).owned() as run:
         run.train()
     console.stage("run", str(run.folder))
 
@@ -112,19 +124,26 @@ def _report(options: argparse.Namespace) -> None:
     from vismt.jobs import open_run
     from vismt.report.results import RESULTS
 
+    formats = formats_of(options, ROBUSTBENCH)
     run = open_run(options.run)
-    if options.format == "html":
-        with run.owned():
-            if (options.run / PARTS).is_dir() and not (options.run / RESULTS).exists():
-                run.evaluate()  # from the records of the parts
-            run.on_main(run.report)
+    if ROBUSTBENCH in formats:
+        _robustbench(run)
+        formats.remove(ROBUSTBENCH)
+    if not formats:
         return
+    with run.owned():
+        if (options.run / PARTS).is_dir() and not (options.run / RESULTS).exists():
+            run.evaluate()  # from the records of the parts
+        run.on_main(lambda: run.report(formats))
+
+
+def _robustbench(run: Run) -> None:
     from vismt.jobs.robustness.config import RobustnessConfig
     from vismt.jobs.robustness.robustbench import write_model_info
 
     if not isinstance(run.config, RobustnessConfig):
         raise UserError(
-            f"report --format robustbench: '{options.run}' is a run of task '{run.config.task}'; need task robustness."
+            f"report --format robustbench: '{run.folder}' is a run of task '{run.config.task}'; need task robustness."
         )
     for path in write_model_info(run.folder, run.config):
         console.stage("report", str(path))

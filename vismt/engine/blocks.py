@@ -48,10 +48,16 @@ def check_blocks(config: TrainConfig) -> None:
 def running_blocks(objective: nn.Module, config: TrainConfig) -> Iterator[None]:
     """Inside the block, run the blocks of the objective's net as the train section says; afterwards as before.
 
-    Raises UserError for train.compile with a method that freezes parameters in turn, and without a C++ compiler on a CPU.
+    Raises UserError for a net without blocks, for train.compile with a method that freezes parameters in turn, and without a C++
+    compiler on a CPU.
     """
     with ExitStack() as undo:
-        blocks = find_blocks(objective) if config.checkpointing or config.compile else []
+        changes = config.checkpointing or config.compile
+        blocks = find_blocks(objective) if changes else []
+        if changes and not blocks:
+            raise UserError(
+                "train.checkpointing and train.compile: the net has no list of equal blocks; leave them out."
+            )
         if config.compile:
             check_compile(objective)
             undo.enter_context(_kept_buffers())
@@ -67,14 +73,9 @@ def running_blocks(objective: nn.Module, config: TrainConfig) -> Iterator[None]:
 
 
 def find_blocks(objective: nn.Module) -> list[nn.Module]:
-    """Return the blocks of the largest stack of equal layers, and of others at least half as large (a second net).
-
-    Raises UserError for a net without one.
-    """
+    """Return the blocks of the largest stack of equal layers, and of others at least half as large (a second net)."""
     sizes = stacks(objective)
-    if not sizes:
-        raise UserError("train.checkpointing and train.compile: the net has no list of equal blocks; leave them out.")
-    largest = max(sizes.values())
+    largest = max(sizes.values(), default=0)
     chosen = [objective.get_submodule(path) for path, size in sizes.items() if 2 * size >= largest]
     return [block for stack in chosen for block in stack.children()]
 

@@ -64,15 +64,15 @@ def save(
     updates: int,
     scaler: Any,
     config_hash: str,
-    trained: Iterable[Tensor] = (),
 ) -> None:
     """Write the checkpoint after `step` finished steps and delete all but the one before it.
 
     updates: of the optimiser, fewer than `step` where fp16 skipped some. scaler: fp16's gradient scaler, None in other
-    precisions. trained: as for `moving_state`.
+    precisions.
     """
+    trained = _names(module, optimizer)
     tensors = {f"model.{name}": value for name, value in moving_state(module, trained).items()}
-    for parameter, name in _names(module, optimizer).items():
+    for parameter, name in trained.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
     numbers = {"step": step, "updates": updates, "config_hash": config_hash, "scaler": _scale(scaler)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,15 @@ from torch import Tensor, nn
 
 from vismt import console
 from vismt.config import TrainConfig
-from vismt.engine import checkpoint
+from vismt.engine import checkpoint, runtime
 from vismt.engine.blocks import check_blocks, running_blocks
 from vismt.engine.log import MetricsLog
 from vismt.engine.optimizer import OPTIMIZERS, make_optimizer, make_schedule, rate, with_own_prior
+from vismt.engine.sharding import Shards, check_sharded
 from vismt.engine.stream import Batches, stream_batches
 from vismt.errors import UserError, near
 from vismt.lowrank.recompute import recompute
+from vismt.lowrank.sharded import whole
 from vismt.methods import freezes, method_optimizer, schedules
 
 
@@ -43,7 +45,7 @@ def train(
     accelerator: Accelerator,
     *,
     seed: int,
-    after_step: Callable[[int], None] | None = None,
+    after_step: Callable[[nn.Module, int], None] | None = None,
     sections: Any = None,
 ) -> dict[str, float]:
     """Train the objective's parameters that require a gradient, from the run folder's checkpoint where there is one.
@@ -56,7 +58,7 @@ def train(
         config_hash: of the run; a checkpoint of another configuration is refused.
         accelerator: see engine/runtime.py.
         seed: of dropout and other random draws, one stream for each process; the outer random state is restored.
-        after_step: called with the number of finished steps after every optimiser step.
+        after_step: called with the objective that runs and the number of finished steps after every optimiser step.
         sections: the run's configuration, for schedules of methods.
 
     Returns:
@@ -66,6 +68,8 @@ def train(
         Diverged: on a loss or gradient that is not finite; the latest checkpoint is kept.
     """
     check(config)
+    if runtime.sharded():
+        check_sharded(objective, config)
     with torch.random.fork_rng(), running_blocks(objective, config):
         torch.manual_seed(seed + accelerator.process_index)
         return _Training(objective, batches, config, folder, config_hash, accelerator, sections).run(after_step)
@@ -88,15 +92,19 @@ class _Training:
         self.folder = folder
         self.hash = config_hash
         self.accelerator = accelerator
-        self.objective = objective.to(accelerator.device).train()
-        trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-        if not trained:
-            raise UserError("train: nothing is trainable; name a method in the adapt section.")
-        optimizer = method_optimizer(make_optimizer(trained, config, with_own_prior(objective)), objective)
-        self.parameters = list(trained.values())
+        self.objective = objective.to("cpu" if runtime.sharded() else accelerator.device).train()
+        self.kept = self._make_optimizer(objective)
 
         # Where training starts: 1. the run folder's newest sound checkpoint, 2. the start values.
-        self.finished, updates = checkpoint.load(folder, objective, optimizer, accelerator.scaler, config_hash)
+        self.finished, updates = checkpoint.load(folder, objective, self.kept, accelerator.scaler, config_hash)
+        self.shards = None
+        self.running, optimizer = objective, self.kept
+        if runtime.sharded():
+            self.shards = Shards(objective, self.kept, self._make_optimizer, accelerator.device)
+            self.running, optimizer = self.shards.module, self.shards.optimizer
+        self.parameters = [parameter for parameter in self.running.parameters() if parameter.requires_grad]
+        clipped = getattr(self.running, "clipped", None)
+        self.clipped = self.parameters if clipped is None else [p for p in clipped if p.requires_grad]
         self.schedule = make_schedule(optimizer, config, updates)
         self.log = MetricsLog(folder, self.finished, accelerator.is_main_process)
         if self.finished:
@@ -104,8 +112,11 @@ class _Training:
         self.started = time.monotonic() - self.log.elapsed()
         if freezes(objective):  # DDP wraps every parameter that may train, and not all of them do in every step
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.wrapped, self.optimizer = accelerator.prepare(objective, optimizer)
-        self.method_schedules = schedules(objective, self.optimizer, config.steps, sections)
+        if self.shards:
+            self.wrapped, self.optimizer = self.running, accelerator.prepare_optimizer(optimizer, False)
+        else:
+            self.wrapped, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.method_schedules = schedules(self.running, self.optimizer, config.steps, sections)
         for schedule in self.method_schedules:
             schedule.on_step(self.finished)
         self.measured = [optimizer, *self.method_schedules]
@@ -113,7 +124,14 @@ class _Training:
         # Number of the first step whose loss or gradient was not finite; read when something is logged.
         self.first_bad = torch.zeros((), device=accelerator.device)
 
-    def run(self, after_step: Callable[[int], None] | None) -> dict[str, float]:
+    def _make_optimizer(self, objective: nn.Module) -> torch.optim.Optimizer:
+        """Return the optimiser of an objective's trainable parameters, with what its methods add."""
+        trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+        if not trained:
+            raise UserError("train: nothing is trainable; name a method in the adapt section.")
+        return method_optimizer(make_optimizer(trained, self.config, with_own_prior(objective)), objective)
+
+    def run(self, after_step: Callable[[nn.Module, int], None] | None) -> dict[str, float]:
         """Train to the last step and return the last logged metrics."""
         config = self.config
         last: dict[str, float] = {}
@@ -126,28 +144,27 @@ class _Training:
                 for schedule in self.method_schedules:
                     schedule.on_step(step)
                 if after_step is not None:
-                    after_step(step)
+                    after_step(self.running, step)
                 if logs:
                     last = self._write_log(step, logged, {"lr": lr, "grad_norm": float(norm), **metrics})
                     progress.note("  ".join(f"{name} {last[name]:.3g}" for name in logged))
-                if due and self.accelerator.is_main_process:  # after _write_log has checked that it is finite
-                    self.log.sync()
-                    checkpoint.save(
-                        self.folder,
-                        step,
-                        self.objective,
-                        self.optimizer,
-                        self.schedule.last_epoch,
-                        self.accelerator.scaler,
-                        self.hash,
-                        self.parameters,
-                    )
+                if due:  # after _write_log has checked that it is finite
+                    self._save(step)
                 progress.advance()
         return last
 
+    def _save(self, step: int) -> None:
+        """Write a checkpoint; the first process writes it."""
+        if self.shards:
+            self.shards.gather()
+        if self.accelerator.is_main_process:
+            self.log.sync()
+            updates, scaler = self.schedule.last_epoch, self.accelerator.scaler
+            checkpoint.save(self.folder, step, self.objective, self.kept, updates, scaler, self.hash)
+
     def _step(self, step: int) -> tuple[dict[str, Tensor], Tensor, float]:
         """Run optimiser step `step`; return the mean metrics, the gradient norm before clipping, and the rate."""
-        logged, norm = _step(self.wrapped, self.stream, self.config, self.optimizer, self.parameters, self.accelerator)
+        logged, norm = self._update()
         # fp16's scaler finds its scale by overflowing: it skips that step, which is not an error and moves no schedule.
         skipped = self.optimizer.step_was_skipped
         bad = ~torch.isfinite(logged["loss"]) | (~torch.isfinite(norm).to(self.first_bad.device) & (not skipped))
@@ -156,6 +173,34 @@ class _Training:
         if not skipped:
             self.schedule.step()
         return logged, norm, lr
+
+    def _update(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Run one optimiser step over `accumulate` batches; return mean metrics and the gradient norm before clipping."""
+        config, accelerator = self.config, self.accelerator
+        sums: dict[str, Tensor] = {}
+        for part in range(config.accumulate):
+            batch = next(self.stream)
+            last = part == config.accumulate - 1
+            with nullcontext() if last else accelerator.no_sync(self.wrapped):
+                cheap = recompute(self.wrapped) if config.recompute == "cheap" else nullcontext()
+                with cheap, accelerator.autocast():
+                    losses = self.wrapped(batch)
+                accelerator.backward(losses["loss"] / config.accumulate)
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach() / config.accumulate
+        norm = self._clip()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return sums, whole(norm)
+
+    def _clip(self) -> Tensor:
+        """Clip the gradient of the parameters that the objective names; return the norm of the whole gradient before it."""
+        limit = math.inf if self.config.clip is None else self.config.clip
+        if self.clipped is self.parameters:
+            return torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters, limit))
+        norm = self.accelerator.clip_grad_norm_(self.parameters, math.inf)  # takes the scale of fp16 out
+        torch.nn.utils.clip_grad_norm_(self.clipped, limit)
+        return torch.as_tensor(norm)
 
     def _write_log(self, step: int, logged: Mapping[str, Tensor], further: Mapping[str, float]) -> dict[str, float]:
         """Write a line of metrics averaged over the processes; raise Diverged where a step was not finite."""
@@ -178,31 +223,6 @@ def _metrics(measured: Iterable[Any]) -> dict[str, float]:
     """Return the metrics of the optimisers and schedules that have metrics()."""
     values = [source.metrics() for source in measured if hasattr(source, "metrics")]
     return {name: float(value) for metrics in values for name, value in metrics.items()}
-
-
-def _step(
-    wrapped: nn.Module,
-    stream: Iterator[Any],
-    config: TrainConfig,
-    optimizer: Any,
-    parameters: Sequence[Tensor],
-    accelerator: Accelerator,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Run one optimiser step over `accumulate` batches; return mean metrics and the gradient norm before clipping."""
-    sums: dict[str, Tensor] = {}
-    for part in range(config.accumulate):
-        batch = next(stream)
-        last = part == config.accumulate - 1
-        with nullcontext() if last else accelerator.no_sync(wrapped):
-            with recompute(wrapped) if config.recompute == "cheap" else nullcontext(), accelerator.autocast():
-                losses = wrapped(batch)
-            accelerator.backward(losses["loss"] / config.accumulate)
-        for name, value in losses.items():
-            sums[name] = sums.get(name, 0) + value.detach() / config.accumulate
-    norm = accelerator.clip_grad_norm_(parameters, config.clip if config.clip is not None else math.inf)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return sums, torch.as_tensor(norm)
 
 
 # The smallest allowed value of each number of a train section.

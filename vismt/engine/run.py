@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import datetime
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,11 +22,12 @@ from vismt import console, ranks
 from vismt.config import RunConfig, config_hash
 from vismt.engine import runtime
 from vismt.errors import UserError, near
-from vismt.files import atomic_write, locked, read_sealed, remove_partial, sealed, write_tensors
+from vismt.files import atomic_write, locked, read_json, read_sealed, remove_partial, sealed, write_tensors
 from vismt.lowrank.peft_folder import export_peft
 
 RESOLVED = "config.resolved.yaml"
 FACTS = "run.json"
+EXPORTED = "vismt.json"  # in the folder of an export: run, configuration, arm and seed
 FORMATS = ("timm", "transformers", "peft")
 
 
@@ -47,8 +49,8 @@ class Stages(Protocol):
     def evaluate(self, attacks: Sequence[Any] | None = None) -> None:
         """Write results.jsonl."""
 
-    def report(self) -> Path:
-        """Write the report and return the path of its page."""
+    def report(self, formats: Sequence[str] = ...) -> list[Path]:
+        """Write the report in some formats and return its files."""
 
     def adapted(self, arm: str | None = None) -> nn.Module:
         """Return the stock model with the adapter of one arm."""
@@ -61,6 +63,9 @@ class Stages(Protocol):
 
     def facts(self) -> dict[str, Any]:
         """Return the entries of run.json that depend on the job, such as seeds."""
+
+    def name_of(self, arm: str | None = None) -> str:
+        """Return the arm and seed that a name stands for, as they stand in the name of a folder."""
 
     def files_beside(self, arm: str | None = None) -> dict[str, bytes]:
         """Return the files to write beside merged or exported weights, by name."""
@@ -85,10 +90,14 @@ class Run:
 
         Raises UserError where another run has the lock.
         """
-        with locked(self.folder) if runtime.processes().is_main_process else nullcontext():
-            if runtime.processes().is_main_process:
-                remove_partial(self.folder)
+        runtime.processes().wait_for_everyone()  # what the others write at the start is not finished, nor to be removed
+        with ExitStack() as held, ranks.shared():
+            ranks.from_first(lambda: self._claim(held))
             yield self
+
+    def _claim(self, held: ExitStack) -> None:
+        held.enter_context(locked(self.folder))
+        remove_partial(self.folder)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -104,21 +113,20 @@ class Run:
         return facts
 
     def train(self) -> None:
-        """Train unless this folder has the finished trainings."""
+        """Train unless this folder has the finished trainings. All processes of a launch call it."""
         self._note(started=self.facts.get("started") or _now())
         if not self.job.trains:
             console.stage("train", "nothing to train: the configuration has no train or no adapt section")
         elif "adapt" in self.facts:
             console.stage("train", f"done before: {self.folder}")
         else:
-            self._note(adapt=self.job.train())
+            with ranks.shared():
+                self._note(adapt=self.job.train())
 
     def on_main(self, stage: Callable[[], None]) -> None:
         """Run a stage on the first process only; the others wait for it."""
-        state = runtime.processes()
-        if state.is_main_process:
-            stage()
-        state.wait_for_everyone()
+        with ranks.shared():
+            ranks.from_first(stage)
 
     def evaluate(self, attacks: Sequence[Any] | None = None) -> None:
         """Evaluate and write results.jsonl; rows of other conditions (an earlier attack) stay.
@@ -130,11 +138,11 @@ class Run:
                 self._note(started=_now())
             self.job.evaluate(attacks)
             self._note(finished=_now())
-        runtime.processes().wait_for_everyone()
 
-    def report(self) -> None:
-        """Write report.md and report.html and print their place."""
-        console.stage("report", str(self.job.report()))
+    def report(self, formats: Sequence[str] | None = None) -> None:
+        """Write the report, by default as report.html and report.md, and print its files, the page last."""
+        for path in self.job.report() if formats is None else self.job.report(formats):
+            console.stage("report", str(path))
 
     def _need_adapter(self) -> None:
         if not any((self.folder / place).is_dir() for place in ("pool", "arms")):
@@ -143,28 +151,44 @@ class Run:
             )
 
     def merge(self, arm: str | None = None) -> Path:
-        """Write the stock state dict with merged weights to merged/model.safetensors; return the folder."""
+        """Write the stock state dict with merged weights to merged-ARM-seed-SEED/model.safetensors; return the folder."""
         self._need_adapter()
-        return self._write(self.job.merged(arm), self.folder / "merged", arm)
+        model = self.job.merged(arm)
+        return self._write(model, self._target("merged", None, arm), arm)
 
     def export(self, form: str, target: Path | None, arm: str | None = None) -> Path:
         """Write one arm as timm (model.safetensors, config.json), transformers (save_pretrained) or peft (adapter folder).
 
-        Raises UserError for another format, one that does not fit the model, and a run without an adapter.
+        target: by default export-FORMAT-ARM-seed-SEED in the run folder. Raises UserError for another format, one that does not
+        fit the model, a run without an adapter, and a folder with the export of another model.
         """
         if form not in FORMATS:
             raise UserError(f"export: format '{form}'.{near(form, FORMATS)}")
         self._need_adapter()
-        target = target or self.folder / f"export-{form}"
         if form == "peft":
-            export_peft(self.job.adapted(arm), target)
+            adapted = self.job.adapted(arm)
+            target = self._target("export-peft", target, arm)
+            export_peft(adapted, target)
             return self._write_beside(target, arm)
         model = self.job.merged(arm)
         is_transformers = hasattr(model, "save_pretrained")
         if is_transformers != (form == "transformers"):
             fitting = "transformers" if is_transformers else "timm"
             raise UserError(f"export: {type(model).__name__} is not a {form} model; use --format {fitting} or peft.")
-        return self._write(model, target, arm)
+        return self._write(model, self._target(f"export-{form}", target, arm), arm)
+
+    def _target(self, kind: str, target: Path | None, arm: str | None) -> Path:
+        """Return the folder of an export, with a note of what it is of. Raises UserError where it holds another one."""
+        name = self.job.name_of(arm)
+        folder = target or self.folder / f"{kind}-{name}"
+        note = folder / EXPORTED
+        about = {"run": self.folder.name, "config_hash": self.hash, "model": name}
+        held = read_json(note, f"export '{folder}'") if note.exists() else None
+        if held != about and any(folder.glob("*.safetensors")):
+            what = f"of {held.get('model')} of the run {held.get('run')}" if held else "that is not an export of vismt"
+            raise UserError(f"export: '{folder}' holds a model {what}; name another folder with --to, or remove it.")
+        atomic_write(note, json.dumps(about, indent=1))
+        return folder
 
     def predict(
         self, images: list[Path], target: Path | None = None, arm: str | None = None, **options: bool
@@ -234,4 +258,7 @@ def _now() -> str:
 
 
 def _command() -> str:
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """Return the command of this process as a shell takes it."""
+    program = Path(sys.argv[0]).name
+    start = ["python", "-m", "vismt"] if program == "__main__.py" else [program]
+    return shlex.join([*start, *sys.argv[1:]])

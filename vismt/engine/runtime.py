@@ -26,10 +26,39 @@ WAIT = datetime.timedelta(days=2)
 
 def processes() -> PartialState:
     """Return the state of this process among those of the launch (torchrun, accelerate launch), with its device."""
+    sharded()  # before anything that reads its variable
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return PartialState(cpu=_cpu_only())
     _leave_at_exit()
     return PartialState(cpu=_cpu_only(), timeout=WAIT)
+
+
+@cache
+def sharded() -> bool:
+    """Return whether `accelerate launch` asks for FSDP: each process then trains a part of every weight (sharding.py).
+
+    Raises UserError for version 1, and for settings of accelerate that have a place of their own in a configuration.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return False
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise UserError(f"FSDP: version {version}; set fsdp_version to 2 in the configuration of accelerate launch.")
+    for name, other in (
+        ("ACTIVATION_CHECKPOINTING", "train.checkpointing: true"),
+        ("OFFLOAD_PARAMS", "more processes"),
+    ):
+        if os.environ.get(f"FSDP_{name}", "false").lower() == "true":
+            raise UserError(f"FSDP: fsdp_{name.lower()} is not used; set it to false and take {other}.")
+    # accelerate would wrap the model by rules for stock models, and transformers would load no weights in other processes than
+    # the first, where methods compute start values from them.
+    os.environ["ACCELERATE_USE_FSDP"] = "false"
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def net_device() -> torch.device:
+    """Return where a net is until it is trained: on the device of this process, on the CPU where it will be sharded."""
+    return torch.device("cpu") if sharded() else processes().device
 
 
 def accelerator(precision: str = "no", trackers: list[str] | None = None, folder: Path | None = None) -> Accelerator:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from vismt.data.names import check_row_names, overlap
 from vismt.errors import UserError
 
 
 @dataclass
 class PartsConfig:
-    """The sets of each part. train, validation, test: cards as 'name' or 'name:split'; several are joined.
+    """The sets of each part.
 
-    validation_share, test_share: share of `train` that is split off where no set is named. limit: the largest number of
-    training images, or rows of text.
+    Args:
+        train: cards as 'name' or 'name:split', of which several are joined.
+        test: cards to test on.
+        validation: cards to choose settings on.
+        test_share: share of `train` that is split off for the test where `test` is empty.
+        validation_share: share of `train` that is split off for validation where `validation` is empty.
+        limit: largest number of training images, or rows of text, of what is left of `train`, which leaves the shares as
+            they are; null for all.
     """
 
     train: list[str] = field(default_factory=list)
@@ -31,20 +38,14 @@ def check_parts(parts: PartsConfig, where: str) -> None:
             raise UserError(f"{where}: both {part} and {part}_share; give one of them.")
         if part == "test" and not named and not share:
             raise UserError(f"{where}: nothing to test on; name a set in test, or give test_share.")
+    for part in ("test", "validation"):
+        check_row_names(getattr(parts, part), f"{where}: {part}")
     for part, against in (("test", "train"), ("validation", "train"), ("validation", "test")):
         for name in getattr(parts, part):
-            other = next((item for item in getattr(parts, against) if _overlap(name, item)), None)
+            other = next((item for item in getattr(parts, against) if overlap(name, item)), None)
             if other is not None:
                 fix = f"name another set or split, or take {part}_share instead"
                 raise UserError(f"{where}: {part} '{name}' is in {against} '{other}', too; {fix}.")
-
-
-def _overlap(first: str, second: str) -> bool:
-    """Return whether two sets, 'card' or 'card:split', have examples in common."""
-    first_card, _, first_split = first.partition(":")
-    second_card, _, second_split = second.partition(":")
-    shared = first_split == second_split or bool({"", "all"} & {first_split, second_split})
-    return first_card == second_card and shared
 
 
 def shares(parts: PartsConfig) -> dict[str, float]:

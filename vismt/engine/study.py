@@ -13,9 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from vismt import console
+from vismt import console, ranks
 from vismt.config import RunConfig, Seed, TrainConfig, with_values
-from vismt.engine import runtime
 from vismt.engine.loop import Diverged
 from vismt.errors import UserError, near
 from vismt.files import atomic_write, read_sealed, sealed
@@ -31,16 +30,24 @@ SHARED = ("arms", "seeds", "seed", "tune", "tasks", "evaluate", "model", "task")
 
 @dataclass
 class TuneConfig:
-    """rates: values of train.lr that every arm tries with the first seed. The smaller one wins a tie."""
+    """The learning rates that every arm tries.
+
+    Args:
+        rates: values of train.lr; each arm tries them with the first seed and keeps the best on validation examples.
+            The smaller one wins a tie.
+    """
 
     rates: list[float] = field(default_factory=list)
 
 
 @dataclass
 class StudyConfig(RunConfig):
-    """A study. arms: {name: {dotted key: value}}, {} for the configuration itself as the only arm.
+    """A study: variants of one configuration, trained at several seeds.
 
-    seeds: seeds of the trainings, [] for `seed` alone. tune: the learning rates that every arm tries.
+    Args:
+        arms: {name: {dotted key: value}}, the variants; {} for the configuration itself as the only arm.
+        seeds: seeds of the trainings; [] for `seed` alone.
+        tune: the learning rates that every arm tries; null takes train.lr.
     """
 
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -183,22 +190,18 @@ class Study(Generic[Config]):
             if len(self.rates(training.arm)) == 1 or self.is_chosen(training.arm):
                 raise
             console.stage("tune", f"{training.arm}   lr {training.lr:g}   {error}")
-            if runtime.processes().is_main_process:
-                atomic_write(training.folder / DIVERGED, sealed({"error": str(error)}))
-            runtime.processes().wait_for_everyone()
+            content = sealed({"error": str(error)})
+            ranks.from_first(lambda: atomic_write(training.folder / DIVERGED, content))
 
     def choose(self, job: Trainer, arm: str) -> None:
         """Choose the rate of an arm by the validation scores of the tried ones, unless it is chosen."""
-        processes = runtime.processes()
-        is_chosen = self.is_chosen(arm)
-        processes.wait_for_everyone()  # every process checks before the first one writes
-        if not is_chosen and processes.is_main_process:
-            rates = self.rates(arm)
-            validation: dict[float, float | None] = {}
-            for training in self.tried(arm) if len(rates) > 1 else ():
-                validation[training.lr] = None if has_diverged(training) else job.validate(training)
-            write_choice(self.folder / ARMS / arm / CHOSEN, arm, rates, validation)
-        processes.wait_for_everyone()
+        if ranks.from_first(lambda: self.is_chosen(arm)):
+            return
+        rates = self.rates(arm)
+        validation: dict[float, float | None] = {}
+        for training in self.tried(arm) if len(rates) > 1 else ():
+            validation[training.lr] = None if has_diverged(training) else job.validate(training)
+        ranks.from_first(lambda: write_choice(self.folder / ARMS / arm / CHOSEN, arm, rates, validation))
 
 
 def has_diverged(training: Training) -> bool:

@@ -15,10 +15,20 @@ from vismt import console, ranks
 from vismt.engine.study import Study, StudyConfig, Training
 from vismt.errors import UserError
 from vismt.report.comparison import compare
-from vismt.report.report import write_report
-from vismt.report.results import RESULTS, Result, Score, read_results, result_of, write_results, write_values
+from vismt.report.plotting import vector_figures
+from vismt.report.report import DEFAULT_FORMATS, run_heading, write_report
+from vismt.report.results import (
+    RESULTS,
+    Result,
+    Score,
+    ValuesByExample,
+    read_results,
+    result_of,
+    write_results,
+    write_values,
+)
 from vismt.report.sections import Section
-from vismt.report.study import study_sections
+from vismt.report.study import score_sections, training_sections
 from vismt.report.tables import interval_text
 from vismt.robustness.conditions import AttackConfig
 from vismt.seeds import digest
@@ -133,6 +143,11 @@ class EvaluationJob(ABC, Generic[Config]):
         """Return the further entries of config.json beside merged weights."""
         return {}
 
+    def name_of(self, arm: str | None = None) -> str:
+        """Return the arm and seed that a name stands for, as they stand in the name of a folder."""
+        training = self.study.find(arm)
+        return f"{training.arm}-seed-{training.seed}"
+
     def files_beside(self, arm: str | None = None) -> dict[str, bytes]:
         """Return the files to write beside the merged or exported weights of one arm, by name."""
         return {}
@@ -209,17 +224,22 @@ class EvaluationJob(ABC, Generic[Config]):
             name = f"{data}  {task}" if self.names_tasks else data
             console.stage("eval", f"{name}  {protocol}  {arm}   {'   '.join(texts)}   ({count})")
 
-    def report(self) -> Path:
-        """Write report.md and report.html from the files of the run folder; return the path of report.html."""
+    def report(self, formats: Sequence[str] = DEFAULT_FORMATS) -> list[Path]:
+        """Write the report from the files of the run folder, in some of report.FORMATS and plotting.VECTORS; return its files."""
         results = read_results(self.folder / RESULTS, self.hash)
         if not results:
             raise UserError(f"report: no results in '{self.folder}'; make them with `vismt evaluate {self.folder}`.")
-        comparisons = compare(results, self.folder)
+        values = ValuesByExample(self.folder)
+        comparisons = compare(results, values)
         compared = [arm for arm in self.evaluated() if arm not in self.references]
-        shared = study_sections(
-            self.folder, results, comparisons, list(self.study.arms), compared, self.logged, self.baselines()
-        )
-        return write_report(self.folder, comparisons, [*shared, *self.sections(results)])
+        with vector_figures(formats):
+            sections = [
+                *score_sections(self.folder, results, comparisons, values, compared, self.baselines()),
+                *training_sections(self.folder, results, list(self.study.arms), self.logged),
+                *self.sections(results),
+            ]
+        heading = run_heading(self.folder)
+        return write_report(self.folder, heading, results, comparisons, sections, formats)
 
 
 def records_folder(folder: Path, attacks: Sequence[AttackConfig] | None) -> Path:

@@ -22,6 +22,7 @@ from vismt.engine.study import StudyConfig, Training
 from vismt.errors import UserError
 from vismt.files import atomic_write, sealed
 from vismt.jobs.base import EvaluationJob
+from vismt.jobs.variants import TEMPERATURE_FILE, temperature_file
 from vismt.lowrank.inject import merge
 from vismt.lowrank.layer_spec import factor_rank
 from vismt.lowrank.memory import count_parameters
@@ -87,6 +88,10 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
         """Return the files to write beside the merged or exported weights of a training, by name."""
         return {}
 
+    def temperature(self, training: Training) -> float | None:
+        """Return the temperature that exports of a training carry, None for none."""
+        return None
+
     def about(self) -> dict[str, Any]:
         """Return the further entries of config.json beside merged weights."""
         return {}
@@ -140,16 +145,18 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
             self.hash,
             accelerator,
             seed=config.training_seed,
-            after_step=lambda number: self.step(objective, number),
+            after_step=self.step,
             sections=config,
         )
-        if accelerator.is_main_process:
-            self.save(net, config, training.folder)
-            about = {"method": method, "rank": rank, "trainable": trainable, "total": total}
-            training_files.finish(self.stock(net), training.folder, config.adapt is not None, about)
-        accelerator.wait_for_everyone()
+        about = {"method": method, "rank": rank, "trainable": trainable, "total": total}
+        ranks.from_first(lambda: self._finish(net, config, training, about))
         if settings.trackers:
             accelerator.end_training()
+
+    def _finish(self, net: Net, config: Config, training: Training, about: dict[str, Any]) -> None:
+        """Write the files of a finished training."""
+        self.save(net, config, training.folder)
+        training_files.finish(self.stock(net), training.folder, config.adapt is not None, about)
 
     def prepared(self, config: Config) -> tuple[Net, str, list[Tensor]]:
         """Return the net of an arm ready to train, the method's name, and the parameters whose gradients are balanced."""
@@ -282,7 +289,10 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
 
     def files_beside(self, arm: str | None = None) -> dict[str, bytes]:
         """Return the files to write beside the merged or exported weights of one arm, by name."""
-        return self.beside(self.study.find(arm))
+        training = self.study.find(arm)
+        temperature = self.temperature(training)
+        fitted = {} if temperature is None else {TEMPERATURE_FILE: temperature_file(temperature)}
+        return {**self.beside(training), **fitted}
 
 
 def _compared(outputs: Iterable[tuple[str, Tensor, Tensor, bool]]) -> dict[str, dict[str, float]]:

@@ -4,35 +4,60 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+from vismt.config import HASHED_IF_SET
 from vismt.engine.study import StudyConfig
 from vismt.errors import UserError, near
 from vismt.multitask.balancing import BALANCERS, Balancer, make_balancer
-from vismt.typed_yaml import arguments, plain_name
+from vismt.typed_yaml import Names, arguments, plain_name
 
 SPLITS = ("test", "validation")
 
 
 @dataclass
 class RetainConfig:
-    """Arguments of vismt.multitask.retain.QualityRetaining."""
+    """Quality retaining, see vismt.multitask.retain.QualityRetaining.
+
+    Args:
+        temperature: temperature of the divergence, > 0.
+        mode: fifo2 keeps the last two logits of a class, ema a running mean.
+        ema_decay: decay of the running cross-entropy of a task, in [0, 1].
+        ema_init: start value of the running cross-entropy, > 0.
+        momentum: momentum of mode ema, in [0, 1).
+        reduction: over the samples of a batch.
+        ema_floor: a task's weight is 1 / max(running cross-entropy, ema_floor); null for no floor.
+        reverse: KL(student || bank) instead of KL(bank || student).
+        weight: factor of the loss, >= 0.
+        select: samples that the bank stores: all, correct ones, or confident ones (probability of the label above 1/2).
+        weighting: one running cross-entropy for each task or each class.
+        teacher: bank, or uniform, which stores nothing (a control).
+    """
 
     temperature: float = 2.0
-    mode: str = "fifo2"
+    mode: Annotated[str, Names("vismt.multitask.retain:MODES")] = "fifo2"
     ema_decay: float = 0.95
     ema_init: float = 10.0
     momentum: float = 0.5
-    reduction: str = "mean"
+    reduction: Annotated[str, Names("vismt.multitask.retain:REDUCTIONS")] = "mean"
     ema_floor: float | None = None
     reverse: bool = False
+    weight: float = field(default=1.0, metadata=HASHED_IF_SET)
+    select: Annotated[str, Names("vismt.multitask.retain:SELECT")] = field(default="all", metadata=HASHED_IF_SET)
+    weighting: Annotated[str, Names("vismt.multitask.retain:WEIGHTING")] = field(default="task", metadata=HASHED_IF_SET)
+    teacher: Annotated[str, Names("vismt.multitask.retain:TEACHERS")] = field(default="bank", metadata=HASHED_IF_SET)
 
 
 @dataclass
 class BalancingConfig:
-    """method: one of vismt.multitask.balancing.balancers(); options: its arguments."""
+    """How the losses of the tasks are weighed.
 
-    method: str = "ew"
+    Args:
+        method: the balancing method.
+        options: further arguments of the method.
+    """
+
+    method: Annotated[str, Names("vismt.multitask.balancing:BALANCERS")] = "ew"
     options: dict[str, Any] = field(default_factory=dict)
 
 

@@ -13,7 +13,8 @@ constraint  landing    the field, as released: no retraction, Adam's scaling act
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
@@ -24,6 +25,7 @@ from vismt.errors import UserError, near
 from vismt.lowrank import stiefel
 from vismt.lowrank.inject import adapter_layers
 from vismt.lowrank.linear import LowRankLayer
+from vismt.lowrank.sharded import whole, write_whole
 
 FIELDS = {"landing": stiefel.landing_field, "euclidean": stiefel.penalty_field}
 RETRACTIONS = {"qr": stiefel.qr_retraction, "polar": stiefel.polar_retraction, "cayley": stiefel.cayley_retraction}
@@ -108,7 +110,7 @@ class Landing(torch.optim.Optimizer):
             self._return(moved)
             return loss
         evaluate = closure
-        began: list[tuple[Views, Tensor]] = []
+        began: list[Tensor] = []
 
         def turned() -> Any:
             loss = evaluate()
@@ -121,38 +123,54 @@ class Landing(torch.optim.Optimizer):
         return loss
 
     @torch.no_grad()
-    def _turn(self) -> list[tuple[Views, Tensor]]:
-        """Replace the gradients of X and Y. Returns views and where they start, for what follows the step."""
+    def _turn(self) -> list[Tensor]:
+        """Replace the gradients of X and Y. Returns where they start, for what follows the step."""
         ends = self.constraint in FIELDS  # nothing follows the step
         field, attraction = FIELDS.get(self.constraint, stiefel.landing_field), self.attraction if ends else 0.0
         points = []
-        for views in stacks(self._live()):
-            z, grad = (torch.stack(tensors) for tensors in zip(*views))
-            for (_, gradient), new in zip(views, field(z, grad, attraction)):
-                gradient.copy_(new)
-            if not ends:
-                points.append((views, z))
+        with self._live(written=1) as rows:
+            for views in stacks(rows):
+                z, grad = (torch.stack(tensors) for tensors in zip(*views))
+                for (_, gradient), new in zip(views, field(z, grad, attraction)):
+                    gradient.copy_(new)
+                if not ends:
+                    points.append(z)
         return points
 
     @torch.no_grad()
-    def _return(self, moved: Iterable[tuple[Views, Tensor]]) -> None:
+    def _return(self, began: Sequence[Tensor]) -> None:
         """Do what follows the step: a retraction, or the decoupled pull."""
-        for views, before in moved:
-            z = torch.stack([factor for factor, _ in views])
-            if self.constraint == "decoupled":
-                back = z - self.attraction * stiefel.pull(z)
-            else:
-                back = RETRACTIONS[self.constraint](before, z - before)
-            for (factor, _), new in zip(views, back):
-                factor.copy_(new)
+        if not began:
+            return
+        with self._live(written=0) as rows:
+            for views, before in zip(stacks(rows), began):
+                z = torch.stack([factor for factor, _ in views])
+                if self.constraint == "decoupled":
+                    back = z - self.attraction * stiefel.pull(z)
+                else:
+                    back = RETRACTIONS[self.constraint](before, z - before)
+                for (factor, _), new in zip(views, back):
+                    factor.copy_(new)
 
-    def _live(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield tall views (n, r) of each factor that this optimiser moves, and of its gradient."""
+    @contextmanager
+    def _live(self, written: int) -> Iterator[Views]:
+        """Yield tall views (n, r) of each factor that this optimiser moves, and of its gradient, to change one of the two.
+
+        Of sharded tensors the views are of gathered copies; that of number `written` is spread again when the block ends.
+        """
         optimized = self._optimized()
+        rows: Views = []
+        changed = []
         for layer in self.layers:
             for tall, factor in ((right, layer.lora_A), (left, layer.lora_B)):
                 if factor.grad is not None and id(factor) in optimized:
-                    yield from zip(tall(layer, factor.detach()), tall(layer, factor.grad))
+                    tensors = (factor.detach(), factor.grad)
+                    gathered = [whole(tensor) for tensor in tensors]
+                    rows += zip(*(tall(layer, tensor) for tensor in gathered))
+                    changed.append((tensors[written], gathered[written]))
+        yield rows
+        for target, value in changed:
+            write_whole(target, value)
 
     def _optimized(self) -> set[int]:
         """Return the ids of the parameters of the wrapped optimiser."""
@@ -210,9 +228,9 @@ def right(layer: LowRankLayer, tensor: Tensor) -> list[Tensor]:
 
 
 def updates(layer: LowRankLayer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Return the views X (o_j, r), Theta (r, r) or (r,), Y (i, r), one triple for each block."""
-    cores = layer.lora_C.detach().chunk(len(layer.blocks))
-    return zip(left(layer, layer.lora_B.detach()), cores, right(layer, layer.lora_A.detach()))
+    """Return the views X (o_j, r), Theta (r, r) or (r,), Y (i, r), one triple for each block; of sharded ones gathered copies."""
+    x, theta, y = (whole(factor.detach()) for factor in (layer.lora_B, layer.lora_C, layer.lora_A))
+    return zip(left(layer, x), theta.chunk(len(layer.blocks)), right(layer, y))
 
 
 def stacks(rows: Iterable[tuple[Tensor, ...]]) -> Iterator[Views]:

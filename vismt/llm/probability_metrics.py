@@ -108,6 +108,22 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int 
     return float(multiclass_calibration_error(p, y, num_classes=p.shape[1], n_bins=bins, norm="l1"))
 
 
+def calibration_values(
+    confidences: Tensor, correct: Tensor, bins: int = BINS, resamples: int = 500
+) -> tuple[Tensor, tuple[float, float]]:
+    """Return values by example (n,) whose mean is the ECE (its first-order effects), and its 95 % interval.
+
+    Args:
+        confidences: largest probability of each example (n,), float64 in [0, 1].
+        correct: bool (n,), whether the class with the largest probability is the label.
+        bins: number of equal bins.
+        resamples: number of bootstrap resamples of the examples.
+    """
+    columns = _columns(confidences, correct, bins)
+    low, _, high = _true_ece(columns, resamples, 0)
+    return (columns * columns.sum(0).sign()).sum(1), (low, high)
+
+
 def ece_interval(
     probabilities: Tensor, labels: Tensor, *, bins: int = BINS, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
@@ -126,7 +142,7 @@ def ece_interval(
     Raises:
         UserError: arguments that do not fit.
     """
-    low, _, high = _true_ece(*_checked(probabilities, labels), bins, resamples, seed)
+    low, _, high = _true_ece(binned_gaps(*_checked(probabilities, labels), bins), resamples, seed)
     return expected_calibration_error(probabilities, labels, bins), low, high
 
 
@@ -149,8 +165,8 @@ def ece_difference(
     Raises:
         UserError: arguments that do not fit.
     """
-    low_a, m_a, high_a = _true_ece(*_checked(a, labels), bins, resamples, seed)
-    low_b, m_b, high_b = _true_ece(*_checked(b, labels), bins, resamples, seed)
+    low_a, m_a, high_a = _true_ece(binned_gaps(*_checked(a, labels), bins), resamples, seed)
+    low_b, m_b, high_b = _true_ece(binned_gaps(*_checked(b, labels), bins), resamples, seed)
     value = expected_calibration_error(a, labels, bins) - expected_calibration_error(b, labels, bins)
     below = math.hypot(m_a - low_a, high_b - m_b)
     above = math.hypot(high_a - m_a, m_b - low_b)
@@ -214,18 +230,23 @@ def _above(values: Tensor, others: Tensor) -> Tensor:
 
 def binned_gaps(p: Tensor, y: Tensor, bins: int) -> Tensor:
     """Return (n, bins) with (correct - confidence) of each example in the column of its bin: ECE = sum_b |column sum| / n."""
-    confidence, chosen = p.max(1)
-    bounds = torch.linspace(0, 1, bins + 1, dtype=p.dtype)
-    column = (torch.bucketize(confidence, bounds, right=True) - 1).clamp(0, bins - 1)
-    gaps = p.new_zeros(len(p), bins)
-    return gaps.scatter_(1, column[:, None], ((chosen == y).to(p.dtype) - confidence)[:, None])
+    confidences, chosen = p.max(1)
+    return _columns(confidences, chosen == y, bins)
 
 
-def _true_ece(p: Tensor, y: Tensor, bins: int, resamples: int, seed: int) -> tuple[float, float, float]:
+def _columns(confidences: Tensor, correct: Tensor, bins: int) -> Tensor:
+    """Return (n, bins) with (correct - confidence) of each example in the column of its bin."""
+    bounds = torch.linspace(0, 1, bins + 1, dtype=confidences.dtype)
+    column = (torch.bucketize(confidences, bounds, right=True) - 1).clamp(0, bins - 1)
+    gaps = confidences.new_zeros(len(confidences), bins)
+    return gaps.scatter_(1, column[:, None], (correct.to(confidences.dtype) - confidences)[:, None])
+
+
+def _true_ece(columns: Tensor, resamples: int, seed: int) -> tuple[float, float, float]:
     """Return the low end, the median and the high end of the true ECE, see the module's docstring."""
-    columns = binned_gaps(p, y, bins)
     gap = columns.mean(0)
-    errors = torch.cat([counts @ columns / len(y) for counts in _resamples(len(y), resamples, seed)]) - gap
+    n = len(columns)
+    errors = torch.cat([counts @ columns / n for counts in _resamples(n, resamples, seed)]) - gap
     observed = float(gap.abs().sum())
 
     def quantile(t: float, level: float) -> float:

@@ -96,6 +96,15 @@ class SliceLinear(AdapterLayer):
         self.shares = False  # whether the storage of p is that of W
         self.pointer = 0
 
+    @property
+    def not_sharded(self) -> str:
+        """Why FSDP cannot train this layer; empty where it can."""
+        if self.mode == "delta":
+            return ""
+        return (
+            f"'s2ft' in mode '{self.mode}' trains values that lie in a frozen weight; set adapt.options.mode to delta"
+        )
+
     # ---- the layer as data
     @classmethod
     def plan(cls, path: str, module: nn.Module, dim: int, count: int, mode: str) -> LayerSpec:

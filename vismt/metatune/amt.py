@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ from vismt.metatune.protonet import ProtoNet, cosine_logits, prototypes
 from vismt.metatune.weight_attack import weight_perturbation
 from vismt.methods import Method, register_method
 from vismt.seeds import mix_seed
+from vismt.typed_yaml import Names
 
 CHOICES = {
     "kl": ("clean_adv", "adv_clean"),
@@ -97,20 +98,28 @@ register_method(Method("amt", amt, layers=(LowRankLayer,)))
 class AdversaryForm:
     """The settings of both attacks without a budget.
 
-    steps, init: of `pyramid_attack`, with a step of `step_ratio` times the budget. pyramid: its levels. weight: lambda of
-    the loss. kl, weight_attack, support: the form of the loss, of nu and of the prototypes (header; CHOICES). gamma: size of
-    nu. warmup: episodes over which budget and gamma grow linearly to their full size.
+    Args:
+        steps: steps of the input attack (`pyramid_attack`).
+        step_ratio: its step as a multiple of the budget.
+        pyramid: its levels, each [cells a side (null for single pixels), multiplier of its change].
+        init: its start.
+        weight: lambda of the loss.
+        kl: order of the divergence in the loss (header).
+        weight_attack: form of the weight attack nu (header).
+        gamma: size of nu.
+        support: whether prototypes are of perturbed or clean support images.
+        warmup: episodes over which budget and gamma grow linearly to their full size.
     """
 
     steps: int = 2
     step_ratio: float = 0.5
     pyramid: Levels = PYRAMID
-    init: str = "uniform"
+    init: Annotated[str, Names(CHOICES["init"])] = "uniform"
     weight: float = 6.0
-    kl: str = "clean_adv"
-    weight_attack: str = "joint"
+    kl: Annotated[str, Names(CHOICES["kl"])] = "clean_adv"
+    weight_attack: Annotated[str, Names(CHOICES["weight_attack"])] = "joint"
     gamma: float = 1e-4
-    support: str = "perturbed"
+    support: Annotated[str, Names(CHOICES["support"])] = "perturbed"
     warmup: int = 0
 
     def __post_init__(self) -> None:

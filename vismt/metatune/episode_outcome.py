@@ -58,17 +58,18 @@ class EpisodeOutcome:
         return row
 
 
-def write_panel(path: Path, outcome: EpisodeOutcome, names: Sequence[str] | None = None) -> None:
+def write_panel(path: Path, outcome: EpisodeOutcome, model: str, names: Sequence[str] | None = None) -> None:
     """Write the first 5 support and query images of each class with labels, predictions and class names to an .npz.
 
-    Arrays: support, query uint8 (., 3, h, w); support_labels, query_labels, predictions int64; classes unicode in label
-    order; with an attack also adversarial uint8, adversarial_predictions int64, adversarial_right bool and the attack's text
-    `condition`.
+    Arrays: model, its name; support, query uint8 (., 3, h, w); support_labels, query_labels, predictions int64; classes
+    unicode in label order; with an attack also adversarial uint8, adversarial_predictions int64, adversarial_right bool and
+    the attack's text `condition`.
     """
     episode = outcome.episode
     support = _first_of_each(episode.support_labels)
     query = _first_of_each(episode.query_labels)
     arrays = {
+        "model": np.array(model),
         "support": _bytes(outcome.support[support]),
         "support_labels": episode.support_labels[support].numpy(),
         "query": _bytes(outcome.query[query]),

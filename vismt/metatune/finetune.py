@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ from vismt.metatune.protocol import FewShotModel
 from vismt.metatune.protonet import PrototypeClassifier, cosine_logits, prototypes
 from vismt.metatune.rate_choice import AUTO, LossNotFinite, choose_rate
 from vismt.seeds import mix_seed
+from vismt.typed_yaml import Names
 
 PARAMETERS = ("all", "attention_scale")
 # images, labels, logits of images -> attacked images
@@ -45,15 +46,20 @@ SupportAttack = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]
 class FineTuneSettings:
     """Settings of the fine-tuning on a task.
 
-    lr: Adam's; 0 skips the tuning, "auto" chooses one for each task (`rate_choice`). parameters: "all" of the backbone,
-    frozen or not, or "attention_scale". probability: of the augmentation of a step. adversarial: attack the augmented
-    support, by default with PGD of `attack_steps` steps and a budget of `epsilon` in pixel units of [0, 1]. seed: of the
-    augmentation, the same for every task.
+    Args:
+        lr: Adam's; 0 skips the tuning, auto chooses one for each task (`rate_choice`).
+        steps: number of steps.
+        parameters: all of the backbone, frozen or not, or attention_scale.
+        probability: of the augmentation of a step.
+        adversarial: whether the augmented support is attacked.
+        epsilon: budget of that attack in pixel units of [0, 1].
+        attack_steps: steps of that attack.
+        seed: of the augmentation, the same for every task.
     """
 
     lr: float | Literal["auto"] = 1e-3
     steps: int = 40
-    parameters: str = "all"
+    parameters: Annotated[str, Names(PARAMETERS)] = "all"
     probability: float = 0.9
     adversarial: bool = False
     epsilon: float = 4.5 / 255

@@ -21,6 +21,7 @@ from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from types import ModuleType
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ from vismt.lowrank.record import record_of
 from vismt.lowrank.store import adapter_tensors, check_tensors
 from vismt.metatune.functional import Functional
 from vismt.metatune.objective import EpisodeObjective
+from vismt.typed_yaml import Names
 
 ALGORITHMS = ("maml", "fomaml", "metasgd")
 ENGINES = ("func", "learn2learn")
@@ -46,13 +48,17 @@ Loss = Callable[[nn.Module, Tensors], Tensor]
 class MamlSettings:
     """Settings of the inner loop.
 
-    algorithm: maml, fomaml or metasgd. inner_lr: a (its start in metasgd). inner_steps: J. engine: func or learn2learn.
+    Args:
+        algorithm: the algorithm.
+        inner_lr: rate of the inner loop, its start in metasgd.
+        inner_steps: steps of the inner loop.
+        engine: func (torch.func) or learn2learn.
     """
 
-    algorithm: str = "maml"
+    algorithm: Annotated[str, Names(ALGORITHMS)] = "maml"
     inner_lr: float = 0.01
     inner_steps: int = 5
-    engine: str = "func"
+    engine: Annotated[str, Names(ENGINES)] = "func"
 
 
 def check(settings: MamlSettings) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from vismt.metatune.functional import Functional
 from vismt.metatune.pool import ExpertPool
 from vismt.metatune.protonet import PrototypeClassifier, prototypes
 from vismt.metatune.selection_rules import RULES, SupportTask
+from vismt.typed_yaml import Names
 
 STRATEGIES = (*RULES, "average", "logits", "expert")
 
@@ -34,14 +36,20 @@ STRATEGIES = (*RULES, "average", "logits", "expert")
 class MergeSettings:
     """Settings of merging.
 
-    strategy: a rule of selection_rules.py (merge is the paper's), average (zeta = `shares`, {label: share}, else 1/P), logits
-    (mean of the experts' logits), expert (the expert with the label `expert`).
-    beta: sharpness, >= 0. balance: weight of compactness in [0, 1] (the paper's lambda). top_k: experts kept. augment:
-    score augmented support images, drawn from `seed`. trim: {path pattern of adapted modules: share of the singular
-    values kept, in (0, 1]}.
+    Args:
+        strategy: a rule of selection_rules.py (merge is the paper's), average, logits (mean of the experts' logits) or
+            expert (the expert with the label `expert`).
+        beta: sharpness of the mixture, at least 0.
+        balance: weight of compactness in [0, 1] (the paper's lambda).
+        top_k: number of experts that are kept.
+        augment: whether augmented support images are scored.
+        trim: {path pattern of adapted modules: share of the singular values kept, in (0, 1]}.
+        expert: label of the expert of the strategy expert.
+        seed: of the augmentation.
+        shares: {label: weight} of the strategy average, with sum 1; {} for equal ones.
     """
 
-    strategy: str = "merge"
+    strategy: Annotated[str, Names(STRATEGIES)] = "merge"
     beta: float = 1.0
     balance: float = 0.6
     top_k: int = 2

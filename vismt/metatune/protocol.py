@@ -103,6 +103,7 @@ def run_protocol(
     data: str = "data",
     fingerprint: str = "",
     label: str | None = None,
+    model: str = "",
     batch: int = 256,
     worst: Mapping[str, Sequence[str]] | None = None,
     features: Literal["auto", "off"] = "auto",
@@ -123,6 +124,7 @@ def run_protocol(
         data: The data set's name, part of the protocol's hash.
         fingerprint: The caller's name for the weights, part of the protocol's hash.
         label: Text of the progress bar.
+        model: Name of the model in the panel.
         batch: Query images in one forward pass.
         worst: {text of a worst case: texts of its attacks}. A query counts as right there when it is right when clean and
             under each of them.
@@ -168,7 +170,7 @@ def run_protocol(
         def rows_of(block: range) -> list[dict]:
             outcomes = run(block)
             if 0 in outcomes and panel is not None:
-                write_panel(panel, outcomes[0], getattr(pixels, "classes", None))
+                write_panel(panel, outcomes[0], model, getattr(pixels, "classes", None))
             return [{"episode": index, **outcome.record()} for index, outcome in outcomes.items()]
 
         for rows in ranks.share(run.missing(log, episodes), rows_of):
@@ -176,7 +178,7 @@ def run_protocol(
                 progress.advance(row["episode"] not in log)
                 log.add(row)
         if panel is not None and ranks.rank() == 0 and not panel.exists():
-            write_panel(panel, run(range(1))[0], getattr(pixels, "classes", None))
+            write_panel(panel, run(range(1))[0], model, getattr(pixels, "classes", None))
     rows = [log[index] for index in range(episodes)]
     return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in columns}
 

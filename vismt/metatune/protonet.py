@@ -82,6 +82,8 @@ class ProtoNet(nn.Module):
     the prototypes, so a query's logits do not depend on the other queries.
     """
 
+    not_sharded = "few-shot training calls parts of the backbone on whole weights; take torchrun"
+
     def __init__(self, backbone: nn.Module, scale: float = 10.0) -> None:
         super().__init__()
         self.backbone = backbone

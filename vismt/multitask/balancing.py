@@ -5,7 +5,7 @@
 All methods of this package have this form and differ in alpha. `combine` returns a scalar to call backward on, which works
 with accumulation, clipping, loss scaling and DistributedDataParallel like any loss. loss_weighting.py: alpha from the losses.
 gradient_balancing.py: alpha from the Gram matrix <g_s, g_t> (T x T, float64, solved on the CPU); this costs a backward pass for
-each task in addition to the usual one, and memory for T gradients of the given parameters (task_gradients.py).
+each task in place of the usual one, and memory for T gradients of the given parameters (task_gradients.py).
 
 Several processes: L_t is the mean over the processes whose batch has the task, and g_t the mean of the gradients (not of Gram
 matrices), so alpha is equal on all processes; the scalar is scaled so that DistributedDataParallel's mean of gradients is d.
@@ -23,7 +23,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -88,6 +88,7 @@ class Balancer(nn.Module):
         weights: fixed factors of the losses, applied before balancing; 1 for tasks without an entry.
     """
 
+    compares_steps: ClassVar[bool] = False  # whether `update` is to be called after the optimiser's step
     calls: Tensor
     alpha: Tensor
 
@@ -121,12 +122,7 @@ class Balancer(nn.Module):
             UserError: for an unknown task, a loss that is not a scalar or has no graph, and without a trainable parameter.
         """
         weighted = {number: self.weights[number] * loss for number, loss in self._checked(losses).items()}
-        ignored = {id(parameter) for parameter in self.parameters()}
-        parameters = [p for p in parameters if p.requires_grad and id(p) not in ignored]
-        if not parameters:
-            raise UserError(
-                "balancing: none of the parameters to balance is trainable; name a method in the adapt section."
-            )
+        parameters = self.balanced(parameters)
         # Parameters that only other processes reach must take part in the mean of gradients here, too, with a gradient of 0.
         tied = parameters if processes() > 1 or not weighted else ()
         zero = sum((p.flatten()[:0].sum() for p in (*tied, *self.parameters())), parameters[0].new_zeros(()))
@@ -142,6 +138,29 @@ class Balancer(nn.Module):
             result = zero + self.surrogate(batch, parameters) if batch.present.any() else zero
         self.calls += 1
         return result
+
+    def balanced(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Return those of the parameters that are balanced: trainable, and not the balancer's.
+
+        Raises UserError where there are none.
+        """
+        ignored = {id(parameter) for parameter in self.parameters()}
+        chosen = [p for p in parameters if p.requires_grad and id(p) not in ignored]
+        if not chosen:
+            raise UserError(
+                "balancing: none of the parameters to balance is trainable; name a method in the adapt section."
+            )
+        return chosen
+
+    def attach(self, parameters: Sequence[Tensor]) -> None:
+        """Make room for state whose size depends on the parameters that `combine` will get; by default there is none."""
+
+    def update(self, losses: Mapping[str, Tensor]) -> None:
+        """Take the losses of the latest batch after the optimiser's step; call it on every process.
+
+        Raises:
+            UserError: as in `combine`.
+        """
 
     def surrogate(self, batch: TaskLosses, parameters: Sequence[Tensor]) -> Tensor:
         """Return the scalar sum_t alpha_t L_t of a batch with at least one task."""

@@ -117,27 +117,38 @@ class DenseObjective(TaskObjective):
             raise UserError(f"retain: compares class logits and needs the task {SEGMENTATION}; set retain to null.")
 
     def forward(self, batch: Sample) -> dict[str, Tensor]:
-        scalars: dict[str, Tensor] = {}
-        losses: dict[str, Tensor] = {}
-        logits = {name: value.float() for name, value in self.net(batch["image"]).items()}
+        logits = self._logits(batch)
         # The sum of no elements: zero whatever the logits are, and in the graph of every head.
         zero = sum(value.flatten()[:0].sum() for value in logits.values())
-        for name, task in self.tasks.items():
-            loss = self._loss(task, logits[name], batch)
-            scalars[name] = zero.detach() * torch.nan if loss is None else loss.detach()
-            if loss is not None:
-                losses[name] = task.loss_weight * loss
-        loss = (sum(losses.values()) if self.balancer is None else self.balance(losses)) + zero
+        plain = self._task_losses(logits, batch)
+        missing = zero.detach() * torch.nan
+        scalars = {name: plain[name].detach() if name in plain else missing for name in self.tasks}
+        losses = self._weighted(plain)
+        loss = (sum(losses.values()) if self.balancer is None else self.balance(losses, batch)) + zero
         if self.retain is not None:
             pull = self._retain(logits[SEGMENTATION], batch)
             loss = loss + pull
             scalars["retain"] = pull.detach()
         return {"loss": loss, **scalars, **self.logged()}
 
-    def _loss(self, task: DenseTask, logits: Tensor, batch: Sample) -> Tensor | None:
-        """Return the loss of a task without its weight, None without a valid pixel."""
-        target = batch.get(task.key)
-        return None if target is None else task.loss(task.resized(logits, target.shape[-2:]), target)
+    def losses(self, batch: Sample) -> dict[str, Tensor]:
+        return self._weighted(self._task_losses(self._logits(batch), batch))
+
+    def _logits(self, batch: Sample) -> dict[str, Tensor]:
+        return {name: value.float() for name, value in self.net(batch["image"]).items()}
+
+    def _task_losses(self, logits: Mapping[str, Tensor], batch: Sample) -> dict[str, Tensor]:
+        """Return the losses without their weights of the tasks that have a valid pixel in the batch."""
+        losses = {}
+        for name, task in self.tasks.items():
+            target = batch.get(task.key)
+            loss = None if target is None else task.loss(task.resized(logits[name], target.shape[-2:]), target)
+            if loss is not None:
+                losses[name] = loss
+        return losses
+
+    def _weighted(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.tasks[name].loss_weight * loss for name, loss in losses.items()}
 
     def _retain(self, logits: Tensor, batch: Sample) -> Tensor:
         """Return L_QR, 0 without a valid pixel; every process must call it, also without a labelled image."""

@@ -21,7 +21,12 @@ from vismt.errors import UserError
 
 @dataclass
 class FadeConfig:
-    """Fractions of the training between which the routers fade, see `RouterFade`; the section `fade` of a configuration."""
+    """The part of the training in which the routers fade, see `RouterFade`.
+
+    Args:
+        start: fraction of the training at which the fading begins.
+        end: fraction of the training at which it ends.
+    """
 
     start: float = 0.0
     end: float = 0.5

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.linalg import eigh
 
-from vismt.multitask.balancing import BALANCERS, check_choice, check_range
-from vismt.multitask.loss_weighting import ImtlL
-from vismt.multitask.task_gradients import GradientBalancer
+from vismt.errors import UserError
+from vismt.multitask.balancing import BALANCERS, TaskLosses, check_choice, check_range
+from vismt.multitask.loss_weighting import LEAST, ImtlL
+from vismt.multitask.task_gradients import GradientBalancer, gradient_dtype
 
 RIDGE = 1e-12  # added to cosines: keeps alpha finite where gradients cancel
 
@@ -178,31 +180,116 @@ class Imtl(ImtlL, ImtlG):
     """Both halves of IMTL: "imtl_g" on the gradients of the losses scaled by "imtl_l", exp(s_t) L_t - s_t."""
 
 
+@BALANCERS.register("fairgrad")
+class FairGrad(GradientBalancer):
+    """FairGrad: weights with M w = w^(-1/alpha), the alpha-fair share of the common decrease. Ban & Ji, arXiv 2402.15638.
+
+    alpha = 1 is proportional fairness, Nash-MTL; for large alpha the decreases <d, g_t> become equal. Solved by Newton steps
+    (`fair_weights`), the released code calls a least-squares solver.
+
+    Args:
+        tasks: names of the tasks.
+        alpha: from 0.5 to 10, beyond which the weights differ by more than their precision; 2 is the authors' value for QM9.
+        common: options of `GradientBalancer`.
+    """
+
+    def __init__(self, tasks: Sequence[str], *, alpha: float = 2.0, **common: Any) -> None:
+        super().__init__(tasks, **common)
+        check_range("alpha", alpha, 0.5 <= alpha <= 10, "from 0.5 to 10")
+        self.fairness = alpha
+
+    def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
+        return fair_weights(gram, self.fairness)
+
+
 @BALANCERS.register("nash")
 class NashMtl(GradientBalancer):
     """Nash-MTL: alpha > 0 with M alpha = 1 / alpha, so |d| = sqrt(T) for gradients of any size.
 
-    Navon et al., arXiv 2202.01017. alpha minimises alpha^T M alpha / 2 - sum_t log alpha_t and is computed by damped Newton
-    steps (the released code solves up to 20 convex programs a step for it, and clips the gradient at norm 1: set train.clip).
-    By default heads are weighted with alpha.
+    Navon et al., arXiv 2202.01017. Computed by Newton steps (`fair_weights`); the released code solves up to 20 convex programs
+    a step for it, and clips the gradient of the shared parameters at norm 1: set train.clip. By default heads are weighted with
+    alpha.
     """
 
     default_heads = "weighted"
 
     def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
+        return fair_weights(gram, 1.0)
+
+
+@BALANCERS.register("upgrad")
+class UpGrad(GradientBalancer):
+    """The mean of the gradients, each projected on the directions that increase no loss. Quinton & Rey, arXiv 2406.16232.
+
+    d = mean_i argmin { |x - g_i| : <x, g_t> >= 0 for all t } = mean_i sum_t w_it g_t,   w_i = argmin { w^T M w : w >= e_i }
+    """
+
+    def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
+        from scipy.optimize import nnls
+
         norms = gram.diagonal().sqrt()
-        cosines = gram / torch.outer(norms, norms) + RIDGE * torch.eye(len(gram), dtype=gram.dtype)
-        alpha = torch.ones_like(norms)  # of g_t / |g_t|
-        for _ in range(1000):
-            slope = cosines @ alpha - 1 / alpha
-            step = torch.linalg.solve(cosines + torch.diag(alpha**-2), slope)
-            decrement = float((slope @ step).clamp_min(0).sqrt())
-            # The function is self-concordant: with this damping alpha stays positive.
-            damping = 1 + decrement if decrement > 0.25 else 1
-            alpha = alpha - step / damping
-            if decrement < 1e-10:
-                break
-        return alpha / norms
+        root = gram_root(gram / torch.outer(norms, norms)).numpy()
+        # With w_i = |g_i| (e_i + v) / norms, v >= 0 minimises |root (e_i + v)|: a task's length does not change its v.
+        rows = [torch.from_numpy(nnls(root, -column, maxiter=100 * len(root))[0]) for column in root.T]
+        weights = norms[:, None] * (torch.eye(len(gram), dtype=gram.dtype) + torch.stack(rows))
+        return weights.mean(0) / norms
+
+
+@BALANCERS.register("dbmtl")
+class DbMtl(GradientBalancer):
+    """DB-MTL: mean gradients of log L_t, all made as long as the longest. Lin et al., arXiv 2308.12029.
+
+        G_t <- g_t + beta_k (G_t - g_t),  g_t = grad log(L_t + 1e-8),  beta_k = beta / k^sigma for call k = 1, 2, ...
+        d = sum_t alpha_t G_t,  alpha_t = max_s |G_s| / |G_t|
+
+    Heads follow the gradient of sum_t log(L_t + 1e-8), as in the released code. Several processes: the logarithm is that of the
+    mean loss. The G of an absent task does not change. It is state, T x P numbers for P balanced values: `attach` makes room
+    before a checkpoint is read.
+
+    Args:
+        tasks: names of the tasks.
+        beta: in [0, 1), 0 for the gradients of the batch alone.
+        sigma: decay of beta, >= 0.
+        common: options of `GradientBalancer`.
+    """
+
+    average: Tensor  # G, (T, P)
+
+    def __init__(self, tasks: Sequence[str], *, beta: float = 0.9, sigma: float = 0.5, **common: Any) -> None:
+        super().__init__(tasks, **common)
+        check_range("beta", beta, 0 <= beta < 1, "from 0 to below 1")
+        check_range("sigma", sigma, 0 <= sigma < math.inf, "0 or more")
+        self.beta, self.sigma = beta, sigma
+        self.register_buffer("average", torch.zeros(len(self.tasks), 0))
+
+    def attach(self, parameters: Sequence[Tensor]) -> None:
+        like = self.balanced(parameters)
+        size = sum(parameter.numel() for parameter in like)
+        self.average = torch.zeros(len(self.tasks), size, dtype=gradient_dtype(like), device=like[0].device)
+
+    def prepared(self, batch: TaskLosses) -> TaskLosses:
+        """Return the batch with log(L_t + 1e-8) as losses."""
+        scales = batch.means + LEAST
+        losses = {number: loss / scales[number] for number, loss in batch.losses.items()}
+        logs = {number: loss - loss.detach() + scales[number].log() for number, loss in losses.items()}
+        return replace(batch, losses=logs)
+
+    def smoothed(self, gradients: Tensor, present: Tensor) -> Tensor:
+        """Return G after a batch with these gradients, and keep it."""
+        before = self.average if self.average.numel() else torch.zeros_like(gradients)
+        if before.shape != gradients.shape:
+            raise UserError(
+                f"balancing: 'dbmtl' keeps mean gradients of {before.shape[1]:,} values, now {gradients.shape[1]:,} are trained; "
+                "take another method where a schedule freezes parameters."
+            )
+        decay = self.beta / (int(self.calls) + 1) ** self.sigma
+        rows = present.to(gradients.device)[:, None]
+        self.average = torch.where(rows, gradients + decay * (before - gradients), before)
+        return self.average
+
+    def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
+        norms = gram.diagonal().sqrt()
+        return norms.max() / norms
 
 
 @BALANCERS.register("aligned")
@@ -246,13 +333,52 @@ def min_norm_weights(gram: Tensor) -> Tensor:
     norms = gram.diagonal().clamp_min(0).sqrt()
     if norms.min() <= 1e-150 + 1e-15 * norms.max():  # a zero gradient is the shortest vector
         return torch.nn.functional.one_hot(norms.argmin(), len(gram)).to(gram)
-    values, vectors = eigh(gram / torch.outer(norms, norms))
-    root = values.clamp_min(0).sqrt()[:, None] * vectors.T
+    root = gram_root(gram / torch.outer(norms, norms))
     system = torch.cat([root, norms.min() / norms[None]]).numpy()
     target = np.zeros(len(system))
     target[-1] = 1
     u = torch.from_numpy(nnls(system, target, maxiter=100 * len(gram))[0]) / norms
     return u / u.sum()
+
+
+def gram_root(gram: Tensor) -> Tensor:
+    """Return R (t, t) with R^T R = M."""
+    values, vectors = eigh(gram)
+    return values.clamp_min(0).sqrt()[:, None] * vectors.T
+
+
+def fair_weights(gram: Tensor, alpha: float) -> Tensor:
+    """Return w (t,) > 0 with M w = w^(-1/alpha), for a Gram matrix M (t, t) in float64.
+
+    For the cosines C of M and lengths n, u = n w minimises u^T C u / 2 - sum_t n_t^(1/alpha - 1) p(u_t), where p' = u^(-1/alpha):
+    convex, so Newton steps that are halved until the function decreases find the minimum.
+    """
+    norms = gram.diagonal().sqrt()
+    # Lengths relative to their geometric mean m; M = m^2 M' has w = m^(-2 alpha / (1 + alpha)) w'.
+    mean = norms.log().mean().exp()
+    lengths, power = norms / mean, 1 / alpha
+    cosines = gram / torch.outer(norms, norms) + RIDGE * torch.eye(len(gram), dtype=gram.dtype)
+    factors = lengths ** (power - 1)
+
+    def value(u: Tensor) -> float:
+        gain = u.log() if power == 1 else u ** (1 - power) / (1 - power)
+        return float(u @ cosines @ u / 2 - factors @ gain)
+
+    u = factors ** (1 / (1 + power))  # the solution for orthogonal gradients
+    for _ in range(200):
+        slope = cosines @ u - factors * u**-power
+        step = torch.linalg.solve(cosines + torch.diag(power * factors * u ** (-power - 1)), slope)
+        change = float((step / u).abs().max())
+        if change < 1e-13:
+            break
+        decrement = float(slope @ step)
+        size = min(1.0, 0.9 / change)  # u stays positive
+        now = value(u)
+        # Near the minimum the function is flat to rounding, and whole steps converge.
+        while change > 1e-4 and size > 1e-12 and value(u - size * step) > now - 1e-4 * size * decrement:
+            size /= 2
+        u = u - size * step
+    return u / lengths * mean ** (-2 / (1 + power))
 
 
 def random_pairs(count: int, seed: int, call: int) -> list[tuple[int, int]]:

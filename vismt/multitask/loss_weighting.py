@@ -148,6 +148,45 @@ class GeometricLoss(Balancer):
         return torch.where(batch.present, torch.exp(logs.sum() / count - logs) / count, 0.0)
 
 
+@BALANCERS.register("stch")
+class SmoothTchebycheff(Balancer):
+    """STCH: T mu log sum_t exp(log(L_t / nadir_t) / mu), i.e. alpha_t = T softmax_t(log(L_t / nadir_t) / mu) / L_t.
+
+    Lin et al., arXiv 2402.19078, in the form of the authors' multi-task code. nadir_t is the mean loss over the first `warmup`
+    calls of those that have the task, in which alpha_t = 1 / L_t; the authors first train for epochs and then take the mean over
+    one. L_t / nadir_t = 1 for a task that none of these calls has. For mu -> 0 the task with the largest ratio has all weight.
+    T counts the present tasks.
+
+    Args:
+        tasks: names of the tasks.
+        mu: > 0.
+        warmup: number of calls.
+        common: options of `Balancer`.
+    """
+
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self, tasks: Sequence[str], *, mu: float = 1.0, warmup: int = 100, **common: Any) -> None:
+        super().__init__(tasks, **common)
+        check_range("mu", mu, 0 < mu < math.inf, "positive")
+        check_range("warmup", warmup, warmup >= 1, "at least 1")
+        self.mu, self.warmup = mu, warmup
+        self.register_buffer("sums", torch.zeros(len(self.tasks)))  # over the warm-up
+        self.register_buffer("counts", torch.zeros(len(self.tasks)))
+
+    def weigh(self, batch: TaskLosses) -> Tensor:
+        logs = _logs("stch", self.tasks, batch.host(), batch.present)
+        scale = torch.where(batch.present, torch.exp(-logs), 0.0)
+        if int(self.calls) < self.warmup:
+            self.sums += batch.means.to(self.sums)
+            self.counts += batch.present.to(self.counts)
+            return scale
+        nadir = (self.sums / self.counts).cpu().double().clamp_min(LEAST).log()
+        ratio = torch.where(nadir.isfinite(), logs - nadir, 0.0) / self.mu
+        return batch.present.sum() * ratio.masked_fill(~batch.present, -torch.inf).softmax(0) * scale
+
+
 @BALANCERS.register("famo")
 class Famo(Balancer):
     """FAMO: weights with which all losses decrease at the same relative rate. Liu et al., arXiv 2306.03792.
@@ -155,9 +194,10 @@ class Famo(Balancer):
         z = softmax(xi),  D_t = L_t - least_t + 1e-8,  alpha_t = c z_t / D_t,  1 / c = sum_t z_t / D_t
         Adam (rate lr, betas 0.9 and 0.999) updates xi with the gradient (dz/dxi)^T (log D - log D_after) + gamma xi
 
-    D_after is computed on the same batch after the optimiser's step, which the training loop passes to `update`. Without a
-    call of `update` the losses of the next call of `combine` are used, which adds the difference of two batches to the signal
-    (between the batches of one accumulated step the signal is that difference alone). The softmax runs over the present tasks,
+    D_after is computed on the same batch after the optimiser's step, which objectives pass to `update` (TaskObjective.step), at
+    the price of another forward pass. Without a call of `update` the losses of the next call of `combine` are used, which adds
+    the difference of two batches to the signal; between the batches of one accumulated step the signal is that difference
+    alone. The softmax runs over the present tasks,
     in the update of xi over the tasks present both before and after; the other xi keep their momentum.
 
     Args:
@@ -168,6 +208,7 @@ class Famo(Balancer):
         common: options of `Balancer`.
     """
 
+    compares_steps = True
     xi: Tensor
     moments: Tensor
     updates: Tensor
@@ -206,11 +247,6 @@ class Famo(Balancer):
 
     @torch.no_grad()
     def update(self, losses: Mapping[str, Tensor]) -> None:
-        """Update xi with the losses of the same batch after the optimiser's step; call it on every process.
-
-        Raises:
-            UserError: as in `combine`.
-        """
         weighted = {number: self.weights[number] * loss for number, loss in self._checked(losses).items()}
         batch = self._gather(weighted, self.xi)
         self._move(self._log_distance(batch.host(), batch.present), batch.present)

@@ -1,7 +1,7 @@
 """One label space for several classification tasks, and the classifier and training objective over it (EMTAL, section 2).
 
     labels of task t: offset_t .. offset_t + k_t - 1, offset_t = k_1 + .. + k_{t-1}, in one head of C = sum k_t outputs
-    L = mean over the mixed batch of CE(z_s, y_s), label-smoothed, + L_QR                    (retain.py)
+    L = mean over the mixed batch of CE(z_s, y_s), label-smoothed, + L_QR     (class_loss.py for long tails, retain.py)
 
 The "union" head predicts a class among all C (task-agnostic inference): the class of another task is an error. The "separate"
 heads are the usual, easier problem (task-aware inference): a softmax over the classes of each task, with the task given at test
@@ -14,14 +14,14 @@ balanced loss.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.errors import UserError, near
 from vismt.multitask.balancing import Balancer
+from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.objective import TaskObjective
 from vismt.multitask.retain import QualityRetaining
 
@@ -81,13 +81,14 @@ class UnionObjective(TaskObjective):
     """Loss over the union: objective({"images" (b, 3, h, w), "labels" int64 (b,)}) -> {"loss", "ce", "accuracy", ...}, scalars.
 
     Call `step()` after each optimiser step. The result also holds, where they exist, "retain" (L_QR), "running ce/<task>" (of
-    retain) and "weight/<task>" (alpha of the balancer). The state of all parts is saved with the training.
+    retain, weighting "task") and "weight/<task>" (alpha of the balancer). The state of all parts is saved with the training.
 
     Args:
         net: images -> logits (b, C).
         union: the label space.
         head: "union" or "separate".
         label_smoothing: in [0, 1).
+        class_loss: options for long-tailed classes, its counts those of the union; separate heads take each task's part of them.
         balancer: None for the mean over the batch.
         balanced: parameters whose gradients the balancer uses.
         retain: quality retaining, which needs the union head.
@@ -103,6 +104,7 @@ class UnionObjective(TaskObjective):
         *,
         head: str = "union",
         label_smoothing: float = 0.0,
+        class_loss: ClassLoss | None = None,
         balancer: Balancer | None = None,
         balanced: Sequence[Tensor] = (),
         retain: QualityRetaining | None = None,
@@ -117,6 +119,8 @@ class UnionObjective(TaskObjective):
                 "retain: quality retaining compares logits over the classes of all tasks; it needs head: union."
             )
         self.union, self.head, self.label_smoothing = union, head, label_smoothing
+        self.class_loss = ClassLoss() if class_loss is None else class_loss
+        self.class_loss.check_options("multitask", union.num_classes)
         self.register_buffer("task_of_class", union.task_of_class(), persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -124,31 +128,42 @@ class UnionObjective(TaskObjective):
         tasks = self.task_of_class[labels]
         entropies, correct = self._per_sample(logits, labels, tasks)
         scalars = {"ce": entropies.detach().mean(), "accuracy": correct.float().mean()}
-        if self.balancer is None:
-            loss = entropies.mean()
-        else:
-            present = {name: entropies[tasks == number] for number, name in enumerate(self.union.tasks)}
-            losses = {name: values.mean() for name, values in present.items() if len(values)}
-            loss = self.balance(losses)
+        loss = entropies.mean() if self.balancer is None else self.balance(self._by_task(entropies, tasks), batch)
         if self.retain is not None:
             pull = self.retain.loss(logits, labels)
             loss = loss + pull
             self.remember(logits, labels)
             scalars["retain"] = pull.detach()
-            scalars |= {f"running ce/{name}": value.clone() for name, value in zip(self.union.tasks, self.retain.ema)}
+            if self.retain.weighting == "task":
+                names = self.union.tasks
+                scalars |= {f"running ce/{name}": value.clone() for name, value in zip(names, self.retain.ema)}
         return {"loss": loss, **scalars, **self.logged()}
+
+    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        logits, labels = self.net(batch["images"]).float(), batch["labels"]
+        tasks = self.task_of_class[labels]
+        return self._by_task(self._per_sample(logits, labels, tasks)[0], tasks)
+
+    def _by_task(self, entropies: Tensor, tasks: Tensor) -> dict[str, Tensor]:
+        """Return the mean cross-entropy of every task with a sample. entropies, tasks: (b,)."""
+        present = {name: entropies[tasks == number] for number, name in enumerate(self.union.tasks)}
+        return {name: values.mean() for name, values in present.items() if len(values)}
 
     def _per_sample(self, logits: Tensor, labels: Tensor, tasks: Tensor) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy of each sample (b,), and whether it is classified correctly (b,)."""
         if self.head == "union":
-            entropies = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="none")
-            return entropies, logits.argmax(1) == labels
+            return self.class_loss.entropies(logits, labels, self.label_smoothing), logits.argmax(1) == labels
         entropies, correct = torch.zeros_like(logits[:, 0]), torch.zeros_like(labels, dtype=torch.bool)
         for number in range(len(self.union.tasks)):
             rows, span = tasks == number, self.union.span(number)
             task_logits, truth = logits[rows, span], labels[rows] - span.start
-            entropies[rows] = F.cross_entropy(
-                task_logits, truth, label_smoothing=self.label_smoothing, reduction="none"
-            )
+            entropies[rows] = self._loss_of(number).entropies(task_logits, truth, self.label_smoothing)
             correct[rows] = task_logits.argmax(1) == truth
         return entropies, correct
+
+    def _loss_of(self, task: int) -> ClassLoss:
+        """Return the loss over the classes of one task alone."""
+        counts = self.class_loss.class_counts
+        return (
+            self.class_loss if counts is None else replace(self.class_loss, class_counts=counts[self.union.span(task)])
+        )

@@ -10,14 +10,21 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
+from typing import Protocol
 
-from vismt.report.results import Result, ValuesByExample
+from vismt.report.results import Result
 from vismt.stats import LOWER, domain_average, paired_bootstrap
 
 AVERAGE = "average"
 FROZEN = "frozen"  # an arm of this name stands first and is drawn in grey
 Values = dict[str, float]
+
+
+class ExampleValues(Protocol):
+    """Values by example of rows, `vismt.report.results.ValuesByExample` for those of one run."""
+
+    def of(self, result: Result) -> Values | None:
+        """Return a row's values by example; None where there are none."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +68,10 @@ def block(row: Result) -> tuple[str, str, str, str]:
     return (row.task, row.protocol, row.metric, row.unit)
 
 
-def compare(results: Sequence[Result], folder: Path) -> list[Comparison]:
+def compare(results: Sequence[Result], values: ExampleValues) -> list[Comparison]:
     """Return one comparison per block, set and condition, by block, then sets, then conditions in the order of the results.
 
-    Rows of single trainings (with a seed) are left out.
+    Rows of single trainings (with a seed) are left out. values: gives the values by example of a row.
     """
     rows = [row for row in results if row.seed is None]
     blocks = list(dict.fromkeys(block(row) for row in rows))
@@ -74,7 +81,6 @@ def compare(results: Sequence[Result], folder: Path) -> list[Comparison]:
     def order(row: Result) -> tuple[int, int, bool, int]:
         return blocks.index(block(row)), sets.index(row.data), row.condition != "clean", conditions.index(row.condition)
 
-    values = ValuesByExample(folder)
     comparisons: list[Comparison] = []
     for _, table in groupby(sorted(rows, key=order), key=block):
         groups = [

@@ -23,6 +23,7 @@ from vismt.report.plotting import (
     save,
     short,
 )
+from vismt.report.tables import number_text
 from vismt.stats import SHARE
 
 if TYPE_CHECKING:
@@ -85,8 +86,8 @@ def _bars(
     first: bool,
 ) -> None:
     thickness = 0.78 / len(colors)
-    share = next(iter(chosen.values())).row.scale == SHARE
-    factor = 100.0 if share else 1.0
+    scale = next(iter(chosen.values())).row.scale
+    factor = 100.0 if scale == SHARE else 1.0
     for row, name in enumerate(names):
         for place, (arm, color) in enumerate(colors.items()):
             cell = chosen[name].cells.get(arm) if name in chosen else None
@@ -104,7 +105,7 @@ def _bars(
                 capthick=1.1,
             )
             axes.annotate(
-                f"{100 * cell.value:.1f}" if share else f"{cell.value:.3g}",
+                number_text(cell.value, scale, half=cell.half),
                 (factor * (cell.value + cell.half), y),
                 xytext=(4, 0),
                 textcoords="offset points",
@@ -117,7 +118,7 @@ def _bars(
             )
     cells = [cell for comparison in chosen.values() for cell in comparison.cells.values()]
     least = min((cell.value - cell.half for cell in cells), default=0.0)  # below 0 only where values may be negative
-    low = 0.0 if share else min(0.0, least)
+    low = 0.0 if scale == SHARE else min(0.0, least)
     axes.set(xlim=(1.1 * factor * low, 1.1 * factor * reach), ylim=(len(names) - 0.45, -0.55), yticks=range(len(names)))
     dress(axes, "")
     axes.grid(axis="x", color=GRID, linewidth=0.8)

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vismt.report.comparison import AVERAGE
+from vismt.report.plotting import FIGURE_DPI
 from vismt.report.sections import Picture, Section
-from vismt.report.tables import Table, turned
+from vismt.report.tables import Table, fitted, is_long, is_text
 
 if TYPE_CHECKING:
-    from vismt.report.report import Report
+    from vismt.report.report import KeyFigure, Report
+
+SCREEN_DPI, FRAME = 96, 26  # at which letters of a figure have the size of those around it; pixels of its frame
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --muted: #5d6775; --line: #dfe3e9; --page: #ffffff; --soft: #f5f7f9;
@@ -24,7 +27,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.55; font-size: 16px;
   font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 3rem 1.5rem 5rem; }
+main { max-width: 72rem; margin: 0 auto; padding: 3rem 1.5rem 5rem; }
 h1 { font-size: 2rem; line-height: 1.2; letter-spacing: -0.02em; margin: 0 0 1.5rem; }
 h2 { font-size: 1.25rem; letter-spacing: -0.01em; margin: 3rem 0 0.75rem; }
 h3 { font-size: 1rem; margin: 1.75rem 0 0.5rem; }
@@ -38,20 +41,21 @@ table { border-collapse: collapse; width: 100%; font-size: 0.9rem; font-variant-
 th { text-align: left; font-weight: 600; color: var(--muted); border-bottom: 2px solid var(--line); }
 th, td { padding: 0.45rem 0.9rem 0.45rem 0; white-space: nowrap; vertical-align: top; }
 td { border-top: 1px solid var(--line); }
-td:nth-child(-n+2) { white-space: normal; overflow-wrap: anywhere; min-width: 6.5rem; }
+th, td.long { white-space: normal; } th { vertical-align: bottom; }
 tr.more td { border-top: 0; padding-top: 0; }
 tr.average td { font-weight: 600; } .number { text-align: right; padding-left: 0.9rem; }
 td.best span { background: var(--best); border-radius: 5px; padding: 0.12rem 0.4rem; margin-right: -0.4rem; font-weight: 700; }
-table.many { font-size: 0.82rem; } table.many th { white-space: normal; vertical-align: bottom; }
-table.many th, table.many td { padding-right: 0.5rem; } table.many .number { padding-left: 0.35rem; }
-table.many td small { display: block; color: var(--muted); font-weight: 400; font-size: 0.92em; }
+.key { display: flex; flex-wrap: wrap; gap: 0.5rem 2.5rem; margin: 0.75rem 0 0; } .key div { min-width: 9rem; }
+.key strong { display: block; font-size: 1.5rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
+.headline { margin: 0 0 1.75rem; }
 figure { margin: 1rem 0 2rem; } figcaption { color: var(--muted); font-size: 0.875rem; margin-top: 0.5rem; }
 img { display: block; max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: 10px;
   padding: 0.75rem; }
 .cite { border-left: 4px solid var(--accent); background: var(--soft); border-radius: 0 10px 10px 0; padding: 0.9rem 1.3rem; }
 details { margin: 0.75rem 0; } summary { cursor: pointer; color: var(--accent); }
 pre { background: var(--soft); border-radius: 10px; padding: 1rem 1.3rem; overflow-x: auto; }
-@media (max-width: 40rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 0.5rem; } }
+@media (max-width: 40rem) { td.text { white-space: normal; }
+  dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 0.5rem; } }
 @media print { main { max-width: none; padding: 0; } figure, tr { break-inside: avoid; } }
 """
 
@@ -62,7 +66,9 @@ def render_html(report: Report) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(report.title)}</title><style>{STYLE}</style></head><body><main>",
-        f"<h1>{escape(report.title)}</h1><dl>",
+        f"<h1>{escape(report.title)}</h1>",
+        *(_html_key(key) for key in report.keys),
+        "<dl>",
         *(f"<dt>{escape(name)}</dt><dd>{_fact(name, value)}</dd>" for name, value in report.facts),
         "</dl><h2>Results</h2>",
         *(_html_table(table) for table in report.tables),
@@ -76,6 +82,11 @@ def render_html(report: Report) -> str:
         parts.append("<h2>Configuration</h2><details><summary>config.resolved.yaml</summary>")
         parts.append(f"<pre>{escape(report.config)}</pre></details>")
     return "\n".join([*parts, "</main></body></html>\n"])
+
+
+def _html_key(key: KeyFigure) -> str:
+    numbers = "".join(f"<div><strong>{escape(text)}</strong>{escape(arm)}</div>" for arm, text in key.numbers)
+    return f'<div class="headline"><div class="key">{numbers}</div><p class="note">{escape(key.about)}</p></div>'
 
 
 def _html_section(section: Section) -> str:
@@ -96,18 +107,24 @@ def _html_section(section: Section) -> str:
 
 def render_markdown(report: Report, folder: Path) -> str:
     """Return the same tables and sentences for a paper or a pull request; pictures are linked relative to `folder`."""
-    lines = [f"# {_plain(report.title)}", "", "| | |", "|---|---|"]
+    lines = [f"# {_plain(report.title)}", ""]
+    for key in report.keys:
+        lines += [
+            "; ".join(f"{_plain(arm)} **{_plain(text)}**" for arm, text in key.numbers),
+            "",
+            _plain(key.about),
+            "",
+        ]
+    lines += ["| | |", "|---|---|"]
     lines += [f"| {_plain(name)} | {_plain(value)} |" for name, value in report.facts]
     lines += ["", "## Results"]
     for table in report.tables:
-        lines += ["", f"### {_plain(table.title)}"]
-        for part in turned(table) if table.many and not table.folded else [table]:
-            lines += ["", *_markdown_table(part)]
+        lines += _markdown_table(table)
     lines += ["", report.legend]
     for section in report.sections:
         lines += ["", f"## {_plain(section.title)}"]
         for table, note in section.tables:
-            lines += ["", f"### {_plain(table.title)}", "", *_markdown_table(table), "", note]
+            lines += [*_markdown_table(table), "", note]
         for picture in section.pictures:
             if picture.title != section.title:
                 lines += ["", f"### {_plain(picture.title)}"]
@@ -118,38 +135,47 @@ def render_markdown(report: Report, folder: Path) -> str:
 
 
 def _html_table(table: Table) -> str:
-    heads = "".join(f"<th{_kind(i)}>{_breakable(head)}</th>" for i, head in enumerate(table.heads))
+    parts = "".join(_html_part(part) for part in fitted(table))
+    if table.folded:
+        return f"<details><summary>{escape(table.title)}</summary>{parts}</details>"
+    return f"<h3>{escape(table.title)}</h3>{parts}"
+
+
+def _html_part(table: Table) -> str:
+    kinds = [_kind(table, column) for column in range(len(table.heads))]
+    heads = "".join(
+        f'<th class="{kind}">{_breakable(head)}</th>' for kind, head in zip(kinds, table.heads, strict=True)
+    )
     rows = []
     for number, row in enumerate(table.rows):
-        again = number > 0 and table.rows[number - 1][0] == row[0]
-        classes = " ".join(name for name, applies in (("more", again), ("average", row[0] == AVERAGE)) if applies)
+        again = table.texts > 1 and number > 0 and table.rows[number - 1][0] == row[0]
+        average = table.heads[0] == "Data" and row[0] == AVERAGE
+        classes = " ".join(name for name, applies in (("more", again), ("average", average)) if applies)
         cells = []
         for i, text in enumerate(row):
-            shown = "" if i == 0 and again else escape(text)
-            if table.many and " ± " in shown:
-                value, _, rest = shown.partition(" ± ")
-                half, _, mark = rest.partition(" ")
-                shown = f"{value} {mark}".rstrip() + f"<small>± {half}</small>"
+            shown = _breakable(text) if "text" in kinds[i] else escape(text)
+            if i == 0 and again:
+                shown = ""
             if (number, i) in table.best:
                 cells.append(f'<td class="number best"><span>{shown}</span></td>')
             else:
-                cells.append(f"<td{_kind(i)}>{shown}</td>")
+                cells.append(f'<td class="{kinds[i]}">{shown}</td>')
         rows.append(f'<tr class="{classes}">{"".join(cells)}</tr>' if classes else f"<tr>{''.join(cells)}</tr>")
     body = "\n".join(rows)
-    kind = ' class="many"' if table.many else ""
-    text = f'<div class="wide"><table{kind}><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
-    if table.folded:
-        return f"<details><summary>{escape(table.title)}</summary>{text}</details>"
-    return f"<h3>{escape(table.title)}</h3>{text}"
+    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _kind(column: int) -> str:
-    return ' class="number"' if column > 1 else ""
+def _kind(table: Table, column: int) -> str:
+    """Return the classes of the cells of a column."""
+    if not is_text(table, column):
+        return "number"
+    return "text long" if is_long(table, column) else "text"
 
 
-def _breakable(head: str) -> str:
-    """Return a head that may be broken behind the joints of an arm's name."""
-    return re.sub(r"([+:_])", r"\1<wbr>", escape(head))
+def _breakable(text: str) -> str:
+    """Return a text that may be broken behind the joints of a name, and not before or behind a sign such as in "n = 60"."""
+    joints = re.sub(r"([+:_/])", r"\1<wbr>", escape(text))
+    return re.sub(r" (?=[=↑↓])|(?<==) ", "\u00a0", joints)
 
 
 def _fact(name: str, value: str) -> str:
@@ -157,14 +183,23 @@ def _fact(name: str, value: str) -> str:
 
 
 def _figure(picture: Picture) -> str:
-    data = base64.b64encode(picture.path.read_bytes()).decode("ascii")
+    content = picture.path.read_bytes()
+    width = round(int.from_bytes(content[16:20], "big") * SCREEN_DPI / FIGURE_DPI) + FRAME  # from the header of the PNG
+    data = base64.b64encode(content).decode("ascii")
     return (
-        f'<figure><img alt="{escape(picture.title)}" src="data:image/png;base64,{data}">'
+        f'<figure><img alt="{escape(picture.title)}" width="{width}" src="data:image/png;base64,{data}">'
         f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
     )
 
 
 def _markdown_table(table: Table) -> list[str]:
+    lines = ["", f"### {_plain(table.title)}"]
+    for part in fitted(table):
+        lines += ["", *_markdown_part(part)]
+    return lines
+
+
+def _markdown_part(table: Table) -> list[str]:
     def line(texts: Sequence[str]) -> str:
         return "| " + " | ".join(texts) + " |"
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,16 @@ INK, MUTED, GRID = "#1b1f24", "#667080", "#e6e9ee"
 PALETTE = ("#9aa4b2", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#f0e442", "#8c510a", "#5e4fa2")
 RIGHT, WRONG = PALETTE[1], PALETTE[2]
 DASHES = (0, (3, 3))
+FIGURE_DPI = 150
+VECTORS = ("svg", "pdf")
+# Fonts inside the file: TrueType in PDF, which publishers ask for, and outlines in SVG. Two runs give the same bytes.
+EMBEDDED = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "vismt"}
+METADATA: dict[str, dict[str, Any]] = {
+    "png": {"Software": "vismt"},
+    "svg": {"Date": None, "Creator": "vismt"},
+    "pdf": {"CreationDate": None, "Creator": "vismt"},
+}
+_vectors: ContextVar[tuple[str, ...]] = ContextVar("vectors", default=())
 
 
 def dress(axes: Axes, title: str) -> None:
@@ -122,7 +134,7 @@ def new_figure(width: float, height: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
+    figure = Figure(figsize=(width, height), dpi=FIGURE_DPI, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
@@ -141,9 +153,23 @@ def show_image(axes: Axes, image: np.ndarray) -> None:
         spine.set_color(GRID)
 
 
+@contextmanager
+def vector_figures(formats: Sequence[str]) -> Iterator[None]:
+    """Let `save` write a figure also in those of VECTORS that are among `formats`, while the body runs."""
+    token = _vectors.set(tuple(name for name in VECTORS if name in formats))
+    try:
+        yield
+    finally:
+        _vectors.reset(token)
+
+
 def save(figure: Figure, path: Path) -> Path:
-    """Write the PNG atomically; return `path`."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": "vismt"})
-    atomic_write(path, buffer.getvalue())
+    """Write the PNG atomically, and beside it the vector formats of `vector_figures`; return `path`."""
+    from matplotlib import rc_context
+
+    for name in ("png", *_vectors.get()):
+        buffer = io.BytesIO()
+        with rc_context(EMBEDDED):
+            figure.savefig(buffer, format=name, metadata=METADATA[name])
+        atomic_write(path.with_suffix(f".{name}"), buffer.getvalue())
     return path

@@ -1,8 +1,8 @@
-"""report.md and report.html of a run: facts, result tables, the sections that the job gives, and how to cite the numbers."""
+"""The report of a run or of several: key figures, facts, result tables, sections, and how to cite the numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,20 @@ from vismt.errors import UserError
 from vismt.files import atomic_write, read_sealed
 from vismt.report.comparison import AVERAGE, Comparison
 from vismt.report.html import render_html, render_markdown
+from vismt.report.papers import render_csv, render_latex
+from vismt.report.results import Result
 from vismt.report.sections import Section
-from vismt.report.tables import Table, difference_text, interval_text, result_tables, split_corruptions
-from vismt.stats import SHARE
+from vismt.report.tables import (
+    Table,
+    counts_text,
+    difference_text,
+    interval_text,
+    paper_tables,
+    result_tables,
+    scale_text,
+    split_corruptions,
+)
+from vismt.stats import LOWER, SHARE
 
 LEGEND = (
     "Mean ± half width of the 95 % confidence interval over n. ★ best of the models, ≈ statistical tie with the best: "
@@ -22,13 +33,26 @@ LEGEND = (
 )
 FLAT = " A width of 0.0 means that all n gave the same value, not that the number is certain."
 CONFIG = "config.resolved.yaml"
+# Format -> ending of its file.
+FORMATS = {"html": "html", "md": "md", "csv": "csv", "latex": "tex"}
+DEFAULT_FORMATS = ("html", "md")
+MOST_KEYS = 4  # models in a key figure
+
+
+@dataclass(frozen=True)
+class KeyFigure:
+    """What a reader sees first: models with their number, and a sentence with measure, set, condition and n."""
+
+    numbers: list[tuple[str, str]]
+    about: str
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything both formats show, as plain texts that are not yet escaped."""
+    """Everything that all formats show, as plain texts that are not yet escaped."""
 
     title: str
+    keys: list[KeyFigure]
     facts: list[tuple[str, str]]
     tables: list[Table]
     legend: str
@@ -37,33 +61,118 @@ class Report:
     config: str
 
 
-def write_report(run_folder: Path, comparisons: Sequence[Comparison], sections: Sequence[Section]) -> Path:
-    """Write report.md and report.html into a run folder; return the path of report.html.
+@dataclass(frozen=True)
+class Heading:
+    """What a report says of the run that it is of.
 
-    Args:
-        run_folder: with run.json, and config.resolved.yaml where it is to be shown.
-        comparisons: of the run's results.
-        sections: what follows the result tables. Empty sections are left out.
-
-    Raises:
-        UserError: when run.json is missing or broken.
+    facts: names and values of the table at the top. source: where the numbers come from, for citations. config: the text of
+    the configuration, "" for none.
     """
-    folder = Path(run_folder)
+
+    title: str
+    facts: list[tuple[str, str]]
+    source: str
+    config: str = ""
+
+
+def run_heading(folder: Path) -> Heading:
+    """Return the heading of a run folder; raise UserError when its run.json is missing or broken."""
     about = _read_facts(folder)
     config = folder / CONFIG
-    flat = any(cell.half == 0 for c in comparisons for cell in c.cells.values())
-    report = Report(
+    revision = f", git revision {about['git_revision']}" if about.get("git_revision") else ""
+    seeds = f", seeds {text}" if (text := _seeds(about)) else ""
+    return Heading(
         title=str(about.get("title") or folder.name),
         facts=_facts(about),
+        source=f"vismt config {about['config_hash']}{revision}{seeds}",
+        config=config.read_text(encoding="utf8", errors="replace") if config.exists() else "",
+    )
+
+
+def write_report(
+    folder: Path,
+    heading: Heading,
+    results: Sequence[Result],
+    comparisons: Sequence[Comparison],
+    sections: Sequence[Section],
+    formats: Sequence[str] = DEFAULT_FORMATS,
+) -> list[Path]:
+    """Write a report into a folder in some of FORMATS; return its files.
+
+    Args:
+        folder: which holds the pictures of the sections.
+        heading: of the run, or of several.
+        results: all rows, for the file of comma-separated values.
+        comparisons: of the results.
+        sections: what follows the result tables. Empty sections are left out.
+        formats: names of FORMATS, and of plotting.VECTORS, which write no file of their own.
+    """
+    flat = any(cell.half == 0 for c in comparisons for cell in c.cells.values())
+    report = Report(
+        title=heading.title,
+        keys=[_key_figure(c) for c in key_comparisons(comparisons)],
+        facts=heading.facts,
         tables=result_tables(comparisons),
         legend=LEGEND + FLAT if flat else LEGEND,
         sections=[section for section in sections if section.tables or section.pictures],
-        citation=_citation(about, comparisons),
-        config=config.read_text(encoding="utf8", errors="replace") if config.exists() else "",
+        citation=_citation(heading.source, comparisons),
+        config=heading.config,
     )
-    atomic_write(folder / "report.md", render_markdown(report, folder))
-    atomic_write(folder / "report.html", render_html(report))
-    return folder / "report.html"
+    writers: dict[str, Callable[[], str]] = {
+        "md": lambda: render_markdown(report, folder),
+        "csv": lambda: render_csv(results),
+        "latex": lambda: render_latex(paper_tables(comparisons)),
+        "html": lambda: render_html(report),
+    }
+    paths = []
+    for name, render in writers.items():
+        if name in formats:
+            paths.append(folder / f"report.{FORMATS[name]}")
+            atomic_write(paths[-1], render())
+    return paths
+
+
+def key_comparisons(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return the clean scores by the first measure of up to three tasks, and the first one's under its strongest attack."""
+    firsts: dict[str, Comparison] = {}
+    for c in comparisons:
+        first = firsts.setdefault(c.row.task, c)
+        if c.data == AVERAGE and (c.block, c.condition) == (first.block, first.condition):
+            firsts[c.row.task] = c
+    chosen = list(firsts.values())[:3]
+    if not chosen:
+        return []
+    column = (chosen[0].block, chosen[0].data)
+    attacked = [c for c in comparisons if c.row.kind == "attack" and (c.block, c.data) == column]
+    sign = -1 if chosen[0].row.better == LOWER else 1
+    # Of several that break all, the last: the worst case over the others follows them.
+    by_strength = sorted(attacked[::-1], key=lambda c: max(sign * cell.value for cell in c.cells.values()))
+    return [chosen[0], *by_strength[:1], *chosen[1:]]
+
+
+def _key_figure(c: Comparison) -> KeyFigure:
+    arms = list(c.cells)
+    row = c.row
+    words = [scale_text(row.metric, row.scale), row.task, c.data, row.protocol, c.condition]
+    about = f"{', '.join(dict.fromkeys(words))}; n = {counts_text([c])} {row.unit}, 95 % intervals"
+    if c.difference is not None:
+        about += f"; {arms[1]} − {arms[0]} on the same {row.unit}: {difference_text(c)}"
+    shown = arms if len(arms) <= MOST_KEYS else dict.fromkeys([arms[0], _best(c)])
+    return KeyFigure([(arm, interval_text(c.cells[arm].value, c.cells[arm].half, row.scale)) for arm in shown], about)
+
+
+def _best(c: Comparison) -> str:
+    """Return the best of the arms of a comparison."""
+    return next((arm for arm, cell in c.cells.items() if cell.mark == "best"), next(iter(c.cells)))
+
+
+def headline(comparisons: Sequence[Comparison]) -> str:
+    """Return the first key figure in short, "accuracy in % 66.4 ± 3.7 (adapted)"; "" without results."""
+    for c in key_comparisons(comparisons)[:1]:
+        cell = c.cells[_best(c)]
+        text = interval_text(cell.value, cell.half, c.row.scale)
+        return f"{scale_text(c.row.metric, c.row.scale)} {text} ({_best(c)})"
+    return ""
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:
@@ -117,7 +226,7 @@ def _adaptation(about: Mapping[str, Any]) -> str:
     return f"{about['method']}{rank}, {about['trainable']:,} trainable of {about['total']:,} parameters, {share}"
 
 
-def _citation(about: Mapping[str, Any], comparisons: Sequence[Comparison]) -> list[str]:
+def _citation(source: str, comparisons: Sequence[Comparison]) -> list[str]:
     """Return sentences that carry n, interval and protocol; of a block with an average only this is put into words."""
     shown, corrupted = split_corruptions(comparisons)
     several = len({c.row.task for c in comparisons}) > 1
@@ -134,10 +243,8 @@ def _citation(about: Mapping[str, Any], comparisons: Sequence[Comparison]) -> li
         sentences.append(
             f"The numbers under {kinds} corruptions are in the table of corruptions, with n and intervals."
         )
-    revision = f", git revision {about['git_revision']}" if about.get("git_revision") else ""
-    seeds = f", seeds {text}" if (text := _seeds(about)) else ""
     sentences.append(
-        f"± is the half width of the 95 % confidence interval. vismt config {about['config_hash']}{revision}{seeds}; "
+        f"± is the half width of the 95 % confidence interval. {source}; "
         "intervals cover the drawn test examples, not the spread over training seeds."
     )
     return sentences

@@ -48,6 +48,8 @@ class Result:
         kind: of the condition: "clean", "attack", "corruption" or "variant".
         family: what conditions of different levels have in common, "gaussian_noise".
         level: radius of an attack or severity of a corruption, None without one.
+        examples: what tells the examples from those of another run beside their names, such as a digest of how episodes
+            were drawn; "" where names are enough, None in rows of an earlier version, which did not record it.
     """
 
     task: str
@@ -70,6 +72,7 @@ class Result:
     kind: str = "clean"
     family: str = "clean"
     level: float | None = None
+    examples: str | None = None
 
     @property
     def half(self) -> float:
@@ -94,7 +97,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Score:
-    """One measure of one evaluated model, before it becomes a row. unit: what its examples are."""
+    """One measure of one evaluated model, before it becomes a row. unit: what its examples are; examples: as in `Result`."""
 
     task: str
     data: str
@@ -102,6 +105,7 @@ class Score:
     measure: Measure
     condition: Condition
     unit: str = "images"
+    examples: str = ""
 
     @property
     def key(self) -> tuple[str, str, str, str, str]:
@@ -134,6 +138,7 @@ def result_of(score: Score, arm: str, seed: int | None, split: str, config_hash:
         kind=condition.kind,
         family=condition.family,
         level=condition.level,
+        examples=score.examples,
     )
 
 

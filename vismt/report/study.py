@@ -16,14 +16,15 @@ from vismt.engine.training_files import MERGE
 from vismt.files import read_sealed
 from vismt.lines import read_lines
 from vismt.report import figures, study_figures
-from vismt.report.comparison import AVERAGE, Comparison, Values, aligned, block
-from vismt.report.results import Result, ValuesByExample
+from vismt.report.comparison import AVERAGE, Comparison, ExampleValues, Values, aligned, block
+from vismt.report.results import Result
 from vismt.report.sections import Picture, Section
 from vismt.report.study_figures import SeedsPanel
 from vismt.report.tables import Table, interval_text, number_text, scale_text, split_corruptions
 from vismt.stats import LOWER, SHARE, domain_average, seeds_interval
 
 MOST_PANELS = 12  # of the figure by seed
+MOST_OPEN = 3  # figures of scores; of more the first is shown and the others on request
 ARROWS = "↓ lower is better, ↑ higher is better."
 SEED_NOTE = (
     f"{ARROWS} Mean over the training seeds ± half width of its 95 % interval (Student's t), and the same of the difference to "
@@ -86,34 +87,50 @@ class ArmScore:
         return " to ".join(f"{n:,}" for n in sorted({min(counts), max(counts)}))
 
 
-def study_sections(
+def score_sections(
     folder: Path,
     results: Sequence[Result],
     comparisons: Sequence[Comparison],
-    arms: Sequence[str],
+    values: ExampleValues,
     compared: Sequence[str],
-    logged: Mapping[str, str],
     baselines: Mapping[str, str],
 ) -> list[Section]:
-    """Return the shared sections of a run's report, as far as the run left the files.
+    """Return the sections about the scores of a run, or of several.
 
     Args:
-        folder: the run folder, in which figures/ is written.
-        results: of the run.
+        folder: in which figures/ is written.
+        results: all rows.
         comparisons: of the results.
-        arms: the trained arms in order.
+        values: of the results.
         compared: the evaluated models that come from trainings, by which seeds and pairs are shown.
-        logged: titles of the logged columns that are drawn.
         baselines: by task the arm that differences are taken to, "" for none; the first arm that has the score for tasks
             left out.
     """
     scores = arm_scores(results, compared)
-    pairs = [*_over_examples(folder, compared, scores), *_over_seeds(compared, scores)]
+    bars = _bars(folder, comparisons)
+    # Of two models, the result tables have the one difference.
+    several = len({row.arm for row in results}) > 2 or any(score.seeds for score in scores)
+    pairs = [*(_over_examples(values, compared, scores) if several else []), *_over_seeds(compared, scores)]
     return [
-        Section("Scores by set", pictures=_bars(folder, comparisons)),
+        Section("Scores by set", pictures=bars, folded=len(bars) > MOST_OPEN),
         Section("Scores by level", pictures=_levels(folder, comparisons)),
         Section("Arms by seed", _by_seed(scores, baselines), _seeds_figure(folder, compared, scores)),
         Section("Paired differences", pairs),
+    ]
+
+
+def training_sections(
+    folder: Path, results: Sequence[Result], arms: Sequence[str], logged: Mapping[str, str]
+) -> list[Section]:
+    """Return the sections about the trainings of a run, as far as the run left the files.
+
+    Args:
+        folder: the run folder, in which figures/ is written.
+        results: of the run.
+        arms: the trained arms in order.
+        logged: titles of the logged columns that are drawn.
+    """
+    return [
         Section("Training", _rates(folder, arms), _curves(folder, arms, logged, _seeds(results))),
         Section("Merging", _merging(folder, arms)),
     ]
@@ -222,10 +239,9 @@ def _seeds_figure(folder: Path, arms: Sequence[str], scores: Sequence[ArmScore])
         return []
     panels = []
     for score in several:
-        share = score.row.scale == SHARE
-        factor = 100 if share else 1
+        factor = 100 if score.row.scale == SHARE else 1
         values = {key: factor * value for key, value in score.seeds.items()}
-        panels.append(SeedsPanel(score.name, score.metric, f"n = {score.count}", values, ".1f" if share else ".3g"))
+        panels.append(SeedsPanel(score.name, score.metric, f"n = {score.count}", values, score.row.scale))
     path = study_figures.seeds_figure(panels, list(arms), folder / "figures" / "seeds.png")
     return [Picture(path, "Arms by seed", SEEDS_CAPTION)]
 
@@ -253,19 +269,17 @@ def _by_seed(scores: Sequence[ArmScore], baselines: Mapping[str, str]) -> list[t
                 difference = f"{interval_text(*seeds_interval(steps), score.row.scale, sign=True)} to {base}"
             if arm == first and len(arms) > 1:
                 best.add((len(rows), 2 + len(seeds)))
-            numbers = [number_text(value, score.row.scale) for value in values]
-            rows.append(
-                [score.label, arm, *numbers, interval_text(*seeds_interval(values), score.row.scale), difference]
-            )
+            mean, half = seeds_interval(values)
+            numbers = [number_text(value, score.row.scale, half=half) for value in values]
+            rows.append([score.label, arm, *numbers, interval_text(mean, half, score.row.scale), difference])
     if not rows:
         return []
     heads = ["Score", "Arm", *(f"seed {seed}" for seed in seeds), "mean", "difference"]
     return [(Table(f"By seed, {len(seeds)} seeds", heads, rows, best, folded=len(rows) > 40), SEED_NOTE)]
 
 
-def _over_examples(folder: Path, arms: Sequence[str], scores: Sequence[ArmScore]) -> list[tuple[Table, str]]:
+def _over_examples(values: ExampleValues, arms: Sequence[str], scores: Sequence[ArmScore]) -> list[tuple[Table, str]]:
     """Return the difference of every two arms on the same examples."""
-    values = ValuesByExample(folder)
     examples: dict[tuple[Any, ...], Values | None] = {
         row.key: values.of(row) for score in scores for rows in score.arms.values() for row in rows
     }
@@ -279,8 +293,6 @@ def _over_examples(folder: Path, arms: Sequence[str], scores: Sequence[ArmScore]
             differences[a.data] = [x - y for x, y in zip(*both, strict=True)]
         return interval_text(*domain_average(differences), score.row.scale, sign=True)
 
-    if len(arms) < 3 and not any(score.seeds for score in scores):
-        return []  # the result tables have the one difference
     return _pairs("Over examples", arms, scores, cell, EXAMPLES_NOTE)
 
 
@@ -310,8 +322,7 @@ def _pairs(
         if any(text != "–" for text in texts):
             rows.append([f"{later} − {earlier}", *texts])
     heads = ["Arms", *(f"{score.label}, n = {score.count}" for score in scores)]
-    many = len(heads) > 6
-    return [(Table(title, heads, rows, set(), texts=1, many=many, folded=len(heads) > 12), note)] if rows else []
+    return [(Table(title, heads, rows, set(), texts=1, folded=len(heads) > 12), note)] if rows else []
 
 
 def _rates(folder: Path, arms: Sequence[str]) -> list[tuple[Table, str]]:

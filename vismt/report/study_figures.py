@@ -26,6 +26,8 @@ from vismt.report.plotting import (
     short,
     write,
 )
+from vismt.report.tables import typographic
+from vismt.stats import SHARE, Scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,13 +38,13 @@ WIDEST, LETTER = 9.5, 0.076  # inches: of a figure, and of a letter of 8.5 point
 
 @dataclass(frozen=True)
 class SeedsPanel:
-    """One score: its name, metric and number of examples, values by (arm, seed) as drawn, and the format of a mean."""
+    """One score: its name, metric and number of examples, values by (arm, seed) as drawn, shares in per cent, and its scale."""
 
     title: str
     metric: str
     count: str
     values: Mapping[tuple[str, int], float]
-    digits: str
+    scale: Scale
 
 
 def seeds_figure(panels: Sequence[SeedsPanel], arms: Sequence[str], path: Path) -> Path:
@@ -95,7 +97,7 @@ def _seeds(axes: Axes, panel: SeedsPanel, arms: Sequence[str]) -> None:
                 zorder=2,
             )
             axes.annotate(
-                format(mean, panel.digits).replace("-", "−"),
+                typographic(format(mean, ".1f" if panel.scale == SHARE else ".3g")),
                 (number, 1),
                 xycoords=("data", "axes fraction"),
                 xytext=(0, 6),

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
 
 from vismt.report.comparison import Cell, Comparison
-from vismt.report.results import Result
+from vismt.report.results import ROUNDING, Result
 from vismt.stats import LOWER, SHARE
 
 MARKS = {"best": "★", "tie": "≈", "": ""}
-# From so many arms on, a table is laid out for them; from so many corruptions on, they have a table of their own.
+# From so many arms on, arms are rows; from so many corruptions on, these have a table of their own.
 MANY_ARMS, MANY_CORRUPTIONS = 5, 4
+# Characters that a page has room for, those that the space between two columns takes, and those of a text that may be broken.
+WIDEST, APART, TEXT = 128, 4, 26
+Column = tuple[str, str, str]  # task, metric and set of a column of numbers
 
 
 @dataclass(frozen=True)
 class Table:
     """Texts of one table: `heads`, then rows of as many texts; `best` are the (row, column) of the best numbers.
 
-    The first `texts` columns are not numbers. many: the columns are too many for their usual width. folded: shown on
-    request.
+    The first `texts` columns are not numbers. folded: shown on request.
     """
 
     title: str
@@ -29,7 +30,6 @@ class Table:
     rows: list[list[str]]
     best: set[tuple[int, int]]
     texts: int = 2
-    many: bool = False
     folded: bool = False
 
 
@@ -42,63 +42,189 @@ def split_corruptions(comparisons: Sequence[Comparison]) -> tuple[list[Compariso
 
 
 def result_tables(comparisons: Sequence[Comparison]) -> list[Table]:
-    """Return a table for each block with a row for each set and condition; many corruptions have one of their own."""
-    several = len({c.row.task for c in comparisons}) > 1
+    """Return the tables of results, one for each protocol and its conditions; many corruptions have one of their own.
+
+    Of one measure of few arms, arms are columns and sets and conditions rows. Otherwise arms are rows and measures columns.
+    """
     tables = []
-    for _, group in groupby(comparisons, key=lambda c: c.block):
-        kept = list(group)
-        row = kept[0].row
-        title = f"{row.task}: {row.protocol}" if several else row.protocol
-        score = f", {scale_text(row.metric, row.scale)}"
-        if row.better == LOWER:
-            score += ", lower is better"
-        plain, corrupted = split_corruptions(kept)
-        if plain:
-            tables.append(_table(title + score, plain))
-        if corrupted:
-            tables.append(_table(f"{title}, corruptions{score}", corrupted, folded=True))
+    for group in _groups(comparisons):
+        arms = {arm for c in group for arm in c.cells}
+        for kept, folded in zip(split_corruptions(group), (False, True), strict=True):
+            if not kept:
+                continue
+            title = _title(kept, comparisons, ", corruptions" if folded else "")
+            if len({c.block for c in kept}) == 1 and (folded or len(arms) < MANY_ARMS):
+                tables.append(_arms_across(title, kept, folded))
+            else:
+                tables.append(_arms_down(title, kept, folded))
     return tables
 
 
-def _table(title: str, group: Sequence[Comparison], folded: bool = False) -> Table:
+def paper_tables(comparisons: Sequence[Comparison]) -> list[Table]:
+    """Return the tables of results with arms as rows, and with measures or sets as columns, as papers print them."""
+    return [_arms_down(_title(group, comparisons), group) for group in _groups(comparisons)]
+
+
+def _groups(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
+    """Return the comparisons of each protocol in their order; measures without a common condition are groups of their own."""
+    measures: dict[tuple[str, ...], list[Comparison]] = {}
+    for c in comparisons:
+        measures.setdefault(c.block, []).append(c)
+    groups: list[list[Comparison]] = []
+    for measure in measures.values():
+        for group in groups:
+            alike = (group[0].row.protocol, group[0].row.unit) == (measure[0].row.protocol, measure[0].row.unit)
+            if alike and {c.condition for c in group} & {c.condition for c in measure}:
+                group += measure
+                break
+        else:
+            groups.append(measure)
+    return groups
+
+
+def _title(group: Sequence[Comparison], comparisons: Sequence[Comparison], more: str = "") -> str:
+    """Return the protocol of a table, its task where the report has several, and its measure where it has one."""
+    row = group[0].row
+    tasks = {c.row.task for c in group}
+    title = f"{row.protocol}{more}"
+    if len(tasks) == 1 < len({c.row.task for c in comparisons}):
+        title = f"{row.task}: {title}"
+    if len({c.row.metric for c in group}) > 1 or len(tasks) > 1:
+        return title
+    return f"{title}, {scale_text(row.metric, row.scale)}" + (", lower is better" if row.better == LOWER else "")
+
+
+def _arms_across(title: str, group: Sequence[Comparison], folded: bool) -> Table:
+    """Return a row for each set and condition and a column for each arm."""
     arms = list(dict.fromkeys(arm for c in group for arm in c.cells))
+    conditions = ["Condition"] if {c.condition for c in group} != {"clean"} else []
     differences = ["Difference"] if any(c.difference for c in group) else []
-    heads = ["Data", "Condition", *arms, *differences, f"n ({group[0].row.unit})"]
+    heads = ["Data", *conditions, *arms, *differences, f"n ({group[0].row.unit})"]
+    first = 1 + len(conditions)
     rows, best = [], set()
     for number, c in enumerate(group):
-        note = "" if c.paired or len(c.cells) < 2 else " (unpaired)"
-        texts = [c.data, c.condition + note, *(cell_text(c.cells.get(arm), c.row) for arm in arms)]
-        best |= {(number, 2 + i) for i, arm in enumerate(arms) if arm in c.cells and c.cells[arm].mark == "best"}
+        texts = [c.data, *([c.condition] if conditions else [])]
+        texts[-1] += "" if c.paired or len(c.cells) < 2 else " (unpaired)"
+        texts += [cell_text(c.cells.get(arm), c.row) for arm in arms]
+        best |= {(number, first + i) for i, arm in enumerate(arms) if _is_best(c, arm)}
         if differences:
             texts.append(difference_text(c))
-        rows.append([*texts, " / ".join(f"{n:,}" for n in dict.fromkeys(cell.n for cell in c.cells.values()))])
-    return Table(title, heads, rows, best, many=len(arms) >= MANY_ARMS, folded=folded)
+        rows.append([*texts, counts_text([c])])
+    return Table(title, heads, rows, best, texts=first, folded=folded)
 
 
-def turned(table: Table, conditions: int = 6) -> list[Table]:
-    """Return a table for each set and each few conditions, a row for each column of `table` but the last, now in the title."""
-    tables = []
-    for data, group in groupby(range(len(table.rows)), key=lambda number: table.rows[number][0]):
-        numbers = list(group)
-        for start in range(0, len(numbers), conditions):
-            chosen = numbers[start : start + conditions]
-            counts = " / ".join(dict.fromkeys(table.rows[number][-1] for number in chosen))
-            rows = [
-                [head, *(table.rows[number][column] for number in chosen)]
-                for column, head in enumerate(table.heads[:-1])
-                if column > 1
-            ]
-            best = {
-                (column - 2, 1 + place)
-                for place, number in enumerate(chosen)
-                for row, column in table.best
-                if row == number
-            }
-            heads = [f"{data}, {table.heads[-1].replace('(', '= ' + counts + ' ').rstrip(')')}"]
-            tables.append(
-                Table(table.title, [*heads, *(table.rows[number][1] for number in chosen)], rows, best, texts=1)
-            )
-    return tables
+def _arms_down(title: str, group: Sequence[Comparison], folded: bool = False) -> Table:
+    """Return a row for each condition and arm and a column for each measure and set; of a single one, for each condition."""
+    arms = list(dict.fromkeys(arm for c in group for arm in c.cells))
+    table = {(_column(c), c.condition): c for c in group}
+    columns = list(dict.fromkeys(_column(c) for c in group))
+    conditions = list(dict.fromkeys(c.condition for c in group))
+    if len(columns) == 1:  # conditions are the columns
+        across = [[table[columns[0], condition]] for condition in conditions]
+        heads, counts = _heads(across, conditions)
+        bands: dict[str, list[Comparison | None]] = {"": [of_column[0] for of_column in across]}
+        title = f"{title}, {columns[0][2]}"
+    else:
+        present = [[table[column, name] for name in conditions if (column, name) in table] for column in columns]
+        heads, counts = _heads(present, _names([of_column[0] for of_column in present]))
+        bands = {name: [table.get((column, name)) for column in columns] for name in conditions}
+    title += f", n = {counts} {group[0].row.unit}" if counts else ""
+    texts = 2 if len(bands) > 1 else 1
+    rows: list[list[str]] = []
+    best: set[tuple[int, int]] = set()
+    for condition, band in bands.items():
+        for arm in arms:
+            cells = [None if c is None else c.cells.get(arm) for c in band]
+            if any(cells):
+                best |= {(len(rows), texts + i) for i, c in enumerate(band) if c is not None and _is_best(c, arm)}
+                numbers = ["–" if c is None else cell_text(cell, c.row) for c, cell in zip(band, cells, strict=True)]
+                rows.append([condition, arm, *numbers][2 - texts :])
+        if len(arms) == 2 and any(c is not None and c.difference for c in band):
+            numbers = ["–" if c is None else difference_text(c) for c in band]
+            rows.append([condition, f"{arms[1]} − {arms[0]}", *numbers][2 - texts :])
+    return Table(title, [*["Condition", "Arm"][2 - texts :], *heads], rows, best, texts=texts, folded=folded)
+
+
+def _column(c: Comparison) -> Column:
+    return (c.row.task, c.row.metric, c.data)
+
+
+def _names(columns: Sequence[Comparison]) -> list[str]:
+    """Return task, measure and set of each column, as far as they differ between the columns."""
+    tasks, metrics, sets = ({column[at] for column in map(_column, columns)} for at in range(3))
+    names = []
+    for c in columns:
+        measure = scale_text(c.row.metric, c.row.scale, c.row.better) if len(metrics) > 1 or len(tasks) > 1 else ""
+        parts = [c.data if len(sets) > 1 else "", c.row.task if len(tasks) > 1 else "", measure]
+        names.append(" ".join(part for part in parts if part))
+    return names
+
+
+def _heads(columns: Sequence[Sequence[Comparison]], names: Sequence[str]) -> tuple[list[str], str]:
+    """Return the heads of columns of numbers, and the n that all have, "" where it differs and is in the heads.
+
+    A head also tells that a comparison in its column is not paired.
+    """
+    counts = [counts_text(of_column) for of_column in columns]
+    same = counts[0] if len(set(counts)) == 1 else ""
+    heads = []
+    for of_column, name, count in zip(columns, names, counts, strict=True):
+        unpaired = any(not c.paired and len(c.cells) > 1 for c in of_column)
+        heads.append(name + ("" if same else f", n = {count}") + (" (unpaired)" if unpaired else ""))
+    return heads, same
+
+
+def counts_text(comparisons: Sequence[Comparison]) -> str:
+    """Return the numbers of examples of some comparisons, "50 / 60" where they differ."""
+    return " / ".join(f"{n:,}" for n in dict.fromkeys(cell.n for c in comparisons for cell in c.cells.values()))
+
+
+def _is_best(c: Comparison, arm: str) -> bool:
+    return arm in c.cells and c.cells[arm].mark == "best"
+
+
+def fitted(table: Table, widest: int = WIDEST) -> list[Table]:
+    """Return a table as several with the same first columns where its numbers take more than `widest` characters."""
+    widths = [_width(table, column) for column in range(len(table.heads))]
+    first = sum(widths[: table.texts])
+    groups: list[list[int]] = [[]]
+    taken = first
+    for column in range(table.texts, len(table.heads)):
+        if groups[-1] and taken + widths[column] > widest:
+            groups.append([])
+            taken = first
+        groups[-1].append(column)
+        taken += widths[column]
+    return [_columns(table, [*range(table.texts), *group]) for group in groups]
+
+
+def _width(table: Table, column: int) -> int:
+    """Return the characters that a column needs: numbers are not broken, other texts and heads between words only."""
+    words = max(len(word) for text in (table.heads[column], *_texts(table, column)) for word in text.split() or [""])
+    longest = max((len(text) for text in _texts(table, column)), default=0)
+    return APART + max(words, TEXT if is_long(table, column) else longest)
+
+
+def is_text(table: Table, column: int) -> bool:
+    """Return whether a column holds words and not numbers."""
+    return column < table.texts or is_long(table, column)
+
+
+def is_long(table: Table, column: int) -> bool:
+    """Return whether a column holds texts that may be broken between lines."""
+    most = TEXT if column < table.texts else 2 * TEXT
+    return any(len(text) > most for text in _texts(table, column))
+
+
+def _texts(table: Table, column: int) -> list[str]:
+    return [row[column] for row in table.rows]
+
+
+def _columns(table: Table, kept: Sequence[int]) -> Table:
+    """Return a table of some of the columns."""
+    rows = [[row[column] for column in kept] for row in table.rows]
+    best = {(row, kept.index(column)) for row, column in table.best if column in kept}
+    return replace(table, heads=[table.heads[column] for column in kept], rows=rows, best=best)
 
 
 def cell_text(cell: Cell | None, row: Result) -> str:
@@ -110,29 +236,41 @@ def cell_text(cell: Cell | None, row: Result) -> str:
 
 def difference_text(c: Comparison) -> str:
     """Return the difference and its interval; a dash for none."""
-    if c.difference is None:
-        return "–"
-    middle, low, high = (number_text(value, c.row.scale, sign=True) for value in c.difference)
-    return f"{middle} [{low}, {high}]"
+    return "–" if c.difference is None else bounds_text(c.difference, c.row.scale)
+
+
+def bounds_text(difference: tuple[float, float, float], scale: str) -> str:
+    """Return (difference, low, high) as "+1.2 [−0.3, +2.7]", as exact as the width allows."""
+    _, low, high = difference
+    middle, low_text, high_text = (number_text(value, scale, True, (high - low) / 2) for value in difference)
+    return f"{middle} [{low_text}, {high_text}]"
 
 
 def interval_text(mean: float, half: float, scale: str, sign: bool = False) -> str:
-    """Return mean ± half width: shares in per cent with one digit, other numbers as exact as two digits of the width."""
-    if scale == SHARE or not half:
-        return f"{number_text(mean, scale, sign)} ± {number_text(half, scale)}"
-    digits = max(1, 1 - math.floor(math.log10(half)))
-    plus = "+" if sign else ""
-    return _minus(f"{mean:{plus}.{digits}f}") + f" ± {half:.{digits}f}"
+    """Return mean ± half width, both as exact as the width allows."""
+    return f"{number_text(mean, scale, sign, half)} ± {number_text(half, scale, half=half)}"
 
 
-def number_text(value: float, scale: str, sign: bool = False) -> str:
-    """Return a share in per cent with one digit, any other number with four."""
-    plus = "+" if sign else ""
-    return _minus(f"{100 * value:{plus}.1f}" if scale == SHARE else f"{value:{plus}.4g}")
+def number_text(value: float, scale: str, sign: bool = False, half: float = 0.0) -> str:
+    """Return a number as exact as two digits of the half width of its interval, a share in per cent.
+
+    A share has one digit at least, and no more where its width has a digit then. Without a width a share has one digit, any
+    other number four in all.
+    """
+    shown, width = (100 * value, 100 * half) if scale == SHARE else (value, half)
+    if width <= ROUNDING * max(1, abs(shown)):
+        width = 0.0
+    exponent = math.floor(math.log10(width)) if width > 0 else 0
+    digits = f".{max(0, 1 - exponent)}f" if width > 0 else ".4g"
+    if scale == SHARE:
+        digits = f".{1 if exponent >= -1 else 1 - exponent}f"
+    return typographic(format(shown, f"+{digits}" if sign else digits))
 
 
-def _minus(text: str) -> str:
-    """Return a number's text with a typographic minus."""
+def typographic(text: str) -> str:
+    """Return a number's text with a typographic minus, and without a sign where it is zero."""
+    if not text.strip("+-0."):
+        return text.lstrip("+-")
     return text.replace("-", "−", 1) if text.startswith("-") else text
 
 

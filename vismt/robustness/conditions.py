@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import overload
+from typing import Annotated, overload
 
 from vismt.config import HASHED_IF_SET, fraction
 from vismt.errors import UserError, near
@@ -17,8 +17,10 @@ from vismt.robustness.corruptions import CORRUPTIONS, MOVING, CorruptionSpec
 from vismt.robustness.dense_attack import DenseAttack
 from vismt.robustness.transfer import Transfer, TransferSource
 from vismt.stats import Condition
+from vismt.typed_yaml import Names
 
 SEVERITIES = (1, 2, 3, 4, 5)
+CORRUPTION_NAMES = ("all", *CORRUPTIONS)
 # Computed on the evaluated model or on no model.
 DirectPerturbation = AttackSpec | CorruptionSpec
 Perturbation = DirectPerturbation | Transfer
@@ -28,17 +30,26 @@ DensePerturbation = DenseAttack | CorruptionSpec
 
 @dataclass
 class AttackConfig:
-    """See robustness.attacks.AttackSpec; epsilon and step_size in pixel units of [0, 1], also as '4.5/255'.
+    """One attack, see vismt.robustness.attacks.AttackSpec.
 
-    source: the model on whose task classifier the images are computed (a name as in evaluate.models); null: the evaluated
-    model. tasks: of a dense run, those whose losses are raised, [] for all.
+    Args:
+        name: the attack; torchattacks:NAME takes one of that library.
+        epsilon: radius in pixel units of [0, 1], also as '4.5/255'.
+        step_size: step of pgd in the same units; null for 2.5 epsilon / steps.
+        steps: number of steps; null for the attack's own.
+        norm: norm of the radius.
+        random_start: whether pgd starts at a random point of the ball.
+        source: the model on whose task classifier the images are computed (a name as in evaluate.models); null for the
+            evaluated model.
+        restarts: number of restarts; null for the attack's own.
+        tasks: of a dense run, the tasks whose losses are raised; [] for all.
     """
 
-    name: str = "pgd"
+    name: Annotated[str, Names("vismt.robustness.attacks:KINDS")] = "pgd"
     epsilon: float | str = "4.5/255"
     step_size: float | str | None = None
     steps: int | None = None
-    norm: str = "linf"
+    norm: Annotated[str, Names("vismt.robustness.norms:NORMS")] = "linf"
     random_start: bool = True
     source: str | None = None
     restarts: int | None = field(default=None, metadata=HASHED_IF_SET)
@@ -68,9 +79,14 @@ class AttackConfig:
 
 @dataclass
 class CorruptionConfig:
-    """See robustness.corruptions. name: one of its fifteen, or "all"; severities: some of 1 to 5."""
+    """Corruptions of images, see vismt.robustness.corruptions.
 
-    name: str = "all"
+    Args:
+        name: one corruption, or all of them.
+        severities: some of 1 to 5.
+    """
+
+    name: Annotated[str, Names("vismt.robustness.conditions:CORRUPTION_NAMES")] = "all"
     severities: list[int] = field(default_factory=lambda: list(SEVERITIES))
 
     def specs(self, *, of_maps: bool = False) -> list[CorruptionSpec]:
@@ -78,8 +94,8 @@ class CorruptionConfig:
 
         of_maps: for images with a label at each pixel, which a corruption that moves pixels makes wrong: "all" leaves it out.
         """
-        if self.name != "all" and self.name not in CORRUPTIONS:
-            raise UserError(f"evaluate.corruptions: '{self.name}'.{near(self.name, ('all', *CORRUPTIONS))}")
+        if self.name not in CORRUPTION_NAMES:
+            raise UserError(f"evaluate.corruptions: '{self.name}'.{near(self.name, CORRUPTION_NAMES)}")
         if not self.severities:
             raise UserError(
                 f"evaluate.corruptions: {self.name} has no severities; name some of 1 to 5, or leave the key out."

@@ -2,7 +2,8 @@
 
 Under an attack an example counts when the model is right on the clean image and on the attacked one: the unchanged image
 is inside every budget (the convention of RobustBench, arXiv 2010.09670). Under a corruption the corrupted image alone
-counts. Intervals are Wilson's at 95 %. Processes that share an evaluation (vismt/ranks.py) run a batch each.
+counts. Intervals are Wilson's at 95 %. Forms of the clean logits (a temperature, say) have their answers and what the quality
+of their probabilities follows from on record. Processes that share an evaluation (vismt/ranks.py) run a batch each.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 from vismt import console, ranks
 from vismt.errors import UserError
 from vismt.metatune.functional import evaluating
-from vismt.records import Field, Records
+from vismt.records import SHARE, Field, Records
 from vismt.robustness.conditions import DirectPerturbation, Perturbation, condition_of, worst_cases
 from vismt.seeds import mix_seed
 from vismt.stats import CLEAN, Condition, wilson
 
 Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Sequence[str]]
+Form = Callable[[Tensor], Tensor]  # logits float64 (b, k) on the CPU to logits of the same shape
 
 
 class RepeatableBatches(Protocol):
@@ -77,6 +79,7 @@ def evaluate_examples(
     specs: Sequence[DirectPerturbation],
     *,
     num_classes: int,
+    forms: Mapping[str, Form] | None = None,
     records: Path | None = None,
     data: str = "data",
     fingerprint: str = "",
@@ -91,6 +94,7 @@ def evaluate_examples(
             numbers by default.
         specs: Attacks and corruptions with different texts.
         num_classes: Number of logits; labels are 0..num_classes-1.
+        forms: Forms of the clean logits by name, "clean" for the logits themselves.
         records: A line file, written batch by batch. An interrupted run continues with the batches that are missing.
         data: The caller's name for the images. A file of other images is refused.
         fingerprint: The caller's name for the weights. A file of other weights is refused.
@@ -98,7 +102,8 @@ def evaluate_examples(
 
     Returns:
         Records with id, label, the predictions "clean" and "<condition>", and the distances "<condition> linf" and
-        "<condition> l2", in the order of the examples.
+        "<condition> l2", in the order of the examples. For each form also the answer "<form>", the probability of the answer
+        "<form> confidence", "<form> nll" in nats and "<form> brier".
 
     Raises:
         UserError: No example, labels or logits that do not fit num_classes, pixels outside [0, 1], two conditions with the
@@ -113,7 +118,9 @@ def evaluate_examples(
         "num_classes": num_classes,
         "attacks": [dict(spec.settings()) for spec in specs],
     }
-    log = Records(records, settings, _fields(conditions, num_classes), key="id")
+    if forms:
+        settings["forms"] = list(forms)
+    log = Records(records, settings, _fields(conditions, forms or {}, num_classes), key="id")
     rows: dict[str, dict] = {}
 
     def run(numbered: tuple[int, Callable[[], Batch]]) -> tuple[dict[str, int], list[dict]]:
@@ -127,7 +134,7 @@ def evaluate_examples(
         names = dict(zip(ids, labels.tolist(), strict=True))
         if all(name in log for name in ids):
             return names, []
-        return names, _evaluate_batch(model, images, labels, ids, conditions, num_classes, number)
+        return names, _evaluate_batch(model, images, labels, ids, conditions, forms or {}, num_classes, number)
 
     with log, console.bar("eval", label, len(batches) if isinstance(batches, Sized) else 0) as bar:
         for names, found in ranks.share(enumerate(_loads(batches)), run):
@@ -147,12 +154,16 @@ def _loads(batches: Iterable[Batch]) -> Iterator[Callable[[], Batch]]:
         yield from (lambda batch=batch: batch for batch in batches)
 
 
-def _fields(conditions: Iterable[str], num_classes: int) -> dict[str, Field]:
+def _fields(conditions: Iterable[str], forms: Iterable[str], num_classes: int) -> dict[str, Field]:
     """Return the fields of a record besides its id."""
     answer, distance = Field(0, num_classes - 1, whole=True), Field(0)
     fields = {"label": answer, "clean": answer}
     for name in conditions:
         fields.update({name: answer, f"{name} linf": distance, f"{name} l2": distance})
+    for name in forms:
+        fields.update(
+            {name: answer, f"{name} confidence": SHARE, f"{name} nll": distance, f"{name} brier": Field(0, 2)}
+        )
     return fields
 
 
@@ -232,22 +243,26 @@ def _evaluate_batch(
     labels: Tensor,
     ids: Sequence[str],
     conditions: Mapping[str, DirectPerturbation],
+    forms: Mapping[str, Form],
     num_classes: int,
     number: int,
 ) -> list[dict]:
     """Return the records of batch `number`."""
     device = next((p.device for p in model.parameters()), images.device)
     images, labels = images.to(device), labels.to(device)
+    logits = _logits(model, images, num_classes)
     columns: dict[str, list] = {
         "id": list(ids),
         "label": [int(label) for label in labels],
-        "clean": _predict(model, images, num_classes).tolist(),
+        "clean": logits.argmax(1).tolist(),
     }
+    for name, form in forms.items():
+        columns |= _probability_columns(name, form(logits.cpu().double()), labels.cpu())
     for condition, spec in conditions.items():
         keys = batch_keys(spec, number, len(images))
         perturbed = spec.perturb(model, images, labels, num_classes=num_classes, keys=keys)
         change = (perturbed - images).flatten(1).float()
-        columns[condition] = _predict(model, perturbed, num_classes).tolist()
+        columns[condition] = _logits(model, perturbed, num_classes).argmax(1).tolist()
         columns[f"{condition} linf"] = change.abs().amax(1).tolist()
         columns[f"{condition} l2"] = change.norm(dim=1).tolist()
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -258,10 +273,24 @@ def batch_keys(spec: DirectPerturbation, number: int, count: int) -> list[tuple[
     return [(mix_seed(spec.seed, number), position) for position in range(count)]
 
 
+def _probability_columns(name: str, logits: Tensor, labels: Tensor) -> dict[str, list]:
+    """Return the columns of a form of the logits (b, k)."""
+    logs = logits.log_softmax(1)
+    chosen = logs.gather(1, labels[:, None]).squeeze(1)
+    shares = logs.exp()
+    briers = shares.square().sum(1) - 2 * chosen.exp() + 1
+    return {
+        name: logits.argmax(1).tolist(),
+        f"{name} confidence": shares.amax(1).clamp_max(1).tolist(),
+        f"{name} nll": (-chosen).clamp_min(0).tolist(),
+        f"{name} brier": briers.clamp(0, 2).tolist(),
+    }
+
+
 @torch.no_grad()
-def _predict(model: nn.Module, images: Tensor, num_classes: int) -> Tensor:
+def _logits(model: nn.Module, images: Tensor, num_classes: int) -> Tensor:
     with evaluating(model):
         logits = model(images)
     if logits.ndim != 2 or logits.shape[1] != num_classes:
         raise UserError(f"evaluate: logits {tuple(logits.shape)} for {num_classes} classes: the head does not fit.")
-    return logits.argmax(1)
+    return logits

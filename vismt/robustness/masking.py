@@ -70,7 +70,7 @@ class MaskingCheck:
         text = f"FAIL: {'; '.join(faults)}" if faults else "pass"
         if self.gap is None or self.gap_at is None:
             return text
-        return f"{text}; {100 * self.gap:+.1f} points against strong at {255 * self.gap_at:.3g}/255"
+        return f"{text}; {round(100 * self.gap, 1) + 0.0:+.1f} points against strong at {255 * self.gap_at:.3g}/255"
 
     def _point(self, index: int) -> str:
         return f"{100 * self.accuracies[index]:.1f} % at {255 * self.epsilons[index]:.3g}/255"

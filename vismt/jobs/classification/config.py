@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Annotated
 
-from vismt.config import Jitter, ModelConfig, OnBadSample
+from vismt.config import HASHED_IF_SET, Jitter, ModelConfig, OnBadSample
 from vismt.engine.splits import PartsConfig, check_parts
 from vismt.engine.study import StudyConfig, check_arms
 from vismt.errors import UserError, near
@@ -16,22 +17,34 @@ from vismt.jobs.multitask import (
     make_configured_balancer,
 )
 from vismt.methods import check_sections
+from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.fading import FadeConfig
 from vismt.multitask.retain import QualityRetaining
 from vismt.multitask.union import HEADS
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
+from vismt.typed_yaml import Names
 
 
 @dataclass
 class TaskConfig(PartsConfig):
-    """One task. Shares are taken of each class, and a limit is spread over the classes."""
+    """One task. Shares are taken of each class, and a limit is spread over the classes.
+
+    Args:
+        name: name of the task.
+    """
 
     name: str = ""
 
 
 @dataclass
 class AugmentConfig:
-    """Augmentation. crop: smallest area of a random crop, 1 for none; jitter: strength of colour changes; flip: horizontal."""
+    """Augmentation of training images.
+
+    Args:
+        crop: smallest area of a random crop; 1 for none.
+        jitter: strength of colour changes.
+        flip: whether images are mirrored at random.
+    """
 
     crop: float = 0.35
     jitter: Jitter = 0.0
@@ -40,26 +53,56 @@ class AugmentConfig:
 
 @dataclass
 class MultitaskEvaluateConfig:
-    """Evaluation. split: 'test', or 'validation' while settings are chosen; batch: images in one forward pass."""
+    """Evaluation.
 
-    split: str = "test"
+    Args:
+        split: test, or validation while settings are chosen.
+        batch: images in one forward pass.
+        temperature: writes the temperature that fits the validation images beside exported weights; reports have it
+            wherever there are validation images.
+        adjust_logits: whether logits minus tau log prior are evaluated, too, with tau chosen on validation.
+        attacks: evaluated attacks.
+        corruptions: evaluated corruptions.
+    """
+
+    split: Annotated[str, Names("vismt.jobs.multitask:SPLITS")] = "test"
     batch: int = 64
+    temperature: bool = field(default=False, metadata=HASHED_IF_SET)
+    adjust_logits: bool = field(default=False, metadata=HASHED_IF_SET)
     attacks: list[AttackConfig] = field(default_factory=list)
     corruptions: list[CorruptionConfig] = field(default_factory=list)
 
 
 @dataclass
 class MultitaskConfig(StudyConfig):
-    """Several classification tasks on one backbone. head: 'union' or 'separate'; balancing: null for one mean over the batch.
+    """Several classification tasks on one backbone.
 
-    fade: null leaves routers at their start value. on_bad_sample: 'error' or 'skip' for images that cannot be decoded.
+    Args:
+        model: the backbone.
+        tasks: the tasks.
+        head: union, one head over the classes of all tasks, or separate, one for each task.
+        label_smoothing: share of the label that is spread over all classes, in [0, 1).
+        class_weights: weights of the classes by their training counts (vismt.multitask.class_loss); null for none.
+        logit_adjustment: tau of the log prior that is added to the logits in training.
+        focal: exponent of the focal loss; 0 for the cross-entropy.
+        batch: images of a training batch.
+        augment: augmentation of training images.
+        fade: the fading of routers; null leaves them at their start value.
+        retain: quality retaining; null for none.
+        balancing: how the losses of the tasks are weighed; null for one mean over the batch.
+        evaluate: the evaluation.
+        on_bad_sample: error or skip, for images that cannot be decoded.
+        download: whether sets that are missing are downloaded.
     """
 
     task: str = "multitask"
     model: ModelConfig = field(default_factory=ModelConfig)
     tasks: list[TaskConfig] = field(default_factory=list)
-    head: str = "union"
+    head: Annotated[str, Names("vismt.multitask.union:HEADS")] = "union"
     label_smoothing: float = 0.1
+    class_weights: str | None = field(default=None, metadata=HASHED_IF_SET)
+    logit_adjustment: float = field(default=0.0, metadata=HASHED_IF_SET)
+    focal: float = field(default=0.0, metadata=HASHED_IF_SET)
     batch: int = 32
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     fade: FadeConfig | None = None
@@ -68,6 +111,16 @@ class MultitaskConfig(StudyConfig):
     evaluate: MultitaskEvaluateConfig = field(default_factory=MultitaskEvaluateConfig)
     on_bad_sample: OnBadSample = "error"
     download: bool = False
+
+
+def class_loss(config: MultitaskConfig, counts: Sequence[int] | None = None) -> ClassLoss:
+    """Return the loss over the classes; counts: training images of each class of the union."""
+    return ClassLoss(
+        class_weights=config.class_weights,
+        logit_adjustment=config.logit_adjustment,
+        focal=config.focal,
+        class_counts=counts,
+    )
 
 
 def check(config: MultitaskConfig) -> None:
@@ -90,6 +143,7 @@ def check(config: MultitaskConfig) -> None:
         raise UserError(f"augment: crop {config.augment.crop}; it lies in (0, 1].")
     if not 0 <= config.label_smoothing < 1:
         raise UserError(f"label_smoothing: {config.label_smoothing}; it lies in [0, 1).")
+    class_loss(config).check_options("multitask", 0)
     if config.retain is not None:
         if config.head != "union":
             raise UserError(

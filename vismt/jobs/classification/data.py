@@ -10,6 +10,7 @@ from torch import Tensor
 from vismt import console
 from vismt.data.batching import Gathered
 from vismt.data.images import ImageSet, open_images
+from vismt.data.names import card_and_split
 from vismt.data.pixels import Pixels
 from vismt.data.splits import divide, limited
 from vismt.engine.splits import shares
@@ -62,9 +63,18 @@ class TaskData:
         """Return the training images of all tasks with the labels of the union."""
         return Gathered([part for task in range(len(self._parts)) for part in self._pixels(task, "train")])
 
+    def class_counts(self) -> list[int]:
+        """Return the number of training images of each class of the union."""
+        labels = [y + self.union.offset(task) for task, parts in enumerate(self._parts) for _, y in parts["train"]]
+        return torch.cat(labels).bincount(minlength=self.union.num_classes).tolist()
+
+    def has_part(self, task: int, part: str) -> bool:
+        """Return whether a task has images of a part."""
+        return bool(self._parts[task][part])
+
     def check_part(self, task: int, part: str) -> None:
         """Raise UserError where a task has no images of a part."""
-        if not self._parts[task][part]:
+        if not self.has_part(task, part):
             name = self.union.tasks[task]
             raise UserError(
                 f"tasks: {name}: nothing to validate on; name a set in validation, or give validation_share."
@@ -106,12 +116,8 @@ class TaskData:
 
     def _open(self, name: str) -> ImageSet:
         if name not in self._sets:
-            card, _, split = name.partition(":")
             self._sets[name] = open_images(
-                card,
-                split or "all",
-                on_bad_sample=self._config.on_bad_sample,
-                download=self._config.download,
+                *card_and_split(name), on_bad_sample=self._config.on_bad_sample, download=self._config.download
             )
         return self._sets[name]
 

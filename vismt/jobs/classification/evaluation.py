@@ -1,12 +1,13 @@
 """Evaluation of a multi-task run: scores are read from a record of every image of every training.
 
-A score's values are 1 for a right answer and 0 for a wrong one. Records are kept in the training's folder, and images on
-record are not evaluated again.
+An accuracy's values are 1 for a right answer and 0 for a wrong one. The clean probabilities of every task also have ECE, NLL and
+Brier score, as they are and in the forms that are fitted on the validation images (calibration.py). Records are kept in the
+training's folder, and images on record are not evaluated again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,14 +17,20 @@ from vismt import console, ranks
 from vismt.data.batching import InOrder
 from vismt.engine import runtime
 from vismt.engine.study import Training
+from vismt.jobs.classification.calibration import Calibration, calibration
 from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.models import PixelNet
+from vismt.jobs.variants import ADJUSTED, TEMPERED
+from vismt.lines import read_lines
+from vismt.multitask.class_loss import adjusted
 from vismt.multitask.union import TaskClassifier
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
-from vismt.robustness.evaluate import accuracies, evaluate_examples
-from vismt.stats import Measure
+from vismt.robustness.evaluate import Form, accuracies, evaluate_examples
+from vismt.stats import CLEAN, LOWER, NUMBER, Measure
+
+CONDITIONS = {condition.label: condition for condition in (CLEAN, TEMPERED, ADJUSTED)}  # of the forms of the logits
 
 
 class Evaluation:
@@ -41,8 +48,9 @@ class Evaluation:
         split: str,
         specs: Sequence[DirectPerturbation],
         records: Path,
+        forms: Mapping[str, Form] | None = None,
     ) -> list[Score]:
-        """Return the accuracy of every task, clean and under each condition.
+        """Return the accuracy of every task, clean and under each condition, and the quality of the probabilities of forms.
 
         separate: whether the net chooses among the classes of the image's task only. records: the folder of records.
         """
@@ -52,11 +60,53 @@ class Evaluation:
             path = records / f"{split}-{task}.jsonl"
             classifier = TaskClassifier(net, self.data.union, number, separate).eval()
             label = f"{task} {training.arm} seed {training.seed}"
-            rows = self._evaluate(net, classifier, number, split, specs, path, label)
-            for condition, values in accuracies(rows, specs, self.data.union.num_classes):
-                measure = Measure("accuracy", values)
-                scores.append(Score("classification", task, f"{split} images, {protocol}", measure, condition))
+            rows = self._evaluate(net, classifier, number, split, specs, forms, path, label)
+            measures = [
+                (condition, Measure("accuracy", values))
+                for condition, values in accuracies(rows, specs, self.data.union.num_classes)
+            ]
+            for name in forms or ():
+                measures += [(CONDITIONS[name], measure) for measure in _form_measures(rows, name)]
+            text = f"{split} images, {protocol}"
+            scores += [Score("classification", task, text, measure, condition) for condition, measure in measures]
         return scores
+
+    def forms(self, net: PixelNet, training: Training, separate: bool, split: str) -> dict[str, Form]:
+        """Return the forms of the logits that are evaluated: as they are, and those that validation images allow."""
+        forms: dict[str, Form] = {CLEAN.label: lambda logits: logits}
+        fitted = None if split == "validation" else self.calibration(net, training, separate)
+        if fitted is not None:
+            forms[TEMPERED.label] = lambda logits: logits / fitted.temperature
+            if self.config.evaluate.adjust_logits:
+                counts = self.data.class_counts()
+                forms[ADJUSTED.label] = lambda logits: adjusted(logits, counts, fitted.tau)
+        return forms
+
+    def calibration(self, net: PixelNet, training: Training, separate: bool) -> Calibration | None:
+        """Return what is fitted on the validation images of a training; None where a task has none."""
+        if not all(self.data.has_part(task, "validation") for task in range(len(self.data.union.tasks))):
+            return None
+        return ranks.from_first(
+            lambda: calibration(
+                training.folder, net.fingerprint(), self.data.class_counts(), lambda: self._validation(net, separate)
+            )
+        )
+
+    @torch.no_grad()
+    def _validation(self, net: PixelNet, separate: bool) -> list[tuple[Tensor, Tensor]]:
+        """Return logits (n, C), float32 on the CPU, and labels (n,) of the validation images of each task."""
+        device = runtime.processes().device
+        found = []
+        for number, task in enumerate(self.data.union.tasks):
+            classifier = TaskClassifier(net, self.data.union, number, separate).eval()
+            batches = InOrder(self.data.part(number, "validation"), self.config.evaluate.batch)
+            pairs = [
+                (classifier(batches[place][0].to(device)).float().cpu(), batches[place][1])
+                for place in console.track(range(len(batches)), "eval", f"validation of {task}")
+            ]
+            logits, labels = zip(*pairs)
+            found.append((torch.cat(logits), torch.cat([torch.as_tensor(part) for part in labels])))
+        return found
 
     def _evaluate(
         self,
@@ -65,16 +115,20 @@ class Evaluation:
         number: int,
         split: str,
         specs: Sequence[DirectPerturbation],
+        forms: Mapping[str, Form] | None,
         path: Path,
         label: str,
     ) -> list[dict]:
         """Return the records of a task's images; those on record are not evaluated again."""
         path.parent.mkdir(parents=True, exist_ok=True)
+        if forms:
+            ranks.from_first(lambda: _drop_older(path))
         return evaluate_examples(
             classifier,
             InOrder(self.data.part(number, split), self.config.evaluate.batch),
             specs,
             num_classes=self.data.union.num_classes,
+            forms=forms,
             records=path,
             data=f"{self.data.union.tasks[number]}:{split}",
             fingerprint=net.fingerprint(),
@@ -90,3 +144,27 @@ class Evaluation:
             for place in console.track(ranks.own(range(len(batches))), "merge", f"{task} {label}"):
                 images = batches[place][0]
                 yield "logits", merged(images.to(device)), plain(images.to(device)), True
+
+
+def _drop_older(path: Path) -> None:
+    """Delete records of a version that kept no probabilities; their images are evaluated again."""
+    lines = read_lines(path)
+    if lines and "forms" not in lines[0].get("settings", {}):
+        path.unlink()
+
+
+def _form_measures(rows: Sequence[Mapping], name: str) -> list[Measure]:
+    """Return the accuracy of an adjusted form of the logits, the quality of the probabilities of another, from its records."""
+    from vismt.llm.probability_metrics import calibration_values  # loads torchmetrics
+
+    ids = [row["id"] for row in rows]
+    right = [float(row[name] == row["label"]) for row in rows]
+    if name == ADJUSTED.label:
+        return [Measure("accuracy", dict(zip(ids, right)))]
+    confidences = torch.tensor([row[f"{name} confidence"] for row in rows], dtype=torch.float64)
+    effects, bounds = calibration_values(confidences, torch.tensor(right, dtype=torch.float64))
+    return [
+        Measure("ECE-15", dict(zip(ids, effects.tolist())), better=LOWER, bounds=bounds, paired=False),
+        Measure("NLL in nats", {row["id"]: row[f"{name} nll"] for row in rows}, NUMBER, LOWER),
+        Measure("Brier", {row["id"]: row[f"{name} brier"] for row in rows}, NUMBER, LOWER),
+    ]

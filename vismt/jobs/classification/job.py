@@ -16,7 +16,7 @@ from vismt.data.transforms import augment
 from vismt.engine.study import Training
 from vismt.jobs.base import records_folder
 from vismt.jobs.classification import panels
-from vismt.jobs.classification.config import MultitaskConfig, check, check_attacks
+from vismt.jobs.classification.config import MultitaskConfig, check, check_attacks, class_loss
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.evaluation import Evaluation
 from vismt.jobs.classification.models import PixelNet, fresh, load_head, save_head
@@ -29,6 +29,7 @@ from vismt.multitask.union import UnionObjective
 from vismt.report.results import RECORDS, Result, Score
 from vismt.report.sections import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, conditions
+from vismt.stats import CLEAN
 
 
 class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
@@ -61,7 +62,8 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     def check_data(self) -> None:
         for task in range(len(self.data.union.tasks)):
             self.data.check_part(task, self.split)
-            if self.config.tune is not None:
+            settings = self.config.evaluate
+            if self.config.tune is not None or settings.temperature or settings.adjust_logits:
                 self.data.check_part(task, "validation")
 
     def skeleton(self, config: MultitaskConfig) -> nn.Module:
@@ -83,6 +85,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
             union,
             head=config.head,
             label_smoothing=config.label_smoothing,
+            class_loss=class_loss(config, self.data.class_counts()),
             balancer=make_configured_balancer(config.balancing, union.tasks),
             balanced=balanced,
             retain=retain,
@@ -111,7 +114,27 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         settings = self.config.evaluate
         chosen, corruptions = (settings.attacks, settings.corruptions) if attacks is None else (attacks, [])
         records = records_folder(training.folder / RECORDS, attacks)
-        return self.scores_under(lambda: self.final(training), training, split, chosen, corruptions, records)
+        net = self.final(training)
+        separate = self._separate(training)
+        forms = self.evaluation.forms(net, training, separate, split) if split == self.split else None
+        specs = conditions(chosen, corruptions)
+        return self.evaluation.scores(net, training, separate, split, specs, records, forms)
+
+    def validate(self, training: Training) -> float:
+        """Return the mean accuracy over the tasks."""
+        scores = [score.measure for score in self.score(training, "validation", []) if score.condition == CLEAN]
+        values = [measure.score for measure in scores if measure.metric == "accuracy"]
+        return sum(values) / len(values)
+
+    def temperature(self, training: Training) -> float | None:
+        if not self.config.evaluate.temperature:
+            return None
+        fitted = self.evaluation.calibration(self.final(training), training, self._separate(training))
+        return None if fitted is None else fitted.temperature
+
+    def _separate(self, training: Training) -> bool:
+        """Return whether a training's net chooses among the classes of the image's task only."""
+        return self.study.config_of(training).head == "separate"
 
     def check_conditions(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> None:
         check_attacks(attacks, corruptions)
@@ -125,8 +148,8 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         corruptions: Sequence[CorruptionConfig],
         records: Path,
     ) -> list[Score]:
-        separate = self.study.config_of(training).head == "separate"
-        return self.evaluation.scores(net(), training, separate, split, conditions(attacks, corruptions), records)
+        specs = conditions(attacks, corruptions)
+        return self.evaluation.scores(net(), training, self._separate(training), split, specs, records)
 
     def outputs(self, merged: PixelNet, plain: PixelNet, label: str) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
         return self.evaluation.outputs(merged, plain, label)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from vismt.config import HASHED_IF_SET, ModelConfig
 from vismt.engine.splits import PartsConfig, check_parts
@@ -24,6 +24,7 @@ from vismt.multitask.inference import check_overlap
 from vismt.multitask.retain_dense import DenseRetaining
 from vismt.multitask.tasks import DenseTask, make_task
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, dense_conditions
+from vismt.typed_yaml import Names
 
 MODES = ("slide", "whole")
 SHARED = ("data", "size", "canvas", "baseline")  # sections that all arms share, besides those in engine/study.py
@@ -42,15 +43,28 @@ class DenseDataConfig(PartsConfig):
 
 @dataclass
 class DenseHeadConfig:
-    """The heads of tasks of maps, one for each task. name: a key of vismt.multitask.heads; options: arguments of that head."""
+    """The heads of tasks of maps, one for each task.
 
-    name: str = "conv"
+    Args:
+        name: the head (vismt.multitask.heads).
+        options: further arguments of the head.
+    """
+
+    name: Annotated[str, Names("vismt.multitask.heads:HEADS")] = "conv"
     options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class DenseAugmentConfig:
-    """See vismt.data.dense_transforms.augment. scales: smallest and largest factor; strength: of colour changes, 0 for none."""
+    """Augmentation of training images and maps, see vismt.data.dense_transforms.augment.
+
+    Args:
+        scales: smallest and largest factor of the size.
+        flip: whether samples are mirrored at random.
+        cat_max_ratio: a crop is drawn again while one class covers more than this share of it.
+        strength: strength of colour changes; 0 for none.
+        hue: strength of changes of the hue.
+    """
 
     scales: list[float] = field(default_factory=lambda: [0.5, 2.0])
     flip: bool = True
@@ -61,19 +75,27 @@ class DenseAugmentConfig:
 
 @dataclass
 class DenseEvaluateConfig:
-    """Evaluation. split: 'test', or 'validation' while choosing settings; batch: images at a time.
+    """Evaluation.
 
-    On a canvas larger than the size, mode 'slide' averages over windows of the size that overlap by the share `overlap` of
-    their side; 'whole' predicts the canvas at once, with the position table resampled for it. flip: average with the
-    prediction on the mirrored image. attacks: pgd on the run's losses; corruptions: "all" has those that leave pixels where
-    they are.
+    Args:
+        split: test, or validation while settings are chosen.
+        batch: images in one forward pass.
+        mode: on a canvas larger than the size, slide averages over windows of the size, whole predicts the canvas at
+            once, with the position table resampled for it.
+        overlap: share of their side by which windows overlap.
+        flip: whether the prediction is averaged with that on the mirrored image.
+        adjust_logits: whether tasks with classes are evaluated with the logits minus tau log prior, too
+            (vismt.multitask.class_loss), with tau of each task chosen on the validation images.
+        attacks: pgd on the run's losses.
+        corruptions: evaluated corruptions; all has those that leave pixels where they are.
     """
 
-    split: str = "test"
+    split: Annotated[str, Names("vismt.jobs.multitask:SPLITS")] = "test"
     batch: int = 8
-    mode: str = "slide"
+    mode: Annotated[str, Names(MODES)] = "slide"
     overlap: float = 0.5
     flip: bool = False
+    adjust_logits: bool = field(default=False, metadata=HASHED_IF_SET)
     attacks: list[AttackConfig] = field(default_factory=list, metadata=HASHED_IF_SET)
     corruptions: list[CorruptionConfig] = field(default_factory=list, metadata=HASHED_IF_SET)
 
@@ -82,18 +104,30 @@ class DenseEvaluateConfig:
 class DenseConfig(StudyConfig):
     """Several dense tasks on one backbone.
 
-    size: (h, w) of training images in pixels, multiples of the patch. canvas: (h, w), null for the size; every image is fitted
-    into it, and in training scaled and cropped to the size. tasks: names or mappings for make_task. only: the trained tasks,
-    [] for all; an arm with a single task is a single-task baseline. blocks: numbers of the blocks that the heads read, null for
-    four evenly spread. full: train the whole backbone, with adapt null; adapt null and full false train only the heads.
-    baseline: the arm, or {task: arm}, that delta_m compares with; null for no delta_m. balancing: null for the sum of the
-    weighted losses.
+    Args:
+        model: the backbone; its image size is `size`.
+        data: the sets.
+        tasks: names of dense tasks, or mappings with the name and options of the task.
+        only: the trained tasks, [] for all; an arm with a single task is a single-task baseline.
+        size: [height, width] of training images in pixels, multiples of the model's patch.
+        canvas: [height, width] into which every image is fitted, and from which training crops are taken; null for the
+            size.
+        head: the heads of tasks of maps.
+        blocks: numbers of the blocks that the heads read; null for four evenly spread.
+        full: train the whole backbone, with adapt null; adapt null and full false train the heads only.
+        batch: images of a training batch.
+        augment: augmentation of training images and maps.
+        fade: the fading of routers; null leaves them at their start value.
+        retain: quality retaining; null for none.
+        balancing: how the losses of the tasks are weighed; null for the sum of the weighted losses.
+        baseline: the arm, or {task: arm}, that delta_m compares with; null for no delta_m.
+        evaluate: the evaluation.
     """
 
     task: str = "dense"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DenseDataConfig = field(default_factory=DenseDataConfig)
-    tasks: list[str | dict[str, Any]] = field(default_factory=list)
+    tasks: Annotated[list[str | dict[str, Any]], Names("vismt.multitask.tasks:TASKS")] = field(default_factory=list)
     only: list[str] = field(default_factory=list)
     size: list[int] = field(default_factory=list)
     canvas: list[int] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,10 +12,12 @@ from vismt.data import dense_transforms as transforms
 from vismt.data.batching import Passes
 from vismt.data.dense import DenseSet, open_samples
 from vismt.data.dense_sample import CLASS, Sample, collate
+from vismt.data.names import card_and_split
 from vismt.data.splits import divide
 from vismt.engine.splits import shares
 from vismt.errors import UserError
 from vismt.jobs.dense.config import DenseAugmentConfig, DenseConfig, all_tasks, canvas_of
+from vismt.multitask.class_loss import ClassLoss, check_counts
 from vismt.multitask.dense import SEGMENTATION
 from vismt.multitask.tasks import DenseTask, MapTask
 from vismt.multitask.tasks.depth import Depth, InverseDepth
@@ -68,6 +70,7 @@ class DenseData:
     def __init__(self, config: DenseConfig) -> None:
         data, tasks = config.data, all_tasks(config)
         self.size = canvas_of(config)
+        self._counts: dict[str, list[int]] = {}
         self.parts: dict[str, Rows] = {part: Rows([]) for part in ("train", "validation", "test")}
         for name in data.train:
             images = _open(name)
@@ -100,6 +103,32 @@ class DenseData:
         if not len(self.parts[name]):
             raise UserError("data: nothing to validate on; name a set in validation, or give validation_share.")
         return self.parts[name]
+
+    def counted(self, tasks: Sequence[DenseTask]) -> list[DenseTask]:
+        """Return the tasks, with their training labels counted where the loss needs them."""
+        return [
+            replace(task, class_counts=self.class_counts(task))
+            if isinstance(task, ClassLoss) and task.needs_counts
+            else task
+            for task in tasks
+        ]
+
+    def class_counts(self, task: DenseTask) -> list[int]:
+        """Return the training labels of each class of a task, in the images' own sizes.
+
+        Raises UserError for a class without one.
+        """
+        if task.key not in self._counts:
+            counts = torch.zeros(task.channels, dtype=torch.int64)
+            entries = [entry for entry in self.parts["train"].entries if task.key in entry[0].targets]
+            for images, i in console.track(entries, "data", f"{task.name}: training labels by class"):
+                sample = images.read(i)
+                if task.key in sample:
+                    labels = sample[task.key][None]
+                    counts += labels[task.valid(labels)].bincount(minlength=task.channels)
+            self._counts[task.key] = counts.tolist()
+        check_counts(f"tasks: {task.name}", self._counts[task.key], task.channels)
+        return self._counts[task.key]
 
     def _check_targets(self, part: str, tasks: Sequence[DenseTask]) -> None:
         entries = self.parts[part].entries
@@ -171,8 +200,7 @@ class DenseBatches:
 
 
 def _open(name: str) -> DenseSet:
-    card, _, split = name.partition(":")
-    return open_samples(card, split or "all")
+    return open_samples(*card_and_split(name))
 
 
 def _spread(entries: list[tuple[DenseSet, int]], limit: int) -> list[tuple[DenseSet, int]]:

@@ -8,6 +8,9 @@ Only arms that train all tasks have a delta_m. Under an attack the arms and thei
 An image without a valid pixel of a task is left out of the task's score, n, records and interval, and has no effect on delta_m
 through that task; the n of delta_m counts the images with a value of any task. Fewer than two images with a value are an error.
 The option `absent` of a task sets the value of a class that no image has; with "nan" the score is undefined, also an error.
+
+With evaluate.adjust_logits the tasks with classes are also scored with z - tau log pi (class_loss.py), by the tau with the best
+score on the validation images; adjustment.json in the training's folder has it.
 """
 
 from __future__ import annotations
@@ -27,11 +30,14 @@ from vismt.data.dense_transforms import pad
 from vismt.engine import runtime
 from vismt.engine.study import Training
 from vismt.errors import UserError
+from vismt.files import atomic_write, sealed
 from vismt.jobs.dense.config import DELTA, DenseConfig, baseline_arms, trained_tasks, window_of
 from vismt.jobs.dense.data import DenseData
 from vismt.jobs.dense.models import fingerprint
 from vismt.jobs.dense.pooled_score import PooledScore, Scored, State, read_scored
+from vismt.jobs.variants import ADJUSTED, TAUS
 from vismt.lines import read_lines, write_lines
+from vismt.multitask.class_loss import ClassLoss, adjusted
 from vismt.multitask.dense import DenseNet
 from vismt.multitask.inference import predict
 from vismt.multitask.metrics import delta_m
@@ -43,6 +49,7 @@ from vismt.robustness.dense_attack import DenseAttack
 from vismt.seeds import digest, mix_seed
 from vismt.stats import CLEAN, HIGHER, LOWER, NUMBER, SHARE, Condition, Measure
 
+ADJUSTMENT = "adjustment.json"
 LEAST = 1e-6  # lower bound of a score before its logarithm
 
 
@@ -156,11 +163,49 @@ class Evaluation:
         net: merged where that is exact. config: of the training.
         """
         tasks = trained_tasks(config)
-        pools = {task.name: PooledScore(task) for task in tasks}
+        plain = {task.name: (task.name, 0.0) for task in tasks}
         label = str(training) if spec is None else f"{training}   {spec.label}"
+        return self._written(self._pooled(net, tasks, split, plain, label, spec), training, path, spec)
+
+    def adjusted(
+        self, net: Callable[[], DenseNet], training: Training, config: DenseConfig, split: str, records: Path
+    ) -> list[Score]:
+        """Return the scores of the tasks with classes, their logits adjusted by the tau of validation; arguments as `under`."""
+        path = records / f"{split}-adjusted.jsonl"
+        scored = self.known(path, training)
+        tasks = [task for task in trained_tasks(config) if isinstance(task, ClassLoss)]
+        if scored is None and tasks:
+            taus = self._taus(net(), training, tasks)
+            variants = {name: (name, tau) for name, tau in taus.items()}
+            pools = self._pooled(net(), tasks, split, variants, f"{training}   {ADJUSTED.label}")
+            scored = self._written(pools, training, path)
+        return self.scores(scored or {}, split, ADJUSTED)
+
+    def _taus(self, net: DenseNet, training: Training, tasks: Sequence[DenseTask]) -> dict[str, float]:
+        """Return the tau of each task with the best score on the validation images, the smallest of several; write them."""
+        variants = {f"{task.name} {tau:g}": (task.name, tau) for task in tasks for tau in TAUS}
+        pools = self._pooled(net, tasks, "validation", variants, f"{training}   tau")
+        values = {name: pool.result().value for name, pool in pools.items()}
+        taus = {task.name: max(TAUS, key=lambda tau: values[f"{task.name} {tau:g}"]) for task in tasks}
+        about = {"fingerprint": fingerprint(training), "taus": taus, "validation": values}
+        ranks.from_first(lambda: atomic_write(training.folder / ADJUSTMENT, sealed(about)))
+        return taus
+
+    def _pooled(
+        self,
+        net: DenseNet,
+        tasks: Sequence[DenseTask],
+        split: str,
+        variants: Mapping[str, tuple[str, float]],
+        label: str,
+        spec: DensePerturbation | None = None,
+    ) -> dict[str, PooledScore]:
+        """Return the pooled scores of variants of the outputs by name. variants: (task, tau of its logits, 0 for none)."""
+        by_name = {task.name: task for task in tasks}
+        pools = {name: PooledScore(by_name[task]) for name, (task, _) in variants.items()}
 
         def states(start: int) -> list[tuple[str, str, State]]:
-            """Return (task, image, state) of a batch's images."""
+            """Return (variant, image, state) of a batch's images."""
             names, samples, batch = self._batch(split, start)
             if isinstance(spec, CorruptionSpec):
                 batch["image"] = self._corrupted(names, samples, spec)
@@ -168,21 +213,33 @@ class Evaluation:
                 batch["image"] = self._attacked(net, tasks, names, samples, batch, spec)
             logits = self.logits(net, batch)
             found = []
-            for task, pool in pools.items():
-                key = self.tasks[task].key
-                for place, (name, sample) in enumerate(zip(names, samples)):
-                    if key in sample:
+            for variant, pool in pools.items():
+                name, tau = variants[variant]
+                task = self.tasks[name]
+                outputs = adjusted(logits[name], self.data.class_counts(task), tau) if tau else logits[name]
+                for place, (image, sample) in enumerate(zip(names, samples)):
+                    if task.key in sample:
                         # Without the padding, from which odsF would compute too large an image diagonal.
-                        prediction = _inside(self.tasks[task], logits[task][place : place + 1], size_of(sample))
-                        found.append((task, name, pool.state(prediction, sample[key][None])))
+                        prediction = _inside(task, outputs[place : place + 1], size_of(sample))
+                        found.append((variant, image, pool.state(prediction, sample[task.key][None])))
             return found
 
         starts = self._starts(split)
         for found in console.track(ranks.share(starts, states), "eval", f"{split} {label}", len(starts)):
-            for task, name, state in found:
-                pools[task].add(name, state)
-        scored = {task: pool.result() for task, pool in pools.items()}
-        values = {task: asdict(task_score) for task, task_score in scored.items()}
+            for variant, image, state in found:
+                pools[variant].add(image, state)
+        return pools
+
+    def _written(
+        self,
+        pools: Mapping[str, PooledScore],
+        training: Training,
+        path: Path,
+        spec: DensePerturbation | None = None,
+    ) -> dict[str, Scored]:
+        """Return the scores of pools by name, and write them to `path`."""
+        scored = {name: pool.result() for name, pool in pools.items()}
+        values = {name: asdict(score) for name, score in scored.items()}
         settings = {} if spec is None else {"condition": spec.settings()}
         row = {"fingerprint": fingerprint(training), **settings, "tasks": values}
         ranks.from_first(lambda: write_lines(path, [row]))
@@ -224,7 +281,7 @@ class Evaluation:
             lambda images: self._predicted(net, images),
             placed["image"],
             placed,
-            tasks,
+            self.data.counted(tasks),
             ids=names,
             inside=inside.to(device),
         ).cpu()

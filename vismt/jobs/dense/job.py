@@ -60,7 +60,8 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         return self.config.evaluate.split
 
     def check_data(self) -> None:
-        splits = {self.split, "validation"} if self.config.tune is not None else {self.split}
+        validates = self.config.tune is not None or self.config.evaluate.adjust_logits
+        splits = {self.split, "validation"} if validates else {self.split}
         for split in splits:
             if len(self.data.part(split)) < 2:
                 raise UserError(f"data: one {split} image; an interval needs two or more.")
@@ -68,6 +69,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
             models.make_backbone(self.config, window_of(self.config))
         for config in self.study.arms.values():
             self.batches(config)
+        self.data.counted(all_tasks(self.config))
 
     def skeleton(self, config: DenseConfig) -> nn.Module:
         return vit.skeleton(config.model.name, (config.size[0], config.size[1]))
@@ -88,7 +90,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         return "full"
 
     def objective(self, config: DenseConfig, net: DenseNet, balanced: Sequence[Tensor]) -> DenseObjective:
-        tasks = trained_tasks(config)
+        tasks = self.data.counted(trained_tasks(config))
         retain = None
         if config.retain is not None:
             classes = next(task.channels for task in tasks if task.name == SEGMENTATION)
@@ -132,7 +134,12 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         settings = self.config.evaluate
         chosen, corruptions = (settings.attacks, settings.corruptions) if attacks is None else (attacks, [])
         net = cache(lambda: self.final(training))
-        return self.scores_under(net, training, split, chosen, corruptions, training.folder / RECORDS)
+        records = training.folder / RECORDS
+        scores = self.scores_under(net, training, split, chosen, corruptions, records)
+        if settings.adjust_logits and attacks is None and split != "validation":
+            config = self.study.config_of(training)
+            scores += self.evaluation.adjusted(net, training, config, split, records)
+        return scores
 
     def check_conditions(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> None:
         self._conditions(attacks, corruptions)

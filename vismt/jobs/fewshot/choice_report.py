@@ -26,7 +26,7 @@ from vismt.jobs.fewshot.names import episodes_file
 from vismt.lines import read_lines
 from vismt.report.comparison import AVERAGE
 from vismt.report.results import Result
-from vismt.report.tables import MANY_CORRUPTIONS, Table, interval_text, number_text
+from vismt.report.tables import MANY_CORRUPTIONS, Table, bounds_text, interval_text
 from vismt.stats import SHARE, domain_average, mean_interval, paired_bootstrap
 
 BEST = "best expert on validation"
@@ -157,8 +157,5 @@ def _average_rows(condition: str, every: Mapping[str, ByModel]) -> Iterable[list
 
 
 def _texts(interval: tuple[float, float], difference: tuple[float, float, float] | None, count: int) -> list[str]:
-    gain = "–"
-    if difference is not None:
-        middle, low, high = (number_text(value, SHARE, sign=True) for value in difference)
-        gain = f"{middle} [{low}, {high}]"
+    gain = "–" if difference is None else bounds_text(difference, SHARE)
     return [interval_text(*interval, SHARE), gain, f"{count:,}"]

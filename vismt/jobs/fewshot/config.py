@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Annotated, Any
 
 from vismt.config import HASHED_IF_SET, Episodes, Jitter, ModelConfig, OnBadSample, Seed
 from vismt.engine.study import ALONE, StudyConfig, TuneConfig, resolve_arms
@@ -17,6 +17,7 @@ from vismt.metatune.maml import MamlSettings
 from vismt.metatune.merging import MergeSettings
 from vismt.metatune.selection_rules import SELECT
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig
+from vismt.typed_yaml import Names
 
 FROZEN = "frozen"
 EXPERT = "expert:"
@@ -31,9 +32,19 @@ COPY_SEED = 1_000_003  # difference of the training seeds of experts with one le
 
 @dataclass
 class SourceConfig:
-    """Training episodes. data: cards as 'name' or 'name:split'; hierarchy: draw the ways within one superclass.
+    """Training episodes.
 
-    scale: of the cosine classifier's logits at the start; it is trained.
+    Args:
+        data: cards as 'name' or 'name:split'.
+        ways: classes of an episode.
+        shots: support images of a class.
+        queries: query images of a class.
+        augment: whether training images are augmented.
+        crop: smallest area of a random crop; 1 for none.
+        jitter: strength of colour changes.
+        flip: whether images are mirrored at random.
+        hierarchy: draw the ways within one superclass.
+        scale: of the cosine classifier's logits at the start; it is trained.
     """
 
     data: list[str] = field(default_factory=list)
@@ -50,14 +61,18 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class PoolConfig(AdversaryForm):
-    """A pool of AMT experts, trained independently with the settings of `metatune.amt.AdversaryForm`.
+    """A pool of AMT experts, trained independently.
 
-    experts: source, threat and level of each; or levels, short for experts of source.data under linf: budget of the input
-    attack in 1/255, 0 for none; a list in place of a number is one expert with a budget drawn for each episode. A repeated
-    expert is another one with another seed. select: the rule of the model "merged" (metatune/selection_rules.py). clean:
-    also train a reference on the same episodes without either attack (the model "clean"). rates: {label: peak learning
-    rate} where it is not train.lr; labels are those of the experts, the levels' texts, and "clean". folder: an assembled
-    pool to evaluate; nothing is trained.
+    Args:
+        levels: short for experts of source.data under linf: budget of the input attack in 1/255, 0 for none; a list in
+            place of a number is one expert with a budget drawn for each episode.
+        clean: also train a reference on the same episodes without either attack (the model clean).
+        rates: {label: peak learning rate} where it is not train.lr; labels are those of the experts, the levels' texts,
+            and clean.
+        folder: an assembled pool to evaluate; nothing is trained.
+        experts: in place of levels: source, threat and level of each. A repeated expert is another one with another
+            seed.
+        select: the rule of the model merged (metatune/selection_rules.py).
     """
 
     levels: list[float | list[float]] = field(default_factory=lambda: list(LEVELS))
@@ -66,7 +81,7 @@ class PoolConfig(AdversaryForm):
     rates: dict[str, float] = field(default_factory=dict)
     folder: str | None = None
     experts: list[ExpertSpec] = field(default_factory=list, metadata=HASHED_IF_SET)
-    select: str = field(default="paper", metadata=HASHED_IF_SET)
+    select: Annotated[str, Names(tuple(SELECT))] = field(default="paper", metadata=HASHED_IF_SET)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,17 +95,33 @@ class PoolConfig(AdversaryForm):
 
 @dataclass
 class EvaluateConfig:
-    """Test episodes. rule: 'uniform' (ways, shots) or 'variable' (Meta-Dataset); seed: of the episodes, not of training.
+    """Test episodes.
 
-    min_ways, max_ways, max_contribution: of the variable rule; 5, 5 and 1 are the AMT paper's "5-way 1-shot".
-    models: frozen, adapted; with a pool frozen, clean, merged, merged:RULE, average, logits, min_ce, expert:LABEL. All except
-    logits also with "+finetune", "+ridge" or "+logistic". ways_of: {entry of data or of select.data: ways}, where a set has
-    other ways than `ways`. masking: also run PGD at growing radii on the first masking_episodes episodes of each set.
+    Args:
+        data: cards as 'name' or 'name:split'.
+        models: the evaluated models: frozen and adapted, with a pool frozen, clean, merged, merged:RULE, average,
+            logits, min_ce and expert:LABEL. All except logits also with +finetune, +ridge or +logistic.
+        rule: uniform (ways, shots) or variable (Meta-Dataset).
+        ways: classes of an episode of the uniform rule.
+        shots: support images of a class; each number is a protocol of its own.
+        queries: query images of a class.
+        episodes: number of episodes of each set.
+        seed: of the episodes, not of the training.
+        hierarchy: draw the ways within one superclass.
+        min_ways: least number of classes of the variable rule.
+        max_ways: largest number of classes of the variable rule.
+        max_contribution: largest number of support images of a class of the variable rule; with min_ways = max_ways =
+            5, 1 is the AMT paper's 5-way 1-shot.
+        attacks: evaluated attacks.
+        corruptions: evaluated corruptions.
+        masking: also run PGD at growing radii, on the first masking_episodes episodes of each set.
+        masking_episodes: episodes of each set for `masking`.
+        ways_of: {entry of data or of select.data: ways}, where a set has other ways than `ways`.
     """
 
     data: list[str] = field(default_factory=list)
-    models: list[str] = field(default_factory=lambda: list(SINGLE))
-    rule: str = "uniform"
+    models: Annotated[list[str], Names((*SINGLE, *POOLED))] = field(default_factory=lambda: list(SINGLE))
+    rule: Annotated[str, Names(("uniform", "variable"))] = "uniform"
     ways: int = 5
     shots: list[int] = field(default_factory=lambda: [1, 5])
     queries: int = 15
@@ -121,9 +152,19 @@ class EvaluateConfig:
 class SelectConfig:
     """The choice of settings for "merged" (and "merged+finetune"); all other models keep those of the configuration.
 
-    data: sets for the choice, none of them evaluated; or class_share: the share of the classes of every evaluated set. The
-    grid: beta, balance, trim (mappings as in merging), lr (of fine-tuning). attack: the criterion is the mean of clean
-    accuracy and accuracy under this attack.
+    Args:
+        data: sets for the choice, none of them evaluated.
+        class_share: in place of data: the share of the classes of every evaluated set.
+        episodes: number of episodes of each set.
+        shots: support images of a class.
+        queries: query images of a class.
+        seed: of the episodes.
+        beta: tried values of merging.beta.
+        balance: tried values of merging.balance.
+        trim: tried values of merging.trim.
+        lr: tried values of finetune.lr.
+        attack: the criterion is the mean of clean accuracy and accuracy under this attack; null for clean accuracy
+            alone.
     """
 
     data: list[str] = field(default_factory=list)
@@ -141,10 +182,23 @@ class SelectConfig:
 
 @dataclass
 class FewShotConfig(StudyConfig):
-    """One few-shot experiment. on_bad_sample: 'error' or 'skip' for images that cannot be decoded.
+    """One few-shot experiment.
 
-    The experts of a pool are its arms; other arms are named in `arms`. With `tune` the rates are judged on select.data. In a
-    run that trains nothing, an arm replaces values of `model`, and is evaluated in place of "frozen".
+    Args:
+        model: the backbone.
+        arms: {name: {dotted key: value}}, the variants; {} for one arm. The experts of a pool are arms of their own; in
+            a run that trains nothing, an arm replaces values of `model` and is evaluated in place of frozen.
+        seeds: seeds of the trainings; [] for `seed` alone.
+        tune: the learning rates that every arm tries, judged on select.data; null takes train.lr.
+        source: training episodes.
+        meta: MAML in place of prototypes; null for prototypes.
+        pool: the pool of AMT experts; null for none.
+        select: the choice of settings for merged; null for those of `merging`.
+        merging: how a pool is merged for a task.
+        finetune: fine-tuning on a task, of models with +finetune.
+        evaluate: test episodes.
+        on_bad_sample: error or skip, for images that cannot be decoded.
+        download: whether sets that are missing are downloaded.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -22,8 +22,8 @@ def episode_grid(panel: Mapping[str, np.ndarray], path: Path) -> Path:
     """Draw one episode with a column for each class: support, queries with predictions, attacked queries, the change.
 
     Args:
-        panel: the arrays of a panels/*.npz: support, query and optionally adversarial uint8 (., 3, h, w), their labels
-            and predictions int (.,), classes (k,) of text. At most 8 classes and 2 queries of each are drawn.
+        panel: the arrays of a panels/*.npz: model (its name), support, query and optionally adversarial uint8 (., 3, h, w),
+            their labels and predictions int (.,), classes (k,) of text. At most 8 classes and 2 queries of each are drawn.
         path: the PNG to write.
     """
     classes = [str(name) for name in panel["classes"]][:SHOWN_CLASSES]
@@ -48,6 +48,8 @@ def episode_grid(panel: Mapping[str, np.ndarray], path: Path) -> Path:
     steps = [cell + under + over for over, under in zip(above, below, strict=True)]
     figure = new_figure(left + cell * 1.1 * len(classes) + 0.1, top + sum(steps) + 0.1)
     offset = top
+    if "model" in panel:
+        write(figure, 0.1, top - 0.12, short(str(panel["model"]), 18), va="bottom", color=MUTED, fontsize=8)
     for (kind, label, shot), step, over in zip(rows, steps, above, strict=True):
         offset += over
         for k, name in enumerate(classes):

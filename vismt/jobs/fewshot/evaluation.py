@@ -88,12 +88,14 @@ class Evaluation:
             data=name,
             fingerprint=models.fingerprint(arm, name),
             label=f"{shown} {protocol} {arm}",
+            model=arm,
             worst={case.condition.label: case.attacks for case in worst},
         )
         labels = [CLEAN, *(condition_of(spec, sampler.min_ways) for spec in specs), *(case.condition for case in worst)]
         chance = 1 / sampler.ways if isinstance(sampler, EpisodeSampler) else None
+        drawn = digest(json.dumps(sampler.describe(), sort_keys=True).encode())[:16]
         return [
-            Score(TASK, shown, protocol, accuracy(accuracies[label.label], chance), label, "episodes")
+            Score(TASK, shown, protocol, accuracy(accuracies[label.label], chance), label, "episodes", drawn)
             for label in labels
         ]
 

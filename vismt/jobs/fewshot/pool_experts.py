@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Annotated
 
 from vismt.errors import UserError, near
 from vismt.jobs.fewshot.names import shown_name
 from vismt.metatune.amt import CORRUPTION, THREATS, Adversary, AdversaryForm
-from vismt.typed_yaml import plain_name
+from vismt.typed_yaml import Names, plain_name
 
 CLEAN = "clean"
 NORMS = (*THREATS, CLEAN)
@@ -22,15 +23,18 @@ SEVERITIES = [1.0, 2.0, 3.0, 4.0, 5.0]
 class ExpertSpec:
     """One expert of a pool.
 
-    source: card or cards of its episodes; null: those of source.data. norm: threat of its training: linf, l2, corruption, or
-    clean for neither of the two attacks. level: for linf the budget of each value in 1/255; for l2 the radius in 1/255 (128
-    is a radius of 0.5 in pixel units of [0, 1]); for a corruption, drawn from the fifteen, its severity, 1 to 5, null for all
-    five. A list in place of a number: one of them is drawn for each episode. label: in place of "source-norm-level".
+    Args:
+        source: card or cards of its episodes; null for those of source.data.
+        level: for linf the budget of each value in 1/255; for l2 the radius in 1/255 (128 is a radius of 0.5 in pixel
+            units of [0, 1]); for a corruption, drawn from the fifteen, its severity, 1 to 5, null for all five. A list
+            in place of a number: one of them is drawn for each episode.
+        norm: threat of its training, or clean for neither of the two attacks.
+        label: in place of source-norm-level.
     """
 
     source: str | list[str] | None = None
     level: float | list[float] | None = None
-    norm: str = "linf"
+    norm: Annotated[str, Names(NORMS)] = "linf"
     label: str | None = None
 
     def levels(self, where: str) -> list[float]:

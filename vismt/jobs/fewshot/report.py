@@ -66,19 +66,25 @@ def _panels(folder: Path) -> list[Picture]:
             raise UserError(
                 f"report: '{path}' is not a panel of an episode ({error}); delete it and run `vismt evaluate {folder}`."
             ) from error
-        pictures.append(Picture(drawn, path.stem, _panel_caption(panel)))
+        pictures.append(Picture(drawn, f"{path.stem}{_model_of(panel)}", _panel_caption(panel)))
     return pictures
+
+
+def _model_of(panel: dict[str, np.ndarray]) -> str:
+    """Return the model of a panel after a comma; "" for a panel of an earlier version, which does not name it."""
+    return f", {panel['model']}" if "model" in panel else ""
 
 
 def _panel_caption(panel: dict[str, np.ndarray]) -> str:
     truth = panel["query_labels"]
     count = len(truth)
-    text = f"One episode. Of {count} query images in the panel file, {int((panel['predictions'] == truth).sum())} are right"
+    right = int((panel["predictions"] == truth).sum())
+    text = f"One episode{_model_of(panel)}. Of {count} query images in the panel file, {right} are right"
     if "adversarial_predictions" not in panel:
         return text + "."
     attack = str(panel["condition"]) if "condition" in panel else "attack"
-    right = panel.get("adversarial_right", panel["adversarial_predictions"] == truth)
-    return f"{text}, {int(right.sum())} under {attack}. ✓ right, ✗ wrong."
+    withstood = panel.get("adversarial_right", panel["adversarial_predictions"] == truth)
+    return f"{text}, {int(withstood.sum())} under {attack}. ✓ right, ✗ wrong."
 
 
 def _labels(config: FewShotConfig, study: Study[FewShotConfig]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from vismt.config import UNHASHED, Dtype, ModelSection
 from vismt.engine.splits import PartsConfig, check_parts
@@ -16,6 +16,7 @@ from vismt.llm.tasks import make_task
 from vismt.llm.tasks.base import LmTask
 from vismt.llm.tasks.recommendation import Recommendation
 from vismt.methods import needs
+from vismt.typed_yaml import Names
 
 FROZEN = "frozen"  # name of the model before training
 RECOMMENDER = "sasrec"  # name of the recommender
@@ -25,10 +26,16 @@ KIND = "recommendation"
 
 @dataclass
 class LmModelConfig(ModelSection):
-    """The LM. name: an asset, a folder or a name on the hub, see vismt.backbones.lm.create_lm.
+    """The language model.
 
-    dtype: of the weights, null for that of the checkpoint. first_block: the blocks below it are frozen, and their output on
-    each text is computed once and cached in memory, up to cache_mb.
+    Args:
+        name: an asset, a folder or a name on the hub, see vismt.backbones.lm.create_lm.
+        revision: revision of a model of the hub; null for the newest.
+        gguf_file: name of the .gguf file in the folder; null for other files.
+        dtype: type of the weights; null for that of the checkpoint.
+        first_block: the blocks below it are frozen, and their output on each text is computed once and cached in
+            memory.
+        cache_mb: largest size of that cache in MB.
     """
 
     name: str = "smollm2-135m-instruct"
@@ -41,23 +48,31 @@ class LmModelConfig(ModelSection):
 
 @dataclass
 class LmTaskConfig(PartsConfig):
-    """A task: its kind (vismt.llm.tasks), prompt, options and sets. Each set in `test` is reported separately.
+    """A task. Exactly one has sets to train on; the others are only evaluated, on `limit` rows of each set.
 
-    Exactly one task has sets to train on; the others are only evaluated, on `limit` rows of each set. Shares are the last rows
-    of each training set.
+    Each set in `test` is reported separately. Shares are the last rows of each training set.
+
+    Args:
+        name: name of the task.
+        kind: kind of the task (vismt.llm.tasks).
+        prompt: template of the prompt.
+        options: further arguments of the kind.
     """
 
     name: str = ""
-    kind: str = "causal"
+    kind: Annotated[str, Names("vismt.llm.tasks:TASKS")] = "causal"
     prompt: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class LmAlternateConfig:
-    """Alternating training. lr: learning rate of the posterior's means and noise, spread_lr: of its covariances.
+    """Alternating training of a head's posterior and the LM.
 
-    steps: steps on the posterior for each batch.
+    Args:
+        lr: learning rate of the posterior's means and noise.
+        spread_lr: learning rate of its covariances.
+        steps: steps on the posterior for each batch.
     """
 
     lr: float = 3e-3
@@ -67,13 +82,16 @@ class LmAlternateConfig:
 
 @dataclass
 class LmHeadConfig:
-    """The head on the last token, for kinds that have one. name: a key of vismt.llm.heads; options: arguments of that head.
+    """The head on the last token, for kinds that have one.
 
-    alternate: null trains head and LM jointly (train.rates can give the head another rate); else see
-    vismt.llm.tasks.alternating.
+    Args:
+        name: the head (vismt.llm.heads).
+        options: further arguments of the head.
+        alternate: alternating training (vismt.llm.tasks.alternating); null trains head and LM jointly (train.rates can
+            give the head another rate).
     """
 
-    name: str = "linear"
+    name: Annotated[str, Names("vismt.llm.heads:HEADS")] = "linear"
     options: dict[str, Any] = field(default_factory=dict)
     alternate: LmAlternateConfig | None = None
 
@@ -82,11 +100,18 @@ class LmHeadConfig:
 class LmCalibrationConfig:
     """Texts that a method computes options from before the training.
 
-    They serve for covariances of inputs, or for the choice of units by activations or gradients; see the method's options.
+    They serve for covariances of inputs, or for the choice of units by activations or gradients; see the method's
+    options. Finished covariances are kept in calibration/ of the run folder, so that an interrupted calibration
+    resumes.
 
-    data: sets; text: template of a row; rows: number of rows, batch: rows at a time; length: largest number of tokens of a
-    row. memory_mb: memory for covariances in progress, null for all at once; with less, several passes over the texts are
-    made. Finished covariances are kept in calibration/ of the run folder, so that an interrupted calibration resumes.
+    Args:
+        data: sets of texts.
+        text: template of a row.
+        rows: number of rows.
+        batch: rows at a time.
+        length: largest number of tokens of a row.
+        memory_mb: memory for covariances in progress in MB, null for all at once; with less, several passes over the
+            texts are made.
     """
 
     data: list[str] = field(default_factory=list)
@@ -99,7 +124,18 @@ class LmCalibrationConfig:
 
 @dataclass
 class LmRecommenderConfig:
-    """SASRec, trained on all training rows of a recommendation, then frozen. width: of item and user vectors; batch: rows."""
+    """SASRec, trained on all training rows of a recommendation, then frozen.
+
+    Args:
+        width: of item and user vectors.
+        blocks: number of blocks.
+        heads: attention heads of a block.
+        dropout: share of dropped values in training.
+        steps: optimiser steps.
+        batch: rows of a training batch.
+        lr: learning rate.
+        weight_decay: weight decay.
+    """
 
     width: int = 64
     blocks: int = 1
@@ -113,15 +149,20 @@ class LmRecommenderConfig:
 
 @dataclass
 class LmEvaluateConfig:
-    """Evaluation. split: 'test', or 'validation' while choosing settings; batch: rows at a time; limit: rows of each set.
+    """Evaluation.
 
-    limit: null for all rows. frozen: also evaluate the model before training. temperature: also evaluate with the temperature
-    that minimises the NLL on validation rows. laplace: also evaluate with a Laplace approximation around the trained head; it
-    is Kronecker-factored, and the condition is named accordingly, where a linear head has more than 4,096 weights. samples:
-    draws of a Bayesian head.
+    Args:
+        split: test, or validation while settings are chosen.
+        batch: rows at a time.
+        limit: rows of each set; null for all.
+        frozen: also evaluate the model before training.
+        temperature: also evaluate with the temperature that minimises the NLL on validation rows.
+        laplace: also evaluate with a Laplace approximation around the trained head; it is Kronecker-factored, and the
+            condition is named accordingly, where a linear head has more than 4,096 weights.
+        samples: draws of a Bayesian head.
     """
 
-    split: str = "test"
+    split: Annotated[str, Names("vismt.jobs.multitask:SPLITS")] = "test"
     batch: int = 8
     limit: int | None = None
     frozen: bool = True
@@ -132,9 +173,17 @@ class LmEvaluateConfig:
 
 @dataclass
 class LmConfig(StudyConfig):
-    """A causal LM, trained on one task and evaluated on several. batch: rows (or packed pieces) of a training batch.
+    """A causal LM, trained on one task and evaluated on several.
 
-    gates: input of the gates of ilora in a recommendation: "user", or as controls "random" and "shuffled-user".
+    Args:
+        model: the language model.
+        tasks: the tasks.
+        head: the head on the last token, for kinds of tasks that have one.
+        batch: rows (or packed pieces) of a training batch.
+        calibration: texts that a method computes options from before the training; null for none.
+        recommender: the recommender that gives item and user vectors; null for the default settings.
+        gates: input of the gates of ilora in a recommendation: user, or as controls random and shuffled-user.
+        evaluate: the evaluation.
     """
 
     task: str = "lm"
@@ -144,7 +193,7 @@ class LmConfig(StudyConfig):
     batch: int = 8
     calibration: LmCalibrationConfig | None = None
     recommender: LmRecommenderConfig | None = None
-    gates: str = "user"
+    gates: Annotated[str, Names("vismt.llm.hybrid:GATES")] = "user"
     evaluate: LmEvaluateConfig = field(default_factory=LmEvaluateConfig)
 
 

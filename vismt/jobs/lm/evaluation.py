@@ -24,16 +24,16 @@ from vismt.jobs.lm.config import FROZEN, RECOMMENDER, REFERENCES, LmConfig
 from vismt.jobs.lm.data import LmData, lm_of
 from vismt.jobs.lm.models import LmModels, fingerprint, load_trained
 from vismt.jobs.lm.recommender import Recommender
+from vismt.jobs.variants import TEMPERED
 from vismt.lines import read_lines, write_lines
 from vismt.llm.heads import laplace_head, laplace_structure
 from vismt.llm.net import LmNet
-from vismt.llm.tasks.base import Item, LmTask, Record, gather, tempered
+from vismt.llm.tasks.base import Item, LmTask, Record, gather, temperature_of, tempered
 from vismt.llm.tasks.recommendation import Recommendation
 from vismt.lowrank.inject import merge
 from vismt.report.results import Score
 from vismt.stats import CLEAN, Condition
 
-TEMPERED = Condition("temperature of validation", "variant", "temperature")
 MEANS = Condition("means of the head", "variant", "means")
 # Names of conditions by the part of the Hessian that is kept.
 LAPLACE = {"full": "Laplace", "kronecker": "Laplace (Kronecker)", "rows": "Laplace"}
@@ -93,7 +93,7 @@ class Evaluation:
         if "mean_log_p" in records[0]:
             yield MEANS, [{**record, "log_p": record["mean_log_p"]} for record in records]
         if self.config.evaluate.temperature:
-            yield TEMPERED, tempered(records, self._validation(training))
+            yield TEMPERED, tempered(records, self.temperature(training))
         if self.config.evaluate.laplace and self.data.tasks[task].head and training.arm != FROZEN:
             structure = self._structure(training)
             condition = Condition(LAPLACE[structure], "variant", "Laplace")
@@ -103,6 +103,10 @@ class Evaluation:
         """Return the structure of the Laplace approximation around a training's head."""
         classes = len(self.data.classes.tokens(self.models.tokenizer))
         return laplace_structure(self.study.arms[training.arm].head.name, classes, self.models.width)
+
+    def temperature(self, training: Training) -> float:
+        """Return the temperature with the smallest NLL on the validation rows of the trained task."""
+        return temperature_of(self._validation(training))
 
     def _validation(self, training: Training) -> list[Record]:
         task = self.data.trained

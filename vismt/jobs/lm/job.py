@@ -105,7 +105,7 @@ class LmJob(Job[LmConfig, LmNet]):
 
     def prepare(self, net: LmNet, config: LmConfig) -> str:
         """Adapt the LM from model.first_block on and return the name of the method."""
-        net.to(runtime.processes().device)  # calibrations and decompositions take a large part of the time
+        net.to(runtime.net_device())  # calibrations and decompositions take a large part of the time
         if config.adapt is not None:
             options = self._options(net, config.adapt, config.calibration)
             config = replace(config, adapt=replace(config.adapt, options=options))
@@ -152,7 +152,7 @@ class LmJob(Job[LmConfig, LmNet]):
         return {**options, **computed}
 
     def objective(self, config: LmConfig, net: LmNet, balanced: Sequence[Tensor]) -> LmObjective:
-        net.to(runtime.processes().device)
+        net.to(runtime.net_device())
         self.data.cache(self.data.forms(), net, "training rows")
         if config.head.alternate is None:
             return LmObjective(net, self.data.tasks[self.data.trained])
@@ -187,6 +187,11 @@ class LmJob(Job[LmConfig, LmNet]):
 
     def validate(self, training: Training) -> float:
         return self.evaluation.quality(training)
+
+    def temperature(self, training: Training) -> float | None:
+        if not (self.config.evaluate.temperature and self.data.tasks[self.data.trained].head):
+            return None
+        return self.evaluation.temperature(training)
 
     def check_merge(self, training: Training) -> None:
         """Compare the unmerged LM with a merged copy, since all nets share the LM; write merge.json, unless it exists."""

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from vismt import console
+from vismt import console, ranks
 from vismt.config import TrainConfig
 from vismt.data.batching import Passes
 from vismt.engine import loop, runtime, training_files
@@ -99,20 +99,21 @@ class Recommender:
         config = TrainConfig(
             steps=settings.steps, lr=settings.lr, weight_decay=settings.weight_decay, log_every=50, checkpoint_every=500
         )
-        accelerator = runtime.accelerator()
         loop.train(
             NextItem(net),
             _Histories(rows, settings.batch, len(net.position.weight), self.config.seed),
             config,
             self.folder,
             self.hash,
-            accelerator,
+            runtime.accelerator(),
             seed=self.config.seed,
         )
-        if accelerator.is_main_process:
-            atomic_write(self.folder / FILE, safetensors.torch.save(training_files.state(net)))
-            training_files.finish(net, self.folder, False, {})
-        accelerator.wait_for_everyone()
+        ranks.from_first(lambda: self._finish(net))
+
+    def _finish(self, net: SASRec) -> None:
+        """Write the files of the finished training."""
+        atomic_write(self.folder / FILE, safetensors.torch.save(training_files.state(net)))
+        training_files.finish(net, self.folder, False, {})
 
 
 def _listed(item: Item) -> Listed:

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from vismt.config import HASHED_IF_SET, AdaptConfig, ModelConfig, OnBadSample, TrainConfig
+from vismt.data.names import check_row_names
 from vismt.engine.study import StudyConfig, check_arms
 from vismt.errors import UserError, near
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
 from vismt.robustness.quantise import check_scheme
+from vismt.typed_yaml import Names
 
 
 @dataclass
 class ClassifierConfig:
     """The source of a classifier: one of name, run and function.
 
-    name: a timm name, a checkpoint file, a folder of `vismt merge` or `export`, or robustbench:MODEL[:DATASET[:THREAT]];
-    architecture: of a checkpoint without a config.json; pretrained: false takes a timm model without its weights. run: a run
-    folder of vismt, arm: "arm" or "arm:seed" of it. function: "module:function", which returns an nn.Module from images in
-    [0, 1] to logits, and its number of classes. size: pixels that the images are decoded to, null for the classifier's own; a
-    function needs it. quantise: "int8" rounds the weights (vismt.robustness.quantise), null leaves them.
+    Args:
+        name: a timm name, a checkpoint file, a folder of `vismt merge` or `export`, or
+            robustbench:MODEL[:DATASET[:THREAT]].
+        architecture: timm architecture of a checkpoint without a config.json.
+        pretrained: false takes a timm model without its weights.
+        run: a run folder of vismt.
+        arm: arm or arm:seed of that run.
+        function: module:function, which returns an nn.Module from images in [0, 1] to logits, and its number of
+            classes.
+        size: pixels that the images are decoded to; null for the classifier's own. A function needs it.
+        quantise: rounds the weights (vismt.robustness.quantise); null leaves them.
+        img_size: pixels of the images of a timm model; null for those of its config.json or of timm.
     """
 
     name: str | None = None
@@ -29,14 +39,23 @@ class ClassifierConfig:
     arm: str | None = None
     function: str | None = None
     size: int | None = None
-    quantise: str | None = field(default=None, metadata=HASHED_IF_SET)
+    quantise: Annotated[str | None, Names("vismt.robustness.quantise:SCHEMES")] = field(
+        default=None, metadata=HASHED_IF_SET
+    )
+    img_size: int | None = field(default=None, metadata=HASHED_IF_SET)
 
 
 @dataclass
 class RobustnessEvaluateConfig:
-    """Evaluation. images: number of images of each card, drawn with the run's seed, null for all; batch: of them at a time.
+    """Evaluation.
 
-    masking: also run the first attack at growing radii, on cards. baseline: the mean corruption error is relative to this arm.
+    Args:
+        images: number of images of each card, drawn with the run's seed; null for all.
+        batch: images in one forward pass.
+        attacks: evaluated attacks.
+        corruptions: evaluated corruptions.
+        masking: also run the first attack at growing radii, on cards.
+        baseline: the mean corruption error is relative to this arm; null for none.
     """
 
     images: int | None = None
@@ -49,10 +68,18 @@ class RobustnessEvaluateConfig:
 
 @dataclass
 class RobustnessConfig(StudyConfig):
-    """Trained models, clean, under attacks and under corruptions. Arms replace values of `classifier`.
+    """Trained models, clean, under attacks and under corruptions.
 
-    data: cards as 'name' or 'name:split'; [] evaluates run folders on the images and by the scores of their own
-    configurations, those of dense prediction included. on_bad_sample: 'error' or 'skip' for images that cannot be decoded.
+    Args:
+        model: not used; `classifier` names the models.
+        adapt: must be null.
+        train: must be null.
+        classifier: the source of the classifier, of which arms replace values.
+        data: cards as 'name' or 'name:split'; [] evaluates run folders on the images and by the scores of their own
+            configurations, those of dense prediction included.
+        evaluate: the evaluation.
+        on_bad_sample: error or skip, for images that cannot be decoded.
+        download: whether sets that are missing are downloaded.
     """
 
     task: str = "robustness"
@@ -90,6 +117,7 @@ def _check_data(config: RobustnessConfig) -> None:
     settings = config.evaluate
     if len(set(config.data)) < len(config.data):
         raise UserError(f"data: {config.data}; name each card once.")
+    check_row_names(config.data, "data")
     if config.data:
         check_conditions(settings.attacks, settings.corruptions, 4)
     elif settings.images is not None or settings.masking:

@@ -30,7 +30,6 @@ from vismt.seeds import mix_seed
 from vismt.stats import LOWER, NUMBER, Measure
 
 Record = dict[str, Any]
-BINS = 15
 ABSENT = -1e6  # log-probability of an absent choice for the fit of a temperature, negligible at any T
 
 
@@ -173,16 +172,14 @@ def probability_measures(records: Sequence[Record]) -> dict[str, Measure]:
 
     Every row weighs the same, whatever batch it was in; see vismt.llm.probability_metrics.
     """
-    from vismt.llm.probability_metrics import binned_gaps, ece_interval, scores  # loads torchmetrics
+    from vismt.llm.probability_metrics import calibration_values, scores  # loads torchmetrics
 
     logs, labels = choices(records)
     result = scores(logs.exp(), labels)
-    gaps = binned_gaps(logs.exp(), labels, BINS)
-    effect = (gaps * gaps.sum(0).sign()).sum(1)
-    _, low, high = ece_interval(logs.exp(), labels, resamples=500)
+    effect, bounds = calibration_values(logs.exp().amax(1), result.correct)
     measures = [
         Measure("accuracy", by_row(records, result.correct.tolist())),
-        Measure("ECE-15", by_row(records, effect.tolist()), better=LOWER, bounds=(low, high), paired=False),
+        Measure("ECE-15", by_row(records, effect.tolist()), better=LOWER, bounds=bounds, paired=False),
         Measure("NLL in nats", by_row(records, result.nlls.tolist()), NUMBER, LOWER),
         Measure("Brier", by_row(records, result.briers.tolist()), NUMBER, LOWER),
     ]
@@ -203,10 +200,14 @@ def choices(records: Sequence[Record]) -> tuple[Tensor, Tensor]:
     return torch.tensor(logs, dtype=torch.float64), torch.tensor([record["label"] for record in records])
 
 
-def tempered(records: Sequence[Record], validation: Sequence[Record]) -> list[Record]:
-    """Return the records with log-probabilities of softmax(log_p / T), T fitted on validation records."""
-    logs, labels = choices(validation)
-    temperature = fit_temperature(logs.clamp_min(ABSENT), labels)
+def temperature_of(records: Sequence[Record]) -> float:
+    """Return the temperature fitted on (validation) records."""
+    logs, labels = choices(records)
+    return fit_temperature(logs.clamp_min(ABSENT), labels)
+
+
+def tempered(records: Sequence[Record], temperature: float) -> list[Record]:
+    """Return the records with log-probabilities of softmax(log_p / T)."""
     return [
         {**record, "log_p": (torch.tensor(record["log_p"], dtype=torch.float64) / temperature).log_softmax(0).tolist()}
         for record in records

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from vismt.data.dense_sample import CLASS, NO_CLASS
 from vismt.errors import UserError
+from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.tasks.base import DenseTask, check_count, check_labels
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Classification(DenseTask):
-    """The task "classify".
+class Classification(DenseTask, ClassLoss):
+    """The task "classify"; also takes the options of `ClassLoss`, for long-tailed classes.
 
     Args:
         classes: number of classes K, 2 or more.
@@ -42,6 +42,7 @@ class Classification(DenseTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count(self.name, "classes", self.classes, 2)
+        self.check_options(self.name, self.classes)
         smoothing = self.label_smoothing
         if isinstance(smoothing, bool) or not isinstance(smoothing, int | float) or not 0 <= smoothing < 1:
             raise UserError(f"{self.name}: label_smoothing {smoothing!r}; it must be a number from 0 and below 1.")
@@ -54,7 +55,7 @@ class Classification(DenseTask):
         return target != NO_CLASS
 
     def pixel_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(prediction, target, label_smoothing=self.label_smoothing)
+        return self.entropies(prediction, target, self.label_smoothing).mean()
 
     def answer(self, prediction: Tensor) -> Tensor:
         return prediction.argmax(0)

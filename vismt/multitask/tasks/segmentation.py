@@ -1,8 +1,10 @@
-"""Semantic segmentation: L = mean over valid pixels of -log softmax(z)_y.
+"""Semantic segmentation: L = mean over valid pixels of -log softmax(z)_y, on request balanced over the classes, plus Dice.
 
-The loss is the same in all multi-task work (ASTMT, arXiv 1904.08918; InvPT, arXiv 2203.07997; LibMTL, arXiv 2203.14338), which
-differs in how a class counts that does not occur in the test set: see `absent` and vismt/multitask/metrics/segmentation.py.
-LibMTL marks pixels without a class by -1, which a reader must turn into 255.
+The plain loss is the same in all multi-task work (ASTMT, arXiv 1904.08918; InvPT, arXiv 2203.07997; LibMTL, arXiv
+2203.14338), which differs in how a class counts that does not occur in the test set: see `absent` and
+vismt/multitask/metrics/segmentation.py. LibMTL marks pixels without a class by -1, which a reader must turn into 255. The
+options for classes of unequal frequency are those of vismt/multitask/class_loss.py, which that work leaves out although mIoU
+weighs all classes alike and the plain loss all pixels.
 """
 
 from __future__ import annotations
@@ -13,10 +15,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vismt.errors import UserError
+from vismt.multitask.class_loss import ClassLoss, check_factor, dice_loss
 from vismt.multitask.tasks.base import IGNORE, PASCAL_WEIGHTS, LabelTask, check_choice
 
 if TYPE_CHECKING:
@@ -26,13 +28,14 @@ ABSENT = ("zero", "skip", "nan")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Segmentation(LabelTask):
-    """The task "semseg".
+class Segmentation(LabelTask, ClassLoss):
+    """The task "semseg"; also takes the options of `ClassLoss`.
 
     Args:
         classes: number of classes, background included where it is a class.
         absent: how the score counts a class that does not occur, "zero", "skip" or "nan", see the metric.
         colors: (r, g, b) in 0..255 of each class; None for distinct hues.
+        dice: factor of the Dice loss, which is added, >= 0.
         loss_weight: factor of the loss, > 0.
     """
 
@@ -42,6 +45,7 @@ class Segmentation(LabelTask):
     classes: int
     absent: str = "zero"
     colors: Sequence[Sequence[int]] | None = None
+    dice: float = 0.0
     loss_weight: float = PASCAL_WEIGHTS["semseg"]
 
     def __post_init__(self) -> None:
@@ -49,6 +53,8 @@ class Segmentation(LabelTask):
         if isinstance(self.classes, bool) or not isinstance(self.classes, int) or not 2 <= self.classes <= IGNORE:
             raise UserError(f"{self.name}: classes {self.classes!r}; it must be a whole number from 2 to {IGNORE}.")
         check_choice(self.name, "absent", self.absent, ABSENT)
+        self.check_options(self.name, self.classes)
+        check_factor(self.name, "dice", self.dice)
         if self.colors is not None and not (all(map(_is_color, self.colors)) and len(self.colors) == self.classes):
             raise UserError(f"{self.name}: colors must be (r, g, b) in 0..255 for each of {self.classes} classes.")
 
@@ -57,7 +63,8 @@ class Segmentation(LabelTask):
         return self.classes
 
     def pixel_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(prediction, target)
+        loss = self.entropies(prediction, target).mean()
+        return loss + self.dice * dice_loss(prediction, target) if self.dice else loss
 
     def answer(self, prediction: Tensor) -> Tensor:
         return prediction.argmax(0)

@@ -1,0 +1,147 @@
+"""How the package is found and started: what an import loads, wheels, editable installs, and shell completion."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+import vismt
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = ("torch", "timm", "transformers", "numpy", "matplotlib")
+
+
+def started(*call: str | Path, folder: Path) -> str:
+    """Return what a new process prints; it finds vismt as a user's does, by its installation and the working folder."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = list(map(str, call))
+    result = subprocess.run(words, capture_output=True, text=True, check=False, cwd=folder, env=environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import vismt",
+        "import contextlib, vismt.cli\nwith contextlib.suppress(SystemExit): vismt.cli.main(['--help'])",
+        "import contextlib, vismt.cli\nwith contextlib.suppress(SystemExit): vismt.cli.main(['run', '--help'])",
+    ],
+)
+def test_import_and_help_load_no_library(code: str) -> None:
+    code += f"\nimport sys\nprint('loaded', *sorted({set(HEAVY)!r} & set(sys.modules)))"
+    printed = started(sys.executable, "-c", code, folder=ROOT)
+    assert printed.splitlines()[-1].split() == ["loaded"]
+
+
+def test_public_names_are_there_when_used() -> None:
+    code = "import vismt; print(*sorted({type(getattr(vismt, name)).__name__ for name in vismt.__all__}))"
+    printed = started(sys.executable, "-c", code, folder=ROOT)
+    assert printed.split() == ["function", "module", "type"]
+    assert set(vismt.__all__) <= set(dir(vismt))
+    with pytest.raises(AttributeError, match="module 'vismt' has no attribute 'adpat'"):
+        _ = vismt.adpat
+    with pytest.raises(ImportError):
+        exec("from vismt import adpat")
+
+
+def test_names_for_type_checkers_are_those_at_run_time() -> None:
+    tree = ast.parse(Path(vismt.__file__).read_text(encoding="utf8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    imports = {alias.name: node.module for node in block.body for alias in node.names}
+    assert imports.keys() == set(vismt.__all__)
+    modules = {name: module.removeprefix("vismt.") for name, module in imports.items() if module != "vismt"}
+    assert modules == vismt._MODULES
+
+
+def test_module_and_version() -> None:
+    printed = started(sys.executable, "-m", "vismt", "--version", folder=ROOT)
+    assert printed.split() == ["vismt", vismt.__version__]
+    assert f'version = "{vismt.__version__}"' in (ROOT / "pyproject.toml").read_text(encoding="utf8")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("vismt ru", {"run "}), ("vismt run quick", {"quickstart "}), ("vismt report --fo", {"--format "})],
+)
+def test_shell_completion(line: str, expected: set[str], tmp_path: Path) -> None:
+    pytest.importorskip("argcomplete")
+    completions = tmp_path / "completions"
+    environment = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
+    environment |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(completions), "PYTHONPATH": str(ROOT)}
+    call = [sys.executable, "-m", "vismt"]
+    subprocess.run(call, env={**os.environ, **environment}, check=True, cwd=tmp_path, capture_output=True)
+    assert set(completions.read_text().split("\n")) == expected
+
+
+def test_every_file_is_python_3_10() -> None:
+    for path in [*(ROOT / "vismt").rglob("*.py"), ROOT / "setup.py"]:
+        ast.parse(path.read_text(encoding="utf8"), str(path), feature_version=(3, 10))
+
+
+def environment_in(folder: Path) -> Path:
+    """Make a virtual environment that has the libraries of this one, but not its vismt; return its interpreter."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    (site,) = folder.glob("lib/python3.*/site-packages")
+    (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "bin" / "python"
+
+
+def pip(*arguments: str | Path) -> None:
+    call = [sys.executable, "-m", "pip", *map(str, arguments), "--no-build-isolation", "--no-deps", "--quiet"]
+    subprocess.run(call, check=True)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout in a folder named vismt, as `git clone` makes it."""
+    folder = tmp_path_factory.mktemp("home") / "vismt"
+    ignored = shutil.ignore_patterns(".git", "runs", "*.egg-info", "build", "__pycache__", ".*_cache")
+    return shutil.copytree(ROOT, folder, ignore=ignored)
+
+
+@pytest.mark.slow
+def test_an_editable_install_is_found_from_the_folder_of_the_clone(clone: Path, tmp_path: Path) -> None:
+    """Python takes the clone's folder, which has no __init__.py, for a namespace package, unless it finds a real one."""
+    interpreter = environment_in(tmp_path / "env")
+    pip("--python", interpreter, "install", "-e", clone)
+    script = clone.parent / "script.py"
+    script.write_text("import vismt; print(vismt.adapt.__name__, vismt.__file__)")
+    printed = started(interpreter, script, folder=clone.parent)
+    assert printed.split() == ["adapt", str(clone / "vismt" / "__init__.py")]
+
+
+@pytest.mark.slow
+def test_a_wheel_has_its_configurations_and_cards(clone: Path, tmp_path: Path) -> None:
+    pip("wheel", clone, "-w", tmp_path)
+    (wheel,) = tmp_path.glob("vismt-*.whl")
+    interpreter = environment_in(tmp_path / "env")
+    pip("--python", interpreter, "install", wheel)
+    small = [
+        "model.name=test_vit",
+        "model.img_size=32",
+        "model.pretrained=false",
+        "model.block=null",
+        "train.steps=1",
+        "train.warmup=0",
+    ]
+    small += ["source.queries=1", "evaluate.episodes=2", "evaluate.queries=1", "evaluate.attacks=[]", "pool=null"]
+    small += ["evaluate.models=[frozen, adapted]", "adapt.rank=2"]
+    started(
+        tmp_path / "env" / "bin" / "vismt", "run", "quickstart", *small, "--out", tmp_path / "runs", folder=tmp_path
+    )
+    assert len(list((tmp_path / "runs").glob("quickstart-*/report.html"))) == 1
+    # `pip install --target`: no environment of its own
+    pip("install", "--target", tmp_path / "target", wheel)
+    code = "import sys; sys.path.insert(0, 'target'); from vismt import config; from vismt.data import cards"
+    code += "; print(config.find_config('quickstart'), *cards.list_cards())"
+    printed = started(interpreter, "-c", code, folder=tmp_path)
+    assert printed.split()[0] == str(tmp_path / "target" / "share" / "vismt" / "configs" / "quickstart.yaml")
+    assert "digits" in printed.split()

@@ -1,0 +1,8 @@
+"""`python -m vismt`."""
+
+import sys
+
+from vismt.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

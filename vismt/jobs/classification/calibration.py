@@ -1,0 +1,65 @@
+"""What is fitted on the validation images of a training: the temperature of its probabilities, and tau of its class prior.
+
+    p = softmax(z / T), one T for all tasks, with the smallest NLL            (vismt/llm/temperature.py)
+    z - tau log pi, tau of TAUS with the best mean accuracy over the tasks    (vismt/multitask/class_loss.py)
+
+calibration.json in the training's folder has both; a report that is written again does not fit again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vismt.files import atomic_write, read_sealed, sealed
+from vismt.jobs.variants import TAUS
+from vismt.llm.temperature import fit_temperature
+from vismt.multitask.class_loss import adjusted
+
+CALIBRATION = "calibration.json"
+Outputs = list[tuple[Tensor, Tensor]]  # of each task: logits (n, C) and labels (n,)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was fitted for weights with a fingerprint, on n images."""
+
+    fingerprint: str
+    temperature: float
+    tau: float
+    n: int
+
+
+def calibration(folder: Path, fingerprint: str, counts: Sequence[int], outputs: Callable[[], Outputs]) -> Calibration:
+    """Return what calibration.json in `folder` has for these weights, or fit and write it.
+
+    Args:
+        folder: of the training.
+        fingerprint: of the weights.
+        counts: training images of each class of the union.
+        outputs: returns the outputs on the validation images.
+    """
+    path = folder / CALIBRATION
+    if path.exists():
+        known = Calibration(**read_sealed(path, f"'{path}'", tuple(field.name for field in fields(Calibration))))
+        if known.fingerprint == fingerprint:
+            return known
+    tasks = outputs()
+    logits, labels = (torch.cat(parts) for parts in zip(*tasks))
+    fitted = Calibration(fingerprint, fit_temperature(logits, labels), best_tau(tasks, counts), len(labels))
+    atomic_write(path, sealed(asdict(fitted)))
+    return fitted
+
+
+def best_tau(tasks: Outputs, counts: Sequence[int]) -> float:
+    """Return the tau with the largest mean accuracy over the tasks, the smallest of several."""
+
+    def score(tau: float) -> float:
+        right = [(adjusted(logits, counts, tau).argmax(1) == labels).double().mean() for logits, labels in tasks]
+        return float(torch.stack(right).mean())
+
+    return max(TAUS, key=score)

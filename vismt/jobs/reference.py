@@ -1,0 +1,248 @@
+"""What a configuration may hold, from the dataclasses that read it: keys for the terminal, a page and a JSON schema.
+
+The meaning of a key is its entry under `Args:` in the docstring of its dataclass, and known names are those of `Names` in its
+type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import NoneType
+from typing import Annotated, Any, Literal
+
+from vismt.errors import UserError, near
+from vismt.jobs import JOBS, job_config
+from vismt.typed_yaml import MAPPINGS, Names, describe, is_union
+
+SCHEMA = "https://json-schema.org/draft/2020-12/schema"
+DEFAULT_JOB = "fewshot"  # of a configuration without the key `task`
+JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", NoneType: "null"}
+ENTRY = re.compile(r"    (\w+): (.*)")
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a configuration. path: dotted, with [] for the items of a list. section: whether it holds other keys."""
+
+    path: str
+    type: str
+    default: str
+    meaning: str
+    names: list[str]
+    section: bool
+
+    def __str__(self) -> str:
+        known = [f"    known: {', '.join(self.names)}"] if self.names else []
+        return "\n".join([f"{self.path}   {self.type}   default: {self.default}", f"    {self.meaning}", *known])
+
+
+def meanings(cls: type) -> dict[str, str]:
+    """Return the meaning of every field of a dataclass: the entries under `Args:` in its docstring and those of its bases."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        entries = inspect.cleandoc(base.__dict__.get("__doc__") or "").partition("\nArgs:\n")[2]
+        name = ""
+        for line in entries.splitlines():
+            entry = ENTRY.fullmatch(line)
+            if entry:
+                name = entry[1]
+                found[name] = entry[2]
+            elif line.startswith(" " * 8):
+                found[name] += f" {line.strip()}"
+            else:
+                break
+    return {field.name: found.get(field.name, "") for field in dataclasses.fields(cls)}
+
+
+def keys(job: str) -> list[Key]:
+    """Return every key of a job's configuration, sections before their keys."""
+    return list(_keys(job_config(job), ""))
+
+
+def find_keys(job: str, name: str) -> list[Key]:
+    """Return the key of a dotted name and the keys below it; UserError with similar names where there is none."""
+    every = keys(job)
+    found = [key for key in every if key.path == name or key.path.startswith((f"{name}.", f"{name}[]"))]
+    if not found:
+        raise UserError(f"config {job}: no key '{name}'.{near(name, [key.path for key in every])}")
+    return found
+
+
+def _keys(cls: type, prefix: str) -> Iterator[Key]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    texts = meanings(cls)
+    for field in dataclasses.fields(cls):
+        hint, path = hints[field.name], f"{prefix}{field.name}"
+        inner = _section(hint)
+        yield Key(path, _type_text(hint), _default_text(field), texts[field.name], _names(hint), inner is not None)
+        if inner is not None:
+            yield from _keys(inner, f"{path}[]." if _is_list(hint) else f"{path}.")
+
+
+def _plain(hint: Any) -> Any:
+    """Return a type without its annotations."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+
+
+def _members(hint: Any) -> list[Any]:
+    """Return the members of a union other than null, and any other type alone, each without its annotations."""
+    plain = _plain(hint)
+    members = typing.get_args(plain) if is_union(plain) else [plain]
+    return [_plain(member) for member in members if member is not NoneType]
+
+
+def _is_list(hint: Any) -> bool:
+    return any(typing.get_origin(member) is list for member in _members(hint))
+
+
+def _section(hint: Any) -> type | None:
+    """Return the dataclass that a type holds, alone or in a list; None where it holds values."""
+    for member in _members(hint):
+        item = typing.get_args(member)[0] if typing.get_origin(member) is list else member
+        if dataclasses.is_dataclass(item):
+            return typing.cast(type, item)
+    return None
+
+
+def _names(hint: Any) -> list[str]:
+    """Return the known names of a key: those of Names in its type, or the choices of a Literal."""
+    marks = typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
+    names = [str(name) for mark in marks if isinstance(mark, Names) for name in mark]
+    literals = [member for member in _members(hint) if typing.get_origin(member) is Literal]
+    return names + [str(choice) for literal in literals for choice in typing.get_args(literal)]
+
+
+def _type_text(hint: Any) -> str:
+    inner = _section(hint)
+    return describe(hint) if inner is None else describe(hint).replace(inner.__name__, "section")
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """Return the default of a field as a plain value, or MISSING."""
+    value = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    return value
+
+
+def _default_text(field: dataclasses.Field[Any]) -> str:
+    value = _default(field)
+    if value is dataclasses.MISSING:
+        return "required"
+    if isinstance(value, dict) and value and _section_like(field):
+        return "its keys' defaults"
+    return json.dumps(value)
+
+
+def _section_like(field: dataclasses.Field[Any]) -> bool:
+    return field.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(field.default_factory)
+
+
+def page(job: str) -> str:
+    """Return the Markdown page of a job's configuration."""
+    cls = job_config(job)
+    summary = inspect.cleandoc(cls.__doc__ or "").splitlines()[0]
+    lines = [
+        f"# Configuration of `task: {job}`",
+        "",
+        summary,
+        "",
+        f"The same in the terminal: `vismt config {job}`.",
+        "",
+    ]
+    every = keys(job)
+    sections: dict[str, list[Key]] = {"": [], **{key.path: [] for key in every if key.section}}
+    for key in every:
+        sections[key.path.rpartition(".")[0].removesuffix("[]")].append(key)
+    about = {key.path: key.meaning for key in every}
+    for path, below in sections.items():
+        if path:
+            lines += [f"## `{path}`", "", about[path][:1].upper() + about[path][1:], ""]
+        lines += ["| Key | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
+        lines += [f"| {' | '.join(_cell(text) for text in _row(key))} |" for key in below]
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _row(key: Key) -> list[str]:
+    known = f" Known: {', '.join(f'`{name}`' for name in key.names)}." if key.names else ""
+    return [f"`{key.path}`", key.type, f"`{key.default}`", key.meaning + known]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|").replace("<", "&lt;")
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON schema of all configurations, which the key `task` tells apart."""
+    definitions: dict[str, Any] = {}
+    branches = []
+    for job in JOBS:
+        condition: dict[str, Any] = {"properties": {"task": {"const": job}}}
+        if job != DEFAULT_JOB:
+            condition["required"] = ["task"]
+        branches.append({"if": condition, "then": _reference(job_config(job), definitions)})
+    task = {"task": {"enum": list(JOBS), "default": DEFAULT_JOB, "description": "the job."}}
+    about = {"$schema": SCHEMA, "title": "Configuration of a vismt run", "type": "object", "properties": task}
+    return {**about, "allOf": branches, "$defs": definitions}
+
+
+def _reference(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
+    """Return the reference to the definition of a dataclass, which is added to `definitions`."""
+    if cls.__name__ not in definitions:
+        definitions[cls.__name__] = {}  # its place, so that the order is that of first use
+        hints = typing.get_type_hints(cls, include_extras=True)
+        texts = meanings(cls)
+        properties, required = {}, []
+        for field in dataclasses.fields(cls):
+            default = _default(field)
+            if default is dataclasses.MISSING:
+                required.append(field.name)
+            given = {} if default is dataclasses.MISSING or _section_like(field) else {"default": default}
+            value = _schema_of(hints[field.name], definitions)
+            properties[field.name] = {"description": texts[field.name], **value, **given}
+        content = {"type": "object", "additionalProperties": False, "properties": properties}
+        definitions[cls.__name__] = {**content, "required": required} if required else content
+    return {"$ref": f"#/$defs/{cls.__name__}"}
+
+
+def _schema_of(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON schema of a type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        inner = _schema_of(arguments[0], definitions)
+        if names := _names(hint):
+            inner.get("items", inner)["examples"] = names
+        return inner
+    if is_union(hint):
+        return {"anyOf": [_schema_of(member, definitions) for member in arguments]}
+    if origin is Literal:
+        return {"enum": list(arguments)}
+    if origin in MAPPINGS:
+        return {"type": "object", "additionalProperties": _schema_of(arguments[1], definitions)}
+    if origin in (list, tuple):
+        return _schema_of_list(origin, arguments, definitions)
+    if dataclasses.is_dataclass(hint):
+        return _reference(typing.cast(type, hint), definitions)
+    return {"type": JSON_TYPES[hint]} if hint in JSON_TYPES else {}
+
+
+def _schema_of_list(origin: Any, arguments: Sequence[Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    if origin is list or arguments[-1] is Ellipsis:
+        return {"type": "array", "items": _schema_of(arguments[0], definitions)}
+    items = [_schema_of(argument, definitions) for argument in arguments]
+    return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
+
+
+def files() -> dict[str, str]:
+    """Return the generated files of docs/reference by name."""
+    pages = {f"config_{job}.md": page(job) for job in JOBS}
+    return {**pages, "config.schema.json": json.dumps(schema(), indent=1) + "\n"}
