@@ -46,11 +46,15 @@ def block(text: str) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print aligned columns under a header; None is printed as '-', booleans as yes and no, integers with separators."""
+    """Print the text of `aligned`."""
+    block(aligned(columns, rows))
+
+
+def aligned(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return aligned columns under a header; None is shown as '-', booleans as yes and no, integers with separators."""
     cells = [tuple(columns), *(tuple(_cell(value) for value in row) for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
-    block("\n".join(lines))
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)
 
 
 def _cell(value: object) -> str:

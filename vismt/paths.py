@@ -14,16 +14,17 @@ from vismt.errors import UserError
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
-def data_root() -> Path | None:
-    """Return `VISMT_DATA`, else a folder `shared/data` beside the checkout, else None."""
-    folder = os.environ.get("VISMT_DATA")
-    if folder:
-        root = Path(folder).expanduser()
+def data_roots() -> list[Path]:
+    """Return the folders of `VISMT_DATA` (as in PATH, several have the system's separator between them), in order.
+
+    Where it is not set, a folder `shared/data` beside the checkout, if there is one.
+    """
+    roots = [Path(name).expanduser() for name in os.environ.get("VISMT_DATA", "").split(os.pathsep) if name]
+    for root in roots:
         if not root.is_dir():
-            raise UserError(f"VISMT_DATA is '{folder}', which is not a folder: set it to the folder of your data sets.")
-        return root
+            raise UserError(f"VISMT_DATA: '{root}' is not a folder: set it to the folder of your data sets.")
     beside = CHECKOUT.parent / "shared" / "data"
-    return beside if beside.is_dir() else None
+    return roots or [beside] * beside.is_dir()
 
 
 def cache_root() -> Path:

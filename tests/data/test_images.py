@@ -72,7 +72,7 @@ def test_absent_set_says_where_it_looked_and_how_to_get_it(home, monkeypatch):
         " `vismt data prepare cifar100` downloads it, or see datasets/cifar100/card.yaml."
     )
     monkeypatch.setenv("VISMT_DATA", str(home / "nowhere"))
-    with pytest.raises(UserError, match=r"VISMT_DATA is .* which is not a folder"):
+    with pytest.raises(UserError, match=r"VISMT_DATA: .* is not a folder"):
         open_images("cifar100")
 
 

@@ -13,9 +13,9 @@ from vismt.data.dense_sample import size_of, valid
 from vismt.data.derived import normals_from_depth
 from vismt.data.images import open_images
 from vismt.errors import UserError
-from vismt.paths import data_root
+from vismt.paths import data_roots
 
-ROOT = data_root()
+ROOT = next(iter(data_roots()), None)
 LABELLED = {  # name: (split, images, classes)
     "cifar10": ("test", 1000, 10),
     "cifar100": ("all", 8000, 100),

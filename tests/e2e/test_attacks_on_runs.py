@@ -236,7 +236,7 @@ def test_merged_and_exported_folders_are_the_run(multitask: Path, dense: Path, t
     assert main(["export", str(multitask), "--format", "timm", "--to", str(tmp_path / "timm"), "--quiet"]) == 0
     arms = {
         "run": {"classifier.run": str(multitask)},
-        "merged": {"classifier.name": str(multitask / "merged")},
+        "merged": {"classifier.name": str(next(multitask.glob("merged-*")))},
         "exported": {"classifier.name": str(tmp_path / "timm")},
     }
     evaluate = {"images": 40, "attacks": [PGD], "corruptions": CORRUPTIONS}
@@ -259,7 +259,7 @@ def test_merged_and_exported_folders_are_the_run(multitask: Path, dense: Path, t
     assert main(["merge", str(dense), "--arm", "lora", "--quiet"]) == 0
     capsys.readouterr()
     path = tmp_path / "backbone.yaml"
-    path.write_text(yaml.safe_dump({**config, "arms": {"a": {"classifier.name": str(dense / "merged")}}}))
+    path.write_text(yaml.safe_dump({**config, "arms": {"a": {"classifier.name": str(next(dense.glob("merged-*")))}}}))
     assert main(["run", str(path), "--out", str(tmp_path / "none"), "--quiet"]) == 2
     assert "a backbone without a classifier" in capsys.readouterr().err
 

@@ -93,7 +93,7 @@ def test_merged_export_is_a_stock_timm_checkpoint(run_folder: Path, tmp_path: Pa
     state = safetensors.torch.load_file(file)
     model = timm.create_model("test_vit", img_size=32, num_classes=0, checkpoint_path=str(file))
     assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
-    assert (run_folder / "merged" / "model.safetensors").read_bytes() == file.read_bytes()
+    assert (run_folder / "merged-adapted-seed-0" / "model.safetensors").read_bytes() == file.read_bytes()
     from_folder = timm.create_model(f"local-dir:{file.parent}", pretrained=True)  # the folder alone is enough
     assert set(from_folder.state_dict()) == set(state) and from_folder.patch_embed.img_size == (32, 32)
     assert all(torch.equal(from_folder.state_dict()[name], value) for name, value in state.items())
@@ -110,7 +110,9 @@ def test_peft_export_is_read_by_peft(run_folder: Path, tmp_path: Path) -> None:
     before = stock(images)
     peft_model = peft.PeftModel.from_pretrained(stock, str(tmp_path)).eval()
     merged_model = timm.create_model("test_vit", img_size=32, num_classes=0).eval()
-    merged_model.load_state_dict(safetensors.torch.load_file(run_folder / "merged" / "model.safetensors"))
+    merged_model.load_state_dict(
+        safetensors.torch.load_file(run_folder / "merged-adapted-seed-0" / "model.safetensors")
+    )
     after = peft_model(images)
     assert torch.allclose(after, merged_model(images), atol=1e-5) and not torch.equal(after, before)
 

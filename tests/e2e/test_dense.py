@@ -247,13 +247,13 @@ def test_merged_is_the_stock_backbone_with_heads_beside(study: Path, capsys) -> 
     assert {path.parts[-3] for path in study.rglob("merge.json")} == {"emtal"}
     assert main(["merge", str(study), "--arm", "emtal:1"]) == 0
     stock = timm.create_model("test_vit", img_size=(32, 48), num_classes=0).eval()
-    stock.load_state_dict(safetensors.torch.load_file(study / "merged" / "model.safetensors"))
-    heads = safetensors.torch.load_file(study / "merged" / "heads.safetensors")
-    with safetensors.safe_open(study / "merged" / "heads.safetensors", "pt") as file:
+    stock.load_state_dict(safetensors.torch.load_file(study / "merged-emtal-seed-1" / "model.safetensors"))
+    heads = safetensors.torch.load_file(study / "merged-emtal-seed-1" / "heads.safetensors")
+    with safetensors.safe_open(study / "merged-emtal-seed-1" / "heads.safetensors", "pt") as file:
         metadata = json.loads(file.metadata()["heads"])
     assert metadata["head"] == "linear" and metadata["blocks"] == [1, 2, 4, 5]
     assert metadata["tasks"] == {"depth": 1, "normals": 3, "edge": 1}
-    about = json.loads((study / "merged" / "config.json").read_text())
+    about = json.loads((study / "merged-emtal-seed-1" / "config.json").read_text())
     assert about["num_classes"] == 0 and about["img_size"] == [32, 48]
     job = open_run(study).job
     net = job.loaded(job.study.find("emtal:1"))
@@ -378,7 +378,7 @@ def test_every_adapter_trains_dense_tasks_and_merges(tmp_path: Path, capsys) -> 
         assert done["rank"] == (0 if name in ("s2ft", "lisa") else 2), name  # nothing of low rank there
         assert main(["merge", str(folder), "--arm", name, "--quiet"]) == 0
         stock = timm.create_model("test_vit", img_size=(32, 48), num_classes=0)
-        stock.load_state_dict(safetensors.torch.load_file(folder / "merged" / "model.safetensors"))
+        stock.load_state_dict(safetensors.torch.load_file(next(folder.glob(f"merged-{name}-*")) / "model.safetensors"))
         fresh = open_run(folder).job.fresh(open_run(folder).config).stock.state_dict()
         assert any(not torch.equal(value, fresh[key]) for key, value in stock.state_dict().items()), name
     logged = read_lines(next((folder / "arms" / "polar").rglob("metrics.jsonl")))

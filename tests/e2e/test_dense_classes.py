@@ -19,7 +19,7 @@ from vismt.jobs import load_config, open_run
 from vismt.jobs.dense.data import DenseData
 from vismt.jobs.dense.job import DenseJob
 from vismt.lines import read_lines
-from vismt.paths import data_root
+from vismt.paths import data_roots
 from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
 
 pytest.importorskip("torchmetrics")
@@ -185,7 +185,7 @@ def test_merging_is_checked_and_the_file_of_heads_describes_them(study: Path) ->
         classify = check["outputs"]["classify"]
         assert classify["different"] == 0 and classify["largest"] > 0 and classify["n"] == 7
     assert main(["merge", str(study), "--arm", "both:1"]) == 0
-    with safetensors.safe_open(study / "merged" / "heads.safetensors", "pt") as file:
+    with safetensors.safe_open(study / "merged-both-seed-1" / "heads.safetensors", "pt") as file:
         metadata = json.loads(file.metadata()["heads"])
         weight = file.get_tensor("classify.predict.weight")
     assert metadata["tasks"] == {"semseg": 3, "classify": 2}
@@ -334,7 +334,7 @@ def test_depth_of_the_motorcycle_and_digits(tmp_path: Path) -> None:
 @pytest.mark.realdata
 def test_camvid_and_textures(tmp_path: Path) -> None:
     """Segmentation of road scenes and ten textures, each set with one of the two."""
-    root = data_root()
+    root = next(iter(data_roots()), None)
     if root is None or not all((root / name).is_dir() for name in ("camvid", "dtd10")):
         pytest.skip("camvid and dtd10 are not under VISMT_DATA")
     path = write(

@@ -202,7 +202,7 @@ def test_an_arm_on_quantised_weights_leaves_the_others_alone(home, tmp_path: Pat
     # Another process has the stock LM and the files alone.
     subprocess.run([sys.executable, "-m", "vismt.cli", "merge", str(run), *where], check=True)
     job = open_run(run).job
-    merged = transformers.AutoModelForCausalLM.from_pretrained(run / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(next(run.glob("merged-qpissa-*")))
     net = job.loaded(job.study.find("qpissa"))
     ids = torch.arange(40, 60)[None]
     with torch.no_grad():
@@ -250,7 +250,7 @@ def test_exports_load_elsewhere_and_answer_alike(study: Path, tmp_path: Path, ar
 
 def test_merge_writes_a_folder_of_transformers(study: Path) -> None:
     assert main(["merge", str(study), "--arm", "lora", "--quiet"]) == 0
-    transformers.AutoModelForCausalLM.from_pretrained(study / "merged")
+    transformers.AutoModelForCausalLM.from_pretrained(next(study.glob("merged-lora-*")))
     assert main(["export", str(study), "--arm", "lora", "--quiet"]) == 2  # timm
     check = json.loads(next((study / "arms" / "lora").glob("lr-*-seed-1/merge.json")).read_text())
     assert check["n"] > 8 and check["different_predictions"] == 0

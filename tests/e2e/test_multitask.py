@@ -188,10 +188,10 @@ def test_merged_answers_are_the_faded_models(study: Path) -> None:
 
 def test_merge_and_export_are_timm_classifiers(study: Path, tmp_path: Path, capsys) -> None:
     assert main(["merge", str(study), "--arm", "emtal:1"]) == 0
-    state = safetensors.torch.load_file(study / "merged" / "model.safetensors")
+    state = safetensors.torch.load_file(study / "merged-emtal-seed-1" / "model.safetensors")
     model = timm.create_model("test_vit", img_size=32, num_classes=28)
     model.load_state_dict(state)
-    about = json.loads((study / "merged" / "config.json").read_text())
+    about = json.loads((study / "merged-emtal-seed-1" / "config.json").read_text())
     assert about["num_classes"] == 28 and about["label_names"][0].startswith("digits/")
     job = open_run(study).job
     images = job.data.part(0, "test")[torch.arange(8)]

@@ -11,7 +11,7 @@ from torch import nn
 
 from vismt.data.images import open_images
 from vismt.data.pixels import Pixels
-from vismt.paths import data_root
+from vismt.paths import data_roots
 from vismt.robustness.attacks import AttackSpec, robust_accuracy
 
 pytestmark = pytest.mark.realdata
@@ -35,7 +35,7 @@ class Net(nn.Module):
 @cache
 def oracle():
     """The CNN and its images, as in the README beside its weights."""
-    weights = data_root() / "attack_oracle" / "cnn3.safetensors"
+    weights = data_roots()[0] / "attack_oracle" / "cnn3.safetensors"
     net = Net()
     net.load_state_dict(load_file(weights))
     card = open_images("fashion_mnist", "test")
@@ -53,7 +53,7 @@ def robust(name, epsilon, norm="linf", **options):
 
 @pytest.fixture(autouse=True)
 def needs_the_oracle():
-    root = data_root()
+    root = next(iter(data_roots()), None)
     if root is None or not all((root / name).is_dir() for name in ("attack_oracle", "fashion_mnist")):
         pytest.skip("'attack_oracle' and 'fashion_mnist' are not under VISMT_DATA")
 

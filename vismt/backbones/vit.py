@@ -24,7 +24,23 @@ POOLS = ("token", "avg", None)
 NEEDED = ("blocks", "patch_embed", "forward_intermediates", "forward_head", "num_prefix_tokens", "num_features")
 
 
-class Backbone(nn.Module):
+class PixelBackbone(nn.Module):
+    """A stock model `vit` that gives features (b, d) of images (b, 3, h, w) in [0, 1], of the size `img_size` = (h, w).
+
+    mean, std: buffers (1, 3, 1, 1) of the normalisation, not saved.
+    """
+
+    vit: nn.Module
+    img_size: tuple[int, int]
+    mean: Tensor
+    std: Tensor
+
+    def unused_modules(self) -> list[str]:
+        """Return the names, inside `vit`, of the modules that never run: exclude them when adapting."""
+        return []
+
+
+class Backbone(PixelBackbone):
     """A timm ViT that takes images (b, 3, h, w), floating point in [0, 1], of the size `img_size` = (h, w).
 
     Blocks compute in the dtype of the ViT's weights; features and class scores of half-precision weights are float32.
@@ -47,9 +63,6 @@ class Backbone(nn.Module):
         UserError: a model that is not a plain ViT of timm, a block outside of it, and a pool that it cannot do.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(
         self,
         vit: nn.Module,
@@ -66,7 +79,7 @@ class Backbone(nn.Module):
         model: Any = vit
         self.width: int = model.num_features
         self.depth: int = len(model.blocks)
-        self.img_size: tuple[int, int] = tuple(model.patch_embed.img_size)
+        self.img_size = tuple(model.patch_embed.img_size)
         self.grid: tuple[int, int] = tuple(model.patch_embed.grid_size)
         self.block = None if block is None else check_block(block, self.depth, name)
         self.pool = _check_pool(pool, vit, name)
@@ -150,7 +163,7 @@ class Backbone(nn.Module):
         self.img_size, self.grid = tuple(self.vit.patch_embed.img_size), tuple(self.vit.patch_embed.grid_size)
 
     def unused_modules(self) -> list[str]:
-        """Return the names, inside `vit`, of the blocks after `block`, which never run: exclude them when adapting."""
+        """Return the names, inside `vit`, of the blocks after `block`."""
         return [] if self.block is None else [f"blocks.{index}" for index in range(self.block + 1, self.depth)]
 
     def _taps(self, images: Tensor, blocks: list[int], layout: str) -> list[Tensor] | list[tuple[Tensor, Tensor]]:

@@ -20,7 +20,7 @@ import yaml
 from vismt.bench.timing import Ratios, interleave
 from vismt.errors import UserError
 from vismt.lines import read_lines
-from vismt.paths import data_root, shipped
+from vismt.paths import data_roots, shipped
 from vismt.report.results import RESULTS
 
 WORKERS, ONE = "--workers 2", "one process"
@@ -51,7 +51,7 @@ def run(rounds: int = 9, device: str = "cpu") -> list[Ratios]:
     """Time the study, in at most 3 rounds."""
     if device != "cpu":
         raise UserError(f"bench study: --device {device}; workers share the cores of a CPU here, leave it out.")
-    root = data_root()
+    root = next(iter(data_roots()), None)
     with tempfile.TemporaryDirectory() as folder:
         if root is not None and all((root / name).is_dir() for name in SETS):
             path = shipped("configs") / "multitask" / "emtal_small.yaml"

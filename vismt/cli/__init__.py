@@ -8,11 +8,11 @@ import warnings
 from collections.abc import Sequence
 
 from vismt import console
-from vismt.cli import attack, bench, data, models, runs
+from vismt.cli import attack, bench, data, init, models, runs
 from vismt.cli.commands import Commands
 from vismt.errors import UserError
 
-GROUPS = (runs, attack, models, data, bench)  # in the order of `vismt --help`
+GROUPS = (runs, init, attack, models, data, bench)  # in the order of `vismt --help`
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 a check failed, 2 a user error, 130 interrupted.
     """
-    options = _parse(arguments)
+    options = parse(arguments)
     console.set_quiet(options.quiet or int(os.environ.get("RANK", "0")) > 0)
     if not options.verbose:
         # The warnings of dependencies are for developers; a user cannot act on them.
@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options of a command line, with the function that runs it as `runner`."""
     parser = argparse.ArgumentParser(
         prog="vismt", description="Low-rank adaptation methods with numbers that can be trusted."
     )

@@ -20,6 +20,7 @@ MODEL_OPTIONS = {
     "images": None,
     "architecture": None,
     "out": None,
+    "img_size": None,
     "random_weights": False,
     "masking": False,
 }
@@ -31,6 +32,9 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("run", type=Path, nargs="?", help="a run folder")
     parser.add_argument("--model", help="a timm name or a checkpoint file instead of a run")
     parser.add_argument("--architecture", help="timm architecture of a checkpoint without config.json")
+    parser.add_argument(
+        "--img-size", type=int, help="pixels of the model's images (those of its config.json, or timm's)"
+    )
     parser.add_argument("--random-weights", action="store_true", help="a timm name without its weights")
     parser.add_argument("--data", help="card or card:split for --model")
     parser.add_argument("--images", type=int, help="number of images (all)")
@@ -94,7 +98,9 @@ def _attack_model(options: argparse.Namespace, attacks: list[AttackConfig]) -> N
     config = RobustnessConfig(
         title=f"{options.model} on {options.data}",
         seed=options.seed,
-        classifier=ClassifierConfig(options.model, options.architecture, not options.random_weights),
+        classifier=ClassifierConfig(
+            options.model, options.architecture, not options.random_weights, img_size=options.img_size
+        ),
         arms={arm: {}},
         data=[options.data],
         evaluate=RobustnessEvaluateConfig(options.images, options.batch, attacks, masking=options.masking),

@@ -11,7 +11,12 @@ from vismt.errors import UserError
 
 def add_commands(commands: Commands) -> None:
     """Add the commands of this file."""
-    data = commands.add("data", _data, "list the data cards, check a set's counts, hashes and images, or fetch it")
+    data = commands.add(
+        "data",
+        _data,
+        "list the data cards, check a set's counts, hashes and images, or fetch it; exit code 1 where a named set is missing, or "
+        "a set is not as its card says",
+    )
     data.add_argument("action", choices=("list", "check", "prepare"))
     data.add_argument("name", nargs="*", help="card names or paths")
     data.add_argument(
@@ -30,11 +35,13 @@ def _data(options: argparse.Namespace) -> int:
         console.table(("card", "kind", "images", "classes", "found"), check.listing())
         return 0
     if options.action == "check":
-        reports = [
-            check.check(name, decode=options.decode) for name in options.name or [row.name for row in check.listing()]
-        ]
+        rows = check.listing() if not options.name else []
+        names = options.name or [row.name for row in rows if row.where != check.NOWHERE]
+        reports = [check.check(name, decode=options.decode) for name in names]
         for report in reports:
             console.stage("check", str(report))
+        if len(rows) > len(names):
+            console.stage("check", f"{len(rows) - len(names)} of {len(rows)} sets are not on this machine")
         return 0 if all(report.ok for report in reports) else 1
     if not options.name:
         raise UserError("data prepare: name a card; `vismt data list` shows them.")

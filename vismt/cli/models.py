@@ -37,7 +37,7 @@ def add_commands(commands: Commands) -> None:
     export = commands.add("export", _export, "export a run's model: timm, transformers or peft")
     export.add_argument("run", type=Path, help="a run folder")
     export.add_argument("--format", default="timm", help="timm, transformers or peft (timm)")
-    export.add_argument("--to", type=Path, help="target folder (RUN/export-FORMAT)")
+    export.add_argument("--to", type=Path, help="target folder (RUN/export-FORMAT-ARM-seed-SEED)")
     _add_arm(export)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from vismt.data.names import CARDS, FILES
+from vismt.data.plain_sets import plain_card
 from vismt.data.source_types import KINDS, Card, DataSource
 from vismt.errors import UserError, near
 from vismt.paths import shipped
@@ -24,13 +26,22 @@ def load_card(name_or_path: str | Path) -> Card:
     """Return a card.
 
     Args:
-        name_or_path: name of a card that travels with the package, or a card's file or folder.
+        name_or_path: name of a card that travels with the package, a card's file or folder, or a set without a card, see
+            plain_sets.py.
 
     Raises:
         UserError: an unknown name (with the near ones), and, with the card's path and key, an unknown or missing key, a
             value of the wrong type, values that do not go together and a path that leaves its folder.
     """
     path, shown = _locate(name_or_path)
+    if path.suffix not in CARDS:
+        card = plain_card(Path(shown))
+        if card is not None:
+            return card
+        raise UserError(
+            f"data '{name_or_path}': neither card.yaml nor class folders in it; give a folder with a folder of images for each "
+            "class, or a .csv file with the columns path and label."
+        )
     where = f"{shown}/{path.name}"
     raw = read_yaml(path, where)
     entries = raw.pop("sources", None)
@@ -52,10 +63,17 @@ def _locate(name: str | Path) -> tuple[Path, str]:
     if CARD_NAME.fullmatch(text) and in_package.is_file():
         return in_package, f"datasets/{text}"
     path = Path(name).expanduser()
-    path = path / "card.yaml" if path.is_dir() else path
-    if path.is_file() and path.suffix in {".yaml", ".yml"}:
+    if path.is_dir() and (path / "card.yaml").is_file():
+        path = path / "card.yaml"
+    if path.is_file() and path.suffix in CARDS:
         return path.resolve(), str(path.parent)
-    raise UserError(f"data '{text}': no card of that name and no card.yaml at that path.{near(text, list_cards())}")
+    if path.is_dir() or (path.is_file() and path.suffix in FILES):
+        return path.resolve(), str(path)
+    if path.name != text and not path.exists():
+        raise UserError(f"data '{text}': no such file or folder.")
+    raise UserError(
+        f"data '{text}': no card of that name and no card, folder or table at that path.{near(text, list_cards())}"
+    )
 
 
 def _read_source(entry: object, where: str, key: str) -> DataSource:

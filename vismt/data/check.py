@@ -14,6 +14,7 @@ from vismt.data.source_types import DataSource, Files, LoadedSplit
 from vismt.data.sources import first_copy, fix, not_found, place, shown_path
 from vismt.errors import UserError
 
+NOWHERE = "-"  # the place of a set without a copy
 LISTED = 8  # wrong rows that a report names
 
 
@@ -210,13 +211,13 @@ class ListingRow(NamedTuple):
 
 
 def listing() -> list[ListingRow]:
-    """Return one row per card that travels with the package; `where` is the folder of its first copy, or '-'."""
+    """Return one row per card that travels with the package; `where` is the folder of its first copy, or NOWHERE."""
     rows = []
     for name in list_cards():
         card = load_card(name)
         source, base = first_copy(card, card.sources) or (card.sources[0], None)
         counts = [count for count in source.splits.values() if count is not None]
         total = sum(counts) if len(counts) == len(source.splits) else None
-        where = "-" if base is None else shown_path(base)
+        where = NOWHERE if base is None else shown_path(base)
         rows.append(ListingRow(name, source.kind, total, source.classes or card.classes, where))
     return rows

@@ -15,6 +15,8 @@ from vismt.errors import UserError, near
 from vismt.paths import regular_file
 from vismt.typed_yaml import RelativePath, relative_path
 
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
 
 @source_kind("table")
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,7 @@ class TableSource(RootedSource, ImageSource):
     """A csv table beside folders of images.
 
     Attributes:
-        table: one file for the one split 'all', or a file for each split.
+        table: one file for the one split 'all', or a file for each split; a .tsv file has tabs between its columns.
         folders: searched in turn for the images; may hold `*`.
         column: column of the file names, without their `suffix` when one is given.
         keep: the classes in order; rows with another label are left out.
@@ -94,7 +96,7 @@ class TableSource(RootedSource, ImageSource):
         rows = []
         try:
             with regular_file(path).open(newline="", encoding="utf-8-sig") as file:
-                table = csv.DictReader(file)
+                table = csv.DictReader(file, delimiter=DELIMITERS.get(path.suffix, ","))
                 absent = next((name for name in columns if name not in (table.fieldnames or ())), None)
                 if absent is not None:
                     raise UserError(f"{shown}: no column '{absent}'.{near(absent, table.fieldnames or ())}")
@@ -102,7 +104,7 @@ class TableSource(RootedSource, ImageSource):
                     if any(row[name] != text for name, text in only.items()):
                         continue
                     where = f"{shown}: line {table.line_num}"
-                    name = relative_path((row[self.column] or "") + self.suffix, where)
+                    name = relative_path(_inside(row[self.column] or "", base) + self.suffix, where)
                     label = row[self.label] if self.label else _one_hot(row, self.keep, where)
                     if label in self.keep:
                         rows.append((name, label))
@@ -112,7 +114,7 @@ class TableSource(RootedSource, ImageSource):
 
     def _find(self, card: Card, base: Path, names: list[str]) -> list[Path]:
         """Return the file of each name in the first of the folders that has it."""
-        folders = [folder for pattern in self.folders for folder in sorted(base.glob(pattern)) if folder.is_dir()]
+        folders = [folder for pattern in self.folders for folder in _matches(base, pattern) if folder.is_dir()]
         paths = [next((p for folder in folders if (p := folder / name).is_file()), None) for name in names]
         absent = [f"'{name}'" for name, path in zip(names, paths, strict=True) if path is None]
         if absent:
@@ -121,6 +123,16 @@ class TableSource(RootedSource, ImageSource):
                 f"{shown_path(base)}; missing {listed(absent, 1)}. {fix(card)}"
             )
         return [path for path in paths if path is not None]
+
+
+def _inside(name: str, base: Path) -> str:
+    """Return an absolute path inside `base` relative to it, and any other name as it is."""
+    path = Path(name)
+    return path.relative_to(base).as_posix() if path.is_absolute() and path.is_relative_to(base) else name
+
+
+def _matches(base: Path, pattern: str) -> list[Path]:
+    return [base] if pattern == "." else sorted(base.glob(pattern))
 
 
 def _one_hot(row: dict[str, str], keep: list[str], where: str) -> str:

@@ -57,7 +57,7 @@ class FolderSource(RootedSource, ImageSource):
         lists: maps a split to a text file beside the card with one image path (relative to `root`) a line.
     """
 
-    layout: RelativePath
+    layout: RelativePath = "{class}"
     lists: dict[str, RelativePath] = field(default_factory=dict)
 
     def check(self, where: str) -> None:

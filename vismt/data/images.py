@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,8 +15,10 @@ from vismt import console
 from vismt.data.cards import Card, load_card
 from vismt.data.fetching import fetch
 from vismt.data.image_source import ImageSource, LoadedImages
+from vismt.data.python_sets import images_of, python_object
 from vismt.data.sources import first_copy, listed, not_found, shown_path, sources_for
 from vismt.errors import UserError, near
+from vismt.objects import title_of
 
 
 @dataclass
@@ -32,6 +34,7 @@ class ImageSet:
         skipped: ids of the images left out because they cannot be decoded.
         where: the folder of the copy, as messages name it.
         nodes: class ids below each node of a hierarchy, or None.
+        cached: whether `content` tells these images from all others, so that decoded ones may be kept for later runs.
     """
 
     name: str
@@ -46,6 +49,7 @@ class ImageSet:
     skipped: list[str] = field(default_factory=list)
     where: str = ""
     nodes: list[list[int]] | None = None
+    cached: bool = True
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -120,6 +124,17 @@ def _drop_damaged(images: ImageSet) -> ImageSet:
     return images.take(kept, skipped)
 
 
+def _from_object(given: Any, title: str, split: str) -> ImageSet:
+    """Return a data set given in Python."""
+    if isinstance(given, ImageSet):
+        return given
+    loaded = images_of(given, title)
+    labels = torch.tensor(loaded.labels, dtype=torch.int64)
+    return ImageSet(
+        title, split, loaded.classes, labels, loaded.ids, loaded.read, loaded.content, where=title, cached=False
+    )
+
+
 def open_images(
     card: Card | str | Path,
     split: str = "all",
@@ -131,7 +146,8 @@ def open_images(
     """Return the images of `split`, from the first of the card's sources that is on this machine and has that split.
 
     Args:
-        card: a card, its name, its file or its folder.
+        card: a card, its name, its file or its folder; a folder of class folders or a csv file without a card; the name of a
+            Python object (python_sets.py).
         split: name of a split, or "all" for every split.
         root: folder of the set itself, instead of a search in VISMT_DATA and the cache.
         on_bad_sample: with "skip" every image is decoded once now, and those that cannot be decoded are left out, listed in
@@ -142,9 +158,13 @@ def open_images(
         UserError: an unknown card or split, a set that is not on this machine, an empty class folder, and another number of
             images or classes than the card says.
     """
-    card = card if isinstance(card, Card) else load_card(card)
     if on_bad_sample not in ("error", "skip"):
         raise UserError(f"on_bad_sample is '{on_bad_sample}'.{near(str(on_bad_sample), ['error', 'skip'])}")
+    given = None if isinstance(card, Card) else python_object(str(card), split)
+    if given is not None:
+        images = _from_object(given, title_of(str(card)), split)
+        return images if on_bad_sample == "error" else _drop_damaged(images)
+    card = card if isinstance(card, Card) else load_card(card)
     sources = sources_for(card, ImageSource, split)
     copy = first_copy(card, sources, root)
     if copy is None:

@@ -79,12 +79,12 @@ class Pixels:
         self.labels, self.ids = images.labels, images.ids
         needed = len(images) * 3 * size * size if cache else 0
         self.store: np.ndarray | OnDemand
-        if needed > STORE_BYTES:
+        if needed > (STORE_BYTES if images.cached else MEMORY_BYTES):
             console.stage(
                 "data", f"{self.name}: {len(images):,} images are decoded as they are drawn, too many to store"
             )
             self.store = OnDemand(images, size)
-        elif cache:
+        elif cache and images.cached:
             self.store = self._on_disk()
         else:
             self.store = self._in_memory()
@@ -125,7 +125,7 @@ class Pixels:
 
     @cached_property
     def key(self) -> str | None:
-        if isinstance(self.store, OnDemand):
+        if isinstance(self.store, OnDemand) or not self.images.cached:
             return None  # reading all files would take longer than any use
         return self._digest()
 

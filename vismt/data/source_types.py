@@ -12,10 +12,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
 from vismt.errors import UserError
-from vismt.paths import cache_root, data_root, package_folder, regular_file, shipped
+from vismt.paths import cache_root, data_roots, package_folder, regular_file, shipped
 from vismt.registry import Registry
 from vismt.typed_yaml import RelativePath, relative_path
 
@@ -66,12 +66,12 @@ class DataSource(ABC):
     """One way to get a data set.
 
     Attributes:
-        splits: number of examples of each split, None when unknown. "all" is the only split of a set without splits.
+        splits: number of examples of each split, None when unknown; by default "all", the only split of a set without splits.
         classes: number of classes, where this copy has others than the card says.
         manifest: JSON file beside the card with the hashes of the files, see manifest.py.
     """
 
-    splits: dict[str, int | None]
+    splits: dict[str, int | None] = field(default_factory=lambda: {"all": None})
     classes: int | None = None
     manifest: RelativePath | None = None
 
@@ -127,18 +127,25 @@ class DataSource(ABC):
         return list(self.splits) if split == "all" else [split]
 
 
+def set_folder(text: str, name: str) -> str:
+    """Return an absolute path, or a relative one that stays inside its folder; else raise a UserError that starts with `name`."""
+    if text == "." or text.startswith("~") or Path(text).is_absolute():
+        return text
+    return relative_path(text, name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RootedSource(DataSource):
-    """A source in a folder: `root` in the folder of a user's card, else in VISMT_DATA."""
+    """A source in a folder: `root`, absolute, or in the folder of a user's card, else in a folder of VISMT_DATA."""
 
-    root: RelativePath
+    root: Annotated[str, set_folder] = "."
 
     def candidates(self, card: Card, root: Path | None = None) -> list[Path]:
-        if root is not None:
-            return [Path(root).expanduser()]
-        folders = [] if card.folder.parent == shipped("datasets") else [card.folder / self.root]
-        data = data_root()
-        return [*folders, data / self.root] if data else folders
+        own = Path(self.root).expanduser()
+        if root is not None or own.is_absolute():
+            return [own if root is None else Path(root).expanduser()]
+        beside = [] if card.folder.parent == shipped("datasets") else [card.folder]
+        return [folder / own for folder in (*beside, *data_roots())]
 
 
 class PackagedSource(DataSource):
@@ -166,7 +173,7 @@ class Card:
     `sources` are tried in order. Each has its own splits and counts, because a copy may be a subset.
 
     Attributes:
-        classes: number of classes, 0 for a set without classes.
+        classes: number of classes, 0 for a set without classes and for an unknown number.
         images: images (or rows) of the full set, where the first source is only a part.
         names: JSON file beside the card: class folder -> readable name, or a list in class order.
         superclasses: JSON file beside the card: class -> superclass; or "prefix": the part before the last '/'.
@@ -174,11 +181,11 @@ class Card:
     """
 
     name: str
-    title: str
-    source: str
-    licence: str
-    classes: int
     sources: list[DataSource]
+    title: str = ""
+    source: str = ""
+    licence: str = ""
+    classes: int = 0
     citation: str = ""
     tasks: list[str] = field(default_factory=lambda: ["classification"])
     images: int | None = None

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vismt.data.manifest import read_manifest
+from vismt.data.names import CARDS
 from vismt.data.source_types import PACKAGES, Card, DataSource, S
 from vismt.errors import UserError, near
-from vismt.paths import cache_root, data_root
+from vismt.paths import cache_root, data_roots
 
 
 def sources_for(card: Card, family: type[S], split: str) -> list[S]:
@@ -41,14 +42,16 @@ def place(card: Card, source: DataSource, root: Path | None = None) -> Path | No
 
 def shown_path(path: Path) -> str:
     """Return `path` as messages name it: relative to $VISMT_DATA or $VISMT_CACHE when it is inside."""
-    for label, base in (("$VISMT_DATA", data_root()), ("$VISMT_CACHE", cache_root())):
-        if base is not None and path.is_relative_to(base):
+    for label, base in (*(("$VISMT_DATA", root) for root in data_roots()), ("$VISMT_CACHE", cache_root())):
+        if path.is_relative_to(base):
             return str(Path(label) / path.relative_to(base))
     return f"the {PACKAGES[path.name]} package" if path.name in PACKAGES else str(path)
 
 
 def fix(card: Card) -> str:
     """Return the sentence of error messages that explains how to get the set."""
+    if card.path.suffix not in CARDS:
+        return f"Correct the files in {card.shown}, or describe them in a card."
     see = f"{card.shown}/{card.path.name}"
     handle = card.name if card.shown == f"datasets/{card.name}" else card.shown
     if card.downloadable:
@@ -121,7 +124,7 @@ def not_found(card: Card, split: str, root: Path | None = None) -> UserError:
     if packages:
         return UserError(f'{card.shown}: needs {packages[0]}, which is not installed: pip install "vismt[quickstart]".')
     folders = [shown_path(folder) for source in card.sources for folder in source.candidates(card, root)]
-    unset = "" if data_root() or root else " (VISMT_DATA is not set)"
+    unset = "" if data_roots() or root else " (VISMT_DATA is not set)"
     problem = f"{card.shown}: nothing found under {' or '.join(folders) or 'any folder'}{unset}."
     steps = " ".join(card.how_to_get.split())
     if steps and not card.downloadable:

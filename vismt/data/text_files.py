@@ -1,4 +1,4 @@
-"""Rows of text from jsonl files, lines with separators and files of documents.
+"""Rows of text from jsonl files, csv tables, lines with separators and files of documents.
 
 Lines end with a line feed, a carriage return or both, also mixed in one file, and with nothing else. Quotes are those around
 a whole field: there are files in which half of the fields are quoted and the other half hold bare quotes, over which a csv
@@ -7,12 +7,15 @@ reader swallows lines.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vismt.data.csv_table import DELIMITERS
 from vismt.data.manifest import digest
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
 from vismt.data.sources import fix, shown_path, verify_counts
@@ -20,7 +23,8 @@ from vismt.data.text_set import LINE_ENDS, TextSet, TextSource, check_encoding, 
 from vismt.errors import UserError, near
 from vismt.typed_yaml import RelativePath
 
-FORMS = ("jsonl", "lines", "documents")
+FORMS = ("jsonl", "csv", "lines", "documents")
+NAMED = ("jsonl", "csv")  # whose files name the fields
 
 
 @source_kind("text")
@@ -30,8 +34,9 @@ class TextFilesSource(RootedSource, TextSource):
 
     Attributes:
         files: maps each split to its file.
-        fields: names of the fields of a row.
-        form: "jsonl": an object a line, which must have the `fields`. "lines": the `fields` of a line with the `separators`
+        fields: names of the fields of a row; [], where the files name them, for all.
+        form: "jsonl": an object a line, which must have the `fields`. "csv": a table with the names of its columns in the first
+            line, tabs between them in a .tsv file. "lines": the `fields` of a line with the `separators`
             between them; quotes around a whole field are removed. "documents": the one field holds all from one match of the
             regular expression `starts` to the next.
         separators: one fewer than `fields`, applied in turn from the left.
@@ -41,7 +46,7 @@ class TextFilesSource(RootedSource, TextSource):
     """
 
     files: dict[str, RelativePath]
-    fields: list[str]
+    fields: list[str] = field(default_factory=list)
     form: str = "jsonl"
     separators: list[str] = field(default_factory=list)
     starts: str | None = None
@@ -57,7 +62,7 @@ class TextFilesSource(RootedSource, TextSource):
             names = f"'files' names {sorted(self.files)}, 'splits' names {sorted(self.splits)}"
             raise UserError(f"{where}: {names}; they must agree.")
         wanted = len(self.fields) - 1 if self.form == "lines" else 0
-        unique = 0 < len(set(self.fields)) == len(self.fields)
+        unique = len(set(self.fields)) == len(self.fields) and (bool(self.fields) or self.form in NAMED)
         if not unique or len(self.separators) != wanted or "" in self.separators:
             raise UserError(
                 f"{where}: fields {self.fields} of form '{self.form}' need {wanted} separators and no name twice."
@@ -107,6 +112,8 @@ class TextFilesSource(RootedSource, TextSource):
                 raise UserError(f"{shown}: no document starts at the beginning ('{self.starts}'). {fix(card)}")
             rows = [{self.fields[0]: text[a:b].strip()} for a, b in zip(starts, [*starts[1:], len(text)])]
             return [self._extracted(row, f"{shown}: document {number}") for number, row in enumerate(rows, 1)]
+        if self.form == "csv":
+            return self._parse_table(text, path, shown)
         parse = self._parse_object if self.form == "jsonl" else self._parse_fields
         parsed = []
         for number, line in enumerate(LINE_ENDS.split(text), 1):
@@ -122,7 +129,27 @@ class TextFilesSource(RootedSource, TextSource):
             raise UserError(f"{where}: is not JSON ({error}).") from error
         if not isinstance(values, dict) or not set(self.fields) <= set(values):
             raise UserError(f"{where}: is not an object with {', '.join(self.fields)}.")
-        return {name: values[name] for name in self.fields}
+        return {name: values[name] for name in self.fields or values}
+
+    def _parse_table(self, text: str, path: Path, shown: str) -> list[dict[str, Any]]:
+        table = csv.DictReader(io.StringIO(text, newline=""), delimiter=DELIMITERS.get(path.suffix, ","))
+        columns = list(table.fieldnames or ())
+        absent = next((name for name in self.fields if name not in columns), None)
+        if absent is not None:
+            raise UserError(f"{shown}: no column '{absent}'.{near(absent, columns)}")
+        rows = []
+        try:
+            for row in table:
+                where = f"{shown}: line {table.line_num}"
+                if None in row or None in row.values():
+                    raise UserError(
+                        f"{where}: does not have the {len(columns)} columns of the first line; put quotes around texts with a "
+                        "separator."
+                    )
+                rows.append(self._extracted({name: row[name] for name in self.fields or columns}, where))
+        except csv.Error as error:
+            raise UserError(f"{shown}: line {table.line_num}: cannot be read as a table: {error}.") from error
+        return rows
 
     def _parse_fields(self, line: str, where: str) -> dict[str, Any]:
         values, rest = [], line

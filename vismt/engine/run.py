@@ -21,11 +21,12 @@ from vismt import console, ranks
 from vismt.config import RunConfig, config_hash
 from vismt.engine import runtime
 from vismt.errors import UserError, near
-from vismt.files import atomic_write, locked, read_sealed, remove_partial, sealed, write_tensors
+from vismt.files import atomic_write, locked, read_json, read_sealed, remove_partial, sealed, write_tensors
 from vismt.lowrank.peft_folder import export_peft
 
 RESOLVED = "config.resolved.yaml"
 FACTS = "run.json"
+EXPORTED = "vismt.json"  # in the folder of an export: run, configuration, arm and seed
 FORMATS = ("timm", "transformers", "peft")
 
 
@@ -61,6 +62,9 @@ class Stages(Protocol):
 
     def facts(self) -> dict[str, Any]:
         """Return the entries of run.json that depend on the job, such as seeds."""
+
+    def name_of(self, arm: str | None = None) -> str:
+        """Return the arm and seed that a name stands for, as they stand in the name of a folder."""
 
     def files_beside(self, arm: str | None = None) -> dict[str, bytes]:
         """Return the files to write beside merged or exported weights, by name."""
@@ -143,28 +147,44 @@ class Run:
             )
 
     def merge(self, arm: str | None = None) -> Path:
-        """Write the stock state dict with merged weights to merged/model.safetensors; return the folder."""
+        """Write the stock state dict with merged weights to merged-ARM-seed-SEED/model.safetensors; return the folder."""
         self._need_adapter()
-        return self._write(self.job.merged(arm), self.folder / "merged", arm)
+        model = self.job.merged(arm)
+        return self._write(model, self._target("merged", None, arm), arm)
 
     def export(self, form: str, target: Path | None, arm: str | None = None) -> Path:
         """Write one arm as timm (model.safetensors, config.json), transformers (save_pretrained) or peft (adapter folder).
 
-        Raises UserError for another format, one that does not fit the model, and a run without an adapter.
+        target: by default export-FORMAT-ARM-seed-SEED in the run folder. Raises UserError for another format, one that does not
+        fit the model, a run without an adapter, and a folder with the export of another model.
         """
         if form not in FORMATS:
             raise UserError(f"export: format '{form}'.{near(form, FORMATS)}")
         self._need_adapter()
-        target = target or self.folder / f"export-{form}"
         if form == "peft":
-            export_peft(self.job.adapted(arm), target)
+            adapted = self.job.adapted(arm)
+            target = self._target("export-peft", target, arm)
+            export_peft(adapted, target)
             return self._write_beside(target, arm)
         model = self.job.merged(arm)
         is_transformers = hasattr(model, "save_pretrained")
         if is_transformers != (form == "transformers"):
             fitting = "transformers" if is_transformers else "timm"
             raise UserError(f"export: {type(model).__name__} is not a {form} model; use --format {fitting} or peft.")
-        return self._write(model, target, arm)
+        return self._write(model, self._target(f"export-{form}", target, arm), arm)
+
+    def _target(self, kind: str, target: Path | None, arm: str | None) -> Path:
+        """Return the folder of an export, with a note of what it is of. Raises UserError where it holds another one."""
+        name = self.job.name_of(arm)
+        folder = target or self.folder / f"{kind}-{name}"
+        note = folder / EXPORTED
+        about = {"run": self.folder.name, "config_hash": self.hash, "model": name}
+        held = read_json(note, f"export '{folder}'") if note.exists() else None
+        if held != about and any(folder.glob("*.safetensors")):
+            what = f"of {held.get('model')} of the run {held.get('run')}" if held else "that is not an export of vismt"
+            raise UserError(f"export: '{folder}' holds a model {what}; name another folder with --to, or remove it.")
+        atomic_write(note, json.dumps(about, indent=1))
+        return folder
 
     def predict(
         self, images: list[Path], target: Path | None = None, arm: str | None = None, **options: bool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from vismt.data.names import check_row_names, overlap
 from vismt.errors import UserError
 
 
@@ -12,7 +13,7 @@ class PartsConfig:
     """The sets of each part. train, validation, test: cards as 'name' or 'name:split'; several are joined.
 
     validation_share, test_share: share of `train` that is split off where no set is named. limit: the largest number of
-    training images, or rows of text.
+    training images, or rows of text, of what is left of `train`; it leaves the shares as they are.
     """
 
     train: list[str] = field(default_factory=list)
@@ -31,20 +32,14 @@ def check_parts(parts: PartsConfig, where: str) -> None:
             raise UserError(f"{where}: both {part} and {part}_share; give one of them.")
         if part == "test" and not named and not share:
             raise UserError(f"{where}: nothing to test on; name a set in test, or give test_share.")
+    for part in ("test", "validation"):
+        check_row_names(getattr(parts, part), f"{where}: {part}")
     for part, against in (("test", "train"), ("validation", "train"), ("validation", "test")):
         for name in getattr(parts, part):
-            other = next((item for item in getattr(parts, against) if _overlap(name, item)), None)
+            other = next((item for item in getattr(parts, against) if overlap(name, item)), None)
             if other is not None:
                 fix = f"name another set or split, or take {part}_share instead"
                 raise UserError(f"{where}: {part} '{name}' is in {against} '{other}', too; {fix}.")
-
-
-def _overlap(first: str, second: str) -> bool:
-    """Return whether two sets, 'card' or 'card:split', have examples in common."""
-    first_card, _, first_split = first.partition(":")
-    second_card, _, second_split = second.partition(":")
-    shared = first_split == second_split or bool({"", "all"} & {first_split, second_split})
-    return first_card == second_card and shared
 
 
 def shares(parts: PartsConfig) -> dict[str, float]:

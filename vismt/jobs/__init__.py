@@ -51,15 +51,25 @@ def start(path: Path, overrides: Sequence[str], out: Path) -> Run:
 def start_config(config: RunConfig, name: str, out: Path, folder: Path | None = None) -> Run:
     """Make or find again the run folder of a configuration: `folder`, by default <out>/<name>-<hash>.
 
-    Raises UserError for what the configuration names and does not exist; no folder is made then.
+    Raises UserError for what the configuration names and does not exist, and for a folder with another run; no folder is made
+    then.
     """
     from vismt.engine.run import RESOLVED, Run
 
     folder = folder or out / f"{name}-{config_hash(config)}"
     run = Run(folder, config, make_job(config, folder))
+    refuse_other_run(folder, run.hash)
     run.job.check()
     atomic_write(folder / RESOLVED, yaml.safe_dump(resolved(config), sort_keys=False))
     return run
+
+
+def refuse_other_run(folder: Path, config_hash: str) -> None:
+    """Raise UserError where a folder holds a run of another configuration."""
+    from vismt.engine.run import RESOLVED
+
+    if (folder / RESOLVED).exists() and open_run(folder).hash != config_hash:
+        raise UserError(f"run '{folder}': the folder holds a run of another configuration; give another folder.")
 
 
 def open_run(folder: Path) -> Run:

@@ -133,6 +133,11 @@ class EvaluationJob(ABC, Generic[Config]):
         """Return the further entries of config.json beside merged weights."""
         return {}
 
+    def name_of(self, arm: str | None = None) -> str:
+        """Return the arm and seed that a name stands for, as they stand in the name of a folder."""
+        training = self.study.find(arm)
+        return f"{training.arm}-seed-{training.seed}"
+
     def files_beside(self, arm: str | None = None) -> dict[str, bytes]:
         """Return the files to write beside the merged or exported weights of one arm, by name."""
         return {}

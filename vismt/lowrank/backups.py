@@ -16,6 +16,7 @@ from torch import Tensor
 from vismt.errors import UserError
 
 IN_MEMORY = 2**26  # bytes
+SAMPLES = 1024  # values of a tensor that tell whether it was trained
 ALIGNED = 16
 
 
@@ -58,6 +59,18 @@ def backup_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def unchanged_tensors(copies: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the sorted names of the tensors that still equal their copies, bit for bit."""
     return sorted(name for name, value in copies.items() if torch.equal(_bytes(value), _bytes(tensors[name])))
+
+
+def sample(tensor: Tensor) -> Tensor:
+    """Return a copy of at most 2048 values spread over a tensor, on the CPU."""
+    # An odd stride does not stay in one column of a matrix of even width.
+    return tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLES) | 1].cpu().clone()
+
+
+def was_trained(sampled: Tensor, tensor: Tensor) -> bool:
+    """Return whether a tensor differs from what it was when `sampled` was taken, but for a cast."""
+    now = sample(tensor)
+    return now.shape != sampled.shape or not torch.equal(now, sampled.to(now.dtype))
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError
 from vismt.lowrank.adapter_layer import AdapterLayer
-from vismt.lowrank.backups import backup_tensors
+from vismt.lowrank.backups import backup_tensors, sample
 from vismt.lowrank.layer_spec import AdaptReport, LayerSpec
 from vismt.lowrank.linear import LowRankLayer
 from vismt.lowrank.memory import count_parameters
@@ -162,6 +162,11 @@ def install(
         for function in finish:
             if function is not None:
                 function(layers)
+        record.frozen = {
+            name: sample(value)
+            for name, value in model.named_parameters()
+            if name in required and name not in originals and not value.is_meta
+        }
     return list(layers.values())
 
 

@@ -25,29 +25,35 @@ from vismt.lowrank.inject import adapter_layers
 from vismt.lowrank.patterns import Pattern
 from vismt.lowrank.peft_files import CONFIG, PREFIX, TENSORS, PeftAdapter, holds, read_peft
 from vismt.lowrank.record import AdaptRecord, need_record, refuse_adapted, refuse_offloaded
-from vismt.lowrank.store import adapter_tensors
+from vismt.lowrank.store import adapter_tensors, report_lost
 from vismt.lowrank.targets import kind_of, matrix_shape
 from vismt.lowrank.values import fits, need_finite
 from vismt.lowrank.wrappers import check_mergeable, stock_order
 
 
-def export_peft(model: nn.Module, folder: str | Path, *, compact: bool = False, force: bool = False) -> Path:
+def export_peft(
+    model: nn.Module, folder: str | Path, *, compact: bool = False, force: bool = False, strict: bool = False
+) -> Path:
     """Write an adapted model as a plain LoRA in peft's layout.
+
+    It warns of parameters that were trained and are not in the file, such as a head beside the adapter.
 
     Args:
         model: an adapted model; not changed.
         folder: made where it is missing.
         compact: drop vanishing directions by QR and a small SVD, which needs finite values.
         force: write NaN and infinite values too; `import_peft` refuses them.
+        strict: refuse instead of warning.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: where the model does more than plain LoRA (a router that has not faded, quantised weights), and for values
-            that are not finite; nothing is written then.
+        UserError: where the model does more than plain LoRA (a router that has not faded, quantised weights), for values that
+            are not finite, and with `strict` for trained parameters that are not in the file; nothing is written then.
     """
     record = need_record(model, "export_peft")
+    report_lost(model, "export_peft", strict)
     check_mergeable(model, "export_peft")
     if not record.sites:
         raise UserError(f"export_peft: '{record.method}' has no low-rank factors; merge the model and save it whole.")

@@ -19,7 +19,8 @@ RECORD = "vismt_record"  # the attribute of an adapted model
 class AdaptRecord:
     """What an adapted model remembers of its adaptation: enough to save it, to undo it and to refuse a second one.
 
-    also_train: values before the adaptation, by parameter name. wrappers: type and settings of each wrapper, by path.
+    also_train: values before the adaptation, by parameter name. wrappers: type and settings of each wrapper, by path. frozen:
+    some values of each parameter that no file of the adapter holds, by name (backups.sample).
     """
 
     method: str
@@ -28,6 +29,7 @@ class AdaptRecord:
     required_grad: dict[str, bool]
     also_train: dict[str, Tensor]
     wrappers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    frozen: dict[str, Tensor] = field(default_factory=dict)
 
 
 def refuse_adapted(model: nn.Module, what: str = "adapt") -> None:

@@ -34,7 +34,7 @@ from vismt.lowrank.adapter_files import (
     read_adapter,
 )
 from vismt.lowrank.adapter_layer import AdapterLayer
-from vismt.lowrank.backups import unchanged_tensors
+from vismt.lowrank.backups import unchanged_tensors, was_trained
 from vismt.lowrank.inject import adapter_layers, attach, install, undone_on_error
 from vismt.lowrank.layer_spec import LayerSpec
 from vismt.lowrank.record import AdaptRecord, need_record, record_of, refuse_offloaded, refuse_switched
@@ -53,21 +53,59 @@ from vismt.lowrank.wrappers import (
 WAIT_S = 60  # for another process that saves into the same folder
 
 
-def save_adapter(model: nn.Module, folder: str | Path, *, force: bool = False) -> Path:
+def save_adapter(model: nn.Module, folder: str | Path, *, force: bool = False, strict: bool = False) -> Path:
     """Write the factors (and also_train parameters) of an adapted model; each file appears whole or not at all.
+
+    It warns of parameters that were trained and are not in the file, such as a head beside the adapter.
 
     Args:
         model: an adapted model.
         folder: made where it is missing.
         force: write NaN and infinite values too, for inspection; `load_adapter` refuses them.
+        strict: refuse instead of warning.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: for a stock model, a model on the meta device, values that are not finite, and a folder that cannot be
-            written; nothing is written then.
+        UserError: for a stock model, a model on the meta device, values that are not finite, a folder that cannot be written,
+            and with `strict` trained parameters that are not in the file; nothing is written then.
     """
+    report_lost(model, "save_adapter", strict)
+    return write_adapter(model, folder, force=force)
+
+
+def report_lost(model: nn.Module, what: str, strict: bool) -> None:
+    """Warn of parameters that were trained and that no file of the adapter holds; with `strict` raise UserError."""
+    record = need_record(model, what)
+    of_adapter = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if isinstance(module, (AdapterLayer, ModuleWrapper))
+        for name, _ in module.named_parameters()
+    }
+    lost = []
+    for name, value in model.named_parameters():
+        known = name in record.frozen
+        if not value.requires_grad or value.is_meta or name in record.also_train or (name in of_adapter and not known):
+            continue
+        if not known or was_trained(record.frozen[name], value):
+            lost.append(name)
+    if not lost:
+        return
+    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+    names = ", ".join(f"'{name}'" for name in lost[:3])
+    message = (
+        f"{what}: {names}{more} were trained and are not in the file; name them in vismt.adapt(..., also_train=[...]), or save "
+        "them yourself."
+    )
+    if strict:
+        raise UserError(message)
+    warnings.warn(message, stacklevel=3)
+
+
+def write_adapter(model: nn.Module, folder: str | Path, *, force: bool = False) -> Path:
+    """Write an adapter as `save_adapter` does, for a caller that keeps what is trained beside it elsewhere."""
     record = need_record(model, "save_adapter")
     tensors = adapter_tensors(model)
     if any(value.is_meta for value in tensors.values()):

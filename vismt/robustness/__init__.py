@@ -1,5 +1,35 @@
 """Attacks, corruptions and the evaluation of any classifier under them."""
 
 from vismt.robustness.attacks import AttackSpec, attack, robust_accuracy
+from vismt.robustness.classifier import PixelClassifier, classifier_of, load_classifier
+from vismt.robustness.conditions import AttackConfig, CorruptionConfig
+from vismt.robustness.corruptions import CORRUPTIONS, CorruptionSpec, corrupt
+from vismt.robustness.dense_attack import DenseAttack
+from vismt.robustness.evaluate import ConditionAccuracy, evaluate_classifier, evaluate_examples
+from vismt.robustness.masking import check_masking
+from vismt.robustness.quantise import quantise
+from vismt.robustness.robustbench import load_robustbench
+from vismt.robustness.transfer import Transfer, TransferSource
 
-__all__ = ["AttackSpec", "attack", "robust_accuracy"]
+__all__ = [
+    "CORRUPTIONS",
+    "AttackConfig",
+    "AttackSpec",
+    "ConditionAccuracy",
+    "CorruptionConfig",
+    "CorruptionSpec",
+    "DenseAttack",
+    "PixelClassifier",
+    "Transfer",
+    "TransferSource",
+    "attack",
+    "check_masking",
+    "classifier_of",
+    "corrupt",
+    "evaluate_classifier",
+    "evaluate_examples",
+    "load_classifier",
+    "load_robustbench",
+    "quantise",
+    "robust_accuracy",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import sys
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vismt.backbones.any_module import UNKNOWN, size_of
 from vismt.errors import UserError, near
 
 SUFFIXES = {".safetensors", ".pt", ".pth", ".bin", ".tar"}
@@ -24,7 +26,7 @@ class PixelClassifier(nn.Module):
     """A classifier with its resizing and normalisation: images float (b, 3, h, w) in [0, 1] -> logits (b, c).
 
     size: (h, w) that images are resized to. mean, std: per channel, of the normalisation. labels: names of the c classes, None
-    where they are not known.
+    where they are not known. num_classes: c, by default that of the net.
     """
 
     def __init__(
@@ -34,17 +36,14 @@ class PixelClassifier(nn.Module):
         mean: tuple[float, ...],
         std: tuple[float, ...],
         labels: list[str] | None = None,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
+        stock: Any = net
         self.net, self.size, self.labels = net, tuple(size), labels
+        self.num_classes: int = stock.num_classes if num_classes is None else num_classes
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
-
-    @property
-    def num_classes(self) -> int:
-        """Number of logits c."""
-        net: Any = self.net
-        return net.num_classes
 
     def forward(self, images: Tensor) -> Tensor:
         if tuple(images.shape[-2:]) != self.size:
@@ -58,6 +57,7 @@ def load_classifier(
     *,
     architecture: str | None = None,
     pretrained: bool = True,
+    img_size: int | None = None,
 ) -> PixelClassifier:
     """Load a timm classifier on the CPU, in eval mode.
 
@@ -69,6 +69,7 @@ def load_classifier(
             classifies nothing.
         architecture: The timm model of a file; by default config.json beside the file names it, and img_size.
         pretrained: Whether timm fetches the weights of a name.
+        img_size: Pixels of the model's images; by default those of config.json beside a file, or of the timm model.
 
     Returns:
         The classifier, for images float (b, 3, h, w) in [0, 1] of any size.
@@ -81,16 +82,68 @@ def load_classifier(
         path = path / "model.safetensors"
     about: dict[str, Any] = {}
     if path.suffix in SUFFIXES:
+        if not path.is_file():
+            raise UserError(f"checkpoint '{path}': no such file.")
         about = _read_config(path)
+        architecture = architecture or about.get("architecture")
+        about = {**about, "model_args": {**about.get("model_args", {}), **_size_option(architecture, img_size)}}
         net = _from_file(path, about, architecture, num_classes)
+    elif len(path.parts) > 2:  # names have one slash at most, after hf-hub:
+        raise UserError(f"model '{path}': no such file.")
     else:
-        net = _create(str(name_or_checkpoint), num_classes, pretrained)
+        name = str(name_or_checkpoint)
+        net = _create(name, num_classes, pretrained, **_size_option(name, img_size))
     stock: Any = net.pretrained_cfg
     config = {**stock, **about.get("pretrained_cfg", {})}
-    size = getattr(getattr(net, "patch_embed", None), "img_size", None) or config["input_size"][-2:]
+    pixels = (img_size, img_size) if img_size else config["input_size"][-2:]
+    size = getattr(getattr(net, "patch_embed", None), "img_size", None) or pixels
     labels = about.get("label_names")
     known = isinstance(labels, list) and len(labels) == net.num_classes
     return PixelClassifier(net, size, config["mean"], config["std"], labels if known else None).eval()
+
+
+def classifier_of(model: nn.Module, img_size: int | None = None) -> PixelClassifier:
+    """Return a copy of any module as a classifier of images in [0, 1], in eval mode.
+
+    Args:
+        model: a timm model, which gets images normalised by its pretrained_cfg; a PixelClassifier; or any module that maps
+            images float (b, 3, h, w) in [0, 1] to logits (b, c).
+        img_size: pixels, by default those of a timm model.
+
+    Raises:
+        UserError: a module without class scores, and one of unknown size.
+    """
+    model = copy.deepcopy(model).eval()
+    if isinstance(model, PixelClassifier):
+        return model
+    size = size_of(model, img_size)
+    settings = getattr(model, "pretrained_cfg", None) or {}
+    mean, std = (settings.get(name, values) for name, values in zip(("mean", "std"), UNKNOWN))
+    classes = getattr(model, "num_classes", None)
+    if not isinstance(classes, int):
+        parameter = next(model.parameters(), torch.empty(0))
+        with torch.no_grad():
+            logits = model(torch.full((1, 3, size, size), 0.5, device=parameter.device))
+        classes = logits.shape[1] if isinstance(logits, Tensor) and logits.ndim == 2 else 0
+    if classes < 2:
+        raise UserError(
+            f"model: {type(model).__name__} gives no class scores; need a module from images in [0, 1] to logits (b, classes)."
+        )
+    return PixelClassifier(model, (size, size), mean, std, num_classes=classes)
+
+
+def _size_option(architecture: str | None, img_size: int | None) -> dict[str, int]:
+    """Return timm's argument img_size where the architecture has one; others take images of any size."""
+    import timm
+
+    if img_size is None or architecture is None:
+        return {}
+    try:
+        with torch.device("meta"):
+            sized = hasattr(timm.create_model(architecture, pretrained=False), "patch_embed")
+    except (OSError, RuntimeError, ValueError):  # an unknown name, which `_create` explains
+        sized = False
+    return {"img_size": img_size} if sized else {}
 
 
 def _create(name: str, num_classes: int | None, pretrained: bool, **options: Any) -> nn.Module:
@@ -125,7 +178,6 @@ def _read_config(path: Path) -> dict:
 
 
 def _from_file(path: Path, config: dict[str, Any], architecture: str | None, num_classes: int | None) -> nn.Module:
-    architecture = architecture or config.get("architecture")
     if not architecture:
         raise UserError(f"checkpoint '{path}': which timm model is it? Give architecture, or a config.json beside it.")
     if config.get("num_classes") == 0:
@@ -155,8 +207,6 @@ def _head_names(net: nn.Module) -> list[str]:
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"checkpoint '{path}' does not exist: give an existing file or a timm name.")
     state: Any
     try:
         if path.suffix == ".safetensors":

@@ -10,6 +10,7 @@ from torch import Tensor
 from vismt import console
 from vismt.data.batching import Gathered
 from vismt.data.images import ImageSet, open_images
+from vismt.data.names import card_and_split
 from vismt.data.pixels import Pixels
 from vismt.data.splits import divide, limited
 from vismt.engine.splits import shares
@@ -106,12 +107,8 @@ class TaskData:
 
     def _open(self, name: str) -> ImageSet:
         if name not in self._sets:
-            card, _, split = name.partition(":")
             self._sets[name] = open_images(
-                card,
-                split or "all",
-                on_bad_sample=self._config.on_bad_sample,
-                download=self._config.download,
+                *card_and_split(name), on_bad_sample=self._config.on_bad_sample, download=self._config.download
             )
         return self._sets[name]
 

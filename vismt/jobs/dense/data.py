@@ -12,6 +12,7 @@ from vismt.data import dense_transforms as transforms
 from vismt.data.batching import Passes
 from vismt.data.dense import DenseSet, open_samples
 from vismt.data.dense_sample import CLASS, Sample, collate
+from vismt.data.names import card_and_split
 from vismt.data.splits import divide
 from vismt.engine.splits import shares
 from vismt.errors import UserError
@@ -171,8 +172,7 @@ class DenseBatches:
 
 
 def _open(name: str) -> DenseSet:
-    card, _, split = name.partition(":")
-    return open_samples(card, split or "all")
+    return open_samples(*card_and_split(name))
 
 
 def _spread(entries: list[tuple[DenseSet, int]], limit: int) -> list[tuple[DenseSet, int]]:

@@ -23,6 +23,7 @@ from vismt.data.cards import Card, load_card
 from vismt.data.decode import decode_file
 from vismt.data.dense_set import DenseSource
 from vismt.data.dense_transforms import fitting, resize
+from vismt.data.names import card_and_split
 from vismt.engine import runtime
 from vismt.errors import UserError
 from vismt.files import atomic_write
@@ -130,7 +131,7 @@ def class_names(config: DenseConfig, tasks: Mapping[str, DenseTask]) -> dict[str
 
 def _cards(config: DenseConfig) -> list[Card]:
     """Return the cards of the training sets."""
-    return [load_card(name.partition(":")[0]) for name in config.data.train]
+    return [load_card(card_and_split(name)[0]) for name in config.data.train]
 
 
 def _inverse(config: DenseConfig) -> bool:

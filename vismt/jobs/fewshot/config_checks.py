@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vismt.data.names import check_row_names, overlap
 from vismt.engine.study import check_arms
 from vismt.errors import UserError, near
 from vismt.jobs.fewshot.config import (
@@ -78,6 +79,7 @@ def _check_evaluation(config: FewShotConfig) -> None:
         values = getattr(settings, name)
         if not values or len(set(values)) < len(values):
             raise UserError(f"evaluate.{name}: {values}; name at least one, each once.")
+    check_row_names(settings.data, "evaluate.data")
     if config.meta is not None and (
         config.pool is not None or (settings.rule, settings.ways) != ("uniform", source.ways)
     ):
@@ -170,10 +172,8 @@ def _check_selection(config: FewShotConfig) -> None:
     if select.class_share and config.evaluate.rule != "uniform":
         raise UserError("select.class_share: needs evaluate.rule uniform; for variable episodes give select.data.")
     for name in select.data:
-        card, _, split = name.partition(":")
         for other in config.evaluate.data:
-            same, _, tested = other.partition(":")
-            if card == same and (split in ("", "all", tested) or tested in ("", "all")):
+            if overlap(name, other):
                 raise UserError(
                     f"select.data: '{name}' shares images with evaluate.data '{other}'; choose on other sets."
                 )

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from vismt import console
 from vismt.backbones import vit
+from vismt.backbones.any_module import backbone_of
 from vismt.data.images import ImageSet, open_images
+from vismt.data.names import card_and_split, row_name
 from vismt.data.pixels import Pixels
 from vismt.data.transforms import augment
 from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.metatune.episodes import EpisodeSampler, VariableSampler
 from vismt.metatune.objective import EpisodeBatches
+from vismt.objects import held
 from vismt.robustness.corruptions import CORRUPTIONS, corrupt
 
 
@@ -37,9 +40,12 @@ class FewShotData:
         """The backbone's image size in pixels."""
         return self.config.model.img_size or self.backbone().img_size[0]
 
-    def backbone(self) -> vit.Backbone:
-        """Return the stock backbone."""
+    def backbone(self) -> vit.PixelBackbone:
+        """Return the stock backbone; of a model given in Python a copy."""
         model = self.config.model
+        given = held(model.name)
+        if given is not None:
+            return backbone_of(given, model.img_size, block=model.block, pool=model.pool)
         return vit.create(
             model.name,
             model.img_size,
@@ -54,12 +60,11 @@ class FewShotData:
         """Return the set 'name' or 'name:split' at the backbone's resolution."""
         size = self.size
         if (name, size) not in self._pixels:
-            card, _, split = name.partition(":")
             images: ImageSet = open_images(
-                card, split or "all", on_bad_sample=self.config.on_bad_sample, download=self.config.download
+                *card_and_split(name), on_bad_sample=self.config.on_bad_sample, download=self.config.download
             )
             self._pixels[name, size] = Pixels(images, size)
-            console.stage("data", f"{name}   {len(images.classes)} classes   {len(images):,} images")
+            console.stage("data", f"{row_name(name)}   {len(images.classes)} classes   {len(images):,} images")
         return self._pixels[name, size]
 
     def batches(self, config: FewShotConfig) -> EpisodeBatches:

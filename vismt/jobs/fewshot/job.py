@@ -50,6 +50,7 @@ from vismt.metatune.objective import EpisodeObjective
 from vismt.metatune.pool import Expert, ExpertPool, assemble, read_pool
 from vismt.metatune.protonet import ProtoNet
 from vismt.methods import adapt
+from vismt.objects import held
 from vismt.report.results import Result, Score
 from vismt.report.sections import Section
 from vismt.robustness.conditions import AttackConfig
@@ -90,7 +91,8 @@ class FewShotJob(Job[FewShotConfig, Any]):
             self.data.samplers(name, settings.classes(name, "test"))
 
     def skeleton(self, config: FewShotConfig) -> nn.Module:
-        return vit.skeleton(config.model.name, config.model.img_size)
+        given = held(config.model.name)
+        return vit.skeleton(config.model.name, config.model.img_size) if given is None else given
 
     def fresh(self, config: FewShotConfig) -> Net:
         """Return the net of an arm with untrained factors, where the configuration has any."""
@@ -264,10 +266,19 @@ class FewShotJob(Job[FewShotConfig, Any]):
         folder = assembled[name] if pool.folder else self.study.find(arm).folder / ADAPTER
         return load_adapter(self.data.backbone().vit, folder)
 
-    def _averaged_pool(self, arm: str | None) -> ExpertPool:
-        """Return the pool of the seed in "average:seed", of the first seed for "average"."""
+    def name_of(self, arm: str | None = None) -> str:
+        name = (arm or "").partition(":")[0]
+        if self.config.pool is not None and (name == AVERAGE or self.config.pool.folder):
+            return f"{name}-seed-{self._averaged_seed(arm)}"
+        return super().name_of(arm)
+
+    def _averaged_seed(self, arm: str | None) -> int:
+        """Return the seed in "name:seed", the first seed for "name"."""
         seed = (arm or "").partition(":")[2]
-        return self.models(int(seed) if seed.isdecimal() else self.study.seeds[0]).pool()
+        return int(seed) if seed.isdecimal() else self.study.seeds[0]
+
+    def _averaged_pool(self, arm: str | None) -> ExpertPool:
+        return self.models(self._averaged_seed(arm)).pool()
 
     def merged(self, arm: str | None = None) -> nn.Module:
         """Return the timm model with one arm's merged weights; for a pool also "average" or "average:seed"."""

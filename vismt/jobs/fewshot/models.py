@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from vismt.backbones.vit import Backbone
+from vismt.backbones.vit import PixelBackbone
 from vismt.data.pixels import Pixels
 from vismt.engine import runtime, training_files
 from vismt.engine.study import ALONE, Study, Training
@@ -36,6 +36,7 @@ from vismt.metatune.pool import ExpertPool, read_pool
 from vismt.metatune.protocol import FewShotModel
 from vismt.metatune.protonet import ProtoNet
 from vismt.metatune.ridge_probe import RidgeProbe
+from vismt.objects import is_object, weights_digest
 from vismt.seeds import digest
 
 OWN_FILE = "classifier.safetensors"  # the classifier's trained tensors besides the adapter
@@ -43,7 +44,7 @@ EvaluatedModel = ProtoNet | MamlNet | PoolNet | FineTuned | LinearProbe
 PROBES: dict[str, type[LinearProbe]] = {"ridge": RidgeProbe, "logistic": LogisticProbe}
 
 
-def make_net(backbone: Backbone, config: FewShotConfig) -> ProtoNet | MamlNet:
+def make_net(backbone: PixelBackbone, config: FewShotConfig) -> ProtoNet | MamlNet:
     """Return the classifier of episodes on a backbone; an inner loop updates its parameters that are trainable now."""
     if config.meta is None:
         return ProtoNet(backbone, config.source.scale)
@@ -66,7 +67,7 @@ class Models:
         config: FewShotConfig,
         study: Study[FewShotConfig],
         seed: int,
-        backbone: Callable[[], Backbone],
+        backbone: Callable[[], PixelBackbone],
         opened: Callable[[str], Pixels],
     ) -> None:
         self.config = config
@@ -100,9 +101,11 @@ class Models:
     def fingerprint_of(self, model: EvaluatedModel) -> str:
         """Return a digest of base weights, adapters, and settings of merging and fine-tuning."""
         text = _describe(model)
-        vit = next(part for part in model.modules() if isinstance(part, Backbone)).vit
+        vit = next(part for part in model.modules() if isinstance(part, PixelBackbone)).vit
         linears = [path for path, module in vit.named_modules() if isinstance(module, nn.Linear)]
-        return f"{fingerprint(vit, linears)}-{digest(text.encode())}"
+        # A model given in Python may have other weights that are trained, convolutions for example.
+        given = weights_digest(vit) if is_object(self.config.model.name) else fingerprint(vit, linears)
+        return f"{given}-{digest(text.encode())}"
 
     def pool(self) -> ExpertPool:
         """Return the assembled pool that the configuration names, or else the pool of the seed's trainings."""

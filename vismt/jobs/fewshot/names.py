@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vismt.data.names import row_name
 from vismt.engine.log import record_stem
 
 
 def shown_name(name: str) -> str:
     """Return a set's name in rows and file names."""
-    return name.replace(":", "-").replace("/", "-")
+    return row_name(name).replace(":", "-").replace("/", "-")
 
 
 def episodes_file(folder: Path, seed: int, data: str, protocol: str, arm: str) -> Path:

@@ -11,6 +11,7 @@ from torch import Tensor
 from vismt import console
 from vismt.data.batching import Passes
 from vismt.data.interactions import Catalogue, InteractionSet
+from vismt.data.names import card_and_split, row_name
 from vismt.data.splits import divide, limited
 from vismt.data.texts import TextSet, open_texts
 from vismt.engine.splits import shares
@@ -101,7 +102,7 @@ class LmData:
     def catalogue(self) -> Catalogue:
         """The items of a recommendation. Raises UserError where its sets are of several cards."""
         catalogues = {
-            name.partition(":")[0]: texts.catalogue
+            card_and_split(name)[0]: texts.catalogue
             for name, texts in self._opened.items()
             if isinstance(texts, InteractionSet)
         }
@@ -188,7 +189,7 @@ class LmData:
     def _open_task(self, task: LmTaskConfig) -> dict[str, dict[str, list[TextSet]]]:
         """Open the sets of a task and return {part: {reported name: sets}}."""
         split_shares = shares(task)
-        joined = "+".join(task.train)
+        joined = "+".join(map(row_name, task.train))
         if split_shares and any(isinstance(self._open(name), InteractionSet) for name in task.train):
             raise UserError(f"tasks: {task.name}: a share would cut through users; name splits in validation and test.")
         parts: dict[str, dict[str, list[TextSet]]] = {"train": {}, "validation": {}, "test": {}}
@@ -198,7 +199,7 @@ class LmData:
                 parts[part].setdefault(joined, []).append(texts.take(index.tolist()) if split_shares else texts)
         for part in ("validation", "test"):
             for name in getattr(task, part):
-                parts[part][name] = [self._open(name)]
+                parts[part][row_name(name)] = [self._open(name)]
         for name in (*task.train, *task.validation, *task.test):
             if task.kind == KIND and not isinstance(self._open(name), InteractionSet):
                 raise UserError(f"tasks: {task.name}: '{name}' has no items; '{KIND}' needs sets of kind interactions.")
@@ -207,8 +208,7 @@ class LmData:
     def _open(self, name: str) -> TextSet:
         """Return the set 'card' or 'card:split', opened once."""
         if name not in self._opened:
-            card, _, split = name.partition(":")
-            self._opened[name] = open_texts(card, split or "all")
+            self._opened[name] = open_texts(*card_and_split(name))
         return self._opened[name]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vismt.config import HASHED_IF_SET, AdaptConfig, ModelConfig, OnBadSample, TrainConfig
+from vismt.data.names import check_row_names
 from vismt.engine.study import StudyConfig, check_arms
 from vismt.errors import UserError, near
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
@@ -19,7 +20,8 @@ class ClassifierConfig:
     architecture: of a checkpoint without a config.json; pretrained: false takes a timm model without its weights. run: a run
     folder of vismt, arm: "arm" or "arm:seed" of it. function: "module:function", which returns an nn.Module from images in
     [0, 1] to logits, and its number of classes. size: pixels that the images are decoded to, null for the classifier's own; a
-    function needs it. quantise: "int8" rounds the weights (vismt.robustness.quantise), null leaves them.
+    function needs it. quantise: "int8" rounds the weights (vismt.robustness.quantise), null leaves them. img_size: pixels
+    of the images of a timm model, null for those of its config.json or of timm.
     """
 
     name: str | None = None
@@ -30,6 +32,7 @@ class ClassifierConfig:
     function: str | None = None
     size: int | None = None
     quantise: str | None = field(default=None, metadata=HASHED_IF_SET)
+    img_size: int | None = field(default=None, metadata=HASHED_IF_SET)
 
 
 @dataclass
@@ -90,6 +93,7 @@ def _check_data(config: RobustnessConfig) -> None:
     settings = config.evaluate
     if len(set(config.data)) < len(config.data):
         raise UserError(f"data: {config.data}; name each card once.")
+    check_row_names(config.data, "data")
     if config.data:
         check_conditions(settings.attacks, settings.corruptions, 4)
     elif settings.images is not None or settings.masking:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vismt import console
 from vismt.data.images import ImageSet, open_images
+from vismt.data.names import card_and_split, row_name
 from vismt.data.pixels import Pixels
 from vismt.errors import UserError
 from vismt.jobs.robustness.config import RobustnessConfig
@@ -45,12 +46,11 @@ class Cards:
     def images(self, name: str) -> ImageSet:
         """Return the set 'card' or 'card:split'."""
         if name not in self._sets:
-            card, _, split = name.partition(":")
             self._sets[name] = open_images(
-                card, split or "all", on_bad_sample=self.config.on_bad_sample, download=self.config.download
+                *card_and_split(name), on_bad_sample=self.config.on_bad_sample, download=self.config.download
             )
             console.stage(
-                "data", f"{name}   {len(self._sets[name].classes)} classes   {len(self._sets[name]):,} images"
+                "data", f"{row_name(name)}   {len(self._sets[name].classes)} classes   {len(self._sets[name]):,} images"
             )
         return self._sets[name]
 

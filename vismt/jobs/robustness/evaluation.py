@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from vismt.data.names import row_name
 from vismt.engine.log import record_stem
 from vismt.jobs.robustness.data import Batches
 from vismt.jobs.robustness.models import Classifier
@@ -22,7 +23,7 @@ ALL_CORRUPTIONS = Condition("all corruptions", "variant", "corruptions")
 
 def records_path(folder: Path, data: str) -> Path:
     """Return the file with a classifier's answers on a set; folder: of the classifier."""
-    return folder / "records" / f"{record_stem('answers', data, 'images')}.jsonl"
+    return folder / "records" / f"{record_stem('answers', row_name(data), 'images')}.jsonl"
 
 
 def score_set(
@@ -32,7 +33,7 @@ def score_set(
     *,
     folder: Path,
     data: str,
-    label: str,
+    arm: str,
 ) -> list[Score]:
     """Return the accuracy on one set, clean and under each spec; images on record are not evaluated again."""
     path = records_path(folder, data)
@@ -45,14 +46,14 @@ def score_set(
         records=path,
         data=data,
         fingerprint=classifier.fingerprint(),
-        label=label,
+        label=f"{arm} on {row_name(data)}",
     )
     scores = []
     for condition, values in accuracies(rows, specs, classifier.num_classes):
         interval = wilson(round(sum(values.values())), len(values))
         chance = 1 / classifier.num_classes
         measure = Measure(ACCURACY, values, counts=True, bounds=interval, chance=chance)
-        scores.append(Score(TASK, data, f"one of {classifier.num_classes} classes", measure, condition))
+        scores.append(Score(TASK, row_name(data), f"one of {classifier.num_classes} classes", measure, condition))
     return scores
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vismt import console, ranks
+from vismt.data.names import card_and_split, row_name
 from vismt.engine.study import Training
 from vismt.jobs.base import EvaluationJob, records_folder
 from vismt.jobs.robustness.config import RobustnessConfig, check
@@ -46,7 +47,7 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
 
     @property
     def split(self) -> str:
-        splits = {name.partition(":")[2] or "all" for name in self.config.data}
+        splits = {card_and_split(name)[1] for name in self.config.data}
         splits |= {arm.split for arm in self.trained.values()}
         return splits.pop() if len(splits) == 1 else "several"
 
@@ -78,8 +79,7 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
         scores = []
         for data in self.config.data:
             batches = self.cards.batches(data, classifier)
-            label = f"{training.arm} on {data}"
-            scores += score_set(classifier, batches, specs, folder=folder, data=data, label=label)
+            scores += score_set(classifier, batches, specs, folder=folder, data=data, arm=training.arm)
         return scores
 
     def derived(self, scores: Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:
@@ -107,8 +107,8 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
                 batches = self.cards.batches(data, classifier)
                 result = check_masking(classifier.net, batches, spec, num_classes=classifier.num_classes)
                 fields = {**vars(result), "epsilons": list(result.epsilons), "accuracies": list(result.accuracies)}
-                lines.append({"arm": arm, "data": data, **fields, "verdict": result.verdict()})
-                console.stage("masking", f"{arm}   {data}   {result.verdict()}")
+                lines.append({"arm": arm, "data": row_name(data), **fields, "verdict": result.verdict()})
+                console.stage("masking", f"{arm}   {row_name(data)}   {result.verdict()}")
         ranks.from_first(lambda: write_lines(self.folder / MASKING, lines))
 
     def _write_broken(self, arm: str, data: str) -> None:
@@ -140,7 +140,7 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
                 key: np.array([outputs.get(rows[ids[i]][column], "another task") for i in broken], dtype=str)
                 for key, column in (("truth", "label"), ("clean_answers", "clean"), ("attacked_answers", label))
             }
-            path = self.folder / BROKEN / f"{arm}-{data.replace(':', '-').replace('/', '-')}.npz"
+            path = self.folder / BROKEN / f"{arm}-{row_name(data).replace(':', '-').replace('/', '-')}.npz"
             write_panel(
                 path, "broken", {"images": to_bytes(images[broken]), "attacked": to_bytes(attacked[broken]), **answers}
             )

@@ -10,7 +10,8 @@ from torch import nn
 from vismt.engine import runtime
 from vismt.jobs import open_run
 from vismt.jobs.robustness.config import ClassifierConfig
-from vismt.robustness.classifier import classifier_from_function, load_classifier
+from vismt.objects import held
+from vismt.robustness.classifier import classifier_from_function, classifier_of, load_classifier
 from vismt.robustness.quantise import quantise
 from vismt.robustness.robustbench import PREFIX, load_robustbench
 from vismt.seeds import digest
@@ -45,6 +46,10 @@ def load(config: ClassifierConfig) -> Classifier:
 
 def _load(config: ClassifierConfig) -> Classifier:
     device = runtime.processes().device
+    given = held(config.name or "")
+    if given is not None:
+        own = classifier_of(given, config.img_size)
+        return Classifier(own.to(device), own.num_classes, config.size or max(own.size), own.labels)
     if config.run is not None:
         net, labels, size = open_run(Path(config.run)).job.classifier(config.arm)
         return Classifier(net.eval().to(device), len(labels), config.size or size, labels)
@@ -54,5 +59,10 @@ def _load(config: ClassifierConfig) -> Classifier:
     if config.name is not None and config.name.startswith(PREFIX):
         net, classes, size = load_robustbench(config.name)
         return Classifier(net.to(device), classes, config.size or size)
-    timm = load_classifier(config.name or "", architecture=config.architecture, pretrained=config.pretrained)
+    timm = load_classifier(
+        config.name or "",
+        architecture=config.architecture,
+        pretrained=config.pretrained,
+        img_size=config.img_size,
+    )
     return Classifier(timm.to(device), timm.num_classes, config.size or max(timm.size), timm.labels)

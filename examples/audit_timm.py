@@ -1,0 +1,33 @@
+"""How robust is a classifier of timm on a folder of images? Clean, under attacks and corruptions, with a check of the attack.
+
+python examples/audit_timm.py my_images resnet18.a1_in1k     (a folder of images for each class, in the order of the outputs)
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+import vismt
+
+
+def main(
+    images: str | Path, model: str | torch.nn.Module, out: str | Path = "runs/audit", count: int = 200
+) -> vismt.StudyResults:
+    """Return the numbers; the report is in the folder."""
+    results = vismt.audit(
+        model,
+        images,
+        attacks=[{"name": "pgd", "epsilon": "1/255"}, {"name": "strong", "epsilon": "1/255"}],
+        corruptions=[{"name": "gaussian_noise", "severities": [1, 3, 5]}],
+        images=count,
+        masking=True,
+        folder=out,
+    )
+    print(results)
+    print(results.report())
+    return results
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])

@@ -1,0 +1,62 @@
+"""A ViT with EMTAL's mixture of low-rank experts in Lightning; its routers fade, so that it merges into a stock model.
+
+pip install lightning && python examples/lightning_vit.py
+"""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+import vismt
+from vismt.data.images import open_images
+from vismt.data.pixels import Pixels
+from vismt.lightning import VismtCallback
+from vismt.multitask.fading import FadeConfig
+
+
+class Classifier(pl.LightningModule):
+    """A timm ViT with an adapter and a new head."""
+
+    def __init__(self, name: str, size: int, classes: int, pretrained: bool) -> None:
+        super().__init__()
+        self.vit = timm.create_model(name, pretrained=pretrained, img_size=size, num_classes=classes)
+        vismt.adapt(self.vit, "moe_lora", rank=4, n_experts=4, also_train=["head"])
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+        """Return the loss of a batch."""
+        return F.cross_entropy(self.vit(batch[0] * 2 - 1), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return the optimiser of what is trained."""
+        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=1e-3)
+
+
+def main(
+    out: str | Path = "runs/lightning_vit",
+    name: str = "vit_tiny_patch16_224.augreg_in21k",
+    size: int = 64,
+    steps: int = 100,
+    pretrained: bool = True,
+) -> torch.nn.Module:
+    """Return the stock model with merged weights."""
+    images = open_images("digits")
+    pixels = Pixels(images, size)
+    module = Classifier(name, size, len(images.classes), pretrained)
+    trainer = pl.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        default_root_dir=out,
+        logger=False,
+        callbacks=[VismtCallback(fade=FadeConfig(0.0, 0.5))],
+    )
+    trainer.fit(module, DataLoader(TensorDataset(pixels[torch.arange(256)], images.labels[:256]), 32, shuffle=True))
+    return vismt.merge(module.vit)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Details of the command line: examples in help texts, sizes of checkpoints, missing files, exit codes of checks."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+import pytest
+import timm
+from helpers.own_images import write_folder
+from safetensors.torch import save_file
+
+from vismt.cli import GROUPS, commands, main, parse
+from vismt.data import check
+
+
+def registered() -> list[str]:
+    """Return the commands of `vismt`."""
+    known = commands.Commands(argparse.ArgumentParser())
+    for group in GROUPS:
+        group.add_commands(known)
+    return known.names
+
+
+@pytest.mark.parametrize("command", registered())
+def test_every_command_has_an_example_that_it_takes(command: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    example = commands.EXAMPLES[command]
+    words = " ".join(capsys.readouterr().out.split())  # argparse breaks lines
+    assert f"Example: {example}" in words
+    program, *arguments = shlex.split(example)
+    assert program == "vismt" and parse(arguments).command == command
+
+
+def test_attacking_a_checkpoint_of_another_size(tmp_path: Path, capsys) -> None:
+    images = write_folder(tmp_path / "pictures", 2)
+    model = timm.create_model("test_vit", img_size=32, num_classes=3)
+    save_file(model.state_dict(), tmp_path / "vit.safetensors")
+    command = [
+        "attack",
+        "--model",
+        str(tmp_path / "vit.safetensors"),
+        "--architecture",
+        "test_vit",
+        "--data",
+        str(images),
+    ]
+    command += ["--attack", "fgsm", "--out"]
+    assert main([*command, str(tmp_path / "a")]) == 2 and "does not fit test_vit" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "b"), "--img-size", "32"]) == 0
+    assert "pictures  one of 3 classes  vit" in capsys.readouterr().out
+    convolutional = timm.create_model("test_resnet", num_classes=3)  # takes any size
+    save_file(convolutional.state_dict(), tmp_path / "resnet.safetensors")
+    command[2] = str(tmp_path / "resnet.safetensors")
+    command[4] = "test_resnet"
+    assert main([*command, str(tmp_path / "c"), "--img-size", "48"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["attack", "--model", "no/where.safetensors", "--data", "digits"],
+            "checkpoint 'no/where.safetensors': no such file.",
+        ),
+        (["attack", "--model", "no/such/folder", "--data", "digits"], "model 'no/such/folder': no such file."),
+        (["data", "check", "no/where"], "data 'no/where': no such file or folder."),
+        (["data", "check", "digit"], "data 'digit': no card of that name"),
+    ],
+)
+def test_missing_files(arguments: list[str], message: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_exit_codes_of_data_check(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(check, "list_cards", lambda: ["digits", "cifar100"])
+    monkeypatch.setenv("VISMT_DATA", str(tmp_path))
+    assert main(["data", "check", "--no-decode"]) == 0  # what is here is as its card says
+    assert "1 of 2 sets are not on this machine" in capsys.readouterr().out
+    assert main(["data", "check", "cifar100"]) == 1
+    images = write_folder(tmp_path / "pictures", 1)
+    assert main(["data", "check", str(images)]) == 0
+    (images / "red" / "00.png").write_bytes(b"no image")
+    assert main(["data", "check", str(images)]) == 1
+    assert "damaged 'red/00.png'" in capsys.readouterr().out

@@ -1,0 +1,100 @@
+"""`vismt init`: what it writes runs as it is, but for the tiny model that stands in for the downloaded one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.lm_parts import save_lm
+from helpers.own_images import write_folder
+from PIL import Image
+
+from vismt.cli import main
+from vismt.report.results import read_results
+
+TINY = ["model.name=test_vit", "model.pretrained=false", "model.img_size=32", "model.position=timm", "train.steps=2"]
+JOBS = ("fewshot", "multitask", "robustness")
+
+
+def run(folder: Path, job: str, *overrides: str):
+    config = str(folder / f"{job}.yaml")
+    assert main(["run", config, *overrides, "--out", str(folder / "runs"), "--quiet"]) == 0
+    return read_results(next((folder / "runs").iterdir()) / "results.jsonl")
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_own_images(job: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    images = write_folder(tmp_path / "my photos", 12)
+    where = tmp_path / "study"
+    assert main(["init", job, "--images", str(images), "--to", str(where)]) == 0
+    assert f"vismt run {where / f'{job}.yaml'}" in capsys.readouterr().out.replace("\n", "")
+    monkeypatch.chdir(where)  # where classifier.py is found
+    cut = {"fewshot": ["evaluate.episodes=2", "train.warmup=0"], "multitask": ["train.warmup=0"]}
+    short = ["evaluate.images=10", "evaluate.masking=false", "arms.mine.'classifier.size'=32"]
+    rows = run(where, job, *(short[:2] if job == "robustness" else [*TINY, *cut[job]]))
+    assert {row.data for row in rows} == {"my-photos"}
+    before = (where / f"{job}.yaml").read_text()
+    assert main(["init", job, "--images", str(images), "--to", str(where)]) == 2
+    assert "exists; name another folder with --to" in capsys.readouterr().err
+    assert (where / f"{job}.yaml").read_text() == before
+
+
+def test_own_maps(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for name in ("images", "label", "depth_m"):
+        (tmp_path / "maps" / name).mkdir(parents=True)
+    for number in range(10):
+        image = random.integers(0, 255, (32, 32, 3)).astype(np.uint8)
+        Image.fromarray(image).save(tmp_path / "maps" / "images" / f"{number}.png")
+        labels = random.choice([0, 1, 2, 255], (32, 32)).astype(np.uint8)
+        Image.fromarray(labels).save(tmp_path / "maps" / "label" / f"{number}.png")
+        np.save(tmp_path / "maps" / "depth_m" / f"{number}.npy", random.uniform(1, 2, (32, 32)).astype(np.float32))
+    where = tmp_path / "study"
+    assert main(["init", "dense", "--images", str(tmp_path / "maps"), "--to", str(where), "--quiet"]) == 0
+    tiny = [override for override in TINY if "img_size" not in override]
+    rows = run(where, "dense", *tiny, "size=[32, 32]", "train.warmup=0")
+    assert {row.task for row in rows} == {"semseg", "depth"} and {row.n for row in rows} == {2}
+
+
+def test_texts(tmp_path: Path) -> None:
+    assert main(["init", "lm", "--to", str(tmp_path), "--quiet"]) == 0
+    rows = run(
+        tmp_path,
+        "lm",
+        f"model={{name: {save_lm(tmp_path / 'lm')}, first_block: 0}}",
+        "train.steps=2",
+    )
+    assert {(row.task, row.data) for row in rows} == {("sentiment", "texts")} and {row.arm for row in rows} >= {
+        "frozen"
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", [*JOBS, "dense"])
+def test_without_images(job: str, tmp_path: Path, monkeypatch) -> None:
+    assert main(["init", job, "--to", str(tmp_path), "--quiet"]) == 0
+    monkeypatch.chdir(tmp_path)
+    tiny = [*TINY, "train.warmup=0"]
+    cut = {
+        "fewshot": [*tiny, "evaluate.episodes=2"],
+        "multitask": tiny,
+        "robustness": ["evaluate.images=20"],
+        "dense": [override for override in tiny if "img_size" not in override] + ["size=[32, 48]"],
+    }
+    assert run(tmp_path, job, *cut[job])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fewshot", "--images", "nowhere"], "--images nowhere: no such folder"),
+        (["fewshot", "--images", "."], "no folder of images in it; need one for each class"),
+        (["dense", "--images", "."], "for dense it needs a folder 'images' and folders of maps beside it"),
+        (["lm", "--images", "."], "a language model learns from texts"),
+    ],
+)
+def test_user_errors(arguments: list[str], message: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", *arguments]) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -1,0 +1,222 @@
+"""Studies from Python: numbers are those of the jobs, data and models come in every documented form."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.own_images import ByColour, Pictures, write_folder, write_table
+from helpers.tiny import tiny_vit
+from torch import nn
+from torchvision.datasets import ImageFolder
+
+import vismt
+from vismt.backbones.any_module import ModuleBackbone
+from vismt.backbones.vit import Backbone
+from vismt.data.images import open_images
+from vismt.data.pixels import Pixels
+from vismt.errors import UserError
+from vismt.jobs import open_run
+from vismt.metatune import EpisodeSampler, ProtoNet, run_protocol
+from vismt.robustness import AttackSpec, evaluate_classifier
+
+EPISODES = {"ways": 3, "shots": 1, "queries": 3, "episodes": 4}
+
+
+class Features(nn.Module):
+    """A backbone that timm did not make: the channels of a convolution at one pixel, so that it is often wrong."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.last = nn.Linear(6, 6)
+
+    def forward(self, images):
+        return self.last(self.conv(images).relu()[:, :, 0, 0])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("mine") / "pictures")
+
+
+def value(results, condition: str = "clean", arm: str | None = None, data: str | None = None) -> float:
+    rows = [
+        row for row in results if row.condition == condition and arm in (None, row.arm) and data in (None, row.data)
+    ]
+    assert len(rows) == 1, rows
+    return rows[0].value
+
+
+def test_fewshot_is_the_protocol_on_the_stock_model(folder: Path) -> None:
+    model = tiny_vit()
+    results = vismt.evaluate_fewshot(model, folder, **EPISODES, attacks=["fgsm"], epsilon="8/255")
+    images = open_images(folder)
+    sampler = EpisodeSampler(images.labels, ways=3, shots=1, queries=3, seed=1, names=images.classes)
+    spec = AttackSpec("fgsm", 8 / 255)
+    wanted = run_protocol(ProtoNet(Backbone(model)), Pixels(images, 16), sampler, episodes=4, attacks=[spec])
+    assert value(results) == pytest.approx(float(wanted["clean"].mean()))
+    assert value(results, spec.label) == pytest.approx(float(wanted[spec.describe(3)].mean()))
+    assert {(row.data, row.arm, row.n, row.unit) for row in results} == {
+        ("pictures", "VisionTransformer", 4, "episodes")
+    }
+
+
+def test_any_module_is_a_backbone_and_models_are_compared_on_the_same_episodes(folder: Path) -> None:
+    models = {"a": Features(0), "b": Features(1), "a again": Features(0)}
+    results = vismt.evaluate_fewshot(models, folder, **EPISODES, img_size=16)
+    assert value(results, arm="a") == value(results, arm="a-again") != value(results, arm="b")
+    images = open_images(folder)
+    sampler = EpisodeSampler(images.labels, ways=3, shots=1, queries=3, seed=1)
+    net = ProtoNet(ModuleBackbone(models["b"], 16))
+    assert value(results, arm="b") == pytest.approx(
+        float(run_protocol(net, Pixels(images, 16), sampler, episodes=4)["clean"].mean())
+    )
+    with pytest.raises(UserError, match="Features does not say the size of its images; give img_size"):
+        vismt.evaluate_fewshot(Features(), folder, **EPISODES)
+
+
+def test_every_form_of_data_has_the_same_numbers(folder: Path) -> None:
+    model = Features()
+    forms = {
+        "table": write_table(folder),
+        "pillow": Pictures(),
+        "tensors": Pictures(as_tensors=True),
+        "torchvision": ImageFolder(str(folder)),
+        "subset": torch.utils.data.Subset(Pictures(count=9), [i for i in range(27) if i % 9 < 8]),
+    }
+    by_name = {name: str(data) if isinstance(data, Path) else data for name, data in forms.items()}
+    results = vismt.evaluate_fewshot(model, by_name, **EPISODES, img_size=16)
+    expected = value(vismt.evaluate_fewshot(model, folder, **EPISODES, img_size=16))
+    values = {row.data: row.value for row in results}
+    assert values == dict.fromkeys(["table", "pillow", "tensors", "torchvision", "subset"], expected)
+
+
+def test_audit_is_the_evaluation_of_the_classifier(folder: Path) -> None:
+    results = vismt.audit(
+        ByColour(), folder, attacks=["fgsm"], corruptions=["contrast"], epsilon="60/255", img_size=16, batch=12
+    )
+    images = open_images(folder)
+    batches = [(Pixels(images, 16)[torch.arange(24)], images.labels)]
+    clean, attacked = evaluate_classifier(ByColour(), batches, [AttackSpec("fgsm", 60 / 255)], num_classes=3)
+    assert value(results) == clean.value == 1
+    assert value(results, "FGSM linf 60/255") == attacked.value < 1
+    assert sum(row.family == "contrast" for row in results) == 5
+    assert {row.arm for row in results} == {"ByColour"}
+
+
+def test_audit_of_a_timm_model_normalises_its_images(folder: Path) -> None:
+    model = tiny_vit(num_classes=3)
+    results = vismt.audit(model, folder, attacks=())
+    images = open_images(folder)
+    mean, std = (torch.tensor(model.pretrained_cfg[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        right = model((Pixels(images, 16)[torch.arange(24)] - mean) / std).argmax(1) == images.labels
+    assert value(results) == pytest.approx(float(right.float().mean()))
+
+
+def test_meta_tuning_changes_a_copy(folder: Path) -> None:
+    model = tiny_vit()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    settings = {"rank": 2, "steps": 3, "lr": 0.05, "ways": 3, "shots": 1, "queries": 3, "episodes": 4}
+    results = vismt.meta_tune(model, Pictures(), folder, **settings)
+    assert {row.arm for row in results} == {"frozen", "adapted"}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    tuned = results.model().state_dict()
+    assert set(tuned) == set(before)
+    assert not torch.equal(tuned["blocks.0.attn.qkv.weight"], before["blocks.0.attn.qkv.weight"])
+    again = vismt.meta_tune(model, Pictures(), folder, **settings)
+    assert [row.value for row in again] == [row.value for row in results]
+
+
+@pytest.mark.slow
+def test_meta_tuning_of_a_pool(folder: Path) -> None:
+    results = vismt.meta_tune(
+        tiny_vit(), Pictures(), folder, levels=[1, 4], rank=2, steps=2, ways=3, shots=1, queries=2, episodes=3
+    )
+    assert {row.arm for row in results} == {"frozen", "merged"}
+    assert "blocks.0.attn.qkv.weight" in results.model("average").state_dict()
+
+
+def test_a_study_from_a_mapping(folder: Path, tmp_path: Path) -> None:
+    config = {
+        "task": "multitask",
+        "model": {"name": "test_vit", "img_size": 32, "pretrained": False},
+        "adapt": {"method": "lora", "rank": 2},
+        "tasks": [{"name": "colours", "train": [Pictures()], "test": [folder]}],
+        "batch": 4,
+        "train": {"steps": 2, "lr": 1.0e-2},
+    }
+    results = vismt.train(config, tmp_path / "run")
+    assert [(row.data, row.n) for row in results] == [("colours", 24)]
+    assert results.folder == tmp_path / "run" and (tmp_path / "run" / "results.jsonl").exists()
+    assert [row.value for row in vismt.train(config, tmp_path / "run")] == [row.value for row in results]
+    with pytest.raises(UserError, match="holds a run of another configuration; give another folder"):
+        vismt.train({**config, "seed": 1}, tmp_path / "run")
+    with pytest.raises(UserError, match=r"config: unknown key 'adpt'\. Near: 'adapt'"):
+        vismt.train({**config, "adpt": None})
+    with pytest.raises(UserError, match=r"'<Pictures \w{8}>' is a Python object, which is not given here"):
+        open_run(tmp_path / "run").job.check_data()
+
+
+def test_results_are_a_table_and_a_report(folder: Path, tmp_path: Path) -> None:
+    results = vismt.evaluate_fewshot(Features(), folder, **EPISODES, img_size=16)
+    lines = repr(results).splitlines()
+    assert lines[0].split()[:2] == ["data", "task"] and len(lines) == 2
+    assert re.search(r"pictures .* 3-way 1-shot .* clean .* Features .* \d+\.\d ± \d+\.\d .* 4 episodes", lines[1])
+    page = results.report(tmp_path / "report")
+    assert page == tmp_path / "report" / "report.html" and "3-way 1-shot" in page.read_text()
+    assert results.report(tmp_path / "report") == page
+    with pytest.raises(UserError, match="holds a run of another configuration"):
+        vismt.evaluate_fewshot(Features(1), folder, **EPISODES, img_size=16).report(tmp_path / "report")
+
+
+def test_results_as_a_table_of_pandas(folder: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    results = vismt.evaluate_fewshot(Features(), folder, **EPISODES, img_size=16)
+    table = results.to_pandas()
+    assert isinstance(table, pandas.DataFrame) and list(table["value"]) == [row.value for row in results]
+
+
+def test_user_errors(folder: Path, tmp_path: Path) -> None:
+    normalised = Pictures(as_tensors=True)
+    normalised.examples = normalised.examples[:6]
+    cases = [
+        (
+            lambda: vismt.evaluate_fewshot("vit_tiny_patch16_22", folder),
+            "'vit_tiny_patch16_22' is neither an asset nor",
+        ),
+        (
+            lambda: vismt.evaluate_fewshot(Features(), tmp_path / "none", img_size=16),
+            "no card, folder or table at that",
+        ),
+        (lambda: vismt.evaluate_fewshot(Features(), folder, attacks="pgd", img_size=16), "attacks: 'pgd' is a text"),
+        (lambda: vismt.audit(Features(), folder, img_size=16), "has 6 outputs, .* has 3 classes"),
+        (lambda: vismt.audit(nn.Conv2d(3, 4, 3), folder, img_size=16), "Conv2d gives no class scores"),
+        (lambda: vismt.evaluate_fewshot({}, folder), "name at least one model"),
+        (lambda: vismt.evaluate_fewshot(Features(), Scaled(), **EPISODES, img_size=16), "values from .* needed .0, 1"),
+        (lambda: vismt.evaluate_fewshot(Features(), Named(), **EPISODES, img_size=16), "must be a whole number from 0"),
+        (lambda: vismt.evaluate_fewshot(Features(), iter([]), img_size=16), "has no length or no index"),
+    ]
+    for call, message in cases:
+        with pytest.raises(UserError, match=message):
+            call()
+
+
+class Scaled(Pictures):
+    """Images that were normalised."""
+
+    def __getitem__(self, i):
+        label = super().__getitem__(i)[1]
+        return torch.full((3, 4, 4), -1.5), label
+
+
+class Named(Pictures):
+    """Labels that are texts."""
+
+    def __getitem__(self, i):
+        image, label = super().__getitem__(i)
+        return image, self.classes[label]

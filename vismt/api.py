@@ -1,0 +1,384 @@
+"""Studies from Python, without a configuration file: `train`, `meta_tune`, `evaluate_fewshot` and `audit`.
+
+Each builds the configuration of a job (vismt/jobs) and runs it in a folder, so that numbers, records and reports are those of
+`vismt run`. Data sets and models may be Python objects (vismt/objects.py).
+
+A data set is the name of a card ("cifar10:test"), a folder with a folder of images for each class, a .csv file with the
+columns path and label, a torch or torchvision data set of (image, label), or a Hugging Face data set with an image and a label
+column. Several are given as a list, or as a mapping from names in the results to objects.
+
+A model is a name of timm or of `vismt assets list`, or any nn.Module. A timm module gets images normalised by its
+pretrained_cfg; any other module gets images in [0, 1].
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vismt import console
+from vismt.errors import UserError
+from vismt.files import HOLDER, LOCK
+from vismt.objects import holding, name_of, named, title_of
+
+if TYPE_CHECKING:
+    import pandas
+    from torch import nn
+
+    from vismt.report.results import Result
+
+EPSILON = "4.5/255"
+
+
+@dataclass(frozen=True, repr=False)
+class StudyResults:
+    """The numbers of a run.
+
+    Attributes:
+        folder: the run folder, as of `vismt run`: records, adapters, report.
+        rows: the numbers with intervals, n and what they were measured on; rows with a seed are those of single trainings.
+        objects: the Python objects of the configuration, by name.
+    """
+
+    folder: Path
+    rows: list[Result]
+    objects: Mapping[str, Any] = field(default_factory=dict)
+    _temporary: tempfile.TemporaryDirectory[str] | None = None  # removed with the last reference to the results
+
+    def __iter__(self) -> Iterator[Result]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        """Return a table of the rows without a seed."""
+        from vismt.report.tables import interval_text, scale_text
+
+        rows = [
+            (
+                row.data,
+                row.task if row.task != row.data else "",
+                row.protocol,
+                row.condition,
+                row.arm,
+                scale_text(row.metric, row.scale),
+                interval_text(row.value, row.half, row.scale),
+                f"{row.n:,} {row.unit}",
+            )
+            for row in self.rows
+            if row.seed is None
+        ]
+        heads = ("data", "task", "protocol", "condition", "model", "measure", "value ± 95 %", "n")
+        return console.aligned(heads, rows)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return the rows as a table with a column for each field of `vismt.report.results.Result`.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise UserError("to_pandas: needs pandas, which is not installed: pip install pandas.") from error
+        return pandas.DataFrame([asdict(row) for row in self.rows])
+
+    def report(self, folder: str | Path | None = None) -> Path:
+        """Write report.html, report.md and figures; return the path of report.html.
+
+        Args:
+            folder: also gets the run's files; None for the run folder.
+
+        Raises:
+            UserError: a folder that holds another run, and where matplotlib is not installed.
+        """
+        from vismt.jobs import open_run, refuse_other_run
+        from vismt.report.plotting import need_matplotlib
+
+        need_matplotlib()
+        target = self.folder
+        if folder is not None and Path(folder).resolve() != target.resolve():
+            target = Path(folder)
+            refuse_other_run(target, open_run(self.folder).hash)
+            shutil.copytree(self.folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LOCK, HOLDER))
+        return open_run(target).job.report()
+
+    def model(self, arm: str | None = None) -> nn.Module:
+        """Return a trained stock model with merged weights; arm: "arm" or "arm:seed", None for the only one.
+
+        Raises:
+            UserError: a run that trains nothing, and an unknown arm.
+        """
+        from vismt.jobs import open_run
+
+        with holding(self.objects):
+            return open_run(self.folder).job.merged(arm)
+
+
+def train(config: Mapping[str, Any], folder: str | Path | None = None) -> StudyResults:
+    """Run a study: train what the configuration trains, and evaluate it.
+
+    Args:
+        config: the content of a configuration file (`configs/` has examples), in which data sets and models may be objects.
+        folder: of the run; the same call continues an interrupted run there. None for a temporary one.
+
+    Returns:
+        The numbers, from which the report is written.
+
+    Raises:
+        UserError: what `vismt run` refuses, and a folder that holds another run.
+    """
+    from vismt.config import typed
+    from vismt.jobs import config_type, start_config
+    from vismt.report.results import RESULTS, read_results
+
+    source = "config"
+    objects: dict[str, Any] = {}
+    plain = named(dict(config), objects)
+    built = typed(plain, config_type(plain, source), source)
+    temporary = tempfile.TemporaryDirectory(prefix="vismt-") if folder is None else None
+    path = Path(temporary.name if temporary else folder or "")
+    with holding(objects), start_config(built, path.name, path.parent, path).owned() as run:
+        if run.job.trains:
+            run.train()
+        run.evaluate()
+    return StudyResults(path, read_results(path / RESULTS, run.hash), objects, temporary)
+
+
+def evaluate_fewshot(
+    model: Any,
+    data: Any,
+    ways: int = 5,
+    shots: int | Sequence[int] = (1, 5),
+    episodes: int = 600,
+    *,
+    queries: int = 15,
+    attacks: Sequence[Any] = (),
+    corruptions: Sequence[Any] = (),
+    epsilon: float | str = EPSILON,
+    img_size: int | None = None,
+    seed: int = 1,
+    folder: str | Path | None = None,
+) -> StudyResults:
+    """Evaluate backbones on few-shot episodes with cosine prototypes, clean and under each condition.
+
+    Args:
+        model: a model, or a mapping from names in the results to models, which are compared on the same episodes.
+        data: data sets, see the module.
+        ways: classes in an episode.
+        shots: support images of each class; several are evaluated in turn.
+        episodes: of each set and number of shots, at least 2.
+        queries: query images of each class.
+        attacks: names ("strong", "pgd"), or mappings with the keys of an attack in a configuration. The query images are
+            attacked, the support stays clean.
+        corruptions: names, with all severities, or mappings {"name": ..., "severities": [...]}.
+        epsilon: linf radius, in pixel units of [0, 1], of attacks given by name.
+        img_size: pixels; needed for a module that timm did not make.
+        seed: of the episodes.
+        folder: see `train`.
+
+    Returns:
+        Accuracies with 95 % intervals over episodes.
+
+    Raises:
+        UserError: unknown names, and sets with too few classes or images for the episodes.
+    """
+    objects: dict[str, Any] = {}
+    arms = _models(model, objects, "model.name")
+    config = {
+        "task": "fewshot",
+        "title": f"Few-shot evaluation of {', '.join(arms)}",
+        "arms": arms,
+        "model": {"img_size": img_size},
+        "adapt": None,
+        "train": None,
+        "evaluate": {
+            "data": _sets(data, objects),
+            "models": ["frozen"],
+            "ways": ways,
+            "shots": [shots] if isinstance(shots, int) else list(shots),
+            "queries": queries,
+            "episodes": episodes,
+            "seed": seed,
+            **_conditions(attacks, corruptions, epsilon),
+        },
+    }
+    return _with_objects(config, objects, folder)
+
+
+def audit(
+    model: Any,
+    data: Any,
+    attacks: Sequence[Any] = ("strong",),
+    corruptions: Sequence[Any] = (),
+    *,
+    epsilon: float | str = EPSILON,
+    images: int | None = None,
+    batch: int = 32,
+    masking: bool = False,
+    img_size: int | None = None,
+    seed: int = 0,
+    folder: str | Path | None = None,
+) -> StudyResults:
+    """Measure the accuracy of image classifiers, clean, under attacks and under corruptions.
+
+    Args:
+        model: a classifier, or a mapping from names in the results to classifiers, whose outputs are the classes of the data in
+            their order. A name may also be a checkpoint file.
+        data: data sets, see the module.
+        attacks: as for `evaluate_fewshot`.
+        corruptions: as for `evaluate_fewshot`.
+        epsilon: as for `evaluate_fewshot`.
+        images: number of images of each set, drawn by the seed; None for all.
+        batch: images at a time.
+        masking: also run the first attack at growing radii, which shows whether it can be trusted.
+        img_size: pixels; needed for a module that timm did not make.
+        seed: of the drawn images and the attacks.
+        folder: see `train`.
+
+    Returns:
+        Accuracies with 95 % intervals over images. Under an attack an image counts that is right clean and attacked.
+
+    Raises:
+        UserError: unknown names, and data with other classes than the model.
+    """
+    objects: dict[str, Any] = {}
+    arms = _models(model, objects, "classifier.name")
+    config = {
+        "task": "robustness",
+        "title": f"Robustness of {', '.join(arms)}",
+        "seed": seed,
+        "arms": arms,
+        "classifier": {"img_size": img_size},
+        "data": _sets(data, objects),
+        "evaluate": {
+            "images": images,
+            "batch": batch,
+            "masking": masking,
+            **_conditions(attacks, corruptions, epsilon),
+        },
+    }
+    return _with_objects(config, objects, folder)
+
+
+def meta_tune(
+    model: Any,
+    data: Any,
+    test: Any,
+    *,
+    method: str = "lora",
+    levels: Sequence[float] = (),
+    rank: int = 8,
+    steps: int = 100,
+    lr: float = 1e-3,
+    ways: int = 5,
+    shots: int = 5,
+    queries: int = 15,
+    episodes: int = 600,
+    attacks: Sequence[Any] = (),
+    epsilon: float | str = EPSILON,
+    img_size: int | None = None,
+    seed: int = 0,
+    folder: str | Path | None = None,
+) -> StudyResults:
+    """Meta-tune an adapter on episodes of `data`, and evaluate it on episodes of `test` beside the model as it was.
+
+    Args:
+        model: a model; a module is copied, not changed.
+        data: the data sets of the training episodes, see the module.
+        test: the data sets that are tested on.
+        method: of the adapter, see `vismt.list_methods`.
+        levels: with input budgets in 1/255, AMT's pool instead (`method` is then amt): one robust expert for each, merged for
+            every test task.
+        rank: of the adapter.
+        steps: optimiser steps, one episode each; a tenth of them warms up.
+        lr: peak learning rate.
+        ways: classes in an episode.
+        shots: support images of each class.
+        queries: query images of each class.
+        episodes: number of test episodes of each set.
+        attacks: as for `evaluate_fewshot`.
+        epsilon: as for `evaluate_fewshot`.
+        img_size: pixels; needed for a module that timm did not make.
+        seed: of the training; the test episodes do not depend on it.
+        folder: see `train`.
+
+    Returns:
+        Accuracies of "frozen", and of "adapted" or "merged". `model()` has the tuned model, `model("average")` that of a pool.
+
+    Raises:
+        UserError: what `train` refuses.
+    """
+    objects: dict[str, Any] = {}
+    (arm,) = _models(model, objects, "name").values()
+    config = {
+        "task": "fewshot",
+        "title": "Meta-tuning",
+        "seed": seed,
+        "model": {**arm, "img_size": img_size},
+        "adapt": {"method": "amt" if levels else method, "rank": rank},
+        "pool": {"levels": list(levels)} if levels else None,
+        "source": {"data": _sets(data, objects), "ways": ways, "shots": shots, "queries": queries},
+        "train": {"steps": steps, "lr": lr, "warmup": steps // 10},
+        "evaluate": {
+            "data": _sets(test, objects),
+            "models": ["frozen", "merged" if levels else "adapted"],
+            "ways": ways,
+            "shots": [shots],
+            "queries": queries,
+            "episodes": episodes,
+            **_conditions(attacks, (), epsilon),
+        },
+    }
+    return _with_objects(config, objects, folder)
+
+
+def _models(model: Any, objects: dict[str, Any], key: str) -> dict[str, dict[str, str]]:
+    """Return the arms of a model or of a mapping to several: {name in results: {key: name in the configuration}}."""
+    several = model if isinstance(model, Mapping) else {None: model}
+    arms = {}
+    for title, given in several.items():
+        name = str(given) if isinstance(given, str | Path) else name_of(given, objects, title)
+        arms[re.sub(r"[^\w.+-]+", "-", title or title_of(name))] = {key: name}
+    if len(arms) < len(several) or not arms:
+        raise UserError(f"model: {list(several)}; name at least one model, each by another name.")
+    return arms
+
+
+def _sets(data: Any, objects: dict[str, Any]) -> list[str]:
+    """Return the entries of a data set, a list of several or a mapping from names in results to objects."""
+    if isinstance(data, Mapping) and not hasattr(data, "column_names"):
+        pairs = list(data.items())
+    else:
+        pairs = [(None, given) for given in (data if type(data) in (list, tuple) else [data])]
+    return [str(given) if isinstance(given, str | Path) else name_of(given, objects, title) for title, given in pairs]
+
+
+def _conditions(attacks: Sequence[Any], corruptions: Sequence[Any], epsilon: float | str) -> dict[str, list[Any]]:
+    """Return the keys `attacks` and `corruptions` of an evaluate section."""
+    for name, given in (("attacks", attacks), ("corruptions", corruptions)):
+        if isinstance(given, str):
+            raise UserError(f"{name}: '{given}' is a text; give a list, ['{given}'].")
+    return {
+        "attacks": [
+            {"name": entry, "epsilon": epsilon} if isinstance(entry, str) else _plain(entry) for entry in attacks
+        ],
+        "corruptions": [{"name": entry} if isinstance(entry, str) else _plain(entry) for entry in corruptions],
+    }
+
+
+def _plain(entry: Any) -> Any:
+    return asdict(entry) if is_dataclass(entry) and not isinstance(entry, type) else entry
+
+
+def _with_objects(config: dict[str, Any], objects: Mapping[str, Any], folder: str | Path | None) -> StudyResults:
+    """Run a study whose objects have their names already."""
+    with holding(objects):
+        results = train(config, folder)
+    return StudyResults(results.folder, results.rows, objects, results._temporary)

@@ -1,0 +1,170 @@
+"""`vismt init`: a commented configuration, with a card for own images, that runs as written."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vismt import console
+from vismt.cli import templates
+from vismt.cli.commands import Commands
+from vismt.errors import UserError
+
+if TYPE_CHECKING:
+    from vismt.data.images import ImageSet
+
+Files = dict[str, str]  # content by name
+CARD = "card.yaml"
+VOID = 255  # the usual label of pixels without a class
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the command of this file."""
+    parser = commands.add("init", _init, "write a commented configuration, and a card for your own images")
+    parser.add_argument("job", choices=sorted(WRITERS))
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="a folder with a folder of images for each class; for dense, one with the folders images and label, depth_m, ...",
+    )
+    parser.add_argument("--to", type=Path, default=Path(), metavar="FOLDER", help="where to write (the current folder)")
+
+
+def _init(options: argparse.Namespace) -> None:
+    from vismt.files import atomic_write
+
+    if options.images is not None and not options.images.is_dir():
+        raise UserError(f"init: --images {options.images}: no such folder.")
+    folder = options.to.resolve()
+    files = WRITERS[options.job](folder, options.images and options.images.resolve())
+    existing = next((name for name in files if (folder / name).exists()), None)
+    if existing is not None:
+        raise UserError(f"init: '{options.to / existing}' exists; name another folder with --to, or remove it.")
+    for name, content in files.items():
+        atomic_write(folder / name, content)
+        console.stage("init", str(options.to / name))
+    console.stage("next", f"vismt run {options.to / f'{options.job}.yaml'}")
+
+
+def _card(images: Path) -> tuple[ImageSet, Files]:
+    """Return a folder's images and its card."""
+    from vismt.data.folder import FolderSource
+    from vismt.data.images import open_images
+    from vismt.data.plain_sets import plain_card
+
+    card = plain_card(images)
+    if card is None:
+        raise UserError(f"init: --images {images}: no folder of images in it; need one for each class.")
+    source = card.sources[0]
+    assert isinstance(source, FolderSource)
+    splits = ", ".join(f"{name}: null" for name in source.splits)
+    text = templates.CARD.substitute(name=card.name, root=images, layout=source.layout, splits=splits)
+    return open_images(card), {CARD: text}
+
+
+def _fewshot(folder: Path, images: Path | None) -> Files:
+    if images is None:
+        sizes = {"ways": 5, "shots": "1, 5", "queries": 5}
+        return _config(
+            "fewshot", templates.FEWSHOT, about="handwritten digits", data="digits", source="photo_crops", **sizes
+        )
+    opened, files = _card(images)
+    counts = [int(count) for count in opened.labels.bincount() if count]
+    if len(counts) < 2 or min(counts) < 2:
+        raise UserError(
+            f"init: --images {images}: {len(counts)} classes, the smallest of {min(counts, default=0)} images; few-shot episodes "
+            "need two classes of two images."
+        )
+    sizes = {
+        "ways": min(5, len(counts)),
+        "shots": "1, 5" if min(counts) > 5 else "1",
+        "queries": min(10, min(counts) - (5 if min(counts) > 5 else 1)),
+    }
+    data = folder / CARD
+    return files | _config("fewshot", templates.FEWSHOT, about=opened.name, data=data, source="photo_crops", **sizes)
+
+
+def _multitask(folder: Path, images: Path | None) -> Files:
+    if images is None:
+        return _config("multitask", templates.MULTITASK, about="handwritten digits", name="digits", data="digits")
+    opened, files = _card(images)
+    name = re.sub(r"[^\w.+-]+", "-", opened.name)
+    return files | _config("multitask", templates.MULTITASK, about=opened.name, name=name, data=folder / CARD)
+
+
+def _robustness(folder: Path, images: Path | None) -> Files:
+    files: Files = {}
+    about, data, classes = "handwritten digits", "digits", 10
+    if images is not None:
+        opened, files = _card(images)
+        about, data, classes = opened.name, str(folder / CARD), len(opened.classes)
+    files["classifier.py"] = templates.CLASSIFIER.substitute(config="robustness.yaml", classes=classes)
+    return files | _config("robustness", templates.ROBUSTNESS, about=about, data=data)
+
+
+def _dense(folder: Path, images: Path | None) -> Files:
+    if images is None:
+        data = "{train: [motorcycle:train], test: [motorcycle:test]}"
+        tasks = "[depth, normals]"
+        return _config(
+            "dense", templates.DENSE, about="tiles of one photograph", data=data, tasks=tasks, size="[140, 112]"
+        )
+    maps, tasks, more = _maps(images)
+    files = {
+        CARD: templates.DENSE_CARD.substitute(
+            name=re.sub(r"[^\w.-]", "-", images.name), root=images, image="images", maps=maps, **more
+        )
+    }
+    data = f'{{train: ["{folder / CARD}"], test_share: 0.2}}'
+    return files | _config("dense", templates.DENSE, about=images.name, data=data, tasks=tasks, size="[112, 112]")
+
+
+def _maps(images: Path) -> tuple[str, str, dict[str, str]]:
+    """Return the maps of a folder and the tasks that learn from them, as YAML, and further lines of the card."""
+    import numpy as np
+
+    from vismt.data.dense_maps import MAP_FORMS, read_array
+    from vismt.multitask.tasks.registry import TASKS  # noqa: F401
+
+    found = {name: form.target for name, form in MAP_FORMS.items() if (images / name).is_dir()}
+    if not (images / "images").is_dir() or not found:
+        raise UserError(
+            f"init: --images {images}: for dense it needs a folder 'images' and folders of maps beside it, called by their form: "
+            f"{', '.join(MAP_FORMS)}."
+        )
+    more, tasks = {"classes": "", "void": ""}, []
+    for name, target in found.items():
+        if target != "semseg":
+            tasks.append(target)
+            continue
+        labels = {int(label) for path in sorted((images / name).iterdir()) for label in np.unique(read_array(path))}
+        count = 1 + max(labels - {VOID})
+        more = {"classes": f"classes: {count}\n", "void": f"    void: {VOID}\n" if VOID in labels else ""}
+        tasks.append(f"{{name: semseg, classes: {count}}}")
+    return ", ".join(f"{name}: {name}" for name in found), f"[{', '.join(tasks)}]", more
+
+
+def _lm(folder: Path, images: Path | None) -> Files:
+    if images is not None:
+        raise UserError(
+            "init lm: a language model learns from texts; leave --images out and put your rows into texts.csv."
+        )
+    return {"texts.csv": templates.TEXTS} | _config("lm", templates.LM, data=folder / "texts.csv")
+
+
+def _config(job: str, template: templates.Template, **values: object) -> Files:
+    name = f"{job}.yaml"
+    return {name: template.substitute(config=name, **values)}
+
+
+WRITERS: Mapping[str, Callable[[Path, Path | None], Files]] = {
+    "dense": _dense,
+    "fewshot": _fewshot,
+    "lm": _lm,
+    "multitask": _multitask,
+    "robustness": _robustness,
+}

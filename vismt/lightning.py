@@ -1,0 +1,67 @@
+"""Adapted models in Lightning's Trainer: `Trainer(callbacks=[VismtCallback()])`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from vismt.driving import MethodDriver
+from vismt.errors import UserError
+
+try:
+    from lightning.pytorch import Callback
+except ImportError as error:
+    raise UserError("vismt.lightning: needs lightning, which is not installed: pip install lightning.") from error
+
+
+class VismtCallback(Callback):
+    """What an adapted model needs in Lightning's Trainer.
+
+    Checkpoints hold the trained tensors alone, and `trainer.fit(..., ckpt_path=...)` continues from them on a module that is
+    adapted in the same way. Schedules (LISA's layers, fading routers) and optimisers (PoLAR's landing) are driven.
+
+    Args:
+        sections: settings of schedules by their names in a configuration, such as fade=FadeConfig(0.0, 0.5) for moe_lora.
+
+    Raises:
+        UserError: a module without an adapted part when fitting starts.
+    """
+
+    def __init__(self, **sections: Any) -> None:
+        self._sections = sections
+        self._driver: MethodDriver | None = None
+        self._finished = 0
+
+    def setup(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
+        """Let checkpoints lack the frozen tensors."""
+        if stage == "fit":
+            self._driver = MethodDriver(pl_module, **self._sections)
+            module: Any = pl_module
+            module.strict_loading = False
+
+    def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Start the schedules, and put the methods' optimisers around the module's."""
+        driver = self._of_fit()
+        if str(getattr(trainer, "precision", "")).startswith("16"):
+            driver.warn_of_optimizers("fp16 scales the gradients; train with bf16")
+        else:
+            trainer.strategy.optimizers = [driver.wrap(optimizer) for optimizer in trainer.strategy.optimizers]
+        self._finished = trainer.global_step
+        driver.start(trainer.strategy.optimizers[0], int(trainer.estimated_stepping_batches), self._finished)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Get the schedules ready for the next step after each optimiser step."""
+        if trainer.global_step != self._finished:
+            self._finished = trainer.global_step
+            self._of_fit().on_step(self._finished)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
+        """Keep the trained tensors alone."""
+        moving = self._of_fit().moving()
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in moving}
+
+    def _of_fit(self) -> MethodDriver:
+        if self._driver is None:
+            raise UserError("VismtCallback: give it to Lightning's Trainer as callbacks=[VismtCallback()] before fit.")
+        return self._driver
