@@ -18,7 +18,7 @@ from helpers.tiny import images, shake, tiny_vit
 
 import vismt
 from vismt import methods
-from vismt.cli import _parse
+from vismt.cli import parse
 from vismt.data.cards import load_card
 from vismt.jobs import load_config, make_job
 from vismt.plain_yaml import read_yaml
@@ -145,7 +145,7 @@ def test_commands_parse_and_their_configurations_are_valid(page: Path, tmp_path,
         for words in commands(block.code):
             arguments = arguments_of(words)
             if arguments is not None:
-                options = _parse(arguments)
+                options = parse(arguments)
                 if options.command == "run":
                     make_job(load_config(Path(options.config), options.overrides), tmp_path)
             elif words[0] == "python":
