@@ -23,6 +23,12 @@ from vismt.data.cards import load_card
 from vismt.jobs import load_config, make_job
 from vismt.plain_yaml import read_yaml
 
+ASSERTED = {
+    "README.md",
+    "docs/extending.md",
+    "docs/methods/index.md",
+    "docs/methods/emtal.md",
+}  # each in a test of its own
 LANGUAGES = {"python", "bash", "yaml", ""}  # "": output, equations, logs
 
 
@@ -80,7 +86,7 @@ def test_every_block_has_a_language_that_is_tested(page: Path) -> None:
     assert pages.read(page).count("```") == 2 * len(pages.blocks(page))
 
 
-@pytest.mark.parametrize("page", with_language("python"))
+@pytest.mark.parametrize("page", [page for page in with_language("python") if page.id not in ASSERTED])
 def test_python_blocks_run(page: Path, tiny_models) -> None:
     run(pages.name(page))
 
