@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,6 +124,29 @@ def test_the_callback_reports_what_it_cannot_drive(folder: Path, tmp_path: Path)
         transformers.Trainer(
             model=stock, args=transformers.TrainingArguments(str(tmp_path), use_cpu=True), callbacks=[VismtCallback()]
         )
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "optimizer", "message"),
+    [
+        ("polar", {"deepspeed": "zero"}, {}, "DeepSpeed and FSDP hold the parameters in pieces"),
+        ("polar", {}, {"scaler": 1}, "fp16 scales the gradients; train with bf16"),
+        ("polar", {}, {}, "AdamW is not an optimiser of accelerate"),
+        ("lisa", {"world_size": 2}, {"accelerator_state": 1}, "set ddp_find_unused_parameters=True"),
+    ],
+)
+def test_what_is_not_driven_is_reported(method: str, changes, optimizer, message: str) -> None:
+    model = tiny_vit()
+    vismt.adapt(model, method, **({"rank": 4} if method == "polar" else {"active": 1}))
+    callback = VismtCallback()
+    callback.on_init_end(None, None, None, model=model)
+    made = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    for name, value in optimizer.items():
+        setattr(made, name, value)
+    made.optimizer = made
+    arguments = SimpleNamespace(**{"deepspeed": None, "fsdp": None, "world_size": 1, **changes})
+    with pytest.warns(UserWarning, match=message):
+        callback.on_train_begin(arguments, SimpleNamespace(max_steps=2, global_step=0), None, optimizer=made)
 
 
 class Classifier(nn.Module):

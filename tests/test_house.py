@@ -21,6 +21,7 @@ FLOORS = (
     ("jobs",),
 )
 EVERYTHING = ("bench", "cli")
+TOP = ("api", "driving", "hf", "lightning")  # files under vismt/ that import everything, and that nothing imports
 GROUND = {"errors", "files", "registry"}  # of vismt/*.py, what the core may import
 WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 CORE_LIBRARIES = {"torch", "einops", "safetensors"}
@@ -88,6 +89,13 @@ def test_import_direction() -> None:
             pieces = name.split(".")
             if pieces[0] == "vismt" and len(pieces) > 1 and (PACKAGE / pieces[1]).is_dir():
                 assert pieces[1] in below(parts[0]), f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_nothing_below_imports_the_top() -> None:
+    top = {f"vismt.{name}" for name in TOP}
+    for path in files():
+        if path.stem not in (*TOP, "__init__"):
+            assert not imports(path) & top, path
 
 
 def test_the_core_imports_torch_einops_and_safetensors_only() -> None:

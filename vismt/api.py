@@ -345,7 +345,7 @@ def _models(model: Any, objects: dict[str, Any], key: str) -> dict[str, dict[str
     arms = {}
     for title, given in several.items():
         name = str(given) if isinstance(given, str | Path) else name_of(given, objects, title)
-        arms[re.sub(r"[^\w.+-]+", "-", title or title_of(name))] = {key: name}
+        arms[re.sub(r"[^\w.+-]+", "-", title or Path(title_of(name)).name)] = {key: name}
     if len(arms) < len(several) or not arms:
         raise UserError(f"model: {list(several)}; name at least one model, each by another name.")
     return arms

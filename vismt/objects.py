@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError
+from vismt.seeds import digest
 
 NAME = re.compile(r"<([^<>]+) [0-9a-f]{8}>")
 PLAIN = (str, int, float, bool, type(None))
 EXAMPLES = 16  # of a data set that its digest is made of
-HEAD = 4096  # bytes of each tensor that the digest of a module is made of
+HEAD = 1024  # values of a tensor
 
 _held: ContextVar[Mapping[str, Any] | None] = ContextVar("held", default=None)
 
@@ -32,7 +33,7 @@ def named(value: Any, objects: dict[str, Any]) -> Any:
     """Return a configuration with a name in the place of each object that YAML could not hold, which goes into `objects`."""
     if isinstance(value, PLAIN):
         return value
-    if isinstance(value, dict):
+    if type(value) is dict:
         return {key: named(item, objects) for key, item in value.items()}
     if type(value) in (list, tuple):
         return [named(item, objects) for item in value]
@@ -90,18 +91,15 @@ def title_of(name: str) -> str:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """Return eight digits of the first 4096 bytes of every tensor of a module."""
-    state = hashlib.blake2b(digest_size=4)
-    _update(state, module)
-    return state.hexdigest()
+    """Return a digest of the first 1024 values of every tensor of a module, as float32."""
+    heads = (tensor.detach().flatten()[:HEAD].cpu().float() for tensor in module.state_dict().values())
+    return digest(b"".join(head.numpy().tobytes() for head in heads))
 
 
 def _update(state: Any, value: Any) -> None:
     """Add the content of a module, of a data set, or of a part of an example to a digest."""
     if isinstance(value, nn.Module):
-        for name, tensor in value.state_dict().items():
-            state.update(f"{name} {tuple(tensor.shape)}".encode())
-            _update(state, tensor.detach().flatten()[:HEAD].float())
+        state.update(weights_digest(value).encode())
     elif isinstance(value, Tensor):
         state.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     elif hasattr(value, "tobytes"):  # an image of Pillow or an array

@@ -29,12 +29,16 @@ ASSERTED = {
     "docs/methods/index.md",
     "docs/methods/emtal.md",
 }  # each in a test of its own
+SLOW = {"docs/guides/python.md"}  # runs studies
 LANGUAGES = {"python", "bash", "yaml", ""}  # "": output, equations, logs
 
 
 def with_language(language: str) -> list[Any]:
     found = [page for page in PAGES if pages.blocks(page, language)]
-    return [pytest.param(page, id=pages.name(page)) for page in found]
+    return [
+        pytest.param(page, id=name, marks=[pytest.mark.slow] * (name in SLOW and language == "python"))
+        for page, name in zip(found, map(pages.name, found))
+    ]
 
 
 @pytest.fixture

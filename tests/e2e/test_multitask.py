@@ -186,6 +186,23 @@ def test_merged_answers_are_the_faded_models(study: Path) -> None:
     assert not list((study / "arms" / "head").rglob("merge.json"))
 
 
+def test_an_export_does_not_overwrite_another(study: Path, tmp_path: Path, capsys) -> None:
+    for arm in ("lora:0", "lora:1"):
+        assert main(["export", str(study), "--format", "peft", "--arm", arm, "--quiet"]) == 0
+        assert (study / f"export-peft-lora-seed-{arm[-1]}" / "adapter_model.safetensors").exists()
+    command = ["export", str(study), "--to", str(tmp_path / "one"), "--quiet", "--arm"]
+    assert main([*command, "lora:0"]) == 0
+    first = (tmp_path / "one" / "model.safetensors").read_bytes()
+    assert main([*command, "lora:0"]) == 0  # the same again
+    assert main([*command, "emtal:0"]) == 2
+    assert f"holds a model of lora-seed-0 of the run {study.name}; name another folder" in capsys.readouterr().err
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == first
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "model.safetensors").write_bytes(b"mine")
+    assert main(["export", str(study), "--to", str(tmp_path / "own"), "--arm", "lora"]) == 2
+    assert "holds a model that is not an export of vismt" in capsys.readouterr().err
+
+
 def test_merge_and_export_are_timm_classifiers(study: Path, tmp_path: Path, capsys) -> None:
     assert main(["merge", str(study), "--arm", "emtal:1"]) == 0
     state = safetensors.torch.load_file(study / "merged-emtal-seed-1" / "model.safetensors")

@@ -51,5 +51,6 @@ def check_row_names(entries: Iterable[str], key: str) -> None:
         other = seen.setdefault(row_name(entry), entry)
         if other != entry:
             raise UserError(
-                f"{key}: '{other}' and '{entry}' are both called '{row_name(entry)}' in results; rename one of the folders."
+                f"{key}: '{other}' and '{entry}' are both called '{row_name(entry)}' in results; rename one, or give objects as "
+                "{name: object}."
             )

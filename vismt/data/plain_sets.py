@@ -25,11 +25,14 @@ SPLIT = "split"  # the column with the split of a row
 def plain_card(path: Path) -> Card | None:
     """Return the card of a folder of class folders or of a csv, tsv or jsonl file; None for any other path.
 
-    Folders with the names of splits hold the class folders of each. Raises UserError for a table that cannot be read.
+    Folders with the names of splits hold the class folders of each. Raises UserError for a folder or table that cannot be read.
     """
     sources: list[DataSource] = []
     if path.is_dir():
-        sources = _of_folder(path.resolve())
+        try:
+            sources = _of_folder(path.resolve())
+        except OSError as error:
+            raise UserError(f"data '{path}': the folder cannot be read: {error.strerror}.") from error
     elif path.is_file() and path.suffix in DELIMITERS:
         sources = _of_table(path.resolve())
     elif path.is_file() and path.suffix == ".jsonl":

@@ -10,11 +10,10 @@ from torch import nn
 from vismt.engine import runtime
 from vismt.jobs import open_run
 from vismt.jobs.robustness.config import ClassifierConfig
-from vismt.objects import held
+from vismt.objects import held, weights_digest
 from vismt.robustness.classifier import classifier_from_function, classifier_of, load_classifier
 from vismt.robustness.quantise import quantise
 from vismt.robustness.robustbench import PREFIX, load_robustbench
-from vismt.seeds import digest
 
 
 @dataclass(frozen=True)
@@ -31,9 +30,8 @@ class Classifier:
     labels: list[str] | None = None
 
     def fingerprint(self) -> str:
-        """Return a digest of the first 4096 bytes of every tensor."""
-        state = self.net.state_dict()
-        return digest(b"".join(value.detach().cpu().float().numpy().tobytes()[:4096] for value in state.values()))
+        """Return a digest of the weights."""
+        return weights_digest(self.net)
 
 
 def load(config: ClassifierConfig) -> Classifier:
