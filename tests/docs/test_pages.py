@@ -21,7 +21,7 @@ from vismt.lowrank.options import COMMON
 from vismt.methods import METHODS
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-OURS = re.compile(r"`((?:configs|docs|examples|scripts|tests|vismt)/[\w./-]+\.\w+)`")
+OURS = re.compile(r"""(?:`|--8<-- ")((?:configs|docs|examples|scripts|tests|vismt)/[\w./-]+\.\w+)[`"]""")
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 HEADER_LINES = 24  # configs/quickstart.yaml holds its results itself
 EXTERNAL = re.compile(r"""<(?:script|img|iframe)[^>]*\ssrc=["']?https?:|<link[^>]*\shref=["']?https?:""")
@@ -40,7 +40,7 @@ def test_relative_links_lead_to_a_file_and_a_heading(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=pages.name)
 def test_files_that_a_page_names_exist(page: Path) -> None:
-    missing = [path for path in OURS.findall(pages.prose(page)) if not (ROOT / path).exists()]
+    missing = [path for path in OURS.findall(pages.read(page)) if not (ROOT / path).exists()]
     assert not missing
 
 
