@@ -19,6 +19,7 @@ from helpers.tiny import images, shake, tiny_vit
 import vismt
 from vismt import methods
 from vismt.cli import parse
+from vismt.config import find_config
 from vismt.data.cards import load_card
 from vismt.jobs import load_config, make_job
 from vismt.plain_yaml import read_yaml
@@ -157,7 +158,7 @@ def test_commands_parse_and_their_configurations_are_valid(page: Path, tmp_path,
             if arguments is not None:
                 options = parse(arguments)
                 if options.command == "run":
-                    make_job(load_config(Path(options.config), options.overrides), tmp_path)
+                    make_job(load_config(find_config(options.config), options.overrides), tmp_path)
             elif words[0] == "python":
                 _parse_script(words[1:], monkeypatch)
 
