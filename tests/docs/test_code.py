@@ -18,17 +18,28 @@ from helpers.tiny import images, shake, tiny_vit
 
 import vismt
 from vismt import methods
-from vismt.cli import _parse
+from vismt.cli import parse
+from vismt.config import find_config
 from vismt.data.cards import load_card
 from vismt.jobs import load_config, make_job
 from vismt.plain_yaml import read_yaml
 
+ASSERTED = {
+    "README.md",
+    "docs/extending.md",
+    "docs/methods/index.md",
+    "docs/methods/emtal.md",
+}  # each in a test of its own
+SLOW = {"docs/guides/python.md"}  # runs studies
 LANGUAGES = {"python", "bash", "yaml", ""}  # "": output, equations, logs
 
 
 def with_language(language: str) -> list[Any]:
     found = [page for page in PAGES if pages.blocks(page, language)]
-    return [pytest.param(page, id=pages.name(page)) for page in found]
+    return [
+        pytest.param(page, id=name, marks=[pytest.mark.slow] * (name in SLOW and language == "python"))
+        for page, name in zip(found, map(pages.name, found))
+    ]
 
 
 @pytest.fixture
@@ -80,7 +91,7 @@ def test_every_block_has_a_language_that_is_tested(page: Path) -> None:
     assert pages.read(page).count("```") == 2 * len(pages.blocks(page))
 
 
-@pytest.mark.parametrize("page", with_language("python"))
+@pytest.mark.parametrize("page", [page for page in with_language("python") if page.id not in ASSERTED])
 def test_python_blocks_run(page: Path, tiny_models) -> None:
     run(pages.name(page))
 
@@ -145,9 +156,9 @@ def test_commands_parse_and_their_configurations_are_valid(page: Path, tmp_path,
         for words in commands(block.code):
             arguments = arguments_of(words)
             if arguments is not None:
-                options = _parse(arguments)
+                options = parse(arguments)
                 if options.command == "run":
-                    make_job(load_config(Path(options.config), options.overrides), tmp_path)
+                    make_job(load_config(find_config(options.config), options.overrides), tmp_path)
             elif words[0] == "python":
                 _parse_script(words[1:], monkeypatch)
 

@@ -21,7 +21,7 @@ from vismt.lowrank.options import COMMON
 from vismt.methods import METHODS
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-OURS = re.compile(r"`((?:configs|docs|examples|scripts|tests|vismt)/[\w./-]+\.\w+)`")
+OURS = re.compile(r"""(?:`|--8<-- ")((?:configs|docs|examples|scripts|tests|vismt)/[\w./-]+\.\w+)[`"]""")
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 HEADER_LINES = 24  # configs/quickstart.yaml holds its results itself
 EXTERNAL = re.compile(r"""<(?:script|img|iframe)[^>]*\ssrc=["']?https?:|<link[^>]*\shref=["']?https?:""")
@@ -40,7 +40,7 @@ def test_relative_links_lead_to_a_file_and_a_heading(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=pages.name)
 def test_files_that_a_page_names_exist(page: Path) -> None:
-    missing = [path for path in OURS.findall(pages.prose(page)) if not (ROOT / path).exists()]
+    missing = [path for path in OURS.findall(pages.read(page)) if not (ROOT / path).exists()]
     assert not missing
 
 
@@ -100,10 +100,19 @@ def test_a_header_has_the_command_and_the_page_of_its_results(path: Path) -> Non
     header = [line for line in path.read_text(encoding="utf8").splitlines() if line.startswith("#")]
     text = "\n".join(header)
     assert f"vismt run {path.relative_to(ROOT).as_posix()}" in text and len(header) <= HEADER_LINES
-    for page in re.findall(r"docs/results/\w+\.md", text):
-        assert path.relative_to(ROOT).as_posix() in pages.read(ROOT / page), f"{page} does not name its configuration"
+    assert all((ROOT / page).exists() for page in re.findall(r"docs/[\w/]+\.md", text))
     for digest in re.findall(r"Config ([0-9a-f]{8})", text):
         assert digest == config_hash(load_config(path, [])), "the numbers are of another configuration"
+
+
+@pytest.mark.parametrize(
+    "page",
+    sorted({*(ROOT / "docs/results").glob("*.md")} - {ROOT / "docs/results/index.md"}),
+    ids=lambda path: path.stem,
+)
+def test_a_page_of_results_and_its_configuration_name_each_other(page: Path) -> None:
+    named = [path for path in CONFIGS if path.relative_to(ROOT).as_posix() in pages.read(page)]
+    assert any(pages.name(page) in path.read_text(encoding="utf8") for path in named)
 
 
 @pytest.mark.slow

@@ -12,6 +12,9 @@ PAGES = [README, *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md")), 
 FENCE = re.compile(r"^(?:<!-- no test: (?P<reason>[^\n]+) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.S | re.M)
 
 
+INCLUDED = {"--8<-": "an included file"}
+
+
 @dataclass(frozen=True)
 class Block:
     """A fenced block. reason: why it is not tested, None where it is."""
@@ -30,8 +33,11 @@ def name(page: Path) -> str:
 
 
 def blocks(page: Path, language: str | None = None) -> list[Block]:
-    """Return the tested blocks of a language, or all blocks of a page."""
-    found = [Block(match["language"], match["code"], match["reason"]) for match in FENCE.finditer(read(page))]
+    """Return the tested blocks of a language, or all blocks of a page. Included files have tests of their own."""
+    found = [
+        Block(match["language"], match["code"], match["reason"] or INCLUDED.get(match["code"][:5]))
+        for match in FENCE.finditer(read(page))
+    ]
     return [block for block in found if language is None or (block.language == language and block.reason is None)]
 
 
