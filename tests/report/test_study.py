@@ -117,7 +117,9 @@ def test_one_seed_has_no_spread(folder):
     write_lines(folder / "results.jsonl", [row for row in rows_of(folder) if row["seed"] is None])
     assert list(tables(folder)) == ["Over examples"]
     assert not sections(folder)["Arms by seed"].pictures
-    assert list(tables(folder, arms=["alone", "emtal"])) == ["Over examples"]  # beside a third model, one no training made
+    assert list(tables(folder, arms=["alone", "emtal"])) == [
+        "Over examples"
+    ]  # beside a third model, one no training made
     write_lines(folder / "results.jsonl", [row for row in rows_of(folder) if row["arm"] != "edge"])
     # of two models the result tables have the one difference already
     assert list(tables(folder, arms=["alone", "emtal"])) == []
