@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import ast
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
+from helpers.installed import ROOT, clone_in, environment_in, pip, started
 
 import vismt
 
-ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("torch", "timm", "transformers", "numpy", "matplotlib")
-
-
-def started(*call: str | Path, folder: Path) -> str:
-    """Return what a new process prints; it finds vismt as a user's does, by its installation and the working folder."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    words = list(map(str, call))
-    result = subprocess.run(words, capture_output=True, text=True, check=False, cwd=folder, env=environment)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 @pytest.mark.parametrize(
@@ -86,25 +75,10 @@ def test_every_file_is_python_3_10() -> None:
         ast.parse(path.read_text(encoding="utf8"), str(path), feature_version=(3, 10))
 
 
-def environment_in(folder: Path) -> Path:
-    """Make a virtual environment that has the libraries of this one, but not its vismt; return its interpreter."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
-    (site,) = folder.glob("lib/python3.*/site-packages")
-    (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    return folder / "bin" / "python"
-
-
-def pip(*arguments: str | Path) -> None:
-    call = [sys.executable, "-m", "pip", *map(str, arguments), "--no-build-isolation", "--no-deps", "--quiet"]
-    subprocess.run(call, check=True)
-
-
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the checkout in a folder named vismt, as `git clone` makes it."""
-    folder = tmp_path_factory.mktemp("home") / "vismt"
-    ignored = shutil.ignore_patterns(".git", "runs", "*.egg-info", "build", "__pycache__", ".*_cache")
-    return shutil.copytree(ROOT, folder, ignore=ignored)
+    return clone_in(tmp_path_factory.mktemp("home"))
 
 
 @pytest.mark.slow

@@ -107,7 +107,7 @@ class StudyResults:
             target = Path(folder)
             refuse_other_run(target, open_run(self.folder).hash)
             shutil.copytree(self.folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LOCK, HOLDER))
-        return open_run(target).job.report()
+        return open_run(target).job.report()[-1]
 
     def model(self, arm: str | None = None) -> nn.Module:
         """Return a trained stock model with merged weights; arm: "arm" or "arm:seed", None for the only one.

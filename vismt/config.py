@@ -151,7 +151,7 @@ class RunConfig:
     Args:
         task: the job.
         title: title of the report; not part of the run's hash.
-        seed: of start values and, where `seeds` is empty, of the training.
+        seed: seed of start values, and of the training where `seeds` is empty.
         model: the model.
         adapt: the adaptation method; null trains no adapter.
         train: the optimisation; null trains nothing.

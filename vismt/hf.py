@@ -52,7 +52,7 @@ class VismtCallback(TrainerCallback):
         self._driver: MethodDriver | None = None
         self._ignored: Any = None
 
-    def on_init_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
+    def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Let the Trainer save and load the trained tensors alone."""
         found = importlib.util.find_spec("datasets")
         if trainer.is_datasets_available() and found is not None and found.origin is None:
@@ -60,13 +60,13 @@ class VismtCallback(TrainerCallback):
                 "Trainer: a folder called datasets is taken for Hugging Face's package of that name, which is not installed; pip "
                 "install datasets, or start in another folder."
             )
-        self._driver = MethodDriver(model, **self._sections)
-        self._ignored = getattr(model, IGNORED, None)
+        self._driver = MethodDriver(given["model"], **self._sections)
+        self._ignored = getattr(given["model"], IGNORED, None)
         self._ignore_frozen()
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, *, optimizer: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Start the schedules, and put the methods' optimisers around the Trainer's."""
-        driver = self._of_training()
+        driver, optimizer = self._of_training(), given["optimizer"]
         self._ignore_frozen()
         if getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):
             driver.warn_of_optimizers("DeepSpeed and FSDP hold the parameters in pieces")
@@ -81,24 +81,24 @@ class VismtCallback(TrainerCallback):
         if args.world_size > 1 and not finds and any(method.freezes for _, method in driver.adapted):
             warnings.warn("layers are frozen in turn: set ddp_find_unused_parameters=True.", stacklevel=2)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Get the schedules ready for the next step."""
         self._of_training().on_step(state.global_step)
 
-    def on_save(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Write the adapter into the checkpoint."""
         if not state.is_world_process_zero:
             return
         driver = self._of_training()
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if not hasattr(model, "save_pretrained"):  # the Trainer has written all weights
+        if not hasattr(given["model"], "save_pretrained"):  # the Trainer has written all weights
             write_tensors(folder / WEIGHTS, driver.moving(), {"format": "pt"})
         for number, (part, _) in enumerate(driver.adapted):
             save_adapter(part, folder / (f"{ADAPTER}-{number}" if number else ADAPTER))
 
-    def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Give the model's `save_pretrained` its usual keys back."""
-        setattr(model, IGNORED, self._ignored)
+        setattr(given["model"], IGNORED, self._ignored)
 
     def _of_training(self) -> MethodDriver:
         if self._driver is None:

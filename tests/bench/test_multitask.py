@@ -44,7 +44,7 @@ def test_the_peer_and_vismt_find_the_same_gradients(net: DenseNet, tasks: list[D
     peer, ours = gradients(net), gradients(other)
     assert peer.keys() >= ours.keys() and all(not peer[name].any() for name in peer.keys() - ours.keys())
     for name, value in ours.items():
-        assert torch.allclose(value, peer[name], rtol=1e-3, atol=1e-5), name
+        assert (value - peer[name]).abs().max() <= 1e-3 * peer[name].abs().max(), name
 
 
 def test_rows_and_ratios(net: DenseNet, tasks: list[DenseTask]) -> None:
@@ -52,4 +52,4 @@ def test_rows_and_ratios(net: DenseNet, tasks: list[DenseTask]) -> None:
     assert list(result.timing.seconds) == [VISMT, FULL, PEER] == list(result.peak_bytes)
     assert result.peak_bytes[VISMT] < result.peak_bytes[PEER]
     share = result.peak_bytes[VISMT] / result.peak_bytes[PEER]
-    assert f"{share:.3f}" in str(result) and "target: time and peak of vismt, adapters at most 0.60" in str(result)
+    assert f"peak memory of {VISMT} / {PEER}: {share:.3f}" in str(result) and "target at most 0.60" in str(result)

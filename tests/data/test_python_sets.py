@@ -106,3 +106,24 @@ def test_a_name_has_the_content_of_its_object() -> None:
     assert plain["model"].startswith("<Linear ")
     again = named({"data": [Pictures(), Pictures(count=7)]}, {})["data"]
     assert again[0] == plain["data"][0] != again[1]
+
+
+def test_hugging_face_data_sets_and_their_folders(tmp_path) -> None:
+    pytest.importorskip("datasets.arrow_dataset")
+    import datasets
+
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=list(Pictures.classes))})
+    columns = {
+        "img": [image for image, _ in Pictures().examples],
+        "label": [label for _, label in Pictures().examples],
+    }
+    dataset = datasets.Dataset.from_dict(columns, features=features)
+    images = opened(dataset)
+    assert tuple(images.classes) == Pictures.classes and torch.equal(images.read(5), opened(Pictures()).read(5))
+    datasets.DatasetDict({"train": dataset}).save_to_disk(tmp_path / "saved")
+    again = open_images(tmp_path / "saved", "train")
+    assert torch.equal(again.read(5), images.read(5)) and again.name == "saved"
+    texts = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
+    texts.save_to_disk(tmp_path / "texts")
+    assert open_texts(tmp_path / "texts").rows == opened(texts, door=open_texts).rows == [*texts]
+    assert open_texts(tmp_path / "texts").rows == opened(texts.to_pandas(), door=open_texts).rows

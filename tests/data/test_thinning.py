@@ -19,15 +19,19 @@ def test_a_bar_is_thinned_to_its_middle_and_a_line_stays() -> None:
     assert (thin(line) == line).all()
 
 
-@pytest.mark.parametrize("band", [40, 8192])
-def test_thinning_is_that_of_skimage_for_all_maps_of_a_word(band: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [3, 16])
+@pytest.mark.parametrize(
+    "size", [(23, 31), (40, 130), (16, 64)]
+)  # words that are not full, several words, whole blocks
+def test_thinning_is_that_of_skimage_for_all_maps(
+    rows: int, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     skimage = pytest.importorskip("skimage.morphology")
-    monkeypatch.setattr(thinning, "BAND", band)  # bands of rows, few or many, change nothing
-    maps = [blobs(23, 31, sigma, seed) > 0.5 for seed, sigma in enumerate(np.linspace(0.4, 5, 64))]
-    words = np.zeros((23, 31), dtype=np.uint64)
-    for bit, single in enumerate(maps):
-        words |= single.astype(np.uint64) << np.uint64(bit)
-    thinned = thin(words)
-    for bit, single in enumerate(maps):
-        want = skimage.thin(single)
-        assert ((thinned >> np.uint64(bit) & np.uint64(1)) == want).all() and (thin(single) == want).all()
+    monkeypatch.setattr(thinning, "ROWS", rows)  # blocks of rows, few or many, change nothing
+    monkeypatch.setattr(thinning, "BLOCKS", 7)
+    maps = np.stack([blobs(*size, sigma, seed) > 0.5 for seed, sigma in enumerate(np.linspace(0.4, 5, 24))])
+    before = maps.copy()
+    thinned = thin(maps)
+    assert (maps == before).all() and thinned.dtype == bool
+    for single, found in zip(maps, thinned):
+        assert (found == skimage.thin(single)).all() and (thin(single) == found).all()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -72,10 +73,27 @@ def test_a_run_leaves_everything_a_number_needs(run_folder: Path) -> None:
         f"{TRAINING}/adapter/adapter.json",
     ):
         assert (run_folder / name).stat().st_size > 0
-    assert list((run_folder / "figures").glob("*.png")) and list((run_folder / "panels").glob("*.npz"))
+    assert list((run_folder / "figures").glob("*.png"))
+    (panel,) = (run_folder / "panels").glob("*.npz")
+    with np.load(panel, allow_pickle=False) as arrays:
+        assert str(arrays["model"]) == "adapted"
+    # the episodes are named by how they were drawn, so that another run can be compared on the same ones
+    assert len({row["examples"] for row in rows}) == 1 and len(rows[0]["examples"]) == 16
     # a header and 3 episodes of each model; the values by example of each model
     assert [len(read_lines(path)) for path in sorted((run_folder / EPISODES).iterdir())] == [4, 4]
     assert [len(read_lines(path)) for path in sorted((run_folder / "records").iterdir())] == [3, 3]
+
+
+def test_the_command_of_a_report_can_be_pasted(tmp_path: Path, monkeypatch) -> None:
+    import shlex
+
+    from vismt.engine.run import _command
+
+    words = ["run", "my configs/a.yaml", "evaluate.data=[a, b]", "title=it's $HOME"]
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/vismt", *words])
+    assert shlex.split(_command()) == ["vismt", *words]
+    monkeypatch.setattr(sys, "argv", ["/lib/vismt/__main__.py", *words])
+    assert shlex.split(_command()) == ["python", "-m", "vismt", *words]
 
 
 def test_the_same_command_again_does_nothing_twice(run_folder: Path, capsys) -> None:

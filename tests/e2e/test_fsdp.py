@@ -99,6 +99,14 @@ def configurations(folder: Path) -> dict[str, dict]:
             "recommender": {"width": 8, "steps": 3, "batch": 30, "lr": 1e-12},
         },
         "dense": dense,
+        "multitask": {
+            "task": "multitask",
+            "model": {"name": "test_vit", "img_size": 32, "pretrained": False},
+            "adapt": {"method": "lora", "rank": 3},
+            "tasks": [{"name": "digits", "train": ["digits"], "test_share": 0.03, "limit": 40}],
+            "batch": 8,
+            "train": TRAIN,
+        },
         "refused": {**lm, "adapt": s2ft},
     }
 

@@ -25,15 +25,15 @@ def run(folder: Path, job: str, *overrides: str):
 
 @pytest.mark.parametrize("job", JOBS)
 def test_own_images(job: str, tmp_path: Path, monkeypatch, capsys) -> None:
-    images = write_folder(tmp_path / "my photos", 12)
-    where = tmp_path / "study"
+    images = write_folder(tmp_path / "my: #photos" / "2024", 12)  # neither is plain YAML
+    where = tmp_path / "my: #photos" / "study"
     assert main(["init", job, "--images", str(images), "--to", str(where)]) == 0
     assert f"vismt run {where / f'{job}.yaml'}" in capsys.readouterr().out.replace("\n", "")
     monkeypatch.chdir(where)  # where classifier.py is found
     cut = {"fewshot": ["evaluate.episodes=2", "train.warmup=0"], "multitask": ["train.warmup=0"]}
     short = ["evaluate.images=10", "evaluate.masking=false", "arms.mine.'classifier.size'=32"]
     rows = run(where, job, *(short[:2] if job == "robustness" else [*TINY, *cut[job]]))
-    assert {row.data for row in rows} == {"my-photos"}
+    assert {row.data for row in rows} == {"2024"}
     before = (where / f"{job}.yaml").read_text()
     assert main(["init", job, "--images", str(images), "--to", str(where)]) == 2
     assert "exists; name another folder with --to" in capsys.readouterr().err

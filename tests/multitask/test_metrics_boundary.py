@@ -74,6 +74,7 @@ def test_matching_of_many_maps_of_one_image_by_flow(radius: float) -> None:
     pairs = PixelMatching(truth, np.logical_or.reduce(maps), radius)
     sizes = [pairs.size(chosen) for chosen in [*maps, maps[0]]]
     assert sizes == [by_flow(truth, chosen, radius) for chosen in [*maps, maps[0]]] and len(set(sizes)) > 3
+    assert PixelMatching(truth, np.logical_or.reduce(maps), radius).sizes(np.stack([*maps, maps[0]])).tolist() == sizes
 
 
 def test_greedy_and_many_to_one_matching_would_give_other_numbers() -> None:

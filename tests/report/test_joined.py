@@ -106,6 +106,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     b = shutil.copytree(a, tmp_path / "other")
     assert main(["compare", str(a), str(b), "--arm", "adapted", "--format", "csv,html"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("runs/compare-run-4f2a-other/report.html")
+    assert main(["compare", str(a), str(b), "--format", "pdf", "--out", str(tmp_path / "vectors")]) == 0
+    assert list((tmp_path / "vectors" / "figures").glob("*.pdf")) and (tmp_path / "vectors" / "report.html").exists()
     assert main(["compare", str(a), str(b), "--format", "htlm"]) == 2
     assert "--format has no 'htlm'. Near: 'html'" in capsys.readouterr().err
     assert main(["compare", str(a)]) == 2

@@ -70,7 +70,12 @@ def test_many_arms_are_rows_and_sets_columns(tmp_path):
     assert table.best == {(row, column) for row in (7, 15, 23) for column in (2, 3)}
     text = render_markdown(report([table]), tmp_path)
     assert "| clean | arm\\_7 | **47.0 ± 2.5 ★** | **47.0 ± 2.5 ★** |" in text
-    assert '<td class="text">arm_<wbr>7</td>' in render_html(report([table]))
+    html = render_html(report([table]))
+    assert '<td class="text">arm_7</td>' in html and "wbr" not in html  # a short name is not broken
+    long = Table("t", ["a_head"], [["a_name_of_more_than_26_letters_is_broken"]], set(), texts=1)
+    assert '<th class="text long">a_<wbr>head' in render_html(report([long])) and "_<wbr>26" in render_html(
+        report([long])
+    )
 
 
 def test_many_arms_on_one_set_have_conditions_as_columns():

@@ -35,7 +35,9 @@ def add_commands(commands: Commands) -> None:
         "time the core, its starts, AMT, EMTAL, attacks, few-shot evaluation, workers and balancing, or account for memory",
     )
     parser.add_argument("what", choices=BENCHES)
-    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds of each timing (9)")
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="interleaved rounds of each timing (9; study takes 3 at most)"
+    )
     parser.add_argument("--device", default="cpu", help="torch device (cpu)")
     parser.add_argument("--model", help="for memory: the name of a language model (a random Llama)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")

@@ -34,11 +34,11 @@ def formats_of(options: argparse.Namespace, *more: str) -> list[str]:
     """Return the formats of --format; more: further names that the command knows. Raises UserError for an unknown one."""
     from vismt.errors import require_known
     from vismt.report.plotting import VECTORS
-    from vismt.report.report import FORMATS
+    from vismt.report.report import DEFAULT_FORMATS, FORMATS
 
     names = [name.strip() for name in options.format.split(",")]
     require_known(f"{options.command}: --format has no", names, [*FORMATS, *VECTORS, *more])
-    return names
+    return names if set(names) - set(VECTORS) else [*names, *DEFAULT_FORMATS]
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -63,7 +63,7 @@ def _clean(options: argparse.Namespace) -> None:
         console.stage("clean", f"nothing to delete in {options.runs} and {cache}")
     for folder in [*stubs, *caches]:
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        what = "run in which nothing is done" if folder in stubs else "cache, made again when needed"
+        what = "run in which nothing is done" if folder in stubs else "cache, downloaded or computed again when needed"
         if options.yes or console.ask(f"delete {folder} ({what}, {size / 1e6:,.1f} MB)?"):
             shutil.rmtree(folder)
             console.stage("clean", f"deleted {folder}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -62,7 +63,7 @@ def _card(images: Path) -> tuple[ImageSet, Files]:
     source = card.sources[0]
     assert isinstance(source, FolderSource)
     splits = ", ".join(f"{name}: null" for name in source.splits)
-    text = templates.CARD.substitute(name=card.name, root=images, layout=source.layout, splits=splits)
+    text = templates.CARD.substitute(name=_quoted(card.name), root=_quoted(images), layout=source.layout, splits=splits)
     return open_images(card), {CARD: text}
 
 
@@ -84,7 +85,7 @@ def _fewshot(folder: Path, images: Path | None) -> Files:
         "shots": "1, 5" if min(counts) > 5 else "1",
         "queries": min(10, min(counts) - (5 if min(counts) > 5 else 1)),
     }
-    data = folder / CARD
+    data = _quoted(folder / CARD)
     return files | _config("fewshot", templates.FEWSHOT, about=opened.name, data=data, source="photo_crops", **sizes)
 
 
@@ -93,7 +94,9 @@ def _multitask(folder: Path, images: Path | None) -> Files:
         return _config("multitask", templates.MULTITASK, about="handwritten digits", name="digits", data="digits")
     opened, files = _card(images)
     name = re.sub(r"[^\w.+-]+", "-", opened.name)
-    return files | _config("multitask", templates.MULTITASK, about=opened.name, name=name, data=folder / CARD)
+    return files | _config(
+        "multitask", templates.MULTITASK, about=opened.name, name=_quoted(name), data=_quoted(folder / CARD)
+    )
 
 
 def _robustness(folder: Path, images: Path | None) -> Files:
@@ -101,7 +104,7 @@ def _robustness(folder: Path, images: Path | None) -> Files:
     about, data, classes = "handwritten digits", "digits", 10
     if images is not None:
         opened, files = _card(images)
-        about, data, classes = opened.name, str(folder / CARD), len(opened.classes)
+        about, data, classes = opened.name, _quoted(folder / CARD), len(opened.classes)
     files["classifier.py"] = templates.CLASSIFIER.substitute(config="robustness.yaml", classes=classes)
     return files | _config("robustness", templates.ROBUSTNESS, about=about, data=data)
 
@@ -114,13 +117,14 @@ def _dense(folder: Path, images: Path | None) -> Files:
             "dense", templates.DENSE, about="tiles of one photograph", data=data, tasks=tasks, size="[140, 112]"
         )
     maps, tasks, more = _maps(images)
+    name = re.sub(r"[^\w.-]", "-", images.name)
     files = {
         CARD: templates.DENSE_CARD.substitute(
-            name=re.sub(r"[^\w.-]", "-", images.name), root=images, image="images", maps=maps, **more
+            name=_quoted(name), root=_quoted(images), image="images", maps=maps, **more
         )
     }
-    data = f'{{train: ["{folder / CARD}"], test_share: 0.2}}'
-    return files | _config("dense", templates.DENSE, about=images.name, data=data, tasks=tasks, size="[112, 112]")
+    data = f"{{train: [{_quoted(folder / CARD)}], test_share: 0.2}}"
+    return files | _config("dense", templates.DENSE, about=name, data=data, tasks=tasks, size="[112, 112]")
 
 
 def _maps(images: Path) -> tuple[str, str, dict[str, str]]:
@@ -153,7 +157,12 @@ def _lm(folder: Path, images: Path | None) -> Files:
         raise UserError(
             "init lm: a language model learns from texts; leave --images out and put your rows into texts.csv."
         )
-    return {"texts.csv": templates.TEXTS} | _config("lm", templates.LM, data=folder / "texts.csv")
+    return {"texts.csv": templates.TEXTS} | _config("lm", templates.LM, data=_quoted(folder / "texts.csv"))
+
+
+def _quoted(value: object) -> str:
+    """Return a text as YAML takes it, whatever is in it."""
+    return json.dumps(str(value), ensure_ascii=False)
 
 
 def _config(job: str, template: templates.Template, **values: object) -> Files:

@@ -33,10 +33,10 @@ title: Few-shot, $about
 seed: 0
 model: {name: vit_small_patch14_imgfocus, img_size: 42, position: onnx}   # or any ViT of timm.list_models('vit_*')
 adapt: {method: lora, rank: 8}                    # null: evaluate the frozen backbone only
-source: {data: ["$source"], ways: $ways, shots: 1, queries: 5}   # the images of the training episodes
+source: {data: [$source], ways: $ways, shots: 1, queries: 5}   # the images of the training episodes
 train: {steps: 40, lr: 3.0e-4, warmup: 4}
 evaluate:
-  data: ["$data"]
+  data: [$data]
   models: [frozen, adapted]                       # each also with +finetune, +ridge or +logistic
   ways: $ways
   shots: [$shots]
@@ -55,7 +55,7 @@ model: {name: vit_small_patch14_imgfocus, img_size: 42, position: onnx}   # or a
 adapt: {method: lora, rank: 8}
 tasks:
   - name: $name
-    train: ["$data"]                              # or "card:split" of train, validation and test
+    train: [$data]                              # or "card:split" of train, validation and test
     validation_share: 0.1                         # of each class
     test_share: 0.2
 batch: 16
@@ -94,7 +94,7 @@ tasks:
     kind: classes
     prompt: "Review: {text}\\nSentiment:"          # {column} of the table
     options: {answers: {"0": " negative", "1": " positive"}}   # {label: answer of one token}
-    train: ["$data"]                              # a .csv, .tsv or .jsonl file, or a card
+    train: [$data]                              # a .csv, .tsv or .jsonl file, or a card
     validation_share: 0.2
     test_share: 0.2
 adapt: {method: lora, rank: 8, targets: [q_proj, v_proj]}
@@ -119,7 +119,7 @@ seed: 0
 arms:                                             # compared on the same images
   mine: {classifier.function: "classifier:load", classifier.size: 64}
 # other: {classifier.name: resnet18.a1_in1k}      # a timm name or a checkpoint, where its classes are those of the data
-data: ["$data"]
+data: [$data]
 evaluate:
   images: 50
   batch: 25

@@ -15,10 +15,10 @@ from vismt import console
 from vismt.data.cards import Card, load_card
 from vismt.data.fetching import fetch
 from vismt.data.image_source import ImageSource, LoadedImages
+from vismt.data.names import row_name
 from vismt.data.python_sets import images_of, python_object
 from vismt.data.sources import first_copy, listed, not_found, shown_path, sources_for
 from vismt.errors import UserError, near
-from vismt.objects import title_of
 
 
 @dataclass
@@ -162,7 +162,7 @@ def open_images(
         raise UserError(f"on_bad_sample is '{on_bad_sample}'.{near(str(on_bad_sample), ['error', 'skip'])}")
     given = None if isinstance(card, Card) else python_object(str(card), split)
     if given is not None:
-        images = _from_object(given, title_of(str(card)), split)
+        images = _from_object(given, row_name(str(card)), split)
         return images if on_bad_sample == "error" else _drop_damaged(images)
     card = card if isinstance(card, Card) else load_card(card)
     sources = sources_for(card, ImageSource, split)

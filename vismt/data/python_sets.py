@@ -7,6 +7,7 @@ An object is opened where an entry of a configuration has its name (vismt/object
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,8 +43,9 @@ def python_object(card: str, split: str) -> Any:
 
 def _from_disk(folder: str) -> Any:
     try:
-        from datasets import load_from_disk
-    except ImportError as error:
+        # Not an import statement: in a checkout its folder datasets/ would be found, which lacks the name.
+        load_from_disk = importlib.import_module("datasets").load_from_disk
+    except (ImportError, AttributeError) as error:
         raise UserError(
             f"data '{folder}': needs the package datasets, which is not installed: pip install datasets."
         ) from error

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from vismt.data.cards import Card, load_card
+from vismt.data.names import row_name
 from vismt.data.python_sets import python_object, texts_of
 from vismt.data.sources import first_copy, not_found, sources_for
 from vismt.data.text_set import TextSet, TextSource
-from vismt.objects import title_of
 
 __all__ = ["TextSet", "open_texts"]
 
@@ -27,7 +27,7 @@ def open_texts(card: Card | str | Path, split: str = "all", *, root: Path | None
     """
     given = None if isinstance(card, Card) else python_object(str(card), split)
     if given is not None:
-        title = title_of(str(card))
+        title = row_name(str(card))
         rows, content = texts_of(given, title)
         return TextSet(title, split, rows, [f"{split}:{number}" for number in range(len(rows))], lambda: content)
     card = card if isinstance(card, Card) else load_card(card)

@@ -140,8 +140,9 @@ class Run:
             self._note(finished=_now())
 
     def report(self, formats: Sequence[str] | None = None) -> None:
-        """Write the report, by default as report.html and report.md, and print its files, the page last."""
-        for path in self.job.report() if formats is None else self.job.report(formats):
+        """Write the report, by default as report.md and report.html, and print the page's place, or that of every file."""
+        paths = self.job.report()[-1:] if formats is None else self.job.report(formats)
+        for path in paths:
             console.stage("report", str(path))
 
     def _need_adapter(self) -> None:

@@ -23,6 +23,10 @@ from vismt.typed_yaml import MAPPINGS, Names, describe, is_union
 SCHEMA = "https://json-schema.org/draft/2020-12/schema"
 DEFAULT_JOB = "fewshot"  # of a configuration without the key `task`
 JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", NoneType: "null"}
+PAGE_NOTE = (
+    "The same in the terminal: `vismt config {job}`. Editors check and complete a file that begins with "
+    "`# yaml-language-server: $schema=PATH/config.schema.json`, the path of the schema beside this page."
+)
 ENTRY = re.compile(r"    (\w+): (.*)")
 
 
@@ -150,14 +154,7 @@ def page(job: str) -> str:
     """Return the Markdown page of a job's configuration."""
     cls = job_config(job)
     summary = inspect.cleandoc(cls.__doc__ or "").splitlines()[0]
-    lines = [
-        f"# Configuration of `task: {job}`",
-        "",
-        summary,
-        "",
-        f"The same in the terminal: `vismt config {job}`.",
-        "",
-    ]
+    lines = [f"# Configuration of `task: {job}`", "", summary, "", PAGE_NOTE.format(job=job), ""]
     every = keys(job)
     sections: dict[str, list[Key]] = {"": [], **{key.path: [] for key in every if key.section}}
     for key in every:

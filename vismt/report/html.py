@@ -153,7 +153,7 @@ def _html_part(table: Table) -> str:
         classes = " ".join(name for name, applies in (("more", again), ("average", average)) if applies)
         cells = []
         for i, text in enumerate(row):
-            shown = _breakable(text) if "text" in kinds[i] else escape(text)
+            shown = _breakable(text) if "long" in kinds[i] else escape(text)
             if i == 0 and again:
                 shown = ""
             if (number, i) in table.best:

@@ -30,7 +30,7 @@ DASHES = (0, (3, 3))
 FIGURE_DPI = 150
 VECTORS = ("svg", "pdf")
 # Fonts inside the file: TrueType in PDF, which publishers ask for, and outlines in SVG. Two runs give the same bytes.
-EMBEDDED = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "vismt"}
+EMBEDDED: dict[Any, Any] = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "vismt"}
 METADATA: dict[str, dict[str, Any]] = {
     "png": {"Software": "vismt"},
     "svg": {"Date": None, "Creator": "vismt"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -199,8 +200,8 @@ def fitted(table: Table, widest: int = WIDEST) -> list[Table]:
 
 
 def _width(table: Table, column: int) -> int:
-    """Return the characters that a column needs: numbers are not broken, other texts and heads between words only."""
-    words = max(len(word) for text in (table.heads[column], *_texts(table, column)) for word in text.split() or [""])
+    """Return the characters that a column needs: its head is broken between words and joints, and so are long texts."""
+    words = max(len(word) for word in re.split(r"[\s+:_/-]", table.heads[column]))
     longest = max((len(text) for text in _texts(table, column)), default=0)
     return APART + max(words, TEXT if is_long(table, column) else longest)
 

@@ -39,9 +39,6 @@ from vismt.multitask.metrics.inputs import (
 from vismt.multitask.metrics.matching import PixelMatching
 from vismt.multitask.metrics.saliency import SCORES, curves
 
-BITS = 64
-FIRST_BITS = np.array([(1 << bits) - 1 for bits in range(BITS + 1)], dtype=np.uint64)
-
 
 class BoundaryF(Metric):
     """odsF, and oisF with the best threshold of each image.
@@ -147,17 +144,13 @@ class BoundaryF(Metric):
 
     def _counts(self, levels: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return matched and predicted pixels, int64 (n,), by threshold. levels: (h, w), thresholds below each pixel."""
-        # Maps differ only at levels that occur: map j holds the pixels of level steps[j] or more.
+        # Maps differ only at levels that occur.
         steps = np.unique(levels[levels > 0])
-        count = np.searchsorted(steps, levels, side="right")  # number of maps that hold a pixel
-        words = [FIRST_BITS[(count - start).clip(0, BITS)] for start in range(0, len(steps), BITS)]
-        words = [thin(word) if self.thinning else word for word in words]
-        candidates = np.bitwise_or.reduce(words) != 0 if words else np.zeros_like(truth)
-        pairs = PixelMatching(truth, candidates, self.max_dist * math.hypot(*truth.shape))
-        # The last entry stands for the empty map, of thresholds above all pixels.
-        matched, predicted = np.zeros((2, len(steps) + 1), dtype=np.int64)
-        for number in range(len(steps)):
-            binary_map = (words[number // BITS] >> np.uint64(number % BITS)) & np.uint64(1) != 0
-            matched[number], predicted[number] = pairs.size(binary_map), binary_map.sum()
+        # The last map is empty, of thresholds above all pixels.
+        maps = levels[None] >= np.append(steps, self.thresholds + 1)[:, None, None]
+        if self.thinning:
+            maps = thin(maps)
+        predicted = np.count_nonzero(maps, axis=(1, 2))
+        matched = PixelMatching(truth, maps.any(0), self.max_dist * math.hypot(*truth.shape)).sizes(maps)
         which = np.searchsorted(steps, np.arange(self.thresholds), side="right")
         return matched[which], predicted[which]

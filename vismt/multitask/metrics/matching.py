@@ -2,10 +2,11 @@
 
 The matching is extended along augmenting paths until there is none, which proves that it is the largest (Berge). All paths of a
 round come from a single breadth-first search from all free true pixels (Azad, Buluc, Pothen, IEEE TPDS 28(1), 2017): its trees
-share no pixel, so each can contribute a path. A map starts from the matching of the map before, because maps of neighbouring
-thresholds differ little. scipy's maximum_bipartite_matching takes exponential time on pixels along lines (scipy issue 26147,
-open at 1.17: no result within minutes on a map of 240 x 320), and its maximum_flow, the reference of the tests, 0.1 to 0.4 s a
-map.
+share no pixel, so each can contribute a path. What one search does not reach, no later one of the same map does. A map starts
+from the matching of the map before, because maps of neighbouring thresholds differ little, and its pairs are selected from
+those of half as many maps, down from all. scipy's maximum_bipartite_matching takes exponential time on pixels along lines (scipy
+issue 26147, open at 1.17: no result within minutes on a map of 240 x 320), and its maximum_flow, the reference of the tests, 0.1
+to 0.4 s a map.
 """
 
 from __future__ import annotations
@@ -38,18 +39,34 @@ class PixelMatching:
 
     def size(self, chosen: np.ndarray) -> int:
         """Return the size of the largest matching with the pixels of `chosen`, bool (h, w), a subset of the candidates."""
+        return int(self.sizes(chosen[None])[0])
+
+    def sizes(self, maps: np.ndarray) -> np.ndarray:
+        """Return the size of the largest matching with each map, int64 (n,); maps: bool (n, h, w), as in `size`."""
         if not len(self.pixels):
-            return 0
-        present = chosen.ravel()[self.pixels]
-        pairs = present[self.candidate]
-        true, candidate = self.true[pairs], self.candidate[pairs]
+            return np.zeros(len(maps), dtype=np.int64)
+        present = maps.reshape(len(maps), -1)[:, self.pixels]
+        return np.array(self._sizes(present, self.true, self.candidate), dtype=np.int64)
+
+    def _sizes(self, present: np.ndarray, true: np.ndarray, candidate: np.ndarray) -> list[int]:
+        """Return the sizes by map. present: bool (n, candidates); true, candidate: pairs with all of these candidates."""
+        used = present.any(0)[candidate]
+        true, candidate = true[used], candidate[used]
+        if len(present) == 1:
+            return [self._size(present[0], true, candidate)]
+        half = len(present) // 2
+        return [*self._sizes(present[:half], true, candidate), *self._sizes(present[half:], true, candidate)]
+
+    def _size(self, present: np.ndarray, true: np.ndarray, candidate: np.ndarray) -> int:
+        """Return the size of the largest matching of the given pairs; present: bool (candidates,)."""
         mate = self.mate
         mate[(mate >= 0) & ~present[mate]] = -1
         owner = np.full(len(self.pixels), -1)
         owner[mate[mate >= 0]] = np.nonzero(mate >= 0)[0]
         _grow(true, candidate, mate, owner)
-        while _augment(true, candidate, mate, owner):
-            pass
+        while (reached := _augment(true, candidate, mate, owner)) is not None:
+            kept = reached[true]
+            true, candidate = true[kept], candidate[kept]
         return int((mate >= 0).sum())
 
 
@@ -66,15 +83,15 @@ def _grow(true: np.ndarray, candidate: np.ndarray, mate: np.ndarray, owner: np.n
         owner[matched] = pixels[winner]
 
 
-def _augment(true: np.ndarray, candidate: np.ndarray, mate: np.ndarray, owner: np.ndarray) -> bool:
-    """Augment the matching along disjoint paths; return False without a path."""
+def _augment(true: np.ndarray, candidate: np.ndarray, mate: np.ndarray, owner: np.ndarray) -> np.ndarray | None:
+    """Augment the matching along disjoint paths; return the true pixels that the search reached, None without a path."""
     from scipy.sparse import csr_matrix
     from scipy.sparse.csgraph import breadth_first_order
 
     free = owner[candidate] < 0
     roots = np.unique(true[mate[true] < 0])
     if not len(roots) or not free.any():
-        return False
+        return None
     source = len(mate)
     # A true pixel can displace another one from its candidate; exits are pixels with a free candidate.
     exits = np.full(source + 1, -1)
@@ -85,7 +102,9 @@ def _augment(true: np.ndarray, candidate: np.ndarray, mate: np.ndarray, owner: n
     order, parent = breadth_first_order(graph, source)
     ends = order[exits[order] >= 0]
     if not len(ends):
-        return False
+        return None
+    reached = np.zeros(source + 1, dtype=bool)
+    reached[order] = True
     # For each free candidate and for each tree keep the shortest path alone.
     ends = ends[np.sort(np.unique(exits[ends], return_index=True)[1])]
     ends = ends[np.unique(_tree(parent, source)[ends], return_index=True)[1]]
@@ -95,7 +114,7 @@ def _augment(true: np.ndarray, candidate: np.ndarray, mate: np.ndarray, owner: n
         mate[ends] = taken
         owner[taken] = ends
         ends, taken = parent[ends[released >= 0]], released[released >= 0]
-    return True
+    return reached[:source]
 
 
 def _tree(parent: np.ndarray, source: int) -> np.ndarray:

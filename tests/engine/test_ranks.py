@@ -1,0 +1,41 @@
+"""An error of one process ends all of them, with one message; a rate is chosen by all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.ranks import of_two
+
+from vismt import ranks
+from vismt.engine.study import ALONE, read_choice
+from vismt.errors import UserError
+from vismt.files import locked
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_both_with_one_message(tmp_path: Path) -> None:
+    with locked(tmp_path / "run"):
+        of_two("error_ranks.py", tmp_path)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["share"] == ["2"] and second["share"] == ["2", "error: item 3 of rank 1"]
+    assert first["first"] == ["2", "error: item 3 of rank 0"] and second["first"] == ["2"]
+    assert first["after"] == second["after"] == [0, 1, 2]
+    code, message = first["locked"]
+    assert code == "2" and "is in use by process" in message and second["locked"] == ["2"]
+    # Two rates, four numbers each, half of them by each process; the larger rate has the larger score.
+    assert first["ran"] == second["ran"] == 4
+    choice = read_choice(tmp_path / "study", ALONE)
+    assert choice.lr == 0.2 and choice.validation == pytest.approx({"0.1": 0.6, "0.2": 1.2})
+
+
+def test_alone_an_error_is_raised_as_it_is() -> None:
+    def refuse(number: int) -> None:
+        raise UserError(f"item {number}")
+
+    with pytest.raises(UserError, match=r"^item 0$") as raised:
+        list(ranks.share(range(2), refuse))
+    assert not raised.value.elsewhere
+    with pytest.raises(UserError, match=r"^item 7$"):
+        ranks.from_first(lambda: refuse(7))

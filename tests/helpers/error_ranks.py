@@ -1,0 +1,81 @@
+"""Errors of one process, and the choice of a rate, as one of two processes: `python error_ranks.py FOLDER`.
+
+FOLDER/run is locked by the test. Writes what both processes found: messages, and who prints them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from vismt import cli, console, ranks
+from vismt.config import RunConfig
+from vismt.engine import runtime
+from vismt.engine.run import Run
+from vismt.engine.study import ALONE, Study, StudyConfig, Training, TuneConfig
+from vismt.errors import UserError
+
+
+def refuse(number: int) -> int:
+    if number == 3:
+        raise UserError(f"item {number} of rank {runtime.processes().process_index}")
+    return number
+
+
+class Validating:
+    """A job whose validation adds up numbers, shared; it counts those of this process."""
+
+    ran = 0
+
+    def train_one(self, training: Training) -> None:
+        raise AssertionError("nothing is trained")
+
+    def validate(self, training: Training) -> float:
+        def add(number: int) -> float:
+            self.ran += 1
+            return number * training.lr
+
+        return sum(ranks.share(range(4), add))
+
+
+def printed(call: Callable[[], object]) -> list[str]:
+    """Return the exit code of `vismt` around a call, and the lines that it prints as errors."""
+    error = io.StringIO()
+    parse, cli._parse = cli._parse, lambda arguments: options
+    options = SimpleNamespace(quiet=True, verbose=True, debug=False, runner=lambda _: call() and None)
+    with redirect_stderr(error):
+        code = cli.main([])
+    cli._parse = parse
+    return [str(code), *error.getvalue().splitlines()]
+
+
+def owned(folder: Path) -> None:
+    with Run(folder, RunConfig(), None).owned():  # type: ignore[arg-type]
+        raise AssertionError("another process has the lock")
+
+
+if __name__ == "__main__":
+    console.set_quiet(True)
+    folder = Path(sys.argv[1])
+    rank = runtime.processes().process_index
+    study = Study(StudyConfig(tune=TuneConfig([0.1, 0.2])), folder / "study")
+    job = Validating()
+    with ranks.shared():
+        found = {
+            "share": printed(lambda: list(ranks.share(range(8), refuse))),
+            "first": printed(lambda: ranks.from_first(lambda: refuse(3))),
+            "after": list(ranks.share(range(3), refuse)),
+        }
+        study.choose(job, ALONE)
+    found["ran"] = job.ran
+    found["locked"] = printed(lambda: owned(folder / "run"))
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    torch.save({}, folder / f"{rank}.pt")
+    runtime.leave()
