@@ -28,11 +28,12 @@ def merged_logits(run: Path, expert: str | None) -> Tensor:
     """Merge a model of a run through the command line; return its logits on a golden input."""
     options = [] if expert is None else ["--expert", expert]
     assert main(["merge", str(run), *options, "--quiet"]) == 0
-    state = safetensors.torch.load_file(run / "merged" / "model.safetensors")
+    merged = next(run.glob(f"merged-{(expert or '*').partition(':')[0]}-seed-*"))
+    state = safetensors.torch.load_file(merged / "model.safetensors")
     if "patch_embed.proj.weight" not in state:
         import transformers
 
-        return logits_of(transformers.AutoModelForCausalLM.from_pretrained(run / "merged"), golden_input("llama"))
+        return logits_of(transformers.AutoModelForCausalLM.from_pretrained(merged), golden_input("llama"))
     patches = state["pos_embed"].shape[1] - len(state.get("cls_token", []))
     size = (SIDE, SIDE) if patches * 16**2 == SIDE**2 else ROOM
     classes = len(state.get("head.bias", []))

@@ -128,9 +128,9 @@ def _number(line: dict[str, Any], by_seed: bool = False) -> Number:
 
 
 def _places(name: str) -> set[str]:
-    """Return a name as few-shot rows write it, with and without split and folder."""
+    """Return a name as few-shot rows write it, with and without split and folder, which old rows have before the card."""
     card = name.partition(":")[0]
-    variants = (name, card, card.rpartition("/")[2])
+    variants = (name, card, card.rpartition("/")[2], name.removeprefix("sets-"))
     return {re.sub(r"[:/]", "-", variant).strip("-") for variant in variants}
 
 

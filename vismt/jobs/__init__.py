@@ -61,9 +61,11 @@ def start_config(config: RunConfig, name: str, out: Path, folder: Path | None = 
     """
     from vismt.engine.run import RESOLVED, Run
 
-    folder = folder or out / f"{name}-{config_hash(config)}"
+    if folder is None:
+        folder = out / f"{name}-{config_hash(config)}"
+    else:
+        refuse_other_run(folder, config_hash(config))
     run = Run(folder, config, make_job(config, folder))
-    refuse_other_run(folder, run.hash)
     run.job.check()
     atomic_write(folder / RESOLVED, yaml.safe_dump(resolved(config), sort_keys=False))
     return run
