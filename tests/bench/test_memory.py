@@ -59,7 +59,7 @@ def test_the_order_of_the_variants(result) -> None:
 def test_the_table_shows_each_variant_and_below_it_the_formula(result) -> None:
     lines = str(result).splitlines()
     assert len(lines) == 3 + 2 * len(result.measured) and lines[-1].startswith(
-        "step of vismt ilora r=2 / vismt lora r=2: "
+        "time of vismt ilora r=2 / vismt lora r=2: "
     )
     for number, name in enumerate(result.measured):
         assert lines[2 + 2 * number].startswith(name) and not lines[3 + 2 * number][:33].strip()
