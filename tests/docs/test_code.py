@@ -156,11 +156,29 @@ def test_commands_parse_and_their_configurations_are_valid(page: Path, tmp_path,
         for words in commands(block.code):
             arguments = arguments_of(words)
             if arguments is not None:
-                options = parse(arguments)
-                if options.command == "run":
-                    make_job(load_config(find_config(options.config), options.overrides), tmp_path)
+                check(arguments, tmp_path)
             elif words[0] == "python":
                 _parse_script(words[1:], monkeypatch)
+
+
+def check(arguments: list[str], folder: Path) -> None:
+    """Parse the arguments of a command; check the configuration that it runs."""
+    options = parse(arguments)
+    if options.command == "run":
+        make_job(load_config(find_config(options.config), options.overrides), folder)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=pages.name)
+def test_commands_within_sentences_exist(page: Path, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(ROOT)
+    for command in re.findall(r"`vismt ([^`]+)`", pages.prose(page)):
+        arguments = shlex.split(command)
+        if len(arguments) > 1:
+            check(arguments, tmp_path)
+        else:
+            with pytest.raises(SystemExit) as ended:
+                parse([*arguments, "--help"])
+            assert ended.value.code == 0
 
 
 def _parse_script(words: list[str], monkeypatch) -> None:

@@ -68,6 +68,7 @@ def configurations(folder: Path) -> dict[str, dict]:
     arms = {
         "lora": {"train.checkpointing": True},
         "quantised": {"adapt.method": "pissa", "adapt.options": {"quantize": "nf4"}},
+        "corda": {"adapt.method": "corda", "calibration": {"data": [f"{films}:train"], "rows": 8, "batch": 4}},
         "polar": {**polar, "head": {"name": "vbll"}},
         "retracted": {**polar, "adapt.options": {"constraint": "qr"}},
         "s2ft": {"adapt": s2ft},

@@ -10,13 +10,16 @@ import torch
 from vismt.data.dense import DenseSet
 from vismt.engine.study import ALONE, Training
 from vismt.files import read_sealed
+from vismt.jobs.base import mean_scores
 from vismt.jobs.dense import evaluation as dense_evaluation
 from vismt.jobs.dense.config import DenseConfig, all_tasks
 from vismt.jobs.dense.data import Rows
 from vismt.jobs.dense.evaluation import Evaluation
+from vismt.jobs.dense.report import sections
 from vismt.jobs.variants import ADJUSTED
 from vismt.lines import read_lines
 from vismt.multitask.tasks import DenseTask
+from vismt.report.results import Score
 from vismt.robustness.corruptions import CorruptionSpec
 
 pytest.importorskip("torchmetrics")
@@ -139,3 +142,25 @@ def test_the_prior_is_taken_out_by_the_tau_of_validation(evaluated, tmp_path) ->
     assert fitted["validation"]["semseg 1.5"] == pytest.approx(1 / 8)
     never = evaluation.adjusted(pytest.fail, training, config, "test", tmp_path)  # it is on record
     assert never[0].measure.score == score.measure.score and len(read_lines(tmp_path / "test-adjusted.jsonl")) == 1
+
+
+def test_an_undefined_score_is_a_row_that_gives_the_reason(evaluated, tmp_path) -> None:
+    labels = torch.zeros(8, 8, dtype=torch.int64)
+    image = torch.stack([torch.ones(8, 8), torch.zeros(8, 8), torch.zeros(8, 8)])
+    samples = [{"image": image, "semseg": labels, "depth": image[0]} for _ in range(3)]
+    tasks = [{"name": "semseg", "classes": 3, "absent": "nan"}, "depth"]  # classes 1 and 2 are nowhere
+    config, folder = DenseConfig(tasks=tasks, size=[8, 8]), tmp_path / "arms" / ALONE / "lr-0.001-seed-0"
+    (folder / "records").mkdir(parents=True)
+    evaluation, training = Evaluation(config, Samples(samples, config)), Training(ALONE, 1e-3, 0, folder)
+    scores = evaluation.under(lambda: None, training, config, "test", [], folder / "records")
+    assert [score.task for score in scores] == ["depth"]
+    assert evaluation.under(pytest.fail, training, config, "test", [], folder / "records") == scores  # it is on record
+    # sqrt(q * 1e-6) for the two scores; a defined one is better.
+    defined = evaluation.quality(scores)
+    assert evaluation.quality(scores, 1) == pytest.approx(math.sqrt(defined * 1e-6))
+    section = sections(tmp_path)[0]
+    ((table, _),) = section.tables
+    assert table.rows[0][:3] == [f"{ALONE}/lr-0.001-seed-0", "test", "semseg"] and "semseg is nan" in table.rows[0][3]
+    other = Score("depth", "made", "", scores[0].measure, scores[0].condition)
+    semseg = Score("semseg", "made", "", scores[0].measure, scores[0].condition)
+    assert mean_scores([[other, semseg], [other]]) == mean_scores([[other], [other]])  # no mean over some of the seeds

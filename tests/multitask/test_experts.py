@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 import vismt.multitask.experts as experts
 from vismt.errors import UserError
-from vismt.multitask.experts import cluster_model, cluster_neurons, permute_experts, plain_mlp
+from vismt.multitask.experts import (
+    cluster_model,
+    cluster_neurons,
+    explained_variance,
+    permute_experts,
+    plain_mlp,
+    random_neurons,
+)
 from vismt.multitask.kmeans import balanced_kmeans
 
 
@@ -240,3 +247,22 @@ def test_other_errors() -> None:
             cluster_neurons(weight, 4)
     with pytest.raises(UserError, match="infinite or NaN"):
         cluster_neurons(torch.full((8, 2), torch.inf), 4)
+
+
+def test_explained_variance_by_hand() -> None:
+    # Directions e1, e1, e2, e2 in two groups. Together W = 0. Apart each group has two rows at distance 1/sqrt(2) of its mean:
+    # W = 4 / 2 = 2; T = 4 * 1/2 = 2, E = 2 (4 - 2) / 3 = 4/3, the mean over the three pairings: (0 + 2 + 2) / 3.
+    weight = torch.tensor([[2.0, 0], [5, 0], [0, 1], [0, 3]])
+    assert explained_variance(weight, torch.tensor([0, 0, 1, 1]), 2) == pytest.approx(1)
+    assert explained_variance(weight, torch.tensor([0, 1, 0, 1]), 2) == pytest.approx(1 - 2 / (4 / 3))
+    weight = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    random = [explained_variance(weight, random_neurons(64, 4, seed), 4) for seed in range(40)]
+    assert abs(sum(random) / 40) < 0.01 < explained_variance(weight, cluster_neurons(weight, 4), 4)
+
+
+def test_random_experts_are_balanced_and_a_function_of_the_seed() -> None:
+    labels = random_neurons(32, 4, 1)
+    assert labels.bincount().tolist() == [8] * 4 and torch.equal(labels, random_neurons(32, 4, 1))
+    assert not torch.equal(labels, random_neurons(32, 4, 2)) and not torch.equal(labels, labels.sort().values)
+    with pytest.raises(UserError):
+        random_neurons(30, 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 
 import pytest
@@ -456,6 +457,29 @@ def test_files_carry_router_fade_and_order(tmp_path, also: tuple[str, ...]) -> N
         assert all(torch.equal(value, original[name]) for name, value in vismt.unadapt(target).state_dict().items())
 
 
+def test_random_experts_are_the_control_of_clusters() -> None:
+    stock = tiny_vit()
+    model, again, other = (adapted(permute="random", seed=seed) for seed in (0, 0, 1))
+    labels = [block.mlp.labels for block in model.blocks]
+    assert all(torch.equal(block.mlp.labels, own) for block, own in zip(again.blocks, labels))
+    assert not torch.equal(other.blocks[0].mlp.labels, labels[0]) and not torch.equal(labels[0], labels[1])
+    clustered = adapted(permute="clusters")
+    assert not torch.equal(clustered.blocks[0].mlp.labels, labels[0])
+    vismt.unadapt(model)
+    assert all(torch.equal(value, snapshot(stock)[name]) for name, value in model.state_dict().items())
+
+
+def test_the_report_has_the_share_that_experts_explain() -> None:
+    def shares(**options: object) -> list[str]:
+        report = vismt.adapt(tiny_vit(), "moe_lora", rank=2, n_experts=4, **options)
+        return [line for line in report.extras if line.startswith("experts explain")]
+
+    (clusters,), (random,) = shares(), shares(permute="random")
+    number = re.compile(r"experts explain (-?[\d.]+) %")
+    assert float(number.match(clusters)[1]) > 5 > abs(float(number.match(random)[1]))
+    assert shares(cluster=False) == []
+
+
 def test_loading_is_strict_and_leaves_the_model(tmp_path) -> None:
     vismt.save_adapter(adapted(), tmp_path)
     path = tmp_path / "adapter.json"
@@ -540,6 +564,8 @@ def test_any_resolution_goes_through_the_routers() -> None:
         (tiny_vit, {"fade": True}, "fade True"),
         (tiny_vit, {"cluster": [torch.arange(128) // 32]}, "cluster holds 1 entries"),
         (tiny_vit, {"cluster": [torch.zeros(128, dtype=torch.int64)] * 2}, "with 32 units for each of 0 .. 3"),
+        (tiny_vit, {"permute": "randon"}, "permute 'randon'. Near: 'random'"),
+        (tiny_vit, {"permute": "random", "cluster": False}, "permute 'random' draws the experts; leave cluster out"),
         (tiny_vit, {"n_expert": 4}, "no option 'n_expert'. Near: 'n_experts'"),
         (tiny_vit, {"targets": ["mlp.fc3"]}, "no module matches 'mlp.fc3'"),
         (adapted, {}, "already carries 'moe_lora'"),

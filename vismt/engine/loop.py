@@ -97,7 +97,7 @@ class _Training:
 
         # Where training starts: 1. the run folder's newest sound checkpoint, 2. the start values.
         self.finished, updates = checkpoint.load(folder, objective, self.kept, accelerator.scaler, config_hash)
-        self.shards = None
+        self.shards: Shards | None = None
         self.running, optimizer = objective, self.kept
         if runtime.sharded():
             self.shards = Shards(objective, self.kept, self._make_optimizer, accelerator.device)

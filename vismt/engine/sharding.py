@@ -68,13 +68,13 @@ class Shards:
     def gather(self) -> None:
         """Copy the trained values and the optimiser's state into the whole objective; all processes call it together."""
         trained = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
-        values = {name: whole(value) for name, value in moving_state(self.module, trained).items()}
+        values = {name: whole(value).cpu() for name, value in moving_state(self.module, trained).items()}
         self.objective.load_state_dict(values, strict=False)
         self.kept.state.clear()
         for kept, parameter in self._pairs():
-            state = self.optimizer.state.get(parameter, {})
-            if state:
-                self.kept.state[kept] = {key: whole(value).cpu() for key, value in state.items()}
+            state = {key: whole(value) for key, value in self.optimizer.state.get(parameter, {}).items()}
+            if state and torch.distributed.get_rank() == 0:  # which writes the checkpoint
+                self.kept.state[kept] = {key: value.cpu() for key, value in state.items()}
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Return each parameter of the whole objective with its part in the copy."""

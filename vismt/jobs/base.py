@@ -250,12 +250,15 @@ def records_folder(folder: Path, attacks: Sequence[AttackConfig] | None) -> Path
 
 
 def mean_scores(trainings: Iterable[Sequence[Score]]) -> list[Score]:
-    """Return the scores of several trainings averaged over them, example by example."""
+    """Return the scores of several trainings averaged over them, example by example, but for those that one training lacks."""
     by_key: dict[tuple[str, ...], list[Score]] = {}
+    count = 0
     for scores in trainings:
+        count += 1
         for score in scores:
             by_key.setdefault(score.key, []).append(score)
-    return [replace(group[0], measure=averaged([score.measure for score in group])) for group in by_key.values()]
+    shared = [group for group in by_key.values() if len(group) == count]
+    return [replace(group[0], measure=averaged([score.measure for score in group])) for group in shared]
 
 
 def score_text(score: Score) -> str:

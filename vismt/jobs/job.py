@@ -181,8 +181,8 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
         report = adapt(
             model, settings.method, settings.targets, settings.rank, settings.alpha, seed, **settings.options
         )
-        for remark in report.skipped:
-            console.stage("adapt", f"left out: {remark}")
+        for remark in [*report.extras, *(f"left out: {skipped}" for skipped in report.skipped)]:
+            console.stage("adapt", remark)
         return settings.method
 
     def check(self) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from vismt import console
@@ -52,6 +53,39 @@ def cluster_neurons(weight: Tensor, n_experts: int, seed: int = 0, restarts: int
     check_divides(len(weight), n_experts, "hidden units")
     rows = weight.detach().to("cpu", torch.float64)
     return balanced_kmeans(nn.functional.normalize(rows, dim=1, eps=1e-30), n_experts, seed, restarts)
+
+
+def random_neurons(hidden: int, n_experts: int, seed: int = 0) -> Tensor:
+    """Assign hidden units to experts of exactly hidden / n_experts units at random, the control for `cluster_neurons`.
+
+    Returns the expert of each unit, int64 (hidden,). Raises UserError when n_experts does not divide hidden.
+    """
+    check_divides(hidden, n_experts, "hidden units")
+    order = torch.randperm(hidden, generator=torch.Generator().manual_seed(seed))
+    return torch.empty(hidden, dtype=torch.int64).scatter_(0, order, torch.arange(hidden) // (hidden // n_experts))
+
+
+@torch.no_grad()
+def explained_variance(weight: Tensor, labels: Tensor, n_experts: int) -> float:
+    """Return the share of the variance within random groups of equal sizes that groups of units do not have.
+
+        1 - W / E,   W = sum_h |x_h - c_k(h)|^2,   E = T (H - K) / (H - 1),   T = sum_h |x_h - mean|^2
+
+    x_h = w_h / |w_h|, c_k the mean of group k. E is the mean of W over all assignments to K groups of H / K units: 0 is what
+    random groups explain, 1 would be K different rows.
+
+    Args:
+        weight: (H, D).
+        labels: int64 (H,), H / n_experts units of each group.
+        n_experts: number of groups, K < H.
+    """
+    rows = nn.functional.normalize(weight.detach().to("cpu", torch.float64), dim=1, eps=1e-30)
+    order = labels.cpu().argsort(stable=True)
+    groups = rearrange(rows[order], "(e h) d -> e h d", e=n_experts)
+    within = (groups - groups.mean(1, keepdim=True)).square().sum()
+    total = (rows - rows.mean(0)).square().sum()
+    expected = total * (len(rows) - n_experts) / (len(rows) - 1)
+    return float(1 - within / expected)
 
 
 @torch.no_grad()

@@ -13,14 +13,14 @@ Left out: pairs for each expert, gated FFNs (a unit has two pre-activations ther
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vismt.errors import UserError
+from vismt.errors import UserError, near
 from vismt.lowrank.inject import attach, inject, site_generator
 from vismt.lowrank.layer_spec import AdaptReport
 from vismt.lowrank.linear import LowRankLayer
@@ -29,11 +29,12 @@ from vismt.lowrank.record import refuse_adapted
 from vismt.lowrank.targets import Targets, find_targets, kind_of
 from vismt.lowrank.wrappers import wrappers_of
 from vismt.methods import Method, register_method
-from vismt.multitask.experts import cluster_model
+from vismt.multitask.experts import cluster_model, explained_variance, random_neurons
 from vismt.multitask.fading import RouterFade
 from vismt.multitask.moefied import Fade, MoEfiedMlp, check_labels, checked_fade, starter
 
 BLOCK = re.compile(r"(?:.*\.)?blocks\.\d+")
+PERMUTATIONS = ("clusters", "random")
 ATTENTION = ("qkv", "q_proj", "k_proj", "v_proj", "proj")
 
 
@@ -48,6 +49,7 @@ def moe_lora(
     temperature: float = 5.0,
     init: str = "normal",
     cluster: bool | Sequence[Tensor] = True,
+    permute: str = "clusters",
     fade: float | Fade = 0.0,
     **options: Any,
 ) -> AdaptReport:
@@ -55,7 +57,8 @@ def moe_lora(
 
     n_experts: K, a divisor of the hidden width. temperature: of the router's softmax. init: "normal" or "zero". cluster:
     True clusters the units of each FFN by their weights (minutes for a ViT-B, then cached), False keeps their order, a
-    sequence gives the labels of each block, as `cluster_model` returns them. fade: start value, or the FadeState that all
+    sequence gives the labels of each block, as `cluster_model` returns them. permute: "random" draws the experts of cluster
+    True by the seed instead, the control that tells what the clusters add. fade: start value, or the FadeState that all
     routers follow; `set_fade` changes it. Further options: those of `inject`.
     """
     refuse_adapted(model)
@@ -66,7 +69,13 @@ def moe_lora(
         MoEfiedMlp.check(path, mlp, settings)
     linears = [f"{path}.{name}" for path in mlps for name in ("fc1", "fc2")]
     find_targets(model, linears)  # their units are moved, so they have to be plain linears
-    labels = _labels(list(mlps.values()), cluster, n_experts, seed)
+    if permute not in PERMUTATIONS:
+        raise UserError(f"moe_lora: permute '{permute}'.{near(permute, PERMUTATIONS)}")
+    if permute == "random" and cluster is not True:
+        raise UserError("moe_lora: permute 'random' draws the experts; leave cluster out, or take permute: clusters.")
+    chosen = cluster if permute == "clusters" else _random(mlps, n_experts, seed)
+    labels = _labels(list(mlps.values()), chosen, n_experts, seed)
+    shares = _explained([mlp.fc1.weight for mlp in mlps.values()], labels, n_experts)
     if targets is None:
         attention = [path for path, module in model.named_modules() if kind_of(module) == "linear" and _projects(path)]
         targets = [*attention, *linears]
@@ -84,7 +93,7 @@ def moe_lora(
         shapes.append(tuple(wrapper.lora_router.weight.shape))
     trainable, total = count_parameters(model)
     routers = [f"router in {len(shapes)} FFNs, {shapes[0][0]} x {shapes[0][1]}   {sum(k * d for k, d in shapes):,}"]
-    return replace(report, trainable=trainable, total=total, extras=routers)
+    return replace(report, trainable=trainable, total=total, extras=[*routers, *shares])
 
 
 def ffns(model: nn.Module) -> dict[str, nn.Module]:
@@ -146,6 +155,23 @@ def _projects(path: str) -> bool:
     block = BLOCK.match(path)
     names = path[block.end() + 1 :].split(".") if block else []
     return len(names) > 1 and names[-2].startswith("attn") and names[-1] in ATTENTION
+
+
+def _random(mlps: Mapping[str, nn.Module], n_experts: int, seed: int) -> list[Tensor]:
+    """Return random labels of each FFN."""
+    seeds = [int(torch.randint(2**62, (), generator=site_generator(seed, f"{path}.permute"))) for path in mlps]
+    return [random_neurons(len(mlp.fc1.weight), n_experts, own) for mlp, own in zip(mlps.values(), seeds)]
+
+
+def _explained(weights: Sequence[Tensor], labels: Sequence[Tensor] | None, n_experts: int) -> list[str]:
+    """Return the line of the report on what the experts explain, none where the units keep their order."""
+    if labels is None or weights[0].is_meta or not 1 < n_experts < len(weights[0]):
+        return []
+    shares = [100 * explained_variance(weight, own, n_experts) for weight, own in zip(weights, labels)]
+    mean = sum(shares) / len(shares)
+    return [
+        f"experts explain {mean:.1f} % of the variance within random groups ({min(shares):.1f} to {max(shares):.1f})"
+    ]
 
 
 def _labels(

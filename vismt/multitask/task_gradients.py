@@ -32,8 +32,8 @@ class GradientBalancer(Balancer, ABC):
         heads: gradient of parameters outside the given ones: "plain", that of sum_t L_t, or "weighted", that of
             sum_t alpha_t L_t, where alpha_t = 0 stops and alpha_t < 0 reverses the training of a head; None for the choice of
             the method's authors.
-        loss_scale: factor of the losses in the backward passes for the Gram matrix, divided out afterwards (float16 loses
-            gradients below 6e-8: use 1024, for example).
+        loss_scale: factor of the losses in the backward passes, divided out afterwards (float16 loses gradients below 6e-8:
+            use 1024, for example; the scaler of train.precision fp16 does not reach these passes).
         common: options of `Balancer`.
     """
 

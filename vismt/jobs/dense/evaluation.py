@@ -7,7 +7,8 @@ Only arms that train all tasks have a delta_m. Under an attack the arms and thei
 
 An image without a valid pixel of a task is left out of the task's score, n, records and interval, and has no effect on delta_m
 through that task; the n of delta_m counts the images with a value of any task. Fewer than two images with a value are an error.
-The option `absent` of a task sets the value of a class that no image has; with "nan" the score is undefined, also an error.
+The option `absent` of a task sets the value of a class that no image has; with "nan" the score is undefined: the task has no
+number then, and the report says why.
 
 With evaluate.adjust_logits the tasks with classes are also scored with z - tau log pi (class_loss.py), by the tau with the best
 score on the validation images; adjustment.json in the training's folder has it.
@@ -20,6 +21,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ from vismt.files import atomic_write, sealed
 from vismt.jobs.dense.config import DELTA, DenseConfig, baseline_arms, trained_tasks, window_of
 from vismt.jobs.dense.data import DenseData
 from vismt.jobs.dense.models import fingerprint
-from vismt.jobs.dense.pooled_score import PooledScore, Scored, State, read_scored
+from vismt.jobs.dense.pooled_score import PooledScore, Scored, State, Undefined, read_scored
 from vismt.jobs.variants import ADJUSTED, TAUS
 from vismt.lines import read_lines, write_lines
 from vismt.multitask.class_loss import ClassLoss, adjusted
@@ -49,6 +51,7 @@ from vismt.robustness.dense_attack import DenseAttack
 from vismt.seeds import digest, mix_seed
 from vismt.stats import CLEAN, HIGHER, LOWER, NUMBER, SHARE, Condition, Measure
 
+UNDEFINED = "undefined"  # key of a record: reasons by task
 ADJUSTMENT = "adjustment.json"
 LEAST = 1e-6  # lower bound of a score before its logarithm
 
@@ -80,15 +83,16 @@ class Evaluation:
             text += f", windows of {height} x {width} that share {settings.overlap:g}"
         return text + ", mean with the mirrored image" if settings.flip else text
 
-    def quality(self, scores: Sequence[Score]) -> float:
+    def quality(self, scores: Sequence[Score], undefined: int = 0) -> float:
         """Return the geometric mean over the tasks of the score, 1 / score where lower is better.
 
         It ranks trainings independently of the units of the scores, and to first order as delta_m over any baseline does, so
-        that no baseline has to be trained first.
+        that no baseline has to be trained first. undefined: number of scores without a number, which count as LEAST.
         """
         logs = [math.log(max(score.measure.score, LEAST)) for score in scores]
         signs = [-1 if score.measure.better == LOWER else 1 for score in scores]
-        return math.exp(math.fsum(sign * log for sign, log in zip(signs, logs)) / len(logs))
+        total = math.fsum(sign * log for sign, log in zip(signs, logs)) + undefined * math.log(LEAST)
+        return math.exp(total / (len(logs) + undefined))
 
     def delta(self, scores: Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:
         """Return delta_m of every arm that trains all tasks under each condition, by arm; none for the baseline itself."""
@@ -138,7 +142,9 @@ class Evaluation:
                 continue
             key = digest(json.dumps(spec.settings(), sort_keys=True).encode())[:8]
             path = records / f"{split}-{key}.jsonl"
-            scored = self.known(path, training) or self.scored(net(), training, config, split, path, spec)
+            scored = self.known(path, training)
+            if scored is None:
+                scored = self.scored(net(), training, config, split, path, spec)
             scores += self.scores(scored, split, condition_of(spec))
         return scores
 
@@ -147,7 +153,8 @@ class Evaluation:
     ) -> dict[str, Scored]:
         """Return the clean scores of every task; arguments as for `under`."""
         path = records / f"{split}.jsonl"
-        return self.known(path, training) or self.scored(net(), training, config, split, path)
+        scored = self.known(path, training)
+        return self.scored(net(), training, config, split, path) if scored is None else scored
 
     def scored(
         self,
@@ -185,7 +192,7 @@ class Evaluation:
         """Return the tau of each task with the best score on the validation images, the smallest of several; write them."""
         variants = {f"{task.name} {tau:g}": (task.name, tau) for task in tasks for tau in TAUS}
         pools = self._pooled(net, tasks, "validation", variants, f"{training}   tau")
-        values = {name: pool.result().value for name, pool in pools.items()}
+        values = {name: pool.value() for name, pool in pools.items()}
         taus = {task.name: max(TAUS, key=lambda tau: values[f"{task.name} {tau:g}"]) for task in tasks}
         about = {"fingerprint": fingerprint(training), "taus": taus, "validation": values}
         ranks.from_first(lambda: atomic_write(training.folder / ADJUSTMENT, sealed(about)))
@@ -238,10 +245,19 @@ class Evaluation:
         spec: DensePerturbation | None = None,
     ) -> dict[str, Scored]:
         """Return the scores of pools by name, and write them to `path`."""
-        scored = {name: pool.result() for name, pool in pools.items()}
-        values = {name: asdict(score) for name, score in scored.items()}
-        settings = {} if spec is None else {"condition": spec.settings()}
-        row = {"fingerprint": fingerprint(training), **settings, "tasks": values}
+        scored, undefined = {}, {}
+        for name, pool in pools.items():
+            try:
+                scored[name] = pool.result()
+            except Undefined as error:
+                undefined[name] = str(error)
+                console.stage("eval", f"{training}   {error}")
+        row: dict[str, Any] = {"fingerprint": fingerprint(training)}
+        if spec is not None:
+            row["condition"] = spec.settings()
+        if undefined:
+            row[UNDEFINED] = undefined
+        row["tasks"] = {name: asdict(score) for name, score in scored.items()}
         ranks.from_first(lambda: write_lines(path, [row]))
         return scored
 

@@ -168,7 +168,9 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         return self.evaluation.under(net, training, self.study.config_of(training), split, specs, records)
 
     def validate(self, training: Training) -> float:
-        return self.evaluation.quality(self.score(training, "validation", []))
+        scores = self.score(training, "validation", [])
+        tasks = trained_tasks(self.study.config_of(training))
+        return self.evaluation.quality(scores, len(tasks) - len(scores))
 
     def derived(self, scores: Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:
         """Return delta_m by arm."""

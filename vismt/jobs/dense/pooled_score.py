@@ -30,6 +30,10 @@ LARGEST = (
 )
 
 
+class Undefined(UserError):
+    """A score that is not a finite number."""
+
+
 State = dict[str, Tensor]  # what a metric has counted on one image, by the metric's names; empty for an image left out
 
 
@@ -90,11 +94,17 @@ class PooledScore:
             self._total = {key: value + self._total.get(key, 0) for key, value in state.items()}
             self._states[name] = {key: value for key, value in state.items() if value.numel() <= LARGEST}
 
+    def value(self) -> float:
+        """Return the score of all images without more; -1 where it is not finite."""
+        score = self.task.score(self._compute(self._total)) if self._states else math.nan
+        return score if _finite(score) else -1.0
+
     def result(self) -> Scored:
         """Return the score.
 
         Raises:
-            UserError: for fewer than two images, a score that is not finite, and one that rests on a single image.
+            Undefined: a score that is not finite.
+            UserError: for fewer than two images, and a score that rests on a single image.
         """
         n = len(self._states)
         if n < 2:
@@ -110,7 +120,7 @@ class PooledScore:
             without[name] = self.task.score(rest)
             alone[name] = self._alone(states)
         if not all(map(_finite, (value, *without.values()))):
-            raise UserError(
+            raise Undefined(
                 f"evaluate: the score of {self.task.name} is {value}, or is not finite without one image. With absent 'nan' a "
                 "class that is nowhere takes the whole mean along; use 'zero' or 'skip'."
             )
