@@ -116,7 +116,7 @@ def test_rows_of_every_arm_and_task(study: Path) -> None:
         ]
         assert value["full", "delta_m", seed] == pytest.approx(100 * sum(gains) / 3)
     text = (study / "report.md").read_text()
-    assert "depth: test images at 32 x 48, RMSE in m, lower is better" in text and "(unpaired)" not in text
+    assert "depth RMSE in m ↓" in text and "(unpaired)" not in text
 
 
 def test_panels_show_the_first_seed_on_images_evenly_over_the_set(study: Path) -> None:

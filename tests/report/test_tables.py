@@ -94,7 +94,7 @@ def test_several_measures_are_columns_of_one_table():
             c = comparison("films", condition, count=2, metric=metric, scale=scale, better=better)
             rows.append(replace(c, difference=(0.011, 0.001, 0.021)))
     (table,) = result_tables(rows)
-    assert table.title == "5-way 1-shot, n = 60 episodes"
+    assert table.title == "5-way 1-shot, films, n = 60 episodes"
     assert table.heads == ["Condition", "Arm", "accuracy in % ↑", "NLL in nats ↓"]
     assert [row[:2] for row in table.rows[:3]] == [
         ["clean", "arm_0"],
@@ -104,13 +104,26 @@ def test_several_measures_are_columns_of_one_table():
     assert table.rows[2][2:] == ["+1.1 [+0.1, +2.1]", "+0.011 [+0.001, +0.021]"] and len(table.rows) == 6
 
 
+def test_several_measures_of_several_sets_have_a_band_for_each_set():
+    rows = [
+        comparison(data, count=2, metric=metric, n=60 if data == "films" else 50)
+        for metric in ("accuracy", "F1")
+        for data in ("films", "plays")
+    ]
+    (table,) = result_tables(rows)
+    assert table.title == "5-way 1-shot, n = 60 / 50 episodes"
+    assert table.heads == ["Data", "Arm", "accuracy in % ↑", "F1 in % ↑"]
+    assert [row[:2] for row in table.rows] == [[data, arm] for data in ("films", "plays") for arm in ARMS[:2]]
+    assert table.best == {(1, 2), (1, 3), (3, 2), (3, 3)} and table.texts == 2
+
+
 def test_tasks_of_one_protocol_are_columns_of_one_table():
     depth = comparison(
         "rooms", count=2, task="depth", protocol="test", metric="RMSE in m", scale="number", better="lower"
     )
     parts = comparison("rooms", count=2, task="parts", protocol="test", metric="mIoU")
     (table,) = result_tables([depth, parts])
-    assert table.title == "test, n = 60 episodes"
+    assert table.title == "test, rooms, n = 60 episodes"
     assert table.heads == ["Arm", "depth RMSE in m ↓", "parts mIoU in % ↑"]
     assert [row[0] for row in table.rows] == ["arm_0", "arm_1"]
     other = comparison("rooms", count=2, task="parts", protocol="validation", metric="mIoU")

@@ -16,7 +16,6 @@ MARKS = {"best": "★", "tie": "≈", "": ""}
 MANY_ARMS, MANY_CORRUPTIONS = 5, 4
 # Characters that a page has room for, those that the space between two columns takes, and those of a text that may be broken.
 WIDEST, APART, TEXT = 128, 4, 26
-Column = tuple[str, str, str]  # task, metric and set of a column of numbers
 
 
 @dataclass(frozen=True)
@@ -115,50 +114,42 @@ def _arms_across(title: str, group: Sequence[Comparison], folded: bool) -> Table
 
 
 def _arms_down(title: str, group: Sequence[Comparison], folded: bool = False) -> Table:
-    """Return a row for each condition and arm and a column for each measure and set; of a single one, for each condition."""
+    """Return a row for each arm under each set and condition, and a column for each measure.
+
+    Of one measure the sets are columns, and of one measure on one set the conditions are.
+    """
     arms = list(dict.fromkeys(arm for c in group for arm in c.cells))
-    table = {(_column(c), c.condition): c for c in group}
-    columns = list(dict.fromkeys(_column(c) for c in group))
-    conditions = list(dict.fromkeys(c.condition for c in group))
-    if len(columns) == 1:  # conditions are the columns
-        across = [[table[columns[0], condition]] for condition in conditions]
-        heads, counts = _heads(across, conditions)
-        bands: dict[str, list[Comparison | None]] = {"": [of_column[0] for of_column in across]}
-        title = f"{title}, {columns[0][2]}"
-    else:
-        present = [[table[column, name] for name in conditions if (column, name) in table] for column in columns]
-        heads, counts = _heads(present, _names([of_column[0] for of_column in present]))
-        bands = {name: [table.get((column, name)) for column in columns] for name in conditions}
+    tasks, sets = {c.row.task for c in group}, list(dict.fromkeys(c.data for c in group))
+    measures = {(c.row.task, c.row.metric) for c in group}
+
+    def place(c: Comparison) -> tuple[tuple[str, str], str]:
+        """Return the band (set, condition) and the column of a comparison."""
+        if len(measures) > 1:
+            measure = scale_text(c.row.metric, c.row.scale, c.row.better)
+            return (c.data, c.condition), f"{c.row.task} {measure}" if len(tasks) > 1 else measure
+        return (("", c.condition), c.data) if len(sets) > 1 else (("", ""), c.condition)
+
+    table = {place(c): c for c in group}
+    columns = list(dict.fromkeys(column for _, column in table))
+    bands = list(dict.fromkeys(band for band, _ in table))
+    shown = [at for at in range(2) if len({band[at] for band in bands}) > 1]
+    heads, counts = _heads([[c for (_, name), c in table.items() if name == column] for column in columns], columns)
+    title += f", {sets[0]}" if len(sets) == 1 else ""
     title += f", n = {counts} {group[0].row.unit}" if counts else ""
-    texts = 2 if len(bands) > 1 else 1
     rows: list[list[str]] = []
     best: set[tuple[int, int]] = set()
-    for condition, band in bands.items():
+    for band in bands:
+        in_band = [table.get((band, column)) for column in columns]
+        first = [band[at] for at in shown]
         for arm in arms:
-            cells = [None if c is None else c.cells.get(arm) for c in band]
-            if any(cells):
-                best |= {(len(rows), texts + i) for i, c in enumerate(band) if c is not None and _is_best(c, arm)}
-                numbers = ["–" if c is None else cell_text(cell, c.row) for c, cell in zip(band, cells, strict=True)]
-                rows.append([condition, arm, *numbers][2 - texts :])
-        if len(arms) == 2 and any(c is not None and c.difference for c in band):
-            numbers = ["–" if c is None else difference_text(c) for c in band]
-            rows.append([condition, f"{arms[1]} − {arms[0]}", *numbers][2 - texts :])
-    return Table(title, [*["Condition", "Arm"][2 - texts :], *heads], rows, best, texts=texts, folded=folded)
-
-
-def _column(c: Comparison) -> Column:
-    return (c.row.task, c.row.metric, c.data)
-
-
-def _names(columns: Sequence[Comparison]) -> list[str]:
-    """Return task, measure and set of each column, as far as they differ between the columns."""
-    tasks, metrics, sets = ({column[at] for column in map(_column, columns)} for at in range(3))
-    names = []
-    for c in columns:
-        measure = scale_text(c.row.metric, c.row.scale, c.row.better) if len(metrics) > 1 or len(tasks) > 1 else ""
-        parts = [c.data if len(sets) > 1 else "", c.row.task if len(tasks) > 1 else "", measure]
-        names.append(" ".join(part for part in parts if part))
-    return names
+            if any(c is not None and arm in c.cells for c in in_band):
+                best |= {(len(rows), len(shown) + 1 + i) for i, c in enumerate(in_band) if c and _is_best(c, arm)}
+                rows.append([*first, arm, *("–" if c is None else cell_text(c.cells.get(arm), c.row) for c in in_band)])
+        if len(arms) == 2 and any(c is not None and c.difference for c in in_band):
+            differences = ["–" if c is None else difference_text(c) for c in in_band]
+            rows.append([*first, f"{arms[1]} − {arms[0]}", *differences])
+    names = [("Data", "Condition")[at] for at in shown]
+    return Table(title, [*names, "Arm", *heads], rows, best, texts=len(shown) + 1, folded=folded)
 
 
 def _heads(columns: Sequence[Sequence[Comparison]], names: Sequence[str]) -> tuple[list[str], str]:
