@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vismt.config import HASHED_IF_SET, ModelConfig
+from vismt.config import HASHED_IF_SET, UNHASHED_OPTIONS, ModelConfig
 from vismt.engine.splits import PartsConfig, check_parts
 from vismt.engine.study import StudyConfig, check_arms, resolve_arms
 from vismt.errors import UserError, near
@@ -95,7 +95,7 @@ class DenseConfig(StudyConfig):
     task: str = "dense"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DenseDataConfig = field(default_factory=DenseDataConfig)
-    tasks: list[str | dict[str, Any]] = field(default_factory=list)
+    tasks: list[str | dict[str, Any]] = field(default_factory=list, metadata={UNHASHED_OPTIONS: ("absent",)})
     only: list[str] = field(default_factory=list)
     size: list[int] = field(default_factory=list)
     canvas: list[int] | None = None
