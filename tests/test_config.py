@@ -9,6 +9,7 @@ import pytest
 from vismt.config import config_hash, fraction, override, read_yaml, resolved, typed
 from vismt.errors import UserError
 from vismt.jobs import load_config, make_job
+from vismt.jobs.dense.config import DenseConfig
 from vismt.jobs.fewshot.job import FewShotConfig
 
 
@@ -78,6 +79,9 @@ def test_resolved_round_trips_and_the_hash_moves_with_values_only(tmp_path: Path
     changes = ([], ["calibration.memory_mb=3"], ["calibration.rows=3"])
     plain, memory, rows = (config_hash(load_config(path, change)) for change in changes)
     assert plain == memory != rows  # a memory limit changes no result
+    tasks = [[{"name": "semseg", "classes": 3, **change}] for change in ({}, {"absent": "skip"}, {"dice": 1.0})]
+    plain, absent, dice = (config_hash(typed({"tasks": task}, DenseConfig, "x")) for task in tasks)
+    assert plain == absent != dice  # how a score is read changes no training
 
 
 def test_no_is_a_word(tmp_path: Path) -> None:

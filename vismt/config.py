@@ -28,6 +28,8 @@ from vismt.typed_yaml import Names, within
 UNHASHED = {"hashed": False}
 # Metadata of a field that was added later: its default leaves the hashes of older configurations unchanged.
 HASHED_IF_SET = {"hashed": "if set"}
+# Key of the metadata of a field of options: names of options, in a mapping of the list, that change how results are read alone.
+UNHASHED_OPTIONS = "unhashed options"
 # What happens with an image that cannot be decoded.
 OnBadSample = Literal["error", "skip"]
 # Every random generator takes these.
@@ -270,13 +272,20 @@ def _hashed(value: Any) -> Any:
     """Return `resolved` without fields marked UNHASHED, and without fields marked HASHED_IF_SET at their default."""
     if isinstance(value, list):
         return [_hashed(item) for item in value]
+    if isinstance(value, dict):
+        return dict(value)
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
     fields = [item for item in dataclasses.fields(value) if item.metadata != UNHASHED]
     if any(item.metadata == HASHED_IF_SET for item in fields):
         default = type(value)()
         fields = [item for item in fields if item.metadata != HASHED_IF_SET or _differs(value, default, item.name)]
-    return {item.name: _hashed(getattr(value, item.name)) for item in fields}
+    plain = {item.name: _hashed(getattr(value, item.name)) for item in fields}
+    for item in fields:
+        for options in plain[item.name] if UNHASHED_OPTIONS in item.metadata else ():
+            for name in item.metadata[UNHASHED_OPTIONS] if isinstance(options, dict) else ():
+                options.pop(name, None)
+    return plain
 
 
 def _differs(value: Any, default: Any, name: str) -> bool:

@@ -443,6 +443,14 @@ def test_overrides_of_an_arm_are_typed_and_its_trainings_are_found_by_name(tmp_p
         ({"tasks": [{"name": "a", "train": ["digits"], "test": ["photo_crops:test"]}]}, "training does not"),
         ({"tasks": [{"name": "a", "train": ["digits"], "test_share": 0.1, "limit": 5}]}, "no training image of class"),
         ({"tasks": [{"name": "a", "train": ["digits"], "test_share": 0.1}]}, "nothing to validate on"),
+        (
+            {
+                "tasks": [{"name": "a", "train": ["digits"], "test_share": 0.1}],
+                "tune": None,
+                "evaluate": {"adjust_logits": True},
+            },
+            "nothing to validate on",
+        ),
         ({"train": None}, "train: is null"),
         ({"model": {**SMALL["model"], "block": 2}}, "block and pool must be null"),
         ({"head": "unoin"}, "'unoin'"),

@@ -21,7 +21,7 @@ def add_commands(commands: Commands) -> None:
     _add_arm(merge)
     predict = commands.add("predict", _predict, "draw a dense run's predictions on your own images")
     predict.add_argument("run", type=Path, help="a run folder")
-    predict.add_argument("images", type=Path, nargs="+", help="image files of any size")
+    predict.add_argument("images", type=Path, nargs="+", help="image files of any size, or folders of them")
     predict.add_argument("--to", type=Path, help="target folder (RUN/predictions)")
     _add_arm(predict)
     predict.add_argument(
@@ -32,7 +32,11 @@ def add_commands(commands: Commands) -> None:
     predict.add_argument(
         "--flip", action="store_true", help="average with the mirrored image's prediction, as evaluate.flip does"
     )
-    predict.add_argument("--maps", action="store_true", help="also write the predictions as arrays (.npz)")
+    predict.add_argument(
+        "--maps",
+        action="store_true",
+        help="also write each task's prediction as an array (.npz), a picture and an overlay (.png)",
+    )
     pool = commands.add("pool", _pool, "assemble separately trained experts into one pool folder")
     pool.add_argument("action", choices=("assemble",))
     pool.add_argument("experts", type=Path, nargs="+", help="run folders, adapter folders or pools")

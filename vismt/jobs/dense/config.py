@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
-from vismt.config import HASHED_IF_SET, ModelConfig
+from vismt.config import HASHED_IF_SET, UNHASHED_OPTIONS, ModelConfig
 from vismt.engine.splits import PartsConfig, check_parts
 from vismt.engine.study import StudyConfig, check_arms, resolve_arms
 from vismt.errors import UserError, near
@@ -127,7 +127,9 @@ class DenseConfig(StudyConfig):
     task: str = "dense"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DenseDataConfig = field(default_factory=DenseDataConfig)
-    tasks: Annotated[list[str | dict[str, Any]], Names("vismt.multitask.tasks:TASKS")] = field(default_factory=list)
+    tasks: Annotated[list[str | dict[str, Any]], Names("vismt.multitask.tasks:TASKS")] = field(
+        default_factory=list, metadata={UNHASHED_OPTIONS: ("absent",)}
+    )
     only: list[str] = field(default_factory=list)
     size: list[int] = field(default_factory=list)
     canvas: list[int] | None = None

@@ -255,6 +255,9 @@ class Evaluation:
         row: dict[str, Any] = {"fingerprint": fingerprint(training)}
         if spec is not None:
             row["condition"] = spec.settings()
+        absent = self._absent(pools)
+        if absent:
+            row["absent"] = absent
         if undefined:
             row[UNDEFINED] = undefined
         row["tasks"] = {name: asdict(score) for name, score in scored.items()}
@@ -266,7 +269,15 @@ class Evaluation:
         lines = ranks.from_first(lambda: read_lines(path, ("fingerprint", "tasks"), whole=True))
         if not lines or lines[0]["fingerprint"] != fingerprint(training):
             return None
+        tasks = [*lines[0]["tasks"], *lines[0].get(UNDEFINED, ())]
+        if lines[0].get("absent", {}) != self._absent(tasks):
+            return None  # scored before the option was changed
         return {task: read_scored(values, f"'{path}': {task}") for task, values in lines[0]["tasks"].items()}
+
+    def _absent(self, names: Iterable[str]) -> dict[str, str]:
+        """Return how tasks count classes that do not occur, where it is not by zero; names: of tasks."""
+        options = {name: getattr(self.tasks[name], "absent", "zero") for name in names}
+        return {name: option for name, option in options.items() if option != "zero"}
 
     def _corrupted(self, names: Sequence[str], samples: Sequence[Sample], spec: CorruptionSpec) -> Tensor:
         """Return the corrupted images without their padding, padded again (b, 3, h, w)."""

@@ -19,7 +19,7 @@ from vismt.jobs.dense.config import DELTA, DenseConfig, all_tasks, baseline_arms
 from vismt.jobs.dense.data import DenseBatches, DenseData
 from vismt.jobs.dense.evaluation import Evaluation
 from vismt.jobs.dense.pooled_score import Scored
-from vismt.jobs.dense.predict import check_images, predict_images
+from vismt.jobs.dense.predict import check_images, image_files, predict_images
 from vismt.jobs.dense.report import sections
 from vismt.jobs.image_job import ImageJob
 from vismt.jobs.multitask import make_configured_balancer
@@ -190,7 +190,8 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         return {**baseline_arms(self.config), DELTA: ""}
 
     def predict(self, images: Sequence[Path], target: Path, arm: str | None = None, **options: bool) -> list[Path]:
-        """Draw one arm's predictions on images; options: see `predict_images`."""
+        """Draw one arm's predictions on images and on those in folders; options: see `predict_images`."""
+        images = image_files(images)
         check_images(images)
         training = self.study.find(arm)
         config = self.study.config_of(training)

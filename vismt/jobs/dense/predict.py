@@ -1,5 +1,8 @@
 """`vismt predict`: images of any size through a trained dense run; each becomes one picture, on request with its maps.
 
+The maps of an image are an array for each task in one .npz, and for each task of maps two PNG files of the image's size: the
+map in its colours, and the same half transparent over the image.
+
 An image is fitted into the run's canvas as in evaluation, so that the net meets the camera that it knows, or, with `own_size`,
 taken at its own resolution by windows of the trained size. Depth is in the unit of the training data: the prediction for an
 image s times as large as the fitted one is s times too near (dense_transforms.py), and is multiplied by s, inverse depth divided.
@@ -16,11 +19,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vismt import console
 from vismt.data.cards import Card, load_card
-from vismt.data.decode import decode_file
+from vismt.data.decode import SUFFIXES, decode_file
 from vismt.data.dense_set import DenseSource
 from vismt.data.dense_transforms import fitting, resize
 from vismt.data.names import card_and_split
@@ -51,6 +55,27 @@ class Panel:
     legend: list[tuple[str, str]]
 
 
+def image_files(paths: Sequence[Path]) -> list[Path]:
+    """Return the files of `paths`, of a folder the image files in it, sorted by name.
+
+    Raises UserError for a folder without one.
+    """
+    files: list[Path] = []
+    for path in paths:
+        found = sorted(file for file in path.iterdir() if is_image(file)) if path.is_dir() else [path]
+        if not found:
+            raise UserError(
+                f"predict: '{path}' has no image file ({', '.join(sorted(SUFFIXES))}); name another folder."
+            )
+        files += found
+    return files
+
+
+def is_image(path: Path) -> bool:
+    """Return whether a file's ending is that of an image."""
+    return path.suffix.lower() in SUFFIXES and path.is_file()
+
+
 def check_images(images: Sequence[Path]) -> None:
     """Raise UserError for files that cannot be read and two images of one name."""
     names: dict[str, Path] = {}
@@ -74,7 +99,7 @@ def predict_images(
     flip: bool = False,
     maps: bool = False,
 ) -> list[Path]:
-    """Write <target>/<image's stem>.png, with `maps` also .npz, for each image; return the pictures' paths.
+    """Write <target>/<image's stem>.png for each image, with `maps` also its maps; return the pictures' paths.
 
     Args:
         config: of the training.
@@ -84,7 +109,8 @@ def predict_images(
         target: folder.
         own_size: windows over the image at its own size, not fitted into the canvas.
         flip: the mean with the mirrored image also where evaluate.flip is false.
-        maps: also write what each task answers (DenseTask.answer) at the size of the picture, by the task's name.
+        maps: also write <stem>.npz, what each task answers (DenseTask.answer) at the size of the picture, by the task's name,
+            and <stem>-<task>.png and <stem>-<task>-overlay.png of tasks of maps.
     """
     device = runtime.processes().device
     net = net.to(device)
@@ -110,12 +136,27 @@ def predict_images(
         if own_size:
             enlarged = max(side / fitted for side, fitted in zip(size, canvas_of(config)))
             outputs = {name: tasks[name].rescaled(value, enlarged) for name, value in outputs.items()}
-        written.append(picture(image[:, :height, :width], outputs, tasks, classes, target / f"{path.stem}.png"))
+        shown = image[:, :height, :width]
+        written.append(picture(shown, outputs, tasks, classes, target / f"{path.stem}.png"))
         if maps:
-            buffer = io.BytesIO()
-            np.savez_compressed(buffer, **{name: tasks[name].answer(value).numpy() for name, value in outputs.items()})
-            atomic_write(target / f"{path.stem}.npz", buffer.getvalue())
+            _write_maps(shown, outputs, tasks, target / path.stem)
     return written
+
+
+def _write_maps(image: Tensor, outputs: Mapping[str, Tensor], tasks: Mapping[str, DenseTask], stem: Path) -> None:
+    """Write the answers of an image (3, h, w) as arrays, and the pictures of its maps alone and over the image."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **{name: tasks[name].answer(value).numpy() for name, value in outputs.items()})
+    atomic_write(stem.with_name(f"{stem.name}.npz"), buffer.getvalue())
+    for name, value in outputs.items():
+        task = tasks[name]
+        if isinstance(task, MapTask):
+            colors = task.picture(value)
+            mixed = (0.5 * (colors + 255 * image)).round().to(torch.uint8)
+            for ending, pixels in ((name, colors), (f"{name}-overlay", mixed)):
+                buffer = io.BytesIO()
+                Image.fromarray(pixels.movedim(0, -1).numpy()).save(buffer, "PNG")
+                atomic_write(stem.with_name(f"{stem.name}-{ending}.png"), buffer.getvalue())
 
 
 def class_names(config: DenseConfig, tasks: Mapping[str, DenseTask]) -> dict[str, list[str]]:
