@@ -120,7 +120,7 @@ class DenseObjective(TaskObjective):
         scalars: dict[str, Tensor] = {}
         losses: dict[str, Tensor] = {}
         logits = {name: value.float() for name, value in self.net(batch["image"]).items()}
-        ties: list[Tensor] = []
+        zero = batch["image"].new_zeros(())
         for name, task in self.tasks.items():
             loss = self._loss(task, logits[name], batch)
             if loss is not None:
@@ -129,8 +129,8 @@ class DenseObjective(TaskObjective):
                 continue
             scalars[name] = logits[name].new_full((), torch.nan)
             # The sum of no elements: zero whatever the logits are, and in the graph of the head.
-            ties.append(logits[name].flatten()[:0].sum())
-        loss = (sum(losses.values()) if self.balancer is None else self.balance(losses)) + sum(ties)
+            zero = zero + logits[name].flatten()[:0].sum()
+        loss = (sum(losses.values()) if self.balancer is None else self.balance(losses)) + zero
         if self.retain is not None:
             pull = self._retain(logits[SEGMENTATION], batch)
             loss = loss + pull
