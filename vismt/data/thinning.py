@@ -74,8 +74,8 @@ def _removable(blocks: np.ndarray, turn: int) -> np.ndarray:
     east = (centre >> ONE) | (blocks[..., 2:] << LAST)
     west = (centre << ONE) | (blocks[..., :-2] >> LAST)
     up, middle, down = slice(None, -2), slice(1, -1), slice(2, None)
-    places = ((east, middle), (east, up), (centre, up), (west, up))
-    places += ((west, middle), (west, down), (centre, down), (east, down))
+    places = [(east, middle), (east, up), (centre, up), (west, up)]
+    places += [(west, middle), (west, down), (centre, down), (east, down)]
     x = [np.ascontiguousarray(side[:, rows]) for side, rows in places]  # x1 to x8
     x.append(x[0])
     any_join, two_joins, _ = _tally([~x[2 * i] & (x[2 * i + 1] | x[2 * i + 2]) for i in range(4)])

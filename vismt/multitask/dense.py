@@ -118,13 +118,14 @@ class DenseObjective(TaskObjective):
 
     def forward(self, batch: Sample) -> dict[str, Tensor]:
         logits = self._logits(batch)
-        # The sum of no elements: zero whatever the logits are, and in the graph of every head.
-        zero = sum(value.flatten()[:0].sum() for value in logits.values())
         plain = self._task_losses(logits, batch)
-        missing = zero.detach() * torch.nan
-        scalars = {name: plain[name].detach() if name in plain else missing for name in self.tasks}
+        absent = [name for name in self.tasks if name not in plain]
+        scalars = {name: loss.detach() for name, loss in plain.items()}
+        scalars |= {name: logits[name].new_full((), torch.nan) for name in absent}
         losses = self._weighted(plain)
-        loss = (sum(losses.values()) if self.balancer is None else self.balance(losses, batch)) + zero
+        loss = sum(losses.values()) if self.balancer is None else self.balance(losses, batch)
+        # Sums of no elements: zero whatever the logits are, and in the graphs of the heads of absent tasks.
+        loss = loss + sum(logits[name].flatten()[:0].sum() for name in absent)
         if self.retain is not None:
             pull = self._retain(logits[SEGMENTATION], batch)
             loss = loss + pull

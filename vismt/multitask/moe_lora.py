@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ def moe_lora(
         raise UserError("moe_lora: permute 'random' draws the experts; leave cluster out, or take permute: clusters.")
     chosen = cluster if permute == "clusters" else _random(mlps, n_experts, seed)
     labels = _labels(list(mlps.values()), chosen, n_experts, seed)
-    shares = _explained([mlp.fc1.weight for mlp in mlps.values()], labels, n_experts)
+    shares = _explained([cast(Tensor, mlp.fc1.weight) for mlp in mlps.values()], labels, n_experts)
     if targets is None:
         attention = [path for path, module in model.named_modules() if kind_of(module) == "linear" and _projects(path)]
         targets = [*attention, *linears]

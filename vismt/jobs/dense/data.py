@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 
@@ -107,7 +108,7 @@ class DenseData:
     def counted(self, tasks: Sequence[DenseTask]) -> list[DenseTask]:
         """Return the tasks, with their training labels counted where the loss needs them."""
         return [
-            replace(task, class_counts=self.class_counts(task))
+            replace(cast(Any, task), class_counts=self.class_counts(task))
             if isinstance(task, ClassLoss) and task.needs_counts
             else task
             for task in tasks
