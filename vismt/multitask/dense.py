@@ -119,13 +119,13 @@ class DenseObjective(TaskObjective):
     def forward(self, batch: Sample) -> dict[str, Tensor]:
         logits = self._logits(batch)
         plain = self._task_losses(logits, batch)
-        absent = [name for name in self.tasks if name not in plain]
-        scalars = {name: loss.detach() for name, loss in plain.items()}
-        scalars |= {name: logits[name].new_full((), torch.nan) for name in absent}
+        nothing = next(iter(logits.values())).new_zeros(())
+        scalars = {name: plain[name].detach() if name in plain else nothing * torch.nan for name in self.tasks}
         losses = self._weighted(plain)
-        loss = sum(losses.values()) if self.balancer is None else self.balance(losses, batch)
-        # Sums of no elements: zero whatever the logits are, and in the graphs of the heads of absent tasks.
-        loss = loss + sum(logits[name].flatten()[:0].sum() for name in absent)
+        loss = sum(losses.values(), nothing) if self.balancer is None else self.balance(losses, batch)
+        for name in self.tasks.keys() - plain.keys():
+            # The sum of no elements: zero whatever the logits are, and in the graph of the head.
+            loss = loss + logits[name].flatten()[:0].sum()
         if self.retain is not None:
             pull = self._retain(logits[SEGMENTATION], batch)
             loss = loss + pull
