@@ -22,7 +22,8 @@ HEAD = """# Benchmarks
 Made by `python scripts/benchmarks.py` from the files in `benchmarks/`. A ratio is that of two candidates in the same round, its
 value the median over the rounds, with the smallest and the largest beside it; below 1, the first takes less. Candidates of a
 round run one after the other in rotating order. On a CPU, times are CPU seconds on one thread unless a bench says otherwise.
-What each bench measures stands at the top of its file in `vismt/bench/`. The aims were set before the measurement.
+What each bench measures stands at the top of its file in `vismt/bench/`. The aims were set before the measurement. Benches
+without a section here were [measured earlier](benchmarks/earlier.md).
 """
 COLUMNS = ("", "ratio of", "", "min", "max", "aim", "reached")
 NEEDED = ("bench", "rounds", "command", "date", "hardware", "versions", "results")
