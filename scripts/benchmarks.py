@@ -46,12 +46,13 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def section(content: dict[str, Any]) -> str:
-    """Return the section of one bench."""
+    """Return the section of one bench; "note" may be added to its file by hand, to say what was special."""
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     lines = [
         f"## {content['bench']}",
         "",
-        f"`{content['command']}`, {content['rounds']} rounds, {content['date']}. {content['hardware']}; {versions}.",
+        f"`{content['command']}`, {content['rounds']} rounds, {content['date']}. {content['hardware']}; {versions}."
+        f"{content.get('note', '')}",
         "",
         _row(COLUMNS),
         _row("---" for _ in COLUMNS),

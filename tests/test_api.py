@@ -151,7 +151,7 @@ def test_a_study_from_a_mapping(folder: Path, tmp_path: Path) -> None:
         "train": {"steps": 2, "lr": 1.0e-2},
     }
     results = vismt.train(config, tmp_path / "run")
-    assert [(row.data, row.n) for row in results] == [("colours", 24)]
+    assert {(row.data, row.n) for row in results} == {("colours", 24)}
     assert results.folder == tmp_path / "run" and (tmp_path / "run" / "results.jsonl").exists()
     assert [row.value for row in vismt.train(config, tmp_path / "run")] == [row.value for row in results]
     with pytest.raises(UserError, match="holds a run of another configuration; give another folder"):
@@ -191,7 +191,7 @@ def test_user_errors(folder: Path, tmp_path: Path) -> None:
         ),
         (
             lambda: vismt.evaluate_fewshot(Features(), tmp_path / "none", img_size=16),
-            "no card, folder or table at that",
+            "none': no such file or folder",
         ),
         (lambda: vismt.evaluate_fewshot(Features(), folder, attacks="pgd", img_size=16), "attacks: 'pgd' is a text"),
         (lambda: vismt.audit(Features(), folder, img_size=16), "has 6 outputs, .* has 3 classes"),

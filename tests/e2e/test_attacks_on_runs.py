@@ -72,8 +72,9 @@ def run(folder: Path, name: str, config: dict) -> Path:
 
 
 def values(folder: Path, arm: str) -> dict[tuple[str, str, str], float]:
-    """Return the values of an arm by task, set and condition."""
+    """Return the values of an arm by task, set and condition; of a classification the accuracies."""
     rows = [row for row in read_results(folder / "results.jsonl") if row.arm == arm and row.seed is None]
+    rows = [row for row in rows if row.task != "classification" or row.metric == "accuracy"]
     return {(row.task, row.data, row.condition): row.value for row in rows}
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -439,6 +440,7 @@ def test_retaining_and_fading_come_from_the_configuration(tmp_path: Path) -> Non
     tasks = [{"name": "semseg", "classes": 4}, "depth"]
     config = load_config(write(tmp_path, **SINGLE, tasks=tasks, retain={"temperature": 3.0}), [])
     job = DenseJob(config, tmp_path, "hash")
+    vars(job)["data"] = SimpleNamespace(counted=list)  # the set has no classes; the batch below has
     net = job.fresh(config).requires_grad_(False)
     assert job.prepare(net, config) == "moe_lora"
     job.heads(net).requires_grad_(True)

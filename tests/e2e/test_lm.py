@@ -96,7 +96,7 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path, home) -> Non
     results = read_results(study / "results.jsonl", open_run(study).hash)
     rows = [row for row in results if row.seed is None]
     assert list(dict.fromkeys(row.arm for row in rows)) == ["frozen", "lora", "head", "polar-vbll"]
-    sets = [f"{home['films']}:test", str(home["other"])]
+    sets = ["films:test", "other"]
     plain, bayes = {"clean", "temperature of validation"}, {"Laplace", "means of the head"}
     for arm, extra in (("frozen", set()), ("lora", {"Laplace"}), ("head", {"Laplace"}), ("polar-vbll", bayes)):
         assert {(row.data, row.metric, row.condition) for row in rows if row.arm == arm} == {
@@ -106,7 +106,7 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path, home) -> Non
                 for metric in ("accuracy", "ECE-15", "NLL in nats", "Brier", "AUROC")
                 for condition in plain | extra
             ),
-            *((str(home["stories"]), metric, "clean") for metric in ("NLL in nats a token", "perplexity")),
+            *(("stories", metric, "clean") for metric in ("NLL in nats a token", "perplexity")),
         }
     value = {row.key: row.value for row in results}
     for row in rows:

@@ -285,7 +285,7 @@ def test_merge_and_export_are_timm_classifiers(study: Path, tmp_path: Path, caps
         assert torch.allclose(model.eval()(net.backbone.normalise(images)), net(images), atol=1e-5)
     assert main(["export", str(study), "--format", "peft", "--arm", "lora", "--to", str(tmp_path / "peft")]) == 0
     assert (tmp_path / "peft" / "adapter_config.json").exists()
-    for folder, arm in ((study / "merged", "emtal:1"), (tmp_path / "peft", "lora")):
+    for folder, arm in ((study / "merged-emtal-seed-1", "emtal:1"), (tmp_path / "peft", "lora")):
         fitted = read_sealed(job.study.find(arm).folder / CALIBRATION, "calibration")
         assert json.loads((folder / "temperature.json").read_text())["temperature"] == fitted["temperature"]
     capsys.readouterr()

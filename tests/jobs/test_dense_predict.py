@@ -121,7 +121,7 @@ def test_classes_of_pixels_and_of_the_image_are_named(answers, tmp_path: Path) -
 
 
 def test_maps_are_pictures_alone_and_over_the_image(answers, tmp_path: Path) -> None:
-    answers.run("{depth: depth}", [(20, 30)])
+    answers.run("{depth_m: depth}", [(20, 30)])
     alone, over = (np.asarray(Image.open(tmp_path / f"0-depth{ending}.png")) for ending in ("", "-overlay"))
     assert alone.shape == over.shape == (*np.load(tmp_path / "0.npz")["depth"].shape, 3)
     assert (over == np.round(alone / 2)).all() and alone.any()  # the image is black

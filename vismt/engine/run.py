@@ -179,17 +179,18 @@ class Run:
         return self._write(model, self._target(f"export-{form}", target, arm), arm)
 
     def _target(self, kind: str, target: Path | None, arm: str | None) -> Path:
-        """Return the folder of an export, with a note of what it is of. Raises UserError where it holds another one."""
-        name = self.job.name_of(arm)
-        folder = target or self.folder / f"{kind}-{name}"
+        """Return the folder of an export. Raises UserError where it holds another one."""
+        folder = target or self.folder / f"{kind}-{self.job.name_of(arm)}"
         note = folder / EXPORTED
-        about = {"run": self.folder.name, "config_hash": self.hash, "model": name}
         held = read_json(note, f"export '{folder}'") if note.exists() else None
-        if held != about and any(folder.glob("*.safetensors")):
+        if held != self._exported(arm) and any(folder.glob("*.safetensors")):
             what = f"of {held.get('model')} of the run {held.get('run')}" if held else "that is not an export of vismt"
             raise UserError(f"export: '{folder}' holds a model {what}; name another folder with --to, or remove it.")
-        atomic_write(note, json.dumps(about, indent=1))
         return folder
+
+    def _exported(self, arm: str | None) -> dict[str, str]:
+        """Return the note beside an export: what it is of."""
+        return {"run": self.folder.name, "config_hash": self.hash, "model": self.job.name_of(arm)}
 
     def predict(
         self, images: list[Path], target: Path | None = None, arm: str | None = None, **options: bool
@@ -230,6 +231,8 @@ class Run:
         return about
 
     def _write_beside(self, target: Path, arm: str | None) -> Path:
+        """Write the job's files and the note of what it is of beside an export."""
+        atomic_write(target / EXPORTED, json.dumps(self._exported(arm), indent=1))
         for name, content in self.job.files_beside(arm).items():
             atomic_write(target / name, content)
         return target
