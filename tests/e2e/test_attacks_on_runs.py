@@ -74,7 +74,7 @@ def run(folder: Path, name: str, config: dict) -> Path:
 def values(folder: Path, arm: str) -> dict[tuple[str, str, str], float]:
     """Return the values of an arm by task, set and condition; of a classification the accuracies."""
     rows = [row for row in read_results(folder / "results.jsonl") if row.arm == arm and row.seed is None]
-    rows = [row for row in rows if row.task != "classification" or row.metric == "accuracy"]
+    rows = [row for row in rows if row.task != "classification" or row.metric not in ("ECE-15", "NLL in nats", "Brier")]
     return {(row.task, row.data, row.condition): row.value for row in rows}
 
 
