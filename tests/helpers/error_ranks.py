@@ -48,11 +48,11 @@ class Validating:
 def printed(call: Callable[[], object]) -> list[str]:
     """Return the exit code of `vismt` around a call, and the lines that it prints as errors."""
     error = io.StringIO()
-    parse, cli._parse = cli._parse, lambda arguments: options
+    parse, cli.parse = cli.parse, lambda arguments: options
     options = SimpleNamespace(quiet=True, verbose=True, debug=False, runner=lambda _: call() and None)
     with redirect_stderr(error):
         code = cli.main([])
-    cli._parse = parse
+    cli.parse = parse
     return [str(code), *error.getvalue().splitlines()]
 
 
