@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vismt import llm, lowrank, metatune, multitask, robustness
-    from vismt.api import StudyResults, audit, evaluate_fewshot, meta_tune, train
+    from vismt.api import audit, evaluate_fewshot, meta_tune, train
     from vismt.errors import UserError
     from vismt.lowrank.inject import merge, unadapt
     from vismt.lowrank.peft_folder import export_peft, import_peft
     from vismt.lowrank.recompute import recompute
     from vismt.lowrank.store import load_adapter, save_adapter
     from vismt.methods import adapt, list_methods
+    from vismt.study_results import StudyResults
 
 __version__ = "0.1.0"
 
@@ -45,7 +46,7 @@ __all__ = [
 
 # Public name -> module that defines it; names of __all__ that are not here are packages of this one.
 _MODULES = {
-    "StudyResults": "api",
+    "StudyResults": "study_results",
     "UserError": "errors",
     "adapt": "methods",
     "audit": "api",

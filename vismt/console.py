@@ -70,11 +70,11 @@ def _cell(value: object) -> str:
 
 
 def ask(question: str) -> bool:
-    """Return whether the user answers yes. Raises UserError where there is no terminal to answer at."""
+    """Return whether the user answers yes. Raises UserError without a terminal."""
     try:
         return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
     except EOFError as error:
-        raise UserError(f"{question} There is no terminal to ask at; give --yes.") from error
+        raise UserError(f"{question} It needs a terminal for the answer; give --yes.") from error
 
 
 def error(text: str) -> None:

@@ -120,7 +120,7 @@ def arguments(function: Callable[..., Any], options: Mapping[str, Any], source: 
 
 
 def unknown_key(cls: type, name: str, source: str, key: str, known: Iterable[str]) -> UserError:
-    """Return the error for a key that is no field: where the setting is made, the near keys, or all of the section.
+    """Return the error for an unknown key: where the setting is made, the near keys, or all of the section.
 
     A class may have a dict ELSEWHERE: {name: where that is set}.
     """

@@ -94,7 +94,7 @@ def test_every_block_has_a_language_that_is_tested(page: Path) -> None:
 
 @pytest.mark.parametrize("page", [page for page in with_language("python") if page.id not in ASSERTED])
 def test_python_blocks_run(page: Path, tiny_models) -> None:
-    run(pages.name(page))
+    assert run(pages.name(page)).keys() > {"__builtins__"}
 
 
 def test_the_readme_saves_exports_and_merges(tiny_models, tmp_path, capsys) -> None:
@@ -205,13 +205,14 @@ def test_yaml_blocks_are_read_strictly(page: Path, tmp_path) -> None:
     path = tmp_path / "block.yaml"
     for block in pages.blocks(page, "yaml"):
         path.write_text(block.code, encoding="utf8")
-        keys = read_yaml(path, "block").keys()
-        if "sources" in keys:
-            load_card(path)
-        elif "task" in keys:
-            make_job(load_config(path, []), tmp_path)
-        elif not FOREIGN & keys:
-            load_config(path, [])
+        values = read_yaml(path, "block")
+        if "sources" in values:
+            assert load_card(path).sources
+        elif "task" in values:
+            assert make_job(load_config(path, []), tmp_path).config.task == values["task"]
+        elif not FOREIGN & values.keys():
+            config = load_config(path, [])
+            assert all(getattr(config, key) is not None for key, value in values.items() if value is not None)
 
 
 def test_the_own_card_finds_its_images(tmp_path) -> None:

@@ -289,6 +289,10 @@ def test_errors_of_a_dense_run(tmp_path: Path, capsys, changes: dict, words: str
         ({"evaluate": {"images": 5}}, "evaluate.images and evaluate.masking are for cards"),
         ({"evaluate": {"attacks": [PGD], "masking": True}}, "evaluate.images and evaluate.masking are for cards"),
         ({"arms": {"a": {"classifier.run": "DENSE", "classifier.quantise": "int4"}}}, "quantise: 'int4'"),
+        (
+            {"arms": {"a": {"classifier.run": "DENSE", "classifier.img_size": 32}}},
+            "classifier.img_size: it is for a timm",
+        ),
         ({"data": ["digits"]}, "a dense run does not classify images of cards"),
         ({"evaluate": {"attacks": [{"name": "apgd_ce"}]}}, "dense runs have pgd"),
         ({"arms": {"a": {"classifier.run": "COMPARED"}}}, "trains nothing"),

@@ -530,6 +530,7 @@ def test_every_error_of_these_sections(tmp_path: Path, changes: dict, words: str
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"evaluate": {"adjust_logits": True}}, "evaluate.adjust_logits: no task has classes"),
         (
             {"tasks": ["depth", "saliency"]},
             "saliency: no train set has maps of it; motorcycle has depth, edge, normals",

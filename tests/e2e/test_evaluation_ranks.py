@@ -12,7 +12,7 @@ import timm
 import torch
 import yaml
 from helpers.evaluation_ranks import evaluate
-from helpers.lm_parts import save_lm, save_texts
+from helpers.lm_parts import save_lm, save_texts, sentiment_task
 from helpers.ranks import of_two
 
 from vismt.cli import main
@@ -35,15 +35,6 @@ def configs(folder: Path) -> dict[str, dict]:
     safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"architecture": "test_vit", "img_size": 32, "num_classes": 10}))
     films = save_texts(folder)["films"]
-    sentiment = {
-        "name": "sentiment",
-        "kind": "classes",
-        "prompt": "Review: {text}\nSentiment:",
-        "options": {"answers": {"0": " negative", "1": " positive"}},
-        "train": [f"{films}:train"],
-        "validation": [f"{films}:dev"],
-        "test": [f"{films}:test"],
-    }
     return {
         "multitask": {
             "model": {**VIT, "img_size": 32},
@@ -69,7 +60,7 @@ def configs(folder: Path) -> dict[str, dict]:
         "lm": {
             "model": {"name": str(save_lm(folder / "tiny")), "first_block": 1},
             "adapt": {**LORA, "targets": ["q_proj"]},
-            "tasks": [sentiment],
+            "tasks": [sentiment_task(films, validation=[f"{films}:dev"])],
             "train": {"steps": 2},
             "batch": 4,
             "evaluate": {"batch": 3, "temperature": True, "laplace": True},

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 import yaml
 from helpers.fsdp_ranks import REFUSED
-from helpers.lm_parts import changed, save_interactions, save_lm, save_texts
+from helpers.lm_parts import changed, ranked_task, save_interactions, save_lm, save_texts, sentiment_task
 from helpers.ranks import of_two
 from helpers.tiny import tiny_vit
 from torch import Tensor, nn
@@ -37,27 +37,10 @@ def configurations(folder: Path) -> dict[str, dict]:
     """Return configurations with an arm for every method that runs under FSDP, all of four steps, by name."""
     films = save_texts(folder)["films"]
     walks = save_interactions(folder)
-    sentiment = {
-        "name": "sentiment",
-        "kind": "classes",
-        "prompt": "Review: {text}\nSentiment:",
-        "options": {"answers": {"0": " negative", "1": " positive"}},
-        "train": [f"{films}:train"],
-        "test": [f"{films}:test"],
-    }
-    ranked = {
-        "name": "ranked",
-        "kind": "recommendation",
-        "prompt": "the {history} : {candidates} Answer:",
-        "limit": 12,
-        "options": {"candidates": 4, "history": 3, "curriculum": 0, "length": 96},
-        "train": [f"{walks}:train"],
-        "test": [f"{walks}:test"],
-    }
     lm = {
         "task": "lm",
         "model": {"name": str(save_lm(folder / "tiny"))},
-        "tasks": [sentiment],
+        "tasks": [sentiment_task(films)],
         "adapt": {"method": "lora", "rank": 3, "targets": ["q_proj", "v_proj", "down_proj"]},
         "train": TRAIN,
         "batch": 4,
@@ -94,7 +77,7 @@ def configurations(folder: Path) -> dict[str, dict]:
         "half": changed(lm, {"adapt.method": "pissa", "model.dtype": "bfloat16", "train.recompute": "cheap"}),
         "ilora": {
             **lm,
-            "tasks": [ranked],
+            "tasks": [ranked_task(walks)],
             "adapt": {"method": "ilora", "rank": 4, "targets": ["q_proj", "v_proj"], "options": {"n_experts": 2}},
             # Two processes would train it on twice the batches; it stays at its start.
             "recommender": {"width": 8, "steps": 3, "batch": 30, "lr": 1e-12},
@@ -171,6 +154,7 @@ def sliced(mode: str) -> nn.Module:
         (lambda: sliced("permute"), {}, "'s2ft' in mode 'permute' .* set adapt.options.mode to delta"),
         (lambda: sliced("index"), {}, "'s2ft' in mode 'index'"),
         (lambda: make_balancer("pcgrad", ["depth", "edge"]), {}, "balancing by the gradients of single tasks"),
+        (lambda: make_balancer("famo", ["depth", "edge"]), {}, "'famo' computes losses again .* take 'uncertainty'"),
         (lambda: ProtoNet(tiny_vit(num_classes=0)), {}, "few-shot training .* take torchrun"),
         (tiny_vit, {"compile": True}, "train.compile"),
         (tiny_vit, {"precision": "fp16"}, "train.precision: .* take bf16"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from helpers.lm_parts import changed, save_lm, save_texts
+from helpers.lm_parts import changed, save_lm, save_texts, sentiment_task
 
 from vismt.cli import main
 from vismt.engine import checkpoint, runtime
@@ -43,16 +43,7 @@ def settings(home: dict[str, object], **changes: object) -> dict[str, object]:
         "task": "lm",
         "model": {"name": home["lm"], "first_block": 1},
         "tasks": [
-            {
-                "name": "sentiment",
-                "kind": "classes",
-                "prompt": "Review: {text}\nSentiment:",
-                "options": {"answers": {"0": " negative", "1": " positive"}},
-                "limit": 16,
-                "train": [f"{films}:train"],
-                "validation": [f"{films}:dev"],
-                "test": [f"{films}:test", home["other"]],
-            },
+            sentiment_task(films, limit=16, validation=[f"{films}:dev"], test=[f"{films}:test", home["other"]]),
             {
                 "name": "stories",
                 "kind": "causal",

@@ -451,6 +451,7 @@ def test_overrides_of_an_arm_are_typed_and_its_trainings_are_found_by_name(tmp_p
             },
             "nothing to validate on",
         ),
+        ({"evaluate": {"adjust_logits": True, "split": "validation"}}, "set evaluate.split to test"),
         ({"train": None}, "train: is null"),
         ({"model": {**SMALL["model"], "block": 2}}, "block and pool must be null"),
         ({"head": "unoin"}, "'unoin'"),

@@ -13,7 +13,7 @@ import yaml
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from helpers.lm_parts import changed, save_interactions, save_lm, save_texts
+from helpers.lm_parts import changed, ranked_task, save_interactions, save_lm, save_texts
 
 from vismt.cli import main
 from vismt.engine import checkpoint
@@ -40,16 +40,8 @@ def home(tmp_path_factory) -> dict[str, str]:
 
 def settings(home: dict[str, str], **changes: object) -> dict[str, object]:
     walks = home["walks"]
-    task = {
-        "name": "ranked",
-        "kind": "recommendation",
-        "prompt": "the {history} : {candidates} Answer:",
-        "limit": 12,
-        "options": {"candidates": 4, "history": 3, "curriculum": 0.5, "length": 96},
-        "train": [f"{walks}:train"],
-        "validation": [f"{walks}:validation"],
-        "test": [f"{walks}:test"],
-    }
+    options = {"candidates": 4, "history": 3, "curriculum": 0.5, "length": 96}
+    task = ranked_task(walks, options=options, validation=[f"{walks}:validation"])
     return {
         "task": "lm",
         "model": {"name": home["lm"], "first_block": 1},

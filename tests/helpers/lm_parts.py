@@ -205,3 +205,30 @@ def save_interactions(folder: Path) -> Path:
         )
     )
     return folder / "walks"
+
+
+def sentiment_task(films: Path | str, **changes: Any) -> dict[str, Any]:
+    """Return a task of two classes on the card `films` of `save_texts`."""
+    return {
+        "name": "sentiment",
+        "kind": "classes",
+        "prompt": "Review: {text}\nSentiment:",
+        "options": {"answers": {"0": " negative", "1": " positive"}},
+        "train": [f"{films}:train"],
+        "test": [f"{films}:test"],
+        **changes,
+    }
+
+
+def ranked_task(walks: Path | str, **changes: Any) -> dict[str, Any]:
+    """Return a recommendation on the card of `save_interactions`."""
+    return {
+        "name": "ranked",
+        "kind": "recommendation",
+        "prompt": "the {history} : {candidates} Answer:",
+        "limit": 12,
+        "options": {"candidates": 4, "history": 3, "curriculum": 0, "length": 96},
+        "train": [f"{walks}:train"],
+        "test": [f"{walks}:test"],
+        **changes,
+    }

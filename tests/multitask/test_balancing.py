@@ -12,7 +12,7 @@ from helpers.balancing_parts import CASES, TASKS, Net, batch_of, direction, matr
 
 from vismt.errors import UserError
 from vismt.multitask.balancing import BALANCERS, balancer_options, make_balancer
-from vismt.multitask.gradient_balancing import min_norm_weights
+from vismt.multitask.gram_solvers import min_norm_weights
 from vismt.multitask.task_gradients import GradientBalancer, gram_matrix
 
 METHODS = tuple(BALANCERS)
@@ -712,6 +712,7 @@ def test_last_alpha_by_name():
         ("stch", {"mu": 0.0}, "balancing.mu: 0.0"),
         ("stch", {"warmup": 0}, "balancing.warmup: 0"),
         ("fairgrad", {"alpha": 0.0}, "balancing.alpha: 0.0"),
+        ("fairgrad", {"alpha": 11.0}, "balancing.alpha: 11.0"),
         ("dbmtl", {"beta": 1.0}, "balancing.beta: 1.0"),
         ("dbmtl", {"sigma": -1.0}, "balancing.sigma: -1.0"),
         ("upgrd", {}, "no method 'upgrd'. Near: 'upgrad'"),

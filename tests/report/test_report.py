@@ -13,8 +13,9 @@ from vismt.report.plotting import vector_figures
 from vismt.report.report import run_heading, write_report
 from vismt.report.results import Score, ValuesByExample, read_results
 from vismt.report.sections import Picture, Section
-from vismt.report.study import score_sections, training_sections
+from vismt.report.study import score_sections
 from vismt.report.tables import Table
+from vismt.report.trainings import training_sections
 from vismt.stats import CLEAN, Condition
 
 LOGGED = {"loss": "Training loss", "accuracy": "Training accuracy (%)"}

@@ -10,7 +10,8 @@ from helpers.results import PGD, add, corruption, measure, result, rows_of, writ
 from vismt.lines import read_lines
 from vismt.report.comparison import compare
 from vismt.report.results import Score, ValuesByExample, read_results
-from vismt.report.study import arm_scores, score_sections, training_sections
+from vismt.report.study import arm_scores, score_sections
+from vismt.report.trainings import training_sections
 from vismt.stats import CLEAN, Condition
 
 DEPTH, EDGE, DELTA = "RMSE in m", "odsF", "over alone+edge in per cent"

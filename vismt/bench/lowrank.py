@@ -55,7 +55,7 @@ class EnergyResult:
         return "\n".join([*lines, f"target: {FAST} misses at most 1e-3"])
 
     def comparisons(self) -> list[Comparison]:
-        """Return nothing: a missed energy is no ratio of costs."""
+        """Return nothing, since energies are not compared by cost."""
         return []
 
 

@@ -65,7 +65,7 @@ def images_of(given: Any, title: str) -> LoadedImages:
         the numbers. Its content is not known before every image is read, so `content` is the title.
 
     Raises:
-        UserError: an object that is no such set, and labels that are not whole numbers from 0.
+        UserError: another object, and labels that are not whole numbers from 0.
     """
     if not hasattr(given, "__len__") or not hasattr(given, "__getitem__"):
         raise UserError(

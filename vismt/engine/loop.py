@@ -92,7 +92,7 @@ class _Training:
         self.folder = folder
         self.hash = config_hash
         self.accelerator = accelerator
-        self.objective = objective.to("cpu" if runtime.sharded() else accelerator.device).train()
+        self.objective = objective.to(runtime.net_device()).train()
         self.kept = self._make_optimizer(objective)
 
         # Where training starts: 1. the run folder's newest sound checkpoint, 2. the start values.
@@ -199,7 +199,8 @@ class _Training:
         if self.clipped is self.parameters:
             return torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters, limit))
         norm = self.accelerator.clip_grad_norm_(self.parameters, math.inf)  # takes the scale of fp16 out
-        torch.nn.utils.clip_grad_norm_(self.clipped, limit)
+        if self.config.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.clipped, limit)
         return torch.as_tensor(norm)
 
     def _write_log(self, step: int, logged: Mapping[str, Tensor], further: Mapping[str, float]) -> dict[str, float]:

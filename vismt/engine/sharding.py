@@ -87,9 +87,9 @@ def _sharded_copy(objective: nn.Module, device: torch.device) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    shared: dict[int, Any] = {}
-    for parameter in objective.parameters():
-        shared[id(parameter)] = nn.Parameter(parameter.detach().contiguous(), parameter.requires_grad)
+    own = list(objective.parameters())
+    whole_ones = [nn.Parameter(parameter.detach().contiguous(), parameter.requires_grad) for parameter in own]
+    shared: dict[int, Any] = {id(parameter): copied for parameter, copied in zip(own, whole_ones)}
     for module in objective.modules():  # originals for undoing an adaptation, which training does not change
         for name, value in vars(module).items():
             if name == RECORD or isinstance(value, Tensor):
@@ -99,4 +99,6 @@ def _sharded_copy(objective: nn.Module, device: torch.device) -> nn.Module:
     for block in find_blocks(twin):
         fully_shard(block, mesh=mesh)
     fully_shard(twin, mesh=mesh)
+    for parameter in whole_ones:  # to which the objective's other attributes may refer
+        parameter.data = parameter.data.new_empty(0)
     return twin

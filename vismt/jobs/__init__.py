@@ -35,7 +35,7 @@ def load_config(path: Path, overrides: Sequence[str]) -> RunConfig:
 
 def config_type(raw: Mapping[str, Any], source: str) -> type[RunConfig]:
     """Return the dataclass of the task that a configuration names; `source` names the file in errors."""
-    return _module(str(raw.get("task", "fewshot")), source).CONFIG
+    return _module(str(raw.get("task", RunConfig.task)), source).CONFIG
 
 
 def job_config(job: str) -> type[RunConfig]:

@@ -28,8 +28,9 @@ from vismt.report.results import (
     write_values,
 )
 from vismt.report.sections import Section
-from vismt.report.study import score_sections, training_sections
+from vismt.report.study import score_sections
 from vismt.report.tables import interval_text
+from vismt.report.trainings import training_sections
 from vismt.robustness.conditions import AttackConfig
 from vismt.seeds import digest
 from vismt.stats import averaged

@@ -61,6 +61,12 @@ class BalancingConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+def check_adjusted(adjusts: bool, split: str) -> None:
+    """Raise UserError where logits are to be adjusted, and the validation images that choose tau are the evaluated ones."""
+    if adjusts and split == "validation":
+        raise UserError("evaluate.adjust_logits: tau is chosen on the validation images; set evaluate.split to test.")
+
+
 def check_tasks(config: StudyConfig, tasks: Sequence[str], split: str, batches: dict[str, int]) -> None:
     """Check values that types do not exclude, in the sections that jobs with several tasks share.
 

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Annotated, Any, Literal
 
+from vismt.config import RunConfig
 from vismt.errors import UserError, near
 from vismt.jobs import JOBS, job_config
 from vismt.typed_yaml import MAPPINGS, Names, describe, is_union
 
 SCHEMA = "https://json-schema.org/draft/2020-12/schema"
-DEFAULT_JOB = "fewshot"  # of a configuration without the key `task`
+DEFAULT_JOB = RunConfig.task  # of a configuration without the key
 JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", NoneType: "null"}
 PAGE_NOTE = (
     "The same in the terminal: `vismt config {job}`. Editors check and complete a file that begins with "

@@ -115,7 +115,7 @@ def calibration_values(
 
     Args:
         confidences: largest probability of each example (n,), float64 in [0, 1].
-        correct: bool (n,), whether the class with the largest probability is the label.
+        correct: (n,), 1 where the class with the largest probability is the label, else 0.
         bins: number of equal bins.
         resamples: number of bootstrap resamples of the examples.
     """

@@ -23,7 +23,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -88,7 +88,6 @@ class Balancer(nn.Module):
         weights: fixed factors of the losses, applied before balancing; 1 for tasks without an entry.
     """
 
-    compares_steps: ClassVar[bool] = False  # whether `update` is to be called after the optimiser's step
     calls: Tensor
     alpha: Tensor
 

@@ -69,7 +69,7 @@ class ClassLoss:
         check_factor(where, "focal", self.focal)
         if 0 < self.focal < 1:
             raise UserError(
-                f"{where}: focal {self.focal}; it must be 0, or 1 or more: the slope at p = 1 has no bound below."
+                f"{where}: focal {self.focal}; it must be 0, or 1 or more: below 1 the gradient at p = 1 is not finite."
             )
         if self.class_counts is not None:
             check_counts(where, self.class_counts, classes)
@@ -145,16 +145,15 @@ def check_factor(where: str, option: str, value: object) -> None:
         raise UserError(f"{where}: {option} {value!r}; it must be a number, 0 or more.")
 
 
-def check_counts(where: str, counts: Sequence[int], classes: int, names: Sequence[str] = ()) -> None:
-    """Raise UserError unless `counts` has a whole number above 0 for each class; names: of the classes, for the error."""
+def check_counts(where: str, counts: Sequence[int], classes: int) -> None:
+    """Raise UserError unless `counts` has a whole number above 0 for each class."""
     if isinstance(counts, str) or not isinstance(counts, Sequence) or len(counts) != classes:
         raise UserError(
             f"{where}: class_counts {counts!r}; give the number of training labels of each of {classes} classes."
         )
     bad = next((c for c, n in enumerate(counts) if isinstance(n, bool) or not isinstance(n, int) or n < 1), None)
     if bad is not None:
-        name = f"'{names[bad]}'" if names else str(bad)
         raise UserError(
-            f"{where}: class {name} has {counts[bad]!r} training labels; class_weights and logit_adjustment need at least one of "
+            f"{where}: class {bad} has {counts[bad]!r} training labels; class_weights and logit_adjustment need at least one of "
             "every class. Train on images that have the class, or leave them out."
         )

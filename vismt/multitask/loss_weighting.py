@@ -208,7 +208,7 @@ class Famo(Balancer):
         common: options of `Balancer`.
     """
 
-    compares_steps = True
+    not_sharded = "'famo' computes losses again after the step, outside of the sharded net; take 'uncertainty'"
     xi: Tensor
     moments: Tensor
     updates: Tensor

@@ -58,8 +58,8 @@ class TaskObjective(nn.Module, ABC):
 
     def balance(self, losses: Mapping[str, Tensor], batch: Any) -> Tensor:
         """Return one scalar from the losses by task of a batch; needs a balancer."""
-        if self.balancer.compares_steps:
-            kind = self._balanced[0].device.type
+        if type(self.balancer).update is not Balancer.update:
+            kind = self.balancer.balanced(self._balanced)[0].device.type
             enabled = torch.is_autocast_enabled(kind)
             self._last = batch
             self._precision = torch.autocast(kind, torch.get_autocast_dtype(kind), enabled)

@@ -121,6 +121,11 @@ class UnionObjective(TaskObjective):
         self.union, self.head, self.label_smoothing = union, head, label_smoothing
         self.class_loss = ClassLoss() if class_loss is None else class_loss
         self.class_loss.check_options("multitask", union.num_classes)
+        counts = self.class_loss.class_counts
+        self.task_losses = [  # over the classes of each task alone
+            self.class_loss if counts is None else replace(self.class_loss, class_counts=counts[union.span(number)])
+            for number in range(len(union.tasks))
+        ]
         self.register_buffer("task_of_class", union.task_of_class(), persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -157,13 +162,6 @@ class UnionObjective(TaskObjective):
         for number in range(len(self.union.tasks)):
             rows, span = tasks == number, self.union.span(number)
             task_logits, truth = logits[rows, span], labels[rows] - span.start
-            entropies[rows] = self._loss_of(number).entropies(task_logits, truth, self.label_smoothing)
+            entropies[rows] = self.task_losses[number].entropies(task_logits, truth, self.label_smoothing)
             correct[rows] = task_logits.argmax(1) == truth
         return entropies, correct
-
-    def _loss_of(self, task: int) -> ClassLoss:
-        """Return the loss over the classes of one task alone."""
-        counts = self.class_loss.class_counts
-        return (
-            self.class_loss if counts is None else replace(self.class_loss, class_counts=counts[self.union.span(task)])
-        )

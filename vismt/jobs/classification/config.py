@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated
 
-from vismt.config import HASHED_IF_SET, Jitter, ModelConfig, OnBadSample
+from vismt.config import HASHED_IF_SET, UNHASHED, Jitter, ModelConfig, OnBadSample
 from vismt.engine.splits import PartsConfig, check_parts
 from vismt.engine.study import StudyConfig, check_arms
 from vismt.errors import UserError, near
 from vismt.jobs.multitask import (
     BalancingConfig,
     RetainConfig,
+    check_adjusted,
     check_tasks,
     make_configured_balancer,
 )
@@ -67,7 +68,7 @@ class MultitaskEvaluateConfig:
 
     split: Annotated[str, Names("vismt.jobs.multitask:SPLITS")] = "test"
     batch: int = 64
-    temperature: bool = field(default=False, metadata=HASHED_IF_SET)
+    temperature: bool = field(default=False, metadata=UNHASHED)
     adjust_logits: bool = field(default=False, metadata=HASHED_IF_SET)
     attacks: list[AttackConfig] = field(default_factory=list)
     corruptions: list[CorruptionConfig] = field(default_factory=list)
@@ -150,6 +151,7 @@ def check(config: MultitaskConfig) -> None:
                 "retain: quality retaining compares logits over the classes of all tasks; it needs head: union."
             )
         QualityRetaining(1, [0], **asdict(config.retain))
+    check_adjusted(config.evaluate.adjust_logits, config.evaluate.split)
     check_attacks(config.evaluate.attacks, config.evaluate.corruptions)
     check_arms(config, check)
 

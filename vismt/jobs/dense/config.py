@@ -13,10 +13,12 @@ from vismt.errors import UserError, near
 from vismt.jobs.multitask import (
     BalancingConfig,
     RetainConfig,
+    check_adjusted,
     check_tasks,
     make_configured_balancer,
 )
 from vismt.methods import check_sections
+from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.dense import SEGMENTATION
 from vismt.multitask.fading import FadeConfig
 from vismt.multitask.heads import check_head
@@ -172,7 +174,15 @@ def check(config: DenseConfig) -> None:
     dense_conditions(config.evaluate.attacks, config.evaluate.corruptions, [task.name for task in all_tasks(config)])
 
 
+def class_tasks(config: DenseConfig) -> list[DenseTask]:
+    """Return the tasks whose logits `evaluate.adjust_logits` adjusts."""
+    return [task for task in all_tasks(config) if isinstance(task, ClassLoss)]
+
+
 def _check_values(config: DenseConfig) -> None:
+    check_adjusted(config.evaluate.adjust_logits, config.evaluate.split)
+    if config.evaluate.adjust_logits and not class_tasks(config):
+        raise UserError("evaluate.adjust_logits: no task has classes; set it to false.")
     tasks = [task.name for task in all_tasks(config)]
     trained = [task.name for task in trained_tasks(config)]
     check_tasks(config, tasks, config.evaluate.split, {"batch": config.batch, "evaluate.batch": config.evaluate.batch})

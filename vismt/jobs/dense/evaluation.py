@@ -1,9 +1,8 @@
 """Evaluation of a dense run: every task of every training on the images in their fixed size, clean, attacked and corrupted.
 
 A task's score is pooled over the n images that have a value of the task; its values by example are the jackknife's
-pseudo-values (pooled_score.py), which for accuracy are 1 and 0. delta_m (metrics/delta.py) over the configuration's
-baseline has its interval from the same values: the first-order effect of every image on the scores and on the baseline's.
-Only arms that train all tasks have a delta_m. Under an attack the arms and their baselines are each attacked on their own losses.
+pseudo-values (pooled_score.py), which for accuracy are 1 and 0; the interval of delta_m comes from the same values (delta.py).
+Under an attack the arms and their baselines are each attacked on their own losses.
 
 An image without a valid pixel of a task is left out of the task's score, n, records and interval, and has no effect on delta_m
 through that task; the n of delta_m counts the images with a value of any task. Fewer than two images with a value are an error.
@@ -31,9 +30,8 @@ from vismt.data.dense_sample import Sample, collate, size_of
 from vismt.data.dense_transforms import pad
 from vismt.engine import runtime
 from vismt.engine.study import Training
-from vismt.errors import UserError
-from vismt.files import atomic_write, sealed
-from vismt.jobs.dense.config import DELTA, DenseConfig, baseline_arms, trained_tasks, window_of
+from vismt.files import atomic_write, read_sealed, sealed
+from vismt.jobs.dense.config import DenseConfig, trained_tasks, window_of
 from vismt.jobs.dense.data import DenseData
 from vismt.jobs.dense.models import fingerprint
 from vismt.jobs.dense.pooled_score import PooledScore, Scored, State, Undefined, read_scored
@@ -42,7 +40,6 @@ from vismt.lines import read_lines, write_lines
 from vismt.multitask.class_loss import ClassLoss, adjusted
 from vismt.multitask.dense import DenseNet
 from vismt.multitask.inference import predict
-from vismt.multitask.metrics import delta_m
 from vismt.multitask.tasks import DenseTask, MapTask
 from vismt.report.results import Score
 from vismt.robustness.conditions import DensePerturbation, condition_of
@@ -93,35 +90,6 @@ class Evaluation:
         signs = [-1 if score.measure.better == LOWER else 1 for score in scores]
         total = math.fsum(sign * log for sign, log in zip(signs, logs)) + undefined * math.log(LEAST)
         return math.exp(total / (len(logs) + undefined))
-
-    def delta(self, scores: Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:
-        """Return delta_m of every arm that trains all tasks under each condition, by arm; none for the baseline itself."""
-        deltas: dict[str, list[Score]] = {}
-        for condition in dict.fromkeys(score.condition for arm_scores in scores.values() for score in arm_scores):
-            by_arm = {
-                arm: {score.task: score for score in arm_scores if score.condition == condition}
-                for arm, arm_scores in scores.items()
-            }
-            try:
-                for arm, score in self._deltas(by_arm).items():
-                    deltas.setdefault(arm, []).append(score)
-            except UserError as error:
-                console.stage("eval", f"{condition.label}   no delta_m: {error}")
-                if condition == CLEAN:
-                    return {}
-        return deltas
-
-    def _deltas(self, by_arm: Mapping[str, Mapping[str, Score]]) -> dict[str, Score]:
-        """Return delta_m by arm under one condition, for all arms or, with a UserError, for none. by_arm: scores by task."""
-        baselines = baseline_arms(self.config)
-        base = {task: by_arm[arm][task] for task, arm in baselines.items() if task in by_arm.get(arm, {})}
-        if not baselines or len(base) < len(baselines):
-            return {}
-        return {
-            arm: _delta({task: by_task[task] for task in baselines}, base, baselines.values())
-            for arm, by_task in by_arm.items()
-            if set(baselines.values()) != {arm} and set(baselines) <= set(by_task)
-        }
 
     def under(
         self,
@@ -189,13 +157,19 @@ class Evaluation:
         return self.scores(scored or {}, split, ADJUSTED)
 
     def _taus(self, net: DenseNet, training: Training, tasks: Sequence[DenseTask]) -> dict[str, float]:
-        """Return the tau of each task with the best score on the validation images, the smallest of several; write them."""
+        """Return the tau of each task with the best score on the validation images, the smallest of several, read or written."""
+        path, chosen_for = training.folder / ADJUSTMENT, fingerprint(training)
+        known = ranks.from_first(
+            lambda: read_sealed(path, f"run '{training.folder}'", ("taus",)) if path.exists() else {}
+        )
+        if known.get("fingerprint") == chosen_for and known["taus"].keys() == {task.name for task in tasks}:
+            return known["taus"]
         variants = {f"{task.name} {tau:g}": (task.name, tau) for task in tasks for tau in TAUS}
         pools = self._pooled(net, tasks, "validation", variants, f"{training}   tau")
         values = {name: pool.value() for name, pool in pools.items()}
         taus = {task.name: max(TAUS, key=lambda tau: values[f"{task.name} {tau:g}"]) for task in tasks}
-        about = {"fingerprint": fingerprint(training), "taus": taus, "validation": values}
-        ranks.from_first(lambda: atomic_write(training.folder / ADJUSTMENT, sealed(about)))
+        about = {"fingerprint": chosen_for, "taus": taus, "validation": values}
+        ranks.from_first(lambda: atomic_write(path, sealed(about)))
         return taus
 
     def _pooled(
@@ -348,30 +322,6 @@ class Evaluation:
 def metric_name(task: DenseTask) -> str:
     """Return the name of a task's score with its unit."""
     return f"{task.label} in {task.unit}" if task.unit else task.label
-
-
-def _delta(scores: Mapping[str, Score], base: Mapping[str, Score], arms: Iterable[str]) -> Score:
-    """Return delta_m of one arm over the baselines of its tasks, with the first-order effect of every image."""
-    lower = {task: score.measure.better == LOWER for task, score in scores.items()}
-    value = delta_m(
-        {task: score.measure.score for task, score in scores.items()},
-        {task: score.measure.score for task, score in base.items()},
-        lower,
-    )
-    names = list(dict.fromkeys(name for score in scores.values() for name in score.measure.values))
-    effect = dict.fromkeys(names, 0.0)
-    for task, score in scores.items():
-        measure = score.measure
-        reference = base[task].measure
-        sign = -1 if lower[task] else 1
-        for name, psi in measure.values.items():  # images without a label of the task have no effect on it
-            change = (psi - measure.score) / reference.score
-            change -= measure.score * (reference.values[name] - reference.score) / reference.score**2
-            effect[name] += sign * 100 / len(scores) * change * len(names) / len(measure.values)
-    values = {name: value + change for name, change in effect.items()}
-    row = next(iter(scores.values()))
-    metric = f"over {'+'.join(dict.fromkeys(arms))} in per cent"
-    return Score(DELTA, row.data, row.protocol, Measure(metric, values, NUMBER), row.condition)
 
 
 def _inside(task: DenseTask, prediction: Tensor, size: tuple[int, int]) -> Tensor:

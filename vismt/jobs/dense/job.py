@@ -15,8 +15,18 @@ from vismt.engine import training_files
 from vismt.engine.study import Training
 from vismt.errors import UserError
 from vismt.jobs.dense import models, panels
-from vismt.jobs.dense.config import DELTA, DenseConfig, all_tasks, baseline_arms, check, trained_tasks, window_of
+from vismt.jobs.dense.config import (
+    DELTA,
+    DenseConfig,
+    all_tasks,
+    baseline_arms,
+    check,
+    class_tasks,
+    trained_tasks,
+    window_of,
+)
 from vismt.jobs.dense.data import DenseBatches, DenseData
+from vismt.jobs.dense.delta import deltas
 from vismt.jobs.dense.evaluation import Evaluation
 from vismt.jobs.dense.pooled_score import Scored
 from vismt.jobs.dense.predict import check_images, image_files, predict_images
@@ -70,6 +80,9 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         for config in self.study.arms.values():
             self.batches(config)
         self.data.counted(all_tasks(self.config))
+        if self.config.evaluate.adjust_logits:
+            for task in class_tasks(self.config):
+                self.data.class_counts(task)
 
     def skeleton(self, config: DenseConfig) -> nn.Module:
         return vit.skeleton(config.model.name, (config.size[0], config.size[1]))
@@ -136,7 +149,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         net = cache(lambda: self.final(training))
         records = training.folder / RECORDS
         scores = self.scores_under(net, training, split, chosen, corruptions, records)
-        if settings.adjust_logits and attacks is None and split != "validation":
+        if settings.adjust_logits and attacks is None:
             config = self.study.config_of(training)
             scores += self.evaluation.adjusted(net, training, config, split, records)
         return scores
@@ -174,7 +187,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
 
     def derived(self, scores: Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:
         """Return delta_m by arm."""
-        return self.evaluation.delta(scores)
+        return deltas(scores, baseline_arms(self.config))
 
     def outputs(self, merged: DenseNet, plain: DenseNet, label: str) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
         return self.evaluation.outputs(merged, plain, label)

@@ -41,6 +41,7 @@ from vismt.jobs.fewshot.version_1 import move_to_arms
 from vismt.jobs.job import Job
 from vismt.lines import write_lines
 from vismt.lowrank.inject import merge
+from vismt.lowrank.record import need_record
 from vismt.lowrank.store import load_adapter
 from vismt.lowrank.targets import check_patterns
 from vismt.metatune.amt import AdversarialObjective
@@ -48,7 +49,6 @@ from vismt.metatune.maml import MamlNet
 from vismt.metatune.objective import EpisodeObjective
 from vismt.metatune.pool import Expert, ExpertPool, assemble, read_pool
 from vismt.metatune.protonet import ProtoNet
-from vismt.methods import adapt
 from vismt.objects import held
 from vismt.report.results import Result, Score
 from vismt.report.sections import Section
@@ -99,16 +99,13 @@ class FewShotJob(Job[FewShotConfig, Any]):
         if config.adapt is not None:
             unused = [re.escape(name) + r"\..*" for name in backbone.unused_modules()]
             options = {**config.adapt.options, "exclude": [*config.adapt.options.get("exclude", ()), *unused]}
-            settings = config.adapt
-            report = adapt(
-                backbone.vit, settings.method, settings.targets, settings.rank, settings.alpha, config.seed, **options
-            )
-            for remark in report.skipped:
-                console.stage("adapt", f"left out: {remark}")
+            self.adapt(backbone.vit, replace(config.adapt, options=options), config.seed)
             if self.config.pool is not None:  # before the training: fixing it later would need another one
                 trims = [self.config.merging.trim, *(self.config.select.trim if self.config.select is not None else ())]
                 for trim in trims:
-                    check_patterns("merging.trim", trim, [site.path for site in report.sites])
+                    check_patterns(
+                        "merging.trim", trim, [site.path for site in need_record(backbone.vit, "merging.trim").sites]
+                    )
         return make_net(backbone, config)
 
     def check_arm(self, config: FewShotConfig) -> None:
@@ -268,7 +265,9 @@ class FewShotJob(Job[FewShotConfig, Any]):
 
     def name_of(self, arm: str | None = None) -> str:
         name = (arm or "").partition(":")[0]
-        if self.config.pool is not None and (name == AVERAGE or self.config.pool.folder):
+        if self.config.pool is not None and self.config.pool.folder and name != AVERAGE:
+            return name
+        if self.config.pool is not None and name == AVERAGE:
             return f"{name}-seed-{self._averaged_seed(arm)}"
         return super().name_of(arm)
 

@@ -137,6 +137,8 @@ def _check_classifier(config: RobustnessConfig) -> None:
         )
     if classifier.quantise is not None:
         check_scheme(classifier.quantise)
+    if classifier.img_size is not None and classifier.name is None:
+        raise UserError("classifier.img_size: it is for a timm model; give classifier.name, or leave it out.")
     if classifier.function is not None and classifier.size is None:
         raise UserError("classifier.size: a function has no image size; give it in pixels.")
     if classifier.arm is not None and classifier.run is None:

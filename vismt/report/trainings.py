@@ -1,0 +1,114 @@
+"""The sections about the trainings of a run: choice of the rate, curves, merging."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vismt.engine.log import METRICS
+from vismt.engine.study import ARMS, CHOSEN, read_choice
+from vismt.engine.training_files import MERGE
+from vismt.files import read_sealed
+from vismt.lines import read_lines
+from vismt.report import study_figures
+from vismt.report.results import Result
+from vismt.report.sections import Picture, Section
+from vismt.report.tables import Table
+
+RATE_NOTE = (
+    "Score on the validation examples, the higher the better, of the first seed trained at each rate. Every arm has the same "
+    "grid, the best rate is kept for all seeds, no test example takes part. A best rate at an end of "
+    "the grid may not be the optimum."
+)
+MERGE_NOTE = (
+    "Test examples through the merged stock model and through the unmerged one: answers that differ, and the largest "
+    "difference of an output relative to the largest output."
+)
+TRAINING_CAPTION = "First seed of each arm. Thin: as logged. Thick: running mean over a twentieth of the run."
+
+
+def training_sections(
+    folder: Path, results: Sequence[Result], arms: Sequence[str], logged: Mapping[str, str]
+) -> list[Section]:
+    """Return the sections about the trainings of a run, as far as the run left the files.
+
+    Args:
+        folder: the run folder, in which figures/ is written.
+        results: of the run.
+        arms: the trained arms in order.
+        logged: titles of the logged columns that are drawn.
+    """
+    return [
+        Section("Training", _rates(folder, arms), _curves(folder, arms, logged, _seeds(results))),
+        Section("Merging", _merging(folder, arms)),
+    ]
+
+
+def _rates(folder: Path, arms: Sequence[str]) -> list[tuple[Table, str]]:
+    """Return the validation score of every arm at every rate, the choice marked; nothing where nothing was chosen."""
+    choices = {arm: read_choice(folder, arm) for arm in arms if (folder / ARMS / arm / CHOSEN).exists()}
+    choices = {arm: choice for arm, choice in choices.items() if choice.validation}
+    rates = sorted({rate for choice in choices.values() for rate in choice.validation}, key=float)
+    if not rates:
+        return []
+    best = {(row, 1 + rates.index(f"{choice.lr:g}")) for row, choice in enumerate(choices.values())}
+    rows = [
+        [arm, *(_rate_text(choice.validation, rate) for rate in rates), f"{choice.lr:g}"]
+        for arm, choice in choices.items()
+    ]
+    return [(Table("Choice of the rate", ["Arm", *rates, "chosen"], rows, best, texts=1), RATE_NOTE)]
+
+
+def _rate_text(validation: Mapping[str, float | None], rate: str) -> str:
+    if rate not in validation:
+        return "–"
+    score = validation[rate]
+    return "diverged" if score is None else f"{score:.4g}"
+
+
+def _seeds(results: Sequence[Result]) -> list[int]:
+    """Return the seeds of several trainings in their order; nothing where each arm has one training."""
+    return list(dict.fromkeys(row.seed for row in results if row.seed is not None))
+
+
+def _curves(folder: Path, arms: Sequence[str], logged: Mapping[str, str], seeds: Sequence[int]) -> list[Picture]:
+    logs = {arm: rows for arm in arms if (rows := _first_log(folder, arm, seeds))}
+    drawn = [name for name in logged if name != "fade"]
+    if not any(row.get(name) is not None for rows in logs.values() for row in rows for name in drawn):
+        return []
+    path = study_figures.curves_figure(logs, logged, folder / "figures" / "training.png")
+    return [Picture(path, "Training", TRAINING_CAPTION)]
+
+
+def _first_log(folder: Path, arm: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Return the logged steps of an arm's first seed at the chosen rate, [] where it has none."""
+    if not (folder / ARMS / arm / CHOSEN).exists():
+        return []
+    stem = f"lr-{read_choice(folder, arm).lr:g}-seed-"
+    names = [f"{stem}{seed}" for seed in seeds]
+    names = names or sorted(path.name for path in (folder / ARMS / arm).glob(f"{stem}*"))
+    return read_lines(folder / ARMS / arm / names[0] / METRICS, ("step",)) if names else []
+
+
+def _merging(folder: Path, arms: Sequence[str]) -> list[tuple[Table, str]]:
+    """Return how far the merged nets are from the unmerged ones, from merge.json of every training."""
+    rows = []
+    for arm in arms:
+        paths = sorted((folder / ARMS / arm).glob(f"*/{MERGE}"))
+        needed = ("n", "different_predictions", "largest_difference", "largest_logit")
+        checks = [read_sealed(path, f"run '{folder}'", needed) for path in paths]
+        if checks:
+            ratio = max(check["largest_difference"] / max(check["largest_logit"], 1e-12) for check in checks)
+            n = sum(check["n"] for check in checks)
+            rows.append([arm, str(len(checks)), f"{n:,}", _different_answers(checks), f"{ratio:.1e}"])
+    heads = ["Arm", "trainings", "examples", "answers that differ", "largest relative difference"]
+    return [(Table("Merged and unmerged", heads, rows, set(), texts=1), MERGE_NOTE)] if rows else []
+
+
+def _different_answers(checks: Sequence[Mapping[str, Any]]) -> str:
+    """Return the number of answers that merging changed; a dash where no output is an answer."""
+    outputs = [output for check in checks for output in check.get("outputs", {}).values()]
+    if outputs and not any("different" in output for output in outputs):
+        return "–"
+    return f"{sum(check['different_predictions'] for check in checks):,}"
