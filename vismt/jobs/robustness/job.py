@@ -16,7 +16,7 @@ from vismt.jobs.base import EvaluationJob, records_folder
 from vismt.jobs.robustness.config import RobustnessConfig, check
 from vismt.jobs.robustness.data import Cards
 from vismt.jobs.robustness.evaluation import corruption_errors, records_path, score_set
-from vismt.jobs.robustness.models import Classifier, load
+from vismt.jobs.robustness.models import Classifier, check_exists, load
 from vismt.jobs.robustness.own_images import TrainedArm
 from vismt.jobs.robustness.report import BROKEN, MASKING, sections
 from vismt.lines import read_lines, write_lines
@@ -63,6 +63,10 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
     def _chosen(self, attacks: Sequence[AttackConfig] | None) -> tuple[Sequence[AttackConfig], list[CorruptionConfig]]:
         settings = self.config.evaluate
         return (settings.attacks, settings.corruptions) if attacks is None else (attacks, [])
+
+    def check(self) -> None:
+        for config in self.study.arms.values():
+            check_exists(config.classifier)
 
     def check_evaluation(self, attacks: Sequence[AttackConfig] | None) -> None:
         for trained in self.trained.values():
