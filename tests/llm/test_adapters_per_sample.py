@@ -20,15 +20,11 @@ NAMES = ["a", "b", None, "c", "a"]
 RANKS = {"a": 2, "b": 5, "c": 3}
 
 
-def carrying(model: nn.Module, **options: object) -> nn.Module:
-    """Put three LoRA adapters of different ranks, scales and targets on a model."""
+def carrying(model: nn.Module) -> nn.Module:
+    """Put three LoRA adapters of different ranks and scales on a model, the last one on its second block alone."""
     for seed, (name, rank) in enumerate(RANKS.items()):
-        targets = (
-            ["q_proj", "down_proj"]
-            if name == "c" and hasattr(model, "lm_head") and not hasattr(model, "transformer")
-            else None
-        )
-        vismt.adapt(model, "lora", targets, rank=rank, alpha=2.0 * rank, seed=seed, name=name, **options)
+        targets = r".*\.1\..*" if name == "c" else None
+        vismt.adapt(model, "lora", targets, rank=rank, alpha=2.0 * rank, seed=seed, name=name)
         shake(model, 0.1, seed)
     return model
 
@@ -65,6 +61,8 @@ def test_generation_gives_each_prompt_what_its_adapter_gives(options: dict) -> N
     vismt.activate(model, list(RANKS))
     with vismt.adapters_per_sample(NAMES):
         out = model.generate(ids, **settings)
+        again = logits(model, ids)
+    assert relative(again[2], logits(tiny_lm("llama"), ids)[2]) < 1e-5
     width = max(part.shape[1] for part in expected)
     rows = [nn.functional.pad(part, (0, width - part.shape[1])) for part in expected]
     assert torch.equal(out, torch.cat(rows))
@@ -148,6 +146,19 @@ def test_gradients_reach_the_images_and_half_precision_is_close() -> None:
         alone = images(2)[row : row + 1].requires_grad_()
         (expected,) = torch.autograd.grad(vismt.activate(model, name)(alone).square().sum(), alone)
         assert relative(grad[row : row + 1], expected) < 1e-4
+
+
+def test_a_broken_adapter_spoils_its_own_samples_alone() -> None:
+    model = carrying(tiny_vit())
+    expected = vismt.activate(model, "b")(images())
+    stock = vismt.activate(model, None)(images())
+    vismt.activate(model, "a")
+    model.blocks[0].mlp.fc1.lora_A.data.fill_(float("nan"))
+    vismt.activate(model, ["a", "b"])
+    with vismt.adapters_per_sample(["a", "b", None]):
+        out = model(images())
+    assert out[0].isnan().all()
+    assert relative(out[1], expected[1]) < 1e-5 and relative(out[2], stock[2]) < 1e-5
 
 
 @pytest.mark.parametrize(

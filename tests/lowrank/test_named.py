@@ -42,7 +42,7 @@ def two() -> nn.Module:
             lambda m: vismt.adapt(m, "lora", name="digits"),
             "already carries 'lora' as adapter 'digits'; remove it first, or",
         ),
-        (lambda m: vismt.adapt(m, "lora", name="a.b"), "adapt.name: 'a.b'; give a text without dots"),
+        (lambda m: vismt.adapt(m, "lora", name=""), "adapt.name: ''; give a text"),
         (lambda m: vismt.adapt(m, "lora", ["none"], name="new"), "no module matches 'none'"),
         (lambda m: vismt.adapt(m, "pissa", rank=99, name="new"), "adapt.rank: 99"),
         (lambda m: vismt.load_adapter(m, "nowhere", name="new"), "nowhere"),

@@ -32,20 +32,18 @@ class Together:
 
 @dataclass(frozen=True)
 class Choice:
-    """Adapters of groups of samples as numbers: index int64 and weight fp32, (g, e), e for each group.
+    """Adapters of groups of samples, as numbers of a bank whose last entry is zero: no adapter.
 
-    Neither where group n has adapter n alone.
+    index: int64 (g, e), e for each group; None where group n has adapter n alone. weight: (g, e); None where all are 1.
     """
 
     index: Tensor | None
     weight: Tensor | None
 
     def of(self, bank: Tensor, weighted: bool) -> Tensor:
-        """Return what each group has of a bank (e, ...), (g, e, ...); `weighted` by its mixture."""
-        if self.index is None or self.weight is None:
-            return bank[:, None]
-        picked = bank[self.index.to(bank.device)]
-        if not weighted:
+        """Return what each group has of a bank (e + 1, ...), (g, e, ...); `weighted` by its mixture."""
+        picked = bank[:-1, None] if self.index is None else bank[self.index.to(bank.device)]
+        if self.weight is None or not weighted:
             return picked
         weight = self.weight.to(picked)
         return picked * weight.view(*weight.shape, *[1] * (picked.ndim - 2))
@@ -95,7 +93,7 @@ class adapters_per_sample(PerSample):
             raise UserError(
                 f"forward: adapters_per_sample does not name the active adapters {', '.join(names)}; activate before the block."
             )
-        if batch != self.samples * self.repeats:
+        if batch not in (self.samples, self.samples * self.repeats):
             raise UserError(
                 f"forward: adapters_per_sample names adapters for {self.samples} samples, the batch has {batch}; give one entry "
                 "for each sample, in its order."
@@ -116,11 +114,12 @@ def _weights(entry: Any) -> dict[str, float]:
 
 
 def _choice(groups: Sequence[Mapping[str, float]], names: tuple[str, ...]) -> Choice:
+    """Return the entries of groups of samples as numbers and weights."""
     if list(groups) == [{name: 1.0} for name in names]:
         return Choice(None, None)
-    most = max(1, *map(len, groups)) if groups else 1
-    index, weight = torch.zeros(len(groups), most, dtype=torch.int64), torch.zeros(len(groups), most)
+    most = max(1, *map(len, groups))
+    index, weight = torch.full((len(groups), most), -1), torch.ones(len(groups), most)
     for row, group in enumerate(groups):
         for column, (name, share) in enumerate(group.items()):
             index[row, column], weight[row, column] = names.index(name), share
-    return Choice(index, weight)
+    return Choice(index, weight if bool((weight != 1).any()) else None)

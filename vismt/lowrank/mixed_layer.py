@@ -43,7 +43,8 @@ class Update:
 class MixedLinear(StandIn):
     """nn.Linear or Conv1D with a bank of updates. forward: x (b, ..., i) -> (b, ..., o), in x's dtype or autocast's.
 
-    Buffers A (e, r, i), B (e, r, o), and bank_bias (e, o) where a bias was trained; not in the state dict.
+    Buffers A (e + 1, r, i), B (e + 1, r, o), and bank_bias (e + 1, o) where a bias was trained, the last entry zero for samples
+    without an adapter, whatever values the others hold; not in the state dict.
     """
 
     A: Tensor
@@ -53,7 +54,7 @@ class MixedLinear(StandIn):
     def __init__(self, base: nn.Module, together: Together, updates: Sequence[Update]) -> None:
         super().__init__(base)
         self.together = together
-        count, rank = len(updates), max([u.low_rank.rank for u in updates if u.low_rank is not None], default=1)
+        count, rank = len(updates) + 1, max([u.low_rank.rank for u in updates if u.low_rank is not None], default=1)
         A = self.weight.new_zeros(count, rank, self.in_features)
         B = self.weight.new_zeros(count, rank, self.out_features)
         bias = self.weight.new_zeros(count, self.out_features)
@@ -86,7 +87,7 @@ class MixedLinear(StandIn):
         """Return the factors of a choice; None adds all."""
 
         def of(bank: Tensor, weighted: bool) -> Tensor:
-            return bank[None] if choice is None else choice.of(bank, weighted)
+            return bank[None, :-1] if choice is None else choice.of(bank, weighted)
 
         picked = [of(self.A, False).flatten(1, 2), of(self.B, True).flatten(1, 2)]
         if self.bank_bias is not None:
@@ -141,11 +142,13 @@ def mixed_names(model: nn.Module) -> tuple[str, ...]:
 def mix(model: nn.Module, names: Sequence[str]) -> None:
     """Let parked adapters of a model without active ones be active together; UserError where one cannot."""
     updates = [_updates_of(model, name) for name in names]
-    together = Together(names)
+    together, layers = Together(names), {}
     for path in dict.fromkeys(path for by_path in updates for path in by_path):
         stock = model.get_submodule(path)
         layer = MixedConv2d if kind_of(stock) == "conv2d" else MixedLinear
-        install_module(model, path, layer(stock, together, [by_path.get(path, Update()) for by_path in updates]))
+        layers[path] = layer(stock, together, [by_path.get(path, Update()) for by_path in updates])
+    for path, mixed in layers.items():
+        install_module(model, path, mixed)
     model._modules[SHELF].mixed = tuple(names)
     watch_expansion(model)
 

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from torch import nn
 
 from vismt.errors import UserError, require_known
-from vismt.lowrank.inject import restore_flags
+from vismt.lowrank.inject import restore_flags, undo
 from vismt.lowrank.mixed_layer import mix, mixed_names, unmix
-from vismt.lowrank.parked import park, parked_adapters, put_back, take
+from vismt.lowrank.parked import key, park, parked_adapters, put_back, take
 from vismt.lowrank.record import SHELF, names_of, need_record, record_of
 
 
@@ -136,12 +136,13 @@ def using(model: nn.Module, name: str | None, what: str) -> Iterator[None]:
 def beside(model: nn.Module, name: str, what: str) -> Iterator[None]:
     """Let the block place a new adapter, `name`, on the stock model; on an error the model is as it was before."""
     names, before = names_of(model), active(model)
-    if not isinstance(name, str) or not name or "." in name:
-        raise UserError(f"{what}.name: {name!r}; give a text without dots.")
-    if name in names:
-        record = need_record(model, what) if before == name else parked_adapters(model)[name].record
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{what}.name: {name!r}; give a text.")
+    same = next((other for other in names if key(other) == key(name)), None)
+    if same is not None:
+        record = need_record(model, what) if before == same else parked_adapters(model)[same].record
         raise UserError(
-            f"{what}: the model already carries '{record.method}' as adapter '{name}'; remove it first, or give another name."
+            f"{what}: the model already carries '{record.method}' as adapter '{same}'; remove it first, or give another name."
         )
     _deactivate(model)
     parked, shelf = list(parked_adapters(model).values()), model._modules.pop(SHELF, None)
@@ -150,12 +151,16 @@ def beside(model: nn.Module, name: str, what: str) -> Iterator[None]:
             restore_flags(model, parked[0].record)
         yield
         need_record(model, what).name = name
-    finally:
+    except BaseException:
+        if record_of(model) is not None:
+            undo(model)
         if shelf is not None:
+            model.requires_grad_(False)
             model._modules[SHELF] = shelf
-            if record_of(model) is None:
-                model.requires_grad_(False)
-                _start(model, before)
+            _start(model, before)
+        raise
+    if shelf is not None:
+        model._modules[SHELF] = shelf
 
 
 def _need(model: nn.Module, names: Sequence[str], what: str) -> None:

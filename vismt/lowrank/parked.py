@@ -40,14 +40,14 @@ class Parked(nn.Module):
         self.record, self.layers, self.wrappers, self.trained = record, layers, wrappers, trained
         for path, module in [*layers.items(), *wrappers.items()]:
             module.release()
-            self._modules[_key(path)] = _mirror(module)
+            self._modules[key(path)] = _mirror(module)
         for name, value in also_train.items():
-            self.register_buffer(_key(name), value)
+            self.register_buffer(key(name), value)
         self.requires_grad_(False)
 
     def also_train(self, name: str) -> Tensor:
         """Return the values of a parameter that was trained whole."""
-        return self.get_buffer(_key(name))
+        return self.get_buffer(key(name))
 
 
 class Shelf(nn.Module):
@@ -64,8 +64,9 @@ class Shelf(nn.Module):
         return x
 
 
-def _key(path: str) -> str:
-    return path.replace(".", "/")  # a module's name has no dots
+def key(name: str) -> str:
+    """Return a path, or the name of a parameter or an adapter, without the dots that names in a module cannot have."""
+    return name.replace(".", "/")
 
 
 def _mirror(module: nn.Module) -> nn.Module:
@@ -88,7 +89,7 @@ def park(model: nn.Module) -> None:
     undo(model)
     model.requires_grad_(False)
     shelf = shelf if shelf is not None else Shelf()
-    shelf._modules[record.name] = Parked(record, layers, wrappers, also_train, trained)
+    shelf._modules[key(record.name)] = Parked(record, layers, wrappers, also_train, trained)
     model._modules[SHELF] = shelf
 
 
@@ -115,7 +116,7 @@ def put_back(model: nn.Module, name: str) -> None:
 def take(model: nn.Module, name: str) -> Parked:
     """Take an adapter off the shelf, and an empty shelf off the model."""
     shelf: Any = model._modules[SHELF]
-    parked = shelf._modules.pop(name)
+    parked = shelf._modules.pop(key(name))
     if not shelf._modules:
         del model._modules[SHELF]
     return parked
@@ -124,4 +125,4 @@ def take(model: nn.Module, name: str) -> Parked:
 def parked_adapters(model: nn.Module) -> dict[str, Parked]:
     """Return the adapters on the shelf by name."""
     shelf: Any = model._modules.get(SHELF)
-    return {} if shelf is None else shelf._modules
+    return {} if shelf is None else {parked.record.name: parked for parked in shelf.children()}

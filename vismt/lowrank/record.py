@@ -85,14 +85,14 @@ def record_of(model: nn.Module) -> AdaptRecord | None:
 def names_of(model: nn.Module) -> list[str]:
     """Return the names of the adapters that the model carries, the active one first."""
     record, shelf = record_of(model), model._modules.get(SHELF)
-    return [*([record.name] if record else []), *(shelf._modules if shelf is not None else [])]
+    parked: Any = shelf.children() if shelf is not None else ()
+    return [*([record.name] if record else []), *(adapter.record.name for adapter in parked)]
 
 
 def refuse_others(model: nn.Module, what: str) -> None:
     """Raise UserError where the model carries adapters that are not active: they belong to the weights as they are."""
-    others = model._modules.get(SHELF)
-    if others is not None:
-        named = ", ".join(f"'{name}'" for name in others._modules)
+    if SHELF in model._modules:
+        named = ", ".join(f"'{name}'" for name in names_of(model)[1:])
         raise UserError(
             f"{what}: the model also carries {named}, made for the weights as they are now; call vismt.remove on what is not "
             "needed first."
