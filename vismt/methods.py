@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from vismt.errors import UserError, require_known
 from vismt.lowrank.layer_spec import AdaptReport
 from vismt.lowrank.linear import LowRankLayer
+from vismt.lowrank.named import beside
 from vismt.lowrank.options import COMMON, checked
 from vismt.lowrank.record import record_of
 from vismt.lowrank.targets import find_targets, matrix_shape, pattern_value
@@ -139,18 +140,20 @@ def list_methods() -> list[str]:
 
 def adapt(
     model: nn.Module,
-    name: str | None = None,
+    method: str | None = None,
     /,
     targets: Any = None,
     rank: int = 8,
     alpha: float | None = None,
     seed: int = 0,
+    name: str = "default",
     **options: Any,
 ) -> AdaptReport:
     """Adapt `model` in place with a published method and freeze the rest: `adapt(model, method, targets, rank, ...)`.
 
-    The method's name is the second argument, by position or as `method=`; a method may have an option `method`
-    (adapt(model, 'pissa', method='randomized')), which is why the name is positional here.
+    The method is the second argument, by position or as `method=`; a method may have an option `method`
+    (adapt(model, 'pissa', method='randomized')), which is why it is positional here. A model may carry several adapters, each
+    with a name; the new one becomes the active one (`activate`).
 
     Args:
         model: any module with linears; changed in place.
@@ -158,20 +161,23 @@ def adapt(
         rank: of each pair of factors.
         alpha: numerator of the scale alpha / rank; None means alpha = rank.
         seed: the start values depend on it and on each module's path alone.
+        name: of the adapter on this model.
         options: see the method's signature.
 
     Returns:
         What was adapted; printing it gives a table.
 
     Raises:
-        UserError: for an unknown method or option, a pattern without a match, and a rank that does not fit.
+        UserError: for an unknown method or option, a pattern without a match, a rank that does not fit, and a name that the
+            model carries already; the model is then unchanged.
     """
-    if name is None:
-        name = options.pop("method", None)
-    method = known_method(name, options)
+    if method is None:
+        method = options.pop("method", None)
+    known = known_method(method, options)
     if not isinstance(seed, int) or seed.bit_length() > 64:
         raise UserError(f"adapt.seed: {seed!r}; it must be a whole number of at most 64 bits.")
-    return method.adapt(model, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)
+    with beside(model, name, "adapt"):
+        return known.adapt(model, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)
 
 
 def known_method(name: Any, options: Collection[str]) -> Method:

@@ -24,6 +24,7 @@ BENCHES = (
     "fewshot",
     "study",
     "multitask",
+    "serve",
 )  # vismt/bench has a file of the name for each
 
 
@@ -32,7 +33,7 @@ def add_commands(commands: Commands) -> None:
     parser = commands.add(
         "bench",
         _bench,
-        "time the core, its starts, AMT, EMTAL, attacks, few-shot evaluation, workers and balancing, or account for memory",
+        "time the core, its starts, AMT, EMTAL, attacks, few-shot episodes, workers, balancing, mixed batches, or count memory",
     )
     parser.add_argument("what", choices=BENCHES)
     parser.add_argument(

@@ -7,7 +7,6 @@ an adapter file is read; nothing else in the core tests the class of a layer.
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -17,15 +16,14 @@ from torch import Tensor, nn
 
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.layer_spec import LayerSpec
+from vismt.lowrank.stand_in import StandIn
 from vismt.lowrank.targets import kind_of, matrix_shape
 from vismt.lowrank.values import check_factor, check_finite
 from vismt.registry import Registry
 
-HOOKS = [name for name in nn.Module().__dict__ if "hook" in name and "state_dict" not in name]
 
-
-class AdapterLayer(nn.Module, ABC):
-    """A layer in the place of a stock linear or convolution, with the same weight and bias Parameters under their names.
+class AdapterLayer(StandIn, ABC):
+    """A layer in the place of a stock linear or convolution that carries its update.
 
     A subclass adds `Settings`, its forward and its tensors, is registered in `LAYERS`, and overrides what differs from the
     defaults here. A layer that stores its update in the weight itself takes it out in `remove_update` and puts it back in
@@ -37,16 +35,6 @@ class AdapterLayer(nn.Module, ABC):
     # Why export_peft and combine refuse this layer, after "'<method>' "; empty where they do not.
     not_exported: ClassVar[str] = ""
     not_combined: ClassVar[str] = ""
-    shell: nn.Module
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.weight, self.bias, self.training = base.weight, base.bias, base.training
-        # The stock module without its tensors: not a submodule, so it adds no keys and follows no conversion.
-        self.__dict__["shell"] = copy.copy(base)
-        self.empty_shell()
-        for name in HOOKS:  # shared tables: hooks fire while the module is adapted and stay when it is undone
-            self.__dict__[name] = base.__dict__[name]
 
     # ---- the layer as data
     @classmethod
@@ -124,23 +112,6 @@ class AdapterLayer(nn.Module, ABC):
         """
         return None
 
-    # ---- the stock module
-    def matrix(self, weight: Tensor) -> Tensor:
-        """Return the stock weight as a matrix (o, i); a view where its layout allows."""
-        return weight.t() if type(self.shell).__name__ == "Conv1D" else weight
-
-    def stored(self, matrix: Tensor) -> Tensor:
-        """Return a matrix (o, i) in the stock weight's shape: the inverse of `matrix`."""
-        return matrix.t() if type(self.shell).__name__ == "Conv1D" else matrix
-
-    @property
-    def in_features(self) -> int:
-        return self.matrix(self.weight).shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.matrix(self.weight).shape[0]
-
     # ---- the update
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -172,10 +143,6 @@ class AdapterLayer(nn.Module, ABC):
     def merged(self) -> nn.Module:
         """Return the stock module with the update in its weight."""
 
-    def restored(self) -> nn.Module:
-        """Return the stock module with its own weight, bit for bit."""
-        return self._stock(self.weight)
-
     def peft_factors(self, update: LowRank) -> tuple[Tensor, Tensor]:
         """Return A and B of `update` in the layout of a peft file, the scale in B: (r, i) and (o, r)."""
         return update.R, update.L * update.scale
@@ -191,16 +158,6 @@ class AdapterLayer(nn.Module, ABC):
 
     def apply_update(self) -> None:
         """Put the update into the weight: the inverse of `remove_update`."""
-
-    def empty_shell(self) -> None:
-        """Drop the tensors of the stock module, which this layer has, or which a refused merge left there."""
-        self.shell._parameters = dict.fromkeys(self.shell._parameters)
-
-    def _stock(self, weight: nn.Parameter) -> nn.Module:
-        module = self.shell
-        module.weight, module.bias = weight, self.bias
-        module.training = self.training
-        return module
 
 
 LAYERS: Registry[type[AdapterLayer]] = Registry(

@@ -27,6 +27,7 @@ from vismt.lowrank.record import (
     need_record,
     refuse_adapted,
     refuse_offloaded,
+    refuse_others,
     refuse_switched,
 )
 from vismt.lowrank.targets import Targets, check_patterns, find_targets, matches, pattern_value
@@ -149,9 +150,7 @@ def install(
     refuse_offloaded(model, "adapt")
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     originals = backup_tensors({name: model.get_parameter(name) for name in also_train})
-    finish = []
-    for layer in dict.fromkeys(spec.layer for spec in specs):
-        finish.append(layer.prepare(model, [spec for spec in specs if spec.layer is layer]))
+    finish = prepare(model, specs)
     record = AdaptRecord(method, list(specs), options, required, originals)
     setattr(model, RECORD, record)
     with undone_on_error(model):
@@ -159,9 +158,7 @@ def install(
         layers = {spec.path: place(model, spec, dropout=dropout, dtype=dtype) for spec in specs}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in originals or name not in required)
-        for function in finish:
-            if function is not None:
-                function(layers)
+        finish(layers)
         record.frozen = {
             name: sample(value)
             for name, value in model.named_parameters()
@@ -170,13 +167,27 @@ def install(
     return list(layers.values())
 
 
+def prepare(model: nn.Module, specs: Sequence[LayerSpec]) -> Callable[[Mapping[str, AdapterLayer]], None]:
+    """Check specs on the stock model as a whole, and return what is to be called with the placed layers by path."""
+    functions = []
+    for layer in dict.fromkeys(spec.layer for spec in specs):
+        functions.append(layer.prepare(model, [spec for spec in specs if spec.layer is layer]))
+
+    def finish(layers: Mapping[str, AdapterLayer]) -> None:
+        for function in functions:
+            if function is not None:
+                function(layers)
+
+    return finish
+
+
 @contextmanager
 def undone_on_error(model: nn.Module) -> Iterator[None]:
     """Undo the adaptation of the model when the block is left by an error."""
     try:
         yield
     except BaseException:
-        unadapt(model)
+        undo(model)
         raise
 
 
@@ -191,10 +202,11 @@ def merge(model: nn.Module, *, force: bool = False) -> nn.Module:
         The model.
 
     Raises:
-        UserError: for a stock model, where merged weights cannot hold the function (a router), and for updates or merged
-            weights that are not finite; nothing is changed.
+        UserError: for a stock model, one with further adapters, where merged weights cannot hold the function (a router), and
+            for updates or merged weights that are not finite; nothing is changed.
     """
     record = need_record(model, "merge")
+    refuse_others(model, "merge")
     check_mergeable(model, "merge")
     layers = adapter_layers(model)
     if not force:
@@ -218,18 +230,8 @@ def merge(model: nn.Module, *, force: bool = False) -> nn.Module:
     return model
 
 
-def unadapt(model: nn.Module) -> nn.Module:
-    """Restore the original modules, weights (bit for bit) and gradient flags.
-
-    Args:
-        model: an adapted model; changed in place.
-
-    Returns:
-        The model.
-
-    Raises:
-        UserError: for a stock model.
-    """
+def undo(model: nn.Module) -> None:
+    """Restore the modules, weights (bit for bit) and gradient flags from before the active adapter."""
     record = need_record(model, "unadapt")
     to_stock(model)
     uninstall(model)
@@ -238,13 +240,17 @@ def unadapt(model: nn.Module) -> nn.Module:
         for name, value in record.also_train.items():
             model.get_parameter(name).copy_(value)
     _forget(model, record)
-    return model
 
 
 def _forget(model: nn.Module, record: AdaptRecord) -> None:
+    restore_flags(model, record)
+    delattr(model, RECORD)
+
+
+def restore_flags(model: nn.Module, record: AdaptRecord) -> None:
+    """Let a parameter require a gradient if it did before the adaptation."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(record.required_grad.get(name, True))
-    delattr(model, RECORD)
 
 
 def also_trained(model: nn.Module, patterns: Sequence[str], adapted: Sequence[str]) -> list[str]:

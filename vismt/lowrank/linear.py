@@ -397,7 +397,9 @@ class LowRankLinear(LowRankLayer):
             out = out + self.scale * torch.cat([h @ b.t() for h, b in pairs], 1)
         else:
             factors = self.lora_A, self.left(), self.lora_A0, self.lora_B0
-            out, _ = _FusedLowRank.apply(flat, weight, self.bias, *factors, self.gate(x), self.scale, self.blocks)
+            # The bookkeeping of autograd takes longer than the products of one generated token.
+            fused = _FusedLowRank.apply if torch.is_grad_enabled() else _FusedLowRank.forward
+            out, _ = fused(flat, weight, self.bias, *factors, self.gate(x), self.scale, self.blocks)
         return out.view(*x.shape[:-1], out.shape[-1])
 
 

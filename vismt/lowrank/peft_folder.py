@@ -22,6 +22,7 @@ from vismt.files import atomic_write
 from vismt.lowrank.detached_updates import of_peft, put_on
 from vismt.lowrank.init import principal
 from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.named import beside, using
 from vismt.lowrank.patterns import Pattern
 from vismt.lowrank.peft_files import CONFIG, PREFIX, TENSORS, PeftAdapter, holds, read_peft
 from vismt.lowrank.record import AdaptRecord, need_record, refuse_adapted, refuse_offloaded
@@ -32,7 +33,13 @@ from vismt.lowrank.wrappers import check_mergeable, stock_order
 
 
 def export_peft(
-    model: nn.Module, folder: str | Path, *, compact: bool = False, force: bool = False, strict: bool = False
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    name: str | None = None,
+    compact: bool = False,
+    force: bool = False,
+    strict: bool = False,
 ) -> Path:
     """Write an adapted model as a plain LoRA in peft's layout.
 
@@ -41,6 +48,7 @@ def export_peft(
     Args:
         model: an adapted model; not changed.
         folder: made where it is missing.
+        name: of the adapter where the model carries several; None for the active one.
         compact: drop vanishing directions by QR and a small SVD, which needs finite values.
         force: write NaN and infinite values too; `import_peft` refuses them.
         strict: refuse instead of warning.
@@ -52,6 +60,11 @@ def export_peft(
         UserError: where the model does more than plain LoRA (a router that has not faded, quantised weights), for values that
             are not finite, and with `strict` for trained parameters that are not in the file; nothing is written then.
     """
+    with using(model, name, "export_peft"):
+        return _export(model, Path(folder), compact, force, strict)
+
+
+def _export(model: nn.Module, folder: Path, compact: bool, force: bool, strict: bool) -> Path:
     record = need_record(model, "export_peft")
     report_lost(model, "export_peft", strict)
     check_mergeable(model, "export_peft")
@@ -105,7 +118,6 @@ def export_peft(
     }
     if not causal:
         config["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-    folder = Path(folder)
     atomic_write(folder / TENSORS, safetensors.torch.save(payload, metadata={"format": "pt"}))
     atomic_write(folder / CONFIG, json.dumps(config, indent=2))
     return folder
@@ -125,15 +137,16 @@ def _plain_lora(model: nn.Module, compact: bool) -> tuple[dict[str, Tensor], dic
     return tensors, ranks
 
 
-def import_peft(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Put a LoRA that peft wrote on a stock model, as method 'lora'.
+def import_peft(model: nn.Module, folder: str | Path, *, name: str = "default") -> nn.Module:
+    """Put a LoRA that peft wrote on a model as the active adapter, of method 'lora'.
 
     The modules that the settings name and those in the file have to be the same, every shape that of the model. A start
     that changed the base is replayed where that is possible (init_lora_weights "pissa", an exact SVD: B0 A0 is subtracted).
 
     Args:
-        model: a stock model; changed in place.
+        model: changed in place.
         folder: what peft or `export_peft` wrote.
+        name: of the adapter on this model.
 
     Returns:
         The model.
@@ -144,6 +157,11 @@ def import_peft(model: nn.Module, folder: str | Path) -> nn.Module:
             save_pretrained(path_initial_model_for_weight_conversion=...)).
     """
     adapter = read_peft(Path(folder))
+    with beside(model, name, adapter.what):
+        return _import(model, adapter)
+
+
+def _import(model: nn.Module, adapter: PeftAdapter) -> nn.Module:
     refuse_adapted(model, adapter.what)
     refuse_offloaded(model, adapter.what, whole=True)
     adapter.need_the_same_modules(model)

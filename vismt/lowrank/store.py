@@ -37,7 +37,8 @@ from vismt.lowrank.adapter_layer import AdapterLayer
 from vismt.lowrank.backups import unchanged_tensors, was_trained
 from vismt.lowrank.inject import adapter_layers, attach, install, undone_on_error
 from vismt.lowrank.layer_spec import LayerSpec
-from vismt.lowrank.record import AdaptRecord, need_record, record_of, refuse_offloaded, refuse_switched
+from vismt.lowrank.named import beside, using
+from vismt.lowrank.record import AdaptRecord, names_of, need_record, record_of, refuse_offloaded, refuse_switched
 from vismt.lowrank.targets import kind_of, matrix_shape, refusals
 from vismt.lowrank.values import check_parameter, need_finite
 from vismt.lowrank.wrappers import (
@@ -53,7 +54,9 @@ from vismt.lowrank.wrappers import (
 WAIT_S = 60  # for another process that saves into the same folder
 
 
-def save_adapter(model: nn.Module, folder: str | Path, *, force: bool = False, strict: bool = False) -> Path:
+def save_adapter(
+    model: nn.Module, folder: str | Path, *, name: str | None = None, force: bool = False, strict: bool = False
+) -> Path:
     """Write the factors (and also_train parameters) of an adapted model; each file appears whole or not at all.
 
     It warns of parameters that were trained and are not in the file, such as a head beside the adapter.
@@ -61,6 +64,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, force: bool = False, s
     Args:
         model: an adapted model.
         folder: made where it is missing.
+        name: of the adapter where the model carries several; None for the active one.
         force: write NaN and infinite values too, for inspection; `load_adapter` refuses them.
         strict: refuse instead of warning.
 
@@ -71,8 +75,9 @@ def save_adapter(model: nn.Module, folder: str | Path, *, force: bool = False, s
         UserError: for a stock model, a model on the meta device, values that are not finite, a folder that cannot be written,
             and with `strict` trained parameters that are not in the file; nothing is written then.
     """
-    report_lost(model, "save_adapter", strict)
-    return write_adapter(model, folder, force=force)
+    with using(model, name, "save_adapter"):
+        report_lost(model, "save_adapter", strict)
+        return write_adapter(model, folder, force=force)
 
 
 def report_lost(model: nn.Module, what: str, strict: bool) -> None:
@@ -141,12 +146,15 @@ def write_adapter(model: nn.Module, folder: str | Path, *, force: bool = False) 
     return folder
 
 
-def load_adapter(model: nn.Module, folder: str | Path, *, on_other_base: str = "error") -> nn.Module:
-    """Put a saved adapter on a stock model, or its values into a model that is adapted in the same way.
+def load_adapter(
+    model: nn.Module, folder: str | Path, *, name: str = "default", on_other_base: str = "error"
+) -> nn.Module:
+    """Put a saved adapter on a model as the active one, or its values into an adapter of the same kind that has this name.
 
     Args:
         model: changed in place.
         folder: what `save_adapter` wrote.
+        name: of the adapter on this model.
         on_other_base: "error" refuses a base whose fingerprint differs, "warn" goes on with a warning.
 
     Returns:
@@ -155,13 +163,20 @@ def load_adapter(model: nn.Module, folder: str | Path, *, on_other_base: str = "
     Raises:
         UserError: for damaged files, another model, and a missing, unexpected or misshapen tensor; nothing is changed.
     """
-    folder = Path(folder)
+    carried = name in names_of(model)
+    with using(model, name, "load_adapter") if carried else beside(model, name, "load_adapter"):
+        return _load(model, Path(folder), on_other_base)
+
+
+def _load(model: nn.Module, folder: Path, on_other_base: str) -> nn.Module:
     refuse_switched(model, "load_adapter")
     refuse_offloaded(model, "load_adapter", whole=True)
     description, specs, tensors = read_adapter(folder)
     record = record_of(model)
     if record is not None and _identity(record) != _saved_identity(description, specs):
-        raise UserError(f"adapter '{folder}': the model already carries another '{record.method}'; unadapt it first.")
+        raise UserError(
+            f"adapter '{folder}': the model already carries another '{record.method}'; unadapt it first, or give another name."
+        )
     _check_modules(model, folder, description, specs, tensors)
     unchanged = description.unchanged
     parameters = dict(model.named_parameters())
