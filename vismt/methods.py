@@ -26,6 +26,7 @@ from vismt.registry import Registry
 
 METHOD_FILES = (
     "vismt.llm.corda",
+    "vismt.llm.hosted",
     "vismt.llm.ilora",
     "vismt.llm.lisa",
     "vismt.llm.lora",
@@ -176,9 +177,9 @@ def adapt(
 
 def known_method(name: Any, options: Collection[str]) -> Method:
     """Return a method by name. Raises UserError for an unknown one, and for options that it does not have."""
-    require_known("adapt: no method", [name], METHODS)
-    require_known(f"adapt: '{name}' has no option", options, METHODS[name].options)
-    return METHODS[name]
+    method = METHODS[name]
+    require_known(f"adapt: '{name}' has no option", options, method.options)
+    return method
 
 
 def check_adaptation(

@@ -37,6 +37,7 @@ class AdapterLayer(nn.Module, ABC):
     # Why export_peft and combine refuse this layer, after "'<method>' "; empty where they do not.
     not_exported: ClassVar[str] = ""
     not_combined: ClassVar[str] = ""
+    has_factors: ClassVar[bool] = True  # whether `low_rank` returns the update
     shell: nn.Module
 
     def __init__(self, base: nn.Module) -> None:
@@ -180,6 +181,14 @@ class AdapterLayer(nn.Module, ABC):
         """Return A and B of `update` in the layout of a peft file, the scale in B: (r, i) and (o, r)."""
         return update.R, update.L * update.scale
 
+    @classmethod
+    def peft_files(cls, model: nn.Module, specs: Sequence[LayerSpec], saved: Sequence[str]) -> dict[str, bytes] | None:
+        """Return the files of a peft folder by name where the update has a format of peft's own; None for a plain LoRA.
+
+        saved: modules that are trained as a whole beside the update.
+        """
+        return None
+
     def check_mergeable(self, what: str, path: str) -> None:
         """Raise UserError for `what` (merge, export) while one weight cannot hold the update."""
 
@@ -205,7 +214,12 @@ class AdapterLayer(nn.Module, ABC):
 
 LAYERS: Registry[type[AdapterLayer]] = Registry(
     "adapter layer: no layer",
-    files=("vismt.lowrank.linear", "vismt.lowrank.quantized", "vismt.lowrank.slice_linear"),
+    files=(
+        "vismt.lowrank.hosted",
+        "vismt.lowrank.linear",
+        "vismt.lowrank.quantized",
+        "vismt.lowrank.slice_linear",
+    ),
 )
 
 
