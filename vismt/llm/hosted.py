@@ -67,13 +67,13 @@ def host(
     """Put a tuner of peft on the targets."""
     common = checked({"targets": targets, "rank": rank, "alpha": alpha, "exclude": exclude, "also_train": also_train})
     refuse_adapted(model)
-    modules, remarks = find_targets(model, common["targets"], common["exclude"])
+    modules, remarks = find_targets(model, common["targets"], common["exclude"], packed=True)
     names = also_trained(model, common["also_train"], list(modules))
     kind, given = VARIANTS.get(tuner, (tuner.upper(), {}))
     fields = _fields(kind)
     for name, value in options.items():
         if name.endswith("_modules") and value:
-            options[name] = "|".join(re.escape(path) for path in find_targets(model, value)[0])
+            options[name] = "|".join(re.escape(path) for path in find_targets(model, value, packed=True)[0])
     settings = {**_sizes(fields, common["rank"], common["alpha"]), **given, **options}
     specs = [spec_of(p, m, HostedLayer, HostedSettings(kind, dict(settings), seed)) for p, m in modules.items()]
     method = f"{PREFIX}:{tuner}"

@@ -38,11 +38,13 @@ class AdapterLayer(nn.Module, ABC):
     not_exported: ClassVar[str] = ""
     not_combined: ClassVar[str] = ""
     has_factors: ClassVar[bool] = True  # whether `low_rank` returns the update
+    peft_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")  # of `peft_factors` in a file
+    takes_packed: ClassVar[bool] = False  # whether the weight may be packed (packed_weights.py)
     shell: nn.Module
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
-        self.weight, self.bias, self.training = base.weight, base.bias, base.training
+        self.weight, self.bias, self.training = base.weight, getattr(base, "bias", None), base.training
         # The stock module without its tensors: not a submodule, so it adds no keys and follows no conversion.
         self.__dict__["shell"] = copy.copy(base)
         self.empty_shell()
@@ -134,6 +136,10 @@ class AdapterLayer(nn.Module, ABC):
         """Return a matrix (o, i) in the stock weight's shape: the inverse of `matrix`."""
         return matrix.t() if type(self.shell).__name__ == "Conv1D" else matrix
 
+    def stock_weight(self) -> Tensor:
+        """Return the stock weight as numbers; for a layer whose update is out of it."""
+        return self.weight.detach()
+
     @property
     def in_features(self) -> int:
         return self.matrix(self.weight).shape[1]
@@ -207,7 +213,9 @@ class AdapterLayer(nn.Module, ABC):
 
     def _stock(self, weight: nn.Parameter) -> nn.Module:
         module = self.shell
-        module.weight, module.bias = weight, self.bias
+        module.weight = weight
+        if "bias" in module._parameters:  # an embedding has none
+            module.bias = self.bias
         module.training = self.training
         return module
 
@@ -221,6 +229,14 @@ LAYERS: Registry[type[AdapterLayer]] = Registry(
         "vismt.lowrank.slice_linear",
     ),
 )
+
+
+def inner_module(base: nn.Module) -> nn.Module:
+    """Return a stock module for calls from inside its layer: with its tensors, without the hooks, which the layer has."""
+    inner = copy.copy(base)
+    inner.__dict__.update({name: value for name, value in nn.Module().__dict__.items() if name in HOOKS})
+    inner._parameters = dict(base._parameters)
+    return inner
 
 
 def register_layer(name: str) -> Callable[[type[Any]], type[Any]]:
@@ -239,5 +255,5 @@ def spec_of(path: str, module: nn.Module, layer: type[AdapterLayer], settings: A
 
 
 def trained_dtype(weight: Tensor) -> torch.dtype:
-    """Return the dtype of trained tensors on `weight`: its own, fp32 for half precision."""
-    return torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
+    """Return the dtype of trained tensors on `weight`: fp64 for fp64, fp32 for half precision and packed bytes too."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError
-from vismt.lowrank.adapter_layer import HOOKS, AdapterLayer, register_layer
+from vismt.lowrank.adapter_layer import AdapterLayer, inner_module, register_layer
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.layer_spec import LayerSpec
+from vismt.lowrank.packed_weights import dense_weight
 from vismt.lowrank.peft_files import STARTS
 from vismt.lowrank.values import check_factor, check_finite
 from vismt.lowrank.wrappers import install_module
@@ -55,16 +56,13 @@ class HostedLayer(AdapterLayer):
     Settings = HostedSettings
     not_combined = "is a tuner of peft, not a pair of factors"
     has_factors = False
+    takes_packed = True
 
     tuner: nn.Module
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__(base)
-        # What the tuner calls: it follows this layer's parameters. Hooks fire on this layer, not a second time inside.
-        inner = copy.copy(base)
-        inner.__dict__.update({name: value for name, value in nn.Module().__dict__.items() if name in HOOKS})
-        inner._parameters = dict(base._parameters)
-        self.__dict__["inner"], self.__dict__["elsewhere"] = inner, frozenset()
+        self.__dict__["inner"], self.__dict__["elsewhere"] = inner_module(base), frozenset()
 
     # ---- the layer as data
     @classmethod
@@ -133,6 +131,9 @@ class HostedLayer(AdapterLayer):
             )
 
     # ---- the update
+    def stock_weight(self) -> Tensor:
+        return dense_weight(self.inner)
+
     def linked(self) -> Any:
         """Return the tuner on the present weight and bias, which conversions and functional calls may have replaced."""
         present: dict[str, Any] = {"weight": self.weight, "bias": self.bias}

@@ -21,6 +21,7 @@ from vismt.lowrank.layer_spec import AdaptReport, LayerSpec
 from vismt.lowrank.linear import LowRankLayer
 from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.options import checked
+from vismt.lowrank.packed_weights import is_packed
 from vismt.lowrank.record import (
     RECORD,
     AdaptRecord,
@@ -108,7 +109,7 @@ def inject(
         }
     )
     refuse_adapted(model)
-    modules, remarks = find_targets(model, options["targets"], options["exclude"])
+    modules, remarks = find_targets(model, options["targets"], options["exclude"], layer.takes_packed)
     check_patterns("adapt.rank_pattern", options["rank_pattern"], list(modules))
     check_patterns("adapt.alpha_pattern", options["alpha_pattern"], list(modules))
     specs = [
@@ -165,7 +166,7 @@ def install(
         record.frozen = {
             name: sample(value)
             for name, value in model.named_parameters()
-            if name in required and name not in originals and not value.is_meta
+            if name in required and name not in originals and not value.is_meta and not is_packed(value)
         }
     return list(layers.values())
 
@@ -258,6 +259,10 @@ def also_trained(model: nn.Module, patterns: Sequence[str], adapted: Sequence[st
     for name in names:
         if name in {f"{path}.weight" for path in adapted}:
             raise UserError(f"adapt.also_train: '{name}' is adapted; train the update or the weight, not both.")
+        if is_packed(model.get_parameter(name)):
+            raise UserError(
+                f"adapt.also_train: '{name}' is packed (quantised) and cannot be trained; adapt its module."
+            )
     return names
 
 
@@ -319,7 +324,7 @@ def initialise(layer: LowRankLayer, spec: LayerSpec, init: Initialiser, seed: in
     try:
         pairs = [
             init(rows, settings.rank, settings.scale, generator)
-            for rows in layer.matrix(layer.weight).split(settings.blocks, 0)
+            for rows in layer.matrix(layer.stock_weight()).split(settings.blocks, 0)
         ]
         finite = all(bool(factor.isfinite().all()) for pair in pairs for factor in pair)
     except torch.linalg.LinAlgError:

@@ -27,11 +27,12 @@ from vismt.lowrank.detached_updates import of_peft, put_on
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.init import principal
 from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.packed_weights import dense_weight
 from vismt.lowrank.patterns import Pattern
 from vismt.lowrank.peft_files import CONFIG, PREFIX, TENSORS, PeftAdapter, holds, read_peft
 from vismt.lowrank.record import AdaptRecord, need_record, refuse_adapted, refuse_offloaded
 from vismt.lowrank.store import adapter_tensors, report_lost
-from vismt.lowrank.targets import kind_of, matrix_shape
+from vismt.lowrank.targets import LINEAR, kind_of, matrix_shape
 from vismt.lowrank.values import fits, need_finite
 from vismt.lowrank.wrappers import check_mergeable, stock_order
 
@@ -145,9 +146,9 @@ def _plain_lora(
             common = max(update.rank for update in updates.values())
             updates = {path: _padded(update, common) for path, update in updates.items()}
         for path, update in updates.items():
-            factors = layers[path].peft_factors(update)
-            for side, factor in zip("AB", factors):
-                tensors[f"{PREFIX}{path}.lora_{side}.weight"] = factor
+            layer = layers[path]
+            for name, factor in zip(layer.peft_names, layer.peft_factors(update)):
+                tensors[f"{PREFIX}{path}.{name}"] = factor
         for name in whole:
             path, _, leaf = name.rpartition(".")
             adapted = f"{path}.base_layer.{leaf}" if path in layers else name
@@ -194,11 +195,11 @@ def _replayed(model: nn.Module, adapter: PeftAdapter) -> dict[str, Tensor]:
     starts: dict[str, Tensor] = {}
     for path, update in adapter.low_rank.items():
         module = model.get_submodule(path)
-        if update.shape != matrix_shape(module) or kind_of(module) == "conv2d" or update.rank > min(update.shape):
+        if update.shape != matrix_shape(module) or kind_of(module) not in LINEAR or update.rank > min(update.shape):
             raise UserError(
                 f"{adapter.what}: '{path}' is not a linear that a start of rank {update.rank} can be replayed on."
             )
-        weight = module.weight.detach().t() if kind_of(module) == "conv1d" else module.weight.detach()
+        weight = module.weight.detach().t() if kind_of(module) == "conv1d" else dense_weight(module)
         next_rank = min(update.rank + 1, *update.shape)  # shows whether the start is unique
         if not fits(weight) or not update.scale:
             raise UserError(
