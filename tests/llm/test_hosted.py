@@ -187,6 +187,7 @@ def test_one_clear_line_and_the_model_unchanged() -> None:
         ("peft:dorra", {}, r"adapt: peft has no tuner 'dorra'\. Near: 'dora'"),
         ("peft:dora", {"lora_dropuot": 0.1}, r"'peft:dora' has no option 'lora_dropuot'\. Near: 'lora_dropout'"),
         ("peft:lora", {"init_lora_weights": "olora"}, "init_lora_weights: 'olora' moves the base weights"),
+        ("peft:oft", {"oft_block_size": 0}, "peft does not take these options of OFT: "),
         ("peft:c3a", {"block_size": 5}, "peft cannot build C3A here: The block size should be a factor"),
         ("peft:miss", {"targets": ["attn.qvk"]}, "no module matches 'attn.qvk'"),
         ("peft:adalora", {}, "has no tuner 'adalora'"),

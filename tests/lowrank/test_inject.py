@@ -225,3 +225,21 @@ def test_target_in_llama_and_the_head_left_out() -> None:
         and len(report.sites) == 14
     )
     assert torch.allclose(model(tokens).logits, before, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa"])
+def test_a_model_adapted_on_the_meta_device_gets_its_start_after_its_weights(method: str) -> None:
+    expected = tiny_vit()
+    vismt.adapt(expected, method, rank=2, split_qkv=True, seed=4)
+    with torch.device("meta"):
+        model = tiny_vit()
+    vismt.adapt(model, method, rank=2, split_qkv=True, seed=4)
+    with pytest.raises(UserError, match="fill_starts: the model lies on the meta device"):
+        vismt.lowrank.fill_starts(model)
+    model.to_empty(device="cpu")
+    model.load_state_dict(tiny_vit().state_dict(), strict=False)
+    vismt.lowrank.fill_starts(model)
+    state, other = model.state_dict(), expected.state_dict()
+    assert list(state) == list(other) and all(torch.equal(state[name], other[name]) for name in state)
+    with pytest.raises(UserError, match="fill_starts: the model was adapted with values"):
+        vismt.lowrank.fill_starts(expected)

@@ -205,7 +205,7 @@ def tensors_of(tuner: nn.Module) -> dict[str, Tensor]:
 def configuration(settings: HostedSettings, paths: Iterable[str], saved: Sequence[str] = ()) -> Any:
     """Return peft's configuration of a tuner on exactly these modules. saved: whole modules that are trained beside it.
 
-    Raises UserError for a tuner that the installed peft does not have, and for a start that moves the base weights.
+    Raises UserError for a tuner or options that the installed peft does not have, and a start that moves the base weights.
     """
     peft = _peft()
     known = {
@@ -221,7 +221,10 @@ def configuration(settings: HostedSettings, paths: Iterable[str], saved: Sequenc
         )
     targets = "|".join(re.escape(path) for path in paths)
     beside = {"modules_to_save": list(saved)} if saved else {}  # not every configuration has the field
-    return known[settings.tuner](**settings.options, target_modules=targets, **beside)
+    try:
+        return known[settings.tuner](**settings.options, target_modules=targets, **beside)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"adapt: peft does not take these options of {settings.tuner}: {error}") from error
 
 
 @contextmanager

@@ -129,6 +129,8 @@ def inject(
     layers = install(model, method, specs, {"dropout": dropout, "seed": seed}, names, dtype=options["dtype"])
     with undone_on_error(model):
         _start(layers, specs, init, seed, offset)
+    if any(layer.weight.is_meta for layer in layers):
+        need_record(model, "adapt").start = (init, seed, offset)
     trainable, total = count_parameters(model)
     return AdaptReport(method, specs, trainable, total, remarks)
 
@@ -169,6 +171,31 @@ def install(
             if name in required and name not in originals and not value.is_meta and not is_packed(value)
         }
     return list(layers.values())
+
+
+def fill_starts(model: nn.Module) -> nn.Module:
+    """Give the factors of a model that was adapted on the meta device their start values, once it has its base weights.
+
+    Args:
+        model: adapted on the meta device, then `to_empty` and loaded with the weights of its base; changed in place.
+
+    Returns:
+        The model: as if it had been adapted with its weights.
+
+    Raises:
+        UserError: for a model that was adapted with values, or still lies on the meta device.
+    """
+    record = need_record(model, "fill_starts")
+    layers = adapter_layers(model)
+    if record.start is None or any(layer.weight.is_meta for layer in layers.values()):
+        where = "was adapted with values" if record.start is None else "lies on the meta device"
+        raise UserError(
+            f"fill_starts: the model {where}; it is for one that was adapted on the meta device, after to_empty and its weights."
+        )
+    init, seed, offset = record.start
+    _start([layers[spec.path] for spec in record.sites], record.sites, init, seed, offset)
+    record.start = None
+    return model
 
 
 @contextmanager

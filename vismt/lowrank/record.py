@@ -20,7 +20,8 @@ class AdaptRecord:
     """What an adapted model remembers of its adaptation: enough to save it, to undo it and to refuse a second one.
 
     also_train: values before the adaptation, by parameter name. wrappers: type and settings of each wrapper, by path. frozen:
-    some values of each parameter that no file of the adapter holds, by name (backups.sample).
+    some values of each parameter that no file of the adapter holds, by name (backups.sample). start: arguments of `inject` that
+    fill the factors, kept where they have no values yet (meta device).
     """
 
     method: str
@@ -30,6 +31,7 @@ class AdaptRecord:
     also_train: dict[str, Tensor]
     wrappers: dict[str, dict[str, Any]] = field(default_factory=dict)
     frozen: dict[str, Tensor] = field(default_factory=dict)
+    start: tuple[Any, int, bool] | None = None
 
 
 def refuse_adapted(model: nn.Module, what: str = "adapt") -> None:

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError, near
@@ -89,8 +90,7 @@ def _refusal(
     stock = KINDS.get(str(kind_of(module)))
     extra = {name for name, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}
     format_name = packing(module)
-    other = stock is not None and type(module).forward is not stock.forward and format_name is None
-    if other or extra:
+    if extra or (format_name is None and stock is not None and not _computes_as(module, stock)):
         return f"'{path}' is a {type(module).__name__} with another forward, which an update would bypass"
     if format_name is not None and not packed:
         return (
@@ -113,6 +113,28 @@ def _refusal(
     if sharers:
         return f"'{path}' shares its weight with '{sharers[0]}'; merging would change both: untie them first"
     return None
+
+
+@torch.no_grad()
+def _computes_as(module: nn.Module, stock: type[nn.Module]) -> bool:
+    """Return whether a module computes what its stock class does: by its forward, or a linear (Falcon's) by its outputs."""
+    if type(module).forward is stock.forward:
+        return True
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, nn.Linear) or not isinstance(weight, nn.Parameter) or weight.is_meta:
+        return False
+    x = torch.linspace(-1, 1, 2 * module.in_features, dtype=weight.dtype, device=weight.device).view(2, -1)
+    training, same = module.training, True
+    try:
+        for mode in (True, False):
+            module.training = mode
+            expected = nn.Linear.forward(module, x)
+            same = same and torch.allclose(type(module).forward(module, x), expected, rtol=1e-2, atol=1e-3)
+    except Exception:  # a forward of another signature or shape
+        return False
+    finally:
+        module.training = training
+    return same
 
 
 def refusals(model: nn.Module, paths: Iterable[str], packed: bool = False) -> dict[str, str]:
