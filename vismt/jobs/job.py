@@ -93,10 +93,6 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
         """Return the temperature that exports of a training carry, None for none."""
         return None
 
-    def about(self) -> dict[str, Any]:
-        """Return the further entries of config.json beside merged weights."""
-        return {}
-
     def facts(self) -> dict[str, Any]:
         return {"seeds": self.study.seeds if self.trains else []}
 
@@ -137,7 +133,8 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
         settings = config.training
         accelerator = runtime.accelerator(settings.precision, settings.trackers, training.folder)
         if settings.trackers:
-            accelerator.init_trackers("vismt")
+            name = f"{self.folder.name} {training}"
+            accelerator.init_trackers("vismt", init_kwargs={"wandb": {"dir": str(training.folder), "name": name}})
         loop.train(
             objective,
             self.batches(config),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vismt import console, ranks
-from vismt.data.names import card_and_split, row_name
+from vismt.data.names import card_and_split, row_name, shown_name
 from vismt.engine.study import Training
 from vismt.jobs.base import EvaluationJob, records_folder
 from vismt.jobs.robustness.config import RobustnessConfig, check
@@ -140,7 +140,7 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
                 key: np.array([outputs.get(rows[ids[i]][column], "another task") for i in broken], dtype=str)
                 for key, column in (("truth", "label"), ("clean_answers", "clean"), ("attacked_answers", label))
             }
-            path = self.folder / BROKEN / f"{arm}-{row_name(data).replace(':', '-').replace('/', '-')}.npz"
+            path = self.folder / BROKEN / f"{arm}-{shown_name(data)}.npz"
             write_panel(
                 path, "broken", {"images": to_bytes(images[broken]), "attacked": to_bytes(attacked[broken]), **answers}
             )
