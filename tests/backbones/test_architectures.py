@@ -58,7 +58,6 @@ VISION = {
     "convnext": ("test_convnext", {}),
     "resnet": ("test_resnet", {"zero_init_last": False}),
     "efficientnet": ("test_efficientnet", {}),
-    "mixer": ("mixer_s32_224", {"img_size": 32}),
 }
 ENCODERS = {"bert": {}, "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}}
 

@@ -107,7 +107,7 @@ class LmNet(nn.Module):
 
         if torch.is_grad_enabled() and len(states) > TRAINED_AT_ONCE:
             # Logits of all tokens would be kept for the backward pass; each chunk computes its own there again.
-            at_once, nll = TRAINED_AT_ONCE, partial(checkpoint, nll, use_reentrant=False)  # type: ignore[assignment]
+            at_once, nll = TRAINED_AT_ONCE, partial(checkpoint, nll, use_reentrant=False)
         chunks = [nll(*pair) for pair in zip(states.split(at_once), targets.split(at_once))]
         return torch.cat(chunks) if chunks else torch.zeros(0, device=states.device)
 

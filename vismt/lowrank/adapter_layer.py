@@ -212,7 +212,7 @@ class AdapterLayer(nn.Module, ABC):
         self.shell._parameters = dict.fromkeys(self.shell._parameters)
 
     def _stock(self, weight: nn.Parameter) -> nn.Module:
-        module = self.shell
+        module: Any = self.shell
         module.weight = weight
         if "bias" in module._parameters:  # an embedding has none
             module.bias = self.bias

@@ -426,6 +426,11 @@ class LowRankConv(LowRankLayer):
     each one has the same A on its channels, and its own rows of B.
     """
 
+    groups: int
+    kernel_size: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding_mode: str
+
     def __init__(self, base: nn.Module, rank: int, scale: float, **options: Any) -> None:
         super().__init__(base, rank, scale, **options)
         for name in GEOMETRY:
@@ -465,7 +470,7 @@ class LowRankConv(LowRankLayer):
 
     def _pointwise(self, matrix: Tensor) -> Tensor:
         """Return a matrix with an axis of length one for each axis of the kernel."""
-        return matrix[(..., *[None] * len(self.kernel_size))]
+        return matrix.reshape(*matrix.shape, *(1 for _ in self.kernel_size))
 
 
 def qkv_blocks(path: str, out_features: int) -> tuple[int, ...]:

@@ -23,6 +23,8 @@ from vismt.lowrank.packed_weights import dense_weight, packing
 class LowRankPacked(LowRankLayer):
     """A linear on a packed weight. forward: x (..., i) -> (..., o), in the dtype that the stock module returns."""
 
+    inner: nn.Module
+
     def __init__(self, base: nn.Module, rank: int, scale: float, **options: Any) -> None:
         super().__init__(base, rank, scale, **options)
         self.__dict__["inner"] = inner_module(base)
