@@ -27,6 +27,7 @@ from vismt.registry import Registry
 
 METHOD_FILES = (
     "vismt.llm.corda",
+    "vismt.llm.hosted",
     "vismt.llm.ilora",
     "vismt.llm.lisa",
     "vismt.llm.lora",
@@ -182,9 +183,9 @@ def adapt(
 
 def known_method(name: Any, options: Collection[str]) -> Method:
     """Return a method by name. Raises UserError for an unknown one, and for options that it does not have."""
-    require_known("adapt: no method", [name], METHODS)
-    require_known(f"adapt: '{name}' has no option", options, METHODS[name].options)
-    return METHODS[name]
+    method = METHODS[name]
+    require_known(f"adapt: '{name}' has no option", options, method.options)
+    return method
 
 
 def check_adaptation(
@@ -199,7 +200,7 @@ def check_adaptation(
     settings = checked({"targets": targets, "rank": rank, "alpha": alpha, **common})
     if not any(issubclass(layer, LowRankLayer) for layer in method.layers):
         return
-    modules, _ = find_targets(model, settings["targets"], settings["exclude"])
+    modules, _ = find_targets(model, settings["targets"], settings["exclude"], packed=True)
     if targets is None:  # the method's own choice, which may leave out small modules
         modules = dict([max(modules.items(), key=lambda item: min(matrix_shape(item[1])))])
     flags = {option: options[option] for option in ("rslora", "clamp_rank", "split_qkv") if option in options}

@@ -164,3 +164,30 @@ def test_loading_into_a_parked_adapter_leaves_it_parked(tmp_path: Path) -> None:
     vismt.load_adapter(model, saved, name="digits")
     assert torch.equal(model(images()), active)
     assert torch.equal(vismt.activate(model, "digits")(images()), expected)
+
+
+def test_a_tuner_of_peft_beside_another_adapter() -> None:
+    """Its layer is rebuilt from the stock module, and keeps what it learned."""
+    model = tiny_vit()
+    vismt.adapt(model, "lora", rank=2, name="factors")
+    shake(model, seed=1)
+    vismt.adapt(model, "peft:dora", ["qkv"], rank=2, name="tuner")
+    shake(model, seed=2)
+    expected = {"tuner": model(images())}
+    vismt.activate(model, "factors")
+    expected["factors"] = model(images())
+    assert not torch.allclose(expected["factors"], expected["tuner"])
+    for name in ("tuner", "factors", "tuner"):
+        vismt.activate(model, name)
+        assert torch.equal(model(images()), expected[name])
+    with pytest.raises(UserError, match="'tuner' cannot be mixed: 'peft:dora' has no factors; activate it alone"):
+        vismt.activate(model, ["factors", "tuner"])
+    assert torch.equal(model(images()), expected["tuner"])
+
+
+def test_only_linears_and_plain_convolutions_are_mixed() -> None:
+    model = nn.ModuleDict({"words": nn.Embedding(5, 4), "grouped": nn.Conv2d(4, 4, 1, groups=2)})
+    for name, path in (("a", "words"), ("b", "grouped")):
+        vismt.adapt(model, "lora", [path], rank=1, name=name)
+        with pytest.raises(UserError, match=rf"'{name}' cannot be mixed: 'lora' adapts '{path}' \("):
+            vismt.activate(model, [name])

@@ -7,6 +7,7 @@ an adapter file is read; nothing else in the core tests the class of a layer.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.layer_spec import LayerSpec
-from vismt.lowrank.stand_in import StandIn
+from vismt.lowrank.stand_in import HOOKS, StandIn
 from vismt.lowrank.targets import kind_of, matrix_shape
 from vismt.lowrank.values import check_factor, check_finite
 from vismt.registry import Registry
@@ -35,6 +36,9 @@ class AdapterLayer(StandIn, ABC):
     # Why export_peft and combine refuse this layer, after "'<method>' "; empty where they do not.
     not_exported: ClassVar[str] = ""
     not_combined: ClassVar[str] = ""
+    has_factors: ClassVar[bool] = True  # whether `low_rank` returns the update
+    peft_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")  # of `peft_factors` in a file
+    takes_packed: ClassVar[bool] = False  # whether the weight may be packed (packed_weights.py)
 
     # ---- the layer as data
     @classmethod
@@ -147,6 +151,14 @@ class AdapterLayer(StandIn, ABC):
         """Return A and B of `update` in the layout of a peft file, the scale in B: (r, i) and (o, r)."""
         return update.R, update.L * update.scale
 
+    @classmethod
+    def peft_files(cls, model: nn.Module, specs: Sequence[LayerSpec], saved: Sequence[str]) -> dict[str, bytes] | None:
+        """Return the files of a peft folder by name where the update has a format of peft's own; None for a plain LoRA.
+
+        saved: modules that are trained as a whole beside the update.
+        """
+        return None
+
     def check_mergeable(self, what: str, path: str) -> None:
         """Raise UserError for `what` (merge, export) while one weight cannot hold the update."""
 
@@ -162,8 +174,21 @@ class AdapterLayer(StandIn, ABC):
 
 LAYERS: Registry[type[AdapterLayer]] = Registry(
     "adapter layer: no layer",
-    files=("vismt.lowrank.linear", "vismt.lowrank.quantized", "vismt.lowrank.slice_linear"),
+    files=(
+        "vismt.lowrank.hosted",
+        "vismt.lowrank.linear",
+        "vismt.lowrank.quantized",
+        "vismt.lowrank.slice_linear",
+    ),
 )
+
+
+def inner_module(base: nn.Module) -> nn.Module:
+    """Return a stock module for calls from inside its layer: with its tensors, without the hooks, which the layer has."""
+    inner = copy.copy(base)
+    inner.__dict__.update({name: value for name, value in nn.Module().__dict__.items() if name in HOOKS})
+    inner._parameters = dict(base._parameters)
+    return inner
 
 
 def register_layer(name: str) -> Callable[[type[Any]], type[Any]]:
@@ -182,5 +207,5 @@ def spec_of(path: str, module: nn.Module, layer: type[AdapterLayer], settings: A
 
 
 def trained_dtype(weight: Tensor) -> torch.dtype:
-    """Return the dtype of trained tensors on `weight`: its own, fp32 for half precision."""
-    return torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
+    """Return the dtype of trained tensors on `weight`: fp64 for fp64, fp32 for half precision and packed bytes too."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32

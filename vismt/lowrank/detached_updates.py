@@ -104,7 +104,7 @@ def put_on(
         settings = LowRankSettings(plain.rank, plain.scale, (shape[0],))
         specs.append(spec_of(path, modules[path], LowRankLayer, settings))
         tensors |= {f"{path}.lora_A": plain.R, f"{path}.lora_B": plain.L}
-    for reason in refusals(model, updates.low_rank).values():
+    for reason in refusals(model, updates.low_rank, packed=True).values():
         raise UserError(f"{what}: {reason}.")
     _check_parameters(what, model, also_train)
     samples = base_samples(model, [path for path in updates.base if path in modules])

@@ -21,6 +21,7 @@ from vismt.lowrank.layer_spec import AdaptReport, LayerSpec
 from vismt.lowrank.linear import LowRankLayer
 from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.options import checked
+from vismt.lowrank.packed_weights import is_packed
 from vismt.lowrank.record import (
     RECORD,
     AdaptRecord,
@@ -109,7 +110,7 @@ def inject(
         }
     )
     refuse_adapted(model)
-    modules, remarks = find_targets(model, options["targets"], options["exclude"])
+    modules, remarks = find_targets(model, options["targets"], options["exclude"], layer.takes_packed)
     check_patterns("adapt.rank_pattern", options["rank_pattern"], list(modules))
     check_patterns("adapt.alpha_pattern", options["alpha_pattern"], list(modules))
     specs = [
@@ -129,6 +130,8 @@ def inject(
     layers = install(model, method, specs, {"dropout": dropout, "seed": seed}, names, dtype=options["dtype"])
     with undone_on_error(model):
         _start(layers, specs, init, seed, offset)
+    if any(layer.weight.is_meta for layer in layers):
+        need_record(model, "adapt").start = (init, seed, offset)
     trainable, total = count_parameters(model)
     return AdaptReport(method, specs, trainable, total, remarks)
 
@@ -162,7 +165,7 @@ def install(
         record.frozen = {
             name: sample(value)
             for name, value in model.named_parameters()
-            if name in required and name not in originals and not value.is_meta
+            if name in required and name not in originals and not value.is_meta and not is_packed(value)
         }
     return list(layers.values())
 
@@ -179,6 +182,31 @@ def prepare(model: nn.Module, specs: Sequence[LayerSpec]) -> Callable[[Mapping[s
                 function(layers)
 
     return finish
+
+
+def fill_starts(model: nn.Module) -> nn.Module:
+    """Give the factors of a model that was adapted on the meta device their start values, once it has its base weights.
+
+    Args:
+        model: adapted on the meta device, then `to_empty` and loaded with the weights of its base; changed in place.
+
+    Returns:
+        The model: as if it had been adapted with its weights.
+
+    Raises:
+        UserError: for a model that was adapted with values, or still lies on the meta device.
+    """
+    record = need_record(model, "fill_starts")
+    layers = adapter_layers(model)
+    if record.start is None or any(layer.weight.is_meta for layer in layers.values()):
+        where = "was adapted with values" if record.start is None else "lies on the meta device"
+        raise UserError(
+            f"fill_starts: the model {where}; it is for one that was adapted on the meta device, after to_empty and its weights."
+        )
+    init, seed, offset = record.start
+    _start([layers[spec.path] for spec in record.sites], record.sites, init, seed, offset)
+    record.start = None
+    return model
 
 
 @contextmanager
@@ -264,6 +292,10 @@ def also_trained(model: nn.Module, patterns: Sequence[str], adapted: Sequence[st
     for name in names:
         if name in {f"{path}.weight" for path in adapted}:
             raise UserError(f"adapt.also_train: '{name}' is adapted; train the update or the weight, not both.")
+        if is_packed(model.get_parameter(name)):
+            raise UserError(
+                f"adapt.also_train: '{name}' is packed (quantised) and cannot be trained; adapt its module."
+            )
     return names
 
 
@@ -325,7 +357,7 @@ def initialise(layer: LowRankLayer, spec: LayerSpec, init: Initialiser, seed: in
     try:
         pairs = [
             init(rows, settings.rank, settings.scale, generator)
-            for rows in layer.matrix(layer.weight).split(settings.blocks, 0)
+            for rows in layer.matrix(layer.stock_weight()).split(settings.blocks, 0)
         ]
         finite = all(bool(factor.isfinite().all()) for pair in pairs for factor in pair)
     except torch.linalg.LinAlgError:

@@ -24,6 +24,7 @@ from vismt.lowrank.adapter_choice import Choice, Together, adapters_per_sample
 from vismt.lowrank.adapter_layer import AdapterLayer
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.packed_weights import packing
 from vismt.lowrank.parked import park, put_back
 from vismt.lowrank.per_sample import unwatch_expansion, watch_expansion
 from vismt.lowrank.record import SHELF, need_record
@@ -167,8 +168,15 @@ def _updates_of(model: nn.Module, name: str) -> dict[str, Update]:
         record = need_record(model, "activate")
         check_mergeable(model, "activate")
         for spec in record.sites:
-            if spec.layer.not_exported:
-                raise UserError(f"activate: '{name}' cannot be mixed: '{record.method}' {spec.layer.not_exported}.")
+            reason = (
+                spec.layer.not_exported
+                or ("" if spec.layer.has_factors else "has no factors")
+                or _reason(model, spec.path)
+            )
+            if reason:
+                raise UserError(
+                    f"activate: '{name}' cannot be mixed: '{record.method}' {reason}; activate it alone, by its name."
+                )
         with stock_order(model):
             updates = {path: Update(layer.low_rank()) for path, layer in adapter_layers(model).items()}
             for whole, original in record.also_train.items():
@@ -176,6 +184,18 @@ def _updates_of(model: nn.Module, name: str) -> dict[str, Update]:
         return updates
     finally:
         park(model)
+
+
+def _reason(model: nn.Module, path: str) -> str:
+    """Return why the module at a path has no mixed layer, "" where it has one."""
+    stock: Any = model.get_submodule(path)
+    stock = stock.shell if isinstance(stock, StandIn) else stock
+    if packing(model.get_submodule(path)) is not None:
+        return f"adapts '{path}', whose weight is packed"
+    kind = kind_of(stock)
+    if kind in ("linear", "conv1d") or (kind == "conv2d" and stock.groups == 1):
+        return ""
+    return f"adapts '{path}' ({type(stock).__name__}), and only linears and convolutions nn.Conv2d without groups are mixed"
 
 
 def _add_whole(model: nn.Module, adapter: str, name: str, original: Tensor, updates: dict[str, Update]) -> None:

@@ -22,6 +22,7 @@ class AdaptRecord:
 
     also_train: values before the adaptation, by parameter name. wrappers: type and settings of each wrapper, by path. frozen:
     some values of each parameter that no file of the adapter holds, by name (backups.sample). name: of the adapter on the model.
+    start: arguments of `inject` that fill the factors, kept where they have no values yet (meta device).
     """
 
     method: str
@@ -32,6 +33,7 @@ class AdaptRecord:
     wrappers: dict[str, dict[str, Any]] = field(default_factory=dict)
     frozen: dict[str, Tensor] = field(default_factory=dict)
     name: str = "default"
+    start: tuple[Any, int, bool] | None = None
 
 
 def refuse_adapted(model: nn.Module, what: str = "adapt") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ class StandIn(nn.Module):
 
     def adopt(self, base: nn.Module) -> None:
         """Take the tensors, hooks and mode of the stock module `base`."""
-        self.weight, self.bias, self.training = base.weight, base.bias, base.training
+        self.weight, self.bias, self.training = base.weight, getattr(base, "bias", None), base.training
         # The stock module without its tensors: not a submodule, so it adds no keys and follows no conversion.
         self.__dict__["shell"] = copy.copy(base)
         self.empty_shell()
@@ -40,6 +41,10 @@ class StandIn(nn.Module):
         """Return a matrix (o, i) in the stock weight's shape: the inverse of `matrix`."""
         return matrix.t() if type(self.shell).__name__ == "Conv1D" else matrix
 
+    def stock_weight(self) -> Tensor:
+        """Return the stock weight as numbers; for a layer whose update is out of it."""
+        return self.weight.detach()
+
     @property
     def in_features(self) -> int:
         return self.matrix(self.weight).shape[1]
@@ -57,7 +62,9 @@ class StandIn(nn.Module):
         self.shell._parameters = dict.fromkeys(self.shell._parameters)
 
     def _stock(self, weight: nn.Parameter) -> nn.Module:
-        module = self.shell
-        module.weight, module.bias = weight, self.bias
+        module: Any = self.shell
+        module.weight = weight
+        if "bias" in module._parameters:  # an embedding has none
+            module.bias = self.bias
         module.training = self.training
         return module

@@ -38,8 +38,9 @@ from vismt.lowrank.backups import unchanged_tensors, was_trained
 from vismt.lowrank.inject import adapter_layers, attach, install, undone_on_error
 from vismt.lowrank.layer_spec import LayerSpec
 from vismt.lowrank.named import beside, using
+from vismt.lowrank.packed_weights import dense_weight
 from vismt.lowrank.record import AdaptRecord, names_of, need_record, record_of, refuse_offloaded, refuse_switched
-from vismt.lowrank.targets import kind_of, matrix_shape, refusals
+from vismt.lowrank.targets import LINEAR, kind_of, matrix_shape, refusals
 from vismt.lowrank.values import check_parameter, need_finite
 from vismt.lowrank.wrappers import (
     AddedModule,
@@ -257,7 +258,10 @@ def _base_weight(model: nn.Module, path: str) -> Tensor:
     """Return the weight of a module as it was before the adaptation, for a model in stock order."""
     record = record_of(model)
     weight = record.also_train.get(f"{path}.weight") if record is not None else None
-    return model.get_submodule(path).weight.detach() if weight is None else weight
+    if weight is not None:
+        return weight
+    module = model.get_submodule(path)
+    return module.stock_weight() if isinstance(module, AdapterLayer) else dense_weight(module)
 
 
 def base_samples(model: nn.Module, paths: Iterable[str]) -> dict[str, list[float]]:
@@ -313,14 +317,15 @@ def _check_modules(
         module = modules.get(spec.path)
         if isinstance(module, AdapterLayer):
             shape = (module.out_features, module.in_features)
-        elif module is not None and (kind_of(module) == "conv2d") == (spec.kind == "conv2d") and kind_of(module):
+        elif module is not None and kind_of(module) in (LINEAR if spec.kind in LINEAR else (spec.kind,)):
             shape = matrix_shape(module)
         else:
             raise UserError(f"{made_for} (it has no linear or convolution '{spec.path}' of kind {spec.kind}).")
         if shape != spec.shape:
             raise UserError(f"{made_for} ({spec.layer.shape_mismatch(spec, shape, tensors)}).")
     if record_of(model) is None:
-        for reason in refusals(model, [spec.path for spec in specs]).values():
+        packed = all(spec.layer.takes_packed for spec in specs)
+        for reason in refusals(model, [spec.path for spec in specs], packed).values():
             raise UserError(f"adapter '{folder}': {reason}.")
 
 
