@@ -513,6 +513,16 @@ def test_shipped_configurations_are_sound() -> None:
         ),
         ({"data": {**SMALL["data"], "limit": 0}}, "data.limit: 0"),
         ({"arms": {"a": {"tasks": []}}}, "must be the same for all arms"),
+        ({"arms": {"a": {"tasks.edge.max_dist": 0.1}}}, "arms.a: tasks.edge.max_dist must be the same for all arms"),
+        (
+            {"arms": {"a": {"tasks.edge.positive_wieght": 0.9}}},
+            "leave it out. Near: 'tasks.edge.positive_weight'",
+        ),
+        (
+            {"arms": {"a": {"only.dept.x": 1}}, "only": ["depth"]},
+            "arms.a: 'only.dept' names no option of an item of depth. Near: 'depth'",
+        ),
+        ({"arms": {"a": {"tasks.edge.positive_weight": 2}}}, "edge: positive_weight 2"),
         ({"arms": {"a": {"size": [16, 16]}}}, "must be the same for all arms"),
         ({"arms": {"a": {"canvas": [64, 64]}}}, "must be the same for all arms"),
         ({"arms": {"a": {"only": ["x"]}}}, "only: no task 'x'"),

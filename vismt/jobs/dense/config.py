@@ -24,7 +24,7 @@ from vismt.multitask.fading import FadeConfig
 from vismt.multitask.heads import check_head
 from vismt.multitask.inference import check_overlap
 from vismt.multitask.retain_dense import DenseRetaining
-from vismt.multitask.tasks import DenseTask, make_task
+from vismt.multitask.tasks import DenseTask, loss_options, make_task
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, dense_conditions
 from vismt.typed_yaml import Names
 
@@ -109,7 +109,8 @@ class DenseConfig(StudyConfig):
     Args:
         model: the backbone; its image size is `size`.
         data: the sets.
-        tasks: names of dense tasks, or mappings with the name and options of the task.
+        tasks: names of dense tasks, or mappings with the name and options of the task. Arms may differ in options of the
+            losses: `tasks.semseg.class_weights: sqrt`.
         only: the trained tasks, [] for all; an arm with a single task is a single-task baseline.
         size: [height, width] of training images in pixels, multiples of the model's patch.
         canvas: [height, width] into which every image is fitted, and from which training crops are taken; null for the
@@ -169,7 +170,8 @@ def baseline_arms(config: DenseConfig) -> dict[str, str]:
 def check(config: DenseConfig) -> None:
     """Raise UserError for values that types do not exclude, also in the arms, before any work is done."""
     _check_values(config)
-    check_arms(config, _check_values, SHARED)
+    losses = tuple(f"tasks.{task.name}.{option}" for task in all_tasks(config) for option in loss_options(task))
+    check_arms(config, _check_values, SHARED, losses)
     _check_baseline(config)
     dense_conditions(config.evaluate.attacks, config.evaluate.corruptions, [task.name for task in all_tasks(config)])
 
