@@ -22,7 +22,7 @@ from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.dense import SEGMENTATION
 from vismt.multitask.fading import FadeConfig
 from vismt.multitask.heads import check_head
-from vismt.multitask.inference import check_overlap
+from vismt.multitask.inference import check_overlap, check_scales
 from vismt.multitask.retain_dense import DenseRetaining
 from vismt.multitask.tasks import DenseTask, loss_options, make_task
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, dense_conditions
@@ -86,6 +86,7 @@ class DenseEvaluateConfig:
             once, with the position table resampled for it.
         overlap: share of their side by which windows overlap.
         flip: whether the prediction is averaged with that on the mirrored image.
+        scales: factors by which each image is enlarged; the predictions are averaged (multi-scale testing).
         adjust_logits: whether tasks with classes are evaluated with the logits minus tau log prior, too
             (vismt.multitask.class_loss), with tau of each task chosen on the validation images.
         attacks: pgd on the run's losses.
@@ -97,6 +98,7 @@ class DenseEvaluateConfig:
     mode: Annotated[str, Names(MODES)] = "slide"
     overlap: float = 0.5
     flip: bool = False
+    scales: list[float] = field(default_factory=lambda: [1.0], metadata=HASHED_IF_SET)
     adjust_logits: bool = field(default=False, metadata=HASHED_IF_SET)
     attacks: list[AttackConfig] = field(default_factory=list, metadata=HASHED_IF_SET)
     corruptions: list[CorruptionConfig] = field(default_factory=list, metadata=HASHED_IF_SET)
@@ -232,6 +234,7 @@ def _check_canvas(config: DenseConfig) -> None:
     if evaluate.mode not in MODES:
         raise UserError(f"evaluate.mode: '{evaluate.mode}'.{near(evaluate.mode, MODES)}")
     check_overlap(evaluate.overlap)
+    check_scales(evaluate.scales)
 
 
 def _check_data(data: DenseDataConfig) -> None:
