@@ -314,6 +314,10 @@ class LowRankLayer(AdapterLayer):
         cores = self.lora_C.chunk(len(self.blocks))
         return torch.cat([times_core(b, c) for b, c in zip(self.lora_B.split(self.blocks, 0), cores)])
 
+    def right(self) -> Tensor:
+        """Return the factor (g*r, i) that makes the hidden product."""
+        return self.lora_A
+
     def gate(self, x: Tensor) -> Tensor | None:
         """Return the gates in force, for the hidden channels of the samples of x (b, ...): (b or 1, g*r) in its dtype."""
         if self.experts is None:
@@ -344,7 +348,7 @@ class LowRankLayer(AdapterLayer):
 
     def low_rank(self) -> LowRank:
         """Return the whole update against the stock weight as one LowRank: rank r, 2r with a start, g times that in blocks."""
-        A, B = self.lora_A.detach(), self._block_diagonal(self.fixed_left().detach())
+        A, B = self.right().detach(), self._block_diagonal(self.fixed_left().detach())
         if self.lora_A0 is not None:
             A = torch.cat([A, self.lora_A0])
             B = torch.cat([B, -self._block_diagonal(self.lora_B0)], 1)
@@ -359,7 +363,7 @@ class LowRankLayer(AdapterLayer):
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         total = self.matrix(self.weight).to(dtype, copy=True)
         for start in (False, True):
-            A, B = (self.lora_A0, self.lora_B0) if start else (self.lora_A, self.fixed_left())
+            A, B = (self.lora_A0, self.lora_B0) if start else (self.right(), self.fixed_left())
             if A is None:
                 continue
             blocks = zip(
@@ -392,11 +396,11 @@ class LowRankLinear(LowRankLayer):
         weight = self.matrix(self.weight)
         if self.dropout and self.training:
             out = F.linear(flat, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-            hidden = gated(F.dropout(flat, self.dropout) @ self.lora_A.to(x.dtype).t(), self.gate(x))
+            hidden = gated(F.dropout(flat, self.dropout) @ self.right().to(x.dtype).t(), self.gate(x))
             pairs = zip(hidden.chunk(len(self.blocks), 1), self.left().to(x.dtype).split(self.blocks, 0))
             out = out + self.scale * torch.cat([h @ b.t() for h, b in pairs], 1)
         else:
-            factors = self.lora_A, self.left(), self.lora_A0, self.lora_B0
+            factors = self.right(), self.left(), self.lora_A0, self.lora_B0
             out, _ = _FusedLowRank.apply(flat, weight, self.bias, *factors, self.gate(x), self.scale, self.blocks)
         return out.view(*x.shape[:-1], out.shape[-1])
 
