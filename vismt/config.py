@@ -263,9 +263,9 @@ def _replaced_item(items: list[Any], path: Sequence[str], value: Any, source: st
     names = [item.get("name") if isinstance(item, dict) else item for item in items]
     name, *rest = path
     if name not in names or not rest:
+        known = [item for item in names if isinstance(item, str)]
         raise UserError(
-            f"{source}: '{prefix}{name}' names no option of an item of {', '.join(map(str, names))}."
-            f"{near(name, [item for item in names if isinstance(item, str)])}"
+            f"{source}: '{prefix}{name}': name one of {', '.join(known) or 'no items'}, and its option.{near(name, known)}"
         )
     place = names.index(name)
     item = items[place] if isinstance(items[place], dict) else {"name": name}

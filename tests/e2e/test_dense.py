@@ -528,7 +528,7 @@ def test_shipped_configurations_are_sound() -> None:
         ),
         (
             {"arms": {"a": {"only.dept.x": 1}}, "only": ["depth"]},
-            "arms.a: 'only.dept' names no option of an item of depth. Near: 'depth'",
+            "arms.a: 'only.dept': name one of depth, and its option. Near: 'depth'",
         ),
         ({"arms": {"a": {"tasks.edge.positive_weight": 2}}}, "edge: positive_weight 2"),
         ({"arms": {"a": {"size": [16, 16]}}}, "must be the same for all arms"),

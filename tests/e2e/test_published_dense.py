@@ -62,7 +62,7 @@ def test_a_published_study(config: str, card: str, tmp_path: Path, monkeypatch: 
     for arm in several:
         assert {task for name, task in rows if name == arm} == {*tasks, "delta_m"}
         assert rows[arm, "semseg"].n == 3 and rows[arm, "delta_m"].n == 3
-    assert {(arm, f"{arm}".removeprefix("single-")) for arm in alone} <= rows.keys()
+    assert {(arm, arm.removeprefix("single-")) for arm in alone} <= rows.keys()
     assert card != "pascal_context" or rows["lora", "parts"].n == 2  # people are on two of three images
     for arm, retains in (("emtal", False), ("emtal+qr", True)):
         lines = read_lines(job.study.trainings(arm)[0].folder / "metrics.jsonl")

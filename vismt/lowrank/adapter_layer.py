@@ -205,7 +205,12 @@ class AdapterLayer(nn.Module, ABC):
 
 LAYERS: Registry[type[AdapterLayer]] = Registry(
     "adapter layer: no layer",
-    files=("vismt.lowrank.linear", "vismt.lowrank.quantized", "vismt.lowrank.slice_linear"),
+    files=(
+        "vismt.lowrank.linear",
+        "vismt.lowrank.quantized",
+        "vismt.lowrank.slice_linear",
+        "vismt.multitask.expert_pairs",
+    ),
 )
 
 
