@@ -179,6 +179,7 @@ LAYERS: Registry[type[AdapterLayer]] = Registry(
         "vismt.lowrank.linear",
         "vismt.lowrank.quantized",
         "vismt.lowrank.slice_linear",
+        "vismt.multitask.expert_pairs",
     ),
 )
 

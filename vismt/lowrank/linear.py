@@ -327,6 +327,10 @@ class LowRankLayer(AdapterLayer):
         cores = self.lora_C.chunk(len(self.blocks))
         return torch.cat([times_core(b, c) for b, c in zip(self.lora_B.split(self.blocks, 0), cores)])
 
+    def right(self) -> Tensor:
+        """Return the factor (g*r, i) that makes the hidden product."""
+        return self.lora_A
+
     def gate(self, x: Tensor) -> Tensor | None:
         """Return the gates in force, for the hidden channels of the samples of x (b, ...): (b or 1, g*r) in its dtype."""
         if self.experts is None:
@@ -357,7 +361,7 @@ class LowRankLayer(AdapterLayer):
 
     def low_rank(self) -> LowRank:
         """Return the whole update against the stock weight as one LowRank: rank r, 2r with a start, g times that in blocks."""
-        A, B = self.lora_A.detach(), self._block_diagonal(self.fixed_left().detach())
+        A, B = self.right().detach(), self._block_diagonal(self.fixed_left().detach())
         if self.lora_A0 is not None:
             A = torch.cat([A, self.lora_A0])
             B = torch.cat([B, -self._block_diagonal(self.lora_B0)], 1)
@@ -378,7 +382,7 @@ class LowRankLayer(AdapterLayer):
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         total = self.matrix(self.weight).to(dtype, copy=True)
         for start in (False, True):
-            A, B = (self.lora_A0, self.lora_B0) if start else (self.lora_A, self.fixed_left())
+            A, B = (self.lora_A0, self.lora_B0) if start else (self.right(), self.fixed_left())
             if A is None:
                 continue
             blocks = zip(
@@ -412,9 +416,9 @@ class LowRankLinear(LowRankLayer):
         if self.dropout and self.training:
             out = F.linear(flat, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
             dropped = F.dropout(flat, self.dropout)
-            out = out + self.scale * self.added(dropped, self.lora_A, self.left(), self.gate(x))
+            out = out + self.scale * self.added(dropped, self.right(), self.left(), self.gate(x))
         else:
-            factors = self.lora_A, self.left(), self.lora_A0, self.lora_B0
+            factors = self.right(), self.left(), self.lora_A0, self.lora_B0
             # The bookkeeping of autograd takes longer than the products of one generated token.
             fused = _FusedLowRank.apply if torch.is_grad_enabled() else _FusedLowRank.forward
             out, _ = fused(flat, weight, self.bias, *factors, self.gate(x), self.scale, self.blocks)
