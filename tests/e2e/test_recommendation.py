@@ -290,8 +290,8 @@ def test_no_user_is_in_two_parts(judged: Path) -> None:
     assert len(users["train"]) + len(users["sasrec"]) == 18 and min(len(users["train"]), len(users["sasrec"])) > 4
     assert sum(map(len, parts.values())) == 120 == sum(len(parts[part]) for part in users)
     assert len(set.union(*users.values())) == sum(map(len, users.values())) == 30
-    rows = data.interactions()  # of the recommender
-    assert len(rows) == len(parts["sasrec"])
+    assert data.fitted == "sasrec" and len(data.interactions(data.fitted)) == len(parts["sasrec"])
+    assert len(data.interactions()) == len(parts["train"])
     trained = {item.listed.user for item in data.training()}
     assert trained <= users["train"] and len(data.training()) == 20
     counts = [sum(item.listed.user == user for item in data.training()) for user in trained]
@@ -313,7 +313,7 @@ def test_intervals_are_over_users(judged: Path) -> None:
 def test_every_baseline_answers_by_its_own_scores(judged: Path) -> None:
     job = open_run(judged).job
     recommender, items = job.recommender, job.data.rows("ranked", "test", job.data.names("ranked", "test")[0])
-    targets = [target for _, target in job.data.interactions()]
+    targets = [target for _, target in job.data.interactions("sasrec")]
     for item, record in zip(items, recommender.records("popularity", items)):
         counts = torch.tensor([targets.count(number) + 1.0 for number in item.listed.candidates])
         assert record["log_p"] == pytest.approx((counts / counts.sum()).log().tolist(), abs=1e-6)

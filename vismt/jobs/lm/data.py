@@ -39,7 +39,8 @@ class LmData:
         self.tokenizer = tokenizer
         self.tasks: dict[str, LmTask] = {task.name: task_of(task) for task in config.tasks}
         self.trained = trained_task(config).name
-        self._cross_fits = config.recommender is not None and config.recommender.cross_fit
+        cross_fits = config.recommender is not None and config.recommender.cross_fit
+        self.fitted = RECOMMENDER if cross_fits else "train"  # the part that the recommender is fitted to
         self._sections = {task.name: task for task in config.tasks}
         self._opened: dict[str, TextSet] = {}
         self._sets = {task.name: self._open_task(task) for task in config.tasks}
@@ -124,9 +125,8 @@ class LmData:
             raise UserError(f"tasks: {self.trained}: has no head on the last token; train a task of kind 'classes'.")
         return task
 
-    def interactions(self) -> list[tuple[list[int], int]]:
-        """Return (history, next item) of the rows that the recommender is trained on, regardless of the limit."""
-        part = RECOMMENDER if self._cross_fits else "train"
+    def interactions(self, part: str = "train") -> list[tuple[list[int], int]]:
+        """Return (history, next item) of all rows of a part of the trained task, regardless of the limit."""
         named_sets = self._sets[self.trained][part].values()
         return [(row["history"], row["next"]) for sets in named_sets for texts in sets for row in texts.rows]
 
@@ -206,7 +206,7 @@ class LmData:
         for name in (*task.train, *task.validation, *task.test):
             if task.kind == KIND and not isinstance(self._open(name), InteractionSet):
                 raise UserError(f"tasks: {task.name}: '{name}' has no items; '{KIND}' needs sets of kind interactions.")
-        if task.train and self._cross_fits:
+        if task.train and self.fitted == RECOMMENDER:
             _cross_fit(parts)
         return parts
 

@@ -101,7 +101,7 @@ class Recommender:
     def _scores(self, arm: str, histories: Tensor, candidates: Tensor) -> Tensor:
         """Return the scores (b, c) of candidates int64 (b, c) after histories int64 (b, n)."""
         if arm == "popularity":
-            targets = [target for _, target in self.data.interactions()]
+            targets = [target for _, target in self.data.interactions(self.data.fitted)]
             return popularity_scores(targets, candidates, len(self.data.catalogue))
         if arm in ("recency", "mean-item"):
             return cosine_scores(self.net.item.weight, histories, candidates, last=arm == "recency")
@@ -118,7 +118,7 @@ class Recommender:
 
     def _train(self, net: nn.Module, folder: Path, file: str) -> None:
         settings = self.settings
-        rows = self.data.interactions()
+        rows = self.data.interactions(self.data.fitted)
         console.stage("train", f"{type(net).__name__}   {len(rows):,} rows   {len(self.data.catalogue):,} items")
         config = TrainConfig(
             steps=settings.steps, lr=settings.lr, weight_decay=settings.weight_decay, log_every=50, checkpoint_every=500
