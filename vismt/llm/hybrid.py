@@ -11,7 +11,8 @@ training rows, to the gate network. Both are functions of the name of the row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError, near
 from vismt.llm.ilora import gate_part
-from vismt.llm.net import Batch
+from vismt.llm.net import Batch, LmNet
 from vismt.llm.sasrec import SASRec
+from vismt.lowrank.instance_gates import instance_gates
 
 GATES = ("user", "text", "random", "shuffled-user")
 PROJECTORS = ("mlp", "linear")
@@ -100,6 +102,22 @@ class Hybrid(nn.Module):
             weights = present / present.sum(1, keepdim=True)
             return part(torch.einsum("bn,bnd->bd", weights, self.texts[batch["history"].clamp_min(0)]))
         return part(self.recommender(batch["history"]))
+
+
+@contextmanager
+def conditioned(net: LmNet, batch: Batch) -> Iterator[Batch]:
+    """Yield a batch with the vectors of its items, within the gates of its users; as it is for a net without a recommender."""
+    if not isinstance(net.head, Hybrid):
+        yield batch
+        return
+    items = batch.get("items")
+    with_vectors = batch if items is None else {**batch, "vectors": net.head.vectors(items[items >= 0])}
+    gates = net.head.gates(net.lm, batch)
+    if gates is None:
+        yield with_vectors
+        return
+    with instance_gates(gates):
+        yield with_vectors
 
 
 def _projector(kind: str, inner: int, width: int | None) -> nn.Module:

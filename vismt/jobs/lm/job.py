@@ -45,6 +45,7 @@ class LmJob(Job[LmConfig, LmNet]):
     names_tasks = True
     logged: Mapping[str, str] = {
         "loss": "Training loss",
+        "hits": "HitRatio@1 of training batches",
         "kl": "KL of the last layer's posterior",
         "infeasibility": "Infeasibility of the factors",
         "stable_rank": "Stable rank of the updates",

@@ -20,8 +20,7 @@ of one user are not. Left out: item tokens in the vocabulary, beam search.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from vismt.data.interactions import draw_candidates
 from vismt.errors import UserError, near
-from vismt.llm.hybrid import Hybrid
+from vismt.llm.hybrid import Hybrid, conditioned
 from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks import TASKS
 from vismt.llm.tasks.answers import LENGTHS
@@ -43,13 +42,11 @@ from vismt.llm.tasks.base import (
     answer_tokens,
     by_row,
     by_user,
-    gather,
     probability_measures,
 )
 from vismt.llm.tasks.item_prompts import ItemPrompt, single_token
-from vismt.llm.tasks.pieces import IGNORE, Piece, prune, select_tokens, stem, tree
-from vismt.llm.tasks.written import read_answer
-from vismt.lowrank.instance_gates import instance_gates
+from vismt.llm.tasks.pieces import prune, stem, tree
+from vismt.llm.tasks.written import read_answer, written
 from vismt.seeds import mix_seed
 from vismt.stats import Measure
 
@@ -226,50 +223,28 @@ class Recommendation(LmTask):
             scores = self._judgements(net, batch)
             hits = (scores.argmax(1) == batch["label"]).float().mean()
             return {"loss": F.cross_entropy(scores, batch["label"]), "hits": hits, "hybrid": hybrid}
-        with _conditioned(net, batch) as conditioned:
-            nats, tokens = net.token_nll(conditioned)
+        with conditioned(net, batch) as given:
+            nats, tokens = net.token_nll(given)
         return {"loss": nats.sum() / tokens.sum(), "hybrid": hybrid}
 
     def _judgements(self, net: LmNet, batch: Batch) -> Tensor:
         """Return the scores (b, k) of the candidates."""
         verdicts = [single_token(self._tokenizer, "the answer", text) for text in (" yes", " no")]
-        with _conditioned(net, batch) as conditioned:
-            logits = net.branch_logits(conditioned, verdicts)
+        with conditioned(net, batch) as given:
+            logits = net.branch_logits(given, verdicts)
         return logits[..., 0] - logits[..., 1]
 
     def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
         if self.answer == "write":
             return [
-                {**named(item), "text": text, **read_answer(text, listed_of(item).titles, item.label)}
-                for item, text in zip(items, self._written(net, items))
+                {**names_of(item), "text": text, **read_answer(text, listed_of(item).titles, item.label)}
+                for item, text in zip(items, written(net, items, self._tokenizer, self.new_tokens))
             ]
         if self.answer == "judge":
             return choice_records(items, self._judgements(net, batch))
-        with _conditioned(net, batch) as conditioned:
-            nats, tokens = net.branch_nll(conditioned)
+        with conditioned(net, batch) as given:
+            nats, tokens = net.branch_nll(given)
         return choice_records(items, -nats / {"token": tokens, "character": batch["size"], "none": 1}[self.normalise])
-
-    @torch.no_grad()
-    def _written(self, net: LmNet, items: Sequence[Item]) -> list[str]:
-        """Return the text that the LM generates after each prompt."""
-        prompts = [replace(item, pieces=[_prompt(item.pieces[0])]) for item in items]
-        device = next(net.lm.parameters()).device
-        named = {name: value.to(device) for name, value in gather(prompts).items()}
-        end = self._tokenizer.eos_token_id
-        line_end = answer_tokens(self._tokenizer, "\n")
-        stops = [] if end is None else [end]
-        if len(line_end) == 1:
-            stops += line_end
-        with _conditioned(net, named) as conditioned, net.inserted(conditioned):
-            generated = net.lm.generate(
-                named["ids"],
-                attention_mask=named["mask"].long(),
-                do_sample=False,
-                max_new_tokens=self.new_tokens,
-                pad_token_id=end if end is not None else 0,
-                eos_token_id=stops or None,
-            )
-        return self._tokenizer.batch_decode(generated[:, named["ids"].shape[1] :], skip_special_tokens=True)
 
     def measures(self, records: Sequence[Record]) -> dict[str, Measure]:
         if self.reads:
@@ -303,7 +278,7 @@ def listed_of(item: Item) -> Listed:
     return item.listed
 
 
-def named(item: Item) -> Record:
+def names_of(item: Item) -> Record:
     """Return the names of a row and its user."""
     return {"id": item.id, "user": listed_of(item).user}
 
@@ -311,25 +286,4 @@ def named(item: Item) -> Record:
 def choice_records(items: Sequence[Item], scores: Tensor) -> list[Record]:
     """Return a record for each row from the scores (b, k) of its candidates."""
     log_p = scores.double().log_softmax(1).cpu().tolist()
-    return [{**named(item), "label": item.label, "log_p": values} for item, values in zip(items, log_p)]
-
-
-@contextmanager
-def _conditioned(net: LmNet, batch: Batch) -> Iterator[Batch]:
-    """Yield the batch with its item vectors, within the gates of its users."""
-    if not isinstance(net.head, Hybrid):
-        yield batch
-        return
-    items = batch.get("items")
-    with_vectors = batch if items is None else {**batch, "vectors": net.head.vectors(items[items >= 0])}
-    gates = net.head.gates(net.lm, batch)
-    if gates is None:
-        yield with_vectors
-        return
-    with instance_gates(gates):
-        yield with_vectors
-
-
-def _prompt(piece: Piece) -> Piece:
-    """Return the piece without its counted tokens."""
-    return select_tokens(piece, [position for position, label in enumerate(piece.labels) if label == IGNORE])
+    return [{**names_of(item), "label": item.label, "log_p": values} for item, values in zip(items, log_p)]
