@@ -153,9 +153,7 @@ class LmRecommenderConfig:
     lr: float = 1e-3
     weight_decay: float = 0.0
     cross_fit: bool = field(default=False, metadata=HASHED_IF_SET)
-    baselines: Annotated[list[str], Names(("popularity", "recency", "mean-item", "gru4rec"))] = field(
-        default_factory=list, metadata=HASHED_IF_SET
-    )
+    baselines: Annotated[list[str], Names(BASELINES)] = field(default_factory=list, metadata=HASHED_IF_SET)
 
 
 @dataclass

@@ -66,12 +66,11 @@ class Evaluation:
             for condition, records in self._conditions(training, task_name, split, name):
                 tokens = sum(record.get("tokens", 0) for record in records)
                 counted = f", {tokens:,} tokens" if tokens else ""
-                protocol = f"{task.about}, {split} rows{counted}"
-                if task.by_user:
-                    protocol = f"{task.about}, {len(records):,} {split} rows"
                 for measure in task.measures(records).values():
-                    unit = "rows" if len(measure.values) == len(records) else "users"
-                    scores.append(Score(task_name, name, protocol, measure, condition, unit))
+                    users = len(measure.values) < len(records)  # and not rows, which are several of a user
+                    rows = f"{len(records):,} {split} rows" if users else f"{split} rows{counted}"
+                    unit = "users" if users else "rows"
+                    scores.append(Score(task_name, name, f"{task.about}, {rows}", measure, condition, unit))
         return scores
 
     def quality(self, training: Training) -> float:

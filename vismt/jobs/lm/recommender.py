@@ -7,7 +7,7 @@ reported beside the arms.
 Item vectors of users that the recommender was fitted to describe their rows far better than those of new users (SASRec finds
 89 % of the next items of its own rows on Last.fm, and 20 to 50 % of others). With `cross_fit` it is fitted to half of the
 training users, drawn by a hash of their names, and the LM learns from the other half, so that vectors mean in training what
-they mean in the test.
+they mean for users of neither half.
 """
 
 from __future__ import annotations
