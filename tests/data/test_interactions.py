@@ -12,7 +12,7 @@ from vismt import wheels
 from vismt.data.cards import load_card
 from vismt.data.check import check, prepare
 from vismt.data.images import open_images
-from vismt.data.interactions import Catalogue, draw_candidates
+from vismt.data.interactions import Catalogue, draw_candidates, numbered
 from vismt.data.manifest import write_manifest
 from vismt.data.texts import open_texts
 from vismt.errors import UserError
@@ -56,6 +56,30 @@ def test_the_last_of_each_user_is_the_test_and_nothing_later_is_before_it(put):
         (["Alpha", beta], "Gamma", "validation:1:2"),
         (["Alpha"], beta, "validation:3:1"),
     ]
+
+
+def test_a_row_that_does_not_continue_the_row_before_it_begins_another_user(put):
+    rows = [
+        {"history": [], "next": 0},
+        {"history": [0], "next": 1},
+        {"history": [0, 1], "next": 2},
+        {"history": [1, 2], "next": 0},  # cut at its beginning
+        {"history": [1, 2], "next": 3},  # the item before it is 0, not 2
+        {"history": [], "next": 3},
+        {"history": [2], "next": 3},
+    ]
+    lines = "\n".join(json.dumps(row) for row in rows)
+    source = LINES.replace("splits", "fields: [history, next], splits")
+    data = open_texts(put(source, s_jsonl=lines, i_txt="0::A\n1::B\n2::C\n3::D\n"))
+    assert data.users == [0, 0, 0, 1, 2]  # of the rows with a history
+    assert data.take([2, 3, 4]).users == [0, 1, 2] and numbered(["b", "a", "b"]) == [0, 1, 0]
+
+
+def test_users_of_events_keep_their_names_in_all_splits(put):
+    events = "user,item,timestamp\n" + "".join(f"{u},{i},{t}\n" for u in "xy" for t, i in enumerate("abcd"))
+    path = put(EVENTS % "{train: 2, validation: 2, test: 2}", e_csv=events, i_csv=ITEMS)
+    names = [[row["user"] for row in open_texts(path, split).rows] for split in ("train", "test")]
+    assert names == [["x", "y"]] * 2
 
 
 def test_sequences_with_their_own_split(put):

@@ -191,12 +191,14 @@ def test_an_interrupted_run_goes_on_bit_for_bit(home, tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize(("changes", "words"), [
     ({"arms": {"a": {"recommender.width": 4}}}, "arms.a: recommender.width must be the same for all arms"),
-    ({"arms": {"sasrec": {}}}, "'sasrec' is the recommender itself"),
+    ({"arms": {"sasrec": {}}}, "'sasrec' is the name of a recommender"),
     ({"gates": "shuffled"}, "gates: 'shuffled'. Near: 'shuffled-user'"),
     ({"gates": "random"}, "adapt.options.gate is null where gates are random"),
     ({"adapt.options": {"n_experts": 2, "gate": None}}, "adapt.options.gate is null where gates are random"),
     ({"adapt": {"method": "lora"}, "gates": "random"}, "'lora' has no gates"),
     ({"recommender.steps": 0}, "recommender.steps: 0; it must be at least 1"),
+    ({"recommender.baselines": ["popular"]}, "recommender.baselines: 'popular'. Near: 'popularity'"),
+    ({"projector": "line"}, "projector: 'line'. Near: 'linear'"),
     ({"recommender.heads": 3}, "heads that divide the width"),
     ({"adapt.options": {"user_width": 16}}, "needed (samples, 16)"),
     ({"evaluate.split": "tests"}, "evaluate.split: 'tests'. Near: 'test'"),
@@ -229,8 +231,97 @@ def test_tasks_that_do_not_go_together(home, tmp_path: Path, capsys) -> None:
         ({"tasks": [plain], "adapt": lora, "recommender": None, "gates": "random"}, "gates: is for a recommendation"),
         ({"tasks": [{**ranked, "train": films["test"]}], "adapt": lora}, "needs sets of kind interactions"),
         ({"tasks": [{**ranked, "test": [f"{other}:test"]}]}, "knows the items of one card"),
-        ({"tasks": [{**ranked, "validation": [], "validation_share": 0.2}]}, "a share would cut through users"),
     ):
         path = write(tmp_path, settings(home, **changes))
         assert main(["train", str(path), "--out", str(tmp_path / "r"), "--quiet"]) == 2
         assert words in " ".join(capsys.readouterr().err.split()), words
+
+
+# ---- candidates that are judged, users that are held out -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def judged(home, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("judged")
+    options = {"candidates": 4, "history": 3, "answer": "judge", "question": " and {candidate} is", "negatives": 2}
+    ranked = ranked_task(
+        home["walks"],
+        prompt="the {history}",
+        options={**options, "sample": "users", "titles": False, "curriculum": 0, "length": 96},
+        validation_share=0.1,
+        test_share=0.3,
+        test=[],
+        limit=20,
+    )
+    config = settings(
+        home,
+        tasks=[ranked],
+        recommender={
+            "width": 8,
+            "steps": 60,
+            "batch": 20,
+            "lr": 1e-2,
+            "cross_fit": True,
+            "baselines": ["popularity", "recency", "mean-item", "gru4rec"],
+        },
+        projector="linear",
+        seeds=[0, 1],
+        arms={
+            "lora": {"adapt": {"method": "lora", "rank": 4, "targets": ["q_proj"]}, "train.rates": {}},
+            "text": {"gates": "text"},
+        },
+        evaluate={"batch": 4, "limit": 27, "frozen": False},
+    )
+    assert main(["run", str(write(folder, config)), "--out", str(folder / "runs"), "--quiet"]) == 0
+    return next((folder / "runs").iterdir())
+
+
+def test_no_user_is_in_two_parts(judged: Path) -> None:
+    data = open_run(judged).job.data
+    parts = {
+        part: [row["user"] for sets in named.values() for texts in sets for row in texts.rows]
+        for part, named in data._sets["ranked"].items()
+    }
+    users = {part: set(names) for part, names in parts.items()}
+    assert {part: len(names) for part, names in users.items() if part in ("validation", "test")} == {
+        "validation": 3,
+        "test": 9,
+    }
+    assert len(users["train"]) + len(users["sasrec"]) == 18 and min(len(users["train"]), len(users["sasrec"])) > 4
+    assert sum(map(len, parts.values())) == 120 == sum(len(parts[part]) for part in users)
+    assert len(set.union(*users.values())) == sum(map(len, users.values())) == 30
+    assert data.fitted == "sasrec" and len(data.interactions(data.fitted)) == len(parts["sasrec"])
+    assert len(data.interactions()) == len(parts["train"])
+    trained = {item.listed.user for item in data.training()}
+    assert trained <= users["train"] and len(data.training()) == 20
+    counts = [sum(item.listed.user == user for item in data.training()) for user in trained]
+    assert len(trained) == len(users["train"]) and max(counts) - min(counts) <= 1  # a limit keeps as many of each
+
+
+def test_intervals_are_over_users(judged: Path) -> None:
+    rows = [row for row in read_results(judged / "results.jsonl") if row.seed is None]
+    arms = ["sasrec", "popularity", "recency", "mean-item", "gru4rec", "lora", "text"]
+    assert [row.arm for row in rows if row.metric == "HitRatio@1"] == arms
+    assert {(row.n, row.unit) for row in rows} == {(9, "users")} and {row.protocol for row in rows} == {
+        "the next of 4 items, each judged by a question, 27 test rows"
+    }
+    names = [line[EXAMPLE] for line in read_lines(judged / RECORDS / f"{rows[0].stem}.jsonl")]
+    assert len(names) == 9 and len({row.value for row in rows}) > 9
+    assert {row.chance for row in rows if row.metric == "HitRatio@1"} == {0.25}
+
+
+def test_every_baseline_answers_by_its_own_scores(judged: Path) -> None:
+    job = open_run(judged).job
+    recommender, items = job.recommender, job.data.rows("ranked", "test", job.data.names("ranked", "test")[0])
+    targets = [target for _, target in job.data.interactions("sasrec")]
+    for item, record in zip(items, recommender.records("popularity", items)):
+        counts = torch.tensor([targets.count(number) + 1.0 for number in item.listed.candidates])
+        assert record["log_p"] == pytest.approx((counts / counts.sum()).log().tolist(), abs=1e-6)
+    kinds = [
+        tuple(recommender.records(arm, items)[0]["log_p"]) for arm in ("sasrec", "gru4rec", "recency", "mean-item")
+    ]
+    assert len(set(kinds)) == 4 and (judged / "gru4rec" / "gru4rec.safetensors").exists()
+    assert len({recommender.fingerprint(arm) for arm in ("sasrec", "gru4rec")}) == 2
+    net = job.loaded(job.study.find("text:1"))
+    assert net.head.condition == "text" and gate_part(net.lm).user_width == 32
+    assert isinstance(net.head.projector, torch.nn.Linear)

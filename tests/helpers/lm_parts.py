@@ -67,6 +67,8 @@ def tokenizer(bos: bool = False) -> Any:
         *(chr(i) for i in range(33, 127)),
         "Ġ",
         "Ċ",
+        "Ġyes",
+        "Ġno",
     ]
     words = Tokenizer(models.WordLevel({token: i for i, token in enumerate(dict.fromkeys(tokens))}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

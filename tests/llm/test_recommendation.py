@@ -22,7 +22,7 @@ from vismt.llm.sasrec import NextItem, SASRec, padded
 from vismt.llm.tasks import make_task
 from vismt.llm.tasks.base import gather
 from vismt.llm.tasks.pieces import IGNORE, collate, stem, tree
-from vismt.llm.tasks.recommendation import judged
+from vismt.llm.tasks.written import read_answer
 from vismt.lowrank.instance_gates import instance_gates
 from vismt.methods import adapt
 
@@ -40,7 +40,7 @@ def task(**options):
 def encoded(rec_task, rows=ROWS):
     words = tokenizer()
     return [
-        rec_task.encode(f"row {i}", {"history": h, "next": t, "catalogue": CATALOGUE}, words)
+        rec_task.encode(f"row {i}", {"user": f"user {i}", "history": h, "next": t, "catalogue": CATALOGUE}, words)
         for i, (h, t) in enumerate(rows)
     ]
 
@@ -374,7 +374,7 @@ def test_sasrec_learns_what_follows():
 ])  # fmt: skip
 def test_i12_reading_what_was_written(text, right, valid, right_substring, valid_substring):
     titles = ["Nirvana", "The Cure", "Nirvana Tribute Band", "Muse"]
-    judgement = judged(text, titles, 0)
+    judgement = read_answer(text, titles, 0)
     assert judgement == {
         "right": right,
         "valid": valid,
@@ -386,11 +386,11 @@ def test_i12_reading_what_was_written(text, right, valid, right_substring, valid
 def test_i12_ratios_are_of_all_rows():
     rec_task = task(answer="write")
     titles = ["a b", "c", "d"]
-    records = [{"id": text, **judged(text, titles, 0)} for text in ("a b", "c", "e", "x a b")]
+    records = [{"id": text, **read_answer(text, titles, 0)} for text in ("a b", "c", "e", "x a b")]
     ratios = {name: measure.score for name, measure in rec_task.measures(records).items()}
     # exact: 1 hit, 2 valid of 4 (1 / 2 of the valid ones is never reported as the hit ratio); by substring "x a b" is a hit, too
     assert ratios["HitRatio@1"] == 0.25 and ratios["ValidRatio"] == 0.5
-    assert judged("x a b", titles, 0)["right_substring"] and rec_task.quality(records) == 0.25
+    assert read_answer("x a b", titles, 0)["right_substring"] and rec_task.quality(records) == 0.25
 
 
 # ---- errors -------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Interactions of users with items, from files of sequences or one table of events.
 
 With a table, a test row is the last item of a user and the one before it validates (leave-last-out, by time); otherwise the
-split is that of the files.
+split is that of the files, and a row whose history does not continue the row before it begins another user.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vismt.typed_yaml import RelativePath
 
 SPLITS = ("train", "validation", "test")  # of a table of events
 WHEEL = re.compile(r"[\w.-]+==[\w.]+")
-Row = tuple[str, list[int], int]  # name, history, next
+Row = tuple[str, str, list[int], int]  # name, user, history, next
 
 
 @source_kind("interactions")
@@ -136,7 +136,7 @@ class InteractionsSource(RootedSource, TextSource):
             parts = {name: by_split[name] for name in names}
         else:
             parts = {name: self._sequences(card, base / self.files[name], numbers) for name in names}
-        kept = {name: [row for row in rows if len(row[1]) >= self.shortest] for name, rows in parts.items()}
+        kept = {name: [row for row in rows if len(row[2]) >= self.shortest] for name, rows in parts.items()}
         verify_counts(card, self, base, {name: len(rows) for name, rows in kept.items()})
         read = [self.items, *([self.events] if self.events else [self.files[name] for name in names])]
         hashed = [(name, base / name) for name in dict.fromkeys(read)]
@@ -145,11 +145,16 @@ class InteractionsSource(RootedSource, TextSource):
             name=card.name,
             split=split,
             rows=[
-                {"history": history, "next": target, "catalogue": catalogue}
-                for rows in kept.values()
-                for _, history, target in rows
+                {
+                    "user": user if self.events else f"{name}:{user}",
+                    "history": history,
+                    "next": target,
+                    "catalogue": catalogue,
+                }
+                for name, rows in kept.items()
+                for _, user, history, target in rows
             ],
-            ids=[f"{name}:{row_id}" for name, rows in kept.items() for row_id, _, _ in rows],
+            ids=[f"{name}:{row_id}" for name, rows in kept.items() for row_id, *_ in rows],
             content=lambda: f"{digest(hashed).sha256}:{settings}",
             where=shown_path(base),
             catalogue=catalogue,
@@ -194,6 +199,8 @@ class InteractionsSource(RootedSource, TextSource):
             return _gunzip(card, raw, path) if path.suffix == ".gz" else raw
 
         rows: list[Row] = []
+        users = 0
+        past: list[int] = []  # what the history of the user's next row ends with
         history_key, next_key = self.fields
         for line_number, line in enumerate(LINE_ENDS.split(read_text(card, path, self.encoding, unpack)), 1):
             if not line.strip():
@@ -208,7 +215,10 @@ class InteractionsSource(RootedSource, TextSource):
             if not isinstance(items, list) or target is None:
                 raise UserError(f"{where}: is not an object with {history_key}, a list, and {next_key}.")
             history = [_number_of(item, numbers, where) for item in items]
-            rows.append((str(len(rows)), history, _number_of(target, numbers, where)))
+            if not history or history != past[-len(history) :]:
+                users += 1
+            past = [*history, _number_of(target, numbers, where)]
+            rows.append((str(len(rows)), str(users - 1), history, past[-1]))
         return rows
 
 
@@ -250,7 +260,7 @@ def _leave_last_out(users: Mapping[str, list[int]]) -> dict[str, list[Row]]:
         splits = {last: "test", last - 1: "validation"} if len(items) > 2 else {}
         for position in range(1, len(items)):
             split = splits.get(position, "train")
-            parts[split].append((f"{user}:{position}", items[:position], items[position]))
+            parts[split].append((f"{user}:{position}", user, items[:position], items[position]))
     return parts
 
 

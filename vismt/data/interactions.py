@@ -29,9 +29,23 @@ class Catalogue:
 
 @dataclass
 class InteractionSet(TextSet):
-    """One split. rows: {"history": numbers of items, the oldest first, "next": number, "catalogue": the items}."""
+    """One split.
+
+    rows: {"user": a name, "history": numbers of items, the oldest first, "next": number, "catalogue": the items}.
+    """
 
     catalogue: Catalogue = field(default_factory=Catalogue)
+
+    @property
+    def users(self) -> list[int]:
+        """The number of each row's user, in the order in which the users come."""
+        return numbered([row["user"] for row in self.rows])
+
+
+def numbered(names: Sequence[str]) -> list[int]:
+    """Return the number of each name, in the order in which the names first come."""
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(name, len(numbers)) for name in names]
 
 
 def draw_candidates(

@@ -98,6 +98,23 @@ class LmNet(nn.Module):
         tokens = zeros.index_add(0, answers, torch.ones_like(answers, dtype=zeros.dtype))
         return nats.view(-1, count), tokens.view(-1, count)
 
+    def branch_logits(self, batch: Batch, tokens: Sequence[int]) -> Tensor:
+        """Return the logits (b, k, tokens) fp32 of some tokens after the last token of each answer of trees.
+
+        Raises:
+            UserError: rows of different numbers of answers.
+        """
+        branch = batch["branch"]
+        last = (branch > 0) & (branch != F.pad(branch[:, 1:], (0, 1)))
+        if len(last.sum(1).unique()) > 1:
+            raise UserError("branch_logits: rows of different numbers of answers; batch rows with as many each.")
+        states = self.hidden(batch)[last].unflatten(0, (len(branch), -1))
+        output, chosen = self.lm.get_output_embeddings(), list(tokens)
+        if type(output) is not nn.Linear:
+            return output(states)[..., chosen].float()
+        bias = None if output.bias is None else output.bias[chosen]
+        return F.linear(states, output.weight[chosen], bias).float()
+
     def _nll(self, states: Tensor, targets: Tensor, at_once: int) -> Tensor:
         """Return the NLL (m,) in nats of the tokens `targets` (m,) given the states (m, d) before them."""
         output = self.lm.get_output_embeddings()
@@ -157,10 +174,16 @@ class LmNet(nn.Module):
 
     @torch.no_grad()
     def lower_states(self, pieces: Sequence[Piece], at_once: int = 8) -> list[Tensor]:
-        """Return the input (n, d) of block `first` for each piece. Pieces of equal length run together, without padding."""
+        """Return the input (n, d) of block `first` for each piece; pieces of the same text share one tensor.
+
+        Pieces of equal length run together, without padding.
+        """
+        texts: dict[tuple[Any, ...], int] = {}
+        firsts = [texts.setdefault((p.ids, p.documents), number) for number, p in enumerate(pieces)]
         states: dict[int, Tensor] = {}
         groups: dict[tuple[int, bool], list[int]] = {}
-        for number, piece in enumerate(pieces):
+        for number in texts.values():
+            piece = pieces[number]
             groups.setdefault((len(piece.ids), piece.documents is None), []).append(number)
         device, training = next(self.lm.parameters()).device, self.lm.training
         self.lm.eval()
@@ -172,7 +195,7 @@ class LmNet(nn.Module):
                     self.hidden(batch)
                 states.update(zip(chosen, captured[0].cpu().unbind(0)))
         self.lm.train(training)
-        return [states[number] for number in range(len(pieces))]
+        return [states[number] for number in firsts]
 
     def _additive(self, mask: Tensor) -> Tensor:
         """Return the additive form (b, 1, n, n) of a mask (b, n, n) bool in the LM's dtype: 0 or the lowest number."""

@@ -11,6 +11,7 @@ some ten thousand items. Histories are padded on the right with -1.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,14 +83,11 @@ class SASRec(nn.Module):
         causal = torch.ones(n, n, dtype=torch.bool, device=history.device).tril()
         for block in self.blocks:
             states = block(states, causal) * present[..., None]
-        last = present.sum(1) - 1
-        return self.norm(states[torch.arange(len(states), device=states.device), last])
+        return self.norm(last_states(states, history))
 
     def scores(self, users: Tensor, items: Tensor | None = None) -> Tensor:
         """Return the scores of users (b, d) for all items (b, items), or (b, c) for the given items int64 (b, c)."""
-        if items is None:
-            return users @ self.item.weight.T
-        return torch.einsum("bd,bcd->bc", users, self.item(items))
+        return item_scores(self.item.weight, users, items)
 
 
 class _Block(nn.Module):
@@ -118,15 +116,28 @@ class _Block(nn.Module):
         return states + F.dropout(self.outer(inner), self.dropout, self.training)
 
 
+def last_states(states: Tensor, history: Tensor) -> Tensor:
+    """Return the states (b, d) at the last item of histories (b, n) from the states (b, n, d) at all items."""
+    last = (history >= 0).sum(1) - 1
+    return states[torch.arange(len(states), device=states.device), last]
+
+
+def item_scores(vectors: Tensor, users: Tensor, items: Tensor | None = None) -> Tensor:
+    """Return users (b, d) times the item vectors (items, d), or times those of the items int64 (b, c)."""
+    if items is None:
+        return users @ vectors.T
+    return torch.einsum("bd,bcd->bc", users, vectors[items])
+
+
 class NextItem(nn.Module):
-    """Objective of the recommender: batch {"history" (b, n), "next" (b,)} -> {"loss", "first"}.
+    """Objective of a recommender: batch {"history" (b, n), "next" (b,)} -> {"loss", "first"}.
 
     loss: cross-entropy over all items. first: share of rows where the next item has the highest score.
     """
 
-    def __init__(self, recommender: SASRec) -> None:
+    def __init__(self, recommender: nn.Module) -> None:
         super().__init__()
-        self.recommender = recommender
+        self.recommender: Any = recommender
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         scores = self.recommender.scores(self.recommender(batch["history"]))

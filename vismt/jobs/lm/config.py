@@ -8,10 +8,11 @@ from typing import Annotated, Any
 from vismt.config import HASHED_IF_SET, UNHASHED, Dtype, ModelSection
 from vismt.engine.splits import PartsConfig, check_parts
 from vismt.engine.study import StudyConfig, check_arms, resolve_arms
-from vismt.errors import UserError
+from vismt.errors import UserError, require_known
 from vismt.jobs.multitask import check_tasks
 from vismt.llm.heads import check_head
-from vismt.llm.hybrid import check_gates
+from vismt.llm.hybrid import PROJECTORS, check_gates
+from vismt.llm.item_baselines import ITEM_BASELINES
 from vismt.llm.tasks import make_task
 from vismt.llm.tasks.base import LmTask
 from vismt.llm.tasks.recommendation import Recommendation
@@ -20,7 +21,10 @@ from vismt.typed_yaml import Names
 
 FROZEN = "frozen"  # name of the model before training
 RECOMMENDER = "sasrec"  # name of the recommender
-REFERENCES = (FROZEN, RECOMMENDER)  # models that no arm trains
+GRU = "gru4rec"
+BASELINES = (*ITEM_BASELINES, GRU)  # of the recommender
+RECOMMENDERS = (RECOMMENDER, *BASELINES)
+REFERENCES = (FROZEN, *RECOMMENDERS)  # models that no arm trains
 KIND = "recommendation"
 
 
@@ -50,7 +54,8 @@ class LmModelConfig(ModelSection):
 class LmTaskConfig(PartsConfig):
     """A task. Exactly one has sets to train on; the others are only evaluated, on `limit` rows of each set.
 
-    Each set in `test` is reported separately. Shares are the last rows of each training set.
+    Each set in `test` is reported separately. Shares are the last rows of each training set; of sets of interactions, all rows
+    of the last users.
 
     Args:
         name: name of the task.
@@ -126,7 +131,7 @@ class LmCalibrationConfig:
 
 @dataclass
 class LmRecommenderConfig:
-    """SASRec, trained on all training rows of a recommendation, then frozen.
+    """SASRec, trained on the training rows of a recommendation, regardless of their limit, then frozen.
 
     Args:
         width: of item and user vectors.
@@ -137,6 +142,8 @@ class LmRecommenderConfig:
         batch: rows of a training batch.
         lr: learning rate.
         weight_decay: weight decay.
+        cross_fit: whether the recommender is fitted to half of the training users, and the LM to the others.
+        baselines: further recommenders that are evaluated on the same candidates.
     """
 
     width: int = 64
@@ -147,6 +154,8 @@ class LmRecommenderConfig:
     batch: int = 256
     lr: float = 1e-3
     weight_decay: float = 0.0
+    cross_fit: bool = field(default=False, metadata=HASHED_IF_SET)
+    baselines: Annotated[list[str], Names(BASELINES)] = field(default_factory=list, metadata=HASHED_IF_SET)
 
 
 @dataclass
@@ -184,7 +193,9 @@ class LmConfig(StudyConfig):
         batch: rows (or packed pieces) of a training batch.
         calibration: texts that a method computes options from before the training; null for none.
         recommender: the recommender that gives item and user vectors; null for the default settings.
-        gates: input of the gates of ilora in a recommendation: user, or as controls random and shuffled-user.
+        gates: input of the gates of ilora in a recommendation: user, the recommender's representation of the history; text,
+            the titles of the history; or as controls random and shuffled-user.
+        projector: from item vectors to the LM, mlp or linear.
         evaluate: the evaluation.
     """
 
@@ -196,6 +207,7 @@ class LmConfig(StudyConfig):
     calibration: LmCalibrationConfig | None = None
     recommender: LmRecommenderConfig | None = None
     gates: Annotated[str, Names("vismt.llm.hybrid:GATES")] = "user"
+    projector: Annotated[str, Names("vismt.llm.hybrid:PROJECTORS")] = field(default="mlp", metadata=HASHED_IF_SET)
     evaluate: LmEvaluateConfig = field(default_factory=LmEvaluateConfig)
 
 
@@ -232,8 +244,9 @@ def check(config: LmConfig) -> None:
         _check_texts(arm, f"arms.{name}: " if config.arms else "")
     if config.evaluate.frozen and FROZEN in config.arms:
         raise UserError(f"arms: '{FROZEN}' is the model before training (evaluate.frozen); rename the arm.")
-    if RECOMMENDER in config.arms:
-        raise UserError(f"arms: '{RECOMMENDER}' is the recommender itself; rename the arm.")
+    taken = next((arm for arm in config.arms if arm in RECOMMENDERS), None)
+    if taken is not None:
+        raise UserError(f"arms: '{taken}' is the name of a recommender; rename the arm.")
     for arm_name, values in config.arms.items():
         changed = next((key for key in values if key.partition(".")[0] == "recommender"), None)
         if changed is not None:
@@ -324,6 +337,7 @@ def _check_texts(config: LmConfig, where: str) -> None:
 def _check_recommendation(config: LmConfig) -> None:
     """Raise UserError for sections that need a recommendation where none is trained, and for values out of range."""
     check_gates(config.gates)
+    require_known("projector:", [config.projector], PROJECTORS)
     if recommends(config):
         _check_histories(config)
     else:
@@ -338,6 +352,7 @@ def _check_recommendation(config: LmConfig) -> None:
         for name in ("steps", "batch"):
             if getattr(config.recommender, name) < 1:
                 raise UserError(f"recommender.{name}: {getattr(config.recommender, name)}; it must be at least 1.")
+        require_known("recommender.baselines:", config.recommender.baselines, BASELINES)
 
 
 def _check_histories(config: LmConfig) -> None:

@@ -10,18 +10,19 @@ from torch import Tensor
 
 from vismt import console
 from vismt.data.batching import Passes
-from vismt.data.interactions import Catalogue, InteractionSet
+from vismt.data.interactions import Catalogue, InteractionSet, numbered
 from vismt.data.names import card_and_split, row_name
 from vismt.data.splits import divide, limited
 from vismt.data.texts import TextSet, open_texts
 from vismt.engine.splits import shares
 from vismt.errors import UserError
-from vismt.jobs.lm.config import KIND, LmCalibrationConfig, LmConfig, LmTaskConfig, task_of, trained_task
+from vismt.jobs.lm.config import KIND, RECOMMENDER, LmCalibrationConfig, LmConfig, LmTaskConfig, task_of, trained_task
 from vismt.llm.net import LmNet
 from vismt.llm.tasks.base import Item, LmTask, context_tokens, fill, gather
 from vismt.llm.tasks.classes import Classes
 from vismt.llm.tasks.pieces import IGNORE, collate, piece
-from vismt.seeds import digest
+from vismt.llm.tasks.recommendation import listed_of
+from vismt.seeds import digest, mix_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +39,8 @@ class LmData:
         self.tokenizer = tokenizer
         self.tasks: dict[str, LmTask] = {task.name: task_of(task) for task in config.tasks}
         self.trained = trained_task(config).name
+        cross_fits = config.recommender is not None and config.recommender.cross_fit
+        self.fitted = RECOMMENDER if cross_fits else "train"  # the part that the recommender is fitted to
         self._sections = {task.name: task for task in config.tasks}
         self._opened: dict[str, TextSet] = {}
         self._sets = {task.name: self._open_task(task) for task in config.tasks}
@@ -63,7 +66,8 @@ class LmData:
             encoder = self.tasks[task]
             rows = _named_rows(self._sets[task][part][name])
             if limit is not None and not encoder.labelled:
-                kept = limited(torch.zeros(len(rows)), [row_id for row_id, _ in rows], limit)
+                users = numbered([row["user"] for _, row in rows]) if encoder.by_user else [0] * len(rows)
+                kept = limited(torch.tensor(users), [row_id for row_id, _ in rows], limit)
                 rows = [rows[i] for i in kept.tolist()]
             items = [encoder.encode(row_id, row, self.tokenizer) for row_id, row in rows]
             if limit is not None and encoder.labelled:
@@ -121,9 +125,9 @@ class LmData:
             raise UserError(f"tasks: {self.trained}: has no head on the last token; train a task of kind 'classes'.")
         return task
 
-    def interactions(self) -> list[tuple[list[int], int]]:
-        """Return (history, next item) of all training rows, regardless of the limit."""
-        named_sets = self._sets[self.trained]["train"].values()
+    def interactions(self, part: str = "train") -> list[tuple[list[int], int]]:
+        """Return (history, next item) of all rows of a part of the trained task, regardless of the limit."""
+        named_sets = self._sets[self.trained][part].values()
         return [(row["history"], row["next"]) for sets in named_sets for texts in sets for row in texts.rows]
 
     @property
@@ -180,7 +184,8 @@ class LmData:
         label: name of the items in the console.
         """
         missing = [item for item in items if item.lower is None]
-        tokens = sum(len(piece.ids) for item in missing for piece in item.pieces)
+        texts = {(piece.ids, piece.documents) for item in missing for piece in item.pieces}
+        tokens = sum(len(ids) for ids, _ in texts)
         lm = lm_of(net)
         size = tokens * int(lm.config.hidden_size) * lm.dtype.itemsize
         if not net.first or not missing or (self._cached_bytes + size) > self.config.model.cache_mb * 2**20:
@@ -197,19 +202,19 @@ class LmData:
         """Open the sets of a task and return {part: {reported name: sets}}."""
         split_shares = shares(task)
         joined = "+".join(map(row_name, task.train))
-        if split_shares and any(isinstance(self._open(name), InteractionSet) for name in task.train):
-            raise UserError(f"tasks: {task.name}: a share would cut through users; name splits in validation and test.")
         parts: dict[str, dict[str, list[TextSet]]] = {"train": {}, "validation": {}, "test": {}}
         for name in task.train:
             texts = self._open(name)
-            for part, index in divide(torch.zeros(len(texts), dtype=torch.int64), split_shares, name).items():
-                parts[part].setdefault(joined, []).append(texts.take(index.tolist()) if split_shares else texts)
+            for part, index in _divided(texts, split_shares, name).items():
+                parts[part].setdefault(joined, []).append(texts.take(index) if split_shares else texts)
         for part in ("validation", "test"):
             for name in getattr(task, part):
                 parts[part][row_name(name)] = [self._open(name)]
         for name in (*task.train, *task.validation, *task.test):
             if task.kind == KIND and not isinstance(self._open(name), InteractionSet):
                 raise UserError(f"tasks: {task.name}: '{name}' has no items; '{KIND}' needs sets of kind interactions.")
+        if task.train and self.fitted == RECOMMENDER:
+            _cross_fit(parts)
         return parts
 
     def _open(self, name: str) -> TextSet:
@@ -229,16 +234,42 @@ def _named_rows(sets: Sequence[TextSet]) -> list[tuple[str, Mapping[str, Any]]]:
     return [(f"{texts.name}:{i}", row) for texts in sets for i, row in zip(texts.ids, texts.rows)]
 
 
+def _divided(texts: TextSet, split_shares: Mapping[str, float], name: str) -> dict[str, list[int]]:
+    """Return the row numbers of each part of a set: its last rows, or all rows of its last users."""
+    groups = torch.tensor(texts.users if isinstance(texts, InteractionSet) else range(len(texts)))
+    parts = divide(torch.zeros(int(groups.max()) + 1, dtype=torch.int64), split_shares, name)
+    return {part: torch.isin(groups, chosen).nonzero().flatten().tolist() for part, chosen in parts.items()}
+
+
+def _cross_fit(parts: dict[str, dict[str, list[TextSet]]]) -> None:
+    """Move the rows of about half of the training users to the part of the recommender, by a hash of the user's name."""
+    train, parts["train"], parts[RECOMMENDER] = parts["train"], {}, {}
+    for name, sets in train.items():
+        for texts in sets:
+            half = [mix_seed(0, "cross-fit", row["user"]) % 2 for row in texts.rows]
+            for part, wanted in (("train", 0), (RECOMMENDER, 1)):
+                kept = [number for number, side in enumerate(half) if side == wanted]
+                parts[part].setdefault(name, []).append(texts.take(kept))
+
+
 class ItemBatches:
-    """Return batch k of `of` from `gather`, in the form that the task uses there; each pass over the items has a new order."""
+    """Return batch k of `of` from `gather`, in the form that the task uses there; each pass over the items has a new order.
+
+    Where a task samples users, the passes are over users, with one item of each.
+    """
 
     def __init__(self, items: Sequence[Item], batch: int, task: LmTask, of: int, *, seed: int) -> None:
-        self.items = items
         self.task = task
         self.of = of
         self.seed = seed
-        self._passes = Passes(len(items), batch, seed=seed, unit="rows")
+        users = numbered([listed_of(item).user for item in items]) if task.by_user else range(len(items))
+        self._groups: dict[int, list[Item]] = {}
+        for user, item in zip(users, items):
+            self._groups.setdefault(user, []).append(item)
+        self._passes = Passes(len(self._groups), batch, seed=seed, unit="users" if task.by_user else "rows")
 
     def __call__(self, number: int) -> dict[str, Tensor]:
-        chosen = [self.items[i] for i in self._passes(number).tolist()]
+        groups = [self._groups[i] for i in self._passes(number).tolist()]
+        places = [mix_seed(self.seed, "row", number, place) % len(group) for place, group in enumerate(groups)]
+        chosen = [group[place] for group, place in zip(groups, places)]
         return gather(self.task.form(chosen, number, self.of, self.seed))

@@ -20,7 +20,7 @@ from vismt.engine import runtime
 from vismt.engine.log import record_stem
 from vismt.engine.study import Study, Training
 from vismt.errors import UserError
-from vismt.jobs.lm.config import FROZEN, RECOMMENDER, REFERENCES, LmConfig
+from vismt.jobs.lm.config import FROZEN, RECOMMENDERS, REFERENCES, LmConfig
 from vismt.jobs.lm.data import LmData, lm_of
 from vismt.jobs.lm.models import LmModels, fingerprint, load_trained
 from vismt.jobs.lm.recommender import Recommender
@@ -66,9 +66,11 @@ class Evaluation:
             for condition, records in self._conditions(training, task_name, split, name):
                 tokens = sum(record.get("tokens", 0) for record in records)
                 counted = f", {tokens:,} tokens" if tokens else ""
-                protocol = f"{task.about}, {split} rows{counted}"
                 for measure in task.measures(records).values():
-                    scores.append(Score(task_name, name, protocol, measure, condition, "rows"))
+                    users = len(measure.values) < len(records)  # and not rows, which are several of a user
+                    rows = f"{len(records):,} {split} rows" if users else f"{split} rows{counted}"
+                    unit = "users" if users else "rows"
+                    scores.append(Score(task_name, name, f"{task.about}, {rows}", measure, condition, unit))
         return scores
 
     def quality(self, training: Training) -> float:
@@ -76,9 +78,9 @@ class Evaluation:
         return self.data.tasks[self.data.trained].quality(self._validation(training))
 
     def _sets(self, training: Training, split: str) -> list[tuple[str, str]]:
-        """Return (task, set) of all that a model can be evaluated on; the recommender can only choose from candidates."""
+        """Return (task, set) of all that a model can be evaluated on; recommenders can only choose from candidates."""
         tasks = list(self.data.tasks)
-        if training.arm == RECOMMENDER:
+        if training.arm in RECOMMENDERS:
             tasks = [name for name, task in self.data.tasks.items() if isinstance(task, Recommendation) and task.reads]
         return [(task, name) for task in tasks for name in self.data.names(task, split)]
 
@@ -126,8 +128,8 @@ class Evaluation:
             _check_records(path, lines[1:])
             return lines[1:]
         items = self.data.rows(task, split, name)
-        if training.arm == RECOMMENDER:
-            records = self._recommender().records(items)
+        if training.arm in RECOMMENDERS:
+            records = self._recommender().records(training.arm, items)
         else:
             net = self._laplace(training) if laplace else self.net(training)
             records = self._scored(net, self.data.tasks[task], items, f"{name} {training.arm} seed {training.seed}")
@@ -140,8 +142,8 @@ class Evaluation:
     def _fingerprint(self, training: Training, task: str, split: str, name: str, laplace: str) -> list[str | int]:
         """Return the digests of the rows and weights that records belong to."""
         weights = "" if training.arm in REFERENCES else fingerprint(training)
-        if training.arm == RECOMMENDER:
-            weights = self._recommender().fingerprint()
+        if training.arm in RECOMMENDERS:
+            weights = self._recommender().fingerprint(training.arm)
         # An earlier Laplace approximation around VBLL dropped its noise as well; records of it name no structure.
         around = f"{self.data.training_fingerprint()} {laplace}" if laplace else ""
         return [self.data.fingerprint(task, split, name), weights, self.config.evaluate.samples, around]

@@ -45,6 +45,7 @@ class LmJob(Job[LmConfig, LmNet]):
     names_tasks = True
     logged: Mapping[str, str] = {
         "loss": "Training loss",
+        "hits": "HitRatio@1 of training batches",
         "kl": "KL of the last layer's posterior",
         "infeasibility": "Infeasibility of the factors",
         "stable_rank": "Stable rank of the updates",
@@ -54,7 +55,10 @@ class LmJob(Job[LmConfig, LmNet]):
         check(config)
         super().__init__(config, folder, config_hash)
         references = [FROZEN] if config.evaluate.frozen else []
-        self.references = [*references, RECOMMENDER] if recommends(config) else references
+        if recommends(config):
+            baselines = [] if config.recommender is None else config.recommender.baselines
+            references += [RECOMMENDER, *dict.fromkeys(baselines)]
+        self.references = references
         self._calibrated: dict[str, Any] = {}
 
     @cached_property
@@ -129,7 +133,7 @@ class LmJob(Job[LmConfig, LmNet]):
         method = METHODS[settings.method]
         options = settings.options
         if isinstance(net.head, Hybrid) and "users" in method.needs(options):
-            options = {"user_width": net.head.recommender.width, **options}
+            options = {"user_width": net.head.user_width, **options}
         if net.first:
             block_list = blocks(net.lm)
             path = next(name for name, module in net.lm.named_modules() if module is block_list)

@@ -22,7 +22,7 @@ from vismt.jobs.lm.config import LmConfig, LmHeadConfig, task_of, trained_task
 from vismt.jobs.lm.data import LmData
 from vismt.jobs.lm.recommender import Recommender
 from vismt.llm.heads import make_head
-from vismt.llm.hybrid import Hybrid
+from vismt.llm.hybrid import Hybrid, title_vectors
 from vismt.llm.net import LmNet, check_logits
 from vismt.llm.tasks.classes import Classes
 from vismt.llm.tasks.recommendation import Recommendation
@@ -95,7 +95,9 @@ class LmModels:
             rows, bias = net.answer_rows(task.tokens(self.tokenizer))
             net.head = make_head(config.head.name, rows, bias, data.num_train, config.seed, config.head.options)
         if isinstance(task, Recommendation):
-            net.head = self._recommender().head(self.width, config)
+            titles = data.catalogue.titles
+            texts = title_vectors(lm, self.tokenizer, titles) if config.gates == "text" else None
+            net.head = self._recommender().head(self.width, config, texts)
         return net
 
     def untrained(self, data: LmData) -> LmNet:

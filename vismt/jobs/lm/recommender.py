@@ -1,7 +1,13 @@
-"""The recommender of a language-model run: SASRec, trained once on all training histories, frozen for every arm and seed.
+"""The recommender of a language-model run: SASRec, trained once, frozen for every arm and seed; and what to compare it with.
 
-It is kept in recommender/ of the run folder and trained by the common training loop, so that it resumes like every training.
-It is trained on the training rows only; its choice among the candidates is reported beside the arms.
+It is kept in recommender/ of the run folder (GRU4Rec in gru4rec/) and trained by the common training loop, so that it resumes
+like every training. It is trained on training rows only; the choices of SASRec and of the baselines among the candidates are
+reported beside the arms.
+
+Item vectors of users that the recommender was fitted to describe their rows far better than those of new users (SASRec finds
+89 % of the next items of its own rows on Last.fm, and 20 to 50 % of others). With `cross_fit` it is fitted to half of the
+training users, drawn by a hash of their names, and the LM learns from the other half, so that vectors mean in training what
+they mean for users of neither half.
 """
 
 from __future__ import annotations
@@ -10,79 +16,97 @@ import copy
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vismt import console, ranks
 from vismt.config import TrainConfig
 from vismt.data.batching import Passes
 from vismt.engine import loop, runtime, training_files
 from vismt.files import atomic_write
-from vismt.jobs.lm.config import LmConfig, LmRecommenderConfig, recommendation_of, trained_task
+from vismt.jobs.lm.config import GRU, RECOMMENDER, LmConfig, LmRecommenderConfig, recommendation_of, trained_task
 from vismt.jobs.lm.data import LmData
+from vismt.llm.gru4rec import GRU4Rec
 from vismt.llm.hybrid import Hybrid
+from vismt.llm.item_baselines import cosine_scores, popularity_scores
 from vismt.llm.sasrec import NextItem, SASRec, padded
-from vismt.llm.tasks.base import Item, Listed, Record
+from vismt.llm.tasks.base import Item, Record
+from vismt.llm.tasks.recommendation import choice_records, listed_of
 from vismt.seeds import digest, mix_seed
 
-FOLDER = "recommender"
-FILE = "sasrec.safetensors"
+# Folder and file of each trained recommender.
+FILES = {RECOMMENDER: ("recommender", "sasrec.safetensors"), GRU: ("gru4rec", "gru4rec.safetensors")}
+Net = TypeVar("Net", bound=nn.Module)
 OTHERS = 1024  # number of users that "shuffled-user" draws from
 
 
 class Recommender:
-    """The recommender of a run folder, trained on first use."""
+    """The recommender of a run folder and its baselines, trained on first use."""
 
     def __init__(self, config: LmConfig, folder: Path, config_hash: str, data: LmData) -> None:
         self.config = config
-        self.folder = folder / FOLDER
+        self.folder = folder
         self.hash = config_hash
         self.data = data
         self.settings = config.recommender or LmRecommenderConfig()
+        self.history = recommendation_of(trained_task(config)).history
 
     @cached_property
     def net(self) -> SASRec:
         """SASRec, frozen and in evaluation mode, on the CPU."""
         settings = self.settings
-        path = self.folder / FILE
-        sasrec = SASRec(
-            len(self.data.catalogue),
-            recommendation_of(trained_task(self.config)).history,
-            settings.width,
-            settings.blocks,
-            settings.heads,
-            settings.dropout,
-            self.config.seed,
-        )
-        if path.exists():
-            training_files.check_files(self.folder)
-            training_files.load_state(sasrec, path, f"run '{self.folder}'")
-        else:
-            self._train(sasrec)
-        return sasrec.cpu().requires_grad_(False).eval()
+        sizes = (settings.width, settings.blocks, settings.heads, settings.dropout)
+        return self._trained(RECOMMENDER, SASRec(len(self.data.catalogue), self.history, *sizes, self.config.seed))
 
-    def head(self, width: int, config: LmConfig) -> Hybrid:
-        """Return the item vectors and gates for the net of an arm. width: of the LM's hidden states."""
+    @cached_property
+    def gru(self) -> GRU4Rec:
+        """GRU4Rec, likewise."""
+        settings = self.settings
+        return self._trained(GRU, GRU4Rec(len(self.data.catalogue), settings.width, settings.dropout, self.config.seed))
+
+    def _trained(self, name: str, net: Net) -> Net:
+        """Return a net with its weights in the run folder, trained where there are none."""
+        folder, file = (self.folder / FILES[name][0], FILES[name][1])
+        if (folder / file).exists():
+            training_files.check_files(folder)
+            training_files.load_state(net, folder / file, f"run '{folder}'")
+        else:
+            self._train(net, folder, file)
+        return net.cpu().requires_grad_(False).eval()
+
+    def head(self, width: int, config: LmConfig, texts: Tensor | None = None) -> Hybrid:
+        """Return the item vectors and gates for the net of an arm.
+
+        width: of the LM's hidden states. texts: vectors of the titles, for gates of them.
+        """
         vectors = recommendation_of(trained_task(self.config)).items
         others = self._others() if config.gates == "shuffled-user" else None
-        return Hybrid(copy.deepcopy(self.net), width if vectors else None, config.gates, others, config.seed)
+        width_shown = width if vectors else None
+        return Hybrid(copy.deepcopy(self.net), width_shown, config.gates, others, texts, config.projector, config.seed)
 
-    def fingerprint(self) -> str:
-        """Return the weight fingerprint."""
-        return digest(safetensors.torch.save(training_files.state(self.net)))
+    def fingerprint(self, arm: str) -> str:
+        """Return a digest of the weights that the scores of SASRec or of a baseline come from."""
+        return digest(safetensors.torch.save(training_files.state(self.gru if arm == GRU else self.net)))
 
     @torch.no_grad()
-    def records(self, items: Sequence[Item]) -> list[Record]:
-        """Return a record for each row with the log-probabilities of its candidates, in the format of the tasks."""
-        net = self.net
-        listed = [_listed(item) for item in items]
-        users = net(padded([row.history for row in listed]))
-        scores = net.scores(users, torch.tensor([row.candidates for row in listed]))
-        log_p = scores.double().log_softmax(1).tolist()
-        return [{"id": item.id, "label": item.label, "log_p": values} for item, values in zip(items, log_p)]
+    def records(self, arm: str, items: Sequence[Item]) -> list[Record]:
+        """Return a record for each row with the log-probabilities of its candidates under SASRec or a baseline."""
+        listed = [listed_of(item) for item in items]
+        histories = padded([row.history for row in listed])
+        return choice_records(items, self._scores(arm, histories, torch.tensor([row.candidates for row in listed])))
+
+    def _scores(self, arm: str, histories: Tensor, candidates: Tensor) -> Tensor:
+        """Return the scores (b, c) of candidates int64 (b, c) after histories int64 (b, n)."""
+        if arm == "popularity":
+            targets = [target for _, target in self.data.interactions(self.data.fitted)]
+            return popularity_scores(targets, candidates, len(self.data.catalogue))
+        if arm in ("recency", "mean-item"):
+            return cosine_scores(self.net.item.weight, histories, candidates, last=arm == "recency")
+        net = self.gru if arm == GRU else self.net
+        return net.scores(net(histories), candidates)
 
     @torch.no_grad()
     def _others(self) -> Tensor:
@@ -90,36 +114,31 @@ class Recommender:
         rows = self.data.interactions()
         order = sorted(range(len(rows)), key=lambda i: mix_seed(self.config.seed, "other user", i))[:OTHERS]
         net = self.net
-        return net(padded([rows[i][0][-len(net.position.weight) :] for i in order]))
+        return net(padded([rows[i][0][-self.history :] for i in order]))
 
-    def _train(self, net: SASRec) -> None:
+    def _train(self, net: nn.Module, folder: Path, file: str) -> None:
         settings = self.settings
-        rows = self.data.interactions()
-        console.stage("train", f"recommender   {len(rows):,} rows   {len(self.data.catalogue):,} items")
+        rows = self.data.interactions(self.data.fitted)
+        console.stage("train", f"{type(net).__name__}   {len(rows):,} rows   {len(self.data.catalogue):,} items")
         config = TrainConfig(
             steps=settings.steps, lr=settings.lr, weight_decay=settings.weight_decay, log_every=50, checkpoint_every=500
         )
         loop.train(
             NextItem(net),
-            _Histories(rows, settings.batch, len(net.position.weight), self.config.seed),
+            _Histories(rows, settings.batch, self.history, self.config.seed),
             config,
-            self.folder,
+            folder,
             self.hash,
             runtime.accelerator(),
             seed=self.config.seed,
         )
-        ranks.from_first(lambda: self._finish(net))
-
-    def _finish(self, net: SASRec) -> None:
-        """Write the files of the finished training."""
-        atomic_write(self.folder / FILE, safetensors.torch.save(training_files.state(net)))
-        training_files.finish(net, self.folder, False, {})
+        ranks.from_first(lambda: _finish(net, folder, file))
 
 
-def _listed(item: Item) -> Listed:
-    """Return history and candidates of a row."""
-    assert item.listed is not None, "a row of a recommendation has a history and candidates"
-    return item.listed
+def _finish(net: nn.Module, folder: Path, file: str) -> None:
+    """Write the files of a finished training."""
+    atomic_write(folder / file, safetensors.torch.save(training_files.state(net)))
+    training_files.finish(net, folder, False, {})
 
 
 class _Histories:

@@ -14,7 +14,7 @@ import math
 import string
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,11 +35,16 @@ ABSENT = -1e6  # log-probability of an absent choice for the fit of a temperatur
 
 @dataclass(frozen=True)
 class Listed:
-    """A history of items, the candidates for the next item, and the titles of the candidates."""
+    """A user's history of items, the candidates for the next item, and the titles of the candidates."""
 
+    user: str
     history: list[int]
     candidates: list[int]
     titles: list[str]
+
+    def choice(self, kept: Sequence[int]) -> Listed:
+        """Return the same with some of the candidates."""
+        return replace(self, candidates=[self.candidates[i] for i in kept], titles=[self.titles[i] for i in kept])
 
 
 @dataclass
@@ -87,6 +92,7 @@ class LmTask(ABC):
     reads = True  # whether rows are scored without generation, so that the output of frozen blocks can be cached
     labelled = True  # whether a limit on the rows is spread over the labels
     chat = False  # whether the prompt is the user's turn in the tokenizer's chat template
+    by_user = False  # whether a limit on the rows is spread over users, and batches draw users
 
     def __init__(self, prompt: str, length: int = 512) -> None:
         if length < 2:
@@ -207,6 +213,21 @@ def probability_measures(records: Sequence[Record]) -> dict[str, Measure]:
 def by_row(records: Sequence[Record], values: Sequence[float]) -> dict[str, float]:
     """Return the value of each record by its id."""
     return {str(record["id"]): value for record, value in zip(records, values, strict=True)}
+
+
+def by_user(records: Sequence[Record], measure: Measure) -> Measure:
+    """Return a measure whose examples are users, each with the mean of its rows; the same where no user has two rows.
+
+    Rows of one user are not independent; their means by user are, so that intervals and paired differences hold.
+    """
+    rows: dict[str, list[float]] = {}
+    for record in records:
+        rows.setdefault(record.get("user", record["id"]), []).append(measure.values[record["id"]])
+    if len(rows) == len(records):
+        return measure
+    return replace(
+        measure, values={user: math.fsum(values) / len(values) for user, values in rows.items()}, counts=False
+    )
 
 
 def choices(records: Sequence[Record]) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ so that the prompt runs once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -79,11 +79,16 @@ def pack(pieces: Sequence[Piece], length: int) -> list[Piece]:
 
 
 def tree(
-    context: Sequence[int], answers: Sequence[Sequence[int]], length: int, items: Sequence[int] | None = None
+    context: Sequence[int],
+    answers: Sequence[Sequence[int]],
+    length: int,
+    items: Sequence[int] | None = None,
+    answer_items: Sequence[Sequence[int]] | None = None,
 ) -> Piece:
     """Return the tree of a prompt and its answers.
 
-    The prompt loses its beginning where it does not fit before the longest answer. items: item numbers of the prompt's tokens.
+    The prompt loses its beginning where it does not fit before the longest answer. items: item numbers of the prompt's tokens;
+    answer_items: of those of each answer.
     """
     room = length - max(len(answer) for answer in answers)
     prompt = list(context)[-room:] if room > 0 else []
@@ -93,12 +98,13 @@ def tree(
         )
     tokens = [token for answer in answers for token in answer]
     documents = [0] * len(prompt) + [number for number, answer in enumerate(answers, 1) for _ in answer]
+    within = [-1] * len(tokens) if answer_items is None else [number for numbers in answer_items for number in numbers]
     return Piece(
         ids=(*prompt, *tokens),
         labels=(*[IGNORE] * len(prompt), *tokens),
         documents=tuple(documents),
         shared=len(prompt),
-        items=None if items is None else (*list(items)[-room:], *[-1] * len(tokens)),
+        items=None if items is None else (*list(items)[-room:], *within),
     )
 
 
@@ -106,6 +112,15 @@ def stem(piece: Piece, answer: int) -> Piece:
     """Return the prompt of a tree with one of its answers as a piece without branches."""
     chosen = [position for position, number in enumerate(piece.documents) if number in (0, answer + 1)]
     return select_tokens(piece, chosen)
+
+
+def prune(piece: Piece, answers: Sequence[int]) -> Piece:
+    """Return the tree with some of its answers, in the given order."""
+    places = {answer + 1: place for place, answer in enumerate(answers, 1)}
+    kept = [position for position, number in enumerate(piece.documents) if number == 0 or number in places]
+    kept.sort(key=lambda position: places.get(piece.documents[position], 0))
+    documents = tuple(places.get(piece.documents[position], 0) for position in kept)
+    return replace(select_tokens(piece, kept), documents=documents, shared=piece.shared)
 
 
 def select_tokens(piece: Piece, positions: Sequence[int]) -> Piece:
