@@ -197,6 +197,7 @@ def test_user_errors(folder: Path, tmp_path: Path) -> None:
         (lambda: vismt.audit(Features(), folder, img_size=16), "has 6 outputs, .* has 3 classes"),
         (lambda: vismt.audit(nn.Conv2d(3, 4, 3), folder, img_size=16), "Conv2d gives no class scores"),
         (lambda: vismt.evaluate_fewshot({}, folder), "name at least one model"),
+        (lambda: vismt.evaluate_fewshot({"name": "vit", "img_size": 42}, folder), "img_size is 42; give a model"),
         (lambda: vismt.evaluate_fewshot(Features(), Scaled(), **EPISODES, img_size=16), "values from .* needed .0, 1"),
         (lambda: vismt.evaluate_fewshot(Features(), Named(), **EPISODES, img_size=16), "must be a whole number from 0"),
         (lambda: vismt.evaluate_fewshot(Features(), iter([]), img_size=16), "has no length or no index"),

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from vismt import llm, lowrank, metatune, multitask, robustness
     from vismt.api import audit, evaluate_fewshot, meta_tune, train
     from vismt.errors import UserError
-    from vismt.lowrank.inject import merge, unadapt
+    from vismt.lowrank.adapter_choice import adapters_per_sample
+    from vismt.lowrank.inject import merge
+    from vismt.lowrank.named import activate, disabled, remove, unadapt
     from vismt.lowrank.peft_folder import export_peft, import_peft
     from vismt.lowrank.recompute import recompute
     from vismt.lowrank.store import load_adapter, save_adapter
@@ -24,8 +26,11 @@ __version__ = "0.1.0"
 __all__ = [
     "StudyResults",
     "UserError",
+    "activate",
     "adapt",
+    "adapters_per_sample",
     "audit",
+    "disabled",
     "evaluate_fewshot",
     "export_peft",
     "import_peft",
@@ -38,6 +43,7 @@ __all__ = [
     "metatune",
     "multitask",
     "recompute",
+    "remove",
     "robustness",
     "save_adapter",
     "train",
@@ -48,8 +54,11 @@ __all__ = [
 _MODULES = {
     "StudyResults": "study_results",
     "UserError": "errors",
+    "activate": "lowrank.named",
     "adapt": "methods",
+    "adapters_per_sample": "lowrank.adapter_choice",
     "audit": "api",
+    "disabled": "lowrank.named",
     "evaluate_fewshot": "api",
     "export_peft": "lowrank.peft_folder",
     "import_peft": "lowrank.peft_folder",
@@ -58,9 +67,10 @@ _MODULES = {
     "merge": "lowrank.inject",
     "meta_tune": "api",
     "recompute": "lowrank.recompute",
+    "remove": "lowrank.named",
     "save_adapter": "lowrank.store",
     "train": "api",
-    "unadapt": "lowrank.inject",
+    "unadapt": "lowrank.named",
 }
 
 

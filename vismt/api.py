@@ -250,6 +250,11 @@ def _models(model: Any, objects: dict[str, Any], key: str) -> dict[str, dict[str
     several = model if isinstance(model, Mapping) else {None: model}
     arms = {}
     for title, given in several.items():
+        if not isinstance(given, str | Path) and not callable(given):
+            raise UserError(
+                f"model: {title or 'the argument'} is {given!r}; give a model, the name of one, or a mapping from names to "
+                "models."
+            )
         name = str(given) if isinstance(given, str | Path) else name_of(given, objects, title)
         arms[re.sub(r"[^\w.+-]+", "-", title or Path(title_of(name)).name)] = {key: name}
     if len(arms) < len(several) or not arms:

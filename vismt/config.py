@@ -242,6 +242,8 @@ def with_values(config: T, changes: Mapping[str, Any], source: str) -> T:
 def _replaced(node: Any, path: Sequence[str], value: Any, source: str, prefix: str) -> Any:
     """Return a copy of a dataclass or mapping with the value at `path` replaced."""
     name, *rest = path
+    if isinstance(node, list):
+        return _replaced_item(node, path, value, source, prefix)
     if isinstance(node, dict):
         return {**node, name: _replaced(node.get(name, {}), rest, value, source, f"{prefix}{name}.") if rest else value}
     if not dataclasses.is_dataclass(node) or isinstance(node, type):
@@ -254,6 +256,20 @@ def _replaced(node: Any, path: Sequence[str], value: Any, source: str, prefix: s
     if not dataclasses.is_dataclass(value):
         value = getattr(typed({name: value}, type(node), source), name)
     return dataclasses.replace(node, **{name: value})
+
+
+def _replaced_item(items: list[Any], path: Sequence[str], value: Any, source: str, prefix: str) -> list[Any]:
+    """Return a copy of a list of names, or mappings with a name, with an option of the item `path[0]` replaced."""
+    names = [item.get("name") if isinstance(item, dict) else item for item in items]
+    name, *rest = path
+    if name not in names or not rest:
+        known = [item for item in names if isinstance(item, str)]
+        raise UserError(
+            f"{source}: '{prefix}{name}': name one of {', '.join(known) or 'no items'}, and its option.{near(name, known)}"
+        )
+    place = names.index(name)
+    item = items[place] if isinstance(items[place], dict) else {"name": name}
+    return [*items[:place], _replaced(item, rest, value, source, f"{prefix}{name}."), *items[place + 1 :]]
 
 
 def resolved(config: Any) -> dict[str, Any]:

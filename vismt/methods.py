@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from vismt.errors import UserError, require_known
 from vismt.lowrank.layer_spec import AdaptReport
 from vismt.lowrank.linear import LowRankLayer
+from vismt.lowrank.named import beside
 from vismt.lowrank.options import COMMON, checked
 from vismt.lowrank.record import record_of
 from vismt.lowrank.targets import find_targets, matrix_shape, pattern_value
@@ -26,6 +27,7 @@ from vismt.registry import Registry
 
 METHOD_FILES = (
     "vismt.llm.corda",
+    "vismt.llm.hosted",
     "vismt.llm.ilora",
     "vismt.llm.lisa",
     "vismt.llm.lora",
@@ -139,18 +141,20 @@ def list_methods() -> list[str]:
 
 def adapt(
     model: nn.Module,
-    name: str | None = None,
+    method: str | None = None,
     /,
     targets: Any = None,
     rank: int = 8,
     alpha: float | None = None,
     seed: int = 0,
+    name: str = "default",
     **options: Any,
 ) -> AdaptReport:
     """Adapt `model` in place with a published method and freeze the rest: `adapt(model, method, targets, rank, ...)`.
 
-    The method's name is the second argument, by position or as `method=`; a method may have an option `method`
-    (adapt(model, 'pissa', method='randomized')), which is why the name is positional here.
+    The method is the second argument, by position or as `method=`; a method may have an option `method`
+    (adapt(model, 'pissa', method='randomized')), which is why it is positional here. A model may carry several adapters, each
+    with a name; the new one becomes the active one (`activate`).
 
     Args:
         model: any module with linears; changed in place.
@@ -158,27 +162,30 @@ def adapt(
         rank: of each pair of factors.
         alpha: numerator of the scale alpha / rank; None means alpha = rank.
         seed: the start values depend on it and on each module's path alone.
+        name: of the adapter on this model.
         options: see the method's signature.
 
     Returns:
         What was adapted; printing it gives a table.
 
     Raises:
-        UserError: for an unknown method or option, a pattern without a match, and a rank that does not fit.
+        UserError: for an unknown method or option, a pattern without a match, a rank that does not fit, and a name that the
+            model carries already; the model is then unchanged.
     """
-    if name is None:
-        name = options.pop("method", None)
-    method = known_method(name, options)
+    if method is None:
+        method = options.pop("method", None)
+    known = known_method(method, options)
     if not isinstance(seed, int) or seed.bit_length() > 64:
         raise UserError(f"adapt.seed: {seed!r}; it must be a whole number of at most 64 bits.")
-    return method.adapt(model, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)
+    with beside(model, name, "adapt"):
+        return known.adapt(model, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)
 
 
 def known_method(name: Any, options: Collection[str]) -> Method:
     """Return a method by name. Raises UserError for an unknown one, and for options that it does not have."""
-    require_known("adapt: no method", [name], METHODS)
-    require_known(f"adapt: '{name}' has no option", options, METHODS[name].options)
-    return METHODS[name]
+    method = METHODS[name]
+    require_known(f"adapt: '{name}' has no option", options, method.options)
+    return method
 
 
 def check_adaptation(
@@ -193,7 +200,7 @@ def check_adaptation(
     settings = checked({"targets": targets, "rank": rank, "alpha": alpha, **common})
     if not any(issubclass(layer, LowRankLayer) for layer in method.layers):
         return
-    modules, _ = find_targets(model, settings["targets"], settings["exclude"])
+    modules, _ = find_targets(model, settings["targets"], settings["exclude"], packed=True)
     if targets is None:  # the method's own choice, which may leave out small modules
         modules = dict([max(modules.items(), key=lambda item: min(matrix_shape(item[1])))])
     flags = {option: options[option] for option in ("rslora", "clamp_rank", "split_qkv") if option in options}

@@ -31,6 +31,7 @@ class Registry(Mapping[str, T]):
         self._unknown = unknown
         self._files = tuple(files)
         self._items: dict[str, T] = {}
+        self.families: dict[str, Callable[[str], T]] = {}
 
     def register(self, name: str) -> Callable[[Any], Any]:
         """Return a decorator that registers what it decorates as `name`."""
@@ -45,13 +46,23 @@ class Registry(Mapping[str, T]):
         self._items[name] = item
         return item
 
+    def family(self, prefix: str, make: Callable[[str], T]) -> None:
+        """Register objects named "prefix:rest", made by `make(rest)` when one is asked for; iterating leaves them out."""
+        self.families[prefix] = make
+
     def __getitem__(self, name: str) -> T:
         items = self._loaded()
+        prefix, colon, rest = str(name).partition(":")
+        if colon and prefix in self.families:
+            return self.families[prefix](rest)
         require_known(self._unknown, [name], items)
         return items[name]
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name in self._loaded()
+        if not isinstance(name, str):
+            return False
+        prefix, colon, _ = name.partition(":")
+        return name in self._loaded() or (bool(colon) and prefix in self.families)
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._loaded()))
@@ -61,7 +72,8 @@ class Registry(Mapping[str, T]):
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return the object registered as `name`, or `default`."""
-        return self._loaded().get(name, default)
+        known = name in self
+        return self[name] if known else default
 
     def _loaded(self) -> dict[str, T]:
         for path in self._files:

@@ -159,16 +159,39 @@ class Measure:
 
 
 def averaged(measures: Sequence[Measure]) -> Measure:
-    """Return the mean of one measure over several trainings, example by example; bounds are averaged, too."""
+    """Return the mean of one measure over several trainings, example by example.
+
+    Its interval is that of examples and of seeds together: with se_e the standard error of the mean values over the examples
+    (for a measure with bounds, their mean width / 3.92) and se_s that of the scores over the n seeds,
+
+        half = t(0.975, df) sqrt(se_e^2 + se_s^2)       df = (n - 1) (1 + se_e^2 / se_s^2)^2
+
+    which is Welch and Satterthwaite's df with se_e taken as known, as in the interval of one training.
+    """
     first, n = measures[0], len(measures)
     if n == 1:
         return first
-    bounds = None
-    if first.bounds is not None:
-        lows, highs = zip(*(measure.interval() for measure in measures), strict=True)
-        bounds = (math.fsum(lows) / n, math.fsum(highs) / n)
     values = {name: math.fsum(measure.values[name] for measure in measures) / n for name in first.values}
-    return replace(first, values=values, counts=False, bounds=bounds)
+    mean = replace(first, values=values, counts=False, bounds=None)
+    if first.bounds is not None:
+        widths = [high - low for low, high in (measure.interval() for measure in measures)]
+        examples = math.fsum(widths) / n / 2 / 1.96
+    else:
+        examples = mean_interval(list(values.values()))[1] / 1.96
+    scores = [measure.score for measure in measures]
+    seeds = math.sqrt(math.fsum((score - mean.score) ** 2 for score in scores) / (n - 1) / n)
+    half = _combined_half(examples, seeds, n)
+    return replace(mean, bounds=(mean.score - half, mean.score + half))
+
+
+def _combined_half(examples: float, seeds: float, n: int) -> float:
+    """Return the half width of the 95 % interval from the standard errors over examples and over n seeds."""
+    from scipy.stats import t as student
+
+    if seeds <= 1e-6 * examples:
+        return 1.96 * examples
+    freedom = (n - 1) * (1 + (examples / seeds) ** 2) ** 2
+    return float(student.ppf(0.975, freedom)) * math.hypot(examples, seeds)
 
 
 def wilson(correct: int, n: int) -> tuple[float, float]:

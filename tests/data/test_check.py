@@ -15,6 +15,7 @@ from vismt.data.cards import list_cards, load_card
 from vismt.data.check import check, listing, prepare
 from vismt.data.fetching import fetch
 from vismt.data.folder import FolderSource
+from vismt.data.images import open_images
 from vismt.data.manifest import digest, write_manifest
 from vismt.errors import UserError
 
@@ -62,6 +63,36 @@ def test_short_missing_changed_extra(home, paint, recorded):
     text = str(report)
     assert not report.ok and "4 of 5 images found under $VISMT_DATA/pets" in text and "\n" not in text
     assert "short 'train/cat' (1 of 2)" in text and "changed 'test/dog'" in text and "See " in text
+
+
+def test_a_copy_that_states_to_be_a_part(home, recorded):
+    base = home / "data" / "pets"
+    (base / "train" / "cat" / "b.png").unlink()
+    assert not check(recorded).ok
+    (base / "subset.yaml").write_text("train: 2\n")
+    report = check(recorded)
+    assert report.ok and report.images == 4 and str(report).split(": ")[-1].startswith("4 images, 2 classes, no hashes")
+    assert len(open_images(recorded, "train").ids) == 2 and len(open_images(recorded).ids) == 4
+    (base / "subset.yaml").write_text("train: 1\n")  # what is stated is verified
+    with pytest.raises(UserError, match=r"2 of 1 images found .*split 'train'"):
+        open_images(recorded, "train")
+
+
+@pytest.mark.parametrize(
+    ("stated", "words"),
+    [
+        ("trian: 2", "pets/subset.yaml': no split 'trian'. Near: 'train'"),
+        ("train: 4", "train: 4; give the number of images, at least 1 and at most 3."),
+        ("train: 0", "train: 0; give"),
+        ("train: null", "train: None; give"),
+        ("[train]", "subset.yaml'"),
+    ],
+)
+def test_a_statement_that_cannot_be(home, recorded, stated, words):
+    (home / "data" / "pets" / "subset.yaml").write_text(stated)
+    with pytest.raises(UserError) as caught:
+        open_images(recorded)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_same_size_other_bytes_is_changed(home, recorded):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
+from helpers.dense_copies import part_annotation, put
 from scipy.io import savemat
 
 from vismt.data.check import check
@@ -35,13 +35,6 @@ def small(home):
         return folder, home / "data" / card["sources"][0]["root"]
 
     return write
-
-
-def put(path, values):
-    """Write an array by the suffix of `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    values = np.asarray(values)
-    np.save(path, values) if path.suffix == ".npy" else Image.fromarray(values).save(path)
 
 
 def libmtl(base, split, i, label="label"):
@@ -129,19 +122,6 @@ def test_nyud_of_invpt_and_mti(small, suffix):
     (base / "gt_sets" / "val.txt").unlink()
     with pytest.raises(UserError, match=r"the list .*gt_sets/val.txt cannot be read"):
         open_dense(card, "val")
-
-
-def part_annotation(objects):
-    """`anno` as PASCAL-Part stores it: image name, objects of (class name, class, mask, parts of (name, mask))."""
-    objects_array = np.zeros((1, len(objects)), dtype=[(n, "O") for n in ("class", "class_ind", "mask", "parts")])
-    for k, (number, mask, parts) in enumerate(objects):
-        inner = np.zeros((1, len(parts)) if parts else (0, 0), dtype=[("part_name", "O"), ("mask", "O")])
-        for j, (name, where) in enumerate(parts):
-            inner[0, j] = (name, where)
-        objects_array[0, k] = ("x", number, mask, inner)
-    anno = np.zeros((1, 1), dtype=[("imname", "O"), ("objects", "O")])
-    anno[0, 0] = ("a", objects_array)
-    return {"anno": anno}
 
 
 def test_pascal_context_of_astmt(small):

@@ -9,6 +9,7 @@ import torch
 from helpers.own_images import Pictures
 
 from vismt.data.images import open_images
+from vismt.data.names import card_and_split
 from vismt.data.pixels import Pixels
 from vismt.data.texts import open_texts
 from vismt.errors import UserError
@@ -127,3 +128,20 @@ def test_hugging_face_data_sets_and_their_folders(tmp_path) -> None:
     texts.save_to_disk(tmp_path / "texts")
     assert open_texts(tmp_path / "texts").rows == opened(texts, door=open_texts).rows == [*texts]
     assert open_texts(tmp_path / "texts").rows == opened(texts.to_pandas(), door=open_texts).rows
+
+
+def test_a_data_set_of_the_hub_is_opened_by_name(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("datasets.arrow_dataset")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "owner" / "films"  # a folder of the name stands for the hub's repository
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (folder / "test.jsonl").write_text('{"text": "c"}\n')
+    monkeypatch.chdir(tmp_path)
+    assert [row["text"] for row in open_texts("hf/owner/films", "train").rows] == ["a", "b"]
+    assert [row["text"] for row in open_texts(*card_and_split("hf/owner/films:test")).rows] == ["c"]
+    with pytest.raises(UserError, match=r"'hf/owner/films': no split 'trian'\. Near: 'train'"):
+        open_texts("hf/owner/films", "trian")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=r"data 'hf/owner/missing': the hub's data set cannot be loaded: "):
+        open_texts("hf/owner/missing", "train")

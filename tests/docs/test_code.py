@@ -114,7 +114,10 @@ def test_the_own_method_is_what_its_page_says(tiny_models, capsys) -> None:
 
 
 def test_combined_adapters_are_the_weighted_sum(tiny_models, tmp_path) -> None:
-    model = run("docs/methods/index.md", ("    ...  ", "    shake(model)  "), shake=shake)["model"]
+    scope = run("docs/methods/index.md", ("    ...  ", "    shake(model)  "), shake=shake)
+    model = scope["model"]
+    assert torch.allclose(scope["logits"][2], model(scope["batch"])[2], atol=1e-5)
+    assert torch.allclose(scope["logits"][1], scope["base"][1], atol=1e-5)
     assert (tmp_path / "both" / "adapter_config.json").exists() and model.vismt_record.method == "lora"
     flowers = vismt.merge(vismt.load_adapter(tiny_vit(), "flowers")).state_dict()
     birds = vismt.merge(vismt.load_adapter(tiny_vit(), "birds")).state_dict()

@@ -74,6 +74,7 @@ def test_missing_files(arguments: list[str], message: str, tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())  # no run folder is left
 
 
 def test_exit_codes_of_data_check(tmp_path: Path, monkeypatch, capsys) -> None:

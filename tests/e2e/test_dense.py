@@ -342,8 +342,14 @@ def test_a_canvas_larger_than_the_trained_size(tmp_path: Path) -> None:
     job = DenseJob(load_config(path, []), tmp_path, "hash")
     assert job.batches(job.config)(0)["image"].shape == (3, 3, 32, 48) and job.data.size == (64, 80)
     values_of: dict[str, dict[str, float]] = {arm: {} for arm in arms}
-    for mode, flip in (("slide", False), ("whole", False), ("whole", True)):
-        words = [f"evaluate.mode={mode}", f"evaluate.flip={str(flip).lower()}"]
+    views = (
+        ("slide", False, "[1.0]"),
+        ("whole", False, "[1.0]"),
+        ("whole", True, "[1.0]"),
+        ("whole", False, "[0.5, 1.5]"),
+    )
+    for mode, flip, scales in views:
+        words = [f"evaluate.mode={mode}", f"evaluate.flip={str(flip).lower()}", f"evaluate.scales={scales}"]
         assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet", *words]) == 0
         folder = max((tmp_path / "runs").iterdir(), key=lambda path: path.stat().st_mtime)
         for row in read_results(folder / "results.jsonl"):
@@ -354,10 +360,11 @@ def test_a_canvas_larger_than_the_trained_size(tmp_path: Path) -> None:
             "test images at 64 x 80, windows of 32 x 48 that share 0.5",
             "test images at 64 x 80",
             "test images at 64 x 80, mean with the mirrored image",
+            "test images at 64 x 80, mean over scales 0.5, 1.5",
         ]
-        assert len(set(values.values())) == 3
+        assert len(set(values.values())) == 4
         heads = [path.read_bytes() for path in (tmp_path / "runs").glob(f"*/arms/{arm}/**/heads.safetensors")]
-        assert len(heads) == 3 and len(set(heads)) == 1  # evaluation has no part in training
+        assert len(heads) == 4 and len(set(heads)) == 1  # evaluation has no part in training
 
 
 def test_every_adapter_trains_dense_tasks_and_merges(tmp_path: Path, capsys) -> None:
@@ -496,6 +503,7 @@ def test_shipped_configurations_are_sound() -> None:
         ({"canvas": [64]}, "canvas: [64]"),
         ({"evaluate": {"mode": "slid"}}, "evaluate.mode: 'slid'"),
         ({"evaluate": {"overlap": 1.0}}, "overlap: 1.0"),
+        ({"evaluate": {"scales": [0.0, 1.0]}}, "scales: [0.0, 1.0]; name factors"),
         ({"augment": {"scales": [2.0, 0.5]}}, "augment.scales: [2.0, 0.5]"),
         ({"augment": {"hue": 0.9}}, "augment.hue: 0.9"),
         ({"evaluate": {"split": "train"}}, "evaluate.split: 'train'"),
@@ -513,6 +521,16 @@ def test_shipped_configurations_are_sound() -> None:
         ),
         ({"data": {**SMALL["data"], "limit": 0}}, "data.limit: 0"),
         ({"arms": {"a": {"tasks": []}}}, "must be the same for all arms"),
+        ({"arms": {"a": {"tasks.edge.max_dist": 0.1}}}, "arms.a: tasks.edge.max_dist must be the same for all arms"),
+        (
+            {"arms": {"a": {"tasks.edge.positive_wieght": 0.9}}},
+            "leave it out. Near: 'tasks.edge.positive_weight'",
+        ),
+        (
+            {"arms": {"a": {"only.dept.x": 1}}, "only": ["depth"]},
+            "arms.a: 'only.dept': name one of depth, and its option. Near: 'depth'",
+        ),
+        ({"arms": {"a": {"tasks.edge.positive_weight": 2}}}, "edge: positive_weight 2"),
         ({"arms": {"a": {"size": [16, 16]}}}, "must be the same for all arms"),
         ({"arms": {"a": {"canvas": [64, 64]}}}, "must be the same for all arms"),
         ({"arms": {"a": {"only": ["x"]}}}, "only: no task 'x'"),

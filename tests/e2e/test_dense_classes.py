@@ -291,6 +291,31 @@ def test_training_labels_are_counted_where_a_loss_needs_them(room: Path, tmp_pat
         plain.class_counts(plain.tasks["semseg"])
 
 
+def test_arms_that_differ_in_their_losses_alone(room: Path, tmp_path: Path) -> None:
+    """Each arm trains with its own loss, and all are scored by the same metric."""
+    arms = {
+        "plain": {},
+        "sqrt": {"tasks.semseg.class_weights": "sqrt", "tasks.semseg.loss_weight": 2.0},
+        "tau": {"tasks.semseg.logit_adjustment": 1.0, "tasks.classify.label_smoothing": 0.1},
+    }
+    path = write(tmp_path, **on_room(room, arms=arms, adapt=None, fade=None))
+    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
+    folder = next((tmp_path / "runs").iterdir())
+    job = open_run(folder).job
+    tasks = {
+        arm: job.objective(config, job.fresh(config), []).tasks["semseg"] for arm, config in job.study.arms.items()
+    }
+    assert [task.class_weights for task in tasks.values()] == [None, "sqrt", None]
+    assert tasks["plain"].class_counts is None and tasks["sqrt"].class_counts == tasks["tau"].class_counts
+    first = {
+        arm: read_lines(job.study.trainings(arm)[0].folder / "metrics.jsonl")[0] for arm in arms
+    }  # of equal nets on equal images
+    assert len({lines["semseg"] for lines in first.values()}) == 3
+    assert first["plain"]["classify"] == first["sqrt"]["classify"] != first["tau"]["classify"]
+    assert first["sqrt"]["loss"] == pytest.approx(2 * first["sqrt"]["semseg"] + first["sqrt"]["classify"])
+    assert len({(row.metric, row.n) for row in read_results(folder / "results.jsonl") if row.task == "semseg"}) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

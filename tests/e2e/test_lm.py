@@ -203,6 +203,28 @@ def test_an_arm_on_quantised_weights_leaves_the_others_alone(home, tmp_path: Pat
         assert (job.models.stock()(ids).logits - wanted).abs().max() > 1e-2 * wanted.abs().max()
 
 
+def test_a_hosted_arm_is_compared_merged_and_exported(home, tmp_path: Path) -> None:
+    oft = {"adapt.method": "peft:oft", "adapt.options": {"oft_block_size": 4}}
+    path = write(tmp_path, settings(home, arms={"lora": {}, "oft": oft}))
+    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
+    run = next((tmp_path / "runs").iterdir())
+    assert {row.arm for row in read_results(run / "results.jsonl")} == {"frozen", "lora", "oft"}
+    net = (job := open_run(run).job).loaded(job.study.find("oft"))
+    assert "0" not in {path.split(".")[2] for path in adapter_layers(net.lm)}  # first_block is 1
+    ids = torch.arange(40, 60)[None]
+    with torch.no_grad():
+        expected = net.lm(ids).logits
+    for command in (["merge"], ["export", "--format", "peft"]):
+        assert main([command[0], str(run), *command[1:], "--arm", "oft", "--quiet"]) == 0
+    merged = transformers.AutoModelForCausalLM.from_pretrained(next(run.glob("merged-oft-*")))
+    peft = pytest.importorskip("peft")
+    stock = transformers.AutoModelForCausalLM.from_pretrained(home["lm"])
+    theirs = peft.PeftModel.from_pretrained(stock, str(next(run.glob("export-peft-oft-*"))))
+    with torch.no_grad():
+        assert torch.equal(theirs.eval()(ids).logits, expected)
+        assert (merged.eval()(ids).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def test_blocks_below_the_first_are_not_adapted(study: Path) -> None:
     job = open_run(study).job
     net = job.loaded(job.study.find("lora:1"))

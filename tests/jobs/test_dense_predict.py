@@ -35,7 +35,7 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         lambda figure, x, y, text, **how: calls["texts"].append(text) or written(figure, x, y, text, **how),
     )
 
-    def predicted(net, tasks, images, *, overlap, flip):
+    def predicted(net, tasks, images, *, overlap, flip, scales):
         calls["flip"].append(flip)
         return {name: torch.full((1, task.channels, *images.shape[-2:]), 2.0) for name, task in tasks.items()}
 

@@ -21,8 +21,7 @@ import vismt
 from vismt.errors import UserError
 from vismt.llm import gate_of, instance_gates, recompute_gates
 from vismt.lowrank.inject import adapter_layers
-from vismt.lowrank.instance_gates import _current, _traced
-from vismt.lowrank.linear import LowRankConv2d, LowRankLinear
+from vismt.lowrank.linear import LowRankConv, LowRankLinear
 
 KINDS = (*LMS, "vit")
 WIDTH = 6
@@ -187,7 +186,7 @@ def test_i2_a_batch_is_its_samples_one_by_one(kind: str) -> None:
 def test_i2_convolution_and_dropout() -> None:
     torch.manual_seed(0)
     base = nn.Conv2d(2, 4, 3, padding=1).double()
-    conv = LowRankConv2d(base, 2, 1.5, experts=2)
+    conv = LowRankConv(base, 2, 1.5, experts=2)
     with torch.no_grad():
         conv.lora_A.normal_(), conv.lora_B.normal_()
     x, gates = torch.randn(2, 2, 4, 4, dtype=torch.float64), some_gates(2)
@@ -505,10 +504,10 @@ def test_nothing_is_left_behind_and_blocks_nest() -> None:
     outer, inner = instance_gates(some_gates(3)), instance_gates(some_gates(2))
     with outer:
         with pytest.raises(ZeroDivisionError), inner:
-            assert _current.get() is inner is _traced.scope
+            assert instance_gates._current.get() is inner is instance_gates._traced.scope
             raise ZeroDivisionError
-        assert _current.get() is outer is _traced.scope
-    assert _current.get() is None and _traced.scope is None
+        assert instance_gates._current.get() is outer is instance_gates._traced.scope
+    assert instance_gates._current.get() is None and instance_gates._traced.scope is None
 
 
 def test_threads_and_tasks_see_their_own_gates() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,12 @@ import timm
 import torch
 from helpers.language_models import LMS, tiny_lm, tokens
 from helpers.tiny import images, shake, tiny_vit
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import vismt
+from vismt.lowrank import erased_by_rounding
+from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.wrappers import stock_order
 
 transformers = pytest.importorskip("transformers")
 
@@ -61,3 +65,59 @@ def test_timm_loads_a_merged_file(method: str, tmp_path: Path) -> None:
         checkpoint_path=str(tmp_path / "model.safetensors"),
     ).eval()
     assert torch.equal(again(images()), model(images())) and not torch.equal(again(images()), tiny_vit()(images()))
+
+
+@pytest.mark.parametrize("options", [{"rank_pattern": {"down_proj": 5}}, {"clamp_rank": True, "rank": 40}])
+def test_a_uniform_export_has_one_rank_and_the_scale_of_every_reader(options: dict, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_lm("llama")
+    vismt.adapt(model, "lora", **{"rank": 2, "alpha": 3, **options})
+    with torch.no_grad():
+        expected = shake(model)(tokens()).logits
+    for uniform in (True, False):
+        folder = vismt.export_peft(model, tmp_path / str(uniform), uniform=uniform)
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+        pairs = {key.removesuffix(".lora_A.weight"): len(value) for key, value in tensors.items() if "lora_A" in key}
+        assert (set(pairs.values()) == {settings["r"]}) == uniform and (settings["rank_pattern"] == {}) == uniform
+        # What llama.cpp computes: alpha / the rank of the tensor, whatever the patterns are.
+        right = []
+        for path, rank in pairs.items():
+            A, B = tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"]
+            update = model.get_submodule(path.removeprefix("base_model.model.")).low_rank().delta()
+            right.append(torch.allclose(settings["lora_alpha"] / rank * B @ A, update, atol=1e-6))
+        assert all(right) == uniform
+        theirs = peft.PeftModel.from_pretrained(tiny_lm("llama"), str(folder)).eval()
+        with torch.no_grad():
+            assert torch.allclose(theirs(tokens()).logits, expected, atol=1e-5)
+    with pytest.raises(vismt.UserError, match="'peft:miss' has a format of peft's own, without compact, uniform"):
+        hosted = tiny_lm("llama")
+        vismt.adapt(hosted, "peft:miss", rank=2)
+        vismt.export_peft(hosted, tmp_path / "other", uniform=True)
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "s2ft"])
+def test_what_rounding_erases_is_what_the_merged_weights_lack(method: str) -> None:
+    model = tiny_lm("llama").to(torch.bfloat16)
+    vismt.adapt(model, method, **({"ratio": 0.25} if method == "s2ft" else {"rank": 2}))
+    shake(model, 0.01)
+    layers = adapter_layers(model)
+    with stock_order(model):
+        stock = {path: layer.weight.detach().float().clone() for path, layer in layers.items()}
+        updates = {path: layer.low_rank().delta() for path, layer in layers.items()}
+    erased = erased_by_rounding(model)
+    vismt.merge(model)
+    gained = {path: model.get_submodule(path).weight.detach().float() - stock[path] for path in stock}
+    lost = sum(float((gained[path] - updates[path]).square().sum()) for path in stock)
+    assert erased == pytest.approx((lost / sum(float(u.square().sum()) for u in updates.values())) ** 0.5, rel=0.02)
+    assert 0.01 < erased < 1
+
+
+def test_a_small_update_of_large_weights_is_erased_whole() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4)).to(torch.bfloat16)
+    torch.nn.init.constant_(model[0].weight, 1.0)
+    vismt.adapt(model, "lora", rank=1)
+    torch.nn.init.constant_(model[0].lora_A, 1.0)
+    torch.nn.init.constant_(model[0].lora_B, 2.0**-10)  # the spacing above 1 is 2^-7
+    assert erased_by_rounding(model) == 1.0
+    assert erased_by_rounding(model.float()) is None

@@ -186,7 +186,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "alora": (lambda c, t: c.update(alora_invocation_tokens=[1]), "'alora_invocation_tokens' is set"),
     "a variant to come": (lambda c, t: c.update(use_nova=True), "'use_nova' is set"),
     "bias": (lambda c, t: c.update(bias="some"), "bias 'some'; it must be one of none, all, lora_only"),
-    "an embedding": (lambda c, t: t.update({"base_model.model.wte.lora_embedding_A": torch.zeros(2, 40)}), "variant"),
+    "an embedding": (
+        lambda c, t: t.update({"base_model.model.wte.lora_embedding_A": torch.zeros(2, 40)}),
+        "not its partner",
+    ),
     "a magnitude": (lambda c, t: t.update({Q.format("magnitude_vector"): torch.zeros(32)}), "variant"),
 }
 

@@ -215,3 +215,25 @@ def test_whole_modules_whose_names_are_endings(tmp_path: Path) -> None:
     vismt.adapt(model, "lora", ["inner.fc"], rank=2, also_train=["^fc$"])
     with pytest.raises(UserError, match=r"peft cannot save 'fc' whole and adapt 'inner\.fc'"):
         vismt.export_peft(model, tmp_path)
+
+
+def test_rates_are_lora_plus() -> None:
+    """LoRA+ (arXiv 2402.12354) is another rate for B, which train.rates gives: the groups of peft's own optimiser."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    from vismt.config import TrainConfig
+    from vismt.engine.optimizer import make_optimizer
+
+    model = tiny_lm("llama")
+    vismt.adapt(model, "lora", ["q_proj"], rank=2)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    ours = make_optimizer(trained, TrainConfig(lr=1e-3, rates={"lora_B": 16}, weight_decay=0.01))
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    theirs = peft.get_peft_model(tiny_lm("llama"), config)
+    other = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
+
+    def rates(optimizer: torch.optim.Optimizer, named: nn.Module) -> dict[str, float]:
+        of = {id(p): name.replace("base_model.model.", "").split(".default")[0] for name, p in named.named_parameters()}
+        return {of[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+
+    assert rates(ours, model) == rates(other, theirs) and set(rates(ours, model).values()) == {1e-3, 16e-3}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ pytest.importorskip("tokenizers")
 from helpers.lm_parts import tiny_lm, tokenizer
 
 from vismt.errors import UserError
+from vismt.jobs.lm.config import LmTaskConfig, task_of
+from vismt.llm import net as net_file
 from vismt.llm.heads import LinearAnswerHead, check_laplace, laplace_head, log_predictive, make_head
 from vismt.llm.net import LmNet, check_logits
 from vismt.llm.tasks import make_task
@@ -113,6 +116,48 @@ def test_packing_keeps_every_label_but_those_that_another_document_would_predict
         5,
     ]
     assert sum(part.counted for part in pack(PIECES, 16)) == sum(part.counted for part in PIECES)
+
+
+def test_a_chat_template_writes_the_turns_around_the_prompt():
+    words = tokenizer()
+    with pytest.raises(UserError, match="tasks: chat: the tokenizer has no chat template"):
+        chat_task().encode("a", {"text": "green", "more": " green"}, words)
+    words.chat_template = (
+        "{% for m in messages %}<s>{{ m.role[0] }} {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>a{% endif %}"
+    )
+    item = chat_task().encode("a", {"text": "green", "more": " green"}, words)
+    part = item.pieces[0]
+    context = [token for token, label in zip(part.ids, part.labels) if label == IGNORE]
+    assert words.decode(context) == "<s>u green!</s><s>a"
+    assert [label for label in part.labels if label != IGNORE] == [
+        *words(" green", add_special_tokens=False)["input_ids"],
+        words.eos_token_id,
+    ]
+
+
+def chat_task() -> Any:
+    section = LmTaskConfig(name="a", kind="causal", prompt="{text}!", chat=True, options={"answer": "{more}"})
+    return task_of(section)
+
+
+def test_logits_of_a_training_step_are_computed_in_chunks_with_equal_gradients(monkeypatch):
+    lm = tiny_lm("llama")
+    net = LmNet(lm)
+    ids = torch.randint(3, 40, (4, 9), generator=torch.Generator().manual_seed(0))
+    batch = collate([Piece(tuple(row), tuple(row)) for row in ids.tolist()])
+    weight, seen = lm.get_output_embeddings().weight, []
+    handle = lm.get_output_embeddings().register_forward_hook(lambda module, inputs, out: seen.append(len(out)))
+    gradients = []
+    for at_once in (5, 1024):
+        monkeypatch.setattr(net_file, "TRAINED_AT_ONCE", at_once)
+        loss = net.token_nll(batch)[0].sum()
+        gradients.append((loss.detach(), *torch.autograd.grad(loss, [weight, *list(lm.parameters())[2:4]])))
+    handle.remove()
+    assert (
+        max(seen[:-1]) == 5 and seen[-1] == 32 and sum(seen) == 3 * 32
+    )  # each chunk a second time in its backward pass
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients))
 
 
 def test_positions_begin_anew_and_attention_stays_within_a_document():

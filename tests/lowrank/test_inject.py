@@ -122,8 +122,6 @@ def test_refused_modules_are_named_or_left_out_with_a_reason() -> None:
     report = vismt.adapt(model, "lora", rank=2)
     assert [spec.path for spec in report.sites] == ["ok"]
     assert any("MultiheadAttention" in text for text in report.skipped) and "left out" in str(report)
-    with pytest.raises(UserError, match="grouped convolution"):
-        vismt.adapt(nn.ModuleDict({"grouped": nn.Conv2d(4, 4, 3, groups=2)}), "lora", ["grouped"])
     tied = nn.ModuleDict({"embed": nn.Embedding(6, 4), "out": nn.Linear(4, 6, bias=False)})
     tied["out"].weight = tied["embed"].weight
     with pytest.raises(UserError, match=r"shares its weight with 'embed\.weight'"):
@@ -227,3 +225,21 @@ def test_target_in_llama_and_the_head_left_out() -> None:
         and len(report.sites) == 14
     )
     assert torch.allclose(model(tokens).logits, before, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa"])
+def test_a_model_adapted_on_the_meta_device_gets_its_start_after_its_weights(method: str) -> None:
+    expected = tiny_vit()
+    vismt.adapt(expected, method, rank=2, split_qkv=True, seed=4)
+    with torch.device("meta"):
+        model = tiny_vit()
+    vismt.adapt(model, method, rank=2, split_qkv=True, seed=4)
+    with pytest.raises(UserError, match="fill_starts: the model lies on the meta device"):
+        vismt.lowrank.fill_starts(model)
+    model.to_empty(device="cpu")
+    model.load_state_dict(tiny_vit().state_dict(), strict=False)
+    vismt.lowrank.fill_starts(model)
+    state, other = model.state_dict(), expected.state_dict()
+    assert list(state) == list(other) and all(torch.equal(state[name], other[name]) for name in state)
+    with pytest.raises(UserError, match="fill_starts: the model was adapted with values"):
+        vismt.lowrank.fill_starts(expected)

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.tiny import images, tiny_vit
 from hypothesis import given
 from hypothesis import strategies as st
@@ -116,6 +117,38 @@ def test_a_smaller_image_is_padded_with_the_grey_of_training_and_cut_again(net: 
     for name, value in predict(net, TASKS, x).items():
         assert value.shape[-2:] == (10, 24)
         assert torch.equal(value, resize_logits(net(padded)[name], (16, 24))[:, :, :10])
+
+
+def test_scales_are_averaged_in_the_unit_of_the_image(net: DenseNet) -> None:
+    x = images(1, 24)[:, :, :16]
+    enlarged = F.interpolate(x, size=(24, 36), mode="bilinear", antialias=True)
+    own = predict(net, TASKS, x, flip=True)
+    large = predict(net, TASKS, enlarged, flip=True)  # by windows
+    both = predict(net, TASKS, x, flip=True, scales=[1.0, 1.5])
+    for name, value in both.items():
+        back = F.interpolate(large[name], size=(16, 24), mode="bilinear", antialias=True)
+        if name == "normals":  # directions, of whatever length the head gives them
+            first, second = (F.normalize(view, dim=1) for view in (own[name], large[name]))
+            second = F.interpolate(second, size=(16, 24), mode="bilinear", antialias=True)
+        else:
+            first, second = own[name], 1.5 * back if name == "depth" else back
+        assert torch.allclose(value, (first + second) / 2, atol=1e-5), name
+    assert torch.equal(predict(net, TASKS, x, scales=[1.0])["depth"], predict(net, TASKS, x)["depth"])
+    smaller = predict(net, TASKS, x, scales=[0.5])["semseg"]  # padded to the net's size and cut again
+    assert smaller.shape == (1, 4, 16, 24) and smaller.isfinite().all()
+    logits = predict(
+        DenseNet(net.backbone, {"classify": make_pooled_head([32], 5, seed=0)}, [1]),
+        {"classify": CLASSIFY},
+        x,
+        scales=[2, 1],
+    )
+    assert logits["classify"].shape == (1, 5)
+
+
+@pytest.mark.parametrize("scales", [[], [0.0], [1.0, 1.0], [9.0], [True], [-1.0, 1.0]])
+def test_scales_that_are_not_different_factors_are_refused(net: DenseNet, scales: list) -> None:
+    with pytest.raises(UserError, match=r"scales: \[.*each once; \[1.0\] takes"):
+        predict(net, TASKS, images(1, 24)[:, :, :16], scales=scales)
 
 
 @pytest.mark.parametrize("overlap", [-0.1, 1, 1.5, True, "half"])

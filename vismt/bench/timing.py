@@ -36,6 +36,8 @@ class Comparison:
 
     def __str__(self) -> str:
         aim = "" if self.target is None else f", target at most {self.target:.2f}"
+        if self.target is not None and self.least:
+            aim = f", target {self.least:.2f} to {self.target:.2f}"
         return f"{self.what} of {self.name} / {self.base}: {self.ratio:.3f} ({self.low:.3f}..{self.high:.3f}){aim}"
 
 

@@ -24,6 +24,7 @@ BENCHES = (
     "fewshot",
     "study",
     "multitask",
+    "serve",
 )  # vismt/bench has a file of the name for each
 
 
@@ -32,7 +33,7 @@ def add_commands(commands: Commands) -> None:
     parser = commands.add(
         "bench",
         _bench,
-        "time the core, its starts, AMT, EMTAL, attacks, few-shot evaluation, workers and balancing, or account for memory",
+        "time the core, its starts, AMT, EMTAL, attacks, few-shot episodes, workers, balancing, mixed batches, or count memory",
     )
     parser.add_argument("what", choices=BENCHES)
     parser.add_argument(
@@ -40,6 +41,9 @@ def add_commands(commands: Commands) -> None:
     )
     parser.add_argument("--device", default="cpu", help="torch device (cpu)")
     parser.add_argument("--model", help="for memory: the name of a language model (a random Llama)")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="for memory: predict a training step of a dense configuration"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
 
 
@@ -52,21 +56,34 @@ def _bench(options: argparse.Namespace) -> None:
         raise UserError(
             f"bench: --model applies to 'memory' only, and '{options.what}' has fixed models; leave it out."
         )
+    if options.config is not None and (options.what != "memory" or options.model is not None):
+        raise UserError(
+            f"bench: --config {options.config} is for `vismt bench memory` without --model; leave one of them out."
+        )
     if options.json is not None and not options.json.parent.is_dir():
         raise UserError(
             f"bench: --json {options.json}: the folder {options.json.parent} does not exist; make it first."
         )
-    more = [options.model] if options.what == "memory" else []
-    results = importlib.import_module(f"vismt.bench.{options.what}").run(options.rounds, options.device, *more)
+    results = _results(options)
     for result in results:
         console.block(str(result))
     if options.json is not None:
-        content = report(options.what, options.rounds, options.device, options.model, results)
+        content = report(options, results)
         atomic_write(options.json, json.dumps(content, indent=1) + "\n")
         console.stage("bench", f"written to {options.json}")
 
 
-def report(what: str, rounds: int, device: str, model: str | None, results: list[Any]) -> dict[str, Any]:
+def _results(options: argparse.Namespace) -> list[Any]:
+    if options.config is not None:
+        from vismt.bench import config_memory
+        from vismt.config import find_config
+
+        return config_memory.run(find_config(str(options.config)), options.device)
+    more = [options.model] if options.what == "memory" else []
+    return importlib.import_module(f"vismt.bench.{options.what}").run(options.rounds, options.device, *more)
+
+
+def report(options: argparse.Namespace, results: list[Any]) -> dict[str, Any]:
     """Return the content of a JSON file of results: the fields of each, its comparisons, and its table as "text".
 
     A timing has the seconds of each round and "ratios": {candidate: {base: [median, smallest, largest]}}.
@@ -96,11 +113,13 @@ def report(what: str, rounds: int, device: str, model: str | None, results: list
         }
         for result in results
     ]
+    named = {"rounds": options.rounds, "device": options.device, "model": options.model, "config": options.config}
+    flags = "".join(f" --{name} {value}" for name, value in named.items() if value is not None)
     return {
-        "bench": what,
-        "rounds": rounds,
-        "device": device,
-        "command": f"vismt bench {what} --rounds {rounds} --device {device}" + (f" --model {model}" if model else ""),
+        "bench": options.what,
+        "rounds": options.rounds,
+        "device": options.device,
+        "command": f"vismt bench {options.what}{flags}",
         "date": datetime.date.today().isoformat(),
         "hardware": runtime.hardware(),
         "versions": runtime.versions(),

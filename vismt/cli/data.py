@@ -126,6 +126,8 @@ def _list_methods() -> None:
         console.stage(
             "", f"{'':<10}{'; '.join(text for text, able in abilities.items() if able) or 'neither merges nor exports'}"
         )
+    for prefix, make in METHODS.families.items():
+        console.stage("method", f"{prefix + ':...':<10}{(make.__doc__ or '').strip().splitlines()[0]}")
 
 
 def _jobs() -> Iterable[str]:

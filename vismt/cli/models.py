@@ -45,6 +45,9 @@ def add_commands(commands: Commands) -> None:
     export.add_argument("run", type=Path, help="a run folder")
     export.add_argument("--format", default="timm", help="timm, transformers or peft (timm)")
     export.add_argument("--to", type=Path, help="target folder (RUN/export-FORMAT-ARM-seed-SEED)")
+    export.add_argument(
+        "--uniform", action="store_true", help="of peft: pad to one rank, for servers that read one (llama.cpp)"
+    )
     _add_arm(export)
 
 
@@ -80,7 +83,7 @@ def _merge(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     with _open(options).owned() as run:
-        console.stage("export", str(run.export(options.format, options.to, _arm(options))))
+        console.stage("export", str(run.export(options.format, options.to, _arm(options), uniform=options.uniform)))
 
 
 def _predict(options: argparse.Namespace) -> None:

@@ -44,6 +44,11 @@ def row_name(entry: str) -> str:
     return name if split == "all" else f"{name}:{split}"
 
 
+def shown_name(entry: str) -> str:
+    """Return the name of an entry in rows of results and in names of files, without ':' and '/'."""
+    return row_name(entry).replace(":", "-").replace("/", "-")
+
+
 def check_row_names(entries: Iterable[str], key: str) -> None:
     """Raise UserError where two different entries have one name in rows of results; key: of the entries."""
     seen: dict[str, str] = {}

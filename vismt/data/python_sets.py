@@ -1,7 +1,7 @@
 """Sets given as Python objects: torch and torchvision data sets, Hugging Face data sets, tables of pandas.
 
 An object is opened where an entry of a configuration has its name (vismt/objects.py); a folder that Hugging Face's
-`save_to_disk` wrote is opened as its object.
+`save_to_disk` wrote is opened as its object, and hf/owner/name as the data set of the hub, its split after a colon.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from vismt.data.decode import decoding, to_rgb
 from vismt.data.image_source import LoadedImages
 from vismt.errors import UserError, near
 from vismt.objects import held, title_of
+from vismt.wheels import one_line
 
+HUB = "hf/"  # start of the name of a data set on the hub
 SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` writes
 IMAGES = ("image", "img", "images", "pixel_values")
 LABELS = ("label", "labels", "class", "target", "fine_label", "category")
@@ -32,7 +34,9 @@ LABELS = ("label", "labels", "class", "target", "fine_label", "category")
 def python_object(card: str, split: str) -> Any:
     """Return the object that an entry of a configuration names, or that `save_to_disk` wrote; None for any other card."""
     given = held(card)
-    if given is None and any((Path(card) / name).is_file() for name in SAVED):
+    if given is None and card.startswith(HUB):
+        given = _from_hub(card.removeprefix(HUB))
+    elif given is None and any((Path(card) / name).is_file() for name in SAVED):
         given = _from_disk(card)
     if isinstance(given, Mapping):  # a DatasetDict
         if split not in given:
@@ -42,14 +46,26 @@ def python_object(card: str, split: str) -> Any:
 
 
 def _from_disk(folder: str) -> Any:
+    return _function("load_from_disk", folder)(folder)
+
+
+def _from_hub(name: str) -> Any:
+    """Return a data set of the hub with all its splits. Code in its repository is never run."""
+    load = _function("load_dataset", f"{HUB}{name}")
+    try:
+        return load(name)
+    except Exception as error:  # of the builders: no network, no access, unknown formats, several configurations
+        raise UserError(f"data '{HUB}{name}': the hub's data set cannot be loaded: {one_line(str(error))}") from error
+
+
+def _function(name: str, card: str) -> Any:
     try:
         # Not an import statement: in a checkout its folder datasets/ would be found, which lacks the name.
-        load_from_disk = importlib.import_module("datasets").load_from_disk
+        return getattr(importlib.import_module("datasets"), name)
     except (ImportError, AttributeError) as error:
         raise UserError(
-            f"data '{folder}': needs the package datasets, which is not installed: pip install datasets."
+            f"data '{card}': needs the package datasets, which is not installed: pip install datasets."
         ) from error
-    return load_from_disk(folder)
 
 
 def images_of(given: Any, title: str) -> LoadedImages:

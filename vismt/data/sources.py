@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vismt.data.manifest import read_manifest
@@ -10,6 +11,9 @@ from vismt.data.names import CARDS
 from vismt.data.source_types import PACKAGES, Card, DataSource, S
 from vismt.errors import UserError, near
 from vismt.paths import cache_root, data_roots
+from vismt.typed_yaml import read_yaml
+
+SUBSET = "subset.yaml"  # in the folder of a copy: {split: number of examples} of a copy that is meant to be a part of the set
 
 
 def sources_for(card: Card, family: type[S], split: str) -> list[S]:
@@ -26,7 +30,24 @@ def sources_for(card: Card, family: type[S], split: str) -> list[S]:
 def first_copy(card: Card, sources: Sequence[S], root: Path | None = None) -> tuple[S, Path] | None:
     """Return the first of the sources that has a copy on this machine, with the copy's folder, or None."""
     copies = ((source, place(card, source, root)) for source in sources)
-    return next(((source, base) for source, base in copies if base is not None), None)
+    return next(((_as_stated(card, source, base), base) for source, base in copies if base is not None), None)
+
+
+def _as_stated(card: Card, source: S, base: Path) -> S:
+    """Return a source with the counts that its copy states to hold in subset.yaml, without hashes; others unchanged."""
+    path = base / SUBSET
+    if not path.is_file():
+        return source
+    where = f"{card.shown}: '{shown_path(path)}'"
+    stated = read_yaml(path, where)
+    for split, count in stated.items():
+        if split not in source.splits:
+            raise UserError(f"{where}: no split '{split}'.{near(str(split), source.splits)}")
+        whole = source.splits[split]
+        if type(count) is not int or not 1 <= count <= (count if whole is None else whole):
+            most = "" if whole is None else f" and at most {whole:,}"
+            raise UserError(f"{where}: {split}: {count!r}; give the number of {source.unit}, at least 1{most}.")
+    return replace(source, splits={**source.splits, **stated}, manifest=None)
 
 
 def place(card: Card, source: DataSource, root: Path | None = None) -> Path | None:

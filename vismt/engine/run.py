@@ -157,19 +157,21 @@ class Run:
         model = self.job.merged(arm)
         return self._write(model, self._target("merged", None, arm), arm)
 
-    def export(self, form: str, target: Path | None, arm: str | None = None) -> Path:
+    def export(self, form: str, target: Path | None, arm: str | None = None, *, uniform: bool = False) -> Path:
         """Write one arm as timm (model.safetensors, config.json), transformers (save_pretrained) or peft (adapter folder).
 
         target: by default export-FORMAT-ARM-seed-SEED in the run folder. Raises UserError for another format, one that does not
-        fit the model, a run without an adapter, and a folder with the export of another model.
+        fit the model, a run without an adapter, and a folder with the export of another model. uniform: see export_peft.
         """
         if form not in FORMATS:
             raise UserError(f"export: format '{form}'.{near(form, FORMATS)}")
+        if uniform and form != "peft":
+            raise UserError(f"export: --uniform is of --format peft; leave it out with {form}.")
         self._need_adapter()
         if form == "peft":
             adapted = self.job.adapted(arm)
             target = self._target("export-peft", target, arm)
-            export_peft(adapted, target)
+            export_peft(adapted, target, uniform=uniform)
             return self._write_beside(target, arm)
         model = self.job.merged(arm)
         is_transformers = hasattr(model, "save_pretrained")

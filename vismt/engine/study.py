@@ -226,7 +226,7 @@ def check_arms(
         config: of the run.
         check: raises UserError for invalid values of one arm.
         shared: further keys that must be the same for all arms of the job.
-        free: keys of SHARED that may differ all the same.
+        free: keys or sections of SHARED that may differ all the same.
 
     Raises:
         UserError: an invalid name, key, seed, rate or arm.
@@ -234,9 +234,11 @@ def check_arms(
     for name, values in config.arms.items():
         plain_name(name, "arms")
         for key in values:
-            if key.partition(".")[0] in {*SHARED, *shared}.difference(free):
+            section = key.partition(".")[0]
+            if section in {*SHARED, *shared} and not {section, key} & set(free):
                 raise UserError(
                     f"arms.{name}: {key} must be the same for all arms, or they cannot be compared; leave it out."
+                    f"{near(key, free)}"
                 )
     for arm in resolve_arms(config).values() if config.arms else ():
         check(arm)

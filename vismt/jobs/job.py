@@ -27,6 +27,7 @@ from vismt.lowrank.inject import merge
 from vismt.lowrank.layer_spec import factor_rank
 from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.record import record_of
+from vismt.lowrank.rounding import erased_by_rounding
 from vismt.methods import adapt, check_adaptation
 
 Config = TypeVar("Config", bound=StudyConfig)
@@ -92,10 +93,6 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
         """Return the temperature that exports of a training carry, None for none."""
         return None
 
-    def about(self) -> dict[str, Any]:
-        """Return the further entries of config.json beside merged weights."""
-        return {}
-
     def facts(self) -> dict[str, Any]:
         return {"seeds": self.study.seeds if self.trains else []}
 
@@ -136,7 +133,8 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
         settings = config.training
         accelerator = runtime.accelerator(settings.precision, settings.trackers, training.folder)
         if settings.trackers:
-            accelerator.init_trackers("vismt")
+            name = f"{self.folder.name} {training}"
+            accelerator.init_trackers("vismt", init_kwargs={"wandb": {"dir": str(training.folder), "name": name}})
         loop.train(
             objective,
             self.batches(config),
@@ -276,7 +274,12 @@ class Job(EvaluationJob[Config], Generic[Config, Net]):
         """Return the stock model of one arm ("arm" or "arm:seed") with merged weights."""
         training = self.study.find(arm)
         model = self.stock(self.loaded(training))
-        return merge(model) if training_files.has_adapter(training) else model
+        if not training_files.has_adapter(training):
+            return model
+        erased = erased_by_rounding(model)
+        if erased is not None:
+            console.stage("merge", f"rounding to half precision erases {100 * erased:.1f} % of the update's norm")
+        return merge(model)
 
     def adapted(self, arm: str | None = None) -> nn.Module:
         """Return the stock model of one arm with its adapter. Raises UserError for an arm without an adapter."""

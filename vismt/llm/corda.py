@@ -69,7 +69,7 @@ def corda(
     if mode == "kpm" and solver == "randomized":
         raise UserError("adapt.method: 'randomized' finds the largest components, kpm needs the smallest; use 'exact'.")
     exclude = options.get("exclude", ())
-    modules, _ = find_targets(model, targets, [exclude] if isinstance(exclude, str) else exclude)
+    modules, _ = find_targets(model, targets, [exclude] if isinstance(exclude, str) else exclude, packed=True)
     by_path: Mapping[str, Any]
     if all(module.weight.is_meta for module in modules.values()):
         by_path = dict.fromkeys(modules)  # nothing is computed on the meta device

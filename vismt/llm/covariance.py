@@ -73,7 +73,7 @@ def collect_covariance(
         raise UserError(f"covariance: save_every is {save_every}; it must be at least 1.")
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise UserError(f"covariance: batches is one {type(batches).__name__}; give a list of batches.")
-    target_modules, _ = find_targets(model, targets, [exclude] if isinstance(exclude, str) else exclude)
+    target_modules, _ = find_targets(model, targets, [exclude] if isinstance(exclude, str) else exclude, packed=True)
     iterator = iter(batches)
     first = next(iterator, None)
     if first is None:

@@ -15,7 +15,6 @@ Left out: gates per layer and top-k, noisy or MLP gates, which the released code
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -27,10 +26,11 @@ from torch import Tensor, nn
 from vismt.errors import UserError, near
 from vismt.lowrank.init import kaiming
 from vismt.lowrank.inject import attach, inject, site_generator
-from vismt.lowrank.instance_gates import instance_gates, recompute_gates, repeat_gates
+from vismt.lowrank.instance_gates import instance_gates, recompute_gates
 from vismt.lowrank.layer_spec import AdaptReport
 from vismt.lowrank.linear import LowRankLayer
 from vismt.lowrank.memory import count_parameters
+from vismt.lowrank.per_sample import unwatch_expansion, watch_expansion
 from vismt.lowrank.record import refuse_adapted
 from vismt.lowrank.targets import Targets
 from vismt.lowrank.wrappers import AddedModule
@@ -158,15 +158,11 @@ class InstanceGate(AddedModule):
         first = next(model.parameters())
         self.to(first.device, torch.promote_types(first.dtype, torch.float32)).train(model.training)
         super().attach(model, path)
-        for module in model.modules():
-            if hasattr(type(module), EXPAND):
-                setattr(module, EXPAND, Expansion(module))
+        watch_expansion(model)
 
     def detach(self, model: nn.Module, path: str) -> None:
         super().detach(model, path)
-        for module in model.modules():
-            if isinstance(module.__dict__.get(EXPAND), Expansion):
-                delattr(module, EXPAND)
+        unwatch_expansion(model)
 
     def forward(self, users: Tensor) -> Tensor:
         if self.network is None or users.ndim != 2 or users.shape[1] != self.user_width:
@@ -174,22 +170,6 @@ class InstanceGate(AddedModule):
             lack = "this model was adapted without a gate network; " if self.network is None else ""
             raise UserError(f"instance gate: {lack}user representations are {tuple(users.shape)}{fix}.")
         return self.network(users.to(next(self.network.parameters()).dtype)).softmax(-1)
-
-
-EXPAND = "_expand_inputs_for_generation"
-
-
-class Expansion:
-    """Repeats the gates in force where transformers' `generate` repeats the samples (beams, num_return_sequences)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, expand_size: int = 1, *rest: Any, **named: Any) -> Any:
-        repeat_gates(expand_size)
-        owner = type(self.model)
-        stock = inspect.getattr_static(owner, EXPAND).__get__(self.model, owner)  # a method or static, by version
-        return stock(expand_size, *rest, **named)
 
 
 def network(kind: str | None, n_experts: int, user_width: int) -> nn.Module | None:

@@ -1,7 +1,8 @@
 """A causal LM as the tasks use it: hidden states, token log-likelihoods, a head on the last token, and cached lower blocks.
 
 Batches are padded on the left, so that the last column is the last token of every row and generation continues from it;
-positions count from the first token of each row (or packed document). Logits are computed for counted tokens only.
+positions count from the first token of each row (or packed document). Logits are computed for counted tokens only, in training
+for some at a time, also in the backward pass.
 Where the blocks below `first` are frozen, their output on a fixed piece of text is constant: it is computed once
 (`lower_states`), and a step then runs the other blocks only. Cached states are computed without dropout.
 """
@@ -10,17 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vismt.errors import UserError
 from vismt.llm.tasks.pieces import IGNORE, Piece, collate
 
 Batch = Mapping[str, Tensor]
+TRAINED_AT_ONCE = 1024  # tokens whose logits a training step holds at a time
 
 
 class LmNet(nn.Module):
@@ -115,10 +118,14 @@ class LmNet(nn.Module):
     def _nll(self, states: Tensor, targets: Tensor, at_once: int) -> Tensor:
         """Return the NLL (m,) in nats of the tokens `targets` (m,) given the states (m, d) before them."""
         output = self.lm.get_output_embeddings()
-        chunks = [
-            F.cross_entropy(output(state_chunk).float(), target_chunk, reduction="none")
-            for state_chunk, target_chunk in zip(states.split(at_once), targets.split(at_once))
-        ]
+
+        def nll(states: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(output(states).float(), targets, reduction="none")
+
+        if torch.is_grad_enabled() and len(states) > TRAINED_AT_ONCE:
+            # Logits of all tokens would be kept for the backward pass; each chunk computes its own there again.
+            at_once, nll = TRAINED_AT_ONCE, partial(checkpoint, nll, use_reentrant=False)
+        chunks = [nll(*pair) for pair in zip(states.split(at_once), targets.split(at_once))]
         return torch.cat(chunks) if chunks else torch.zeros(0, device=states.device)
 
     @contextmanager

@@ -74,7 +74,7 @@ class _Site:
     """What the entry of every layer holds beside its settings."""
 
     path: str
-    kind: Literal["linear", "conv1d", "conv2d"]
+    kind: Literal["linear", "conv1d", "conv2d", "nn.Conv1d", "nn.Conv3d", "embedding"]
     shape: tuple[int, int]
     layer: str | None = None
 

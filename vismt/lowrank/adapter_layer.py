@@ -17,15 +17,14 @@ from torch import Tensor, nn
 
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.layer_spec import LayerSpec
+from vismt.lowrank.stand_in import HOOKS, StandIn
 from vismt.lowrank.targets import kind_of, matrix_shape
 from vismt.lowrank.values import check_factor, check_finite
 from vismt.registry import Registry
 
-HOOKS = [name for name in nn.Module().__dict__ if "hook" in name and "state_dict" not in name]
 
-
-class AdapterLayer(nn.Module, ABC):
-    """A layer in the place of a stock linear or convolution, with the same weight and bias Parameters under their names.
+class AdapterLayer(StandIn, ABC):
+    """A layer in the place of a stock linear or convolution that carries its update.
 
     A subclass adds `Settings`, its forward and its tensors, is registered in `LAYERS`, and overrides what differs from the
     defaults here. A layer that stores its update in the weight itself takes it out in `remove_update` and puts it back in
@@ -37,16 +36,9 @@ class AdapterLayer(nn.Module, ABC):
     # Why export_peft and combine refuse this layer, after "'<method>' "; empty where they do not.
     not_exported: ClassVar[str] = ""
     not_combined: ClassVar[str] = ""
-    shell: nn.Module
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.weight, self.bias, self.training = base.weight, base.bias, base.training
-        # The stock module without its tensors: not a submodule, so it adds no keys and follows no conversion.
-        self.__dict__["shell"] = copy.copy(base)
-        self.empty_shell()
-        for name in HOOKS:  # shared tables: hooks fire while the module is adapted and stay when it is undone
-            self.__dict__[name] = base.__dict__[name]
+    has_factors: ClassVar[bool] = True  # whether `low_rank` returns the update
+    peft_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")  # of `peft_factors` in a file
+    takes_packed: ClassVar[bool] = False  # whether the weight may be packed (packed_weights.py)
 
     # ---- the layer as data
     @classmethod
@@ -124,23 +116,6 @@ class AdapterLayer(nn.Module, ABC):
         """
         return None
 
-    # ---- the stock module
-    def matrix(self, weight: Tensor) -> Tensor:
-        """Return the stock weight as a matrix (o, i); a view where its layout allows."""
-        return weight.t() if type(self.shell).__name__ == "Conv1D" else weight
-
-    def stored(self, matrix: Tensor) -> Tensor:
-        """Return a matrix (o, i) in the stock weight's shape: the inverse of `matrix`."""
-        return matrix.t() if type(self.shell).__name__ == "Conv1D" else matrix
-
-    @property
-    def in_features(self) -> int:
-        return self.matrix(self.weight).shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.matrix(self.weight).shape[0]
-
     # ---- the update
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -172,13 +147,17 @@ class AdapterLayer(nn.Module, ABC):
     def merged(self) -> nn.Module:
         """Return the stock module with the update in its weight."""
 
-    def restored(self) -> nn.Module:
-        """Return the stock module with its own weight, bit for bit."""
-        return self._stock(self.weight)
-
     def peft_factors(self, update: LowRank) -> tuple[Tensor, Tensor]:
         """Return A and B of `update` in the layout of a peft file, the scale in B: (r, i) and (o, r)."""
         return update.R, update.L * update.scale
+
+    @classmethod
+    def peft_files(cls, model: nn.Module, specs: Sequence[LayerSpec], saved: Sequence[str]) -> dict[str, bytes] | None:
+        """Return the files of a peft folder by name where the update has a format of peft's own; None for a plain LoRA.
+
+        saved: modules that are trained as a whole beside the update.
+        """
+        return None
 
     def check_mergeable(self, what: str, path: str) -> None:
         """Raise UserError for `what` (merge, export) while one weight cannot hold the update."""
@@ -192,21 +171,25 @@ class AdapterLayer(nn.Module, ABC):
     def apply_update(self) -> None:
         """Put the update into the weight: the inverse of `remove_update`."""
 
-    def empty_shell(self) -> None:
-        """Drop the tensors of the stock module, which this layer has, or which a refused merge left there."""
-        self.shell._parameters = dict.fromkeys(self.shell._parameters)
-
-    def _stock(self, weight: nn.Parameter) -> nn.Module:
-        module = self.shell
-        module.weight, module.bias = weight, self.bias
-        module.training = self.training
-        return module
-
 
 LAYERS: Registry[type[AdapterLayer]] = Registry(
     "adapter layer: no layer",
-    files=("vismt.lowrank.linear", "vismt.lowrank.quantized", "vismt.lowrank.slice_linear"),
+    files=(
+        "vismt.lowrank.hosted",
+        "vismt.lowrank.linear",
+        "vismt.lowrank.quantized",
+        "vismt.lowrank.slice_linear",
+        "vismt.multitask.expert_pairs",
+    ),
 )
+
+
+def inner_module(base: nn.Module) -> nn.Module:
+    """Return a stock module for calls from inside its layer: with its tensors, without the hooks, which the layer has."""
+    inner = copy.copy(base)
+    inner.__dict__.update({name: value for name, value in nn.Module().__dict__.items() if name in HOOKS})
+    inner._parameters = dict(base._parameters)
+    return inner
 
 
 def register_layer(name: str) -> Callable[[type[Any]], type[Any]]:
@@ -225,5 +208,5 @@ def spec_of(path: str, module: nn.Module, layer: type[AdapterLayer], settings: A
 
 
 def trained_dtype(weight: Tensor) -> torch.dtype:
-    """Return the dtype of trained tensors on `weight`: its own, fp32 for half precision."""
-    return torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
+    """Return the dtype of trained tensors on `weight`: fp64 for fp64, fp32 for half precision and packed bytes too."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32

@@ -21,6 +21,7 @@ from vismt.lowrank.factors import LowRank
 from vismt.lowrank.inject import adapter_layers, install, undone_on_error
 from vismt.lowrank.layer_spec import LayerSpec
 from vismt.lowrank.linear import LowRankLayer, LowRankSettings
+from vismt.lowrank.named import beside
 from vismt.lowrank.peft_files import CONFIG, PeftAdapter, read_peft
 from vismt.lowrank.record import need_record, refuse_adapted, refuse_offloaded
 from vismt.lowrank.store import (
@@ -51,11 +52,12 @@ class Updates:
     peft: tuple[PeftAdapter, ...] = ()
     name: str = "updates"
 
-    def put_on(self, model: nn.Module, *, on_other_base: str = "error") -> nn.Module:
-        """Adapt a stock model with these factors, as method 'lora'.
+    def put_on(self, model: nn.Module, *, name: str = "default", on_other_base: str = "error") -> nn.Module:
+        """Adapt a model with these factors, as method 'lora'; they are its active adapter then.
 
         Args:
             model: changed in place. The factors get the weight's dtype, fp32 where that is bf16 or fp16.
+            name: of the adapter on this model.
             on_other_base: see `load_adapter`.
 
         Returns:
@@ -64,7 +66,8 @@ class Updates:
         Raises:
             UserError: where a path, a shape or the base is not that of the model; nothing is changed.
         """
-        return put_on(model, self, on_other_base=on_other_base)
+        with beside(model, name, self.name):
+            return put_on(model, self, on_other_base=on_other_base)
 
 
 def of_peft(adapter: PeftAdapter) -> Updates:
@@ -101,7 +104,7 @@ def put_on(
         settings = LowRankSettings(plain.rank, plain.scale, (shape[0],))
         specs.append(spec_of(path, modules[path], LowRankLayer, settings))
         tensors |= {f"{path}.lora_A": plain.R, f"{path}.lora_B": plain.L}
-    for reason in refusals(model, updates.low_rank).values():
+    for reason in refusals(model, updates.low_rank, packed=True).values():
         raise UserError(f"{what}: {reason}.")
     _check_parameters(what, model, also_train)
     samples = base_samples(model, [path for path in updates.base if path in modules])

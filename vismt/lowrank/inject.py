@@ -21,12 +21,14 @@ from vismt.lowrank.layer_spec import AdaptReport, LayerSpec
 from vismt.lowrank.linear import LowRankLayer
 from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.options import checked
+from vismt.lowrank.packed_weights import is_packed
 from vismt.lowrank.record import (
     RECORD,
     AdaptRecord,
     need_record,
     refuse_adapted,
     refuse_offloaded,
+    refuse_others,
     refuse_switched,
 )
 from vismt.lowrank.targets import Targets, check_patterns, find_targets, matches, pattern_value
@@ -108,7 +110,7 @@ def inject(
         }
     )
     refuse_adapted(model)
-    modules, remarks = find_targets(model, options["targets"], options["exclude"])
+    modules, remarks = find_targets(model, options["targets"], options["exclude"], layer.takes_packed)
     check_patterns("adapt.rank_pattern", options["rank_pattern"], list(modules))
     check_patterns("adapt.alpha_pattern", options["alpha_pattern"], list(modules))
     specs = [
@@ -128,6 +130,8 @@ def inject(
     layers = install(model, method, specs, {"dropout": dropout, "seed": seed}, names, dtype=options["dtype"])
     with undone_on_error(model):
         _start(layers, specs, init, seed, offset)
+    if any(layer.weight.is_meta for layer in layers):
+        need_record(model, "adapt").start = (init, seed, offset)
     trainable, total = count_parameters(model)
     return AdaptReport(method, specs, trainable, total, remarks)
 
@@ -149,9 +153,7 @@ def install(
     refuse_offloaded(model, "adapt")
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     originals = backup_tensors({name: model.get_parameter(name) for name in also_train})
-    finish = []
-    for layer in dict.fromkeys(spec.layer for spec in specs):
-        finish.append(layer.prepare(model, [spec for spec in specs if spec.layer is layer]))
+    finish = prepare(model, specs)
     record = AdaptRecord(method, list(specs), options, required, originals)
     setattr(model, RECORD, record)
     with undone_on_error(model):
@@ -159,15 +161,52 @@ def install(
         layers = {spec.path: place(model, spec, dropout=dropout, dtype=dtype) for spec in specs}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in originals or name not in required)
-        for function in finish:
-            if function is not None:
-                function(layers)
+        finish(layers)
         record.frozen = {
             name: sample(value)
             for name, value in model.named_parameters()
-            if name in required and name not in originals and not value.is_meta
+            if name in required and name not in originals and not value.is_meta and not is_packed(value)
         }
     return list(layers.values())
+
+
+def prepare(model: nn.Module, specs: Sequence[LayerSpec]) -> Callable[[Mapping[str, AdapterLayer]], None]:
+    """Check specs on the stock model as a whole, and return what is to be called with the placed layers by path."""
+    functions = []
+    for layer in dict.fromkeys(spec.layer for spec in specs):
+        functions.append(layer.prepare(model, [spec for spec in specs if spec.layer is layer]))
+
+    def finish(layers: Mapping[str, AdapterLayer]) -> None:
+        for function in functions:
+            if function is not None:
+                function(layers)
+
+    return finish
+
+
+def fill_starts(model: nn.Module) -> nn.Module:
+    """Give the factors of a model that was adapted on the meta device their start values, once it has its base weights.
+
+    Args:
+        model: adapted on the meta device, then `to_empty` and loaded with the weights of its base; changed in place.
+
+    Returns:
+        The model: as if it had been adapted with its weights.
+
+    Raises:
+        UserError: for a model that was adapted with values, or still lies on the meta device.
+    """
+    record = need_record(model, "fill_starts")
+    layers = adapter_layers(model)
+    if record.start is None or any(layer.weight.is_meta for layer in layers.values()):
+        where = "was adapted with values" if record.start is None else "lies on the meta device"
+        raise UserError(
+            f"fill_starts: the model {where}; it is for one that was adapted on the meta device, after to_empty and its weights."
+        )
+    init, seed, offset = record.start
+    _start([layers[spec.path] for spec in record.sites], record.sites, init, seed, offset)
+    record.start = None
+    return model
 
 
 @contextmanager
@@ -176,7 +215,7 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        unadapt(model)
+        undo(model)
         raise
 
 
@@ -191,10 +230,11 @@ def merge(model: nn.Module, *, force: bool = False) -> nn.Module:
         The model.
 
     Raises:
-        UserError: for a stock model, where merged weights cannot hold the function (a router), and for updates or merged
-            weights that are not finite; nothing is changed.
+        UserError: for a stock model, one with further adapters, where merged weights cannot hold the function (a router), and
+            for updates or merged weights that are not finite; nothing is changed.
     """
     record = need_record(model, "merge")
+    refuse_others(model, "merge")
     check_mergeable(model, "merge")
     layers = adapter_layers(model)
     if not force:
@@ -218,18 +258,8 @@ def merge(model: nn.Module, *, force: bool = False) -> nn.Module:
     return model
 
 
-def unadapt(model: nn.Module) -> nn.Module:
-    """Restore the original modules, weights (bit for bit) and gradient flags.
-
-    Args:
-        model: an adapted model; changed in place.
-
-    Returns:
-        The model.
-
-    Raises:
-        UserError: for a stock model.
-    """
+def undo(model: nn.Module) -> None:
+    """Restore the modules, weights (bit for bit) and gradient flags from before the active adapter."""
     record = need_record(model, "unadapt")
     to_stock(model)
     uninstall(model)
@@ -238,13 +268,17 @@ def unadapt(model: nn.Module) -> nn.Module:
         for name, value in record.also_train.items():
             model.get_parameter(name).copy_(value)
     _forget(model, record)
-    return model
 
 
 def _forget(model: nn.Module, record: AdaptRecord) -> None:
+    restore_flags(model, record)
+    delattr(model, RECORD)
+
+
+def restore_flags(model: nn.Module, record: AdaptRecord) -> None:
+    """Let a parameter require a gradient if it did before the adaptation."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(record.required_grad.get(name, True))
-    delattr(model, RECORD)
 
 
 def also_trained(model: nn.Module, patterns: Sequence[str], adapted: Sequence[str]) -> list[str]:
@@ -258,6 +292,10 @@ def also_trained(model: nn.Module, patterns: Sequence[str], adapted: Sequence[st
     for name in names:
         if name in {f"{path}.weight" for path in adapted}:
             raise UserError(f"adapt.also_train: '{name}' is adapted; train the update or the weight, not both.")
+        if is_packed(model.get_parameter(name)):
+            raise UserError(
+                f"adapt.also_train: '{name}' is packed (quantised) and cannot be trained; adapt its module."
+            )
     return names
 
 
@@ -319,7 +357,7 @@ def initialise(layer: LowRankLayer, spec: LayerSpec, init: Initialiser, seed: in
     try:
         pairs = [
             init(rows, settings.rank, settings.scale, generator)
-            for rows in layer.matrix(layer.weight).split(settings.blocks, 0)
+            for rows in layer.matrix(layer.stock_weight()).split(settings.blocks, 0)
         ]
         finite = all(bool(factor.isfinite().all()) for pair in pairs for factor in pair)
     except torch.linalg.LinAlgError:

@@ -1,25 +1,18 @@
-"""Gates of rank groups, one row for each sample, that reach every layer by context and not through the model's calls.
-
-The context is a ContextVar: threads and tasks that run at the same time see their own gates, and nothing stays behind
-when the block ends. torch.compile cannot trace a ContextVar, so compiled code reads a copy that each thread has; with
-compiled models, do not let asynchronous tasks of one thread interleave inside their blocks.
-"""
+"""Gates of rank groups, one row for each sample, that reach every layer by context (per_sample.py)."""
 
 from __future__ import annotations
 
-import threading
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import ContextVar, Token
 
-import torch
 from torch import Tensor
 
 from vismt.errors import UserError
+from vismt.lowrank.per_sample import PerSample
 
 UNDER = "run it under 'with vismt.llm.instance_gates(gates):'"
 
 
-class instance_gates:
+class instance_gates(PerSample):
     """Use `gates` in every gated layer inside the block: `with instance_gates(gates):`.
 
     Args:
@@ -36,25 +29,8 @@ class instance_gates:
             raise UserError(
                 f"instance_gates: gates are {shown}, needed a floating tensor (samples, experts) or (experts,)."
             )
-        self.gates, self.repeats = gates, 1
-        self._before: list[tuple[Token, instance_gates | None]] = []
-
-    def __enter__(self) -> instance_gates:
-        self._before.append((_current.set(self), getattr(_traced, "scope", None)))
-        _traced.scope = self
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        token, _traced.scope = self._before.pop()
-        _current.reset(token)
-
-
-_current: ContextVar[instance_gates | None] = ContextVar("vismt_instance_gates", default=None)
-_traced = threading.local()
-
-
-def _scope() -> instance_gates | None:
-    return getattr(_traced, "scope", None) if torch.compiler.is_compiling() else _current.get()
+        super().__init__()
+        self.gates = gates
 
 
 def recompute_gates() -> tuple[AbstractContextManager, AbstractContextManager]:
@@ -63,19 +39,12 @@ def recompute_gates() -> tuple[AbstractContextManager, AbstractContextManager]:
     Blocks that are recomputed in the backward pass see the gates of their forward pass, on whatever thread it runs and
     after the `with` block has ended.
     """
-    scope = _current.get()
+    scope = instance_gates.scope()
     if scope is None:
         return nullcontext(), nullcontext()
     again = instance_gates(scope.gates)
     again.repeats = scope.repeats
     return nullcontext(), again
-
-
-def repeat_gates(times: int) -> None:
-    """Allow batches with each sample `times` times, one copy after the other, until the `with` block ends."""
-    scope = _current.get()
-    if scope is not None:
-        scope.repeats = times
 
 
 def sample_gates(batch: int, experts: int) -> Tensor:
@@ -104,7 +73,7 @@ def fixed_gates(what: str, experts: int) -> Tensor:
 
 
 def _need(experts: int, what: str) -> instance_gates:
-    scope = _scope()
+    scope = instance_gates.scope()
     if scope is None:
         needed = "gates (samples, experts)" if what == "forward" else "one user's gates (experts,)"
         hint = "; checkpointed blocks need context_fn=vismt.llm.recompute_gates" if what == "forward" else ""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class LayerSpec:
     """One adapted module: the layer class and its settings, enough to build the layer on a stock model.
 
-    path, kind, shape: of the stock module; kind is "linear", "conv1d" or "conv2d", shape the (o, i) of its matrix.
+    path, kind, shape: of the stock module; kind is that of `targets.kind_of`, shape the (o, i) of its matrix.
     settings: an instance of `layer.Settings`.
     """
 

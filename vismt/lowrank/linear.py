@@ -28,7 +28,8 @@ from vismt.lowrank.adapter_layer import AdapterLayer, register_layer, spec_of, t
 from vismt.lowrank.factors import LowRank, times_core
 from vismt.lowrank.instance_gates import by_sample, fixed_gates, gated, sample_gates
 from vismt.lowrank.layer_spec import LayerSpec
-from vismt.lowrank.targets import matrix_shape
+from vismt.lowrank.packed_weights import packing
+from vismt.lowrank.targets import LINEAR, matrix_shape
 
 
 def _add_product(out: Tensor, hidden: Tensor, B: Tensor, scale: float, blocks: tuple[int, ...]) -> None:
@@ -171,6 +172,7 @@ class LowRankLayer(AdapterLayer):
     """
 
     Settings = LowRankSettings
+    takes_packed = True
 
     def __init__(
         self,
@@ -187,7 +189,7 @@ class LowRankLayer(AdapterLayer):
         super().__init__(base)
         self.experts = experts
         self.rank, self.scale, self.dropout = rank, scale, dropout
-        out_features, in_features = self.matrix(self.weight).shape
+        out_features, in_features = matrix_shape(base)
         self.blocks = blocks or (out_features,)
         where: dict[str, Any] = {"device": self.weight.device, "dtype": dtype or trained_dtype(self.weight)}
         self.lora_A = nn.Parameter(torch.empty(len(self.blocks) * rank, in_features, **where))
@@ -225,6 +227,10 @@ class LowRankLayer(AdapterLayer):
                     "Lower it, give rank_pattern, or set clamp_rank=True."
                 )
             rank = largest
+        if experts is not None and isinstance(module, nn.Embedding):
+            raise UserError(
+                f"adapt.targets: '{path}' is an embedding, which gates of samples do not weigh; exclude it."
+            )
         if experts is not None and rank % experts:
             raise UserError(
                 f"adapt.n_experts: {experts} experts cannot share the rank {rank} of '{path}' evenly; give a rank that is "
@@ -238,7 +244,14 @@ class LowRankLayer(AdapterLayer):
     def build(
         cls, base: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
     ) -> LowRankLayer:
-        layer = LowRankConv2d if spec.kind == "conv2d" else LowRankLinear
+        from vismt.lowrank.embedding import LowRankEmbedding
+        from vismt.lowrank.packed_linear import LowRankPacked
+
+        layer: type[LowRankLayer] = LowRankLinear if spec.kind in LINEAR else LowRankConv
+        if spec.kind == "embedding":
+            layer = LowRankEmbedding
+        elif packing(base) is not None:
+            layer = LowRankPacked
         return layer(base, dropout=dropout, dtype=dtype, **cls._options(spec.settings))
 
     @staticmethod
@@ -314,6 +327,10 @@ class LowRankLayer(AdapterLayer):
         cores = self.lora_C.chunk(len(self.blocks))
         return torch.cat([times_core(b, c) for b, c in zip(self.lora_B.split(self.blocks, 0), cores)])
 
+    def right(self) -> Tensor:
+        """Return the factor (g*r, i) that makes the hidden product."""
+        return self.lora_A
+
     def gate(self, x: Tensor) -> Tensor | None:
         """Return the gates in force, for the hidden channels of the samples of x (b, ...): (b or 1, g*r) in its dtype."""
         if self.experts is None:
@@ -344,11 +361,17 @@ class LowRankLayer(AdapterLayer):
 
     def low_rank(self) -> LowRank:
         """Return the whole update against the stock weight as one LowRank: rank r, 2r with a start, g times that in blocks."""
-        A, B = self.lora_A.detach(), self._block_diagonal(self.fixed_left().detach())
+        A, B = self.right().detach(), self._block_diagonal(self.fixed_left().detach())
         if self.lora_A0 is not None:
             A = torch.cat([A, self.lora_A0])
             B = torch.cat([B, -self._block_diagonal(self.lora_B0)], 1)
         return LowRank(B, A, scale=self.scale)
+
+    def added(self, x: Tensor, A: Tensor, B: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Return the product of x (n, i) with one pair of factors, (n, o), without the scale."""
+        hidden = gated(x @ A.to(x.dtype).t(), gate)
+        pairs = zip(hidden.chunk(len(self.blocks), 1), B.to(x.dtype).split(self.blocks, 0))
+        return torch.cat([h @ b.t() for h, b in pairs], 1)
 
     def _block_diagonal(self, B: Tensor) -> Tensor:
         return B if len(self.blocks) == 1 else torch.block_diag(*B.split(self.blocks, 0))
@@ -359,7 +382,7 @@ class LowRankLayer(AdapterLayer):
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         total = self.matrix(self.weight).to(dtype, copy=True)
         for start in (False, True):
-            A, B = (self.lora_A0, self.lora_B0) if start else (self.lora_A, self.fixed_left())
+            A, B = (self.lora_A0, self.lora_B0) if start else (self.right(), self.fixed_left())
             if A is None:
                 continue
             blocks = zip(
@@ -372,7 +395,7 @@ class LowRankLayer(AdapterLayer):
         return self._stock(nn.Parameter(weight, requires_grad=self.weight.requires_grad))
 
     def extra_repr(self) -> str:
-        out_features, in_features = self.matrix(self.weight).shape
+        out_features, in_features = self.lora_B.shape[0], self.lora_A.shape[1]
         start = ", start kept" if self.lora_A0 is not None else ""
         return (
             f"{type(self.shell).__name__}({in_features}, {out_features}), rank={self.rank}, scale={self.scale:g}{start}"
@@ -392,20 +415,27 @@ class LowRankLinear(LowRankLayer):
         weight = self.matrix(self.weight)
         if self.dropout and self.training:
             out = F.linear(flat, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-            hidden = gated(F.dropout(flat, self.dropout) @ self.lora_A.to(x.dtype).t(), self.gate(x))
-            pairs = zip(hidden.chunk(len(self.blocks), 1), self.left().to(x.dtype).split(self.blocks, 0))
-            out = out + self.scale * torch.cat([h @ b.t() for h, b in pairs], 1)
+            dropped = F.dropout(flat, self.dropout)
+            out = out + self.scale * self.added(dropped, self.right(), self.left(), self.gate(x))
         else:
-            factors = self.lora_A, self.left(), self.lora_A0, self.lora_B0
-            out, _ = _FusedLowRank.apply(flat, weight, self.bias, *factors, self.gate(x), self.scale, self.blocks)
+            factors = self.right(), self.left(), self.lora_A0, self.lora_B0
+            # The bookkeeping of autograd takes longer than the products of one generated token.
+            fused = _FusedLowRank.apply if torch.is_grad_enabled() else _FusedLowRank.forward
+            out, _ = fused(flat, weight, self.bias, *factors, self.gate(x), self.scale, self.blocks)
         return out.view(*x.shape[:-1], out.shape[-1])
 
 
-class LowRankConv2d(LowRankLayer):
-    """nn.Conv2d (groups = 1): A is a convolution of the same geometry with r output channels, B a 1x1 convolution.
+class LowRankConv(LowRankLayer):
+    """nn.Conv1d, Conv2d or Conv3d: A is a convolution of the same geometry with r output channels, B a 1x1 convolution.
 
-    forward: x (b, c, h, w) -> (b, o, h', w'). The matrix form is the weight reshaped to (o, c*kh*kw).
+    forward: x (b, c, ...) -> (b, o, ...). The matrix form is the weight reshaped to (o, c / groups * kernel); with groups
+    each one has the same A on its channels, and its own rows of B.
     """
+
+    groups: int
+    kernel_size: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding_mode: str
 
     def __init__(self, base: nn.Module, rank: int, scale: float, **options: Any) -> None:
         super().__init__(base, rank, scale, **options)
@@ -427,16 +457,26 @@ class LowRankConv2d(LowRankLayer):
         return out
 
     def peft_factors(self, update: LowRank) -> tuple[Tensor, Tensor]:
-        """Return A (r, c, kh, kw) and B (o, r, 1, 1)."""
+        """Return A (r, c, ...) and B (o, r, 1, ...)."""
+        if self.groups > 1 or set(self.dilation) != {1} or self.padding_mode != "zeros":
+            raise UserError(
+                "export_peft: peft's LoRA of a convolution has no dilation, no padding mode and another form for groups; merge "
+                "the model and save it whole."
+            )
         A, B = super().peft_factors(update)
-        return A.view(-1, *self.weight.shape[1:]), B[:, :, None, None]
+        return A.view(-1, *self.weight.shape[1:]), self._pointwise(B)
 
     def _product(self, x: Tensor, A: Tensor, B: Tensor, gate: Tensor | None = None) -> Tensor:
         kernel = A.to(self.weight.dtype).view(-1, *self.weight.shape[1:])
-        hidden = self.shell._conv_forward(x, kernel, None)
+        hidden = self.shell._conv_forward(x, repeat(kernel, "r ... -> (g r) ...", g=self.groups), None)
         if gate is not None:
-            hidden = hidden * gate[:, :, None, None]
-        return F.conv2d(hidden, B.to(self.weight.dtype)[:, :, None, None])
+            hidden = hidden * self._pointwise(gate.repeat(1, self.groups))
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
+        return convolve(hidden, self._pointwise(B.to(self.weight.dtype)), groups=self.groups)
+
+    def _pointwise(self, matrix: Tensor) -> Tensor:
+        """Return a matrix with an axis of length one for each axis of the kernel."""
+        return matrix.reshape(*matrix.shape, *(1 for _ in self.kernel_size))
 
 
 def qkv_blocks(path: str, out_features: int) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ from vismt.files import read_tensors
 from vismt.lowrank import strict_json
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.patterns import Pattern, PatternError
-from vismt.lowrank.targets import kind_of
+from vismt.lowrank.targets import LINEAR, kind_of
 from vismt.lowrank.values import check_factor, check_finite, check_parameter
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -145,7 +145,7 @@ class PeftAdapter:
             getter = getattr(model, "get_output_embeddings", None)
             head = getter() if callable(getter) else None
             modules = {path: model.get_submodule(path) for path in paths}
-            paths = {path for path in paths if kind_of(modules[path]) != "conv2d" and modules[path] is not head}
+            paths = {path for path in paths if kind_of(modules[path]) in LINEAR and modules[path] is not head}
         return paths
 
     def need_the_same_modules(self, model: nn.Module) -> None:
@@ -306,8 +306,11 @@ def _sort(what: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str,
             raise UserError(f"{what}: key '{key}' lacks the prefix '{PREFIX}'; the file was not written by peft.")
         name = key[len(PREFIX) :]
         match = re.fullmatch(r"(.*)\.lora_([AB])(?:\.default)?\.weight", name)
+        table = re.fullmatch(r"(.*)\.lora_embedding_([AB])(?:\.default)?", name)
         if match:
             pairs.setdefault(match[1], {})[match[2]] = value
+        elif table and value.ndim == 2:  # of an embedding, whose table peft transposes
+            pairs.setdefault(table[1], {})["BA"[table[2] == "B"]] = value.t()
         elif "lora_" in name:
             raise UserError(f"{what}: '{key}' belongs to a variant that is not a plain LoRA.")
         elif ".original_module." not in name:
@@ -326,7 +329,7 @@ def _low_rank(what: str, settings: PeftSettings, path: str, pair: Mapping[str, T
     for side, factor in pair.items():
         name = f"{path}.lora_{side}"
         shape = tuple(factor.shape)
-        if len(shape) not in (2, 4):
+        if not 2 <= len(shape) <= 5:
             raise UserError(f"{what}: {name}: saved {shape}; it must be a matrix, or the kernel of a convolution.")
         needed = (rank, *shape[1:]) if side == "A" else (shape[0], rank, *[1] * (len(shape) - 2))
         if shape != needed:

@@ -11,37 +11,54 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.errors import UserError
 from vismt.files import atomic_write
 from vismt.lowrank.detached_updates import of_peft, put_on
+from vismt.lowrank.factors import LowRank
 from vismt.lowrank.init import principal
 from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.named import beside, using
+from vismt.lowrank.packed_weights import dense_weight
 from vismt.lowrank.patterns import Pattern
 from vismt.lowrank.peft_files import CONFIG, PREFIX, TENSORS, PeftAdapter, holds, read_peft
 from vismt.lowrank.record import AdaptRecord, need_record, refuse_adapted, refuse_offloaded
 from vismt.lowrank.store import adapter_tensors, report_lost
-from vismt.lowrank.targets import kind_of, matrix_shape
+from vismt.lowrank.targets import LINEAR, kind_of, matrix_shape
 from vismt.lowrank.values import fits, need_finite
 from vismt.lowrank.wrappers import check_mergeable, stock_order
 
 
 def export_peft(
-    model: nn.Module, folder: str | Path, *, compact: bool = False, force: bool = False, strict: bool = False
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    name: str | None = None,
+    compact: bool = False,
+    uniform: bool = False,
+    force: bool = False,
+    strict: bool = False,
 ) -> Path:
-    """Write an adapted model as a plain LoRA in peft's layout.
+    """Write an adapted model in peft's layout: as a plain LoRA, a hosted tuner in its own format.
 
     It warns of parameters that were trained and are not in the file, such as a head beside the adapter.
 
     Args:
         model: an adapted model; not changed.
         folder: made where it is missing.
+        name: of the adapter where the model carries several; None for the active one.
         compact: drop vanishing directions by QR and a small SVD, which needs finite values.
+        uniform: pad every pair to the largest rank with zeros, for servers that read one rank: llama.cpp divides lora_alpha
+            by the rank of each tensor and reads no rank_pattern.
         force: write NaN and infinite values too; `import_peft` refuses them.
         strict: refuse instead of warning.
 
@@ -52,9 +69,13 @@ def export_peft(
         UserError: where the model does more than plain LoRA (a router that has not faded, quantised weights), for values that
             are not finite, and with `strict` for trained parameters that are not in the file; nothing is written then.
     """
+    with using(model, name, "export_peft"):
+        return _export(model, Path(folder), compact, uniform, force, strict)
+
+
+def _export(model: nn.Module, folder: Path, compact: bool, uniform: bool, force: bool, strict: bool) -> Path:
     record = need_record(model, "export_peft")
     report_lost(model, "export_peft", strict)
-    check_mergeable(model, "export_peft")
     if not record.sites:
         raise UserError(f"export_peft: '{record.method}' has no low-rank factors; merge the model and save it whole.")
     for spec in record.sites:
@@ -66,15 +87,28 @@ def export_peft(
     bias = _bias_setting(model, set(record.also_train), saved_names)
     if compact or not force:
         need_finite("export_peft", adapter_tensors(model))
-    with stock_order(model):
-        payload, ranks = _plain_lora(model, compact)
-        for name in saved_names | set(record.also_train):
-            path, _, leaf = name.rpartition(".")
-            adapted = f"{path}.base_layer.{leaf}" if path in ranks else name
-            payload[f"{PREFIX}{adapted}"] = model.get_parameter(name)
-        payload = {name: value.detach().cpu().contiguous().clone() for name, value in payload.items()}
-    if not force:
-        need_finite("export_peft", payload)
+    files = record.sites[0].layer.peft_files(model, record.sites, saved)
+    if files is None:
+        check_mergeable(model, "export_peft")
+        whole = saved_names | set(record.also_train)
+        payload, ranks = _plain_lora(model, whole, compact, uniform)
+        if not force:
+            need_finite("export_peft", payload)
+        config = {**_settings(model, record, ranks), "modules_to_save": saved or None, "bias": bias}
+        tensors = safetensors.torch.save(payload, metadata={"format": "pt"})
+        files = {TENSORS: tensors, CONFIG: json.dumps(config, indent=2).encode()}
+    elif compact or uniform or bias != "none":
+        raise UserError(
+            f"export_peft: '{record.method}' has a format of peft's own, without compact, uniform and single biases; leave them "
+            "out."
+        )
+    for name in (TENSORS, CONFIG):  # the settings last
+        atomic_write(folder / name, files[name])
+    return folder
+
+
+def _settings(model: nn.Module, record: AdaptRecord, ranks: dict[str, int]) -> dict[str, Any]:
+    """Return the settings of a plain LoRA. ranks: by path."""
     common = max(ranks.values())
     paths = [path for path, module in model.named_modules() if path and (path in ranks or kind_of(module))]
     # peft also takes a path for a suffix: where another module has this suffix, the pattern is anchored.
@@ -95,8 +129,6 @@ def export_peft(
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
         "target_modules": targets,
-        "modules_to_save": saved or None,
-        "bias": bias,
         "lora_dropout": 0.0,
         "fan_in_fan_out": any(site.kind == "conv1d" for site in record.sites),
         "init_lora_weights": True,
@@ -105,35 +137,50 @@ def export_peft(
     }
     if not causal:
         config["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-    folder = Path(folder)
-    atomic_write(folder / TENSORS, safetensors.torch.save(payload, metadata={"format": "pt"}))
-    atomic_write(folder / CONFIG, json.dumps(config, indent=2))
-    return folder
+    return config
 
 
-def _plain_lora(model: nn.Module, compact: bool) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Return the factors under peft's keys, and the rank at each path."""
+def _plain_lora(
+    model: nn.Module, whole: Iterable[str], compact: bool, uniform: bool
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Return copies of the factors and of the parameters `whole` under peft's keys, and the rank at each path."""
     tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    for path, layer in adapter_layers(model).items():
-        update = layer.low_rank().to(dtype=torch.float32)
+    with stock_order(model):
+        layers = adapter_layers(model)
+        updates = {path: layer.low_rank().to(dtype=torch.float32) for path, layer in layers.items()}
         if compact:
-            update = update.compact().balanced()
-        A, B = layer.peft_factors(update)
-        tensors[f"{PREFIX}{path}.lora_A.weight"], tensors[f"{PREFIX}{path}.lora_B.weight"] = A, B
-        ranks[path] = update.rank
-    return tensors, ranks
+            updates = {path: update.compact().balanced() for path, update in updates.items()}
+        if uniform:
+            common = max(update.rank for update in updates.values())
+            updates = {path: _padded(update, common) for path, update in updates.items()}
+        for path, update in updates.items():
+            layer = layers[path]
+            for name, factor in zip(layer.peft_names, layer.peft_factors(update)):
+                tensors[f"{PREFIX}{path}.{name}"] = factor
+        for name in whole:
+            path, _, leaf = name.rpartition(".")
+            adapted = f"{path}.base_layer.{leaf}" if path in layers else name
+            tensors[f"{PREFIX}{adapted}"] = model.get_parameter(name)
+        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    return tensors, {path: update.rank for path, update in updates.items()}
 
 
-def import_peft(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Put a LoRA that peft wrote on a stock model, as method 'lora'.
+def _padded(update: LowRank, rank: int) -> LowRank:
+    """Return an update without a core with zeros up to a rank."""
+    missing = rank - update.rank
+    return replace(update, L=F.pad(update.L, (0, missing)), R=F.pad(update.R, (0, 0, 0, missing)))
+
+
+def import_peft(model: nn.Module, folder: str | Path, *, name: str = "default") -> nn.Module:
+    """Put a LoRA that peft wrote on a model as the active adapter, of method 'lora'.
 
     The modules that the settings name and those in the file have to be the same, every shape that of the model. A start
     that changed the base is replayed where that is possible (init_lora_weights "pissa", an exact SVD: B0 A0 is subtracted).
 
     Args:
-        model: a stock model; changed in place.
+        model: changed in place.
         folder: what peft or `export_peft` wrote.
+        name: of the adapter on this model.
 
     Returns:
         The model.
@@ -144,6 +191,11 @@ def import_peft(model: nn.Module, folder: str | Path) -> nn.Module:
             save_pretrained(path_initial_model_for_weight_conversion=...)).
     """
     adapter = read_peft(Path(folder))
+    with beside(model, name, adapter.what):
+        return _import(model, adapter)
+
+
+def _import(model: nn.Module, adapter: PeftAdapter) -> nn.Module:
     refuse_adapted(model, adapter.what)
     refuse_offloaded(model, adapter.what, whole=True)
     adapter.need_the_same_modules(model)
@@ -157,11 +209,11 @@ def _replayed(model: nn.Module, adapter: PeftAdapter) -> dict[str, Tensor]:
     starts: dict[str, Tensor] = {}
     for path, update in adapter.low_rank.items():
         module = model.get_submodule(path)
-        if update.shape != matrix_shape(module) or kind_of(module) == "conv2d" or update.rank > min(update.shape):
+        if update.shape != matrix_shape(module) or kind_of(module) not in LINEAR or update.rank > min(update.shape):
             raise UserError(
                 f"{adapter.what}: '{path}' is not a linear that a start of rank {update.rank} can be replayed on."
             )
-        weight = module.weight.detach().t() if kind_of(module) == "conv1d" else module.weight.detach()
+        weight = module.weight.detach().t() if kind_of(module) == "conv1d" else dense_weight(module)
         next_rank = min(update.rank + 1, *update.shape)  # shows whether the start is unique
         if not fits(weight) or not update.scale:
             raise UserError(

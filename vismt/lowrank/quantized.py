@@ -20,9 +20,10 @@ from vismt.lowrank.adapter_layer import register_layer
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.init import working_dtype
 from vismt.lowrank.layer_spec import LayerSpec
-from vismt.lowrank.linear import LowRankConv2d, LowRankLayer, LowRankLinear, LowRankSettings
+from vismt.lowrank.linear import LowRankConv, LowRankLayer, LowRankLinear, LowRankSettings
 from vismt.lowrank.nf4 import GRIDS, on_grid
 from vismt.lowrank.svd import double
+from vismt.lowrank.targets import LINEAR
 
 MERGE = "against the original weights its update is not a pair of factors; merge the model and save it whole"
 
@@ -52,6 +53,8 @@ class QuantizedLayer(LowRankLayer):
     Settings = QuantizedSettings
     not_exported = f"lies on quantised weights; {MERGE}"
     not_combined = not_exported
+    has_factors = False
+    takes_packed = False
 
     def __init__(self, base: nn.Module, rank: int, scale: float, *, grid: str, **options: Any) -> None:
         super().__init__(base, rank, scale, **options)
@@ -64,7 +67,9 @@ class QuantizedLayer(LowRankLayer):
     def build(
         cls, base: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
     ) -> QuantizedLayer:
-        layer = QuantizedConv2d if spec.kind == "conv2d" else QuantizedLinear
+        if spec.kind == "embedding":
+            raise UserError(f"adapt.quantize: '{spec.path}' is an embedding, which stays whole; exclude it.")
+        layer = QuantizedLinear if spec.kind in LINEAR else QuantizedConv
         return layer(base, dropout=dropout, dtype=dtype, grid=spec.settings.grid, **cls._options(spec.settings))
 
     @classmethod
@@ -118,5 +123,5 @@ class QuantizedLinear(QuantizedLayer, LowRankLinear):
     """nn.Linear or Conv1D on a quantised weight."""
 
 
-class QuantizedConv2d(QuantizedLayer, LowRankConv2d):
-    """nn.Conv2d on a quantised weight."""
+class QuantizedConv(QuantizedLayer, LowRankConv):
+    """A convolution on a quantised weight."""

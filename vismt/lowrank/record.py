@@ -13,6 +13,7 @@ from vismt.lowrank.layer_spec import LayerSpec
 from vismt.lowrank.wrappers import ModuleWrapper
 
 RECORD = "vismt_record"  # the attribute of an adapted model
+SHELF = "vismt_parked"  # the submodule with its adapters that are not active (parked.py)
 
 
 @dataclass
@@ -20,7 +21,8 @@ class AdaptRecord:
     """What an adapted model remembers of its adaptation: enough to save it, to undo it and to refuse a second one.
 
     also_train: values before the adaptation, by parameter name. wrappers: type and settings of each wrapper, by path. frozen:
-    some values of each parameter that no file of the adapter holds, by name (backups.sample).
+    some values of each parameter that no file of the adapter holds, by name (backups.sample). name: of the adapter on the model.
+    start: arguments of `inject` that fill the factors, kept where they have no values yet (meta device).
     """
 
     method: str
@@ -30,15 +32,19 @@ class AdaptRecord:
     also_train: dict[str, Tensor]
     wrappers: dict[str, dict[str, Any]] = field(default_factory=dict)
     frozen: dict[str, Tensor] = field(default_factory=dict)
+    name: str = "default"
+    start: tuple[Any, int, bool] | None = None
 
 
 def refuse_adapted(model: nn.Module, what: str = "adapt") -> None:
     """Raise UserError where the model or a part of it is adapted already."""
     for path, module in model.named_modules():
         record = record_of(module)
-        if record is not None or isinstance(module, (AdapterLayer, ModuleWrapper)):
+        carried = [record.method] if record else names_of(module)
+        if carried or isinstance(module, (AdapterLayer, ModuleWrapper)):
             where = f"its part '{path}' already carries" if path else "the model already carries"
-            raise UserError(f"{what}: {where} '{record.method if record else 'an update'}'; merge or unadapt it first.")
+            update = "', '".join(carried) or "an update"
+            raise UserError(f"{what}: {where} '{update}'; merge or unadapt it first.")
 
 
 def refuse_switched(model: nn.Module, what: str = "adapt") -> None:
@@ -78,9 +84,31 @@ def record_of(model: nn.Module) -> AdaptRecord | None:
     return getattr(model, RECORD, None)
 
 
+def names_of(model: nn.Module) -> list[str]:
+    """Return the names of the adapters that the model carries, the active one first."""
+    record, shelf = record_of(model), model._modules.get(SHELF)
+    parked: Any = shelf.children() if shelf is not None else ()
+    return [*([record.name] if record else []), *(adapter.record.name for adapter in parked)]
+
+
+def refuse_others(model: nn.Module, what: str) -> None:
+    """Raise UserError where the model carries adapters that are not active: they belong to the weights as they are."""
+    if SHELF in model._modules:
+        named = ", ".join(f"'{name}'" for name in names_of(model)[1:])
+        raise UserError(
+            f"{what}: the model also carries {named}, made for the weights as they are now; call vismt.remove on what is not "
+            "needed first."
+        )
+
+
 def need_record(model: nn.Module, what: str) -> AdaptRecord:
-    """Return the record of an adapted model; UserError for a stock one."""
+    """Return the record of the active adapter; UserError for a stock model, and where not exactly one is active."""
     record = record_of(model)
-    if record is None:
-        raise UserError(f"{what}: this model is not adapted; call vismt.adapt or vismt.load_adapter on it first.")
-    return record
+    if record is not None:
+        return record
+    names = names_of(model)
+    if names:
+        raise UserError(
+            f"{what}: needs one active adapter; call vismt.activate(model, name) with one of {', '.join(names)} first."
+        )
+    raise UserError(f"{what}: this model is not adapted; call vismt.adapt or vismt.load_adapter on it first.")

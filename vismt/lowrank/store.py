@@ -37,8 +37,10 @@ from vismt.lowrank.adapter_layer import AdapterLayer
 from vismt.lowrank.backups import unchanged_tensors, was_trained
 from vismt.lowrank.inject import adapter_layers, attach, install, undone_on_error
 from vismt.lowrank.layer_spec import LayerSpec
-from vismt.lowrank.record import AdaptRecord, need_record, record_of, refuse_offloaded, refuse_switched
-from vismt.lowrank.targets import kind_of, matrix_shape, refusals
+from vismt.lowrank.named import beside, using
+from vismt.lowrank.packed_weights import dense_weight
+from vismt.lowrank.record import AdaptRecord, names_of, need_record, record_of, refuse_offloaded, refuse_switched
+from vismt.lowrank.targets import LINEAR, kind_of, matrix_shape, refusals
 from vismt.lowrank.values import check_parameter, need_finite
 from vismt.lowrank.wrappers import (
     AddedModule,
@@ -53,7 +55,9 @@ from vismt.lowrank.wrappers import (
 WAIT_S = 60  # for another process that saves into the same folder
 
 
-def save_adapter(model: nn.Module, folder: str | Path, *, force: bool = False, strict: bool = False) -> Path:
+def save_adapter(
+    model: nn.Module, folder: str | Path, *, name: str | None = None, force: bool = False, strict: bool = False
+) -> Path:
     """Write the factors (and also_train parameters) of an adapted model; each file appears whole or not at all.
 
     It warns of parameters that were trained and are not in the file, such as a head beside the adapter.
@@ -61,6 +65,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, force: bool = False, s
     Args:
         model: an adapted model.
         folder: made where it is missing.
+        name: of the adapter where the model carries several; None for the active one.
         force: write NaN and infinite values too, for inspection; `load_adapter` refuses them.
         strict: refuse instead of warning.
 
@@ -71,8 +76,9 @@ def save_adapter(model: nn.Module, folder: str | Path, *, force: bool = False, s
         UserError: for a stock model, a model on the meta device, values that are not finite, a folder that cannot be written,
             and with `strict` trained parameters that are not in the file; nothing is written then.
     """
-    report_lost(model, "save_adapter", strict)
-    return write_adapter(model, folder, force=force)
+    with using(model, name, "save_adapter"):
+        report_lost(model, "save_adapter", strict)
+        return write_adapter(model, folder, force=force)
 
 
 def report_lost(model: nn.Module, what: str, strict: bool) -> None:
@@ -141,12 +147,15 @@ def write_adapter(model: nn.Module, folder: str | Path, *, force: bool = False) 
     return folder
 
 
-def load_adapter(model: nn.Module, folder: str | Path, *, on_other_base: str = "error") -> nn.Module:
-    """Put a saved adapter on a stock model, or its values into a model that is adapted in the same way.
+def load_adapter(
+    model: nn.Module, folder: str | Path, *, name: str = "default", on_other_base: str = "error"
+) -> nn.Module:
+    """Put a saved adapter on a model as the active one, or its values into an adapter of the same kind that has this name.
 
     Args:
         model: changed in place.
         folder: what `save_adapter` wrote.
+        name: of the adapter on this model.
         on_other_base: "error" refuses a base whose fingerprint differs, "warn" goes on with a warning.
 
     Returns:
@@ -155,13 +164,20 @@ def load_adapter(model: nn.Module, folder: str | Path, *, on_other_base: str = "
     Raises:
         UserError: for damaged files, another model, and a missing, unexpected or misshapen tensor; nothing is changed.
     """
-    folder = Path(folder)
+    carried = name in names_of(model)
+    with using(model, name, "load_adapter") if carried else beside(model, name, "load_adapter"):
+        return _load(model, Path(folder), on_other_base)
+
+
+def _load(model: nn.Module, folder: Path, on_other_base: str) -> nn.Module:
     refuse_switched(model, "load_adapter")
     refuse_offloaded(model, "load_adapter", whole=True)
     description, specs, tensors = read_adapter(folder)
     record = record_of(model)
     if record is not None and _identity(record) != _saved_identity(description, specs):
-        raise UserError(f"adapter '{folder}': the model already carries another '{record.method}'; unadapt it first.")
+        raise UserError(
+            f"adapter '{folder}': the model already carries another '{record.method}'; unadapt it first, or give another name."
+        )
     _check_modules(model, folder, description, specs, tensors)
     unchanged = description.unchanged
     parameters = dict(model.named_parameters())
@@ -242,7 +258,10 @@ def _base_weight(model: nn.Module, path: str) -> Tensor:
     """Return the weight of a module as it was before the adaptation, for a model in stock order."""
     record = record_of(model)
     weight = record.also_train.get(f"{path}.weight") if record is not None else None
-    return model.get_submodule(path).weight.detach() if weight is None else weight
+    if weight is not None:
+        return weight
+    module = model.get_submodule(path)
+    return module.stock_weight() if isinstance(module, AdapterLayer) else dense_weight(module)
 
 
 def base_samples(model: nn.Module, paths: Iterable[str]) -> dict[str, list[float]]:
@@ -298,14 +317,15 @@ def _check_modules(
         module = modules.get(spec.path)
         if isinstance(module, AdapterLayer):
             shape = (module.out_features, module.in_features)
-        elif module is not None and (kind_of(module) == "conv2d") == (spec.kind == "conv2d") and kind_of(module):
+        elif module is not None and kind_of(module) in (LINEAR if spec.kind in LINEAR else (spec.kind,)):
             shape = matrix_shape(module)
         else:
             raise UserError(f"{made_for} (it has no linear or convolution '{spec.path}' of kind {spec.kind}).")
         if shape != spec.shape:
             raise UserError(f"{made_for} ({spec.layer.shape_mismatch(spec, shape, tensors)}).")
     if record_of(model) is None:
-        for reason in refusals(model, [spec.path for spec in specs]).values():
+        packed = all(spec.layer.takes_packed for spec in specs)
+        for reason in refusals(model, [spec.path for spec in specs], packed).values():
             raise UserError(f"adapter '{folder}': {reason}.")
 
 

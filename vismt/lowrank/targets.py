@@ -4,6 +4,7 @@ targets     'all-linear'            every nn.Linear and transformers Conv1D exce
             a string                a regular expression (see patterns.py) that must match the full module path
             a list of strings       full paths or suffixes after a dot; an entry that matches linears leaves the
                                     convolutions of the same suffix alone ('proj' does not take patch_embed.proj)
+Convolutions and embeddings are adapted where they are named, embeddings by an entry or expression of their own.
 The head is what get_classifier (timm) or get_output_embeddings (transformers) returns, or a top-level module named
 head, fc, classifier, score or lm_head.
 """
@@ -15,15 +16,18 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError, near
+from vismt.lowrank.packed_weights import packing
 from vismt.lowrank.patterns import Pattern, PatternError, compiled
 
 HEAD_NAMES = {"head", "fc", "classifier", "score", "lm_head"}
 READ_DIRECTLY = (
     "'{path}' adds q_bias itself and reads the weight without calling the linear; set its qkv_bias_separate to True"
 )
+READ_BY_SCAN = ("conv1d", "x_proj", "dt_proj", "out_proj")  # of a state-space mixer, which has an A_log
 
 Targets = str | Sequence[str] | None
 
@@ -33,17 +37,28 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
+# Kinds of modules that can carry an update beside transformers' Conv1D ("conv1d"): class and stock forward.
+KINDS: dict[str, type[nn.Module]] = {
+    "linear": nn.Linear,
+    "conv2d": nn.Conv2d,
+    "nn.Conv1d": nn.Conv1d,
+    "nn.Conv3d": nn.Conv3d,
+    "embedding": nn.Embedding,
+}
+LINEAR = ("linear", "conv1d")  # the kinds that 'all-linear' takes
+
+
 def kind_of(module: nn.Module) -> str | None:
-    """Return 'linear', 'conv1d' or 'conv2d' for a module that can carry an update, else None."""
+    """Return "conv1d" or one of KINDS for a module that can carry an update, else None."""
     if is_conv1d(module):
         return "conv1d"
-    if isinstance(module, nn.Linear):
-        return "linear"
-    return "conv2d" if isinstance(module, nn.Conv2d) else None
+    return next((kind for kind, cls in KINDS.items() if isinstance(module, cls)), None)
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
-    """Return (o, i) of a linear, Conv1D or convolution."""
+    """Return (o, i) of a linear, Conv1D or convolution, (entries, width) of an embedding."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features  # a packed weight has another shape
     weight = cast(Tensor, module.weight)
     rows, columns = weight.shape[0], weight[0].numel()
     return (columns, rows) if is_conv1d(module) else (rows, columns)
@@ -68,33 +83,62 @@ def read_directly(owner: nn.Module, name: str) -> bool:
 
 
 def _refusal(
-    path: str, module: nn.Module, owner: nn.Module, owners: Mapping[int, list[str]], inside_mha: bool
+    path: str, module: nn.Module, owner: nn.Module, owners: Mapping[int, list[str]], inside_mha: bool, packed: bool
 ) -> str | None:
     """Return why this module cannot carry an update, or None."""
     weight = getattr(module, "weight", None)
-    stock = {"conv1d": None, "linear": nn.Linear.forward, "conv2d": nn.Conv2d.forward}[str(kind_of(module))]
+    stock = KINDS.get(str(kind_of(module)))
     extra = {name for name, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}
-    if (stock is not None and type(module).forward is not stock) or extra:
+    format_name = packing(module)
+    if extra or (format_name is None and stock is not None and not _computes_as(module, stock)):
         return f"'{path}' is a {type(module).__name__} with another forward, which an update would bypass"
+    if format_name is not None and not packed:
+        return (
+            f"'{path}' is quantised ({format_name}), and this method reads or trains its weight; load a floating dtype"
+        )
     if inside_mha:
         return f"'{path}' lies inside nn.MultiheadAttention, which reads its weight without calling it"
     parent, _, name = path.rpartition(".")
     if read_directly(owner, name):
         return f"'{path}' is never called: " + READ_DIRECTLY.format(path=parent)
+    if hasattr(owner, "A_log") and name in READ_BY_SCAN:
+        return f"'{path}' is read by the fused scan of a {type(owner).__name__} on a GPU, without calling it"
     if not isinstance(weight, nn.Parameter) or hasattr(module, "parametrizations"):
         return f"'{path}' has no plain weight parameter (parametrised or lazy)"
-    if not weight.is_floating_point():
+    if not weight.is_floating_point() and format_name is None:
         return f"'{path}' is quantised (weight dtype {weight.dtype}); load the model in a floating dtype"
-    if isinstance(module, nn.Conv2d) and module.groups != 1:
-        return f"'{path}' is a grouped convolution (groups={module.groups}); only groups=1 has a low-rank matrix form"
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
+        return f"'{path}' is an embedding with max_norm or sparse gradients, which have no low-rank form"
     sharers = [name for name in owners.get(id(weight), []) if name != f"{path}.weight"]
     if sharers:
         return f"'{path}' shares its weight with '{sharers[0]}'; merging would change both: untie them first"
     return None
 
 
-def refusals(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
-    """Return the reason for each of these linears and convolutions that cannot carry an update."""
+@torch.no_grad()
+def _computes_as(module: nn.Module, stock: type[nn.Module]) -> bool:
+    """Return whether a module computes what its stock class does: by its forward, or a linear (Falcon's) by its outputs."""
+    if type(module).forward is stock.forward:
+        return True
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, nn.Linear) or not isinstance(weight, nn.Parameter) or weight.is_meta:
+        return False
+    x = torch.linspace(-1, 1, 2 * module.in_features, dtype=weight.dtype, device=weight.device).view(2, -1)
+    training, same = module.training, True
+    try:
+        for mode in (True, False):
+            module.training = mode
+            expected = nn.Linear.forward(module, x)
+            same = same and torch.allclose(type(module).forward(module, x), expected, rtol=1e-2, atol=1e-3)
+    except Exception:  # a forward of another signature or shape
+        return False
+    finally:
+        module.training = training
+    return same
+
+
+def refusals(model: nn.Module, paths: Iterable[str], packed: bool = False) -> dict[str, str]:
+    """Return the reason for each of these modules that cannot carry an update. packed: packed weights can."""
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():  # a module that has two names comes once, so two owners are two modules
         for name, parameter in module.named_parameters(recurse=False):
@@ -104,38 +148,63 @@ def refusals(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
     for path in paths:
         owner = model.get_submodule(path.rpartition(".")[0])
         inside = any(path.startswith(f"{outer}.") for outer in mha)
-        reasons[path] = _refusal(path, model.get_submodule(path), owner, owners, inside)
+        reasons[path] = _refusal(path, model.get_submodule(path), owner, owners, inside, packed)
     return {path: reason for path, reason in reasons.items() if reason}
 
 
 def find_targets(
-    model: nn.Module, targets: Targets, exclude: Sequence[str] = ()
+    model: nn.Module, targets: Targets, exclude: Sequence[str] = (), packed: bool = False
 ) -> tuple[dict[str, nn.Module], list[str]]:
     """Return the modules to adapt by path, in model order, and remarks on those that 'all-linear' left out.
 
-    exclude: full-path regular expressions or suffixes. Raises UserError for a pattern that matches nothing and for a
-    named module that cannot carry an update.
+    exclude: full-path regular expressions or suffixes. packed: whether packed weights are taken. Raises UserError for a
+    pattern that matches nothing and for a named module that cannot carry an update.
     """
     candidates = {path: module for path, module in model.named_modules() if path and kind_of(module)}
     pattern = targets if targets is not None else "all-linear"
     everything = pattern == "all-linear"
     if everything:
         heads = head_paths(model)
-        chosen = {p for p, m in candidates.items() if kind_of(m) != "conv2d" and p not in heads}
+        chosen = {p for p, m in candidates.items() if kind_of(m) in LINEAR and p not in heads}
     elif isinstance(pattern, str):
         chosen = _select_regex(pattern, candidates)
     else:
         chosen = set().union(*(_select_suffix(entry, candidates) for entry in pattern))
     check_patterns("adapt.exclude", exclude, list(candidates))
     chosen -= {path for path in chosen if any(matches(excluded, path) for excluded in exclude)}
-    reasons = refusals(model, sorted(chosen))
+    reasons = refusals(model, sorted(chosen), packed)
     if reasons and not everything:
         raise UserError(f"adapt.targets: {next(iter(reasons.values()))}.")
     chosen -= set(reasons)
+    remarks = [*reasons.values(), *(_experts(model) if everything else [])]
     if not chosen:
         left = " after exclude" if exclude else ""
-        raise UserError(f"adapt.targets: nothing to adapt for {pattern!r}{left}.{_nearest(pattern, candidates)}")
-    return {path: module for path, module in candidates.items() if path in chosen}, list(reasons.values())
+        why = f" Left out: {'; '.join(_grouped(remarks))}." if remarks else _nearest(pattern, candidates)
+        raise UserError(f"adapt.targets: nothing to adapt for {pattern!r}{left}.{why}")
+    return {path: module for path, module in candidates.items() if path in chosen}, remarks
+
+
+def _grouped(remarks: Sequence[str]) -> list[str]:
+    """Return the first remark of each reason, with the number of further ones."""
+    groups: dict[str, list[str]] = {}
+    for remark in remarks:
+        groups.setdefault(re.sub(r"'[^']*'", "", remark), []).append(remark)
+    return [first if not more else f"{first} ({len(more)} more)" for first, *more in groups.values()]
+
+
+def _experts(model: nn.Module) -> list[str]:
+    """Return a remark on the weights of experts, of three dimensions, which are no linears."""
+    names = [
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if kind_of(module) is None
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and min(parameter.shape) > 1
+    ]
+    if not names:
+        return []
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return [f"'{names[0]}'{more}: experts in one parameter of three dimensions, which stays frozen"]
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -160,12 +229,12 @@ def _select_regex(pattern: str, candidates: Mapping[str, nn.Module]) -> set[str]
         suffixed = any(path.endswith(f".{pattern}") for path in candidates)
         hint = f" A string must match the full path; as a suffix write ['{pattern}']." if suffixed else ""
         raise UserError(f"adapt.targets: no module matches '{pattern}'.{hint or _nearest(pattern, candidates)}")
-    return paths
+    return {path for path in paths if kind_of(candidates[path]) != "embedding"} or paths
 
 
 def _select_suffix(entry: str, candidates: Mapping[str, nn.Module]) -> set[str]:
     paths = {path for path in candidates if path == entry or path.endswith(f".{entry}")}
-    linears = {path for path in paths if path == entry or kind_of(candidates[path]) != "conv2d"}
+    linears = {path for path in paths if path == entry or kind_of(candidates[path]) in LINEAR}
     if not paths:
         raise UserError(f"adapt.targets: no module matches '{entry}'.{_nearest(entry, candidates)}")
     return linears or paths

@@ -18,7 +18,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from vismt.errors import UserError
-from vismt.lowrank.adapter_layer import HOOKS, AdapterLayer
+from vismt.lowrank.adapter_layer import AdapterLayer
+from vismt.lowrank.stand_in import HOOKS
 from vismt.lowrank.values import check_factor
 
 
@@ -26,9 +27,14 @@ class ModuleWrapper(nn.Module, ABC):
     """Base class. A subclass adds its forward and its tensors, and overrides what differs from the empty defaults."""
 
     shell: nn.Module
+    stock_children: tuple[str, ...]
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
+        self.adopt(base)
+
+    def adopt(self, base: nn.Module) -> None:
+        """Take the children, hooks and mode of the stock container `base`."""
         # The stock container without its children: not a submodule, so it adds no keys and follows no conversion.
         shell = copy.copy(base)
         shell._modules = {}
@@ -37,6 +43,11 @@ class ModuleWrapper(nn.Module, ABC):
             self.__dict__[name] = base.__dict__[name]
         self._modules.update(base._modules)
         self.training = base.training
+
+    def release(self) -> None:
+        """Let go of what `adopt` took, which is in the stock container again; the order of the children stays."""
+        self.__dict__["shell"] = None
+        self._modules.update(dict.fromkeys(self.stock_children))
 
     @classmethod
     @abstractmethod
@@ -105,6 +116,12 @@ class AddedModule(ModuleWrapper):
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
+
+    def adopt(self, base: nn.Module) -> None:
+        """Do nothing: there is no container."""
+
+    def release(self) -> None:
+        """Do nothing: there is no container."""
 
     def attach(self, model: nn.Module, path: str) -> None:
         """Become the module `path` of the model."""

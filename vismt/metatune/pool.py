@@ -26,8 +26,9 @@ from vismt.lowrank.adapter_files import DESCRIPTION, read_description
 from vismt.lowrank.bank import FactorBank
 from vismt.lowrank.detached_updates import Updates
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.inject import adapter_layers, unadapt
+from vismt.lowrank.inject import adapter_layers
 from vismt.lowrank.layer_spec import LayerSpec
+from vismt.lowrank.named import unadapt
 from vismt.lowrank.record import record_of
 from vismt.lowrank.store import base_samples, load_adapter
 

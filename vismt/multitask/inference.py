@@ -1,11 +1,13 @@
-"""Inference of a dense net on images of its input size or larger: overlapping windows, and the mirrored image as a second view.
+"""Inference of a dense net on images of its input size or larger: overlapping windows, the mirrored image, and several scales.
 
-    prediction(p) = mean of the predictions at pixel p over all views (window, mirrored or not) that contain p
+    prediction(p) = mean over scales of the mean of the predictions at pixel p over all views (window, mirrored or not) that
+                    contain p, for the image enlarged by the scale; predictions are resized to the image's own size
 
 Windows have the net's input size and equal distances, neighbours share `overlap` of a side or more, and all windows have the
 same weight (the sliding inference of semantic segmentation). The mean is taken over the head's output, logits and depths, but
-over unit vectors for normals (`DenseTask.view`), because the longest of vectors of different lengths would dominate. The
-prediction of a single window without mirroring is returned unchanged.
+over unit vectors for normals (`DenseTask.view`), because the longest of vectors of different lengths would dominate. Depth of
+an enlarged image is converted to the unit of the image (`DenseTask.rescaled`). The prediction of a single window without
+mirroring at the image's own scale is returned unchanged.
 """
 
 from __future__ import annotations
@@ -23,9 +25,17 @@ from vismt.errors import UserError
 from vismt.multitask.dense import DenseNet
 from vismt.multitask.tasks import DenseTask, MapTask
 
+LARGEST_SCALE = 8  # beyond it the windows of one image are thousands
+
 
 def predict(
-    net: DenseNet, tasks: Mapping[str, DenseTask], images: Tensor, *, overlap: float = 0.5, flip: bool = False
+    net: DenseNet,
+    tasks: Mapping[str, DenseTask],
+    images: Tensor,
+    *,
+    overlap: float = 0.5,
+    flip: bool = False,
+    scales: Sequence[float] = (1.0,),
 ) -> dict[str, Tensor]:
     """Predict all tasks for images of any size; sides shorter than the net's are padded with grey and cropped again.
 
@@ -35,14 +45,40 @@ def predict(
         images: (b, 3, h, w) in [0, 1].
         overlap: share of a side that neighbouring windows have in common, in [0, 1).
         flip: whether to average with the predictions for the mirrored images.
+        scales: factors by which the images are enlarged, over which the predictions are averaged.
 
     Returns:
         Predictions by task, fp32 (b, channels, h, w), or (b, channels) for tasks of whole images.
 
     Raises:
-        UserError: for an overlap outside of [0, 1).
+        UserError: for an overlap outside of [0, 1), and scales that are not different numbers above 0.
     """
     check_overlap(overlap)
+    check_scales(scales)
+    if list(scales) == [1]:
+        return _at_own_scale(net, tasks, images, overlap, flip)
+    size = images.shape[-2:]
+    totals: dict[str, Tensor] = {}
+    for scale in scales:
+        scaled = [max(1, round(side * scale)) for side in size]
+        enlarged = images if scaled == list(size) else _resized(images, scaled)
+        for name, value in _at_own_scale(net, tasks, enlarged, overlap, flip).items():
+            task = tasks[name]
+            prediction = task.rescaled(task.view(value, False), scale)
+            if isinstance(task, MapTask):
+                prediction = _resized(prediction, size)
+            totals[name] = totals.get(name, 0) + prediction / len(scales)
+    return totals
+
+
+def _resized(maps: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(maps, size=list(size), mode="bilinear", align_corners=False, antialias=True)
+
+
+def _at_own_scale(
+    net: DenseNet, tasks: Mapping[str, DenseTask], images: Tensor, overlap: float, flip: bool
+) -> dict[str, Tensor]:
+    """Return the predictions for images at their own scale."""
     size = net.backbone.img_size
     height, width = images.shape[-2:]
     below, right = max(0, size[0] - height), max(0, size[1] - width)
@@ -72,6 +108,16 @@ def check_overlap(overlap: Any) -> None:
     """Raise UserError unless `overlap` is a number in [0, 1)."""
     if isinstance(overlap, bool) or not isinstance(overlap, int | float) or not 0 <= overlap < 1:
         raise UserError(f"overlap: {overlap!r}; it must be a share of a window's side, from 0 to below 1.")
+
+
+def check_scales(scales: Sequence[float]) -> None:
+    """Raise UserError unless `scales` are different numbers above 0, at most 8."""
+    numbers = [scale for scale in scales if not isinstance(scale, bool) and 0 < scale <= LARGEST_SCALE]
+    if not numbers or len(set(numbers)) < len(scales):
+        raise UserError(
+            f"scales: {list(scales)}; name factors of the image size above 0 and up to {LARGEST_SCALE}, each once; [1.0] takes "
+            "images at their own size."
+        )
 
 
 def _mean_of_views(

@@ -1,13 +1,14 @@
 """MoEfied LoRA: plain LoRA in every block, and while training a router that weighs the experts of each FFN (moefied.py).
 
 EMTAL, Zhong et al., NeurIPS 2024, arXiv 2501.06884. Paper and released code differ, and the code's form is taken: one pair
-(A, B) a linear (paper: one for each expert), updates in attention too, scale 1, A and B both from N(0, 0.02^2). With that
-start, training does not begin at the pre-trained function; init="zero" starts B at zero and does, as far as the router
-lets it. Trainable with rank r in L blocks of width D and hidden width 4 D: L (16 D r + D K).
+(A, B) a linear (paper: one for each expert, which is `pairs: expert`, expert_pairs.py), updates in attention too, scale 1, A
+and B both from N(0, 0.02^2). With that start, training does not begin at the pre-trained function; init="zero" starts B at
+zero and does, as far as the router lets it. Trainable with rank r in L blocks of width D and hidden width 4 D:
+L (16 D r + D K).
 
 Clustering orders the FFN tensors of the user's model by expert, in place, while the model is adapted; merge, unadapt and
 every file put the units back in stock order, bit for bit. The released code has no merge and leaves the weights permuted.
-Left out: pairs for each expert, gated FFNs (a unit has two pre-activations there), models other than ViTs.
+Left out: gated FFNs (a unit has two pre-activations there), models other than ViTs.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ from vismt.lowrank.record import refuse_adapted
 from vismt.lowrank.targets import Targets, find_targets, kind_of
 from vismt.lowrank.wrappers import wrappers_of
 from vismt.methods import Method, register_method
+from vismt.multitask.expert_pairs import ExpertPairs
 from vismt.multitask.experts import cluster_model, explained_variance, random_neurons
 from vismt.multitask.fading import RouterFade
 from vismt.multitask.moefied import Fade, MoEfiedMlp, check_labels, checked_fade, starter
 
 BLOCK = re.compile(r"(?:.*\.)?blocks\.\d+")
 PERMUTATIONS = ("clusters", "random")
+PAIRS = ("shared", "expert")
 ATTENTION = ("qkv", "q_proj", "k_proj", "v_proj", "proj")
 
 
@@ -50,6 +53,7 @@ def moe_lora(
     init: str = "normal",
     cluster: bool | Sequence[Tensor] = True,
     permute: str = "clusters",
+    pairs: str = "shared",
     fade: float | Fade = 0.0,
     **options: Any,
 ) -> AdaptReport:
@@ -58,8 +62,9 @@ def moe_lora(
     n_experts: K, a divisor of the hidden width. temperature: of the router's softmax. init: "normal" or "zero". cluster:
     True clusters the units of each FFN by their weights (minutes for a ViT-B, then cached), False keeps their order, a
     sequence gives the labels of each block, as `cluster_model` returns them. permute: "random" draws the experts of cluster
-    True by the seed instead, the control that tells what the clusters add. fade: start value, or the FadeState that all
-    routers follow; `set_fade` changes it. Further options: those of `inject`.
+    True by the seed instead, the control that tells what the clusters add. pairs: "expert" gives each expert a pair of its own
+    in fc1 and fc2, with as many parameters as the shared pair of `rank`. fade: start value, or the FadeState that all routers
+    follow; `set_fade` changes it. Further options: those of `inject`.
     """
     refuse_adapted(model)
     start, fade = starter(init), checked_fade(fade)
@@ -71,6 +76,8 @@ def moe_lora(
     find_targets(model, linears)  # their units are moved, so they have to be plain linears
     if permute not in PERMUTATIONS:
         raise UserError(f"moe_lora: permute '{permute}'.{near(permute, PERMUTATIONS)}")
+    if pairs not in PAIRS:
+        raise UserError(f"moe_lora: pairs '{pairs}'.{near(pairs, PAIRS)}")
     if permute == "random" and cluster is not True:
         raise UserError("moe_lora: permute 'random' draws the experts; leave cluster out, or take permute: clusters.")
     chosen = cluster if permute == "clusters" else _random(mlps, n_experts, seed)
@@ -79,6 +86,8 @@ def moe_lora(
     if targets is None:
         attention = [path for path, module in model.named_modules() if kind_of(module) == "linear" and _projects(path)]
         targets = [*attention, *linears]
+    if pairs == "expert":
+        options = {**options, "layer": ExpertPairs, "settings": {"n_experts": n_experts}}
     report = inject(
         model, "moe_lora", start, offset=False, targets=targets, rank=rank, alpha=alpha, seed=seed, **options
     )
@@ -194,4 +203,6 @@ def _labels(
     return cluster_model(holder, n_experts, seed)
 
 
-register_method(Method("moe_lora", moe_lora, layers=(LowRankLayer, MoEfiedMlp), schedule=schedule, section="fade"))
+register_method(
+    Method("moe_lora", moe_lora, layers=(LowRankLayer, ExpertPairs, MoEfiedMlp), schedule=schedule, section="fade")
+)

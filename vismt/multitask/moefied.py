@@ -25,14 +25,15 @@ from vismt.lowrank.init import working_dtype
 from vismt.lowrank.inject import Initialiser, initialise, site_generator
 from vismt.lowrank.linear import LowRankLayer, LowRankLinear
 from vismt.lowrank.wrappers import ModuleWrapper
+from vismt.multitask.expert_pairs import ExpertPairs
 from vismt.multitask.experts import plain_mlp
 from vismt.multitask.routing import expert_weights, gate, idle
 
 INITS = ("normal", "zero")
 STD = 0.02
 UNIT_AXES = {  # axis of the hidden units in each tensor
-    "fc1": (("weight", 0), ("bias", 0), ("lora_B", 0)),
-    "fc2": (("weight", 1), ("lora_A", 1)),
+    "fc1": (("weight", 0), ("bias", 0), ("lora_B", 0), ("expert", 0)),
+    "fc2": (("weight", 1), ("lora_A", 1), ("expert", 0)),
 }
 
 
@@ -196,6 +197,9 @@ class MoEfiedMlp(ModuleWrapper):
         check_labels(labels, len(self.labels), self.n_experts)
         self.to_stock_order()
         self.labels.copy_(labels)
+        for linear in (self.fc1, self.fc2):
+            if isinstance(linear, ExpertPairs):
+                linear.expert.copy_(labels)
         self.from_stock_order()
 
     def to_stock_order(self) -> None:

@@ -77,19 +77,13 @@ def load_classifier(
     Raises:
         UserError: An unknown name, a missing or unreadable file, or weights that do not fit.
     """
-    path = Path(name_or_checkpoint)
-    if path.is_dir():
-        path = path / "model.safetensors"
     about: dict[str, Any] = {}
-    if path.suffix in SUFFIXES:
-        if not path.is_file():
-            raise UserError(f"checkpoint '{path}': no such file.")
+    path = checkpoint_file(name_or_checkpoint)
+    if path is not None:
         about = _read_config(path)
         architecture = architecture or about.get("architecture")
         about = {**about, "model_args": {**about.get("model_args", {}), **_size_option(architecture, img_size)}}
         net = _from_file(path, about, architecture, num_classes)
-    elif len(path.parts) > 2:  # names have one slash at most, after hf-hub:
-        raise UserError(f"model '{path}': no such file.")
     else:
         name = str(name_or_checkpoint)
         net = _create(name, num_classes, pretrained, **_size_option(name, img_size))
@@ -100,6 +94,20 @@ def load_classifier(
     labels = about.get("label_names")
     known = isinstance(labels, list) and len(labels) == net.num_classes
     return PixelClassifier(net, size, config["mean"], config["std"], labels if known else None).eval()
+
+
+def checkpoint_file(name: str | Path) -> Path | None:
+    """Return the file of a classifier's weights, None for a name of timm. Raises UserError for a file that does not exist."""
+    path = Path(name)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if path.suffix in SUFFIXES:
+        if not path.is_file():
+            raise UserError(f"checkpoint '{path}': no such file.")
+        return path
+    if len(path.parts) > 2:  # names have one slash at most, after hf-hub:
+        raise UserError(f"model '{path}': no such file.")
+    return None
 
 
 def classifier_of(model: nn.Module, img_size: int | None = None) -> PixelClassifier:

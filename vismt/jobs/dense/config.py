@@ -22,9 +22,9 @@ from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.dense import SEGMENTATION
 from vismt.multitask.fading import FadeConfig
 from vismt.multitask.heads import check_head
-from vismt.multitask.inference import check_overlap
+from vismt.multitask.inference import check_overlap, check_scales
 from vismt.multitask.retain_dense import DenseRetaining
-from vismt.multitask.tasks import DenseTask, make_task
+from vismt.multitask.tasks import DenseTask, loss_options, make_task
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, dense_conditions
 from vismt.typed_yaml import Names
 
@@ -86,6 +86,7 @@ class DenseEvaluateConfig:
             once, with the position table resampled for it.
         overlap: share of their side by which windows overlap.
         flip: whether the prediction is averaged with that on the mirrored image.
+        scales: factors by which each image is enlarged; the predictions are averaged (multi-scale testing).
         adjust_logits: whether tasks with classes are evaluated with the logits minus tau log prior, too
             (vismt.multitask.class_loss), with tau of each task chosen on the validation images.
         attacks: pgd on the run's losses.
@@ -97,6 +98,7 @@ class DenseEvaluateConfig:
     mode: Annotated[str, Names(MODES)] = "slide"
     overlap: float = 0.5
     flip: bool = False
+    scales: list[float] = field(default_factory=lambda: [1.0], metadata=HASHED_IF_SET)
     adjust_logits: bool = field(default=False, metadata=HASHED_IF_SET)
     attacks: list[AttackConfig] = field(default_factory=list, metadata=HASHED_IF_SET)
     corruptions: list[CorruptionConfig] = field(default_factory=list, metadata=HASHED_IF_SET)
@@ -109,7 +111,8 @@ class DenseConfig(StudyConfig):
     Args:
         model: the backbone; its image size is `size`.
         data: the sets.
-        tasks: names of dense tasks, or mappings with the name and options of the task.
+        tasks: names of dense tasks, or mappings with the name and options of the task. Arms may differ in options of the
+            losses: `tasks.semseg.class_weights: sqrt`.
         only: the trained tasks, [] for all; an arm with a single task is a single-task baseline.
         size: [height, width] of training images in pixels, multiples of the model's patch.
         canvas: [height, width] into which every image is fitted, and from which training crops are taken; null for the
@@ -169,7 +172,8 @@ def baseline_arms(config: DenseConfig) -> dict[str, str]:
 def check(config: DenseConfig) -> None:
     """Raise UserError for values that types do not exclude, also in the arms, before any work is done."""
     _check_values(config)
-    check_arms(config, _check_values, SHARED)
+    losses = tuple(f"tasks.{task.name}.{option}" for task in all_tasks(config) for option in loss_options(task))
+    check_arms(config, _check_values, SHARED, losses)
     _check_baseline(config)
     dense_conditions(config.evaluate.attacks, config.evaluate.corruptions, [task.name for task in all_tasks(config)])
 
@@ -230,6 +234,7 @@ def _check_canvas(config: DenseConfig) -> None:
     if evaluate.mode not in MODES:
         raise UserError(f"evaluate.mode: '{evaluate.mode}'.{near(evaluate.mode, MODES)}")
     check_overlap(evaluate.overlap)
+    check_scales(evaluate.scales)
 
 
 def _check_data(data: DenseDataConfig) -> None:

@@ -78,6 +78,8 @@ class Evaluation:
         text = f"{split} images at {self.data.size[0]} x {self.data.size[1]}"
         if (height, width) != self.data.size:
             text += f", windows of {height} x {width} that share {settings.overlap:g}"
+        if settings.scales != [1.0]:
+            text += f", mean over scales {', '.join(f'{scale:g}' for scale in settings.scales)}"
         return text + ", mean with the mirrored image" if settings.flip else text
 
     def quality(self, scores: Sequence[Score], undefined: int = 0) -> float:
@@ -306,7 +308,7 @@ class Evaluation:
 
     def _predicted(self, net: DenseNet, images: Tensor) -> dict[str, Tensor]:
         settings = self.config.evaluate
-        return predict(net, self.tasks, images, overlap=settings.overlap, flip=settings.flip)
+        return predict(net, self.tasks, images, overlap=settings.overlap, flip=settings.flip, scales=settings.scales)
 
     def outputs(self, merged: DenseNet, plain: DenseNet, label: str) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
         """Yield the outputs of both nets on the evaluated images; classes of pixels or images count as answers."""

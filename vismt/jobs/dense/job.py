@@ -79,7 +79,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
             models.make_backbone(self.config, window_of(self.config))
         for config in self.study.arms.values():
             self.batches(config)
-        self.data.counted(all_tasks(self.config))
+            self.data.counted(trained_tasks(config))
         if self.config.evaluate.adjust_logits:
             for task in class_tasks(self.config):
                 self.data.class_counts(task)

@@ -118,7 +118,8 @@ def predict_images(
     depth = tasks.get(Depth.name)
     if isinstance(depth, Depth) and _inverse(config):
         tasks[Depth.name] = InverseDepth.of(depth)
-    classes, flip = class_names(config, tasks), flip or config.evaluate.flip
+    settings = config.evaluate
+    classes, flip = class_names(config, tasks), flip or settings.flip
     written = []
     for path in console.track(images, "predict", label):
         image = decode_file(path).to(torch.float32) / 255
@@ -128,7 +129,9 @@ def predict_images(
             height, width = fitting(size, canvas_of(config))
             image = resize({"image": image}, canvas_of(config))["image"]
         with torch.no_grad():
-            outputs = predict(net, tasks, image[None].to(device), overlap=config.evaluate.overlap, flip=flip)
+            outputs = predict(
+                net, tasks, image[None].to(device), overlap=settings.overlap, flip=flip, scales=settings.scales
+            )
         outputs = {
             name: value[0, :, :height, :width].cpu() if value.ndim == 4 else value[0].cpu()
             for name, value in outputs.items()

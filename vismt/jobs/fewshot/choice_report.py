@@ -22,7 +22,7 @@ from torch import Tensor
 from vismt.files import DIGEST, read_sealed
 from vismt.jobs.fewshot.config import DEFAULT, EXPERT, MERGED, FewShotConfig, evaluated_experts, split_head
 from vismt.jobs.fewshot.merge_settings import VALIDATION
-from vismt.jobs.fewshot.names import episodes_file
+from vismt.jobs.fewshot.records import episodes_file
 from vismt.lines import read_lines
 from vismt.report.comparison import AVERAGE
 from vismt.report.results import Result

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from vismt import console
+from vismt.data.names import shown_name
 from vismt.data.pixels import Pixels
 from vismt.engine.log import record_stem
 from vismt.engine.study import Training
@@ -17,7 +18,7 @@ from vismt.jobs.fewshot import masking_report
 from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.jobs.fewshot.data import FewShotData
 from vismt.jobs.fewshot.models import Models
-from vismt.jobs.fewshot.names import episodes_file, shown_name
+from vismt.jobs.fewshot.records import episodes_file
 from vismt.metatune.episodes import EpisodeSampler, VariableSampler
 from vismt.metatune.protocol import run_protocol
 from vismt.report.results import Score

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from vismt import console
+from vismt.data.names import shown_name
 from vismt.data.pixels import Pixels
 from vismt.engine import runtime
 from vismt.errors import UserError
 from vismt.files import DIGEST, atomic_write, read_sealed, sealed
 from vismt.jobs.fewshot.config import MERGED, FewShotConfig, strategy_of
-from vismt.jobs.fewshot.names import shown_name
 from vismt.metatune.episodes import EpisodeSampler
 from vismt.metatune.finetune import FineTuneSettings
 from vismt.metatune.merging import MergeSettings, PoolNet

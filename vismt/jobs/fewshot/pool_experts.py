@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
+from vismt.data.names import shown_name
 from vismt.errors import UserError, near
-from vismt.jobs.fewshot.names import shown_name
 from vismt.metatune.amt import CORRUPTION, THREATS, Adversary, AdversaryForm
 from vismt.typed_yaml import Names, plain_name
 

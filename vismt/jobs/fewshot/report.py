@@ -17,7 +17,7 @@ from vismt.jobs.fewshot.config import FewShotConfig, pool_members, split_head, s
 from vismt.jobs.fewshot.episode_figure import episode_grid
 from vismt.jobs.fewshot.figures import mixture_bars
 from vismt.jobs.fewshot.merge_settings import chosen_settings
-from vismt.jobs.fewshot.names import episodes_file
+from vismt.jobs.fewshot.records import episodes_file
 from vismt.lines import read_lines
 from vismt.metatune.pool import read_pool
 from vismt.report.results import Result

@@ -61,12 +61,14 @@ class LmTaskConfig(PartsConfig):
         name: name of the task.
         kind: kind of the task (vismt.llm.tasks).
         prompt: template of the prompt.
+        chat: whether the prompt is the user's turn in the chat template of the model, and the answer the assistant's.
         options: further arguments of the kind.
     """
 
     name: str = ""
     kind: Annotated[str, Names("vismt.llm.tasks:TASKS")] = "causal"
     prompt: str = ""
+    chat: bool = field(default=False, metadata=HASHED_IF_SET)
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -211,7 +213,9 @@ class LmConfig(StudyConfig):
 
 def task_of(config: LmTaskConfig) -> LmTask:
     """Return the task that a section describes."""
-    return make_task(config.kind, config.prompt, config.options, f"tasks: {config.name}")
+    task: LmTask = make_task(config.kind, config.prompt, config.options, f"tasks: {config.name}")
+    task.chat = config.chat
+    return task
 
 
 def recommendation_of(config: LmTaskConfig) -> Recommendation:
@@ -276,6 +280,8 @@ def _check_values(config: LmConfig) -> None:
 
 def _check_task(section: LmTaskConfig) -> None:
     task = task_of(section)
+    if section.chat and (section.kind == KIND or not section.prompt):
+        raise UserError(f"tasks: {section.name}: chat is for a prompt of texts; leave it out.")
     check_parts(section, f"tasks: {section.name}")
     if not section.train and (section.test_share or section.validation_share):
         raise UserError(

@@ -139,7 +139,14 @@ class LmData:
         """Return a digest of the rows of a set and of the task that is set on them."""
         contents = [texts.content() for texts in self._sets[task][part][name]]
         section = self._sections[task]
-        settings = (section.kind, section.prompt, sorted(section.options.items(), key=str), self._limit(task, "test"))
+        chat = ("chat",) if section.chat else ()
+        settings = (
+            section.kind,
+            section.prompt,
+            sorted(section.options.items(), key=str),
+            self._limit(task, "test"),
+            *chat,
+        )
         return digest(repr((contents, settings, self.tokenizer.name_or_path)).encode())
 
     def calibration(self, settings: LmCalibrationConfig, labels: bool = False) -> list[dict[str, Tensor]]:

@@ -26,7 +26,7 @@ from vismt.llm.hybrid import Hybrid, title_vectors
 from vismt.llm.net import LmNet, check_logits
 from vismt.llm.tasks.classes import Classes
 from vismt.llm.tasks.recommendation import Recommendation
-from vismt.lowrank.inject import unadapt
+from vismt.lowrank.named import unadapt
 from vismt.lowrank.record import record_of
 from vismt.lowrank.store import DESCRIPTION
 from vismt.seeds import digest

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from vismt import console, ranks
-from vismt.data.names import card_and_split, row_name
+from vismt.data.names import card_and_split, row_name, shown_name
 from vismt.engine.study import Training
 from vismt.jobs.base import EvaluationJob, records_folder
 from vismt.jobs.robustness.config import RobustnessConfig, check
 from vismt.jobs.robustness.data import Cards
 from vismt.jobs.robustness.evaluation import corruption_errors, records_path, score_set
-from vismt.jobs.robustness.models import Classifier, load
+from vismt.jobs.robustness.models import Classifier, check_exists, load
 from vismt.jobs.robustness.own_images import TrainedArm
 from vismt.jobs.robustness.report import BROKEN, MASKING, sections
 from vismt.lines import read_lines, write_lines
@@ -63,6 +63,10 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
     def _chosen(self, attacks: Sequence[AttackConfig] | None) -> tuple[Sequence[AttackConfig], list[CorruptionConfig]]:
         settings = self.config.evaluate
         return (settings.attacks, settings.corruptions) if attacks is None else (attacks, [])
+
+    def check(self) -> None:
+        for config in self.study.arms.values():
+            check_exists(config.classifier)
 
     def check_evaluation(self, attacks: Sequence[AttackConfig] | None) -> None:
         for trained in self.trained.values():
@@ -140,7 +144,7 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
                 key: np.array([outputs.get(rows[ids[i]][column], "another task") for i in broken], dtype=str)
                 for key, column in (("truth", "label"), ("clean_answers", "clean"), ("attacked_answers", label))
             }
-            path = self.folder / BROKEN / f"{arm}-{row_name(data).replace(':', '-').replace('/', '-')}.npz"
+            path = self.folder / BROKEN / f"{arm}-{shown_name(data)}.npz"
             write_panel(
                 path, "broken", {"images": to_bytes(images[broken]), "attacked": to_bytes(attacked[broken]), **answers}
             )

@@ -11,7 +11,7 @@ from vismt.engine import runtime
 from vismt.jobs import open_run
 from vismt.jobs.robustness.config import ClassifierConfig
 from vismt.objects import held, weights_digest
-from vismt.robustness.classifier import classifier_from_function, classifier_of, load_classifier
+from vismt.robustness.classifier import checkpoint_file, classifier_from_function, classifier_of, load_classifier
 from vismt.robustness.quantise import quantise
 from vismt.robustness.robustbench import PREFIX, load_robustbench
 
@@ -32,6 +32,15 @@ class Classifier:
     def fingerprint(self) -> str:
         """Return a digest of the weights."""
         return weights_digest(self.net)
+
+
+def check_exists(config: ClassifierConfig) -> None:
+    """Raise UserError for a file or a run folder that does not exist."""
+    if config.run is not None:
+        open_run(Path(config.run))
+    name = config.name or ""
+    if name and held(name) is None and not name.startswith(PREFIX):
+        checkpoint_file(name)
 
 
 def load(config: ClassifierConfig) -> Classifier:

@@ -24,7 +24,6 @@ from vismt.llm.tasks.base import (
     LmTask,
     Record,
     answer_tokens,
-    context_tokens,
     fill,
     has_fields,
     probability_measures,
@@ -68,7 +67,7 @@ class Answers(LmTask):
         return f"the answer of the largest log-likelihood{unit}"
 
     def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
-        context = context_tokens(tokenizer, fill(self.prompt, row, "tasks: prompt"))
+        context = self.context(row, tokenizer)
         templates = {key: text for key, text in self.answers.items() if has_fields(text, row, "tasks: answers")}
         label = fill(self.label, row, "tasks: label")
         if label not in templates or len(templates) < 2:

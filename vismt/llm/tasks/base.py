@@ -91,6 +91,7 @@ class LmTask(ABC):
     head = False  # whether the task needs a head on the last token
     reads = True  # whether rows are scored without generation, so that the output of frozen blocks can be cached
     labelled = True  # whether a limit on the rows is spread over the labels
+    chat = False  # whether the prompt is the user's turn in the tokenizer's chat template
     by_user = False  # whether a limit on the rows is spread over users, and batches draw users
 
     def __init__(self, prompt: str, length: int = 512) -> None:
@@ -107,6 +108,11 @@ class LmTask(ABC):
     @abstractmethod
     def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
         """Return a row of text as tokens. Raises UserError for missing fields and unknown labels."""
+
+    def context(self, row: Mapping[str, Any], tokenizer: Any) -> list[int]:
+        """Return the tokens of the prompt of a row."""
+        text = fill(self.prompt, row, "tasks: prompt")
+        return chat_tokens(tokenizer, text) if self.chat else context_tokens(tokenizer, text)
 
     def training(self, items: Sequence[Item]) -> list[Item]:
         """Return the items to train on, made from the items of all training rows."""
@@ -166,6 +172,16 @@ def context_tokens(tokenizer: Any, text: str) -> list[int]:
     ids = list(tokenizer(text)["input_ids"])
     ends = bool(ids) and ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id != tokenizer.bos_token_id
     return ids[:-1] if ends else ids
+
+
+def chat_tokens(tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens of a user's turn and of the beginning of the answer, as the chat template writes them."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            "tasks: chat: the tokenizer has no chat template; write the turns in the prompt, and leave chat out."
+        )
+    turns = [{"role": "user", "content": text}]
+    return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False))
 
 
 def answer_tokens(tokenizer: Any, text: str) -> list[int]:

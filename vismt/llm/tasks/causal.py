@@ -23,7 +23,6 @@ from vismt.llm.tasks.base import (
     LmTask,
     Record,
     answer_tokens,
-    context_tokens,
     fill,
     ratio_measures,
 )
@@ -76,7 +75,7 @@ class Causal(LmTask):
         return f"{counted}, context {self.length}"
 
     def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
-        context = context_tokens(tokenizer, fill(self.prompt, row, "tasks: prompt"))
+        context = self.context(row, tokenizer)
         answer = answer_tokens(tokenizer, fill(self.answer, row, "tasks: answer"))
         if self.end:
             if tokenizer.eos_token_id is None:

@@ -24,7 +24,6 @@ from vismt.llm.tasks.base import (
     LmTask,
     Record,
     answer_tokens,
-    context_tokens,
     fill,
     probability_measures,
 )
@@ -76,7 +75,7 @@ class Classes(LmTask):
         return tokens
 
     def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
-        ids = context_tokens(tokenizer, fill(self.prompt, row, "tasks: prompt"))[-self.length :]
+        ids = self.context(row, tokenizer)[-self.length :]
         label = fill(self.label, row, "tasks: label")
         if label not in self.answers:
             raise UserError(f"tasks: row '{name}' has label '{label}'.{near(label, self.answers)}")

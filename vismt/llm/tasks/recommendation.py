@@ -116,7 +116,7 @@ class Recommendation(LmTask):
         if question and answer != "judge":
             raise UserError(f"tasks: question: is for answer judge, and answer is '{answer}'; leave it out.")
         places = ["history"] if answer == "judge" else ["history", "candidates"]
-        self.context = ItemPrompt("prompt", prompt, places, join, slot)
+        self.item_prompt = ItemPrompt("prompt", prompt, places, join, slot)
         self.question = ItemPrompt("question", question, ["candidate"], join, slot) if answer == "judge" else None
         self.answer = answer
         self.negatives = negatives
@@ -157,7 +157,7 @@ class Recommendation(LmTask):
         def item(hybrid: bool) -> Item:
             shown = None if hybrid and not self.titles else titles
             lists = {"history": history, "candidates": candidates}
-            ids, items = self.context.tokens(tokenizer, lists, shown, hybrid)
+            ids, items = self.item_prompt.tokens(tokenizer, lists, shown, hybrid)
             answers, answer_items = self._branches(tokenizer, candidates, titles, shown, hybrid)
             whole = tree(ids, answers, self.length, items if hybrid else None, answer_items)
             pieces = [stem(whole, label) if self.answer == "write" else whole]

@@ -61,12 +61,14 @@ class PixelMatching:
         """Return the size of the largest matching of the given pairs; present: bool (candidates,)."""
         mate = self.mate
         mate[(mate >= 0) & ~present[mate]] = -1
-        owner = np.full(len(self.pixels), -1)
+        owner = np.full(len(self.pixels), -1, dtype=np.int32)
         owner[mate[mate >= 0]] = np.nonzero(mate >= 0)[0]
         _grow(true, candidate, mate, owner)
-        while (reached := _augment(true, candidate, mate, owner)) is not None:
+        counts = np.bincount(true, minlength=len(mate))
+        while (reached := _augment(true, candidate, counts, mate, owner)) is not None:
             kept = reached[true]
             true, candidate = true[kept], candidate[kept]
+            counts[~reached] = 0
         return int((mate >= 0).sum())
 
 
@@ -83,22 +85,31 @@ def _grow(true: np.ndarray, candidate: np.ndarray, mate: np.ndarray, owner: np.n
         owner[matched] = pixels[winner]
 
 
-def _augment(true: np.ndarray, candidate: np.ndarray, mate: np.ndarray, owner: np.ndarray) -> np.ndarray | None:
-    """Augment the matching along disjoint paths; return the true pixels that the search reached, None without a path."""
+def _augment(
+    true: np.ndarray, candidate: np.ndarray, counts: np.ndarray, mate: np.ndarray, owner: np.ndarray
+) -> np.ndarray | None:
+    """Augment the matching along disjoint paths; return the true pixels that the search reached, None without a path.
+
+    counts: pairs of each true pixel.
+    """
     from scipy.sparse import csr_matrix
     from scipy.sparse.csgraph import breadth_first_order
 
-    free = owner[candidate] < 0
-    roots = np.unique(true[mate[true] < 0])
-    if not len(roots) or not free.any():
-        return None
     source = len(mate)
+    roots = np.nonzero((mate < 0) & (counts > 0))[0]
+    holder = owner[candidate]  # int32, which scipy takes as it is
+    free = np.nonzero(holder < 0)[0]
+    if not len(roots) or not len(free):
+        return None
     # A true pixel can displace another one from its candidate; exits are pixels with a free candidate.
     exits = np.full(source + 1, -1)
-    exits[true[free][::-1]] = candidate[free][::-1]
-    displaced = np.concatenate([owner[candidate[~free]], roots])
-    rows = np.cumsum(np.append(np.bincount(true[~free], minlength=source), len(roots)))
-    graph = csr_matrix((np.ones(len(displaced)), displaced, np.append(0, rows)), shape=(source + 1, source + 1))
+    exits[true[free[::-1]]] = candidate[free[::-1]]
+    holder[free] = source  # an edge that leads nowhere costs less than to leave it out
+    indices = np.concatenate([holder, roots.astype(np.int32)])
+    rows = np.zeros(source + 2, dtype=np.int32)
+    np.cumsum(counts, out=rows[1:-1])
+    rows[-1] = len(indices)
+    graph = csr_matrix((np.ones(len(indices)), indices, rows), shape=(source + 1, source + 1))
     order, parent = breadth_first_order(graph, source)
     ends = order[exits[order] >= 0]
     if not len(ends):

@@ -29,6 +29,17 @@ DARK = 64  # grey level of pixels without a value in pictures
 # Loss weights of InvPT and TaskPrompter for NYUD-v2 and PASCAL-Context; a task's default is its entry here.
 NYUD_WEIGHTS = {"semseg": 1.0, "depth": 1.0, "normals": 10.0, "edge": 50.0}
 PASCAL_WEIGHTS = {"semseg": 1.0, "parts": 2.0, "saliency": 5.0, "normals": 10.0, "edge": 50.0}
+# Options of tasks that change the loss and not the score.
+LOSS_OPTIONS = (
+    "class_weights",
+    "logit_adjustment",
+    "focal",
+    "class_counts",
+    "dice",
+    "label_smoothing",
+    "positive_weight",
+    "loss_weight",
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

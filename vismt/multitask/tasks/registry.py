@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from vismt.errors import UserError, require_known
-from vismt.multitask.tasks.base import DenseTask
+from vismt.multitask.tasks.base import LOSS_OPTIONS, DenseTask
 from vismt.multitask.tasks.classification import Classification
 from vismt.multitask.tasks.depth import Depth
 from vismt.multitask.tasks.edges import Edges
@@ -42,6 +42,11 @@ def make_task(spec: str | Mapping[str, Any]) -> DenseTask:
         if is_required and option not in options:
             raise UserError(f"task: '{name}' needs '{option}'.")
     return task(**options)
+
+
+def loss_options(task: DenseTask) -> list[str]:
+    """Return the options of a task that change its loss and not its score."""
+    return [name for name in task_options(type(task)) if name in LOSS_OPTIONS]
 
 
 def task_options(task: type[DenseTask]) -> dict[str, bool]:

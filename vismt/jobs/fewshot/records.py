@@ -1,16 +1,10 @@
-"""Names of sets in rows and of files of episodes."""
+"""Names of files of episodes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from vismt.data.names import row_name
 from vismt.engine.log import record_stem
-
-
-def shown_name(name: str) -> str:
-    """Return a set's name in rows and file names."""
-    return row_name(name).replace(":", "-").replace("/", "-")
 
 
 def episodes_file(folder: Path, seed: int, data: str, protocol: str, arm: str) -> Path:

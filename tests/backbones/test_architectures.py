@@ -1,0 +1,155 @@
+"""LoRA on the layouts that people have, as tiny random models: start, gradient, merge, undo, and reasons for what is left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import vismt
+from vismt.errors import UserError
+
+transformers = pytest.importorskip("transformers")
+
+LM: dict[str, Any] = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MOE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+SSM = {"state_size": 4, "time_step_rank": 2, "conv_kernel": 3, "expand": 2}
+CAUSAL: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8},
+    "phi": {},
+    "phi3": {},
+    "falcon": {"new_decoder_architecture": False, "multi_query": True},
+    "gpt2": {},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "bloom": {},
+    "olmo2": {},
+    "mixtral": MOE,
+    "qwen3_moe": {**MOE, "head_dim": 8},
+    "mamba": SSM,
+}
+# Models whose weights of experts are named in a remark, and the modules that are left out of others.
+EXPERTS = {"mixtral", "qwen3_moe"}
+LEFT_OUT = {"mamba": "x_proj' is read by the fused scan of a MambaMixer"}
+VISION = {
+    "vit": ("test_vit", {}),
+    "beit": ("beit_base_patch16_224", {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2}),
+    "eva": ("eva02_tiny_patch14_224", {"img_size": 28, "embed_dim": 32, "depth": 1, "num_heads": 2}),
+    "swin": ("swin_tiny_patch4_window7_224", {"img_size": 56, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2)}),
+    "convnext": ("test_convnext", {}),
+    "resnet": ("test_resnet", {"zero_init_last": False}),
+    "efficientnet": ("test_efficientnet", {}),
+}
+ENCODERS = {"bert": {}, "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}}
+
+
+def causal(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **LM, **CAUSAL[kind])
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def other(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    if kind in VISION:
+        name, options = VISION[kind]
+        return timm.create_model(name, pretrained=False, num_classes=3, **options).eval()
+    given = {**LM, **ENCODERS[kind]} if kind == "bert" else {"vocab_size": 48, **ENCODERS[kind]}
+    return transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **given)).eval()
+
+
+def run(model: nn.Module, kind: str) -> Tensor:
+    ids = torch.randint(3, 48, (2, 7), generator=torch.Generator().manual_seed(1))
+    if kind in CAUSAL:
+        return model(input_ids=ids).logits
+    if kind == "t5":
+        return model(input_ids=ids, decoder_input_ids=ids[:, :3]).last_hidden_state
+    if kind == "bert":
+        return model(input_ids=ids).pooler_output
+    size = model.pretrained_cfg["input_size"][-1]
+    side = VISION[kind][1].get("img_size", size)
+    return model(torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1)))
+
+
+def build(kind: str) -> nn.Module:
+    return causal(kind) if kind in CAUSAL else other(kind)
+
+
+CONVOLUTIONS = {"resnet": r".*conv\d", "efficientnet": r"blocks.*conv_(pw|pwl)", "convnext": None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*CAUSAL, *VISION, *ENCODERS])
+def test_lora_on_every_layout(kind: str) -> None:
+    model, expected = build(kind), run(build(kind), kind)
+    report = vismt.adapt(model, "lora", CONVOLUTIONS.get(kind), rank=2)
+    assert report.sites and torch.allclose(run(model, kind), expected, atol=1e-5)
+    assert any("three dimensions" in text for text in report.skipped) == (kind in EXPERTS)
+    if kind in LEFT_OUT:
+        assert any(LEFT_OUT[kind] in text for text in report.skipped)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    moved = run(model, kind)
+    moved.square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert not torch.equal(moved, expected)
+    fresh = build(kind).state_dict()
+    vismt.merge(model)
+    assert (run(model, kind) - moved).abs().max() <= 1e-4 * moved.abs().max()
+    assert list(model.state_dict()) == list(fresh)
+    again = build(kind)
+    vismt.adapt(again, "lora", CONVOLUTIONS.get(kind), rank=2)
+    vismt.unadapt(again)
+    assert all(torch.equal(value, fresh[name]) for name, value in again.state_dict().items())
+
+
+def test_what_the_scan_of_mamba_reads_is_refused_by_name() -> None:
+    model = causal("mamba")
+    report = vismt.adapt(model, "lora", rank=2)
+    assert {spec.path.split(".")[-1] for spec in report.sites} == {"in_proj"}
+    for name in ("x_proj", "dt_proj", "out_proj", "conv1d"):
+        with pytest.raises(UserError, match=rf"mixer\.{name}' is read by the fused scan of a MambaMixer on a GPU"):
+            vismt.adapt(causal("mamba"), "lora", [name], rank=1)
+
+
+def test_experts_in_one_parameter_are_remarked() -> None:
+    report = vismt.adapt(causal("mixtral"), "lora", rank=2)
+    remark = next(text for text in report.skipped if "dimensions" in text)
+    assert (
+        "experts" in remark and "and 3 more: experts in one parameter of three dimensions, which stays frozen" in remark
+    )
+
+
+def test_the_reasons_are_listed_where_nothing_can_be_adapted() -> None:
+    class Gained(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:  # as in training alone, which one probe would not see
+            return (1 + self.training) * super().forward(x)
+
+    model = nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2), "a": Gained(4, 4), "b": Gained(4, 4)})
+    with pytest.raises(UserError) as error:
+        vismt.adapt(model, "lora")
+    text = str(error.value)
+    assert "nothing to adapt for 'all-linear'. Left out: 'a' is a Gained with another forward" in text
+    assert "(1 more); 'mha.out_proj' lies inside nn.MultiheadAttention" in text and text.count("another forward") == 1

@@ -1,0 +1,119 @@
+"""Every method as one of several named adapters: switching, files, removal, training, and mixed batches."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from contract.test_methods import GRAPHS, METHODS, OWN, VARIANTS, adapted, faded, gates  # noqa: F401 (a fixture)
+from helpers.tiny import images, shake, snapshot, tiny_vit
+from torch import nn
+
+import vismt
+
+EVERY = [*GRAPHS, *((method, "with_head") for method in METHODS if method != "s2ft")]
+
+
+def put(model: nn.Module, method: str, variant: str, name: str, seed: int) -> torch.Tensor:
+    """Put a faded adapter with noise on the model and return the outputs that a model has with it alone."""
+    vismt.adapt(model, method, rank=2, name=name, seed=seed, **OWN.get(method, {}), **VARIANTS[variant])
+    faded(shake(model, seed=seed))
+    alone = faded(shake(adapted(method, variant, seed=seed), seed=seed))
+    return alone(images())
+
+
+@pytest.fixture(params=EVERY, ids="-".join)
+def case(request: pytest.FixtureRequest) -> tuple[nn.Module, str, dict[str | None, torch.Tensor]]:
+    """A model with two adapters of a method and one of another, the second active, and the outputs of each alone."""
+    method, variant = request.param
+    model = tiny_vit()
+    expected = {None: tiny_vit()(images())}
+    expected["other"] = put(model, "pissa" if method != "pissa" else "lora", "plain", "other", 3)
+    expected["a"] = put(model, method, variant, "a", 1)
+    expected["b"] = put(model, method, variant, "b", 2)
+    return model, method, expected
+
+
+def test_each_adapter_is_what_it_is_alone_bit_for_bit(case) -> None:
+    model, _, expected = case
+    assert torch.equal(model(images()), expected["b"])
+    for name in ("a", "other", "b", "a", None, "b"):
+        vismt.activate(model, name)
+        assert torch.equal(model(images()), expected[name]), name
+    with vismt.disabled(model):
+        assert torch.equal(model(images()), expected[None])
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(model(images()), expected["b"])
+    vismt.remove(model, "b")
+    assert torch.equal(model(images()), expected[None])
+    vismt.activate(model, "a")
+    assert torch.equal(model(images()), expected["a"])
+    vismt.unadapt(model)
+    original = snapshot(tiny_vit())
+    assert list(model.state_dict()) == list(original)
+    assert all(torch.equal(value, original[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_only_the_active_adapter_trains_and_its_parameters_stay_the_same(case) -> None:
+    model, _, _ = case
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model(images()).square().sum().backward()
+    vismt.activate(model, "a")
+    others = {id(parameter) for name, parameter in trained.items() if name not in model.vismt_record.also_train}
+    assert not others & {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    vismt.activate(model, "b")
+    assert {name: p for name, p in model.named_parameters() if p.requires_grad} == trained
+    assert all(parameter.grad is not None for parameter in trained.values())
+    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    before = model(images())
+    optimizer.step()
+    assert not torch.equal(model(images()), before)
+
+
+def test_files_by_name(case, tmp_path: Path) -> None:
+    model, _, expected = case
+    for name in ("a", "b", "other"):
+        vismt.save_adapter(model, tmp_path / name, name=name)
+        vismt.export_peft(model, tmp_path / f"peft-{name}", name=name)
+    assert torch.equal(model(images()), expected["b"])
+    again, imported = tiny_vit(), tiny_vit()
+    for name in ("a", "other", "b"):
+        vismt.load_adapter(again, tmp_path / name, name=name)
+        vismt.import_peft(imported, tmp_path / f"peft-{name}", name=name)
+    for name in ("b", "a", "other"):
+        assert torch.equal(vismt.activate(again, name)(images()), expected[name])
+        assert torch.allclose(vismt.activate(imported, name)(images()), expected[name], atol=1e-5)
+
+
+def test_copies_conversions_and_state_dicts_reach_parked_adapters(case) -> None:
+    model, _, expected = case
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for name in ("a", "b"):
+            assert torch.equal(vismt.activate(copied, name)(images()), expected[name])
+    double = copy.deepcopy(model).double()
+    for name in ("a", "other", "b"):
+        out = vismt.activate(double, name)(images().double())
+        assert torch.allclose(out.float(), expected[name], atol=1e-5)
+    assert all(value.dtype in (torch.float64, torch.int64, torch.int32) for value in double.state_dict().values())
+    fresh = copy.deepcopy(model)
+    for name in ("a", "other", "b"):
+        shake(vismt.activate(fresh, name), seed=9)
+    fresh.load_state_dict(model.state_dict(), strict=True)
+    for name in ("a", "other", "b"):
+        assert torch.equal(vismt.activate(fresh, name)(images()), expected[name])
+
+
+def test_a_batch_with_an_adapter_for_each_sample(case) -> None:
+    model, _, expected = case
+    vismt.activate(model, ["other", "a", "b"])
+    for names in (["a", "b", "other"], ["b", None, "a"], ["a", "a", "a"], [None, None, "b"]):
+        with vismt.adapters_per_sample(names):
+            out = model(images())
+        wanted = torch.stack([expected[name][number] for number, name in enumerate(names)])
+        assert torch.allclose(out, wanted, atol=1e-5), names
+    vismt.activate(model, "b")
+    assert torch.equal(model(images()), expected["b"])

@@ -1,0 +1,85 @@
+"""Values for each sample of a batch that reach every layer by context and not through the model's calls.
+
+The context is a ContextVar: threads and tasks that run at the same time see their own values, and nothing stays behind
+when the block ends. torch.compile cannot trace a ContextVar, so compiled code reads a copy that each thread has; with
+compiled models, do not let asynchronous tasks of one thread interleave inside their blocks.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from contextvars import ContextVar, Token
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+
+S = TypeVar("S", bound="PerSample")
+EXPAND = "_expand_inputs_for_generation"  # of transformers' generate
+
+
+class PerSample:
+    """Base class of such contexts. Blocks may be nested; the inner one holds.
+
+    repeats: how often each sample is in the batch, one copy after the other.
+    """
+
+    _current: ClassVar[ContextVar[Any]]
+    _traced: ClassVar[threading.local]
+
+    def __init_subclass__(cls) -> None:
+        cls._current, cls._traced = ContextVar(f"vismt_{cls.__name__}", default=None), threading.local()
+
+    def __init__(self) -> None:
+        self.repeats = 1
+        self._before: list[tuple[Token, PerSample | None]] = []
+
+    def __enter__(self: S) -> S:
+        self._before.append((self._current.set(self), getattr(self._traced, "scope", None)))
+        self._traced.scope = self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        token, self._traced.scope = self._before.pop()
+        self._current.reset(token)
+
+    @classmethod
+    def scope(cls: type[S]) -> S | None:
+        """Return the context in force."""
+        return getattr(cls._traced, "scope", None) if torch.compiler.is_compiling() else cls._current.get()
+
+
+def repeat_samples(times: int) -> None:
+    """Allow batches with each sample `times` times, one copy after the other, until the `with` block ends."""
+    for kind in PerSample.__subclasses__():
+        scope = kind._current.get()
+        if scope is not None:
+            scope.repeats = times
+
+
+class Expansion:
+    """Notes where transformers' `generate` repeats the samples (beams, num_return_sequences)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, expand_size: int = 1, *rest: Any, **named: Any) -> Any:
+        repeat_samples(expand_size)
+        owner = type(self.model)
+        stock = inspect.getattr_static(owner, EXPAND).__get__(self.model, owner)  # a method or static, by version
+        return stock(expand_size, *rest, **named)
+
+
+def watch_expansion(model: nn.Module) -> None:
+    """Let `generate` of the model and its parts note how it repeats the samples."""
+    for module in model.modules():
+        if hasattr(type(module), EXPAND):
+            setattr(module, EXPAND, Expansion(module))
+
+
+def unwatch_expansion(model: nn.Module) -> None:
+    """Undo `watch_expansion`."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get(EXPAND), Expansion):
+            delattr(module, EXPAND)
