@@ -6,7 +6,7 @@ r"""The next item of a user's history, out of candidates (LLaRA's protocol, arXi
 
 HitRatio@1 is the share of rows whose right candidate has the largest s_c, or was written. "choose" and "write" name all
 candidates in the prompt. "judge" asks one question for each candidate, as a branch after the shared history; p(title) measures
-how common the words of a title are, and a question does not. Its negatives in training are the first of the row's candidates.
+how common the words of a title are; a question does not. Its negatives in training are the first of the row's candidates.
 
 In a hybrid prompt a slot of one token stands for each item, and the vector of the item replaces it (vismt.llm.hybrid):
 
