@@ -52,8 +52,11 @@ class Pair:
 
     @property
     def half_difference(self) -> float:
-        """The absolute difference of the half widths of the intervals, 0 where either is missing."""
-        if self.new is None or self.old.half is None or self.new.half is None:
+        """The absolute difference of the half widths of the intervals, 0 where either is missing.
+
+        Over all seeds an interval now contains their spread; those of the seeds are compared.
+        """
+        if self.new is None or self.old.half is None or self.new.half is None or self.old.seed is None:
             return 0.0
         return _difference(self.old.half, self.new.half)
 
