@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.tiny import images, shake, snapshot, tiny_vit
+from helpers.tiny import DIGITS, images, shake, snapshot, tiny_vit
 from torch import Tensor, nn
 
 import vismt
@@ -215,13 +215,8 @@ def test_peft_reads_the_export_and_combine_refuses(tmp_path: Path) -> None:
 def test_vismt_run(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     config = {
-        "task": "multitask",
-        "model": {"name": "test_vit", "img_size": 32, "pretrained": False},
+        **DIGITS,
         "adapt": {"method": "output_scale", "targets": TARGETS, "options": {"strength": 1.0}},
-        "tasks": [{"name": "digits", "train": ["digits"], "test_share": 0.05, "validation_share": 0.03, "limit": 20}],
-        "batch": 16,
-        "train": {"steps": 2},
-        "evaluate": {"batch": 64},
     }
     path = tmp_path / "toy.yaml"
     path.write_text(yaml.safe_dump(config))

@@ -6,6 +6,16 @@ import timm
 import torch
 from torch import Tensor, nn
 
+# A multi-task run on digits without its adapt section.
+DIGITS = {
+    "task": "multitask",
+    "model": {"name": "test_vit", "img_size": 32, "pretrained": False},
+    "tasks": [{"name": "digits", "train": ["digits"], "test_share": 0.05, "validation_share": 0.03, "limit": 20}],
+    "batch": 16,
+    "train": {"steps": 2},
+    "evaluate": {"batch": 64},
+}
+
 
 def tiny_vit(seed: int = 0, num_classes: int = 5, **options: object) -> nn.Module:
     """Return a timm ViT with 2 blocks of width 32, for images of 16 x 16 pixels with 4 x 4 patches."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from helpers.language_models import tiny_lm, tokens
-from helpers.tiny import images, shake, snapshot, tiny_vit
+from helpers.tiny import DIGITS, images, shake, snapshot, tiny_vit
 from torch import Tensor, nn
 
 import vismt
@@ -213,15 +213,10 @@ def test_without_peft(monkeypatch) -> None:
 def test_a_run_tunes_a_hosted_arm_beside_ours(tmp_path: Path, capsys) -> None:
     pytest.importorskip("sklearn")
     config = {
-        "task": "multitask",
-        "model": {"name": "test_vit", "img_size": 32, "pretrained": False},
+        **DIGITS,
         "adapt": {"method": "lora", "targets": ["attn.qkv"], "rank": 2},
         "arms": {"lora": {}, "dora": {"adapt.method": "peft:dora", "adapt.options": {"lora_dropout": 0.1}}},
         "tune": {"rates": [1.0e-3, 1.0e-2]},
-        "tasks": [{"name": "digits", "train": ["digits"], "test_share": 0.05, "validation_share": 0.03, "limit": 20}],
-        "batch": 16,
-        "train": {"steps": 2},
-        "evaluate": {"batch": 64},
     }
     path = tmp_path / "toy.yaml"
     path.write_text(yaml.safe_dump(config))

@@ -1,12 +1,11 @@
-"""Layers with a low-rank update: a frozen weight, its factors, one fused forward and backward.
+"""Layers with a low-rank update: a frozen weight and its factors.
 
     y = W x + b + s * (B C A x - B0 A0 x)        W (o, i), A (r, i), B (o, r); A0, B0 only after a principal start
 
-The fused function adds the low-rank product into the output of the base GEMM (addmm), saves its input and the r-wide
-hidden product and nothing else, and never computes the gradient of a frozen weight. A fused projection (timm's qkv) may
-carry one factor pair per output block: A stacks the blocks' A, row block j of B meets hidden block j. A core C, (r, r) or
-a diagonal (r,), where a method has one, goes into B before the tokens come: O(o r^2), whatever their number. Gates of rank
-groups, one row for each sample (iLoRA), scale the hidden product: one r-wide multiplication a token, no output per expert.
+A linear runs one fused forward and backward (fused.py). A fused projection (timm's qkv) may carry one factor pair per output
+block: A stacks the blocks' A, row block j of B meets hidden block j. A core C, (r, r) or a diagonal (r,), where a method has
+one, goes into B before the tokens come: O(o r^2), whatever their number. Gates of rank groups, one row for each sample
+(iLoRA), scale the hidden product: one r-wide multiplication a token, no output per expert.
 
 Sources: LoRA, arXiv 2106.09685; the block form follows the per-projection factors of AMT (NeurIPS 2024).
 """
@@ -26,109 +25,11 @@ from torch import Tensor, nn
 from vismt.errors import UserError
 from vismt.lowrank.adapter_layer import AdapterLayer, register_layer, spec_of, trained_dtype
 from vismt.lowrank.factors import LowRank, times_core
-from vismt.lowrank.instance_gates import by_sample, fixed_gates, gated, sample_gates
+from vismt.lowrank.fused import FusedLowRank
+from vismt.lowrank.instance_gates import fixed_gates, gated, sample_gates
 from vismt.lowrank.layer_spec import LayerSpec
 from vismt.lowrank.packed_weights import packing
 from vismt.lowrank.targets import LINEAR, matrix_shape
-
-
-def _add_product(out: Tensor, hidden: Tensor, B: Tensor, scale: float, blocks: tuple[int, ...]) -> None:
-    """Add scale * hidden (n, g*r) times B^T to `out` (n, o), block by block of the outputs, in place."""
-    if len(blocks) == 1:
-        out.addmm_(hidden, B.t(), alpha=scale)
-        return
-    for columns, h, b in zip(out.split(blocks, 1), hidden.chunk(len(blocks), 1), B.split(blocks, 0)):
-        columns.addmm_(h, b.t(), alpha=scale)
-
-
-def _pull_back(grad: Tensor, B: Tensor, blocks: tuple[int, ...]) -> Tensor:
-    """Return the gradient at the hidden product, (n, g*r) for grad (n, o), without the scale."""
-    if len(blocks) == 1:
-        return grad @ B
-    return torch.cat([g @ b for g, b in zip(grad.split(blocks, 1), B.split(blocks, 0))], 1)
-
-
-def _grad_B(grad: Tensor, hidden: Tensor, blocks: tuple[int, ...]) -> Tensor:
-    """Return the gradient of B, (o, r), from grad (n, o) and hidden (n, g*r).
-
-    The thin factor comes first, which BLAS runs up to 1.6x faster.
-    """
-    if len(blocks) == 1:
-        return (hidden.t() @ grad).t()
-    return torch.cat([(h.t() @ g).t() for g, h in zip(grad.split(blocks, 1), hidden.chunk(len(blocks), 1))], 0)
-
-
-class _FusedLowRank(torch.autograd.Function):
-    """(x (n, i), W (o, i), b, A, B, A0, B0, gate (b, g*r), scale, blocks) -> y (n, o), hidden (n, g*r).
-
-    hidden = x A^T, before the gate, is an output so that it can be kept for backward and is still differentiable: the
-    function works under create_graph and torch.func.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        A0: Tensor | None,
-        B0: Tensor | None,
-        gate: Tensor | None,
-        scale: float,
-        blocks: tuple[int, ...],
-    ) -> tuple[Tensor, Tensor]:
-        dtype = x.dtype
-        out = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
-        hidden = x @ A.to(dtype).t()
-        _add_product(out, gated(hidden, gate), B.to(dtype), scale, blocks)
-        if A0 is not None and B0 is not None:
-            _add_product(out, x @ A0.to(dtype).t(), B0.to(dtype), -scale, blocks)
-        return out, hidden
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, A, B, A0, B0, gate, ctx.scale, ctx.blocks = inputs
-        ctx.has_bias = bias is not None
-        ctx.set_materialize_grads(False)
-        # x serves the gradient of A and W alone: with both frozen it need not be kept.
-        ctx.save_for_backward(
-            x if A.requires_grad or weight.requires_grad else None, weight, A, B, A0, B0, gate, output[1]
-        )
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_hidden: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, A, B, A0, B0, gate, hidden = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
-        need_gate = ctx.needs_input_grad[7]
-        dtype, scale, blocks = hidden.dtype, ctx.scale, ctx.blocks
-        grad_x = grad_weight = grad_bias = grad_A = grad_B = grad_gate = None
-        at_hidden = grad_hidden
-        if grad is not None and (need_x or need_A or need_gate):
-            pulled = _pull_back(grad, B.to(dtype), blocks) * scale
-            if need_gate:
-                grad_gate = by_sample(pulled * hidden, gate).sum(1)
-            pulled = gated(pulled, gate)
-            at_hidden = pulled if grad_hidden is None else pulled + grad_hidden
-        if need_x and at_hidden is not None:
-            grad_x = (
-                at_hidden @ A.to(dtype) if grad is None else (grad @ weight.to(dtype)).addmm_(at_hidden, A.to(dtype))
-            )
-            if grad is not None and A0 is not None and B0 is not None:
-                grad_x.addmm_(_pull_back(grad, B0.to(dtype), blocks), A0.to(dtype), alpha=-scale)
-        if need_A and at_hidden is not None:
-            grad_A = at_hidden.t() @ x
-        if grad is not None:
-            grad_B = _grad_B(grad, gated(hidden, gate) * scale, blocks) if need_B else None
-            grad_weight = grad.t() @ x if need_weight else None
-            grad_bias = grad.sum(0) if need_bias and ctx.has_bias else None
-        return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None, grad_gate, None, None
-
-
-GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-
 
 CORES = ("", "full", "diagonal")
 
@@ -244,6 +145,7 @@ class LowRankLayer(AdapterLayer):
     def build(
         cls, base: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
     ) -> LowRankLayer:
+        from vismt.lowrank.conv import LowRankConv
         from vismt.lowrank.embedding import LowRankEmbedding
         from vismt.lowrank.packed_linear import LowRankPacked
 
@@ -420,63 +322,9 @@ class LowRankLinear(LowRankLayer):
         else:
             factors = self.right(), self.left(), self.lora_A0, self.lora_B0
             # The bookkeeping of autograd takes longer than the products of one generated token.
-            fused = _FusedLowRank.apply if torch.is_grad_enabled() else _FusedLowRank.forward
+            fused = FusedLowRank.apply if torch.is_grad_enabled() else FusedLowRank.forward
             out, _ = fused(flat, weight, self.bias, *factors, self.gate(x), self.scale, self.blocks)
         return out.view(*x.shape[:-1], out.shape[-1])
-
-
-class LowRankConv(LowRankLayer):
-    """nn.Conv1d, Conv2d or Conv3d: A is a convolution of the same geometry with r output channels, B a 1x1 convolution.
-
-    forward: x (b, c, ...) -> (b, o, ...). The matrix form is the weight reshaped to (o, c / groups * kernel); with groups
-    each one has the same A on its channels, and its own rows of B.
-    """
-
-    groups: int
-    kernel_size: tuple[int, ...]
-    dilation: tuple[int, ...]
-    padding_mode: str
-
-    def __init__(self, base: nn.Module, rank: int, scale: float, **options: Any) -> None:
-        super().__init__(base, rank, scale, **options)
-        for name in GEOMETRY:
-            setattr(self, name, getattr(base, name))
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        return weight.flatten(1)
-
-    def stored(self, matrix: Tensor) -> Tensor:
-        return matrix.view(self.weight.shape)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.shell._conv_forward(x, self.weight, self.bias)
-        inner = F.dropout(x, self.dropout) if self.dropout and self.training else x
-        out = out + self.scale * self._product(inner, self.lora_A, self.left(), self.gate(inner))
-        if self.lora_A0 is not None:
-            out = out - self.scale * self._product(x, self.lora_A0, self.lora_B0)
-        return out
-
-    def peft_factors(self, update: LowRank) -> tuple[Tensor, Tensor]:
-        """Return A (r, c, ...) and B (o, r, 1, ...)."""
-        if self.groups > 1 or set(self.dilation) != {1} or self.padding_mode != "zeros":
-            raise UserError(
-                "export_peft: peft's LoRA of a convolution has no dilation, no padding mode and another form for groups; merge "
-                "the model and save it whole."
-            )
-        A, B = super().peft_factors(update)
-        return A.view(-1, *self.weight.shape[1:]), self._pointwise(B)
-
-    def _product(self, x: Tensor, A: Tensor, B: Tensor, gate: Tensor | None = None) -> Tensor:
-        kernel = A.to(self.weight.dtype).view(-1, *self.weight.shape[1:])
-        hidden = self.shell._conv_forward(x, repeat(kernel, "r ... -> (g r) ...", g=self.groups), None)
-        if gate is not None:
-            hidden = hidden * self._pointwise(gate.repeat(1, self.groups))
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
-        return convolve(hidden, self._pointwise(B.to(self.weight.dtype)), groups=self.groups)
-
-    def _pointwise(self, matrix: Tensor) -> Tensor:
-        """Return a matrix with an axis of length one for each axis of the kernel."""
-        return matrix.reshape(*matrix.shape, *(1 for _ in self.kernel_size))
 
 
 def qkv_blocks(path: str, out_features: int) -> tuple[int, ...]:

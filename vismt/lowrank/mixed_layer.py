@@ -135,7 +135,7 @@ class MixedConv2d(MixedLinear):
 
 
 def mixed_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the adapters that are active together, none where there are no such."""
+    """Return the names of the adapters that are active together."""
     shelf: Any = model._modules.get(SHELF)
     return shelf.mixed if shelf is not None else ()
 

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError
 from vismt.lowrank.adapter_layer import register_layer
+from vismt.lowrank.conv import LowRankConv
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.init import working_dtype
 from vismt.lowrank.layer_spec import LayerSpec
-from vismt.lowrank.linear import LowRankConv, LowRankLayer, LowRankLinear, LowRankSettings
+from vismt.lowrank.linear import LowRankLayer, LowRankLinear, LowRankSettings
 from vismt.lowrank.nf4 import GRIDS, on_grid
 from vismt.lowrank.svd import double
 from vismt.lowrank.targets import LINEAR

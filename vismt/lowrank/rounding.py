@@ -22,7 +22,7 @@ def erased_by_rounding(model: nn.Module) -> float | None:
         model: an adapted model that merges; not changed.
 
     Returns:
-        A number from 0 on; None without adapted weights in half precision, or for layers that are no pair of factors.
+        A number of at least 0; None without adapted weights in half precision, and for layers without factors.
 
     Raises:
         UserError: where the model cannot be merged now.

@@ -193,7 +193,7 @@ def _grouped(remarks: Sequence[str]) -> list[str]:
 
 
 def _experts(model: nn.Module) -> list[str]:
-    """Return a remark on the weights of experts, of three dimensions, which are no linears."""
+    """Return a remark on the weights of experts in three dimensions, which are not adapted."""
     names = [
         f"{path}.{name}" if path else name
         for path, module in model.named_modules()

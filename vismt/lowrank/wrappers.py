@@ -118,10 +118,10 @@ class AddedModule(ModuleWrapper):
         nn.Module.__init__(self)
 
     def adopt(self, base: nn.Module) -> None:
-        """Do nothing: there is no container."""
+        """Do nothing: this wrapper has no container."""
 
     def release(self) -> None:
-        """Do nothing: there is no container."""
+        """Do nothing: this wrapper has no container."""
 
     def attach(self, model: nn.Module, path: str) -> None:
         """Become the module `path` of the model."""
