@@ -10,7 +10,7 @@ from vismt import adapt, cli
 from vismt.backbones.vit import Backbone
 from vismt.bench import amt, amt_released
 from vismt.bench.timing import Timing
-from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.adapter_layer import adapter_layers
 from vismt.metatune.amt import AdversarialObjective, Adversary
 from vismt.metatune.merging import MergeSettings, PoolNet
 from vismt.metatune.protonet import ProtoNet

@@ -11,7 +11,7 @@ import vismt
 from vismt.bench import emtal, emtal_released
 from vismt.bench.emtal_released import released
 from vismt.bench.timing import Timing
-from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.adapter_layer import adapter_layers
 from vismt.lowrank.memory import saved_activation_bytes
 from vismt.multitask.moe_lora import set_fade
 

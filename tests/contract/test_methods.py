@@ -14,8 +14,7 @@ from torch import nn
 
 import vismt
 from vismt.llm import collect_covariance, instance_gates
-from vismt.lowrank.adapter_layer import AdapterLayer
-from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.adapter_layer import AdapterLayer, adapter_layers
 from vismt.lowrank.slice_linear import SliceLinear
 from vismt.methods import METHODS as DECLARED
 

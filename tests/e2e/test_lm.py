@@ -26,7 +26,7 @@ from vismt.llm.covariance_files import load_covariances
 from vismt.llm.net import LmNet
 from vismt.llm.tasks.base import gather
 from vismt.llm.unit_selection import select_units
-from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.adapter_layer import adapter_layers
 from vismt.report.results import RECORDS, read_results
 
 

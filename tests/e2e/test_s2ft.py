@@ -22,7 +22,7 @@ from vismt.engine import loop, runtime
 from vismt.errors import UserError
 from vismt.jobs import open_run
 from vismt.lines import read_lines
-from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.adapter_layer import adapter_layers
 from vismt.lowrank.wrappers import to_stock
 from vismt.methods import method_optimizer
 

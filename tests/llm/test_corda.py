@@ -12,8 +12,8 @@ import vismt
 from vismt.errors import UserError
 from vismt.llm import collect_covariance, save_covariances
 from vismt.llm.corda_start import context, damped, last_left
+from vismt.lowrank.adapter_layer import adapter_layers
 from vismt.lowrank.init import principal
-from vismt.lowrank.inject import adapter_layers
 
 MODES = ("ipm", "kpm")
 SHAPES = [(6, 9), (9, 6), (8, 8)]

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vismt
 from vismt.errors import UserError
 from vismt.llm import gate_of, instance_gates, recompute_gates
+from vismt.lowrank.adapter_layer import adapter_layers
 from vismt.lowrank.conv import LowRankConv
-from vismt.lowrank.inject import adapter_layers
 from vismt.lowrank.linear import LowRankLinear
 
 KINDS = (*LMS, "vit")

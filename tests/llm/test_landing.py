@@ -19,7 +19,7 @@ import vismt
 from vismt.errors import UserError
 from vismt.llm import Landing
 from vismt.llm.landing import CONSTRAINTS, RETRACTIONS, updates
-from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.adapter_layer import adapter_layers
 from vismt.lowrank.stiefel import infeasibility
 from vismt.methods import method_optimizer
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import vismt
 from vismt.lowrank import erased_by_rounding
-from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.adapter_layer import adapter_layers
 from vismt.lowrank.wrappers import stock_order
 
 transformers = pytest.importorskip("transformers")

@@ -15,7 +15,7 @@ from torch import nn
 import vismt
 from vismt.errors import UserError
 from vismt.llm import collect_covariance
-from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.adapter_layer import adapter_layers
 
 STARTS = {
     "pissa": {},

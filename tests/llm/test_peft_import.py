@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import vismt
 from vismt.errors import UserError
-from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.adapter_layer import adapter_layers
 
 peft = pytest.importorskip("peft")
 

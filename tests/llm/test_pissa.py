@@ -16,10 +16,10 @@ from torch import Tensor, nn
 import vismt
 from vismt.errors import UserError
 from vismt.llm.pissa import quantized_principal
+from vismt.lowrank.adapter_layer import adapter_layers
 from vismt.lowrank.combining import combine
 from vismt.lowrank.detached_updates import read_updates
 from vismt.lowrank.init import principal, residual
-from vismt.lowrank.inject import adapter_layers
 from vismt.lowrank.nf4 import nf4
 from vismt.metatune.attention_scale import attention_heads
 from vismt.metatune.pool import Expert, check_alike

@@ -11,7 +11,7 @@ import vismt
 from vismt.errors import UserError
 from vismt.llm import Landing, orthonormalize_
 from vismt.llm.landing import updates
-from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.adapter_layer import adapter_layers
 from vismt.lowrank.stiefel import infeasibility
 
 THETAS = ["full", "diagonal"]

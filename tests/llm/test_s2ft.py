@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import vismt
 from vismt.errors import UserError
 from vismt.llm import UnitSelection, check_slices, read_slices, select_units, switch
-from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.adapter_layer import adapter_layers
 from vismt.lowrank.memory import optimizer_bytes, saved_activation_bytes
 from vismt.lowrank.structures import structures
 from vismt.lowrank.wrappers import to_stock

@@ -14,7 +14,7 @@ import vismt
 from vismt.errors import UserError
 from vismt.llm import add_slices, read_slices, select_units, serving, switch
 from vismt.llm.slices import Slice
-from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.adapter_layer import adapter_layers
 
 EVERY = ("v", "o", "u", "d")
 

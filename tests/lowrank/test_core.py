@@ -12,7 +12,7 @@ from torch import nn
 
 import vismt
 from vismt.errors import UserError
-from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.adapter_layer import adapter_layers
 from vismt.lowrank.memory import count_parameters, saved_activation_bytes
 from vismt.lowrank.store import DESCRIPTION
 

@@ -17,7 +17,7 @@ import vismt
 from vismt.errors import UserError
 from vismt.llm import collect_covariance, instance_gates
 from vismt.lowrank import combine, read_updates, store
-from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.adapter_layer import adapter_layers
 
 LAYERS = ["attn.qkv", "mlp.fc1"]
 ADAPTERS = {

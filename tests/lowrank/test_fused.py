@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import vismt
 from vismt.errors import UserError
 from vismt.llm import UnitSelection, select_units
-from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.adapter_layer import adapter_layers
 from vismt.lowrank.structures import structures
 
 HEADS = {"num_attention_heads": 8}

@@ -9,7 +9,7 @@ from torch import nn
 
 import vismt
 from vismt.errors import UserError
-from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.adapter_layer import adapter_layers
 
 
 def paths(targets: object, **options: object) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import vismt
-from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.adapter_layer import adapter_layers
 from vismt.lowrank.memory import saved_activation_bytes
 
 

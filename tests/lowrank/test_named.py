@@ -12,7 +12,7 @@ from torch import nn
 import vismt
 from vismt.errors import UserError
 from vismt.llm.slices import switch
-from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.adapter_layer import adapter_layers
 from vismt.multitask.fading import RouterFade
 from vismt.multitask.moe_lora import set_fade
 

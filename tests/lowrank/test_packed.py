@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import vismt
 from vismt.errors import UserError
 from vismt.llm import collect_covariance, instance_gates
-from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.adapter_layer import adapter_layers
 from vismt.lowrank.packed_linear import LowRankPacked
 from vismt.lowrank.packed_weights import dense_weight
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import vismt
 from vismt import adapt
 from vismt.errors import UserError
-from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.adapter_layer import adapter_layers
 from vismt.metatune import amt
 from vismt.metatune.amt import AdversarialObjective, Adversary, trades
 from vismt.metatune.objective import EpisodeObjective

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.backbones.vit import Backbone
+from vismt.lowrank.adapter_layer import adapter_layers
 from vismt.lowrank.bank import FactorBank
-from vismt.lowrank.inject import adapter_layers
 from vismt.lowrank.linear import LowRankLayer
 from vismt.metatune.amt import Adversary
 from vismt.metatune.diffaugment import diff_augment

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError, near
 from vismt.lowrank import stiefel
-from vismt.lowrank.inject import adapter_layers
+from vismt.lowrank.adapter_layer import adapter_layers
 from vismt.lowrank.linear import LowRankLayer
 from vismt.lowrank.sharded import whole, write_whole
 

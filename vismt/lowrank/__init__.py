@@ -3,7 +3,7 @@
 from vismt.lowrank.combining import combine
 from vismt.lowrank.detached_updates import Updates, read_updates
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.inject import fill_starts
 from vismt.lowrank.rounding import erased_by_rounding
+from vismt.lowrank.starts import fill_starts
 
 __all__ = ["LowRank", "Updates", "combine", "erased_by_rounding", "fill_starts", "read_updates"]

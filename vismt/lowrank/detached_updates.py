@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError
 from vismt.lowrank.adapter_files import DESCRIPTION, check_tensors, layer_shapes, read_adapter
-from vismt.lowrank.adapter_layer import spec_of
+from vismt.lowrank.adapter_layer import adapter_layers, spec_of
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.inject import adapter_layers, install, undone_on_error
+from vismt.lowrank.inject import install, undone_on_error
 from vismt.lowrank.layer_spec import LayerSpec
 from vismt.lowrank.linear import LowRankLayer, LowRankSettings
 from vismt.lowrank.named import beside

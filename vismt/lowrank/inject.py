@@ -6,16 +6,15 @@ changes the model as a whole or, on a UserError, not at all.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vismt.errors import UserError
-from vismt.lowrank.adapter_layer import AdapterLayer
+from vismt.lowrank.adapter_layer import AdapterLayer, adapter_layers
 from vismt.lowrank.backups import backup_tensors, sample
 from vismt.lowrank.layer_spec import AdaptReport, LayerSpec
 from vismt.lowrank.linear import LowRankLayer
@@ -31,8 +30,8 @@ from vismt.lowrank.record import (
     refuse_others,
     refuse_switched,
 )
+from vismt.lowrank.starts import Initialiser, start_layers
 from vismt.lowrank.targets import Targets, check_patterns, find_targets, matches, pattern_value
-from vismt.lowrank.threads import each
 from vismt.lowrank.values import need_finite
 from vismt.lowrank.wrappers import (
     ModuleWrapper,
@@ -44,9 +43,6 @@ from vismt.lowrank.wrappers import (
     to_stock,
     uninstall,
 )
-
-# (weight (o, i), rank, scale, generator) -> (A (r, i), B (o, r)), called once per output block.
-Initialiser = Callable[[Tensor, int, float, torch.Generator], tuple[Tensor, Tensor]]
 
 
 def inject(
@@ -129,7 +125,7 @@ def inject(
     names = also_trained(model, options["also_train"], list(modules))
     layers = install(model, method, specs, {"dropout": dropout, "seed": seed}, names, dtype=options["dtype"])
     with undone_on_error(model):
-        _start(layers, specs, init, seed, offset)
+        start_layers(layers, specs, init, seed, offset)
     if any(layer.weight.is_meta for layer in layers):
         need_record(model, "adapt").start = (init, seed, offset)
     trainable, total = count_parameters(model)
@@ -182,31 +178,6 @@ def prepare(model: nn.Module, specs: Sequence[LayerSpec]) -> Callable[[Mapping[s
                 function(layers)
 
     return finish
-
-
-def fill_starts(model: nn.Module) -> nn.Module:
-    """Give the factors of a model that was adapted on the meta device their start values, once it has its base weights.
-
-    Args:
-        model: adapted on the meta device, then `to_empty` and loaded with the weights of its base; changed in place.
-
-    Returns:
-        The model: as if it had been adapted with its weights.
-
-    Raises:
-        UserError: for a model that was adapted with values, or still lies on the meta device.
-    """
-    record = need_record(model, "fill_starts")
-    layers = adapter_layers(model)
-    if record.start is None or any(layer.weight.is_meta for layer in layers.values()):
-        where = "was adapted with values" if record.start is None else "lies on the meta device"
-        raise UserError(
-            f"fill_starts: the model {where}; it is for one that was adapted on the meta device, after to_empty and its weights."
-        )
-    init, seed, offset = record.start
-    _start([layers[spec.path] for spec in record.sites], record.sites, init, seed, offset)
-    record.start = None
-    return model
 
 
 @contextmanager
@@ -306,12 +277,6 @@ def train_along(model: nn.Module, names: Sequence[str]) -> None:
     )
 
 
-def site_generator(seed: int, path: str) -> torch.Generator:
-    """Return a CPU generator that depends on (seed, path) alone, so the start of a module does not depend on the others."""
-    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
 def place(model: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None) -> AdapterLayer:
     """Put the layer of `spec` where the stock module stands, under every name it has; its update is left unset."""
     layer = spec.layer.build(model.get_submodule(spec.path), spec, dropout=dropout, dtype=dtype)
@@ -323,50 +288,3 @@ def attach(model: nn.Module, path: str, wrapper: ModuleWrapper) -> None:
     """Put a wrapper in its place, and note it in the model's record."""
     need_record(model, "attach").wrappers[path] = described(wrapper)
     wrapper.attach(model, path)
-
-
-def _start(
-    layers: Sequence[AdapterLayer],
-    specs: Sequence[LayerSpec],
-    init: Initialiser | Mapping[str, Initialiser],
-    seed: int,
-    offset: bool,
-) -> None:
-    """Fill all layers, on the CPU several at a time."""
-
-    def fill(pair: tuple[AdapterLayer, LayerSpec]) -> None:
-        layer, spec = pair
-        initialise(layer, spec, init[spec.path] if isinstance(init, Mapping) else init, seed, offset=offset)
-
-    pairs = list(zip(layers, specs))
-    if all(layer.weight.device.type == "cpu" for layer in layers):
-        each(fill, pairs)
-    else:
-        for pair in pairs:
-            fill(pair)
-
-
-@torch.no_grad()
-def initialise(layer: LowRankLayer, spec: LayerSpec, init: Initialiser, seed: int, *, offset: bool) -> None:
-    """Fill a layer's factors block by block; on the meta device there is nothing to fill."""
-    if layer.weight.is_meta:
-        if offset:
-            layer.set_factors(layer.lora_A, layer.lora_B, True)
-        return
-    generator, settings = site_generator(seed, spec.path), spec.settings
-    try:
-        pairs = [
-            init(rows, settings.rank, settings.scale, generator)
-            for rows in layer.matrix(layer.stock_weight()).split(settings.blocks, 0)
-        ]
-        finite = all(bool(factor.isfinite().all()) for pair in pairs for factor in pair)
-    except torch.linalg.LinAlgError:
-        finite = False
-    if not finite:
-        raise UserError(f"adapt: '{spec.path}' gets no finite start values; its weight is infinite or NaN somewhere.")
-    layer.set_factors(torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs]), offset)
-
-
-def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
-    """Return every adapter layer of the model by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, AdapterLayer)}

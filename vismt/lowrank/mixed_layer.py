@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError
 from vismt.lowrank.adapter_choice import Choice, Together, adapters_per_sample
-from vismt.lowrank.adapter_layer import AdapterLayer
+from vismt.lowrank.adapter_layer import AdapterLayer, adapter_layers
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.inject import adapter_layers
 from vismt.lowrank.packed_weights import packing
 from vismt.lowrank.parked import park, put_back
 from vismt.lowrank.per_sample import unwatch_expansion, watch_expansion

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vismt.lowrank.adapter_layer import AdapterLayer
-from vismt.lowrank.inject import adapter_layers, prepare, undo
+from vismt.lowrank.adapter_layer import AdapterLayer, adapter_layers
+from vismt.lowrank.inject import prepare, undo
 from vismt.lowrank.record import RECORD, SHELF, AdaptRecord, need_record
 from vismt.lowrank.wrappers import ModuleWrapper, from_stock, install_module, wrappers_of
 

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError
 from vismt.files import atomic_write
+from vismt.lowrank.adapter_layer import adapter_layers
 from vismt.lowrank.detached_updates import of_peft, put_on
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.init import principal
-from vismt.lowrank.inject import adapter_layers
 from vismt.lowrank.named import beside, using
 from vismt.lowrank.packed_weights import dense_weight
 from vismt.lowrank.patterns import Pattern

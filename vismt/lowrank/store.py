@@ -33,9 +33,9 @@ from vismt.lowrank.adapter_files import (
     layer_shapes,
     read_adapter,
 )
-from vismt.lowrank.adapter_layer import AdapterLayer
+from vismt.lowrank.adapter_layer import AdapterLayer, adapter_layers
 from vismt.lowrank.backups import unchanged_tensors, was_trained
-from vismt.lowrank.inject import adapter_layers, attach, install, undone_on_error
+from vismt.lowrank.inject import attach, install, undone_on_error
 from vismt.lowrank.layer_spec import LayerSpec
 from vismt.lowrank.named import beside, using
 from vismt.lowrank.packed_weights import dense_weight

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from vismt.errors import UserError
 from vismt.files import atomic_write, locked, read_sealed, sealed
 from vismt.lowrank.adapter_files import DESCRIPTION, read_description
+from vismt.lowrank.adapter_layer import adapter_layers
 from vismt.lowrank.bank import FactorBank
 from vismt.lowrank.detached_updates import Updates
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.inject import adapter_layers
 from vismt.lowrank.layer_spec import LayerSpec
 from vismt.lowrank.named import unadapt
 from vismt.lowrank.record import record_of

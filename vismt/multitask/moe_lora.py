@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError, near
-from vismt.lowrank.inject import attach, inject, site_generator
+from vismt.lowrank.inject import attach, inject
 from vismt.lowrank.layer_spec import AdaptReport
 from vismt.lowrank.linear import LowRankLayer
 from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.record import refuse_adapted
+from vismt.lowrank.starts import site_generator
 from vismt.lowrank.targets import Targets, find_targets, kind_of
 from vismt.lowrank.wrappers import wrappers_of
 from vismt.methods import Method, register_method

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError, near
 from vismt.lowrank.init import working_dtype
-from vismt.lowrank.inject import Initialiser, initialise, site_generator
 from vismt.lowrank.linear import LowRankLayer, LowRankLinear
+from vismt.lowrank.starts import Initialiser, initialise, site_generator
 from vismt.lowrank.wrappers import ModuleWrapper
 from vismt.multitask.expert_pairs import ExpertPairs
 from vismt.multitask.experts import plain_mlp

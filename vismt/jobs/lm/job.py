@@ -19,7 +19,8 @@ from vismt.engine.study import Training
 from vismt.errors import UserError
 from vismt.jobs.job import Job
 from vismt.jobs.lm import models as lm_models
-from vismt.jobs.lm.config import FROZEN, RECOMMENDER, LmCalibrationConfig, LmConfig, check, recommends
+from vismt.jobs.lm.config import FROZEN, RECOMMENDER, LmCalibrationConfig, LmConfig, recommends
+from vismt.jobs.lm.config_checks import check
 from vismt.jobs.lm.data import ItemBatches, LmData, lm_of
 from vismt.jobs.lm.evaluation import Evaluation
 from vismt.jobs.lm.models import LmModels

@@ -1,0 +1,184 @@
+"""Checks of a language-model configuration: what the types of its sections do not exclude."""
+
+from __future__ import annotations
+
+from vismt.engine.splits import check_parts
+from vismt.engine.study import check_arms, resolve_arms
+from vismt.errors import UserError, require_known
+from vismt.jobs.lm.config import (
+    BASELINES,
+    FROZEN,
+    KIND,
+    RECOMMENDERS,
+    LmConfig,
+    LmTaskConfig,
+    recommendation_of,
+    recommends,
+    task_of,
+    trained_task,
+)
+from vismt.jobs.multitask import check_tasks
+from vismt.llm.heads import check_head
+from vismt.llm.hybrid import PROJECTORS, check_gates
+from vismt.methods import needs
+
+
+def check(config: LmConfig) -> None:
+    """Raise UserError for values that types do not exclude, also in the arms, before any work is done."""
+    _check_values(config)
+    check_arms(config, _check_values)
+    for name, arm in resolve_arms(config).items():
+        _check_texts(arm, f"arms.{name}: " if config.arms else "")
+    if config.evaluate.frozen and FROZEN in config.arms:
+        raise UserError(f"arms: '{FROZEN}' is the model before training (evaluate.frozen); rename the arm.")
+    taken = next((arm for arm in config.arms if arm in RECOMMENDERS), None)
+    if taken is not None:
+        raise UserError(f"arms: '{taken}' is the name of a recommender; rename the arm.")
+    for arm_name, values in config.arms.items():
+        changed = next((key for key in values if key.partition(".")[0] == "recommender"), None)
+        if changed is not None:
+            raise UserError(
+                f"arms.{arm_name}: {changed} must be the same for all arms: they share the recommender; leave it out."
+            )
+    for task in config.tasks:
+        if config.evaluate.split == "validation" and not (task.validation or task.validation_share):
+            raise UserError(
+                f"tasks: {task.name}: nothing to validate on; name a set in validation, or give validation_share."
+            )
+
+
+def _check_values(config: LmConfig) -> None:
+    batches = {"batch": config.batch, "evaluate.batch": config.evaluate.batch}
+    check_tasks(config, [task.name for task in config.tasks], config.evaluate.split, batches)
+    trained = [task.name for task in config.tasks if task.train]
+    if len(trained) != 1:
+        raise UserError(f"tasks: {trained} name sets to train on; exactly one task must.")
+    for section in config.tasks:
+        _check_task(section)
+    _check_trained_task(config)
+    _check_recommendation(config)
+    check_head(config.head.name, config.head.options)
+    if config.head.alternate is not None and config.head.name != "vbll":
+        raise UserError(
+            f"head.alternate: '{config.head.name}' has no posterior to alternate with; set head.name to vbll."
+        )
+    _check_numbers(config)
+
+
+def _check_task(section: LmTaskConfig) -> None:
+    task = task_of(section)
+    if section.chat and (section.kind == KIND or not section.prompt):
+        raise UserError(f"tasks: {section.name}: chat is for a prompt of texts; leave it out.")
+    check_parts(section, f"tasks: {section.name}")
+    if not section.train and (section.test_share or section.validation_share):
+        raise UserError(
+            f"tasks: {section.name}: it has no training set to take a share of; name the sets in test and validation."
+        )
+    if section.limit is not None and section.limit < 1:
+        raise UserError(f"tasks: {section.name}: limit {section.limit}; it must be at least 1.")
+    if task.head and not section.train:
+        raise UserError(
+            f"tasks: {section.name}: '{section.kind}' needs a trained head; name sets to train on, or take 'answers'."
+        )
+
+
+def _check_trained_task(config: LmConfig) -> None:
+    trained = trained_task(config)
+    validates = config.tune is not None or config.evaluate.temperature or config.evaluate.laplace
+    if validates and not (trained.validation or trained.validation_share):
+        raise UserError(
+            f"tasks: {trained.name}: nothing to validate on; name a set in validation, or give validation_share."
+        )
+    if config.adapt is None and not task_of(trained).head:
+        raise UserError(f"adapt: is null, and '{trained.kind}' has no head: nothing would be trained; name a method.")
+
+
+def _check_numbers(config: LmConfig) -> None:
+    calibration = config.calibration
+    if calibration is not None:
+        numbers = (calibration.rows, calibration.batch, calibration.length, calibration.memory_mb)
+        if not calibration.data or min(number for number in numbers if number is not None) < 1:
+            raise UserError("calibration: name sets in data; rows, batch, length and memory_mb must be at least 1.")
+    least = {
+        "model.cache_mb": (config.model.cache_mb, 0),
+        "evaluate.limit": (config.evaluate.limit, 2),
+        "evaluate.samples": (config.evaluate.samples, 1),
+    }
+    for name, (value, low) in least.items():
+        if value is not None and value < low:
+            raise UserError(f"{name}: {value}; it must be at least {low}.")
+
+
+def _check_texts(config: LmConfig, where: str) -> None:
+    """Raise UserError for a method that needs calibration texts and has none.
+
+    Only trained configurations are checked: an arm may give the section where the base configuration does not.
+    """
+    if config.adapt is None or config.calibration is not None:
+        return
+    reason = needs(config.adapt.method, config.adapt.options).get("calibration")
+    if reason is not None:
+        raise UserError(f"{where}calibration: {reason}.")
+
+
+def _check_recommendation(config: LmConfig) -> None:
+    """Raise UserError for sections that need a recommendation where none is trained, and for values out of range."""
+    check_gates(config.gates)
+    require_known("projector:", [config.projector], PROJECTORS)
+    if recommends(config):
+        _check_histories(config)
+    else:
+        sections = {"recommender": config.recommender is not None, "gates": config.gates != "user"}
+        given = next((name for name, is_set in sections.items() if is_set), None)
+        if given is not None:
+            raise UserError(
+                f"{given}: is for a recommendation, and '{trained_task(config).kind}' is trained; leave it out."
+            )
+    _check_gated_method(config)
+    if config.recommender is not None:
+        for name in ("steps", "batch"):
+            if getattr(config.recommender, name) < 1:
+                raise UserError(f"recommender.{name}: {getattr(config.recommender, name)}; it must be at least 1.")
+        require_known("recommender.baselines:", config.recommender.baselines, BASELINES)
+
+
+def _check_histories(config: LmConfig) -> None:
+    """Raise UserError for tasks whose item vectors or histories the trained recommendation does not cover."""
+    trained = recommendation_of(trained_task(config))
+    for section in config.tasks:
+        if section.kind != KIND:
+            continue
+        task = recommendation_of(section)
+        if task.items and not trained.items:
+            raise UserError(
+                f"tasks: '{section.name}' shows item vectors that nothing trains; set items to false for this task."
+            )
+        if task.history > trained.history:
+            raise UserError(
+                f"tasks: '{section.name}' has a history of {task.history}, and the recommender reads {trained.history}, the "
+                "history of the trained task; give it no more."
+            )
+
+
+def _check_gated_method(config: LmConfig) -> None:
+    """Raise UserError where the method has gates and the tasks or the source of the gates do not fit, and vice versa."""
+    method = None
+    gated = False
+    random_gates = False
+    if config.adapt is not None:
+        method = config.adapt.method
+        gated = "users" in needs(method, config.adapt.options)
+        random_gates = config.adapt.options.get("gate", "linear") is None
+    other = next((task.name for task in config.tasks if task.kind != KIND), None)
+    if gated and other is not None:
+        raise UserError(
+            f"adapt: '{method}' is gated by a user's history and '{other}' has none; take tasks of kind {KIND} only."
+        )
+    if config.gates != "user" and not gated:
+        raise UserError(
+            f"gates: '{config.gates}', and '{method}' has no gates; set adapt.method to one with gates, or gates to user."
+        )
+    if gated and random_gates != (config.gates == "random"):
+        raise UserError(
+            "gates: adapt.options.gate is null where gates are random, and else a gate network; change one of them."
+        )
