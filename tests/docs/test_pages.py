@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -113,6 +114,16 @@ def test_a_header_has_the_command_and_the_page_of_its_results(path: Path) -> Non
 def test_a_page_of_results_and_its_configuration_name_each_other(page: Path) -> None:
     named = [path for path in CONFIGS if path.relative_to(ROOT).as_posix() in pages.read(page)]
     assert any(pages.name(page) in path.read_text(encoding="utf8") for path in named)
+
+
+DOCUMENTED = sorted({name for page in PAGES for name in re.findall(r"^::: ([\w.]+)", pages.read(page), re.M)})
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_a_documented_object_is_found(name: str) -> None:
+    if name.startswith("vismt.lightning"):
+        pytest.importorskip("lightning")
+    assert pkgutil.resolve_name(name) is not None
 
 
 @pytest.mark.slow
