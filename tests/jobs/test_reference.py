@@ -145,6 +145,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "moe_lora" in out and "no key 'device'" in out and "OMP_NUM_THREADS" in out
     assert main(["config", "lm", "train.lrr"]) == 2
     assert "no key 'train.lrr'. Near: 'train.lr'" in capsys.readouterr().err
+    assert main(["config", "lm", "device"]) == 2
+    assert "no key 'device'. A run takes the GPU" in capsys.readouterr().err
     assert main(["config", "llm"]) == 2
     assert "'llm'" in capsys.readouterr().err
 

@@ -19,7 +19,7 @@ from vismt.data.derived import edges_from_depth, edges_from_labels
 from vismt.data.thinning import thin
 from vismt.errors import UserError
 from vismt.multitask.metrics import BoundaryF, MaxF
-from vismt.multitask.metrics.matching import PixelMatching
+from vismt.multitask.metrics.matching import matching_sizes
 
 
 def tensors(*maps: np.ndarray) -> tuple[torch.Tensor, ...]:
@@ -62,7 +62,7 @@ def test_matching_is_the_largest_by_brute_force() -> None:
         if truth.sum() > 7:
             continue
         radius = (0.0, 1.0, 1.5, 2.0)[trial % 4]
-        assert PixelMatching(truth, chosen, radius).size(chosen) == brute_force(truth, chosen, radius)
+        assert matching_sizes(truth, chosen[None], radius) == brute_force(truth, chosen, radius)
 
 
 @pytest.mark.parametrize("radius", [1.0, 2.3, 4.4])
@@ -71,10 +71,9 @@ def test_matching_of_many_maps_of_one_image_by_flow(radius: float) -> None:
     truth = thin(np.abs(blobs(60, 70, 3, 1) - 0.5) < 0.03)
     maps = [thin(blobs(60, 70, 2, 2) > level) for level in (0.2, 0.4, 0.45, 0.5, 0.7)]
     maps += [np.random.default_rng(3).random((60, 70)) < share for share in (0.05, 0.3)]
-    pairs = PixelMatching(truth, np.logical_or.reduce(maps), radius)
-    sizes = [pairs.size(chosen) for chosen in [*maps, maps[0]]]
-    assert sizes == [by_flow(truth, chosen, radius) for chosen in [*maps, maps[0]]] and len(set(sizes)) > 3
-    assert PixelMatching(truth, np.logical_or.reduce(maps), radius).sizes(np.stack([*maps, maps[0]])).tolist() == sizes
+    maps.append(maps[0])
+    sizes = matching_sizes(truth, np.stack(maps), radius).tolist()
+    assert sizes == [by_flow(truth, chosen, radius) for chosen in maps] and len(set(sizes)) > 3
 
 
 def test_greedy_and_many_to_one_matching_would_give_other_numbers() -> None:
@@ -82,11 +81,11 @@ def test_greedy_and_many_to_one_matching_would_give_other_numbers() -> None:
     # pairs 1 with 2 and 2 with 3.
     truth, chosen = np.zeros((2, 1, 5), dtype=bool)
     truth[0, [1, 2]], chosen[0, [2, 3]] = True, True
-    assert PixelMatching(truth, chosen, 1.0).size(chosen) == 2
+    assert matching_sizes(truth, chosen[None], 1.0) == 2
     # Two parallel lines around a true one: each of their pixels is near a true pixel, but only half can be matched.
     truth, lines = np.zeros((2, 5, 8), dtype=bool)
     truth[2], lines[1], lines[3] = True, True, True
-    assert (lines & binary_dilation(truth)).sum() == 16 and PixelMatching(truth, lines, 1.0).size(lines) == 8
+    assert (lines & binary_dilation(truth)).sum() == 16 and matching_sizes(truth, lines[None], 1.0) == 8
     # so P = 8 / 16, R = 8 / 8, F = 2/3; dilation would say P = R = F = 1. The diagonal is 9.43, times 0.11 is 1.04.
     metric = BoundaryF(max_dist=0.11, scores="probabilities")
     metric.update(*tensors(lines.astype(float), truth))

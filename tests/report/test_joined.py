@@ -89,12 +89,14 @@ def test_folders_of_one_name_and_seeds(tmp_path):
     [
         (lambda a, b: [a], [], "name two or more run folders"),
         (lambda a, b: [a, a], [], "each once"),
-        (lambda a, b: [a, b.parent / "none"], [], r"no results in '.*none'; make them with `vismt evaluate"),
+        (lambda a, b: [a, b.parent / "none"], [], "run '.*none': no such folder"),
+        (lambda a, b: [a, b.parent / "empty"], [], r"no results in '.*empty'; make them with `vismt evaluate"),
         (lambda a, b: [a, b], ["lorra"], "no run has an arm 'lorra'. Near: 'lora'"),
     ],
 )
 def test_what_cannot_be_compared(tmp_path, change, arms, message):
     a, b = run(tmp_path, "a", {"lora": FROZEN}), run(tmp_path, "b", {"polar": FROZEN})
+    (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=message) as caught:
         join(change(a, b), arms)
     assert "\n" not in str(caught.value)

@@ -85,7 +85,8 @@ def open_run(folder: Path) -> Run:
 
     path = folder / RESOLVED
     if not path.exists():
-        raise UserError(f"run '{folder}': no {RESOLVED}; give a folder that `vismt run` or `vismt train` made.")
+        seen = f"no {RESOLVED}" if folder.exists() else "no such folder"
+        raise UserError(f"run '{folder}': {seen}; give a folder that `vismt run` or `vismt train` made.")
     raw = read_yaml(path)
     config = typed(raw, config_type(raw, str(folder)), str(path))
     return Run(folder, config, make_job(config, folder))

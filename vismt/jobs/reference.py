@@ -71,11 +71,16 @@ def keys(job: str) -> list[Key]:
 
 
 def find_keys(job: str, name: str) -> list[Key]:
-    """Return the key of a dotted name and the keys below it; UserError with similar names where there is none."""
+    """Return the key of a dotted name and the keys below it.
+
+    Raises UserError for a name that is not a key: where it is set instead, or similar names.
+    """
     every = keys(job)
     found = [key for key in every if key.path == name or key.path.startswith((f"{name}.", f"{name}[]"))]
     if not found:
-        raise UserError(f"config {job}: no key '{name}'.{near(name, [key.path for key in every])}")
+        elsewhere = job_config(job).ELSEWHERE.get(name)
+        hint = f" {elsewhere}" if elsewhere else near(name, [key.path for key in every])
+        raise UserError(f"config {job}: no key '{name}'.{hint}")
     return found
 
 

@@ -58,6 +58,8 @@ def join(folders: Sequence[Path], arms: Sequence[str] = ()) -> Joined:
         )
     by_run = {folder: read_results(folder / RESULTS) for folder in folders}
     for folder, rows in by_run.items():
+        if not folder.exists():
+            raise UserError(f"compare: run '{folder}': no such folder.")
         if not rows:
             raise UserError(f"compare: no results in '{folder}'; make them with `vismt evaluate {folder}`.")
     names = [arm for rows in by_run.values() for arm in dict.fromkeys(row.arm for row in rows)]

@@ -36,7 +36,7 @@ from vismt.multitask.metrics.inputs import (
     probability,
     require_any,
 )
-from vismt.multitask.metrics.matching import PixelMatching
+from vismt.multitask.metrics.matching import matching_sizes
 from vismt.multitask.metrics.saliency import SCORES, curves
 
 
@@ -151,6 +151,6 @@ class BoundaryF(Metric):
         if self.thinning:
             maps = thin(maps)
         predicted = np.count_nonzero(maps, axis=(1, 2))
-        matched = PixelMatching(truth, maps.any(0), self.max_dist * math.hypot(*truth.shape)).sizes(maps)
+        matched = matching_sizes(truth, maps, self.max_dist * math.hypot(*truth.shape))
         which = np.searchsorted(steps, np.arange(self.thresholds), side="right")
         return matched[which], predicted[which]
