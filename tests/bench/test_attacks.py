@@ -26,6 +26,7 @@ def short(monkeypatch):
     monkeypatch.setattr(attacks, "QUERIES", 60)
 
 
+@pytest.mark.slow
 def test_all_three_autoattacks_leave_the_same_images(case, short):
     pytest.importorskip("torchattacks")
     net, images, labels = case

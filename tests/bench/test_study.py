@@ -23,6 +23,7 @@ def test_workers_and_one_process_have_equal_results(tmp_path: Path) -> None:
     assert set(result.timing.seconds) == {study.WORKERS, study.ONE}
 
 
+@pytest.mark.slow
 def test_a_failed_run_and_a_gpu_are_named(tmp_path: Path) -> None:
     path = tmp_path / "tiny.yaml"
     path.write_text("task: multitask\ntypo: 1\n")

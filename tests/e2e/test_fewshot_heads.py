@@ -119,6 +119,7 @@ def test_heads_of_frozen_and_adapted_models_over_two_seeds(tmp_path: Path) -> No
     assert "4-way 2-shot" in report and "2-way 2-shot" in report and "frozen+ridge" in report.replace("\\", "")
 
 
+@pytest.mark.slow
 def test_heads_of_a_pool(tmp_path: Path) -> None:
     models = ["merged", "merged+ridge", "expert:4+logistic"]
     pool = {"levels": [0.5, 4], "warmup": 1}
@@ -130,6 +131,7 @@ def test_heads_of_a_pool(tmp_path: Path) -> None:
     assert "Pool mixture" in (folder / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_backbones_as_arms_and_those_out_of_reach_left_out(tmp_path: Path, offline, capsys) -> None:
     models = ["frozen", "frozen+ridge", "frozen+logistic"]
     settings = {"models": models, "data": ["digits"], "ways": 3, "ways_of": {}, "masking": True, "masking_episodes": 2}

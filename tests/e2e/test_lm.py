@@ -178,6 +178,7 @@ def test_several_processes_take_no_alternating_head(study: Path, monkeypatch) ->
     assert job.batches(joint)
 
 
+@pytest.mark.slow
 def test_an_arm_on_quantised_weights_leaves_the_others_alone(home, tmp_path: Path, capsys) -> None:
     quantised = {"adapt.method": "pissa", "adapt.options": {"quantize": "nf4", "iterations": 1}}
     arms = {"both": {"qpissa": quantised, "lora": {}}, "alone": {"lora": {}}}

@@ -73,6 +73,7 @@ def test_fewshot(tmp_path: Path) -> None:
     assert (tmp_path / "peft" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_multitask_arms_with_and_without_landing(tmp_path: Path) -> None:
     folder = run(tmp_path, MULTITASK)
     logged = {arm: read_lines(next(folder.glob(f"arms/{arm}/lr-*/metrics.jsonl"))) for arm in ("landing", "qr", "lora")}

@@ -105,6 +105,7 @@ def test_the_arrays_of_libmtl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert metrics == {"semseg": "mIoU", "depth": "mean absolute error in m", "normals": "mean angle in degrees"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("card", "tasks", "unit"),
     [

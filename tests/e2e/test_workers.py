@@ -66,6 +66,7 @@ def test_local_workers_write_the_files_of_one_process(config: Path, expected: di
     assert (next(tmp_path.iterdir()) / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_parts_share_the_units_and_wait_for_each_other(
     config: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -99,6 +99,7 @@ def test_checkpointed_blocks_keep_their_inputs_alone() -> None:
     assert kept_bytes(lambda: model(0)["loss"]) == plain
 
 
+@pytest.mark.slow
 def test_compiled_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
     monkeypatch.setattr(blocks, "BACKEND", "aot_eager")

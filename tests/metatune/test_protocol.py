@@ -277,6 +277,7 @@ def test_an_attack_may_be_prepared_with_the_support_once_an_episode():
         )
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_records_of_one(tmp_path, monkeypatch):
     monkeypatch.setenv("VISMT_CACHE", str(tmp_path / "cache"))
     from helpers.protocol_ranks import Pixels as Gratings

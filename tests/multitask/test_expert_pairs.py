@@ -78,6 +78,7 @@ def test_unadapt_puts_every_unit_back() -> None:
     assert all(torch.equal(v, stock.state_dict()[k]) for k, v in snapshot(vismt.unadapt(adapted())).items())
 
 
+@pytest.mark.slow
 def test_a_saved_adapter_is_the_same_function_in_another_process(tmp_path) -> None:
     model, x = adapted(fade=1.0), images().double()
     vismt.save_adapter(model, tmp_path / "own")
