@@ -140,6 +140,9 @@ def test_experts_in_one_parameter_are_remarked() -> None:
     assert (
         "experts" in remark and "and 3 more: experts in one parameter of three dimensions, which stays frozen" in remark
     )
+    assert remark.endswith("name them in targets: ['experts.gate_up_proj', 'experts.down_proj']")
+    report = vismt.adapt(causal("mixtral"), "lora", ["q_proj", "experts.gate_up_proj", "experts.down_proj"], rank=2)
+    assert len(report.sites) == 6 and not report.skipped
 
 
 def test_the_reasons_are_listed_where_nothing_can_be_adapted() -> None:
@@ -149,7 +152,10 @@ def test_the_reasons_are_listed_where_nothing_can_be_adapted() -> None:
 
     model = nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2), "a": Gained(4, 4), "b": Gained(4, 4)})
     with pytest.raises(UserError) as error:
-        vismt.adapt(model, "lora")
+        vismt.adapt(model, "lora", dropout=0.1)
     text = str(error.value)
     assert "nothing to adapt for 'all-linear'. Left out: 'a' is a Gained with another forward" in text
-    assert "(1 more); 'mha.out_proj' lies inside nn.MultiheadAttention" in text and text.count("another forward") == 1
+    assert (
+        "(1 more); 'mha.in_proj_weight' lies inside nn.MultiheadAttention" in text
+        and text.count("another forward") == 1
+    )
