@@ -55,6 +55,15 @@ def readable(owner: nn.Module) -> list[str]:
     return [name for name, parameter in own if parameter.ndim == 3 and min(parameter.shape) > 1]
 
 
+def declared(owner: nn.Module) -> list[str]:
+    """Return the names of all parameters of a module in order, held ones among them."""
+    for child in owner._modules.values():
+        if getattr(child, "held", False):
+            stock: Any = child.shell
+            return list(stock.names)
+    return list(owner._parameters)
+
+
 def is_attention(module: nn.Module | None) -> bool:
     """Return whether a module computes as nn.MultiheadAttention, which reads the weight of `out_proj` without calling it."""
     return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from einops import rearrange
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -27,6 +29,17 @@ class LowRankHeld(LowRankLayer):
 
     def stored(self, matrix: Tensor) -> Tensor:
         return self.shell.stored(matrix, self.weight)
+
+    def stack(self) -> tuple[Tensor, Tensor]:
+        """Return A (e, k, i) and B (e, o, k) of the whole update in fp32, the scale in B: k = r, 2r with a start."""
+        count, blocks = self.weight.shape[0], len(self.blocks)
+        pairs = [(self.right(), self.fixed_left(), self.scale)]
+        if self.lora_A0 is not None:
+            pairs.append((self.lora_A0, self.lora_B0, -self.scale))
+        # One block, as a sum of adapters has, is one A for all experts.
+        A = [rearrange(a, "(g r) i -> g r i", g=blocks).expand(count, -1, -1) for a, _, _ in pairs]
+        B = [scale * rearrange(b, "(e o) r -> e o r", e=count) for _, b, scale in pairs]
+        return torch.cat(A, 1).detach().float(), torch.cat(B, 2).detach().float()
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

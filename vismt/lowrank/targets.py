@@ -180,28 +180,28 @@ def find_targets(
     exclude: full-path regular expressions or suffixes. packed: whether packed weights are taken, formed: those that are read
     without a call. Raises UserError for a pattern that matches nothing and for a named module that cannot carry an update.
     """
-    candidates = _candidates(model)
+    named = candidates(model)
     pattern = targets if targets is not None else "all-linear"
     everything = pattern == "all-linear"
     if everything:
         heads = head_paths(model)
-        chosen = {p for p, m in candidates.items() if _is_linear(p, m) and p not in heads}
+        chosen = {p for p, m in named.items() if _is_linear(p, m) and p not in heads}
     elif isinstance(pattern, str):
-        chosen = _select_regex(pattern, candidates)
+        chosen = _select_regex(pattern, named)
     else:
-        chosen = set().union(*(_select_suffix(entry, candidates) for entry in pattern))
-    check_patterns("adapt.exclude", exclude, list(candidates))
+        chosen = set().union(*(_select_suffix(entry, named) for entry in pattern))
+    check_patterns("adapt.exclude", exclude, list(named))
     chosen -= {path for path in chosen if any(matches(excluded, path) for excluded in exclude)}
     reasons = refusals(model, sorted(chosen), packed, formed=formed)
     if reasons and not everything:
         raise UserError(f"adapt.targets: {next(iter(reasons.values()))}.")
     chosen -= set(reasons)
-    remarks = [*reasons.values(), *(_experts(candidates, formed) if everything else [])]
+    remarks = [*reasons.values(), *(_experts(named, formed) if everything else [])]
     if not chosen:
         left = " after exclude" if exclude else ""
-        why = f" Left out: {'; '.join(_grouped(remarks))}." if remarks else _nearest(pattern, candidates)
+        why = f" Left out: {'; '.join(_grouped(remarks))}." if remarks else _nearest(pattern, named)
         raise UserError(f"adapt.targets: nothing to adapt for {pattern!r}{left}.{why}")
-    return {path: module for path, module in candidates.items() if path in chosen}, remarks
+    return {path: module for path, module in named.items() if path in chosen}, remarks
 
 
 def _grouped(remarks: Sequence[str]) -> list[str]:
@@ -212,16 +212,16 @@ def _grouped(remarks: Sequence[str]) -> list[str]:
     return [first if not more else f"{first} ({len(more)} more)" for first, *more in groups.values()]
 
 
-def _candidates(model: nn.Module) -> dict[str, nn.Module]:
+def candidates(model: nn.Module) -> dict[str, nn.Module]:
     """Return what a pattern can name, by path: modules, and parameters that modules read themselves."""
-    candidates: dict[str, nn.Module] = {}
+    found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         if path and kind_of(module):
-            candidates[path] = module
+            found[path] = module
         else:
             prefix = f"{path}." if path else ""
-            candidates |= {f"{prefix}{name}": module_at(model, f"{prefix}{name}") for name in readable(module)}
-    return candidates
+            found |= {f"{prefix}{name}": module_at(model, f"{prefix}{name}") for name in readable(module)}
+    return found
 
 
 def _is_linear(path: str, module: nn.Module) -> bool:
