@@ -133,9 +133,10 @@ def _owner(model: nn.Module, path: str) -> tuple[Any, str]:
 
 def _form(owner: nn.Module, args: Any) -> None:
     for name, child in owner._modules.items():
-        if hasattr(child, "formed"):
-            holder, attribute = (owner, name) if child.held else (child, "weight")
-            holder.__dict__[attribute] = child.formed()
+        if child is not None and getattr(child, "held", False):
+            owner.__dict__[name] = child()
+        elif getattr(child, "forms_weight", False):
+            child.__dict__["weight"] = child.formed()
 
 
 def _drop(owner: nn.Module, args: Any, output: Any) -> None:

@@ -30,6 +30,10 @@ class LowRankHeld(LowRankLayer):
     def stored(self, matrix: Tensor) -> Tensor:
         return self.shell.stored(matrix, self.weight)
 
+    def forward(self) -> Tensor:
+        """Return W + DeltaW; called, so that hooks on this module (offloading, sharding) bring its tensors first."""
+        return self.formed()
+
     def stack(self) -> tuple[Tensor, Tensor]:
         """Return A (e, k, i) and B (e, o, k) of the whole update in fp32, the scale in B: k = r, 2r with a start."""
         count, blocks = self.weight.shape[0], len(self.blocks)

@@ -210,6 +210,7 @@ def merge(model: nn.Module, *, force: bool = False) -> nn.Module:
             for updates or merged weights that are not finite; nothing is changed.
     """
     record = need_record(model, "merge")
+    refuse_offloaded(model, "merge")
     refuse_others(model, "merge")
     check_mergeable(model, "merge")
     layers = adapter_layers(model)

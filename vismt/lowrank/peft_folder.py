@@ -77,6 +77,7 @@ def export_peft(
 
 def _export(model: nn.Module, folder: Path, compact: bool, uniform: bool, force: bool, strict: bool) -> Path:
     record = need_record(model, "export_peft")
+    refuse_offloaded(model, "export_peft", whole=True)
     report_lost(model, "export_peft", strict)
     if not record.sites:
         raise UserError(f"export_peft: '{record.method}' has no low-rank factors; merge the model and save it whole.")
