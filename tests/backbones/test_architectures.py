@@ -190,6 +190,13 @@ def test_experts_in_one_parameter_are_remarked() -> None:
     assert remark.endswith("name them in targets: ['experts.gate_up_proj', 'experts.down_proj']")
     report = vismt.adapt(causal("mixtral"), "lora", ["q_proj", "experts.gate_up_proj", "experts.down_proj"], rank=2)
     assert len(report.sites) == 6 and not report.skipped
+    for targets in (r".*_proj", ["q_proj"]):
+        report = vismt.adapt(causal("mixtral"), "lora", targets, rank=2)
+        assert {spec.kind for spec in report.sites} == {"linear"}
+        assert any("name them in targets" in text for text in report.skipped) == (targets == r".*_proj")
+    report = vismt.adapt(causal("mixtral"), "peft:ia3", r".*_proj")
+    assert len(report.sites) == 8 and "stays frozen" in report.skipped[0] and "name them" not in report.skipped[0]
+    assert not vismt.adapt(causal("mixtral"), "lora", r".*_proj", exclude=["experts.gate_up_proj", "down_proj"]).skipped
 
 
 def test_the_reasons_are_listed_where_nothing_can_be_adapted() -> None:

@@ -20,7 +20,7 @@ from vismt.lowrank.held import HeldParameter
 pytest.importorskip("transformers")
 pytest.importorskip("torchvision")
 KINDS = list(TARGETS)
-METHODS = ("lora", "pissa", "polar")
+METHODS = ("lora", "pissa", "polar", "amt")
 FUSED = pytest.mark.parametrize("need_grad", [False, True], ids=["no_grad", "grad"])
 
 

@@ -48,7 +48,7 @@ class HeldParameter(nn.Module):
 def readable(owner: nn.Module) -> list[str]:
     """Return the names of the parameters of a module that can be held: stacks of matrices, projections of an attention."""
     if is_attention(owner):
-        return [name for name in ATTENTION if getattr(owner, name, None) is not None]
+        return [name for name in ATTENTION if owner._parameters.get(name) is not None]
     if isinstance(owner, CONTAINERS):
         return []
     own = owner.named_parameters(recurse=False)

@@ -4,9 +4,9 @@ targets     'all-linear'            every nn.Linear and transformers Conv1D exce
             a string                a regular expression (see patterns.py) that must match the full module path
             a list of strings       full paths or suffixes after a dot; an entry that matches linears leaves the
                                     convolutions of the same suffix alone ('proj' does not take patch_embed.proj)
-Convolutions and embeddings are adapted where they are named, embeddings by an entry or expression of their own, and so are
-experts in one parameter of three dimensions (experts.gate_up_proj). What nn.MultiheadAttention reads (in_proj_weight, out_proj)
-counts as linears for layers that form W + DeltaW; for others neither can be adapted.
+Convolutions and embeddings are adapted where they are named; embeddings, and experts in one parameter of three dimensions
+(experts.gate_up_proj), by an entry or expression of their own. What nn.MultiheadAttention reads (in_proj_weight, out_proj) counts
+as linears. Layers that do not form W + DeltaW adapt neither these nor experts.
 The head is what get_classifier (timm) or get_output_embeddings (transformers) returns, or a top-level module named
 head, fc, classifier, score or lm_head.
 """
@@ -175,7 +175,7 @@ def refusals(model: nn.Module, paths: Iterable[str], packed: bool = False, *, fo
 def find_targets(
     model: nn.Module, targets: Targets, exclude: Sequence[str] = (), packed: bool = False, *, formed: bool = False
 ) -> tuple[dict[str, nn.Module], list[str]]:
-    """Return the modules to adapt by path, in model order, and remarks on those that 'all-linear' left out.
+    """Return the modules to adapt by path, in model order, and remarks on those that were left out.
 
     exclude: full-path regular expressions or suffixes. packed: whether packed weights are taken, formed: those that are read
     without a call. Raises UserError for a pattern that matches nothing and for a named module that cannot carry an update.
@@ -191,12 +191,15 @@ def find_targets(
     else:
         chosen = set().union(*(_select_suffix(entry, named) for entry in pattern))
     check_patterns("adapt.exclude", exclude, list(named))
-    chosen -= {path for path in chosen if any(matches(excluded, path) for excluded in exclude)}
+    excluded = {path for path in named if any(matches(entry, path) for entry in exclude)}
+    chosen -= excluded
     reasons = refusals(model, sorted(chosen), packed, formed=formed)
     if reasons and not everything:
         raise UserError(f"adapt.targets: {next(iter(reasons.values()))}.")
     chosen -= set(reasons)
-    remarks = [*reasons.values(), *(_experts(named, formed) if everything else [])]
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    missed = [p for p in named if p not in chosen | excluded and (everything or any(matches(e, p) for e in patterns))]
+    remarks = [*reasons.values(), *_experts({path: named[path] for path in missed}, formed)]
     if not chosen:
         left = " after exclude" if exclude else ""
         why = f" Left out: {'; '.join(_grouped(remarks))}." if remarks else _nearest(pattern, named)
@@ -229,11 +232,14 @@ def _is_linear(path: str, module: nn.Module) -> bool:
     return kind_of(module) in LINEAR or (kind_of(module) == "parameter" and path.rpartition(".")[2] in ATTENTION)
 
 
+def _is_stack(path: str, module: nn.Module) -> bool:
+    """Return whether a candidate is a parameter with a matrix for each expert."""
+    return kind_of(module) == "parameter" and not _is_linear(path, module)
+
+
 def _experts(candidates: Mapping[str, nn.Module], formed: bool) -> list[str]:
     """Return a remark on the weights of experts in three dimensions, which are not adapted, and how to name them."""
-    paths = [
-        path for path, module in candidates.items() if kind_of(module) == "parameter" and not _is_linear(path, module)
-    ]
+    paths = [path for path, module in candidates.items() if _is_stack(path, module)]
     if not paths:
         return []
     more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
@@ -264,7 +270,8 @@ def _select_regex(pattern: str, candidates: Mapping[str, nn.Module]) -> set[str]
         suffixed = any(path.endswith(f".{pattern}") for path in candidates)
         hint = f" A string must match the full path; as a suffix write ['{pattern}']." if suffixed else ""
         raise UserError(f"adapt.targets: no module matches '{pattern}'.{hint or _nearest(pattern, candidates)}")
-    return {path for path in paths if kind_of(candidates[path]) != "embedding"} or paths
+    apart = {path for path in paths if kind_of(candidates[path]) == "embedding" or _is_stack(path, candidates[path])}
+    return paths - apart or paths
 
 
 def _select_suffix(entry: str, candidates: Mapping[str, nn.Module]) -> set[str]:
