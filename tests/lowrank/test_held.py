@@ -129,6 +129,20 @@ def test_fused_kernels_do_not_bypass_the_update(targets: list[str] | None, padde
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_fused_kernels_do_not_bypass_adapters_together() -> None:
+    model, x = reader("encoder"), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+    for name, seed in (("a", 1), ("b", 2)):
+        vismt.adapt(model, "lora", ["linear1", "linear2"], rank=2, name=name)
+        shake(model, 0.3, seed)
+    vismt.activate(model, ["a", "b"])
+    with torch.no_grad():
+        fused = model(x)
+    assert torch.allclose(fused, model(x.requires_grad_()), atol=1e-5)
+    assert not torch.allclose(fused, reader("encoder")(x), atol=1e-2)
+    vismt.activate(model, None)
+    assert hooks(model) == 0
+
+
 def test_an_error_in_the_forward_leaves_nothing_behind() -> None:
     model = shake(adapted("encoder"))
     expected = run(model, "encoder")

@@ -109,8 +109,8 @@ def put_on(
         for path, (settings, A, B) in stacks_on(adapter, model).items():
             specs.append(spec_of(path, modules[path], LowRankLayer, settings))
             tensors |= {f"{path}.lora_A": A, f"{path}.lora_B": B}
-    formed = not (options or {}).get("dropout")
-    for reason in refusals(model, [spec.path for spec in specs], packed=True, formed=formed).values():
+    # Dropout of a file passes by what is read without a call, as it does in peft.
+    for reason in refusals(model, [spec.path for spec in specs], packed=True, formed=True).values():
         raise UserError(f"{what}: {reason}.")
     _check_parameters(what, model, also_train)
     samples = base_samples(model, [path for path in updates.base if path in modules])

@@ -12,6 +12,7 @@ where they need no gradient; that kernel is switched off while an encoder with a
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 from typing import Any
 
 import torch
@@ -36,6 +37,13 @@ class HeldParameter(nn.Module):
     def matrix(self, weight: Tensor) -> Tensor:
         """Return a tensor of the stock shape as one matrix (e*o, i): the rows of all experts."""
         return weight if weight.ndim == 2 else (weight.mT if self.transposed else weight).flatten(0, 1)
+
+    def matrix_shape(self) -> tuple[int, int]:
+        """Return the shape of `matrix(weight)`."""
+        *stack, rows, columns = self.weight.shape
+        if stack and self.transposed:
+            rows, columns = columns, rows
+        return prod(stack) * rows, columns
 
     def stored(self, matrix: Tensor, like: Tensor) -> Tensor:
         """Return a matrix (e*o, i) in the stock shape, that of `like`: the inverse of `matrix`."""

@@ -34,6 +34,12 @@ class LowRankHeld(LowRankLayer):
         """Return W + DeltaW; called, so that hooks on this module (offloading, sharding) bring its tensors first."""
         return self.formed()
 
+    def formed(self) -> Tensor:
+        if self.weight.ndim == 2 or len(self.blocks) != len(self.weight):
+            return super().formed()
+        # A stack is not copied to be put together as one matrix.
+        return self.summed(self.weight.mT).mT if self.shell.transposed else self.summed(self.weight)
+
     def stack(self) -> tuple[Tensor, Tensor]:
         """Return A (e, k, i) and B (e, o, k) of the whole update in fp32, the scale in B: k = r, 2r with a start."""
         count, blocks = self.weight.shape[0], len(self.blocks)

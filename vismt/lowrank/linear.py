@@ -284,18 +284,21 @@ class LowRankLayer(AdapterLayer):
         return B if len(self.blocks) == 1 else torch.block_diag(*B.split(self.blocks, 0))
 
     def formed(self) -> Tensor:
-        """Return W + DeltaW in the stock shape and dtype, with gradients to the factors; all blocks have the same height."""
-        W, count = self.matrix(self.weight), len(self.blocks)
-        total = rearrange(W, "(g o) i -> g o i", g=count)
+        """Return W + DeltaW in the stock shape and dtype, with gradients to the factors."""
+        rows = rearrange(self.matrix(self.weight), "(g o) i -> g o i", g=len(self.blocks))
+        return self.stored(self.summed(rows).flatten(0, 1))
+
+    def summed(self, W: Tensor) -> Tensor:
+        """Return W (g, o, i), split into blocks of one height, with the update added in its dtype."""
         pairs = [(self.scale, self.left(), self.right())]
         if self.lora_A0 is not None:
             pairs.append((-self.scale, self.lora_B0, self.lora_A0))
         with torch.autocast(W.device.type, enabled=False):
             for scale, B, A in pairs:
-                left = rearrange(B.to(W.dtype), "(g o) r -> g o r", g=count)
-                right = rearrange(A.to(W.dtype), "(g r) i -> g r i", g=count)
-                total = torch.baddbmm(total, left, right, alpha=scale)
-        return self.stored(total.flatten(0, 1))
+                left = rearrange(B.to(W.dtype), "(g o) r -> g o r", g=len(self.blocks))
+                right = rearrange(A.to(W.dtype), "(g r) i -> g r i", g=len(self.blocks))
+                W = torch.baddbmm(W, left, right, alpha=scale)
+        return W
 
     @torch.no_grad()
     def merged(self) -> nn.Module:

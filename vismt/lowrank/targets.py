@@ -66,7 +66,7 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
         return module.out_features, module.in_features  # a packed weight has another shape
     weight = cast(Tensor, module.weight)
     if isinstance(module, HeldParameter):
-        weight = module.matrix(weight)
+        return module.matrix_shape()
     rows, columns = weight.shape[0], weight[0].numel()
     return (columns, rows) if is_conv1d(module) else (rows, columns)
 
@@ -121,6 +121,8 @@ def _bypass(path: str, module: nn.Module, owner: nn.Module, formed: bool) -> str
     in_attention = isinstance(owner, nn.MultiheadAttention)
     if in_attention and not (formed and is_attention(owner)):
         return f"'{path}' lies inside nn.MultiheadAttention, which reads its weight without calling it; {NOT_FORMED}"
+    if in_attention and packing(module):
+        return f"'{path}' is quantised ({packing(module)}) and read without a call; load a floating dtype"
     if isinstance(module, HeldParameter):
         return None if formed else f"'{path}' is a parameter that {type(owner).__name__} reads itself; {NOT_FORMED}"
     stock = KINDS.get(str(kind_of(module)))
