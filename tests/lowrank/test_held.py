@@ -143,6 +143,37 @@ def test_fused_kernels_do_not_bypass_adapters_together() -> None:
     assert hooks(model) == 0
 
 
+def test_a_module_of_experts_by_itself(tmp_path) -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Parameter(torch.ones(2, 3))
+            self.stack = nn.Parameter(torch.randn(4, 6, 3, generator=torch.Generator().manual_seed(0)))
+            self.last = nn.Parameter(torch.ones(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("ni,eoi->eno", x + self.first[0], self.stack) + self.last
+
+    model, x = Experts(), torch.randn(5, 3)
+    with pytest.raises(
+        UserError, match=r"nothing to adapt for 'all-linear'.* Left out: 'stack': experts in one parameter"
+    ):
+        vismt.adapt(model, "lora", rank=2)
+    with pytest.raises(UserError, match=r"adapt\.rank: 4 for 'stack' \(24 x 3\) is larger than 3"):
+        vismt.adapt(model, "lora", ["stack"], rank=4)
+    vismt.adapt(model, "lora", ["stack"], rank=2, also_train=["last"])
+    moved = shake(model)(x)
+    vismt.save_adapter(model, tmp_path / "a")
+    assert torch.equal(vismt.load_adapter(Experts(), tmp_path / "a")(x), moved)
+    alone = Experts()
+    vismt.adapt(alone, "lora", ["stack"], rank=2)
+    with pytest.raises(UserError, match="peft cannot adapt 'stack', a parameter of the model itself"):
+        vismt.export_peft(alone, tmp_path / "peft")
+    merged = vismt.merge(model)
+    assert torch.allclose(merged(x), moved, atol=1e-5)
+    assert [name for name, _ in merged.named_parameters()] == ["first", "stack", "last"]
+
+
 def test_an_error_in_the_forward_leaves_nothing_behind() -> None:
     model = shake(adapted("encoder"))
     expected = run(model, "encoder")

@@ -37,6 +37,10 @@ def stack_keys(model: nn.Module, paths: Collection[str]) -> dict[str, str]:
     keys = {}
     for path in paths:
         owner, _, name = path.rpartition(".")
+        if not owner:
+            raise UserError(
+                f"peft cannot adapt '{path}', a parameter of the model itself; merge the model and save it whole."
+            )
         wrapped = [other for other in declared(model.get_submodule(owner)) if f"{owner}.{other}" in paths]
         keys[path] = owner + ".base_layer" * (len(wrapped) - 1 - wrapped.index(name))
     return keys

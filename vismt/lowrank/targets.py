@@ -166,7 +166,7 @@ def refusals(model: nn.Module, paths: Iterable[str], packed: bool = False, *, fo
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():  # a module that has two names comes once, so two owners are two modules
         for name, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(f"{path}.{name}")
+            owners.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
     reasons = {}
     for path in paths:
         owner = model.get_submodule(path.rpartition(".")[0])
