@@ -200,7 +200,7 @@ def check_adaptation(
     settings = checked({"targets": targets, "rank": rank, "alpha": alpha, **common})
     if not any(issubclass(layer, LowRankLayer) for layer in method.layers):
         return
-    modules, _ = find_targets(model, settings["targets"], settings["exclude"], packed=True)
+    modules, _ = find_targets(model, settings["targets"], settings["exclude"], packed=True, formed=True)
     if targets is None:  # the method's own choice, which may leave out small modules
         modules = dict([max(modules.items(), key=lambda item: min(matrix_shape(item[1])))])
     flags = {option: options[option] for option in ("rslora", "clamp_rank", "split_qkv") if option in options}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import vismt
 from vismt.errors import UserError
+from vismt.lowrank.layer_spec import AdaptReport
 
 transformers = pytest.importorskip("transformers")
 
@@ -26,6 +28,7 @@ LM: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# Experts in one parameter, (e, o, i) or (e, i, o), are named to be adapted.
 MOE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 SSM = {"state_size": 4, "time_step_rank": 2, "conv_kernel": 3, "expand": 2}
 CAUSAL: dict[str, dict[str, Any]] = {
@@ -45,10 +48,24 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "mixtral": MOE,
     "qwen3_moe": {**MOE, "head_dim": 8},
+    "gpt_oss": {**MOE, "head_dim": 8},
+    "deepseek_v3": {
+        **MOE,
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "first_k_dense_replace": 1,
+    },
     "mamba": SSM,
 }
 # Models whose weights of experts are named in a remark, and the modules that are left out of others.
-EXPERTS = {"mixtral", "qwen3_moe"}
+EXPERTS = {"mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"}
 LEFT_OUT = {"mamba": "x_proj' is read by the fused scan of a MambaMixer"}
 VISION = {
     "vit": ("test_vit", {}),
@@ -59,12 +76,15 @@ VISION = {
     "resnet": ("test_resnet", {"zero_init_last": False}),
     "efficientnet": ("test_efficientnet", {}),
 }
+TORCHVISION = {
+    "vit_b_16": {"image_size": 16, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 48}
+}
 ENCODERS = {"bert": {}, "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}}
 
 
 def causal(kind: str) -> nn.Module:
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **LM, **CAUSAL[kind])
+    config = transformers.AutoConfig.for_model(kind, **{**LM, **CAUSAL[kind]})
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -73,6 +93,10 @@ def other(kind: str) -> nn.Module:
     if kind in VISION:
         name, options = VISION[kind]
         return timm.create_model(name, pretrained=False, num_classes=3, **options).eval()
+    if kind in TORCHVISION:
+        model = pytest.importorskip("torchvision").models.VisionTransformer(**TORCHVISION[kind], num_classes=3)
+        nn.init.normal_(model.heads.head.weight)  # zeros hide what comes before
+        return model.eval()
     given = {**LM, **ENCODERS[kind]} if kind == "bert" else {"vocab_size": 48, **ENCODERS[kind]}
     return transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **given)).eval()
 
@@ -85,8 +109,10 @@ def run(model: nn.Module, kind: str) -> Tensor:
         return model(input_ids=ids, decoder_input_ids=ids[:, :3]).last_hidden_state
     if kind == "bert":
         return model(input_ids=ids).pooler_output
-    size = model.pretrained_cfg["input_size"][-1]
-    side = VISION[kind][1].get("img_size", size)
+    if kind in TORCHVISION:
+        side = TORCHVISION[kind]["image_size"]
+    else:
+        side = VISION[kind][1].get("img_size", model.pretrained_cfg["input_size"][-1])
     return model(torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1)))
 
 
@@ -94,35 +120,56 @@ def build(kind: str) -> nn.Module:
     return causal(kind) if kind in CAUSAL else other(kind)
 
 
+# What is named beside a run on all linears.
+NAMED = {kind: ["experts.gate_up_proj", "experts.down_proj"] for kind in EXPERTS}
 CONVOLUTIONS = {"resnet": r".*conv\d", "efficientnet": r"blocks.*conv_(pw|pwl)", "convnext": None}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [*CAUSAL, *VISION, *ENCODERS])
-def test_lora_on_every_layout(kind: str) -> None:
-    model, expected = build(kind), run(build(kind), kind)
-    report = vismt.adapt(model, "lora", CONVOLUTIONS.get(kind), rank=2)
-    assert report.sites and torch.allclose(run(model, kind), expected, atol=1e-5)
+@pytest.mark.parametrize("kind", [*CAUSAL, *VISION, *TORCHVISION, *ENCODERS])
+def test_lora_on_every_layout(kind: str, tmp_path) -> None:
+    report = check_layout(kind, CONVOLUTIONS.get(kind), tmp_path)
     assert any("three dimensions" in text for text in report.skipped) == (kind in EXPERTS)
     if kind in LEFT_OUT:
         assert any(LEFT_OUT[kind] in text for text in report.skipped)
+    if kind in TORCHVISION:
+        assert {"in_proj_weight", "out_proj"} <= {spec.path.rpartition(".")[2] for spec in report.sites}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_lora_on_experts(kind: str, tmp_path) -> None:
+    report = check_layout(kind, NAMED[kind], tmp_path)
+    assert {spec.kind for spec in report.sites} == {"parameter"} and not report.skipped
+
+
+def check_layout(kind: str, targets: Any, folder: Path) -> AdaptReport:
+    """Adapt, train one step, save, load, merge and undo; return the report."""
+    model, expected = build(kind), run(build(kind), kind)
+    report = vismt.adapt(model, "lora", targets, rank=2)
+    assert report.sites and torch.allclose(run(model, kind), expected, atol=1e-5)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    run(model, kind).square().sum().backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None for p in trained)
+    torch.optim.SGD(trained, lr=1e-3).step()
     moved = run(model, kind)
-    moved.square().sum().backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert not torch.equal(moved, expected)
+    vismt.save_adapter(model, folder)
+    assert torch.equal(run(vismt.load_adapter(build(kind), folder), kind), moved)
     fresh = build(kind).state_dict()
     vismt.merge(model)
     assert (run(model, kind) - moved).abs().max() <= 1e-4 * moved.abs().max()
     assert list(model.state_dict()) == list(fresh)
     again = build(kind)
-    vismt.adapt(again, "lora", CONVOLUTIONS.get(kind), rank=2)
+    vismt.adapt(again, "lora", targets, rank=2)
     vismt.unadapt(again)
     assert all(torch.equal(value, fresh[name]) for name, value in again.state_dict().items())
+    return report
 
 
 def test_what_the_scan_of_mamba_reads_is_refused_by_name() -> None:
@@ -140,6 +187,16 @@ def test_experts_in_one_parameter_are_remarked() -> None:
     assert (
         "experts" in remark and "and 3 more: experts in one parameter of three dimensions, which stays frozen" in remark
     )
+    assert remark.endswith("name them in targets: ['experts.gate_up_proj', 'experts.down_proj']")
+    report = vismt.adapt(causal("mixtral"), "lora", ["q_proj", "experts.gate_up_proj", "experts.down_proj"], rank=2)
+    assert len(report.sites) == 6 and not report.skipped
+    for targets in (r".*_proj", ["q_proj"]):
+        report = vismt.adapt(causal("mixtral"), "lora", targets, rank=2)
+        assert {spec.kind for spec in report.sites} == {"linear"}
+        assert any("name them in targets" in text for text in report.skipped) == (targets == r".*_proj")
+    report = vismt.adapt(causal("mixtral"), "peft:ia3", r".*_proj")
+    assert len(report.sites) == 8 and "stays frozen" in report.skipped[0] and "name them" not in report.skipped[0]
+    assert not vismt.adapt(causal("mixtral"), "lora", r".*_proj", exclude=["experts.gate_up_proj", "down_proj"]).skipped
 
 
 def test_the_reasons_are_listed_where_nothing_can_be_adapted() -> None:
@@ -149,7 +206,10 @@ def test_the_reasons_are_listed_where_nothing_can_be_adapted() -> None:
 
     model = nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2), "a": Gained(4, 4), "b": Gained(4, 4)})
     with pytest.raises(UserError) as error:
-        vismt.adapt(model, "lora")
+        vismt.adapt(model, "lora", dropout=0.1)
     text = str(error.value)
     assert "nothing to adapt for 'all-linear'. Left out: 'a' is a Gained with another forward" in text
-    assert "(1 more); 'mha.out_proj' lies inside nn.MultiheadAttention" in text and text.count("another forward") == 1
+    assert (
+        "(1 more); 'mha.in_proj_weight' lies inside nn.MultiheadAttention" in text
+        and text.count("another forward") == 1
+    )

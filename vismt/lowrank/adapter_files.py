@@ -74,7 +74,7 @@ class _Site:
     """What the entry of every layer holds beside its settings."""
 
     path: str
-    kind: Literal["linear", "conv1d", "conv2d", "nn.Conv1d", "nn.Conv3d", "embedding"]
+    kind: Literal["linear", "conv1d", "conv2d", "nn.Conv1d", "nn.Conv3d", "embedding", "parameter"]
     shape: tuple[int, int]
     layer: str | None = None
 

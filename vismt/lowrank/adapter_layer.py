@@ -39,6 +39,10 @@ class AdapterLayer(StandIn, ABC):
     has_factors: ClassVar[bool] = True  # whether `low_rank` returns the update
     peft_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")  # of `peft_factors` in a file
     takes_packed: ClassVar[bool] = False  # whether the weight may be packed (packed_weights.py)
+    forms_weight: ClassVar[bool] = (
+        False  # whether `formed` returns W + DeltaW, for modules that read it themselves (held.py)
+    )
+    held: ClassVar[bool] = False  # whether the layer stands in the place of a parameter
 
     # ---- the layer as data
     @classmethod

@@ -23,6 +23,7 @@ from vismt.lowrank.layer_spec import LayerSpec
 from vismt.lowrank.linear import LowRankLayer, LowRankSettings
 from vismt.lowrank.named import beside
 from vismt.lowrank.peft_files import CONFIG, PeftAdapter, read_peft
+from vismt.lowrank.peft_readers import stacks_on
 from vismt.lowrank.record import need_record, refuse_adapted, refuse_offloaded
 from vismt.lowrank.store import (
     base_samples,
@@ -30,7 +31,7 @@ from vismt.lowrank.store import (
     other_base,
     same_base,
 )
-from vismt.lowrank.targets import kind_of, matrix_shape, refusals
+from vismt.lowrank.targets import candidates, matrix_shape, refusals
 from vismt.lowrank.values import check_parameter
 from vismt.lowrank.wrappers import check_mergeable, stock_order, wrapper_type
 
@@ -93,9 +94,9 @@ def put_on(
         adapter.need_the_same_modules(model)
         parameters_of_file = adapter.kept(model)  # its checks are made in any case
         also_train = parameters_of_file if also_train else {}
-    modules = dict(model.named_modules())
+    modules = candidates(model)
     for path, update in updates.low_rank.items():
-        if path not in modules or kind_of(modules[path]) is None:
+        if path not in modules:
             raise UserError(f"{what}: {type(model).__name__} has no linear or convolution '{path}'.")
         shape = matrix_shape(modules[path])
         if update.shape != shape:
@@ -104,7 +105,12 @@ def put_on(
         settings = LowRankSettings(plain.rank, plain.scale, (shape[0],))
         specs.append(spec_of(path, modules[path], LowRankLayer, settings))
         tensors |= {f"{path}.lora_A": plain.R, f"{path}.lora_B": plain.L}
-    for reason in refusals(model, updates.low_rank, packed=True).values():
+    for adapter in updates.peft:
+        for path, (settings, A, B) in stacks_on(adapter, model).items():
+            specs.append(spec_of(path, modules[path], LowRankLayer, settings))
+            tensors |= {f"{path}.lora_A": A, f"{path}.lora_B": B}
+    # Dropout of a file passes by what is read without a call, as it does in peft.
+    for reason in refusals(model, [spec.path for spec in specs], packed=True, formed=True).values():
         raise UserError(f"{what}: {reason}.")
     _check_parameters(what, model, also_train)
     samples = base_samples(model, [path for path in updates.base if path in modules])
@@ -169,6 +175,11 @@ def _of_folder(folder: Path, what: str) -> Updates:
             raise UserError(
                 f"{what}: {adapter.what}: init_lora_weights 'pissa' changed the base it was trained on; import_peft it on "
                 "that base and give the model."
+            )
+        if adapter.stacks:
+            raise UserError(
+                f"{what}: {adapter.what}: it adapts experts in one parameter, whose number the file does not hold; import_peft "
+                "it on its base and give the model."
             )
         return of_peft(adapter)
     if not (folder / DESCRIPTION).exists():

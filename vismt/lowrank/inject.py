@@ -16,6 +16,7 @@ from torch import nn
 from vismt.errors import UserError
 from vismt.lowrank.adapter_layer import AdapterLayer, adapter_layers
 from vismt.lowrank.backups import backup_tensors, sample
+from vismt.lowrank.held import hold, release
 from vismt.lowrank.layer_spec import AdaptReport, LayerSpec
 from vismt.lowrank.linear import LowRankLayer
 from vismt.lowrank.memory import count_parameters
@@ -106,7 +107,9 @@ def inject(
         }
     )
     refuse_adapted(model)
-    modules, remarks = find_targets(model, options["targets"], options["exclude"], layer.takes_packed)
+    # Starts for each module are made from its inputs, which nothing sees where a weight is read without a call.
+    formed = layer.forms_weight and not (dropout or isinstance(init, Mapping) or (settings or {}).get("experts"))
+    modules, remarks = find_targets(model, options["targets"], options["exclude"], layer.takes_packed, formed=formed)
     check_patterns("adapt.rank_pattern", options["rank_pattern"], list(modules))
     check_patterns("adapt.alpha_pattern", options["alpha_pattern"], list(modules))
     specs = [
@@ -148,15 +151,17 @@ def install(
     refuse_switched(model)
     refuse_offloaded(model, "adapt")
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    stock = {id(parameter) for parameter in model.parameters()}
     originals = backup_tensors({name: model.get_parameter(name) for name in also_train})
     finish = prepare(model, specs)
     record = AdaptRecord(method, list(specs), options, required, originals)
     setattr(model, RECORD, record)
     with undone_on_error(model):
         dropout = options.get("dropout", 0.0)
+        hold(model, [spec.path for spec in specs])
         layers = {spec.path: place(model, spec, dropout=dropout, dtype=dtype) for spec in specs}
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in originals or name not in required)
+            parameter.requires_grad_(name in originals or id(parameter) not in stock)
         finish(layers)
         record.frozen = {
             name: sample(value)
@@ -205,6 +210,7 @@ def merge(model: nn.Module, *, force: bool = False) -> nn.Module:
             for updates or merged weights that are not finite; nothing is changed.
     """
     record = need_record(model, "merge")
+    refuse_offloaded(model, "merge")
     refuse_others(model, "merge")
     check_mergeable(model, "merge")
     layers = adapter_layers(model)
@@ -242,6 +248,7 @@ def undo(model: nn.Module) -> None:
 
 
 def _forget(model: nn.Module, record: AdaptRecord) -> None:
+    release(model)
     restore_flags(model, record)
     delattr(model, RECORD)
 
@@ -261,7 +268,7 @@ def also_trained(model: nn.Module, patterns: Sequence[str], adapted: Sequence[st
     check_patterns("adapt.also_train", patterns, sorted({path for paths in owners.values() for path in paths}))
     names = [name for name, paths in owners.items() if any(matches(p, path) for p in patterns for path in paths)]
     for name in names:
-        if name in {f"{path}.weight" for path in adapted}:
+        if name in adapted or name in {f"{path}.weight" for path in adapted}:
             raise UserError(f"adapt.also_train: '{name}' is adapted; train the update or the weight, not both.")
         if is_packed(model.get_parameter(name)):
             raise UserError(

@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import repeat
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from vismt.errors import UserError
 from vismt.lowrank.adapter_layer import AdapterLayer, register_layer, spec_of, trained_dtype
 from vismt.lowrank.factors import LowRank, times_core
 from vismt.lowrank.fused import FusedLowRank
+from vismt.lowrank.held import HeldParameter
 from vismt.lowrank.instance_gates import fixed_gates, gated, sample_gates
 from vismt.lowrank.layer_spec import LayerSpec
 from vismt.lowrank.packed_weights import packing
@@ -74,6 +75,7 @@ class LowRankLayer(AdapterLayer):
 
     Settings = LowRankSettings
     takes_packed = True
+    forms_weight = True
 
     def __init__(
         self,
@@ -119,7 +121,7 @@ class LowRankLayer(AdapterLayer):
         settings: further fields of `Settings`. Raises UserError for a rank that does not fit.
         """
         out_features, in_features = matrix_shape(module)
-        blocks = qkv_blocks(path, out_features) if split_qkv else (out_features,)
+        blocks = output_blocks(path, module, split_qkv)
         largest = min(*blocks, in_features)
         if rank > largest:
             if not clamp_rank:
@@ -147,11 +149,14 @@ class LowRankLayer(AdapterLayer):
     ) -> LowRankLayer:
         from vismt.lowrank.conv import LowRankConv
         from vismt.lowrank.embedding import LowRankEmbedding
+        from vismt.lowrank.held_layer import LowRankHeld
         from vismt.lowrank.packed_linear import LowRankPacked
 
         layer: type[LowRankLayer] = LowRankLinear if spec.kind in LINEAR else LowRankConv
         if spec.kind == "embedding":
             layer = LowRankEmbedding
+        elif spec.kind == "parameter":
+            layer = LowRankHeld
         elif packing(base) is not None:
             layer = LowRankPacked
         return layer(base, dropout=dropout, dtype=dtype, **cls._options(spec.settings))
@@ -278,6 +283,23 @@ class LowRankLayer(AdapterLayer):
     def _block_diagonal(self, B: Tensor) -> Tensor:
         return B if len(self.blocks) == 1 else torch.block_diag(*B.split(self.blocks, 0))
 
+    def formed(self) -> Tensor:
+        """Return W + DeltaW in the stock shape and dtype, with gradients to the factors."""
+        rows = rearrange(self.matrix(self.weight), "(g o) i -> g o i", g=len(self.blocks))
+        return self.stored(self.summed(rows).flatten(0, 1))
+
+    def summed(self, W: Tensor) -> Tensor:
+        """Return W (g, o, i), split into blocks of one height, with the update added in its dtype."""
+        pairs = [(self.scale, self.left(), self.right())]
+        if self.lora_A0 is not None:
+            pairs.append((-self.scale, self.lora_B0, self.lora_A0))
+        with torch.autocast(W.device.type, enabled=False):
+            for scale, B, A in pairs:
+                left = rearrange(B.to(W.dtype), "(g o) r -> g o r", g=len(self.blocks))
+                right = rearrange(A.to(W.dtype), "(g r) i -> g r i", g=len(self.blocks))
+                W = torch.baddbmm(W, left, right, alpha=scale)
+        return W
+
     @torch.no_grad()
     def merged(self) -> nn.Module:
         """Return the stock module with W + DeltaW, summed in fp32 (fp64 for fp64) and rounded once to the weight's dtype."""
@@ -327,8 +349,15 @@ class LowRankLinear(LowRankLayer):
         return out.view(*x.shape[:-1], out.shape[-1])
 
 
-def qkv_blocks(path: str, out_features: int) -> tuple[int, ...]:
-    """Return three equal output blocks for a fused timm projection named qkv, one block for any other linear."""
-    if path.split(".")[-1] == "qkv" and out_features % 3 == 0:
-        return (out_features // 3,) * 3
-    return (out_features,)
+def output_blocks(path: str, module: nn.Module, split_qkv: bool) -> tuple[int, ...]:
+    """Return the output rows of each factor pair.
+
+    They are those of each matrix in a stack, with `split_qkv` three equal ones of a fused projection (timm's qkv, in_proj_weight
+    of nn.MultiheadAttention), else one block.
+    """
+    rows = matrix_shape(module)[0]
+    fused = split_qkv and path.split(".")[-1] in ("qkv", "in_proj_weight") and rows % 3 == 0
+    weight: Any = module.weight
+    stacked = weight.shape[0] if isinstance(module, HeldParameter) and weight.ndim == 3 else 1
+    count = 3 if fused else stacked
+    return (rows // count,) * count

@@ -23,6 +23,7 @@ from vismt.errors import UserError
 from vismt.lowrank.adapter_choice import Choice, Together, adapters_per_sample
 from vismt.lowrank.adapter_layer import AdapterLayer, adapter_layers
 from vismt.lowrank.factors import LowRank
+from vismt.lowrank.held import hold, is_attention, release
 from vismt.lowrank.packed_weights import packing
 from vismt.lowrank.parked import park, put_back
 from vismt.lowrank.per_sample import unwatch_expansion, watch_expansion
@@ -147,6 +148,7 @@ def mix(model: nn.Module, names: Sequence[str]) -> None:
         stock = model.get_submodule(path)
         layer = MixedConv2d if kind_of(stock) == "conv2d" else MixedLinear
         layers[path] = layer(stock, together, [by_path.get(path, Update()) for by_path in updates])
+    hold(model, layers)
     for path, mixed in layers.items():
         install_module(model, path, mixed)
     model._modules[SHELF].mixed = tuple(names)
@@ -156,6 +158,7 @@ def mix(model: nn.Module, names: Sequence[str]) -> None:
 def unmix(model: nn.Module) -> None:
     """Put the stock modules back: the inverse of `mix`."""
     replace(model, MixedLinear, lambda layer: layer.restored())
+    release(model)
     model._modules[SHELF].mixed = ()
     unwatch_expansion(model)
 
@@ -191,6 +194,8 @@ def _reason(model: nn.Module, path: str) -> str:
     stock = stock.shell if isinstance(stock, StandIn) else stock
     if packing(model.get_submodule(path)) is not None:
         return f"adapts '{path}', whose weight is packed"
+    if is_attention(model.get_submodule(path.rpartition(".")[0])):
+        return f"adapts '{path}', whose weight nn.MultiheadAttention reads itself"
     kind = kind_of(stock)
     if kind in ("linear", "conv1d") or (kind == "conv2d" and stock.groups == 1):
         return ""

@@ -16,7 +16,7 @@ from vismt.errors import UserError, require_known
 from vismt.lowrank.inject import restore_flags, undo
 from vismt.lowrank.mixed_layer import mix, mixed_names, unmix
 from vismt.lowrank.parked import key, park, parked_adapters, put_back, take
-from vismt.lowrank.record import SHELF, names_of, need_record, record_of
+from vismt.lowrank.record import SHELF, names_of, need_record, record_of, refuse_offloaded
 
 
 def activate(model: nn.Module, names: str | Sequence[str] | None) -> nn.Module:
@@ -42,6 +42,7 @@ def activate(model: nn.Module, names: str | Sequence[str] | None) -> nn.Module:
         raise UserError(f"activate: {', '.join(wanted)}: a name is given twice.")
     before = active(model)
     if wanted != before:
+        refuse_offloaded(model, "activate")
         _deactivate(model)
         try:
             _start(model, wanted)
@@ -83,6 +84,7 @@ def remove(model: nn.Module, name: str) -> nn.Module:
         UserError: for an unknown name; nothing is changed.
     """
     _need(model, [name], "remove")
+    refuse_offloaded(model, "remove")
     before = active(model)
     if before is not None and name in ([before] if isinstance(before, str) else before):
         activate(model, [other for other in before if other != name] if isinstance(before, list) else None)

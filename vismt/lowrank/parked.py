@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.lowrank.adapter_layer import AdapterLayer, adapter_layers
+from vismt.lowrank.held import hold
 from vismt.lowrank.inject import prepare, undo
 from vismt.lowrank.record import RECORD, SHELF, AdaptRecord, need_record
 from vismt.lowrank.wrappers import ModuleWrapper, from_stock, install_module, wrappers_of
@@ -98,6 +99,7 @@ def put_back(model: nn.Module, name: str) -> None:
     """Make a parked adapter the active one of a model without an active one: the inverse of `park`."""
     finish = prepare(model, parked_adapters(model)[name].record.sites)
     parked = take(model, name)
+    hold(model, parked.layers)
     for path, layer in parked.layers.items():
         layer.adopt(model.get_submodule(path))
         install_module(model, path, layer)

@@ -8,6 +8,7 @@ tensor without a layer is dropped, and both are warnings at most. Here either is
     exclude_modules      as target_modules; wins, and so does modules_to_save, which takes every path that ends so
     rank_pattern, ...    the first key whose regular expression matches the end of the path after a dot
     fan_in_fan_out       does not concern A and B; the class of the module decides
+    target_parameters    experts in one parameter; their factors, and those of attentions, lie elsewhere (peft_readers.py)
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from vismt.files import read_tensors
 from vismt.lowrank import strict_json
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.patterns import Pattern, PatternError
-from vismt.lowrank.targets import LINEAR, kind_of
+from vismt.lowrank.peft_readers import added, attention_paths, names_stack, refuse_passed_by, stock_path
+from vismt.lowrank.targets import LINEAR, candidates, kind_of
 from vismt.lowrank.values import check_factor, check_finite, check_parameter
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -40,7 +42,6 @@ VARIANTS = (
     "alora_invocation_tokens",
     "layer_replication",
     "trainable_token_indices",
-    "target_parameters",
     "use_qalora",
     "use_bdlora",
     "velora_config",
@@ -60,6 +61,7 @@ class PeftSettings:
     r: int
     lora_alpha: float
     target_modules: str | list[str] | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: str | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
@@ -70,6 +72,7 @@ class PeftSettings:
     bias: str = "none"
     lora_dropout: float | None = 0.0
     init_lora_weights: bool | str | None = True
+    peft_version: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= (self.lora_dropout or 0.0) < 1:
@@ -113,6 +116,10 @@ class PeftSettings:
         """Whether all linears are named."""
         return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
 
+    def selects(self, path: str) -> bool:
+        """Return whether target_modules name a path."""
+        return _selects(self.targets, path)
+
     def scale(self, path: str) -> tuple[int, float]:
         """Return the rank and the factor of the update at `path`."""
         rank: int = _value(self.ranks, path, self.r)
@@ -124,13 +131,15 @@ class PeftSettings:
 class PeftAdapter:
     """A folder that peft wrote, read but not compared with a model.
 
-    low_rank: by path, L = B (o, r), R = A (r, i or c*kh*kw). extras: whole parameters by name. what: name in messages.
+    low_rank: by path, L = B (o, r), R = A (r, i or c*kh*kw). extras: whole parameters by name. stacks: factors of
+    target_parameters as they are saved, by key. what: name in messages.
     """
 
     what: str
     settings: PeftSettings
     low_rank: dict[str, LowRank]
     extras: dict[str, Tensor]
+    stacks: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def replay(self) -> bool:
@@ -146,14 +155,17 @@ class PeftAdapter:
             head = getter() if callable(getter) else None
             modules = {path: model.get_submodule(path) for path in paths}
             paths = {path for path in paths if kind_of(modules[path]) in LINEAR and modules[path] is not head}
-        return paths
+            return paths
+        named = {path for path, _ in model.named_modules() if path and self._names(path)}
+        return paths.union(*(attention_paths(model, path) for path in named))
 
     def need_the_same_modules(self, model: nn.Module) -> None:
         """Raise UserError where the modules that the settings name are not those of the file."""
         named, saved = self.targets(model), set(self.low_rank)
-        modules = dict(model.named_modules())
+        known = candidates(model)
+        refuse_passed_by(self.what, dict(model.named_modules()), saved)
         for path in sorted(saved - named):
-            if path not in modules or kind_of(modules[path]) is None:
+            if path not in known:
                 raise UserError(f"{self.what}: {type(model).__name__} has no linear or convolution '{path}'.")
             raise UserError(f"{self.what}: the file holds factors of '{path}', which the settings do not name.")
         for path in sorted(named - saved):
@@ -245,9 +257,17 @@ def read_peft(folder: Path) -> PeftAdapter:
     pairs, extras = _sort(what, _load(folder, what))
     for name, value in extras.items():
         check_finite(f"{what}: {name}", value)
-    return PeftAdapter(
-        what, settings, {path: _low_rank(what, settings, path, pair) for path, pair in pairs.items()}, extras
-    )
+    parameters = settings.target_parameters or []
+    stacks = {
+        key for key in pairs if names_stack(parameters, key) and (settings.everywhere or not settings.selects(key))
+    }
+    low_rank = {}
+    for key in pairs.keys() - stacks:
+        path, named = stock_path(key, pairs.keys())
+        update = _low_rank(what, settings, path, named, pairs[key])
+        times = 1 if named == path else added(path, settings.peft_version)
+        low_rank[path] = replace(update, scale=update.scale * times)
+    return PeftAdapter(what, settings, dict(sorted(low_rank.items())), extras, {key: pairs[key] for key in stacks})
 
 
 def _settings(what: str, config: Mapping[str, Any]) -> PeftSettings:
@@ -271,7 +291,7 @@ def _settings(what: str, config: Mapping[str, Any]) -> PeftSettings:
         raise UserError(f"{what}: {CONFIG} cannot be read ({error}).") from error
     if settings.bias not in BIASES:
         raise UserError(f"{what}: bias {settings.bias!r}; it must be one of {', '.join(BIASES)}.")
-    if not texts(settings.target_modules):
+    if not texts(settings.target_modules) and not settings.target_parameters:
         raise UserError(f"{what}: {CONFIG}: target_modules {settings.target_modules!r} name no module.")
     return settings
 
@@ -323,8 +343,8 @@ def _sort(what: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str,
     return pairs, extras
 
 
-def _low_rank(what: str, settings: PeftSettings, path: str, pair: Mapping[str, Tensor]) -> LowRank:
-    rank, scale = settings.scale(path)
+def _low_rank(what: str, settings: PeftSettings, path: str, named: str, pair: Mapping[str, Tensor]) -> LowRank:
+    rank, scale = settings.scale(named)
     matrices = {}
     for side, factor in pair.items():
         name = f"{path}.lora_{side}"

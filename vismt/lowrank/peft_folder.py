@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import safetensors.torch
 import torch
@@ -23,14 +23,16 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError
 from vismt.files import atomic_write
-from vismt.lowrank.adapter_layer import adapter_layers
+from vismt.lowrank.adapter_layer import AdapterLayer, adapter_layers
 from vismt.lowrank.detached_updates import of_peft, put_on
 from vismt.lowrank.factors import LowRank
+from vismt.lowrank.held_layer import LowRankHeld
 from vismt.lowrank.init import principal
 from vismt.lowrank.named import beside, using
 from vismt.lowrank.packed_weights import dense_weight
 from vismt.lowrank.patterns import Pattern
 from vismt.lowrank.peft_files import CONFIG, PREFIX, TENSORS, PeftAdapter, holds, read_peft
+from vismt.lowrank.peft_readers import padded_stack, stack_keys, stack_tensors, with_partners
 from vismt.lowrank.record import AdaptRecord, need_record, refuse_adapted, refuse_offloaded
 from vismt.lowrank.store import adapter_tensors, report_lost
 from vismt.lowrank.targets import LINEAR, kind_of, matrix_shape
@@ -75,6 +77,7 @@ def export_peft(
 
 def _export(model: nn.Module, folder: Path, compact: bool, uniform: bool, force: bool, strict: bool) -> Path:
     record = need_record(model, "export_peft")
+    refuse_offloaded(model, "export_peft", whole=True)
     report_lost(model, "export_peft", strict)
     if not record.sites:
         raise UserError(f"export_peft: '{record.method}' has no low-rank factors; merge the model and save it whole.")
@@ -108,7 +111,8 @@ def _export(model: nn.Module, folder: Path, compact: bool, uniform: bool, force:
 
 
 def _settings(model: nn.Module, record: AdaptRecord, ranks: dict[str, int]) -> dict[str, Any]:
-    """Return the settings of a plain LoRA. ranks: by path."""
+    """Return the settings of a plain LoRA. ranks: by the path that peft is to be given."""
+    parameters = [path for path in ranks if isinstance(adapter_layers(model).get(path), LowRankHeld)]
     common = max(ranks.values())
     paths = [path for path, module in model.named_modules() if path and (path in ranks or kind_of(module))]
     # peft also takes a path for a suffix: where another module has this suffix, the pattern is anchored.
@@ -116,7 +120,8 @@ def _settings(model: nn.Module, record: AdaptRecord, ranks: dict[str, int]) -> d
     pattern = {
         ("^" if anchored[path] else "") + re.escape(path): rank for path, rank in ranks.items() if rank != common
     }
-    targets = "|".join(re.escape(path) for path in sorted(ranks)) if any(anchored.values()) else sorted(ranks)
+    named = sorted(ranks.keys() - set(parameters))
+    targets = "|".join(re.escape(path) for path in named) if any(anchored.values()) else named
     generates = getattr(model, "can_generate", None)
     causal = callable(generates) and generates() and not model.config.is_encoder_decoder
     config = {
@@ -129,6 +134,7 @@ def _settings(model: nn.Module, record: AdaptRecord, ranks: dict[str, int]) -> d
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
         "target_modules": targets,
+        **({"target_parameters": parameters} if parameters else {}),
         "lora_dropout": 0.0,
         "fan_in_fan_out": any(site.kind == "conv1d" for site in record.sites),
         "init_lora_weights": True,
@@ -143,32 +149,52 @@ def _settings(model: nn.Module, record: AdaptRecord, ranks: dict[str, int]) -> d
 def _plain_lora(
     model: nn.Module, whole: Iterable[str], compact: bool, uniform: bool
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Return copies of the factors and of the parameters `whole` under peft's keys, and the rank at each path."""
+    """Return copies of the factors and of the parameters `whole` under peft's keys, and the rank at each path it is given."""
     tensors: dict[str, Tensor] = {}
     with stock_order(model):
         layers = adapter_layers(model)
-        updates = {path: layer.low_rank().to(dtype=torch.float32) for path, layer in layers.items()}
+        stacks = {path: layer.stack() for path, layer in layers.items() if _is_stack(layer)}
+        plain = {path: layer.low_rank() for path, layer in layers.items() if path not in stacks}
+        updates = {path: update.to(dtype=torch.float32) for path, update in plain.items()}
         if compact:
             updates = {path: update.compact().balanced() for path, update in updates.items()}
+        updates, attention = with_partners(model, updates)
+        ranks = {path: update.rank for path, update in updates.items()}
+        ranks |= {path: A.shape[1] for path, (A, _) in stacks.items()}
         if uniform:
-            common = max(update.rank for update in updates.values())
+            common = max(ranks.values())
             updates = {path: _padded(update, common) for path, update in updates.items()}
-        for path, update in updates.items():
-            layer = layers[path]
-            for name, factor in zip(layer.peft_names, layer.peft_factors(update)):
-                tensors[f"{PREFIX}{path}.{name}"] = factor
+            stacks = {path: padded_stack(A, B, common) for path, (A, B) in stacks.items()}
+            ranks = dict.fromkeys(ranks, common)
+        keys = stack_keys(model, stacks) | attention
+        factors = {path: _named_factors(layers.get(path), update) for path, update in updates.items()}
+        factors |= {path: stack_tensors(A, B) for path, (A, B) in stacks.items()}
+        for path, named in factors.items():
+            tensors |= {f"{PREFIX}{keys.get(path, path)}.{name}": factor for name, factor in named.items()}
         for name in whole:
             path, _, leaf = name.rpartition(".")
             adapted = f"{path}.base_layer.{leaf}" if path in layers else name
             tensors[f"{PREFIX}{adapted}"] = model.get_parameter(name)
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    return tensors, {path: update.rank for path, update in updates.items()}
+    given = {attention.get(path, path): rank for path, rank in ranks.items()}
+    return tensors, {path: rank for path, rank in given.items() if ".base_layer." not in path}
+
+
+def _named_factors(layer: AdapterLayer | None, update: LowRank) -> dict[str, Tensor]:
+    """Return A and B under peft's names. layer: None for a partner that is not adapted."""
+    if layer is None:
+        return {"lora_A.weight": update.R, "lora_B.weight": update.L}
+    return dict(zip(layer.peft_names, layer.peft_factors(update)))
 
 
 def _padded(update: LowRank, rank: int) -> LowRank:
     """Return an update without a core with zeros up to a rank."""
     missing = rank - update.rank
     return replace(update, L=F.pad(update.L, (0, missing)), R=F.pad(update.R, (0, 0, 0, missing)))
+
+
+def _is_stack(layer: AdapterLayer) -> TypeGuard[LowRankHeld]:
+    return isinstance(layer, LowRankHeld) and layer.weight.dim() == 3
 
 
 def import_peft(model: nn.Module, folder: str | Path, *, name: str = "default") -> nn.Module:

@@ -55,7 +55,7 @@ class QuantizedLayer(LowRankLayer):
     not_exported = f"lies on quantised weights; {MERGE}"
     not_combined = not_exported
     has_factors = False
-    takes_packed = False
+    takes_packed = forms_weight = False
 
     def __init__(self, base: nn.Module, rank: int, scale: float, *, grid: str, **options: Any) -> None:
         super().__init__(base, rank, scale, **options)

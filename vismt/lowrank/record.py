@@ -67,10 +67,14 @@ def refuse_offloaded(model: nn.Module, what: str, *, whole: bool = False) -> Non
     moved = next((path for path, module in model.named_modules() if _offloads(module)), None)
     if moved is None and (not any(on_meta.values()) or (all(on_meta.values()) and not whole)):
         return
-    name = moved if moved is not None else next(name for name, is_meta in on_meta.items() if is_meta)
-    raise UserError(
-        f"{what}: '{name}' has no values in memory (offloaded, or on the meta device); load the whole model on its device."
-    )
+    name = next((name for name, is_meta in on_meta.items() if is_meta), moved)
+    fix = "load the whole model on its device"
+    if moved is not None:
+        fix += (
+            ", or take accelerate's hooks off (accelerate.hooks.remove_hook_from_submodules); an adapted model can be offloaded "
+            "afterwards, for inference"
+        )
+    raise UserError(f"{what}: '{name}' has no values in memory (offloaded, or on the meta device); {fix}.")
 
 
 def _offloads(module: nn.Module) -> bool:

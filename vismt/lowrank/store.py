@@ -35,6 +35,7 @@ from vismt.lowrank.adapter_files import (
 )
 from vismt.lowrank.adapter_layer import AdapterLayer, adapter_layers
 from vismt.lowrank.backups import unchanged_tensors, was_trained
+from vismt.lowrank.held import module_at
 from vismt.lowrank.inject import attach, install, undone_on_error
 from vismt.lowrank.layer_spec import LayerSpec
 from vismt.lowrank.named import beside, using
@@ -260,7 +261,7 @@ def _base_weight(model: nn.Module, path: str) -> Tensor:
     weight = record.also_train.get(f"{path}.weight") if record is not None else None
     if weight is not None:
         return weight
-    module = model.get_submodule(path)
+    module = module_at(model, path)
     return module.stock_weight() if isinstance(module, AdapterLayer) else dense_weight(module)
 
 
@@ -311,10 +312,12 @@ def _check_modules(
     tensors: Mapping[str, Tensor],
 ) -> None:
     """Raise UserError unless the model has every adapted module, with its shape."""
-    modules = dict(model.named_modules())
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     made_for = f"adapter '{folder}' was made for {description.model}, this model is {type(model).__name__}"
     for spec in specs:
         module = modules.get(spec.path)
+        if spec.kind == "parameter" and spec.path in parameters:
+            module = module_at(model, spec.path)
         if isinstance(module, AdapterLayer):
             shape = (module.out_features, module.in_features)
         elif module is not None and kind_of(module) in (LINEAR if spec.kind in LINEAR else (spec.kind,)):
@@ -324,8 +327,8 @@ def _check_modules(
         if shape != spec.shape:
             raise UserError(f"{made_for} ({spec.layer.shape_mismatch(spec, shape, tensors)}).")
     if record_of(model) is None:
-        packed = all(spec.layer.takes_packed for spec in specs)
-        for reason in refusals(model, [spec.path for spec in specs], packed).values():
+        packed, formed = (all(getattr(s.layer, name) for s in specs) for name in ("takes_packed", "forms_weight"))
+        for reason in refusals(model, [spec.path for spec in specs], packed, formed=formed).values():
             raise UserError(f"adapter '{folder}': {reason}.")
 
 

@@ -4,7 +4,9 @@ targets     'all-linear'            every nn.Linear and transformers Conv1D exce
             a string                a regular expression (see patterns.py) that must match the full module path
             a list of strings       full paths or suffixes after a dot; an entry that matches linears leaves the
                                     convolutions of the same suffix alone ('proj' does not take patch_embed.proj)
-Convolutions and embeddings are adapted where they are named, embeddings by an entry or expression of their own.
+Convolutions and embeddings are adapted where they are named; embeddings, and experts in one parameter of three dimensions
+(experts.gate_up_proj), by an entry or expression of their own. What nn.MultiheadAttention reads (in_proj_weight, out_proj) counts
+as linears. Layers that do not form W + DeltaW adapt neither these nor experts.
 The head is what get_classifier (timm) or get_output_embeddings (transformers) returns, or a top-level module named
 head, fc, classifier, score or lm_head.
 """
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError, near
+from vismt.lowrank.held import ATTENTION, HeldParameter, is_attention, module_at, readable
 from vismt.lowrank.packed_weights import packing
 from vismt.lowrank.patterns import Pattern, PatternError, compiled
 
@@ -27,6 +30,7 @@ HEAD_NAMES = {"head", "fc", "classifier", "score", "lm_head"}
 READ_DIRECTLY = (
     "'{path}' adds q_bias itself and reads the weight without calling the linear; set its qkv_bias_separate to True"
 )
+NOT_FORMED = "only plain factors can be added to it, without dropout or gates for samples"
 READ_BY_SCAN = ("conv1d", "x_proj", "dt_proj", "out_proj")  # of a state-space mixer, which has an A_log
 
 Targets = str | Sequence[str] | None
@@ -44,6 +48,7 @@ KINDS: dict[str, type[nn.Module]] = {
     "nn.Conv1d": nn.Conv1d,
     "nn.Conv3d": nn.Conv3d,
     "embedding": nn.Embedding,
+    "parameter": HeldParameter,
 }
 LINEAR = ("linear", "conv1d")  # the kinds that 'all-linear' takes
 
@@ -60,6 +65,8 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features  # a packed weight has another shape
     weight = cast(Tensor, module.weight)
+    if isinstance(module, HeldParameter):
+        return module.matrix_shape()
     rows, columns = weight.shape[0], weight[0].numel()
     return (columns, rows) if is_conv1d(module) else (rows, columns)
 
@@ -83,25 +90,19 @@ def read_directly(owner: nn.Module, name: str) -> bool:
 
 
 def _refusal(
-    path: str, module: nn.Module, owner: nn.Module, owners: Mapping[int, list[str]], inside_mha: bool, packed: bool
+    path: str, module: nn.Module, owner: nn.Module, owners: Mapping[int, list[str]], packed: bool, formed: bool
 ) -> str | None:
     """Return why this module cannot carry an update, or None."""
     weight = getattr(module, "weight", None)
-    stock = KINDS.get(str(kind_of(module)))
-    extra = {name for name, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}
     format_name = packing(module)
-    if extra or (format_name is None and stock is not None and not _computes_as(module, stock)):
-        return f"'{path}' is a {type(module).__name__} with another forward, which an update would bypass"
+    reason = _bypass(path, module, owner, formed)
+    if reason is not None:
+        return reason
     if format_name is not None and not packed:
         return (
             f"'{path}' is quantised ({format_name}), and this method reads or trains its weight; load a floating dtype"
         )
-    if inside_mha:
-        return f"'{path}' lies inside nn.MultiheadAttention, which reads its weight without calling it"
-    parent, _, name = path.rpartition(".")
-    if read_directly(owner, name):
-        return f"'{path}' is never called: " + READ_DIRECTLY.format(path=parent)
-    if hasattr(owner, "A_log") and name in READ_BY_SCAN:
+    if hasattr(owner, "A_log") and path.rpartition(".")[2] in READ_BY_SCAN:
         return f"'{path}' is read by the fused scan of a {type(owner).__name__} on a GPU, without calling it"
     if not isinstance(weight, nn.Parameter) or hasattr(module, "parametrizations"):
         return f"'{path}' has no plain weight parameter (parametrised or lazy)"
@@ -109,9 +110,29 @@ def _refusal(
         return f"'{path}' is quantised (weight dtype {weight.dtype}); load the model in a floating dtype"
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
         return f"'{path}' is an embedding with max_norm or sparse gradients, which have no low-rank form"
-    sharers = [name for name in owners.get(id(weight), []) if name != f"{path}.weight"]
+    sharers = [name for name in owners.get(id(weight), []) if name not in (path, f"{path}.weight")]
     if sharers:
         return f"'{path}' shares its weight with '{sharers[0]}'; merging would change both: untie them first"
+    return None
+
+
+def _bypass(path: str, module: nn.Module, owner: nn.Module, formed: bool) -> str | None:
+    """Return why the layer in the place of this module would not be called, or None. formed: it need not be."""
+    in_attention = isinstance(owner, nn.MultiheadAttention)
+    if in_attention and not (formed and is_attention(owner)):
+        return f"'{path}' lies inside nn.MultiheadAttention, which reads its weight without calling it; {NOT_FORMED}"
+    if in_attention and packing(module):
+        return f"'{path}' is quantised ({packing(module)}) and read without a call; load a floating dtype"
+    if isinstance(module, HeldParameter):
+        return None if formed else f"'{path}' is a parameter that {type(owner).__name__} reads itself; {NOT_FORMED}"
+    stock = KINDS.get(str(kind_of(module)))
+    extra = {name for name, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}
+    other = packing(module) is None and stock is not None and not in_attention and not _computes_as(module, stock)
+    if extra or other:
+        return f"'{path}' is a {type(module).__name__} with another forward, which an update would bypass"
+    parent, _, name = path.rpartition(".")
+    if read_directly(owner, name):
+        return f"'{path}' is never called: " + READ_DIRECTLY.format(path=parent)
     return None
 
 
@@ -137,51 +158,55 @@ def _computes_as(module: nn.Module, stock: type[nn.Module]) -> bool:
     return same
 
 
-def refusals(model: nn.Module, paths: Iterable[str], packed: bool = False) -> dict[str, str]:
-    """Return the reason for each of these modules that cannot carry an update. packed: packed weights can."""
+def refusals(model: nn.Module, paths: Iterable[str], packed: bool = False, *, formed: bool = False) -> dict[str, str]:
+    """Return the reason for each of these modules that cannot carry an update.
+
+    packed: packed weights can. formed: weights that are read without a call can.
+    """
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():  # a module that has two names comes once, so two owners are two modules
         for name, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(f"{path}.{name}")
-    mha = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+            owners.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
     reasons = {}
     for path in paths:
         owner = model.get_submodule(path.rpartition(".")[0])
-        inside = any(path.startswith(f"{outer}.") for outer in mha)
-        reasons[path] = _refusal(path, model.get_submodule(path), owner, owners, inside, packed)
+        reasons[path] = _refusal(path, module_at(model, path), owner, owners, packed, formed)
     return {path: reason for path, reason in reasons.items() if reason}
 
 
 def find_targets(
-    model: nn.Module, targets: Targets, exclude: Sequence[str] = (), packed: bool = False
+    model: nn.Module, targets: Targets, exclude: Sequence[str] = (), packed: bool = False, *, formed: bool = False
 ) -> tuple[dict[str, nn.Module], list[str]]:
-    """Return the modules to adapt by path, in model order, and remarks on those that 'all-linear' left out.
+    """Return the modules to adapt by path, in model order, and remarks on those that were left out.
 
-    exclude: full-path regular expressions or suffixes. packed: whether packed weights are taken. Raises UserError for a
-    pattern that matches nothing and for a named module that cannot carry an update.
+    exclude: full-path regular expressions or suffixes. packed: whether packed weights are taken, formed: those that are read
+    without a call. Raises UserError for a pattern that matches nothing and for a named module that cannot carry an update.
     """
-    candidates = {path: module for path, module in model.named_modules() if path and kind_of(module)}
+    named = candidates(model)
     pattern = targets if targets is not None else "all-linear"
     everything = pattern == "all-linear"
     if everything:
         heads = head_paths(model)
-        chosen = {p for p, m in candidates.items() if kind_of(m) in LINEAR and p not in heads}
+        chosen = {p for p, m in named.items() if _is_linear(p, m) and p not in heads}
     elif isinstance(pattern, str):
-        chosen = _select_regex(pattern, candidates)
+        chosen = _select_regex(pattern, named)
     else:
-        chosen = set().union(*(_select_suffix(entry, candidates) for entry in pattern))
-    check_patterns("adapt.exclude", exclude, list(candidates))
-    chosen -= {path for path in chosen if any(matches(excluded, path) for excluded in exclude)}
-    reasons = refusals(model, sorted(chosen), packed)
+        chosen = set().union(*(_select_suffix(entry, named) for entry in pattern))
+    check_patterns("adapt.exclude", exclude, list(named))
+    excluded = {path for path in named if any(matches(entry, path) for entry in exclude)}
+    chosen -= excluded
+    reasons = refusals(model, sorted(chosen), packed, formed=formed)
     if reasons and not everything:
         raise UserError(f"adapt.targets: {next(iter(reasons.values()))}.")
     chosen -= set(reasons)
-    remarks = [*reasons.values(), *(_experts(model) if everything else [])]
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    missed = [p for p in named if p not in chosen | excluded and (everything or any(matches(e, p) for e in patterns))]
+    remarks = [*reasons.values(), *_experts({path: named[path] for path in missed}, formed)]
     if not chosen:
         left = " after exclude" if exclude else ""
-        why = f" Left out: {'; '.join(_grouped(remarks))}." if remarks else _nearest(pattern, candidates)
+        why = f" Left out: {'; '.join(_grouped(remarks))}." if remarks else _nearest(pattern, named)
         raise UserError(f"adapt.targets: nothing to adapt for {pattern!r}{left}.{why}")
-    return {path: module for path, module in candidates.items() if path in chosen}, remarks
+    return {path: module for path, module in named.items() if path in chosen}, remarks
 
 
 def _grouped(remarks: Sequence[str]) -> list[str]:
@@ -192,19 +217,37 @@ def _grouped(remarks: Sequence[str]) -> list[str]:
     return [first if not more else f"{first} ({len(more)} more)" for first, *more in groups.values()]
 
 
-def _experts(model: nn.Module) -> list[str]:
-    """Return a remark on the weights of experts in three dimensions, which are not adapted."""
-    names = [
-        f"{path}.{name}" if path else name
-        for path, module in model.named_modules()
-        if kind_of(module) is None
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3 and min(parameter.shape) > 1
-    ]
-    if not names:
+def candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Return what a pattern can name, by path: modules, and parameters that modules read themselves."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if path and kind_of(module):
+            found[path] = module
+        else:
+            prefix = f"{path}." if path else ""
+            found |= {f"{prefix}{name}": module_at(model, f"{prefix}{name}") for name in readable(module)}
+    return found
+
+
+def _is_linear(path: str, module: nn.Module) -> bool:
+    """Return whether 'all-linear' takes a candidate."""
+    return kind_of(module) in LINEAR or (kind_of(module) == "parameter" and path.rpartition(".")[2] in ATTENTION)
+
+
+def _is_stack(path: str, module: nn.Module) -> bool:
+    """Return whether a candidate is a parameter with a matrix for each expert."""
+    return kind_of(module) == "parameter" and not _is_linear(path, module)
+
+
+def _experts(candidates: Mapping[str, nn.Module], formed: bool) -> list[str]:
+    """Return a remark on the weights of experts in three dimensions, which are not adapted, and how to name them."""
+    paths = [path for path, module in candidates.items() if _is_stack(path, module)]
+    if not paths:
         return []
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return [f"'{names[0]}'{more}: experts in one parameter of three dimensions, which stays frozen"]
+    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    suffixes = list(dict.fromkeys(".".join(path.split(".")[-2:]) for path in paths))
+    how = f"; to adapt them, name them in targets: {suffixes}" if formed else ""
+    return [f"'{paths[0]}'{more}: experts in one parameter of three dimensions, which stays frozen{how}"]
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -229,12 +272,13 @@ def _select_regex(pattern: str, candidates: Mapping[str, nn.Module]) -> set[str]
         suffixed = any(path.endswith(f".{pattern}") for path in candidates)
         hint = f" A string must match the full path; as a suffix write ['{pattern}']." if suffixed else ""
         raise UserError(f"adapt.targets: no module matches '{pattern}'.{hint or _nearest(pattern, candidates)}")
-    return {path for path in paths if kind_of(candidates[path]) != "embedding"} or paths
+    apart = {path for path in paths if kind_of(candidates[path]) == "embedding" or _is_stack(path, candidates[path])}
+    return paths - apart or paths
 
 
 def _select_suffix(entry: str, candidates: Mapping[str, nn.Module]) -> set[str]:
     paths = {path for path in candidates if path == entry or path.endswith(f".{entry}")}
-    linears = {path for path in paths if path == entry or kind_of(candidates[path]) in LINEAR}
+    linears = {path for path in paths if path == entry or _is_linear(path, candidates[path])}
     if not paths:
         raise UserError(f"adapt.targets: no module matches '{entry}'.{_nearest(entry, candidates)}")
     return linears or paths

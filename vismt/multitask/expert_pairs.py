@@ -49,6 +49,7 @@ class ExpertPairs(LowRankLinear):
 
     expert: Tensor
     Settings = ExpertSettings
+    forms_weight = False
 
     def __init__(self, base: nn.Module, rank: int, scale: float, *, n_experts: int, side: str, **options: Any) -> None:
         super().__init__(base, rank, scale, **options)
