@@ -17,6 +17,7 @@ from vismt.jobs.multitask import (
     check_tasks,
     make_configured_balancer,
 )
+from vismt.jobs.risk import check_report
 from vismt.methods import check_sections
 from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.fading import FadeConfig
@@ -92,6 +93,7 @@ class MultitaskConfig(StudyConfig):
         retain: quality retaining; null for none.
         balancing: how the losses of the tasks are weighed; null for one mean over the batch.
         evaluate: the evaluation.
+        report: risk adds conformal sets and selective prediction (vismt.jobs.risk); null for none.
         on_bad_sample: error or skip, for images that cannot be decoded.
         download: whether sets that are missing are downloaded.
     """
@@ -110,6 +112,7 @@ class MultitaskConfig(StudyConfig):
     retain: RetainConfig | None = None
     balancing: BalancingConfig | None = None
     evaluate: MultitaskEvaluateConfig = field(default_factory=MultitaskEvaluateConfig)
+    report: Annotated[str | None, Names("vismt.jobs.risk:REPORTS")] = field(default=None, metadata=HASHED_IF_SET)
     on_bad_sample: OnBadSample = "error"
     download: bool = False
 
@@ -152,6 +155,12 @@ def check(config: MultitaskConfig) -> None:
             )
         QualityRetaining(1, [0], **asdict(config.retain))
     check_adjusted(config.evaluate.adjust_logits, config.evaluate.split)
+    check_report(config.report, config.evaluate.split)
+    unchecked = next((task.name for task in config.tasks if not (task.validation or task.validation_share)), None)
+    if config.report is not None and unchecked is not None:
+        raise UserError(
+            f"report: {config.report}: task '{unchecked}' has no validation images for thresholds; give it validation_share."
+        )
     check_attacks(config.evaluate.attacks, config.evaluate.corruptions)
     check_arms(config, check)
 

@@ -41,6 +41,8 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         "fade": "Router fade",
     }
 
+    has_risk = True
+
     def __init__(self, config: MultitaskConfig, folder: Path, config_hash: str) -> None:
         check(config)
         super().__init__(config, folder, config_hash)
@@ -63,7 +65,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         for task in range(len(self.data.union.tasks)):
             self.data.check_part(task, self.split)
             settings = self.config.evaluate
-            if self.config.tune is not None or settings.temperature or settings.adjust_logits:
+            if self.config.tune is not None or settings.temperature or settings.adjust_logits or self.config.report:
                 self.data.check_part(task, "validation")
 
     def skeleton(self, config: MultitaskConfig) -> nn.Module:
@@ -118,7 +120,8 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         separate = self._separate(training)
         forms = self.evaluation.forms(net, training, separate, split) if split == self.split else None
         specs = conditions(chosen, corruptions)
-        return self.evaluation.scores(net, training, separate, split, specs, records, forms)
+        risk = self.config.report is not None and split == self.split
+        return self.evaluation.scores(net, training, separate, split, specs, records, forms, risk)
 
     def validate(self, training: Training) -> float:
         """Return the mean accuracy over the tasks."""
@@ -147,9 +150,11 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         attacks: Sequence[AttackConfig],
         corruptions: Sequence[CorruptionConfig],
         records: Path,
+        *,
+        risk: bool = False,
     ) -> list[Score]:
         specs = conditions(attacks, corruptions)
-        return self.evaluation.scores(net(), training, self._separate(training), split, specs, records)
+        return self.evaluation.scores(net(), training, self._separate(training), split, specs, records, risk=risk)
 
     def outputs(self, merged: PixelNet, plain: PixelNet, label: str) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
         return self.evaluation.outputs(merged, plain, label)
