@@ -98,6 +98,11 @@ def make_head(
     return HEADS[name](**{key: value for key, value in job_arguments.items() if key in parameters}, **options)
 
 
+def is_variational(name: str) -> bool:
+    """Return whether the head of this name is trained on the bound of `VBLLClassifier`."""
+    return name == "vbll"
+
+
 def check_head(name: str, options: dict[str, Any]) -> None:
     """Raise UserError for an unknown name or option, and for an option of another type."""
     parameters = inspect.signature(HEADS[name]).parameters
@@ -120,7 +125,7 @@ def log_predictive(head: nn.Module, features: Tensor, samples: int = 20) -> Tens
 
 def laplace_structure(name: str, classes: int, width: int) -> str:
     """Return the structure of the Hessian that Laplace keeps for the head `name` with rows (classes, width)."""
-    if name == "vbll":
+    if is_variational(name):
         return "rows"
     return "full" if classes * width <= LARGEST else "kronecker"
 

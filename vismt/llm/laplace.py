@@ -155,7 +155,7 @@ class Laplace(GaussianHead):
         mean, root = self.logit_distribution(features)
         if method == "probit":
             return probit(mean, root)
-        return averaged(draw_logits(mean, root, samples, generator))
+        return averaged(draw_logits(mean, root, samples, generator, shared=method == "shared"))
 
     @full_precision
     def uncertainty(

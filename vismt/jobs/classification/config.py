@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from vismt.config import HASHED_IF_SET, UNHASHED, Jitter, ModelConfig, OnBadSample
 from vismt.engine.splits import PartsConfig, check_parts
@@ -18,11 +18,13 @@ from vismt.jobs.multitask import (
     make_configured_balancer,
 )
 from vismt.jobs.risk import check_report
+from vismt.llm.heads import check_head, is_variational
 from vismt.methods import check_sections
 from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.fading import FadeConfig
 from vismt.multitask.retain import QualityRetaining
 from vismt.multitask.union import HEADS
+from vismt.multitask.variational_union import check_bound
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
 from vismt.typed_yaml import Names
 
@@ -76,13 +78,29 @@ class MultitaskEvaluateConfig:
 
 
 @dataclass
+class HeadConfig:
+    """The head as a section.
+
+    Args:
+        name: linear, or vbll, a Bayesian last layer (vismt.llm.vbll).
+        options: further arguments of the head.
+        labels: union, over the classes of all tasks, or separate, those of the image's task; vbll needs union.
+    """
+
+    name: Annotated[str, Names("vismt.llm.heads:HEADS")] = "linear"
+    options: dict[str, Any] = field(default_factory=dict)
+    labels: Annotated[str, Names("vismt.multitask.union:HEADS")] = "union"
+
+
+@dataclass
 class MultitaskConfig(StudyConfig):
     """Several classification tasks on one backbone.
 
     Args:
         model: the backbone.
         tasks: the tasks.
-        head: union, one head over the classes of all tasks, or separate, one for each task.
+        head: union, one linear head over the classes of all tasks, or separate, one for each task; or a section, such as
+            {name: vbll}.
         label_smoothing: share of the label that is spread over all classes, in [0, 1).
         class_weights: weights of the classes by their training counts (vismt.multitask.class_loss); null for none.
         logit_adjustment: tau of the log prior that is added to the logits in training.
@@ -101,7 +119,7 @@ class MultitaskConfig(StudyConfig):
     task: str = "multitask"
     model: ModelConfig = field(default_factory=ModelConfig)
     tasks: list[TaskConfig] = field(default_factory=list)
-    head: Annotated[str, Names("vismt.multitask.union:HEADS")] = "union"
+    head: Annotated[str, Names("vismt.multitask.union:HEADS")] | HeadConfig = "union"
     label_smoothing: float = 0.1
     class_weights: str | None = field(default=None, metadata=HASHED_IF_SET)
     logit_adjustment: float = field(default=0.0, metadata=HASHED_IF_SET)
@@ -115,6 +133,11 @@ class MultitaskConfig(StudyConfig):
     report: Annotated[str | None, Names("vismt.jobs.risk:REPORTS")] = field(default=None, metadata=HASHED_IF_SET)
     on_bad_sample: OnBadSample = "error"
     download: bool = False
+
+    @property
+    def head_section(self) -> HeadConfig:
+        """The head, whether it is written as a section or as its labels."""
+        return self.head if isinstance(self.head, HeadConfig) else HeadConfig(labels=self.head)
 
 
 def class_loss(config: MultitaskConfig, counts: Sequence[int] | None = None) -> ClassLoss:
@@ -141,15 +164,14 @@ def check(config: MultitaskConfig) -> None:
         raise UserError(
             "model: block and pool must be null: the head takes the place of timm's, so that timm can load the model."
         )
-    if config.head not in HEADS:
-        raise UserError(f"head: '{config.head}'.{near(config.head, HEADS)}")
+    _check_head(config)
     if not 0 < config.augment.crop <= 1:
         raise UserError(f"augment: crop {config.augment.crop}; it lies in (0, 1].")
     if not 0 <= config.label_smoothing < 1:
         raise UserError(f"label_smoothing: {config.label_smoothing}; it lies in [0, 1).")
     class_loss(config).check_options("multitask", 0)
     if config.retain is not None:
-        if config.head != "union":
+        if config.head_section.labels != "union":
             raise UserError(
                 "retain: quality retaining compares logits over the classes of all tasks; it needs head: union."
             )
@@ -163,6 +185,15 @@ def check(config: MultitaskConfig) -> None:
         )
     check_attacks(config.evaluate.attacks, config.evaluate.corruptions)
     check_arms(config, check)
+
+
+def _check_head(config: MultitaskConfig) -> None:
+    head = config.head_section
+    if head.labels not in HEADS:
+        raise UserError(f"head: '{head.labels}'.{near(head.labels, HEADS)}")
+    check_head(head.name, head.options)
+    if is_variational(head.name):
+        check_bound(head.labels, config.class_weights, config.logit_adjustment, config.focal)
 
 
 def check_attacks(attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> None:

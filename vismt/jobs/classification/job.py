@@ -19,13 +19,15 @@ from vismt.jobs.classification import panels
 from vismt.jobs.classification.config import MultitaskConfig, check, check_attacks, class_loss
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.evaluation import Evaluation
-from vismt.jobs.classification.models import PixelNet, fresh, load_head, save_head
+from vismt.jobs.classification.models import PixelNet, fresh, load_head, save_head, with_linear_head
 from vismt.jobs.classification.report import sections
 from vismt.jobs.image_job import ImageJob
 from vismt.jobs.multitask import make_configured_balancer
+from vismt.llm.heads import is_variational
 from vismt.lowrank.inject import train_along
 from vismt.multitask.retain import QualityRetaining
 from vismt.multitask.union import UnionObjective
+from vismt.multitask.variational_union import VariationalUnionObjective
 from vismt.report.results import RECORDS, Result, Score
 from vismt.report.sections import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, conditions
@@ -72,20 +74,21 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         return vit.skeleton(config.model.name, config.model.img_size, num_classes=1)
 
     def fresh(self, config: MultitaskConfig) -> PixelNet:
-        return fresh(config, self.data.union.num_classes)
+        return fresh(config, self.data.union.num_classes, sum(self.data.class_counts()))
 
     def heads(self, net: PixelNet) -> nn.Module:
-        return net.stock.get_submodule("head")
+        return net.head
 
     def objective(self, config: MultitaskConfig, net: PixelNet, balanced: Sequence[Tensor]) -> UnionObjective:
         union = self.data.union
         retain = None
         if config.retain is not None:
             retain = QualityRetaining(union.num_classes, union.task_of_class(), **asdict(config.retain))
-        return UnionObjective(
+        kind = VariationalUnionObjective if is_variational(config.head_section.name) else UnionObjective
+        return kind(
             net,
             union,
-            head=config.head,
+            head=config.head_section.labels,
             label_smoothing=config.label_smoothing,
             class_loss=class_loss(config, self.data.class_counts()),
             balancer=make_configured_balancer(config.balancing, union.tasks),
@@ -137,7 +140,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
 
     def _separate(self, training: Training) -> bool:
         """Return whether a training's net chooses among the classes of the image's task only."""
-        return self.study.config_of(training).head == "separate"
+        return self.study.config_of(training).head_section.labels == "separate"
 
     def check_conditions(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> None:
         check_attacks(attacks, corruptions)
@@ -165,9 +168,13 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     def sections(self, results: Sequence[Result]) -> list[Section]:
         return sections(self.folder)
 
+    def merged(self, arm: str | None = None) -> nn.Module:
+        """Return one arm's stock model with merged weights; a Bayesian head becomes the linear head of its means."""
+        return with_linear_head(super().merged(arm))
+
     def adapted(self, arm: str | None = None) -> nn.Module:
         """Return one arm's stock model with its adapter and the head marked as trained along, so that exports include it."""
-        model = super().adapted(arm)
+        model = with_linear_head(super().adapted(arm))
         train_along(model, [f"head.{name}" for name, _ in model.get_submodule("head").named_parameters()])
         return model
 
