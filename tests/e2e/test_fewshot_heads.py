@@ -306,11 +306,10 @@ def test_a_head_alone_can_be_evaluated_and_the_size_of_images_is_asked_for_once(
 
 def test_a_head_of_the_configuration_is_that_of_every_model_without_one(tmp_path: Path) -> None:
     changes = {"head": {"name": "vbll", "options": {"prior_scale": 4.0}}, "train": None, "adapt": None}
-    config = typed(merged({**changes, "evaluate.models": ["frozen", "frozen+ridge"]}), FewShotConfig, "heads")
+    config = typed(merged({**changes, "evaluate": {"models": ["frozen", "frozen+ridge"]}}), FewShotConfig, "heads")
     assert evaluated_models(config, []) == ["frozen+vbll", "frozen+ridge"]
-    folder = run(
-        tmp_path, **changes, **{"evaluate.models": ["frozen"], "evaluate.data": ["digits"], "evaluate.ways_of": {}}
-    )
+    evaluate = {"models": ["frozen"], "data": ["digits"], "ways_of": {}}
+    folder = run(tmp_path, **changes, evaluate=evaluate)
     rows = read_lines(folder / "results.jsonl")
     assert {row["arm"] for row in rows} == {"frozen+vbll"} and len(rows) == 2
     for head, text in (

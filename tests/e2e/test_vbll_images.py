@@ -79,8 +79,8 @@ def test_merged_weights_are_those_of_a_stock_model_with_the_means(run_folder: Pa
 def test_a_section_with_a_linear_head_is_the_plain_head(tmp_path: Path) -> None:
     from vismt.jobs import load_config
 
-    plain = load_config(write(tmp_path, head="separate"), [])[0]
-    section = load_config(write(tmp_path, head={"labels": "separate"}), [])[0]
+    plain = load_config(write(tmp_path, head="separate"), [])
+    section = load_config(write(tmp_path, head={"labels": "separate"}), [])
     assert plain.head_section == section.head_section
 
 
