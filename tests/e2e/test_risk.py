@@ -170,3 +170,19 @@ def test_a_language_models_classes_have_sets(tmp_path: Path, capsys) -> None:
 )
 def test_reports_that_cannot_be_made_are_refused(changes, text, tmp_path: Path, capsys) -> None:
     assert text in refused(tmp_path, {**DIGITS, **changes}, capsys)
+
+
+def test_sets_of_other_classes_are_told_by_their_confidence(tmp_path: Path, capsys) -> None:
+    pytest.importorskip("skimage")
+    config = {**DIGITS, "report": None, "evaluate": {"batch": 64, "ood": ["photo_crops:test"]}}
+    folder = run(tmp_path, "ood", config)
+    records = next((folder / "arms" / "adapted").glob("lr-*")) / "records"
+    inside = [row["clean confidence"] for row in read_lines(records / "test-digits.jsonl") if "id" in row]
+    (other,) = records.glob("ood-*.jsonl")
+    outside = [row["confidence"] for row in read_lines(other) if "id" in row]
+    wins = sum((a > b) + (a == b) / 2 for a in inside for b in outside) / len(inside) / len(outside)
+    (row,) = [row for row in read_results(folder / "results.jsonl") if row.metric == "AUROC"]
+    assert row.value == pytest.approx(wins, abs=1e-6) and row.n == len(inside) + len(outside)
+    assert row.condition == "against photo_crops:test" and row.low < row.value < row.high
+    same = {**config, "evaluate": {"ood": ["digits"]}}
+    assert "shares images with 'digits'" in refused(tmp_path, same, capsys)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from vismt.config import HASHED_IF_SET, UNHASHED, Jitter, ModelConfig, OnBadSample
+from vismt.data.names import check_row_names, overlap
 from vismt.engine.splits import PartsConfig, check_parts
 from vismt.engine.study import StudyConfig, check_arms
 from vismt.errors import UserError, near
@@ -65,6 +66,8 @@ class MultitaskEvaluateConfig:
         temperature: writes the temperature that fits the validation images beside exported weights; reports have it
             wherever there are validation images.
         adjust_logits: whether logits minus tau log prior are evaluated, too, with tau chosen on validation.
+        ood: sets of images of other classes, cards or folders: how well the largest probability tells them from the
+            evaluated images, as AUROC.
         attacks: evaluated attacks.
         corruptions: evaluated corruptions.
     """
@@ -73,6 +76,7 @@ class MultitaskEvaluateConfig:
     batch: int = 64
     temperature: bool = field(default=False, metadata=UNHASHED)
     adjust_logits: bool = field(default=False, metadata=HASHED_IF_SET)
+    ood: list[str] = field(default_factory=list, metadata=HASHED_IF_SET)
     attacks: list[AttackConfig] = field(default_factory=list)
     corruptions: list[CorruptionConfig] = field(default_factory=list)
 
@@ -183,8 +187,20 @@ def check(config: MultitaskConfig) -> None:
         raise UserError(
             f"report: {config.report}: task '{unchecked}' has no validation images for thresholds; give it validation_share."
         )
+    _check_ood(config)
     check_attacks(config.evaluate.attacks, config.evaluate.corruptions)
     check_arms(config, check)
+
+
+def _check_ood(config: MultitaskConfig) -> None:
+    check_row_names(config.evaluate.ood, "evaluate.ood")
+    for task in config.tasks:
+        for name in config.evaluate.ood:
+            shared = next((own for own in (*task.train, *task.validation, *task.test) if overlap(name, own)), None)
+            if shared is not None:
+                raise UserError(
+                    f"evaluate.ood: '{name}' shares images with '{shared}' of task '{task.name}'; name another set."
+                )
 
 
 def _check_head(config: MultitaskConfig) -> None:

@@ -18,6 +18,7 @@ from vismt.jobs.base import records_folder
 from vismt.jobs.classification import panels
 from vismt.jobs.classification.config import MultitaskConfig, check, check_attacks, class_loss
 from vismt.jobs.classification.data import TaskData
+from vismt.jobs.classification.detection import detection_scores
 from vismt.jobs.classification.evaluation import Evaluation
 from vismt.jobs.classification.models import PixelNet, fresh, load_head, save_head, with_linear_head
 from vismt.jobs.classification.report import sections
@@ -67,6 +68,8 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         for task in range(len(self.data.union.tasks)):
             self.data.check_part(task, self.split)
             settings = self.config.evaluate
+            for name in settings.ood:
+                self.data.outside(name)
             if self.config.tune is not None or settings.temperature or settings.adjust_logits or self.config.report:
                 self.data.check_part(task, "validation")
 
@@ -124,7 +127,10 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         forms = self.evaluation.forms(net, training, separate, split) if split == self.split else None
         specs = conditions(chosen, corruptions)
         risk = self.config.report is not None and split == self.split
-        return self.evaluation.scores(net, training, separate, split, specs, records, forms, risk)
+        scores = self.evaluation.scores(net, training, separate, split, specs, records, forms, risk)
+        if forms is not None and attacks is None:
+            scores += detection_scores(self.evaluation, net, training, separate, records)
+        return scores
 
     def validate(self, training: Training) -> float:
         """Return the mean accuracy over the tasks."""
