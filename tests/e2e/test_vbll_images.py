@@ -92,6 +92,7 @@ def test_a_section_with_a_linear_head_is_the_plain_head(tmp_path: Path) -> None:
         ({"head": {"name": "vbll", "labels": "separate"}}, "set labels to union"),
         ({"focal": 2.0}, "leave class_weights, logit_adjustment and focal out"),
         ({"head": "unions"}, "union"),
+        ({"head": "separate", "evaluate": {"laplace": True}}, "labels to union"),
         ({"head": {"labels": "separat"}}, "separate"),
     ],
 )
@@ -99,3 +100,16 @@ def test_heads_that_cannot_be_trained_are_refused(changes, text, tmp_path: Path,
     assert main(["run", str(write(tmp_path, **changes)), "--out", str(tmp_path / "runs")]) == 2
     error = capsys.readouterr().err
     assert text in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(("head", "condition"), [("union", "Laplace"), ({"name": "vbll"}, "Laplace")])
+def test_laplace_around_the_head_is_a_variant_of_its_own(head, condition, tmp_path: Path) -> None:
+    evaluate = {"batch": 64, "laplace": True}
+    path = write(tmp_path, head=head, evaluate=evaluate, adapt=None, train={"steps": 20, "lr": 1.0e-2})
+    assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
+    folder = next((tmp_path / "runs").iterdir())
+    rows = {(row.condition, row.metric): row.value for row in read_results(folder / "results.jsonl")}
+    for metric in ("accuracy", "ECE-15", "NLL in nats", "Brier"):
+        assert (condition, metric) in rows
+    assert rows[condition, "NLL in nats"] != rows["clean", "NLL in nats"]
+    assert abs(rows[condition, "accuracy"] - rows["clean", "accuracy"]) < 0.1

@@ -11,6 +11,7 @@ from vismt.data.names import check_row_names, overlap
 from vismt.engine.splits import PartsConfig, check_parts
 from vismt.engine.study import StudyConfig, check_arms
 from vismt.errors import UserError, near
+from vismt.jobs.calibrating import ImageCalibrationConfig, check_calibration
 from vismt.jobs.multitask import (
     BalancingConfig,
     RetainConfig,
@@ -65,6 +66,8 @@ class MultitaskEvaluateConfig:
         batch: images in one forward pass.
         temperature: writes the temperature that fits the validation images beside exported weights; reports have it
             wherever there are validation images.
+        laplace: also evaluate with a Laplace approximation around the trained head; it is Kronecker-factored, and the
+            condition is named accordingly, where a linear head has more than 4,096 weights.
         adjust_logits: whether logits minus tau log prior are evaluated, too, with tau chosen on validation.
         ood: sets of images of other classes, cards or folders: how well the largest probability tells them from the
             evaluated images, as AUROC.
@@ -75,6 +78,7 @@ class MultitaskEvaluateConfig:
     split: Annotated[str, Names("vismt.jobs.multitask:SPLITS")] = "test"
     batch: int = 64
     temperature: bool = field(default=False, metadata=UNHASHED)
+    laplace: bool = field(default=False, metadata=HASHED_IF_SET)
     adjust_logits: bool = field(default=False, metadata=HASHED_IF_SET)
     ood: list[str] = field(default_factory=list, metadata=HASHED_IF_SET)
     attacks: list[AttackConfig] = field(default_factory=list)
@@ -114,6 +118,7 @@ class MultitaskConfig(StudyConfig):
         fade: the fading of routers; null leaves them at their start value.
         retain: quality retaining; null for none.
         balancing: how the losses of the tasks are weighed; null for one mean over the batch.
+        calibration: images that a method computes options from before the training; null for none.
         evaluate: the evaluation.
         report: risk adds conformal sets and selective prediction (vismt.jobs.risk); null for none.
         on_bad_sample: error or skip, for images that cannot be decoded.
@@ -133,6 +138,7 @@ class MultitaskConfig(StudyConfig):
     fade: FadeConfig | None = None
     retain: RetainConfig | None = None
     balancing: BalancingConfig | None = None
+    calibration: ImageCalibrationConfig | None = field(default=None, metadata=HASHED_IF_SET)
     evaluate: MultitaskEvaluateConfig = field(default_factory=MultitaskEvaluateConfig)
     report: Annotated[str | None, Names("vismt.jobs.risk:REPORTS")] = field(default=None, metadata=HASHED_IF_SET)
     on_bad_sample: OnBadSample = "error"
@@ -188,6 +194,13 @@ def check(config: MultitaskConfig) -> None:
             f"report: {config.report}: task '{unchecked}' has no validation images for thresholds; give it validation_share."
         )
     _check_ood(config)
+    if not config.arms:
+        check_calibration(config.calibration, config.adapt)
+    if config.evaluate.laplace and (config.head_section.labels != "union" or config.evaluate.split == "validation"):
+        raise UserError(
+            "evaluate.laplace: it is around one softmax over all classes, its prior chosen on validation images; set the head's "
+            "labels to union and evaluate.split to test, or laplace to false."
+        )
     check_attacks(config.evaluate.attacks, config.evaluate.corruptions)
     check_arms(config, check)
 

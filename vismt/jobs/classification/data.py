@@ -87,10 +87,10 @@ class TaskData:
             self._gathered[task, part] = Gathered(self._pixels(task, part))
         return self._gathered[task, part]
 
-    def outside(self, name: str) -> Gathered:
-        """Return the images of a set that is not of any task; their labels are 0."""
-        images = self._open(name)
-        return Gathered([(Pixels(images, self._size), torch.zeros(len(images), dtype=torch.long))])
+    def outside(self, *names: str) -> Gathered:
+        """Return the images of sets that are not of any task; their labels are 0."""
+        sets = [self._open(name) for name in names]
+        return Gathered([(Pixels(images, self._size), torch.zeros(len(images), dtype=torch.long)) for images in sets])
 
     def _pixels(self, task: int, part: str) -> list[tuple[Pixels, Tensor]]:
         offset = self.union.offset(task)

@@ -73,7 +73,7 @@ class Evaluation:
                 for condition, values in accuracies(rows, specs, self.data.union.num_classes)
             ]
             for name in forms or ():
-                measures += [(CONDITIONS[name], measure) for measure in _form_measures(rows, name)]
+                measures += [(CONDITIONS[name], measure) for measure in form_measures(rows, name)]
             if thresholds is not None:
                 measures += image_measures(rows, specs, self.data.union.num_classes, thresholds)
             text = f"{split} images, {protocol}"
@@ -185,7 +185,7 @@ def _drop_older(path: Path) -> None:
         path.unlink()
 
 
-def _form_measures(rows: Sequence[Mapping], name: str) -> list[Measure]:
+def form_measures(rows: Sequence[Mapping], name: str) -> list[Measure]:
     """Return the accuracy of an adjusted form of the logits, the quality of the probabilities of another, from its records."""
     from vismt.llm.probability_metrics import calibration_values  # loads torchmetrics
 

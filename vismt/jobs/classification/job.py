@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ from vismt.data.batching import ShuffledBatches
 from vismt.data.transforms import augment
 from vismt.engine.study import Training
 from vismt.jobs.base import records_folder
+from vismt.jobs.calibrating import calibrated_on_images
 from vismt.jobs.classification import panels
 from vismt.jobs.classification.config import MultitaskConfig, check, check_attacks, class_loss
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.detection import detection_scores
 from vismt.jobs.classification.evaluation import Evaluation
 from vismt.jobs.classification.models import PixelNet, fresh, load_head, save_head, with_linear_head
+from vismt.jobs.classification.posterior import laplace_scores
 from vismt.jobs.classification.report import sections
 from vismt.jobs.image_job import ImageJob
 from vismt.jobs.multitask import make_configured_balancer
@@ -49,6 +51,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     def __init__(self, config: MultitaskConfig, folder: Path, config_hash: str) -> None:
         check(config)
         super().__init__(config, folder, config_hash)
+        self._calibrated: dict[str, Any] = {}
 
     @cached_property
     def data(self) -> TaskData:
@@ -70,7 +73,13 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
             settings = self.config.evaluate
             for name in settings.ood:
                 self.data.outside(name)
-            if self.config.tune is not None or settings.temperature or settings.adjust_logits or self.config.report:
+            if (
+                self.config.tune is not None
+                or settings.temperature
+                or settings.adjust_logits
+                or settings.laplace
+                or self.config.report
+            ):
                 self.data.check_part(task, "validation")
 
     def skeleton(self, config: MultitaskConfig) -> nn.Module:
@@ -78,6 +87,15 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
 
     def fresh(self, config: MultitaskConfig) -> PixelNet:
         return fresh(config, self.data.union.num_classes, sum(self.data.class_counts()))
+
+    def prepare(self, net: PixelNet, config: MultitaskConfig) -> str:
+        """Adapt the backbone with the options that the method computes from images; return the method's name."""
+        section = config.calibration
+        if config.adapt is not None and section is not None:
+            images = self.data.outside(*section.data) if section.data else self.data.training()
+            settings = calibrated_on_images(net.backbone, config.adapt, section, images, self.folder, self._calibrated)
+            config = replace(config, adapt=settings)
+        return super().prepare(net, config)
 
     def heads(self, net: PixelNet) -> nn.Module:
         return net.head
@@ -130,6 +148,8 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         scores = self.evaluation.scores(net, training, separate, split, specs, records, forms, risk)
         if forms is not None and attacks is None:
             scores += detection_scores(self.evaluation, net, training, separate, records)
+            if self.config.evaluate.laplace:
+                scores += laplace_scores(self.evaluation, net, training, records)
         return scores
 
     def validate(self, training: Training) -> float:

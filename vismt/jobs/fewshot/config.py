@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from vismt.config import HASHED_IF_SET, Episodes, Jitter, ModelConfig, OnBadSample, Seed
 from vismt.engine.study import ALONE, StudyConfig, TuneConfig, resolve_arms
 from vismt.errors import UserError, near
+from vismt.jobs.calibrating import ImageCalibrationConfig
 from vismt.jobs.fewshot.pool_experts import CLEAN, ExpertSpec, PlannedExpert, level_text, plan_experts
 from vismt.metatune.amt import Adversary, AdversaryForm
 from vismt.metatune.finetune import FineTuneSettings
@@ -212,6 +213,7 @@ class FewShotConfig(StudyConfig):
         merging: how a pool is merged for a task.
         finetune: fine-tuning on a task, of models with +finetune.
         head: the head of evaluated models, fitted to each task's support; models may also name one, frozen+vbll.
+        calibration: images that a method computes options from before the training; null for none.
         evaluate: test episodes.
         on_bad_sample: error or skip, for images that cannot be decoded.
         download: whether sets that are missing are downloaded.
@@ -228,6 +230,7 @@ class FewShotConfig(StudyConfig):
     merging: MergeSettings = field(default_factory=MergeSettings)
     finetune: FineTuneSettings = field(default_factory=FineTuneSettings)
     head: FewShotHeadConfig = field(default_factory=FewShotHeadConfig, metadata=HASHED_IF_SET)
+    calibration: ImageCalibrationConfig | None = field(default=None, metadata=HASHED_IF_SET)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     on_bad_sample: OnBadSample = "error"
     download: bool = False

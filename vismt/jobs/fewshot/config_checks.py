@@ -5,6 +5,7 @@ from __future__ import annotations
 from vismt.data.names import check_row_names, overlap
 from vismt.engine.study import check_arms
 from vismt.errors import UserError, near
+from vismt.jobs.calibrating import check_calibration
 from vismt.jobs.fewshot.config import (
     DEFAULT,
     EXPERT,
@@ -43,6 +44,8 @@ def _check_arm(config: FewShotConfig) -> None:
     _check_values(config, trains)
     _check_evaluation(config)
     _check_models(config, trains)
+    if trains and not config.arms:
+        check_calibration(config.calibration, config.adapt)
 
 
 def _check_arm_keys(config: FewShotConfig) -> None:

@@ -25,7 +25,7 @@ from vismt.jobs.lm.data import LmData, lm_of
 from vismt.jobs.lm.models import LmModels, fingerprint, load_trained
 from vismt.jobs.lm.recommender import Recommender
 from vismt.jobs.risk import choice_measures, fit_thresholds
-from vismt.jobs.variants import TEMPERED
+from vismt.jobs.variants import LAPLACE, TEMPERED
 from vismt.lines import read_lines, write_lines
 from vismt.llm.heads import laplace_head, laplace_structure
 from vismt.llm.net import LmNet
@@ -36,8 +36,6 @@ from vismt.report.results import Score
 from vismt.stats import CLEAN, Condition, Measure
 
 MEANS = Condition("means of the head", "variant", "means")
-# Names of conditions by the part of the Hessian that is kept.
-LAPLACE = {"full": "Laplace", "kronecker": "Laplace (Kronecker)", "rows": "Laplace"}
 
 
 class Evaluation:
@@ -110,8 +108,7 @@ class Evaluation:
             yield TEMPERED, tempered(records, self.temperature(training))
         if self.config.evaluate.laplace and self.data.tasks[task].head and training.arm != FROZEN:
             structure = self._structure(training)
-            condition = Condition(LAPLACE[structure], "variant", "Laplace")
-            yield condition, self._records(training, task, split, name, structure)
+            yield LAPLACE[structure], self._records(training, task, split, name, structure)
 
     def _structure(self, training: Training) -> str:
         """Return the structure of the Laplace approximation around a training's head."""
