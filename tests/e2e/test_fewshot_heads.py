@@ -304,3 +304,20 @@ def test_a_head_alone_can_be_evaluated_and_the_size_of_images_is_asked_for_once(
     data, made, backbone = FewShotData(config), [], FewShotData.backbone
     monkeypatch.setattr(FewShotData, "backbone", lambda self: made.append(1) or backbone(self))
     assert data.open("digits") is data.open("digits") and data.open("digits").size == 160 and made == [1]
+
+
+def test_a_head_of_the_configuration_is_that_of_every_model_without_one(tmp_path: Path) -> None:
+    changes = {"head": {"name": "vbll", "options": {"prior_scale": 4.0}}, "train": None, "adapt": None}
+    config = typed(merged({**changes, "evaluate": {"models": ["frozen", "frozen+ridge"]}}), FewShotConfig, "heads")
+    assert evaluated_models(config, []) == ["frozen+vbll", "frozen+ridge"]
+    evaluate = {"models": ["frozen"], "data": ["digits"], "ways_of": {}}
+    folder = run(tmp_path, **changes, evaluate=evaluate)
+    rows = read_lines(folder / "results.jsonl")
+    assert {row["arm"] for row in rows} == {"frozen+vbll"} and len(rows) == 2
+    for head, text in (
+        ({"name": "vbl"}, "vbll"),
+        ({"name": "ridge", "options": {"a": 1}}, "'ridge' has no options"),
+        ({"name": "vbll", "options": {"prior": 1.0}}, "prior_scale"),
+    ):
+        with pytest.raises(UserError, match=text):
+            check(typed(merged({"head": head}), FewShotConfig, "heads"))

@@ -142,17 +142,13 @@ def test_laplace_of_a_large_head_is_factored_and_named_kronecker(home, tmp_path:
     assert "Laplace (Kronecker)" in (run / "report.md").read_text()
 
 
-def test_a_bias_that_laplace_does_not_take_is_refused_before_the_training(
-    home, tmp_path: Path, monkeypatch, capsys
-) -> None:
+def test_laplace_takes_the_bias_of_an_output_embedding(home, tmp_path: Path, monkeypatch) -> None:
     rows = LmNet.answer_rows
-    monkeypatch.setattr(LmNet, "answer_rows", lambda net, tokens: (rows(net, tokens)[0], torch.zeros(len(tokens))))
-    config = settings(
-        home, evaluate={"batch": 4, "laplace": True}, arms={"vbll": {"head": {"name": "vbll"}}, "linear": {}}
-    )
-    assert main(["train", str(write(tmp_path, config)), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
-    assert "evaluate.laplace: the LM's output embedding has a bias" in " ".join(capsys.readouterr().err.split())
-    assert not list((tmp_path / "runs").rglob("metrics.jsonl"))
+    monkeypatch.setattr(LmNet, "answer_rows", lambda net, tokens: (rows(net, tokens)[0], torch.ones(len(tokens))))
+    config = settings(home, evaluate={"batch": 4, "laplace": True, "frozen": False})
+    assert main(["run", str(write(tmp_path, config)), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
+    results = read_results(next((tmp_path / "runs").iterdir()) / "results.jsonl")
+    assert any(row.condition == "Laplace" for row in results)
 
 
 def test_the_report_pairs_rows_and_counts_tokens(study: Path) -> None:

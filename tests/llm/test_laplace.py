@@ -234,3 +234,17 @@ def test_around_a_head_that_is_too_large_for_all_of_the_hessian_it_is_factored()
     wanted.tune(x, labels)
     assert laplace.prior_precision == wanted.prior_precision
     assert torch.allclose(covariance(laplace, x), covariance(wanted, x), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("structure", ["full", "kronecker", "rows"])
+def test_a_bias_is_the_weight_of_a_feature_that_is_one(structure: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((30, 5), (3, 5), (3,)))
+    ones = torch.cat([x, torch.ones(30, 1)], 1)
+    by_hand = fit_laplace(torch.cat([weight, bias[:, None]], 1), [ones], 2.0, structure)
+    affine = fit_laplace(weight, list(x.split(8)), 2.0, structure, bias=bias)
+    assert torch.allclose(affine(x), x @ weight.T + bias, atol=1e-5)
+    for ours, theirs in zip(affine.logit_distribution(x), by_hand.logit_distribution(ones)):
+        assert torch.allclose(ours.abs(), theirs.abs(), atol=1e-4)
+    head = LinearAnswerHead(weight, bias)
+    assert laplace_head(head, [x], (x, torch.zeros(30).long())).predict(x).shape == (30, 3)

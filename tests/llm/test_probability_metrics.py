@@ -16,6 +16,7 @@ from vismt.llm.probability_metrics import (
     binned_gaps,
     calibration_values,
     detection_auroc,
+    detection_values,
     ece_difference,
     ece_interval,
     expected_calibration_error,
@@ -239,3 +240,12 @@ def test_temperature_at_its_ends() -> None:
 def test_temperature_of_what_does_not_fit(z: Tensor, y: Tensor, message: str) -> None:
     with pytest.raises(UserError, match=message):
         fit_temperature(z, y)
+
+
+def test_detection_values_have_the_auroc_as_mean_and_delongs_variance() -> None:
+    # inliers 1, 2, 3 and outliers 2, 4: pairs won 1, 1/2, 0 against 2 and 3 of 3 against 4: AUROC 4.5 / 6
+    inside, outside = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0])
+    values = detection_values(inside, outside)
+    assert float(values.mean()) == pytest.approx(0.75) == pytest.approx(detection_auroc(inside, outside))
+    # of the inliers: 1, 3/4, 1/2 ranked right; deviations times 5/3: 0.4167, 0, -0.4167; of the outliers 1/2, 1, times 5/2
+    assert (values - 0.75).tolist() == pytest.approx([5 / 12, 0.0, -5 / 12, -0.625, 0.625])

@@ -17,7 +17,7 @@ from helpers.lm_parts import tiny_lm, tokenizer
 from vismt.errors import UserError
 from vismt.jobs.lm.config import LmTaskConfig, task_of
 from vismt.llm import net as net_file
-from vismt.llm.heads import LinearAnswerHead, check_laplace, laplace_head, log_predictive, make_head
+from vismt.llm.heads import LinearAnswerHead, log_predictive, make_head
 from vismt.llm.net import LmNet, check_logits
 from vismt.llm.tasks import make_task
 from vismt.llm.tasks.alternating import AlternatingObjective
@@ -428,12 +428,6 @@ def test_the_prior_of_a_vbll_head_is_centred_at_the_rows():
         make_head("linear", rows, None, 10, 0, {"start_std": 0.25})
     biased = make_head("linear", rows, torch.ones(2), 10, 0, {})
     assert torch.equal(biased(torch.zeros(1, 32)), torch.ones(1, 2))
-    for refused in (
-        check_laplace,
-        lambda head: laplace_head(head, [torch.zeros(3, 32)], (torch.zeros(3, 32), torch.zeros(3))),
-    ):
-        with pytest.raises(UserError, match="has a bias, which Laplace does not take"):
-            refused(biased)
     with pytest.raises(UserError, match=r"no head 'vbl'. Near: 'vbll'"):
         make_head("vbl", rows, None, 10, 0, {})
 

@@ -103,7 +103,9 @@ def _attack_model(options: argparse.Namespace, attacks: list[AttackConfig]) -> N
         ),
         arms={arm: {}},
         data=[options.data],
-        evaluate=RobustnessEvaluateConfig(options.images, options.batch, attacks, masking=options.masking),
+        evaluate=RobustnessEvaluateConfig(
+            images=options.images, batch=options.batch, attacks=attacks, masking=options.masking
+        ),
     )
     with start_config(config, f"attack-{arm}", Path("runs"), options.out).owned() as run:
         run.evaluate()

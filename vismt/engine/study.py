@@ -25,7 +25,7 @@ CHOSEN = "chosen.json"
 DIVERGED = "diverged.json"
 ALONE = "adapted"  # the arm of a configuration that names none
 # Sections that are the same for every arm of a study, whatever the job.
-SHARED = ("arms", "seeds", "seed", "tune", "tasks", "evaluate", "model", "task")
+SHARED = ("arms", "seeds", "seed", "tune", "tasks", "evaluate", "report", "model", "task")
 
 
 @dataclass

@@ -27,6 +27,7 @@ from vismt.report.results import (
     write_results,
     write_values,
 )
+from vismt.report.risk import risk_section
 from vismt.report.sections import Section
 from vismt.report.study import score_sections
 from vismt.report.tables import interval_text
@@ -214,6 +215,7 @@ class EvaluationJob(ABC, Generic[Config]):
             if len(corrupted) <= 3:
                 shown = chosen
                 corrupted = []
+            corrupted = [score for score in corrupted if score.measure.metric == chosen[0].measure.metric]
             texts = [score_text(score) for score in shown]
             if corrupted:
                 mean = sum(score.measure.score for score in corrupted) / len(corrupted)
@@ -237,6 +239,7 @@ class EvaluationJob(ABC, Generic[Config]):
             sections = [
                 *score_sections(self.folder, results, comparisons, values, compared, self.baselines()),
                 *training_sections(self.folder, results, list(self.study.arms), self.logged),
+                risk_section(results),
                 *self.sections(results),
             ]
         heading = run_heading(self.folder)

@@ -16,6 +16,8 @@ from vismt.robustness.conditions import AttackConfig, CorruptionConfig
 class ImageJob(Job[Config, Net], Generic[Config, Net]):
     """A job whose trained nets the robustness job can evaluate on the job's own images."""
 
+    has_risk = False  # whether `scores_under` has the measures of `report: risk`
+
     @abstractmethod
     def check_conditions(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> None:
         """Raise UserError for attacks and corruptions that `scores_under` cannot take."""
@@ -29,8 +31,11 @@ class ImageJob(Job[Config, Net], Generic[Config, Net]):
         attacks: Sequence[AttackConfig],
         corruptions: Sequence[CorruptionConfig],
         records: Path,
+        *,
+        risk: bool = False,
     ) -> list[Score]:
         """Return every measure on the run's own images, clean and under each attack and corruption.
 
         net: returns the evaluated net, asked for where something is not on record. records: the folder of records.
+        risk: whether the measures of `report: risk` are among them.
         """

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.errors import UserError, require_known
+from vismt.errors import require_known
 from vismt.llm.laplace import LARGEST, fit_laplace
 from vismt.llm.variational import GaussianHead
 from vismt.llm.vbll import VBLLClassifier
@@ -98,6 +98,11 @@ def make_head(
     return HEADS[name](**{key: value for key, value in job_arguments.items() if key in parameters}, **options)
 
 
+def is_variational(name: str) -> bool:
+    """Return whether the head of this name is trained on the bound of `VBLLClassifier`."""
+    return name == "vbll"
+
+
 def check_head(name: str, options: dict[str, Any]) -> None:
     """Raise UserError for an unknown name or option, and for an option of another type."""
     parameters = inspect.signature(HEADS[name]).parameters
@@ -120,17 +125,9 @@ def log_predictive(head: nn.Module, features: Tensor, samples: int = 20) -> Tens
 
 def laplace_structure(name: str, classes: int, width: int) -> str:
     """Return the structure of the Hessian that Laplace keeps for the head `name` with rows (classes, width)."""
-    if name == "vbll":
+    if is_variational(name):
         return "rows"
     return "full" if classes * width <= LARGEST else "kronecker"
-
-
-def check_laplace(head: nn.Module) -> None:
-    """Raise UserError for a head that `laplace_head` does not support; call it before the training."""
-    if isinstance(head, LinearAnswerHead) and head.bias is not None:
-        raise UserError(
-            "evaluate.laplace: the LM's output embedding has a bias, which Laplace does not take; set it to false."
-        )
 
 
 def laplace_head(head: nn.Module, training: list[Tensor], validation: tuple[Tensor, Tensor]) -> nn.Module:
@@ -141,18 +138,15 @@ def laplace_head(head: nn.Module, training: list[Tensor], validation: tuple[Tens
     and replaces the covariances by the row blocks of the Hessian.
 
     Args:
-        head: a LinearAnswerHead without bias or a VBLLClassifier.
+        head: a linear head with or without a bias, or a VBLLClassifier.
         training: features (b, d) of all training rows, in batches.
         validation: features (n, d) and labels (n,).
-
-    Raises:
-        UserError: the head has a bias.
     """
     if isinstance(head, VBLLClassifier):
         noise = torch.exp(2 * head.log_noise)
         return fit_laplace(head.mean, training, 1 / head.prior_variance, "rows", noise=noise)
-    check_laplace(head)
-    weight: Any = head.weight
-    laplace = fit_laplace(weight, training, structure=laplace_structure("linear", *weight.shape))
+    weight, bias = head.get_parameter("weight"), getattr(head, "bias", None)
+    structure = laplace_structure("linear", len(weight), weight.shape[1] + (bias is not None))
+    laplace = fit_laplace(weight, training, structure=structure, bias=bias)
     laplace.tune(*validation)
     return laplace

@@ -11,7 +11,7 @@ A head that has noise, as VBLL's eps_c ~ N(0, sigma_c^2), keeps it: z = w^T phi 
 
 H is stored as eigenvectors and eigenvalues, so that another prior precision lambda costs nothing and no jitter is needed. Left
 out: a diagonal approximation (features of a transformer are strongly correlated, and it would treat every direction as known),
-the marginal likelihood (lambda is chosen on validation NLL), other layers, a bias (append a column of ones).
+the marginal likelihood (lambda is chosen on validation NLL), other layers. A bias is the weight of one more feature, which is 1.
 """
 
 from __future__ import annotations
@@ -120,14 +120,28 @@ class Laplace(GaussianHead):
         curvature: the decomposed Hessian.
         prior_precision: lambda.
         noise: (k,) variances of the logits in addition to those of the weights.
+        affine: whether the last column of mean is a bias.
     """
 
-    def __init__(self, mean: Tensor, curvature: Curvature, prior_precision: float, noise: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        mean: Tensor,
+        curvature: Curvature,
+        prior_precision: float,
+        noise: Tensor | None = None,
+        affine: bool = False,
+    ) -> None:
         super().__init__()
+        self.affine = affine
         self.register_buffer("mean", mean)
         self.register_buffer("noise", noise)
         self.curvature = curvature
         self.prior_precision = prior_precision
+
+    def _features(self, features: Tensor) -> Tensor:
+        if self.affine and features.ndim == 2:
+            features = torch.cat([features, features.new_ones(len(features), 1)], 1)
+        return super()._features(features)
 
     @full_precision
     def logit_distribution(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,7 +169,7 @@ class Laplace(GaussianHead):
         mean, root = self.logit_distribution(features)
         if method == "probit":
             return probit(mean, root)
-        return averaged(draw_logits(mean, root, samples, generator))
+        return averaged(draw_logits(mean, root, samples, generator, shared=method == "shared"))
 
     @full_precision
     def uncertainty(
@@ -213,6 +227,7 @@ def fit_laplace(
     structure: str = "full",
     *,
     noise: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Laplace:
     """Fit a Laplace approximation around the weight of a trained head.
 
@@ -223,6 +238,7 @@ def fit_laplace(
             weight decay w under a mean NLL).
         structure: "full", "rows" or "kronecker".
         noise: (k,) variances that are added to those of the logits at prediction (torch.exp(2 * head.log_noise) after VBLL).
+        bias: (k,) of the head, None without one.
 
     Returns:
         A head with `predict`, `uncertainty` and `tune`.
@@ -234,13 +250,21 @@ def fit_laplace(
         raise UserError(f"laplace: no structure '{structure}'.{near(str(structure), STRUCTURES)}")
     if weight.ndim != 2:
         raise UserError(f"laplace: the weight is {tuple(weight.shape)}, needed (k, d).")
+    if bias is not None:
+        weight = torch.cat([weight, bias[:, None]], 1)
     if structure == "full" and weight.numel() > LARGEST:
         raise UserError(f"laplace: 'full' for {weight.numel()} weights (at most {LARGEST}); use 'kronecker' or 'rows'.")
     mean = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).clone()
     # In fp32 p sums to 1 only up to 1e-7 of what grows with N, and small eigenvalues drown; an MPS device has no fp64.
     exact = torch.float32 if mean.device.type == "mps" else torch.float64
     curvature = STRUCTURES[structure](*mean.shape, dtype=exact, device=mean.device)
-    laplace = Laplace(mean, curvature, _positive(prior_precision), None if noise is None else _variances(noise, mean))
+    laplace = Laplace(
+        mean,
+        curvature,
+        _positive(prior_precision),
+        None if noise is None else _variances(noise, mean),
+        bias is not None,
+    )
     for features in batches:
         if not isinstance(features, Tensor):
             raise UserError(
@@ -248,7 +272,7 @@ def fit_laplace(
                 "for a loader of (features, labels) give (x for x, _ in loader)."
             )
         x = laplace._features(features)
-        laplace.curvature.add(x.to(exact), laplace(x).to(exact).softmax(1))
+        laplace.curvature.add(x.to(exact), laplace(features).to(exact).softmax(1))
     laplace.curvature.finish(mean.dtype)
     return laplace
 

@@ -196,6 +196,20 @@ def detection_auroc(inside: Tensor, outside: Tensor) -> float:
     return float(binary_auroc(ranks / ranks.max().clamp_min(1), truth))
 
 
+def detection_values(inside: Tensor, outside: Tensor) -> Tensor:
+    """Return values by example (n + m,) fp64, first of the inliers, whose mean is `detection_auroc`, with DeLong's variance.
+
+    Arguments as in `detection_auroc`, and so are the errors.
+    """
+    area = detection_auroc(inside, outside)
+    inliers, outliers = (values.detach().cpu().double().flatten() for values in (inside, outside))
+    ranked_inliers = 1 - _above(inliers, outliers.sort().values)
+    ranked_outliers = _above(outliers, inliers.sort().values)
+    n = len(inliers) + len(outliers)
+    parts = [area + n / len(ranked) * (ranked - area) for ranked in (ranked_inliers, ranked_outliers)]
+    return torch.cat(parts)
+
+
 def _auroc(p: Tensor, y: Tensor) -> float:
     """Return the mean AUROC over the classes that have both positive and negative examples; NaN without such a class."""
     counts = torch.bincount(y, minlength=p.shape[1])

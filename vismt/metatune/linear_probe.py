@@ -58,31 +58,39 @@ class LinearProbe(nn.Module, ABC):
         """Return the settings as a text, for fingerprints."""
 
     @torch.no_grad()
-    def classifier(self, support_images: Tensor, support_labels: Tensor, *, batch: int = 256) -> LinearClassifier:
+    def classifier(self, support_images: Tensor, support_labels: Tensor, *, batch: int = 256) -> nn.Module:
         """Return the fitted query classifier of a support (s, 3, h, w) in [0, 1], (s,); batch: images in a forward."""
         task = self.proto.classifier(support_images, support_labels)
         if not isinstance(task, PrototypeClassifier):
             raise UserError(
                 f"linear probe: the task's classifier is {type(task).__name__}: it needs one with prototypes."
             )
-        fitted = features(task.backbone, support_images, batch)
-        weight, bias = self.fit_features(fitted, support_labels)
-        kind = torch.promote_types(fitted.dtype, torch.float32)
-        result = LinearClassifier(task.backbone, weight.to(fitted.device, kind), bias.to(fitted.device, kind))
+        result = self.fitted(task.backbone, features(task.backbone, support_images, batch), support_labels)
         result.training = task.training
         return result
 
+    def fitted(self, backbone: nn.Module, support: Tensor, labels: Tensor) -> nn.Module:
+        """Return the classifier on a backbone, fitted to the features (s, d) of a support with labels (s,)."""
+        weight, bias = self.fit_features(support, labels)
+        kind = torch.promote_types(support.dtype, torch.float32)
+        return LinearClassifier(backbone, weight.to(support.device, kind), bias.to(support.device, kind))
+
     def fit_features(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return weight (N, d) and bias (N,) on L2-normalised features, float64 on the CPU, of features (s, d), (s,)."""
+        inputs, labels, weights, mean, spread = self.inputs(features, labels)
+        W, b = self.fit(inputs, labels, weights)
+        weight = W / spread
+        return weight, b - weight @ mean
+
+    def inputs(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return u (s, d), labels and w (s,), m (d,) and r of features (s, d), all but the labels float64, on the CPU."""
         wide, labels = features.detach().cpu().double(), labels.cpu().long()
         ways = len(prototypes(wide, labels))  # refuses labels that do not fit
         z = F.normalize(wide, dim=1, eps=1e-12)
         weights = class_weights(labels, ways)
         mean = weights @ z / len(z)
         spread = ((weights @ (z - mean).square().sum(1)) / len(z)).sqrt().clamp_min(1e-12)
-        W, b = self.fit((z - mean) / spread, labels, weights)
-        weight = W / spread
-        return weight, b - weight @ mean
+        return (z - mean) / spread, labels, weights, mean, spread
 
 
 def class_weights(labels: Tensor, ways: int) -> Tensor:

@@ -129,9 +129,9 @@ class UnionObjective(TaskObjective):
         self.register_buffer("task_of_class", union.task_of_class(), persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        logits, labels = self.net(batch["images"]).float(), batch["labels"]
+        labels = batch["labels"]
         tasks = self.task_of_class[labels]
-        entropies, correct = self._per_sample(logits, labels, tasks)
+        logits, entropies, correct = self.outputs(batch["images"], labels, tasks)
         scalars = {"ce": entropies.detach().mean(), "accuracy": correct.float().mean()}
         loss = entropies.mean() if self.balancer is None else self.balance(self._by_task(entropies, tasks), batch)
         if self.retain is not None:
@@ -145,9 +145,14 @@ class UnionObjective(TaskObjective):
         return {"loss": loss, **scalars, **self.logged()}
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        logits, labels = self.net(batch["images"]).float(), batch["labels"]
+        labels = batch["labels"]
         tasks = self.task_of_class[labels]
-        return self._by_task(self._per_sample(logits, labels, tasks)[0], tasks)
+        return self._by_task(self.outputs(batch["images"], labels, tasks)[1], tasks)
+
+    def outputs(self, images: Tensor, labels: Tensor, tasks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits (b, C), the loss of each image (b,), and whether it is classified correctly (b,)."""
+        logits = self.net(images).float()
+        return logits, *self._per_sample(logits, labels, tasks)
 
     def _by_task(self, entropies: Tensor, tasks: Tensor) -> dict[str, Tensor]:
         """Return the mean cross-entropy of every task with a sample. entropies, tasks: (b,)."""

@@ -3,7 +3,8 @@
 Under an attack an example counts when the model is right on the clean image and on the attacked one: the unchanged image
 is inside every budget (the convention of RobustBench, arXiv 2010.09670). Under a corruption the corrupted image alone
 counts. Intervals are Wilson's at 95 %. Forms of the clean logits (a temperature, say) have their answers and what the quality
-of their probabilities follows from on record. Processes that share an evaluation (vismt/ranks.py) run a batch each.
+of their probabilities follows from on record; with the quantile of conformal sets (vismt/conformal.py), so has every condition.
+Processes that share an evaluation (vismt/ranks.py) run a batch each.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt import console, ranks
+from vismt.conformal import set_sizes
 from vismt.errors import UserError
 from vismt.metatune.functional import evaluating
 from vismt.records import SHARE, Field, Records
@@ -80,6 +82,7 @@ def evaluate_examples(
     *,
     num_classes: int,
     forms: Mapping[str, Form] | None = None,
+    quantile: float | None = None,
     records: Path | None = None,
     data: str = "data",
     fingerprint: str = "",
@@ -95,6 +98,7 @@ def evaluate_examples(
         specs: Attacks and corruptions with different texts.
         num_classes: Number of logits; labels are 0..num_classes-1.
         forms: Forms of the clean logits by name, "clean" for the logits themselves.
+        quantile: Threshold of -log p of conformal sets; None records no sets.
         records: A line file, written batch by batch. An interrupted run continues with the batches that are missing.
         data: The caller's name for the images. A file of other images is refused.
         fingerprint: The caller's name for the weights. A file of other weights is refused.
@@ -103,7 +107,8 @@ def evaluate_examples(
     Returns:
         Records with id, label, the predictions "clean" and "<condition>", and the distances "<condition> linf" and
         "<condition> l2", in the order of the examples. For each form also the answer "<form>", the probability of the answer
-        "<form> confidence", "<form> nll" in nats and "<form> brier".
+        "<form> confidence", "<form> nll" in nats and "<form> brier". With a quantile the same for "clean" and each condition,
+        and the number of classes in the set, "<condition> set".
 
     Raises:
         UserError: No example, labels or logits that do not fit num_classes, pixels outside [0, 1], two conditions with the
@@ -120,7 +125,12 @@ def evaluate_examples(
     }
     if forms:
         settings["forms"] = list(forms)
-    log = Records(records, settings, _fields(conditions, forms or {}, num_classes), key="id")
+    if quantile is not None:
+        settings["quantile"] = quantile
+    log = Records(records, settings, _fields(conditions, forms or {}, num_classes, quantile), key="id")
+    evaluate = partial(
+        _evaluate_batch, model, conditions=conditions, forms=forms or {}, num_classes=num_classes, quantile=quantile
+    )
     rows: dict[str, dict] = {}
 
     def run(numbered: tuple[int, Callable[[], Batch]]) -> tuple[dict[str, int], list[dict]]:
@@ -134,7 +144,7 @@ def evaluate_examples(
         names = dict(zip(ids, labels.tolist(), strict=True))
         if all(name in log for name in ids):
             return names, []
-        return names, _evaluate_batch(model, images, labels, ids, conditions, forms or {}, num_classes, number)
+        return names, evaluate(images, labels, ids, number=number)
 
     with log, console.bar("eval", label, len(batches) if isinstance(batches, Sized) else 0) as bar:
         for names, found in ranks.share(enumerate(_loads(batches)), run):
@@ -154,13 +164,17 @@ def _loads(batches: Iterable[Batch]) -> Iterator[Callable[[], Batch]]:
         yield from (lambda batch=batch: batch for batch in batches)
 
 
-def _fields(conditions: Iterable[str], forms: Iterable[str], num_classes: int) -> dict[str, Field]:
+def _fields(
+    conditions: Iterable[str], forms: Iterable[str], num_classes: int, quantile: float | None
+) -> dict[str, Field]:
     """Return the fields of a record besides its id."""
     answer, distance = Field(0, num_classes - 1, whole=True), Field(0)
     fields = {"label": answer, "clean": answer}
     for name in conditions:
         fields.update({name: answer, f"{name} linf": distance, f"{name} l2": distance})
-    for name in forms:
+    with_sets = [] if quantile is None else [CLEAN.label, *conditions]
+    fields.update({f"{name} set": Field(0, num_classes, whole=True) for name in with_sets})
+    for name in (*forms, *with_sets):
         fields.update(
             {name: answer, f"{name} confidence": SHARE, f"{name} nll": distance, f"{name} brier": Field(0, 2)}
         )
@@ -242,12 +256,22 @@ def _evaluate_batch(
     images: Tensor,
     labels: Tensor,
     ids: Sequence[str],
+    *,
     conditions: Mapping[str, DirectPerturbation],
     forms: Mapping[str, Form],
     num_classes: int,
+    quantile: float | None,
     number: int,
 ) -> list[dict]:
     """Return the records of batch `number`."""
+
+    def with_sets(name: str, logits: Tensor) -> dict[str, list]:
+        if quantile is None:
+            return {}
+        wide = logits.cpu().double()
+        sizes = set_sizes(wide.log_softmax(1), quantile).tolist()
+        return {**_probability_columns(name, wide, labels.cpu()), f"{name} set": sizes}
+
     device = next((p.device for p in model.parameters()), images.device)
     images, labels = images.to(device), labels.to(device)
     logits = _logits(model, images, num_classes)
@@ -256,13 +280,16 @@ def _evaluate_batch(
         "label": [int(label) for label in labels],
         "clean": logits.argmax(1).tolist(),
     }
+    columns |= with_sets(CLEAN.label, logits)
     for name, form in forms.items():
         columns |= _probability_columns(name, form(logits.cpu().double()), labels.cpu())
     for condition, spec in conditions.items():
         keys = batch_keys(spec, number, len(images))
         perturbed = spec.perturb(model, images, labels, num_classes=num_classes, keys=keys)
         change = (perturbed - images).flatten(1).float()
-        columns[condition] = _logits(model, perturbed, num_classes).argmax(1).tolist()
+        attacked = _logits(model, perturbed, num_classes)
+        columns[condition] = attacked.argmax(1).tolist()
+        columns |= with_sets(condition, attacked)
         columns[f"{condition} linf"] = change.abs().amax(1).tolist()
         columns[f"{condition} l2"] = change.norm(dim=1).tolist()
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

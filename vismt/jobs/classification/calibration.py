@@ -9,13 +9,13 @@ calibration.json in the training's folder has both; a report that is written aga
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from vismt.files import atomic_write, read_sealed, sealed
+from vismt.jobs.risk import kept
 from vismt.jobs.variants import TAUS
 from vismt.llm.temperature import fit_temperature
 from vismt.multitask.class_loss import adjusted
@@ -43,16 +43,13 @@ def calibration(folder: Path, fingerprint: str, counts: Sequence[int], outputs: 
         counts: training images of each class of the union.
         outputs: returns the outputs on the validation images.
     """
-    path = folder / CALIBRATION
-    if path.exists():
-        known = Calibration(**read_sealed(path, f"'{path}'", tuple(field.name for field in fields(Calibration))))
-        if known.fingerprint == fingerprint:
-            return known
-    tasks = outputs()
-    logits, labels = (torch.cat(parts) for parts in zip(*tasks))
-    fitted = Calibration(fingerprint, fit_temperature(logits, labels), best_tau(tasks, counts), len(labels))
-    atomic_write(path, sealed(asdict(fitted)))
-    return fitted
+
+    def fit() -> Calibration:
+        tasks = outputs()
+        logits, labels = (torch.cat(parts) for parts in zip(*tasks))
+        return Calibration(fingerprint, fit_temperature(logits, labels), best_tau(tasks, counts), len(labels))
+
+    return kept(folder / CALIBRATION, Calibration, fingerprint, fit)
 
 
 def best_tau(tasks: Outputs, counts: Sequence[int]) -> float:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from vismt.config import HASHED_IF_SET, UNHASHED, Jitter, ModelConfig, OnBadSample
+from vismt.data.names import check_row_names, overlap
 from vismt.engine.splits import PartsConfig, check_parts
 from vismt.engine.study import StudyConfig, check_arms
 from vismt.errors import UserError, near
+from vismt.jobs.calibrating import ImageCalibrationConfig, check_calibration
 from vismt.jobs.multitask import (
     BalancingConfig,
     RetainConfig,
@@ -17,11 +19,14 @@ from vismt.jobs.multitask import (
     check_tasks,
     make_configured_balancer,
 )
+from vismt.jobs.risk import check_report
+from vismt.llm.heads import check_head, is_variational
 from vismt.methods import check_sections
 from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.fading import FadeConfig
 from vismt.multitask.retain import QualityRetaining
 from vismt.multitask.union import HEADS
+from vismt.multitask.variational_union import check_bound
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
 from vismt.typed_yaml import Names
 
@@ -61,7 +66,11 @@ class MultitaskEvaluateConfig:
         batch: images in one forward pass.
         temperature: writes the temperature that fits the validation images beside exported weights; reports have it
             wherever there are validation images.
+        laplace: also evaluate with a Laplace approximation around the trained head; it is Kronecker-factored, and the
+            condition is named accordingly, where a linear head has more than 4,096 weights.
         adjust_logits: whether logits minus tau log prior are evaluated, too, with tau chosen on validation.
+        ood: sets of images of other classes, cards or folders: how well the largest probability tells them from the
+            evaluated images, as AUROC.
         attacks: evaluated attacks.
         corruptions: evaluated corruptions.
     """
@@ -69,9 +78,26 @@ class MultitaskEvaluateConfig:
     split: Annotated[str, Names("vismt.jobs.multitask:SPLITS")] = "test"
     batch: int = 64
     temperature: bool = field(default=False, metadata=UNHASHED)
+    laplace: bool = field(default=False, metadata=HASHED_IF_SET)
     adjust_logits: bool = field(default=False, metadata=HASHED_IF_SET)
+    ood: list[str] = field(default_factory=list, metadata=HASHED_IF_SET)
     attacks: list[AttackConfig] = field(default_factory=list)
     corruptions: list[CorruptionConfig] = field(default_factory=list)
+
+
+@dataclass
+class HeadConfig:
+    """The head as a section.
+
+    Args:
+        name: linear, or vbll, a Bayesian last layer (vismt.llm.vbll).
+        options: further arguments of the head.
+        labels: union, over the classes of all tasks, or separate, those of the image's task; vbll needs union.
+    """
+
+    name: Annotated[str, Names("vismt.llm.heads:HEADS")] = "linear"
+    options: dict[str, Any] = field(default_factory=dict)
+    labels: Annotated[str, Names("vismt.multitask.union:HEADS")] = "union"
 
 
 @dataclass
@@ -81,7 +107,8 @@ class MultitaskConfig(StudyConfig):
     Args:
         model: the backbone.
         tasks: the tasks.
-        head: union, one head over the classes of all tasks, or separate, one for each task.
+        head: union, one linear head over the classes of all tasks, or separate, one for each task; or a section, such as
+            {name: vbll}.
         label_smoothing: share of the label that is spread over all classes, in [0, 1).
         class_weights: weights of the classes by their training counts (vismt.multitask.class_loss); null for none.
         logit_adjustment: tau of the log prior that is added to the logits in training.
@@ -91,7 +118,9 @@ class MultitaskConfig(StudyConfig):
         fade: the fading of routers; null leaves them at their start value.
         retain: quality retaining; null for none.
         balancing: how the losses of the tasks are weighed; null for one mean over the batch.
+        calibration: images that a method computes options from before the training; null for none.
         evaluate: the evaluation.
+        report: risk adds conformal sets and selective prediction (vismt.jobs.risk); null for none.
         on_bad_sample: error or skip, for images that cannot be decoded.
         download: whether sets that are missing are downloaded.
     """
@@ -99,7 +128,7 @@ class MultitaskConfig(StudyConfig):
     task: str = "multitask"
     model: ModelConfig = field(default_factory=ModelConfig)
     tasks: list[TaskConfig] = field(default_factory=list)
-    head: Annotated[str, Names("vismt.multitask.union:HEADS")] = "union"
+    head: Annotated[str, Names("vismt.multitask.union:HEADS")] | HeadConfig = "union"
     label_smoothing: float = 0.1
     class_weights: str | None = field(default=None, metadata=HASHED_IF_SET)
     logit_adjustment: float = field(default=0.0, metadata=HASHED_IF_SET)
@@ -109,9 +138,16 @@ class MultitaskConfig(StudyConfig):
     fade: FadeConfig | None = None
     retain: RetainConfig | None = None
     balancing: BalancingConfig | None = None
+    calibration: ImageCalibrationConfig | None = field(default=None, metadata=HASHED_IF_SET)
     evaluate: MultitaskEvaluateConfig = field(default_factory=MultitaskEvaluateConfig)
+    report: Annotated[str | None, Names("vismt.jobs.risk:REPORTS")] = field(default=None, metadata=HASHED_IF_SET)
     on_bad_sample: OnBadSample = "error"
     download: bool = False
+
+    @property
+    def head_section(self) -> HeadConfig:
+        """The head, whether it is written as a section or as its labels."""
+        return self.head if isinstance(self.head, HeadConfig) else HeadConfig(labels=self.head)
 
 
 def class_loss(config: MultitaskConfig, counts: Sequence[int] | None = None) -> ClassLoss:
@@ -138,22 +174,55 @@ def check(config: MultitaskConfig) -> None:
         raise UserError(
             "model: block and pool must be null: the head takes the place of timm's, so that timm can load the model."
         )
-    if config.head not in HEADS:
-        raise UserError(f"head: '{config.head}'.{near(config.head, HEADS)}")
+    _check_head(config)
     if not 0 < config.augment.crop <= 1:
         raise UserError(f"augment: crop {config.augment.crop}; it lies in (0, 1].")
     if not 0 <= config.label_smoothing < 1:
         raise UserError(f"label_smoothing: {config.label_smoothing}; it lies in [0, 1).")
     class_loss(config).check_options("multitask", 0)
     if config.retain is not None:
-        if config.head != "union":
+        if config.head_section.labels != "union":
             raise UserError(
                 "retain: quality retaining compares logits over the classes of all tasks; it needs head: union."
             )
         QualityRetaining(1, [0], **asdict(config.retain))
     check_adjusted(config.evaluate.adjust_logits, config.evaluate.split)
+    check_report(config.report, config.evaluate.split)
+    unchecked = next((task.name for task in config.tasks if not (task.validation or task.validation_share)), None)
+    if config.report is not None and unchecked is not None:
+        raise UserError(
+            f"report: {config.report}: task '{unchecked}' has no validation images for thresholds; give it validation_share."
+        )
+    _check_ood(config)
+    if not config.arms:
+        check_calibration(config.calibration, config.adapt)
+    if config.evaluate.laplace and (config.head_section.labels != "union" or config.evaluate.split == "validation"):
+        raise UserError(
+            "evaluate.laplace: it is around one softmax over all classes, its prior chosen on validation images; set the head's "
+            "labels to union and evaluate.split to test, or laplace to false."
+        )
     check_attacks(config.evaluate.attacks, config.evaluate.corruptions)
     check_arms(config, check)
+
+
+def _check_ood(config: MultitaskConfig) -> None:
+    check_row_names(config.evaluate.ood, "evaluate.ood")
+    for task in config.tasks:
+        for name in config.evaluate.ood:
+            shared = next((own for own in (*task.train, *task.validation, *task.test) if overlap(name, own)), None)
+            if shared is not None:
+                raise UserError(
+                    f"evaluate.ood: '{name}' shares images with '{shared}' of task '{task.name}'; name another set."
+                )
+
+
+def _check_head(config: MultitaskConfig) -> None:
+    head = config.head_section
+    if head.labels not in HEADS:
+        raise UserError(f"head: '{head.labels}'.{near(head.labels, HEADS)}")
+    check_head(head.name, head.options)
+    if is_variational(head.name):
+        check_bound(head.labels, config.class_weights, config.logit_adjustment, config.focal)
 
 
 def check_attacks(attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> None:

@@ -87,6 +87,11 @@ class TaskData:
             self._gathered[task, part] = Gathered(self._pixels(task, part))
         return self._gathered[task, part]
 
+    def outside(self, *names: str) -> Gathered:
+        """Return the images of sets that are not of any task; their labels are 0."""
+        sets = [self._open(name) for name in names]
+        return Gathered([(Pixels(images, self._size), torch.zeros(len(images), dtype=torch.long)) for images in sets])
+
     def _pixels(self, task: int, part: str) -> list[tuple[Pixels, Tensor]]:
         offset = self.union.offset(task)
         return [(Pixels(images, self._size), labels + offset) for images, labels in self._parts[task][part]]

@@ -8,6 +8,7 @@ training's folder, and images on record are not evaluated again.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from vismt.jobs.classification.calibration import Calibration, calibration
 from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.models import PixelNet
+from vismt.jobs.risk import Thresholds, fit_thresholds, image_measures, kept
 from vismt.jobs.variants import ADJUSTED, TEMPERED
 from vismt.lines import read_lines
 from vismt.multitask.class_loss import adjusted
@@ -39,6 +41,7 @@ class Evaluation:
     def __init__(self, config: MultitaskConfig, data: TaskData) -> None:
         self.config = config
         self.data = data
+        self._outputs: tuple[str, list[tuple[Tensor, Tensor]]] = ("", [])
 
     def scores(
         self,
@@ -49,10 +52,12 @@ class Evaluation:
         specs: Sequence[DirectPerturbation],
         records: Path,
         forms: Mapping[str, Form] | None = None,
+        risk: bool = False,
     ) -> list[Score]:
         """Return the accuracy of every task, clean and under each condition, and the quality of the probabilities of forms.
 
-        separate: whether the net chooses among the classes of the image's task only. records: the folder of records.
+        separate: whether the net chooses among the classes of the image's task only. records: the folder of records. risk:
+        whether conformal sets and selective prediction are evaluated, too (vismt/jobs/risk.py).
         """
         protocol = "task known" if separate else f"one of {self.data.union.num_classes} classes"
         scores = []
@@ -60,13 +65,17 @@ class Evaluation:
             path = records / f"{split}-{task}.jsonl"
             classifier = TaskClassifier(net, self.data.union, number, separate).eval()
             label = f"{task} {training.arm} seed {training.seed}"
-            rows = self._evaluate(net, classifier, number, split, specs, forms, path, label)
+            thresholds = self.thresholds(net, training, separate)[number] if risk else None
+            quantile = None if thresholds is None else thresholds.quantile
+            rows = self._evaluate(net, classifier, number, split, specs, forms, quantile, path, label)
             measures = [
                 (condition, Measure("accuracy", values))
                 for condition, values in accuracies(rows, specs, self.data.union.num_classes)
             ]
             for name in forms or ():
-                measures += [(CONDITIONS[name], measure) for measure in _form_measures(rows, name)]
+                measures += [(CONDITIONS[name], measure) for measure in form_measures(rows, name)]
+            if thresholds is not None:
+                measures += image_measures(rows, specs, self.data.union.num_classes, thresholds)
             text = f"{split} images, {protocol}"
             scores += [Score("classification", task, text, measure, condition) for condition, measure in measures]
         return scores
@@ -92,9 +101,30 @@ class Evaluation:
             )
         )
 
-    @torch.no_grad()
+    def thresholds(self, net: PixelNet, training: Training, separate: bool) -> list[Thresholds]:
+        """Return the thresholds of every task, fitted on its validation images."""
+
+        def of_task(number: int) -> Thresholds:
+            logits, labels = self._validation(net, separate)[number]
+            return fit_thresholds(net.fingerprint(), logits.double().log_softmax(1), labels)
+
+        def of_tasks() -> list[Thresholds]:
+            paths = [training.folder / f"risk-{task}.json" for task in self.data.union.tasks]
+            return [
+                kept(path, Thresholds, net.fingerprint(), partial(of_task, number)) for number, path in enumerate(paths)
+            ]
+
+        return ranks.from_first(of_tasks)
+
     def _validation(self, net: PixelNet, separate: bool) -> list[tuple[Tensor, Tensor]]:
-        """Return logits (n, C), float32 on the CPU, and labels (n,) of the validation images of each task."""
+        """Return logits (n, C), float32 on the CPU, and labels (n,) of the validation images of each task, kept for one net."""
+        key = f"{net.fingerprint()} {separate}"
+        if self._outputs[0] != key:
+            self._outputs = (key, self._validation_outputs(net, separate))
+        return self._outputs[1]
+
+    @torch.no_grad()
+    def _validation_outputs(self, net: PixelNet, separate: bool) -> list[tuple[Tensor, Tensor]]:
         device = runtime.processes().device
         found = []
         for number, task in enumerate(self.data.union.tasks):
@@ -116,6 +146,7 @@ class Evaluation:
         split: str,
         specs: Sequence[DirectPerturbation],
         forms: Mapping[str, Form] | None,
+        quantile: float | None,
         path: Path,
         label: str,
     ) -> list[dict]:
@@ -129,6 +160,7 @@ class Evaluation:
             specs,
             num_classes=self.data.union.num_classes,
             forms=forms,
+            quantile=quantile,
             records=path,
             data=f"{self.data.union.tasks[number]}:{split}",
             fingerprint=net.fingerprint(),
@@ -153,7 +185,7 @@ def _drop_older(path: Path) -> None:
         path.unlink()
 
 
-def _form_measures(rows: Sequence[Mapping], name: str) -> list[Measure]:
+def form_measures(rows: Sequence[Mapping], name: str) -> list[Measure]:
     """Return the accuracy of an adjusted form of the logits, the quality of the probabilities of another, from its records."""
     from vismt.llm.probability_metrics import calibration_values  # loads torchmetrics
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,22 @@ from vismt.data.batching import ShuffledBatches
 from vismt.data.transforms import augment
 from vismt.engine.study import Training
 from vismt.jobs.base import records_folder
+from vismt.jobs.calibrating import calibrated_on_images
 from vismt.jobs.classification import panels
 from vismt.jobs.classification.config import MultitaskConfig, check, check_attacks, class_loss
 from vismt.jobs.classification.data import TaskData
+from vismt.jobs.classification.detection import detection_scores
 from vismt.jobs.classification.evaluation import Evaluation
-from vismt.jobs.classification.models import PixelNet, fresh, load_head, save_head
+from vismt.jobs.classification.models import PixelNet, fresh, load_head, save_head, with_linear_head
+from vismt.jobs.classification.posterior import laplace_scores
 from vismt.jobs.classification.report import sections
 from vismt.jobs.image_job import ImageJob
 from vismt.jobs.multitask import make_configured_balancer
+from vismt.llm.heads import is_variational
 from vismt.lowrank.inject import train_along
 from vismt.multitask.retain import QualityRetaining
 from vismt.multitask.union import UnionObjective
+from vismt.multitask.variational_union import VariationalUnionObjective
 from vismt.report.results import RECORDS, Result, Score
 from vismt.report.sections import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, conditions
@@ -41,9 +46,12 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         "fade": "Router fade",
     }
 
+    has_risk = True
+
     def __init__(self, config: MultitaskConfig, folder: Path, config_hash: str) -> None:
         check(config)
         super().__init__(config, folder, config_hash)
+        self._calibrated: dict[str, Any] = {}
 
     @cached_property
     def data(self) -> TaskData:
@@ -63,27 +71,45 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         for task in range(len(self.data.union.tasks)):
             self.data.check_part(task, self.split)
             settings = self.config.evaluate
-            if self.config.tune is not None or settings.temperature or settings.adjust_logits:
+            for name in settings.ood:
+                self.data.outside(name)
+            if (
+                self.config.tune is not None
+                or settings.temperature
+                or settings.adjust_logits
+                or settings.laplace
+                or self.config.report
+            ):
                 self.data.check_part(task, "validation")
 
     def skeleton(self, config: MultitaskConfig) -> nn.Module:
         return vit.skeleton(config.model.name, config.model.img_size, num_classes=1)
 
     def fresh(self, config: MultitaskConfig) -> PixelNet:
-        return fresh(config, self.data.union.num_classes)
+        return fresh(config, self.data.union.num_classes, sum(self.data.class_counts()))
+
+    def prepare(self, net: PixelNet, config: MultitaskConfig) -> str:
+        """Adapt the backbone with the options that the method computes from images; return the method's name."""
+        section = config.calibration
+        if config.adapt is not None and section is not None:
+            images = self.data.outside(*section.data) if section.data else self.data.training()
+            settings = calibrated_on_images(net.backbone, config.adapt, section, images, self.folder, self._calibrated)
+            config = replace(config, adapt=settings)
+        return super().prepare(net, config)
 
     def heads(self, net: PixelNet) -> nn.Module:
-        return net.stock.get_submodule("head")
+        return net.head
 
     def objective(self, config: MultitaskConfig, net: PixelNet, balanced: Sequence[Tensor]) -> UnionObjective:
         union = self.data.union
         retain = None
         if config.retain is not None:
             retain = QualityRetaining(union.num_classes, union.task_of_class(), **asdict(config.retain))
-        return UnionObjective(
+        kind = VariationalUnionObjective if is_variational(config.head_section.name) else UnionObjective
+        return kind(
             net,
             union,
-            head=config.head,
+            head=config.head_section.labels,
             label_smoothing=config.label_smoothing,
             class_loss=class_loss(config, self.data.class_counts()),
             balancer=make_configured_balancer(config.balancing, union.tasks),
@@ -118,7 +144,13 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         separate = self._separate(training)
         forms = self.evaluation.forms(net, training, separate, split) if split == self.split else None
         specs = conditions(chosen, corruptions)
-        return self.evaluation.scores(net, training, separate, split, specs, records, forms)
+        risk = self.config.report is not None and split == self.split
+        scores = self.evaluation.scores(net, training, separate, split, specs, records, forms, risk)
+        if forms is not None and attacks is None:
+            scores += detection_scores(self.evaluation, net, training, separate, records)
+            if self.config.evaluate.laplace:
+                scores += laplace_scores(self.evaluation, net, training, records)
+        return scores
 
     def validate(self, training: Training) -> float:
         """Return the mean accuracy over the tasks."""
@@ -134,7 +166,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
 
     def _separate(self, training: Training) -> bool:
         """Return whether a training's net chooses among the classes of the image's task only."""
-        return self.study.config_of(training).head == "separate"
+        return self.study.config_of(training).head_section.labels == "separate"
 
     def check_conditions(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> None:
         check_attacks(attacks, corruptions)
@@ -147,9 +179,11 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         attacks: Sequence[AttackConfig],
         corruptions: Sequence[CorruptionConfig],
         records: Path,
+        *,
+        risk: bool = False,
     ) -> list[Score]:
         specs = conditions(attacks, corruptions)
-        return self.evaluation.scores(net(), training, self._separate(training), split, specs, records)
+        return self.evaluation.scores(net(), training, self._separate(training), split, specs, records, risk=risk)
 
     def outputs(self, merged: PixelNet, plain: PixelNet, label: str) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
         return self.evaluation.outputs(merged, plain, label)
@@ -160,9 +194,13 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     def sections(self, results: Sequence[Result]) -> list[Section]:
         return sections(self.folder)
 
+    def merged(self, arm: str | None = None) -> nn.Module:
+        """Return one arm's stock model with merged weights; a Bayesian head becomes the linear head of its means."""
+        return with_linear_head(super().merged(arm))
+
     def adapted(self, arm: str | None = None) -> nn.Module:
         """Return one arm's stock model with its adapter and the head marked as trained along, so that exports include it."""
-        model = super().adapted(arm)
+        model = with_linear_head(super().adapted(arm))
         train_along(model, [f"head.{name}" for name, _ in model.get_submodule("head").named_parameters()])
         return model
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from vismt.backbones import vit
@@ -13,20 +15,43 @@ from vismt.engine import training_files
 from vismt.engine.study import Training
 from vismt.files import atomic_write
 from vismt.jobs.classification.config import MultitaskConfig
+from vismt.llm.heads import SMALLEST, is_variational, make_head
+from vismt.llm.variational import GaussianHead
 from vismt.lowrank.store import fingerprint
+from vismt.objects import weights_digest
 
 HEAD = "head.safetensors"
 
 
 class PixelNet(nn.Module):
-    """A backbone with timm's head: images (b, 3, h, w) in [0, 1] -> logits (b, k)."""
+    """A backbone with a head: images (b, 3, h, w) in [0, 1] -> logits (b, k), of a Bayesian head log-probabilities.
+
+    Those are averaged over `samples` draws of the logits, the same for every image, so that an answer does not depend on the
+    batch around it and an attack follows the gradient of what is evaluated.
+    """
+
+    samples = 20
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone = backbone
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.backbone.logits(images)
+        head: Any = self.head
+        if not isinstance(self.head, GaussianHead):
+            return self.backbone.logits(images)
+        generator = torch.Generator().manual_seed(0)
+        probabilities = head.predict(self.features(images), self.samples, generator, method="shared")
+        return probabilities.clamp_min(SMALLEST).log()
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the input (b, d) of the head."""
+        return self.backbone(images)
+
+    @property
+    def head(self) -> nn.Module:
+        """The classifier of the stock model."""
+        return self.stock.get_submodule("head")
 
     @property
     def stock(self) -> nn.Module:
@@ -35,15 +60,15 @@ class PixelNet(nn.Module):
 
     def fingerprint(self) -> str:
         """Return the fingerprint of the net's weights."""
-        return fingerprint(
-            self.stock, [path for path, module in self.stock.named_modules() if isinstance(module, nn.Linear)]
-        )
+        linears = [path for path, module in self.stock.named_modules() if isinstance(module, nn.Linear)]
+        text = fingerprint(self.stock, linears)
+        return f"{text}-{weights_digest(self.head)}" if isinstance(self.head, GaussianHead) else text
 
 
-def fresh(config: MultitaskConfig, num_classes: int) -> PixelNet:
-    """Return the backbone before adaptation, its head drawn from the configuration's seed."""
+def fresh(config: MultitaskConfig, num_classes: int, num_train: int) -> PixelNet:
+    """Return the backbone before adaptation, its head drawn from the configuration's seed; num_train: training images."""
     model = config.model
-    return PixelNet(
+    net = PixelNet(
         vit.create(
             model.name,
             model.img_size,
@@ -55,6 +80,21 @@ def fresh(config: MultitaskConfig, num_classes: int) -> PixelNet:
             dtype=model.dtype,
         )
     )
+    head = config.head_section
+    if is_variational(head.name):
+        rows = net.head.get_parameter("weight").detach()
+        net.stock.add_module("head", make_head(head.name, rows, None, num_train, config.seed, head.options))
+    return net
+
+
+def with_linear_head(model: nn.Module) -> nn.Module:
+    """Replace a Bayesian head of a stock model by the linear head of its means, which timm can load."""
+    head = model.get_submodule("head")
+    if isinstance(head, GaussianHead):
+        linear = nn.Linear(head.mean.shape[1], head.mean.shape[0])
+        linear.load_state_dict({"weight": head.mean.detach(), "bias": torch.zeros(len(head.mean))})
+        model.add_module("head", linear)
+    return model
 
 
 def save_head(net: PixelNet, folder: Path) -> None:

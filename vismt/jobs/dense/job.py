@@ -176,6 +176,8 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         attacks: Sequence[AttackConfig],
         corruptions: Sequence[CorruptionConfig],
         records: Path,
+        *,
+        risk: bool = False,
     ) -> list[Score]:
         specs = self._conditions(attacks, corruptions)
         return self.evaluation.under(net, training, self.study.config_of(training), split, specs, records)

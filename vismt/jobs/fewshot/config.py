@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from vismt.config import HASHED_IF_SET, Episodes, Jitter, ModelConfig, OnBadSample, Seed
 from vismt.engine.study import ALONE, StudyConfig, TuneConfig, resolve_arms
 from vismt.errors import UserError, near
+from vismt.jobs.calibrating import ImageCalibrationConfig
 from vismt.jobs.fewshot.pool_experts import CLEAN, ExpertSpec, PlannedExpert, level_text, plan_experts
 from vismt.metatune.amt import Adversary, AdversaryForm
 from vismt.metatune.finetune import FineTuneSettings
@@ -26,7 +27,8 @@ DEFAULT = "merged:default"
 SINGLE = (FROZEN, ALONE)
 POOLED = (FROZEN, CLEAN, MERGED, DEFAULT, *(f"{MERGED}:{rule}" for rule in SELECT), "average", "logits", "min_ce")
 LEVELS: list[float | list[float]] = [0.01, 0.1, 6.0, 8.0]
-HEADS = ("finetune", "ridge", "logistic")  # the model "STEM+HEAD" has this in place of the prototypes of "STEM"
+HEADS = ("finetune", "ridge", "logistic", "vbll")  # the model "STEM+HEAD" has this in place of the prototypes of "STEM"
+PROTOTYPES = "prototypes"
 COPY_SEED = 1_000_003  # difference of the training seeds of experts with one level
 
 
@@ -94,13 +96,27 @@ class PoolConfig(AdversaryForm):
 
 
 @dataclass
+class FewShotHeadConfig:
+    """The head of evaluated models whose name has no ending.
+
+    Args:
+        name: prototypes, or finetune, ridge, logistic or vbll, as in evaluate.models.
+        options: further arguments of vbll (vismt.llm.vbll).
+    """
+
+    name: Annotated[str, Names((PROTOTYPES, *HEADS))] = PROTOTYPES
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class EvaluateConfig:
     """Test episodes.
 
     Args:
         data: cards as 'name' or 'name:split'.
         models: the evaluated models: frozen and adapted, with a pool frozen, clean, merged, merged:RULE, average,
-            logits, min_ce and expert:LABEL. All except logits also with +finetune, +ridge or +logistic.
+            logits, min_ce and expert:LABEL. All except logits also with +finetune, +ridge, +logistic
+            or +vbll.
         rule: uniform (ways, shots) or variable (Meta-Dataset).
         ways: classes of an episode of the uniform rule.
         shots: support images of a class; each number is a protocol of its own.
@@ -196,6 +212,8 @@ class FewShotConfig(StudyConfig):
         select: the choice of settings for merged; null for those of `merging`.
         merging: how a pool is merged for a task.
         finetune: fine-tuning on a task, of models with +finetune.
+        head: the head of evaluated models, fitted to each task's support; models may also name one, frozen+vbll.
+        calibration: images that a method computes options from before the training; null for none.
         evaluate: test episodes.
         on_bad_sample: error or skip, for images that cannot be decoded.
         download: whether sets that are missing are downloaded.
@@ -211,6 +229,8 @@ class FewShotConfig(StudyConfig):
     select: SelectConfig | None = None
     merging: MergeSettings = field(default_factory=MergeSettings)
     finetune: FineTuneSettings = field(default_factory=FineTuneSettings)
+    head: FewShotHeadConfig = field(default_factory=FewShotHeadConfig, metadata=HASHED_IF_SET)
+    calibration: ImageCalibrationConfig | None = field(default=None, metadata=HASHED_IF_SET)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     on_bad_sample: OnBadSample = "error"
     download: bool = False
@@ -303,7 +323,18 @@ def split_head(model: str) -> tuple[str, str]:
 
 
 def evaluated_models(config: FewShotConfig, arms: list[str]) -> list[str]:
-    """Return evaluate.models, with all arms in place of "adapted"; without a training only "frozen", or arms in its place."""
+    """Return evaluate.models, with all arms in place of "adapted"; without a training only "frozen", or arms in its place.
+
+    Models without a head of their own get that of the configuration.
+    """
+    models = _listed_models(config, arms)
+    if config.head.name == PROTOTYPES:
+        return models
+    return list(dict.fromkeys(m if split_head(m)[1] else f"{m}+{config.head.name}" for m in models))
+
+
+def _listed_models(config: FewShotConfig, arms: list[str]) -> list[str]:
+    """Return the evaluated models as evaluate.models names them."""
     untrained = untrained_arms(config)
     if untrained:
         named = [(model, split_head(model)[0]) for model in config.evaluate.models]
@@ -322,5 +353,5 @@ def evaluated_models(config: FewShotConfig, arms: list[str]) -> list[str]:
 
 def evaluated_experts(config: FewShotConfig) -> list[str]:
     """Return the labels of the pool's experts that are evaluated alone, with prototypes."""
-    models = config.evaluate.models if config.pool is not None else []
+    models = config.evaluate.models if config.pool is not None and config.head.name == PROTOTYPES else []
     return [model.removeprefix(EXPERT) for model in models if model.startswith(EXPERT) and not split_head(model)[1]]

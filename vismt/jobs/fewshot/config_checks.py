@@ -5,19 +5,24 @@ from __future__ import annotations
 from vismt.data.names import check_row_names, overlap
 from vismt.engine.study import check_arms
 from vismt.errors import UserError, near
+from vismt.jobs.calibrating import check_calibration
 from vismt.jobs.fewshot.config import (
     DEFAULT,
     EXPERT,
     FROZEN,
+    HEADS,
     POOLED,
+    PROTOTYPES,
     SINGLE,
     FewShotConfig,
+    FewShotHeadConfig,
     evaluated_models,
     planned_experts,
     split_head,
     untrained_arms,
 )
 from vismt.jobs.fewshot.pool_experts import CLEAN
+from vismt.llm.heads import check_head, is_variational
 from vismt.robustness.conditions import check_conditions
 
 
@@ -26,7 +31,7 @@ def check(config: FewShotConfig) -> None:
     trains = config.train is not None and config.adapt is not None
     _check_arm(config)
     _check_selection(config)
-    check_arms(config, _check_arm, ("pool", "select", "merging", "finetune"), () if trains else ("model",))
+    check_arms(config, _check_arm, ("pool", "select", "merging", "finetune", "head"), () if trains else ("model",))
     _check_arm_keys(config)
     if config.arms and config.pool is not None:
         raise UserError("arms: a pool's experts are the arms; leave out arms or the pool section.")
@@ -39,6 +44,8 @@ def _check_arm(config: FewShotConfig) -> None:
     _check_values(config, trains)
     _check_evaluation(config)
     _check_models(config, trains)
+    if trains and not config.arms:
+        check_calibration(config.calibration, config.adapt)
 
 
 def _check_arm_keys(config: FewShotConfig) -> None:
@@ -118,8 +125,11 @@ def _check_models(config: FewShotConfig, trains: bool) -> None:
         if label not in labels:
             raise UserError(f"pool.rates: no expert '{label}'.{near(label, labels)}")
     sources = [attack.source for attack in config.evaluate.attacks if attack.source is not None]
+    _check_head(config.head)
+    ending = "" if config.head.name == PROTOTYPES else f"+{config.head.name}"
     for model in config.evaluate.models:
-        _check_model(config, "evaluate.models", model, known, trains)
+        where = "evaluate.models" if split_head(model)[1] or not ending else "evaluate.models with head"
+        _check_model(config, where, model if split_head(model)[1] else f"{model}{ending}", known, trains)
     for model in sources:
         _check_model(config, "evaluate.attacks: source", model, known, trains)
         if split_head(model)[0] != FROZEN and not trains and not assembled:
@@ -131,6 +141,15 @@ def _check_models(config: FewShotConfig, trains: bool) -> None:
             f"evaluate.models: {config.evaluate.models} without an adapt and a train section; add them, name a pool.folder, "
             "or evaluate 'frozen'."
         )
+
+
+def _check_head(head: FewShotHeadConfig) -> None:
+    if head.name not in (PROTOTYPES, *HEADS):
+        raise UserError(f"head: '{head.name}'.{near(head.name, (PROTOTYPES, *HEADS))}")
+    if is_variational(head.name):
+        check_head(head.name, head.options)
+    elif head.options:
+        raise UserError(f"head: '{head.name}' has no options; finetune has its own section, the others have none.")
 
 
 def _known_models(config: FewShotConfig) -> list[str]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vismt import console
 from vismt.backbones import vit
 from vismt.backbones.any_module import backbone_of
+from vismt.data.batching import Gathered
 from vismt.data.images import ImageSet, open_images
 from vismt.data.names import card_and_split, row_name
 from vismt.data.pixels import Pixels
@@ -55,6 +58,11 @@ class FewShotData:
             pool=model.pool,
             dtype=model.dtype,
         )
+
+    def gathered(self, names: Sequence[str]) -> Gathered:
+        """Return the images of several sets; their labels are 0."""
+        sets = [self.open(name) for name in names]
+        return Gathered([(pixels, torch.zeros(len(pixels), dtype=torch.long)) for pixels in sets])
 
     def open(self, name: str) -> Pixels:
         """Return the set 'name' or 'name:split' at the backbone's resolution."""

@@ -19,6 +19,7 @@ from vismt.engine.study import Study, Training
 from vismt.engine.training_files import ADAPTER
 from vismt.errors import UserError, WeightsUnavailable
 from vismt.files import atomic_write
+from vismt.jobs.calibrating import calibrated_on_images
 from vismt.jobs.fewshot import masking_report
 from vismt.jobs.fewshot.config import (
     FROZEN,
@@ -78,6 +79,7 @@ class FewShotJob(Job[FewShotConfig, Any]):
             model for model in self.evaluated() if split_head(model)[0] in (FROZEN, *self.untrained)
         ]  # what no arm trains
         self._models: dict[tuple[int, str], Models] = {}
+        self._calibrated: dict[str, Any] = {}
 
     def make_study(self) -> Study[FewShotConfig]:
         return Study(self.config, self.folder, resolve_experts(self.config))
@@ -99,7 +101,13 @@ class FewShotJob(Job[FewShotConfig, Any]):
         if config.adapt is not None:
             unused = [re.escape(name) + r"\..*" for name in backbone.unused_modules()]
             options = {**config.adapt.options, "exclude": [*config.adapt.options.get("exclude", ()), *unused]}
-            self.adapt(backbone.vit, replace(config.adapt, options=options), config.seed)
+            settings = replace(config.adapt, options=options)
+            if config.calibration is not None:
+                images = self.data.gathered(config.calibration.data or config.source.data)
+                settings = calibrated_on_images(
+                    backbone, settings, config.calibration, images, self.folder, self._calibrated
+                )
+            self.adapt(backbone.vit, settings, config.seed)
             if self.config.pool is not None:  # before the training: fixing it later would need another one
                 trims = [self.config.merging.trim, *(self.config.select.trim if self.config.select is not None else ())]
                 for trim in trims:

@@ -36,12 +36,13 @@ from vismt.metatune.pool import ExpertPool, read_pool
 from vismt.metatune.protocol import FewShotModel
 from vismt.metatune.protonet import ProtoNet
 from vismt.metatune.ridge_probe import RidgeProbe
+from vismt.metatune.vbll_probe import VBLLProbe
 from vismt.objects import is_object, weights_digest
 from vismt.seeds import digest
 
 OWN_FILE = "classifier.safetensors"  # the classifier's trained tensors besides the adapter
 EvaluatedModel = ProtoNet | MamlNet | PoolNet | FineTuned | LinearProbe
-PROBES: dict[str, type[LinearProbe]] = {"ridge": RidgeProbe, "logistic": LogisticProbe}
+PROBES: dict[str, type[LinearProbe]] = {"ridge": RidgeProbe, "logistic": LogisticProbe, "vbll": VBLLProbe}
 
 
 def make_net(backbone: PixelBackbone, config: FewShotConfig) -> ProtoNet | MamlNet:
@@ -88,7 +89,8 @@ class Models:
             model: EvaluatedModel
             if head:
                 net = self.task(stem, data)
-                model = PROBES[head](net) if head in PROBES else FineTuned(net, chosen[1])
+                options = self.config.head.options if head == self.config.head.name else {}
+                model = PROBES[head](net, **options) if head in PROBES else FineTuned(net, chosen[1])
             else:
                 model = self._pooled(stem, chosen[0]) if self._is_pooled(stem) else self._single(stem)
             self._models[key] = model.requires_grad_(False).eval().to(runtime.processes().device)

@@ -193,6 +193,7 @@ class LmConfig(StudyConfig):
             the titles of the history; or as controls random and shuffled-user.
         projector: from item vectors to the LM, mlp or linear.
         evaluate: the evaluation.
+        report: risk adds conformal sets and selective prediction (vismt.jobs.risk); null for none.
     """
 
     task: str = "lm"
@@ -205,6 +206,7 @@ class LmConfig(StudyConfig):
     gates: Annotated[str, Names("vismt.llm.hybrid:GATES")] = "user"
     projector: Annotated[str, Names("vismt.llm.hybrid:PROJECTORS")] = field(default="mlp", metadata=HASHED_IF_SET)
     evaluate: LmEvaluateConfig = field(default_factory=LmEvaluateConfig)
+    report: Annotated[str | None, Names("vismt.jobs.risk:REPORTS")] = field(default=None, metadata=HASHED_IF_SET)
 
 
 def task_of(config: LmTaskConfig) -> LmTask:

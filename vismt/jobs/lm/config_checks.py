@@ -18,6 +18,7 @@ from vismt.jobs.lm.config import (
     trained_task,
 )
 from vismt.jobs.multitask import check_tasks
+from vismt.jobs.risk import check_report
 from vismt.llm.heads import check_head
 from vismt.llm.hybrid import PROJECTORS, check_gates
 from vismt.methods import needs
@@ -84,7 +85,13 @@ def _check_task(section: LmTaskConfig) -> None:
 
 def _check_trained_task(config: LmConfig) -> None:
     trained = trained_task(config)
-    validates = config.tune is not None or config.evaluate.temperature or config.evaluate.laplace
+    check_report(config.report, config.evaluate.split)
+    if config.report is not None and not task_of(trained).head:
+        raise UserError(
+            f"report: {config.report}: '{trained.kind}' has no class probabilities; leave it out, or take 'classify'."
+        )
+    evaluate = config.evaluate
+    validates = config.tune is not None or evaluate.temperature or evaluate.laplace or config.report is not None
     if validates and not (trained.validation or trained.validation_share):
         raise UserError(
             f"tasks: {trained.name}: nothing to validate on; name a set in validation, or give validation_share."

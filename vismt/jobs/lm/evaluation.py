@@ -24,19 +24,18 @@ from vismt.jobs.lm.config import FROZEN, RECOMMENDERS, REFERENCES, LmConfig
 from vismt.jobs.lm.data import LmData, lm_of
 from vismt.jobs.lm.models import LmModels, fingerprint, load_trained
 from vismt.jobs.lm.recommender import Recommender
-from vismt.jobs.variants import TEMPERED
+from vismt.jobs.risk import choice_measures, fit_thresholds
+from vismt.jobs.variants import LAPLACE, TEMPERED
 from vismt.lines import read_lines, write_lines
 from vismt.llm.heads import laplace_head, laplace_structure
 from vismt.llm.net import LmNet
-from vismt.llm.tasks.base import Item, LmTask, Record, gather, temperature_of, tempered
+from vismt.llm.tasks.base import Item, LmTask, Record, choices, gather, temperature_of, tempered
 from vismt.llm.tasks.recommendation import Recommendation
 from vismt.lowrank.inject import merge
 from vismt.report.results import Score
-from vismt.stats import CLEAN, Condition
+from vismt.stats import CLEAN, Condition, Measure
 
 MEANS = Condition("means of the head", "variant", "means")
-# Names of conditions by the part of the Hessian that is kept.
-LAPLACE = {"full": "Laplace", "kronecker": "Laplace (Kronecker)", "rows": "Laplace"}
 
 
 class Evaluation:
@@ -66,12 +65,23 @@ class Evaluation:
             for condition, records in self._conditions(training, task_name, split, name):
                 tokens = sum(record.get("tokens", 0) for record in records)
                 counted = f", {tokens:,} tokens" if tokens else ""
-                for measure in task.measures(records).values():
+                measures = list(task.measures(records).values())
+                if self._reports_risk(task_name, split) and condition == CLEAN:
+                    measures += self._risk(training, records)
+                for measure in measures:
                     users = len(measure.values) < len(records)  # and not rows, which are several of a user
                     rows = f"{len(records):,} {split} rows" if users else f"{split} rows{counted}"
                     unit = "users" if users else "rows"
                     scores.append(Score(task_name, name, f"{task.about}, {rows}", measure, condition, unit))
         return scores
+
+    def _reports_risk(self, task: str, split: str) -> bool:
+        return self.config.report is not None and task == self.data.trained and split != "validation"
+
+    def _risk(self, training: Training, records: Sequence[Record]) -> list[Measure]:
+        """Return the measures of `report: risk` with the thresholds of the validation rows."""
+        thresholds = fit_thresholds("", *choices(self._validation(training)))
+        return choice_measures(*choices(records), [str(record["id"]) for record in records], thresholds)
 
     def quality(self, training: Training) -> float:
         """Return the trained task's quality on its validation rows."""
@@ -98,8 +108,7 @@ class Evaluation:
             yield TEMPERED, tempered(records, self.temperature(training))
         if self.config.evaluate.laplace and self.data.tasks[task].head and training.arm != FROZEN:
             structure = self._structure(training)
-            condition = Condition(LAPLACE[structure], "variant", "Laplace")
-            yield condition, self._records(training, task, split, name, structure)
+            yield LAPLACE[structure], self._records(training, task, split, name, structure)
 
     def _structure(self, training: Training) -> str:
         """Return the structure of the Laplace approximation around a training's head."""

@@ -17,6 +17,7 @@ from vismt.config import AdaptConfig
 from vismt.engine import runtime, training_files
 from vismt.engine.study import Training
 from vismt.errors import UserError
+from vismt.jobs.calibrating import calibrated
 from vismt.jobs.job import Job
 from vismt.jobs.lm import models as lm_models
 from vismt.jobs.lm.config import FROZEN, RECOMMENDER, LmCalibrationConfig, LmConfig, recommends
@@ -26,18 +27,15 @@ from vismt.jobs.lm.evaluation import Evaluation
 from vismt.jobs.lm.models import LmModels
 from vismt.jobs.lm.recommender import Recommender
 from vismt.jobs.lm.report import sections
-from vismt.llm.heads import check_laplace
 from vismt.llm.hybrid import Hybrid
 from vismt.llm.net import LmNet, blocks
 from vismt.llm.tasks.alternating import AlternatingObjective
 from vismt.llm.tasks.base import LmObjective
 from vismt.llm.tasks.recommendation import Recommendation
-from vismt.methods import METHODS, Calibration
+from vismt.methods import METHODS
 from vismt.report.results import Result, Score
 from vismt.report.sections import Section
 from vismt.robustness.conditions import AttackConfig
-
-CALIBRATION = "calibration"  # the folder of covariances within a run folder
 
 
 class LmJob(Job[LmConfig, LmNet]):
@@ -100,10 +98,7 @@ class LmJob(Job[LmConfig, LmNet]):
         return self.models.stock()
 
     def fresh(self, config: LmConfig) -> LmNet:
-        net = self.models.fresh(config, self.data)
-        if config.evaluate.laplace:
-            check_laplace(net.head)
-        return net
+        return self.models.fresh(config, self.data)
 
     def heads(self, net: LmNet) -> nn.Module:
         return net.head.projector if isinstance(net.head, Hybrid) else net.head
@@ -143,18 +138,11 @@ class LmJob(Job[LmConfig, LmNet]):
             if isinstance(excluded, str):
                 excluded = [excluded]
             options = {**options, "exclude": [*excluded, below]}
-        if texts is None or method.calibrate is None:
+        if texts is None:
             return options
-        memory = texts.memory_mb
-        calibration = Calibration(
-            partial(self.data.calibration, texts),
-            self.folder / CALIBRATION,
-            None if memory is None else memory * 2**20,
-            self._calibrated,
-        )
-        with runtime.processes().main_process_first():  # it computes and writes; the other processes read its files
-            computed = method.calibrate(net.stock, calibration, targets=settings.targets, options=options)
-        return {**options, **computed}
+        batches = partial(self.data.calibration, texts)
+        adapt = replace(settings, options=options)
+        return calibrated(net.stock, adapt, batches, self.folder, texts.memory_mb, self._calibrated).options
 
     def objective(self, config: LmConfig, net: LmNet, balanced: Sequence[Tensor]) -> LmObjective:
         net.to(runtime.net_device())

@@ -9,6 +9,7 @@ from vismt.config import HASHED_IF_SET, AdaptConfig, ModelConfig, OnBadSample, T
 from vismt.data.names import check_row_names
 from vismt.engine.study import StudyConfig, check_arms
 from vismt.errors import UserError, near
+from vismt.jobs.risk import check_report
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
 from vismt.robustness.quantise import check_scheme
 from vismt.typed_yaml import Names
@@ -51,6 +52,7 @@ class RobustnessEvaluateConfig:
 
     Args:
         images: number of images of each card, drawn with the run's seed; null for all.
+        calibration: number of further images of each card, from which `report: risk` takes its thresholds.
         batch: images in one forward pass.
         attacks: evaluated attacks.
         corruptions: evaluated corruptions.
@@ -59,6 +61,7 @@ class RobustnessEvaluateConfig:
     """
 
     images: int | None = None
+    calibration: int = field(default=0, metadata=HASHED_IF_SET)
     batch: int = 32
     attacks: list[AttackConfig] = field(default_factory=list)
     corruptions: list[CorruptionConfig] = field(default_factory=list)
@@ -78,6 +81,7 @@ class RobustnessConfig(StudyConfig):
         data: cards as 'name' or 'name:split'; [] evaluates run folders on the images and by the scores of their own
             configurations, those of dense prediction included.
         evaluate: the evaluation.
+        report: risk adds conformal sets and selective prediction (vismt.jobs.risk); null for none.
         on_bad_sample: error or skip, for images that cannot be decoded.
         download: whether sets that are missing are downloaded.
     """
@@ -89,6 +93,7 @@ class RobustnessConfig(StudyConfig):
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     data: list[str] = field(default_factory=list)
     evaluate: RobustnessEvaluateConfig = field(default_factory=RobustnessEvaluateConfig)
+    report: Annotated[str | None, Names("vismt.jobs.risk:REPORTS")] = field(default=None, metadata=HASHED_IF_SET)
     on_bad_sample: OnBadSample = "error"
     download: bool = False
 
@@ -108,6 +113,14 @@ def check(config: RobustnessConfig) -> None:
     if settings.baseline is not None and settings.baseline not in config.arms:
         raise UserError(f"evaluate.baseline: no arm '{settings.baseline}'.{near(settings.baseline, config.arms)}")
     _check_data(config)
+    check_report(config.report)
+    if bool(settings.calibration) != bool(config.report and config.data) or (
+        settings.calibration and not settings.images
+    ):
+        raise UserError(
+            f"evaluate.calibration: {settings.calibration} images with report {config.report} and images {settings.images}: "
+            "give report: risk on cards a number of images and, for its thresholds, of calibration images; else leave it out."
+        )
     check_arms(config, _check_classifier, ("data",))
     if not config.arms:
         _check_classifier(config)

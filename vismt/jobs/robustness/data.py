@@ -56,10 +56,25 @@ class Cards:
 
     def batches(self, name: str, classifier: Classifier) -> Batches:
         """Return the drawn images of a set at a classifier's size, with the labels of its outputs."""
+        return self._batches(name, classifier, 0, self.config.evaluate.images)
+
+    def calibration(self, name: str, classifier: Classifier) -> Batches:
+        """Return the images of a set after the drawn ones, for thresholds."""
+        settings = self.config.evaluate
+        start = settings.images or 0
+        available = len(self.images(name)) - start
+        if available < settings.calibration:
+            raise UserError(
+                f"evaluate.calibration: '{name}' has {max(0, available)} images besides the {start} evaluated ones, not "
+                f"{settings.calibration}; lower evaluate.images or evaluate.calibration."
+            )
+        return self._batches(name, classifier, start, settings.calibration)
+
+    def _batches(self, name: str, classifier: Classifier, start: int, count: int | None) -> Batches:
         images = self.images(name)
         settings = self.config.evaluate
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.config.seed))
-        order = order[: settings.images or len(images)]
+        order = order[start:][: count or len(images)]
         if len(order) < 2:
             raise UserError(f"data: '{name}' has {len(order)} image(s); an interval needs two or more.")
         outputs = torch.tensor(self.outputs(name, classifier))

@@ -70,20 +70,23 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
 
     def check_evaluation(self, attacks: Sequence[AttackConfig] | None) -> None:
         for trained in self.trained.values():
-            trained.check(*self._chosen(attacks))
+            trained.check(*self._chosen(attacks), self.config.report)
 
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
         chosen, corruptions = self._chosen(attacks)
         folder = records_folder(training.folder, attacks)
         if training.arm in self.trained:
-            return self.trained[training.arm].scores(chosen, corruptions, folder)
+            return self.trained[training.arm].scores(chosen, corruptions, folder, self.config.report)
         classifier = self.classifier_of(training.arm)
         specs: list[DirectPerturbation] = [attack.spec(self.config.seed) for attack in chosen]
         specs += [spec for corruption in corruptions for spec in corruption.specs()]
         scores = []
         for data in self.config.data:
             batches = self.cards.batches(data, classifier)
-            scores += score_set(classifier, batches, specs, folder=folder, data=data, arm=training.arm)
+            calibration = None if self.config.report is None else self.cards.calibration(data, classifier)
+            scores += score_set(
+                classifier, batches, specs, folder=folder, data=data, arm=training.arm, calibration=calibration
+            )
         return scores
 
     def derived(self, scores: Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:

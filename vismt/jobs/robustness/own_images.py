@@ -12,6 +12,7 @@ from vismt.errors import UserError
 from vismt.jobs import open_run
 from vismt.jobs.image_job import ImageJob
 from vismt.jobs.job import Job
+from vismt.jobs.risk import check_report
 from vismt.jobs.robustness.config import ClassifierConfig
 from vismt.report.results import RECORDS, Score
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig
@@ -43,15 +44,27 @@ class TrainedArm:
         """The split that the run evaluates."""
         return self.job.split
 
-    def check(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> None:
-        """Raise UserError for attacks and corruptions that the run's job does not have."""
+    def check(
+        self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], report: str | None
+    ) -> None:
+        """Raise UserError for attacks, corruptions and a report that the run's job does not have."""
+        check_report(report, self.split)
+        if report is not None and not self.job.has_risk:
+            raise UserError(
+                f"report: {report}: the run '{self.job.folder}' has no class probabilities; name a run of multitask."
+            )
         self.job.check_conditions(attacks, corruptions)
 
     def scores(
-        self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], folder: Path
+        self,
+        attacks: Sequence[AttackConfig],
+        corruptions: Sequence[CorruptionConfig],
+        folder: Path,
+        report: str | None,
     ) -> list[Score]:
         """Return the scores on the run's own images, clean and under each attack and corruption; folder: for records."""
-        return self.job.scores_under(self.net, self.training, self.split, attacks, corruptions, folder / RECORDS)
+        records, risk = folder / RECORDS, report is not None
+        return self.job.scores_under(self.net, self.training, self.split, attacks, corruptions, records, risk=risk)
 
     def _load(self) -> nn.Module:
         net = self.job.final(self.training)

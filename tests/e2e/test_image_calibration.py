@@ -1,0 +1,75 @@
+"""CorDA's covariances over images, in the classification and the few-shot job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from helpers.tiny_runs import FEWSHOT, TRAIN, VIT
+
+from vismt.backbones import vit
+from vismt.cli import main
+from vismt.jobs import open_run
+from vismt.llm.covariance import collect_covariance
+from vismt.llm.covariance_files import load_covariances
+
+pytest.importorskip("sklearn")
+pytest.importorskip("skimage")
+
+CORDA = {"method": "corda", "rank": 2, "targets": ["qkv"]}
+TASK = {"name": "digits", "train": ["digits"], "test_share": 0.05, "limit": 40}
+MULTITASK = {
+    "task": "multitask",
+    "model": VIT,
+    "adapt": CORDA,
+    "calibration": {"examples": 12, "batch": 5},
+    "tasks": [TASK],
+    "batch": 8,
+    "train": TRAIN,
+}
+
+
+def run(folder: Path, config: dict[str, Any]) -> Path:
+    path = folder / "corda.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    assert main(["run", str(path), "--out", str(folder / "runs"), "--quiet"]) == 0
+    return next((folder / "runs").iterdir())
+
+
+def test_covariances_are_those_of_the_chosen_training_images(tmp_path: Path) -> None:
+    folder = run(tmp_path, MULTITASK)
+    found = load_covariances(next((folder / "calibration").iterdir()))
+    job = open_run(folder).job
+    backbone = vit.create(**VIT, num_classes=10, new_head=True, seed=0)
+    images = job.data.training()
+    assert len(images) == 40
+    every = collect_covariance(backbone.vit, [backbone.normalise(images[torch.arange(40)])], ["qkv"])
+    assert set(found) == set(every) and len(found) >= 4
+    path = min(found)
+    # A mean over 12 of the 40 images: near that of all, and not equal.
+    assert 0 < float((found[path] - every[path]).norm() / every[path].norm()) < 0.5
+
+
+def test_few_shot_runs_calibrate_on_named_sets(tmp_path: Path) -> None:
+    config = {**FEWSHOT, "adapt": CORDA, "calibration": {"data": ["photo_crops:test"], "examples": 8}, "select": None}
+    folder = run(tmp_path, config)
+    assert load_covariances(next((folder / "calibration").iterdir()))
+    assert (folder / "results.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({**MULTITASK, "calibration": None}, "calibration: 'corda' needs covariances; give this section"),
+        ({**MULTITASK, "calibration": {"examples": 0}}, "examples, batch and memory_mb must be at least 1"),
+        ({**FEWSHOT, "adapt": CORDA}, "calibration: 'corda' needs covariances; give this section"),
+    ],
+)
+def test_missing_images_are_an_error_before_any_work(config, text, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "corda.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    assert main(["run", str(path), "--out", str(tmp_path / "runs")]) == 2
+    assert text in capsys.readouterr().err

@@ -1,0 +1,188 @@
+"""`report: risk` in the classification, robustness and language-model jobs: from the records to the report, and user errors."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers.lm_parts import save_lm, save_texts, sentiment_task
+from helpers.tiny_runs import TRAIN, VIT
+
+from vismt.cli import main
+from vismt.files import read_sealed
+from vismt.lines import read_lines
+from vismt.report.results import Result, read_results
+from vismt.report.risk import ACCEPTED, AURC, COLUMNS, COVERED, RISK, SIZE
+
+pytest.importorskip("sklearn")
+
+PGD = "PGD-2 linf 2/255"
+CONDITIONS = {
+    "attacks": [{"name": "pgd", "epsilon": "2/255", "steps": 2}],
+    "corruptions": [{"name": "fog", "severities": [1, 5]}],
+}
+DIGITS = {
+    "task": "multitask",
+    "report": "risk",
+    "model": VIT,
+    "adapt": {"method": "lora", "rank": 2},
+    "tasks": [{"name": "digits", "train": ["digits"], "test_share": 0.05, "validation_share": 0.05, "limit": 40}],
+    "batch": 8,
+    "train": TRAIN,
+    "evaluate": {"batch": 64, **CONDITIONS},
+}
+
+
+def run(folder: Path, name: str, config: dict[str, object]) -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    assert main(["run", str(path), "--out", str(folder / name), "--quiet"]) == 0
+    return next((folder / name).iterdir())
+
+
+def refused(folder: Path, config: dict[str, object], capsys: pytest.CaptureFixture) -> str:
+    path = folder / "refused.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    assert main(["run", str(path), "--out", str(folder / "refused")]) == 2
+    return capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    return run(tmp_path_factory.mktemp("risk"), "digits", DIGITS)
+
+
+def numbers(folder: Path) -> dict[tuple[str, str], Result]:
+    rows = read_results(folder / "results.jsonl")
+    return {(row.condition, row.metric): row for row in rows if row.seed is None and row.metric in COLUMNS}
+
+
+def test_the_measures_are_what_the_records_and_the_thresholds_say(digits: Path) -> None:
+    training = next((digits / "arms" / "adapted").glob("lr-*"))
+    thresholds = read_sealed(training / "risk-digits.json", "risk")
+    rows = [row for row in read_lines(training / "records" / "test-digits.jsonl") if "id" in row]
+    found = numbers(digits)
+    assert {condition for condition, _ in found} == {"clean", PGD, "fog 1", "fog 5"}
+    for name in ("clean", PGD, "fog 5"):
+        strict = ["clean"] if name == PGD else []
+        covered = [all(row[f"{n} nll"] <= thresholds["quantile"] for n in (name, *strict)) for row in rows]
+        wrong = [any(row[n] != row["label"] for n in (name, *strict)) for row in rows]
+        accepted = [row[f"{name} confidence"] >= thresholds["confidence"] for row in rows]
+        assert found[name, COVERED].value == pytest.approx(sum(covered) / len(rows))
+        assert found[name, ACCEPTED].value == pytest.approx(sum(accepted) / len(rows))
+        assert found[name, SIZE].value == pytest.approx(sum(row[f"{name} set"] for row in rows) / len(rows))
+        risk = sum(w for w, a in zip(wrong, accepted) if a) / sum(accepted)
+        assert found[name, RISK].value == pytest.approx(risk)
+        assert 0 <= found[name, AURC].low <= found[name, AURC].high <= 1
+    assert found["clean", COVERED].low < found["clean", COVERED].value < found["clean", COVERED].high
+    # The quantile is a score of the validation images: a number that some probability exceeds, and not the largest of all.
+    assert 0 < math.exp(-thresholds["quantile"]) < 1 and thresholds["n"] >= 80
+    report = (digits / "report.md").read_text()
+    assert "# Risk" in report and "| digits | adapted | corruptions |" in report
+
+
+def test_a_set_has_the_label_where_its_record_says_so(digits: Path) -> None:
+    training = next((digits / "arms" / "adapted").glob("lr-*"))
+    quantile = read_sealed(training / "risk-digits.json", "risk")["quantile"]
+    for row in read_lines(training / "records" / "test-digits.jsonl"):
+        if "id" in row and row["clean nll"] <= quantile:
+            assert row["clean set"] >= 1
+        if "id" in row and row["clean"] == row["label"]:
+            assert row["clean confidence"] == pytest.approx(math.exp(-row["clean nll"]))
+
+
+def test_robustness_on_a_runs_own_images_takes_the_thresholds_of_the_run(digits: Path, tmp_path: Path) -> None:
+    config = {
+        "task": "robustness",
+        "report": "risk",
+        "arms": {"digits": {"classifier.run": str(digits)}},
+        "evaluate": {"batch": 64, **CONDITIONS},
+    }
+    found, own = numbers(run(tmp_path, "own", config)), numbers(digits)
+    for key, row in own.items():
+        assert found[key].value == pytest.approx(row.value), key
+
+
+def test_robustness_on_cards_calibrates_on_images_that_it_does_not_evaluate(
+    digits: Path, tmp_path: Path, capsys
+) -> None:
+    evaluate = {"images": 40, "calibration": 60, "batch": 20, **CONDITIONS}
+    config = {
+        "task": "robustness",
+        "report": "risk",
+        "arms": {"digits": {"classifier.run": str(digits)}},
+        "data": ["digits"],
+        "evaluate": evaluate,
+    }
+    folder = run(tmp_path, "cards", config)
+    assert numbers(folder)["clean", COVERED].n == 40
+    thresholds = json.loads(next((folder / "classifiers" / "digits").glob("risk*.json")).read_text())
+    assert thresholds["n"] == 60
+    assert "calibration" in refused(tmp_path, {**config, "evaluate": {**evaluate, "calibration": 0}}, capsys)
+    assert "has 1757 images besides" in refused(
+        tmp_path, {**config, "evaluate": {**evaluate, "calibration": 9999}}, capsys
+    )
+    assert "8 validation examples" in refused(tmp_path, {**config, "evaluate": {**evaluate, "calibration": 8}}, capsys)
+
+
+def test_a_language_models_classes_have_sets(tmp_path: Path, capsys) -> None:
+    cards = save_texts(tmp_path)
+    films, other = cards["films"], str(cards["other"])
+    task = sentiment_task(films, limit=16, validation=[f"{films}:dev", other], test=[f"{films}:test"])
+    config = {
+        "task": "lm",
+        "report": "risk",
+        "model": {"name": str(save_lm(tmp_path / "tiny")), "first_block": 1},
+        "tasks": [task],
+        "adapt": {"method": "lora", "rank": 2, "targets": ["q_proj", "v_proj"]},
+        "train": TRAIN,
+        "batch": 4,
+        "evaluate": {"batch": 4, "frozen": False},
+    }
+    folder = run(tmp_path, "words", config)
+    training = next((folder / "arms" / "adapted").glob("lr-*"))
+    log_p = {
+        part: [
+            row for path in (training / "records").glob(f"{part}*.jsonl") for row in read_lines(path) if "log_p" in row
+        ]
+        for part in ("validation", "test")
+    }
+    scores = sorted(-row["log_p"][row["label"]] for row in log_p["validation"])
+    assert len(scores) == 14
+    quantile = scores[math.ceil(15 * 0.9) - 1]  # the largest of 14
+    covered = [-row["log_p"][row["label"]] <= quantile for row in log_p["test"]]
+    assert numbers(folder)["clean", COVERED].value == pytest.approx(sum(covered) / len(covered))
+    causal = {**task, "kind": "causal", "options": {"answer": "{text}", "length": 16, "end": False}, "prompt": ""}
+    assert "has no class probabilities" in refused(tmp_path, {**config, "tasks": [causal]}, capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"report": "risks"}, "risk"),
+        ({"evaluate": {"split": "validation"}}, "set evaluate.split to test"),
+        ({"tasks": [{**DIGITS["tasks"][0], "validation_share": 0.0}]}, "'digits' has no validation images"),
+        ({"arms": {"a": {"report": None}}}, "must be the same for all arms"),
+    ],
+)
+def test_reports_that_cannot_be_made_are_refused(changes, text, tmp_path: Path, capsys) -> None:
+    assert text in refused(tmp_path, {**DIGITS, **changes}, capsys)
+
+
+def test_sets_of_other_classes_are_told_by_their_confidence(tmp_path: Path, capsys) -> None:
+    pytest.importorskip("skimage")
+    config = {**DIGITS, "report": None, "evaluate": {"batch": 64, "ood": ["photo_crops:test"]}}
+    folder = run(tmp_path, "ood", config)
+    records = next((folder / "arms" / "adapted").glob("lr-*")) / "records"
+    inside = [row["clean confidence"] for row in read_lines(records / "test-digits.jsonl") if "id" in row]
+    (other,) = records.glob("ood-*.jsonl")
+    outside = [row["confidence"] for row in read_lines(other) if "id" in row]
+    wins = sum((a > b) + (a == b) / 2 for a in inside for b in outside) / len(inside) / len(outside)
+    (row,) = [row for row in read_results(folder / "results.jsonl") if row.metric == "AUROC"]
+    assert row.value == pytest.approx(wins, abs=1e-6) and row.n == len(inside) + len(outside)
+    assert row.condition == "against photo_crops:test" and row.low < row.value < row.high
+    same = {**config, "evaluate": {"ood": ["digits"]}}
+    assert "shares images with 'digits'" in refused(tmp_path, same, capsys)

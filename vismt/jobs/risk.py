@@ -1,0 +1,145 @@
+"""`report: risk`: conformal sets and selective prediction, with thresholds from clean validation examples.
+
+The thresholds are those of vismt/conformal.py (sets that contain the label with COVERAGE) and vismt/selective.py (confidences
+above which SHARE of the answers lie). Coverage, size of the sets, accepted share, risk among the accepted and AURC are measures
+of every condition, clean, corrupted or attacked, from the record of every example.
+
+Under an attack the convention of accuracies holds (vismt/robustness/evaluate.py): an answer is right, and a label covered, when
+it is so on the clean image, too. Sizes and confidences are those of the attacked image. Attacks aim at wrong answers, not at
+sets: an attack on the sets may do more harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from vismt.conformal import conformal_quantile, least_examples, set_sizes
+from vismt.errors import UserError, near
+from vismt.files import atomic_write, read_sealed, sealed
+from vismt.report.risk import ACCEPTED, AURC, COVERED, RISK, SIZE
+from vismt.robustness.conditions import Perturbation, condition_of
+from vismt.selective import accepting_threshold, risk_coverage_interval, risk_coverage_values, selective_risk
+from vismt.stats import CLEAN, LOWER, NUMBER, Condition, Measure, wilson
+
+REPORTS = ("risk",)
+COVERAGE, SHARE = 0.9, 0.8  # of the sets; of the answers that are accepted
+
+
+class Fitted(Protocol):
+    """What was fitted for weights with a fingerprint."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
+F = TypeVar("F", bound=Fitted)
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Thresholds from n validation examples: of -log p for sets, of confidences for answers."""
+
+    fingerprint: str
+    quantile: float
+    confidence: float
+    n: int
+
+
+def fit_thresholds(fingerprint: str, log_p: Tensor, labels: Tensor) -> Thresholds:
+    """Return the thresholds of clean examples. log_p: log-probabilities (n, k); labels: (n,)."""
+    if len(labels) < least_examples(COVERAGE):
+        raise UserError(
+            f"report: risk: {len(labels)} validation examples; the thresholds need {least_examples(COVERAGE)} at least."
+        )
+    chosen = log_p.gather(1, labels[:, None]).squeeze(1)
+    confidence = accepting_threshold(log_p.amax(1).exp(), SHARE)
+    return Thresholds(fingerprint, conformal_quantile(-chosen, COVERAGE), confidence, len(labels))
+
+
+def kept(path: Path, kind: type[F], fingerprint: str, fit: Callable[[], F]) -> F:
+    """Return what a JSON file has for the weights with this fingerprint, or fit and write it."""
+    if path.exists():
+        names = tuple(field.name for field in fields(kind))  # type: ignore[arg-type]  # a dataclass
+        known = kind(**read_sealed(path, f"'{path}'", names))
+        if known.fingerprint == fingerprint:
+            return known
+    fitted = fit()
+    atomic_write(path, sealed(asdict(fitted)))  # type: ignore[call-overload]  # a dataclass
+    return fitted
+
+
+def check_report(report: str | None, split: str = "test") -> None:
+    """Raise UserError for an unknown report, and for one whose thresholds would come from the evaluated examples."""
+    if report is not None and report not in REPORTS:
+        raise UserError(f"report: '{report}'.{near(report, REPORTS) or ' Known: risk.'}")
+    if report is not None and split == "validation":
+        raise UserError(
+            f"report: {report}: its thresholds come from the validation examples; set evaluate.split to test."
+        )
+
+
+def risk_measures(
+    ids: Sequence[str], covered: Tensor, sizes: Tensor, confidences: Tensor, wrong: Tensor, thresholds: Thresholds
+) -> list[Measure]:
+    """Return the measures of one condition from values by example (n,) fp64, covered and wrong 0 or 1."""
+
+    def by_id(values: Tensor) -> dict[str, float]:
+        return dict(zip(ids, values.tolist(), strict=True))
+
+    accepted = (confidences >= thresholds.confidence).double()
+    measures = [
+        Measure(COVERED, by_id(covered), counts=True, bounds=wilson(int(covered.sum()), len(ids))),
+        Measure(SIZE, by_id(sizes), NUMBER, LOWER),
+        Measure(ACCEPTED, by_id(accepted), counts=True, bounds=wilson(int(accepted.sum()), len(ids))),
+    ]
+    risk = selective_risk(confidences, wrong, thresholds.confidence)
+    if risk is not None:
+        bounds = wilson(int((accepted * wrong).sum()), int(accepted.sum()))
+        measures.append(Measure(RISK, by_id(risk), better=LOWER, bounds=bounds))
+    area = risk_coverage_values(confidences, wrong)
+    bounds = risk_coverage_interval(confidences, wrong)
+    return [*measures, Measure(AURC, by_id(area), better=LOWER, bounds=bounds, paired=False)]
+
+
+def image_measures(
+    rows: Sequence[Mapping], specs: Sequence[Perturbation], num_classes: int, thresholds: Thresholds
+) -> list[tuple[Condition, Measure]]:
+    """Return the measures of clean images and of each spec, from records of `evaluate_examples` with a quantile."""
+
+    def column(name: str) -> Tensor:
+        return torch.tensor([row[name] for row in rows], dtype=torch.float64)
+
+    ids = [row["id"] for row in rows]
+    labels = column("label")
+    clean = (column("clean nll") <= thresholds.quantile, column("clean") == labels)
+    measures = []
+    for condition, strict in [(CLEAN, False), *((condition_of(spec, num_classes), spec.worst_case) for spec in specs)]:
+        name = condition.label
+        covered, right = column(f"{name} nll") <= thresholds.quantile, column(name) == labels
+        if strict:
+            covered, right = covered & clean[0], right & clean[1]
+        found = risk_measures(
+            ids, covered.double(), column(f"{name} set"), column(f"{name} confidence"), (~right).double(), thresholds
+        )
+        measures += [(condition, measure) for measure in found]
+    return measures
+
+
+def choice_measures(log_p: Tensor, labels: Tensor, ids: Sequence[str], thresholds: Thresholds) -> list[Measure]:
+    """Return the measures of examples from all log-probabilities (n, k)."""
+    chosen = log_p.gather(1, labels[:, None]).squeeze(1)
+    confidences, answers = log_p.exp().max(1)
+    return risk_measures(
+        ids,
+        (-chosen <= thresholds.quantile).double(),
+        set_sizes(log_p, thresholds.quantile).double(),
+        confidences.double(),
+        (answers != labels).double(),
+        thresholds,
+    )
