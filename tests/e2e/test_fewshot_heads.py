@@ -44,6 +44,7 @@ SMALL: dict[str, Any] = {
         "attacks": [{"name": "pgd", "steps": 1}],
     },
 }
+QUALITY = ("ECE-15", "NLL in nats", "Brier")
 ARMS = {
     "small": {"model": {"name": "test_vit", "img_size": 32, "pretrained": False}},
     "wide": {"model.name": "test_vit2", "model.img_size": 64, "model.block": None},
@@ -119,15 +120,38 @@ def test_heads_of_frozen_and_adapted_models_over_two_seeds(tmp_path: Path) -> No
     assert "4-way 2-shot" in report and "2-way 2-shot" in report and "frozen+ridge" in report.replace("\\", "")
 
 
+def test_the_quality_of_probabilities_is_reported_and_the_same_when_resumed(tmp_path: Path) -> None:
+    models = [f"frozen{head}" for head in ("", "+ridge", "+logistic", "+vbll", "+finetune")]
+    settings = {"models": models, "data": ["digits"], "ways_of": {}, "probabilities": True}
+    folder = run(tmp_path, adapt=None, train=None, finetune={"steps": 1}, evaluate=settings)
+    rows = read_lines(folder / "results.jsonl")
+    quality = {(row["arm"], row["metric"]): row for row in rows if row["metric"] != "accuracy"}
+    assert set(quality) == {(arm, metric) for arm in models for metric in QUALITY} and len(rows) == 5 * (2 + 3)
+    for row in quality.values():
+        assert (row["condition"], row["better"], row["unit"], row["n"]) == ("clean", "lower", "episodes", 3)
+        assert (
+            row["low"] <= row["value"] <= row["high"] or row["metric"] == "ECE-15"
+        )  # whose bias the interval leaves out
+    assert len({row["value"] for row in quality.values()}) == len(quality)  # every head has a scale of its own
+    report = (folder / "report.md").read_text()
+    assert all(metric in report for metric in QUALITY)
+    # Stopped within the episodes of two models, and evaluated again.
+    before = (folder / "results.jsonl").read_bytes()
+    (folder / "results.jsonl").unlink()
+    for path in sorted((folder / "episodes").rglob("*.jsonl"))[:2]:
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    assert main(["evaluate", str(folder)]) == 0 and (folder / "results.jsonl").read_bytes() == before
+
+
 @pytest.mark.slow
 def test_heads_of_a_pool(tmp_path: Path) -> None:
-    models = ["merged", "merged+ridge", "expert:4+logistic"]
+    models = ["merged", "merged+ridge", "expert:4+logistic", "logits"]
     pool = {"levels": [0.5, 4], "warmup": 1}
-    folder = run(
-        tmp_path, adapt={"method": "amt"}, pool=pool, evaluate={"models": models, "data": ["digits"], "ways_of": {}}
-    )
+    settings = {"models": models, "data": ["digits"], "ways_of": {}, "probabilities": True}
+    folder = run(tmp_path, adapt={"method": "amt"}, pool=pool, evaluate=settings)
     rows = read_lines(folder / "results.jsonl")
-    assert [row["arm"] for row in rows if row["condition"] == "clean"] == models
+    for metric in ("accuracy", *QUALITY):
+        assert [row["arm"] for row in rows if (row["condition"], row["metric"]) == ("clean", metric)] == models
     assert "Pool mixture" in (folder / "report.md").read_text()
 
 

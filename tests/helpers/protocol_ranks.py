@@ -35,7 +35,9 @@ def evaluate(records: Path, pixels: Pixels, episodes: int = 11, panel: Path | No
     net = ProtoNet(backbone().requires_grad_(False)).requires_grad_(False).eval()
     sampler = EpisodeSampler(LABELS, ways=3, shots=2, queries=4, seed=1)
     spec = AttackSpec("pgd", 8 / 255, steps=2)
-    return run_protocol(net, pixels, sampler, episodes=episodes, attacks=[spec], records=records, panel=panel)
+    return run_protocol(
+        net, pixels, sampler, episodes=episodes, attacks=[spec], records=records, panel=panel, probabilities=True
+    )
 
 
 if __name__ == "__main__":
@@ -45,12 +47,12 @@ if __name__ == "__main__":
     pixels = Pixels()
     with ranks.shared():
         result = evaluate(folder / "shared.jsonl", pixels, panel=folder / "panel.npz")
-        first = pixels.reads
+        first, names = pixels.reads, list(result)
         result |= {f"again {name}": values for name, values in evaluate(folder / "shared.jsonl", pixels, 19).items()}
     if rank == 0:
         result |= {f"alone {name}": values for name, values in evaluate(folder / "alone.jsonl", pixels).items()}
         torch.save(torch.tensor([first, pixels.reads]), folder / "reads.pt")
     else:
-        result |= {f"alone {name}": result[name] for name in ("clean", "PGD-2 linf 8/255")}
+        result |= {f"alone {name}": result[name] for name in names}
     torch.save(result, folder / f"{rank}.pt")
     runtime.leave()

@@ -20,6 +20,7 @@ from vismt.llm.probability_metrics import (
     ece_difference,
     ece_interval,
     expected_calibration_error,
+    gap_values,
     scores,
 )
 
@@ -96,6 +97,18 @@ def test_values_by_example_of_the_calibration_error() -> None:
     # Confidences 0.65 (right), 0.65 (wrong), 0.95 (right) in ten bins: sums 0.35 - 0.65 = -0.3 and 0.05.
     values, _ = calibration_values(torch.tensor([0.65, 0.65, 0.95]).double(), torch.tensor([True, False, True]), 10)
     assert values.tolist() == pytest.approx([-0.35, 0.65, 0.05])  # the first bin with the sign of its sum
+
+
+def test_groups_are_resampled_as_wholes() -> None:
+    torch.manual_seed(0)
+    p, y = torch.randn(50, 4).double().softmax(1), torch.randint(4, (50,))
+    single = binned_gaps(p, y, 15)
+    # Each example nine times in its group tells nothing new; as 450 independent ones they would halve the interval and more.
+    values, bounds = gap_values(single.repeat_interleave(9, 0).unflatten(0, (50, 9)).mean(1))
+    wanted, wanted_bounds = gap_values(single)
+    assert torch.allclose(values, wanted) and bounds == pytest.approx(wanted_bounds)
+    low, high = gap_values(single.repeat_interleave(9, 0))[1]
+    assert high - low < 0.7 * (bounds[1] - bounds[0])
 
 
 def test_a_true_class_of_probability_zero_is_bad_and_finite() -> None:

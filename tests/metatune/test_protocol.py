@@ -112,6 +112,33 @@ def test_resume_continues_at_the_episode_where_it_stopped(tmp_path):
     assert torch.equal(run(records, episodes=3)["clean"], whole["clean"][:3])
 
 
+def test_the_quality_of_probabilities_is_on_record_and_resumes(tmp_path):
+    from vismt.llm.probability_metrics import scores
+
+    net, pixels = ProtoNet(Backbone()).eval(), Pixels()
+    sampler = EpisodeSampler(LABELS, ways=4, shots=2, queries=5, seed=1)
+    records = tmp_path / "fake.jsonl"
+    whole = run(records, net=net, probabilities=True, batch=7)
+    assert list(whole) == ["clean", "dark", "clean nll", "clean brier", "clean gaps"]
+    for i in range(6):
+        e = sampler[i]
+        with torch.no_grad():
+            p = net(pixels[e.support], e.support_labels, pixels[e.query]).softmax(1)
+        wanted = scores(p, e.query_labels)
+        assert float(whole["clean nll"][i]) == pytest.approx(wanted.nll, abs=1e-5)
+        assert float(whole["clean brier"][i]) == pytest.approx(wanted.brier, abs=1e-5)
+        assert float(whole["clean gaps"][i].abs().sum()) == pytest.approx(wanted.ece, abs=1e-5)
+    lines = records.read_text().splitlines(keepends=True)
+    records.write_text("".join(lines[:3]) + lines[3][:9])
+    again = run(records, probabilities=True, batch=7)
+    assert records.read_text() == "".join(lines) and all(torch.equal(whole[name], again[name]) for name in whole)
+    with pytest.raises(UserError, match="of another run"):
+        run(records, batch=7)
+    run(tmp_path / "plain.jsonl")
+    with pytest.raises(UserError, match=r"\(different: probabilities\)"):
+        run(tmp_path / "plain.jsonl", probabilities=True)
+
+
 @pytest.mark.parametrize(
     ("changes", "key"),
     [

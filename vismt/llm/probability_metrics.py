@@ -119,9 +119,19 @@ def calibration_values(
         bins: number of equal bins.
         resamples: number of bootstrap resamples of the examples.
     """
-    columns = _columns(confidences, correct, bins)
-    low, _, high = _true_ece(columns, resamples, 0)
-    return (columns * columns.sum(0).sign()).sum(1), (low, high)
+    return gap_values(_columns(confidences, correct, bins), resamples)
+
+
+def gap_values(gaps: Tensor, resamples: int = 500) -> tuple[Tensor, tuple[float, float]]:
+    """Return values by row (n,) whose mean is the ECE, sum_b |mean of column b|, and its 95 % interval.
+
+    Args:
+        gaps: (n, bins) fp64: rows of `binned_gaps`, or for groups of dependent examples the mean of each group's rows. Groups
+            weigh the same, and are resampled as wholes.
+        resamples: number of bootstrap resamples of the rows.
+    """
+    low, _, high = _true_ece(gaps, resamples, 0)
+    return (gaps * gaps.sum(0).sign()).sum(1), (low, high)
 
 
 def ece_interval(

@@ -13,8 +13,12 @@ from torch import Tensor
 
 from vismt.files import atomic_write
 from vismt.metatune.labelled import Episode
+from vismt.proper_scores import proper_scores
+from vismt.records import Field
 
 PER_CLASS = 5
+NLL, BRIER, GAPS = "clean nll", "clean brier", "clean gaps"
+PROBABILITIES = {NLL: Field(0), BRIER: Field(0, 2), GAPS: Field(-1, 1, several=True)}  # fields of a record
 
 
 @dataclass
@@ -22,15 +26,17 @@ class EpisodeOutcome:
     """The images and predictions of one episode.
 
     support (s, 3, h, w) and query (m, 3, h, w): float images. predictions: of the queries, int64 (m,), by condition, "clean"
-    first. adversarial (m, 3, h, w): the queries under the first attack, None without an attack. mixture (P,): the weights
-    of a pool's experts in this task, None for a classifier without them. worst: {worst case: conditions that it is over}.
-    strict: the conditions whose budget contains the clean image, under which a query counts only if it is right when clean.
+    first. logits (m, N): of the clean queries. adversarial (m, 3, h, w): the queries under the first attack, None without an
+    attack. mixture (P,): the weights of a pool's experts in this task, None for a classifier without them. worst: {worst
+    case: conditions that it is over}. strict: the conditions whose budget contains the clean image, under which a query counts
+    only if it is right when clean.
     """
 
     episode: Episode
     support: Tensor
     query: Tensor
     predictions: dict[str, Tensor]
+    logits: Tensor
     adversarial: Tensor | None
     mixture: Tensor | None = None
     worst: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -50,9 +56,21 @@ class EpisodeOutcome:
         """Return the share of right queries by condition, then by worst case."""
         return {name: float(hits.double().mean()) for name, hits in self.right().items()}
 
-    def record(self) -> dict[str, object]:
-        """Return the accuracies by condition and, where there is one, the mixture to 6 digits under "mixture"."""
-        row: dict[str, object] = dict(self.accuracies())
+    def probabilities(self) -> dict[str, object]:
+        """Return the quality of p = softmax(logits) on the clean queries, each value a mean over them.
+
+        NLL in nats, Brier score, and GAPS: [right] - max p in the column of its bin, from which `gap_values` has the ECE.
+        """
+        from vismt.llm.probability_metrics import BINS, binned_gaps  # loads torchmetrics
+
+        log_p, labels = self.logits.double().log_softmax(1), self.episode.query_labels
+        nlls, briers = proper_scores(log_p, labels)
+        gaps = binned_gaps(log_p.exp(), labels, BINS).mean(0)
+        return {NLL: float(nlls.mean()), BRIER: float(briers.mean()), GAPS: gaps.tolist()}
+
+    def record(self, probabilities: bool) -> dict[str, object]:
+        """Return the accuracies by condition, `probabilities` on request, and a mixture to 6 digits under "mixture"."""
+        row: dict[str, object] = {**self.accuracies(), **(self.probabilities() if probabilities else {})}
         if self.mixture is not None:
             row["mixture"] = [round(weight, 6) for weight in self.mixture.tolist()]
         return row

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vismt import console, ranks
 from vismt.errors import UserError, near
-from vismt.metatune.episode_outcome import EpisodeOutcome, write_panel
+from vismt.metatune.episode_outcome import PROBABILITIES, EpisodeOutcome, write_panel
 from vismt.metatune.features import FeatureStore, number
 from vismt.metatune.functional import evaluating
 from vismt.metatune.labelled import Episode
@@ -107,6 +107,7 @@ def run_protocol(
     batch: int = 256,
     worst: Mapping[str, Sequence[str]] | None = None,
     features: Literal["auto", "off"] = "auto",
+    probabilities: bool = False,
 ) -> dict[str, Tensor]:
     """Evaluate a few-shot model on episodes, clean and under attack.
 
@@ -129,10 +130,12 @@ def run_protocol(
         worst: {text of a worst case: texts of its attacks}. A query counts as right there when it is right when clean and
             under each of them.
         features: "auto" computes the features of an image once where that is exact, "off" in every episode.
+        probabilities: Also record the quality of the softmax of the clean logits.
 
     Returns:
         Query accuracy in [0, 1] of every episode, float64 (episodes,), by condition: "clean", each attack's text, then each
-        worst case.
+        worst case. With `probabilities` also "clean nll" in nats and "clean brier", and "clean gaps" (episodes, 15) for the
+        ECE (`vismt.llm.probability_metrics.gap_values`); each is a mean over an episode's queries.
 
     Raises:
         UserError: Fewer than 2 episodes, two attacks with the same text, or records that do not fit or cannot be written.
@@ -144,17 +147,19 @@ def run_protocol(
         raise UserError(f"evaluate {data}: {episodes} episodes have no confidence interval: use 2 or more.")
     conditions = _condition_texts(attacks, sampler, data)
     columns = [*conditions, *worst]
+    quality = PROBABILITIES if probabilities else {}
     settings = {
         "data": data,
         "fingerprint": fingerprint,
         "sampler": dict(sampler.describe()),
         "conditions": conditions,
         "attacks": [dict(attack.settings()) for attack in attacks],
+        **({"probabilities": True} if probabilities else {}),  # not in records without them
     }
     module = proto if isinstance(proto, nn.Module) else nn.Module()
     if device is None:
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    fields = {**dict.fromkeys(columns, SHARE), "mixture": Field(several=True, optional=True)}
+    fields = {**dict.fromkeys(columns, SHARE), **quality, "mixture": Field(several=True, optional=True)}
     log = Records(records, settings, fields, key="episode")
     missing = [index for index in range(episodes) if index not in log]
     key = getattr(pixels, "key", None) if missing and features == "auto" else None
@@ -171,7 +176,7 @@ def run_protocol(
             outcomes = run(block)
             if 0 in outcomes and panel is not None:
                 write_panel(panel, outcomes[0], model, getattr(pixels, "classes", None))
-            return [{"episode": index, **outcome.record()} for index, outcome in outcomes.items()]
+            return [{"episode": index, **outcome.record(probabilities)} for index, outcome in outcomes.items()]
 
         for rows in ranks.share(run.missing(log, episodes), rows_of):
             for row in rows:
@@ -180,7 +185,7 @@ def run_protocol(
         if panel is not None and ranks.rank() == 0 and not panel.exists():
             write_panel(panel, run(range(1))[0], model, getattr(pixels, "classes", None))
     rows = [log[index] for index in range(episodes)]
-    return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in columns}
+    return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in (*columns, *quality)}
 
 
 def _condition_texts(
@@ -202,6 +207,7 @@ class _Task:
     query: Tensor
     classifier: nn.Module
     predictions: dict[str, Tensor]
+    logits: Tensor
     adversarial: Tensor | None = None
 
 
@@ -239,6 +245,7 @@ class _EpisodeRunner:
                 task.support,
                 task.query,
                 task.predictions,
+                task.logits,
                 task.adversarial,
                 getattr(task.classifier, "mixture", None),
                 self.worst,
@@ -253,8 +260,8 @@ class _EpisodeRunner:
         query = self.pixels[episode.query]
         placed = number(support.to(self.device), self.store, episode.support)
         classifier = self.proto.classifier(placed, episode.support_labels.to(self.device)).eval()
-        clean = self._predict(classifier, query, episode.query)
-        return _Task(index, episode, support, query, classifier, {"clean": clean})
+        clean = self._logits(classifier, query, episode.query)
+        return _Task(index, episode, support, query, classifier, {"clean": clean.argmax(1)}, clean)
 
     def _groups(self, tasks: Sequence[_Task], attack: QueryPerturbation | PreparedPerturbation) -> list[list[_Task]]:
         """Return the tasks in groups that one run of the attack perturbs together."""
@@ -289,7 +296,7 @@ class _EpisodeRunner:
             placed = images[part].to(self.device), labels[part].to(self.device)
             changed.append(run.perturb(classifier, *placed, num_classes=first.episode.ways, keys=keys[part]))
         for task, adversarial in zip(group, torch.cat(changed).split(counts), strict=True):
-            task.predictions[name] = self._predict(task.classifier, adversarial)
+            task.predictions[name] = self._logits(task.classifier, adversarial).argmax(1)
             task.adversarial = adversarial if task.adversarial is None else task.adversarial
 
     def _keys(self, seed: int, task: _Task) -> list[tuple[int, int]]:
@@ -298,9 +305,9 @@ class _EpisodeRunner:
         return [(mix_seed(seed, task.index, part), position) for part, position in places]
 
     @torch.no_grad()
-    def _predict(self, classifier: nn.Module, images: Tensor, index: Tensor | None = None) -> Tensor:
-        """Return the predictions of images; index (b,): their rows in the set, where they are unchanged."""
+    def _logits(self, classifier: nn.Module, images: Tensor, index: Tensor | None = None) -> Tensor:
+        """Return the logits of images on the CPU; index (b,): their rows in the set, where they are unchanged."""
         parts = [part.to(self.device) for part in images.split(self.batch)]
         if index is not None:
             parts = [number(part, self.store, rows) for part, rows in zip(parts, index.split(self.batch))]
-        return torch.cat([classifier(part).argmax(1).cpu() for part in parts])
+        return torch.cat([classifier(part).cpu() for part in parts])

@@ -22,6 +22,7 @@ from vismt import console, ranks
 from vismt.conformal import set_sizes
 from vismt.errors import UserError
 from vismt.metatune.functional import evaluating
+from vismt.proper_scores import proper_scores
 from vismt.records import SHARE, Field, Records
 from vismt.robustness.conditions import DirectPerturbation, Perturbation, condition_of, worst_cases
 from vismt.seeds import mix_seed
@@ -303,14 +304,12 @@ def batch_keys(spec: DirectPerturbation, number: int, count: int) -> list[tuple[
 def _probability_columns(name: str, logits: Tensor, labels: Tensor) -> dict[str, list]:
     """Return the columns of a form of the logits (b, k)."""
     logs = logits.log_softmax(1)
-    chosen = logs.gather(1, labels[:, None]).squeeze(1)
-    shares = logs.exp()
-    briers = shares.square().sum(1) - 2 * chosen.exp() + 1
+    nlls, briers = proper_scores(logs, labels)
     return {
         name: logits.argmax(1).tolist(),
-        f"{name} confidence": shares.amax(1).clamp_max(1).tolist(),
-        f"{name} nll": (-chosen).clamp_min(0).tolist(),
-        f"{name} brier": briers.clamp(0, 2).tolist(),
+        f"{name} confidence": logs.exp().amax(1).clamp_max(1).tolist(),
+        f"{name} nll": nlls.tolist(),
+        f"{name} brier": briers.tolist(),
     }
 
 

@@ -132,6 +132,7 @@ class EvaluateConfig:
         corruptions: evaluated corruptions.
         masking: also run PGD at growing radii, on the first masking_episodes episodes of each set.
         masking_episodes: episodes of each set for `masking`.
+        probabilities: also report ECE, NLL and Brier score of the clean episodes' probabilities.
         ways_of: {entry of data or of select.data: ways}, where a set has other ways than `ways`.
     """
 
@@ -151,6 +152,7 @@ class EvaluateConfig:
     corruptions: list[CorruptionConfig] = field(default_factory=list)
     masking: bool = False
     masking_episodes: Episodes = 10
+    probabilities: bool = field(default=False, metadata=HASHED_IF_SET)
     ways_of: dict[str, int] = field(default_factory=dict, metadata=HASHED_IF_SET)
 
     def ways_in(self, data: str, classes: int | None = None) -> int:

@@ -19,6 +19,7 @@ from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.jobs.fewshot.data import FewShotData
 from vismt.jobs.fewshot.models import Models
 from vismt.jobs.fewshot.records import episodes_file
+from vismt.metatune.episode_outcome import BRIER, GAPS, NLL
 from vismt.metatune.episodes import EpisodeSampler, VariableSampler
 from vismt.metatune.protocol import run_protocol
 from vismt.report.results import Score
@@ -26,7 +27,7 @@ from vismt.robustness.conditions import AttackConfig, Perturbation, condition_of
 from vismt.robustness.masking import check_episodes
 from vismt.robustness.transfer import TransferSource
 from vismt.seeds import digest
-from vismt.stats import CLEAN, Measure
+from vismt.stats import CLEAN, LOWER, NUMBER, Measure
 
 TASK = "few-shot"
 
@@ -42,7 +43,7 @@ class Evaluation:
     def scores(
         self, models: Models, arm: str, attacks: Sequence[AttackConfig] | None, *, with_panel: bool
     ) -> list[Score]:
-        """Return the accuracy of a model on the episodes of every set, clean and under each condition.
+        """Return the scores of a model on the episodes of every set, clean and under each condition.
 
         Args:
             models: of one training seed.
@@ -73,12 +74,12 @@ class Evaluation:
         ending: str,
         with_panel: bool,
     ) -> list[Score]:
-        """Run the protocol on one set; return a score for clean episodes and for each perturbation."""
+        """Run the protocol on one set; return the scores of clean episodes and of each perturbation."""
         shown = shown_name(name)
         protocol = str(sampler)
         panel = self.folder / "panels" / f"{shown}-{protocol.replace(' ', '-')}.npz" if with_panel else None
         worst = worst_cases(specs, sampler.min_ways)
-        accuracies = run_protocol(
+        results = run_protocol(
             models.task(arm, name),
             pixels,
             sampler,
@@ -91,14 +92,15 @@ class Evaluation:
             label=f"{shown} {protocol} {arm}",
             model=arm,
             worst={case.condition.label: case.attacks for case in worst},
+            probabilities=self.config.evaluate.probabilities,
         )
         labels = [CLEAN, *(condition_of(spec, sampler.min_ways) for spec in specs), *(case.condition for case in worst)]
         chance = 1 / sampler.ways if isinstance(sampler, EpisodeSampler) else None
         drawn = digest(json.dumps(sampler.describe(), sort_keys=True).encode())[:16]
-        return [
-            Score(TASK, shown, protocol, accuracy(accuracies[label.label], chance), label, "episodes", drawn)
-            for label in labels
-        ]
+        measures = [(label, accuracy(results[label.label], chance)) for label in labels]
+        if self.config.evaluate.probabilities:
+            measures += [(CLEAN, measure) for measure in probability_measures(results)]
+        return [Score(TASK, shown, protocol, measure, label, "episodes", drawn) for label, measure in measures]
 
     def validation_scores(self, models: Models, training: Training) -> list[Score]:
         """Return the accuracy of a training on the episodes of select.data, clean and under select.attack."""
@@ -167,4 +169,20 @@ def _settings(specs: Sequence[Perturbation]) -> str:
 
 def accuracy(values: Tensor, chance: float | None) -> Measure:
     """Return the accuracy of episodes as a measure."""
-    return Measure("accuracy", {str(number): value for number, value in enumerate(values.tolist())}, chance=chance)
+    return Measure("accuracy", _by_episode(values), chance=chance)
+
+
+def probability_measures(results: Mapping[str, Tensor]) -> list[Measure]:
+    """Return the quality of the clean probabilities from the results of `run_protocol`; all episodes weigh the same."""
+    from vismt.llm.probability_metrics import gap_values  # loads torchmetrics
+
+    effects, bounds = gap_values(results[GAPS])
+    return [
+        Measure("ECE-15", _by_episode(effects), better=LOWER, bounds=bounds, paired=False),
+        Measure("NLL in nats", _by_episode(results[NLL]), NUMBER, LOWER),
+        Measure("Brier", _by_episode(results[BRIER]), NUMBER, LOWER),
+    ]
+
+
+def _by_episode(values: Tensor) -> dict[str, float]:
+    return {str(number): value for number, value in enumerate(values.tolist())}
