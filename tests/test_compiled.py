@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numba
 import numpy as np
 import pytest
@@ -37,8 +34,3 @@ def test_without_a_folder_for_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(numba, "njit", only_without_cache)
     assert Compiled(total)(np.arange(4.0)) == 6
-
-
-def test_the_metrics_load_no_compiler() -> None:
-    code = "import sys, vismt.multitask.metrics, vismt.data.thinning; print('numba' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

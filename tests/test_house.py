@@ -37,6 +37,7 @@ LAZY = (
     "accelerate",
     "wandb",
     "torchmetrics",
+    "numba",
     "onnxruntime",
 )
 LIGHT = (

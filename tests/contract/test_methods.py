@@ -173,6 +173,7 @@ def test_copies_pickles_and_conversions(method: str, variant: str) -> None:
     assert torch.equal(fresh(images()), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method,variant", GRAPHS)
 def test_one_graph_without_branches(method: str, variant: str) -> None:
     torch.compiler.reset()

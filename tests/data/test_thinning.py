@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from helpers.blobs import blobs
 
-from vismt.data import thinning
 from vismt.data.thinning import thin
 
 
@@ -19,16 +18,11 @@ def test_a_bar_is_thinned_to_its_middle_and_a_line_stays() -> None:
     assert (thin(line) == line).all()
 
 
-@pytest.mark.parametrize("rows", [3, 16])
-@pytest.mark.parametrize(
-    "size", [(23, 31), (40, 130), (16, 64)]
-)  # words that are not full, several words, whole blocks
+@pytest.mark.parametrize("size", [(23, 31), (40, 130), (16, 64)])  # words that are not full, several words, whole words
 def test_thinning_is_that_of_skimage_for_all_maps(
-    rows: int, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    size: tuple[int, int],
 ) -> None:
     skimage = pytest.importorskip("skimage.morphology")
-    monkeypatch.setattr(thinning, "ROWS", rows)  # blocks of rows, few or many, change nothing
-    monkeypatch.setattr(thinning, "BLOCKS", 7)
     maps = np.stack([blobs(*size, sigma, seed) > 0.5 for seed, sigma in enumerate(np.linspace(0.4, 5, 24))])
     before = maps.copy()
     thinned = thin(maps)

@@ -128,6 +128,7 @@ def test_combined_adapters_are_the_weighted_sum(tiny_models, tmp_path) -> None:
     assert not torch.equal(model(images()), tiny_vit()(images()))
 
 
+@pytest.mark.slow
 def test_the_loop_of_emtal_ends_in_stock_weights(tiny_models) -> None:
     import timm
 

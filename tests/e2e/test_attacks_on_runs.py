@@ -138,6 +138,7 @@ def test_evaluating_again_attacks_nothing(dense: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
+@pytest.mark.slow
 def test_windows_and_the_mirrored_image_are_attacked_together(tmp_path: Path) -> None:
     evaluate = {"batch": 4, "flip": True, "attacks": [PGD]}
     config = {**DENSE, "adapt": None, "arms": {}, "baseline": None, "canvas": [48, 72], "evaluate": evaluate}

@@ -301,7 +301,7 @@ def test_an_image_classifier_from_elsewhere_is_attacked(tmp_path: Path, capsys) 
         (["run", "{config}", "model.name=resnet18"], ["resnet18"]),
         (["attack", "{run}", "--images", "3"], ["--images", "--model"]),
         (["attack", "--model", "test_vit", "--random-weights", "--data", "digits", "--images", "0"], ["images is 0"]),
-        (["evaluate", "nowhere"], ["nowhere", "config.resolved.yaml"]),
+        (["evaluate", "nowhere"], ["nowhere", "no such folder"]),
         (["attack"], ["run folder or --model"]),
         (["attack", "--model", "test_vit"], ["--data"]),
         (["attack", "--model", "test_vit", "--random-weights", "--data", "digits"], ["1000 outputs", "10 classes"]),

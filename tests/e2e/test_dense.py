@@ -182,6 +182,7 @@ def test_panels_are_predicted_again_only_for_other_trainings(study: Path, tmp_pa
     assert all(np.array_equal(again[name], panel[name], equal_nan=name == "scores") for name in panel)
 
 
+@pytest.mark.slow
 def test_the_report_of_a_folder_that_was_trained_before_panels(study: Path, tmp_path: Path) -> None:
     folder = tmp_path / study.name
     shutil.copytree(study, folder, ignore=shutil.ignore_patterns("dense_panels.npz", "routers", "figures", "report.*"))
@@ -213,6 +214,7 @@ def test_the_report_of_a_folder_that_was_trained_before_panels(study: Path, tmp_
     assert abs(mean - (value["full"] - value["emtal"])) < 0.06 * half + 1e-9
 
 
+@pytest.mark.slow
 def test_a_baseline_of_zero_at_one_seed_leaves_a_report_without_delta_m(study: Path, tmp_path: Path, capsys) -> None:
     folder = tmp_path / study.name
     shutil.copytree(study, folder, ignore=shutil.ignore_patterns("report.*"))
@@ -335,6 +337,7 @@ def test_predict_draws_images_of_any_size(study: Path, tmp_path: Path, capsys) -
         assert words in error and error.count("\n") == 1 and not (tmp_path / "bad").exists()
 
 
+@pytest.mark.slow
 def test_a_canvas_larger_than_the_trained_size(tmp_path: Path) -> None:
     """Crops of the size in training; windows or the whole canvas in evaluation, which have different protocols."""
     arms = {"emtal": {}, "full": {**ALONE, "full": True}}
@@ -367,6 +370,7 @@ def test_a_canvas_larger_than_the_trained_size(tmp_path: Path) -> None:
         assert len(heads) == 4 and len(set(heads)) == 1  # evaluation has no part in training
 
 
+@pytest.mark.slow
 def test_every_adapter_trains_dense_tasks_and_merges(tmp_path: Path, capsys) -> None:
     """pissa and polar in factors, s2ft and lisa in the weights themselves; one study, merged as exactly as LoRA."""
     settings = {"pissa": {}, "polar": {}, "s2ft": {"ratio": 0.25}, "lisa": {"active": 1, "interval": 1}}

@@ -345,6 +345,7 @@ def test_errors_are_one_line(room: Path, tmp_path: Path, capsys, changes: dict, 
     assert words in message and message.startswith("error: ") and message.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_depth_of_the_motorcycle_and_digits(tmp_path: Path) -> None:
     """Real images that travel with scikit-image and scikit-learn: metric depth from one set, ten classes from the other."""
     pytest.importorskip("skimage")
@@ -372,6 +373,7 @@ def test_depth_of_the_motorcycle_and_digits(tmp_path: Path) -> None:
     assert "classify" in logged and "weight/classify" in logged
 
 
+@pytest.mark.slow
 @pytest.mark.realdata
 def test_camvid_and_textures(tmp_path: Path) -> None:
     """Segmentation of road scenes and ten textures, each set with one of the two."""

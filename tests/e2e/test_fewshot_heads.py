@@ -102,6 +102,7 @@ def test_a_head_is_the_last_part_of_a_name(name: str, parts: tuple[str, str]) ->
     assert split_head(name) == parts
 
 
+@pytest.mark.slow
 def test_heads_of_frozen_and_adapted_models_over_two_seeds(tmp_path: Path) -> None:
     models = ["frozen", "frozen+ridge", "frozen+logistic", "adapted", "adapted+ridge", "adapted+finetune"]
     folder = run(tmp_path, evaluate={"models": models}, finetune={"lr": "auto", "steps": 1}, seeds=[0, 1])

@@ -130,6 +130,7 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path, home) -> Non
     assert by["polar-vbll", "NLL in nats", "clean"] != by["polar-vbll", "NLL in nats", "means of the head"]
 
 
+@pytest.mark.slow
 def test_laplace_of_a_large_head_is_factored_and_named_kronecker(home, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("vismt.llm.heads.LARGEST", 2 * 32 - 1)  # two answers, an LM of width 32
     arms = {"linear": {}, "vbll": {"head": {"name": "vbll"}}}

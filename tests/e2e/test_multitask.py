@@ -196,6 +196,7 @@ def test_every_arm_and_task_has_the_quality_of_its_probabilities(study: Path) ->
     assert TEMPERED.label in (study / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_records_of_an_earlier_version_are_evaluated_again(study: Path, tmp_path: Path) -> None:
     copied = tmp_path / study.name
     shutil.copytree(study, copied)
@@ -308,6 +309,7 @@ def test_the_same_command_again_trains_and_evaluates_nothing(study: Path, capsys
     assert (study / "results.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_an_attack_on_the_run_adds_rows(study: Path, tmp_path: Path) -> None:
     copied = tmp_path / study.name
     shutil.copytree(study, copied)
@@ -354,6 +356,7 @@ def test_an_interrupted_study_goes_on_bit_for_bit(tmp_path: Path, monkeypatch, c
         assert torch.equal(value, tensors[1][name]), name
 
 
+@pytest.mark.slow
 def test_a_router_that_does_not_fade_is_evaluated_unmerged_and_not_merged(tmp_path: Path, capsys) -> None:
     path = write(tmp_path, arms={}, seeds=[], tune=None, fade=None)
     assert main(["run", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
@@ -364,6 +367,7 @@ def test_a_router_that_does_not_fade_is_evaluated_unmerged_and_not_merged(tmp_pa
     assert "still routes" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_rate_that_diverges_is_reported_and_not_chosen(tmp_path: Path, monkeypatch, capsys) -> None:
     from vismt.engine import loop
 
@@ -387,6 +391,7 @@ def test_a_rate_that_diverges_is_reported_and_not_chosen(tmp_path: Path, monkeyp
     assert "diverged at every rate of tune.rates (0.003 to 0.01)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_separate_heads_balanced_tasks_and_validation(tmp_path: Path) -> None:
     path = write(
         tmp_path,
@@ -522,6 +527,7 @@ def test_two_processes_train_one_model(tmp_path: Path, balancing: dict | None) -
     assert fades and set(fades) == {1.0}
 
 
+@pytest.mark.slow
 @pytest.mark.realdata
 def test_the_small_study_runs_on_the_real_sets(tmp_path: Path) -> None:
     """Its tasks, parts and arm emtal, by a random tiny ViT for two steps."""

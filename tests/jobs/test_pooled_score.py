@@ -39,6 +39,7 @@ def test_the_score_is_pooled_and_psi_average_to_it() -> None:
     assert half == pytest.approx(1.96 * math.sqrt(2 / 3 * sum((other - mean) ** 2 for other in without)))
 
 
+@pytest.mark.slow
 def test_the_interval_holds_what_new_images_give() -> None:
     """The spread of the pooled score over many sets of images is the jackknife's standard error, within its own noise."""
     generator = torch.Generator().manual_seed(0)

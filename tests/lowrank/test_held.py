@@ -283,6 +283,7 @@ def test_frozen_parameters_stay_frozen_after_undoing() -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt_oss", "vit"])
 def test_one_graph_without_branches(kind: str) -> None:
     torch.compiler.reset()

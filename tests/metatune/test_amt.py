@@ -487,6 +487,7 @@ def measured(proto: ProtoNet, epsilon: float, count: int = 8) -> tuple[float, fl
     return float(torch.stack(hits).mean()), float(torch.stack(moved).mean())
 
 
+@pytest.mark.slow
 def test_experts_of_different_budgets_differ() -> None:
     """E2: with a larger budget the update is further from the clean expert's, and the expert is more robust."""
     clean, weak, strong = (
@@ -514,6 +515,7 @@ def rise(proto: ProtoNet, length: float) -> float:
     return float(torch.stack(rises).mean())
 
 
+@pytest.mark.slow
 def test_the_weight_attack_flattens_the_loss() -> None:
     """E4."""
     with_it, without = (train(adapted(), Adversary(epsilons=(0.0,), gamma=gamma), 60) for gamma in (0.02, 0.0))

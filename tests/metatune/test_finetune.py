@@ -331,6 +331,7 @@ def test_a_merged_backbone_is_tuned_from_its_own_weights():
     assert batch.grad.abs().sum() > 0  # what an attack needs
 
 
+@pytest.mark.slow
 def test_it_scores_in_the_protocol_and_helps():
     labels = torch.arange(6).repeat_interleave(16)
     pixels, model = textures(labels, 5), backbone().train()

@@ -116,6 +116,7 @@ def test_rates_are_tried_from_given_weights_and_without_dropout(monkeypatch):
     assert len(starts) == 2 and all(start["vit.norm.bias"].eq(1).all() for start in starts) and not any(modes)
 
 
+@pytest.mark.slow
 def test_every_task_gets_its_own_rate():
     """A model without use for tuning keeps its weights; one that confuses the classes is tuned."""
     labels = torch.arange(3).repeat(6)

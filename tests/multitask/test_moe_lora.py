@@ -281,6 +281,7 @@ def test_the_state_dict_carries_fade_and_order() -> None:
     assert all(torch.equal(value, original[name]) for name, value in vismt.unadapt(fresh).state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_changing_fade_does_not_compile_again_and_again() -> None:
     from torch._dynamo.testing import CompileCounter
 
