@@ -65,7 +65,7 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "mamba": SSM,
 }
 # Models whose weights of experts are named in a remark, and the modules that are left out of others.
-EXPERTS = {"mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"}
+EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
 LEFT_OUT = {"mamba": "x_proj' is read by the fused scan of a MambaMixer"}
 VISION = {
     "vit": ("test_vit", {}),
