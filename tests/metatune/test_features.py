@@ -12,10 +12,10 @@ import torch
 from helpers.amt_parts import backbone, drawn, saved
 from torch import Tensor, nn
 
+from vismt import stored_tensors as files
 from vismt.backbones.vit import Backbone
 from vismt.errors import UserError
 from vismt.metatune import EpisodeSampler, LogisticProbe, MergeSettings, PoolNet, ProtoNet, RidgeProbe, run_protocol
-from vismt.metatune import feature_files as files
 from vismt.metatune.features import FeatureStore, features, number
 from vismt.metatune.finetune import FineTuned, FineTuneSettings
 from vismt.metatune.pool import ExpertPool

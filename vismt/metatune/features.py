@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from vismt import console
-from vismt.metatune.feature_files import load_features, path_of, save_features
 from vismt.metatune.functional import Functional
+from vismt.stored_tensors import path_of, read_stored, write_stored
 
 MARK = "_vismt_rows"
 ROUNDING = 1e-3  # largest difference between two orders of sums, as a share of the largest feature
@@ -63,7 +64,7 @@ def _computed(backbone: nn.Module, images: Tensor, batch: int | None) -> Tensor:
 class FeatureStore:
     """Features of the images of one set, by row, for every backbone that asks.
 
-    Use as a context manager: at its end, features of stock models are written to the cache folder (feature_files.py).
+    Use as a context manager: at its end, features of stock models are written to the cache folder (vismt.stored_tensors).
 
     Args:
         data: a text that differs for any other images; None keeps all features in memory only.
@@ -111,14 +112,14 @@ class _Table:
         self.module = module
         self.tensors = tensors
         self.usable = not any(part.training for part in module.modules())
-        self.path = path_of(module, tensors, data) if self.usable and data is not None else None
+        self.path = path_of([module], tensors, data) if self.usable and data is not None else None
         self.equal: bool | None = (
             None  # whether features are computed in batches of EQUAL images; None: before the first
         )
         self.rows: dict[int, Tensor] = {}
         if self.path is not None:
             device = next(iter(tensors.values())).device
-            self.rows = load_features(self.path, device)
+            self.rows = _stored_rows(self.path, device)
         self._saved = len(self.rows)
 
     def look_up(self, backbone: nn.Module, images: Tensor, index: list[int], batch: int | None) -> Tensor:
@@ -165,8 +166,19 @@ class _Table:
 
     def save(self) -> None:
         if self.path is not None and len(self.rows) > self._saved:
-            save_features(self.path, self.rows)
+            known = {
+                **_stored_rows(self.path, torch.device("cpu")),
+                **self.rows,
+            }  # those that another process has written
+            rows = torch.tensor(sorted(known))
+            write_stored(self.path, {"rows": rows, "features": torch.stack([known[int(row)].cpu() for row in rows])})
             self._saved = len(self.rows)
+
+
+def _stored_rows(path: Path, device: torch.device) -> dict[int, Tensor]:
+    """Return the features of a file by row."""
+    stored = read_stored(path)
+    return {} if stored is None else dict(zip(stored["rows"].tolist(), stored["features"].to(device).unbind()))
 
 
 def _close(features: Tensor, expected: Tensor) -> bool:

@@ -33,9 +33,9 @@ class LmModelConfig(ModelSection):
         revision: revision of a model of the hub; null for the newest.
         gguf_file: name of the .gguf file in the folder; null for other files.
         dtype: type of the weights; null for that of the checkpoint.
-        first_block: the blocks below it are frozen, and their output on each text is computed once and cached in
-            memory.
-        cache_mb: largest size of that cache in MB.
+        first_block: the blocks below it are frozen, and their output on each text is computed once and kept in memory,
+            and in the cache folder for later runs.
+        cache_mb: largest size of that output in MB.
     """
 
     name: str = "smollm2-135m-instruct"

@@ -17,6 +17,7 @@ from vismt.data.texts import TextSet, open_texts
 from vismt.engine.splits import shares
 from vismt.errors import UserError
 from vismt.jobs.lm.config import KIND, RECOMMENDER, LmCalibrationConfig, LmConfig, LmTaskConfig, task_of, trained_task
+from vismt.llm.lower_states import lower_states
 from vismt.llm.net import LmNet
 from vismt.llm.tasks.base import Item, LmTask, context_tokens, fill, gather
 from vismt.llm.tasks.classes import Classes
@@ -194,7 +195,7 @@ class LmData:
         console.stage(
             "cache", f"{label}   {tokens:,} tokens through blocks 0 to {net.first - 1}   {size / 2**20:.0f} MB"
         )
-        states = iter(net.lower_states([piece for item in missing for piece in item.pieces]))
+        states = iter(lower_states(net, [piece for item in missing for piece in item.pieces]))
         for item in missing:
             item.lower = [next(states) for _ in item.pieces]
 
