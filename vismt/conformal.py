@@ -51,5 +51,5 @@ def conformal_quantile(scores: Tensor, coverage: float) -> float:
 
 
 def set_sizes(log_p: Tensor, quantile: float) -> Tensor:
-    """Return the number of classes (n,) in each set. log_p: log-probabilities (n, k); -inf for a class that is no choice."""
+    """Return the number of classes (n,) in each set. log_p: log-probabilities (n, k); -inf for a class that cannot be chosen."""
     return (-log_p <= quantile).sum(1)

@@ -18,7 +18,7 @@ def test_a_bar_is_thinned_to_its_middle_and_a_line_stays() -> None:
     assert (thin(line) == line).all()
 
 
-@pytest.mark.parametrize("size", [(23, 31), (40, 130), (16, 64)])  # words that are not full, several words, whole words
+@pytest.mark.parametrize("size", [(23, 31), (40, 130), (16, 64)])  # a part of a word, several words, one whole word
 def test_thinning_is_that_of_skimage_for_all_maps(
     size: tuple[int, int],
 ) -> None:

@@ -19,7 +19,14 @@ from vismt.cli import main
 from vismt.config import typed
 from vismt.errors import UserError
 from vismt.jobs import load_config, open_run
-from vismt.jobs.fewshot.config import FewShotConfig, evaluated_models, split_head, untrained_arms
+from vismt.jobs.fewshot.arms import (
+    evaluated_models,
+    split_head,
+    untrained_arms,
+)
+from vismt.jobs.fewshot.config import (
+    FewShotConfig,
+)
 from vismt.jobs.fewshot.config_checks import check
 from vismt.jobs.fewshot.data import FewShotData
 from vismt.lines import read_lines

@@ -7,15 +7,17 @@ import torch
 
 from vismt.config import AdaptConfig, TrainConfig, config_hash
 from vismt.errors import UserError
+from vismt.jobs.fewshot.arms import (
+    planned_experts,
+    pool_members,
+    resolve_experts,
+    strategy_of,
+)
 from vismt.jobs.fewshot.config import (
     EvaluateConfig,
     FewShotConfig,
     PoolConfig,
     SourceConfig,
-    planned_experts,
-    pool_members,
-    resolve_experts,
-    strategy_of,
 )
 from vismt.jobs.fewshot.config_checks import check
 from vismt.jobs.fewshot.data import draw_corruption

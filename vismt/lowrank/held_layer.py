@@ -4,7 +4,7 @@
 
 The whole sum is formed once a forward of the module, in W's dtype: a tensor of the size of W for each adapted parameter, which
 stays until the module's backward, and there a gradient of that size. Without gradients it is freed when the module returns.
-In bf16 the sum has the spacing of W's numbers, as a merged weight has. There is no input that dropout or gates could act on.
+In bf16 the sum has the spacing of W's numbers, as a merged weight has. Dropout and gates, which act on an input, do not apply.
 """
 
 from __future__ import annotations

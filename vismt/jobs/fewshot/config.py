@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from vismt.config import HASHED_IF_SET, Episodes, Jitter, ModelConfig, OnBadSample, Seed
-from vismt.engine.study import ALONE, StudyConfig, TuneConfig, resolve_arms
+from vismt.engine.study import ALONE, StudyConfig, TuneConfig
 from vismt.errors import UserError, near
 from vismt.jobs.calibrating import ImageCalibrationConfig
-from vismt.jobs.fewshot.pool_experts import CLEAN, ExpertSpec, PlannedExpert, level_text, plan_experts
+from vismt.jobs.fewshot.pool_experts import CLEAN, ExpertSpec
 from vismt.metatune.amt import Adversary, AdversaryForm
 from vismt.metatune.finetune import FineTuneSettings
 from vismt.metatune.input_attack import PYRAMID
@@ -255,105 +254,3 @@ class ExpertConfig(FewShotConfig):
     @property
     def training_seed(self) -> int:
         return self.seed + COPY_SEED * self.copy
-
-
-def resolve_experts(config: FewShotConfig) -> dict[str, FewShotConfig]:
-    """Return the configuration of every arm: those of `arms`, or the experts of a pool; {} where nothing is trained."""
-    if config.adapt is None or config.train is None or (config.pool is not None and config.pool.folder):
-        return {}
-    if config.pool is None:
-        return resolve_arms(config)
-    planned = planned_experts(config)
-    if config.pool.clean and CLEAN not in planned:
-        planned = {CLEAN: PlannedExpert(tuple(config.source.data), None), **planned}
-    values = {item.name: getattr(config, item.name) for item in fields(FewShotConfig)}
-    plain = {**values, "arms": {}, "seeds": [], "tune": None}
-    return {
-        label: ExpertConfig(
-            **{
-                **plain,
-                "train": replace(config.train, lr=config.pool.rates.get(label, config.train.lr)),
-                "source": replace(config.source, data=list(expert.sources)),
-            },
-            adversary=expert.adversary,
-            copy=expert.copy,
-        )
-        for label, expert in planned.items()
-    }
-
-
-def planned_experts(config: FewShotConfig) -> dict[str, PlannedExpert]:
-    """Return the experts that the pool section lists, by label; {} without one."""
-    pool = config.pool
-    if pool is None:
-        return {}
-    values = {item.name: getattr(pool, item.name) for item in fields(AdversaryForm)}
-    form = AdversaryForm(**{**values, "pyramid": tuple(map(tuple, pool.pyramid))})
-    if pool.experts:
-        return plan_experts(pool.experts, "pool.experts", form, config.source.data)
-    listed = [level if isinstance(level, list) else [level] for level in pool.levels]
-    specs = [ExpertSpec(level=values, label=level_text(values)) for values in listed]
-    return plan_experts(specs, "pool.levels", form, config.source.data)
-
-
-def pool_members(config: FewShotConfig, arms: Iterable[str]) -> list[str]:
-    """Return the arms that are experts of the pool: all but the reference "clean"."""
-    return [arm for arm in arms if arm != CLEAN or CLEAN in planned_experts(config)]
-
-
-def strategy_of(config: FewShotConfig, stem: str) -> str:
-    """Return the strategy of `MergeSettings` of a model that is merged from the pool, by its name without a head."""
-    if stem.startswith(EXPERT):
-        return "expert"
-    rule = stem.removeprefix(f"{MERGED}:")
-    if stem in (MERGED, DEFAULT) and config.pool is not None:
-        rule = config.pool.select
-    return SELECT.get(rule, rule)
-
-
-def untrained_arms(config: FewShotConfig) -> dict[str, FewShotConfig]:
-    """Return the configuration of every arm of a run that trains nothing, whose arms are other backbones."""
-    if config.pool is not None or not config.arms or (config.adapt is not None and config.train is not None):
-        return {}
-    return resolve_arms(config)
-
-
-def split_head(model: str) -> tuple[str, str]:
-    """Return the stem of a model's name and its head, "" for prototypes."""
-    stem, _, head = model.rpartition("+")
-    return (stem, head) if head in HEADS else (model, "")
-
-
-def evaluated_models(config: FewShotConfig, arms: list[str]) -> list[str]:
-    """Return evaluate.models, with all arms in place of "adapted"; without a training only "frozen", or arms in its place.
-
-    Models without a head of their own get that of the configuration.
-    """
-    models = _listed_models(config, arms)
-    if config.head.name == PROTOTYPES:
-        return models
-    return list(dict.fromkeys(m if split_head(m)[1] else f"{m}+{config.head.name}" for m in models))
-
-
-def _listed_models(config: FewShotConfig, arms: list[str]) -> list[str]:
-    """Return the evaluated models as evaluate.models names them."""
-    untrained = untrained_arms(config)
-    if untrained:
-        named = [(model, split_head(model)[0]) for model in config.evaluate.models]
-        return [
-            f"{arm}{model.removeprefix(stem)}" for arm in untrained for model, stem in named if stem in (FROZEN, arm)
-        ]
-    models: list[str] = []
-    for model in config.evaluate.models:
-        stem = split_head(model)[0]
-        if stem == ALONE and config.arms:
-            models += [f"{arm}{model.removeprefix(stem)}" for arm in arms]
-        elif stem == FROZEN or arms or (config.pool is not None and config.pool.folder):
-            models.append(model)
-    return list(dict.fromkeys(models))
-
-
-def evaluated_experts(config: FewShotConfig) -> list[str]:
-    """Return the labels of the pool's experts that are evaluated alone, with prototypes."""
-    models = config.evaluate.models if config.pool is not None and config.head.name == PROTOTYPES else []
-    return [model.removeprefix(EXPERT) for model in models if model.startswith(EXPERT) and not split_head(model)[1]]

@@ -6,6 +6,12 @@ from vismt.data.names import check_row_names, overlap
 from vismt.engine.study import check_arms
 from vismt.errors import UserError, near
 from vismt.jobs.calibrating import check_calibration
+from vismt.jobs.fewshot.arms import (
+    evaluated_models,
+    planned_experts,
+    split_head,
+    untrained_arms,
+)
 from vismt.jobs.fewshot.config import (
     DEFAULT,
     EXPERT,
@@ -16,10 +22,6 @@ from vismt.jobs.fewshot.config import (
     SINGLE,
     FewShotConfig,
     FewShotHeadConfig,
-    evaluated_models,
-    planned_experts,
-    split_head,
-    untrained_arms,
 )
 from vismt.jobs.fewshot.pool_experts import CLEAN
 from vismt.llm.heads import check_head, is_variational

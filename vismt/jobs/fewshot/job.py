@@ -21,16 +21,18 @@ from vismt.errors import UserError, WeightsUnavailable
 from vismt.files import atomic_write
 from vismt.jobs.calibrating import calibrated_on_images
 from vismt.jobs.fewshot import masking_report
-from vismt.jobs.fewshot.config import (
-    FROZEN,
-    ExpertConfig,
-    FewShotConfig,
+from vismt.jobs.fewshot.arms import (
     evaluated_experts,
     evaluated_models,
     pool_members,
     resolve_experts,
     split_head,
     untrained_arms,
+)
+from vismt.jobs.fewshot.config import (
+    FROZEN,
+    ExpertConfig,
+    FewShotConfig,
 )
 from vismt.jobs.fewshot.config_checks import check
 from vismt.jobs.fewshot.data import FewShotData, draw_corruption

@@ -21,7 +21,13 @@ from vismt.data.pixels import Pixels
 from vismt.engine import runtime
 from vismt.errors import UserError
 from vismt.files import DIGEST, atomic_write, read_sealed, sealed
-from vismt.jobs.fewshot.config import MERGED, FewShotConfig, strategy_of
+from vismt.jobs.fewshot.arms import (
+    strategy_of,
+)
+from vismt.jobs.fewshot.config import (
+    MERGED,
+    FewShotConfig,
+)
 from vismt.metatune.episodes import EpisodeSampler
 from vismt.metatune.finetune import FineTuneSettings
 from vismt.metatune.merging import MergeSettings, PoolNet

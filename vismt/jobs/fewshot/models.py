@@ -14,15 +14,17 @@ from vismt.engine import runtime, training_files
 from vismt.engine.study import ALONE, Study, Training
 from vismt.errors import UserError
 from vismt.files import read_tensors
+from vismt.jobs.fewshot.arms import (
+    split_head,
+    strategy_of,
+    untrained_arms,
+)
 from vismt.jobs.fewshot.config import (
     CLEAN,
     EXPERT,
     FROZEN,
     MERGED,
     FewShotConfig,
-    split_head,
-    strategy_of,
-    untrained_arms,
 )
 from vismt.jobs.fewshot.merge_settings import PoolSettings
 from vismt.lowrank.inject import merge

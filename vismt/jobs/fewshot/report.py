@@ -12,8 +12,16 @@ import numpy as np
 from vismt.engine.study import Study
 from vismt.errors import UserError
 from vismt.jobs.fewshot import masking_report
+from vismt.jobs.fewshot.arms import (
+    pool_members,
+    split_head,
+    strategy_of,
+    untrained_arms,
+)
 from vismt.jobs.fewshot.choice_report import choice_tables
-from vismt.jobs.fewshot.config import FewShotConfig, pool_members, split_head, strategy_of, untrained_arms
+from vismt.jobs.fewshot.config import (
+    FewShotConfig,
+)
 from vismt.jobs.fewshot.episode_figure import episode_grid
 from vismt.jobs.fewshot.figures import mixture_bars
 from vismt.jobs.fewshot.merge_settings import chosen_settings
