@@ -22,8 +22,9 @@ from vismt.lowrank.inject import install, undone_on_error
 from vismt.lowrank.layer_spec import LayerSpec
 from vismt.lowrank.linear import LowRankLayer, LowRankSettings
 from vismt.lowrank.named import beside
-from vismt.lowrank.peft_files import CONFIG, PeftAdapter, read_peft
+from vismt.lowrank.peft_files import PeftAdapter, read_peft
 from vismt.lowrank.peft_readers import stacks_on
+from vismt.lowrank.peft_settings import CONFIG
 from vismt.lowrank.record import need_record, refuse_adapted, refuse_offloaded
 from vismt.lowrank.store import (
     base_samples,

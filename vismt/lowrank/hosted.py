@@ -26,7 +26,7 @@ from vismt.lowrank.adapter_layer import AdapterLayer, inner_module, register_lay
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.layer_spec import LayerSpec
 from vismt.lowrank.packed_weights import dense_weight
-from vismt.lowrank.peft_files import STARTS
+from vismt.lowrank.peft_settings import STARTS
 from vismt.lowrank.values import check_factor, check_finite
 from vismt.lowrank.wrappers import install_module
 

@@ -31,8 +31,9 @@ from vismt.lowrank.init import principal
 from vismt.lowrank.named import beside, using
 from vismt.lowrank.packed_weights import dense_weight
 from vismt.lowrank.patterns import Pattern
-from vismt.lowrank.peft_files import CONFIG, PREFIX, TENSORS, PeftAdapter, holds, read_peft
+from vismt.lowrank.peft_files import PREFIX, TENSORS, PeftAdapter, read_peft
 from vismt.lowrank.peft_readers import padded_stack, stack_keys, stack_tensors, with_partners
+from vismt.lowrank.peft_settings import CONFIG, holds
 from vismt.lowrank.record import AdaptRecord, need_record, refuse_adapted, refuse_offloaded
 from vismt.lowrank.store import adapter_tensors, report_lost
 from vismt.lowrank.targets import LINEAR, kind_of, matrix_shape
