@@ -58,11 +58,23 @@ def test_overrides_reach_any_depth_and_are_typed(tmp_path: Path) -> None:
     assert load_config(path, ["adapt=null"]).adapt is None
     for wrong, match in (
         ("train.steps", "write key=value"),
-        ("train.steps.x=1", "'steps' is a value"),
+        ("train.steps.x=1", "'train.steps' is a value"),
         ("seed=[", "not YAML"),
     ):
         with pytest.raises(UserError, match=match):
             override(read_yaml(path), [wrong])
+
+
+def test_overrides_reach_items_of_a_list_by_name(tmp_path: Path) -> None:
+    path = write(tmp_path, "tasks: [{name: a, options: &shared {x: 1}}, {name: b, options: *shared}]")
+    raw = read_yaml(path)
+    assert override(raw, ["tasks.b.options.x=2", "tasks.a.limit=5"])["tasks"] == [
+        {"name": "a", "options": {"x": 1}, "limit": 5},
+        {"name": "b", "options": {"x": 2}},
+    ]
+    assert raw == read_yaml(path)
+    with pytest.raises(UserError, match=r"'tasks\.bb': name one of a, b, and its option. Near: 'b'"):
+        override(raw, ["tasks.bb.limit=2"])
 
 
 def test_resolved_round_trips_and_the_hash_moves_with_values_only(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ typing.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -203,25 +202,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """Return a copy of `raw` with dotted `key=value` assignments applied; values are read as YAML."""
-    result = copy.deepcopy(raw)
+    """Return a copy of `raw` with dotted `key=value` assignments applied; values are read as YAML.
+
+    A key goes into a list by the name of an item: tasks.digits.limit=40.
+    """
     for assignment in assignments:
-        key, equals, value = assignment.partition("=")
+        key, equals, text = assignment.partition("=")
         if not equals or not key:
             raise UserError(f"override '{assignment}': write key=value, for example train.steps=20.")
-        node = result
-        *parents, leaf = key.split(".")
-        for parent in parents:
-            child = node.setdefault(parent, {})
-            if not isinstance(child, dict):
-                raise UserError(f"override '{assignment}': '{parent}' is a value, not a section.")
-            node = child
         try:
-            node[leaf] = typed_yaml.parse_yaml(value)
+            value = typed_yaml.parse_yaml(text)
         except yaml.YAMLError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"override '{assignment}': the value is not YAML: {reason}.") from error
-    return result
+        raw = _replaced(raw, key.split("."), value, f"override '{assignment}'", "")
+    return raw
 
 
 def typed(raw: Mapping[str, Any], kind: type[T], source: str) -> T:

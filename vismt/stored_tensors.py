@@ -30,15 +30,18 @@ LIMIT = 4 * 2**30  # bytes of all files
 STOCK = ("torch", "timm", "torchvision", "transformers")
 
 
-def path_of(modules: Iterable[nn.Module], tensors: Mapping[str, Tensor], data: str) -> Path | None:
+def path_of(
+    modules: Iterable[nn.Module], tensors: Mapping[str, Tensor], data: str, unused: nn.Module | None = None
+) -> Path | None:
     """Return the file of what modules compute of `data`; None where the code of a module is not a library's own.
 
     Args:
         modules: all that compute, settings included; taken as in eval mode.
         tensors: the parameters and buffers that they compute with, by name.
         data: a text that differs for any other data.
+        unused: a part of the modules that does not compute.
     """
-    structures = [_structure(module) for module in modules]
+    structures = [_structure(module, set() if unused is None else set(unused.modules())) for module in modules]
     if None in structures:
         return None
     content = hashlib.blake2b(f"{data}\n{structures}\n{_machine(tensors)}".encode(), digest_size=12)
@@ -46,10 +49,12 @@ def path_of(modules: Iterable[nn.Module], tensors: Mapping[str, Tensor], data: s
     return cache_root() / "features" / f"{content.hexdigest()}.safetensors"
 
 
-def _structure(module: nn.Module) -> str | None:
+def _structure(module: nn.Module, unused: set[nn.Module]) -> str | None:
     """Return a text of all that a module computes besides the values of its tensors; None where that is unknown."""
-    lines = [repr(module)]
+    lines = []
     for name, part in module.named_modules():
+        if part in unused:
+            continue
         library = type(part).__module__.partition(".")[0]
         own = type(part).__module__.startswith("vismt.backbones.")
         changed = part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part)
@@ -62,7 +67,7 @@ def _structure(module: nn.Module) -> str | None:
             and key != "training"
             and isinstance(value, bool | int | float | str | tuple | None)
         }
-        lines.append(f"{name} {type(part).__qualname__} {sorted(settings.items())}")
+        lines.append(f"{name} {type(part).__qualname__} {part.extra_repr()} {sorted(settings.items())}")
         if own:
             lines.append(inspect.getsource(type(part)))
     return "\n".join(lines)

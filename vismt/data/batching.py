@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ class Gathered:
     Attributes:
         labels: int64 (n,).
         ids: "store:name" of each image.
+        key: a text that differs for any other images; None where a store has none.
 
     Raises:
         UserError: stores of different image sizes.
@@ -38,6 +40,11 @@ class Gathered:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @cached_property
+    def key(self) -> str | None:
+        keys = [pixels.key for pixels in self._stores]
+        return None if None in keys else " ".join(map(str, keys))
 
     def __getitem__(self, index: Tensor) -> Tensor:
         size = self._stores[0].size

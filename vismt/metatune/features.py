@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt import console
+from vismt.backbones.vit import Backbone
 from vismt.metatune.functional import Functional
 from vismt.stored_tensors import path_of, read_stored, write_stored
 
@@ -101,8 +102,18 @@ def _tensors(backbone: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield every parameter and buffer that a backbone runs on, by name."""
     weights = backbone.weights if isinstance(backbone, Functional) else {}
     module = backbone.module if isinstance(backbone, Functional) else backbone
+    classifier = _classifier(module)
+    unused = (
+        set() if classifier is None else {id(tensor) for tensor in (*classifier.parameters(), *classifier.buffers())}
+    )
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        yield name, weights.get(name, tensor)
+        if id(tensor) not in unused:
+            yield name, weights.get(name, tensor)
+
+
+def _classifier(module: nn.Module) -> nn.Module | None:
+    """Return the head that maps a ViT's features to classes, which does not run for the features."""
+    return getattr(module.vit, "head", None) if isinstance(module, Backbone) else None
 
 
 class _Table:
@@ -112,7 +123,7 @@ class _Table:
         self.module = module
         self.tensors = tensors
         self.usable = not any(part.training for part in module.modules())
-        self.path = path_of([module], tensors, data) if self.usable and data is not None else None
+        self.path = path_of([module], tensors, data, _classifier(module)) if self.usable and data is not None else None
         self.equal: bool | None = (
             None  # whether features are computed in batches of EQUAL images; None: before the first
         )

@@ -22,6 +22,7 @@ from vismt.jobs.classification.calibration import Calibration, calibration
 from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.models import PixelNet
+from vismt.jobs.classification.stored_batches import StoredBatches
 from vismt.jobs.risk import Thresholds, fit_thresholds, image_measures, kept
 from vismt.jobs.variants import ADJUSTED, TEMPERED
 from vismt.lines import read_lines
@@ -129,11 +130,11 @@ class Evaluation:
         found = []
         for number, task in enumerate(self.data.union.tasks):
             classifier = TaskClassifier(net, self.data.union, number, separate).eval()
-            batches = InOrder(self.data.part(number, "validation"), self.config.evaluate.batch)
-            pairs = [
-                (classifier(batches[place][0].to(device)).float().cpu(), batches[place][1])
-                for place in console.track(range(len(batches)), "eval", f"validation of {task}")
-            ]
+            with StoredBatches(self.data.part(number, "validation"), self.config.evaluate.batch) as batches:
+                pairs = [
+                    (classifier(images.to(device)).float().cpu(), labels)
+                    for images, labels, _ in console.track(batches, "eval", f"validation of {task}", len(batches))
+                ]
             logits, labels = zip(*pairs)
             found.append((torch.cat(logits), torch.cat([torch.as_tensor(part) for part in labels])))
         return found
@@ -154,18 +155,19 @@ class Evaluation:
         path.parent.mkdir(parents=True, exist_ok=True)
         if forms:
             ranks.from_first(lambda: _drop_older(path))
-        return evaluate_examples(
-            classifier,
-            InOrder(self.data.part(number, split), self.config.evaluate.batch),
-            specs,
-            num_classes=self.data.union.num_classes,
-            forms=forms,
-            quantile=quantile,
-            records=path,
-            data=f"{self.data.union.tasks[number]}:{split}",
-            fingerprint=net.fingerprint(),
-            label=label,
-        )
+        with StoredBatches(self.data.part(number, split), self.config.evaluate.batch) as batches:
+            return evaluate_examples(
+                classifier,
+                batches,
+                specs,
+                num_classes=self.data.union.num_classes,
+                forms=forms,
+                quantile=quantile,
+                records=path,
+                data=f"{self.data.union.tasks[number]}:{split}",
+                fingerprint=net.fingerprint(),
+                label=label,
+            )
 
     @torch.no_grad()
     def outputs(self, merged: PixelNet, plain: PixelNet, label: str) -> Iterable[tuple[str, Tensor, Tensor, bool]]:

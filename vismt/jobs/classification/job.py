@@ -134,7 +134,10 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         save_head(net, folder)
 
     def loaded(self, training: Training) -> PixelNet:
-        return load_head(self.fresh(self.study.config_of(training)), training)
+        config = self.study.config_of(training)
+        net = load_head(self.fresh(config), training)
+        net.frozen = config.adapt is None
+        return net
 
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
         settings = self.config.evaluate

@@ -18,6 +18,7 @@ from vismt.jobs.classification.config import MultitaskConfig
 from vismt.llm.heads import SMALLEST, is_variational, make_head
 from vismt.llm.variational import GaussianHead
 from vismt.lowrank.store import fingerprint
+from vismt.metatune.features import features
 from vismt.objects import weights_digest
 
 HEAD = "head.safetensors"
@@ -28,9 +29,13 @@ class PixelNet(nn.Module):
 
     Those are averaged over `samples` draws of the logits, the same for every image, so that an answer does not depend on the
     batch around it and an attack follows the gradient of what is evaluated.
+
+    Attributes:
+        frozen: whether the backbone has its stock weights, so that the features of StoredBatches are computed once.
     """
 
     samples = 20
+    frozen = False
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -39,14 +44,14 @@ class PixelNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         head: Any = self.head
         if not isinstance(self.head, GaussianHead):
-            return self.backbone.logits(images)
+            return head(self.features(images)) if self.frozen else self.backbone.logits(images)
         generator = torch.Generator().manual_seed(0)
         probabilities = head.predict(self.features(images), self.samples, generator, method="shared")
         return probabilities.clamp_min(SMALLEST).log()
 
     def features(self, images: Tensor) -> Tensor:
         """Return the input (b, d) of the head."""
-        return self.backbone(images)
+        return features(self.backbone, images) if self.frozen else self.backbone(images)
 
     @property
     def head(self) -> nn.Module:

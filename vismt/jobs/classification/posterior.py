@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from vismt import console
-from vismt.data.batching import Gathered, InOrder
+from vismt.data.batching import Gathered
 from vismt.engine import runtime
 from vismt.engine.study import Training
 from vismt.jobs.classification.evaluation import Evaluation, form_measures
 from vismt.jobs.classification.models import PixelNet
+from vismt.jobs.classification.stored_batches import StoredBatches
 from vismt.jobs.variants import LAPLACE
 from vismt.llm.heads import laplace_head
 from vismt.llm.laplace import STRUCTURES
@@ -34,17 +35,18 @@ def laplace_scores(evaluation: Evaluation, net: PixelNet, training: Training, re
     structure = next(name for name, kind in STRUCTURES.items() if isinstance(posterior.head.curvature, kind))
     scores = []
     for number, task in enumerate(data.union.tasks):
-        rows = evaluate_examples(
-            TaskClassifier(posterior, data.union, number, False).eval(),
-            InOrder(data.part(number, settings.split), settings.batch),
-            [],
-            num_classes=data.union.num_classes,
-            forms={CLEAN.label: lambda logits: logits},
-            records=records / f"{settings.split}-{task}-laplace.jsonl",
-            data=f"{task}:{settings.split}",
-            fingerprint=posterior.fingerprint(),
-            label=f"{task} {training.arm} seed {training.seed}, Laplace",
-        )
+        with StoredBatches(data.part(number, settings.split), settings.batch) as batches:
+            rows = evaluate_examples(
+                TaskClassifier(posterior, data.union, number, False).eval(),
+                batches,
+                [],
+                num_classes=data.union.num_classes,
+                forms={CLEAN.label: lambda logits: logits},
+                records=records / f"{settings.split}-{task}-laplace.jsonl",
+                data=f"{task}:{settings.split}",
+                fingerprint=posterior.fingerprint(),
+                label=f"{task} {training.arm} seed {training.seed}, Laplace",
+            )
         right = Measure("accuracy", {row["id"]: float(row["clean"] == row["label"]) for row in rows})
         text = f"{settings.split} images, one of {data.union.num_classes} classes"
         scores += [
@@ -61,9 +63,9 @@ def laplace_net(evaluation: Evaluation, net: PixelNet, label: str) -> PixelNet:
     device = runtime.processes().device
 
     def features(images: Gathered, what: str) -> Iterator[Tensor]:
-        batches = InOrder(images, batch)
-        for place in console.track(range(len(batches)), "eval", f"{what} for Laplace of {label}"):
-            yield net.features(batches[place][0].to(device))
+        with StoredBatches(images, batch) as batches:
+            for part, _, _ in console.track(batches, "eval", f"{what} for Laplace of {label}", len(batches)):
+                yield net.features(part.to(device))
 
     parts = [data.part(number, "validation") for number in range(len(data.union.tasks))]
     validation = torch.cat([rows for part in parts for rows in features(part, "validation images")])

@@ -1,0 +1,117 @@
+"""Features of a frozen backbone in the classification job: once for all heads, and the logits of the whole net."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.amt_parts import drawn
+from helpers.tiny import tiny_vit
+from torch import Tensor, nn
+
+from vismt.backbones.vit import Backbone
+from vismt.data.batching import Gathered
+from vismt.jobs.classification.models import PixelNet
+from vismt.jobs.classification.stored_batches import StoredBatches
+from vismt.llm.heads import make_head
+
+LABELS = torch.arange(10) % 6
+
+
+class Drawn:
+    """Images with what Gathered reads of a set."""
+
+    size, name, key = 16, "gratings", "gratings of 16 px"
+    ids = tuple(str(number) for number in range(len(LABELS)))
+
+    def __len__(self) -> int:
+        return len(LABELS)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return drawn(LABELS, 3)[index]
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+    """Number of images in every pass of a backbone."""
+    monkeypatch.setenv("VISMT_CACHE", str(tmp_path))
+    counts: list[int] = []
+    forward = Backbone.forward
+
+    def counting(self: Backbone, images: Tensor) -> Tensor:
+        counts.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(Backbone, "forward", counting)
+    return counts
+
+
+def net(head: nn.Module | None = None, *, frozen: bool = True, seed: int = 0) -> PixelNet:
+    """Return a net with the same backbone each time, and a head drawn from `seed` unless one is given."""
+    made = PixelNet(Backbone(tiny_vit(0, num_classes=6), mean=(0.5,) * 3, std=(0.2,) * 3))
+    nn.init.normal_(made.head.weight, generator=torch.Generator().manual_seed(seed))
+    if head is not None:
+        made.stock.add_module("head", head)
+    made.frozen = frozen
+    return made.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def logits(model: PixelNet, keyed: bool = True) -> Tensor:
+    images = Gathered([(Drawn(), LABELS)])
+    if not keyed:
+        images.key = None
+    with StoredBatches(images, 4) as batches:
+        return torch.cat([model(part) for part, _, _ in batches])
+
+
+def test_heads_share_the_features_and_have_the_logits_of_the_whole_net(computed: list[int]) -> None:
+    first = logits(net(seed=0))
+    assert sum(computed) >= len(LABELS)
+    computed.clear()
+    second = logits(net(seed=1))  # another net object, as every training loads its own
+    assert computed == []
+    for model, found in ((net(seed=0, frozen=False), first), (net(seed=1, frozen=False), second)):
+        assert torch.equal(logits(model), found)
+    assert not torch.allclose(first, second)
+
+
+def test_a_bayesian_head_reads_the_same_features(computed: list[int]) -> None:
+    logits(net())
+    computed.clear()
+    head = make_head("vbll", torch.zeros(6, 32), None, 10, 0, {})
+    found = logits(net(head))
+    assert computed == []
+    assert torch.equal(found, logits(net(head, frozen=False)))
+
+
+def test_changed_weights_and_trained_backbones_are_computed(computed: list[int]) -> None:
+    logits(net())
+    computed.clear()
+    changed = net()
+    changed.stock.get_parameter("blocks.0.mlp.fc1.weight").mul_(1.5)
+    assert not torch.allclose(logits(changed), logits(net()))
+    assert sum(computed) >= len(LABELS)
+    computed.clear()
+    trained = net(frozen=False)
+    assert torch.equal(logits(trained), logits(net()))
+    assert computed == []  # `logits` of timm's model ran instead
+
+
+def test_changed_images_are_computed(computed: list[int]) -> None:
+    model = net()
+    images = Gathered([(Drawn(), LABELS)])
+    with StoredBatches(images, 4) as batches, torch.no_grad():
+        part = batches[0][0]
+        clean = model(part)
+        computed.clear()
+        assert not torch.allclose(model(part.flip(3)), clean)
+    assert computed == [4]
+
+
+def test_images_without_a_key_are_not_kept_for_another_run(computed: list[int]) -> None:
+    logits(net(), keyed=False)
+    computed.clear()
+    logits(net(), keyed=False)
+    assert sum(computed) >= len(LABELS)
