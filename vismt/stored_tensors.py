@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -31,7 +31,7 @@ STOCK = ("torch", "timm", "torchvision", "transformers")
 
 
 def path_of(
-    modules: Iterable[nn.Module], tensors: Mapping[str, Tensor], data: str, unused: nn.Module | None = None
+    modules: Iterable[nn.Module], tensors: Mapping[str, Tensor], data: str, unused: Collection[nn.Module] = ()
 ) -> Path | None:
     """Return the file of what modules compute of `data`; None where the code of a module is not a library's own.
 
@@ -39,9 +39,9 @@ def path_of(
         modules: all that compute, settings included; taken as in eval mode.
         tensors: the parameters and buffers that they compute with, by name.
         data: a text that differs for any other data.
-        unused: a part of the modules that does not compute.
+        unused: those among the modules and their parts that do not compute.
     """
-    structures = [_structure(module, set() if unused is None else set(unused.modules())) for module in modules]
+    structures = [_structure(module, unused) for module in modules]
     if None in structures:
         return None
     content = hashlib.blake2b(f"{data}\n{structures}\n{_machine(tensors)}".encode(), digest_size=12)
@@ -49,7 +49,7 @@ def path_of(
     return cache_root() / "features" / f"{content.hexdigest()}.safetensors"
 
 
-def _structure(module: nn.Module, unused: set[nn.Module]) -> str | None:
+def _structure(module: nn.Module, unused: Collection[nn.Module]) -> str | None:
     """Return a text of all that a module computes besides the values of its tensors; None where that is unknown."""
     lines = []
     for name, part in module.named_modules():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
@@ -32,6 +33,7 @@ class Gathered:
         sizes = {pixels.size for pixels, _ in parts}
         if len(sizes) != 1:
             raise UserError(f"data: images of {sorted(sizes)} px in one mixture; give all of them one size.")
+        self._mark: Callable[[Tensor, Tensor], Tensor] | None = None
         self._stores = [pixels for pixels, _ in parts]
         self._store = torch.cat([torch.full((len(pixels),), number) for number, (pixels, _) in enumerate(parts)])
         self._row = torch.cat([torch.arange(len(pixels)) for pixels, _ in parts])
@@ -40,6 +42,12 @@ class Gathered:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def marked(self, mark: Callable[[Tensor, Tensor], Tensor]) -> Gathered:
+        """Return the same images, each batch of which is passed through mark(images, index)."""
+        marked = copy.copy(self)
+        marked._mark = mark
+        return marked
 
     @cached_property
     def key(self) -> str | None:
@@ -53,7 +61,7 @@ class Gathered:
         for number in stores.unique().tolist():
             in_store = stores == number
             images[in_store] = self._stores[number][rows[in_store]]
-        return images
+        return images if self._mark is None else self._mark(images, index)
 
 
 class Passes:

@@ -102,18 +102,16 @@ def _tensors(backbone: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield every parameter and buffer that a backbone runs on, by name."""
     weights = backbone.weights if isinstance(backbone, Functional) else {}
     module = backbone.module if isinstance(backbone, Functional) else backbone
-    classifier = _classifier(module)
-    unused = (
-        set() if classifier is None else {id(tensor) for tensor in (*classifier.parameters(), *classifier.buffers())}
-    )
+    unused = {id(tensor) for part in _unused(module) for tensor in (*part.parameters(), *part.buffers())}
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if id(tensor) not in unused:
             yield name, weights.get(name, tensor)
 
 
-def _classifier(module: nn.Module) -> nn.Module | None:
-    """Return the head that maps a ViT's features to classes, which does not run for the features."""
-    return getattr(module.vit, "head", None) if isinstance(module, Backbone) else None
+def _unused(module: nn.Module) -> set[nn.Module]:
+    """Return the modules of the head that maps a ViT's features to classes, which do not run for the features."""
+    head = getattr(module.vit, "head", None) if isinstance(module, Backbone) else None
+    return set() if head is None else set(head.modules())
 
 
 class _Table:
@@ -122,8 +120,9 @@ class _Table:
     def __init__(self, module: nn.Module, tensors: dict[str, Tensor], data: str | None) -> None:
         self.module = module
         self.tensors = tensors
-        self.usable = not any(part.training for part in module.modules())
-        self.path = path_of([module], tensors, data, _classifier(module)) if self.usable and data is not None else None
+        unused = _unused(module)
+        self.usable = not any(part.training for part in set(module.modules()) - unused)
+        self.path = path_of([module], tensors, data, unused) if self.usable and data is not None else None
         self.equal: bool | None = (
             None  # whether features are computed in batches of EQUAL images; None: before the first
         )

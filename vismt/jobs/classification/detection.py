@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from vismt import console, ranks
-from vismt.data.batching import Gathered
+from vismt.data.batching import Gathered, InOrder
 from vismt.data.names import row_name
 from vismt.engine import runtime
 from vismt.engine.log import record_stem
 from vismt.engine.study import Training
 from vismt.jobs.classification.evaluation import Evaluation
-from vismt.jobs.classification.models import PixelNet
-from vismt.jobs.classification.stored_batches import StoredBatches
+from vismt.jobs.classification.models import PixelNet, stored
 from vismt.lines import read_lines
 from vismt.multitask.union import TaskClassifier
 from vismt.records import SHARE, Records
@@ -69,7 +68,6 @@ def confidences(
     classifier: nn.Module, images: Gathered, batch: int, path: Path, settings: dict[str, object], label: str
 ) -> dict[str, float]:
     """Return the largest probability of each image by its id; images on record are not evaluated again."""
-    batches = StoredBatches(images, batch)
     log = Records(path, settings, {"confidence": SHARE}, key="id")
 
     def run(number: int) -> list[dict]:
@@ -80,7 +78,8 @@ def confidences(
         largest = logits.double().softmax(1).amax(1).clamp_max(1).tolist()
         return [{"id": name, "confidence": value} for name, value in zip(ids, largest, strict=True)]
 
-    with log, batches:
+    with log, stored(images) as marked:
+        batches = InOrder(marked, batch)
         for rows in console.track(ranks.share(range(len(batches)), run), "eval", label, len(batches)):
             for row in rows:
                 log.add(row)

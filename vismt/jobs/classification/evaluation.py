@@ -21,8 +21,7 @@ from vismt.engine.study import Training
 from vismt.jobs.classification.calibration import Calibration, calibration
 from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.classification.data import TaskData
-from vismt.jobs.classification.models import PixelNet
-from vismt.jobs.classification.stored_batches import StoredBatches
+from vismt.jobs.classification.models import PixelNet, stored
 from vismt.jobs.risk import Thresholds, fit_thresholds, image_measures, kept
 from vismt.jobs.variants import ADJUSTED, TEMPERED
 from vismt.lines import read_lines
@@ -130,7 +129,8 @@ class Evaluation:
         found = []
         for number, task in enumerate(self.data.union.tasks):
             classifier = TaskClassifier(net, self.data.union, number, separate).eval()
-            with StoredBatches(self.data.part(number, "validation"), self.config.evaluate.batch) as batches:
+            with stored(self.data.part(number, "validation")) as part:
+                batches = InOrder(part, self.config.evaluate.batch)
                 pairs = [
                     (classifier(images.to(device)).float().cpu(), labels)
                     for images, labels, _ in console.track(batches, "eval", f"validation of {task}", len(batches))
@@ -155,10 +155,10 @@ class Evaluation:
         path.parent.mkdir(parents=True, exist_ok=True)
         if forms:
             ranks.from_first(lambda: _drop_older(path))
-        with StoredBatches(self.data.part(number, split), self.config.evaluate.batch) as batches:
+        with stored(self.data.part(number, split)) as images:
             return evaluate_examples(
                 classifier,
-                batches,
+                InOrder(images, self.config.evaluate.batch),
                 specs,
                 num_classes=self.data.union.num_classes,
                 forms=forms,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from vismt.jobs.classification.config import MultitaskConfig, check, check_attac
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.detection import detection_scores
 from vismt.jobs.classification.evaluation import Evaluation
-from vismt.jobs.classification.models import PixelNet, fresh, load_head, save_head, with_linear_head
+from vismt.jobs.classification.models import PixelNet, fresh, load_head, save_head, stored, with_linear_head
 from vismt.jobs.classification.posterior import laplace_scores
 from vismt.jobs.classification.report import sections
 from vismt.jobs.image_job import ImageJob
@@ -52,6 +53,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         check(config)
         super().__init__(config, folder, config_hash)
         self._calibrated: dict[str, Any] = {}
+        self._features = ExitStack()  # of the training in progress
 
     @cached_property
     def data(self) -> TaskData:
@@ -124,20 +126,22 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     def batches(self, config: MultitaskConfig) -> ShuffledBatches:
         settings = config.augment
         crop = (settings.crop, 1.0) if settings.crop < 1 else None
+        images = self.data.training()
+        if crop is None and not settings.jitter and not settings.flip:
+            images = self._features.enter_context(stored(images))
+            return ShuffledBatches(images, config.batch, seed=config.seed)
 
         def change(images: Tensor, seed: int) -> Tensor:
             return augment(images, seed, crop=crop, jitter=settings.jitter, flip=settings.flip)
 
-        return ShuffledBatches(self.data.training(), config.batch, seed=config.seed, augment=change)
+        return ShuffledBatches(images, config.batch, seed=config.seed, augment=change)
 
     def save(self, net: PixelNet, config: MultitaskConfig, folder: Path) -> None:
         save_head(net, folder)
+        self._features.close()
 
     def loaded(self, training: Training) -> PixelNet:
-        config = self.study.config_of(training)
-        net = load_head(self.fresh(config), training)
-        net.frozen = config.adapt is None
-        return net
+        return load_head(self.fresh(self.study.config_of(training)), training)
 
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
         settings = self.config.evaluate

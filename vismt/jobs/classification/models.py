@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from vismt.backbones import vit
 from vismt.backbones.vit import Backbone
+from vismt.data.batching import Gathered
 from vismt.engine import training_files
 from vismt.engine.study import Training
 from vismt.files import atomic_write
@@ -18,7 +21,7 @@ from vismt.jobs.classification.config import MultitaskConfig
 from vismt.llm.heads import SMALLEST, is_variational, make_head
 from vismt.llm.variational import GaussianHead
 from vismt.lowrank.store import fingerprint
-from vismt.metatune.features import features
+from vismt.metatune.features import FeatureStore, features, number
 from vismt.objects import weights_digest
 
 HEAD = "head.safetensors"
@@ -31,7 +34,8 @@ class PixelNet(nn.Module):
     batch around it and an attack follows the gradient of what is evaluated.
 
     Attributes:
-        frozen: whether the backbone has its stock weights, so that the features of StoredBatches are computed once.
+        frozen: whether no training changes the backbone. It then stays in evaluation mode, and computes the features of
+            `stored` images once.
     """
 
     samples = 20
@@ -51,7 +55,18 @@ class PixelNet(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Return the input (b, d) of the head."""
-        return features(self.backbone, images) if self.frozen else self.backbone(images)
+        if not self.frozen or images.requires_grad or torch.compiler.is_compiling():
+            return self.backbone(images)
+        with torch.no_grad():
+            return features(self.backbone, images)
+
+    def train(self, mode: bool = True) -> PixelNet:
+        """Set the mode of the net, of a frozen backbone that of the head alone."""
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+            self.head.train(mode)
+        return self
 
     @property
     def head(self) -> nn.Module:
@@ -89,7 +104,16 @@ def fresh(config: MultitaskConfig, num_classes: int, num_train: int) -> PixelNet
     if is_variational(head.name):
         rows = net.head.get_parameter("weight").detach()
         net.stock.add_module("head", make_head(head.name, rows, None, num_train, config.seed, head.options))
+    # A distilled ViT averages two heads: its logits are not those of `head` on its features.
+    net.frozen = config.adapt is None and not hasattr(net.stock, "head_dist")
     return net
+
+
+@contextmanager
+def stored(images: Gathered) -> Iterator[Gathered]:
+    """Yield images marked as rows of a store of features (vismt/metatune/features.py), which is written at the end."""
+    with FeatureStore(images.key) as store:
+        yield images.marked(lambda batch, index: number(batch, store, index))
 
 
 def with_linear_head(model: nn.Module) -> nn.Module:

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from vismt import console
-from vismt.data.batching import Gathered
+from vismt.data.batching import Gathered, InOrder
 from vismt.engine import runtime
 from vismt.engine.study import Training
 from vismt.jobs.classification.evaluation import Evaluation, form_measures
-from vismt.jobs.classification.models import PixelNet
-from vismt.jobs.classification.stored_batches import StoredBatches
+from vismt.jobs.classification.models import PixelNet, stored
 from vismt.jobs.variants import LAPLACE
 from vismt.llm.heads import laplace_head
 from vismt.llm.laplace import STRUCTURES
@@ -35,10 +34,10 @@ def laplace_scores(evaluation: Evaluation, net: PixelNet, training: Training, re
     structure = next(name for name, kind in STRUCTURES.items() if isinstance(posterior.head.curvature, kind))
     scores = []
     for number, task in enumerate(data.union.tasks):
-        with StoredBatches(data.part(number, settings.split), settings.batch) as batches:
+        with stored(data.part(number, settings.split)) as images:
             rows = evaluate_examples(
                 TaskClassifier(posterior, data.union, number, False).eval(),
-                batches,
+                InOrder(images, settings.batch),
                 [],
                 num_classes=data.union.num_classes,
                 forms={CLEAN.label: lambda logits: logits},
@@ -63,7 +62,8 @@ def laplace_net(evaluation: Evaluation, net: PixelNet, label: str) -> PixelNet:
     device = runtime.processes().device
 
     def features(images: Gathered, what: str) -> Iterator[Tensor]:
-        with StoredBatches(images, batch) as batches:
+        with stored(images) as marked:
+            batches = InOrder(marked, batch)
             for part, _, _ in console.track(batches, "eval", f"{what} for Laplace of {label}", len(batches)):
                 yield net.features(part.to(device))
 

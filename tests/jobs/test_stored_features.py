@@ -11,9 +11,8 @@ from helpers.tiny import tiny_vit
 from torch import Tensor, nn
 
 from vismt.backbones.vit import Backbone
-from vismt.data.batching import Gathered
-from vismt.jobs.classification.models import PixelNet
-from vismt.jobs.classification.stored_batches import StoredBatches
+from vismt.data.batching import Gathered, InOrder, ShuffledBatches
+from vismt.jobs.classification.models import PixelNet, stored
 from vismt.llm.heads import make_head
 
 LABELS = torch.arange(10) % 6
@@ -62,8 +61,8 @@ def logits(model: PixelNet, keyed: bool = True) -> Tensor:
     images = Gathered([(Drawn(), LABELS)])
     if not keyed:
         images.key = None
-    with StoredBatches(images, 4) as batches:
-        return torch.cat([model(part) for part, _, _ in batches])
+    with stored(images) as marked:
+        return torch.cat([model(part) for part, _, _ in InOrder(marked, 4)])
 
 
 def test_heads_share_the_features_and_have_the_logits_of_the_whole_net(computed: list[int]) -> None:
@@ -102,8 +101,8 @@ def test_changed_weights_and_trained_backbones_are_computed(computed: list[int])
 def test_changed_images_are_computed(computed: list[int]) -> None:
     model = net()
     images = Gathered([(Drawn(), LABELS)])
-    with StoredBatches(images, 4) as batches, torch.no_grad():
-        part = batches[0][0]
+    with stored(images) as marked, torch.no_grad():
+        part = InOrder(marked, 4)[0][0]
         clean = model(part)
         computed.clear()
         assert not torch.allclose(model(part.flip(3)), clean)
@@ -115,3 +114,35 @@ def test_images_without_a_key_are_not_kept_for_another_run(computed: list[int]) 
     computed.clear()
     logits(net(), keyed=False)
     assert sum(computed) >= len(LABELS)
+
+
+def test_training_reads_the_features_and_has_the_gradients_of_the_whole_net(computed: list[int]) -> None:
+    gradients = []
+    for frozen in (True, False):
+        model = net(frozen=frozen)
+        model.head.requires_grad_(True)
+        model.train()
+        with stored(Gathered([(Drawn(), LABELS)])) as images:
+            batches = ShuffledBatches(images, 5, seed=0)
+            for number in range(6):  # three passes
+                batch = batches(number)
+                nn.functional.cross_entropy(model(batch["images"]), batch["labels"]).backward()
+        gradients.append(model.head.weight.grad)
+        if frozen:
+            assert len(LABELS) <= sum(computed) < 2 * len(LABELS)
+    assert torch.equal(*gradients)
+
+
+def test_the_backbone_stays_in_evaluation_mode_and_the_head_does_not() -> None:
+    model = net().train()
+    assert model.head.training and not model.backbone.training and not model.stock.blocks[0].training
+    assert net(frozen=False).train().stock.blocks[0].training
+
+
+def test_gradients_reach_the_images(computed: list[int]) -> None:
+    with stored(Gathered([(Drawn(), LABELS)])) as images:
+        model, part = net(), images[torch.arange(4)]
+        model(part)
+        part.requires_grad_(True)
+        model(part).square().sum().backward()
+    assert part.grad.abs().max() > 0
