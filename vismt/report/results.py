@@ -145,7 +145,8 @@ def result_of(score: Score, arm: str, seed: int | None, split: str, config_hash:
 def write_values(folder: Path, rows: Sequence[tuple[Result, Measure]]) -> None:
     """Add the values by example of rows to records/ of a run folder, each as a column named by the row's condition.
 
-    Columns of other conditions stay where their examples are the same. A measure that is not paired has no column.
+    Columns of other conditions stay where the examples are the same as before. A measure that is not paired has no column; an
+    example that a condition does not have (an image of one of several outside sets) has no value there.
     """
     columns: dict[str, dict[str, Mapping[str, float]]] = {}
     for result, measure in rows:
@@ -153,7 +154,7 @@ def write_values(folder: Path, rows: Sequence[tuple[Result, Measure]]) -> None:
             columns.setdefault(result.stem, {})[result.condition] = measure.values
     for stem, by_condition in columns.items():
         path = folder / RECORDS / f"{stem}.jsonl"
-        names = list(next(iter(by_condition.values())))
+        names = list(dict.fromkeys(name for values in by_condition.values() for name in values))
         lines = [] if lacks_checksums(path) else read_lines(path, (EXAMPLE,), whole=True)
         known = {line[EXAMPLE]: line for line in lines}
         if list(known) != names:
@@ -165,7 +166,7 @@ def write_values(folder: Path, rows: Sequence[tuple[Result, Measure]]) -> None:
                 {
                     EXAMPLE: name,
                     **known.get(name, {}),
-                    **{label: values[name] for label, values in by_condition.items()},
+                    **{label: values[name] for label, values in by_condition.items() if name in values},
                 }
                 for name in names
             ],
