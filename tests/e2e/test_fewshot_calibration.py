@@ -112,6 +112,7 @@ def test_records_without_a_temperature_stay_as_they_are(tmp_path: Path, capsys) 
     records.unlink()
     write_lines(records, [header, *({k: v for k, v in row.items() if "tempered" not in k} for row in rows)])
     earlier = read_lines(records)
+    (folder / "results.jsonl").unlink()
     capsys.readouterr()
     assert main(["evaluate", str(folder)]) == 0
     assert "has no temperature; move it away" in capsys.readouterr().out

@@ -79,7 +79,7 @@ class FullCurvature(Curvature):
         return _square_root(self.wide_root(x, precision))
 
     def wide_root(self, x: Tensor, precision: float) -> Tensor:
-        """Return R (b, k, k d) with R R^T the covariance of the logits, linear in x: R eps is a draw of the weights times x."""
+        """Return R (b, k, k d) with R R^T the covariance of the logits, linear in x; `root` has no gradient."""
         vectors = rearrange(self.vectors0, "(k d) m -> k d m", k=self.classes)
         return einsum(x, vectors, "b d, k d m -> b k m") * (self.values0 + precision).rsqrt()
 

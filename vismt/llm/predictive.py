@@ -29,18 +29,18 @@ def draw_logits(
 ) -> Tensor:
     """Draw logits (s, b, k) from N(mean, root root^T).
 
-    mean: (b, k). root: standard deviations (b, k), or a factor (b, k, m) of the covariance. samples: s. generator: on any
-    device, None for the global generator of the logits' device; exactly s b m normal numbers are drawn, or s m that are shared.
+    mean: (b, k). root: standard deviations (b, k), or a factor (b, k, k) of the covariance. samples: s. generator: on any
+    device, None for the global generator of the logits' device; exactly s b k normal numbers are drawn, or s k that are shared.
     """
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise UserError(
             f"predict: samples {samples!r}; it must be a whole number, at least 1 (method 'probit' draws none)."
         )
     device = generator.device if generator is not None else mean.device
-    shape = (1 if shared else len(mean), root.shape[-1])
+    shape = (1, mean.shape[1]) if shared else mean.shape
     noise = torch.randn(samples, *shape, generator=generator, device=device, dtype=mean.dtype).to(mean.device)
-    noise = noise.expand(samples, len(mean), root.shape[-1])
-    return mean + (noise * root if root.ndim == 2 else einsum(root, noise, "b k m, s b m -> s b k"))
+    noise = noise.expand(samples, *mean.shape)
+    return mean + (noise * root if root.ndim == 2 else einsum(root, noise, "b k j, s b j -> s b k"))
 
 
 def averaged(logits: Tensor) -> Tensor:

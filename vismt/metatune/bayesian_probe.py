@@ -1,15 +1,14 @@
 """Probes whose answers average over a Gaussian posterior of their weights: what the VBLL and the Laplace probe share.
 
-    logits = log mean_s softmax(m(x) + R(x) eps_s),    R R^T the covariance of the logits of x
+    logits = log E softmax(z),    z ~ N(m(x), R(x) R(x)^T)                       (vismt/llm/predictive.py)
 
-with the same SAMPLES draws eps_s for every query, so that a query has the same answer in any batch, and x a function of the
-inputs u of linear_probe.py. Gradients reach the query images.
+x a function of the inputs u of linear_probe.py. The mean is over SAMPLES draws, the same for every query ("shared"), or has no
+draw ("probit"), so a query has the same answer in any batch. Gradients reach the query images.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,9 @@ Head = VBLLClassifier | Laplace
 
 
 class BayesianProbe(LinearProbe):
-    """Prototypes replaced by a head with a posterior."""
+    """Prototypes replaced by a head with a posterior. method: of its predictive, see this file's header."""
+
+    method: str
 
     @abstractmethod
     def fit_head(self, inputs: Tensor, labels: Tensor, weights: Tensor) -> Head:
@@ -41,19 +42,17 @@ class BayesianProbe(LinearProbe):
         inputs, labels, weights, mean, spread = self.inputs(support, labels)
         kind = torch.promote_types(support.dtype, torch.float32)
         head = self.fit_head(inputs, labels, weights).to(support.device, kind)
-        return BayesianClassifier(backbone, head, self.expand, mean.to(support.device, kind), float(spread))
+        return BayesianClassifier(backbone, head, self, mean.to(support.device, kind), float(spread))
 
 
 class BayesianClassifier(nn.Module):
     """Images (b, 3, h, w) in [0, 1] -> log-probabilities (b, N) of a head on centred, scaled, L2-normalised features."""
 
-    def __init__(
-        self, backbone: nn.Module, head: Head, expand: Callable[[Tensor], Tensor], mean: Tensor, spread: float
-    ) -> None:
+    def __init__(self, backbone: nn.Module, head: Head, probe: BayesianProbe, mean: Tensor, spread: float) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
-        self.expand = expand
+        self.expand, self.method = probe.expand, probe.method
         self.register_buffer("mean", mean, persistent=False)
         self.spread = spread
 
@@ -63,7 +62,7 @@ class BayesianClassifier(nn.Module):
             z = F.normalize(raw.to(self.mean.dtype), dim=1, eps=1e-12)
             x = self.expand((z - self.mean) / self.spread)
             generator = torch.Generator().manual_seed(0)
-            return self.head.predict(x, SAMPLES, generator, method="shared").clamp_min(SMALLEST).log()
+            return self.head.predict(x, SAMPLES, generator, method=self.method).clamp_min(SMALLEST).log()
 
 
 def with_ones(inputs: Tensor) -> Tensor:
