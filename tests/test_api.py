@@ -65,6 +65,19 @@ def test_fewshot_is_the_protocol_on_the_stock_model(folder: Path) -> None:
     }
 
 
+def test_fewshot_has_probabilities_and_sets_of_other_classes(folder: Path) -> None:
+    other = {"noise": Pictures(count=9)}
+    results = vismt.evaluate_fewshot(
+        Features(), folder, **EPISODES, head="laplace", probabilities=True, ood=other, img_size=16
+    )
+    rows = {(row.condition, row.metric): row for row in results}
+    quality = {("clean", metric) for metric in ("accuracy", "ECE-15", "NLL in nats", "Brier")}
+    assert set(rows) == {*quality, ("against noise", "AUROC")}
+    assert {row.arm for row in results} == {"Features+laplace"} and rows["against noise", "AUROC"].n == 4
+    plain = vismt.evaluate_fewshot(Features(), folder, **EPISODES, img_size=16)
+    assert [row.metric for row in plain] == ["accuracy"]
+
+
 def test_any_module_is_a_backbone_and_models_are_compared_on_the_same_episodes(folder: Path) -> None:
     models = {"a": Features(0), "b": Features(1), "a again": Features(0)}
     results = vismt.evaluate_fewshot(models, folder, **EPISODES, img_size=16)

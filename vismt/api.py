@@ -68,11 +68,14 @@ def evaluate_fewshot(
     attacks: Sequence[Any] = (),
     corruptions: Sequence[Any] = (),
     epsilon: float | str = EPSILON,
+    head: str = "prototypes",
+    probabilities: bool = False,
+    ood: Any = (),
     img_size: int | None = None,
     seed: int = 1,
     folder: str | Path | None = None,
 ) -> StudyResults:
-    """Evaluate backbones on few-shot episodes with cosine prototypes, clean and under each condition.
+    """Evaluate backbones on few-shot episodes, clean and under each condition.
 
     Args:
         model: a model, or a mapping from names in the results to models, which are compared on the same episodes.
@@ -85,12 +88,15 @@ def evaluate_fewshot(
             attacked, the support stays clean.
         corruptions: names, with all severities, or mappings {"name": ..., "severities": [...]}.
         epsilon: linf radius, in pixel units of [0, 1], of attacks given by name.
+        head: what classifies on the features: cosine prototypes, or ridge, logistic, vbll, laplace or finetune.
+        probabilities: whether to report ECE, NLL and Brier score of the clean probabilities, too.
+        ood: data sets of other classes: how well the largest probability tells their images from the queries, as AUROC.
         img_size: pixels; needed for a module that timm did not make.
         seed: of the episodes.
         folder: see `train`.
 
     Returns:
-        Accuracies with 95 % intervals over episodes.
+        Accuracies, and what else was asked for, with 95 % intervals over episodes.
 
     Raises:
         UserError: unknown names, and sets with too few classes or images for the episodes.
@@ -104,6 +110,7 @@ def evaluate_fewshot(
         "model": {"img_size": img_size},
         "adapt": None,
         "train": None,
+        "head": {"name": head},
         "evaluate": {
             "data": _sets(data, objects),
             "models": ["frozen"],
@@ -112,6 +119,8 @@ def evaluate_fewshot(
             "queries": queries,
             "episodes": episodes,
             "seed": seed,
+            "probabilities": probabilities,
+            "ood": _sets(ood, objects),
             **_conditions(attacks, corruptions, epsilon),
         },
     }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from vismt.jobs.fewshot.evaluation import probability_measures
-from vismt.metatune.episode_outcome import BRIER, GAPS, NLL, EpisodeOutcome
+from vismt.metatune.episode_outcome import EpisodeOutcome
 from vismt.metatune.labelled import Episode
 
 
@@ -21,12 +22,13 @@ def outcome(p: list[list[float]], labels: list[int]) -> EpisodeOutcome:
     return EpisodeOutcome(episode, none, none, {"clean": logits.argmax(1)}, logits, None)
 
 
+CLEAN, NLL, BRIER, GAPS = {"clean": 1.0}, "clean nll", "clean brier", "clean gaps"
 TWO = outcome([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2]], [0, 2])  # right, wrong
 ONE = outcome([[0.5, 0.3, 0.2]], [0])  # right
 
 
 def test_a_two_query_episode_by_hand() -> None:
-    row = TWO.record(probabilities=True)
+    row = TWO.record(CLEAN)
     # (-log 0.7 - log 0.2) / 2 = 0.983; with the predicted class in place of the label it would be 0.525.
     assert row[NLL] == pytest.approx((-math.log(0.7) - math.log(0.2)) / 2, abs=1e-6)
     # (0.3^2 + 0.2^2 + 0.1^2) = 0.14 and (0.5^2 + 0.3^2 + 0.8^2) = 0.98; over the largest probability alone 0.09 and 0.25.
@@ -35,15 +37,28 @@ def test_a_two_query_episode_by_hand() -> None:
     gaps = torch.tensor(row[GAPS])
     assert gaps.nonzero().flatten().tolist() == [7, 10]
     assert gaps[[7, 10]].tolist() == pytest.approx([-0.25, 0.15], abs=1e-6)
-    assert set(TWO.record(probabilities=False)) == {"clean"}
+    assert set(TWO.record({})) == {"clean"}
+    # T = 1/2 squares the odds: 0.49 / (0.49 + 0.04 + 0.01) and 0.04 / (0.25 + 0.09 + 0.04).
+    tempered = TWO.record({"tempered": 0.5})
+    assert tempered["tempered nll"] == pytest.approx((-math.log(0.49 / 0.54) - math.log(0.04 / 0.38)) / 2, abs=1e-6)
+    assert set(tempered) == {"clean", "tempered nll", "tempered brier", "tempered gaps"}
+
+
+def test_outside_images_are_told_by_the_largest_probability() -> None:
+    # Largest probabilities 0.7 and 0.5 inside, 0.6, 0.45 and 0.4 outside: of six pairs 0.7 wins three, 0.5 two. The logits
+    # outside are shifted, so that the largest logits give another share.
+    p = torch.tensor([[0.6, 0.3, 0.1], [0.3, 0.45, 0.25], [0.3, 0.3, 0.4]])
+    logits = p.log() + torch.tensor([[90.0], [-90.0], [0.0]])
+    row = replace(TWO, outside={"against other": logits}).record({})
+    assert row == {"clean": 0.5, "against other": pytest.approx(5 / 6, abs=1e-6)}
 
 
 def test_the_calibration_error_pools_episodes_before_it_takes_absolute_values() -> None:
-    rows = [TWO.record(probabilities=True), ONE.record(probabilities=True)]
+    rows = [TWO.record(CLEAN), ONE.record(CLEAN)]
     results: dict[str, Tensor] = {
         name: torch.tensor([row[name] for row in rows]).double() for name in (NLL, BRIER, GAPS)
     }
-    ece, nll, brier = probability_measures(results)
+    ece, nll, brier = probability_measures(results, "clean")
     # Bin 7: (-0.25 + 0.5) / 2 = 0.125, bin 10: 0.15 / 2 = 0.075. The mean of the episodes' own errors would be 0.45, and
     # pooled queries would have (|-0.5 + 0.5| + 0.3) / 3 = 0.1.
     assert ece.score == pytest.approx(0.2, abs=1e-6) and ece.bounds is not None and not ece.paired

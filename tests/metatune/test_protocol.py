@@ -44,6 +44,20 @@ class Pixels:
         return self.images[index]
 
 
+class Outside:
+    """Noise of other classes; the rows of every read are kept."""
+
+    def __init__(self, count=120):
+        self.images, self.read = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(5)), []
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return self.images[index]
+
+
 class Darken:
     """A perturbation that records its calls."""
 
@@ -137,6 +151,59 @@ def test_the_quality_of_probabilities_is_on_record_and_resumes(tmp_path):
     run(tmp_path / "plain.jsonl")
     with pytest.raises(UserError, match=r"\(different: probabilities\)"):
         run(tmp_path / "plain.jsonl", probabilities=True)
+
+
+def test_outside_images_are_the_same_for_every_model_and_resume(tmp_path):
+    from vismt.llm.probability_metrics import detection_auroc
+
+    other = Outside()
+    net, records = ProtoNet(Backbone()).eval(), tmp_path / "fake.jsonl"
+    sampler, pixels = EpisodeSampler(LABELS, ways=4, shots=2, queries=5, seed=1), Pixels()
+    whole = run(records, net=net, probabilities=True, temperature=2.0, ood={"against other": other}, batch=7)
+    quality = [f"{form} {name}" for form in ("clean", "tempered") for name in ("nll", "brier", "gaps")]
+    assert list(whole) == ["clean", "dark", "against other", *quality]
+    drawn = other.read
+    assert [len(rows) for rows in drawn] == [20] * 6 and len({tuple(rows.tolist()) for rows in drawn}) == 6
+    for i, rows in enumerate(drawn):
+        e = sampler[i]
+        assert len(set(rows.tolist())) == 20
+        with torch.no_grad():
+            support = pixels[e.support], e.support_labels
+            inside, outside = (net(*support, x) for x in (pixels[e.query], other.images[rows]))
+        confidence = [logits.softmax(1).amax(1) for logits in (inside, outside)]
+        assert float(whole["against other"][i]) == pytest.approx(detection_auroc(-confidence[0], -confidence[1]))
+        wanted = nn.functional.cross_entropy(inside / 2, e.query_labels)
+        assert float(whole["tempered nll"][i]) == pytest.approx(float(wanted), abs=1e-5)
+    # Another model and other shots of the same set draw the same, an interrupted file is continued, another set is refused.
+    again, five = Outside(), EpisodeSampler(LABELS, ways=4, shots=5, queries=5, seed=1)
+    run(net=ProtoNet(Backbone(), scale=3.0), sampler=five, ood={"against other": again})
+    assert all(torch.equal(a, b) for a, b in zip(again.read, drawn))
+    lines = records.read_text().splitlines(keepends=True)
+    records.write_text("".join(lines[:3]) + lines[3][:9])
+    options = {"probabilities": True, "temperature": 2.0, "batch": 7}
+    resumed = run(records, ood={"against other": Outside()}, **options)
+    assert records.read_text() == "".join(lines) and all(torch.equal(whole[name], resumed[name]) for name in whole)
+    for changes, key in (({"ood": {"against it": other}}, "ood"), ({"ood": None}, "settings")):
+        with pytest.raises(UserError, match=rf"\(different: {key}\)"):
+            run(records, **options, **changes)
+
+
+def test_features_of_outside_images_are_stored():
+    sampler = EpisodeSampler(LABELS, ways=4, shots=2, queries=5, seed=1)
+    net, plain = (ProtoNet(Backbone()) for _ in range(2))
+    stored = run(net=net, sampler=sampler, attacks=[], episodes=40, ood={"against other": Outside()})
+    computed = run(
+        net=plain, sampler=sampler, attacks=[], episodes=40, ood={"against other": Outside()}, features="off"
+    )
+    assert all(torch.equal(stored[name], computed[name]) for name in stored)
+    # 40 episodes of 8 + 20 + 20 images; two sets of 120, and a few for the check of the first batch.
+    assert plain.backbone.count == 40 * 48 and net.backbone.count < 300
+
+
+def test_a_small_outside_set_is_drawn_whole():
+    small = Outside(9)
+    run(ood={"against small": small}, attacks=[])
+    assert all(sorted(rows.tolist()) == list(range(9)) for rows in small.read)
 
 
 @pytest.mark.parametrize(

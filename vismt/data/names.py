@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from vismt.errors import UserError
@@ -59,3 +59,13 @@ def check_row_names(entries: Iterable[str], key: str) -> None:
                 f"{key}: '{other}' and '{entry}' are both called '{row_name(entry)}' in results; rename one, or give objects as "
                 "{name: object}."
             )
+
+
+def check_outside(entries: Sequence[str], inside: Mapping[str, Iterable[str]], key: str) -> None:
+    """Raise UserError where two entries have one name, or one shares images with the sets of `inside`, {owner: entries}."""
+    check_row_names(entries, key)
+    for owner, sets in inside.items():
+        for entry in entries:
+            shared = next((name for name in sets if overlap(entry, name)), None)
+            if shared is not None:
+                raise UserError(f"{key}: '{entry}' shares images with '{shared}' of {owner}; name another set.")

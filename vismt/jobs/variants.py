@@ -1,4 +1,4 @@
-"""Variants of a model's outputs that are fitted on validation examples, and the file that takes a temperature into an export."""
+"""Conditions of rows that several jobs have: variants of a model's outputs, sets of other classes; a temperature in an export."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ LAPLACE = {
 }
 TEMPERATURE_FILE = "temperature.json"
 TAUS = tuple(tau / 4 for tau in range(9))  # tried factors of the log prior, 0 to 2
+
+
+def against(name: str) -> Condition:
+    """Return the condition of the AUROC with which a confidence tells the evaluated images from those of another set."""
+    return Condition(f"against {name}", "variant", "out of distribution")
 
 
 def temperature_file(temperature: float) -> bytes:

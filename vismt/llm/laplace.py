@@ -40,10 +40,11 @@ class Curvature(nn.Module, ABC):
             self.register_buffer(f"sum{number}", torch.zeros(shape, **factory))
         self.examples = 0
 
-    def add(self, x: Tensor, p: Tensor) -> None:
-        """Add a batch. x: (b, d) features; p: (b, k) probabilities."""
+    def add(self, x: Tensor, p: Tensor, weights: Tensor | None = None) -> None:
+        """Add a batch. x: (b, d) features; p: (b, k) probabilities; weights: (b,) of mean 1 in the NLL, None for 1."""
         self.examples += len(x)
-        for number, value in enumerate(self.products(x, p)):
+        ones = torch.ones_like(p[:, 0])
+        for number, value in enumerate(self.products(x, p, ones if weights is None else weights)):
             getattr(self, f"sum{number}").add_(value)
 
     def finish(self, dtype: torch.dtype) -> None:
@@ -55,8 +56,8 @@ class Curvature(nn.Module, ABC):
             delattr(self, name)
 
     @abstractmethod
-    def products(self, x: Tensor, p: Tensor) -> list[Tensor]:
-        """Return the terms that a batch adds to the sums."""
+    def products(self, x: Tensor, p: Tensor, w: Tensor) -> list[Tensor]:
+        """Return the terms that a batch with weights w adds to the sums."""
 
     @abstractmethod
     def root(self, x: Tensor, precision: float) -> Tensor:
@@ -70,14 +71,17 @@ class FullCurvature(Curvature):
         super().__init__((classes * width, classes * width), **factory)
         self.classes = classes
 
-    def products(self, x: Tensor, p: Tensor) -> list[Tensor]:
-        weighted = einsum(_output_hessian(p), x, "b c e, b i -> b c e i")
+    def products(self, x: Tensor, p: Tensor, w: Tensor) -> list[Tensor]:
+        weighted = einsum(_output_hessian(p, w), x, "b c e, b i -> b c e i")
         return [rearrange(einsum(weighted, x, "b c e i, b j -> c i e j"), "c i e j -> (c i) (e j)")]
 
     def root(self, x: Tensor, precision: float) -> Tensor:
+        return _square_root(self.wide_root(x, precision))
+
+    def wide_root(self, x: Tensor, precision: float) -> Tensor:
+        """Return R (b, k, k d) with R R^T the covariance of the logits, linear in x; `root` has no gradient."""
         vectors = rearrange(self.vectors0, "(k d) m -> k d m", k=self.classes)
-        wide = einsum(x, vectors, "b d, k d m -> b k m") * (self.values0 + precision).rsqrt()
-        return _square_root(wide)
+        return einsum(x, vectors, "b d, k d m -> b k m") * (self.values0 + precision).rsqrt()
 
 
 class RowCurvature(Curvature):
@@ -86,8 +90,8 @@ class RowCurvature(Curvature):
     def __init__(self, classes: int, width: int, **factory: Any) -> None:
         super().__init__((classes, width, width), **factory)
 
-    def products(self, x: Tensor, p: Tensor) -> list[Tensor]:
-        return [einsum(einsum(p * (1 - p), x, "b k, b i -> k b i"), x, "k b i, b j -> k i j")]
+    def products(self, x: Tensor, p: Tensor, w: Tensor) -> list[Tensor]:
+        return [einsum(einsum(w[:, None] * p * (1 - p), x, "b k, b i -> k b i"), x, "k b i, b j -> k i j")]
 
     def root(self, x: Tensor, precision: float) -> Tensor:
         wide = einsum(x, self.vectors0, "b d, k d m -> b k m").square()
@@ -100,8 +104,8 @@ class KroneckerCurvature(Curvature):
     def __init__(self, classes: int, width: int, **factory: Any) -> None:
         super().__init__((width, width), (classes, classes), **factory)
 
-    def products(self, x: Tensor, p: Tensor) -> list[Tensor]:
-        return [x.mT @ x, _output_hessian(p).sum(0)]
+    def products(self, x: Tensor, p: Tensor, w: Tensor) -> list[Tensor]:
+        return [x.mT @ (w[:, None] * x), _output_hessian(p, w).sum(0)]
 
     def root(self, x: Tensor, precision: float) -> Tensor:
         values = self.values1[:, None] * self.values0 / max(1, self.examples) + precision
@@ -277,9 +281,9 @@ def fit_laplace(
     return laplace
 
 
-def _output_hessian(p: Tensor) -> Tensor:
-    """Return diag(p) - p p^T (b, k, k)."""
-    return torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+def _output_hessian(p: Tensor, w: Tensor) -> Tensor:
+    """Return w (diag(p) - p p^T), (b, k, k)."""
+    return w[:, None, None] * (torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1))
 
 
 def _square_root(wide: Tensor) -> Tensor:

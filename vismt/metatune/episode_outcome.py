@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from vismt.proper_scores import proper_scores
 from vismt.records import Field
 
 PER_CLASS = 5
-NLL, BRIER, GAPS = "clean nll", "clean brier", "clean gaps"
-PROBABILITIES = {NLL: Field(0), BRIER: Field(0, 2), GAPS: Field(-1, 1, several=True)}  # fields of a record
+UNSCALED, SCALED = "clean", "tempered"  # forms of the clean logits: as they are, divided by a temperature
+NLL, BRIER, GAPS = "nll", "brier", "gaps"
+QUALITY = {NLL: Field(0), BRIER: Field(0, 2), GAPS: Field(-1, 1, several=True)}  # fields of a record, after their form
 
 
 @dataclass
@@ -29,7 +30,7 @@ class EpisodeOutcome:
     first. logits (m, N): of the clean queries. adversarial (m, 3, h, w): the queries under the first attack, None without an
     attack. mixture (P,): the weights of a pool's experts in this task, None for a classifier without them. worst: {worst
     case: conditions that it is over}. strict: the conditions whose budget contains the clean image, under which a query counts
-    only if it is right when clean.
+    only if it is right when clean. outside: logits (o, N) of images of other sets, by condition.
     """
 
     episode: Episode
@@ -41,6 +42,7 @@ class EpisodeOutcome:
     mixture: Tensor | None = None
     worst: Mapping[str, Sequence[str]] = field(default_factory=dict)
     strict: Collection[str] = ()
+    outside: Mapping[str, Tensor] = field(default_factory=dict)
 
     def right(self) -> dict[str, Tensor]:
         """Return whether each query counts as right, bool (m,), by condition, then by worst case."""
@@ -56,24 +58,43 @@ class EpisodeOutcome:
         """Return the share of right queries by condition, then by worst case."""
         return {name: float(hits.double().mean()) for name, hits in self.right().items()}
 
-    def probabilities(self) -> dict[str, object]:
-        """Return the quality of p = softmax(logits) on the clean queries, each value a mean over them.
+    def probabilities(self, form: str = UNSCALED, temperature: float = 1.0) -> dict[str, object]:
+        """Return the quality of p = softmax(logits / temperature) on the clean queries, each value a mean over them.
 
         NLL in nats, Brier score, and GAPS: [right] - max p in the column of its bin, from which `gap_values` has the ECE.
         """
         from vismt.llm.probability_metrics import BINS, binned_gaps  # loads torchmetrics
 
-        log_p, labels = self.logits.double().log_softmax(1), self.episode.query_labels
+        log_p, labels = (self.logits.double() / temperature).log_softmax(1), self.episode.query_labels
         nlls, briers = proper_scores(log_p, labels)
         gaps = binned_gaps(log_p.exp(), labels, BINS).mean(0)
-        return {NLL: float(nlls.mean()), BRIER: float(briers.mean()), GAPS: gaps.tolist()}
+        values = {NLL: float(nlls.mean()), BRIER: float(briers.mean()), GAPS: gaps.tolist()}
+        return {f"{form} {name}": value for name, value in values.items()}
 
-    def record(self, probabilities: bool) -> dict[str, object]:
-        """Return the accuracies by condition, `probabilities` on request, and a mixture to 6 digits under "mixture"."""
-        row: dict[str, object] = {**self.accuracies(), **(self.probabilities() if probabilities else {})}
+    def detection(self) -> dict[str, float]:
+        """Return the AUROC with which the largest probability tells the clean queries from each set of outside images."""
+        from vismt.llm.probability_metrics import detection_auroc  # loads torchmetrics
+
+        inside = _confidences(self.logits)
+        return {name: detection_auroc(-inside, -_confidences(logits)) for name, logits in self.outside.items()}
+
+    def record(self, forms: Mapping[str, float]) -> dict[str, object]:
+        """Return accuracies, probabilities and detection by condition, and a mixture to 6 digits under "mixture".
+
+        forms: temperatures of the logits whose probabilities are kept, by form.
+        """
+        row: dict[str, object] = {**self.accuracies()}
+        for form, temperature in forms.items():
+            row |= self.probabilities(form, temperature)
+        row |= self.detection()
         if self.mixture is not None:
             row["mixture"] = [round(weight, 6) for weight in self.mixture.tolist()]
         return row
+
+
+def quality_fields(forms: Iterable[str]) -> dict[str, Field]:
+    """Return the fields of a record for the probabilities of forms of the logits."""
+    return {f"{form} {name}": values for form in forms for name, values in QUALITY.items()}
 
 
 def write_panel(path: Path, outcome: EpisodeOutcome, model: str, names: Sequence[str] | None = None) -> None:
@@ -110,6 +131,11 @@ def _first_of_each(labels: Tensor) -> Tensor:
     """Return the positions of the first PER_CLASS entries of each label, ascending."""
     rank = (labels[:, None] == labels[None, :]).tril(-1).sum(1)
     return (rank < PER_CLASS).nonzero().flatten()
+
+
+def _confidences(logits: Tensor) -> Tensor:
+    """Return the largest probability (b,) fp64 of logits (b, N)."""
+    return logits.double().softmax(1).amax(1)
 
 
 def _bytes(images: Tensor) -> np.ndarray:

@@ -35,15 +35,21 @@ class LogisticProbe(LinearProbe):
         return f"logistic {C} {ITERATIONS}"
 
 
-def fit_logistic(inputs: Tensor, labels: Tensor, weights: Tensor, c: float) -> tuple[Tensor, Tensor]:
-    """Return W (N, d) and b (N,) of inputs (n, d), float64, labels (n,) and image weights (n,)."""
+def fit_logistic(
+    inputs: Tensor, labels: Tensor, weights: Tensor, c: float, *, bias: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return W (N, d) and b (N,), 0 without a bias, of inputs (n, d), float64, labels (n,) and image weights (n,)."""
     with torch.inference_mode(False), torch.enable_grad():
         inputs, labels, weights = (tensor.clone() for tensor in (inputs, labels, weights))
         ways, n = int(labels.max()) + 1, len(labels)
         W = inputs.new_zeros(ways, inputs.shape[1], requires_grad=True)
-        b = inputs.new_zeros(ways, requires_grad=True)
+        b = inputs.new_zeros(ways, requires_grad=bias)
         optimiser = torch.optim.LBFGS(
-            [W, b], max_iter=ITERATIONS, tolerance_grad=1e-8, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+            [W, b] if bias else [W],
+            max_iter=ITERATIONS,
+            tolerance_grad=1e-8,
+            tolerance_change=1e-12,
+            line_search_fn="strong_wolfe",
         )
 
         def loss() -> Tensor:

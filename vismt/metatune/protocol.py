@@ -9,9 +9,9 @@ Features of clean images under weights that no task changes are computed once (f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vismt import console, ranks
 from vismt.errors import UserError, near
-from vismt.metatune.episode_outcome import PROBABILITIES, EpisodeOutcome, write_panel
+from vismt.metatune.episode_outcome import SCALED, UNSCALED, EpisodeOutcome, quality_fields, write_panel
 from vismt.metatune.features import FeatureStore, number
 from vismt.metatune.functional import evaluating
 from vismt.metatune.labelled import Episode
@@ -30,6 +30,7 @@ from vismt.records import SHARE, Field, Records
 from vismt.seeds import mix_seed
 
 BLOCK = 8  # episodes that are run together
+BATCH = 256  # query images in one forward pass
 FEATURES = ("auto", "off")
 
 
@@ -90,6 +91,12 @@ class PixelStore(Protocol):
     def __getitem__(self, index: Tensor) -> Tensor: ...
 
 
+class OutsidePixels(PixelStore, Protocol):
+    """A pixel store of a set of other classes, from which each episode draws."""
+
+    def __len__(self) -> int: ...
+
+
 def run_protocol(
     proto: FewShotModel,
     pixels: PixelStore,
@@ -104,10 +111,12 @@ def run_protocol(
     fingerprint: str = "",
     label: str | None = None,
     model: str = "",
-    batch: int = 256,
+    batch: int = BATCH,
     worst: Mapping[str, Sequence[str]] | None = None,
     features: Literal["auto", "off"] = "auto",
     probabilities: bool = False,
+    temperature: float | None = None,
+    ood: Mapping[str, OutsidePixels] | None = None,
 ) -> dict[str, Tensor]:
     """Evaluate a few-shot model on episodes, clean and under attack.
 
@@ -131,11 +140,15 @@ def run_protocol(
             under each of them.
         features: "auto" computes the features of an image once where that is exact, "off" in every episode.
         probabilities: Also record the quality of the softmax of the clean logits.
+        temperature: Also record that of the softmax of the clean logits divided by it.
+        ood: {text of a condition: images of other classes}. Each episode draws as many of them as it has queries, the same
+            for every model, and records the AUROC with which the largest probability tells its queries from them.
 
     Returns:
         Query accuracy in [0, 1] of every episode, float64 (episodes,), by condition: "clean", each attack's text, then each
         worst case. With `probabilities` also "clean nll" in nats and "clean brier", and "clean gaps" (episodes, 15) for the
-        ECE (`vismt.llm.probability_metrics.gap_values`); each is a mean over an episode's queries.
+        ECE (`vismt.llm.probability_metrics.gap_values`); each is a mean over an episode's queries. With `temperature` the
+        same as "tempered nll" and so on, and with `ood` the AUROC of each condition.
 
     Raises:
         UserError: Fewer than 2 episodes, two attacks with the same text, or records that do not fit or cannot be written.
@@ -146,37 +159,40 @@ def run_protocol(
     if episodes < 2:
         raise UserError(f"evaluate {data}: {episodes} episodes have no confidence interval: use 2 or more.")
     conditions = _condition_texts(attacks, sampler, data)
-    columns = [*conditions, *worst]
-    quality = PROBABILITIES if probabilities else {}
+    outside = ood or {}
+    forms = {**({UNSCALED: 1.0} if probabilities else {}), **({} if temperature is None else {SCALED: temperature})}
+    columns = {**dict.fromkeys([*conditions, *worst, *outside], SHARE), **quality_fields(forms)}
     settings = {
         "data": data,
         "fingerprint": fingerprint,
         "sampler": dict(sampler.describe()),
         "conditions": conditions,
         "attacks": [dict(attack.settings()) for attack in attacks],
-        **({"probabilities": True} if probabilities else {}),  # not in records without them
+        # Not in records without them.
+        **({"probabilities": True} if probabilities else {}),
+        **({} if temperature is None else {"temperature": temperature}),
+        **({"ood": list(outside)} if outside else {}),
     }
-    module = proto if isinstance(proto, nn.Module) else nn.Module()
-    if device is None:
-        device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    fields = {**dict.fromkeys(columns, SHARE), **quality, "mixture": Field(several=True, optional=True)}
-    log = Records(records, settings, fields, key="episode")
+    module, device = _placed(proto, device)
+    log = Records(records, settings, {**columns, "mixture": Field(several=True, optional=True)}, key="episode")
     missing = [index for index in range(episodes) if index not in log]
-    key = getattr(pixels, "key", None) if missing and features == "auto" else None
-    store = FeatureStore(key) if features == "auto" else None
     by_name = dict(zip(conditions[1:], attacks, strict=True))
-    run = _EpisodeRunner(proto, pixels, sampler, by_name, device, batch, worst, store)
+    stores = [_store(images, features, bool(missing)) for images in (pixels, *outside.values())]
+    others = dict(zip(outside, zip(outside.values(), stores[1:]), strict=True))
+    run = _EpisodeRunner(proto, pixels, sampler, by_name, device, batch, worst, stores[0], others)
     label = label or f"{data} episodes"
     if 0 < len(missing) < episodes:
         console.stage("resume", f"{label}: {episodes - len(missing)} of {episodes} are on record")
     bar = console.bar("eval", label, episodes, episodes - len(missing))
-    with evaluating(module), log, store or nullcontext(), bar as progress:
+    with evaluating(module), log, ExitStack() as stack, bar as progress:
+        for store in filter(None, stores):
+            stack.enter_context(store)
 
         def rows_of(block: range) -> list[dict]:
             outcomes = run(block)
             if 0 in outcomes and panel is not None:
                 write_panel(panel, outcomes[0], model, getattr(pixels, "classes", None))
-            return [{"episode": index, **outcome.record(probabilities)} for index, outcome in outcomes.items()]
+            return [{"episode": index, **outcome.record(forms)} for index, outcome in outcomes.items()]
 
         for rows in ranks.share(run.missing(log, episodes), rows_of):
             for row in rows:
@@ -185,7 +201,38 @@ def run_protocol(
         if panel is not None and ranks.rank() == 0 and not panel.exists():
             write_panel(panel, run(range(1))[0], model, getattr(pixels, "classes", None))
     rows = [log[index] for index in range(episodes)]
-    return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in (*columns, *quality)}
+    return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in columns}
+
+
+def clean_logits(
+    proto: FewShotModel, pixels: PixelStore, sampler: Sampler, episodes: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the logits (m, N), on the CPU, and the labels (m,) of the clean queries of each episode."""
+    module, device = _placed(proto, None)
+    store = FeatureStore(getattr(pixels, "key", None))
+    run = _EpisodeRunner(proto, pixels, sampler, {}, device, BATCH, {}, store)
+    with evaluating(module), store:
+        for block in run.blocks(episodes):
+            yield from ((outcome.logits, outcome.episode.query_labels) for outcome in run(block).values())
+
+
+def _placed(proto: FewShotModel, device: torch.device | str | None) -> tuple[nn.Module, torch.device | str]:
+    """Return the model as a module, an empty one where it is none, and `device` or that of the model."""
+    module = proto if isinstance(proto, nn.Module) else nn.Module()
+    if device is None:
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    return module, device
+
+
+def _store(pixels: PixelStore, features: str, used: bool) -> FeatureStore | None:
+    """Return the store of the features of a set; one that is not used needs no key, which would read the images."""
+    return FeatureStore(getattr(pixels, "key", None) if used else None) if features == "auto" else None
+
+
+def outside_rows(name: str, images: int, episode: int, count: int) -> Tensor:
+    """Return the rows (count,), at most all, that an episode draws of a set of other classes."""
+    generator = torch.Generator().manual_seed(mix_seed(episode, "outside", name))
+    return torch.randperm(images, generator=generator)[:count]
 
 
 def _condition_texts(
@@ -208,6 +255,7 @@ class _Task:
     classifier: nn.Module
     predictions: dict[str, Tensor]
     logits: Tensor
+    outside: dict[str, Tensor]
     adversarial: Tensor | None = None
 
 
@@ -223,6 +271,7 @@ class _EpisodeRunner:
     batch: int
     worst: Mapping[str, Sequence[str]]
     store: FeatureStore | None
+    outside: Mapping[str, tuple[OutsidePixels, FeatureStore | None]] = field(default_factory=dict)
 
     def blocks(self, episodes: int) -> list[range]:
         """Return the numbers of the episodes that run together; single ones where no attack packs."""
@@ -250,6 +299,7 @@ class _EpisodeRunner:
                 getattr(task.classifier, "mixture", None),
                 self.worst,
                 strict,
+                task.outside,
             )
             for task in tasks
         }
@@ -260,8 +310,12 @@ class _EpisodeRunner:
         query = self.pixels[episode.query]
         placed = number(support.to(self.device), self.store, episode.support)
         classifier = self.proto.classifier(placed, episode.support_labels.to(self.device)).eval()
-        clean = self._logits(classifier, query, episode.query)
-        return _Task(index, episode, support, query, classifier, {"clean": clean.argmax(1)}, clean)
+        clean = self._logits(classifier, query, self.store, episode.query)
+        outside = {}
+        for name, (images, store) in self.outside.items():
+            rows = outside_rows(name, len(images), index, len(query))
+            outside[name] = self._logits(classifier, images[rows], store, rows)
+        return _Task(index, episode, support, query, classifier, {"clean": clean.argmax(1)}, clean, outside)
 
     def _groups(self, tasks: Sequence[_Task], attack: QueryPerturbation | PreparedPerturbation) -> list[list[_Task]]:
         """Return the tasks in groups that one run of the attack perturbs together."""
@@ -305,9 +359,15 @@ class _EpisodeRunner:
         return [(mix_seed(seed, task.index, part), position) for part, position in places]
 
     @torch.no_grad()
-    def _logits(self, classifier: nn.Module, images: Tensor, index: Tensor | None = None) -> Tensor:
-        """Return the logits of images on the CPU; index (b,): their rows in the set, where they are unchanged."""
+    def _logits(
+        self,
+        classifier: nn.Module,
+        images: Tensor,
+        store: FeatureStore | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """Return the logits of images on the CPU; index (b,): their rows in the set of the store, where they are unchanged."""
         parts = [part.to(self.device) for part in images.split(self.batch)]
         if index is not None:
-            parts = [number(part, self.store, rows) for part, rows in zip(parts, index.split(self.batch))]
+            parts = [number(part, store, rows) for part, rows in zip(parts, index.split(self.batch))]
         return torch.cat([classifier(part).cpu() for part in parts])

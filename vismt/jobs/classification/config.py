@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from vismt.config import HASHED_IF_SET, UNHASHED, Jitter, ModelConfig, OnBadSample
-from vismt.data.names import check_row_names, overlap
+from vismt.data.names import check_outside
 from vismt.engine.splits import PartsConfig, check_parts
 from vismt.engine.study import StudyConfig, check_arms
 from vismt.errors import UserError, near
@@ -193,7 +193,8 @@ def check(config: MultitaskConfig) -> None:
         raise UserError(
             f"report: {config.report}: task '{unchecked}' has no validation images for thresholds; give it validation_share."
         )
-    _check_ood(config)
+    inside = {f"task '{task.name}'": (*task.train, *task.validation, *task.test) for task in config.tasks}
+    check_outside(config.evaluate.ood, inside, "evaluate.ood")
     if not config.arms:
         check_calibration(config.calibration, config.adapt)
     if config.evaluate.laplace and (config.head_section.labels != "union" or config.evaluate.split == "validation"):
@@ -203,17 +204,6 @@ def check(config: MultitaskConfig) -> None:
         )
     check_attacks(config.evaluate.attacks, config.evaluate.corruptions)
     check_arms(config, check)
-
-
-def _check_ood(config: MultitaskConfig) -> None:
-    check_row_names(config.evaluate.ood, "evaluate.ood")
-    for task in config.tasks:
-        for name in config.evaluate.ood:
-            shared = next((own for own in (*task.train, *task.validation, *task.test) if overlap(name, own)), None)
-            if shared is not None:
-                raise UserError(
-                    f"evaluate.ood: '{name}' shares images with '{shared}' of task '{task.name}'; name another set."
-                )
 
 
 def _check_head(config: MultitaskConfig) -> None:

@@ -21,11 +21,12 @@ from vismt.engine.log import record_stem
 from vismt.engine.study import Training
 from vismt.jobs.classification.evaluation import Evaluation
 from vismt.jobs.classification.models import PixelNet, stored
+from vismt.jobs.variants import against
 from vismt.lines import read_lines
 from vismt.multitask.union import TaskClassifier
 from vismt.records import SHARE, Records
 from vismt.report.results import Score
-from vismt.stats import NUMBER, Condition, Measure
+from vismt.stats import NUMBER, Measure
 
 
 def detection_scores(
@@ -58,8 +59,8 @@ def detection_scores(
             values = detection_values(*(-torch.tensor(list(part.values())) for part in (inside, outside)))
             ids = [*inside, *(f"ood {name}" for name in outside)]
             measure = Measure("AUROC", dict(zip(ids, values.tolist(), strict=True)), NUMBER, chance=0.5)
-            condition = Condition(f"against {row_name(name)}", "variant", "out of distribution")
-            scores.append(Score("classification", task, f"{settings.split} images, detection", measure, condition))
+            text = f"{settings.split} images, detection"
+            scores.append(Score("classification", task, text, measure, against(row_name(name))))
     return scores
 
 

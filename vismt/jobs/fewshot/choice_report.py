@@ -54,7 +54,7 @@ def choice_tables(
     folder: Path, config: FewShotConfig, seeds: Sequence[int], results: Sequence[Result]
 ) -> list[tuple[Table, str]]:
     """Return a table for each protocol; [] unless "merged" and two experts or more are evaluated."""
-    rows = [row for row in results if row.seed is None]
+    rows = [row for row in results if row.seed is None and row.metric == "accuracy"]
     arms = list(dict.fromkeys(row.arm for row in rows))
     experts = [f"{EXPERT}{label}" for label in evaluated_experts(config)]
     if MERGED not in arms or len(experts) < 2:

@@ -26,7 +26,8 @@ DEFAULT = "merged:default"
 SINGLE = (FROZEN, ALONE)
 POOLED = (FROZEN, CLEAN, MERGED, DEFAULT, *(f"{MERGED}:{rule}" for rule in SELECT), "average", "logits", "min_ce")
 LEVELS: list[float | list[float]] = [0.01, 0.1, 6.0, 8.0]
-HEADS = ("finetune", "ridge", "logistic", "vbll")  # the model "STEM+HEAD" has this in place of the prototypes of "STEM"
+# The model "STEM+HEAD" has one of these in place of the prototypes of "STEM".
+HEADS = ("finetune", "ridge", "logistic", "vbll", "laplace")
 PROTOTYPES = "prototypes"
 COPY_SEED = 1_000_003  # difference of the training seeds of experts with one level
 
@@ -99,7 +100,7 @@ class FewShotHeadConfig:
     """The head of evaluated models whose name has no ending.
 
     Args:
-        name: prototypes, or finetune, ridge, logistic or vbll, as in evaluate.models.
+        name: prototypes, or finetune, ridge, logistic, vbll or laplace, as in evaluate.models.
         options: further arguments of vbll (vismt.llm.vbll).
     """
 
@@ -114,8 +115,8 @@ class EvaluateConfig:
     Args:
         data: cards as 'name' or 'name:split'.
         models: the evaluated models: frozen and adapted, with a pool frozen, clean, merged, merged:RULE, average,
-            logits, min_ce and expert:LABEL. All except logits also with +finetune, +ridge, +logistic
-            or +vbll.
+            logits, min_ce and expert:LABEL. All except logits also with +finetune, +ridge, +logistic,
+            +vbll or +laplace.
         rule: uniform (ways, shots) or variable (Meta-Dataset).
         ways: classes of an episode of the uniform rule.
         shots: support images of a class; each number is a protocol of its own.
@@ -131,7 +132,10 @@ class EvaluateConfig:
         corruptions: evaluated corruptions.
         masking: also run PGD at growing radii, on the first masking_episodes episodes of each set.
         masking_episodes: episodes of each set for `masking`.
-        probabilities: also report ECE, NLL and Brier score of the clean episodes' probabilities.
+        probabilities: also report ECE, NLL and Brier score of the clean episodes' probabilities, and with a select section
+            those after each model's temperature, fitted on the validation episodes.
+        ood: sets of images of other classes, cards or folders: how well the largest probability tells as many of them from
+            the queries of each episode, as AUROC.
         ways_of: {entry of data or of select.data: ways}, where a set has other ways than `ways`.
     """
 
@@ -152,6 +156,7 @@ class EvaluateConfig:
     masking: bool = False
     masking_episodes: Episodes = 10
     probabilities: bool = field(default=False, metadata=HASHED_IF_SET)
+    ood: list[str] = field(default_factory=list, metadata=HASHED_IF_SET)
     ways_of: dict[str, int] = field(default_factory=dict, metadata=HASHED_IF_SET)
 
     def ways_in(self, data: str, classes: int | None = None) -> int:
@@ -167,7 +172,9 @@ class EvaluateConfig:
 
 @dataclass
 class SelectConfig:
-    """The choice of settings for "merged" (and "merged+finetune"); all other models keep those of the configuration.
+    """The validation episodes of the choice of settings for "merged", of rates and of temperatures.
+
+    All models but "merged" and "merged+finetune" keep the settings of the configuration.
 
     Args:
         data: sets for the choice, none of them evaluated.
@@ -210,7 +217,7 @@ class FewShotConfig(StudyConfig):
         source: training episodes.
         meta: MAML in place of prototypes; null for prototypes.
         pool: the pool of AMT experts; null for none.
-        select: the choice of settings for merged; null for those of `merging`.
+        select: the validation episodes, and the choice of settings for merged; null for those of `merging`.
         merging: how a pool is merged for a task.
         finetune: fine-tuning on a task, of models with +finetune.
         head: the head of evaluated models, fitted to each task's support; models may also name one, frozen+vbll.

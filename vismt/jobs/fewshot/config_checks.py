@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vismt.data.names import check_row_names, overlap
+from vismt.data.names import check_outside, check_row_names, overlap
 from vismt.engine.study import check_arms
 from vismt.errors import UserError, near
 from vismt.jobs.calibrating import check_calibration
@@ -89,6 +89,7 @@ def _check_evaluation(config: FewShotConfig) -> None:
         if not values or len(set(values)) < len(values):
             raise UserError(f"evaluate.{name}: {values}; name at least one, each once.")
     check_row_names(settings.data, "evaluate.data")
+    check_outside(settings.ood, {"evaluate.data": settings.data}, "evaluate.ood")
     if config.meta is not None and (
         config.pool is not None or (settings.rule, settings.ways) != ("uniform", source.ways)
     ):
@@ -182,9 +183,10 @@ def _check_selection(config: FewShotConfig) -> None:
     select = config.select
     if select is None:
         return
-    if config.pool is None and config.tune is None:
+    if config.pool is None and config.tune is None and not config.evaluate.probabilities:
         raise UserError(
-            "select: chooses the settings of a pool's merging, or rates; add pool or tune, or leave it out."
+            "select: the episodes of a pool's settings, of rates or of temperatures; add pool or tune, set "
+            "evaluate.probabilities, or leave it out."
         )
     if bool(select.data) == bool(select.class_share) or not 0 <= select.class_share < 1:
         raise UserError(

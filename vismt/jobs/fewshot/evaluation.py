@@ -9,17 +9,20 @@ from typing import Any
 
 from torch import Tensor
 
-from vismt import console
-from vismt.data.names import shown_name
+from vismt import console, ranks
+from vismt.data.names import row_name, shown_name
 from vismt.data.pixels import Pixels
 from vismt.engine.log import record_stem
 from vismt.engine.study import Training
 from vismt.jobs.fewshot import masking_report
+from vismt.jobs.fewshot.calibration import temperature
 from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.jobs.fewshot.data import FewShotData
 from vismt.jobs.fewshot.models import Models
 from vismt.jobs.fewshot.records import episodes_file
-from vismt.metatune.episode_outcome import BRIER, GAPS, NLL
+from vismt.jobs.variants import TEMPERED, against
+from vismt.lines import read_lines
+from vismt.metatune.episode_outcome import BRIER, GAPS, NLL, SCALED, UNSCALED
 from vismt.metatune.episodes import EpisodeSampler, VariableSampler
 from vismt.metatune.protocol import run_protocol
 from vismt.report.results import Score
@@ -30,6 +33,7 @@ from vismt.seeds import digest
 from vismt.stats import CLEAN, LOWER, NUMBER, Measure
 
 TASK = "few-shot"
+FORMS = {UNSCALED: CLEAN, SCALED: TEMPERED}  # conditions of the rows of probabilities
 
 
 class Evaluation:
@@ -77,30 +81,46 @@ class Evaluation:
         """Run the protocol on one set; return the scores of clean episodes and of each perturbation."""
         shown = shown_name(name)
         protocol = str(sampler)
+        settings = self.config.evaluate
         panel = self.folder / "panels" / f"{shown}-{protocol.replace(' ', '-')}.npz" if with_panel else None
+        records = episodes_file(self.folder, models.seed, shown, protocol, f"{arm}{ending}")
+        tempered = settings.probabilities and self.config.select is not None
+        outside = {against(row_name(entry)): self.data.open(entry) for entry in settings.ood}
         worst = worst_cases(specs, sampler.min_ways)
         results = run_protocol(
             models.task(arm, name),
             pixels,
             sampler,
-            episodes=self.config.evaluate.episodes,
+            episodes=settings.episodes,
             attacks=specs,
-            records=episodes_file(self.folder, models.seed, shown, protocol, f"{arm}{ending}"),
+            records=records,
             panel=panel,
             data=name,
             fingerprint=models.fingerprint(arm, name),
             label=f"{shown} {protocol} {arm}",
             model=arm,
             worst={case.condition.label: case.attacks for case in worst},
-            probabilities=self.config.evaluate.probabilities,
+            probabilities=settings.probabilities,
+            temperature=self._temperature(models, arm, name, records) if tempered else None,
+            ood={condition.label: images for condition, images in outside.items()},
         )
         labels = [CLEAN, *(condition_of(spec, sampler.min_ways) for spec in specs), *(case.condition for case in worst)]
         chance = 1 / sampler.ways if isinstance(sampler, EpisodeSampler) else None
         drawn = digest(json.dumps(sampler.describe(), sort_keys=True).encode())[:16]
         measures = [(label, accuracy(results[label.label], chance)) for label in labels]
-        if self.config.evaluate.probabilities:
-            measures += [(CLEAN, measure) for measure in probability_measures(results)]
+        for form, label in FORMS.items():
+            if f"{form} {NLL}" in results:
+                measures += [(label, measure) for measure in probability_measures(results, form)]
+        for label in outside:
+            measures.append((label, Measure("AUROC", _by_episode(results[label.label]), NUMBER, chance=0.5)))
         return [Score(TASK, shown, protocol, measure, label, "episodes", drawn) for label, measure in measures]
+
+    def _temperature(self, models: Models, arm: str, name: str, records: Path) -> float | None:
+        """Return the temperature of a model, None for records of a version without it, which stay as they are."""
+        if ranks.from_first(lambda: _without_temperature(records)):
+            console.stage("eval", f"'{records}' has no temperature; move it away to evaluate with one")
+            return None
+        return temperature(self.folder, models, arm, name, self.data.open)
 
     def validation_scores(self, models: Models, training: Training) -> list[Score]:
         """Return the accuracy of a training on the episodes of select.data, clean and under select.attack."""
@@ -161,6 +181,12 @@ class Evaluation:
         return lines
 
 
+def _without_temperature(records: Path) -> bool:
+    """Return whether there are records, made without a temperature."""
+    lines = read_lines(records)
+    return bool(lines) and "temperature" not in lines[0].get("settings", {})
+
+
 def _settings(specs: Sequence[Perturbation]) -> str:
     """Return all settings of some conditions as one text."""
     settings: list[Mapping[str, object]] = [dict(spec.settings()) for spec in specs]
@@ -172,15 +198,18 @@ def accuracy(values: Tensor, chance: float | None) -> Measure:
     return Measure("accuracy", _by_episode(values), chance=chance)
 
 
-def probability_measures(results: Mapping[str, Tensor]) -> list[Measure]:
-    """Return the quality of the clean probabilities from the results of `run_protocol`; all episodes weigh the same."""
+def probability_measures(results: Mapping[str, Tensor], form: str) -> list[Measure]:
+    """Return the quality of the probabilities of a form of the clean logits from the results of `run_protocol`.
+
+    All episodes weigh the same.
+    """
     from vismt.llm.probability_metrics import gap_values  # loads torchmetrics
 
-    effects, bounds = gap_values(results[GAPS])
+    effects, bounds = gap_values(results[f"{form} {GAPS}"])
     return [
         Measure("ECE-15", _by_episode(effects), better=LOWER, bounds=bounds, paired=False),
-        Measure("NLL in nats", _by_episode(results[NLL]), NUMBER, LOWER),
-        Measure("Brier", _by_episode(results[BRIER]), NUMBER, LOWER),
+        Measure("NLL in nats", _by_episode(results[f"{form} {NLL}"]), NUMBER, LOWER),
+        Measure("Brier", _by_episode(results[f"{form} {BRIER}"]), NUMBER, LOWER),
     ]
 
 

@@ -92,6 +92,11 @@ class FewShotJob(Job[FewShotConfig, Any]):
         settings = self.models(self.study.seeds[0]).settings
         for name in self.config.evaluate.data:
             self.data.samplers(name, settings.classes(name, "test"))
+        for name in self.config.evaluate.ood:
+            self.data.open(name)
+        if self.config.evaluate.probabilities and self.config.select is not None:
+            for name in self.config.select.data:
+                settings.sampler(name)
 
     def skeleton(self, config: FewShotConfig) -> nn.Module:
         given = held(config.model.name)

@@ -30,6 +30,7 @@ from vismt.jobs.fewshot.merge_settings import PoolSettings
 from vismt.lowrank.inject import merge
 from vismt.lowrank.store import fingerprint
 from vismt.metatune.finetune import FineTuned
+from vismt.metatune.laplace_probe import LaplaceProbe
 from vismt.metatune.linear_probe import LinearProbe
 from vismt.metatune.logistic_probe import LogisticProbe
 from vismt.metatune.maml import LinearLearner, MamlNet
@@ -44,7 +45,12 @@ from vismt.seeds import digest
 
 OWN_FILE = "classifier.safetensors"  # the classifier's trained tensors besides the adapter
 EvaluatedModel = ProtoNet | MamlNet | PoolNet | FineTuned | LinearProbe
-PROBES: dict[str, type[LinearProbe]] = {"ridge": RidgeProbe, "logistic": LogisticProbe, "vbll": VBLLProbe}
+PROBES: dict[str, type[LinearProbe]] = {
+    "ridge": RidgeProbe,
+    "logistic": LogisticProbe,
+    "vbll": VBLLProbe,
+    "laplace": LaplaceProbe,
+}
 
 
 def make_net(backbone: PixelBackbone, config: FewShotConfig) -> ProtoNet | MamlNet:
