@@ -173,7 +173,7 @@ class Laplace(GaussianHead):
         mean, root = self.logit_distribution(features)
         if method == "probit":
             return probit(mean, root)
-        return averaged(draw_logits(mean, root, samples, generator, shared=method == "shared"))
+        return averaged(draw_logits(mean, root, samples, generator))
 
     @full_precision
     def uncertainty(

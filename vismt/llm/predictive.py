@@ -1,7 +1,6 @@
 """Class probabilities and uncertainty scores from a Gaussian distribution of logits.
 
     sample     p = mean_s softmax(m + R eps_s), R R^T the covariance of the k logits     probabilities are averaged, not logits
-    shared     the same with draws eps_s that all examples share: p is a function of the example alone, not of its batch
     probit     p_c ~ 1 / sum_j exp(-(m_c - m_j) / sqrt(1 + pi V_cj / 8)),   V_cj the variance of z_c - z_j           no draw
 
 MacKay's approximation (Neural Computation 4(5), 1992) is for two classes, where the probit above equals it. The usual
@@ -21,25 +20,22 @@ from torch import Tensor
 
 from vismt.errors import UserError, near
 
-METHODS = ("sample", "shared", "probit")
+METHODS = ("sample", "probit")
+PAIRS = 2**25  # numbers of a temporary (b, k, k) of the probit
 
 
-def draw_logits(
-    mean: Tensor, root: Tensor, samples: int, generator: torch.Generator | None, *, shared: bool = False
-) -> Tensor:
+def draw_logits(mean: Tensor, root: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
     """Draw logits (s, b, k) from N(mean, root root^T).
 
     mean: (b, k). root: standard deviations (b, k), or a factor (b, k, k) of the covariance. samples: s. generator: on any
-    device, None for the global generator of the logits' device; exactly s b k normal numbers are drawn, or s k that are shared.
+    device, None for the global generator of the logits' device; exactly s b k normal numbers are drawn.
     """
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise UserError(
             f"predict: samples {samples!r}; it must be a whole number, at least 1 (method 'probit' draws none)."
         )
     device = generator.device if generator is not None else mean.device
-    shape = (1, mean.shape[1]) if shared else mean.shape
-    noise = torch.randn(samples, *shape, generator=generator, device=device, dtype=mean.dtype).to(mean.device)
-    noise = noise.expand(samples, *mean.shape)
+    noise = torch.randn(samples, *mean.shape, generator=generator, device=device, dtype=mean.dtype).to(mean.device)
     return mean + (noise * root if root.ndim == 2 else einsum(root, noise, "b k j, s b j -> s b k"))
 
 
@@ -49,7 +45,12 @@ def averaged(logits: Tensor) -> Tensor:
 
 
 def probit(mean: Tensor, root: Tensor) -> Tensor:
-    """Return approximate probabilities (b, k) without a draw; needs memory for (b, k, k). Arguments as in `draw_logits`."""
+    """Return approximate probabilities (b, k) without a draw. Arguments as in `draw_logits`."""
+    batch = max(1, PAIRS // mean.shape[1] ** 2)
+    return torch.cat([_probit(*part) for part in zip(mean.split(batch), root.split(batch), strict=True)])
+
+
+def _probit(mean: Tensor, root: Tensor) -> Tensor:
     covariance = torch.diag_embed(root.square()) if root.ndim == 2 else root @ root.mT
     variance = covariance.diagonal(dim1=1, dim2=2)
     pairs = (variance.unsqueeze(2) + variance.unsqueeze(1) - 2 * covariance).clamp_min(

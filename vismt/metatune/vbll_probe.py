@@ -3,7 +3,7 @@
 With u, w of linear_probe.py and x = (sqrt(d) u, 1), so that a coordinate of x has mean square 1,
 
     q = argmin  -1/n sum_i w_i bound(x_i, y_i) + (KL(q, prior) - log prior of the noise) / n
-    logits: bayesian_probe.py with m(x), R(x) = sqrt(v(x)) and draws
+    logits: bayesian_probe.py with m(x), R(x) = sqrt(v(x))
 
 by STEPS steps of Adam over the whole support, from means of 0, the mode of the prior. So the answer depends on the support alone.
 The posterior matters most where the support is small: with one image a class the data fix one direction for each class, and all
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vismt.llm.vbll import VBLLClassifier
-from vismt.metatune.bayesian_probe import SAMPLES, BayesianProbe, with_ones
+from vismt.metatune.bayesian_probe import BayesianProbe, with_ones
 from vismt.metatune.protocol import FewShotModel
 
 STEPS = 200
@@ -27,8 +27,6 @@ RATE = 0.05
 
 class VBLLProbe(BayesianProbe):
     """Prototypes replaced by a Bayesian last layer (equations in this file's header); options: further ones of the head."""
-
-    method = "shared"
 
     def __init__(self, proto: FewShotModel, **options: Any) -> None:
         super().__init__(proto)
@@ -59,4 +57,4 @@ class VBLLProbe(BayesianProbe):
         return with_ones(u * u.shape[1] ** 0.5)
 
     def describe(self) -> str:
-        return f"vbll {SAMPLES} {STEPS} {RATE} {sorted(self.options.items())}"
+        return f"vbll probit {STEPS} {RATE} {sorted(self.options.items())}"

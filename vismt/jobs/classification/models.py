@@ -30,15 +30,14 @@ HEAD = "head.safetensors"
 class PixelNet(nn.Module):
     """A backbone with a head: images (b, 3, h, w) in [0, 1] -> logits (b, k), of a Bayesian head log-probabilities.
 
-    Those are averaged over `samples` draws of the logits, the same for every image, so that an answer does not depend on the
-    batch around it and an attack follows the gradient of what is evaluated.
+    Those are the logarithm of the probit without draws (vismt/llm/predictive.py), so that an answer does not depend on the batch
+    around it and an attack follows the gradient of what is evaluated.
 
     Attributes:
         frozen: whether no training changes the backbone. It then stays in evaluation mode, and computes the features of
             `stored` images once.
     """
 
-    samples = 20
     frozen = False
 
     def __init__(self, backbone: Backbone) -> None:
@@ -49,9 +48,7 @@ class PixelNet(nn.Module):
         head: Any = self.head
         if not isinstance(self.head, GaussianHead):
             return head(self.features(images)) if self.frozen else self.backbone.logits(images)
-        generator = torch.Generator().manual_seed(0)
-        probabilities = head.predict(self.features(images), self.samples, generator, method="shared")
-        return probabilities.clamp_min(SMALLEST).log()
+        return head.predict(self.features(images), method="probit").clamp_min(SMALLEST).log()
 
     def features(self, images: Tensor) -> Tensor:
         """Return the input (b, d) of the head."""
