@@ -81,7 +81,9 @@ def test_the_temperature_is_the_best_of_the_validation_episodes(folder: Path) ->
     job = open_run(folder).job
     models = job.models(0)
     sampler = models.settings.sampler("photo_crops:test")
-    pairs = list(clean_logits(models.task("frozen+laplace", "digits"), job.data.open("photo_crops:test"), sampler, 3))
+    pairs = list(
+        clean_logits(models.task("frozen+laplace", "digits"), job.data.open("photo_crops:test"), sampler, 3, "test")
+    )
     logits, labels = (torch.cat(parts) for parts in zip(*pairs))
     nll = {
         factor: float(F.cross_entropy(logits.double() / (kept["temperature"] * factor), labels))

@@ -205,14 +205,14 @@ def run_protocol(
 
 
 def clean_logits(
-    proto: FewShotModel, pixels: PixelStore, sampler: Sampler, episodes: int
+    proto: FewShotModel, pixels: PixelStore, sampler: Sampler, episodes: int, label: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the logits (m, N), on the CPU, and the labels (m,) of the clean queries of each episode."""
+    """Yield the logits (m, N), on the CPU, and the labels (m,) of the clean queries of each episode, under a bar with `label`."""
     module, device = _placed(proto, None)
     store = FeatureStore(getattr(pixels, "key", None))
     run = _EpisodeRunner(proto, pixels, sampler, {}, device, BATCH, {}, store)
     with evaluating(module), store:
-        for block in run.blocks(episodes):
+        for block in console.track(run.blocks(episodes), "eval", label):
             yield from ((outcome.logits, outcome.episode.query_labels) for outcome in run(block).values())
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from vismt import console, ranks
+from vismt import ranks
 from vismt.data.names import shown_name
 from vismt.data.pixels import Pixels
 from vismt.jobs.fewshot.models import Models
@@ -58,11 +58,16 @@ def temperature(folder: Path, models: Models, arm: str, data: str, opened: Calla
     samplers = {name: models.settings.sampler(name) for name in names}
 
     def fit() -> Temperature:
-        console.stage("fit", f"temperature of {arm} on the validation episodes of {', '.join(names)}")
         pairs = [
             pair
             for name, sampler in samplers.items()
-            for pair in clean_logits(models.task(arm, data), opened(name), sampler, select.episodes)
+            for pair in clean_logits(
+                models.task(arm, data),
+                opened(name),
+                sampler,
+                select.episodes,
+                f"{shown_name(name)} {arm} for a temperature",
+            )
         ]
         ways = max(logits.shape[1] for logits, _ in pairs)
         logits = torch.cat([F.pad(part.double(), (0, ways - part.shape[1]), value=ABSENT) for part, _ in pairs])
