@@ -87,5 +87,5 @@ def test_absent_file(tmp_path):
 
 
 def test_image_names(tmp_path):
-    assert is_image_name(tmp_path / "A.JPEG")
-    assert not is_image_name(tmp_path / "._a.jpg") and not is_image_name(tmp_path / "Thumbs.db")
+    assert is_image_name("A.JPEG")
+    assert not is_image_name("._a.jpg") and not is_image_name("Thumbs.db")

@@ -44,7 +44,7 @@ def open_class(card: Card, base: Path, folder: Path | None, label: int, expected
             if len(images) != (expected or max(len(images), 1)):
                 raise UserError(f"{shown_path(path)}: holds {len(images):,} of {expected or 1:,} images. {fix(card)}")
             return images
-    paths = [] if folder is None else [path for path in sorted(folder.iterdir()) if is_image_name(path)]
+    paths = [] if folder is None else [path for path in sorted(folder.iterdir()) if is_image_name(path.name)]
     names = [path.relative_to(base).as_posix() for path in paths]
     return ClassImages(names, paths, lambda i: decode_file(paths[i])) if paths else None
 

@@ -7,6 +7,7 @@ a program (EPS starts Ghostscript) and decompress hundreds of kilobytes to gigab
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,9 +26,9 @@ MAX_PIXELS = 64 * 2**20  # decoding an image with transparency takes about 26 by
 FIX = "Replace the file, or set on_bad_sample=skip."
 
 
-def is_image_name(path: Path) -> bool:
+def is_image_name(name: str) -> bool:
     """Return whether a file name has the suffix of an image and no leading dot (such as ._x.jpg in archives)."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
 
 
 def to_rgb(image: Image.Image) -> Tensor:

@@ -43,8 +43,15 @@ def _class_folders(base: Path, deep: bool) -> list[Path]:
 
 
 def _images(folder: Path) -> list[Path]:
-    paths = (Path(entry.path) for entry in os.scandir(folder) if not _is_folder(entry))
-    return sorted(path for path in paths if is_image_name(path))
+    names = (entry.name for entry in os.scandir(folder) if is_image_name(entry.name) and not _is_folder(entry))
+    return [folder / name for name in sorted(names)]
+
+
+def _groups(folders: ClassFolders, base: Path) -> dict[str, list[Path]]:
+    """Return the image files by class folder, named relative to `base`."""
+    return {
+        folder.relative_to(base).as_posix(): paths for classes in folders.values() for folder, paths in classes.items()
+    }
 
 
 @source_kind("folder")
@@ -84,11 +91,8 @@ class FolderSource(RootedSource, ImageSource):
 
     def list_files(self, base: Path) -> Files:
         """Return the image files in groups named by class folder (`train/apple`)."""
-        return {
-            folder.relative_to(base).as_posix(): [(path.relative_to(base).as_posix(), path) for path in paths]
-            for classes in self.scan(base).values()
-            for folder, paths in classes.items()
-        }
+        groups = _groups(self.scan(base), base)
+        return {name: [(path.relative_to(base).as_posix(), path) for path in paths] for name, paths in groups.items()}
 
     def count_images(self, base: Path, split: str) -> int:
         by_split = "{split}" in self.layout
@@ -113,7 +117,7 @@ class FolderSource(RootedSource, ImageSource):
             if absent is not None:
                 raise UserError(f"{card.shown}: {shown_path(base)} has no folder for split '{absent}'. {fix(card)}")
             chosen = {name: [path for paths in folders[name].values() for path in paths] for name in wanted}
-        groups = {name: len(entries) for name, entries in self.list_files(base).items()}
+        groups = {name: len(paths) for name, paths in _groups(folders, base).items()}
         verify_counts(card, self, base, {name: len(paths) for name, paths in chosen.items()}, groups)
         classes = sorted({folder.name for by_class in folders.values() for folder in by_class})
         verify_classes(card, self, base, len(classes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -183,7 +184,7 @@ def open_images(
         labels=torch.tensor(loaded.labels, dtype=torch.int64),
         ids=loaded.ids,
         reader=loaded.read,
-        content=loaded.content,
+        content=cache(loaded.content),
         superclass=superclass,
         superclass_names=superclass_names,
         where=shown_path(base),

@@ -48,7 +48,7 @@ def _of_folder(path: Path) -> list[DataSource]:
     classes = [inner for folder in folders for inner in _folders(folder)] if by_split else folders
     if not classes:
         return []
-    deep = "" if any(is_image_name(file) for folder in classes for file in folder.iterdir()) else "**/"
+    deep = "" if any(is_image_name(file.name) for folder in classes for file in folder.iterdir()) else "**/"
     if not by_split:
         return [FolderSource(root=str(path), layout=f"{deep}{{class}}")]
     return [

@@ -5,8 +5,8 @@ above which SHARE of the answers lie). Coverage, size of the sets, accepted shar
 of every condition, clean, corrupted or attacked, from the record of every example.
 
 Under an attack the convention of accuracies holds (vismt/robustness/evaluate.py): an answer is right, and a label covered, when
-it is so on the clean image, too. Sizes and confidences are those of the attacked image. Our attacks stop at wrong answers, where the
-label is often still in the set. `torchattacks:PGD` raises -log p, the score of the sets, to its last step.
+it is so on the clean image, too. Sizes and confidences are those of the attacked image. Our attacks stop at wrong answers, where
+the label is often still in the set. `torchattacks:PGD` raises -log p, the score of the sets, to its last step.
 """
 
 from __future__ import annotations
