@@ -106,6 +106,14 @@ def test_values_of_other_conditions_stay(tmp_path):
     assert len(lines) == 3 and not any(PGD.label in line for line in lines)
 
 
+def test_conditions_with_examples_of_their_own_are_read_back_whole(tmp_path):
+    scores = [score(values, condition) for values, condition in (([0.2, 0.4], CLEAN), ([0.5, 0.7, 0.9], PGD))]
+    pairs = [(result_of(item, "lora", None, "test", HASH), item.measure) for item in scores]
+    write_values(tmp_path, pairs)
+    found = ValuesByExample(tmp_path)
+    assert [found.of(row) for row, _ in pairs] == [dict(each.values) for _, each in pairs]
+
+
 def test_every_arm_and_metric_has_its_values(tmp_path):
     for arm in ("lora", "emtal"):
         for metric in ("accuracy", "NLL in nats"):
