@@ -11,17 +11,14 @@ the label is often still in the set. `torchattacks:PGD` raises -log p, the score
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Protocol, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vismt.conformal import conformal_quantile, least_examples, set_sizes
 from vismt.errors import UserError, near
-from vismt.files import atomic_write, read_sealed, sealed
 from vismt.report.risk import ACCEPTED, AURC, COVERED, RISK, SIZE
 from vismt.robustness.conditions import Perturbation, condition_of
 from vismt.selective import accepting_threshold, risk_coverage_interval, risk_coverage_values, selective_risk
@@ -29,16 +26,6 @@ from vismt.stats import CLEAN, LOWER, NUMBER, Condition, Measure, wilson
 
 REPORTS = ("risk",)
 COVERAGE, SHARE = 0.9, 0.8  # of the sets; of the answers that are accepted
-
-
-class Fitted(Protocol):
-    """What was fitted for weights with a fingerprint."""
-
-    @property
-    def fingerprint(self) -> str: ...
-
-
-F = TypeVar("F", bound=Fitted)
 
 
 @dataclass(frozen=True)
@@ -60,18 +47,6 @@ def fit_thresholds(fingerprint: str, log_p: Tensor, labels: Tensor) -> Threshold
     chosen = log_p.gather(1, labels[:, None]).squeeze(1)
     confidence = accepting_threshold(log_p.amax(1).exp(), SHARE)
     return Thresholds(fingerprint, conformal_quantile(-chosen, COVERAGE), confidence, len(labels))
-
-
-def kept(path: Path, kind: type[F], fingerprint: str, fit: Callable[[], F]) -> F:
-    """Return what a JSON file has for the weights with this fingerprint, or fit and write it."""
-    if path.exists():
-        names = tuple(field.name for field in fields(kind))  # type: ignore[arg-type]  # a dataclass
-        known = kind(**read_sealed(path, f"'{path}'", names))
-        if known.fingerprint == fingerprint:
-            return known
-    fitted = fit()
-    atomic_write(path, sealed(asdict(fitted)))  # type: ignore[call-overload]  # a dataclass
-    return fitted
 
 
 def check_report(report: str | None, split: str = "test") -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vismt.jobs.risk import kept
+from vismt.jobs.fitted import kept
 from vismt.jobs.variants import TAUS
 from vismt.llm.temperature import fit_temperature
 from vismt.multitask.class_loss import adjusted

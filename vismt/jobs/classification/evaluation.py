@@ -22,7 +22,8 @@ from vismt.jobs.classification.calibration import Calibration, calibration
 from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.models import PixelNet, stored
-from vismt.jobs.risk import Thresholds, fit_thresholds, image_measures, kept
+from vismt.jobs.fitted import kept
+from vismt.jobs.risk import Thresholds, fit_thresholds, image_measures
 from vismt.jobs.variants import ADJUSTED, TEMPERED
 from vismt.lines import read_lines
 from vismt.multitask.class_loss import adjusted

@@ -26,7 +26,7 @@ from vismt.data.names import shown_name
 from vismt.data.pixels import Pixels
 from vismt.jobs.fewshot.models import Models
 from vismt.jobs.fewshot.records import temperature_file
-from vismt.jobs.risk import kept
+from vismt.jobs.fitted import kept
 from vismt.llm.temperature import fit_temperature
 from vismt.metatune.protocol import clean_logits
 from vismt.seeds import digest

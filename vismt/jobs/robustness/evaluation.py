@@ -11,7 +11,8 @@ import torch
 from vismt import ranks
 from vismt.data.names import row_name
 from vismt.engine.log import record_stem
-from vismt.jobs.risk import Thresholds, fit_thresholds, image_measures, kept
+from vismt.jobs.fitted import kept
+from vismt.jobs.risk import Thresholds, fit_thresholds, image_measures
 from vismt.jobs.robustness.data import Batches
 from vismt.jobs.robustness.models import Classifier
 from vismt.report.results import Score
