@@ -165,6 +165,7 @@ def test_exporting_gates_of_many_users_is_refused(study: Path, tmp_path: Path, c
     assert (tmp_path / "out" / "head.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", ["recommender", "arms"])
 def test_an_interrupted_run_goes_on_bit_for_bit(home, tmp_path: Path, monkeypatch, inside: str) -> None:
     config = settings(home, recommender={"width": 8, "steps": 501, "batch": 30, "lr": 1e-2, "dropout": 0.2})

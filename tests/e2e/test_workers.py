@@ -59,6 +59,7 @@ def files(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in [*kept, *folder.glob("episodes/*/*")]}
 
 
+@pytest.mark.slow
 def test_local_workers_write_the_files_of_one_process(config: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     assert main(["run", str(config), "--out", str(tmp_path), "--quiet", "--workers", "2"]) == 0
     assert files(tmp_path) == expected

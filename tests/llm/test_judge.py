@@ -168,12 +168,9 @@ def test_a_batch_draws_users_and_then_a_row_of_each():
         assert last.bincount().tolist() == expected
         again = ItemBatches(items, size, judge, 50, seed=0)
         assert torch.equal(again(7)["key"], batches(7)["key"])
-    keys = torch.cat(
-        [
-            ItemBatches(encoded(task(sample="users"), rows, users), 3, task(sample="users"), 50, seed=0)(k)["key"]
-            for k in range(50)
-        ]
-    )
+    by_user = task(sample="users")
+    batches = ItemBatches(encoded(by_user, rows, users), 3, by_user, 50, seed=0)
+    keys = torch.cat([batches(k)["key"] for k in range(50)])
     assert len(keys.unique()) > 30  # not always the first row of a user
 
 

@@ -239,6 +239,7 @@ def test_activations_of_a_model_follow_the_formula() -> None:
     assert floats["d", 3] < floats["od", 3] - 4 * h
 
 
+@pytest.mark.slow
 def test_published_budget_on_the_meta_device() -> None:
     """Llama-2-7B with o 0.052 and d 0.02 of all layers: 53 heads and 7,045 channels, 56.6 million."""
     transformers = pytest.importorskip("transformers")

@@ -65,7 +65,8 @@ def run(
 ) -> dict[str, Tensor]:
     sampler = EpisodeSampler(LABELS, ways=3, shots=shots, queries=4, seed=1)
     pixels = options.pop("pixels", None) or Pixels()
-    return run_protocol(net, pixels, sampler, episodes=12, records=records, features=mode, **options)
+    episodes = options.pop("episodes", 12)
+    return run_protocol(net, pixels, sampler, episodes=episodes, records=records, features=mode, **options)
 
 
 def frozen() -> ProtoNet:
@@ -93,7 +94,7 @@ def test_records_are_those_of_every_episode(name, shots, pool, cache, tmp_path):
     paths = {mode: tmp_path / f"{mode}.jsonl" for mode in ("off", "auto", "again")}
     for mode, path in paths.items():
         net = MODELS[name](pool)
-        run(net, "off" if mode == "off" else "auto", path, shots)
+        run(net, "off" if mode == "off" else "auto", path, shots, episodes=5)
     assert paths["auto"].read_text() == paths["off"].read_text() == paths["again"].read_text()
     logits = {}
     for mode in ("off", "auto"):
@@ -107,9 +108,9 @@ def test_records_are_those_of_every_episode(name, shots, pool, cache, tmp_path):
             return task
 
         net.classifier = watched
-        run(net, mode, shots=shots)
+        run(net, mode, shots=shots, episodes=5)
         logits[mode] = seen
-    assert len(logits["off"]) == 12 and all(map(torch.equal, logits["auto"], logits["off"]))
+    assert len(logits["off"]) == 5 and all(map(torch.equal, logits["auto"], logits["off"]))
 
 
 def test_each_image_is_computed_once_and_never_by_the_next_run(cache, computed):
