@@ -204,7 +204,8 @@ def test_expert_is_a_hidden_alias_of_arm(run_folder: Path, capsys) -> None:
 
 def test_interrupted_training_and_evaluation_go_on(tmp_path: Path, monkeypatch, capsys) -> None:
     from vismt.engine import checkpoint
-    from vismt.metatune import protocol
+    from vismt.metatune import episode_runner
+    from vismt.metatune.episode_runner import EpisodeRunner
 
     path = write(tmp_path)
     out = tmp_path / "runs"
@@ -221,7 +222,7 @@ def test_interrupted_training_and_evaluation_go_on(tmp_path: Path, monkeypatch, 
     assert main(["run", str(path), "--out", str(out)]) == 130
     assert "continue from here" in capsys.readouterr().err
     calls = []
-    run_episode = protocol._EpisodeRunner.__call__
+    run_episode = EpisodeRunner.__call__
 
     def second_fails(self, block: range):
         calls.append(block)
@@ -229,11 +230,11 @@ def test_interrupted_training_and_evaluation_go_on(tmp_path: Path, monkeypatch, 
             raise KeyboardInterrupt
         return run_episode(self, block)
 
-    monkeypatch.setattr(protocol, "BLOCK", 1)
-    monkeypatch.setattr(protocol._EpisodeRunner, "__call__", second_fails)
+    monkeypatch.setattr(episode_runner, "BLOCK", 1)
+    monkeypatch.setattr(EpisodeRunner, "__call__", second_fails)
     assert main(["run", str(path), "--out", str(out)]) == 130
     assert "at step 2 of 4" in capsys.readouterr().out
-    monkeypatch.setattr(protocol._EpisodeRunner, "__call__", run_episode)
+    monkeypatch.setattr(EpisodeRunner, "__call__", run_episode)
     assert main(["run", str(path), "--out", str(out)]) == 0
     assert "1 of 3 are on record" in capsys.readouterr().out
 

@@ -31,7 +31,7 @@ from vismt.metatune.attention_scale import attention_heads, scaled_queries
 from vismt.metatune.diffaugment import diff_augment
 from vismt.metatune.features import features
 from vismt.metatune.functional import Functional, check_weights, evaluating
-from vismt.metatune.protocol import FewShotModel
+from vismt.metatune.interfaces import FewShotModel
 from vismt.metatune.protonet import PrototypeClassifier, cosine_logits, prototypes
 from vismt.metatune.rate_choice import AUTO, LossNotFinite, choose_rate
 from vismt.seeds import mix_seed

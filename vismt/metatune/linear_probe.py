@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError
 from vismt.metatune.features import features
-from vismt.metatune.protocol import FewShotModel
+from vismt.metatune.interfaces import FewShotModel
 from vismt.metatune.protonet import PrototypeClassifier, prototypes
 
 

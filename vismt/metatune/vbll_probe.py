@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vismt.llm.vbll import VBLLClassifier
 from vismt.metatune.bayesian_probe import BayesianProbe, with_ones
-from vismt.metatune.protocol import FewShotModel
+from vismt.metatune.interfaces import FewShotModel
 
 STEPS = 200
 RATE = 0.05

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vismt.metatune.protocol import FewShotModel, PixelStore, Sampler, run_protocol
+from vismt.metatune.interfaces import FewShotModel, PixelStore, Sampler
+from vismt.metatune.protocol import run_protocol
 from vismt.robustness.attacks import AttackSpec
 from vismt.robustness.evaluate import ConditionAccuracy, RepeatableBatches, evaluate_classifier
 from vismt.stats import mean_interval

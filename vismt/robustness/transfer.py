@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from vismt.metatune.protocol import FewShotModel
+from vismt.metatune.interfaces import FewShotModel
 from vismt.robustness.attacks import AttackSpec
 
 

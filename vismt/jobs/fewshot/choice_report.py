@@ -20,16 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vismt.files import DIGEST, read_sealed
-from vismt.jobs.fewshot.arms import (
-    evaluated_experts,
-    split_head,
-)
-from vismt.jobs.fewshot.config import (
-    DEFAULT,
-    EXPERT,
-    MERGED,
-    FewShotConfig,
-)
+from vismt.jobs.fewshot.arms import evaluated_experts, split_head
+from vismt.jobs.fewshot.config import DEFAULT, EXPERT, MERGED, FewShotConfig
 from vismt.jobs.fewshot.merge_settings import VALIDATION
 from vismt.jobs.fewshot.records import episodes_file
 from vismt.lines import read_lines

@@ -30,13 +30,13 @@ from vismt.jobs.fewshot.merge_settings import PoolSettings
 from vismt.lowrank.inject import merge
 from vismt.lowrank.store import fingerprint
 from vismt.metatune.finetune import FineTuned
+from vismt.metatune.interfaces import FewShotModel
 from vismt.metatune.laplace_probe import LaplaceProbe
 from vismt.metatune.linear_probe import LinearProbe
 from vismt.metatune.logistic_probe import LogisticProbe
 from vismt.metatune.maml import LinearLearner, MamlNet
 from vismt.metatune.merging import MergeSettings, PoolNet
 from vismt.metatune.pool import ExpertPool, read_pool
-from vismt.metatune.protocol import FewShotModel
 from vismt.metatune.protonet import ProtoNet
 from vismt.metatune.ridge_probe import RidgeProbe
 from vismt.metatune.vbll_probe import VBLLProbe
