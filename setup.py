@@ -8,9 +8,9 @@ from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
 SUFFIXES = {".yaml", ".json", ".txt", ".py"}
-# The only module of an editable install. Neither of setuptools' own ways does: the checkout on sys.path makes datasets/, configs/,
-# tests/ and the rest importable too, and shadows Hugging Face's `datasets`; an import hook comes after the folders of sys.path, so
-# that a script beside a clone named vismt gets the clone's folder as an empty namespace package.
+# The only module of an editable install. Neither way of setuptools gives that: the checkout on sys.path makes datasets/, tests/
+# and the rest importable too, so that datasets/ hides Hugging Face's package; an import hook comes after the folders of
+# sys.path, so that a script beside a clone named vismt gets the clone's folder as an empty namespace package.
 FORWARD = f'''"""Import vismt from its checkout."""
 
 import sys
