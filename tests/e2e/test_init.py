@@ -31,7 +31,7 @@ def test_own_images(job: str, tmp_path: Path, monkeypatch, capsys) -> None:
     assert f"vismt run {where / f'{job}.yaml'}" in capsys.readouterr().out.replace("\n", "")
     monkeypatch.chdir(where)  # where classifier.py is found
     cut = {"fewshot": ["evaluate.episodes=2", "train.warmup=0"], "multitask": ["train.warmup=0"]}
-    short = ["evaluate.images=10", "evaluate.masking=false", "arms.mine.'classifier.size'=32"]
+    short = ["evaluate.images=4", "evaluate.masking=false", "arms.mine.'classifier.size'=32"]
     rows = run(where, job, *(short[:2] if job == "robustness" else [*TINY, *cut[job]]))
     assert {row.data for row in rows} == {"2024"}
     before = (where / f"{job}.yaml").read_text()
