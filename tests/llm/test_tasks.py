@@ -14,8 +14,11 @@ pytest.importorskip("tokenizers")
 
 from helpers.lm_parts import tiny_lm, tokenizer
 
+from vismt.config import TrainConfig
+from vismt.engine import loop, runtime
 from vismt.errors import UserError
 from vismt.jobs.lm.config import LmTaskConfig, task_of
+from vismt.lines import read_lines
 from vismt.llm import net as net_file
 from vismt.llm.heads import LinearAnswerHead, log_predictive, make_head
 from vismt.llm.net import LmNet, check_logits
@@ -216,6 +219,27 @@ def test_left_padding_changes_neither_features_nor_generation(lm):
         both = net.features(collate(prompts))
         for row, prompt in zip(both, prompts):
             assert torch.allclose(row, net.features(collate([prompt]))[0], atol=1e-4)
+
+
+def test_generation_is_greedy_whatever_the_checkpoint_asks_for():
+    lm, words = tiny_lm().requires_grad_(False), tokenizer()
+    task = make_task("generation", "{q}", {"answer": "{a}", "gold": "a", "new_tokens": 8})
+    prompt = words("the green grass is")["input_ids"]
+    ids = list(prompt)
+    for _ in range(8):
+        ids.append(int(lm(torch.tensor([ids])).logits[0, -1].argmax()))
+    wanted = words.decode(ids[len(prompt) :], skip_special_tokens=True)
+    asked = {
+        "repetition_penalty": 9.0,
+        "num_beams": 3,
+        "do_sample": True,
+        "suppress_tokens": ids[len(prompt) :],
+        "min_new_tokens": 9,
+    }
+    lm.generation_config.update(**asked)
+    (item,) = [task.encode("a", {"q": "the green grass is", "a": "one"}, words)]
+    assert task.generate(LmNet(lm), [item]) == [wanted]
+    assert all(getattr(lm.generation_config, name) == value for name, value in asked.items())  # left as it was
 
 
 def test_the_zero_shot_head_is_the_lm_restricted_to_the_answers(lm):
@@ -482,6 +506,30 @@ def test_an_lm_that_caps_its_logits_is_refused():
         check_logits(lm)
     with pytest.raises(UserError, match=r"model.first_block: 3; LlamaForCausalLM has blocks 0 to 2"):
         LmNet(tiny_lm(), first=3)
+
+
+def step_of(task, batches, folder, **settings: Any) -> torch.Tensor:
+    """Return what one step of SGD changes in the B of LoRA."""
+    lm = tiny_lm().requires_grad_(False)
+    adapt(lm, "lora", targets=["q_proj"], rank=2)
+    config = TrainConfig(steps=1, lr=1.0, optimizer="sgd", momentum=0.0, clip=None, warmup=0, **settings)
+    loop.train(LmObjective(LmNet(lm), task), batches.__getitem__, config, folder, "hash", runtime.accelerator(), seed=0)
+    return torch.cat([p.detach().flatten() for name, p in lm.named_parameters() if "lora_B" in name])
+
+
+@pytest.mark.parametrize("kind", ["causal", "generation"])
+def test_a_step_of_several_batches_is_that_of_one_with_their_rows(kind, tmp_path):
+    """Answers of 2 and 40 tokens: batches weigh by their tokens, not one as the other."""
+    options = {"answer": " {a}", "end": False, "length": 99} | ({"gold": "a"} if kind == "generation" else {})
+    task = make_task(kind, "{q}", options)
+    rows = [{"q": "sky", "a": "blue sky"}, {"q": "grass is", "a": " ".join(["very green"] * 20)}]
+    items = [task.encode(row["q"], row, tokenizer()) for row in rows]
+    assert [item.pieces[0].counted for item in items] == [2, 40]
+    one = step_of(task, [gather(items)], tmp_path / "one")
+    several = step_of(task, [gather([item]) for item in items], tmp_path / "two", accumulate=2)
+    assert (one - several).abs().max() < 1e-4 * one.abs().max()
+    logged = [read_lines(tmp_path / name / "metrics.jsonl")[0]["loss"] for name in ("one", "two")]
+    assert logged[0] == pytest.approx(logged[1], rel=1e-5)
 
 
 def test_an_objective_gives_the_loss_of_its_task():

@@ -130,6 +130,10 @@ class LmTask(ABC):
     def loss(self, net: LmNet, batch: Batch) -> dict[str, Tensor]:
         """Return scalars {"loss", ...} for a batch from `gather`."""
 
+    def examples(self, batch: Batch) -> Tensor:
+        """Return the number of rows or tokens over which the loss of a batch is a mean, a scalar."""
+        return torch.tensor(len(batch["label"]), device=batch["label"].device)
+
     @abstractmethod
     def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
         """Return a record for each item of a batch, a dict that JSON can store."""
@@ -274,6 +278,10 @@ class LmObjective(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         return self.task.loss(self.net, batch)
+
+    def examples(self, batch: Batch) -> Tensor:
+        """Return the weight of a batch in a step of several (vismt/engine/loop.py)."""
+        return self.task.examples(batch)
 
     def step(self) -> None:
         """Do nothing after an optimiser step."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vismt.errors import UserError
-from vismt.llm.net import Batch, LmNet
+from vismt.llm.net import Batch, LmNet, counted_tokens
 from vismt.llm.tasks import TASKS
 from vismt.llm.tasks.base import (
     Item,
@@ -99,6 +99,9 @@ class Causal(LmTask):
     def loss(self, net: LmNet, batch: Batch) -> dict[str, Tensor]:
         nats, tokens = net.token_nll(batch)
         return {"loss": nats.sum() / tokens.sum()}
+
+    def examples(self, batch: Batch) -> Tensor:
+        return counted_tokens(batch)
 
     def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
         rows = batch["row"].cpu()

@@ -31,7 +31,7 @@ from torch import Tensor
 from vismt.data.interactions import draw_candidates
 from vismt.errors import UserError, near
 from vismt.llm.hybrid import Hybrid, conditioned
-from vismt.llm.net import Batch, LmNet
+from vismt.llm.net import Batch, LmNet, counted_tokens
 from vismt.llm.tasks import TASKS
 from vismt.llm.tasks.answers import LENGTHS
 from vismt.llm.tasks.base import (
@@ -226,6 +226,9 @@ class Recommendation(LmTask):
         with conditioned(net, batch) as given:
             nats, tokens = net.token_nll(given)
         return {"loss": nats.sum() / tokens.sum(), "hybrid": hybrid}
+
+    def examples(self, batch: Batch) -> Tensor:
+        return super().examples(batch) if self.answer == "judge" else counted_tokens(batch)
 
     def _judgements(self, net: LmNet, batch: Batch) -> Tensor:
         """Return the scores (b, k) of the candidates."""
