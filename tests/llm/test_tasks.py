@@ -12,9 +12,12 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
+import transformers
 from helpers.lm_parts import tiny_lm, tokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from vismt.config import TrainConfig
+from vismt.data.interactions import Catalogue
 from vismt.engine import loop, runtime
 from vismt.errors import UserError
 from vismt.jobs.lm.config import LmTaskConfig, task_of
@@ -27,6 +30,7 @@ from vismt.llm.tasks.alternating import AlternatingObjective
 from vismt.llm.tasks.base import (
     Item,
     LmObjective,
+    answer_tokens,
     gather,
     probability_measures,
     ratio_measures,
@@ -137,6 +141,53 @@ def test_a_chat_template_writes_the_turns_around_the_prompt():
         *words(" green", add_special_tokens=False)["input_ids"],
         words.eos_token_id,
     ]
+
+
+def sentencepiece(kind: str) -> Any:
+    """Return a tokenizer that begins a text with "▁": any text, as Llama 2 ("normalizer"), or one without a space there."""
+    words = ["▁", "▁▁", *"abcdefghijklmnopqrstuvwxyz:!\nQ", "▁blue", "blue", "▁green", "▁sky", "▁yes", "▁no", "▁Q"]
+    tokens = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((word, -8.0 + len(word)) for word in words)]
+    made = Tokenizer(models.Unigram(tokens, unk_id=0))
+    if kind == "normalizer":
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.mark.parametrize("kind", ["normalizer", "metaspace"])
+def test_an_answer_has_the_tokens_that_it_has_after_its_prompt(kind):
+    words, row = sentencepiece(kind), {"q": "sky", "a": "blue sky"}
+    assert words.convert_ids_to_tokens(words("blue", add_special_tokens=False)["input_ids"]) == ["▁blue"]
+    whole = words("Q sky: blue sky")["input_ids"]
+    (part,) = make_task("causal", "Q {q}:", {"answer": " {a}", "end": False}).encode("a", row, words).pieces
+    assert list(part.ids) == whole and part.counted == 2
+    options = {"answers": {"0": " {a}", "1": " green!"}, "label": "0"}
+    (branches,) = make_task("answers", "Q {q}:", options).encode("a", row, words).pieces
+    assert [list(stem(branches, n).ids) for n in (0, 1)] == [whole, words("Q sky: green!")["input_ids"]]
+    classes = make_task("classes", "Q {q}:", {"answers": {"0": " blue", "1": " green"}})
+    assert words.convert_ids_to_tokens(classes.tokens(words)) == ["▁blue", "▁green"]
+    catalogue = Catalogue(("0", "1", "2", "3", "4"), ("blue", "green", "sky", "no", "yes"))
+    interactions = {"user": "u", "history": [0, 1], "next": 2, "catalogue": catalogue}
+    named = make_task("recommendation", "Q {history}: {candidates}!", {"candidates": 2, "slot": "Q"})
+    item = named.encode("a", interactions, words)
+    titles = [catalogue.titles[number] for number in item.listed.candidates]
+    for number, title in enumerate(titles):
+        text = f"Q blue, green: {', '.join(titles)}! {title}\n"
+        assert list(stem(item.pieces[0], number).ids) == words(text)["input_ids"]
+    slots = words.convert_ids_to_tokens(item.hybrid.pieces[0].ids)
+    assert "".join(slots[:12]).startswith("<s>▁Q▁blueQ<unk>▁greenQ:▁") and "▁▁" not in slots
+    assert words.convert_ids_to_tokens(answer_tokens(words, "\n")) == ["\n"]  # at which a written answer ends
+
+
+def test_where_a_token_reaches_over_the_border_the_answer_keeps_its_letters():
+    for kind in ("normalizer", "metaspace"):
+        words = sentencepiece(kind)
+        (part,) = make_task("causal", "Q: ", {"answer": "{a}", "end": False}).encode("a", {"a": "blue"}, words).pieces
+        assert words.convert_ids_to_tokens(part.ids) == ["<s>", "▁Q", ":", "▁", "blue"]
 
 
 def chat_task() -> Any:

@@ -75,8 +75,8 @@ class Causal(LmTask):
         return f"{counted}, context {self.length}"
 
     def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
-        context = self.context(row, tokenizer)
-        answer = answer_tokens(tokenizer, fill(self.answer, row, "tasks: answer"))
+        context, before = self.context(row, tokenizer)
+        answer = answer_tokens(tokenizer, fill(self.answer, row, "tasks: answer"), before)
         if self.end:
             if tokenizer.eos_token_id is None:
                 raise UserError("tasks: end: the tokenizer has no end-of-text token; set the option end to false.")

@@ -174,9 +174,10 @@ class Recommendation(LmTask):
         hybrid: bool,
     ) -> tuple[list[list[int]], list[list[int]] | None]:
         """Return the tokens of the branch of each candidate, and the item numbers of these tokens."""
+        end = self.prompt_end(tokenizer)
         if self.question is None:
-            return [answer_tokens(tokenizer, f" {titles[number]}\n") for number in candidates], None
-        asked = [self.question.tokens(tokenizer, {"candidate": [c]}, shown, hybrid, begins=False) for c in candidates]
+            return [answer_tokens(tokenizer, f" {titles[number]}\n", end) for number in candidates], None
+        asked = [self.question.tokens(tokenizer, {"candidate": [c]}, shown, hybrid, after=end) for c in candidates]
         return [ids for ids, _ in asked], [items for _, items in asked]
 
     def training(self, items: Sequence[Item]) -> list[Item]:
