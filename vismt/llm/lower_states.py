@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vismt.llm.documents import reach
 from vismt.llm.net import LmNet, blocks
 from vismt.llm.tasks.pieces import Piece
 from vismt.stored_tensors import path_of, read_stored, write_stored
@@ -41,4 +42,6 @@ def _path(net: LmNet, texts: Sequence[tuple[Any, ...]]) -> Path | None:
     above = {id(tensor) for block in upper for tensor in (*block.parameters(), *block.buffers())}
     tensors = {name: t for name, t in (*base.named_parameters(), *base.named_buffers()) if id(t) not in above}
     lower: list[nn.Module] = [net.lm.get_input_embeddings(), *blocks(net.lm)[: net.first]]
-    return path_of(lower, tensors, f"{type(base).__qualname__} {base.config.to_json_string()} {net.first} {texts}")
+    longest = max((len(ids) for ids, documents in texts if documents), default=0)
+    way = " one by one" if longest and longest > reach(net.lm, net.states) else ""
+    return path_of(lower, tensors, f"{type(base).__qualname__} {base.config.to_json_string()} {net.first} {texts}{way}")
