@@ -10,23 +10,20 @@ from glob import escape
 from pathlib import Path
 
 from vismt import console
-from vismt.files import cannot_delete
+from vismt.errors import UserError
 
 _told: set[Path] = set()
 _HEX = "[0-9a-f]" * 20
-# Folder -> what it holds, and the names of vismt's own files. The cache folder may be one that the user fills, too: a name that
-# ends in a digest, or that a library makes, is not the user's.
+# Folder -> what it holds, and the names of vismt's own files. VISMT_CACHE may name a folder with files of the user's: only names
+# that end in a digest, or that a library makes, are surely not theirs.
 STORES = {
     "pixels": ("decoded images, named by a digest", (f"*-{_HEX}*.npy", "tmp????????.part")),
     "features": ("features of frozen models, named by a digest", (f"{_HEX}*.safetensors",)),
     "experts": ("clusters of neurons, named by a digest", (f"{_HEX}*.safetensors",)),
     "robustbench": ("weights that RobustBench fetched", ("cifar10/*/*.pt", "cifar100/*/*.pt", "imagenet/*/*.pt")),
 }
-DOWNLOADS = (
-    "assets",
-    "torchvision",
-    "wheels",
-)  # a download NAME has the lock file .NAME.lock of `scratch_beside` beside it
+# Folders of downloads: each NAME has the lock file .NAME.lock of `scratch_beside` beside it.
+DOWNLOADS = ("assets", "torchvision", "wheels")
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,9 @@ class Deletable:
             try:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             except OSError as error:
-                raise cannot_delete(path, error) from error
+                raise UserError(
+                    f"cannot delete '{path}': {error.strerror or error}. Delete it as its owner."
+                ) from error
         with suppress(OSError):  # it holds something else
             self.folder.rmdir()
 
@@ -59,7 +58,7 @@ def deletable(root: Path) -> Iterator[Deletable]:
     for name, (what, patterns) in STORES.items():
         found = [path for pattern in patterns for path in (root / name).glob(pattern) if _inside(path, root)]
         if files := tuple(path for path in sorted(found) if path.is_file()):
-            yield Deletable(root / name, files, f"{len(files):,} file(s) of {what}; made again when needed")
+            yield Deletable(root / name, files, f"{len(files):,} file(s) of {what}; made or fetched again when needed")
     for name in DOWNLOADS:
         locks = [path for path in sorted((root / name).glob(".*.lock")) if _inside(path, root)]
         names = [lock.name[1:-5] for lock in locks]

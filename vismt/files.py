@@ -192,11 +192,6 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot write '{path}': {reason}. Free space or choose a folder that can be written.")
 
 
-def cannot_delete(path: Path, error: OSError) -> UserError:
-    """Return the error for a file or folder that cannot be deleted."""
-    return UserError(f"cannot delete '{path}': {error.strerror or error}. Delete it as its owner.")
-
-
 def _umask() -> int:
     """Return the process's umask, which can only be read by setting it."""
     mask = os.umask(0)

@@ -16,12 +16,7 @@ from vismt.report.results import RESULTS, ValuesByExample, read_results
 
 STUB = "nothing done"
 BARE = {RESOLVED, FACTS, LOCK, HOLDER}  # files of a run in which nothing is done
-FACTS_OF_A_RUN = {
-    "command",
-    "config_hash",
-    "versions",
-    "wall_time_s",
-}  # keys that no run.json of another program has all
+NOTED = {"command", "config_hash", "versions", "wall_time_s"}  # keys of every run.json; another program's has not all
 
 
 @dataclass(frozen=True)
@@ -76,8 +71,6 @@ def stub(folder: Path) -> Deletable | None:
         facts = read_sealed(folder / FACTS, f"run '{folder}'") if FACTS in names else {}
     except (OSError, UserError):
         return None
-    if not ours or (facts and not facts.keys() >= FACTS_OF_A_RUN) or "adapt" in facts or is_locked(folder):
+    if not ours or (facts and not facts.keys() >= NOTED) or "adapt" in facts or is_locked(folder):
         return None
-    return Deletable(
-        folder, paths, f"a run in which nothing is done: it holds nothing but its {' and '.join(sorted(names))}"
-    )
+    return Deletable(folder, paths, f"a run in which nothing is done, with its {' and '.join(sorted(names))} alone")
