@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -78,3 +79,28 @@ def test_the_area_under_the_risk_coverage_curve_is_the_mean_of_its_values() -> N
         assert float(risk_coverage_values(torch.ones(4), torch.tensor(order)).mean()) == pytest.approx(0.25)
     with pytest.raises(UserError, match="AURC"):
         risk_coverage_values(torch.ones(0), torch.ones(0))
+
+
+def test_ties_enter_the_area_in_expectation_over_their_orders() -> None:
+    """Against the mean over all orders of rows of one confidence."""
+    confidences = torch.tensor([0.5, 0.9, 0.5, 0.9, 0.5, 0.7], dtype=torch.float64)
+    wrong = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+    steps = torch.arange(1, 7, dtype=torch.float64)
+    orders = [list(order) for order in itertools.permutations(range(6))]
+    orders = [order for order in orders if bool((confidences[order].diff() <= 0).all())]
+    assert len(orders) == math.factorial(2) * math.factorial(3)
+    areas = torch.stack([(wrong[order].cumsum(0) / steps).mean() for order in orders])
+    assert areas.max() - areas.min() > 0.1
+    assert float(risk_coverage_values(confidences, wrong).mean()) == pytest.approx(float(areas.mean()))
+
+
+def test_the_interval_of_the_area_is_that_of_the_rows_in_any_order() -> None:
+    # 60 rows of one confidence: the area is the error whatever the order, and so it is of every draw: a binomial share
+    ties, wrong = torch.full((60,), 0.8), (torch.arange(60) < 12).double()
+    low, high = risk_coverage_interval(ties, wrong)
+    half = 1.96 * math.sqrt(0.2 * 0.8 / 60)
+    assert (low, high) == pytest.approx((0.2 - half, 0.2 + half), abs=0.03)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    for confidences in (ties, torch.tensor([0.9, 0.6, 0.6, 0.3]).repeat(15)):
+        here, there = (risk_coverage_interval(confidences[i], wrong[i], resamples=100) for i in (torch.arange(60), order))
+        assert here == there
