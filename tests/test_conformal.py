@@ -7,9 +7,12 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from vismt.conformal import conformal_quantile, least_examples, set_sizes
+from vismt.engine.study import TuneConfig
 from vismt.errors import UserError
+from vismt.jobs.risk import validation_parts
 from vismt.selective import accepting_threshold, risk_coverage_interval, risk_coverage_values, selective_risk
 
 
@@ -102,5 +105,35 @@ def test_the_interval_of_the_area_is_that_of_the_rows_in_any_order() -> None:
     assert (low, high) == pytest.approx((0.2 - half, 0.2 + half), abs=0.03)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
     for confidences in (ties, torch.tensor([0.9, 0.6, 0.6, 0.3]).repeat(15)):
-        here, there = (risk_coverage_interval(confidences[i], wrong[i], resamples=100) for i in (torch.arange(60), order))
+        here, there = (
+            risk_coverage_interval(confidences[i], wrong[i], resamples=100) for i in (torch.arange(60), order)
+        )
         assert here == there
+
+
+def test_validation_examples_that_choose_a_rate_give_no_thresholds() -> None:
+    """Five rates of equal quality: the best on 50 examples does not reach 90 % by the threshold of the same 50, halves do."""
+    scores = torch.rand(4000, 5, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    right = (scores < 0.5).double()  # the score of a right answer is low
+
+    def coverage(chooses: Tensor, gives: Tensor) -> float:
+        best = right[:, :, chooses].mean(2).argmax(1)
+        kept = scores[torch.arange(len(scores)), best][:, gives]
+        return float(torch.tensor([conformal_quantile(row, 0.9) for row in kept]).mean())  # uniform scores
+
+    labels = torch.arange(50) % 3
+    tune = TuneConfig([1.0, 2.0, 3.0, 4.0, 5.0])
+    everything = validation_parts(labels, None, tune)
+    assert coverage(*everything) < 0.89
+    # the ceil(26 * 0.9) = 24th of 25: 24 / 26
+    assert coverage(*validation_parts(labels, "risk", tune)) == pytest.approx(24 / 26, abs=0.003)
+
+
+def test_the_halves_of_validation_have_every_class_in_both() -> None:
+    labels = torch.tensor([2, 0, 0, 1, 2, 2, 1, 0, 2, 5])
+    tune = TuneConfig([1.0, 2.0])
+    chooses, gives = validation_parts(labels, "risk", tune)
+    # classes of 3, 2, 4 and 1: the running half gives 1, 1, 2 and 1 to the choice; neighbours stay together
+    assert chooses.nonzero().flatten().tolist() == [0, 1, 3, 4, 9] and bool((chooses ^ gives).all())
+    for report, rates in ((None, tune), ("risk", None), ("risk", TuneConfig([1.0]))):
+        assert all(bool(mask.all()) for mask in validation_parts(labels, report, rates))
