@@ -67,7 +67,7 @@ class Answers(LmTask):
         return f"the answer of the largest log-likelihood{unit}"
 
     def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
-        context = self.context(row, tokenizer)
+        context, before = self.context(row, tokenizer)
         templates = {key: text for key, text in self.answers.items() if has_fields(text, row, "tasks: answers")}
         label = fill(self.label, row, "tasks: label")
         if label not in templates or len(templates) < 2:
@@ -76,7 +76,7 @@ class Answers(LmTask):
                 "among them."
             )
         texts = [fill(text, row, "tasks: answers") for text in templates.values()]
-        answers = [answer_tokens(tokenizer, text) for text in texts]
+        answers = [answer_tokens(tokenizer, text, before) for text in texts]
         if not all(answers):
             raise UserError(f"tasks: row '{name}' has an answer without a token.")
         sizes = [max(1, len(text.strip())) for text in texts]
