@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import warnings
@@ -93,6 +94,23 @@ def test_a_checkpoint_has_the_adapter_alone_and_is_resumed(folder: Path, tmp_pat
     ids = rows()[0]["input_ids"][None]
     assert torch.allclose(loaded(ids).logits, whole.model.eval()(ids).logits, atol=1e-5)
     assert not whole.model._keys_to_ignore_on_save  # as before
+
+
+def test_s2ft_under_the_default_optimiser_leaves_frozen_weights_alone(folder: Path, tmp_path: Path) -> None:
+    """Against a plain AdamW in the same Trainer; the checkpoint's adapter fits the true base."""
+    optim, runs = "adamw_torch_fused", {}
+    for name in ("adamw_torch", optim):
+        run = runs[name] = trainer(folder, tmp_path / name, "s2ft", ratio=0.3, parts=("v", "o", "u", "d"))
+        run.args.optim = transformers.training_args.OptimizerNames(name)
+        run.train()
+    assert losses(runs[optim]) == pytest.approx(losses(runs["adamw_torch"]), rel=1e-4)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = rows()[0]["input_ids"][None]
+    wanted = runs[optim].model.eval()(ids).logits
+    loaded = vismt.load_adapter(copy.deepcopy(stock), tmp_path / optim / f"checkpoint-{STEPS}" / "adapter")
+    assert torch.allclose(loaded(ids).logits, wanted, atol=1e-5)
+    restored = vismt.unadapt(runs[optim].model).state_dict()
+    assert all(torch.equal(value, restored[name]) for name, value in stock.state_dict().items())
 
 
 def test_lisa_trains_its_layers_in_turn(folder: Path, tmp_path: Path) -> None:

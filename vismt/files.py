@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from vismt.errors import UserError
+from vismt.paths import regular_file
 
 PARTIAL = ".vismt-partial"
 DIGEST = "sha256"  # the key of a JSON file with the digest of all other keys
@@ -47,7 +48,7 @@ DTYPES = {
 def read_json(path: Path, what: str) -> Any:
     """Return the content of a JSON file; a UserError names the file where it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf8"))
+        return json.loads(regular_file(path).read_text(encoding="utf8"))
     except FileNotFoundError as error:
         raise UserError(f"{what}: no file '{path}'.") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -214,6 +215,8 @@ def is_locked(folder: Path) -> bool:
         FileLock(folder / LOCK).acquire(timeout=0).lock.release()
     except Timeout:
         return True
+    except OSError:  # a folder that this user cannot write
+        return False
     return False
 
 

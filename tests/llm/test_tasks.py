@@ -414,7 +414,6 @@ def test_alternating_moves_the_posterior_apart_from_the_lm_and_saves_its_moments
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0]) and float(states[0]["step0"]) == 4
     net = resumed.net.requires_grad_(False)
     features = net.features(gather(items))
-    assert torch.equal(log_predictive(net.head, features), log_predictive(net.head, features))  # the same draws
     assert log_predictive(net.head, features).exp().sum(1).tolist() == pytest.approx([1, 1])
     with pytest.raises(UserError, match=r"set head.name to vbll"):
         AlternatingObjective(LmNet(tiny_lm(), LinearAnswerHead(torch.zeros(2, 32))), task, 1e-3, 1e-2, 1)

@@ -33,15 +33,13 @@ class LmNet(nn.Module):
         lm: a causal LM of transformers that passes `check_logits`.
         head: a module on features (b, d); None (nn.Identity) for tasks without a head.
         first: number of the first block that is not frozen; the output of the blocks below may be given as cached states.
-        samples: draws of a Bayesian head.
 
     Raises:
         UserError: the LM has no block `first`.
     """
 
-    def __init__(self, lm: nn.Module, head: nn.Module | None = None, first: int = 0, samples: int = 20) -> None:
+    def __init__(self, lm: nn.Module, head: nn.Module | None = None, first: int = 0) -> None:
         super().__init__()
-        self.samples = samples
         self.lm = lm
         self.head = nn.Identity() if head is None else head
         self.first = first

@@ -21,7 +21,7 @@ from vismt.lowrank.layer_spec import AdaptReport, LayerSpec
 from vismt.lowrank.linear import LowRankLayer
 from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.options import checked
-from vismt.lowrank.packed_weights import is_packed
+from vismt.lowrank.packed_weights import is_packed, use_cpu_kernel
 from vismt.lowrank.record import (
     RECORD,
     AdaptRecord,
@@ -159,6 +159,7 @@ def install(
     with undone_on_error(model):
         dropout = options.get("dropout", 0.0)
         hold(model, [spec.path for spec in specs])
+        use_cpu_kernel(model, False)
         layers = {spec.path: place(model, spec, dropout=dropout, dtype=dtype) for spec in specs}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in originals or id(parameter) not in stock)
@@ -249,6 +250,7 @@ def undo(model: nn.Module) -> None:
 
 def _forget(model: nn.Module, record: AdaptRecord) -> None:
     release(model)
+    use_cpu_kernel(model, True)
     restore_flags(model, record)
     delattr(model, RECORD)
 

@@ -166,7 +166,7 @@ class LmEvaluateConfig:
         temperature: also evaluate with the temperature that minimises the NLL on validation rows.
         laplace: also evaluate with a Laplace approximation around the trained head; it is Kronecker-factored, and the
             condition is named accordingly, where a linear head has more than 4,096 weights.
-        samples: draws of a Bayesian head.
+        samples: without effect, as Bayesian heads answer without draws; run folders of earlier versions have it.
     """
 
     split: Annotated[str, Names("vismt.jobs.multitask:SPLITS")] = "test"

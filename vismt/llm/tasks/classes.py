@@ -86,7 +86,7 @@ class Classes(LmTask):
 
     def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
         features = net.features(batch)
-        log_p = log_predictive(net.head, features, net.samples).tolist()
+        log_p = log_predictive(net.head, features).tolist()
         records = [{"id": item.id, "label": item.label, "log_p": values} for item, values in zip(items, log_p)]
         if isinstance(net.head, GaussianHead):
             means = net.head(features).double().log_softmax(1).cpu().tolist()
