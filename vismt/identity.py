@@ -173,7 +173,13 @@ class Identity:
         elif isinstance(value, AbstractSet):
             self._put("set", sorted(str(self._part(item)) for item in value))
         elif type(value).__module__.startswith("PIL.") and hasattr(value, "tobytes"):
-            facts = (value.mode, value.size, value.getpalette(), value.info.get("transparency"), value.getexif().get(0x0112))
+            facts = (
+                value.mode,
+                value.size,
+                value.getpalette(),
+                value.info.get("transparency"),
+                value.getexif().get(0x0112),
+            )
             self._put("image", repr(facts))
             self._hash.update(value.tobytes())
             return
