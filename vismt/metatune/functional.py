@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from vismt import console
 from vismt.errors import UserError, near
 
 
@@ -80,3 +81,9 @@ def answers(model: nn.Module, images: Tensor, rows: Tensor | None = None) -> Ten
             if wide.dtype == dtype or isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
             return run(images.to(dtype))
+
+
+def report_lost(attack: str, count: int) -> None:
+    """Say on the console how many images an attack counted as broken that are right in the evaluation."""
+    if count:
+        console.stage("attack", f"{attack}: {count} images that it broke are right in another batch, and count as right")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vismt import console, ranks
 from vismt.conformal import set_sizes
 from vismt.errors import UserError
-from vismt.metatune.functional import answers, evaluating
+from vismt.metatune.functional import answers, evaluating, report_lost
 from vismt.proper_scores import proper_scores
 from vismt.records import SHARE, Field, Records
 from vismt.robustness.attacks import AttackSpec
@@ -162,12 +162,6 @@ def evaluate_examples(
     for name, column in lost.items():
         report_lost(name, sum(row.get(column, 0) for row in rows.values()))
     return list(rows.values())
-
-
-def report_lost(attack: str, count: int) -> None:
-    """Say on the console how many images an attack counted as broken that are right in the evaluation."""
-    if count:
-        console.stage("attack", f"{attack}: {count} images that it broke are right in another batch, and count as right")
 
 
 def _loads(batches: Iterable[Batch]) -> Iterator[Callable[[], Batch]]:
