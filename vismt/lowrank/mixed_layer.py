@@ -24,6 +24,7 @@ from vismt.lowrank.adapter_choice import Choice, Together, adapters_per_sample
 from vismt.lowrank.adapter_layer import AdapterLayer, adapter_layers
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.held import hold, is_attention, release
+from vismt.lowrank.inject import unwatch_saving, watch_saving
 from vismt.lowrank.packed_weights import packing
 from vismt.lowrank.parked import park, put_back
 from vismt.lowrank.per_sample import unwatch_expansion, watch_expansion
@@ -153,6 +154,7 @@ def mix(model: nn.Module, names: Sequence[str]) -> None:
         install_module(model, path, mixed)
     model._modules[SHELF].mixed = tuple(names)
     watch_expansion(model)
+    watch_saving(model)
 
 
 def unmix(model: nn.Module) -> None:
@@ -161,6 +163,7 @@ def unmix(model: nn.Module) -> None:
     release(model)
     model._modules[SHELF].mixed = ()
     unwatch_expansion(model)
+    unwatch_saving(model)
 
 
 def _updates_of(model: nn.Module, name: str) -> dict[str, Update]:
