@@ -177,7 +177,7 @@ def test_what_no_weights_hold_is_not_saved_as_weights(tmp_path: Path) -> None:
     assert vismt.lowrank.record.names_of(model) == ["one", "two"] and not any(
         (tmp_path / name).exists() for name in "abc"
     )
-    with pytest.raises(UserError, match="save_pretrained: .*Missing key"):
+    with pytest.raises(UserError, match=r"save_pretrained: .*Missing key"):
         model.save_pretrained(tmp_path / "e", state_dict=tiny_lm("llama").state_dict())
 
 
