@@ -228,7 +228,7 @@ def locked(folder: Path, wait_s: float = 0) -> Iterator[None]:
 
     Args:
         folder: the folder to own.
-        wait_s: seconds to wait for another process.
+        wait_s: seconds to wait for another process, without a limit where negative.
 
     Raises:
         UserError: another process has the lock, which is named; a folder that cannot be written.
