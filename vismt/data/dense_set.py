@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vismt.data.dense_sample import Sample
 from vismt.data.derived import edges_from_depth, edges_from_labels
-from vismt.data.source_types import Card, DataSource
+from vismt.data.source_types import Card, DataSource, check_names
 from vismt.errors import UserError
 
 CAMERA = ("fx", "fy", "cx", "cy")
@@ -47,6 +47,9 @@ class DenseSet:
     image_classes: list[str] = field(default_factory=list)
     labels: Tensor | None = None
     edges: str | None = None
+
+    def __post_init__(self) -> None:
+        check_names(self.ids)
 
     def __len__(self) -> int:
         return len(self.ids)
