@@ -257,7 +257,7 @@ def _seeds_text(comparisons: Sequence[Comparison]) -> str:
         for arm, cell in c.cells.items():
             arms.setdefault(cell.seeds, {})[arm] = None
     texts = [f"{', '.join(names)}: {count} seeds" for count, names in arms.items() if count]
-    return f" and, for models with several trainings ({'; '.join(texts)}), over the seeds, also of differences" * bool(
+    return f" and, for models with several trainings ({'; '.join(texts)}), over the seeds; differences likewise" * bool(
         texts
     )
 

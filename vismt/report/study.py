@@ -33,7 +33,8 @@ PAIRS_NOTE = (
 )
 OVER_SEEDS_NOTE = (
     f"{ARROWS} The same differences seed by seed, with the 95 % interval over the seeds alone (Student's t), on these test "
-    "examples."
+    "examples. With two or three seeds its t is so large that it can exceed the interval above, which has more degrees of "
+    "freedom."
 )
 SEEDS_CAPTION = (
     "Dots of one seed are joined; bar and number are the mean over seeds. Each panel has its own scale, which does not begin "
