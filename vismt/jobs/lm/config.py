@@ -193,7 +193,8 @@ class LmConfig(StudyConfig):
             the titles of the history; or as controls random and shuffled-user.
         projector: from item vectors to the LM, mlp or linear.
         evaluate: the evaluation.
-        report: risk adds conformal sets and selective prediction (vismt.jobs.risk); null for none.
+        report: risk adds conformal sets and selective prediction (vismt.jobs.risk); null for none. With tune, half of the
+            validation examples choose the rates and the other half give the thresholds.
     """
 
     task: str = "lm"
