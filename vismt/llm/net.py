@@ -250,7 +250,7 @@ def check_logits(lm: nn.Module) -> None:
 
 @torch.no_grad()
 def check_first_block(lm: nn.Module, first: int) -> None:
-    """Raise UserError unless cached states in place of the blocks below `first` lead to the hidden states that all blocks give."""
+    """Raise UserError unless cached states in place of the blocks below `first` lead to the hidden states of all blocks."""
     net = LmNet(lm, first=first)
     part = Piece(tuple(place % lm.config.vocab_size for place in range(5)), (IGNORE,) * 5)
     device = next(lm.parameters()).device

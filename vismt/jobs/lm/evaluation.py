@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import compress
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from vismt.jobs.lm.config import FROZEN, RECOMMENDERS, REFERENCES, LmConfig
 from vismt.jobs.lm.data import LmData, lm_of
 from vismt.jobs.lm.models import LmModels, fingerprint, load_trained
 from vismt.jobs.lm.recommender import Recommender
-from vismt.jobs.risk import choice_measures, fit_thresholds
+from vismt.jobs.risk import choice_measures, fit_thresholds, validation_parts
 from vismt.jobs.variants import LAPLACE, TEMPERED
 from vismt.lines import read_lines, write_lines
 from vismt.llm.heads import laplace_head, laplace_structure
@@ -81,12 +82,18 @@ class Evaluation:
 
     def _risk(self, training: Training, records: Sequence[Record]) -> list[Measure]:
         """Return the measures of `report: risk` with the thresholds of the validation rows."""
-        thresholds = fit_thresholds("", *choices(self._validation(training)))
+        thresholds = fit_thresholds("", *choices(self._parts(self._validation(training))[1]))
         return choice_measures(*choices(records), [str(record["id"]) for record in records], thresholds)
 
     def quality(self, training: Training) -> float:
-        """Return the trained task's quality on its validation rows."""
-        return self.data.tasks[self.data.trained].quality(self._validation(training))
+        """Return the trained task's quality on the validation rows that choose rates."""
+        return self.data.tasks[self.data.trained].quality(self._parts(self._validation(training))[0])
+
+    def _parts(self, records: list[Record]) -> tuple[list[Record], list[Record]]:
+        """Return the validation records that choose rates, and those that give the thresholds of `report: risk`."""
+        labels = torch.tensor([record.get("label", 0) for record in records])
+        chooses, thresholds = validation_parts(labels, self.config.report, self.config.tune)
+        return list(compress(records, chooses.tolist())), list(compress(records, thresholds.tolist()))
 
     def _sets(self, training: Training, split: str) -> list[tuple[str, str]]:
         """Return (task, set) of all that a model can be evaluated on; recommenders can only choose from candidates."""

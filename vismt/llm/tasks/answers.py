@@ -24,6 +24,7 @@ from vismt.llm.tasks.base import (
     LmTask,
     Record,
     answer_tokens,
+    fields_of,
     fill,
     has_fields,
     probability_measures,
@@ -67,6 +68,11 @@ class Answers(LmTask):
     def about(self) -> str:
         unit = "" if self.normalise == "none" else f" a {self.normalise}"
         return f"the answer of the largest log-likelihood{unit}"
+
+    def class_of(self, row: Mapping[str, Any]) -> str:
+        """Return the right answer where all rows have the same choices; a place in a row's own list is not a class."""
+        own = any(fields_of(text, "tasks: answers") for text in self.answers.values())
+        return "" if own else fill(self.label, row, "tasks: label")
 
     def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
         context, before = self.context(row, tokenizer)

@@ -111,6 +111,10 @@ class LmTask(ABC):
     def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
         """Return a row of text as tokens. Raises UserError for missing fields and unknown labels."""
 
+    def class_of(self, row: Mapping[str, Any]) -> str:
+        """Return the class of a row, of which every part of a divided set needs examples; "" where rows have no classes."""
+        return ""
+
     def context(self, row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], str]:
         """Return the tokens of the prompt of a row, and the text that an answer follows."""
         text = fill(self.prompt, row, "tasks: prompt")
@@ -161,17 +165,17 @@ def fill(template: str, row: Mapping[str, Any], what: str) -> str:
     try:
         return template.format_map(row)
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-        missing = [field for field in _fields(template, what) if field and field not in row]
+        missing = [field for field in fields_of(template, what) if field and field not in row]
         reason = f"no field '{missing[0]}'.{near(missing[0], row)}" if missing else f"it cannot be filled ({error!r})."
         raise UserError(f"{what} '{template}': {reason}") from error
 
 
 def has_fields(template: str, row: Mapping[str, Any], what: str) -> bool:
     """Return whether the row has all fields of the template."""
-    return all(field in row for field in _fields(template, what))
+    return all(field in row for field in fields_of(template, what))
 
 
-def _fields(template: str, what: str) -> list[str]:
+def fields_of(template: str, what: str) -> list[str]:
     """Return the names of the fields of a template, without their indices and attributes."""
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]

@@ -74,9 +74,12 @@ class Classes(LmTask):
             raise UserError(f"tasks: answers {list(self.answers.values())} share a token; choose different answers.")
         return tokens
 
+    def class_of(self, row: Mapping[str, Any]) -> str:
+        return fill(self.label, row, "tasks: label")
+
     def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
         ids = self.context(row, tokenizer)[0][-self.length :]
-        label = fill(self.label, row, "tasks: label")
+        label = self.class_of(row)
         if label not in self.answers:
             raise UserError(f"tasks: row '{name}' has label '{label}'.{near(label, self.answers)}")
         return Item(name, [Piece(tuple(ids), (IGNORE,) * len(ids))], list(self.answers).index(label))
