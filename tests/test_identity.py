@@ -221,7 +221,7 @@ def test_other_processes_have_the_same_identity(tmp_path) -> None:
     code = (
         "import sys, torch; from transformers import AutoModelForCausalLM; from vismt.identity import Identity\n"
         "from helpers.tiny import tiny_vit; from test_identity import net\n"
-        "lm = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "lm = AutoModelForCausalLM.from_pretrained(sys.argv[1]).base_model\n"
         "print(*(Identity(m) for m in (tiny_vit(), net(), lm)), Identity(lm).unknown)"
     )
     seen = set()

@@ -157,6 +157,9 @@ class Identity:
     def _object(self, value: Any) -> None:
         """Add a container, an array, an image or another object: its type, its items and its attributes."""
         self._put("object", type(value).__qualname__)
+        if hasattr(value, "tobytes") and (hasattr(value, "dtype") or hasattr(value, "getexif")):
+            self._pixels(value)
+            return
         if type(value) not in CONTAINERS:
             self._add(type(value))
         state = _attributes(value)
@@ -166,9 +169,6 @@ class Identity:
             self._each("items", value)
         elif isinstance(value, AbstractSet):
             self._each("items", sorted(map(Identity, value), key=str))
-        elif hasattr(value, "tobytes"):
-            state = {}
-            self._pixels(value)
         elif not state or isinstance(value, io.IOBase):
             try:
                 self._hash.update(pickle.dumps(value, protocol=4))
