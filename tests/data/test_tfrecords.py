@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import json
+import os
 
 import pytest
 from helpers.tfrecords import encoded, example, masked, record, write_class
