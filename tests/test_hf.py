@@ -97,6 +97,17 @@ def test_a_checkpoint_has_the_adapter_alone_and_is_resumed(folder: Path, tmp_pat
     ids = rows()[0]["input_ids"][None]
     assert torch.allclose(loaded(ids).logits, whole.model.eval()(ids).logits, atol=1e-5)
     assert not whole.model._keys_to_ignore_on_save  # as before
+    whole.save_model(tmp_path / "final")
+    final = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert torch.allclose(final(ids).logits, whole.model(ids).logits, atol=1e-5)
+
+
+def test_a_trainer_without_the_callback_continues_from_its_checkpoint(folder: Path, tmp_path: Path) -> None:
+    whole = trainer(folder, tmp_path, "lora", [], rank=2)
+    whole.train()
+    again = trainer(folder, tmp_path, "lora", [], rank=2)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert losses(again)[-3:] == losses(whole)[-3:]
 
 
 def test_s2ft_under_the_default_optimiser_leaves_frozen_weights_alone(folder: Path, tmp_path: Path) -> None:

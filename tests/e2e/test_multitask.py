@@ -154,7 +154,7 @@ def test_the_paired_table_is_what_the_records_say(study: Path) -> None:
         for seed in (0, 1)
     }
     difference = 50 * sum(means["emtal", seed] - means["head", seed] for seed in (0, 1))
-    for title in ("Over examples", "Over 2 seeds"):
+    for title in ("Over examples and seeds", "Over 2 seeds"):
         rows = report_table(study, title)
         assert {name for name in rows if "−" in name} == {"lora − head", "emtal − head", "emtal − lora"}
         assert rows["emtal − head"][2].startswith(f"{difference:+.1f}".replace("-", "−"))  # of the average

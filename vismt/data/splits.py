@@ -16,7 +16,9 @@ from torch import Tensor
 from vismt.errors import UserError
 
 
-def divide(labels: Tensor, shares: Mapping[str, float], name: str, groups: Tensor | None = None) -> dict[str, Tensor]:
+def divide(
+    labels: Tensor, shares: Mapping[str, float], name: str, groups: Tensor | None = None, classes: Sequence[str] = ()
+) -> dict[str, Tensor]:
     """Divide a set into parts; every part has at least one example of each class.
 
     Args:
@@ -25,6 +27,7 @@ def divide(labels: Tensor, shares: Mapping[str, float], name: str, groups: Tenso
         name: of the set, for messages.
         groups: int64 (n,), equal for examples of a class that belong in one part, ascending with the first example of each;
             None for no such examples.
+        classes: their names, for messages.
 
     Returns:
         Indices (int64, ascending) of each part of `shares`, and of "train", the rest.
@@ -44,9 +47,10 @@ def divide(labels: Tensor, shares: Mapping[str, float], name: str, groups: Tenso
         ids, place, sizes = groups[members].unique(return_inverse=True, return_counts=True)
         counts = [max(1, round(share * len(members))) for share in shares.values()]
         if len(members) - sum(counts) < 1 or len(ids) < len(parts):
+            shown = f"'{classes[label]}'" if classes else label
             apart = "" if len(ids) == len(members) else f" in {len(ids)} groups of near-duplicates"
             raise UserError(
-                f"'{name}': class {label} has {len(members)} examples{apart}, too few for {len(parts)} parts; lower the shares."
+                f"'{name}': class {shown} has {len(members)} examples{apart}, too few for {len(parts)} parts; lower the shares."
             )
         ends = torch.tensor([len(members) - sum(counts), *counts]).cumsum(0)
         # A group is in the part that its middle falls into, unless that left a part empty.

@@ -10,7 +10,7 @@ variation 0.06 against 0.005 at v = 10; five: 0.13 against 0.08). softmax(m + v 
 predictive distribution. Draws are of the k logits of an example, never of weights.
 
 Jobs score by the probit, as few draws err more. NLL in nats above that of 20,000 draws, with independent logits of standard
-deviation 1, 2 and 4 about means of standard deviation 3 (200 examples): two classes 0.000, 0.001 and 0.000 (20 draws: 0.004, 0.012
+deviation 1, 2 and 4 about means of standard deviation 3 (200 examples): two classes 0.000, 0.001 and 0.000 (20 draws 0.004, 0.012
 and 0.016); three 0.001, 0.004 and 0.005 (0.007, 0.020 and 0.040); five 0.004, 0.014 and 0.023 (0.010, 0.033 and 0.080).
 """
 

@@ -111,7 +111,7 @@ class TaskData:
         for images in sets:
             grouped = images.grouped and bool(kept)
             groups = near_duplicates(images.read, images.labels, images.name) if grouped else None
-            for part, index in divide(images.labels, kept, images.name, groups).items():
+            for part, index in divide(images.labels, kept, images.name, groups, images.classes).items():
                 parts[part].append(self._chosen(task, images.take(index.tolist()) if kept else images, classes))
         for part in ("validation", "test"):
             parts[part] += [self._chosen(task, self._open(name), classes) for name in getattr(task, part)]

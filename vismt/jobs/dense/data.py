@@ -81,7 +81,7 @@ class DenseData:
             strata = torch.zeros(len(images), dtype=torch.int64) if images.labels is None else images.labels
             grouped = images.grouped and bool(shares(data))
             groups = near_duplicates(partial(_picture, images), strata, images.name) if grouped else None
-            for part, index in divide(strata, shares(data), images.name, groups).items():
+            for part, index in divide(strata, shares(data), images.name, groups, images.image_classes).items():
                 self.parts[part].entries.extend((images, i) for i in index.tolist())
         for part in ("validation", "test"):
             for name in getattr(data, part):

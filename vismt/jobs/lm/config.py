@@ -50,8 +50,8 @@ class LmModelConfig(ModelSection):
 class LmTaskConfig(PartsConfig):
     """A task. Exactly one has sets to train on; the others are only evaluated, on `limit` rows of each set.
 
-    Each set in `test` is reported separately. Shares are the last rows of each training set; of sets of interactions, all rows
-    of the last users.
+    Each set in `test` is reported separately. Shares are the last rows of each training set, within each class where rows have
+    one (kind classes, and answers that are the same for all rows); of sets of interactions, all rows of the last users.
 
     Args:
         name: name of the task.
@@ -193,7 +193,8 @@ class LmConfig(StudyConfig):
             the titles of the history; or as controls random and shuffled-user.
         projector: from item vectors to the LM, mlp or linear.
         evaluate: the evaluation.
-        report: risk adds conformal sets and selective prediction (vismt.jobs.risk); null for none.
+        report: risk adds conformal sets and selective prediction (vismt.jobs.risk); null for none. With tune, half of the
+            validation examples choose the rates and the other half give the thresholds.
     """
 
     task: str = "lm"
