@@ -206,7 +206,12 @@ def test_honest_gradients_pass_and_masked_ones_are_caught():
 
 @pytest.mark.parametrize(
     ("name", "norm", "epsilon", "end"),
-    [("pgd", "l2", 0.5, 4.34711), ("apgd_ce", "l2", 0.5, 4.34711), ("pgd", "l1", 3, 75.2941), ("apgd_ce", "l1", 3, 75.2941)],
+    [
+        ("pgd", "l2", 0.5, 4.34711),
+        ("apgd_ce", "l2", 0.5, 4.34711),
+        ("pgd", "l1", 3, 75.2941),
+        ("apgd_ce", "l1", 3, 75.2941),
+    ],
 )
 def test_honest_attacks_of_other_norms_pass_at_radii_of_their_norm(name, norm, epsilon, end):
     """64/255 in each of 300 numbers has l2 norm 64/255 sqrt(300) and l1 norm 64/255 * 300; as radii they would be a small change."""
