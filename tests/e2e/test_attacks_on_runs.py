@@ -253,7 +253,7 @@ def test_a_card_of_a_run_with_equal_names_of_classes_is_its_own_task(tmp_path: P
     count = len(set(labels["other"].values()))
     assert labels["card"] == labels["key"] == {name: label + count for name, label in labels["other"].items()}
     (path,) = trained.rglob("records/test-second.jsonl")
-    own = {row["id"]: (row["label"], row["clean"]) for row in read_lines(path) if "id" in row}
+    own = {row["id"].removeprefix("second:"): (row["label"], row["clean"]) for row in read_lines(path) if "id" in row}
     (path,) = (folder / "classifiers" / "card" / "records").iterdir()
     here = {row["id"]: (row["label"], row["clean"]) for row in read_lines(path) if "id" in row}
     assert own.items() <= here.items() and own

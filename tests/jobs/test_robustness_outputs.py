@@ -55,5 +55,5 @@ def test_what_does_not_fit_is_one_line(name, classes, task, words):
 
 
 def test_two_tasks_with_one_card_are_ambiguous():
-    with pytest.raises(UserError, match="tasks first, second; name one as classifier.task"):
+    with pytest.raises(UserError, match=r"tasks first, second; name one as classifier\.task"):
         outputs("mnist", ["0"], cards={"first": {"mnist"}, "second": {"mnist"}})

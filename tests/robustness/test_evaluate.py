@@ -214,7 +214,7 @@ def test_honest_gradients_pass_and_masked_ones_are_caught():
     ],
 )
 def test_honest_attacks_of_other_norms_pass_at_radii_of_their_norm(name, norm, epsilon, end):
-    """64/255 in each of 300 numbers has l2 norm 64/255 sqrt(300) and l1 norm 64/255 * 300; as radii they would be a small change."""
+    """64/255 in each of 300 numbers has l2 norm 64/255 sqrt(300) and l1 norm 64/255 * 300."""
     spec = AttackSpec(name, epsilon, norm=norm, steps=10)
     result = check_masking(Linear(), batches(), spec, num_classes=3)
     assert result.passed and result.epsilons[:4] == (0, epsilon / 2, epsilon, 2 * epsilon)

@@ -1,8 +1,8 @@
 """Any attack of torchattacks by its class name (Kim, arXiv 2010.01950), as `torchattacks:NAME`.
 
-It runs on the images that are right when clean. Such a class draws for a whole batch, so that every restart takes all of them, and
-images for another model see the same draws. Budget, step and length are passed where the class takes them; what leaves the budget,
-as the results of minimal-norm attacks may, is put back to the image.
+Such a class draws for a whole batch, so every restart takes all images that are right when clean, and these get the same draws
+when the images are for another model. Budget, step and length are passed where the class takes them; what leaves the budget, as
+the results of minimal-norm attacks may, is put back to the image.
 """
 
 from __future__ import annotations

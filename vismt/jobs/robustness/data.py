@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -92,17 +92,11 @@ class Cards:
         if labels is None:
             if classifier.num_classes != len(classes):
                 raise UserError(
-                    f"data: the classifier has {classifier.num_classes} outputs, '{name}' has {len(classes)} classes; give one that "
-                    "was trained on this set's classes in the card's order."
+                    f"data: the classifier has {classifier.num_classes} outputs, '{name}' has {len(classes)} classes; give one "
+                    "that was trained on this set's classes in the card's order."
                 )
             return list(range(len(classes)))
-        card = row_name(card_and_split(name)[0])
-        tasks = [task for task, cards in classifier.cards.items() if card in cards]
-        if classifier.task is not None:
-            known = dict.fromkeys(label.partition("/")[0] for label in labels if "/" in label)
-            if classifier.task not in known:
-                raise UserError(f"classifier.task: no task '{classifier.task}'.{near(classifier.task, known)}")
-            tasks = [classifier.task]
+        tasks = self._tasks(name, classifier, labels)
         places: dict[str, list[int]] = {}
         for number, label in enumerate(labels):
             task, _, of_task = label.partition("/")
@@ -118,3 +112,13 @@ class Cards:
                     f"data: class '{label}' of '{name}' is in the tasks {found}; name one as classifier.task."
                 )
         return [places[label][0] for label in classes]
+
+    def _tasks(self, name: str, classifier: Classifier, labels: Sequence[str]) -> list[str]:
+        """Return the tasks whose outputs may be the classes of a set; [] for all outputs."""
+        if classifier.task is None:
+            card = row_name(card_and_split(name)[0])
+            return [task for task, cards in classifier.cards.items() if card in cards]
+        known = dict.fromkeys(label.partition("/")[0] for label in labels if "/" in label)
+        if classifier.task not in known:
+            raise UserError(f"classifier.task: no task '{classifier.task}'.{near(classifier.task, known)}")
+        return [classifier.task]
