@@ -116,6 +116,10 @@ class EvaluationJob(ABC, Generic[Config]):
             f"run '{self.folder}': the job '{self.config.task}' has no classifier of images; name another run."
         )
 
+    def cards_of_tasks(self) -> dict[str, set[str]]:
+        """Return by task the cards of a classifier whose outputs are named "task/class", as rows of results name them."""
+        return {}
+
     def check(self) -> None:
         """Raise UserError for what a configuration names, before data is decoded and a run folder is made."""
 
