@@ -34,7 +34,7 @@ from vismt.jobs.fewshot.config import (
     ExpertConfig,
     FewShotConfig,
 )
-from vismt.jobs.fewshot.config_checks import check
+from vismt.jobs.fewshot.config_checks import check, check_sets
 from vismt.jobs.fewshot.data import FewShotData, draw_corruption
 from vismt.jobs.fewshot.evaluation import Evaluation
 from vismt.jobs.fewshot.models import OWN_FILE, Models, make_net
@@ -87,6 +87,10 @@ class FewShotJob(Job[FewShotConfig, Any]):
         return Study(self.config, self.folder, resolve_experts(self.config))
 
     # ---- training -----------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        check_sets(self.config)
+        super().check()
 
     def check_data(self) -> None:
         settings = self.models(self.study.seeds[0]).settings
