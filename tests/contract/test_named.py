@@ -141,11 +141,13 @@ def test_a_block_without_adapters_may_stand_between_a_forward_and_its_backward(c
     before.backward()
     check()
     before = loss()
-    with pytest.raises(
-        UserError, match="disabled: a backward pass in the block is of a forward before it; call it after"
+    with (
+        pytest.raises(
+            UserError, match="disabled: a backward pass in the block is of a forward before it; call it after"
+        ),
+        vismt.disabled(model),
     ):
-        with vismt.disabled(model):
-            before.backward()
+        before.backward()
     before = loss()
     with vismt.disabled(model), torch.no_grad():
         model.blocks[1].mlp.fc2.weight.mul_(1.5)  # of one's own: the graph is wrong from here on
