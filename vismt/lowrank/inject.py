@@ -24,7 +24,7 @@ from vismt.lowrank.layer_spec import AdaptReport, LayerSpec
 from vismt.lowrank.linear import LowRankLayer
 from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.options import checked
-from vismt.lowrank.packed_weights import is_packed
+from vismt.lowrank.packed_weights import is_packed, use_cpu_kernel
 from vismt.lowrank.record import (
     RECORD,
     SHELF,
@@ -164,6 +164,7 @@ def install(
     with undone_on_error(model):
         dropout = options.get("dropout", 0.0)
         hold(model, [spec.path for spec in specs])
+        use_cpu_kernel(model, False)
         layers = {spec.path: place(model, spec, dropout=dropout, dtype=dtype) for spec in specs}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in originals or id(parameter) not in stock)
@@ -307,6 +308,7 @@ def unwatch_saving(model: nn.Module) -> None:
 
 def _forget(model: nn.Module, record: AdaptRecord) -> None:
     release(model)
+    use_cpu_kernel(model, True)
     unwatch_saving(model)
     restore_flags(model, record)
     delattr(model, RECORD)
