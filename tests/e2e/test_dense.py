@@ -36,6 +36,7 @@ from vismt.multitask.tasks.base import DARK
 from vismt.paths import shipped
 from vismt.report.panels import read_panel
 from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
+from vismt.stats import mean_interval, with_seeds
 
 pytest.importorskip("skimage")
 pytest.importorskip("torchmetrics")
@@ -111,6 +112,9 @@ def test_rows_of_every_arm_and_task(study: Path) -> None:
         records = read_lines(study / RECORDS / f"{row.stem}.jsonl")
         assert len({line[EXAMPLE] for line in records}) == 6
         assert row.value == pytest.approx(sum(line["clean"] for line in records) / 6)
+        if task == "delta_m":
+            over_images = mean_interval([line["clean"] for line in records])[1]
+            assert row.half == pytest.approx(with_seeds(over_images, by_seed)) and row.half > over_images
     for seed in (None, 0, 1):
         gains = [
             -(value["full", "depth", seed] / value["depth", "depth", seed] - 1),
@@ -196,7 +200,7 @@ def test_the_report_of_a_folder_that_was_trained_before_panels(study: Path, tmp_
         "## Arms by seed",
         "### By seed, 2 seeds",
         "## Paired differences",
-        "### Over examples",
+        "### Over examples and seeds",
         "### Over 2 seeds",
         "## Training",
         "## Merging",

@@ -33,6 +33,7 @@ class DenseSet:
         image_classes: names of the values of class.
         labels: int64 (n,), the class of every image; None where images have none.
         edges: the target that edges are derived from, "semseg" or "depth"; None when `stored` has all targets.
+        grouped: whether a division keeps near-duplicates in one part.
     """
 
     name: str
@@ -47,6 +48,7 @@ class DenseSet:
     image_classes: list[str] = field(default_factory=list)
     labels: Tensor | None = None
     edges: str | None = None
+    grouped: bool = False
 
     def __post_init__(self) -> None:
         check_names(self.ids)

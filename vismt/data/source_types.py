@@ -189,6 +189,8 @@ class Card:
         images: images (or rows) of the full set, where the first source is only a part.
         names: JSON file beside the card: class folder -> readable name, or a list in class order.
         superclasses: JSON file beside the card: class -> superclass; or "prefix": the part before the last '/'.
+        group_near_duplicates: whether a division into shares keeps near-duplicates of a class, such as frames of one object, in
+            one part (near_duplicates.py); it decodes every image.
         path: the card's file. shown: how messages name its folder.
     """
 
@@ -205,6 +207,7 @@ class Card:
     how_to_get: str = ""
     names: RelativePath | None = None
     superclasses: RelativePath | None = None
+    group_near_duplicates: bool = False
     path: Path = Path()
     shown: str = ""
 

@@ -34,7 +34,7 @@ from vismt.report.tables import interval_text
 from vismt.report.trainings import training_sections
 from vismt.robustness.conditions import AttackConfig
 from vismt.seeds import digest
-from vismt.stats import averaged
+from vismt.stats import averaged, over_seeds
 
 Config = TypeVar("Config", bound=StudyConfig)
 
@@ -193,6 +193,16 @@ class EvaluationJob(ABC, Generic[Config]):
         derived = {seed: self.derived(by_arm) for seed, by_arm in groups.items()}
         if not all(derived.values()):
             derived = {}  # a score that lacks one of its seeds cannot be compared by seed
+        by_seed: dict[tuple[str, ...], list[float]] = {}
+        for seed, by_arm in derived.items():
+            for arm, arm_scores in by_arm.items() if seed is not None else ():
+                for score in arm_scores:
+                    by_seed.setdefault((arm, *score.key), []).append(score.measure.score)
+        for arm, arm_scores in derived.get(None, {}).items():
+            derived[None][arm] = [
+                replace(score, measure=over_seeds(score.measure, by_seed.get((arm, *score.key), ())))
+                for score in arm_scores
+            ]
         for arm, arm_scores in derived.get(None, {}).items():
             self._print(arm, arm_scores, len(scores[arm]))
         rows = [

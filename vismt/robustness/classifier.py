@@ -48,7 +48,10 @@ class PixelClassifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if tuple(images.shape[-2:]) != self.size:
             images = F.interpolate(images, size=self.size, mode="bilinear", antialias=True, align_corners=False)
-        return self.net((images - self.mean.to(images.dtype)) / self.std.to(images.dtype))
+        normalised = (images - self.mean.to(images.dtype)) / self.std.to(images.dtype)
+        # Of half-precision weights the pixels stay wide until they are normalised.
+        weights = (p.dtype for p in self.net.parameters() if p.is_floating_point())
+        return self.net(normalised.to(next(weights, images.dtype)))
 
 
 def load_classifier(
