@@ -86,4 +86,6 @@ def answers(model: nn.Module, images: Tensor, rows: Tensor | None = None) -> Ten
 def report_lost(attack: str, count: int) -> None:
     """Say on the console how many images an attack counted as broken that are right in the evaluation."""
     if count:
-        console.stage("attack", f"{attack}: {count} images that it broke are right in another batch, and count as right")
+        console.stage(
+            "attack", f"{attack}: {count} images that it broke are right in another batch, and count as right"
+        )

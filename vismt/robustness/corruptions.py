@@ -314,6 +314,6 @@ CORRUPTIONS: dict[str, Corruption] = {
 }
 
 # Corruptions after which the content of a pixel is elsewhere. At 224 px, severities 1 to 5, elastic_transform moves it by 19.2,
-# 40.5, 4.0, 4.2 and 4.6 px in the mean of 100 draws. Blurs keep the sharp image as a part, with its labels; the mean place of what they mix
-# moves too, by up to 11.6 px (motion_blur) and 14.1 px (zoom_blur, at the edge of the image).
+# 40.5, 4.0, 4.2 and 4.6 px in the mean of 100 draws. Blurs keep the sharp image as a part, with its labels; the mean place of
+# what they mix moves too, by up to 11.6 px (motion_blur) and 14.1 px (zoom_blur, at the edge of the image).
 MOVING = ("elastic_transform",)
