@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from vismt.errors import UserError
+from vismt.paths import regular_file
 
 PARTIAL = ".vismt-partial"
 DIGEST = "sha256"  # the key of a JSON file with the digest of all other keys
@@ -44,13 +45,21 @@ DTYPES = {
 }
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Return the content of JSON text. Raises ValueError, also for text that is nested too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
 def read_json(path: Path, what: str) -> Any:
     """Return the content of a JSON file; a UserError names the file where it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf8"))
+        return parse_json(regular_file(path).read_text(encoding="utf8"))
     except FileNotFoundError as error:
         raise UserError(f"{what}: no file '{path}'.") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{what}: '{path}' cannot be read as JSON ({error}).") from error
 
 
@@ -214,6 +223,8 @@ def is_locked(folder: Path) -> bool:
         FileLock(folder / LOCK).acquire(timeout=0).lock.release()
     except Timeout:
         return True
+    except OSError:  # a folder that this user cannot write
+        return False
     return False
 
 
@@ -225,7 +236,7 @@ def locked(folder: Path, wait_s: float = 0) -> Iterator[None]:
 
     Args:
         folder: the folder to own.
-        wait_s: seconds to wait for another process.
+        wait_s: seconds to wait for another process, without a limit where negative.
 
     Raises:
         UserError: another process has the lock, which is named; a folder that cannot be written.
@@ -260,7 +271,7 @@ def locked(folder: Path, wait_s: float = 0) -> Iterator[None]:
 def _holder(folder: Path) -> dict[str, Any]:
     """Return the recorded holder of a folder's lock, {} where the record is missing or incomplete."""
     try:
-        holder = json.loads((folder / HOLDER).read_text(encoding="utf8"))
+        holder = parse_json((folder / HOLDER).read_text(encoding="utf8"))
     except (OSError, ValueError):
         return {}
     return holder if isinstance(holder, dict) else {}

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
 
 from vismt.data.check import check
 from vismt.data.dense import open_dense
 from vismt.data.dense_sample import size_of, valid
 from vismt.data.derived import normals_from_depth
 from vismt.data.images import open_images
+from vismt.data.near_duplicates import near_duplicates
+from vismt.data.splits import divide
 from vismt.errors import UserError
 from vismt.paths import data_roots
 
@@ -140,3 +145,26 @@ def test_rgbd_maps():
     both = good & valid("normals", derived)
     angles = (derived * normals).sum(0)[both].clamp(-1, 1).arccos().rad2deg()
     assert angles.median() < 8 and both.float().mean() > 0.5 and (normals[2][good] > 0).float().mean() > 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.realdata
+def test_no_traffic_sign_of_the_test_part_has_a_near_duplicate_in_another() -> None:
+    """By Pillow's own reduction to 16 x 16, beside a division of neighbours that has hundreds."""
+    need("gtsrb")
+    images = open_images("gtsrb")
+    small = [
+        np.asarray(Image.fromarray(images.read(i).permute(1, 2, 0).numpy()).convert("L").resize((16, 16), Image.BOX))
+        for i in range(len(images))
+    ]
+    patches = torch.from_numpy(np.stack(small)).flatten(1).double()
+    patches = torch.nn.functional.normalize(patches - patches.mean(1, keepdim=True))
+    alike = (patches @ patches.T > 0.9) & (images.labels[:, None] == images.labels)
+
+    def leaks(groups: Tensor | None) -> int:
+        parts = divide(images.labels, {"test": 0.4, "validation": 0.15}, "gtsrb", groups)
+        return sum(
+            int(alike[index][:, ~torch.isin(torch.arange(len(images)), index)].any(1).sum()) for index in parts.values()
+        )
+
+    assert images.grouped and leaks(near_duplicates(images.read, images.labels, "gtsrb")) <= 5 < 400 < leaks(None)

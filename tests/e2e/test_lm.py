@@ -72,7 +72,7 @@ def study(home, tmp_path_factory) -> Path:
         home,
         seeds=[0, 1],
         tune={"rates": [1e-3, 3e-2]},
-        evaluate={"batch": 4, "temperature": True, "laplace": True, "samples": 5},
+        evaluate={"batch": 4, "temperature": True, "laplace": True},
         arms={
             "lora": {},
             "head": {"adapt": None},

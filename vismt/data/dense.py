@@ -5,6 +5,7 @@ A set of image classification can be opened as one, too: its samples hold the im
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ def open_dense(card: Card | str | Path, split: str = "all", *, root: Path | None
     if copy is None:
         raise not_found(card, split, root)
     source, base = copy
-    return source.load(card, base, split)
+    return replace(source.load(card, base, split), grouped=card.group_near_duplicates)
 
 
 def classified(images: ImageSet) -> DenseSet:
@@ -54,6 +55,7 @@ def classified(images: ImageSet) -> DenseSet:
         where=images.where,
         image_classes=images.classes,
         labels=images.labels,
+        grouped=images.grouped,
     )
 
 

@@ -35,6 +35,7 @@ class ImageSet:
         skipped: ids of the images left out because they cannot be decoded.
         where: the folder of the copy, as messages name it.
         nodes: class ids below each node of a hierarchy, or None.
+        grouped: whether a division keeps near-duplicates in one part.
         cached: whether `content` tells these images from all others, so that decoded ones may be kept for later runs.
     """
 
@@ -50,6 +51,7 @@ class ImageSet:
     skipped: list[str] = field(default_factory=list)
     where: str = ""
     nodes: list[list[int]] | None = None
+    grouped: bool = False
     cached: bool = True
 
     def __len__(self) -> int:
@@ -189,5 +191,6 @@ def open_images(
         superclass_names=superclass_names,
         where=shown_path(base),
         nodes=loaded.nodes or None,
+        grouped=card.group_near_duplicates,
     )
     return images if on_bad_sample == "error" else _drop_damaged(images)

@@ -33,15 +33,13 @@ class LmNet(nn.Module):
         lm: a causal LM of transformers that passes `check_logits`.
         head: a module on features (b, d); None (nn.Identity) for tasks without a head.
         first: number of the first block that is not frozen; the output of the blocks below may be given as cached states.
-        samples: draws of a Bayesian head.
 
     Raises:
         UserError: the LM has no block `first`.
     """
 
-    def __init__(self, lm: nn.Module, head: nn.Module | None = None, first: int = 0, samples: int = 20) -> None:
+    def __init__(self, lm: nn.Module, head: nn.Module | None = None, first: int = 0) -> None:
         super().__init__()
-        self.samples = samples
         self.lm = lm
         self.head = nn.Identity() if head is None else head
         self.first = first
@@ -79,10 +77,10 @@ class LmNet(nn.Module):
         together.
         """
         targets = batch["labels"][:, 1:]
-        counted = targets != IGNORE
-        nll = self._nll(self.hidden(batch)[:, :-1][counted], targets[counted], at_once)
-        rows = counted.nonzero()[:, 0]
-        return torch.zeros(len(counted), device=rows.device).index_add(0, rows, nll), counted.sum(1)
+        chosen = targets != IGNORE
+        nll = self._nll(self.hidden(batch)[:, :-1][chosen], targets[chosen], at_once)
+        rows = chosen.nonzero()[:, 0]
+        return torch.zeros(len(chosen), device=rows.device).index_add(0, rows, nll), chosen.sum(1)
 
     def branch_nll(self, batch: Batch, at_once: int = 4096) -> tuple[Tensor, Tensor]:
         """Return the NLL in nats and the number of tokens of each answer of trees, both (b, k).
@@ -114,6 +112,25 @@ class LmNet(nn.Module):
             return output(states)[..., chosen].float()
         bias = None if output.bias is None else output.bias[chosen]
         return F.linear(states, output.weight[chosen], bias).float()
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, new_tokens: int, ends: Sequence[int]) -> Tensor:
+        """Return the tokens (b, m), m <= new_tokens, that the LM writes greedily after each row; one of `ends` ends a row."""
+        from transformers import GenerationConfig
+
+        greedy = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            eos_token_id=list(ends) or None,
+            pad_token_id=ends[0] if ends else 0,
+        )
+        # What a given configuration leaves open, transformers takes from the checkpoint's: penalties, beams, forbidden words.
+        own, self.lm.generation_config = self.lm.generation_config, greedy
+        try:
+            written = self.lm.generate(batch["ids"], attention_mask=batch["mask"].long(), generation_config=greedy)
+        finally:
+            self.lm.generation_config = own
+        return written[:, batch["ids"].shape[1] :]
 
     def _nll(self, states: Tensor, targets: Tensor, at_once: int) -> Tensor:
         """Return the NLL (m,) in nats of the tokens `targets` (m,) given the states (m, d) before them."""
@@ -202,6 +219,11 @@ class LmNet(nn.Module):
         dtype: Any = self.lm.dtype
         zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
         return zeros.masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
+
+
+def counted_tokens(batch: Batch) -> Tensor:
+    """Return the number of tokens with a label in a batch, a scalar."""
+    return (batch["labels"][:, 1:] != IGNORE).sum()
 
 
 def check_logits(lm: nn.Module) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from vismt.errors import UserError
 from vismt.files import atomic_write, read_sealed
+from vismt.paths import regular_file
 from vismt.report.comparison import AVERAGE, Comparison
 from vismt.report.html import render_html, render_markdown
 from vismt.report.papers import render_csv, render_latex
@@ -81,11 +82,15 @@ def run_heading(folder: Path) -> Heading:
     config = folder / CONFIG
     revision = f", git revision {about['git_revision']}" if about.get("git_revision") else ""
     seeds = f", seeds {text}" if (text := _seeds(about)) else ""
+    try:
+        content = regular_file(config).read_text(encoding="utf8", errors="replace") if config.exists() else ""
+    except OSError as error:
+        raise UserError(f"run '{folder}': {CONFIG} cannot be read: {error.strerror}.") from error
     return Heading(
         title=str(about.get("title") or folder.name),
         facts=_facts(about),
         source=f"vismt config {about['config_hash']}{revision}{seeds}",
-        config=config.read_text(encoding="utf8", errors="replace") if config.exists() else "",
+        config=content,
     )
 
 

@@ -18,7 +18,7 @@ from vismt.engine import training_files
 from vismt.engine.study import Training
 from vismt.files import atomic_write
 from vismt.jobs.classification.config import MultitaskConfig
-from vismt.llm.heads import SMALLEST, is_variational, make_head
+from vismt.llm.heads import is_variational, make_head
 from vismt.llm.variational import GaussianHead
 from vismt.lowrank.store import fingerprint
 from vismt.metatune.features import FeatureStore, features, number
@@ -46,9 +46,9 @@ class PixelNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         head: Any = self.head
-        if not isinstance(self.head, GaussianHead):
-            return head(self.features(images)) if self.frozen else self.backbone.logits(images)
-        return head.predict(self.features(images), method="probit").clamp_min(SMALLEST).log()
+        if isinstance(head, GaussianHead):
+            return head.log_probabilities(self.features(images))
+        return head(self.features(images)) if self.frozen else self.backbone.logits(images)
 
     def features(self, images: Tensor) -> Tensor:
         """Return the input (b, d) of the head."""

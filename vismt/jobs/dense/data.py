@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from vismt import console
 from vismt.data import dense_transforms as transforms
@@ -14,6 +16,7 @@ from vismt.data.batching import Passes
 from vismt.data.dense import DenseSet, open_samples
 from vismt.data.dense_sample import CLASS, Sample, collate
 from vismt.data.names import card_and_split
+from vismt.data.near_duplicates import near_duplicates
 from vismt.data.splits import divide
 from vismt.engine.splits import shares
 from vismt.errors import UserError
@@ -76,7 +79,9 @@ class DenseData:
         for name in data.train:
             images = _open(name)
             strata = torch.zeros(len(images), dtype=torch.int64) if images.labels is None else images.labels
-            for part, index in divide(strata, shares(data), images.name).items():
+            grouped = images.grouped and bool(shares(data))
+            groups = near_duplicates(partial(_picture, images), strata, images.name) if grouped else None
+            for part, index in divide(strata, shares(data), images.name, groups, images.image_classes).items():
                 self.parts[part].entries.extend((images, i) for i in index.tolist())
         for part in ("validation", "test"):
             for name in getattr(data, part):
@@ -202,6 +207,10 @@ class DenseBatches:
 
 def _open(name: str) -> DenseSet:
     return open_samples(*card_and_split(name))
+
+
+def _picture(images: DenseSet, i: int) -> Tensor:
+    return images.stored(i)["image"]
 
 
 def _spread(entries: list[tuple[DenseSet, int]], limit: int) -> list[tuple[DenseSet, int]]:

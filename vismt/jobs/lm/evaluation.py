@@ -36,6 +36,7 @@ from vismt.lowrank.inject import merge
 from vismt.report.results import Score
 from vismt.stats import CLEAN, Condition, Measure
 
+SCORING = "2"  # changes where rows get other scores than in earlier versions, whose records are then not used
 MEANS = Condition("means of the head", "variant", "means")
 
 
@@ -156,13 +157,13 @@ class Evaluation:
         return records
 
     def _fingerprint(self, training: Training, task: str, split: str, name: str, laplace: str) -> list[str | int]:
-        """Return the digests of the rows and weights that records belong to."""
+        """Return the digests of the rows and weights that records belong to, and the way of scoring."""
         weights = "" if training.arm in REFERENCES else fingerprint(training)
         if training.arm in RECOMMENDERS:
             weights = self._recommender().fingerprint(training.arm)
         # An earlier Laplace approximation around VBLL dropped its noise as well; records of it name no structure.
         around = f"{self.data.training_fingerprint()} {laplace}" if laplace else ""
-        return [self.data.fingerprint(task, split, name), weights, self.config.evaluate.samples, around]
+        return [self.data.fingerprint(task, split, name), weights, SCORING, around]
 
     def _recommender(self) -> Recommender:
         assert self.recommender is not None, "the trained task is not a recommendation"
@@ -187,7 +188,7 @@ class Evaluation:
             features = list(self._features(net, self.data.training())[0].split(256))
             head = laplace_head(net.head, features, validation)
             self._posterior = (training, self.models.given, head.to(validation[0].device))
-        return LmNet(net.lm, self._posterior[2], net.first, net.samples).eval()
+        return LmNet(net.lm, self._posterior[2], net.first).eval()
 
     @torch.no_grad()
     def _features(self, net: LmNet, items: Sequence[Item]) -> tuple[Tensor, Tensor]:

@@ -90,7 +90,7 @@ class LmModels:
         self.given += 1
         lm = self.stock()
         task = task_of(trained_task(config))
-        net = LmNet(lm, first=config.model.first_block, samples=config.evaluate.samples)
+        net = LmNet(lm, first=config.model.first_block)
         if isinstance(task, Classes):
             rows, bias = net.answer_rows(task.tokens(self.tokenizer))
             net.head = make_head(config.head.name, rows, bias, data.num_train, config.seed, config.head.options)
