@@ -214,18 +214,21 @@ class EvaluationJob(ABC, Generic[Config]):
         derived = {seed: self.derived(by_arm) for seed, by_arm in groups.items()}
         if not all(derived.values()):
             derived = {}  # a score that lacks one of its seeds cannot be compared by seed
-        by_seed: dict[tuple[str, ...], list[float]] = {}
-        for seed, by_arm in derived.items():
-            for arm, arm_scores in by_arm.items() if seed is not None else ():
-                for score in arm_scores:
-                    by_seed.setdefault((arm, *score.key), []).append(score.measure.score)
-        for arm, arm_scores in derived.get(None, {}).items():
-            derived[None][arm] = [
-                replace(score, measure=over_seeds(score.measure, by_seed.get((arm, *score.key), ())))
+        averages = derived.get(None, {})
+        for arm, arm_scores in averages.items():
+            trainings = [
+                {score.key: score.measure.score for score in by_arm.get(arm, ())}
+                for number, by_arm in derived.items()
+                if number is not None
+            ]
+            averages[arm] = [
+                replace(
+                    score,
+                    measure=over_seeds(score.measure, [of[score.key] for of in trainings if score.key in of]),
+                )
                 for score in arm_scores
             ]
-        for arm, arm_scores in derived.get(None, {}).items():
-            self._print(arm, arm_scores, len(scores[arm]))
+            self._print(arm, averages[arm], len(scores[arm]))
         rows = [
             (result_of(score, arm, seed, self.split, self.hash), score.measure)
             for seed, by_arm in groups.items()
