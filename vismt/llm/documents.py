@@ -69,7 +69,8 @@ def _is_exact(lm: nn.Module, run: Run) -> bool:
     batch = {name: value.to(device) for name, value in collate(rows).items()}
     lm.eval()
     try:
-        with disabled(lm) if record_of(lm) else nullcontext():
+        plain = disabled(lm) if record_of(lm) else nullcontext()
+        with plain, torch.autocast(device.type, enabled=False):
             together, alone = run(batch).float(), _one_by_one(batch, run).float()
     except Exception:  # LMs without masks of this form fail in ways of their own
         return False
