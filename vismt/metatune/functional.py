@@ -73,7 +73,7 @@ def answers(model: nn.Module, images: Tensor, rows: Tensor | None = None) -> Ten
     wide = images.to(torch.promote_types(dtype, torch.float32))
     run: Any = model
     if rows is not None and hasattr(model, "rows_of"):
-        run = partial(model.rows_of, rows=rows)
+        run = partial(run.rows_of, rows=rows)
     with torch.autocast(images.device.type, enabled=False):
         try:
             return run(wide)
