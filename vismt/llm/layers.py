@@ -115,11 +115,14 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
         if path in sizes:
             kind = type(next(module.children()))
             groups.setdefault((path.rstrip("0123456789"), kind), []).append(path)
-    ranked = sorted(groups.values(), key=lambda paths: -sum(sizes[path] for path in paths))
+
+    def size(paths: list[str]) -> int:
+        return sum(sizes[path] for path in paths)
+
+    ranked = sorted(groups.values(), key=size, reverse=True)
     if not ranked:
         raise UserError(f"LISA.layers: {type(model).__name__} has no list of equal layers; name them with layers=.")
-    first, second = (sum(sizes[path] for path in paths) for paths in (ranked[0], ranked[1] if ranked[1:] else []))
-    if 2 * second >= first and second:
+    if len(ranked) > 1 and 2 * size(ranked[1]) >= size(ranked[0]):
         raise UserError(
             f"LISA.layers: '{ranked[0][0]}' or '{ranked[1][0]}'? Name one with layers=, or give all layers as a list."
         )

@@ -64,10 +64,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         UserError: for a stock model, and for a backward pass in the block of a forward before it.
     """
-    before, refusal = (
-        active(model),
-        UserError("disabled: a backward pass in the block is of a forward before it; call it after the block."),
-    )
+    before = active(model)
+    refusal = UserError("disabled: a backward pass in the block is of a forward before it; call it after the block.")
 
     def refuse(_: torch.Tensor) -> None:  # the parameters take no gradient here, which would be lost in silence
         raise refusal
