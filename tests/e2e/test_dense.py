@@ -527,11 +527,11 @@ def test_shipped_configurations_are_sound() -> None:
         ({"fade": {"end": 1.5}}, "need 0 <= start <= end <= 1"),
         ({"data": {"train": [], "test": ["motorcycle"]}}, "data.train: names no set"),
         ({"data": {"train": ["motorcycle"]}}, "nothing to test on"),
-        ({"data": {"train": ["motorcycle"], "test": ["motorcycle:test"]}}, "is in train "),
+        ({"data": {"train": ["motorcycle"], "test": ["motorcycle:test"]}}, "shares examples with data: train "),
         ({"data": {**SMALL["data"], "test_share": 0.1}}, "both test and test_share"),
         (
             {"data": {**SMALL["data"], "validation": ["motorcycle:test"]}},
-            "data: validation 'motorcycle:test' is in test 'motorcycle:test', too; name another set or split",
+            "data: test 'motorcycle:test' shares examples with data: validation 'motorcycle:test'; name another set or split",
         ),
         ({"data": {**SMALL["data"], "limit": 0}}, "data.limit: 0"),
         ({"arms": {"a": {"tasks": []}}}, "must be the same for all arms"),

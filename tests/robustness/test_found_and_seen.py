@@ -1,4 +1,4 @@
-"""What an attack finds is what the evaluation sees: every attack and norm, in both precisions, on its own model and by transfer."""
+"""What an attack finds is what the evaluation sees: every attack and norm, in two precisions, white-box and by transfer."""
 
 from __future__ import annotations
 
