@@ -46,9 +46,12 @@ DTYPES = {
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the content of JSON text. Raises ValueError, also for text that is nested too deep."""
+    """Return the content of JSON text. Raises ValueError, also for what is nested too deep or holds half a surrogate pair."""
     try:
-        return json.loads(text)
+        content = json.loads(text)
+        if "\\ud" in str(text).lower():  # an escape as json.dumps writes a pair, or half of one, which no file can hold
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
 
