@@ -445,7 +445,7 @@ def test_overrides_of_an_arm_are_typed_and_its_trainings_are_found_by_name(tmp_p
             {"tasks": [{"name": "a", "train": ["digits"], "test": ["photo_crops"], "test_share": 0.1}]},
             "give one of them",
         ),
-        ({"tasks": [{"name": "a", "train": ["digits"], "test": ["digits"]}]}, "is in train "),
+        ({"tasks": [{"name": "a", "train": ["digits"], "test": ["digits"]}]}, "shares examples with tasks: a: train "),
         ({"tasks": [{"name": "a", "train": ["digits"], "test": ["photo_crops:test"]}]}, "training does not"),
         ({"tasks": [{"name": "a", "train": ["digits"], "test_share": 0.1, "limit": 5}]}, "no training image of class"),
         ({"tasks": [{"name": "a", "train": ["digits"], "test_share": 0.1}]}, "nothing to validate on"),

@@ -212,4 +212,4 @@ def test_sets_of_other_classes_are_told_by_their_confidence(tmp_path: Path, caps
     assert row.value == pytest.approx(wins, abs=1e-6) and row.n == len(inside) + len(outside)
     assert row.condition == "against photo_crops:test" and row.low < row.value < row.high
     same = {**config, "evaluate": {"ood": ["digits"]}}
-    assert "shares images with 'digits'" in refused(tmp_path, same, capsys)
+    assert "shares examples with tasks: " in refused(tmp_path, same, capsys)

@@ -116,6 +116,10 @@ class EvaluationJob(ABC, Generic[Config]):
             f"run '{self.folder}': the job '{self.config.task}' has no classifier of images; name another run."
         )
 
+    def cards_of_tasks(self) -> dict[str, set[str]]:
+        """Return by task the cards of a classifier whose outputs are named "task/class", as rows of results name them."""
+        return {}
+
     def check(self) -> None:
         """Raise UserError for what a configuration names, before data is decoded and a run folder is made."""
 
@@ -160,15 +164,32 @@ class EvaluationJob(ABC, Generic[Config]):
         """Score every reference and arm and write results.jsonl; rows of other conditions (an earlier attack) stay.
 
         Processes that share the evaluation (ranks.py) call it together, and the first one writes the files.
-        attacks: conditions in place of those of the configuration.
+        attacks: conditions in place of those of the configuration. Raises UserError for arms that cannot be evaluated, after the
+        others have been.
         """
         self.check_evaluation(attacks)
         scores: dict[str, dict[int, list[Score]]] = {}
+        failed: dict[str, UserError] = {}
         for arm in self.evaluated():
-            trainings = self.trainings(arm)
-            scores[arm] = {training.seed: self.evaluate_one(training, attacks) for training in trainings}
+            try:
+                trainings = self.trainings(arm)
+                scores[arm] = {training.seed: self.evaluate_one(training, attacks) for training in trainings}
+            except UserError as error:
+                if ranks.count() > 1:  # other processes may wait for a part of this arm
+                    raise
+                failed[arm] = error
+                console.stage("eval", f"{arm}   left out: {error}")
+                continue
             self._print(arm, mean_scores(scores[arm].values()), len(trainings))
+        if failed and not scores:
+            raise next(iter(failed.values()))
         self._write(scores)
+        if failed:
+            arm, error = next(iter(failed.items()))
+            more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+            raise UserError(
+                f"evaluate: '{arm}'{more} left out: {error} The other arms are in {RESULTS}: vismt report '{self.folder}'."
+            ) from error
         if attacks is None:
             ranks.from_first(self.write_panels)
 
