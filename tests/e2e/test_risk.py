@@ -167,7 +167,7 @@ def test_a_language_models_classes_have_sets(tmp_path: Path, capsys) -> None:
         "adapt": {"method": "lora", "rank": 2, "targets": ["q_proj", "v_proj"]},
         "train": TRAIN,
         "batch": 4,
-        "evaluate": {"batch": 4, "frozen": False},
+        "evaluate": {"batch": 4, "frozen": False, "temperature": True, "laplace": True},  # which change no threshold
     }
     folder = run(tmp_path, "words", config)
     training = next((folder / "arms" / "adapted").glob("lr-*"))
