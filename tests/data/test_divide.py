@@ -28,13 +28,39 @@ def test_every_part_has_every_class_whatever_the_share() -> None:
     assert len(parts["test"]) == 2
 
 
+def test_a_group_is_in_one_part_and_the_parts_keep_their_sizes() -> None:
+    # Pairs (0, 5), (1, 6), ... of one class: 10 images in 5 groups, 6 to train and 2 to each of the others.
+    parts = divide(torch.zeros(10, dtype=torch.int64), {"test": 0.2, "validation": 0.2}, "birds", torch.arange(10) % 5)
+    assert {part: index.tolist() for part, index in parts.items()} == {
+        "train": [0, 1, 2, 5, 6, 7],
+        "test": [3, 8],
+        "validation": [4, 9],
+    }
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_group_of_most_of_a_class_leaves_no_part_empty(place: int) -> None:
+    groups = torch.arange(12)
+    groups[place : place + 9] = place
+    parts = divide(torch.zeros(12, dtype=torch.int64), {"test": 0.25, "validation": 0.25}, "birds", groups)
+    assert all(len(index) for index in parts.values()) and sum(map(len, parts.values())) == 12
+    assert sum(bool((groups[index] == place).any()) for index in parts.values()) == 1
+
+
+def test_a_class_with_fewer_groups_than_parts() -> None:
+    with pytest.raises(
+        UserError, match="'birds': class 0 has 9 examples in 2 groups of near-duplicates, too few for 3 parts"
+    ):
+        divide(torch.zeros(9, dtype=torch.int64), {"test": 0.2, "validation": 0.2}, "birds", torch.arange(9) // 5 * 5)
+
+
 @pytest.mark.parametrize(
     ("shares", "message"),
     [
         ({"test": 1.0}, "between 0 and 1"),
         ({"test": 0.6, "validation": 0.5}, "and their sum below 1"),
         ({"test": -0.1}, "between 0 and 1"),
-        ({"test": 0.1, "validation": 0.1, "more": 0.1, "most": 0.1}, "class 1 has 4 images, too few for 5 parts"),
+        ({"test": 0.1, "validation": 0.1, "more": 0.1, "most": 0.1}, "class 1 has 4 examples, too few for 5 parts"),
     ],
 )
 def test_shares_that_do_not_work(shares: dict, message: str) -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
 
 from vismt.data.check import check
 from vismt.data.dense import open_dense
 from vismt.data.dense_sample import size_of, valid
 from vismt.data.derived import normals_from_depth
 from vismt.data.images import open_images
+from vismt.data.near_duplicates import groups_of
+from vismt.data.splits import divide
 from vismt.errors import UserError
 from vismt.paths import data_roots
 
@@ -140,3 +145,29 @@ def test_rgbd_maps():
     both = good & valid("normals", derived)
     angles = (derived * normals).sum(0)[both].clamp(-1, 1).arccos().rad2deg()
     assert angles.median() < 8 and both.float().mean() > 0.5 and (normals[2][good] > 0).float().mean() > 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.realdata
+def test_frames_of_a_traffic_sign_are_in_one_part() -> None:
+    """By the numbers of the files, and by Pillow's own reduction to 16 x 16, beside a division without groups."""
+    need("gtsrb")
+    images = open_images("gtsrb")
+    small = [
+        np.asarray(Image.fromarray(images.read(i).permute(1, 2, 0).numpy()).convert("L").resize((16, 16), Image.BOX))
+        for i in range(len(images))
+    ]
+    patches = torch.from_numpy(np.stack(small)).flatten(1).double()
+    patches = torch.nn.functional.normalize(patches - patches.mean(1, keepdim=True))
+    alike = (patches @ patches.T > 0.9) & (images.labels[:, None] == images.labels)
+
+    def leaks(groups: Tensor | None) -> int:
+        parts = divide(images.labels, {"test": 0.4, "validation": 0.15}, "gtsrb", groups)
+        others = [~torch.isin(torch.arange(len(images)), index) for index in parts.values()]
+        return sum(int(alike[index][:, other].any(1).sum()) for index, other in zip(parts.values(), others))
+
+    groups = groups_of(images, images.labels, images.read)
+    assert leaks(groups) <= 20 < 400 < leaks(None)
+    for label, signs in {"00": 5, "16": 10, "23": 12, "41": 6}.items():  # files come in rounds, a frame of each sign
+        (place,) = [i for i, name in enumerate(images.ids) if name == f"{label}/0001.jpg"]
+        assert groups[place] == groups[place + signs] == groups[place + 2 * signs]

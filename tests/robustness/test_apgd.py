@@ -137,7 +137,7 @@ def test_a_step_is_halved_when_nothing_has_changed_since_the_last_checkpoint():
     """Steps that rise more than 75 % of the time without a new best loss, which a loop seldom meets."""
     zeros, image = torch.zeros(4), torch.zeros(4, 3, 2, 2)
     values = {name: image for name in ("images", "previous", "gradient", "best", "best_gradient")}
-    values |= {name: zeros for name in ("loss", "density", "count", "checked_loss")}
+    values |= {name: zeros for name in ("loss", "density", "count", "checked_loss", "best_logits")}
     values |= {"best_loss": torch.tensor([0.0, 0.0, 1.0, 1.0]), "reduced": torch.tensor([False, True, False, True])}
     state = _State(**values, step=torch.ones(4), rises=torch.full((4,), 10.0))
     _check_progress(state, 10)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from vismt.data.names import CARDS, FILES
 from vismt.data.plain_sets import plain_card
-from vismt.data.source_types import KINDS, Card, DataSource
+from vismt.data.source_types import KINDS, MOST_CLASSES, Card, DataSource
+from vismt.data.text_set import TextSource
 from vismt.errors import UserError, near
 from vismt.paths import shipped
 from vismt.typed_yaml import build, read_yaml
@@ -51,8 +52,10 @@ def load_card(name_or_path: str | Path) -> Card:
     card = build(Card, raw, where, sources=sources, path=path, shown=shown)
     if not CARD_NAME.fullmatch(card.name):
         raise UserError(f"{where}: name '{card.name}' must be letters, digits, '_', '-' or '.'.")
-    if card.classes < 0:
-        raise UserError(f"{where}: 'classes' is {card.classes}, must be a count of classes.")
+    if card.groups is not None and len(card.sources_of(TextSource)) == len(sources):
+        raise UserError(f"{where}: 'groups' is for images; leave it out.")
+    if not 0 <= card.classes <= MOST_CLASSES:
+        raise UserError(f"{where}: 'classes' is {card.classes}, must be a count of classes, at most {MOST_CLASSES:,}.")
     return card
 
 

@@ -6,13 +6,13 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from vismt.data.dense_sample import Sample
 from vismt.data.derived import edges_from_depth, edges_from_labels
-from vismt.data.source_types import Card, DataSource
+from vismt.data.source_types import Card, DataSource, check_names
 from vismt.errors import UserError
 
 CAMERA = ("fx", "fy", "cx", "cy")
@@ -33,6 +33,7 @@ class DenseSet:
         image_classes: names of the values of class.
         labels: int64 (n,), the class of every image; None where images have none.
         edges: the target that edges are derived from, "semseg" or "depth"; None when `stored` has all targets.
+        groups: as of an ImageSet.
     """
 
     name: str
@@ -47,6 +48,10 @@ class DenseSet:
     image_classes: list[str] = field(default_factory=list)
     labels: Tensor | None = None
     edges: str | None = None
+    groups: Mapping[str, Any] | None = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_names(self.ids)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from vismt.data.batching import Passes
 from vismt.data.dense import DenseSet, open_samples
 from vismt.data.dense_sample import CLASS, Sample, collate
 from vismt.data.names import card_and_split
+from vismt.data.near_duplicates import groups_of, picture
 from vismt.data.splits import divide
 from vismt.engine.splits import shares
 from vismt.errors import UserError
@@ -76,7 +78,8 @@ class DenseData:
         for name in data.train:
             images = _open(name)
             strata = torch.zeros(len(images), dtype=torch.int64) if images.labels is None else images.labels
-            for part, index in divide(strata, shares(data), images.name).items():
+            groups = groups_of(images, strata, partial(picture, images)) if shares(data) else None
+            for part, index in divide(strata, shares(data), images.name, groups, images.image_classes).items():
                 self.parts[part].entries.extend((images, i) for i in index.tolist())
         for part in ("validation", "test"):
             for name in getattr(data, part):

@@ -53,6 +53,11 @@ class LmData:
                 if named_sets:
                     sizes = [f"{sum(map(len, sets)):,}" for sets in named_sets.values()]
                     counts.append(f"{part} {' + '.join(sizes)}")
+                for title, sets in named_sets.items():
+                    classes = {self.tasks[name].class_of(row) for texts in sets for row in texts.rows}
+                    if len(classes) == 1 and "" not in classes:
+                        text = f"every row of {part} '{title}' has the label '{classes.pop()}'"
+                        console.stage("data", f"{name}   {text}; scores say nothing of the others")
             console.stage("data", f"{name}   {'   '.join(counts)}")
 
     def names(self, task: str, part: str) -> list[str]:
@@ -206,8 +211,9 @@ class LmData:
         parts: dict[str, dict[str, list[TextSet]]] = {"train": {}, "validation": {}, "test": {}}
         for name in task.train:
             texts = self._open(name)
-            for part, index in _divided(texts, split_shares, name).items():
-                parts[part].setdefault(joined, []).append(texts.take(index) if split_shares else texts)
+            divided = _divided(texts, split_shares, name, self.tasks[task.name]) if split_shares else {"train": texts}
+            for part, rows in divided.items():
+                parts[part].setdefault(joined, []).append(rows)
         for part in ("validation", "test"):
             for name in getattr(task, part):
                 parts[part][row_name(name)] = [self._open(name)]
@@ -235,11 +241,17 @@ def _named_rows(sets: Sequence[TextSet]) -> list[tuple[str, Mapping[str, Any]]]:
     return [(f"{texts.name}:{i}", row) for texts in sets for i, row in zip(texts.ids, texts.rows)]
 
 
-def _divided(texts: TextSet, split_shares: Mapping[str, float], name: str) -> dict[str, list[int]]:
-    """Return the row numbers of each part of a set: its last rows, or all rows of its last users."""
-    groups = torch.tensor(texts.users if isinstance(texts, InteractionSet) else range(len(texts)))
-    parts = divide(torch.zeros(int(groups.max()) + 1, dtype=torch.int64), split_shares, name)
-    return {part: torch.isin(groups, chosen).nonzero().flatten().tolist() for part, chosen in parts.items()}
+def _divided(texts: TextSet, split_shares: Mapping[str, float], name: str, task: LmTask) -> dict[str, TextSet]:
+    """Return the parts of a set: the last rows of each class, or all rows of the last users."""
+    if isinstance(texts, InteractionSet):
+        users = torch.tensor(texts.users)
+        parts = divide(torch.zeros(int(users.max()) + 1, dtype=torch.int64), split_shares, name)
+        parts = {part: torch.isin(users, chosen).nonzero().flatten() for part, chosen in parts.items()}
+    else:
+        classes = [task.class_of(row) for row in texts.rows]
+        labels = torch.tensor(numbered(classes), dtype=torch.int64)
+        parts = divide(labels, split_shares, name, classes=list(dict.fromkeys(classes)))
+    return {part: texts.take(index.tolist()) for part, index in parts.items()}
 
 
 def _cross_fit(parts: dict[str, dict[str, list[TextSet]]]) -> None:

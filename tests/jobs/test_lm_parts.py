@@ -1,0 +1,94 @@
+"""The parts of a set of texts: within each class where rows have one, by users where they have those."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.lm_parts import sentiment_task, tokenizer
+
+from vismt.config import typed
+from vismt.data.splits import divide
+from vismt.errors import UserError
+from vismt.jobs.lm.config import LmConfig
+from vismt.jobs.lm.data import LmData
+
+ANSWERS = {"0": " negative", "1": " positive"}
+
+
+def table(folder: Path, labels: str) -> str:
+    """Write a table with a row of text for each label; return its path."""
+    rows = [{"text": f"film {number}", "other": "bad", "label": label} for number, label in enumerate(labels)]
+    path = folder / "films.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def opened(films: str, **changes: object) -> LmData:
+    task = sentiment_task(films, **{"train": [films], "test": [], **changes})
+    return LmData(typed({"tasks": [task]}, LmConfig, "made"), tokenizer())
+
+
+def labels(data: LmData, part: str) -> list[str]:
+    (name,) = data.names("sentiment", part)
+    return [row["label"] for texts in data._sets["sentiment"][part][name] for row in texts.rows]
+
+
+SHARES = {"test_share": 0.25, "validation_share": 0.25}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"kind": "answers", "options": {"answers": ANSWERS, "label": "{label}"}}],
+    ids=["classes", "answers"],
+)
+def test_a_table_sorted_by_label_is_divided_within_each_label(tmp_path: Path, changes: dict) -> None:
+    data = opened(table(tmp_path, "0" * 12 + "1" * 8), **SHARES, **changes)
+    assert {part: "".join(labels(data, part)) for part in ("train", "test", "validation")} == {
+        "train": "0" * 6 + "1" * 4,
+        "test": "000" + "11",
+        "validation": "000" + "11",
+    }
+    assert [item.id for item in data.rows("sentiment", "test", *data.names("sentiment", "test"))][:2] == [
+        "films:all:6",
+        "films:all:7",
+    ]
+
+
+def test_choices_of_a_row_of_its_own_are_no_classes(tmp_path: Path) -> None:
+    """Here the label is a place in the row's list: the last rows are the test, as of rows without labels."""
+    options = {"answers": {"0": " {text}", "1": " {other}"}, "label": "{label}"}
+    data = opened(table(tmp_path, "0" * 12 + "1" * 8), **SHARES, kind="answers", options=options)
+    assert "".join(labels(data, "test")) == "00" + "111" and "".join(labels(data, "validation")) == "1" * 5
+
+
+def test_rows_without_labels_are_divided_in_the_order_of_the_file(tmp_path: Path) -> None:
+    data = opened(table(tmp_path, "0" * 8), **SHARES, kind="causal", options={"answer": "{text}"}, prompt="")
+    (name,) = data.names("sentiment", "test")
+    assert data._sets["sentiment"]["test"][name][0].ids == ["all:4", "all:5"]
+
+
+def test_a_class_with_too_few_rows_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="class '1' has 2 examples, too few for 3 parts; lower the shares"):
+        opened(table(tmp_path, "0" * 12 + "11"), **SHARES)
+
+
+@pytest.mark.parametrize(("rows", "noted"), [("1111", True), ("0111", False)])
+def test_a_part_of_one_label_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture, rows: str, noted: bool) -> None:
+    train = tmp_path / "train"
+    train.mkdir()
+    opened(table(train, "0011"), test=[table(tmp_path, rows)])
+    text = "every row of test 'films' has the label '1'; scores say nothing of the others"
+    assert (text in capsys.readouterr().out) == noted
+
+
+def test_users_are_divided_as_before() -> None:
+    """A share of the users and not of the rows: one function, over users in the order in which they come."""
+    parts = divide(torch.zeros(10, dtype=torch.int64), {"test": 0.2, "validation": 0.1}, "walks")
+    assert {part: index.tolist() for part, index in parts.items()} == {
+        "train": [0, 1, 2, 3, 4, 5, 6],
+        "test": [7, 8],
+        "validation": [9],
+    }
