@@ -141,7 +141,9 @@ class EpisodeRunner:
         images = torch.cat([task.query for task in group])
         labels = torch.cat([task.episode.query_labels for task in group])
         keys = [key for task in group for key in self._keys(attack.seed, task)]
-        perturb: Any = getattr(run, "search", run.perturb)  # of an attack on this classifier, what it counts as broken, too
+        perturb: Any = getattr(
+            run, "search", run.perturb
+        )  # of an attack on this classifier, what it counts as broken, too
         changed, found = [], []
         for start in range(0, len(images), self.batch):
             part = slice(start, start + self.batch)

@@ -145,8 +145,7 @@ def run_protocol(
         if panel is not None and ranks.rank() == 0 and not panel.exists():
             write_panel(panel, run(range(1))[0], model, getattr(pixels, "classes", None))
     rows = [log[index] for index in range(episodes)]
-    for name, column in lost.items():
-        report_lost(name, sum(row.get(column, 0) for row in rows))
+    report_lost(rows, lost)
     return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in columns}
 
 

@@ -33,8 +33,8 @@ class Outcome:
     """What the attacks have found so far.
 
     clean (b, 3, h, w), labels (b,), seeds: one for each image. logits (b, k): of the clean images. adversarial: of each image the
-    trial with the highest margin, heights (b,); the clean image and -inf before the first trial. broken (b,): wrong when clean, or
-    broken by an attack. exhaust: run every trial of every image to its end.
+    trial with the highest margin, heights (b,); before the first trial the clean image and -inf. broken (b,): wrong when clean,
+    or broken by an attack. exhaust: run every trial of every image to its end.
     """
 
     clean: Tensor
@@ -94,9 +94,9 @@ class Outcome:
         far = lost & (-margin(logits, self.labels) > explained)
         if bool(far.any()):
             raise UserError(
-                f"attack {what}: {int(far.sum())} of {int(self.broken.sum())} images that it broke are right when they are evaluated "
-                "again: the model answers differently from call to call (noise, statistics of the batch?), so no accuracy is "
-                "reported."
+                f"attack {what}: {int(far.sum())} of {int(self.broken.sum())} images that it broke are right when they are "
+                "evaluated again: the model answers differently from call to call (noise, statistics of the batch?), so no "
+                "accuracy is reported."
             )
         return lost
 
@@ -181,8 +181,8 @@ def restart_seed(seed: int, restart: int) -> int:
 def waves(outcome: Outcome, rounds: Sequence[Round], batch: int, name: str) -> Iterator[Wave]:
     """Yield the waves of an attack until its rounds end or every image is broken.
 
-    Few survivors run several rounds in one wave, up to the batch that the device needs to be busy. Images that are wrong when clean
-    have waves of their own, so that the others are in the same company with and without an active set.
+    Few survivors run several rounds in one wave, up to the batch that the device needs to be busy. Images that are wrong when
+    clean have waves of their own, so that the others are in the same company with and without an active set.
     """
     fill = batch if outcome.clean.device.type != "cpu" else min(batch, CPU_FILL)
     wrong = outcome.logits.argmax(1) != outcome.labels

@@ -74,9 +74,14 @@ RENAMED = {
 }
 
 
+def radius_text(norm: str, epsilon: float) -> str:
+    """Return a radius as in tables, "4.5/255" in linf and "0.5" in the others."""
+    return f"{epsilon * 255:.6g}/255" if norm == "linf" else f"{epsilon:.6g}"
+
+
 def budget_text(norm: str, epsilon: float) -> str:
     """Return a budget as in tables, "linf 4.5/255" or "l2 0.5"."""
-    return f"{norm} " + (f"{epsilon * 255:.6g}/255" if norm == "linf" else f"{epsilon:.6g}")
+    return f"{norm} {radius_text(norm, epsilon)}"
 
 
 @dataclass(frozen=True)

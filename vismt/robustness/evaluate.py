@@ -159,8 +159,7 @@ def evaluate_examples(
                 log.add(row)
             rows |= {name: log[name] for name in names}
             bar.advance()
-    for name, column in lost.items():
-        report_lost(name, sum(row.get(column, 0) for row in rows.values()))
+    report_lost(list(rows.values()), lost)
     return list(rows.values())
 
 

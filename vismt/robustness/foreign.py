@@ -1,8 +1,8 @@
 """Any attack of torchattacks by its class name (Kim, arXiv 2010.01950), as `torchattacks:NAME`.
 
-It runs on the images that are right when clean. Such a class draws for a whole batch, so that every restart takes all of them, and
-images for another model see the same draws. Budget, step and length are passed where the class takes them; what leaves the budget,
-as the results of minimal-norm attacks may, is put back to the image.
+Such a class draws for a whole batch, so every restart takes all images that are right when clean, and these get the same draws
+when the images are for another model. Budget, step and length are passed where the class takes them; what leaves the budget, as
+the results of minimal-norm attacks may, is put back to the image.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError, near
 from vismt.robustness.active_set import Wave, restart_seed
-from vismt.robustness.norms import column, size
+from vismt.robustness.norms import column, rounding, size
 from vismt.robustness.victim import Victim
 
 PREFIX = "torchattacks:"
 L2_ENDING = "L2"  # of the names of the classes whose radius is of l2; that of the others is of linf, or of their argument `norm`
-SLACK = 1e-6
 
 
 class _Model(nn.Module):
@@ -63,7 +62,8 @@ def foreign(
         given = {**offered, "seed": drawn % 2**31}
         options = {key: value for key, value in given.items() if key in takes and value is not None}
         images = _attacked(victim, wave, kind, options, name, drawn)
-        inside = (size(images - wave.clean, norm) <= epsilon + SLACK) & images.flatten(1).isfinite().all(1)
+        allowed = epsilon + rounding(wave.clean, epsilon, norm)
+        inside = (size(images - wave.clean, norm) <= allowed) & images.flatten(1).isfinite().all(1)
         images = torch.where(column(inside), images, wave.clean).clamp(0, 1)
         with torch.no_grad():
             wave.finish(images, victim.logits(images, wave.rows))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vismt.backbones import vit
 from vismt.data.batching import ShuffledBatches
+from vismt.data.names import card_and_split, row_name
 from vismt.data.transforms import augment
 from vismt.engine.study import Training
 from vismt.errors import UserError
@@ -231,6 +232,10 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     def classifier(self, arm: str | None = None) -> tuple[nn.Module, list[str], int]:
         net = self.final(self.study.find(arm))
         return net, self.data.label_names, net.backbone.img_size[0]
+
+    def cards_of_tasks(self) -> dict[str, set[str]]:
+        parts = {task.name: (*task.train, *task.validation, *task.test) for task in self.config.tasks}
+        return {name: {row_name(card_and_split(entry)[0]) for entry in entries} for name, entries in parts.items()}
 
     def about(self) -> dict[str, Any]:
         """Return the classes for config.json beside merged weights, with timm's keys."""
