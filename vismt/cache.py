@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vismt import console
 from vismt.errors import UserError
+from vismt.files import PARTIAL
 
 _told: set[Path] = set()
 _HEX = "[0-9a-f]" * 20
@@ -56,14 +57,19 @@ class Deletable:
 def deletable(root: Path) -> Iterator[Deletable]:
     """Yield what vismt has put into each folder of the cache folder `root`. No symbolic link is followed or deleted."""
     for name, (what, patterns) in STORES.items():
-        found = [path for pattern in patterns for path in (root / name).glob(pattern) if _inside(path, root)]
+        found = [
+            path
+            for pattern in (*patterns, f".*{PARTIAL}")
+            for path in (root / name).glob(pattern)
+            if _inside(path, root)
+        ]
         if files := tuple(path for path in sorted(found) if path.is_file()):
             yield Deletable(root / name, files, f"{len(files):,} file(s) of {what}; made or fetched again when needed")
     for name in DOWNLOADS:
         locks = [path for path in sorted((root / name).glob(".*.lock")) if _inside(path, root)]
         names = [lock.name[1:-5] for lock in locks]
-        patterns = [pattern for name in map(escape, names) for pattern in (name, f".{name}.part-*")]
-        found = [path for pattern in patterns for path in (root / name).glob(pattern) if _inside(path, root)]
+        fetched = [pattern for text in map(escape, names) for pattern in (text, f".{text}.part-*")]
+        found = [path for pattern in fetched for path in (root / name).glob(pattern) if _inside(path, root)]
         if folders := tuple(path for path in found if path.is_dir()):
             why = f"fetched by vismt, by the lock files that it left: {', '.join(names)}; fetched again when needed"
             yield Deletable(root / name, (*folders, *locks), why)

@@ -46,9 +46,12 @@ DTYPES = {
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the content of JSON text. Raises ValueError, also for text that is nested too deep."""
+    """Return the content of JSON text. Raises ValueError, also for what is nested too deep or holds half a surrogate pair."""
     try:
-        return json.loads(text)
+        content = json.loads(text)
+        if "\\ud" in str(text).lower():  # an escape as json.dumps writes a pair, or half of one, which no file can hold
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
 
@@ -167,21 +170,32 @@ def file_digest(path: Path) -> str:
 
 def _write(path: Path, write: Callable[[BinaryIO], object], name_of: Callable[[str], str] = str) -> None:
     """Let `write` fill a new file, and put it in the place of `path`, under the name that `name_of` makes of its name."""
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(PARTIAL, f".{path.name}.", path.parent)
-        with os.fdopen(handle, "wb") as file:
+        with new_file(path, name_of) as file:
             write(file)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+@contextmanager
+def new_file(path: Path, name_of: Callable[[str], str] = str) -> Iterator[BinaryIO]:
+    """Yield a file to fill, which takes the place of `path`, whole and synced, at the end of the block; not after an error.
+
+    name_of: makes the file's name of that of `path`, at the end.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(PARTIAL, f".{path.name}.", path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path.with_name(name_of(path.name)))
         sync_folder(path.parent)
-    except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
+    finally:
+        with suppress(FileNotFoundError):
             os.unlink(temporary)
-        raise cannot_write(path, error) from error
 
 
 def sync_folder(folder: Path) -> None:

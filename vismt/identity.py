@@ -1,13 +1,13 @@
 """What a number belongs to: the identity of models, data and code, as a 128-bit digest (XXH3) of all that they consist of.
 
 A model is the values of all its tensors, the settings of its modules (every attribute that is not a tensor), its hooks, and the
-code of its classes as it runs: methods that were replaced on a class or an instance count, and so do global hooks. A data set is
-all its examples. The code of an own function is its bytecode, defaults and closure, with the functions and values that it
-names, wherever they lead. The code of a library is its version, the bytecode of the methods of the classes in use, and that of
-the functions which these name. Our own package is versioned by its source files.
+code of its classes as it runs: methods that were replaced on a class or an instance count, and so do global hooks. The code of
+an own function is its bytecode, defaults and closure, with the functions and values that it names, wherever they lead. That of a
+library is its version, the bytecode of the methods of the classes in use, and of the functions which these name. Our own package
+is versioned by its source files.
 
 What has no readable content (an open file, a generator) has no identity: `unknown` names it, and a caller computes again.
-Not seen: code that a library calls through two of its own functions, replaced inside the library; what C code keeps; files that
+Not seen: functions of a library that other functions of the library call, replaced from outside; what C code keeps; files that
 code reads as it runs.
 """
 
@@ -38,23 +38,24 @@ from torch import Tensor, nn
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
 CONTAINERS = (dict, list, tuple, set, frozenset, deque, OrderedDict)
 INERT = (logging.Logger, type(threading.Lock()), type(threading.RLock()))  # no number depends on them
+CODE = (types.FunctionType, type)
 OF_MODULE = frozenset(vars(nn.Module()))
 HOOKS = tuple(name for name in sorted(OF_MODULE) if name.endswith("_hooks"))
-# Attributes of a class that Python keeps about it.
-ABOUT_CLASS = frozenset(
-    "__dict__ __weakref__ __doc__ __module__ __annotations__ __annotate__ __annotate_func__ __annotations_cache__ "
-    "__abstractmethods__ _abc_impl __parameters__ __orig_bases__ __dataclass_fields__ __dataclass_params__ "
-    "__firstlineno__ __static_attributes__".split()
+# Attributes of a class by which Python describes it.
+DESCRIBING = ("__dict__", "__weakref__", "__doc__", "__module__", "__abstractmethods__", "_abc_impl", "__parameters__")
+DESCRIBING += ("__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__orig_bases__")
+DESCRIBING += ("__dataclass_fields__", "__dataclass_params__", "__firstlineno__", "__static_attributes__")
+PACKAGE = Path(__file__).parent
+LIBRARIES = tuple(
+    {str(PACKAGE), *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))}
 )
-PACKAGE = str(Path(__file__).parent)
-LIBRARIES = (PACKAGE, *{str(Path(sysconfig.get_path(name))) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
 class Identity:
-    """The identity of values together.
+    """The identity of values together; `str` gives its 32 hexadecimal digits.
 
     Args:
-        values: models, functions, tensors, images, arrays, plain values, and containers and objects of them.
+        values: models, functions, tensors, images, arrays, plain values, other identities, and containers and objects of these.
         instead: tensors that a model runs on in the place of its own, by the names of its parameters and buffers.
         skip: modules that do not compute.
 
@@ -70,10 +71,10 @@ class Identity:
         self.foreign: str | None = None
         self._hash = xxhash.xxh3_128()
         self._seen: dict[int, tuple[int, Any]] = {}  # the values are kept: their ids stay theirs
+        self._read: set[tuple[int, tuple[str, ...]]] = set()  # modules of Python, with the names read from them
         self._skip = {id(module) for module in skip}
         self._instead: dict[int, Tensor] = {}
         self._libraries: set[str] = set()
-        self._read: set[tuple[int, tuple[str, ...]]] = set()  # modules of Python, with the names read from them
         for module in values if instead else ():
             named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
             self._instead |= {id(own): instead[name] for name, own in named if name in instead}
@@ -86,12 +87,17 @@ class Identity:
             self._put(library, version(library))
 
     def __str__(self) -> str:
-        """Return the digest, 32 hexadecimal digits."""
         return self._hash.hexdigest()
 
     def _put(self, *texts: object) -> None:
         line = "\0".join(map(str, texts)).encode(errors="surrogatepass")
         self._hash.update(b"%d:%b" % (len(line), line))
+
+    def _each(self, what: str, values: Iterable[Any]) -> None:
+        values = list(values)
+        self._put(what, len(values))
+        for value in values:
+            self._add(value)
 
     def _add(self, value: Any) -> None:
         """Add a value; one that was added before, as its number."""
@@ -105,43 +111,17 @@ class Identity:
             self._put("again", self._seen[id(value)][0])
             return
         self._seen[id(value)] = len(self._seen), value
-        if isinstance(value, type):
-            self._class(value)
-        elif isinstance(value, Tensor):
-            self._tensor(value)
-        elif isinstance(value, nn.Module):
-            self._module(value)
-        elif isinstance(value, types.FunctionType):
-            self._function(value)
-        elif isinstance(value, types.MethodType):
-            self._each("method", (value.__func__, value.__self__))
-        elif isinstance(value, types.BuiltinFunctionType):
-            self._put(value.__module__, value.__qualname__)
-            self._libraries.add((value.__module__ or "").partition(".")[0])
-            self._each("of", () if isinstance(value.__self__, types.ModuleType | type) else (value.__self__,))
-        elif isinstance(value, functools.partial):
-            self._each("partial", (value.func, value.args, value.keywords))
-        elif _unwrapped(value) is not None:
-            self._each(type(value).__name__, _unwrapped(value))
-        elif isinstance(value, types.ModuleType):
-            self._put("package", value.__name__)
-            self._libraries.add(value.__name__.partition(".")[0])
-        elif isinstance(value, weakref.ref):
-            self._add(value())
-        elif isinstance(value, os.PathLike):
-            self._put("path", os.fspath(value))
-        elif isinstance(value, INERT):
-            self._put(type(value).__name__)
-        else:
-            self._object(value)
-
-    def _each(self, what: str, values: Iterable[Any]) -> None:
-        values = list(values)
-        self._put(what, len(values))
-        for value in values:
-            self._add(value)
+        for kinds, add in ADDERS:
+            if isinstance(value, kinds):
+                add(self, value)
+                return
+        self._object(value)
 
     # ---- values -------------------------------------------------------------------------------------------------------
+
+    def _identity(self, value: Identity) -> None:
+        self._put("identity", value)
+        self.unknown, self.foreign = self.unknown or value.unknown, self.foreign or value.foreign
 
     def _tensor(self, value: Tensor) -> None:
         self._put("tensor", value.dtype, tuple(value.shape))
@@ -155,57 +135,6 @@ class Identity:
             self._hash.update(plain.flatten().view(torch.uint8).numpy().data)
             if type(value) not in (Tensor, nn.Parameter, nn.Buffer):  # such as packed weights with their scales
                 self._add(dict(vars(value)))
-
-    def _object(self, value: Any) -> None:
-        """Add a container or an object: its type, its items and its attributes."""
-        self._put("object", type(value).__qualname__)
-        if type(value) not in CONTAINERS:
-            self._add(type(value))
-        state = dict(getattr(value, "__dict__", {}))
-        for base in type(value).__mro__:
-            slots = base.__dict__.get("__slots__", ())
-            names = (slots,) if isinstance(slots, str) else slots
-            state |= {name: getattr(value, name) for name in names if name != "__dict__" and hasattr(value, name)}
-        if isinstance(value, Mapping):
-            self._each("items", (part for pair in value.items() for part in pair))
-        elif isinstance(value, list | tuple | deque):
-            self._each("items", value)
-        elif isinstance(value, AbstractSet):
-            self._put("set", sorted(str(self._part(item)) for item in value))
-        elif type(value).__module__.startswith("PIL.") and hasattr(value, "tobytes"):
-            facts = (
-                value.mode,
-                value.size,
-                value.getpalette(),
-                value.info.get("transparency"),
-                value.getexif().get(0x0112),
-            )
-            self._put("image", repr(facts))
-            self._hash.update(value.tobytes())
-            return
-        elif hasattr(value, "dtype") and hasattr(value, "tobytes"):  # an array or a number of NumPy
-            self._put("array", value.dtype, value.shape)
-            if value.dtype.hasobject:
-                self._each("items", value.ravel().tolist())
-            else:
-                self._hash.update(value.tobytes())
-        elif not state or isinstance(value, io.IOBase):
-            try:
-                self._hash.update(pickle.dumps(value, protocol=4))
-            except Exception:  # whatever a type raises that cannot be written
-                self._miss(type(value).__qualname__)
-        for name, attribute in state.items():
-            self._put(name)
-            self._add(attribute)
-
-    def _part(self, value: Any) -> Identity:
-        """Return the identity of an item of a set, which has no order."""
-        part = Identity(value)
-        self.unknown, self.foreign = self.unknown or part.unknown, self.foreign or part.foreign
-        return part
-
-    def _miss(self, what: str) -> None:
-        self.unknown = self.unknown or what
 
     def _module(self, module: nn.Module) -> None:
         self._put("module")
@@ -225,75 +154,141 @@ class Identity:
                 self._put(kind, name)
                 self._add(value)
 
+    def _object(self, value: Any) -> None:
+        """Add a container, an array, an image or another object: its type, its items and its attributes."""
+        self._put("object", type(value).__qualname__)
+        if hasattr(value, "tobytes") and (hasattr(value, "dtype") or hasattr(value, "getexif")):
+            self._pixels(value)
+            return
+        if type(value) not in CONTAINERS:
+            self._add(type(value))
+        state = _attributes(value)
+        if isinstance(value, Mapping):
+            self._each("items", (part for pair in value.items() for part in pair))
+        elif isinstance(value, list | tuple | deque):
+            self._each("items", value)
+        elif isinstance(value, AbstractSet):
+            self._each("items", sorted(map(Identity, value), key=str))
+        elif not state or isinstance(value, io.IOBase):
+            try:
+                self._hash.update(pickle.dumps(value, protocol=4))
+            except Exception:  # whatever a type raises that cannot be written
+                self._miss(type(value).__qualname__)
+        for name, attribute in state.items():
+            self._put(name)
+            self._add(attribute)
+
+    def _pixels(self, value: Any) -> None:
+        """Add an array or a number of NumPy, or an image of Pillow."""
+        if hasattr(value, "getexif"):
+            turned = value.getexif().get(0x0112)  # EXIF orientation
+            self._put("image", value.mode, value.size, value.getpalette(), repr(value.info.get("transparency")), turned)
+        else:
+            self._put("array", value.dtype, value.shape)
+            if value.dtype.hasobject:
+                self._each("items", value.ravel().tolist())
+                return
+        self._hash.update(value.tobytes())
+
+    def _miss(self, what: str) -> None:
+        self.unknown = self.unknown or what
+
     # ---- code ---------------------------------------------------------------------------------------------------------
 
     def _class(self, given: type) -> None:
-        own = self._is_own(given.__module__, getattr(sys.modules.get(given.__module__), "__file__", None), given)
+        own = self._is_own(given)
         self._put("class", given.__module__, given.__qualname__)
         for base in given.__bases__ if given is not object else ():
             self._add(base)
         for name, member in vars(given).items():
-            if name not in ABOUT_CLASS:
+            if name not in DESCRIBING:
                 self._put(name)
-                self._referred(member, (), own, methods=True)
+                self._referred(member, (), own, inside=True)
 
     def _function(self, function: types.FunctionType) -> None:
-        code, scope = function.__code__, function.__globals__
-        file = scope.get("__file__") if code.co_filename.startswith("<") else code.co_filename
-        own = self._is_own(str(scope.get("__name__")), file, function)
+        code, scope, own = function.__code__, function.__globals__, self._is_own(function)
         self._put("function", _code(code))
         names = _names(code)
-        cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self._referred(value, names, own)
-        for value in cells:
-            self._referred(value, names, own, methods=True)
+        for cell in function.__closure__ or ():
+            if cell != types.CellType():
+                self._referred(cell.cell_contents, names, own, inside=True)
+        self._scope(scope, names, own)
+
+    def _scope(self, scope: Mapping[str, Any], names: tuple[str, ...], own: bool) -> None:
+        """Add what the names that code uses stand for in a module of Python."""
         for name in names:
             if name in scope:
                 self._put(name)
                 self._referred(scope[name], names, own)
 
-    def _is_own(self, module: str, file: str | None, what: Any) -> bool:
+    def _builtin(self, value: types.BuiltinFunctionType) -> None:
+        self._put(value.__module__, value.__qualname__)
+        self._libraries.add((value.__module__ or "").partition(".")[0])
+        if not isinstance(value.__self__, types.ModuleType | type):
+            self._add(value.__self__)
+
+    def _package(self, value: types.ModuleType) -> None:
+        self._put("package", value.__name__)
+        self._libraries.add(value.__name__.partition(".")[0])
+
+    def _is_own(self, code: types.FunctionType | type) -> bool:
         """Return whether code is not of a library; note it, or the library."""
-        package = module.partition(".")[0]
-        if _is_library(file) if file else package in sys.builtin_module_names or package not in sys.modules:
-            self._libraries.add(package)
-            return False
-        if not file and package != "__main__":  # an extension, or a package without files
-            self._libraries.add(package)
-            return False
-        self.foreign = self.foreign or what.__qualname__
-        return True
+        library = _library_of(code)
+        if library is None:
+            self.foreign = self.foreign or code.__qualname__
+        else:
+            self._libraries.add(library)
+        return library is None
 
-    def _referred(self, value: Any, names: tuple[str, ...], own: bool, methods: bool = False) -> None:
-        """Add what code refers to: all of it from own code, code and plain values alone from a library's.
+    def _referred(self, value: Any, names: tuple[str, ...], own: bool, inside: bool = False) -> None:
+        """Add what code refers to: all of it from own code, own code and plain values alone from a library's.
 
-        methods: whether functions of a library are followed; otherwise their own code counts.
+        names: that the code uses. inside: whether a library's function is part of the code, such as a method of a class.
         """
         if isinstance(value, types.ModuleType):
-            new = (id(value), names) not in self._read
-            self._read.add((id(value), names))
-            for name in names if new else ():
-                if name in vars(value):
-                    self._put(name)
-                    self._referred(vars(value)[name], names, own)
-            return
-        if own and isinstance(value, types.FunctionType | type) and _is_library(_file_of(value)):
-            own = False
-        if isinstance(value, types.FunctionType) and not methods and not own and _is_library(_file_of(value)):
-            self._put(_code(value.__code__))
-        elif own or isinstance(value, (*PLAIN, types.FunctionType)):
+            if (id(value), names) not in self._read:
+                self._read.add((id(value), names))
+                self._scope(vars(value), names, own)
+        elif isinstance(value, CODE) and not inside and _library_of(value) is not None:
+            self._put(value.__qualname__ if isinstance(value, type) else _code(value.__code__))
+        elif own or isinstance(value, (*PLAIN, *CODE)):
             self._add(value)
-        elif _unwrapped(value) is not None:
-            for part in _unwrapped(value) or ():
-                self._referred(part, names, own, methods)
         elif isinstance(value, Mapping):  # such as global hooks and registries of functions
-            for key in list(value):
-                self._put(key)
-                if isinstance(value[key], types.FunctionType):
-                    self._referred(value[key], names, own)
+            functions = [part for part in list(value.values()) if isinstance(part, types.FunctionType)]
+            for part in functions:
+                self._referred(part, names, own)
         else:
-            self._put(type(value).__qualname__)
+            for part in _unwrapped(value):
+                self._referred(part, names, own, inside)
+
+
+# Looked through in order. Other values are objects.
+ADDERS: tuple[tuple[Any, Any], ...] = (
+    (Tensor, Identity._tensor),
+    (nn.Module, Identity._module),
+    (type, Identity._class),
+    (types.FunctionType, Identity._function),
+    (types.BuiltinFunctionType, Identity._builtin),
+    (Identity, Identity._identity),
+    (types.MethodType, lambda self, value: self._each("method", (value.__func__, value.__self__))),
+    (functools.partial, lambda self, value: self._each("partial", (value.func, value.args, value.keywords))),
+    (
+        (staticmethod, classmethod, property, functools.cached_property, type(functools.cache(str))),
+        lambda self, value: self._each(type(value).__name__, _unwrapped(value)),
+    ),
+    (types.ModuleType, Identity._package),
+    (weakref.ref, lambda self, value: self._each("reference", (value(),))),
+    (os.PathLike, lambda self, value: self._put("path", os.fspath(value))),
+    (INERT, lambda self, value: self._put(type(value).__name__)),
+)
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Return the identity of all parameters and buffers of a module by name, without its code."""
+    named = (*module.named_parameters(), *module.named_buffers())
+    return str(Identity(*(part for pair in named for part in pair)))
 
 
 def version(package: str) -> str:
@@ -301,7 +296,7 @@ def version(package: str) -> str:
 
     That of vismt, or of a part of it ("vismt.data"), is a digest of its source files.
     """
-    if package.partition(".")[0] == __name__.partition(".")[0]:
+    if package.partition(".")[0] == PACKAGE.name:
         return _sources(package)
     if package in sys.stdlib_module_names:
         return ""
@@ -314,61 +309,51 @@ def version(package: str) -> str:
 @functools.cache
 def _sources(package: str) -> str:
     content = xxhash.xxh3_128()
-    spec = importlib.util.find_spec(package)
-    for folder in spec.submodule_search_locations or () if spec else ():
-        for path in sorted(Path(folder).rglob("*.py")):
-            content.update(path.relative_to(folder).as_posix().encode())
-            content.update(path.read_bytes())
+    for path in sorted(PACKAGE.parent.joinpath(*package.split(".")).rglob("*.py")):
+        content.update(f"{path.relative_to(PACKAGE).as_posix()} {path.stat().st_size} ".encode())
+        content.update(path.read_bytes())
     return content.hexdigest()
 
 
-@functools.cache
-def _is_library(file: str | None) -> bool:
-    return file is not None and (file.startswith((*LIBRARIES, "<frozen")) or "site-packages" in file)
-
-
-def _file_of(code: Any) -> str | None:
-    """Return the file of a function or class."""
+def _library_of(code: types.FunctionType | type) -> str | None:
+    """Return the package of a library that a function or class is of; None for own code."""
+    scope = vars(sys.modules.get(code.__module__, types)) if isinstance(code, type) else code.__globals__
+    file = scope.get("__file__")
     if isinstance(code, types.FunctionType) and not code.__code__.co_filename.startswith("<"):
-        return code.__code__.co_filename
-    return getattr(sys.modules.get(code.__module__), "__file__", None)
+        file = code.__code__.co_filename
+    name = str(code.__module__).partition(".")[0]
+    library = _is_library(file) if file else name != "__main__" and name in sys.modules
+    return name if library else None
 
 
-def _unwrapped(value: Any) -> tuple[Any, ...] | None:
-    """Return the functions inside a method of a class that is not a plain function; None for any other value."""
-    if isinstance(value, staticmethod | classmethod):
-        return (value.__func__,)
-    if isinstance(value, property):
-        return value.fget, value.fset
-    if isinstance(value, functools.cached_property):
-        return (value.func,)
-    wrapped = getattr(value, "__wrapped__", None) if hasattr(value, "cache_info") else None
-    return None if wrapped is None else (wrapped,)
+@functools.cache
+def _is_library(file: str) -> bool:
+    return file.startswith(LIBRARIES) or "site-packages" in file
 
 
-def _is_filled(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is not cell
-    except ValueError:
-        return False
+def _unwrapped(value: Any) -> tuple[Any, ...]:
+    """Return the functions inside a member of a class that is not a plain function."""
+    found = (getattr(value, name, None) for name in ("__func__", "fget", "fset", "func", "__wrapped__"))
+    return tuple(part for part in found if isinstance(part, types.FunctionType))
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object, those in slots included."""
+    state = dict(getattr(value, "__dict__", {}))
+    for base in type(value).__mro__:
+        slots = base.__dict__.get("__slots__", ())
+        names = (slots,) if isinstance(slots, str) else slots
+        state |= {name: getattr(value, name) for name in names if name != "__dict__" and hasattr(value, name)}
+    return state
 
 
 @functools.cache
 def _code(code: types.CodeType) -> str:
     """Return a digest of what a function's code does, wherever it stands in its file."""
-    parts = [
-        code.co_argcount,
-        code.co_posonlyargcount,
-        code.co_kwonlyargcount,
-        code.co_flags,
-        code.co_code,
-        getattr(code, "co_exceptiontable", b""),
-        code.co_names,
-        code.co_varnames,
-        code.co_freevars,
-        code.co_cellvars,
-        [_constant(value) for value in code.co_consts],
-    ]
+    counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
+    names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
+    constants = [_constant(value) for value in code.co_consts]
+    parts = (counts, names, code.co_code, getattr(code, "co_exceptiontable", b""), constants)
     return xxhash.xxh3_128_hexdigest(repr(parts).encode(errors="surrogatepass"))
 
 
@@ -384,6 +369,6 @@ def _constant(value: Any) -> str:
 
 @functools.cache
 def _names(code: types.CodeType) -> tuple[str, ...]:
-    """Return the names that a function's code uses, and the functions inside it."""
+    """Return the names that a function's code uses, those of the functions inside it included."""
     inner = [_names(value) for value in code.co_consts if isinstance(value, types.CodeType)]
     return tuple(dict.fromkeys(name for names in (code.co_names, *inner) for name in names))

@@ -177,6 +177,8 @@ def averaged(measures: Sequence[Measure]) -> Measure:
 
 def over_seeds(measure: Measure, scores: Sequence[float]) -> Measure:
     """Return a measure whose interval has the spread of the trainings' scores beside that over the examples."""
+    if len(scores) < 2:
+        return measure
     low, high = measure.interval()
     half = with_seeds((high - low) / 2, scores)
     return replace(measure, bounds=(measure.score - half, measure.score + half))

@@ -1,9 +1,9 @@
 """Functions of frozen weights and data, kept for later runs: a safetensors file for each in the cache folder.
 
-The name of a file is a digest of everything that its tensors depend on: the data, the identity of the model (vismt/identity.py),
-and what decides the bits of a sum (precision, threads, instruction set). Files hold a digest of their tensors; a damaged file is
-deleted and its tensors are computed again. The files used longest ago are deleted when all together take more than LIMIT bytes.
-Where the folder cannot be written, one notice is given and the tensors stay in memory.
+The name of a file is a digest of everything that its tensors depend on (vismt/identity.py): for features the data, the model,
+our version and what decides the bits of a sum (precision, threads, instruction set). Files hold a digest of their tensors; a
+damaged file is deleted and its tensors are computed again. The files used longest ago are deleted when all together take more
+than LIMIT bytes. Where the folder cannot be written, one notice is given and the tensors stay in memory.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def read_stored(path: Path) -> dict[str, Tensor] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, SafetensorError, ValueError, RuntimeError):
-        console.stage("cache", f"{path.name} is damaged; its features are computed again")
+        console.stage("cache", f"{path.name} is damaged; its {path.parent.name} are computed again")
         with suppress(OSError):
             path.unlink()
         return None
@@ -91,7 +91,7 @@ def write_stored(path: Path, tensors: Mapping[str, Tensor]) -> None:
         make_room(path, len(payload), LIMIT)
         atomic_write(path, payload)
     except (UserError, OSError) as error:
-        note_no_room(path.parent, "features are computed again by the next run", error)
+        note_no_room(path.parent, f"{path.parent.name} are computed again by the next run", error)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
+from vismt.cli import main
 from vismt.config import typed
-from vismt.data.cards import load_card
-from vismt.data.near_duplicates import near_duplicates
+from vismt.data import images
+from vismt.data.near_duplicates import MARGIN, TILE, near_duplicates
 from vismt.errors import UserError
 from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.classification.data import TaskData
@@ -27,8 +29,8 @@ def picture(seed: int, size: int = 48) -> Tensor:
     return vision.resize(coarse, [size, size], interpolation=vision.InterpolationMode.BILINEAR)
 
 
-def groups(images: list[Tensor], labels: list[int] | None = None) -> list[int]:
-    return near_duplicates(images.__getitem__, torch.tensor(labels or [0] * len(images)), "made").tolist()
+def groups(given: list[Tensor], labels: list[int] | None = None) -> list[int]:
+    return near_duplicates(given.__getitem__, torch.tensor(labels or [0] * len(given)), "made").tolist()
 
 
 def test_another_exposure_size_or_a_little_noise_is_a_near_duplicate_and_another_picture_is_not() -> None:
@@ -40,17 +42,32 @@ def test_another_exposure_size_or_a_little_noise_is_a_near_duplicate_and_another
         (first.int() + noise).clamp(0, 255).to(torch.uint8),
         first.roll(1, 2),
     ]
-    assert groups([first, other, *changed, first.flip(2), 255 - first]) == [0, 1, 0, 0, 0, 0, 6, 7]
+    far = [picture(seed) for seed in range(3, 8)]
+    assert groups([first, other, *changed, first.flip(2), 255 - first, *far]) == [0, 1, 0, 0, 0, 0, *range(6, 13)]
     assert groups([picture(seed) for seed in range(40)]) == list(range(40))
 
 
-def test_a_chain_is_one_group_and_classes_stay_apart() -> None:
+def chain() -> list[Tensor]:
+    """Return nine images, of which neighbours are near-duplicates and the ends are not, in another order."""
     first, last = picture(0).float(), picture(1).float()
-    chain = [first.lerp(last, share).to(torch.uint8) for share in torch.linspace(0, 1, 9)]
-    assert groups([chain[0], chain[8]]) == [0, 1]  # its ends are no near-duplicates
-    order = [4, 0, 8, 2, 6, 1, 7, 3, 5]
-    assert groups([chain[i] for i in order]) == [0] * 9
-    assert groups([chain[i] for i in order], [0, 1, 0, 1, 0, 1, 0, 1, 0]) == [0, 1, 0, 1, 0, 1, 0, 1, 0]
+    drawn = [first.lerp(last, share).to(torch.uint8) for share in torch.linspace(0, 1, 9)]
+    assert groups([drawn[0], drawn[8], picture(2)]) == [0, 1, 2]
+    return [drawn[i] for i in (4, 0, 8, 2, 6, 1, 7, 3, 5)]
+
+
+def test_a_chain_is_one_group_and_classes_stay_apart() -> None:
+    others = [picture(seed) for seed in range(2, 12)]
+    assert groups(chain() + others) == [0] * 9 + list(range(9, 19))
+    assert groups(chain()[:2] + others, [0, 1] * 6) == list(range(12))
+    copies = [picture(0)] * 2 + others
+    assert groups(copies) == [0, 0, *range(2, 12)] and groups(copies, [0, 1] * 6) == list(range(12))
+
+
+def test_a_class_that_is_one_chain_has_no_groups(capsys: pytest.CaptureFixture) -> None:
+    assert groups(chain()) == list(range(9))
+    assert "made: the images of 1 classes are too alike to tell near-duplicates" in capsys.readouterr().out
+    other = [picture(2), picture(3), picture(2), picture(4)]
+    assert groups(chain() + other, [0] * 9 + [1] * 4) == [*range(9), 9, 10, 9, 12]
 
 
 @pytest.fixture
@@ -63,7 +80,7 @@ def frames(home: Path, write_card):
             image = picture(100 * label + number % 5).int() + number  # the frames of an object differ in brightness
             Image.fromarray(image.permute(1, 2, 0).numpy().astype(np.uint8)).save(path)
 
-    def write(key: str = "group_near_duplicates: true") -> Path:
+    def write(key: str = "") -> Path:
         return write_card('  - {kind: folder, root: frames, layout: "{class}"}', name="frames", extra=key)
 
     return write
@@ -73,18 +90,29 @@ def objects(ids: list[str]) -> set[tuple[str, int]]:
     return {(Path(name.rpartition(":")[2]).parts[-2], int(Path(name).stem) % 5) for name in ids}
 
 
-def test_frames_of_one_object_are_in_one_part_of_a_classification(frames) -> None:
-    def parts(card: Path) -> list[set]:
-        task = {"name": "frames", "train": [str(card)], "test_share": 0.4, "validation_share": 0.2}
-        data = TaskData(typed({"tasks": [task]}, MultitaskConfig, "made"), 32)
-        chosen = [[data.training()], [data.part(0, "validation")], [data.part(0, "test")]]
-        return [objects([name for gathered in part for name in gathered.ids]) for part in chosen]
+def parts(card: Path | str, **shares: float) -> dict[str, set[tuple[str, int]]]:
+    """Return the objects of each part of a classification."""
+    task = {"name": "frames", "train": [str(card)], "test_share": 0.4, **shares}
+    data = TaskData(typed({"tasks": [task]}, MultitaskConfig, "made"), 32)
+    gathered = {name: data.part(0, name) for name in ("validation", "test") if data.has_part(0, name)}
+    return {name: objects(part.ids) for name, part in {"train": data.training(), **gathered}.items()}
 
-    train, validation, test = parts(frames())
+
+@pytest.mark.parametrize("kind", ["card", "folder", "file"])
+def test_frames_of_one_object_are_in_one_part_of_a_classification(home: Path, frames, kind: str) -> None:
+    card: Path = frames("groups: groups.json" if kind == "file" else "")
+    if kind == "file":
+        names = {f"{label}/{number:02d}.png": f"object {number % 5}" for label in "ab" for number in range(20)}
+        (card.parent / "groups.json").write_text(json.dumps(names))
+    found = parts(home / "data" / "frames" if kind == "folder" else card, validation_share=0.2)
+    train, validation, test = (found[name] for name in ("train", "validation", "test"))
     assert not (train & test or train & validation or validation & test)
     assert [len(train), len(validation), len(test)] == [4, 2, 4]
-    train, _, test = parts(frames(""))  # neighbours are other objects, so that every object is everywhere
-    assert len(train & test) == 10
+
+
+def test_neighbours_are_parts_where_the_card_has_no_groups(frames) -> None:
+    found = parts(frames("groups: none"))
+    assert len(found["train"] & found["test"]) == 10  # every object is everywhere
 
 
 def test_frames_of_one_object_are_in_one_part_of_a_dense_set(frames) -> None:
@@ -94,15 +122,56 @@ def test_frames_of_one_object_are_in_one_part_of_a_dense_set(frames) -> None:
     assert not train & test and [len(train), len(test)] == [6, 4]
 
 
-def test_no_image_is_decoded_unless_the_card_asks(frames, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vismt.data.folder.decode_file", lambda path: pytest.fail(f"decoded {path}"))
-    task = {"name": "frames", "train": [str(frames(""))], "test_share": 0.4}
-    TaskData(typed({"tasks": [task]}, MultitaskConfig, "made"), 32)
+@pytest.mark.parametrize("largest", [40, 39])
+def test_a_set_of_many_images_is_decoded_on_request_alone(frames, monkeypatch, largest: int) -> None:
+    monkeypatch.setattr(images, "DECODED", largest)
+    assert images.open_images(frames("groups: near-duplicates")).groups is None
+    assert images.open_images(frames("groups: none")).groups == {}
+    assert (images.open_images(frames()).groups is None) == (largest == 40)
 
 
-def test_texts_have_no_near_duplicates(home: Path, write_card) -> None:
-    card = write_card(
-        "  - {kind: text, root: ., files: {all: a.csv}, form: csv}", extra="group_near_duplicates: true", name="words"
+@pytest.mark.parametrize(
+    ("sources", "groups", "words"),
+    [
+        ("{kind: text, root: ., files: {all: a.csv}, form: csv}", "none", "'groups' is for images; leave it out"),
+        ('{kind: folder, root: frames, layout: "{class}"}', "twins.json", "twins.json: cannot be read"),
+        ('{kind: folder, root: frames, layout: "{class}"}', "list.json", "list.json: must map images to groups"),
+    ],
+)
+def test_groups_that_cannot_be_read(frames, write_card, sources: str, groups: str, words: str) -> None:
+    frames()
+    card = write_card(f"  - {sources}", extra=f"groups: {groups}", name="other")
+    (card.parent / "list.json").write_text("[]")
+    with pytest.raises(UserError, match=words):
+        images.open_images(card)
+
+
+def test_check_lists_near_duplicates_and_writes_a_sheet_and_a_file_of_groups(
+    home: Path, frames, capsys, monkeypatch
+) -> None:
+    monkeypatch.chdir(home)
+    card = frames()
+    assert main(["data", "check", str(card), "--duplicates"]) == 0
+    shown = capsys.readouterr().out
+    assert "frames: 40 of 40 images are near-duplicates, in 10 groups" in shown
+    assert "   2  a/01.png, a/06.png, a/11.png, a/16.png" in shown
+    sheet = Image.open(home / "frames-near-duplicates.png").convert("RGB")
+    assert sheet.size == (MARGIN + 4 * TILE, 10 * TILE)
+    first, second = (
+        np.asarray(sheet.crop((MARGIN, row * TILE, MARGIN + TILE - 2, (row + 1) * TILE - 2))) for row in (0, 1)
     )
-    with pytest.raises(UserError, match="'group_near_duplicates' is for images; leave it out"):
-        load_card(card)
+    assert first.std() > 10 and abs(first.astype(float) - second).mean() > 10  # another object in the next row
+    written = json.loads((home / "frames-groups.json").read_text())
+    assert len(written) == 40 and written["a/01.png"] == written["a/16.png"] != written["a/02.png"]
+
+
+def test_check_counts_the_groups_across_splits(home: Path, paint, write_card, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(home)
+    for split, seeds in (("train", range(6)), ("test", range(5, 9))):
+        for seed in seeds:
+            path = paint(home / "data" / "two" / split / "a" / f"{seed}.png")
+            Image.fromarray(picture(seed).permute(1, 2, 0).numpy()).save(path)
+    card = write_card('  - {kind: folder, root: two, layout: "{split}/{class}", splits: {train: 6, test: 4}}', "two", 1)
+    assert main(["data", "check", str(card), "--duplicates"]) == 0
+    text = "two: 2 of 10 images are near-duplicates, in 1 groups; 1 groups lie in several splits"
+    assert text in capsys.readouterr().out

@@ -19,13 +19,14 @@ from vismt.data.images import open_images
 from vismt.lines import read_lines, write_lines
 
 pytest.importorskip("sklearn")
+pytest.importorskip("skimage")
 
 TRAINING, EPISODES = "arms/adapted/lr-0.001-seed-0", "episodes/seed-0"
 SMALL = {
     "model": {"name": "test_vit", "img_size": 32, "pretrained": False, "block": 4},
     "on_bad_sample": "error",
     "adapt": {"method": "lora", "rank": 2},
-    "source": {"data": ["digits"], "ways": 3, "shots": 2, "queries": 2, "augment": False},
+    "source": {"data": ["photo_crops:train"], "ways": 3, "shots": 2, "queries": 2, "augment": False},
     "train": {"steps": 4, "lr": 1e-3, "checkpoint_every": 2},
     "evaluate": {
         "data": ["digits"],

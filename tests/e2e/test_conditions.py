@@ -17,7 +17,7 @@ pytest.importorskip("sklearn")
 BASE = {
     "model": {"name": "test_vit", "img_size": 32, "pretrained": False, "block": 3},
     "adapt": {"method": "lora", "rank": 2},
-    "source": {"data": ["digits"], "ways": 3, "shots": 1, "queries": 2, "augment": False},
+    "source": {"data": ["photo_crops:train"], "ways": 3, "shots": 1, "queries": 2, "augment": False},
     "train": {"steps": 2, "lr": 1e-3},
 }
 EVERY = [

@@ -155,7 +155,7 @@ def test_an_attack_follows_the_laplace_head(tmp_path: Path) -> None:
     [
         (
             {"evaluate": {**EVALUATE, "ood": ["digits"]}},
-            "evaluate.ood: 'digits' shares images with 'digits' of evaluate.data",
+            "evaluate.ood 'digits' shares examples with evaluate.data 'digits'",
         ),
         ({"evaluate": {**EVALUATE, "ood": ["a/x", "b/x"]}}, "both called 'x' in results"),
         ({"evaluate": {**EVALUATE, "probabilities": False}}, "set evaluate.probabilities, or leave it out"),

@@ -20,7 +20,7 @@ POLAR = {"method": "polar", "rank": 2, "options": {"split_qkv": True}}
 FEWSHOT = {
     "model": {"name": "test_vit", "img_size": 32, "pretrained": False, "block": 4},
     "adapt": POLAR,
-    "source": {"data": ["digits"], "ways": 3, "shots": 2, "queries": 2, "augment": False},
+    "source": {"data": ["photo_crops:train"], "ways": 3, "shots": 2, "queries": 2, "augment": False},
     "train": {"steps": 4, "lr": 1e-3, "checkpoint_every": 2},
     "evaluate": {"data": ["digits"], "ways": 3, "shots": [1], "queries": 2, "episodes": 3},
 }

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from helpers.own_images import write_folder
 
 import vismt
 from vismt.backbones.vit import create
@@ -156,7 +157,14 @@ def test_settings_are_chosen_on_classes_that_are_not_tested(pool_run: Path, tmp_
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"select": {"data": ["digits"]}}, "shares images with evaluate.data"),
+        ({"select": {"data": ["digits"]}}, "evaluate.data 'digits' shares examples with select.data"),
+        (
+            {
+                "pool": {"experts": [{"level": 4}, {"source": ["photo_crops:test", "digits"], "level": 8}]},
+                "evaluate": section("evaluate", models=["merged"]),
+            },
+            "evaluate.data 'digits' shares examples with source.data of 'photo_crops-test+digits-linf8' 'digits'",
+        ),
         ({"select": {}}, "give one of them"),
         (
             {"select": {"data": ["mnist"]}, "pool": None, "evaluate": section("evaluate", models=["adapted"])},
@@ -244,7 +252,13 @@ def sources_run(tmp_path_factory) -> Path:
     path = write(
         folder,
         pool={**pool, "pyramid": [[None, 1.0]]},
-        select={"data": ["photo_crops:test"], "episodes": 2, "shots": 2, "queries": 1, "trim": [{"mlp.fc1": 0.5}]},
+        select={
+            "data": [str(write_folder(folder / "colours"))],
+            "episodes": 2,
+            "shots": 2,
+            "queries": 1,
+            "trim": [{"mlp.fc1": 0.5}],
+        },
         evaluate=section("evaluate", models=models, attacks=[{"name": "pgd", "epsilon": "4.5/255", "steps": 1}]),
     )
     assert main(["run", str(path), "--out", str(folder / "runs"), "--quiet"]) == 0

@@ -167,7 +167,7 @@ def test_a_language_models_classes_have_sets(tmp_path: Path, capsys) -> None:
         "adapt": {"method": "lora", "rank": 2, "targets": ["q_proj", "v_proj"]},
         "train": TRAIN,
         "batch": 4,
-        "evaluate": {"batch": 4, "frozen": False},
+        "evaluate": {"batch": 4, "frozen": False, "temperature": True, "laplace": True},  # which change no threshold
     }
     folder = run(tmp_path, "words", config)
     training = next((folder / "arms" / "adapted").glob("lr-*"))
@@ -212,4 +212,4 @@ def test_sets_of_other_classes_are_told_by_their_confidence(tmp_path: Path, caps
     assert row.value == pytest.approx(wins, abs=1e-6) and row.n == len(inside) + len(outside)
     assert row.condition == "against photo_crops:test" and row.low < row.value < row.high
     same = {**config, "evaluate": {"ood": ["digits"]}}
-    assert "shares images with 'digits'" in refused(tmp_path, same, capsys)
+    assert "shares examples with tasks: " in refused(tmp_path, same, capsys)

@@ -16,6 +16,7 @@ OURS = (
     f"cache/pixels/digits-test-32-{DIGEST}.npy",
     "cache/pixels/tmp1234abcd.part",
     f"cache/features/{DIGEST}.safetensors",
+    f"cache/features/.{DIGEST}.safetensors.ab12.vismt-partial",
     f"cache/experts/{DIGEST}.safetensors",
     "cache/assets/vit/model.safetensors",
     "cache/torchvision/mnist/raw/train",

@@ -21,12 +21,19 @@ from helpers.run_folder import make_folder
 from vismt.cli import main
 from vismt.data.cards import load_card
 from vismt.data.images import open_images
+from vismt.data.source_types import KINDS
 from vismt.data.texts import open_texts
 from vismt.errors import UserError
 
 HEAD = "name: mine\ntitle: t\nsource: s\nlicence: l\nclasses: 2\nsources:\n"
 IMAGES = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
 LABELS = np.array([0, 1])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imported() -> None:
+    """Load the kinds of sources outside of the tests, whose time is bounded."""
+    assert "arrays" in list(KINDS)
 
 
 @pytest.fixture(autouse=True)
@@ -208,6 +215,14 @@ def test_json_lines_that_are_nested_too_deep(line: str, tmp_path: Path) -> None:
         (tmp_path / "card.yaml").write_text(f"{HEAD}  - {source}\n")
         with pytest.raises(UserError, match="nested too deep"):
             opened(tmp_path / "card.yaml")
+
+
+def test_half_of_a_surrogate_pair_in_a_row_of_text(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n')
+    assert open_texts(str(tmp_path / "x.jsonl")).rows == [{"text": "😀"}]
+    (tmp_path / "x.jsonl").write_text('{"text": "\\ud83d"}\n')
+    with pytest.raises(UserError, match=r"line 1: is not JSON .*surrogates"):
+        open_texts(str(tmp_path / "x.jsonl"))
 
 
 def test_names_of_files_that_are_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

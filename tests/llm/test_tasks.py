@@ -24,6 +24,7 @@ from vismt.jobs.lm.config import LmTaskConfig, task_of
 from vismt.lines import read_lines
 from vismt.llm import net as net_file
 from vismt.llm.heads import LinearAnswerHead, log_predictive, make_head
+from vismt.llm.lower_states import lower_states
 from vismt.llm.net import LmNet, check_logits
 from vismt.llm.tasks import make_task
 from vismt.llm.tasks.alternating import AlternatingObjective
@@ -441,6 +442,35 @@ def test_cached_lower_blocks_give_the_same_loss_and_gradient(kind):
     (plain, slow), (quick, fast) = results
     assert torch.allclose(plain, quick, rtol=1e-4) and slow.keys() == fast.keys() and slow
     assert all(torch.allclose(slow[name], fast[name], rtol=1e-3, atol=1e-4) for name in slow)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lm, _: lm.base_model.layers[0].mlp.up_proj.weight.data.mul_(2),
+        lambda lm, _: lm.base_model.embed_tokens.weight.data[PIECES[0].ids[0]].add_(1),
+        lambda lm, _: setattr(lm.base_model.layers[1].input_layernorm, "variance_epsilon", 0.5),
+        lambda lm, _: vars(lm.base_model.layers[0].mlp).update(forward=lambda x: x),
+        lambda lm, patch: patch.setattr(type(lm.base_model.layers[0].mlp), "forward", lambda self, x: x),
+        lambda lm, _: lm.base_model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: output * 2),
+        lambda lm, _: lm.double(),
+    ],
+)
+def test_stored_lower_states_belong_to_the_lm_as_it_runs(change, tmp_path, monkeypatch):
+    monkeypatch.setenv("VISMT_CACHE", str(tmp_path))
+
+    def states(lm):
+        return torch.cat(lower_states(LmNet(lm, first=2), PIECES))
+
+    first = states(tiny_lm("llama"))
+    upper = tiny_lm("llama")
+    upper.base_model.layers[2].mlp.up_proj.weight.data.mul_(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(LmNet, "lower_states", lambda *_: pytest.fail("computed again"))
+        assert torch.equal(states(tiny_lm("llama")), first) and torch.equal(states(upper), first)
+    other = tiny_lm("llama")
+    change(other, monkeypatch)
+    assert not torch.equal(states(other), first)
 
 
 # ---- heads ------------------------------------------------------------------------------------------------------------------

@@ -16,10 +16,11 @@ from vismt.cli import main
 from vismt.data.images import open_images
 from vismt.data.pixels import Pixels
 from vismt.files import locked
+from vismt.identity import Identity
 from vismt.multitask.experts import cluster_model
 from vismt.report.overview import list_runs
 from vismt.scratch import scratch_beside
-from vismt.stored_tensors import path_of, write_stored
+from vismt.stored_tensors import machine, path_of, write_stored
 
 PIXELS = "digits-test-32-0123456789abcdef0123.npy"
 
@@ -184,7 +185,7 @@ def test_what_the_caches_write_is_what_clean_deletes(tmp_path, monkeypatch):
     monkeypatch.setenv("VISMT_CACHE", str(cache))
     Pixels(open_images(photos), 8)
     linear = torch.nn.Linear(2, 2)
-    write_stored(path_of([linear], dict(linear.named_parameters()), "data"), {"features": torch.ones(2)})
+    write_stored(path_of("data", Identity(linear), machine(torch.device("cpu"))), {"features": torch.ones(2)})
     cluster_model(tiny_vit(), 2)
     with scratch_beside(cache / "assets" / "vit", "asset") as scratch:
         (scratch / "model").mkdir()

@@ -206,7 +206,8 @@ def test_what_the_intervals_cover_is_told_by_model(folder):
     written(folder)
     text = (folder / "report.md").read_text()
     assert (
-        "over n and, for models with several trainings (adapted: 2 seeds), over the seeds; differences likewise." in text
+        "over n and, for models with several trainings (adapted: 2 seeds), over the seeds; differences likewise."
+        in text
     )
     cited = text[text.index("## How to cite") :]
     assert "frozen 50.0 ± 17.9 % (n = 8 episodes); adapted 56.2 ± " in cited and "(n = 8 episodes, 2 seeds)" in cited

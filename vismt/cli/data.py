@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from vismt.cli.commands import Commands
 from vismt.config import list_configs
 from vismt.errors import UserError
 
+ROWS, COLUMNS = 40, 16  # groups and images of a group that are shown
 LISTS = ("methods", "jobs", "configs", "data", "assets", "runs")
 
 
@@ -19,13 +21,19 @@ def add_commands(commands: Commands) -> None:
     data = commands.add(
         "data",
         _data,
-        "list the data cards, check a set's counts, hashes and images, or fetch it; exit code 1 where a named set is missing, or "
-        "a set is not as its card says",
+        "list the data cards, check a set's counts, hashes and images, list its near-duplicates, or fetch it; exit code 1 where "
+        "a named set is missing, or a set is not as its card says",
     )
     data.add_argument("action", choices=("list", "check", "prepare"))
     data.add_argument("name", nargs="*", help="card names or paths")
     data.add_argument(
         "--no-decode", dest="decode", action="store_false", help="check and prepare: skip decoding the images"
+    )
+    data.add_argument(
+        "--duplicates",
+        action="store_true",
+        help="check: list the near-duplicates of each set; write them to NAME-groups.json, and a row of images for each group to "
+        "NAME-near-duplicates.png",
     )
     assets = commands.add("assets", _assets, "list the weights that have a card, or fetch them")
     assets.add_argument("action", choices=("list", "get"))
@@ -70,6 +78,8 @@ def _data(options: argparse.Namespace) -> int:
         reports = [check.check(name, decode=options.decode) for name in names]
         for report in reports:
             console.stage("check", str(report))
+        for name in options.name if options.duplicates else ():
+            _list_duplicates(name)
         if len(rows) > len(names):
             console.stage("check", f"{len(rows) - len(names)} of {len(rows)} sets are not on this machine")
         return 0 if all(report.ok for report in reports) else 1
@@ -79,6 +89,32 @@ def _data(options: argparse.Namespace) -> int:
     for report in reports:
         console.stage("data", str(report))
     return 0 if all(report.ok for report in reports) else 1
+
+
+def _list_duplicates(name: str) -> None:
+    """List the groups of near-duplicates of a set, the largest first, and write a contact sheet of the same rows."""
+    from vismt.data.near_duplicates import contact_sheet, find_duplicates
+    from vismt.files import atomic_write
+
+    found = find_duplicates(name)
+    if not found.groups:
+        console.stage("check", f"{found.name}: no near-duplicates among {found.total:,} images")
+        return
+    count = sum(map(len, found.groups))
+    text = f"{found.name}: {count:,} of {found.total:,} images are near-duplicates, in {len(found.groups):,} groups"
+    console.stage("check", f"{text}; {found.leaking:,} groups lie in several splits" if found.leaking else text)
+    for number, group in enumerate(found.groups[:ROWS], 1):
+        more = f" and {len(group) - COLUMNS} more" if len(group) > COLUMNS else ""
+        console.block(f"{number:>4}  {', '.join(images.ids[i] for images, i in group[:COLUMNS])}{more}")
+    sheet, named = Path(f"{found.name}-near-duplicates.png"), Path(f"{found.name}-groups.json")
+    shown = [group[:COLUMNS] for group in found.groups[:ROWS]]
+    atomic_write(sheet, contact_sheet(shown))
+    console.stage("check", f"{sheet}: a row for each of these {len(shown)} groups, the largest first")
+    numbers = {images.ids[i]: number for number, group in enumerate(found.groups, 1) for images, i in group}
+    atomic_write(named, json.dumps(numbers, indent=0) + "\n")
+    console.stage(
+        "check", f"{named}: all groups; beside a card, `groups: {named}` keeps each in one part of a division"
+    )
 
 
 def _assets(options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ sources:
     root: $root              # absolute, or relative to this file
     layout: "$layout"        # where the class folders are
     splits: {$splits}        # number of images of each split, null when unknown
+# groups: groups.json          # images that belong in one part of a division; `vismt data check CARD --duplicates` writes it
 """)
 DENSE_CARD = Template("""\
 # Images with maps of the same name in folders beside them. Only name and sources are needed.

@@ -52,8 +52,8 @@ def load_card(name_or_path: str | Path) -> Card:
     card = build(Card, raw, where, sources=sources, path=path, shown=shown)
     if not CARD_NAME.fullmatch(card.name):
         raise UserError(f"{where}: name '{card.name}' must be letters, digits, '_', '-' or '.'.")
-    if card.group_near_duplicates and len(card.sources_of(TextSource)) == len(sources):
-        raise UserError(f"{where}: 'group_near_duplicates' is for images; leave it out.")
+    if card.groups is not None and len(card.sources_of(TextSource)) == len(sources):
+        raise UserError(f"{where}: 'groups' is for images; leave it out.")
     if not 0 <= card.classes <= MOST_CLASSES:
         raise UserError(f"{where}: 'classes' is {card.classes}, must be a count of classes, at most {MOST_CLASSES:,}.")
     return card

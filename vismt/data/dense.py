@@ -14,6 +14,7 @@ from vismt.data.cards import Card, load_card
 from vismt.data.dense_sample import CLASS, Sample
 from vismt.data.dense_set import DenseSet, DenseSource
 from vismt.data.images import ImageSet, open_images
+from vismt.data.source_types import NONE
 from vismt.data.sources import first_copy, not_found, sources_for
 
 __all__ = ["DenseSet", "classified", "open_dense", "open_samples"]
@@ -36,7 +37,7 @@ def open_dense(card: Card | str | Path, split: str = "all", *, root: Path | None
     if copy is None:
         raise not_found(card, split, root)
     source, base = copy
-    return replace(source.load(card, base, split), grouped=card.group_near_duplicates)
+    return replace(source.load(card, base, split), groups=card.read_groups(NONE))
 
 
 def classified(images: ImageSet) -> DenseSet:
@@ -55,7 +56,7 @@ def classified(images: ImageSet) -> DenseSet:
         where=images.where,
         image_classes=images.classes,
         labels=images.labels,
-        grouped=images.grouped,
+        groups=images.groups,
     )
 
 

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -33,7 +33,7 @@ class DenseSet:
         image_classes: names of the values of class.
         labels: int64 (n,), the class of every image; None where images have none.
         edges: the target that edges are derived from, "semseg" or "depth"; None when `stored` has all targets.
-        grouped: whether a division keeps near-duplicates in one part.
+        groups: as of an ImageSet.
     """
 
     name: str
@@ -48,7 +48,7 @@ class DenseSet:
     image_classes: list[str] = field(default_factory=list)
     labels: Tensor | None = None
     edges: str | None = None
-    grouped: bool = False
+    groups: Mapping[str, Any] | None = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_names(self.ids)

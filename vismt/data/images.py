@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -18,8 +18,11 @@ from vismt.data.fetching import fetch
 from vismt.data.image_source import ImageSource, LoadedImages
 from vismt.data.names import row_name
 from vismt.data.python_sets import images_of, python_object
+from vismt.data.source_types import NEAR_DUPLICATES, NONE
 from vismt.data.sources import first_copy, listed, not_found, shown_path, sources_for
 from vismt.errors import UserError, near
+
+DECODED = 20_000  # images of a set that are decoded for near-duplicates where the card does not ask for it
 
 
 @dataclass
@@ -35,7 +38,8 @@ class ImageSet:
         skipped: ids of the images left out because they cannot be decoded.
         where: the folder of the copy, as messages name it.
         nodes: class ids below each node of a hierarchy, or None.
-        grouped: whether a division keeps near-duplicates in one part.
+        groups: the group of each image by its id, which a division keeps in one part; images without an entry are alone. None:
+            near-duplicates are to be found.
         cached: whether `content` tells these images from all others, so that decoded ones may be kept for later runs.
     """
 
@@ -51,7 +55,7 @@ class ImageSet:
     skipped: list[str] = field(default_factory=list)
     where: str = ""
     nodes: list[list[int]] | None = None
-    grouped: bool = False
+    groups: Mapping[str, Any] | None = field(default_factory=dict)
     cached: bool = True
 
     def __len__(self) -> int:
@@ -101,8 +105,8 @@ def _superclasses(card: Card, loaded: LoadedImages) -> tuple[Tensor | None, list
     orphan = next((name for name in classes if not superclass_of.get(name)), None)
     if orphan is not None:
         raise UserError(f"{card.shown}: class '{orphan}' has no superclass in '{card.superclasses}'.")
-    names = sorted({superclass_of[name] for name in classes})
-    return torch.tensor([names.index(superclass_of[name]) for name in classes]), names
+    places = {name: place for place, name in enumerate(sorted({superclass_of[name] for name in classes}))}
+    return torch.tensor([places[superclass_of[name]] for name in classes]), list(places)
 
 
 def _drop_damaged(images: ImageSet) -> ImageSet:
@@ -191,6 +195,6 @@ def open_images(
         superclass_names=superclass_names,
         where=shown_path(base),
         nodes=loaded.nodes or None,
-        grouped=card.group_near_duplicates,
+        groups=card.read_groups(NEAR_DUPLICATES if len(loaded.ids) <= DECODED else NONE),
     )
     return images if on_bad_sample == "error" else _drop_damaged(images)

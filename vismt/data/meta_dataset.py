@@ -148,9 +148,10 @@ class MetaDatasetSource(RootedSource, ImageSource):
             return images.read(number)
 
         def content() -> str:
-            # Hashing the bytes of a domain would take longer than reading it: size and time of change stand for them.
-            stats = ((path, path.stat()) for images in parts for path in images.paths)
-            text = "\n".join(f"{path.relative_to(base)}\t{stat.st_size}\t{stat.st_mtime_ns}" for path, stat in stats)
+            # Hashing the bytes of a domain would take longer than reading it: size and times stand for them. No program sets
+            # the time of the last change of a file (ctime) back, as copying and unpacking do with that of its content.
+            stats = ((path.relative_to(base), path.stat()) for images in parts for path in images.paths)
+            text = "\n".join(f"{path}\t{s.st_size}\t{s.st_mtime_ns}\t{s.st_ctime_ns}" for path, s in stats)
             return hashlib.sha256(text.encode()).hexdigest()
 
         return LoadedImages(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from itertools import combinations, product
 from pathlib import Path
 
 from vismt.errors import UserError
 from vismt.objects import is_object, title_of
+from vismt.paths import shipped
 from vismt.plain_yaml import read_yaml
 
 CARDS = (".yaml", ".yml")
@@ -22,10 +24,27 @@ def card_and_split(entry: str) -> tuple[str, str]:
 
 
 def overlap(first: str, second: str) -> bool:
-    """Return whether two sets, 'card' or 'card:split', have examples in common."""
+    """Return whether two sets, 'card' or 'card:split', have examples in common.
+
+    A card is the same by its name and by any path to it, an object by its digest. A folder without a card contains the folders
+    below it.
+    """
     first_card, first_split = card_and_split(first)
     second_card, second_split = card_and_split(second)
-    return first_card == second_card and (first_split == second_split or "all" in (first_split, second_split))
+    places = _place(first_card), _place(second_card)
+    if places[0] == places[1]:
+        return first_split == second_split or "all" in (first_split, second_split)
+    pairs = ((places, first_split), (places[::-1], second_split))
+    return any(outer in inner.parents and outer.is_dir() and split == "all" for (outer, inner), split in pairs)
+
+
+def _place(card: str) -> Path:
+    """Return what a card is compared by: its file, a folder or file without a card; the text where there is none."""
+    if is_object(card):
+        return Path(card.rpartition(" ")[2])
+    found = shipped("datasets") / card if len(Path(card).parts) == 1 else Path(card)
+    path = found if found.exists() else Path(card).expanduser()
+    return (path / "card.yaml" if (path / "card.yaml").is_file() else path).resolve()
 
 
 def row_name(entry: str) -> str:
@@ -61,11 +80,15 @@ def check_row_names(entries: Iterable[str], key: str) -> None:
             )
 
 
-def check_outside(entries: Sequence[str], inside: Mapping[str, Iterable[str]], key: str) -> None:
-    """Raise UserError where two entries have one name, or one shares images with the sets of `inside`, {owner: entries}."""
-    check_row_names(entries, key)
-    for owner, sets in inside.items():
-        for entry in entries:
-            shared = next((name for name in sets if overlap(entry, name)), None)
-            if shared is not None:
-                raise UserError(f"{key}: '{entry}' shares images with '{shared}' of {owner}; name another set.")
+def check_apart(*stages: Mapping[str, Iterable[str]]) -> None:
+    """Raise UserError where sets of two stages, such as what trains, chooses and tests, share examples.
+
+    stages: {key: entries} of each; entries of one stage may overlap.
+    """
+    for before, after in combinations(stages, 2):
+        for (owner, others), (key, entries) in product(before.items(), after.items()):
+            for entry, other in product(entries, others):
+                if overlap(entry, other):
+                    raise UserError(
+                        f"{key} '{entry}' shares examples with {owner} '{other}'; name another set or split."
+                    )

@@ -25,6 +25,7 @@ S = TypeVar("S", bound="DataSource")
 
 PACKAGES = {"sklearn": "scikit-learn", "skimage": "scikit-image"}  # module -> package with images inside
 MOST_CLASSES = 1_000_000  # of a card
+NEAR_DUPLICATES, NONE = "near-duplicates", "none"  # values of `groups` of a card that are no file
 SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
 KINDS: Registry[type[DataSource]] = Registry(
     "sources: no kind",
@@ -189,8 +190,9 @@ class Card:
         images: images (or rows) of the full set, where the first source is only a part.
         names: JSON file beside the card: class folder -> readable name, or a list in class order.
         superclasses: JSON file beside the card: class -> superclass; or "prefix": the part before the last '/'.
-        group_near_duplicates: whether a division into shares keeps near-duplicates of a class, such as frames of one object, in
-            one part (near_duplicates.py); it decodes every image.
+        groups: what a division into shares keeps in one part: a JSON file beside the card, image -> group; "near-duplicates",
+            for which every image is decoded (near_duplicates.py); "none". By default near-duplicates in sets of images with
+            classes of up to 20,000 images.
         path: the card's file. shown: how messages name its folder.
     """
 
@@ -207,7 +209,7 @@ class Card:
     how_to_get: str = ""
     names: RelativePath | None = None
     superclasses: RelativePath | None = None
-    group_near_duplicates: bool = False
+    groups: str | None = None
     path: Path = Path()
     shown: str = ""
 
@@ -229,6 +231,16 @@ class Card:
     def sources_of(self, family: type[S]) -> list[S]:
         """Return the sources of a family such as ImageSource, in order."""
         return [source for source in self.sources if isinstance(source, family)]
+
+    def read_groups(self, default: str) -> dict[str, Any] | None:
+        """Return {image: group}, {} for no groups, None where near-duplicates are to be found; default: without a key."""
+        name = default if self.groups is None else self.groups
+        if name in (NEAR_DUPLICATES, NONE):
+            return {} if name == NONE else None
+        groups = self.read_json(name)
+        if not isinstance(groups, dict):
+            raise UserError(f"{self.shown}/{name}: must map images to groups.")
+        return groups
 
     def read_json(self, name: str) -> Any:
         """Return the parsed JSON file `name` beside the card."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 
-from vismt.data.names import check_row_names, overlap
+from vismt.data.names import check_apart, check_row_names, overlap
 from vismt.errors import UserError
 
 
@@ -30,22 +32,30 @@ class PartsConfig:
     limit: int | None = None
 
 
-def check_parts(parts: PartsConfig, where: str) -> None:
-    """Raise UserError where nothing is named to test on, and where two parts have the same examples."""
-    for part, share in (("test", parts.test_share), ("validation", parts.validation_share)):
-        named = getattr(parts, part)
-        if named and share:
-            raise UserError(f"{where}: both {part} and {part}_share; give one of them.")
-        if part == "test" and not named and not share:
-            raise UserError(f"{where}: nothing to test on; name a set in test, or give test_share.")
-    for part in ("test", "validation"):
-        check_row_names(getattr(parts, part), f"{where}: {part}")
-    for part, against in (("test", "train"), ("validation", "train"), ("validation", "test")):
-        for name in getattr(parts, part):
-            other = next((item for item in getattr(parts, against) if overlap(name, item)), None)
-            if other is not None:
-                fix = f"name another set or split, or take {part}_share instead"
-                raise UserError(f"{where}: {part} '{name}' is in {against} '{other}', too; {fix}.")
+def check_parts(sections: Mapping[str, PartsConfig], calibration: Iterable[str] = ()) -> None:
+    """Raise UserError where a section names nothing to test on, and where what trains, chooses and tests shares examples.
+
+    Args:
+        sections: by their key in the configuration; a set of one may not train, choose and test in others.
+        calibration: sets that a method computes options from, which count as training.
+    """
+    for where, parts in sections.items():
+        for part, share in (("test", parts.test_share), ("validation", parts.validation_share)):
+            named = getattr(parts, part)
+            if named and share:
+                raise UserError(f"{where}: both {part} and {part}_share; give one of them.")
+            if part == "test" and not named and not share:
+                raise UserError(f"{where}: nothing to test on; name a set in test, or give test_share.")
+            check_row_names(named, f"{where}: {part}")
+    stages = [
+        {f"{where}: {part}": getattr(parts, part) for where, parts in sections.items()}
+        for part in ("train", "validation", "test")
+    ]
+    check_apart({**stages[0], "calibration.data": calibration}, *stages[1:])
+    for (first, one), (second, other) in combinations(sections.items(), 2):
+        shared = next((name for name in other.train if any(overlap(name, item) for item in one.train)), None)
+        if shared is not None and shares(one) != shares(other):
+            raise UserError(f"{second}: train '{shared}' is divided otherwise in {first}; give both the same shares.")
 
 
 def shares(parts: PartsConfig) -> dict[str, float]:

@@ -164,15 +164,32 @@ class EvaluationJob(ABC, Generic[Config]):
         """Score every reference and arm and write results.jsonl; rows of other conditions (an earlier attack) stay.
 
         Processes that share the evaluation (ranks.py) call it together, and the first one writes the files.
-        attacks: conditions in place of those of the configuration.
+        attacks: conditions in place of those of the configuration. Raises UserError for arms that cannot be evaluated, after the
+        others have been.
         """
         self.check_evaluation(attacks)
         scores: dict[str, dict[int, list[Score]]] = {}
+        failed: dict[str, UserError] = {}
         for arm in self.evaluated():
-            trainings = self.trainings(arm)
-            scores[arm] = {training.seed: self.evaluate_one(training, attacks) for training in trainings}
+            try:
+                trainings = self.trainings(arm)
+                scores[arm] = {training.seed: self.evaluate_one(training, attacks) for training in trainings}
+            except UserError as error:
+                if ranks.count() > 1:  # other processes may wait for a part of this arm
+                    raise
+                failed[arm] = error
+                console.stage("eval", f"{arm}   left out: {error}")
+                continue
             self._print(arm, mean_scores(scores[arm].values()), len(trainings))
+        if failed and not scores:
+            raise next(iter(failed.values()))
         self._write(scores)
+        if failed:
+            arm, error = next(iter(failed.items()))
+            more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+            raise UserError(
+                f"evaluate: '{arm}'{more} left out: {error} The other arms are in {RESULTS}: vismt report '{self.folder}'."
+            ) from error
         if attacks is None:
             ranks.from_first(self.write_panels)
 
@@ -197,18 +214,21 @@ class EvaluationJob(ABC, Generic[Config]):
         derived = {seed: self.derived(by_arm) for seed, by_arm in groups.items()}
         if not all(derived.values()):
             derived = {}  # a score that lacks one of its seeds cannot be compared by seed
-        by_seed: dict[tuple[str, ...], list[float]] = {}
-        for seed, by_arm in derived.items():
-            for arm, arm_scores in by_arm.items() if seed is not None else ():
-                for score in arm_scores:
-                    by_seed.setdefault((arm, *score.key), []).append(score.measure.score)
-        for arm, arm_scores in derived.get(None, {}).items():
-            derived[None][arm] = [
-                replace(score, measure=over_seeds(score.measure, by_seed.get((arm, *score.key), ())))
+        averages = derived.get(None, {})
+        for arm, arm_scores in averages.items():
+            trainings = [
+                {score.key: score.measure.score for score in by_arm.get(arm, ())}
+                for number, by_arm in derived.items()
+                if number is not None
+            ]
+            averages[arm] = [
+                replace(
+                    score,
+                    measure=over_seeds(score.measure, [of[score.key] for of in trainings if score.key in of]),
+                )
                 for score in arm_scores
             ]
-        for arm, arm_scores in derived.get(None, {}).items():
-            self._print(arm, arm_scores, len(scores[arm]))
+            self._print(arm, averages[arm], len(scores[arm]))
         rows = [
             (result_of(score, arm, seed, self.split, self.hash), score.measure)
             for seed, by_arm in groups.items()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vismt.errors import UserError
+from vismt.llm.documents import by_document
 from vismt.llm.tasks.pieces import IGNORE, Piece, collate
 
 Batch = Mapping[str, Tensor]
@@ -58,6 +59,10 @@ class LmNet(nn.Module):
         batch: from `collate`, with "lower" (b, n, d) where the output of the lower blocks is cached. "vectors" (m, d), where
         present, replace the states at the m positions of items, see `inserted`.
         """
+        return by_document(self.lm, batch, self.states)
+
+    def states(self, batch: Batch) -> Tensor:
+        """Return `hidden` of one forward pass over all documents of each row."""
         mask = batch["mask"]
         attention_mask = mask.long() if mask.ndim == 2 else self._additive(mask)
         with _replaced(blocks(self.lm)[: self.first], batch.get("lower")), self.inserted(batch):
@@ -65,6 +70,12 @@ class LmNet(nn.Module):
                 input_ids=batch["ids"], attention_mask=attention_mask, position_ids=batch["positions"], use_cache=False
             )
         return out.last_hidden_state
+
+    def _lower(self, batch: Batch) -> Tensor:
+        """Return the input (b, n, d) of block `first`."""
+        with _captured(blocks(self.lm), self.first) as captured:
+            self.states(batch)
+        return captured[0]
 
     def features(self, batch: Batch) -> Tensor:
         """Return the hidden states (b, d) fp32 of the last token of each row."""
@@ -208,9 +219,7 @@ class LmNet(nn.Module):
             for start in range(0, len(numbers), at_once):
                 chosen = numbers[start : start + at_once]
                 batch = {name: value.to(device) for name, value in collate([pieces[i] for i in chosen]).items()}
-                with _captured(blocks(self.lm), self.first) as captured:
-                    self.hidden(batch)
-                states.update(zip(chosen, captured[0].cpu().unbind(0)))
+                states.update(zip(chosen, by_document(self.lm, batch, self._lower).cpu().unbind(0)))
         self.lm.train(training)
         return [states[number] for number in firsts]
 
@@ -237,6 +246,26 @@ def check_logits(lm: nn.Module) -> None:
         logits = lm(input_ids=ids).logits
     if expected.shape != logits.shape or not torch.allclose(expected.float(), logits.float(), rtol=1e-2, atol=1e-2):
         raise UserError(f"{type(lm).__name__} scales or caps its logits, which vismt's tasks do not; take another LM.")
+
+
+@torch.no_grad()
+def check_first_block(lm: nn.Module, first: int) -> None:
+    """Raise UserError unless cached states in place of the blocks below `first` lead to the hidden states of all blocks."""
+    net = LmNet(lm, first=first)
+    part = Piece(tuple(place % lm.config.vocab_size for place in range(5)), (IGNORE,) * 5)
+    device = next(lm.parameters()).device
+    batch = {name: value.to(device) for name, value in collate([part]).items()}
+    try:
+        states = torch.stack(net.lower_states([part])).to(device)
+        whole, upper = net.states(batch).float(), net.states({**batch, "lower": states}).float()
+    except Exception:  # blocks whose input or output is not one tensor fail in ways of their own
+        equal = False
+    else:
+        equal = bool((whole - upper).norm() <= torch.finfo(lm.dtype).eps ** 0.5 * whole.norm())
+    if not equal:
+        raise UserError(
+            f"model.first_block: {first}; the blocks of {type(lm).__name__} cannot be left out for cached states; set it to 0."
+        )
 
 
 def blocks(lm: nn.Module) -> nn.ModuleList:

@@ -310,5 +310,5 @@ def _pairs(
     for column in columns.values():
         counts = dict.fromkeys(score.count for score in column.values())
         heads.append(f"{next(iter(column.values())).label}, n = {' / '.join(counts)}")
-    texts = len(heads) - len(columns)
-    return [(Table(title, heads, rows, set(), texts=texts, folded=len(heads) > 12), note)] if rows else []
+    names = len(heads) - len(columns)
+    return [(Table(title, heads, rows, set(), texts=names, folded=len(heads) > 12), note)] if rows else []

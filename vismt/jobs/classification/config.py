@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from vismt.config import HASHED_IF_SET, UNHASHED, Jitter, ModelConfig, OnBadSample
-from vismt.data.names import check_outside
+from vismt.data.names import check_apart, check_row_names
 from vismt.engine.splits import PartsConfig, check_parts
 from vismt.engine.study import StudyConfig, check_arms
 from vismt.errors import UserError, near
@@ -165,6 +165,8 @@ def check(config: MultitaskConfig) -> None:
     """Raise UserError for values that types do not exclude, also in the arms, before any work is done."""
     for task in config.tasks:
         _check_task(task)
+    calibration = config.calibration.data if config.calibration is not None else ()
+    check_parts({f"tasks: {task.name}": task for task in config.tasks}, calibration)
     names = [task.name for task in config.tasks]
     batches = {"batch": config.batch, "evaluate.batch": config.evaluate.batch}
     check_tasks(config, names, config.evaluate.split, batches)
@@ -194,8 +196,9 @@ def check(config: MultitaskConfig) -> None:
         raise UserError(
             f"report: {config.report}: task '{unchecked}' has no validation images for thresholds; give it validation_share."
         )
-    inside = {f"task '{task.name}'": (*task.train, *task.validation, *task.test) for task in config.tasks}
-    check_outside(config.evaluate.ood, inside, "evaluate.ood")
+    inside = {f"tasks: {task.name}": (*task.train, *task.validation, *task.test) for task in config.tasks}
+    check_row_names(config.evaluate.ood, "evaluate.ood")
+    check_apart(inside, {"evaluate.ood": config.evaluate.ood})
     if not config.arms:
         check_calibration(config.calibration, config.adapt)
     if config.evaluate.laplace and (config.head_section.labels != "union" or config.evaluate.split == "validation"):
@@ -229,4 +232,3 @@ def check_attacks(attacks: Sequence[AttackConfig], corruptions: Sequence[Corrupt
 def _check_task(task: TaskConfig) -> None:
     if not task.train:
         raise UserError(f"tasks: {task.name}: train names no set.")
-    check_parts(task, f"tasks: {task.name}")

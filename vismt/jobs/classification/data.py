@@ -11,7 +11,7 @@ from vismt import console
 from vismt.data.batching import Gathered
 from vismt.data.images import ImageSet, open_images
 from vismt.data.names import card_and_split
-from vismt.data.near_duplicates import near_duplicates
+from vismt.data.near_duplicates import groups_of
 from vismt.data.pixels import Pixels
 from vismt.data.splits import divide, limited
 from vismt.engine.splits import shares
@@ -109,8 +109,7 @@ class TaskData:
         kept = shares(task)
         parts: dict[str, list[Chosen]] = {"train": [], "validation": [], "test": []}
         for images in sets:
-            grouped = images.grouped and bool(kept)
-            groups = near_duplicates(images.read, images.labels, images.name) if grouped else None
+            groups = groups_of(images, images.labels, images.read) if kept else None
             for part, index in divide(images.labels, kept, images.name, groups, images.classes).items():
                 parts[part].append(self._chosen(task, images.take(index.tolist()) if kept else images, classes))
         for part in ("validation", "test"):
@@ -131,7 +130,8 @@ class TaskData:
 
     def _chosen(self, task: TaskConfig, images: ImageSet, classes: Sequence[str]) -> Chosen:
         """Return images with their labels within the task, matched by the names of the classes."""
-        numbers = torch.tensor([classes.index(name) if name in classes else -1 for name in images.classes])
+        places = {name: number for number, name in enumerate(classes)}
+        numbers = torch.tensor([places.get(name, -1) for name in images.classes])
         labels = numbers[images.labels]
         if bool((labels < 0).any()):
             unknown = images.classes[int(images.labels[labels < 0][0])]

@@ -242,7 +242,7 @@ def _check_data(data: DenseDataConfig) -> None:
         raise UserError("data.train: names no set.")
     if data.limit is not None and data.limit < 1:
         raise UserError(f"data.limit: {data.limit}; it must be at least 1.")
-    check_parts(data, "data")
+    check_parts({"data": data})
 
 
 def _check_augment(augment: DenseAugmentConfig) -> None:

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from vismt import console
 from vismt.data import dense_transforms as transforms
@@ -16,7 +15,7 @@ from vismt.data.batching import Passes
 from vismt.data.dense import DenseSet, open_samples
 from vismt.data.dense_sample import CLASS, Sample, collate
 from vismt.data.names import card_and_split
-from vismt.data.near_duplicates import near_duplicates
+from vismt.data.near_duplicates import groups_of, picture
 from vismt.data.splits import divide
 from vismt.engine.splits import shares
 from vismt.errors import UserError
@@ -79,8 +78,7 @@ class DenseData:
         for name in data.train:
             images = _open(name)
             strata = torch.zeros(len(images), dtype=torch.int64) if images.labels is None else images.labels
-            grouped = images.grouped and bool(shares(data))
-            groups = near_duplicates(partial(_picture, images), strata, images.name) if grouped else None
+            groups = groups_of(images, strata, partial(picture, images)) if shares(data) else None
             for part, index in divide(strata, shares(data), images.name, groups, images.image_classes).items():
                 self.parts[part].entries.extend((images, i) for i in index.tolist())
         for part in ("validation", "test"):
@@ -207,10 +205,6 @@ class DenseBatches:
 
 def _open(name: str) -> DenseSet:
     return open_samples(*card_and_split(name))
-
-
-def _picture(images: DenseSet, i: int) -> Tensor:
-    return images.stored(i)["image"]
 
 
 def _spread(entries: list[tuple[DenseSet, int]], limit: int) -> list[tuple[DenseSet, int]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from vismt.data.names import check_outside, check_row_names, overlap
+from vismt.data.names import check_apart, check_row_names
 from vismt.engine.study import check_arms
 from vismt.errors import UserError, near
 from vismt.jobs.calibrating import check_calibration
 from vismt.jobs.fewshot.arms import (
     evaluated_models,
     planned_experts,
+    resolve_experts,
     split_head,
     untrained_arms,
 )
@@ -39,6 +40,19 @@ def check(config: FewShotConfig) -> None:
         raise UserError("arms: a pool's experts are the arms; leave out arms or the pool section.")
     if config.tune is not None and not (config.select is not None and config.select.data):
         raise UserError("tune: the rates are judged on validation tasks; name their sets in select.data.")
+
+
+def check_sets(config: FewShotConfig) -> None:
+    """Raise UserError where a set is trained on that chooses or tests; a run that is finished is opened all the same."""
+    trained = {}
+    arms = resolve_experts(config)
+    for name, arm in arms.items():
+        of = f" of '{name}'" if len(arms) > 1 else ""
+        trained[f"source.data{of}"] = arm.source.data
+        trained[f"calibration.data{of}"] = arm.calibration.data if arm.calibration is not None else []
+    chosen = config.select.data if config.select is not None else []
+    others = {"select.data": chosen, "evaluate.data": config.evaluate.data, "evaluate.ood": config.evaluate.ood}
+    check_apart(trained, others)
 
 
 def _check_arm(config: FewShotConfig) -> None:
@@ -89,7 +103,8 @@ def _check_evaluation(config: FewShotConfig) -> None:
         if not values or len(set(values)) < len(values):
             raise UserError(f"evaluate.{name}: {values}; name at least one, each once.")
     check_row_names(settings.data, "evaluate.data")
-    check_outside(settings.ood, {"evaluate.data": settings.data}, "evaluate.ood")
+    check_row_names(settings.ood, "evaluate.ood")
+    check_apart({"evaluate.data": settings.data}, {"evaluate.ood": settings.ood})
     if config.meta is not None and (
         config.pool is not None or (settings.rule, settings.ways) != ("uniform", source.ways)
     ):
@@ -194,9 +209,4 @@ def _check_selection(config: FewShotConfig) -> None:
         )
     if select.class_share and config.evaluate.rule != "uniform":
         raise UserError("select.class_share: needs evaluate.rule uniform; for variable episodes give select.data.")
-    for name in select.data:
-        for other in config.evaluate.data:
-            if overlap(name, other):
-                raise UserError(
-                    f"select.data: '{name}' shares images with evaluate.data '{other}'; choose on other sets."
-                )
+    check_apart({"select.data": select.data}, {"evaluate.data": config.evaluate.data})

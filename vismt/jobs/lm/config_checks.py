@@ -56,6 +56,8 @@ def _check_values(config: LmConfig) -> None:
         raise UserError(f"tasks: {trained} name sets to train on; exactly one task must.")
     for section in config.tasks:
         _check_task(section)
+    calibration = config.calibration.data if config.calibration is not None else ()
+    check_parts({f"tasks: {task.name}": task for task in config.tasks}, calibration)
     _check_trained_task(config)
     _check_recommendation(config)
     check_head(config.head.name, config.head.options)
@@ -70,7 +72,6 @@ def _check_task(section: LmTaskConfig) -> None:
     task = task_of(section)
     if section.chat and (section.kind == KIND or not section.prompt):
         raise UserError(f"tasks: {section.name}: chat is for a prompt of texts; leave it out.")
-    check_parts(section, f"tasks: {section.name}")
     if not section.train and (section.test_share or section.validation_share):
         raise UserError(
             f"tasks: {section.name}: it has no training set to take a share of; name the sets in test and validation."

@@ -50,6 +50,8 @@ class Answers(LmTask):
         UserError: no prompt, fewer than two answers, or an unknown value of `normalise`.
     """
 
+    documents = True
+
     def __init__(
         self, prompt: str, answers: dict[str, str], label: str = "{answer}", normalise: str = "token", length: int = 512
     ) -> None:

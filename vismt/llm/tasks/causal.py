@@ -62,7 +62,7 @@ class Causal(LmTask):
             raise UserError("tasks: answer: is empty; name the field to predict, such as '{text}'.")
         self.answer = answer
         self.end = end
-        self.packed = pack
+        self.documents = pack
         self.windows = windows
 
     @property
@@ -92,7 +92,7 @@ class Causal(LmTask):
 
     def training(self, items: Sequence[Item]) -> list[Item]:
         pieces = [part for item in items for part in item.pieces if part.counted]
-        if self.packed:
+        if self.documents:
             pieces = pack(pieces, self.length)
         return [Item(f"piece {number}", [part]) for number, part in enumerate(pieces)]
 

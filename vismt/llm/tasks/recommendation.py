@@ -129,7 +129,7 @@ class Recommendation(LmTask):
         self.normalise = normalise
         self.new_tokens = new_tokens
         self.seed = seed
-        self.reads = answer != "write"
+        self.reads = self.documents = answer != "write"
         self._tokenizer: Any = None
 
     @property

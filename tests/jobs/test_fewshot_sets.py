@@ -1,0 +1,69 @@
+"""A few-shot run trains on no set that chooses or tests, and says which before anything is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers.tiny_runs import FEWSHOT
+
+from vismt.cli import main
+from vismt.jobs import open_run, start
+
+pytest.importorskip("sklearn")
+pytest.importorskip("skimage")
+
+CORDA = {"method": "corda", "rank": 2, "targets": ["qkv"]}
+CASES = {
+    "source": ({"source.data": ["digits"]}, "evaluate.data 'digits' shares examples with source.data 'digits'"),
+    "path": ({"source.data": ["datasets/digits"]}, "shares examples with source.data 'datasets/digits'"),
+    "arm": (
+        {"arms": {"mine": {}, "other": {"source.data": ["photo_crops:train", "digits"]}}},
+        "evaluate.data 'digits' shares examples with source.data of 'other' 'digits'",
+    ),
+    "calibration": (
+        {"adapt": CORDA, "calibration": {"data": ["digits"]}},
+        "evaluate.data 'digits' shares examples with calibration.data 'digits'",
+    ),
+    "choice": (
+        {"tune": {"rates": [1e-3, 1e-2]}, "select": {"data": ["photo_crops"]}},
+        "select.data 'photo_crops' shares examples with source.data 'photo_crops:train'",
+    ),
+    "ood": (
+        {"evaluate.probabilities": True, "evaluate.ood": ["photo_crops:train"]},
+        "evaluate.ood 'photo_crops:train' shares examples with source.data 'photo_crops:train'",
+    ),
+}
+
+
+def write(folder: Path, changes: dict) -> Path:
+    config = yaml.safe_load(yaml.safe_dump({**FEWSHOT, "select": None}))
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        if name:
+            config[section][name] = value
+        else:
+            config[key] = value
+    path = folder / "sets.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return path
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_set_that_is_tested_on_is_not_trained_on(case: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    changes, words = CASES[case]
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    assert main(["run", str(write(tmp_path, changes)), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_trains_nothing_has_no_source_and_a_finished_one_is_opened(tmp_path: Path) -> None:
+    path = write(tmp_path, {"train": None, "source.data": ["digits"], "evaluate.models": ["frozen"]})
+    folder = start(path, [], tmp_path / "runs").folder
+    resolved = folder / "config.resolved.yaml"
+    config = yaml.safe_load(resolved.read_text())
+    resolved.write_text(yaml.safe_dump({**config, "train": {"steps": 1}}))
+    assert open_run(folder).job.trains
