@@ -94,12 +94,8 @@ MODELS: dict[str, Callable[[ExpertPool], nn.Module]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_records_are_those_of_every_episode(name, shots, pool, cache, tmp_path):
     paths = {mode: tmp_path / f"{mode}.jsonl" for mode in ("off", "auto", "again")}
-    for mode, path in paths.items():
-        net = MODELS[name](pool)
-        run(net, "off" if mode == "off" else "auto", path, shots, episodes=5)
-    assert paths["auto"].read_text() == paths["off"].read_text() == paths["again"].read_text()
     logits = {}
-    for mode in ("off", "auto"):
+    for mode, path in paths.items():
         seen: list[Tensor] = []
         net = MODELS[name](pool)
         plain = net.classifier
@@ -110,9 +106,13 @@ def test_records_are_those_of_every_episode(name, shots, pool, cache, tmp_path):
             return task
 
         net.classifier = watched
-        run(net, mode, shots=shots, episodes=5)
+        run(net, "off" if mode == "off" else "auto", path, shots, episodes=5)
         logits[mode] = seen
-    assert len(logits["off"]) == 5 and all(map(torch.equal, logits["auto"], logits["off"]))
+    assert paths["auto"].read_text() == paths["off"].read_text() == paths["again"].read_text()
+    assert len(logits["off"]) == len(logits["again"]) == 5
+    assert all(map(torch.equal, logits["auto"], logits["off"])) and all(
+        map(torch.equal, logits["again"], logits["off"])
+    )
 
 
 def test_each_image_is_computed_once_and_never_by_the_next_run(cache, computed):
