@@ -1,6 +1,9 @@
-"""Fixtures of all tests. One intra-op thread, because the tests run in several processes."""
+"""Fixtures of all tests. One thread each, because the tests run in several processes."""
 
+import base64
+import gc
 import os
+import sys
 
 import pytest
 import torch
@@ -9,6 +12,40 @@ from vismt import console
 from vismt.paths import cache_root
 
 torch.set_num_threads(1)
+# For the processes that tests start. Without compiled files each of them would compile vismt again.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mP4DwABAQEAHLCMmQAAAABJRU5ErkJggg==")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Leave what the collection makes out of later garbage collections, which else walk over it during the tests."""
+    gc.disable()
+    collected = yield
+    gc.enable()
+    gc.freeze()
+    return collected
+
+
+@pytest.fixture(scope="session", autouse=True)
+def painting():
+    """Save figures as one pixel, since painting takes half the time of a small run; return what paints them."""
+    from matplotlib.figure import Figure
+
+    def save(figure, file, **options):
+        return file.write(PIXEL) if options["format"] == "png" else paint(figure, file, **options)
+
+    paint, Figure.savefig = Figure.savefig, save
+    return paint
+
+
+@pytest.fixture
+def painted(monkeypatch, painting):
+    """Paint the figures that the test saves."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", painting)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from vismt.conformal import conformal_quantile, least_examples, set_sizes
+from vismt.engine.study import TuneConfig
 from vismt.errors import UserError
+from vismt.jobs.risk import validation_parts
 from vismt.selective import accepting_threshold, risk_coverage_interval, risk_coverage_values, selective_risk
 
 
@@ -78,3 +82,58 @@ def test_the_area_under_the_risk_coverage_curve_is_the_mean_of_its_values() -> N
         assert float(risk_coverage_values(torch.ones(4), torch.tensor(order)).mean()) == pytest.approx(0.25)
     with pytest.raises(UserError, match="AURC"):
         risk_coverage_values(torch.ones(0), torch.ones(0))
+
+
+def test_ties_enter_the_area_in_expectation_over_their_orders() -> None:
+    """Against the mean over all orders of rows of one confidence."""
+    confidences = torch.tensor([0.5, 0.9, 0.5, 0.9, 0.5, 0.7], dtype=torch.float64)
+    wrong = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+    steps = torch.arange(1, 7, dtype=torch.float64)
+    orders = [list(order) for order in itertools.permutations(range(6))]
+    orders = [order for order in orders if bool((confidences[order].diff() <= 0).all())]
+    assert len(orders) == math.factorial(2) * math.factorial(3)
+    areas = torch.stack([(wrong[order].cumsum(0) / steps).mean() for order in orders])
+    assert areas.max() - areas.min() > 0.1
+    assert float(risk_coverage_values(confidences, wrong).mean()) == pytest.approx(float(areas.mean()))
+
+
+def test_the_interval_of_the_area_is_that_of_the_rows_in_any_order() -> None:
+    # 60 rows of one confidence: the area is the error whatever the order, and so it is of every draw: a binomial share
+    ties, wrong = torch.full((60,), 0.8), (torch.arange(60) < 12).double()
+    low, high = risk_coverage_interval(ties, wrong)
+    half = 1.96 * math.sqrt(0.2 * 0.8 / 60)
+    assert (low, high) == pytest.approx((0.2 - half, 0.2 + half), abs=0.03)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    for confidences in (ties, torch.tensor([0.9, 0.6, 0.6, 0.3]).repeat(15)):
+        here, there = (
+            risk_coverage_interval(confidences[i], wrong[i], resamples=100) for i in (torch.arange(60), order)
+        )
+        assert here == there
+
+
+def test_validation_examples_that_choose_a_rate_give_no_thresholds() -> None:
+    """Five rates of equal quality: the best on 50 examples does not reach 90 % by the threshold of the same 50, halves do."""
+    scores = torch.rand(4000, 5, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    right = (scores < 0.5).double()  # the score of a right answer is low
+
+    def coverage(chooses: Tensor, gives: Tensor) -> float:
+        best = right[:, :, chooses].mean(2).argmax(1)
+        kept = scores[torch.arange(len(scores)), best][:, gives]
+        return float(torch.tensor([conformal_quantile(row, 0.9) for row in kept]).mean())  # uniform scores
+
+    labels = torch.arange(50) % 3
+    tune = TuneConfig([1.0, 2.0, 3.0, 4.0, 5.0])
+    everything = validation_parts(labels, None, tune)
+    assert coverage(*everything) < 0.89
+    # the ceil(26 * 0.9) = 24th of 25: 24 / 26
+    assert coverage(*validation_parts(labels, "risk", tune)) == pytest.approx(24 / 26, abs=0.003)
+
+
+def test_the_halves_of_validation_have_every_class_in_both() -> None:
+    labels = torch.tensor([2, 0, 0, 1, 2, 2, 1, 0, 2, 5])
+    tune = TuneConfig([1.0, 2.0])
+    chooses, gives = validation_parts(labels, "risk", tune)
+    # classes of 3, 2, 4 and 1: the running half gives 1, 1, 2 and 1 to the choice; neighbours stay together
+    assert chooses.nonzero().flatten().tolist() == [0, 1, 3, 4, 9] and bool((chooses ^ gives).all())
+    for report, rates in ((None, tune), ("risk", None), ("risk", TuneConfig([1.0]))):
+        assert all(bool(mask.all()) for mask in validation_parts(labels, report, rates))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,13 +29,15 @@ from vismt.hf import VismtCallback, push_to_hub, write_repository  # noqa: E402
 STEPS = 6
 
 
-@pytest.fixture(autouse=True)
-def no_namespace_package(monkeypatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def no_namespace_package() -> Iterator[None]:
     """In the checkout its folder datasets/ is found as a package where the one of that name is not installed."""
-    try:
-        from datasets import Dataset  # noqa: F401
-    except ImportError:
-        monkeypatch.setattr("transformers.trainer.is_datasets_available", lambda: False)
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            from datasets import Dataset  # noqa: F401
+        except ImportError:
+            patch.setattr("transformers.trainer.is_datasets_available", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +97,74 @@ def test_a_checkpoint_has_the_adapter_alone_and_is_resumed(folder: Path, tmp_pat
     ids = rows()[0]["input_ids"][None]
     assert torch.allclose(loaded(ids).logits, whole.model.eval()(ids).logits, atol=1e-5)
     assert not whole.model._keys_to_ignore_on_save  # as before
+    whole.save_model(tmp_path / "final")
+    final = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert torch.allclose(final(ids).logits, whole.model(ids).logits, atol=1e-5)
+
+
+def test_a_trainer_without_the_callback_continues_from_its_checkpoint(folder: Path, tmp_path: Path) -> None:
+    whole = trainer(folder, tmp_path, "lora", [], rank=2)
+    whole.train()
+    again = trainer(folder, tmp_path, "lora", [], rank=2)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert losses(again)[-3:] == losses(whole)[-3:]
+
+
+def test_s2ft_under_the_default_optimiser_leaves_frozen_weights_alone(folder: Path, tmp_path: Path) -> None:
+    """Against a plain AdamW in the same Trainer; the checkpoint's adapter fits the true base."""
+    optim, runs = "adamw_torch_fused", {}
+    for name in ("adamw_torch", optim):
+        run = runs[name] = trainer(folder, tmp_path / name, "s2ft", ratio=0.3, parts=("v", "o", "u", "d"))
+        run.args.optim = transformers.training_args.OptimizerNames(name)
+        run.train()
+    assert losses(runs[optim]) == pytest.approx(losses(runs["adamw_torch"]), rel=1e-4)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = rows()[0]["input_ids"][None]
+    wanted = runs[optim].model.eval()(ids).logits
+    loaded = vismt.load_adapter(copy.deepcopy(stock), tmp_path / optim / f"checkpoint-{STEPS}" / "adapter")
+    assert torch.allclose(loaded(ids).logits, wanted, atol=1e-5)
+    restored = vismt.unadapt(runs[optim].model).state_dict()
+    assert all(torch.equal(value, restored[name]) for name, value in stock.state_dict().items())
+
+
+def doubled(model: nn.Module) -> None:
+    model.model.layers[0].self_attn.q_proj.weight.data *= 2
+
+
+def nudged(model: nn.Module) -> None:
+    """Change one value of a weight that is not adapted."""
+    model.model.norm.weight.data[3] += 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "method", "options", "message"),
+    [
+        (doubled, "lora", {}, "of another base model"),
+        (nudged, "lora", {}, "of another base model"),
+        (None, "pissa", {}, r"another method \(lora, this model has pissa\)"),
+        (None, "lora", {"alpha": 32}, r"another layers scale \(\d+.\d+, this model has 16.0\)"),
+        (None, "lora", {"dropout": 0.5}, "another options dropout"),
+    ],
+)
+def test_a_checkpoint_of_another_base_method_or_setting_is_refused(
+    folder: Path, checkpoint: Path, tmp_path: Path, change, method: str, options, message: str
+) -> None:
+    other = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    if change is not None:
+        with torch.no_grad():
+            change(other)
+    other.save_pretrained(tmp_path / "other")
+    again = trainer(tmp_path / "other", tmp_path / "out", method, rank=2, **options)
+    with pytest.raises(UserError, match=f"resume: the checkpoint is .*{message}"):
+        again.train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder: Path, tmp_path_factory) -> Path:
+    """The checkpoint of a LoRA of rank 2 after three steps."""
+    out = tmp_path_factory.mktemp("trained")
+    trainer(folder, out, "lora", steps=3, rank=2).train()
+    return out / "checkpoint-3"
 
 
 def test_lisa_trains_its_layers_in_turn(folder: Path, tmp_path: Path) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import ast
 import contextlib
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from helpers.installed import ROOT, clone_in, environment_in, pip, started
@@ -32,9 +35,7 @@ def test_import_and_help_load_no_library(code: str) -> None:
 
 
 def test_public_names_are_there_when_used() -> None:
-    code = "import vismt; print(*sorted({type(getattr(vismt, name)).__name__ for name in vismt.__all__}))"
-    printed = started(sys.executable, "-c", code, folder=ROOT)
-    assert printed.split() == ["function", "module", "type"]
+    assert {type(getattr(vismt, name)).__name__ for name in vismt.__all__} == {"function", "module", "type"}
     assert set(vismt.__all__) <= set(dir(vismt))
     with pytest.raises(AttributeError, match="module 'vismt' has no attribute 'adpat'"):
         _ = vismt.adpat
@@ -89,15 +90,58 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return clone_in(tmp_path_factory.mktemp("home"))
 
 
+# Prints what is importable of the names in a checkout, first among them vismt itself.
+LOOKUP = """
+import importlib.util, sys
+checkout, site, *names = sys.argv[1:]
+sys.path[1:1] = [site] if site else []
+specs = {name: importlib.util.find_spec(name) for name in names}
+places = {name: [spec.origin, *(spec.submodule_search_locations or [])] for name, spec in specs.items() if spec}
+shadows = [name for name, found in places.items() if any(str(place).startswith(checkout) for place in found)]
+import vismt
+print(vismt.adapt.__name__, vismt.__file__, *shadows)
+"""
+
+
+def importable(interpreter: str, checkout: Path, folder: Path, site: str = "") -> list[str]:
+    """Return what LOOKUP prints as a script in `folder`; `site` is a folder of packages before those of the interpreter."""
+    script = folder / "script.py"
+    script.write_text(LOOKUP)
+    names = {path.stem for path in checkout.iterdir() if path.stem.isidentifier()} - {"vismt"}
+    assert {"datasets", "configs", "tests", "setup"} <= names
+    return started(interpreter, script, checkout, site, *sorted(names), folder=folder).split()
+
+
+def test_an_editable_install_has_vismt_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a clone Python takes its folder, which has no __init__.py, for a namespace package, unless it finds a real one."""
+    (tmp_path / "vismt").symlink_to(ROOT)
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("setuptools.setup", given.update)
+    runpy.run_path(str(ROOT / "setup.py"))
+    written: dict[str, str] = {}
+    strategy = given["cmdclass"]["editable_wheel"]._select_strategy(None, "vismt", "py3-none-any", "build")
+    strategy(SimpleNamespace(writestr=written.__setitem__), [], {})
+    assert list(written) == ["vismt/__init__.py"]
+    (tmp_path / "site" / "vismt").mkdir(parents=True)
+    (tmp_path / "site" / "vismt" / "__init__.py").write_text(written["vismt/__init__.py"])
+    printed = importable(sys.executable, ROOT, tmp_path, site=str(tmp_path / "site"))
+    assert printed == ["adapt", str(ROOT / "vismt" / "__init__.py")]
+
+
 @pytest.mark.slow
-def test_an_editable_install_is_found_from_the_folder_of_the_clone(clone: Path, tmp_path: Path) -> None:
-    """Python takes the clone's folder, which has no __init__.py, for a namespace package, unless it finds a real one."""
+def test_an_editable_install_from_the_folder_of_the_clone_and_its_removal(clone: Path, tmp_path: Path) -> None:
     interpreter = environment_in(tmp_path / "env")
+    before = sorted((tmp_path / "env").rglob("*"))
     pip("--python", interpreter, "install", "-e", clone)
-    script = clone.parent / "script.py"
-    script.write_text("import vismt; print(vismt.adapt.__name__, vismt.__file__)")
-    printed = started(interpreter, script, folder=clone.parent)
-    assert printed.split() == ["adapt", str(clone / "vismt" / "__init__.py")]
+    for folder in (clone.parent, tmp_path):
+        assert importable(interpreter, clone, folder) == ["adapt", str(clone / "vismt" / "__init__.py")]
+    code = "from vismt import config; from vismt.data import cards; print(config.find_config('quickstart'), *cards.list_cards())"
+    printed = started(interpreter, "-c", code, folder=tmp_path).split()
+    assert printed[0] == str(clone / "configs" / "quickstart.yaml")
+    assert "digits" in printed
+    assert started(interpreter.parent / "vismt", "--version", folder=tmp_path).split() == ["vismt", vismt.__version__]
+    started(sys.executable, "-m", "pip", "--python", interpreter, "uninstall", "--yes", "vismt", folder=tmp_path)
+    assert sorted((tmp_path / "env").rglob("*")) == before
 
 
 @pytest.mark.slow
@@ -122,6 +166,8 @@ def test_a_wheel_has_its_configurations_and_cards(clone: Path, tmp_path: Path) -
     assert len(list((tmp_path / "runs").glob("quickstart-*/report.html"))) == 1
     # `pip install --target`: no environment of its own
     pip("install", "--target", tmp_path / "target", wheel)
+    names = {path.name for path in (tmp_path / "target").iterdir() if path.suffix != ".dist-info"}
+    assert names == {"bin", "share", "vismt"}
     code = "import sys; sys.path.insert(0, 'target'); from vismt import config; from vismt.data import cards"
     code += "; print(config.find_config('quickstart'), *cards.list_cards())"
     printed = started(interpreter, "-c", code, folder=tmp_path)

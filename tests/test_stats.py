@@ -4,12 +4,23 @@ import math
 
 import pytest
 import torch
+from scipy.stats import t as student
 
 from vismt.errors import UserError
 from vismt.robustness.attacks import AttackSpec
 from vismt.robustness.conditions import condition_of
 from vismt.robustness.corruptions import CorruptionSpec
-from vismt.stats import CLEAN, Condition, Measure, averaged, mean_interval, seeds_interval, wilson
+from vismt.stats import (
+    CLEAN,
+    Condition,
+    Measure,
+    averaged,
+    mean_interval,
+    over_seeds,
+    seeds_interval,
+    wilson,
+    with_seeds,
+)
 
 VALUES = {"a": 0.2, "b": 0.4, "c": 0.6, "d": 0.8}
 # squares of the deviations from 0.5: .09 + .01 + .01 + .09 = .2
@@ -93,6 +104,41 @@ def test_the_interval_covers_the_truth_with_a_spread_of_seeds_too(spread):
         covered += low <= 0 <= high
         alone += abs(mean.score) <= mean_interval(list(mean.values.values()))[1]
     assert 0.9 < covered / 400 < 0.985 and (alone / 400 < 0.85) == bool(spread)
+
+
+def test_the_half_width_over_examples_and_seeds_by_hand():
+    assert with_seeds(0.196) == with_seeds(0.196, [0.4]) == with_seeds(0.196, [0.4, 0.4], [0.2, 0.2]) == 0.196
+    # se .1 over examples and .1 over the seeds .3 and .5: (1 + 1)^2 = 4 degrees of freedom, t = 2.77645
+    assert with_seeds(0.196, [0.3, 0.5]) == pytest.approx(2.77645 * math.sqrt(0.02), abs=1e-5)
+    # a second group of three, .1, .2, .3, standard error .1 / sqrt(3): V = .01 + .01 + .00333
+    half = student.ppf(0.975, (0.02 + 0.01 / 3) ** 2 / (1e-4 + (0.01 / 3) ** 2 / 2)) * math.sqrt(0.02 + 0.01 / 3)
+    assert with_seeds(0.196, [0.3, 0.5], [0.1, 0.2, 0.3]) == pytest.approx(half)
+    measure = Measure("accuracy", VALUES)
+    assert over_seeds(measure, [0.3]) is measure
+    wide = over_seeds(measure, [0.3, 0.7]).interval()
+    assert wide[1] - 0.5 == pytest.approx(with_seeds(HALF, [0.3, 0.7])) == pytest.approx(0.5 - wide[0])
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_interval_of_a_difference_covers_with_a_spread_of_seeds(shared):
+    """Two equal models on the same 50 examples, the seeds those of both (paired) or four and three others."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    covered = alone = 0
+    for _ in range(400):
+        examples, together = draw(50), 0.3 * draw(4, 1)
+        a = examples + 0.3 * draw(50) + 0.2 * draw(4, 1) + shared * together
+        b = examples + 0.3 * draw(50) + 0.2 * draw(4, 1) + shared * together
+        if not shared:
+            b = b[:3]
+        mean, half = mean_interval(a.mean(0) - b.mean(0))
+        groups = [a.mean(1) - b.mean(1)] if shared else [a.mean(1), b.mean(1)]
+        covered += abs(mean) <= with_seeds(half, *(scores.tolist() for scores in groups))
+        alone += abs(mean) <= half
+    assert 0.92 < covered / 400 < 0.985 and alone / 400 < 0.85
 
 
 def test_student_over_seeds_by_hand():

@@ -37,14 +37,18 @@ def quiet() -> Iterator[None]:
 
 def stage(name: str, text: str) -> None:
     """Print `name`, padded to eight characters, then `text`."""
-    if not _quiet:
-        _console.print(f"{name:<8}{text}", markup=False)
+    block(f"{name:<8}{text}")
 
 
 def block(text: str) -> None:
     """Print a text of several lines without a stage name."""
     if not _quiet:
-        _console.print(text, markup=False)
+        _console.print(printable(text), markup=False)
+
+
+def printable(text: str) -> str:
+    """Return text with question marks for what is not UTF-8, which names of files can hold."""
+    return text.encode("utf8", "replace").decode()
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -72,7 +76,7 @@ def _cell(value: object) -> str:
 def ask(question: str) -> bool:
     """Return whether the user answers yes. Raises UserError without a terminal."""
     try:
-        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+        return input(printable(f"{question} [y/N] ")).strip().lower() in ("y", "yes")
     except EOFError as error:
         raise UserError(f"{question} It needs a terminal for the answer; give --yes.") from error
 

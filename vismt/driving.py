@@ -12,7 +12,9 @@ The callbacks for transformers (hf.py) and Lightning (lightning.py) use it, and 
 
 from __future__ import annotations
 
+import json
 import warnings
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +23,11 @@ from torch.optim import Optimizer
 
 from vismt.engine.checkpoint import moving_state
 from vismt.errors import UserError
+from vismt.identity import Identity
+from vismt.lowrank.adapter_files import entry_of
 from vismt.lowrank.record import need_record
+from vismt.lowrank.store import base_samples, same_base
+from vismt.lowrank.wrappers import stock_order
 from vismt.methods import Schedule, adapted_models, method_optimizer, schedules
 
 
@@ -82,3 +88,62 @@ class MethodDriver:
             part.get_parameter(name) for part, _ in self.adapted for name in need_record(part, "training").also_train
         ]
         return moving_state(self.model, trained)
+
+    def belonging(self) -> list[dict[str, Any]]:
+        """Return for each adapted part what the tensors of a checkpoint belong to: base, method and settings, as JSON has them.
+
+        Adapted weights of the base are sampled, as in the files of adapters: a start such as PiSSA's changes them, and is rounded
+        otherwise on another machine. All other frozen weights count with every bit.
+        """
+        parts = []
+        for part, _ in self.adapted:
+            record = need_record(part, "training")
+            with stock_order(part):
+                samples = base_samples(part, [site.path for site in record.sites])
+            adapted = tuple(f"{site.path}." for site in record.sites)
+            frozen = {
+                name: value
+                for name, value in part.named_parameters()
+                if not (value.requires_grad or name in record.also_train or name.startswith(adapted))
+            }
+            about = {
+                "method": record.method,
+                "options": record.options,
+                "layers": [entry_of(site) for site in record.sites],
+                "also_train": sorted(record.also_train),
+                "parts": record.wrappers,
+                "base": str(Identity(*(item for pair in sorted(frozen.items()) for item in pair))),
+                "base_samples": samples,
+            }
+            parts.append(json.loads(json.dumps(about)))
+        return parts
+
+    @staticmethod
+    def check_resumed(saved: Sequence[dict[str, Any]], present: Sequence[dict[str, Any]]) -> None:
+        """Raise UserError where a checkpoint belongs to another base, method or settings; both as `belonging` returns them."""
+        if len(saved) != len(present):
+            raise UserError(f"resume: the checkpoint is of {len(saved)} adapted parts, this model has {len(present)}.")
+        for old, new in zip(saved, present):
+            for key in ("method", "layers", "options", "also_train", "parts"):
+                if old.get(key) != new[key]:
+                    raise UserError(
+                        f"resume: the checkpoint is of an adapter with another {_difference(key, old.get(key), new[key])}; "
+                        "adapt the model as for that training, or start without a checkpoint."
+                    )
+            if old["base"] != new["base"] or not same_base(new["base_samples"], old["base_samples"]):
+                raise UserError(
+                    "resume: the checkpoint is of another base model (frozen weights differ); load the base of that training, "
+                    "or start without a checkpoint."
+                )
+
+
+def _difference(key: str, old: Any, new: Any) -> str:
+    """Return the first difference of two values of JSON as text, down to the setting where it can be named."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        name = next(name for name in (*old, *new) if old.get(name) != new.get(name))
+        return _difference(f"{key} {name}", old.get(name), new.get(name))
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        first, second = next(pair for pair in zip(old, new) if pair[0] != pair[1])
+        return _difference(key, first, second)
+    shown = [text if len(text) <= 60 else f"{text[:57]}..." for text in (str(old), str(new))]
+    return f"{key} ({shown[0]}, this model has {shown[1]})"

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from vismt.errors import UserError
+from vismt.paths import regular_file
 
 PARTIAL = ".vismt-partial"
 DIGEST = "sha256"  # the key of a JSON file with the digest of all other keys
@@ -44,13 +45,24 @@ DTYPES = {
 }
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Return the content of JSON text. Raises ValueError, also for what is nested too deep or holds half a surrogate pair."""
+    try:
+        content = json.loads(text)
+        if "\\ud" in str(text).lower():  # an escape as json.dumps writes a pair, or half of one, which no file can hold
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
 def read_json(path: Path, what: str) -> Any:
     """Return the content of a JSON file; a UserError names the file where it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf8"))
+        return parse_json(regular_file(path).read_text(encoding="utf8"))
     except FileNotFoundError as error:
         raise UserError(f"{what}: no file '{path}'.") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{what}: '{path}' cannot be read as JSON ({error}).") from error
 
 
@@ -158,21 +170,32 @@ def file_digest(path: Path) -> str:
 
 def _write(path: Path, write: Callable[[BinaryIO], object], name_of: Callable[[str], str] = str) -> None:
     """Let `write` fill a new file, and put it in the place of `path`, under the name that `name_of` makes of its name."""
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(PARTIAL, f".{path.name}.", path.parent)
-        with os.fdopen(handle, "wb") as file:
+        with new_file(path, name_of) as file:
             write(file)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+@contextmanager
+def new_file(path: Path, name_of: Callable[[str], str] = str) -> Iterator[BinaryIO]:
+    """Yield a file to fill, which takes the place of `path`, whole and synced, at the end of the block; not after an error.
+
+    name_of: makes the file's name of that of `path`, at the end.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(PARTIAL, f".{path.name}.", path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path.with_name(name_of(path.name)))
         sync_folder(path.parent)
-    except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
+    finally:
+        with suppress(FileNotFoundError):
             os.unlink(temporary)
-        raise cannot_write(path, error) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -214,6 +237,8 @@ def is_locked(folder: Path) -> bool:
         FileLock(folder / LOCK).acquire(timeout=0).lock.release()
     except Timeout:
         return True
+    except OSError:  # a folder that this user cannot write
+        return False
     return False
 
 
@@ -225,7 +250,7 @@ def locked(folder: Path, wait_s: float = 0) -> Iterator[None]:
 
     Args:
         folder: the folder to own.
-        wait_s: seconds to wait for another process.
+        wait_s: seconds to wait for another process, without a limit where negative.
 
     Raises:
         UserError: another process has the lock, which is named; a folder that cannot be written.
@@ -260,7 +285,7 @@ def locked(folder: Path, wait_s: float = 0) -> Iterator[None]:
 def _holder(folder: Path) -> dict[str, Any]:
     """Return the recorded holder of a folder's lock, {} where the record is missing or incomplete."""
     try:
-        holder = json.loads((folder / HOLDER).read_text(encoding="utf8"))
+        holder = parse_json((folder / HOLDER).read_text(encoding="utf8"))
     except (OSError, ValueError):
         return {}
     return holder if isinstance(holder, dict) else {}

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vismt.report.results import Result
 
 ADAPTER = "adapter"  # a folder of a checkpoint
+BELONGS = "vismt"  # the key of what a checkpoint belongs to among the callbacks' states in trainer_state.json
 WEIGHTS = "model.safetensors"  # of a checkpoint
 IGNORED = "_keys_to_ignore_on_save"  # of transformers' models; read by save_pretrained, and by Trainer when it resumes
 
@@ -44,12 +45,13 @@ class VismtCallback(TrainerCallback):
         sections: settings of schedules by their names in a configuration, such as fade=FadeConfig(0.0, 0.5) for moe_lora.
 
     Raises:
-        UserError: a model that is not adapted when the Trainer is made.
+        UserError: a model that is not adapted when the Trainer is made, and a checkpoint of another base, method or settings.
     """
 
     def __init__(self, **sections: Any) -> None:
         self._sections = sections
         self._driver: MethodDriver | None = None
+        self._belongs: list[dict[str, Any]] = []
         self._ignored: Any = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -61,12 +63,16 @@ class VismtCallback(TrainerCallback):
                 "install datasets, or start in another folder."
             )
         self._driver = MethodDriver(given["model"], **self._sections)
+        self._belongs = self._driver.belonging()  # before a checkpoint is loaded
         self._ignored = getattr(given["model"], IGNORED, None)
         self._ignore_frozen()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Start the schedules, and put the methods' optimisers around the Trainer's."""
         driver, optimizer = self._of_training(), given["optimizer"]
+        states = getattr(state, "stateful_callbacks", {})
+        driver.check_resumed(states.get(BELONGS, self._belongs), self._belongs)
+        states[BELONGS] = self._belongs  # written into every checkpoint
         self._ignore_frozen()
         if getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):
             driver.warn_of_optimizers("DeepSpeed and FSDP hold the parameters in pieces")

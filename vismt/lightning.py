@@ -15,6 +15,9 @@ except ImportError as error:
     raise UserError("vismt.lightning: needs lightning, which is not installed: pip install lightning.") from error
 
 
+BELONGS = "vismt"  # the key of what a checkpoint belongs to
+
+
 class VismtCallback(Callback):
     """What an adapted model needs in Lightning's Trainer.
 
@@ -25,18 +28,20 @@ class VismtCallback(Callback):
         sections: settings of schedules by their names in a configuration, such as fade=FadeConfig(0.0, 0.5) for moe_lora.
 
     Raises:
-        UserError: a module without an adapted part when fitting starts.
+        UserError: a module without an adapted part when fitting starts, and a checkpoint of another base, method or settings.
     """
 
     def __init__(self, **sections: Any) -> None:
         self._sections = sections
         self._driver: MethodDriver | None = None
+        self._belongs: list[dict[str, Any]] = []
         self._finished = 0
 
     def setup(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
         """Let checkpoints lack the frozen tensors."""
         if stage == "fit":
             self._driver = MethodDriver(pl_module, **self._sections)
+            self._belongs = self._driver.belonging()  # before a checkpoint is loaded
             module: Any = pl_module
             module.strict_loading = False
 
@@ -57,9 +62,15 @@ class VismtCallback(Callback):
             self._of_fit().on_step(self._finished)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
-        """Keep the trained tensors alone."""
+        """Keep the trained tensors alone, and what they belong to."""
         moving = self._of_fit().moving()
+        checkpoint[BELONGS] = self._belongs
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in moving}
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that belongs to another base, method or settings."""
+        if self._driver is not None:
+            self._driver.check_resumed(checkpoint.get(BELONGS, self._belongs), self._belongs)
 
     def _of_fit(self) -> MethodDriver:
         if self._driver is None:

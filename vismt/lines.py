@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vismt.errors import UserError
-from vismt.files import atomic_write, cannot_write
+from vismt.files import atomic_write, cannot_write, parse_json
 
 LINE = re.compile(rb'(\{.*?)(?:, )?"checksum": "([0-9a-f]{8})"(, "last": true)?\}', re.DOTALL)
 LAST = b', "last": true'
@@ -78,8 +78,8 @@ def _matches(path: Path) -> list[re.Match[bytes] | None]:
 def _parsed(text: bytes) -> dict[str, Any] | None:
     """Return a JSON object, None for text that is none."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except ValueError:
         return None
 
 

@@ -1,30 +1,34 @@
 """Data sets and models given as Python objects: a configuration holds a name for each, such as "<CIFAR10 1a2b3c4d>".
 
 `named` replaces the objects in a configuration by names, and inside `holding` the functions that open a name find its object.
-The digits are a digest of the object's content, so that a run folder is not continued with another object. A run whose
-configuration has such names is reported anywhere, and trained and evaluated where the objects are given.
+The digits are of the object's identity (vismt/identity.py): of a model all weights, settings and code, of a data set all
+examples. A run folder is therefore not continued with another object. A run whose configuration has such names is reported
+anywhere, and trained and evaluated where the objects are given.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
+import random
 import re
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from vismt import console
 from vismt.errors import UserError
-from vismt.seeds import digest
+from vismt.identity import Identity
 
 NAME = re.compile(r"<([^<>]+) [0-9a-f]{8}>")
 PLAIN = (str, int, float, bool, type(None))
-EXAMPLES = 16  # of a data set that its digest is made of
-HEAD = 1024  # values of a tensor
+# Attributes of a data set that are read beside its examples.
+READ = ("classes", "column_names", "features", "targets", "labels", "_labels", "indices", "ids", "nodes", "superclass")
 
 _held: ContextVar[Mapping[str, Any] | None] = ContextVar("held", default=None)
 
@@ -45,10 +49,12 @@ def named(value: Any, objects: dict[str, Any]) -> Any:
 def name_of(given: Any, objects: dict[str, Any], title: str | None = None) -> str:
     """Put an object into `objects` under a name, and return the name; title: in reports, by default the type's name."""
     title = re.sub(r"[^\w.+-]+", "-", title or type(given).__name__)
-    state = hashlib.blake2b(digest_size=4)
-    with torch.random.fork_rng(devices=[]):  # a data set may draw an augmentation
-        _update(state, given)
-    name = f"<{title} {state.hexdigest()}>"
+    identity = _identity(given, title)
+    digits = str(identity)[:8]
+    if identity.unknown:
+        console.stage("study", f"{title} has no readable content ({identity.unknown}): its folder cannot be continued")
+        digits = secrets.token_hex(4)
+    name = f"<{title} {digits}>"
     objects[name] = given
     return name
 
@@ -90,30 +96,37 @@ def title_of(name: str) -> str:
     return match[1] if match else name
 
 
-def weights_digest(module: nn.Module) -> str:
-    """Return a digest of the first 1024 values of every tensor of a module, as float32."""
-    heads = (tensor.detach().flatten()[:HEAD].cpu().float() for tensor in module.state_dict().values())
-    return digest(b"".join(head.numpy().tobytes() for head in heads))
+def _identity(given: Any, title: str) -> Identity:
+    """Return the identity of a model, of a data set with all its examples, or of any other object."""
+    if isinstance(given, Mapping):
+        parts = [_identity(part, f"{title} {name}") for name, part in given.items()]
+        return Identity(*given, *parts)
+    table = hasattr(given, "to_dict") and hasattr(given, "iloc")
+    rows = given.to_dict("records") if table else given
+    read = getattr(rows, "read", None) or getattr(rows, "__getitem__", None)
+    if isinstance(given, nn.Module | str | bytes) or read is None or not hasattr(rows, "__len__"):
+        return Identity(given)
+    with _fixed_draws():
+        places = console.track(range(len(rows)), "data", f"{title}: reading {len(rows):,} examples")
+        examples = [Identity(read(place)) for place in places]
+    about = []
+    inner: Any = given
+    while inner is not None:  # down to the data set that subsets are of
+        about += [getattr(inner, name, None) for name in READ if not table]
+        inner = getattr(inner, "dataset", None)
+    return Identity(about, *examples)
 
 
-def _update(state: Any, value: Any) -> None:
-    """Add the content of a module, of a data set, or of a part of an example to a digest."""
-    if isinstance(value, nn.Module):
-        state.update(weights_digest(value).encode())
-    elif isinstance(value, Tensor):
-        state.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    elif hasattr(value, "tobytes"):  # an image of Pillow or an array
-        state.update(value.tobytes())
-    elif isinstance(value, Mapping):
-        _update(state, list(value.items()))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _update(state, item)
-    elif not isinstance(value, (str, bytes)) and hasattr(value, "__getitem__") and hasattr(value, "__len__"):
-        count = len(value)
-        state.update(f"{count}".encode())
-        rows = getattr(value, "iloc", value)  # of a table of pandas
-        for place in range(min(count, EXAMPLES)):
-            _update(state, rows[place * count // min(count, EXAMPLES)])
-    else:
-        state.update(repr(value).encode())
+@contextmanager
+def _fixed_draws() -> Iterator[None]:
+    """Let augmentations draw the same inside the block, and give the generators their states back."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])

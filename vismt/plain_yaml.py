@@ -57,6 +57,8 @@ class _Loader(yaml.SafeLoader):
 
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
         node = super().compose_scalar_node(anchor)
+        # JSON escapes a character beyond 16 bits as two, \ud83d\ude00, which YAML reads one by one.
+        node.value = node.value.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
         if node.tag in NUMBER_TAGS and len(node.value) > MAX_DIGITS:
             raise self.refusal(f"a number of {len(node.value):,} digits; at most {MAX_DIGITS} are read", node)
         return node

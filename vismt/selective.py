@@ -68,13 +68,13 @@ def risk_coverage_interval(
 ) -> tuple[float, float]:
     """Return the percentile bootstrap's 95 % interval of the AURC over the examples. Arguments as in `risk_coverage_values`."""
     n = len(confidences)
+    order = wrong.argsort(stable=True)  # the draws then do not depend on the order of the file
+    order = order[confidences[order].argsort(descending=True, stable=True)]
+    confidences, wrong = confidences[order], wrong[order]
     generator = torch.Generator().manual_seed(seed)
-    order = confidences.double().argsort(descending=True, stable=True)
-    sorted_wrong = wrong.double()[order]
-    steps = torch.arange(1, n + 1, dtype=torch.float64)
     areas = []
     for _ in range(resamples):
-        drawn = torch.randint(n, (n,), generator=generator).sort().values  # sorted places are descending confidences
-        areas.append((sorted_wrong[drawn].cumsum(0) / steps).mean())
+        drawn = torch.randint(n, (n,), generator=generator)
+        areas.append(risk_coverage_values(confidences[drawn], wrong[drawn]).mean())
     low, high = torch.stack(areas).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import variance
 from typing import Literal
 
 import torch
@@ -159,14 +160,9 @@ class Measure:
 
 
 def averaged(measures: Sequence[Measure]) -> Measure:
-    """Return the mean of one measure over several trainings, example by example.
+    """Return the mean of one measure over several trainings, example by example, with the interval of `over_seeds`.
 
-    Its interval is that of examples and of seeds together: with se_e the standard error of the mean values over the examples
-    (for a measure with bounds, their mean width / 3.92) and se_s that of the scores over the n seeds,
-
-        half = t(0.975, df) sqrt(se_e^2 + se_s^2)       df = (n - 1) (1 + se_e^2 / se_s^2)^2
-
-    which is Welch and Satterthwaite's df with se_e taken as known, as in the interval of one training.
+    The interval over the examples alone is that of the mean values; for a measure with bounds it has their mean width.
     """
     first, n = measures[0], len(measures)
     if n == 1:
@@ -174,24 +170,44 @@ def averaged(measures: Sequence[Measure]) -> Measure:
     values = {name: math.fsum(measure.values[name] for measure in measures) / n for name in first.values}
     mean = replace(first, values=values, counts=False, bounds=None)
     if first.bounds is not None:
-        widths = [high - low for low, high in (measure.interval() for measure in measures)]
-        examples = math.fsum(widths) / n / 2 / 1.96
-    else:
-        examples = mean_interval(list(values.values()))[1] / 1.96
-    scores = [measure.score for measure in measures]
-    seeds = math.sqrt(math.fsum((score - mean.score) ** 2 for score in scores) / (n - 1) / n)
-    half = _combined_half(examples, seeds, n)
-    return replace(mean, bounds=(mean.score - half, mean.score + half))
+        half = math.fsum(high - low for low, high in (measure.interval() for measure in measures)) / n / 2
+        mean = replace(mean, bounds=(mean.score - half, mean.score + half))
+    return over_seeds(mean, [measure.score for measure in measures])
 
 
-def _combined_half(examples: float, seeds: float, n: int) -> float:
-    """Return the half width of the 95 % interval from the standard errors over examples and over n seeds."""
+def over_seeds(measure: Measure, scores: Sequence[float]) -> Measure:
+    """Return a measure whose interval has the spread of the trainings' scores beside that over the examples."""
+    if len(scores) < 2:
+        return measure
+    low, high = measure.interval()
+    half = with_seeds((high - low) / 2, scores)
+    return replace(measure, bounds=(measure.score - half, measure.score + half))
+
+
+def with_seeds(half: float, *trainings: Sequence[float]) -> float:
+    """Return the half width of the 95 % interval over examples and training seeds together.
+
+    With se_e = half / 1.96 the standard error over the examples, and s_g^2 the variance of the n_g scores of group g over n_g,
+
+        t(0.975, df) sqrt(V)        V = se_e^2 + sum_g s_g^2        df = V^2 / sum_g s_g^4 / (n_g - 1)
+
+    which is Welch and Satterthwaite's df with se_e taken as known, as in the interval of one training.
+
+    Args:
+        half: half width over the examples alone, of scores averaged over the seeds.
+        trainings: scores by seed of each independent group: those of a model, or the differences of two models seed by seed.
+            A group of one has no spread.
+    """
     from scipy.stats import t as student
 
-    if seeds <= 1e-6 * examples:
-        return 1.96 * examples
-    freedom = (n - 1) * (1 + (examples / seeds) ** 2) ** 2
-    return float(student.ppf(0.975, freedom)) * math.hypot(examples, seeds)
+    groups = [scores for scores in trainings if len(scores) > 1]
+    spreads = [variance(scores) / len(scores) for scores in groups]
+    examples = (half / 1.96) ** 2
+    if math.fsum(spreads) <= 1e-12 * examples:
+        return half
+    total = examples + math.fsum(spreads)
+    freedom = total**2 / math.fsum(s**2 / (len(scores) - 1) for s, scores in zip(spreads, groups, strict=True))
+    return float(student.ppf(0.975, freedom)) * math.sqrt(total)
 
 
 def wilson(correct: int, n: int) -> tuple[float, float]:

@@ -323,7 +323,7 @@ def relative_path(text: str, name: str) -> str:
     """Return `text` when it is a relative path that stays inside its folder, else raise a UserError that starts with `name`."""
     if max((len(part.encode("utf8", "surrogatepass")) for part in text.split("/")), default=0) > LONGEST_NAME:
         raise UserError(f"{name}: '{text[:SHOWN]}…' holds a name of more than {LONGEST_NAME} bytes.")
-    if not stays_inside(text):
+    if not stays_inside(text) or UNWRITABLE.search(text):
         raise UserError(f"{name}: '{text}' must be a relative path with '/' and without '..'.")
     return text
 

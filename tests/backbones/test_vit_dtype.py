@@ -42,7 +42,7 @@ class Casts(TorchDispatchMode):
 
 
 def backbone(**options: Any) -> Backbone:
-    return create("vit_tiny_patch16_224", img_size=32, num_classes=5, dtype="bfloat16", **options)
+    return create("test_vit", img_size=32, num_classes=5, dtype="bfloat16", **options)
 
 
 def pixels() -> torch.Tensor:
@@ -50,7 +50,7 @@ def pixels() -> torch.Tensor:
 
 
 def test_weights_once_and_outputs_wide() -> None:
-    net, wide = backbone(), create("vit_tiny_patch16_224", img_size=32, num_classes=5)
+    net, wide = backbone(), create("test_vit", img_size=32, num_classes=5)
     assert {p.dtype for name, p in net.vit.named_parameters() if not name.startswith("head")} == {torch.bfloat16}
     assert net.vit.head.weight.dtype == torch.float32
     assert torch.equal(net.mean, wide.mean) and net.mean.dtype == torch.float32
@@ -85,7 +85,7 @@ def test_training_never_casts_a_frozen_weight(method: str) -> None:
 
 
 def test_casts_are_seen() -> None:
-    net = create("vit_tiny_patch16_224", img_size=32, num_classes=5)
+    net = create("test_vit", img_size=32, num_classes=5)
     vismt.adapt(net.vit, "lora", rank=4)
     frozen = {p.untyped_storage()._cdata for p in net.parameters() if not p.requires_grad and p.ndim > 1}
     with Casts() as casts, torch.autocast("cpu", torch.bfloat16):

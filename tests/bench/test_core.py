@@ -16,17 +16,18 @@ from vismt.cli import main
 from vismt.engine import blocks
 
 
-@pytest.fixture
-def result(monkeypatch: pytest.MonkeyPatch) -> core.CoreResult:
-    torch.compiler.reset()
-    monkeypatch.setattr(blocks, "BACKEND", "aot_eager")
-    monkeypatch.setattr(core, "RANK", 2)
+@pytest.fixture(scope="module")
+def result() -> core.CoreResult:
     pytest.importorskip("peft")
+    torch.compiler.reset()
 
     def loss(model: nn.Module) -> Tensor:
         return nn.functional.cross_entropy(model(images().to(model.patch_embed.proj.weight.dtype)), torch.arange(3))
 
-    return core.compare("tiny", tiny_vit().train(), loss, "head", 2, torch.device("cpu"), (0.95, 0.65))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "BACKEND", "aot_eager")
+        patch.setattr(core, "RANK", 2)
+        return core.compare("tiny", tiny_vit().train(), loss, "head", 2, torch.device("cpu"), (0.95, 0.65))
 
 
 def test_rows_and_saved_bytes(result: core.CoreResult) -> None:

@@ -13,6 +13,7 @@ from helpers.tiny import images, shake, snapshot, tiny_vit
 from torch import nn
 
 import vismt
+from vismt.errors import UserError
 
 EVERY = [*GRAPHS, *((method, "with_head") for method in METHODS if method != "s2ft")]
 
@@ -117,3 +118,38 @@ def test_a_batch_with_an_adapter_for_each_sample(case) -> None:
         assert torch.allclose(out, wanted, atol=1e-5), names
     vismt.activate(model, "b")
     assert torch.equal(model(images()), expected["b"])
+
+
+def test_a_block_without_adapters_may_stand_between_a_forward_and_its_backward(case) -> None:
+    """As where preference training asks for a reference; a backward pass inside is refused, not wrong."""
+    model, _, _ = case
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def loss() -> torch.Tensor:
+        model.zero_grad()
+        return model(images()).square().sum()
+
+    def check() -> None:
+        grads = [parameter.grad for parameter in parameters]
+        assert all(torch.equal(a, b) if a is not None else b is None for a, b in zip(expected, grads))
+
+    loss().backward()
+    expected = [parameter.grad for parameter in parameters]
+    before = loss()
+    with vismt.disabled(model), torch.no_grad():
+        model(images())
+    before.backward()
+    check()
+    before = loss()
+    with (
+        pytest.raises(
+            UserError, match="disabled: a backward pass in the block is of a forward before it; call it after"
+        ),
+        vismt.disabled(model),
+    ):
+        before.backward()
+    before = loss()
+    with vismt.disabled(model), torch.no_grad():
+        model.blocks[1].mlp.fc2.weight.mul_(1.5)  # of one's own: the graph is wrong from here on
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        before.backward()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vismt.data.dense import classified, open_dense, open_samples
+from vismt.data.dense_maps import MapSettings, read_maps
 from vismt.data.dense_sample import collate, size_of, valid
+from vismt.data.derived import normals_by_camera
 from vismt.data.images import open_images
 from vismt.errors import UserError
 
@@ -117,3 +121,71 @@ def test_classified_images_as_samples(pets, room, home, paint):
         classified(open_images(str(pets), "train")).read(1)
     with pytest.raises(UserError, match=r"no split 'tran'. Near: 'train'"):
         open_samples(str(pets), "tran")
+
+
+CAMERA = {"fx": 9.0, "fy": 9.0, "cx": 6.0, "cy": 4.0}  # in the middle of 9 x 13 pixels
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("maps", ["as stored", "with the tag of the image", "as shown"])
+def test_the_exif_orientation_of_an_image_turns_its_maps(tmp_path, orientation, maps, suffix):
+    """Pixel by pixel, whatever the maps' own tags are, and normals as the depth of the turned scene has them."""
+    rng = np.random.default_rng(orientation)
+    rows, columns = np.mgrid[:9, :13]
+    planes = {
+        "image": rng.integers(0, 256, (9, 13, 3), np.uint8),
+        "label": rng.integers(0, 5, (9, 13), np.uint8),
+        "depth_mm": (1e6 / (300 + 9 * columns - 5 * rows)).astype(np.uint16),
+    }
+    tag = Image.Exif()
+    tag[274] = orientation
+    shown, paths = {}, {}
+    for name, values in planes.items():
+        buffer = io.BytesIO()
+        Image.fromarray(values).save(buffer, "PNG", exif=tag)
+        shown[name] = np.array(ImageOps.exif_transpose(Image.open(buffer)))
+        paths[name] = tmp_path / f"{name}{suffix if name == 'image' else '.png'}"
+        tagged = name == "image" or maps == "with the tag of the image"
+        stored = shown[name] if name != "image" and maps == "as shown" else values
+        Image.fromarray(stored).save(paths[name], **({"exif": tag} if tagged else {}))
+    if maps == "as shown" and orientation in (2, 3, 4):
+        return  # nothing tells these maps from stored ones
+    sample = read_maps(paths, MapSettings(5))
+    assert np.array_equal((sample["image"] * 255).round().byte().permute(1, 2, 0), shown["image"])
+    assert np.array_equal(sample["semseg"], shown["label"])
+    assert np.allclose(sample["depth"], shown["depth_mm"] / 1000)
+    if maps == "as stored":
+        camera = CAMERA if orientation < 5 else {**CAMERA, "cx": 4.0, "cy": 6.0}
+        derived = read_maps(paths, MapSettings(5, camera=CAMERA))["normals"]
+        assert torch.allclose(derived, normals_by_camera(sample["depth"], camera), atol=1e-5) and derived.any()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_stored_normals_are_turned_with_the_image(tmp_path, orientation):
+    """A vector to the right of the stored image points where the right side of it is after turning, tag on the map or not."""
+    tag = Image.Exif()
+    tag[274] = orientation
+    right = np.zeros((2, 3, 3), np.uint8)
+    right[:] = (255, 128, 128)
+    bright = np.zeros((2, 3), np.uint8)
+    bright[:, 2] = 255  # the right side
+    Image.fromarray(bright).save(tmp_path / "i.png", exif=tag)
+    for own in ({}, {"exif": tag}):
+        Image.fromarray(right).save(tmp_path / "n.png", **own)
+        sample = read_maps({"image": tmp_path / "i.png", "normal": tmp_path / "n.png"}, MapSettings(2))
+        side = sample["image"][0]
+        x = side[:, -1].sum() - side[:, 0].sum()
+        y = side[0].sum() - side[-1].sum()
+        expected = torch.stack([x, y]) / torch.stack([x, y]).norm()
+        assert torch.allclose(sample["normals"][:2, 0, 0], expected, atol=0.01)
+
+
+def test_depth_of_8_bits_is_no_millimetres(room, home):
+    """An 8-bit depth map is a picture of depth in a scale of its own, not a scene within 255 mm."""
+    path = home / "data" / "d" / "train" / "depth" / "7.png"
+    Image.fromarray(np.full((2, 3), 200, np.uint8)).save(path)
+    with pytest.raises(
+        UserError, match=r"depth/7.png: a depth map in depth_mm must be .* of 16 bits or more, is uint8"
+    ):
+        open_dense(room).read(0)

@@ -130,7 +130,11 @@ def test_pascal_context_of_astmt(small):
     full[:], top[0], left[1:, 0] = 1, 1, 1
     labels = np.full((H, W), 360)  # sky, which NYUv2 does not have
     labels[:, 3:] = 158  # floor
-    people = [(15, full, [("leye", top), ("rfoot", left)]), (7, full, [])]
+    people = [
+        (15, full, [("leye", top), ("rfoot", left)]),
+        (7, full, []),
+        (15, full, []),
+    ]  # the last: no parts, so background
     for name, objects in (("a", people), ("b", [(3, full, [("head", top)])])):
         put(base / "JPEGImages" / f"{name}.jpg", np.zeros((H, W, 3), np.uint8))
         put(base / "normals_distill" / f"{name}.png", np.full((H, W, 3), (128, 128, 255), np.uint8))

@@ -130,13 +130,84 @@ def test_a_cache_folder_that_is_a_file_gives_a_notice(home, pets, capsys):
     assert "decoded images are kept in memory" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"", lambda data: b"x" * len(data)])
+HEADER = 128  # bytes before the pixels
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-1],
+        lambda data: data + b"x",
+        lambda data: b"",
+        lambda data: b"x" * len(data),
+        lambda data: bytes(len(data)),
+        lambda data: data[:HEADER] + bytes(5 * 192) + data[HEADER + 5 * 192 :],  # the pixels alone
+        lambda data: data[: HEADER + 192] + bytes(192) + data[HEADER + 2 * 192 :],  # of one image
+        lambda data: data[: HEADER + 5 * 192] + bytes(6 * 16),  # their digests
+        lambda data: (
+            data[:HEADER] + data[HEADER + 192 : HEADER + 384] + data[HEADER : HEADER + 192] + data[HEADER + 384 :]
+        ),
+    ],
+)
 def test_a_damaged_store_is_written_again(home, pets, damage):
-    expected = Pixels(open_images(pets), 8).raw(torch.arange(5))
+    first = Pixels(open_images(pets), 8)
+    expected = first.raw(torch.arange(5))
     (file,) = (home / "cache" / "pixels").iterdir()
     whole = file.read_bytes()
+    assert len(whole) == HEADER + 5 * 192 + 6 * 16
     file.write_bytes(damage(whole))
-    assert torch.equal(Pixels(open_images(pets), 8).raw(torch.arange(5)), expected) and file.read_bytes() == whole
+    again = Pixels(open_images(pets), 8)
+    assert torch.equal(again.raw(torch.arange(5)), expected) and file.read_bytes() == whole and again.key == first.key
+
+
+def test_a_store_that_is_damaged_while_it_is_in_use_is_written_again(home, pets, capsys):
+    store = Pixels(open_images(pets), 8)
+    expected = store.raw(torch.arange(5))
+    (file,) = (home / "cache" / "pixels").iterdir()
+    whole = file.read_bytes()
+    with file.open("r+b") as handle:  # the memory-mapped file itself
+        handle.seek(HEADER + 4 * 192)
+        handle.write(bytes(192))
+    assert torch.equal(store.raw(torch.tensor([0, 1])), expected[:2]) and "is damaged" not in capsys.readouterr().out
+    assert torch.equal(store.raw(torch.tensor([4])), expected[4:])
+    assert f"{file.name} is damaged; its images are decoded again" in capsys.readouterr().out
+    assert file.read_bytes() == whole and torch.equal(store.raw(torch.arange(5)), expected)
+
+
+def test_a_pipe_in_the_place_of_a_store_is_not_waited_for(home, pets):
+    expected = Pixels(open_images(pets), 8).raw(torch.arange(5))
+    (file,) = (home / "cache" / "pixels").iterdir()
+    file.unlink()
+    os.mkfifo(file)
+    assert torch.equal(Pixels(open_images(pets), 8).raw(torch.arange(5)), expected) and file.is_file()
+
+
+def test_a_store_is_on_the_disk_before_it_has_its_name(home, pets, monkeypatch):
+    synced, replaced = [], []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(os.fstat(handle).st_ino), sync(handle))[1])
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: (replaced.append((os.stat(a).st_ino in synced, b)), replace(a, b))[1]
+    )
+    Pixels(open_images(pets), 8)
+    assert [done for done, path in replaced if path.suffix == ".npy"] == [True]
+
+
+@pytest.mark.parametrize("library", ["PIL", "torchvision", "vismt.data"])
+def test_another_version_of_what_decodes_has_a_store_of_its_own(home, pets, monkeypatch, library):
+    Pixels(open_images(pets), 8)
+    stated = module.version
+    monkeypatch.setattr(module, "version", lambda name: "other" if name == library else stated(name))
+    Pixels(open_images(pets), 8)
+    assert len(list((home / "cache" / "pixels").iterdir())) == 2
+
+
+def test_the_key_is_of_the_pixels(home, pets, paint):
+    key = Pixels(open_images(pets), 8).key
+    assert key == Pixels(open_images(pets), 8).key and key != Pixels(open_images(pets), 9).key
+    assert Pixels(open_images(pets), 8, cache=False).key == key
+    paint(home / "data" / "pets" / "train" / "cat" / "a.png", 200)
+    assert Pixels(open_images(pets), 8).key != key
 
 
 def test_the_store_used_longest_ago_is_deleted(home, pets, monkeypatch):
@@ -145,7 +216,7 @@ def test_the_store_used_longest_ago_is_deleted(home, pets, monkeypatch):
     for age, path in enumerate(files.values()):
         os.utime(path, (age, age))
     Pixels(open_images(pets), 8)  # used now
-    monkeypatch.setattr(module, "STORE_BYTES", 5 * 3 * (64 + 100) + 200)
+    monkeypatch.setattr(module, "STORE_BYTES", files[8].stat().st_size + 5 * 3 * 100)
     Pixels(open_images(pets), 10)
     assert files[8].exists() and not files[9].exists()
     assert torch.equal(two.raw(torch.arange(5)), Pixels(open_images(pets), 9, cache=False).raw(torch.arange(5)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 from helpers.tfrecords import encoded, example, masked, record, write_class
@@ -89,7 +90,14 @@ def test_check_counts_and_content_follows_the_files(domain):
     assert report.ok and report.images == 10, str(report)
     before = open_images(card, "test").content()
     write_class(base / "4.tfrecords", 4, [7, 8], form="JPEG")
-    assert open_images(card, "test").content() != before
+    changed = open_images(card, "test").content()
+    assert changed != before
+    path = base / "4.tfrecords"
+    content, times = path.read_bytes(), path.stat()
+    path.write_bytes(content[:40] + bytes([content[40] ^ 1]) + content[41:])
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as unpacking an archive does
+    assert open_images(card, "test").content() != changed
+    path.write_bytes(content)
     source = load_card(card).sources[0]
     assert list(source.list_files(base)) == [*(f"{k}.tfrecords" for k in range(5)), "dataset_spec.json"]
     (base / "0.tfrecords").unlink()

@@ -29,6 +29,7 @@ ASSERTED = {
     "docs/extending.md",
     "docs/methods/index.md",
     "docs/methods/emtal.md",
+    "docs/guides/robustness.md",
 }  # each in a test of its own
 SLOW = {"docs/guides/python.md"}  # runs studies
 FOREIGN = {"cluster_name", "compute_environment"}  # files of Ray and accelerate
@@ -126,6 +127,15 @@ def test_combined_adapters_are_the_weighted_sum(tiny_models, tmp_path) -> None:
         expected = base[key] + 0.7 * (flowers[key] - base[key]) + 0.3 * (birds[key] - base[key])
         assert torch.allclose(value, expected, atol=1e-5)
     assert not torch.equal(model(images()), tiny_vit()(images()))
+
+
+def test_the_attacked_model_normalises_its_images(tiny_models) -> None:
+    scope = run("docs/guides/robustness.md")
+    seen = scope["images"]
+    mean, std = (torch.tensor(scope["vit"].pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    assert torch.allclose(scope["model"](seen), scope["vit"]((seen - mean) / std), atol=1e-5)
+    assert not torch.allclose(scope["model"](seen), scope["vit"](seen), atol=1e-5)
+    assert scope["withstands"].dtype == torch.bool and len(scope["withstands"]) == 8
 
 
 @pytest.mark.slow

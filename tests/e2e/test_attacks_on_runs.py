@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers.own_images import write_folder
 
 from vismt.cli import main
 from vismt.config import config_hash, typed
@@ -231,6 +232,36 @@ def test_merged_and_unmerged_are_attacked_alike(multitask: Path) -> None:
     )
     robust = [robust_accuracy(net, images, labels, [spec], num_classes=28) for net in (plain, merged)]
     assert torch.equal(*robust) and 0 < int(robust[0].sum()) < 40
+
+
+def test_a_card_of_a_run_with_equal_names_of_classes_is_its_own_task(tmp_path: Path, capsys) -> None:
+    for name in ("first", "second"):
+        write_folder(tmp_path / name)
+    tasks = [{"name": name, "train": [str(tmp_path / name)], "test_share": 0.5} for name in ("first", "second")]
+    trained = run(tmp_path, "twins", {**MULTITASK, "tasks": tasks, "evaluate": {}})
+    assert main(["merge", str(trained), "--quiet"]) == 0
+    merged = next(trained.glob("merged-*"))
+    arms = {"card": {"classifier.run": str(trained)}, "key": {"classifier.name": str(merged)}}
+    arms |= {"other": {"classifier.run": str(trained), "classifier.task": "first"}}
+    arms["key"]["classifier.task"] = "second"
+    config = {"task": "robustness", "arms": arms, "data": [str(tmp_path / "second")]}
+    folder = run(tmp_path, "cards", config)
+    labels = {}
+    for arm in arms:
+        (path,) = (folder / "classifiers" / arm / "records").iterdir()
+        labels[arm] = {row["id"]: row["label"] for row in read_lines(path) if "id" in row}
+    count = len(set(labels["other"].values()))
+    assert labels["card"] == labels["key"] == {name: label + count for name, label in labels["other"].items()}
+    (path,) = trained.rglob("records/test-second.jsonl")
+    own = {row["id"].removeprefix("second:"): (row["label"], row["clean"]) for row in read_lines(path) if "id" in row}
+    (path,) = (folder / "classifiers" / "card" / "records").iterdir()
+    here = {row["id"]: (row["label"], row["clean"]) for row in read_lines(path) if "id" in row}
+    assert own.items() <= here.items() and own
+    path = tmp_path / "ambiguous.yaml"
+    path.write_text(yaml.safe_dump({**config, "arms": {"merged": {"classifier.name": str(merged)}}}))
+    assert main(["run", str(path), "--out", str(tmp_path / "ambiguous"), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert "is in the tasks first, second; name one as classifier.task" in error and error.count("\n") == 1
 
 
 def test_merged_and_exported_folders_are_the_run(multitask: Path, dense: Path, tmp_path: Path, capsys) -> None:

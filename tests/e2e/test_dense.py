@@ -17,6 +17,7 @@ import timm
 import torch
 import yaml
 from helpers.checkpoints import saved_tensors
+from PIL import Image
 
 from vismt.cli import main
 from vismt.data.dense_transforms import resize
@@ -26,6 +27,7 @@ from vismt.jobs.dense import config as dense_config
 from vismt.jobs.dense import panels as dense_panels
 from vismt.jobs.dense.config import check
 from vismt.jobs.dense.job import DenseJob
+from vismt.jobs.dense.predict import VALUES, most_pixels
 from vismt.lines import read_lines, write_lines
 from vismt.methods import schedules
 from vismt.multitask.heads import resize_logits
@@ -34,6 +36,7 @@ from vismt.multitask.tasks.base import DARK
 from vismt.paths import shipped
 from vismt.report.panels import read_panel
 from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
+from vismt.stats import mean_interval, with_seeds
 
 pytest.importorskip("skimage")
 pytest.importorskip("torchmetrics")
@@ -109,6 +112,9 @@ def test_rows_of_every_arm_and_task(study: Path) -> None:
         records = read_lines(study / RECORDS / f"{row.stem}.jsonl")
         assert len({line[EXAMPLE] for line in records}) == 6
         assert row.value == pytest.approx(sum(line["clean"] for line in records) / 6)
+        if task == "delta_m":
+            over_images = mean_interval([line["clean"] for line in records])[1]
+            assert row.half == pytest.approx(with_seeds(over_images, by_seed)) and row.half > over_images
     for seed in (None, 0, 1):
         gains = [
             -(value["full", "depth", seed] / value["depth", "depth", seed] - 1),
@@ -194,7 +200,7 @@ def test_the_report_of_a_folder_that_was_trained_before_panels(study: Path, tmp_
         "## Arms by seed",
         "### By seed, 2 seeds",
         "## Paired differences",
-        "### Over examples",
+        "### Over examples and seeds",
         "### Over 2 seeds",
         "## Training",
         "## Merging",
@@ -318,18 +324,22 @@ def test_predict_draws_images_of_any_size(study: Path, tmp_path: Path, capsys) -
         depth = resize_logits(net(fitted[None])["depth"], (32, 48))[0, 0, :, :18]
     with np.load(study / "predictions" / "tall.npz") as maps:
         assert np.allclose(maps["depth"], depth.numpy(), atol=1e-4)
+    assert most_pixels(job.config) == VALUES // 5  # numbers a pixel: depth, normals and edges
     options = ["--arm", "depth", "--own-size", "--flip", "--maps", "--to", str(tmp_path / "own")]
     assert main(["predict", str(study), paths[1], *options]) == 0
     with np.load(tmp_path / "own" / "tall.npz") as maps:
         assert maps.files == ["depth"] and maps["depth"].shape == (70, 40)
     capsys.readouterr()
     (tmp_path / "text.png").write_text("no image")
+    Image.new("L", (1, 300)).save(tmp_path / "thin.png")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "wide.jpg").write_bytes((tmp_path / "wide.png").read_bytes())
     for arguments, words in (
         ([paths[0]], "several arms; name one with --arm"),
         ([str(tmp_path / "none.png"), "--arm", "full"], "none.png: cannot be read"),
         ([str(tmp_path / "text.png"), "--arm", "full"], "text.png: cannot be decoded"),
+        ([str(tmp_path / "thin.png"), "--arm", "full", "--own-size"], "1 x 300 pixels; one side may be 16 times"),
+        ([str(tmp_path / "thin.png"), "--arm", "full"], "1 x 300 pixels; one side may be 16 times"),
         ([paths[0], str(tmp_path / "b" / "wide.jpg"), "--arm", "full"], "would both become wide.png"),
     ):
         assert main(["predict", str(study), *arguments, "--to", str(tmp_path / "bad")]) == 2

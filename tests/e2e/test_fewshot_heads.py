@@ -29,6 +29,7 @@ from vismt.jobs.fewshot.config import (
 )
 from vismt.jobs.fewshot.config_checks import check
 from vismt.jobs.fewshot.data import FewShotData
+from vismt.jobs.fewshot.job import FewShotJob
 from vismt.lines import read_lines
 from vismt.paths import shipped
 
@@ -207,6 +208,38 @@ def test_an_unknown_backbone_of_an_arm_is_named_before_anything_is_evaluated(tmp
     assert main(["run", str(path), "--out", str(tmp_path / "runs")]) == 2
     output = capsys.readouterr()
     assert "arms.odd: backbone 'tset_vit'" in output.err and "eval" not in output.out
+
+
+def test_an_arm_that_cannot_be_merged_is_refused_before_the_first_step(tmp_path: Path, capsys) -> None:
+    path, router = tmp_path / "heads.yaml", {"n_experts": 4, "cluster": False}
+    arms = {"lora": {}, "moe": {"adapt.method": "moe_lora", "adapt.options": router}}
+    path.write_text(yaml.safe_dump(merged({"arms": arms})))
+    assert main(["run", str(path), "--out", str(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert "arms.moe: adapt: the router of" in error and "a router takes adapt.options.fade: 1." in error
+    assert not list(tmp_path.glob("runs/*/arms/*"))
+    faded = {"moe": {"adapt.method": "moe_lora", "adapt.options": {**router, "fade": 1.0}}}
+    FewShotJob(configuration(arms=faded), tmp_path, "hash").check_training()
+
+
+def test_an_arm_that_cannot_be_evaluated_does_not_stop_the_others(tmp_path: Path, capsys) -> None:
+    arms = {name: {"adapt.rank": rank} for name, rank in (("a", 1), ("b", 2))}
+    settings = {"data": ["digits"], "ways_of": {}, "attacks": []}
+    path = tmp_path / "heads.yaml"
+    path.write_text(yaml.safe_dump(merged({"arms": arms, "evaluate": settings})))
+    assert main(["train", str(path), "--out", str(tmp_path / "runs")]) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    kept = [(path, path.read_bytes()) for path in folder.glob("arms/a/**/adapter.json")]
+    (damaged,) = [path for path, _ in kept]
+    damaged.write_text("{}")
+    assert main(["evaluate", str(folder)]) == 2
+    output = capsys.readouterr()
+    assert "a   left out: " in output.out and "evaluate: 'a' left out: " in output.err and "Traceback" not in output.err
+    assert {row["arm"] for row in read_lines(folder / "results.jsonl")} == {"frozen", "b"}
+    assert main(["report", str(folder)]) == 0
+    damaged.write_bytes(kept[0][1])
+    assert main(["evaluate", str(folder)]) == 0
+    assert {row["arm"] for row in read_lines(folder / "results.jsonl")} == {"frozen", "a", "b"}
 
 
 def test_episodes_do_not_depend_on_the_image_size() -> None:

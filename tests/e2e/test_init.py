@@ -12,6 +12,7 @@ from PIL import Image
 
 from vismt.cli import main
 from vismt.report.results import read_results
+from vismt.robustness import attacks
 
 TINY = ["model.name=test_vit", "model.pretrained=false", "model.img_size=32", "model.position=timm", "train.steps=2"]
 JOBS = ("fewshot", "multitask", "robustness")
@@ -30,8 +31,9 @@ def test_own_images(job: str, tmp_path: Path, monkeypatch, capsys) -> None:
     assert main(["init", job, "--images", str(images), "--to", str(where)]) == 0
     assert f"vismt run {where / f'{job}.yaml'}" in capsys.readouterr().out.replace("\n", "")
     monkeypatch.chdir(where)  # where classifier.py is found
+    monkeypatch.setitem(attacks.QUERIES, "strong", 20)
     cut = {"fewshot": ["evaluate.episodes=2", "train.warmup=0"], "multitask": ["train.warmup=0"]}
-    short = ["evaluate.images=10", "evaluate.masking=false", "arms.mine.'classifier.size'=32"]
+    short = ["evaluate.images=4", "evaluate.masking=false", "arms.mine.'classifier.size'=32"]
     rows = run(where, job, *(short[:2] if job == "robustness" else [*TINY, *cut[job]]))
     assert {row.data for row in rows} == {"2024"}
     before = (where / f"{job}.yaml").read_text()

@@ -72,7 +72,7 @@ def study(home, tmp_path_factory) -> Path:
         home,
         seeds=[0, 1],
         tune={"rates": [1e-3, 3e-2]},
-        evaluate={"batch": 4, "temperature": True, "laplace": True, "samples": 5},
+        evaluate={"batch": 4, "temperature": True, "laplace": True},
         arms={
             "lora": {},
             "head": {"adapt": None},
@@ -557,6 +557,14 @@ def test_user_errors(home, tmp_path: Path, capsys, changes, words) -> None:
     path = write(tmp_path, changed(settings(home), changes))
     assert main(["train", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
     assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_lm_without_a_first_block_is_one_error(home, tmp_path: Path, capsys) -> None:
+    path = write(tmp_path, changed(settings(home), {"model.name": str(save_lm(tmp_path / "falcon", "falcon"))}))
+    capsys.readouterr()
+    assert main(["train", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: model.first_block: 1; the blocks of FalconForCausalLM") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +22,7 @@ from vismt.cli import main
 from vismt.engine import checkpoint
 from vismt.errors import UserError
 from vismt.jobs import open_run
+from vismt.jobs.lm.recommender import Recommender, _finish
 from vismt.lines import read_lines
 from vismt.llm.hybrid import Hybrid
 from vismt.llm.ilora import gate_part
@@ -326,3 +330,28 @@ def test_every_baseline_answers_by_its_own_scores(judged: Path) -> None:
     net = job.loaded(job.study.find("text:1"))
     assert net.head.condition == "text" and gate_part(net.lm).user_width == 32
     assert isinstance(net.head.projector, torch.nn.Linear)
+
+
+def test_processes_that_share_a_run_folder_train_one_recommender(tmp_path, monkeypatch, capsys):
+    """As the parts of a study do; who comes later waits, and loads what the first one trained."""
+    trained, started = [], Event()
+
+    def train(self, net, folder, file):
+        trained.append(net)
+        started.set()
+        time.sleep(0.3)
+        torch.nn.init.constant_(net.weight, 3.0)
+        _finish(net, folder, file)
+
+    def use():
+        recommender = Recommender.__new__(Recommender)
+        recommender.folder = tmp_path
+        return recommender._trained("sasrec", torch.nn.Linear(2, 2))
+
+    monkeypatch.setattr(Recommender, "_train", train)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(use)
+        started.wait()
+        nets = [pool.submit(use).result(), first.result()]
+    assert len(trained) == 1 and all(bool((net.weight == 3).all()) for net in nets)
+    assert "another process trains it" in capsys.readouterr().out

@@ -12,7 +12,11 @@ from helpers.lm_parts import save_lm, save_texts, sentiment_task
 from helpers.tiny_runs import TRAIN, VIT
 
 from vismt.cli import main
+from vismt.engine.study import read_choice
+from vismt.errors import UserError
 from vismt.files import read_sealed
+from vismt.jobs import open_run
+from vismt.jobs.risk import fit_thresholds, validation_parts
 from vismt.lines import read_lines
 from vismt.report.results import Result, read_results
 from vismt.report.risk import ACCEPTED, AURC, COLUMNS, COVERED, RISK, SIZE
@@ -106,6 +110,29 @@ def test_robustness_on_a_runs_own_images_takes_the_thresholds_of_the_run(digits:
         assert found[key].value == pytest.approx(row.value), key
 
 
+def test_a_tuned_runs_thresholds_come_from_the_half_of_validation_that_chose_no_rate(tmp_path: Path, capsys) -> None:
+    config = {**DIGITS, "tune": {"rates": [1.0e-3, 1.0e-2]}, "evaluate": {"batch": 64}}
+    job = open_run(run(tmp_path, "tuned", config)).job
+    (training,) = job.trainings("adapted")
+    labels = job.data.part(0, "validation").labels
+    chooses, gives = validation_parts(labels, "risk", job.config.tune)
+    assert chooses.sum() == len(labels) // 2 and not bool((chooses & gives).any())
+    rows = [row for row in read_lines(training.folder / "records" / "validation-digits.jsonl") if "id" in row]
+    right = [row["clean"] == row["label"] for row, kept in zip(rows, chooses.tolist(), strict=True) if kept]
+    chosen = read_choice(job.folder, "adapted")
+    assert chosen.validation[f"{chosen.lr:g}"] == pytest.approx(sum(right) / len(right))
+    logits, _ = job.evaluation._validation(job.final(training), False)[0]
+    expected = fit_thresholds("", logits[gives].double().log_softmax(1), labels[gives])
+    found = read_sealed(training.folder / "risk-digits.json", "risk")
+    assert (found["quantile"], found["n"]) == (pytest.approx(expected.quantile), int(gives.sum()))
+    # A run that chose its rates without thresholds in view has no example left for them.
+    job.config.report = None
+    with pytest.raises(UserError, match="chose its rates on all of its validation images"):
+        job.check_risk()
+    few = {**DIGITS["tasks"][0], "validation_share": 0.005}
+    assert "5 validation examples for the thresholds" in refused(tmp_path, {**config, "tasks": [few]}, capsys)
+
+
 def test_robustness_on_cards_calibrates_on_images_that_it_does_not_evaluate(
     digits: Path, tmp_path: Path, capsys
 ) -> None:
@@ -140,7 +167,7 @@ def test_a_language_models_classes_have_sets(tmp_path: Path, capsys) -> None:
         "adapt": {"method": "lora", "rank": 2, "targets": ["q_proj", "v_proj"]},
         "train": TRAIN,
         "batch": 4,
-        "evaluate": {"batch": 4, "frozen": False},
+        "evaluate": {"batch": 4, "frozen": False, "temperature": True, "laplace": True},  # which change no threshold
     }
     folder = run(tmp_path, "words", config)
     training = next((folder / "arms" / "adapted").glob("lr-*"))

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
-from helpers.units import die, mark
+from helpers.units import die, mark, sleep
 
 from vismt.cli import main
 from vismt.engine.loop import Diverged
 from vismt.engine.study import Training
-from vismt.engine.workers import LocalWorkers, make_workers
+from vismt.engine.workers import LocalWorkers, _start, make_workers
 from vismt.errors import UserError
+from vismt.files import locked
+from vismt.jobs import units
 from vismt.jobs.fewshot.job import FewShotJob
 from vismt.report.results import RESULTS
 
@@ -112,6 +118,80 @@ def test_a_killed_worker_s_unit_runs_once_more_and_the_others_are_kept(tmp_path:
         with pytest.raises(UserError, match=r"1 of 2 units failed twice.*dies twice: its process ended"):
             workers.run({"dies twice": (die, (tmp_path / "twice", 9)), "third": (mark, (tmp_path / "third",))})
         assert (tmp_path / "twice").read_text() == "2" and (tmp_path / "third").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_a_killed_parent(tmp_path: Path, stop: signal.Signals) -> None:
+    """Also in the middle of a unit, and where the parent cannot do anything at its end."""
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom helpers.units import sleep\nfrom vismt.engine.workers import LocalWorkers\n"
+        "if __name__ == '__main__':\n"
+        "    with LocalWorkers(2) as workers:\n"
+        "        workers.run({name: (sleep, (Path(sys.argv[1]) / name, 300)) for name in 'ab'})\n"
+    )
+    (tmp_path / "parent.py").write_text(script)
+    call = [sys.executable, str(tmp_path / "parent.py"), str(tmp_path)]
+    parent = subprocess.Popen(call, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    ends_with(parent.pid, [tmp_path / "a", tmp_path / "b"], stop)
+    assert parent.wait(10) == -stop
+
+
+def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    parent = context.Process(target=_parent_of_a_worker, args=(tmp_path / "a",))
+    parent.start()
+    ends_with(parent.pid, [tmp_path / "a"], signal.SIGKILL)
+    parent.join()
+
+
+def _parent_of_a_worker(path: Path) -> None:
+    worker = multiprocessing.get_context("fork").Process(target=_worker, args=(path,))
+    worker.start()
+    worker.join()
+
+
+def _worker(path: Path) -> None:
+    _start(1, None)
+    sleep(path, 60)
+
+
+def ends_with(parent: int, files: list[Path], stop: signal.Signals) -> None:
+    """Send a signal to a process once workers have written their numbers into files; fail where they live on."""
+    within(60, lambda: all(file.exists() for file in files))
+    workers = [psutil.Process(int(file.read_text())) for file in files]
+    os.kill(parent, stop)
+    within(10, lambda: not any(worker.is_running() for worker in workers))
+
+
+def within(seconds: float, condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds; fail after `seconds`."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_part_does_not_wait_for_parts_that_nobody_runs(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(units, "ABSENT_S", 0.2)
+    monkeypatch.setattr(units, "POLL_S", 0.05)
+    assert main(["run", str(config), "--out", str(tmp_path), "--part", "9/9"]) == 2
+    shown = capsys.readouterr()
+    assert "wait" in shown.out and "not running: 1/9, 2/9, 3/9, 4/9" in shown.out
+    assert "4 training(s) of part 1/9, 2/9, 3/9, 4/9 missing" in shown.err and shown.err.count("\n") == 1
+
+
+def test_a_part_waits_for_one_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "ABSENT_S", 0.1)
+    monkeypatch.setattr(units, "POLL_S", 0.02)
+    owed = iter([[1, 2]] * 20)
+    with locked(tmp_path / "parts" / "2-of-2"):
+        units._wait(tmp_path, 2, lambda: next(owed, []), "training(s)")
+    owed = iter([[1, 2]] * 20)
+    with pytest.raises(UserError, match=r"2 training.* of part 1/2, 2/2 missing"):
+        units._wait(tmp_path, 2, lambda: next(owed, []), "training(s)")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.checkpoints import saved_tensors
+from helpers.error_ranks import rows_of, weighed
 from torch import Tensor, nn
 
 from vismt.config import TrainConfig
@@ -172,6 +173,15 @@ def test_accumulation_is_the_mean_over_its_batches(tmp_path: Path) -> None:
     losses = [model(batches(number))["loss"] for number in (0, 1)]
     (sum(losses) / 2).backward()
     assert torch.allclose(one.layer.weight, model.layer.weight - 0.05 * model.layer.weight.grad)
+
+
+@pytest.mark.parametrize("sizes", [(2, 40), (1, 1, 7)])
+def test_batches_of_a_step_weigh_by_their_examples(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    parts = rows_of(*sizes)
+    several, one = weighed(tmp_path / "several", parts), weighed(tmp_path / "one", [torch.cat(parts)])
+    assert torch.allclose(several, one, rtol=1e-5) and one.abs().min() > 0.01
+    logged = [read_lines(tmp_path / name / "metrics.jsonl")[0]["loss"] for name in ("several", "one")]
+    assert logged[0] == pytest.approx(logged[1], rel=1e-5)
 
 
 class Shared(nn.Module):

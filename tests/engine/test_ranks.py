@@ -1,4 +1,4 @@
-"""An error of one process ends all of them, with one message; a rate is chosen by all."""
+"""An error of one process ends all of them, with one message; a rate is chosen by all; batches weigh by their examples."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from helpers.error_ranks import rows_of, weighed
 from helpers.ranks import of_two
 
 from vismt import ranks
@@ -15,9 +17,12 @@ from vismt.files import locked
 
 
 @pytest.mark.slow
-def test_an_error_of_one_process_ends_both_with_one_message(tmp_path: Path) -> None:
+def test_an_error_of_one_process_ends_both_and_batches_weigh_by_their_examples(tmp_path: Path) -> None:
     with locked(tmp_path / "run"):
-        of_two("error_ranks.py", tmp_path)
+        trained = of_two("error_ranks.py", tmp_path)[0]["weight"]
+    # Four batches of different sizes: two by each process, or one batch of all their rows.
+    alone = weighed(tmp_path / "alone", [torch.cat(rows_of(2, 40, 3, 9))])
+    assert torch.allclose(trained, alone, rtol=1e-5) and alone.abs().min() > 0.01
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["share"] == ["2"] and second["share"] == ["2", "error: item 3 of rank 1"]
     assert first["first"] == ["2", "error: item 3 of rank 0"] and second["first"] == ["2"]

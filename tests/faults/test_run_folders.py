@@ -106,7 +106,7 @@ def trial(place: Path, random: Random, jobs: Sequence[str] = tuple(CONFIGS)) -> 
         return tried(lambda: start(config, out) == 0 and numbers(out) == expected), f"{job}: {name}"
 
 
-@cases(quick=6, campaign=200)
+@cases(quick=4, campaign=200)
 def test_damaged_run_folders(tmp_path: Path, cases: int) -> None:
     jobs = ("lm", "pool") if cases < 100 else tuple(CONFIGS)
 

@@ -1,6 +1,6 @@
-"""Errors of one process, and the choice of a rate, as one of two processes: `python error_ranks.py FOLDER`.
+"""Errors of one process, the choice of a rate, and a training, as one of two processes: `python error_ranks.py FOLDER`.
 
-FOLDER/run is locked by the test. Writes what both processes found: messages, and who prints them.
+FOLDER/run is locked by the test. Writes what both processes found: messages, and who prints them; and the trained weight.
 """
 
 from __future__ import annotations
@@ -8,16 +8,17 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor, nn
 
 from vismt import cli, console, ranks
-from vismt.config import RunConfig
-from vismt.engine import runtime
+from vismt.config import RunConfig, TrainConfig
+from vismt.engine import loop, runtime
 from vismt.engine.run import Run
 from vismt.engine.study import ALONE, Study, StudyConfig, Training, TuneConfig
 from vismt.errors import UserError
@@ -61,6 +62,34 @@ def owned(folder: Path) -> None:
         raise AssertionError("another process has the lock")
 
 
+class Weighed(nn.Module):
+    """A regression whose batches have different numbers of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 1))
+
+    def forward(self, batch: Tensor) -> dict[str, Tensor]:
+        return {"loss": (batch @ self.weight - batch.sum(1, keepdim=True)).square().mean()}
+
+    def examples(self, batch: Tensor) -> Tensor:
+        return torch.tensor(len(batch))
+
+
+def rows_of(*sizes: int) -> list[Tensor]:
+    """Return batches with these numbers of rows."""
+    return [torch.randn(size, 4, generator=torch.Generator().manual_seed(size)) for size in sizes]
+
+
+def weighed(folder: Path, batches: Sequence[Tensor]) -> Tensor:
+    """Return the weight after one step of SGD on all batches, of which every process takes as many."""
+    accumulate = len(batches) // runtime.processes().num_processes
+    config = TrainConfig(steps=1, lr=0.1, optimizer="sgd", momentum=0, clip=None, warmup=0, accumulate=accumulate)
+    objective = Weighed()
+    loop.train(objective, batches.__getitem__, config, folder, "hash", runtime.accelerator(), seed=0)
+    return objective.weight.detach()
+
+
 if __name__ == "__main__":
     console.set_quiet(True)
     folder = Path(sys.argv[1])
@@ -77,5 +106,5 @@ if __name__ == "__main__":
     found["ran"] = job.ran
     found["locked"] = printed(lambda: owned(folder / "run"))
     (folder / f"{rank}.json").write_text(json.dumps(found))
-    torch.save({}, folder / f"{rank}.pt")
+    torch.save({"weight": weighed(folder / "trained", rows_of(2, 40, 3, 9))}, folder / f"{rank}.pt")
     runtime.leave()

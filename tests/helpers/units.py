@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 
@@ -17,3 +18,10 @@ def die(flag: Path, times: int) -> None:
 def mark(path: Path) -> None:
     """Leave a file."""
     path.touch()
+
+
+def sleep(path: Path, seconds: float) -> None:
+    """Write the number of this process into a file, and sleep."""
+    path.with_suffix(".part").write_text(str(os.getpid()))
+    path.with_suffix(".part").rename(path)
+    time.sleep(seconds)

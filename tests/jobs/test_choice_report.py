@@ -101,6 +101,18 @@ def test_seeds_are_averaged_and_sets_weigh_the_same(tmp_path: Path) -> None:
     assert oracle == {"average": ("81.2", "8"), "digits": ("75.0", "4"), "birds": ("87.5", "4")}
 
 
+def test_the_spread_of_the_seeds_is_in_the_intervals(tmp_path: Path) -> None:
+    """Every episode of one seed is 0.2 better than of the other: over episodes alone, "merged" would have the same interval."""
+    for seed, gain in ((3, 0.0), (5, 0.2)):
+        filled(tmp_path, seed=seed)
+        records(tmp_path, "merged:ridge", [0.5 + gain] * 4, seed=seed)
+        records(tmp_path, "merged", [0.5] * 4, seed=seed)
+    ((table, note),) = choice_tables(tmp_path, CONFIG, [3, 5], rows())
+    ridge = next(row for row in table.rows if row[2] == "merged:ridge")
+    # t at one degree of freedom 12.7062, standard error .1: 127 points
+    assert ridge[3] == "60.0 ± 127.1" and ridge[4] == "+10.0 [−117.1, +137.1]" and "seeds" in note
+
+
 def test_nothing_without_records_experts_or_merged(tmp_path: Path) -> None:
     assert choice_tables(tmp_path, CONFIG, [3], rows()) == []
     filled(tmp_path)

@@ -147,6 +147,13 @@ def test_images_of_one_name_are_refused_before_anything_is_written(tmp_path: Pat
     dense_predict.check_images(paths[:1])
     with pytest.raises(UserError, match=r"would both become 0.png; give one of them another --to"):
         dense_predict.check_images(paths)
+    assert dense_predict.check_images(paths[:1], 16) is None
+    with pytest.raises(UserError, match=r"4 x 4 pixels; .* of up to 15 pixels"):
+        dense_predict.check_images(paths[:1], 15)
+    for size in ((300, 1), (1, 300), (68, 4)):
+        Image.fromarray(np.zeros(size, np.uint8)).save(paths[1])
+        with pytest.raises(UserError, match=rf"{size[1]} x {size[0]} pixels; one side may be 16 times the other"):
+            dense_predict.check_images(paths[1:])
     paths[0].write_bytes(b"not an image")
     with pytest.raises(UserError):
         dense_predict.check_images(paths[:1])

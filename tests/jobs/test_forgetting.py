@@ -58,7 +58,7 @@ def run(tmp_path: Path):
 
 
 @pytest.fixture
-def figures(monkeypatch) -> list:
+def figures(monkeypatch, painted) -> list:
     drawn, save = [], lm_figures.save
     monkeypatch.setattr(lm_figures, "save", lambda figure, path: drawn.append(figure) or save(figure, path))
     return drawn

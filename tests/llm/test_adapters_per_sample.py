@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,11 @@ import torch
 from helpers.language_models import LMS, relative, tiny_lm, tokens
 from helpers.tiny import images, shake, tiny_vit
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import vismt
 from vismt.errors import UserError
-from vismt.llm import instance_gates
+from vismt.llm import instance_gates, recompute_gates
 from vismt.lowrank.mixed_layer import MixedLinear
 
 NAMES = ["a", "b", None, "c", "a"]
@@ -213,3 +216,62 @@ def test_an_adapter_that_cannot_be_mixed_leaves_the_model_as_it_was(method: str,
     with instance_gates(torch.tensor([0.5, 0.5])):
         alone = vismt.activate(model, "odd")(tokens()).logits
     assert not torch.equal(alone, before)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_runs_again_in_a_backward_pass_has_its_adapters_or_is_refused(reentrant: bool) -> None:
+    """The sum of all adapters would give another gradient; outside of any block it is what was asked for."""
+    model, x, names = carrying(tiny_vit()), images(3).requires_grad_(), ["a", None, "b"]
+    vismt.activate(model, ["a", "b"])
+
+    def run(x: Tensor, **options: object) -> Tensor:
+        if not options:
+            return model(x).square().sum()
+        return checkpoint(model, x, use_reentrant=reentrant, **options).square().sum()
+
+    def gradient(loss: Tensor) -> Tensor:
+        return torch.autograd.grad(loss, x)[0] if not reentrant else _backward(loss, x)
+
+    assert relative(gradient(run(x, preserve_rng_state=False)), gradient(run(x))) < 1e-5  # the sum, of no block
+    with vismt.adapters_per_sample(names):
+        expected = gradient(run(x))
+        assert relative(gradient(run(x, preserve_rng_state=False)), expected) < 1e-5
+        lost = run(x, preserve_rng_state=False)
+        kept = None if reentrant else run(x, context_fn=recompute_gates)
+    with pytest.raises(UserError, match=r"a backward pass runs it again .* context_fn=vismt\.llm\.recompute_gates\.$"):
+        gradient(lost)
+    if kept is not None:
+        assert relative(gradient(kept), expected) < 1e-5
+    assert relative(gradient(run(x)), expected) > 1e-3
+
+
+def _backward(loss: Tensor, x: Tensor) -> Tensor:
+    x.grad = None
+    loss.backward()
+    return x.grad
+
+
+def test_a_thread_inside_the_block_sees_the_adapters_or_is_refused() -> None:
+    model, x, names = carrying(tiny_vit()), images(3), ["a", None, "b"]
+    vismt.activate(model, ["a", "b"])
+    results: list[object] = []
+
+    def answer(block: bool) -> None:
+        try:
+            with vismt.adapters_per_sample(names) if block else nullcontext():
+                results.append(model(x))
+        except UserError as error:
+            results.append(str(error))
+
+    added = model(x)
+    with vismt.adapters_per_sample(names):
+        expected = model(x)
+        for block in (False, True):
+            thread = threading.Thread(target=answer, args=(block,))
+            thread.start(), thread.join()
+    assert "is in force in another thread or task, and not here; open a block here, too" in str(results[0])
+    assert torch.equal(results[1], expected) and torch.equal(model(x), added)
+    other = carrying(tiny_vit())
+    vismt.activate(other, ["c", "a"])
+    with vismt.adapters_per_sample(["c"] * 3), pytest.raises(UserError, match="does not name the active adapters a, b"):
+        model(x)

@@ -138,8 +138,16 @@ def test_an_interrupted_calibration_goes_on_bit_for_bit(tmp_path, budget) -> Non
         collect_covariance(tiny_lm("llama"), batches[::-1], folder=tmp_path, memory_budget=budget)
     with pytest.raises(UserError, match="other data"):
         collect_covariance(tiny_lm("llama"), batches[:4], folder=tmp_path, memory_budget=budget)
+    with pytest.raises(UserError, match="other data"):  # the last batch alone
+        others = [*batches[:4], {"input_ids": tokens(seed=9)}]
+        collect_covariance(tiny_lm("llama"), others, folder=tmp_path, memory_budget=budget)
     with pytest.raises(UserError, match="another model"):
         collect_covariance(tiny_lm("llama", seed=3), batches, folder=tmp_path, memory_budget=budget)
+    other = tiny_lm("llama")
+    with torch.no_grad():
+        other.model.norm.weight[-1] += 1
+    with pytest.raises(UserError, match="another model"):
+        collect_covariance(other, batches, folder=tmp_path, memory_budget=budget)
     handle.remove()
     resumed: list[int] = []
     model.model.embed_tokens.register_forward_hook(lambda *_: resumed.append(1))
@@ -232,6 +240,13 @@ def test_files_are_strict_and_keep_what_is_shared(tmp_path) -> None:
     ):
         save_file(wrong, file)
         with pytest.raises(UserError, match=words):
+            load_covariances(tmp_path)
+    for changed in (
+        {name: torch.zeros_like(value) for name, value in tensors.items()},
+        {**tensors, "a": 2 * tensors["a"]},
+    ):
+        save_file(changed, file)
+        with pytest.raises(UserError, match=f"'{file.name}' was changed or damaged; delete the folder"):
             load_covariances(tmp_path)
     file.write_bytes(b"torn")
     with pytest.raises(UserError, match="missing or damaged"):

@@ -43,7 +43,7 @@ TUNERS: dict[str, dict[str, Any]] = {
 }
 OURS: dict[str, dict[str, Any]] = {
     "dora": {"alpha": 6},
-    "ia3": {"feedforward_modules": ["fc2", "down_proj"]},
+    "ia3": {},  # the feed-forward modules are those among the targets
     "randlora": {"alpha": 8},
 }
 TARGETS = {"vit": ["attn.qkv", "mlp.fc2"], "llama": ["q_proj", "down_proj"]}
@@ -179,6 +179,14 @@ def test_alpha_keeps_the_ratio_of_peft_unless_it_is_given() -> None:
     assert option("loha", "alpha", rank=2) == 2 and option("loha", "alpha", rank=2, alpha=7) == 7
     assert option("randlora", "randlora_alpha", rank=2, alpha=None) == 40
     assert "r" not in hosted("oft").vismt_record.sites[0].settings.options  # r would exclude oft_block_size
+
+
+def test_ia3_without_feed_forward_modules_among_the_targets() -> None:
+    model = tiny_vit()
+    vismt.adapt(model, "peft:ia3", ["qkv"])
+    assert all(
+        layer.tuner.ia3_l["default"].shape == (96, 1) for layer in model.modules() if isinstance(layer, HostedLayer)
+    )
 
 
 def test_one_clear_line_and_the_model_unchanged() -> None:

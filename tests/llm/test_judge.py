@@ -146,8 +146,8 @@ def test_texts_that_are_alike_run_once(monkeypatch):
     net, judge = hybrid_net(first=2), task(titles=False, join="")
     pieces = [item.hybrid.pieces[0] for item in encoded(judge, [([0, 1], 5), ([2, 3], 6), ([4], 7)])]
     alone = [net.lower_states([piece])[0] for piece in pieces]
-    ran, hidden = [], net.hidden
-    monkeypatch.setattr(net, "hidden", lambda batch: ran.append(len(batch["ids"])) or hidden(batch))
+    ran, states_of = [], net.states
+    monkeypatch.setattr(net, "states", lambda batch: ran.append(len(batch["ids"])) or states_of(batch))
     states = net.lower_states(pieces)
     assert sum(ran) == 2 and states[0] is states[1] and states[2] is not states[0]
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(alone, states))

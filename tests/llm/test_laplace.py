@@ -85,7 +85,7 @@ def test_predictive_is_the_mean_over_drawn_weights(structure: str) -> None:
     mean = torch.einsum("skd,bd->sbk", weights, TEST).softmax(-1).mean(0)
     actual = laplace.predict(TEST, 50_000, torch.Generator().manual_seed(1))
     assert torch.allclose(actual, mean, atol=0.01)
-    assert (laplace.predict(TEST, method="probit") - mean).abs().max() < 0.06
+    assert (laplace.predict(TEST) - mean).abs().max() < 0.06
     scores = laplace.uncertainty(TEST, 50, torch.Generator().manual_seed(1))
     assert all(score.shape == (6,) for score in scores.values())
     single = covariance(laplace, TEST[:1])
@@ -97,7 +97,7 @@ def test_probit_of_two_classes_is_mackays() -> None:
     gap = torch.tensor([1.0, -1.0], dtype=TEST.dtype)
     mean, variance = laplace(TEST) @ gap, gap @ covariance(laplace, TEST) @ gap
     expected = torch.sigmoid(mean / torch.sqrt(1 + torch.pi * variance / 8))
-    assert torch.allclose(laplace.predict(TEST, method="probit")[:, 0], expected, atol=1e-12)
+    assert torch.allclose(laplace.predict(TEST)[:, 0], expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -110,9 +110,9 @@ def test_fp32_on_large_correlated_features(structure: str) -> None:
     assert torch.allclose(covariance(laplace, y).double(), covariance(exact, y.double()), rtol=1e-3, atol=0.1)
     holder = torch.nn.ModuleList([laplace]).to(torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = holder[0].predict(y.to(torch.bfloat16), method="probit")
+        half = holder[0].predict(y.to(torch.bfloat16))
     assert half.dtype == torch.float32
-    assert torch.equal(half, laplace.predict(y.to(torch.bfloat16).float(), method="probit"))
+    assert torch.equal(half, laplace.predict(y.to(torch.bfloat16).float()))
 
 
 def test_prior_chosen_by_validation_nll() -> None:
@@ -122,7 +122,7 @@ def test_prior_chosen_by_validation_nll() -> None:
     nll_by_precision = laplace.tune(x, y, (0.01, 1.0, 1e4))
     assert list(nll_by_precision) == [0.01, 1.0, 1e4] and nll_by_precision[0.01] < nll_by_precision[1e4]
     assert laplace.prior_precision == min(nll_by_precision, key=nll_by_precision.get) == 0.01
-    p = laplace.predict(x, 200, torch.Generator().manual_seed(0))
+    p = laplace.predict(x)  # by the same probit as the evaluation
     assert nll_by_precision[0.01] == pytest.approx(F.nll_loss(p.log(), y).item(), rel=1e-5)
 
 
@@ -164,8 +164,6 @@ def test_choices_that_are_none() -> None:
     laplace = fit_laplace(WEIGHT, [TRAIN])
     with pytest.raises(UserError, match="grid of prior precisions is empty"):
         laplace.tune(TEST, torch.zeros(6).long(), ())
-    with pytest.raises(UserError, match="no method"):
-        laplace.predict(TEST, method="mean")
 
 
 def test_labels_and_batches_that_do_not_fit() -> None:
@@ -197,7 +195,7 @@ def test_noise_widens_the_logits_at_prediction_and_is_not_in_the_hessian(structu
     logits += noise.sqrt() * torch.randn(logits.shape, dtype=logits.dtype)
     drawn = logits.softmax(-1).mean(0)
     assert torch.allclose(noisy.predict(TEST, 50_000, torch.Generator().manual_seed(1)), drawn, atol=0.01)
-    assert (noisy.predict(TEST, method="probit") - drawn).abs().max() < 0.06
+    assert (noisy.predict(TEST) - drawn).abs().max() < 0.06
     assert (plain.predict(TEST, 50_000, torch.Generator().manual_seed(1)) - drawn).abs().max() > 0.02
     entropy = [
         laplace.uncertainty(TEST, 2000, torch.Generator().manual_seed(1))["entropy"].mean()

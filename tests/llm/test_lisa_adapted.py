@@ -12,6 +12,7 @@ from helpers.checkpoints import saved_tensors
 from helpers.lisa_parts import DEPTH, FAMILIES, Objective, adamw, case, steps, tokens, train
 from helpers.ranks import of_two
 from helpers.tiny import images, shake, snapshot, tiny_vit
+from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
 import vismt
@@ -274,3 +275,19 @@ def test_two_processes_are_one_on_both_batches(tmp_path: Path) -> None:
     for name, value in alone.named_parameters():
         for kind in ("ddp", "fsdp"):
             assert torch.allclose(results[0][f"{kind}.{name}"], value, atol=1e-4), (kind, name)
+
+
+def test_the_blocks_of_all_stages_of_a_resnet_are_drawn() -> None:
+    """Its last stage has most of the weights; as the only stack, both of its blocks and all other stages would always train."""
+    model = ResNet(BasicBlock, [1, 2, 2, 2], num_classes=3, channels=(4, 8, 16, 32), stem_width=4)
+    report = vismt.adapt(model, "lisa")
+    assert "2 of 7 layers at a time" in str(report)
+    outside = {name for name in record_of(model).also_train if not name.startswith("layer")}
+    assert outside == {"conv1.weight", "bn1.weight", "bn1.bias", "fc.weight", "fc.bias"}
+    lisa, drawn = lisa_of(model), set()
+    for step in range(0, 400, 20):
+        lisa.on_step(step)
+        awake = {name[:8] for name, p in model.named_parameters() if p.requires_grad and name.startswith("layer")}
+        assert len(awake) == 2  # layer1.0, layer2.1, ...
+        drawn |= {block[:6] for block in awake}
+    assert drawn == {"layer1", "layer2", "layer3", "layer4"}

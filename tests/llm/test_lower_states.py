@@ -38,8 +38,8 @@ def net(first: int = 1) -> LmNet:
 def count_runs(model: LmNet, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that grows with each forward pass of the lower blocks."""
     ran: list[int] = []
-    hidden = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda batch: ran.append(1) or hidden(batch))
+    states = model.states
+    monkeypatch.setattr(model, "states", lambda batch: ran.append(1) or states(batch))
     return ran
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import pytest
 import timm
 import torch
 from helpers.language_models import LMS, tiny_lm, tokens
-from helpers.tiny import images, shake, tiny_vit
+from helpers.tiny import images, shake, snapshot, tiny_vit
 from safetensors.torch import load_file, save_file
 
 import vismt
+from vismt.errors import UserError
 from vismt.lowrank import erased_by_rounding
 from vismt.lowrank.adapter_layer import adapter_layers
 from vismt.lowrank.wrappers import stock_order
@@ -121,3 +123,67 @@ def test_a_small_update_of_large_weights_is_erased_whole() -> None:
     torch.nn.init.constant_(model[0].lora_B, 2.0**-10)  # the spacing above 1 is 2^-7
     assert erased_by_rounding(model) == 1.0
     assert erased_by_rounding(model.float()) is None
+
+
+@pytest.mark.parametrize("method", ["lora", "polar", "s2ft", "lisa", "peft:ia3"])
+def test_saving_an_adapted_model_writes_what_it_computes(method: str, tmp_path: Path) -> None:
+    """from_pretrained reads the stock keys alone: of the base beside factors, it would be the base."""
+    model = tiny_lm("llama")
+    options: dict = {"s2ft": {"ratio": 0.4}, "lisa": {"active": 1}}.get(method, {"rank": 2})
+    if method == "peft:ia3":
+        pytest.importorskip("peft")
+        options = {"targets": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    vismt.adapt(model, method, **options)
+    expected, before = shake(model)(tokens()).logits, snapshot(model)
+    for folder, more in (
+        ("plain", {}),
+        ("trainer", {"state_dict": None}),
+        ("given", {"state_dict": model.state_dict()}),
+    ):
+        model.save_pretrained(tmp_path / folder, **more)
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder).eval()
+        assert torch.allclose(again(tokens()).logits, expected, atol=2e-5), folder
+        assert set(load_file(tmp_path / folder / "model.safetensors")) <= set(tiny_lm("llama").state_dict())
+    assert torch.equal(model(tokens()).logits, expected) and "save_pretrained" in vars(copy.deepcopy(model))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.save_pretrained(tmp_path / "checkpoint-3", state_dict=None)  # a Trainer continues from it
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert set(load_file(tmp_path / "checkpoint-3" / "model.safetensors")) >= trained
+    assert "save_pretrained" not in vars(vismt.unadapt(model))
+
+
+def test_what_no_weights_hold_is_not_saved_as_weights(tmp_path: Path) -> None:
+    """A router, gates of several users, and adapters that are active together."""
+    model = tiny_lm("llama")
+    vismt.adapt(model, "ilora", rank=2, n_experts=2, user_width=4)
+    with pytest.raises(UserError, match=r"save_pretrained: merge: .*vismt\.save_adapter\(model, folder\)\."):
+        model.save_pretrained(tmp_path / "a")
+    with pytest.raises(UserError, match=r"save_pretrained: this LlamaModel is a part of an adapted model"):
+        model.model.save_pretrained(tmp_path / "b")
+    model = tiny_lm("llama")
+    vismt.adapt(model, "lora", rank=2, name="one")
+    shake(model)
+    wanted = model(tokens()).logits
+    vismt.adapt(model, "lora", rank=2, name="two")
+    shake(model, seed=5)
+    vismt.activate(model, ["one", "two"])
+    with pytest.raises(UserError, match=r"or several adapters are active; call vismt\.merge"):
+        model.save_pretrained(tmp_path / "c")
+    vismt.activate(model, "one")
+    model.save_pretrained(tmp_path / "d")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "d").eval()
+    assert torch.allclose(again(tokens()).logits, wanted, atol=2e-5)
+    assert set(load_file(tmp_path / "d" / "model.safetensors")) <= set(tiny_lm("llama").state_dict())
+    assert vismt.lowrank.record.names_of(model) == ["one", "two"] and not any(
+        (tmp_path / name).exists() for name in "abc"
+    )
+    with pytest.raises(UserError, match=r"save_pretrained: .*Missing key"):
+        model.save_pretrained(tmp_path / "e", state_dict=tiny_lm("llama").state_dict())
+
+
+def test_a_state_dict_of_an_adapted_model_is_refused_by_a_stock_one() -> None:
+    for method, options in (("lora", {"rank": 2}), ("s2ft", {"ratio": 0.4})):
+        model = tiny_lm("llama")
+        vismt.adapt(model, method, **options)
+        with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict"):
+            tiny_lm("llama").load_state_dict(model.state_dict())

@@ -12,18 +12,26 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
+import transformers
 from helpers.lm_parts import tiny_lm, tokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from vismt.config import TrainConfig
+from vismt.data.interactions import Catalogue
+from vismt.engine import loop, runtime
 from vismt.errors import UserError
 from vismt.jobs.lm.config import LmTaskConfig, task_of
+from vismt.lines import read_lines
 from vismt.llm import net as net_file
 from vismt.llm.heads import LinearAnswerHead, log_predictive, make_head
+from vismt.llm.lower_states import lower_states
 from vismt.llm.net import LmNet, check_logits
 from vismt.llm.tasks import make_task
 from vismt.llm.tasks.alternating import AlternatingObjective
 from vismt.llm.tasks.base import (
     Item,
     LmObjective,
+    answer_tokens,
     gather,
     probability_measures,
     ratio_measures,
@@ -136,6 +144,53 @@ def test_a_chat_template_writes_the_turns_around_the_prompt():
     ]
 
 
+def sentencepiece(kind: str) -> Any:
+    """Return a tokenizer that begins a text with "▁": any text, as Llama 2 ("normalizer"), or one without a space there."""
+    words = ["▁", "▁▁", *"abcdefghijklmnopqrstuvwxyz:!\nQ", "▁blue", "blue", "▁green", "▁sky", "▁yes", "▁no", "▁Q"]
+    tokens = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((word, -8.0 + len(word)) for word in words)]
+    made = Tokenizer(models.Unigram(tokens, unk_id=0))
+    if kind == "normalizer":
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.mark.parametrize("kind", ["normalizer", "metaspace"])
+def test_an_answer_has_the_tokens_that_it_has_after_its_prompt(kind):
+    words, row = sentencepiece(kind), {"q": "sky", "a": "blue sky"}
+    assert words.convert_ids_to_tokens(words("blue", add_special_tokens=False)["input_ids"]) == ["▁blue"]
+    whole = words("Q sky: blue sky")["input_ids"]
+    (part,) = make_task("causal", "Q {q}:", {"answer": " {a}", "end": False}).encode("a", row, words).pieces
+    assert list(part.ids) == whole and part.counted == 2
+    options = {"answers": {"0": " {a}", "1": " green!"}, "label": "0"}
+    (branches,) = make_task("answers", "Q {q}:", options).encode("a", row, words).pieces
+    assert [list(stem(branches, n).ids) for n in (0, 1)] == [whole, words("Q sky: green!")["input_ids"]]
+    classes = make_task("classes", "Q {q}:", {"answers": {"0": " blue", "1": " green"}})
+    assert words.convert_ids_to_tokens(classes.tokens(words)) == ["▁blue", "▁green"]
+    catalogue = Catalogue(("0", "1", "2", "3", "4"), ("blue", "green", "sky", "no", "yes"))
+    interactions = {"user": "u", "history": [0, 1], "next": 2, "catalogue": catalogue}
+    named = make_task("recommendation", "Q {history}: {candidates}!", {"candidates": 2, "slot": "Q"})
+    item = named.encode("a", interactions, words)
+    titles = [catalogue.titles[number] for number in item.listed.candidates]
+    for number, title in enumerate(titles):
+        text = f"Q blue, green: {', '.join(titles)}! {title}\n"
+        assert list(stem(item.pieces[0], number).ids) == words(text)["input_ids"]
+    slots = words.convert_ids_to_tokens(item.hybrid.pieces[0].ids)
+    assert "".join(slots[:12]).startswith("<s>▁Q▁blueQ<unk>▁greenQ:▁") and "▁▁" not in slots
+    assert words.convert_ids_to_tokens(answer_tokens(words, "\n")) == ["\n"]  # at which a written answer ends
+
+
+def test_where_a_token_reaches_over_the_border_the_answer_keeps_its_letters():
+    for kind in ("normalizer", "metaspace"):
+        words = sentencepiece(kind)
+        (part,) = make_task("causal", "Q: ", {"answer": "{a}", "end": False}).encode("a", {"a": "blue"}, words).pieces
+        assert words.convert_ids_to_tokens(part.ids) == ["<s>", "▁Q", ":", "▁", "blue"]
+
+
 def chat_task() -> Any:
     section = LmTaskConfig(name="a", kind="causal", prompt="{text}!", chat=True, options={"answer": "{more}"})
     return task_of(section)
@@ -216,6 +271,27 @@ def test_left_padding_changes_neither_features_nor_generation(lm):
         both = net.features(collate(prompts))
         for row, prompt in zip(both, prompts):
             assert torch.allclose(row, net.features(collate([prompt]))[0], atol=1e-4)
+
+
+def test_generation_is_greedy_whatever_the_checkpoint_asks_for():
+    lm, words = tiny_lm().requires_grad_(False), tokenizer()
+    task = make_task("generation", "{q}", {"answer": "{a}", "gold": "a", "new_tokens": 8})
+    prompt = words("the green grass is")["input_ids"]
+    ids = list(prompt)
+    for _ in range(8):
+        ids.append(int(lm(torch.tensor([ids])).logits[0, -1].argmax()))
+    wanted = words.decode(ids[len(prompt) :], skip_special_tokens=True)
+    asked = {
+        "repetition_penalty": 9.0,
+        "num_beams": 3,
+        "do_sample": True,
+        "suppress_tokens": ids[len(prompt) :],
+        "min_new_tokens": 9,
+    }
+    lm.generation_config.update(**asked)
+    (item,) = [task.encode("a", {"q": "the green grass is", "a": "one"}, words)]
+    assert task.generate(LmNet(lm), [item]) == [wanted]
+    assert all(getattr(lm.generation_config, name) == value for name, value in asked.items())  # left as it was
 
 
 def test_the_zero_shot_head_is_the_lm_restricted_to_the_answers(lm):
@@ -368,6 +444,35 @@ def test_cached_lower_blocks_give_the_same_loss_and_gradient(kind):
     assert all(torch.allclose(slow[name], fast[name], rtol=1e-3, atol=1e-4) for name in slow)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lm, _: lm.base_model.layers[0].mlp.up_proj.weight.data.mul_(2),
+        lambda lm, _: lm.base_model.embed_tokens.weight.data[PIECES[0].ids[0]].add_(1),
+        lambda lm, _: setattr(lm.base_model.layers[1].input_layernorm, "variance_epsilon", 0.5),
+        lambda lm, _: vars(lm.base_model.layers[0].mlp).update(forward=lambda x: x),
+        lambda lm, patch: patch.setattr(type(lm.base_model.layers[0].mlp), "forward", lambda self, x: x),
+        lambda lm, _: lm.base_model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: output * 2),
+        lambda lm, _: lm.double(),
+    ],
+)
+def test_stored_lower_states_belong_to_the_lm_as_it_runs(change, tmp_path, monkeypatch):
+    monkeypatch.setenv("VISMT_CACHE", str(tmp_path))
+
+    def states(lm):
+        return torch.cat(lower_states(LmNet(lm, first=2), PIECES))
+
+    first = states(tiny_lm("llama"))
+    upper = tiny_lm("llama")
+    upper.base_model.layers[2].mlp.up_proj.weight.data.mul_(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(LmNet, "lower_states", lambda *_: pytest.fail("computed again"))
+        assert torch.equal(states(tiny_lm("llama")), first) and torch.equal(states(upper), first)
+    other = tiny_lm("llama")
+    change(other, monkeypatch)
+    assert not torch.equal(states(other), first)
+
+
 # ---- heads ------------------------------------------------------------------------------------------------------------------
 
 
@@ -414,7 +519,6 @@ def test_alternating_moves_the_posterior_apart_from_the_lm_and_saves_its_moments
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0]) and float(states[0]["step0"]) == 4
     net = resumed.net.requires_grad_(False)
     features = net.features(gather(items))
-    assert torch.equal(log_predictive(net.head, features), log_predictive(net.head, features))  # the same draws
     assert log_predictive(net.head, features).exp().sum(1).tolist() == pytest.approx([1, 1])
     with pytest.raises(UserError, match=r"set head.name to vbll"):
         AlternatingObjective(LmNet(tiny_lm(), LinearAnswerHead(torch.zeros(2, 32))), task, 1e-3, 1e-2, 1)
@@ -483,6 +587,30 @@ def test_an_lm_that_caps_its_logits_is_refused():
         check_logits(lm)
     with pytest.raises(UserError, match=r"model.first_block: 3; LlamaForCausalLM has blocks 0 to 2"):
         LmNet(tiny_lm(), first=3)
+
+
+def step_of(task, batches, folder, **settings: Any) -> torch.Tensor:
+    """Return what one step of SGD changes in the B of LoRA."""
+    lm = tiny_lm().requires_grad_(False)
+    adapt(lm, "lora", targets=["q_proj"], rank=2)
+    config = TrainConfig(steps=1, lr=1.0, optimizer="sgd", momentum=0.0, clip=None, warmup=0, **settings)
+    loop.train(LmObjective(LmNet(lm), task), batches.__getitem__, config, folder, "hash", runtime.accelerator(), seed=0)
+    return torch.cat([p.detach().flatten() for name, p in lm.named_parameters() if "lora_B" in name])
+
+
+@pytest.mark.parametrize("kind", ["causal", "generation"])
+def test_a_step_of_several_batches_is_that_of_one_with_their_rows(kind, tmp_path):
+    """Answers of 2 and 40 tokens: batches weigh by their tokens, not one as the other."""
+    options = {"answer": " {a}", "end": False, "length": 99} | ({"gold": "a"} if kind == "generation" else {})
+    task = make_task(kind, "{q}", options)
+    rows = [{"q": "sky", "a": "blue sky"}, {"q": "grass is", "a": " ".join(["very green"] * 20)}]
+    items = [task.encode(row["q"], row, tokenizer()) for row in rows]
+    assert [item.pieces[0].counted for item in items] == [2, 40]
+    one = step_of(task, [gather(items)], tmp_path / "one")
+    several = step_of(task, [gather([item]) for item in items], tmp_path / "two", accumulate=2)
+    assert (one - several).abs().max() < 1e-4 * one.abs().max()
+    logged = [read_lines(tmp_path / name / "metrics.jsonl")[0]["loss"] for name in ("one", "two")]
+    assert logged[0] == pytest.approx(logged[1], rel=1e-5)
 
 
 def test_an_objective_gives_the_loss_of_its_task():

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.amt_parts import backbone, drawn, saved
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from vismt import stored_tensors as files
 from vismt.backbones.vit import Backbone
 from vismt.errors import UserError
 from vismt.metatune import EpisodeSampler, LogisticProbe, MergeSettings, PoolNet, ProtoNet, RidgeProbe, run_protocol
+from vismt.metatune import features as module
 from vismt.metatune.features import FeatureStore, features, number
 from vismt.metatune.finetune import FineTuned, FineTuneSettings
 from vismt.metatune.pool import ExpertPool
@@ -43,15 +45,15 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def computed(monkeypatch) -> list[int]:
-    """Number of images in every forward pass of a ViT."""
+    """Number of images in every forward pass of a backbone."""
     counts: list[int] = []
-    forward = Backbone.forward
+    compute = module._computed
 
-    def counting(self, images):
+    def counting(backbone, images, batch):
         counts.append(len(images))
-        return forward(self, images)
+        return compute(backbone, images, batch)
 
-    monkeypatch.setattr(Backbone, "forward", counting)
+    monkeypatch.setattr(module, "_computed", counting)  # a counter inside the backbone would change it
     return counts
 
 
@@ -92,12 +94,8 @@ MODELS: dict[str, Callable[[ExpertPool], nn.Module]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_records_are_those_of_every_episode(name, shots, pool, cache, tmp_path):
     paths = {mode: tmp_path / f"{mode}.jsonl" for mode in ("off", "auto", "again")}
-    for mode, path in paths.items():
-        net = MODELS[name](pool)
-        run(net, "off" if mode == "off" else "auto", path, shots, episodes=5)
-    assert paths["auto"].read_text() == paths["off"].read_text() == paths["again"].read_text()
     logits = {}
-    for mode in ("off", "auto"):
+    for mode, path in paths.items():
         seen: list[Tensor] = []
         net = MODELS[name](pool)
         plain = net.classifier
@@ -108,9 +106,13 @@ def test_records_are_those_of_every_episode(name, shots, pool, cache, tmp_path):
             return task
 
         net.classifier = watched
-        run(net, mode, shots=shots, episodes=5)
+        run(net, "off" if mode == "off" else "auto", path, shots, episodes=5)
         logits[mode] = seen
-    assert len(logits["off"]) == 5 and all(map(torch.equal, logits["auto"], logits["off"]))
+    assert paths["auto"].read_text() == paths["off"].read_text() == paths["again"].read_text()
+    assert len(logits["off"]) == len(logits["again"]) == 5
+    assert all(map(torch.equal, logits["auto"], logits["off"])) and all(
+        map(torch.equal, logits["again"], logits["off"])
+    )
 
 
 def test_each_image_is_computed_once_and_never_by_the_next_run(cache, computed):
@@ -159,22 +161,17 @@ def test_features_that_depend_on_the_batch_are_not_kept(cache, capsys):
 class Blocked(nn.Module):
     """A backbone whose features are rounded otherwise in batches of another size, as some CPUs' kernels do."""
 
-    def __init__(self):
-        super().__init__()
-        self.sizes: list[int] = []
-
     def forward(self, images):
-        self.sizes.append(len(images))
         return nn.functional.adaptive_avg_pool2d(images, 8).flatten(1) * (1 + 1e-6 * len(images))
 
 
-def test_features_are_kept_where_the_size_of_a_batch_decides_the_order_of_sums(tmp_path):
+def test_features_are_kept_where_the_size_of_a_batch_decides_the_order_of_sums(computed):
     """Kept as they come, a feature would depend on the episode that computed it first."""
     net = ProtoNet(Blocked()).requires_grad_(False).eval()
     expected = run(net, "off")["clean"]
-    net.backbone.sizes.clear()
+    computed.clear()
     assert torch.allclose(run(net)["clean"], expected)
-    assert sum(net.backbone.sizes) < 3 * len(LABELS)  # 12 episodes of 18 images without the store
+    assert sum(computed) < 3 * len(LABELS)  # 12 episodes of 18 images without the store
     tables = []
     for order in (torch.arange(len(LABELS)), torch.arange(len(LABELS)).flip(0)):
         with FeatureStore() as store, torch.no_grad():
@@ -201,7 +198,7 @@ def test_changed_images_changed_weights_and_gradients_are_computed(computed):
         assert torch.equal(changed, net(IMAGES[index])) and not torch.equal(changed, first)
         computed.clear()
         assert torch.equal(features(net, number(IMAGES[[2, 5]], store, torch.tensor([2, 5]))), net(IMAGES[[2, 5]]))
-        assert computed == [2, 2]  # row 5, in a batch of two, then the expected ones
+        assert computed == [2]  # row 5, in a batch of two
         with torch.enable_grad():
             assert features(net, images) is not changed and computed[-1] == 4
     net.train()
@@ -231,6 +228,99 @@ def test_a_file_belongs_to_all_that_a_feature_depends_on(cache, computed, change
     computed.clear()
     run(frozen(), pixels=Pixels("other images"))
     assert computed and len(list(cache.iterdir())) == 3
+
+
+def _cast(net) -> None:
+    net.vit.blocks[0].mlp.half().register_forward_pre_hook(lambda module, inputs: (inputs[0].half(),))
+    net.vit.blocks[0].mlp.register_forward_hook(lambda module, inputs, output: output.float())
+
+
+CHANGES: dict[str, Callable[..., object]] = {
+    "in place": lambda net, _: net.vit.blocks[0].mlp.fc1.weight.mul_(2),
+    "through .data": lambda net, _: net.vit.blocks[0].mlp.fc1.weight.data.mul_(2),
+    "one value through .data": lambda net, _: net.vit.blocks[0].mlp.fc1.weight.data.view(-1)[-1].add_(1),
+    "the data replaced": lambda net, _: setattr(net.vit.norm.weight, "data", net.vit.norm.weight.data.flip(0) * 2),
+    "a parameter replaced": lambda net, _: setattr(net.vit.norm, "weight", nn.Parameter(torch.rand(32))),
+    "a buffer": lambda net, _: net.mean.data.add_(0.1),
+    "dtype": lambda net, _: net.double(),
+    "dtype of a part": lambda net, _: _cast(net),
+    "eps": lambda net, _: setattr(net.vit.norm, "eps", 0.5),
+    "block": lambda net, _: setattr(net, "block", 0),
+    "pool": lambda net, _: setattr(net, "pool", "avg"),
+    "heads": lambda net, _: vars(net.vit.blocks[0].attn).update(num_heads=2, head_dim=16),
+    "a module replaced": lambda net, _: setattr(net.vit.blocks[0].mlp, "act", nn.Tanh()),
+    "_pos_embed on the instance": lambda net, _: setattr(
+        net.vit, "_pos_embed", lambda x, old=net.vit._pos_embed: 2 * old(x)
+    ),
+    "forward on an instance": lambda net, _: setattr(net.vit.norm, "forward", torch.tanh),
+    "forward_intermediates on the instance": lambda net, _: setattr(
+        net.vit,
+        "forward_intermediates",
+        lambda x, old=net.vit.forward_intermediates, **options: [(2 * p, 2 * q) for p, q in old(x, **options)],
+    ),
+    "forward of a class": lambda _, patch: patch.setattr(Mlp, "forward", lambda self, x: self.fc2(self.fc1(x))),
+    "a method of our class": lambda net, patch: patch.setattr(Backbone, "normalise", lambda self, images: images),
+    "a function of the module": lambda _, patch: patch.setattr(
+        "vismt.backbones.vit._widened", lambda features: 2 * features
+    ),
+    "a hook": lambda net, _: net.vit.norm.register_forward_hook(lambda module, inputs, output: output * 2),
+    "a hook before": lambda net, _: net.vit.norm.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2 + 1,)),
+    "a global hook": lambda _, patch: patch.setitem(
+        nn.modules.module._global_forward_hooks,
+        0,
+        lambda module, inputs, output: output * 2 if module.training else output + 1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_features_of_a_changed_backbone_are_computed(name, cache, monkeypatch):
+    """In one store, and by a later run from the files of the first."""
+    index = torch.arange(6)
+
+    def seen(net, store):
+        with torch.no_grad():
+            return features(net, number(IMAGES[index], store, index))
+
+    net = backbone().requires_grad_(False).eval()
+    with FeatureStore("gratings") as store:
+        first = seen(net, store)
+        with torch.no_grad():
+            CHANGES[name](net, monkeypatch)
+            expected = net(IMAGES[index])
+        changed = seen(net, store)
+    assert not torch.equal(expected, first) and torch.equal(changed, expected)
+    with FeatureStore("gratings") as store:
+        assert torch.equal(seen(net, store), expected)
+    monkeypatch.undo()
+
+
+def test_features_are_of_one_precision(cache):
+    index, net = torch.arange(6), backbone().requires_grad_(False).eval()
+    with FeatureStore("gratings") as store, torch.no_grad():
+        plain = features(net, number(IMAGES[index], store, index))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not torch.equal(features(net, number(IMAGES[index], store, index)), plain)
+    with FeatureStore("gratings") as store, torch.no_grad():
+        assert torch.equal(features(net, number(IMAGES[index], store, index)), plain)
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(cache):
+    expected = run(frozen())["clean"]
+    (file,) = cache.iterdir()
+    file.unlink()
+    os.mkfifo(file)
+    assert torch.equal(run(frozen())["clean"], expected) and file.is_file()
+
+
+def test_hooks_run_whenever_features_are_asked_for():
+    """A hook may do more than change the features."""
+    net, index, calls = backbone().requires_grad_(False).eval(), torch.arange(4), []
+    net.vit.norm.register_forward_hook(lambda module, inputs, output: calls.append(1))
+    with FeatureStore() as store, torch.no_grad():
+        for _ in range(3):
+            features(net, number(IMAGES[index], store, index))
+    assert len(calls) == 3
 
 
 def test_code_of_others_is_not_trusted_from_run_to_run(cache):

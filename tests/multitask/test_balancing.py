@@ -511,9 +511,10 @@ TORCHJD = {
 @pytest.mark.filterwarnings("ignore")
 def test_against_torchjd(name):
     jd = pytest.importorskip("torchjd.aggregation")
-    for package in {"cagrad": ("cvxpy", "clarabel"), "nash": ("cvxpy", "ecos")}.get(name, ()):
-        pytest.importorskip(package)
-    aggregate, factor, options, tolerance = TORCHJD[name](jd)
+    try:
+        aggregate, factor, options, tolerance = TORCHJD[name](jd)
+    except ImportError as error:  # of an aggregator whose solver is not installed
+        pytest.skip(str(error))
     g = matrix(5, 4, 6)
     expected = factor * aggregate(g)
     actual = direction(make_balancer(name, [*TASKS, "task3"], **options), g)

@@ -6,6 +6,7 @@ import shutil
 import pytest
 from helpers.results import HASH, PGD, add, measure, rows_of, write_lines
 from helpers.run_folder import FROZEN, add_arm, make_folder
+from scipy.stats import t as student
 
 from vismt.lines import read_lines
 from vismt.report.comparison import compare
@@ -143,11 +144,76 @@ def test_no_average_of_one_set_or_of_unequal_arms(tmp_path):
 
 
 def test_rows_of_single_trainings_are_not_compared(folder):
-    before = comparisons(folder)
-    for seed in (0, 1):
-        score = Score("few-shot", "digits", "5-way 1-shot", measure([0.9, 1.0, 1.0, 1.0]), CLEAN, "episodes")
-        add(folder, score, "adapted", seed=seed)
-    assert comparisons(folder) == before
+    before = comparisons(folder)["digits", "clean"].cells
+    with_trainings(folder, "digits", "adapted", [0.9, 0.9])
+    cells = comparisons(folder)["digits", "clean"].cells
+    assert list(cells) == list(before) and cells["adapted"].value == 0.6
+
+
+def with_trainings(folder, data, arm, scores, first=0):
+    """The rows of an arm's trainings, of four episodes with one score each."""
+    for seed, value in enumerate(scores, first):
+        add(folder, Score("few-shot", data, "5-way 1-shot", measure([value] * 4), CLEAN, "episodes"), arm, seed=seed)
+
+
+def test_differences_and_marks_have_the_spread_of_the_seeds_that_the_rows_have(folder):
+    """Every episode gains 0.1, so that episodes alone show no tie; the trainings gain 0.3 and -0.1."""
+    with_trainings(folder, "digits", "frozen", [0.5, 0.5])
+    with_trainings(folder, "digits", "adapted", [0.8, 0.4])
+    clean = comparisons(folder)["digits", "clean"]
+    # no spread over episodes; standard error of .3 and -.1: .2; t at one degree of freedom 12.7062
+    assert clean.difference == pytest.approx((0.1, 0.1 - 12.7062 * 0.2, 0.1 + 12.7062 * 0.2), abs=1e-4)
+    assert clean.cells["frozen"].mark == "tie" and clean.paired and clean.cells["adapted"].seeds == 2
+
+
+def test_trainings_of_other_seeds_are_independent(folder):
+    """Of seeds 0, 1 and 5, 6: the spread is that of both arms, not of differences of trainings that do not belong together."""
+    with_trainings(folder, "digits", "frozen", [0.4, 0.6])
+    with_trainings(folder, "digits", "adapted", [0.5, 0.7], first=5)
+    # variance of a mean .02 / 2 = .01 each, two degrees of freedom for equal ones: t = 4.30265
+    half = 4.30265 * math.sqrt(0.02)
+    assert comparisons(folder)["digits", "clean"].difference == pytest.approx((0.1, 0.1 - half, 0.1 + half), abs=1e-4)
+
+
+def test_beside_a_model_without_trainings_the_spread_is_that_of_the_other(folder):
+    with_trainings(folder, "digits", "adapted", [0.4, 0.8])
+    clean = comparisons(folder)["digits", "clean"]
+    assert clean.difference[2] - clean.difference[0] == pytest.approx(12.7062 * 0.2, abs=1e-4)
+    assert (clean.cells["frozen"].seeds, clean.cells["adapted"].seeds) == (0, 2)
+
+
+def test_a_seed_moves_all_sets_of_an_average_together(folder):
+    """Seeds that are good on both sets spread their average; seeds that are good on one set each do not."""
+    with_trainings(folder, "digits", "adapted", [0.5, 0.7])
+    with_trainings(folder, "crops", "adapted", [0.425, 0.625])
+    row = comparisons(folder)["average", "clean"]
+    # over episodes: squares of .253 and of crops' deviations .05063 + .03063 + .03063 + .05063 = .1625, /12; seeds .4625, .6625
+    examples = math.sqrt(0.2 / 12 + 0.1625 / 12) / 2
+    freedom = (1 + examples**2 / 0.1**2) ** 2
+    assert row.cells["adapted"].half == pytest.approx(student.ppf(0.975, freedom) * math.hypot(examples, 0.1), rel=1e-3)
+    steps = 0.04244 / 1.96
+    freedom = (1 + steps**2 / 0.1**2) ** 2
+    half = student.ppf(0.975, freedom) * math.hypot(steps, 0.1)
+    assert row.difference == pytest.approx((0.0625, 0.0625 - half, 0.0625 + half), rel=1e-3)
+    other = comparisons_of(folder, "crops", [0.625, 0.425])["average", "clean"]
+    assert other.cells["adapted"].half == pytest.approx(1.96 * examples, rel=1e-3)
+
+
+def comparisons_of(folder, data, scores):
+    """Comparisons after other trainings took the place of an arm's on one set."""
+    rows = [row for row in rows_of(folder) if row["seed"] is None or row["data"] != data]
+    write_lines(folder / "results.jsonl", rows)
+    with_trainings(folder, data, "adapted", scores)
+    return comparisons(folder)
+
+
+def test_without_records_an_average_has_the_widths_of_the_trainings(folder):
+    shutil.rmtree(folder / "records")
+    for data in ("digits", "crops"):
+        for seed in (0, 1):
+            score = Score("few-shot", data, "5-way 1-shot", measure(FROZEN), CLEAN, "episodes")
+            add(folder, score, "adapted", seed=seed)
+    assert comparisons(folder)["average", "clean"].cells["adapted"].half == pytest.approx(HALF / math.sqrt(2))
 
 
 def test_other_protocols_metrics_and_units_are_other_blocks(folder):

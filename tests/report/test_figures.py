@@ -67,7 +67,7 @@ def test_a_condition_that_one_protocol_lacks_leaves_its_place_empty(drawn, tmp_p
     assert [text for text, _ in visible_texts(drawn[0])].count("digits") == 2
 
 
-def test_bars_have_the_lengths_of_the_numbers(drawn, tmp_path):
+def test_bars_have_the_lengths_of_the_numbers(drawn, painted, tmp_path):
     cells = {"frozen": Cell(0.25, 0.05, 60), "adapted": Cell(0.5, 0.1, 60)}
     rows = [comparison("digits", cells, protocol="4-way 1-shot", chance=0.25)]
     path = figures.domain_bars(rows, tmp_path / "figures" / "a.png")

@@ -190,6 +190,30 @@ def test_seeds_are_those_of_training_and_evaluation(folder):
     assert "3, 5 (training), 1 (evaluation)" in Page(written(folder).read_text()).text
 
 
+def test_what_the_intervals_cover_is_told_by_model(folder):
+    """Those of a model with several trainings have the spread over its seeds, those of the frozen one have not."""
+    written(folder)
+    alone = (folder / "report.md").read_text()
+    assert (
+        "cover the drawn test examples, not the spread over training seeds." in alone
+        and "several trainings" not in alone
+    )
+    for seed in (0, 1):
+        score = Score("few-shot", "digits", "5-way 1-shot", measure([0.5 + seed / 5] * 4), CLEAN, "episodes")
+        add(folder, score, "adapted", seed=seed)
+        crops = Score("few-shot", "crops", "5-way 1-shot", measure([0.5 + seed / 10] * 4), CLEAN, "episodes")
+        add(folder, crops, "adapted", seed=seed)
+    written(folder)
+    text = (folder / "report.md").read_text()
+    assert (
+        "over n and, for models with several trainings (adapted: 2 seeds), over the seeds; differences likewise."
+        in text
+    )
+    cited = text[text.index("## How to cite") :]
+    assert "frozen 50.0 ± 17.9 % (n = 8 episodes); adapted 56.2 ± " in cited and "(n = 8 episodes, 2 seeds)" in cited
+    assert "and, where seeds are counted, the spread over training seeds." in cited and "not the spread" not in cited
+
+
 def test_every_block_is_cited_once(folder):
     """The average where a block has one, else its sets; tasks are named where there are several."""
     score = Score("depth", "rooms", "test", measure([1.0, 2.0], "RMSE in m", scale="number", better="lower"), CLEAN)

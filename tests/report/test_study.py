@@ -90,28 +90,47 @@ def test_without_a_baseline_the_first_arm_of_a_task_is_the_other(folder):
 
 def test_pairs_are_the_later_arm_minus_the_earlier(folder):
     all_tables = tables(folder)
-    images, seeds = all_tables["Over examples"], all_tables["Over 2 seeds"]
-    assert images.heads == [
+    both, seeds = all_tables["Over examples and seeds"], all_tables["Over 2 seeds"]
+    assert both.heads == [
         "Arms",
         f"depth: {DEPTH} ↓, n = 3",
         f"edge: {EDGE} in % ↑, n = 4",
         f"delta_m: {DELTA} ↑, n = 4",
     ]
-    # -1, -0.8, -0.9 have deviation 0.1: 1.96 * 0.1 / sqrt(3) = 0.113; edge - alone has no task in common
-    assert images.rows == [["emtal − alone", "−0.90 ± 0.11", "–", "–"], ["edge − emtal", "–", "−4.0 ± 0.0", "–"]]
+    # Images: -1, -0.8, -0.9, standard error .0577; seeds: -1, -0.8, standard error .1. (1 + .0577^2 / .1^2)^2 = 1.78 degrees
+    # of freedom, t = 4.859: 4.859 * .1155 = .561. Edges: no spread over images, seeds -6 and -2. Depth has no edge arm.
+    assert both.rows == [["emtal − alone", "−0.90 ± 0.56", "–", "–"], ["edge − emtal", "–", "−4.0 ± 25.4", "–"]]
     assert [row[1] for row in seeds.rows] == ["−0.9 ± 1.3", "–"]
     assert [row[2] for row in seeds.rows] == ["–", "−4.0 ± 25.4"]
+
+
+def test_pairs_are_shown_under_attacks_too(tmp_path):
+    """Equal on clean images and not under attack, on two sets; of many corruptions none."""
+    values = {CLEAN: ([0.5, 0.7], [0.5, 0.7]), PGD: ([0.1, 0.3], [0.4, 0.6])}
+    values |= {corruption("fog", severity): ([0.1, 0.3], [0.1, 0.3]) for severity in (1, 2, 3, 4)}
+    for data in ("digits", "crops"):
+        for condition, arms in values.items():
+            for arm, of_arm in zip(("plain", "robust"), arms):
+                add(tmp_path, Score("few-shot", data, "5-way 1-shot", measure(of_arm), condition, "episodes"), arm)
+    add(tmp_path, Score("few-shot", "digits", "5-way 1-shot", measure([0.2, 0.2]), CLEAN, "episodes"), "frozen")
+    table = tables(tmp_path, arms=["plain", "robust"])["Over examples"]
+    names = [f"{data}: accuracy in % ↑, n = {n}" for data, n in (("digits", 2), ("crops", 2), ("average", 4))]
+    assert table.heads == ["Arms", "Condition", *names] and table.texts == 2
+    assert table.rows == [
+        ["robust − plain", "clean", *["0.0 ± 0.0"] * 3],
+        ["robust − plain", PGD.label, *["+30.0 ± 0.0"] * 3],
+    ]
 
 
 def test_arms_with_other_images_are_not_paired(folder):
     path = folder / "records" / "depth-rooms-test-alone-RMSE-in-m.jsonl"
     rows = read_lines(path)
     write_lines(path, [{**row, "example": row["example"].replace("2", "7")} for row in rows])
-    assert [row[1] for row in tables(folder)["Over examples"].rows] == ["–"]
+    assert [row[1] for row in tables(folder)["Over examples and seeds"].rows] == ["–"]
     write_lines(
         path, [{**row, "clean": row["clean"] + 0.2 * (row["clean"] == 2.1)} for row in rows]
     )  # nor where records give another number
-    assert "emtal − alone" not in [row[0] for row in tables(folder)["Over examples"].rows]
+    assert "emtal − alone" not in [row[0] for row in tables(folder)["Over examples and seeds"].rows]
 
 
 def test_one_seed_has_no_spread(folder):
@@ -150,9 +169,14 @@ def test_the_average_is_over_the_sets_of_a_seed():
             ("x", "b", 0, 0.6), ("x", "b", 1, 0.6), ("y", "b", 0, 0.2),
         )
     ]  # fmt: skip
-    rows.append(result("x", "b", PGD, value=0.0, seed=0))
+    rows.append(result("x", "b", PGD, value=0.0, n=10))
     rows.append(result("x", "frozen", value=0.1))
-    x, y, average = arm_scores(rows, ["a", "b"])
+    x, y, average, attacked = arm_scores(rows, ["a", "b"])
+    assert (attacked.data, attacked.row.condition, list(attacked.arms)) == (
+        "x",
+        PGD.label,
+        ["b"],
+    )  # of one set no average
     assert [score.data for score in (x, y, average)] == ["x", "y", "average"]
     assert x.seeds == {("a", 0): 0.5, ("a", 1): 0.7, ("b", 0): 0.6, ("b", 1): 0.6}  # clean alone
     # a: ((50 + 90) / 2, (70 + 10) / 2); b has seed 0 of y alone, so that it has no mean of another seed

@@ -110,10 +110,12 @@ def test_apgd_t_breaks_the_images_that_the_papers_algorithm_breaks(norm, epsilon
     spec = AttackSpec("apgd_t", epsilon, norm=norm, seed=1)
     order, right = net(clean.double()).argsort(1, descending=True), []
     for i, start in list(enumerate(starts(spec)))[::11]:
-        visited = [clean[i]]
+        stands = order[i, 0] == labels[i]
         for target in [k for k in order[i].tolist() if k != labels[i]]:
-            visited += plain_apgd(losses(net, labels[i], target), clean[i], start, epsilon, norm, 100)[0]
-        right.append(bool((net(torch.stack(visited).double()).argmax(1) == labels[i]).all()))
+            if stands:  # else one point is wrong already
+                visited = plain_apgd(losses(net, labels[i], target), clean[i], start, epsilon, norm, 100)[0]
+                stands = (net(torch.stack(visited).double()).argmax(1) == labels[i]).all()
+        right.append(bool(stands))
     assert survivors(spec)[::11].tolist() == right and 0 < sum(right) < len(right)
 
 
@@ -135,7 +137,7 @@ def test_a_step_is_halved_when_nothing_has_changed_since_the_last_checkpoint():
     """Steps that rise more than 75 % of the time without a new best loss, which a loop seldom meets."""
     zeros, image = torch.zeros(4), torch.zeros(4, 3, 2, 2)
     values = {name: image for name in ("images", "previous", "gradient", "best", "best_gradient")}
-    values |= {name: zeros for name in ("loss", "density", "count", "checked_loss")}
+    values |= {name: zeros for name in ("loss", "density", "count", "checked_loss", "best_logits")}
     values |= {"best_loss": torch.tensor([0.0, 0.0, 1.0, 1.0]), "reduced": torch.tensor([False, True, False, True])}
     state = _State(**values, step=torch.ones(4), rises=torch.full((4,), 10.0))
     _check_progress(state, 10)

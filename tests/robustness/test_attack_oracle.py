@@ -64,7 +64,7 @@ def needs_the_oracle():
     ("name", "norm", "epsilon", "options", "expected", "slack"),
     [
         ("apgd_ce", "linf", LINF, {"restarts": 5}, 9, 1),
-        ("apgd_ce", "l2", L2, {"restarts": 5}, 21, 1),
+        pytest.param("apgd_ce", "l2", L2, {"restarts": 5}, 21, 1, marks=pytest.mark.slow),
         pytest.param("fab", "linf", LINF, {"restarts": 5}, 8, 1, marks=pytest.mark.slow),
         pytest.param("square", "linf", LINF, {"steps": 1000}, 35, 3, marks=pytest.mark.slow),
         ("pgd", "linf", LINF, {"steps": 40, "step_size": LINF / 8, "restarts": 1}, 13, 2),

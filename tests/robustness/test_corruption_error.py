@@ -3,7 +3,10 @@
 import pytest
 
 from vismt.errors import UserError
+from vismt.jobs.robustness.evaluation import ACCURACY, corruption_errors
+from vismt.report.results import Score
 from vismt.robustness.corruption_error import mean_corruption_error
+from vismt.stats import Condition, Measure
 
 ERRORS = {"fog": {1: 0.1, 3: 0.3}, "snow": {1: 0.6}}
 BASELINE = {"fog": {1: 0.2, 2: 0.9, 3: 0.6}, "snow": {1: 0.8}, "frost": {1: 0.5}}
@@ -12,6 +15,17 @@ BASELINE = {"fog": {1: 0.2, 2: 0.9, 3: 0.6}, "snow": {1: 0.8}, "frost": {1: 0.5}
 def test_without_a_baseline_it_is_the_mean_error_with_equal_weights_of_corruptions():
     # fog: (0.1 + 0.3) / 2 = 0.2; snow: 0.6; mean (0.2 + 0.6) / 2 = 0.4, where the mean over all three is 0.333.
     assert mean_corruption_error(ERRORS) == pytest.approx(0.4, abs=1e-12)
+
+
+def test_the_row_of_a_run_weighs_corruptions_alike_whatever_their_severities():
+    # One image: wrong under snow, right under five severities of fog, so 1/2 and not 1/6.
+    def score(name, severity, right):
+        measure = Measure(ACCURACY, {"image": right})
+        return Score("robustness", "set", "", measure, Condition(f"{name} {severity}", "corruption", name, severity))
+
+    scores = [score("fog", severity, 1.0) for severity in range(1, 6)] + [score("snow", 1, 0.0)]
+    ((row,),) = corruption_errors({"arm": scores}).values()
+    assert row.measure.values == {"image": 0.5}
 
 
 def test_a_baseline_normalises_each_corruption():

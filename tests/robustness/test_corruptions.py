@@ -121,6 +121,39 @@ def test_motion_blur_is_a_line():
     assert columns.min() >= -1 and 10 < columns.max() <= 31 and rows.abs().max() <= columns.max()
 
 
+class Given:
+    """A generator whose draws are given; `bounds` of each."""
+
+    def __init__(self, *draws):
+        self.draws, self.bounds = list(draws), []
+
+    def uniform(self, low, high, size):
+        self.bounds.append((low, high))
+        return np.broadcast_to(self.draws.pop(0), size)
+
+
+@pytest.mark.parametrize("side", [224, 112])
+@pytest.mark.parametrize(
+    ("severity", "strength", "sigma", "jitter"),
+    [(1, 488, 170.8, 24.4), (3, 12.2, 2.44, 4.88), (4, 17.08, 2.44, 4.88), (5, 29.28, 2.44, 4.88)],
+)
+def test_elastic_lengths_are_the_published_ones(severity, strength, sigma, jitter, side):
+    """Pixels of ImageNet-C at 224 pixels, in proportion at other sizes."""
+    unit = side / 224
+    rows = np.mgrid[:side, :side][0] / 1000
+    image = np.stack([rows] * 3, -1)
+    rng = Given(0.0, np.array([0.001, 0.0])[:, None, None])  # no affine map; every pixel moved alike
+    shifted = CORRUPTIONS["elastic_transform"](image, severity - 1, rng, unit)
+    assert rng.bounds[0] == pytest.approx((-jitter * unit, jitter * unit)) and rng.bounds[1] == (-1, 1)
+    assert (shifted - image)[side // 4, side // 2] == pytest.approx(strength * unit * 1e-6, rel=1e-6)
+    if sigma < 10:
+        point = np.zeros((2, side, side))
+        point[0, side // 2, side // 2] = 1
+        moved = CORRUPTIONS["elastic_transform"](image, severity - 1, Given(0.0, point), unit) - image
+        spread = 1000 * moved.sum() / 3 / (strength * unit), 1000 * moved.max() / (strength * unit)
+        assert spread == pytest.approx((1, 1 / (2 * np.pi * (sigma * unit) ** 2)), rel=0.03)
+
+
 def test_severity_is_alike_at_other_resolutions():
     for name in ("gaussian_noise", "fog", "snow", "zoom_blur", "motion_blur", "contrast"):
         large, small = (change(picture(side, side), name, 4) for side in (224, 56))

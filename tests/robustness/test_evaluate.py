@@ -204,6 +204,30 @@ def test_honest_gradients_pass_and_masked_ones_are_caught():
         check_masking(Rounded(), batches(), PGD, num_classes=3)
 
 
+@pytest.mark.parametrize(
+    ("name", "norm", "epsilon", "end"),
+    [
+        ("pgd", "l2", 0.5, 4.34711),
+        ("apgd_ce", "l2", 0.5, 4.34711),
+        ("pgd", "l1", 3, 75.2941),
+        ("apgd_ce", "l1", 3, 75.2941),
+    ],
+)
+def test_honest_attacks_of_other_norms_pass_at_radii_of_their_norm(name, norm, epsilon, end):
+    """64/255 in each of 300 numbers has l2 norm 64/255 sqrt(300) and l1 norm 64/255 * 300."""
+    spec = AttackSpec(name, epsilon, norm=norm, steps=10)
+    result = check_masking(Linear(), batches(), spec, num_classes=3)
+    assert result.passed and result.epsilons[:4] == (0, epsilon / 2, epsilon, 2 * epsilon)
+    assert result.epsilons[4] == pytest.approx(end, abs=1e-4) and result.accuracies[-1] == 0
+    assert result.verdict().endswith(f"points against strong at {epsilon}")
+    masked = check_masking(Misleading(), batches(), spec, num_classes=3)
+    assert f"at {end:.6g}, chance is 33.3 %" in masked.verdict() and "/255" not in masked.verdict()
+
+
+def test_radii_of_the_check_stay_in_the_range_of_pixels():
+    assert check_masking(Linear(), batches(), AttackSpec(epsilon=0.6), num_classes=3).epsilons[-1] == 1
+
+
 def test_steps_that_cannot_cross_the_ball_fail_the_check():
     paper = check_masking(Linear(), batches(), AttackSpec("pgd_paper", 8 / 255), num_classes=3)
     assert paper.reach == pytest.approx(1.0) and not paper.passed

@@ -7,7 +7,9 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from vismt.robustness.norms import project, random_start, size, steepest
+from vismt.robustness.attacks import AttackSpec
+from vismt.robustness.checks import within_budget
+from vismt.robustness.norms import NORMS, project, random_start, size, size_of_all, steepest
 
 
 def drawn(seed, count=1, side=2):
@@ -102,3 +104,16 @@ def test_random_starts_fill_the_ball_by_the_seed_of_each_image(norm, edge):
         assert share.min() < 0.05 and 0.4 < share.mean() < 0.6  # a uniform radius
     again = random_start(images[:2], radius, norm, [5, 17], edge=edge)
     assert torch.allclose(again, starts[[5, 17]]) and not torch.allclose(starts[0], starts[1])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_rounding_of_every_pixel_is_within_the_budget(norm):
+    """The numbers of a photograph are rounded to 2^-24 each, which adds up in l1."""
+    generator = torch.Generator().manual_seed(0)
+    clean = 0.4 + 0.2 * torch.rand(2, 3, 96, 96, generator=generator)
+    change = torch.randn(clean.shape, generator=generator)
+    epsilon = 1e-3 * size_of_all(clean, norm)
+    moved = project(clean, clean + change, epsilon, norm)
+    assert torch.equal(within_budget(clean, moved, AttackSpec(epsilon=epsilon, norm=norm)), moved)
+    with pytest.raises(RuntimeError, match="left its budget"):
+        within_budget(clean, clean + 1.002 * (moved - clean), AttackSpec(epsilon=epsilon, norm=norm))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -39,6 +40,7 @@ def test_a_linf_query_moves_one_square_window_to_corners_of_the_ball(monkeypatch
         assert torch.allclose((moved - clean).abs()[moved != clean], torch.tensor(0.1))
 
 
+@cache
 def in_turn(spec):
     """Ask one query after the other of all images; return the kept images and margins after each."""
     net, clean, labels = victim_case()

@@ -21,6 +21,7 @@ from vismt.backbones import convert
 from vismt.backbones.cards import AssetCard, list_assets, load_asset_card
 from vismt.backbones.sources import WeightsSource, assets_root, check_sha256, sha256_of
 from vismt.errors import UserError, WeightsUnavailable
+from vismt.files import parse_json
 from vismt.paths import cache_root
 from vismt.scratch import scratch_beside
 from vismt.wheels import MEGABYTE, SourceFailed
@@ -142,7 +143,7 @@ def _problem(card: AssetCard) -> str | None:
     if not kept.is_file():
         return "empty"
     try:
-        record = json.loads((kept.parent / RECORD).read_text(encoding="utf8"))
+        record = parse_json((kept.parent / RECORD).read_text(encoding="utf8"))
         promised, origin = record["sha256"], record["source_sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return f"{RECORD} is missing or unreadable"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
+        bad = next((word for word in arguments or sys.argv[1:] if word != console.printable(word)), None)
+        if bad is not None:  # reports and run.json hold the command and the names of files
+            raise UserError(f"'{bad}' is not UTF-8; rename the file or folder.")
         return options.runner(options) or 0
     except UserError as error:
         if options.debug:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vismt import console
 from vismt.cli.commands import Commands
+
+if TYPE_CHECKING:
+    from vismt.cache import Deletable
 
 
 def add_commands(commands: Commands) -> None:
@@ -19,7 +23,11 @@ def add_commands(commands: Commands) -> None:
     compare.add_argument("--arm", action="append", default=[], help="keep this arm only; may be repeated (all)")
     compare.add_argument("--out", type=Path, help="folder of the report (runs/compare-FIRST-LAST)")
     add_format(compare)
-    clean = commands.add("clean", _clean, "delete run folders in which nothing is done, and cached files; asks first")
+    clean = commands.add(
+        "clean",
+        _clean,
+        "delete run folders in which nothing is done, and what vismt put into its cache; asks first",
+    )
     clean.add_argument("--runs", type=Path, default=Path("runs"), help="parent of the run folders (runs)")
     clean.add_argument("--yes", action="store_true", help="delete without asking")
 
@@ -51,19 +59,25 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _clean(options: argparse.Namespace) -> None:
+    from vismt.cache import deletable
     from vismt.paths import cache_root
-    from vismt.report.overview import STUB, list_runs
+    from vismt.report.overview import stub
 
-    stubs = [row.folder for row in list_runs(options.runs) if row.state == STUB]
-    cache = cache_root()
-    caches = (
-        sorted(path for path in cache.iterdir() if path.is_dir() and not path.is_symlink()) if cache.is_dir() else []
-    )
-    if not stubs and not caches:
-        console.stage("clean", f"nothing to delete in {options.runs} and {cache}")
-    for folder in [*stubs, *caches]:
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        what = "run in which nothing is done" if folder in stubs else "cache, downloaded or computed again when needed"
-        if options.yes or console.ask(f"delete {folder} ({what}, {size / 1e6:,.1f} MB)?"):
-            shutil.rmtree(folder)
-            console.stage("clean", f"deleted {folder}")
+    def found() -> Iterator[Deletable]:
+        yield from filter(None, map(stub, sorted(options.runs.glob("*"))))
+        yield from deletable(cache_root())
+
+    nothing = True
+    for item in found():
+        nothing = False
+        if not options.yes:
+            if not console.ask(f"delete {item.folder}: {item.why} ({item.size / 1e6:,.1f} MB)?"):
+                continue
+            # A run may have started in the folder in the meantime.
+            if item.folder not in (again.folder for again in found()):
+                continue
+        item.delete()
+        rest = "; the rest of the folder is not vismt's and stays" if item.folder.exists() else ""
+        console.stage("clean", f"deleted {item.folder}: {item.why}{rest}")
+    if nothing:
+        console.stage("clean", f"nothing to delete in {options.runs} and {cache_root()}")

@@ -11,7 +11,6 @@ from vismt.cli.commands import Commands
 from vismt.cli.folders import add_format, formats_of
 from vismt.errors import UserError
 
-PARTS = "parts"  # holds the locks of a run's parts
 ROBUSTBENCH = "robustbench"  # a format of reports that only robustness runs have
 
 if TYPE_CHECKING:
@@ -75,7 +74,6 @@ def _run(options: argparse.Namespace) -> None:
 def _run_units(run: Run, part: tuple[int, int] | None, workers: str | None) -> None:
     """Run the units of a study in several processes: by workers, or one part of a job array."""
     from vismt.engine import runtime
-    from vismt.files import locked
     from vismt.jobs.units import run_part, run_with_workers
 
     if part and workers:
@@ -83,8 +81,7 @@ def _run_units(run: Run, part: tuple[int, int] | None, workers: str | None) -> N
     if runtime.processes().num_processes > 1:
         raise UserError("run: --part and --workers start under one process, not under torchrun or accelerate launch.")
     if part:
-        with locked(run.folder / PARTS / "-of-".join(map(str, part))):
-            run_part(run, *part)
+        run_part(run, *part)
     elif workers:
         with run.owned():
             run_with_workers(run, workers)
@@ -122,6 +119,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     from vismt.jobs import open_run
+    from vismt.jobs.units import PARTS
     from vismt.report.results import RESULTS
 
     formats = formats_of(options, ROBUSTBENCH)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from vismt.data.source_types import Card, Files, RootedSource, file_groups, sour
 from vismt.data.sources import fix, shown_path, verify_classes, verify_counts
 from vismt.errors import UserError
 from vismt.typed_yaml import RelativePath
+
+MAX_BYTES = 4 * 2**30  # of the arrays of a file, which stay in memory; a kilobyte of a zip can stand for a megabyte
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 @source_kind("arrays")
@@ -48,7 +52,7 @@ class ArraysSource(RootedSource, ImageSource):
             parts[name] = images, _labels(arrays, f"y{suffix}", len(images), shown)
         verify_counts(card, self, base, {name: len(images) for name, (images, _) in parts.items()})
         labels = [label for _, part in parts.values() for label in part]
-        classes = [str(name) for name in arrays.get("classes", range(card.classes))]
+        classes = [str(name) for name in arrays.get("classes", np.arange(card.classes)).reshape(-1)]
         verify_classes(card, self, base, len(classes))
         if labels and not 0 <= min(labels) <= max(labels) < len(classes):
             raise UserError(
@@ -71,10 +75,35 @@ def _open(card: Card, path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise UserError(f"{card.shown}: no file '{shown_path(path)}'. {fix(card)}")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{shown_path(path)}: cannot be read as npz: {error}. {fix(card)}") from error
+        with zipfile.ZipFile(path) as archive:
+            left = MAX_BYTES
+            arrays = {}
+            for member in archive.infolist():
+                with archive.open(member) as file:
+                    array = _array(file, left)
+                arrays[member.filename.removesuffix(".npy")] = array
+                left -= array.nbytes
+            return arrays
+    except Exception as error:  # zipfile, zlib and NumPy raise whatever the damage leads to
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{shown_path(path)}: cannot be read as npz: {reason}. {fix(card)}") from error
+
+
+def _array(file: IO[bytes], most: int) -> np.ndarray:
+    """Return the array of a member, for which memory is taken as its bytes arrive, not as its header claims."""
+    version = np.lib.format.read_magic(file)
+    if version not in HEADERS:
+        raise ValueError(f"format {version} of an array; (1, 0) and (2, 0) are read")
+    shape, by_columns, dtype = HEADERS[version](file)
+    size = math.prod(shape) * dtype.itemsize
+    if dtype.hasobject:
+        raise ValueError("Object arrays cannot be loaded when allow_pickle=False")
+    if min(shape, default=0) < 0 or size > most:
+        raise ValueError(f"an array of shape {shape} has {size:,} bytes; {MAX_BYTES:,} are read in all")
+    data = file.read(size)
+    if len(data) != size:
+        raise ValueError(f"{len(data):,} of the {size:,} bytes of an array of shape {shape}")
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if by_columns else "C")
 
 
 def _images(arrays: Mapping[str, np.ndarray], key: str, shown: str) -> np.ndarray:
@@ -82,16 +111,23 @@ def _images(arrays: Mapping[str, np.ndarray], key: str, shown: str) -> np.ndarra
     if key in arrays:
         images = arrays[key]
     elif f"{key}_packed" in arrays and "shape" in arrays:
-        shape = tuple(int(size) for size in arrays["shape"])
-        rows, bits = arrays[f"{key}_packed"], int(np.prod(shape[1:]))
-        if rows.dtype != np.uint8 or rows.shape != (shape[0], -(-bits // 8)):
+        shape = tuple(_labels(arrays, "shape", arrays["shape"].size, shown))
+        rows = arrays[f"{key}_packed"]
+        bits = math.prod(shape[1:])
+        if (
+            min(shape, default=-1) < 0
+            or rows.size > MAX_BYTES // 8
+            or rows.dtype != np.uint8
+            or rows.shape != (shape[0], -(-bits // 8))
+        ):
             raise UserError(
                 f"{shown}: '{key}_packed' is {rows.dtype} {rows.shape}, which does not hold images of shape {shape}."
             )
         images = np.unpackbits(rows, axis=1, count=bits).reshape(shape) * np.uint8(255)
     else:
         raise UserError(f"{shown}: no array '{key}' or '{key}_packed' with 'shape'; it holds {sorted(arrays)}.")
-    if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 3)):
+    fits = images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 3)
+    if images.dtype != np.uint8 or not fits or 0 in images.shape[1:]:
         raise UserError(f"{shown}: '{key}' is {images.dtype} {images.shape}, must be uint8 (n, h, w) or (n, h, w, 3).")
     return images
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vismt.data.names import CARDS, FILES
 from vismt.data.plain_sets import plain_card
-from vismt.data.source_types import KINDS, Card, DataSource
+from vismt.data.source_types import KINDS, MOST_CLASSES, Card, DataSource
 from vismt.data.text_set import TextSource
 from vismt.errors import UserError, near
 from vismt.paths import shipped
@@ -54,8 +54,8 @@ def load_card(name_or_path: str | Path) -> Card:
         raise UserError(f"{where}: name '{card.name}' must be letters, digits, '_', '-' or '.'.")
     if card.groups is not None and len(card.sources_of(TextSource)) == len(sources):
         raise UserError(f"{where}: 'groups' is for images; leave it out.")
-    if card.classes < 0:
-        raise UserError(f"{where}: 'classes' is {card.classes}, must be a count of classes.")
+    if not 0 <= card.classes <= MOST_CLASSES:
+        raise UserError(f"{where}: 'classes' is {card.classes}, must be a count of classes, at most {MOST_CLASSES:,}.")
     return card
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from dataclasses import dataclass, field
+from glob import glob
 from pathlib import Path
 
 from vismt.data.decode import decode_file
@@ -74,7 +75,8 @@ class TableSource(RootedSource, ImageSource):
         parts = {name: self._read_rows(card, base, name) for name in self.wanted(split)}
         rows = [row for part in parts.values() for row in part]
         paths = self._find(card, base, [name for name, _ in rows])
-        labels = [self.keep.index(label) for _, label in rows]
+        number = {name: label for label, name in enumerate(self.keep)}
+        labels = [number[label] for _, label in rows]
         verify_counts(card, self, base, {name: len(part) for name, part in parts.items()})
         verify_classes(card, self, base, len(set(labels)))
         ids = [path.relative_to(base).as_posix() for path in paths]
@@ -93,7 +95,7 @@ class TableSource(RootedSource, ImageSource):
         shown = shown_path(path)
         only = self.only.get(split, {})
         columns = [self.column, *([self.label] if self.label else self.keep), *only]
-        rows = []
+        rows, kept = [], set(self.keep)
         try:
             with regular_file(path).open(newline="", encoding="utf-8-sig") as file:
                 table = csv.DictReader(file, delimiter=DELIMITERS.get(path.suffix, ","))
@@ -106,7 +108,7 @@ class TableSource(RootedSource, ImageSource):
                     where = f"{shown}: line {table.line_num}"
                     name = relative_path(_inside(row[self.column] or "", base) + self.suffix, where)
                     label = row[self.label] if self.label else _one_hot(row, self.keep, where)
-                    if label in self.keep:
+                    if label in kept:
                         rows.append((name, label))
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{card.shown}: table '{shown}' cannot be read: {error}. {fix(card)}") from error
@@ -114,7 +116,9 @@ class TableSource(RootedSource, ImageSource):
 
     def _find(self, card: Card, base: Path, names: list[str]) -> list[Path]:
         """Return the file of each name in the first of the folders that has it."""
-        folders = [folder for pattern in self.folders for folder in _matches(base, pattern) if folder.is_dir()]
+        # Not Path.glob, which raises for some patterns (a**b), others in every version of Python.
+        found = (base / name for text in self.folders for name in glob(text, root_dir=base, recursive=True))
+        folders = [path for path in found if path.is_dir()]
         paths = [next((p for folder in folders if (p := folder / name).is_file()), None) for name in names]
         absent = [f"'{name}'" for name, path in zip(names, paths, strict=True) if path is None]
         if absent:
@@ -129,10 +133,6 @@ def _inside(name: str, base: Path) -> str:
     """Return an absolute path inside `base` relative to it, and any other name as it is."""
     path = Path(name)
     return path.relative_to(base).as_posix() if path.is_absolute() and path.is_relative_to(base) else name
-
-
-def _matches(base: Path, pattern: str) -> list[Path]:
-    return [base] if pattern == "." else sorted(base.glob(pattern))
 
 
 def _one_hot(row: dict[str, str], keep: list[str], where: str) -> str:

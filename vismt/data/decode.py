@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from vismt.errors import UserError
@@ -51,6 +51,12 @@ def to_rgb(image: Image.Image) -> Tensor:
         image = Image.alpha_composite(Image.new("RGBA", clear.size, (255, 255, 255, 255)), clear)
     pixels = np.array(image.convert("RGB"), dtype=np.uint8)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def orientation_of(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image that is not loaded yet, 1 where it is shown as it is stored."""
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return orientation if orientation in range(2, 9) else 1
 
 
 @contextmanager

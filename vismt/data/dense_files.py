@@ -9,9 +9,8 @@ from pathlib import Path
 
 from vismt.data.decode import SUFFIXES
 from vismt.data.dense_maps import MAP_FORMS, MapSettings, read_maps
-from vismt.data.dense_sample import MAPS, Sample
+from vismt.data.dense_sample import MAPS
 from vismt.data.dense_set import DenseSet, DenseSource, check_camera
-from vismt.data.derived import normals_by_camera
 from vismt.data.pascal_context import PARTS
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
 from vismt.data.sources import fix, shown_path, verify_counts
@@ -125,15 +124,10 @@ class DenseFilesSource(RootedSource, DenseSource):
             raise UserError(f"{card.shown}: no image of split '{split}' found under {shown_path(base)}.")
         classes = self._class_names(card)
         normal_classes = card.read_json(self.normal_classes) if self.normal_classes else {}
-        settings = MapSettings(len(classes), self.void, self.first, self.edge_above, self.axes, normal_classes)
+        camera = self.camera if "normals" in self.derive else {}
+        settings = MapSettings(len(classes), self.void, self.first, self.edge_above, self.axes, normal_classes, camera)
         targets = {MAP_FORMS[name].target for pair in paths for name in pair if name != "image"}
         targets |= {target for target, origin in self.derive.items() if origin in targets}
-
-        def stored(i: int) -> Sample:
-            sample = read_maps(paths[i], settings)
-            if "normals" in self.derive and "depth" in sample:
-                sample["normals"] = normals_by_camera(sample["depth"], self.camera)
-            return sample
 
         return DenseSet(
             name=card.name,
@@ -141,7 +135,7 @@ class DenseFilesSource(RootedSource, DenseSource):
             classes=classes,
             targets=[target for target in MAPS if target in targets],
             ids=[pair["image"].relative_to(base).as_posix() for pair in paths],
-            stored=stored,
+            stored=lambda i: read_maps(paths[i], settings),
             parts=list(PARTS) if "parts" in targets else [],
             inverse_depth=self.inverse_depth,
             where=shown_path(base),

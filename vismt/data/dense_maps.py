@@ -1,7 +1,7 @@
 """Forms of map files, and how each becomes a target of the dense sample.
 
     label          class index, `first` is class 0 and `void` is unlabelled: 8-bit image or npy of whole numbers
-    depth_mm       16-bit image of millimetres, 0 = none
+    depth_mm       16-bit image of millimetres, 0 = none (8 bits, up to 255 mm, are no depth of a scene)
     depth_512      16-bit image of 1/512 m, 65535 = none (Taskonomy)
     depth_m        npy of metres
     inverse_depth  npy of disparities or other multiples of 1/depth, unchanged
@@ -13,6 +13,9 @@
 
 An npy file of normals holds the vectors (h, w, 3), whatever its name. Depth is missing where it is zero, negative or not finite.
 A normal is missing where the vector is far from unit length, as (0, 0, 0), white and the middle grey of an 8-bit image are.
+
+Maps belong to the stored pixels of their image, as the loaders of published sets pair them: the EXIF orientation of an image
+turns its maps, too. A map with an orientation of its own, or of the size that the image has after turning, is not turned again.
 """
 
 from __future__ import annotations
@@ -24,9 +27,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import ImageOps
 
-from vismt.data.decode import decode_file, decoding, open_image, read_bytes
+from vismt.data.decode import decoding, is_image_name, open_image, orientation_of, read_bytes, to_rgb
 from vismt.data.dense_sample import IGNORE, Sample
+from vismt.data.dense_transforms import turn, turned_vectors
+from vismt.data.derived import normals_by_camera
 from vismt.data.pascal_context import read_context, read_parts
 from vismt.errors import UserError
 
@@ -36,12 +42,18 @@ UNIT_LENGTH = (0.5, 1.5)  # what an 8-bit or interpolated unit vector may have b
 
 def read_array(path: Path) -> np.ndarray:
     """Return the raw values of an image or npy file without colour conversion. Raises UserError for a damaged file."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[np.ndarray, int]:
+    """Return the raw values of a file, turned by its own EXIF orientation, and that orientation, 1 for none."""
     data = read_bytes(path)
     if path.suffix.lower() == ".npy":
         with decoding(str(path), "Replace the file."):
-            return np.load(io.BytesIO(data), allow_pickle=False)
+            return np.load(io.BytesIO(data), allow_pickle=False), 1
     with open_image(data, str(path), "Replace the file.") as image:
-        return np.array(image)
+        orientation = orientation_of(image)
+        return np.array(image if orientation == 1 else ImageOps.exif_transpose(image)), orientation
 
 
 def _plane(path: Path, what: str, kinds: str) -> np.ndarray:
@@ -55,17 +67,22 @@ def _plane(path: Path, what: str, kinds: str) -> np.ndarray:
     return values
 
 
-def read_image(path: Path) -> Sample:
-    """Return `image`, float32 (3, h, w) in [0, 1], of an image file or an npy (h, w, 3) of bytes or of values in [0, 1]."""
+def read_image(path: Path) -> tuple[Sample, int]:
+    """Return `image`, float32 (3, h, w) in [0, 1], of an image file or an npy (h, w, 3) of bytes or of values in [0, 1].
+
+    The second value is the EXIF orientation by which the image was turned, 1 for none.
+    """
     if path.suffix.lower() != ".npy":
-        return {"image": decode_file(path).to(torch.float32) / 255}
+        with open_image(read_bytes(path), str(path)) as image:
+            orientation = orientation_of(image)
+            return {"image": to_rgb(image).to(torch.float32) / 255}, orientation
     values = read_array(path)
     if values.ndim != 3 or values.shape[2] != 3 or not (values.dtype == np.uint8 or values.dtype.kind == "f"):
         raise UserError(f"{path}: an image must be (h, w, 3) of bytes or floats, is {values.dtype} {values.shape}.")
     scaled = values / 255 if values.dtype == np.uint8 else values
     if not (scaled.min(initial=0) >= -1e-3 and scaled.max(initial=0) <= 1 + 1e-3):
         raise UserError(f"{path}: the values of an image must lie in [0, 1], are {scaled.min():g} to {scaled.max():g}.")
-    return {"image": torch.from_numpy(scaled.astype(np.float32)).permute(2, 0, 1).contiguous().clamp_(0, 1)}
+    return {"image": torch.from_numpy(scaled.astype(np.float32)).permute(2, 0, 1).contiguous().clamp_(0, 1)}, 1
 
 
 def read_label(path: Path, classes: int, void: int | None, first: int = 0) -> Sample:
@@ -93,7 +110,13 @@ def read_depth(name: str, path: Path) -> Sample:
             raise UserError(f"{path}: {name} is read from .npy files; an image of millimetres is depth_mm.")
         metres = _plane(path, "a depth map must be one channel of floats", "f").astype(np.float32)
     else:
-        raw = _plane(path, "a depth map must be one channel of whole numbers", "ui").astype(np.int64)
+        what = f"a depth map in {name} must be one channel of whole numbers of 16 bits or more"
+        raw = _plane(path, what, "ui")
+        if raw.dtype.itemsize < 2:
+            raise UserError(
+                f"{path}: {what}, is {raw.dtype} {raw.shape}; convert the set's 8-bit depth by its own scale."
+            )
+        raw = raw.astype(np.int64)
         if name == "depth_512":
             metres = (np.where(raw == 65535, 0, raw) / 512).astype(np.float32)
         else:
@@ -103,7 +126,7 @@ def read_depth(name: str, path: Path) -> Sample:
 
 def read_normal(name: str, path: Path, axes: list[int]) -> Sample:
     """Return `normals`, the stored components times `axes`."""
-    values = read_array(path)
+    values, orientation = _read(path)
     is_image = path.suffix.lower() != ".npy"
     fits = values.dtype == np.uint8 if is_image else values.dtype.kind == "f"
     if values.ndim != 3 or values.shape[2] != 3 or not fits:
@@ -113,6 +136,8 @@ def read_normal(name: str, path: Path, axes: list[int]) -> Sample:
     if is_image:
         vectors = (vectors - 1) / 127 - 1 if name == "normal" else vectors / 127.5 - 1
     vectors = vectors * torch.tensor(axes, dtype=torch.float32)[:, None, None]
+    if orientation != 1:
+        vectors = turned_vectors(vectors, orientation)
     length = vectors.norm(dim=0)
     good = (length > UNIT_LENGTH[0]) & (length < UNIT_LENGTH[1])
     return {"normals": torch.where(good, vectors / length, 0.0)}
@@ -139,6 +164,7 @@ class MapSettings:
         edge_above: share of the largest value from which a pixel is an edge.
         axes: signs that turn stored normals to x right, y up, z towards the camera.
         normal_classes: PASCAL-Context classes on which distilled normals count, name -> number; empty for all.
+        camera: fx, fy, cx, cy in stored pixels, for normals that are derived from depth; empty to derive none.
     """
 
     classes: int
@@ -147,6 +173,7 @@ class MapSettings:
     edge_above: float = 0.5
     axes: list[int] = field(default_factory=lambda: [1, 1, 1])
     normal_classes: dict[str, int] = field(default_factory=dict)
+    camera: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -188,7 +215,7 @@ MAP_FORMS = {
 
 
 def read_maps(paths: dict[str, Path], settings: MapSettings) -> Sample:
-    """Return the sample of one image and those of its maps that are there, before anything is derived.
+    """Return the sample of one image and those of its maps that are there, before edges are derived.
 
     Args:
         paths: file of the "image" and of each map by its name in MAP_FORMS.
@@ -196,18 +223,24 @@ def read_maps(paths: dict[str, Path], settings: MapSettings) -> Sample:
     Raises:
         UserError: a damaged file, values that the map cannot hold, a map of another size; it names the file.
     """
-    sample = read_image(paths["image"])
+    sample, orientation = read_image(paths["image"])
     size = sample["image"].shape[-2:]
+    stored = size[::-1] if orientation > 4 else size
     for name, path in paths.items():
         if name == "image":
             continue
         maps = MAP_FORMS[name].read(path, settings)
+        if settings.camera and "depth" in maps:
+            maps["normals"] = normals_by_camera(maps["depth"], settings.camera)
         for values in maps.values():
-            if values.shape[-2:] != size:
+            if values.shape[-2:] not in (size, stored):
                 raise UserError(
                     f"{path}: the map is {tuple(values.shape[-2:])}, its image is {tuple(size)}. No map is resized on reading: "
                     "bring the file to the size of its image, by nearest neighbour."
                 )
+        if orientation != 1 and all(values.shape[-2:] == stored for values in maps.values()):
+            turned = is_image_name(path.name) and _read(path)[1] != 1
+            maps = maps if turned else turn(maps, orientation)
         sample |= maps
     where = sample.pop(NORMALS_COUNT, None)
     if where is not None and "normals" in sample:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vismt.data.dense_sample import Sample
 from vismt.data.derived import edges_from_depth, edges_from_labels
-from vismt.data.source_types import Card, DataSource
+from vismt.data.source_types import Card, DataSource, check_names
 from vismt.errors import UserError
 
 CAMERA = ("fx", "fy", "cx", "cy")
@@ -49,6 +49,9 @@ class DenseSet:
     labels: Tensor | None = None
     edges: str | None = None
     groups: Mapping[str, Any] | None = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_names(self.ids)
 
     def __len__(self) -> int:
         return len(self.ids)

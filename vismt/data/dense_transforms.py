@@ -28,6 +28,11 @@ from vismt.data.dense_sample import CLASS, IGNORE, MAPS, Sample, blank, size_of
 from vismt.data.thinning import thin
 from vismt.errors import UserError
 
+# EXIF orientation -> whether rows and columns change places, and then whether the rows and the columns are reversed.
+TURNS = {
+    2: (False, False, True), 3: (False, True, True), 4: (False, True, False),
+    5: (True, False, False), 6: (True, False, True), 7: (True, True, True), 8: (True, True, False),
+}  # fmt: skip
 TRIES = 10  # crops drawn until no class dominates
 FILL = 0.5  # value of the image in padding
 
@@ -46,6 +51,26 @@ def flip(sample: Sample) -> Sample:
         # No -0, which would make two flips differ from none in its bits.
         out["normals"] = torch.cat([torch.where(x == 0, 0.0, x), out["normals"][1:]])
     return out
+
+
+def turn(sample: Sample, orientation: int) -> Sample:
+    """Return the maps of a sample as an EXIF orientation of TURNS shows them; normals point where the turned scene does."""
+    swapped, upside_down, mirrored = TURNS[orientation]
+    reversed_sides = [side for side, is_reversed in ((-2, upside_down), (-1, mirrored)) if is_reversed]
+    out = _maps(sample, lambda values: (values.mT if swapped else values).flip(reversed_sides))
+    if "normals" in out:
+        out["normals"] = turned_vectors(out["normals"], orientation)
+    return out
+
+
+def turned_vectors(normals: Tensor, orientation: int) -> Tensor:
+    """Return normals (3, h, w) in the axes of the turned image, x right and y up; they stay at their pixels."""
+    swapped, upside_down, mirrored = TURNS[orientation]
+    x, y, z = normals
+    if swapped:  # what went right goes down
+        x, y = -y, -x
+    # No -0, as in `flip`.
+    return torch.stack([-x if mirrored else x, -y if upside_down else y, z]) + 0.0
 
 
 def _centres(old: int, new: int, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vismt.data.source_types import Card, DataSource
+from vismt.data.source_types import MOST_CLASSES, Card, DataSource, check_names
 from vismt.errors import UserError, near
 
 
@@ -36,6 +36,9 @@ class LoadedImages:
     above: list[str] = field(default_factory=list)
     nodes: list[list[int]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        check_names((*self.classes, *self.ids))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSource(DataSource):
@@ -57,5 +60,5 @@ def check_classes_per_split(
     unknown = next((name for name in (*splits, *classes_per_split) if name not in names), None)
     if unknown is not None:
         raise UserError(f"{where}: no split '{unknown}'.{near(unknown, names)}")
-    if any(count < 0 for count in classes_per_split.values()):
-        raise UserError(f"{where}: 'classes_per_split' must hold counts of classes.")
+    if any(not 0 <= count <= MOST_CLASSES for count in classes_per_split.values()):
+        raise UserError(f"{where}: 'classes_per_split' must hold counts of classes, at most {MOST_CLASSES:,}.")

@@ -105,8 +105,8 @@ def _superclasses(card: Card, loaded: LoadedImages) -> tuple[Tensor | None, list
     orphan = next((name for name in classes if not superclass_of.get(name)), None)
     if orphan is not None:
         raise UserError(f"{card.shown}: class '{orphan}' has no superclass in '{card.superclasses}'.")
-    names = sorted({superclass_of[name] for name in classes})
-    return torch.tensor([names.index(superclass_of[name]) for name in classes]), names
+    places = {name: place for place, name in enumerate(sorted({superclass_of[name] for name in classes}))}
+    return torch.tensor([places[superclass_of[name]] for name in classes]), list(places)
 
 
 def _drop_damaged(images: ImageSet) -> ImageSet:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from vismt.data.source_types import Card, Files, RootedSource, cached_folder, fi
 from vismt.data.sources import fix, shown_path, verify_counts
 from vismt.data.text_set import LINE_ENDS, TextSource, check_encoding, read_text
 from vismt.errors import UserError, near
+from vismt.files import parse_json
 from vismt.typed_yaml import RelativePath
 
 SPLITS = ("train", "validation", "test")  # of a table of events
@@ -207,7 +207,7 @@ class InteractionsSource(RootedSource, TextSource):
                 continue
             where = f"{shown_path(path)}: line {line_number}"
             try:
-                values = json.loads(line)
+                values = parse_json(line)
             except ValueError as error:
                 raise UserError(f"{where}: is not JSON ({error}).") from error
             values = values if isinstance(values, dict) else {}

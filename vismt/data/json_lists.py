@@ -7,7 +7,6 @@ wrote the list.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from vismt.data.manifest import digest
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
 from vismt.data.sources import fix, shown_path, verify_classes, verify_counts, verify_present
 from vismt.errors import UserError
+from vismt.files import parse_json
 from vismt.typed_yaml import relative_path
 
 KEYS = ("label_names", "image_names", "image_labels")
@@ -92,11 +92,11 @@ def read_list(card: Card, base: Path, split: str) -> ImageList:
     if not path.is_file():
         raise UserError(f"{card.shown}: missing list '{shown}' of split '{split}'. {fix(card)}")
     try:
-        raw = json.loads(path.read_text(encoding="utf8"))
+        raw = parse_json(path.read_text(encoding="utf8"))
         names = [str(name) for name in raw["label_names"]]
         images = [str(name) for name in raw["image_names"]]
         labels = [int(label) for label in raw["image_labels"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ArithmeticError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{shown}: must be JSON with the lists {', '.join(KEYS)} ({error!r}). {fix(card)}") from error
     if len(images) != len(labels) or len(set(names)) != len(names):
         raise UserError(

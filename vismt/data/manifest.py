@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vismt.data.decode import read_bytes
-from vismt.data.source_types import Card, DataSource, Files
+from vismt.data.source_types import Card, DataSource, Files, check_names
 from vismt.errors import UserError
 from vismt.files import atomic_write
 
@@ -25,7 +25,9 @@ class FileGroup:
 def digest(files: Iterable[tuple[str, Path]]) -> FileGroup:
     """Return the FileGroup of (name, path) pairs, independent of their order."""
     total, count = hashlib.sha256(), 0
-    for name, path in sorted(files):
+    files = sorted(files)
+    check_names(name for name, _ in files)
+    for name, path in files:
         total.update(f"{name}\t{hashlib.sha256(read_bytes(path)).hexdigest()}\n".encode())
         count += 1
     return FileGroup(count, total.hexdigest())

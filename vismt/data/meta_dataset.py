@@ -10,7 +10,6 @@ alphabets, ImageNet's part of WordNet.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -24,6 +23,7 @@ from vismt.data.image_source import ImageSource, LoadedImages, check_classes_per
 from vismt.data.source_types import Card, Files, RootedSource, source_kind
 from vismt.data.sources import fix, shown_path, verify_classes, verify_counts
 from vismt.errors import UserError, near
+from vismt.files import parse_json
 
 SPLITS = ("train", "valid", "test")
 HIERARCHIES = ("superclass", "nodes")
@@ -148,9 +148,10 @@ class MetaDatasetSource(RootedSource, ImageSource):
             return images.read(number)
 
         def content() -> str:
-            # Hashing the bytes of a domain would take longer than reading it: size and time of change stand for them.
-            stats = ((path, path.stat()) for images in parts for path in images.paths)
-            text = "\n".join(f"{path.relative_to(base)}\t{stat.st_size}\t{stat.st_mtime_ns}" for path, stat in stats)
+            # Hashing the bytes of a domain would take longer than reading it: size and times stand for them. No program sets
+            # the time of the last change of a file (ctime) back, as copying and unpacking do with that of its content.
+            stats = ((path.relative_to(base), path.stat()) for images in parts for path in images.paths)
+            text = "\n".join(f"{path}\t{s.st_size}\t{s.st_mtime_ns}\t{s.st_ctime_ns}" for path, s in stats)
             return hashlib.sha256(text.encode()).hexdigest()
 
         return LoadedImages(
@@ -175,7 +176,7 @@ class MetaDatasetSource(RootedSource, ImageSource):
             by_split = ranges(self.classes_per_split)
             return DomainSpec([str(k) for k in range(by_split["test"].stop)], by_split)
         try:
-            spec = _parse(json.loads(path.read_text(encoding="utf8")))
+            spec = _parse(parse_json(path.read_text(encoding="utf8")))
         except (OSError, *MALFORMED) as error:
             raise UserError(
                 f"{shown_path(path)}: not a dataset_spec of Meta-Dataset ({error!r}). {fix(card)}"

@@ -1,18 +1,22 @@
-"""Images of one size, decoded once into a uint8 store: a memory-mapped file in the cache folder, which later runs use."""
+"""Images of one size, decoded once into a uint8 store: a memory-mapped file in the cache folder, which later runs use.
+
+The file is an npy array (n, 3, size, size), then a digest of each image, then one of those. An image is compared with its digest
+whenever it is read; a damaged store is written again.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
@@ -20,12 +24,16 @@ from vismt import console
 from vismt.cache import make_room, note_no_room, note_use
 from vismt.data.images import ImageSet
 from vismt.errors import UserError
-from vismt.paths import cache_root
+from vismt.files import new_file
+from vismt.identity import Identity, version
+from vismt.paths import cache_root, regular_file
 
 RECIPE = "bilinear-antialias-shorter-side-centre-crop-1"
 MEMORY_BYTES = 512 * 2**20
 STORE_BYTES = 32 * 2**30  # of all stores together
 CHUNK = 64
+DIGEST = 16  # bytes
+MAKERS = ("PIL", "numpy", "torch", "torchvision", "vismt.data")  # whose versions decide the pixels
 
 
 def square(image: Tensor, size: int) -> Tensor:
@@ -54,7 +62,8 @@ class Pixels:
 
     `pixels[index]` is float32 (b, 3, size, size) in [0, 1] for an int64 index (b,).
 
-    The store is a file in the cache folder, named by the content of the images and the size, and used again by the next run.
+    The store is a file in the cache folder, named by the content of the images, the size and the versions of what decodes them,
+    and used again by the next run.
     The folder takes up to 32 GiB, and the stores used longest ago are deleted first. A set beyond that (ImageNet, QuickDraw)
     is not stored: each image is decoded whenever it is drawn. Where the folder cannot be written, one notice is given and the
     store is kept in memory; one of more than 512 MiB is decoded as it is drawn.
@@ -65,7 +74,7 @@ class Pixels:
         cache: with False the store is kept in memory, whatever its size.
 
     Attributes:
-        key: a text that differs for any other images or size; None for a set too large to store.
+        key: a text that differs for any other pixels; None for a set too large to store.
 
     Raises:
         UserError: a damaged image.
@@ -79,6 +88,7 @@ class Pixels:
         self.labels, self.ids = images.labels, images.ids
         needed = len(images) * 3 * size * size if cache else 0
         self.store: np.ndarray | OnDemand
+        self._digests: bytes | None = None  # of the images of a store on disk
         if needed > (STORE_BYTES if images.cached else MEMORY_BYTES):
             console.stage(
                 "data", f"{self.name}: {len(images):,} images are decoded as they are drawn, too many to store"
@@ -99,7 +109,17 @@ class Pixels:
         """Return the same images as stored: uint8 (b, 3, size, size)."""
         if index.dtype not in (torch.int64, torch.int32) or index.ndim != 1:
             raise TypeError(f"index must be whole numbers (b,), is {index.dtype} {tuple(index.shape)}")
-        return torch.from_numpy(self.store[index.cpu().numpy()])
+        places = index.cpu().numpy()
+        rows = self.store[places]
+        if self._digests is not None:
+            expected = [self._digests[DIGEST * i : DIGEST * (i + 1)] for i in (places % len(self)).tolist()]
+            if any(xxhash.xxh3_128_digest(row) != digest for row, digest in zip(rows, expected)):
+                console.stage("cache", f"{self._path.name} is damaged; its images are decoded again")
+                with suppress(OSError):
+                    self._path.unlink()
+                self.store = self._on_disk()
+                rows = self.store[places]
+        return torch.from_numpy(rows)
 
     def _rows(self) -> Iterator[np.ndarray]:
         def row(i: int) -> np.ndarray:
@@ -127,51 +147,59 @@ class Pixels:
     def key(self) -> str | None:
         if isinstance(self.store, OnDemand) or not self.images.cached:
             return None  # reading all files would take longer than any use
-        return self._digest()
+        digests = self._digests if self._digests is not None else b"".join(map(xxhash.xxh3_128_digest, self.store))
+        return str(Identity("pixels", self.size, digests))
 
-    def _digest(self) -> str:
-        return hashlib.sha256(f"{RECIPE}:{self.size}:{self.images.content()}:{self.ids}".encode()).hexdigest()[:20]
+    @cached_property
+    def _path(self) -> Path:
+        """The file of the store."""
+        made_by = [version(maker) for maker in MAKERS]
+        identity = Identity(RECIPE, self.size, self.images.content(), "\n".join(self.ids), *made_by)
+        return cache_root() / "pixels" / f"{self.name}-{self.split}-{self.size}-{identity}.npy"
 
     def _on_disk(self) -> np.ndarray | OnDemand:
         """Return the store as a file, written where it is missing or damaged."""
-        path = cache_root() / "pixels" / f"{self.name}-{self.split}-{self.size}-{self._digest()}.npy"
+        self._digests = None
         shape = (len(self), 3, self.size, self.size)
-        stored = _opened(path, shape)
-        if stored is None:
+        found = _opened(self._path, shape)
+        if found is None:
             try:
-                self._write(path, shape)
+                self._write(shape)
             except OSError as error:
                 large = math.prod(shape) > MEMORY_BYTES
                 how = "decoded as they are drawn" if large else "kept in memory"
-                reason = f"'{path}': {error.strerror or error}. Free space or set VISMT_CACHE."
-                note_no_room(path.parent, f"decoded images are {how}", OSError(reason))
+                reason = f"'{self._path}': {error.strerror or error}. Free space or set VISMT_CACHE."
+                note_no_room(self._path.parent, f"decoded images are {how}", OSError(reason))
                 return OnDemand(self.images, self.size) if large else self._in_memory()
-            stored = np.load(path, mmap_mode="r", allow_pickle=False)
-        note_use(path)
+            found = _opened(self._path, shape)
+            if found is None:  # changed between the two
+                return OnDemand(self.images, self.size)
+        note_use(self._path)
+        stored, self._digests = found
         return stored
 
-    def _write(self, path: Path, shape: tuple[int, ...]) -> None:
-        """Write the rows in order to a temporary file and rename it: `path` is whole or missing."""
-        part = None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            make_room(path, math.prod(shape), STORE_BYTES)
-            handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
-            with os.fdopen(handle, "wb") as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                for rows in self._rows():
-                    file.write(rows.tobytes())
-            os.replace(part, path)
-        finally:
-            if part is not None and os.path.exists(part):
-                os.unlink(part)
+    def _write(self, shape: tuple[int, ...]) -> None:
+        """Write the rows in order with their digests: the file is whole and on the disk, or missing."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        make_room(self._path, math.prod(shape), STORE_BYTES)
+        digests = bytearray()
+        with new_file(self._path) as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for rows in self._rows():
+                file.write(rows.tobytes())
+                digests += b"".join(map(xxhash.xxh3_128_digest, rows))
+            file.write(digests + xxhash.xxh3_128_digest(bytes(digests)))
 
 
-def _opened(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """Return a store of this shape, memory-mapped; None without a whole file."""
+def _opened(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, bytes] | None:
+    """Return a store of this shape, memory-mapped, and the digests of its images; None without a whole file."""
     try:
-        stored = np.load(path, mmap_mode="r", allow_pickle=False)
+        stored = np.load(regular_file(path), mmap_mode="r", allow_pickle=False)
+        if stored.dtype != np.uint8 or stored.shape != shape:
+            return None
+        with path.open("rb") as file:
+            file.seek(stored.offset + stored.nbytes)
+            digests, last = file.read(DIGEST * shape[0]), file.read(DIGEST + 1)
     except (OSError, ValueError, EOFError):
         return None
-    return stored if stored.dtype == np.uint8 and stored.shape == shape else None
+    return (stored, digests) if last == xxhash.xxh3_128_digest(digests) else None

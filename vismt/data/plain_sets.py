@@ -96,5 +96,5 @@ def _named(columns: Sequence[str], names: Sequence[str]) -> str | None:
 
 
 def _in_order(labels: set[str]) -> list[str]:
-    """Return labels sorted, as numbers where all are."""
-    return sorted(labels, key=int if all(re.fullmatch(r"-?[0-9]+", label) for label in labels) else str)
+    """Return labels sorted, as numbers where all are. Python reads no number of thousands of digits."""
+    return sorted(labels, key=int if all(re.fullmatch(r"-?[0-9]{1,100}", label) for label in labels) else str)

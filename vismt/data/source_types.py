@@ -6,7 +6,6 @@ its own values, lists its own files and loads its own splits. `@source_kind("nam
 
 from __future__ import annotations
 
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
+from vismt import console
 from vismt.errors import UserError
+from vismt.files import parse_json
 from vismt.paths import cache_root, data_roots, package_folder, regular_file, shipped
 from vismt.registry import Registry
 from vismt.typed_yaml import RelativePath, relative_path
@@ -23,6 +24,7 @@ Files = Mapping[str, Sequence[tuple[str, Path]]]  # group of a manifest -> (name
 S = TypeVar("S", bound="DataSource")
 
 PACKAGES = {"sklearn": "scikit-learn", "skimage": "scikit-image"}  # module -> package with images inside
+MOST_CLASSES = 1_000_000  # of a card
 NEAR_DUPLICATES, NONE = "near-duplicates", "none"  # values of `groups` of a card that are no file
 SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
 KINDS: Registry[type[DataSource]] = Registry(
@@ -54,6 +56,13 @@ def source_kind(name: str) -> Callable[[type[S]], type[S]]:
         return cls
 
     return register
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise UserError for a name of a file or folder that is not UTF-8: no record, report or digest can hold it."""
+    bad = next((name for name in names if name != console.printable(name)), None)
+    if bad is not None:
+        raise UserError(f"'{console.printable(bad)}': the name of the file or folder is not UTF-8; rename it.")
 
 
 class LoadedSplit(Protocol):
@@ -96,8 +105,10 @@ class DataSource(ABC):
                 )
             if count is not None and count < 1:
                 raise UserError(f"{where}: split '{split}' has {count} {self.unit}; a count is at least 1.")
-        if self.classes is not None and self.classes < 1:
-            raise UserError(f"{where}: 'classes' is {self.classes}, must be a count of classes.")
+        if self.classes is not None and not 1 <= self.classes <= MOST_CLASSES:
+            raise UserError(
+                f"{where}: 'classes' is {self.classes}, must be a count of classes, at most {MOST_CLASSES:,}."
+            )
 
     @abstractmethod
     def candidates(self, card: Card, root: Path | None = None) -> list[Path]:
@@ -235,6 +246,6 @@ class Card:
         """Return the parsed JSON file `name` beside the card."""
         path = self.folder / relative_path(name, f"{self.shown}/card.yaml")
         try:
-            return json.loads(regular_file(path).read_text(encoding="utf8"))
-        except (OSError, ValueError, RecursionError) as error:
+            return parse_json(regular_file(path).read_text(encoding="utf8"))
+        except (OSError, ValueError) as error:
             raise UserError(f"{self.shown}/{name}: cannot be read: {error}.") from error

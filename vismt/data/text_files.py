@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from vismt.data.source_types import Card, Files, RootedSource, file_groups, sour
 from vismt.data.sources import fix, shown_path, verify_counts
 from vismt.data.text_set import LINE_ENDS, TextSet, TextSource, check_encoding, read_text
 from vismt.errors import UserError, near
+from vismt.files import parse_json
 from vismt.typed_yaml import RelativePath
 
 FORMS = ("jsonl", "csv", "lines", "documents")
@@ -124,7 +124,7 @@ class TextFilesSource(RootedSource, TextSource):
 
     def _parse_object(self, line: str, where: str) -> dict[str, Any]:
         try:
-            values = json.loads(line)
+            values = parse_json(line)
         except ValueError as error:
             raise UserError(f"{where}: is not JSON ({error}).") from error
         if not isinstance(values, dict) or not set(self.fields) <= set(values):
@@ -133,12 +133,12 @@ class TextFilesSource(RootedSource, TextSource):
 
     def _parse_table(self, text: str, path: Path, shown: str) -> list[dict[str, Any]]:
         table = csv.DictReader(io.StringIO(text, newline=""), delimiter=DELIMITERS.get(path.suffix, ","))
-        columns = list(table.fieldnames or ())
-        absent = next((name for name in self.fields if name not in columns), None)
-        if absent is not None:
-            raise UserError(f"{shown}: no column '{absent}'.{near(absent, columns)}")
         rows = []
         try:
+            columns = list(table.fieldnames or ())
+            absent = next((name for name in self.fields if name not in columns), None)
+            if absent is not None:
+                raise UserError(f"{shown}: no column '{absent}'.{near(absent, columns)}")
             for row in table:
                 where = f"{shown}: line {table.line_num}"
                 if None in row or None in row.values():

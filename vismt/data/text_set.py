@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import re
 from abc import abstractmethod
@@ -68,11 +67,11 @@ class TextSource(DataSource):
 
 
 def check_encoding(encoding: str, where: str) -> None:
-    """Raise UserError for an encoding that Python does not know."""
+    """Raise UserError for an encoding of text that Python does not know. It also has codecs that decode no text, as rot13."""
     try:
-        codecs.lookup(encoding)
-    except LookupError as error:
-        raise UserError(f"{where}: encoding '{encoding}' is not known.") from error
+        b"text".decode(encoding)
+    except (LookupError, ValueError) as error:
+        raise UserError(f"{where}: encoding '{encoding}' is not known: {error}.") from error
 
 
 def read_text(card: Card, path: Path, encoding: str, unpack: Callable[[bytes], bytes] = bytes) -> str:
@@ -86,5 +85,5 @@ def read_text(card: Card, path: Path, encoding: str, unpack: Callable[[bytes], b
         return unpack(regular_file(path).read_bytes()).decode(encoding).removeprefix("\ufeff")
     except FileNotFoundError as error:
         raise UserError(f"{card.shown}: missing file '{shown}'. {fix(card)}") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeError) as error:
         raise UserError(f"{card.shown}: '{shown}' cannot be read: {error}. {fix(card)}") from error

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from vismt.config import TrainConfig
 from vismt.errors import UserError
 from vismt.llm.layers import stacks
-from vismt.lowrank.instance_gates import recompute_gates
+from vismt.lowrank.per_sample import recompute_gates
 from vismt.methods import freezes
 
 BACKEND = "inductor"

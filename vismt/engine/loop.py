@@ -3,13 +3,18 @@
 The objective is a module: objective(batch) -> {"loss": scalar, ...other scalars to log}. Batch k is a function of k, so a
 resumed run gets the same batches as an uninterrupted one, whatever the number of workers. With several processes batch k
 goes to process k mod world, so one step of w processes takes w batches.
+
+A step of several batches (`accumulate`, processes) takes the mean of their losses. Where "loss" is a mean over examples or tokens
+whose number n differs between batches, objective.examples(batch) returns it as a scalar tensor, and the batches weigh by it:
+
+    gradient = sum_k n_k grad loss_k / sum_k n_k          that of one batch of all these examples
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -51,7 +56,7 @@ def train(
     """Train the objective's parameters that require a gradient, from the run folder's checkpoint where there is one.
 
     Args:
-        objective: objective(batch) -> {"loss": scalar, ...other scalars to log}.
+        objective: objective(batch) -> {"loss": scalar, ...other scalars to log}, and examples(batch) where it differs.
         batches: batch by number.
         config: the run's train section.
         folder: of checkpoint and log.
@@ -178,20 +183,28 @@ class _Training:
         """Run one optimiser step over `accumulate` batches; return mean metrics and the gradient norm before clipping."""
         config, accelerator = self.config, self.accelerator
         sums: dict[str, Tensor] = {}
-        for part in range(config.accumulate):
-            batch = next(self.stream)
+        batches = [next(self.stream) for _ in range(config.accumulate)]
+        for part, (batch, share) in enumerate(zip(batches, self._shares(batches))):
             last = part == config.accumulate - 1
             with nullcontext() if last else accelerator.no_sync(self.wrapped):
                 cheap = recompute(self.wrapped) if config.recompute == "cheap" else nullcontext()
                 with cheap, accelerator.autocast():
                     losses = self.wrapped(batch)
-                accelerator.backward(losses["loss"] / config.accumulate)
+                accelerator.backward(losses["loss"] * share)
             for name, value in losses.items():
-                sums[name] = sums.get(name, 0) + value.detach() / config.accumulate
+                sums[name] = sums.get(name, 0) + value.detach() * (share if name == "loss" else 1 / config.accumulate)
         norm = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return sums, whole(norm)
+
+    def _shares(self, batches: Sequence[Any]) -> Sequence[Any]:
+        """Return the weight of each batch's loss in this process; their mean over the processes adds up to 1."""
+        examples: Callable[[Any], Tensor] | None = getattr(self.running, "examples", None)
+        if examples is None:
+            return [1 / len(batches)] * len(batches)
+        counts = torch.stack([examples(batch) for batch in batches]).float()
+        return counts / self.accelerator.reduce(counts.sum(), "mean")
 
     def _clip(self) -> Tensor:
         """Clip the gradient of the parameters that the objective names; return the norm of the whole gradient before it."""

@@ -73,6 +73,9 @@ class Stages(Protocol):
     def classifier(self, arm: str | None = None) -> tuple[nn.Module, list[str], int]:
         """Return one arm as a classifier: the net, the names of its outputs, and the size of its images in pixels."""
 
+    def cards_of_tasks(self) -> dict[str, set[str]]:
+        """Return by task the cards of such a classifier, as rows of results name them."""
+
 
 class Run:
     """One run folder with its configuration and job."""

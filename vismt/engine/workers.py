@@ -11,11 +11,13 @@ import multiprocessing
 import os
 import queue
 import socket
+import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -183,12 +185,21 @@ def make_workers(text: str, units: int) -> Workers:
 
 def _start(threads: int, gpu: int | None) -> None:
     """Prepare a worker process. gpu: the only GPU that it may see, None for none."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:  # the tasks of Ray end with its cluster
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     if gpu is not None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
     torch.set_num_threads(threads)
     console.set_quiet(True)
     warnings.filterwarnings("ignore")
+
+
+def _end_with(parent: BaseProcess) -> None:
+    """End this process as soon as its parent has ended, however that ended; an unfinished unit goes on from its files."""
+    parent.join()
+    os._exit(1)
 
 
 def _run(threads: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:

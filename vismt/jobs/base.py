@@ -34,7 +34,7 @@ from vismt.report.tables import interval_text
 from vismt.report.trainings import training_sections
 from vismt.robustness.conditions import AttackConfig
 from vismt.seeds import digest
-from vismt.stats import averaged
+from vismt.stats import averaged, over_seeds
 
 Config = TypeVar("Config", bound=StudyConfig)
 
@@ -116,6 +116,10 @@ class EvaluationJob(ABC, Generic[Config]):
             f"run '{self.folder}': the job '{self.config.task}' has no classifier of images; name another run."
         )
 
+    def cards_of_tasks(self) -> dict[str, set[str]]:
+        """Return by task the cards of a classifier whose outputs are named "task/class", as rows of results name them."""
+        return {}
+
     def check(self) -> None:
         """Raise UserError for what a configuration names, before data is decoded and a run folder is made."""
 
@@ -160,15 +164,32 @@ class EvaluationJob(ABC, Generic[Config]):
         """Score every reference and arm and write results.jsonl; rows of other conditions (an earlier attack) stay.
 
         Processes that share the evaluation (ranks.py) call it together, and the first one writes the files.
-        attacks: conditions in place of those of the configuration.
+        attacks: conditions in place of those of the configuration. Raises UserError for arms that cannot be evaluated, after the
+        others have been.
         """
         self.check_evaluation(attacks)
         scores: dict[str, dict[int, list[Score]]] = {}
+        failed: dict[str, UserError] = {}
         for arm in self.evaluated():
-            trainings = self.trainings(arm)
-            scores[arm] = {training.seed: self.evaluate_one(training, attacks) for training in trainings}
+            try:
+                trainings = self.trainings(arm)
+                scores[arm] = {training.seed: self.evaluate_one(training, attacks) for training in trainings}
+            except UserError as error:
+                if ranks.count() > 1:  # other processes may wait for a part of this arm
+                    raise
+                failed[arm] = error
+                console.stage("eval", f"{arm}   left out: {error}")
+                continue
             self._print(arm, mean_scores(scores[arm].values()), len(trainings))
+        if failed and not scores:
+            raise next(iter(failed.values()))
         self._write(scores)
+        if failed:
+            arm, error = next(iter(failed.items()))
+            more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+            raise UserError(
+                f"evaluate: '{arm}'{more} left out: {error} The other arms are in {RESULTS}: vismt report '{self.folder}'."
+            ) from error
         if attacks is None:
             ranks.from_first(self.write_panels)
 
@@ -193,8 +214,21 @@ class EvaluationJob(ABC, Generic[Config]):
         derived = {seed: self.derived(by_arm) for seed, by_arm in groups.items()}
         if not all(derived.values()):
             derived = {}  # a score that lacks one of its seeds cannot be compared by seed
-        for arm, arm_scores in derived.get(None, {}).items():
-            self._print(arm, arm_scores, len(scores[arm]))
+        averages = derived.get(None, {})
+        for arm, arm_scores in averages.items():
+            trainings = [
+                {score.key: score.measure.score for score in by_arm.get(arm, ())}
+                for number, by_arm in derived.items()
+                if number is not None
+            ]
+            averages[arm] = [
+                replace(
+                    score,
+                    measure=over_seeds(score.measure, [of[score.key] for of in trainings if score.key in of]),
+                )
+                for score in arm_scores
+            ]
+            self._print(arm, averages[arm], len(scores[arm]))
         rows = [
             (result_of(score, arm, seed, self.split, self.hash), score.measure)
             for seed, by_arm in groups.items()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Generic
 
 from vismt.engine.study import Training
+from vismt.errors import UserError
 from vismt.jobs.job import Config, Job, Net
 from vismt.report.results import Score
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig
@@ -16,7 +17,9 @@ from vismt.robustness.conditions import AttackConfig, CorruptionConfig
 class ImageJob(Job[Config, Net], Generic[Config, Net]):
     """A job whose trained nets the robustness job can evaluate on the job's own images."""
 
-    has_risk = False  # whether `scores_under` has the measures of `report: risk`
+    def check_risk(self) -> None:
+        """Raise UserError where `scores_under` cannot have the measures of `report: risk`."""
+        raise UserError(f"report: risk: the run '{self.folder}' has no class probabilities; name a run of multitask.")
 
     @abstractmethod
     def check_conditions(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> None:

@@ -18,11 +18,15 @@ from vismt.engine.run import Run
 from vismt.engine.study import Training, has_diverged
 from vismt.engine.training_files import read_done
 from vismt.engine.workers import make_workers
+from vismt.errors import UserError
+from vismt.files import is_locked, locked
 from vismt.jobs import open_run
 from vismt.jobs.base import EvaluationJob
 from vismt.jobs.job import Job
 
+PARTS = "parts"  # holds the locks of a run's parts
 POLL_S = 2.0
+ABSENT_S = 600.0  # a part that starts later, or again, has this time
 Share = Callable[[Sequence[Training]], None]
 
 
@@ -54,20 +58,27 @@ def run_part(run: Run, part: int, parts: int) -> None:
         run: the run folder, which all parts share.
         part: from 1 to `parts`.
         parts: the number of parts, each started once.
+
+    Raises:
+        UserError: another process runs this part, and parts that this one waits for and that have not run for ABSENT_S seconds.
     """
     job = _job(run)
 
     def share(trainings: Sequence[Training]) -> None:
+        def unfinished() -> list[int]:
+            return [place % parts + 1 for place, one in enumerate(trainings) if not _is_finished(one)]
+
         for training in trainings[part - 1 :: parts]:
             _attempt(job, training)
-        _wait(lambda: sum(not _is_finished(training) for training in trainings), "training(s) of other parts")
+        _wait(run.folder, parts, unfinished, "training(s)")
 
-    _train(job, share)
-    if part == 1:
-        run.train()
-    _wait(lambda: int(job.trains and "adapt" not in run.facts), "part: the first one")
-    for training in _evaluations(job)[part - 1 :: parts]:
-        job.evaluate_one(training)
+    with locked(_place(run.folder, part, parts), wait_s=POLL_S):  # `_wait` of another part may be looking at it
+        _train(job, share)
+        if part == 1:
+            run.train()
+        _wait(run.folder, parts, lambda: [1] * (job.trains and "adapt" not in run.facts), "list of what is trained")
+        for training in _evaluations(job)[part - 1 :: parts]:
+            job.evaluate_one(training)
 
 
 def train_unit(folder: Path, training: Training) -> None:
@@ -119,12 +130,32 @@ def _is_finished(training: Training) -> bool:
     return read_done(training) is not None or has_diverged(training)
 
 
-def _wait(missing: Callable[[], int], what: str) -> None:
-    """Wait until nothing is missing."""
-    count = missing()
-    if count:
-        console.stage("wait", f"for {count} {what}")
-    while missing():
+def _place(folder: Path, part: int, parts: int) -> Path:
+    """Return the folder with the lock of a part."""
+    return folder / PARTS / f"{part}-of-{parts}"
+
+
+def _wait(folder: Path, parts: int, owing: Callable[[], list[int]], what: str) -> None:
+    """Wait until no part owes anything, and name those that do not run.
+
+    owing: returns the number of a part for each thing that is missing. Raises UserError where no part of them ran for ABSENT_S.
+    """
+    shown, seen = None, time.monotonic()
+    while owed := owing():
+        absent = [part for part in sorted(set(owed)) if not is_locked(_place(folder, part, parts))]
+        names = ", ".join(f"{part}/{parts}" for part in absent)
+        if absent != shown:
+            shown = absent
+            console.stage(
+                "wait", f"for {len(owed)} {what} of other parts" + (f"; not running: {names}" if absent else "")
+            )
+        if len(absent) < len(set(owed)):
+            seen = time.monotonic()
+        if time.monotonic() - seen > ABSENT_S:
+            raise UserError(
+                f"run --part: {len(owed)} {what} of part {names} missing, and no process has run there for "
+                f"{ABSENT_S / 60:.0f} minutes; start --part {names}, then this part again: what is done is kept."
+            )
         time.sleep(POLL_S)
 
 

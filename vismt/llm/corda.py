@@ -27,16 +27,16 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from vismt.errors import UserError, near
+from vismt.identity import Identity
 from vismt.llm.corda_start import context
 from vismt.llm.covariance import collect_covariance
-from vismt.llm.covariance_files import batch_digest, load_covariances
+from vismt.llm.covariance_files import load_covariances
 from vismt.llm.pissa import SOLVERS, refuse_dropout
 from vismt.lowrank.inject import inject
 from vismt.lowrank.layer_spec import AdaptReport
 from vismt.lowrank.linear import LowRankLayer
 from vismt.lowrank.targets import Targets, find_targets, matrix_shape
 from vismt.methods import Calibration, Method, register_method
-from vismt.seeds import digest
 
 MODES = ("ipm", "kpm")
 
@@ -151,7 +151,7 @@ def calibrate(
 ) -> dict[str, Any]:
     """Return the covariances of the inputs of the layers to adapt; computed once for equal layers and data."""
     excluded, budget, batches = options.get("exclude", ()), calibration.memory_budget, calibration.batches()
-    key = digest(repr((targets, excluded, budget, batch_digest(batches))).encode())
+    key = str(Identity(targets, excluded, budget, list(batches)))[:16]
     if key not in calibration.results:
         calibration.results[key] = collect_covariance(
             model,

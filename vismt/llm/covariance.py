@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from vismt import console
 from vismt.errors import UserError
-from vismt.llm.covariance_files import CovarianceStore, batch_digest
+from vismt.identity import Identity, weights_digest
+from vismt.llm.covariance_files import CovarianceStore
 from vismt.llm.covariance_pass import Batch, Groups, add_batch, arguments, shared_inputs
 from vismt.lowrank.record import refuse_adapted
-from vismt.lowrank.store import fingerprint
 from vismt.lowrank.svd import double
 from vismt.lowrank.targets import Targets, find_targets, matrix_shape
 from vismt.lowrank.threads import each
@@ -87,8 +87,11 @@ def collect_covariance(
             "covariance: this memory_budget takes several passes, and the batches can be read once; give a list."
         )
     length = len(batches) if hasattr(batches, "__len__") else 0
-    data = f"{batch_digest(first)} of {length}"
-    store = CovarianceStore(folder, fingerprint(model, target_modules), data, groups.paths, passes, widths)
+    data = model_name = ""
+    if folder is not None:
+        data = str(Identity(length, *(Identity(batch) for batch in (batches if readable_again else [first]))))
+        model_name = weights_digest(model)
+    store = CovarianceStore(folder, model_name, data, groups.paths, passes, widths)
     text = "calibration batches" if len(passes) == 1 else f"calibration batches in {len(passes)} passes"
     done = store.passes_done * length + store.unfinished.batches
     with console.bar("corda", text, len(passes) * length, done) as bar:

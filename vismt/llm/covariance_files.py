@@ -1,28 +1,26 @@
 """Covariances in a folder: covariances.json names the safetensors files of finished and unfinished passes.
 
-Tensors are written first, each file under a new name, and the JSON that names them last: an interrupted calibration leaves the
-state of the previous JSON intact. A covariance is stored once, under the path of the leader of its group.
+Tensors are written first, each file under a new name, and the JSON that names them last, with the digest of each: an
+interrupted calibration leaves the state of the previous JSON intact, and a damaged file is refused. A covariance is stored once,
+under the path of the leader of its group.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vismt.errors import UserError
-from vismt.files import atomic_write
+from vismt.files import DIGEST, atomic_write, file_digest, is_sealed, sealed, write_tensors
 from vismt.lowrank import strict_json
 from vismt.lowrank.store import check_tensors
+from vismt.paths import regular_file
 
 FORMAT = 1
 DESCRIPTION = "covariances.json"
@@ -80,6 +78,7 @@ def load_covariances(folder: str | Path) -> dict[str, Tensor]:
         tensors = _mapped(folder, name)
         shapes = {leader: (description["widths"][leader],) * 2 for leader in leaders}
         check_tensors(f"covariances '{folder}'", shapes, tensors)
+        _check_digest(folder, name, description)
         by_leader.update(tensors)
     return _by_path(description["groups"], description["widths"], by_leader)
 
@@ -113,6 +112,7 @@ class CovarianceStore:
             "widths": self.widths,
         }
         self.files: list[str] = []
+        self.digests: dict[str, str] = {}
         self.memory: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
         self.unfinished = CovarianceSums()
@@ -147,16 +147,16 @@ class CovarianceStore:
         return _by_path(self.groups, self.widths, self.memory)
 
     def _write(self, folder: Path, name: str, tensors: Mapping[str, Tensor], *, finished: bool) -> None:
-        payload = safetensors.torch.save({path: value.detach().cpu().contiguous() for path, value in tensors.items()})
-        atomic_write(folder / name, payload)
+        self.digests[name] = write_tensors(folder / name, tensors)
         unfinished = {
             "file": name,
             "tokens": self.unfinished.tokens,
             "samples": self.unfinished.samples,
             "batches": self.unfinished.batches,
         }
+        self.digests = {file: self.digests[file] for file in (*self.files, name) if file in self.digests}
         state = {"finished": self.files, "tokens": self.tokens, "begun": None if finished else unfinished}
-        atomic_write(folder / DESCRIPTION, json.dumps({**self.about, **state}))
+        atomic_write(folder / DESCRIPTION, sealed({**self.about, **state, "digests": self.digests}))
         for stale in set(folder.glob("sums-*.safetensors")) - {folder / name}:
             stale.unlink()
 
@@ -171,37 +171,19 @@ class CovarianceStore:
             if description[key] != self.about[key]:
                 raise UserError(f"covariances '{folder}': it holds a calibration with {what}; use another folder.")
         self.files, self.tokens = list(description["finished"]), dict(description["tokens"])
+        self.digests = dict(description.get("digests", {}))
         unfinished = description["begun"]
         if unfinished:
             sums = _mapped(folder, unfinished["file"])
             shapes = {leader: (self.widths[leader],) * 2 for leader in self.passes[len(self.files)]}
             check_tensors(f"covariances '{folder}'", shapes, sums)
+            _check_digest(folder, unfinished["file"], description)
             self.unfinished = CovarianceSums(
                 sums={path: value.clone() for path, value in sums.items()},
                 tokens=dict(unfinished["tokens"]),
                 samples=int(unfinished["samples"]),
                 batches=int(unfinished["batches"]),
             )
-
-
-def batch_digest(batch: Any) -> str:
-    """Return sixteen hex digits of the SHA-256 of the tensors of a batch, to recognise other data."""
-    digest = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, Tensor):
-            digest.update(f"{tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, Mapping):
-            for name in sorted(value):
-                digest.update(str(name).encode())
-                add(value[name])
-        elif isinstance(value, list | tuple):
-            for item in value:
-                add(item)
-
-    add(batch)
-    return digest.hexdigest()[:16]
 
 
 def _by_path(
@@ -235,6 +217,8 @@ class _Saved:
     finished: list[str]
     tokens: dict[str, int]
     begun: _Begun | None
+    digests: dict[str, str] = field(default_factory=dict)  # of the files; those of earlier versions have none
+    sha256: str | None = None
 
     def __post_init__(self) -> None:
         led = {path for paths in self.groups.values() for path in paths}
@@ -257,15 +241,26 @@ def _read(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{what}: {DESCRIPTION} is not what this version of vismt writes ({error}); collect the covariances again."
         ) from error
+    if description.get(DIGEST) and not is_sealed(description):
+        raise UserError(f"{what}: {DESCRIPTION} was changed after it was written; collect the covariances again.")
     return description
 
 
 def _mapped(folder: Path, name: str) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, memory-mapped where the platform allows it."""
     try:
-        with safe_open(folder / name, framework="pt") as file:
+        with safe_open(regular_file(folder / name), framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"covariances '{folder}': '{name}' is missing or damaged ({error}); collect them again."
         ) from error
+
+
+def _check_digest(folder: Path, name: str, description: Mapping[str, Any]) -> None:
+    """Raise UserError for a file that was changed after it was written."""
+    stated = description.get("digests", {}).get(name)
+    if stated is not None and file_digest(folder / name) != stated:
+        raise UserError(
+            f"covariances '{folder}': '{name}' was changed or damaged; delete the folder to collect them again."
+        )

@@ -22,7 +22,6 @@ from vismt.llm.vbll import VBLLClassifier
 from vismt.registry import Registry
 from vismt.typed_yaml import arguments
 
-SMALLEST = torch.finfo(torch.float32).tiny
 JOB_ARGUMENTS = ("rows", "bias", "num_train", "seed")  # a job passes these to a head that has parameters of these names
 
 HEADS: Registry[Callable[..., nn.Module]] = Registry("head: no head")
@@ -112,15 +111,11 @@ def check_head(name: str, options: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def log_predictive(head: nn.Module, features: Tensor, samples: int = 20) -> Tensor:
-    """Return log-probabilities (b, k) fp64 on the CPU.
-
-    Those of a Gaussian head are averaged over `samples` draws, the same draws for every batch.
-    """
-    if not isinstance(head, GaussianHead):
-        return head(features).double().log_softmax(1).cpu()
-    probabilities = head.predict(features, samples, torch.Generator().manual_seed(0))
-    return probabilities.double().clamp_min(SMALLEST).log().cpu()
+def log_predictive(head: nn.Module, features: Tensor) -> Tensor:
+    """Return log-probabilities (b, k) fp64 on the CPU."""
+    if isinstance(head, GaussianHead):
+        return head.log_probabilities(features).cpu().double()
+    return head(features).cpu().double().log_softmax(1)
 
 
 def laplace_structure(name: str, classes: int, width: int) -> str:

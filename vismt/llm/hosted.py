@@ -27,6 +27,7 @@ from vismt.lowrank.layer_spec import AdaptReport
 from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.options import checked
 from vismt.lowrank.record import refuse_adapted
+from vismt.lowrank.structures import structures
 from vismt.lowrank.targets import find_targets
 from vismt.methods import METHODS, Method
 
@@ -71,6 +72,10 @@ def host(
     names = also_trained(model, common["also_train"], list(modules))
     kind, given = VARIANTS.get(tuner, (tuner.upper(), {}))
     fields = _fields(kind)
+    if "feedforward_modules" in fields and not _knows(model):
+        # IA3 scales the inputs of these, the hidden units of an FFN, and the outputs of the other targets.
+        last = {structure.parts["d"].path for structure in structures(model).values() if "d" in structure.parts}
+        options.setdefault("feedforward_modules", [path for path in modules if path in last])
     for name, value in options.items():
         if name.endswith("_modules") and value:
             options[name] = "|".join(re.escape(path) for path in find_targets(model, value, packed=True)[0])
@@ -79,6 +84,12 @@ def host(
     method = f"{PREFIX}:{tuner}"
     install(model, method, specs, {"seed": seed}, names)
     return AdaptReport(method, specs, *count_parameters(model), remarks)
+
+
+def _knows(model: nn.Module) -> bool:
+    """Return whether peft has a list of the feed-forward modules of this type of model."""
+    known = importlib.import_module("peft.utils.constants").TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+    return getattr(getattr(model, "config", None), "model_type", None) in known
 
 
 def _sizes(fields: Mapping[str, Any], rank: int, alpha: float | None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from vismt.errors import UserError, near
 from vismt.llm.ilora import gate_part
 from vismt.llm.net import Batch, LmNet
 from vismt.llm.sasrec import SASRec
+from vismt.llm.tasks.base import answer_tokens
 from vismt.lowrank.instance_gates import instance_gates
 
 GATES = ("user", "text", "random", "shuffled-user")
@@ -137,8 +138,8 @@ def title_vectors(lm: nn.Module, tokenizer: Any, titles: Sequence[str]) -> Tenso
     """
     embeddings = lm.get_input_embeddings().weight
     vectors = [
-        embeddings[torch.tensor(ids, device=embeddings.device)].float().mean(0)
-        for ids in tokenizer([f" {title}" for title in titles], add_special_tokens=False)["input_ids"]
+        embeddings[torch.tensor(answer_tokens(tokenizer, f" {title}"), device=embeddings.device)].float().mean(0)
+        for title in titles
     ]
     stacked = torch.stack(vectors)
     return (stacked - stacked.mean(0)) / stacked.std(0).clamp_min(1e-6)

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from vismt.errors import UserError, near
 from vismt.lowrank.init import kaiming
 from vismt.lowrank.inject import attach, inject
-from vismt.lowrank.instance_gates import instance_gates, recompute_gates
+from vismt.lowrank.instance_gates import instance_gates
 from vismt.lowrank.layer_spec import AdaptReport
 from vismt.lowrank.linear import LowRankLayer
 from vismt.lowrank.memory import count_parameters
-from vismt.lowrank.per_sample import unwatch_expansion, watch_expansion
+from vismt.lowrank.per_sample import recompute_gates, unwatch_expansion, watch_expansion
 from vismt.lowrank.record import refuse_adapted
 from vismt.lowrank.starts import site_generator
 from vismt.lowrank.targets import Targets

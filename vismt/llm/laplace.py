@@ -25,7 +25,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from vismt.errors import UserError, near
-from vismt.llm.predictive import averaged, check_method, draw_logits, probit, uncertainty_scores
+from vismt.llm.predictive import draw_logits, predictive, uncertainty_scores
 from vismt.llm.variational import GaussianHead, full_precision
 
 LARGEST = 4096  # k d of a full matrix: 128 MB in fp64, and half a minute of eigh
@@ -160,20 +160,10 @@ class Laplace(GaussianHead):
         return x @ self.mean.mT, _square_root(torch.cat([root, noise_root], 2))
 
     @full_precision
-    def predict(
-        self,
-        features: Tensor,
-        samples: int = 20,
-        generator: torch.Generator | None = None,
-        *,
-        method: str = "sample",
-    ) -> Tensor:
+    def predict(self, features: Tensor, samples: int | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Return class probabilities (b, k); arguments as in `VBLLClassifier.predict`."""
-        check_method(method)
         mean, root = self.logit_distribution(features)
-        if method == "probit":
-            return probit(mean, root)
-        return averaged(draw_logits(mean, root, samples, generator))
+        return predictive(mean, root, samples, generator)
 
     @full_precision
     def uncertainty(
@@ -188,9 +178,6 @@ class Laplace(GaussianHead):
         features: Tensor,
         labels: Tensor,
         grid: Sequence[float] = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0),
-        *,
-        samples: int = 200,
-        seed: int = 0,
     ) -> dict[float, float]:
         """Set prior_precision to the value of `grid` with the smallest validation NLL.
 
@@ -198,8 +185,6 @@ class Laplace(GaussianHead):
             features: (n, d) float.
             labels: (n,) int in [0, k).
             grid: prior precisions > 0.
-            samples: draws for each prediction, the same draws for every value of the grid.
-            seed: of the draws.
 
         Returns:
             {precision: NLL in nats}.
@@ -214,9 +199,7 @@ class Laplace(GaussianHead):
         nll_by_precision = {}
         for precision in grid:
             self.prior_precision = _positive(precision)
-            generator = torch.Generator().manual_seed(seed)
-            chosen = self.predict(features, samples, generator).gather(1, classes)
-            nll_by_precision[precision] = -float(chosen.clamp_min(torch.finfo(chosen.dtype).tiny).log().mean())
+            nll_by_precision[precision] = -float(self.log_probabilities(features).gather(1, classes).mean())
         if not nll_by_precision:
             raise UserError("laplace: the grid of prior precisions is empty.")
         self.prior_precision = min(nll_by_precision, key=nll_by_precision.__getitem__)

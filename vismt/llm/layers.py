@@ -75,7 +75,7 @@ def find_layers(model: nn.Module, layers: Layers) -> list[str]:
     """Return the paths of the layers in order; raise UserError where they cannot be determined."""
     path_of = {id(module): path for path, module in model.named_modules()}
     if layers is None:
-        layers = list(_stack(model).children())
+        layers = _blocks(model)
     elif isinstance(layers, str):
         try:
             layers = list(model.get_submodule(layers).children())
@@ -108,17 +108,25 @@ def stacks(model: nn.Module) -> dict[str, int]:
     return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
 
-def _stack(model: nn.Module) -> nn.Module:
-    """Return the stack of equal layers that has the most parameters."""
-    sizes = stacks(model)
-    ranked = list(sizes)
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the equal layers that have the most parameters: of one stack, or of stages `layer1`, `layer2`, ... of a ResNet."""
+    sizes, groups = stacks(model), dict[tuple[str, type], list[str]]()
+    for path, module in model.named_modules():
+        if path in sizes:
+            kind = type(next(module.children()))
+            groups.setdefault((path.rstrip("0123456789"), kind), []).append(path)
+
+    def size(paths: list[str]) -> int:
+        return sum(sizes[path] for path in paths)
+
+    ranked = sorted(groups.values(), key=size, reverse=True)
     if not ranked:
         raise UserError(f"LISA.layers: {type(model).__name__} has no list of equal layers; name them with layers=.")
-    if len(ranked) > 1 and 2 * sizes[ranked[1]] >= sizes[ranked[0]]:
+    if len(ranked) > 1 and 2 * size(ranked[1]) >= size(ranked[0]):
         raise UserError(
-            f"LISA.layers: '{ranked[0]}' or '{ranked[1]}'? Name one with layers=, or give all layers as a list."
+            f"LISA.layers: '{ranked[0][0]}' or '{ranked[1][0]}'? Name one with layers=, or give all layers as a list."
         )
-    return model.get_submodule(ranked[0])
+    return [block for path in ranked[0] for block in model.get_submodule(path).children()]
 
 
 def _ends(name: str) -> list[str]:

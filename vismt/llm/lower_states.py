@@ -1,6 +1,6 @@
 """The output of frozen lower blocks on fixed texts, kept in the cache folder for later runs and other processes.
 
-    key: the texts, the LM's configuration, its tensors but for those of block `first` and above      (vismt.stored_tensors)
+    key: the texts, and the identity of the LM but for block `first` and above      (vismt.stored_tensors)
 
 One file has the states of all pieces that are asked for together, since the sums of a state depend on the texts of its batch.
 """
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from vismt.identity import Identity
 from vismt.llm.net import LmNet, blocks
 from vismt.llm.tasks.pieces import Piece
-from vismt.stored_tensors import path_of, read_stored, write_stored
+from vismt.stored_tensors import has_hooks, machine, path_of, read_stored, write_stored
 
 
 def lower_states(net: LmNet, pieces: Sequence[Piece]) -> list[Tensor]:
@@ -38,7 +39,6 @@ def _path(net: LmNet, texts: Sequence[tuple[Any, ...]]) -> Path | None:
     """Return the file for the states of texts; None where the code of a lower block is not a library's own."""
     base: Any = net.lm.base_model
     upper = blocks(net.lm)[net.first :]
-    above = {id(tensor) for block in upper for tensor in (*block.parameters(), *block.buffers())}
-    tensors = {name: t for name, t in (*base.named_parameters(), *base.named_buffers()) if id(t) not in above}
-    lower: list[nn.Module] = [net.lm.get_input_embeddings(), *blocks(net.lm)[: net.first]]
-    return path_of(lower, tensors, f"{type(base).__qualname__} {base.config.to_json_string()} {net.first} {texts}")
+    if has_hooks(base.modules()):
+        return None
+    return path_of(repr((net.first, texts)), Identity(base, skip=upper), machine(net.lm.device))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vismt.errors import UserError
+from vismt.llm.documents import by_document
 from vismt.llm.tasks.pieces import IGNORE, Piece, collate
 
 Batch = Mapping[str, Tensor]
@@ -33,15 +34,13 @@ class LmNet(nn.Module):
         lm: a causal LM of transformers that passes `check_logits`.
         head: a module on features (b, d); None (nn.Identity) for tasks without a head.
         first: number of the first block that is not frozen; the output of the blocks below may be given as cached states.
-        samples: draws of a Bayesian head.
 
     Raises:
         UserError: the LM has no block `first`.
     """
 
-    def __init__(self, lm: nn.Module, head: nn.Module | None = None, first: int = 0, samples: int = 20) -> None:
+    def __init__(self, lm: nn.Module, head: nn.Module | None = None, first: int = 0) -> None:
         super().__init__()
-        self.samples = samples
         self.lm = lm
         self.head = nn.Identity() if head is None else head
         self.first = first
@@ -60,6 +59,10 @@ class LmNet(nn.Module):
         batch: from `collate`, with "lower" (b, n, d) where the output of the lower blocks is cached. "vectors" (m, d), where
         present, replace the states at the m positions of items, see `inserted`.
         """
+        return by_document(self.lm, batch, self.states)
+
+    def states(self, batch: Batch) -> Tensor:
+        """Return `hidden` of one forward pass over all documents of each row."""
         mask = batch["mask"]
         attention_mask = mask.long() if mask.ndim == 2 else self._additive(mask)
         with _replaced(blocks(self.lm)[: self.first], batch.get("lower")), self.inserted(batch):
@@ -67,6 +70,12 @@ class LmNet(nn.Module):
                 input_ids=batch["ids"], attention_mask=attention_mask, position_ids=batch["positions"], use_cache=False
             )
         return out.last_hidden_state
+
+    def _lower(self, batch: Batch) -> Tensor:
+        """Return the input (b, n, d) of block `first`."""
+        with _captured(blocks(self.lm), self.first) as captured:
+            self.states(batch)
+        return captured[0]
 
     def features(self, batch: Batch) -> Tensor:
         """Return the hidden states (b, d) fp32 of the last token of each row."""
@@ -79,10 +88,10 @@ class LmNet(nn.Module):
         together.
         """
         targets = batch["labels"][:, 1:]
-        counted = targets != IGNORE
-        nll = self._nll(self.hidden(batch)[:, :-1][counted], targets[counted], at_once)
-        rows = counted.nonzero()[:, 0]
-        return torch.zeros(len(counted), device=rows.device).index_add(0, rows, nll), counted.sum(1)
+        chosen = targets != IGNORE
+        nll = self._nll(self.hidden(batch)[:, :-1][chosen], targets[chosen], at_once)
+        rows = chosen.nonzero()[:, 0]
+        return torch.zeros(len(chosen), device=rows.device).index_add(0, rows, nll), chosen.sum(1)
 
     def branch_nll(self, batch: Batch, at_once: int = 4096) -> tuple[Tensor, Tensor]:
         """Return the NLL in nats and the number of tokens of each answer of trees, both (b, k).
@@ -114,6 +123,26 @@ class LmNet(nn.Module):
             return output(states)[..., chosen].float()
         bias = None if output.bias is None else output.bias[chosen]
         return F.linear(states, output.weight[chosen], bias).float()
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, new_tokens: int, ends: Sequence[int]) -> Tensor:
+        """Return the tokens (b, m), m <= new_tokens, that the LM writes greedily after each row; one of `ends` ends a row."""
+        from transformers import GenerationConfig
+
+        greedy = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            eos_token_id=list(ends) or None,
+            pad_token_id=ends[0] if ends else 0,
+        )
+        # What a given configuration leaves open, transformers takes from the checkpoint's: penalties, beams, forbidden words.
+        lm: Any = self.lm
+        own, lm.generation_config = lm.generation_config, greedy
+        try:
+            written = lm.generate(batch["ids"], attention_mask=batch["mask"].long(), generation_config=greedy)
+        finally:
+            lm.generation_config = own
+        return written[:, batch["ids"].shape[1] :]
 
     def _nll(self, states: Tensor, targets: Tensor, at_once: int) -> Tensor:
         """Return the NLL (m,) in nats of the tokens `targets` (m,) given the states (m, d) before them."""
@@ -191,9 +220,7 @@ class LmNet(nn.Module):
             for start in range(0, len(numbers), at_once):
                 chosen = numbers[start : start + at_once]
                 batch = {name: value.to(device) for name, value in collate([pieces[i] for i in chosen]).items()}
-                with _captured(blocks(self.lm), self.first) as captured:
-                    self.hidden(batch)
-                states.update(zip(chosen, captured[0].cpu().unbind(0)))
+                states.update(zip(chosen, by_document(self.lm, batch, self._lower).cpu().unbind(0)))
         self.lm.train(training)
         return [states[number] for number in firsts]
 
@@ -202,6 +229,11 @@ class LmNet(nn.Module):
         dtype: Any = self.lm.dtype
         zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
         return zeros.masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
+
+
+def counted_tokens(batch: Batch) -> Tensor:
+    """Return the number of tokens with a label in a batch, a scalar."""
+    return (batch["labels"][:, 1:] != IGNORE).sum()
 
 
 def check_logits(lm: nn.Module) -> None:
@@ -215,6 +247,26 @@ def check_logits(lm: nn.Module) -> None:
         logits = lm(input_ids=ids).logits
     if expected.shape != logits.shape or not torch.allclose(expected.float(), logits.float(), rtol=1e-2, atol=1e-2):
         raise UserError(f"{type(lm).__name__} scales or caps its logits, which vismt's tasks do not; take another LM.")
+
+
+@torch.no_grad()
+def check_first_block(lm: Any, first: int) -> None:
+    """Raise UserError unless cached states in place of the blocks below `first` lead to the hidden states of all blocks."""
+    net = LmNet(lm, first=first)
+    part = Piece(tuple(place % lm.config.vocab_size for place in range(5)), (IGNORE,) * 5)
+    device = next(lm.parameters()).device
+    batch = {name: value.to(device) for name, value in collate([part]).items()}
+    try:
+        states = torch.stack(net.lower_states([part])).to(device)
+        whole, upper = net.states(batch).float(), net.states({**batch, "lower": states}).float()
+    except Exception:  # blocks whose input or output is not one tensor fail in ways of their own
+        equal = False
+    else:
+        equal = bool((whole - upper).norm() <= torch.finfo(lm.dtype).eps ** 0.5 * whole.norm())
+    if not equal:
+        raise UserError(
+            f"model.first_block: {first}; the blocks of {type(lm).__name__} cannot be left out for cached states; set it to 0."
+        )
 
 
 def blocks(lm: nn.Module) -> nn.ModuleList:

@@ -1,13 +1,17 @@
 """Class probabilities and uncertainty scores from a Gaussian distribution of logits.
 
-    sample     p = mean_s softmax(m + R eps_s), R R^T the covariance of the k logits     probabilities are averaged, not logits
     probit     p_c ~ 1 / sum_j exp(-(m_c - m_j) / sqrt(1 + pi V_cj / 8)),   V_cj the variance of z_c - z_j           no draw
+    draws      p = mean_s softmax(m + R eps_s), R R^T the covariance of the k logits     probabilities are averaged, not logits
 
 MacKay's approximation (Neural Computation 4(5), 1992) is for two classes, where the probit above equals it. The usual
 extension to more classes, softmax(m / sqrt(1 + pi v / 8)) with the variances v of single logits, changes when a constant is
 added to all m, ignores correlations, and was further from the mean of many draws in all our measurements (two classes: total
 variation 0.06 against 0.005 at v = 10; five: 0.13 against 0.08). softmax(m + v / 2), which normalises VBLL's bound, is not a
 predictive distribution. Draws are of the k logits of an example, never of weights.
+
+Jobs score by the probit, as few draws err more. NLL in nats above that of 20,000 draws, with independent logits of standard
+deviation 1, 2 and 4 about means of standard deviation 3 (200 examples): two classes 0.000, 0.001 and 0.000 (20 draws 0.004, 0.012
+and 0.016); three 0.001, 0.004 and 0.005 (0.007, 0.020 and 0.040); five 0.004, 0.014 and 0.023 (0.010, 0.033 and 0.080).
 """
 
 from __future__ import annotations
@@ -18,10 +22,16 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from vismt.errors import UserError, near
+from vismt.errors import UserError
 
-METHODS = ("sample", "probit")
 PAIRS = 2**25  # numbers of a temporary (b, k, k) of the probit
+
+
+def predictive(mean: Tensor, root: Tensor, samples: int | None, generator: torch.Generator | None) -> Tensor:
+    """Return probabilities (b, k): the probit, or the mean over `samples` draws. Arguments as in `draw_logits`."""
+    if samples is None:
+        return probit(mean, root)
+    return draw_logits(mean, root, samples, generator).softmax(-1).mean(0)
 
 
 def draw_logits(mean: Tensor, root: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
@@ -31,17 +41,10 @@ def draw_logits(mean: Tensor, root: Tensor, samples: int, generator: torch.Gener
     device, None for the global generator of the logits' device; exactly s b k normal numbers are drawn.
     """
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise UserError(
-            f"predict: samples {samples!r}; it must be a whole number, at least 1 (method 'probit' draws none)."
-        )
+        raise UserError(f"predict: samples {samples!r}; it must be a whole number, at least 1, or None for the probit.")
     device = generator.device if generator is not None else mean.device
     noise = torch.randn(samples, *mean.shape, generator=generator, device=device, dtype=mean.dtype).to(mean.device)
     return mean + (noise * root if root.ndim == 2 else einsum(root, noise, "b k j, s b j -> s b k"))
-
-
-def averaged(logits: Tensor) -> Tensor:
-    """Return the mean (b, k) of the probabilities of logits (s, b, k)."""
-    return logits.softmax(-1).mean(0)
 
 
 def probit(mean: Tensor, root: Tensor) -> Tensor:
@@ -58,12 +61,6 @@ def _probit(mean: Tensor, root: Tensor) -> Tensor:
     )  # the value at c = j is unused
     against = (mean.unsqueeze(1) - mean.unsqueeze(2)) / torch.sqrt(1 + math.pi / 8 * pairs)
     return torch.softmax(-torch.logsumexp(against, 2), 1)
-
-
-def check_method(method: str) -> None:
-    """Raise UserError for an unknown predictive method."""
-    if method not in METHODS:
-        raise UserError(f"predict: no method '{method}'.{near(str(method), METHODS)}")
 
 
 def uncertainty_scores(logits: Tensor) -> dict[str, Tensor]:

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 from vismt.errors import UserError
 
+SMALLEST = torch.finfo(torch.float32).tiny
+
 
 class Covariance(nn.Module, ABC):
     """The covariances S_c of k independent rows of width d. log_std: (k, d)."""
@@ -132,7 +134,7 @@ def full_precision(method: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-class GaussianHead(nn.Module):
+class GaussianHead(nn.Module, ABC):
     """A head with means (k, d) that stays in fp32 (or fp64) when the surrounding model is converted to half precision."""
 
     mean: Tensor
@@ -141,6 +143,14 @@ class GaussianHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Return the mean logits (b, k) fp32, those of a linear head with these means. features: (b, d) float."""
         return self._features(features) @ self.mean.mT
+
+    @abstractmethod
+    def predict(self, features: Tensor) -> Tensor:
+        """Return class probabilities (b, k), averaged over the posterior without draws."""
+
+    def log_probabilities(self, features: Tensor) -> Tensor:
+        """Return log class probabilities (b, k), finite; every job scores a head by them."""
+        return self.predict(features).clamp_min(SMALLEST).log()
 
     def _features(self, features: Tensor) -> Tensor:
         """Return checked features (b, d) in the precision of the head."""
@@ -173,7 +183,7 @@ class GaussianHead(nn.Module):
         return super()._apply(keep_precision, recurse)
 
 
-class VariationalHead(GaussianHead, ABC):
+class VariationalHead(GaussianHead):
     """Rows N(mean_c, S_c) over features of width d, with learned noise.
 
     A subclass gives the prior variance p, nu (noise_dof), the number of noise variances, the standard deviation of the start

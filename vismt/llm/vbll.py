@@ -11,7 +11,7 @@ the answer rows of a language model's head it is the last layer of PoLAR-VBLL (a
 
 Deliberate differences from the package (vbll 0.4.9): means may start at given rows with the prior centred there; the std of
 the posterior starts at 0.03 (the package's 1/d shows no uncertainty for a thousand steps); the noise starts at a fixed std, not
-at a random one; predictions are drawn in `predict`, not in every forward pass; covariance="dense" is dense. Defaults of the
+at a random one; `predict` needs no draw, and no forward pass draws; covariance="dense" is dense. Defaults of the
 priors are those of the package. Left out: the Student-t and heteroscedastic heads, the Monte Carlo bound, a bias (append a
 column of ones to the features where a bias is needed).
 """
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from vismt.errors import UserError, near
-from vismt.llm.predictive import averaged, check_method, draw_logits, probit, uncertainty_scores
+from vismt.llm.predictive import draw_logits, predictive, uncertainty_scores
 from vismt.llm.variational import (
     Covariance,
     DenseCovariance,
@@ -114,30 +114,20 @@ class VBLLClassifier(VariationalHead):
         return chosen - torch.logsumexp(mean + variance / 2, 1)
 
     @full_precision
-    def predict(
-        self,
-        features: Tensor,
-        samples: int = 20,
-        generator: torch.Generator | None = None,
-        *,
-        method: str = "sample",
-    ) -> Tensor:
+    def predict(self, features: Tensor, samples: int | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Return class probabilities (b, k) fp32.
 
         Args:
             features: (b, d) float, from one pass of the backbone for any number of samples.
-            samples: number of draws of the k logits.
+            samples: number of draws of the k logits, over which the softmax is averaged; None for the probit, an approximation
+                without draws that 20 draws do not reach (vismt/llm/predictive.py).
             generator: of the draws; None for the global one.
-            method: "sample" averages the softmax of the draws; "probit" is an approximation without draws.
 
         Raises:
-            UserError: features that do not fit, an unknown method, or `samples` below 1.
+            UserError: features that do not fit, or `samples` below 1.
         """
-        check_method(method)
         mean, variance = self.logit_distribution(features)
-        if method == "probit":
-            return probit(mean, variance.sqrt())
-        return averaged(draw_logits(mean, variance.sqrt(), samples, generator))
+        return predictive(mean, variance.sqrt(), samples, generator)
 
     @full_precision
     def uncertainty(

@@ -58,7 +58,8 @@ class adapters_per_sample(PerSample):
 
     Neighbours with the same entry are computed as one product: batches that are sorted by adapter are the fastest. Gradients
     reach the inputs, not the adapters. Blocks may be nested; the inner one holds. transformers' `generate` repeats the
-    entries as it repeats the samples, for beams and num_return_sequences.
+    entries as it repeats the samples, for beams and num_return_sequences. Checkpointed parts of a model that run again in a
+    backward pass after the block need use_reentrant=False and context_fn=vismt.llm.recompute_gates.
 
     Raises:
         UserError: for entries of another kind, names that no model has active together, and, in the forward pass, a batch of
@@ -76,6 +77,8 @@ class adapters_per_sample(PerSample):
         self.choices: dict[tuple[str, ...], Choice] = {}
         self.kept: WeakKeyDictionary[nn.Module, tuple[Tensor, ...]] = WeakKeyDictionary()
 
+    opened: ClassVar[dict[int, adapters_per_sample]] = {}  # blocks that run, of all threads
+
     def __enter__(self) -> adapters_per_sample:
         used = {name: None for group in self.groups for name in group}
         alive = {together.names for together in Together.alive}
@@ -85,7 +88,30 @@ class adapters_per_sample(PerSample):
                 f"adapters_per_sample: no model has {', '.join(map(repr, used)) or 'adapters'} active; call "
                 "vismt.activate(model, [names]) with all of the batch first."
             )
+        self.opened[id(self)] = self
         return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        if not self._before:
+            del self.opened[id(self)]
+
+    @classmethod
+    def refuse_lost(cls, names: tuple[str, ...], used: bool) -> None:
+        """Raise UserError for a forward without a block that was to have one: all adapters would be added.
+
+        names: of the active adapters. used: whether the layer had a block before.
+        """
+        if used and torch._C._current_graph_task_id() >= 0:
+            raise UserError(
+                "forward: a backward pass runs it again and does not see its adapters_per_sample; checkpoint with "
+                "use_reentrant=False and context_fn=vismt.llm.recompute_gates."
+            )
+        if any(names in scope.choices for scope in list(cls.opened.values())):
+            raise UserError(
+                "forward: adapters_per_sample is in force in another thread or task, and not here; open a block here, too "
+                "(an entry {name: 1, ...} adds adapters)."
+            )
 
     def choice(self, names: tuple[str, ...], batch: int) -> Choice:
         """Return the choice among `names` for a batch of b samples; UserError where they do not match."""

@@ -6,8 +6,11 @@ changes the model as a whole or, on a UserError, not at all.
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +24,13 @@ from vismt.lowrank.layer_spec import AdaptReport, LayerSpec
 from vismt.lowrank.linear import LowRankLayer
 from vismt.lowrank.memory import count_parameters
 from vismt.lowrank.options import checked
-from vismt.lowrank.packed_weights import is_packed
+from vismt.lowrank.packed_weights import is_packed, use_cpu_kernel
 from vismt.lowrank.record import (
     RECORD,
+    SHELF,
     AdaptRecord,
     need_record,
+    record_of,
     refuse_adapted,
     refuse_offloaded,
     refuse_others,
@@ -159,6 +164,7 @@ def install(
     with undone_on_error(model):
         dropout = options.get("dropout", 0.0)
         hold(model, [spec.path for spec in specs])
+        use_cpu_kernel(model, False)
         layers = {spec.path: place(model, spec, dropout=dropout, dtype=dtype) for spec in specs}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in originals or id(parameter) not in stock)
@@ -168,6 +174,7 @@ def install(
             for name, value in model.named_parameters()
             if name in required and name not in originals and not value.is_meta and not is_packed(value)
         }
+    watch_saving(model)
     return list(layers.values())
 
 
@@ -247,8 +254,62 @@ def undo(model: nn.Module) -> None:
     _forget(model, record)
 
 
+SAVE = "save_pretrained"  # of transformers' models
+
+
+class MergedSave:
+    """`save_pretrained` of an adapted model: it writes what `merge` returns, which `from_pretrained` reads.
+
+    The stock function writes the tensors of layers under names that `from_pretrained` leaves out, and so the base. Checkpoints
+    of a Trainer, which continues from them on an adapted model, keep these names.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, save_directory: str | Path, *args: Any, **options: Any) -> Any:
+        module: Any = self.module
+        record = record_of(module)
+        to_resume = "state_dict" in options and re.fullmatch(r"checkpoint-\d+", Path(save_directory).name)
+        if to_resume or (record is not None and not record.sites and not record.wrappers):  # all is in the weights
+            return type(module).save_pretrained(module, save_directory, *args, **options)
+        if record is None:
+            raise UserError(
+                f"{SAVE}: this {type(module).__name__} is a part of an adapted model, or several adapters are active; call "
+                "vismt.merge(model) on the whole model first, or vismt.save_adapter(model, folder, name=...) for each adapter."
+            )
+        merged: Any = copy.deepcopy(module)
+        merged._modules.pop(SHELF, None)
+        state = options.pop("state_dict", None)
+        try:
+            if state is not None:
+                merged.load_state_dict(state)
+            merge(merged)
+        except (UserError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{SAVE}: {reason} Write the adapter alone: vismt.save_adapter(model, folder).") from error
+        merged.__dict__.pop("_keys_to_ignore_on_save", None)  # VismtCallback leaves frozen tensors out of checkpoints
+        return merged.save_pretrained(save_directory, *args, **options)
+
+
+def watch_saving(model: nn.Module) -> None:
+    """Let `save_pretrained` of an adapted model of transformers write what the model computes."""
+    for module in model.modules():
+        if hasattr(type(module), SAVE):
+            setattr(module, SAVE, MergedSave(module))
+
+
+def unwatch_saving(model: nn.Module) -> None:
+    """Undo `watch_saving`."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get(SAVE), MergedSave):
+            delattr(module, SAVE)
+
+
 def _forget(model: nn.Module, record: AdaptRecord) -> None:
     release(model)
+    use_cpu_kernel(model, True)
+    unwatch_saving(model)
     restore_flags(model, record)
     delattr(model, RECORD)
 

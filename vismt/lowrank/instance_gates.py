@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 from torch import Tensor
 
 from vismt.errors import UserError
@@ -31,20 +29,6 @@ class instance_gates(PerSample):
             )
         super().__init__()
         self.gates = gates
-
-
-def recompute_gates() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Return the contexts that torch.utils.checkpoint (not reentrant) takes as `context_fn`.
-
-    Blocks that are recomputed in the backward pass see the gates of their forward pass, on whatever thread it runs and
-    after the `with` block has ended.
-    """
-    scope = instance_gates.scope()
-    if scope is None:
-        return nullcontext(), nullcontext()
-    again = instance_gates(scope.gates)
-    again.repeats = scope.repeats
-    return nullcontext(), again
 
 
 def sample_gates(batch: int, experts: int) -> Tensor:

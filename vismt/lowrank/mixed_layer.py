@@ -3,6 +3,7 @@
     y_b = W x_b + c + sum_e g_be (B_e A_e x_b + c_e)        A (e, r, i), B (e, r, o), r the largest rank, c_e of trained biases
 
 g_be is 1 for a sample's adapter, a mixture, or 1 for all where `adapters_per_sample` is not in force: the sum of the updates.
+A forward that lost its block (another thread, recomputation in a backward pass) is refused.
 Groups of neighbours with the same g are one entry of a batched product: every sample costs what its own adapter costs,
 whatever their number. The factors are copies with the scale in B, relative to the stock weight (rank 2r with a principal
 start); a linear that was trained whole is I (W' - W), or (W' - W) I.
@@ -24,6 +25,7 @@ from vismt.lowrank.adapter_choice import Choice, Together, adapters_per_sample
 from vismt.lowrank.adapter_layer import AdapterLayer, adapter_layers
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.held import hold, is_attention, release
+from vismt.lowrank.inject import unwatch_saving, watch_saving
 from vismt.lowrank.packed_weights import packing
 from vismt.lowrank.parked import park, put_back
 from vismt.lowrank.per_sample import unwatch_expansion, watch_expansion
@@ -54,7 +56,7 @@ class MixedLinear(StandIn):
 
     def __init__(self, base: nn.Module, together: Together, updates: Sequence[Update]) -> None:
         super().__init__(base)
-        self.together = together
+        self.together, self.chosen = together, False  # chosen: whether samples had adapters of their own
         count, rank = len(updates) + 1, max([u.low_rank.rank for u in updates if u.low_rank is not None], default=1)
         A = self.weight.new_zeros(count, rank, self.in_features)
         B = self.weight.new_zeros(count, rank, self.out_features)
@@ -75,7 +77,10 @@ class MixedLinear(StandIn):
         """Return A (g, r, i), B (g, r, o) and, where there is one, the bias (g, 1, o) of the groups of x (b, ...)."""
         scope = adapters_per_sample.scope()
         if scope is None:
+            if not torch.compiler.is_compiling():
+                adapters_per_sample.refuse_lost(self.together.names, self.chosen)
             return self._pick(None, x)
+        self.chosen = True
         choice = scope.choice(self.together.names, len(x))
         if torch.compiler.is_compiling():
             return self._pick(choice, x)
@@ -153,6 +158,7 @@ def mix(model: nn.Module, names: Sequence[str]) -> None:
         install_module(model, path, mixed)
     model._modules[SHELF].mixed = tuple(names)
     watch_expansion(model)
+    watch_saving(model)
 
 
 def unmix(model: nn.Module) -> None:
@@ -161,6 +167,7 @@ def unmix(model: nn.Module) -> None:
     release(model)
     model._modules[SHELF].mixed = ()
     unwatch_expansion(model)
+    unwatch_saving(model)
 
 
 def _updates_of(model: nn.Module, name: str) -> dict[str, Update]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from vismt.errors import UserError, require_known
@@ -58,16 +59,37 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
     Args:
         model: a model with adapters. Afterwards those that were active are active again, their parameters and gradients kept.
+            The block may stand between a forward and its backward pass, as a reference model of preference training does.
 
     Raises:
-        UserError: for a stock model.
+        UserError: for a stock model, and for a backward pass in the block of a forward before it.
     """
     before = active(model)
-    activate(model, None)
+    refusal = UserError("disabled: a backward pass in the block is of a forward before it; call it after the block.")
+
+    def refuse(_: torch.Tensor) -> None:  # the parameters take no gradient here, which would be lost in silence
+        raise refusal
+
+    tensors = [value for value in (*model.parameters(), *model.buffers()) if not value.is_inference()]
+    kept = [torch.autograd._unsafe_preserve_version_counter(value) for value in tensors]
+    hooks = [value.register_hook(refuse) for value in tensors if value.requires_grad]
+    inside: list[int] = []
     try:
+        activate(model, None)
+        inside = [value._version for value in tensors]
         yield model
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise refusal from error
     finally:
+        for hook in hooks:
+            hook.remove()
+        unwritten = [version for version, value, count in zip(kept, tensors, inside) if value._version == count]
         activate(model, before)
+        for version in unwritten:  # the values are back, bit for bit: a graph from before the block is right again
+            with version:
+                pass
 
 
 def remove(model: nn.Module, name: str) -> nn.Module:

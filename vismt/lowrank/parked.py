@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vismt.lowrank.adapter_layer import AdapterLayer, adapter_layers
 from vismt.lowrank.held import hold
-from vismt.lowrank.inject import prepare, undo
+from vismt.lowrank.inject import prepare, undo, watch_saving
 from vismt.lowrank.record import RECORD, SHELF, AdaptRecord, need_record
 from vismt.lowrank.wrappers import ModuleWrapper, from_stock, install_module, wrappers_of
 
@@ -110,6 +110,7 @@ def put_back(model: nn.Module, name: str) -> None:
     for whole in parked.record.also_train:
         model.get_parameter(whole).copy_(parked.also_train(whole))
     setattr(model, RECORD, parked.record)
+    watch_saving(model)
     from_stock(model)
     for whole, parameter in model.named_parameters():
         parameter.requires_grad_(whole in parked.trained)

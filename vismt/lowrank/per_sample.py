@@ -7,8 +7,10 @@ compiled models, do not let asynchronous tasks of one thread interleave inside t
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from contextvars import ContextVar, Token
 from typing import Any, ClassVar, TypeVar
 
@@ -48,6 +50,35 @@ class PerSample:
     def scope(cls: type[S]) -> S | None:
         """Return the context in force."""
         return getattr(cls._traced, "scope", None) if torch.compiler.is_compiling() else cls._current.get()
+
+
+def recompute_gates() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Return the contexts that torch.utils.checkpoint (not reentrant) takes as `context_fn`.
+
+    Blocks that are recomputed in the backward pass see the gates and adapters of their forward pass, on whatever thread it runs
+    and after the `with` block has ended.
+    """
+    return nullcontext(), _Again()
+
+
+class _Again:
+    """The contexts that are in force when this is made; it may be entered more than once."""
+
+    def __init__(self) -> None:
+        scopes = [kind.scope() for kind in PerSample.__subclasses__()]
+        self.scopes = [copy.copy(scope) for scope in scopes if scope is not None]
+        for scope in self.scopes:
+            scope._before = []
+        self._entered: list[ExitStack] = []
+
+    def __enter__(self) -> None:
+        entered = ExitStack()
+        for scope in self.scopes:
+            entered.enter_context(scope)
+        self._entered.append(entered)
+
+    def __exit__(self, *error: object) -> None:
+        self._entered.pop().close()
 
 
 def repeat_samples(times: int) -> None:

@@ -2,10 +2,14 @@
 
 The trained parameter p (slice_values) holds the values, and the weight W follows it; gradients: slice_autograd.py.
 
-    permute   J is one range after reordering (permutation.py): p shares W's storage, a step on p is a step on W
-    index     p holds the values, and each forward and state dict writes them into W (k o numbers); the same is done where p
-              is an fp32 master of a half-precision W, and where groups of heads keep J from being one range
+    permute   J is one range after reordering (permutation.py). Rows that follow each other in W's memory share its storage:
+              a step on p is a step on W
+    index     the order of the units stays
     delta     W stays the stock weight, p is the difference: one more thin product. For FSDP and others that move p
+
+Otherwise p is a tensor of its own, and each forward and state dict writes it into W (k o numbers): columns of W, an fp32 master
+of a half-precision W, and J that is no range. p is contiguous in every mode, because fused and 8-bit optimisers write `numel`
+numbers one after the other: on a view of columns they overwrite frozen ones.
 
 Source: S2FT, arXiv 2412.06289. Its package adds a difference and keeps a view of the whole input; this is not followed.
 Where p is replaced from outside (torch.func.functional_call), the difference to W is added, as in delta mode, and W is left
@@ -176,7 +180,8 @@ class SliceLinear(AdapterLayer):
     @torch.no_grad()
     def remove_update(self) -> None:
         if self.applied and self.mode != "delta":
-            self.slice_values.data = self.slice_values.detach().clone()
+            if self.shares:
+                self.slice_values.data = self.slice_values.detach().clone()
             self.matrix(self.weight).index_copy_(self.dim, self.slice_place, self.slice_start)
         self.applied = self.shares = False
 
@@ -200,7 +205,7 @@ class SliceLinear(AdapterLayer):
         self.slice_place = place.clone()
         self.span = (int(place[0]), int(place[-1]) + 1) if bool((place.diff() == 1).all()) else None
         if self.mode != "delta":
-            self._write(shares=self.span is not None and self.slice_values.dtype == self.weight.dtype)
+            self._place_values()
 
     def _places(self) -> Tensor:
         """Return where the features lie in the present order of the weight, (k,) int64."""
@@ -210,18 +215,26 @@ class SliceLinear(AdapterLayer):
         return self.block.start + order.argsort()[self.slice_index - self.block.start]
 
     @torch.no_grad()
-    def _write(self, shares: bool) -> None:
-        """Put the values into the weight; with `shares`, p becomes a view of it."""
+    def _place_values(self) -> None:
+        """Put the values into the weight; p becomes a view of it where that view is contiguous."""
+        view = None if self.span is None else take(self.matrix(self.weight.data), self.dim, self.slice_place, self.span)
+        self.shares = view is not None and view.dtype == self.slice_values.dtype and view.is_contiguous()
+        if not self.shares:
+            self._write()
+        elif view.data_ptr() != self.slice_values.data_ptr():
+            view.copy_(self.slice_values)
+            self.slice_values.data = view
+        self.pointer = self.slice_values.data_ptr()
+
+    @torch.no_grad()
+    def _write(self) -> None:
+        """Put the values of a parameter with its own storage into the weight."""
         # .data: graphs that keep W need not notice that the same values are written.
         weight = self.matrix(self.weight.data)
-        if shares:
-            view = take(weight, self.dim, self.slice_place, self.span)
-            if view.data_ptr() != self.slice_values.data_ptr() or view.stride() != self.slice_values.stride():
-                view.copy_(self.slice_values)
-                self.slice_values.data = view
-        else:
+        if self.span is None:
             weight.index_copy_(self.dim, self.slice_place, self.slice_values.to(weight.dtype))
-        self.shares, self.pointer = shares, self.slice_values.data_ptr()
+        else:
+            take(weight, self.dim, self.slice_place, self.span).copy_(self.slice_values)
 
     def holds(self) -> bool:
         """Return whether the weight follows the parameter: it is not replaced, and shares the storage where it has to."""
@@ -243,7 +256,7 @@ class SliceLinear(AdapterLayer):
         elif not torch.compiler.is_compiling() and not self.holds():
             values, adds = values - take(weight, self.dim, self.slice_place, self.span), True
         elif not self.shares:
-            self._write(shares=False)
+            self._write()
         keeps = torch.is_grad_enabled() and values.requires_grad
         out, _ = PartialLinear.apply(
             flat, weight, self.bias, values, self.slice_place, self.span, self.dim, adds, keeps
@@ -273,7 +286,7 @@ class SliceLinear(AdapterLayer):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.applied and self.mode != "delta" and not self.shares and self.holds():
-            self._write(shares=False)  # a step on p since the last forward has not reached the weight
+            self._write()  # a step on p since the last forward has not reached the weight
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.shares and not keep_vars:  # files refuse two tensors of one storage
             destination[f"{prefix}slice_values"] = destination[f"{prefix}slice_values"].clone()

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.llm.heads import SMALLEST
 from vismt.llm.laplace import Laplace
 from vismt.llm.vbll import VBLLClassifier
 from vismt.metatune.features import features
@@ -60,7 +59,7 @@ class BayesianClassifier(nn.Module):
         with torch.autocast(raw.device.type, enabled=False):
             z = F.normalize(raw.to(self.mean.dtype), dim=1, eps=1e-12)
             x = self.expand((z - self.mean) / self.spread)
-            return self.head.predict(x, method="probit").clamp_min(SMALLEST).log()
+            return self.head.log_probabilities(x)
 
 
 def with_ones(inputs: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ class EpisodeOutcome:
     first. logits (m, N): of the clean queries. adversarial (m, 3, h, w): the queries under the first attack, None without an
     attack. mixture (P,): the weights of a pool's experts in this task, None for a classifier without them. worst: {worst
     case: conditions that it is over}. strict: the conditions whose budget contains the clean image, under which a query counts
-    only if it is right when clean. outside: logits (o, N) of images of other sets, by condition.
+    only if it is right when clean. outside: logits (o, N) of images of other sets, by condition. lost: queries that an attack
+    counted as broken and that are right here, by condition.
     """
 
     episode: Episode
@@ -43,6 +44,7 @@ class EpisodeOutcome:
     worst: Mapping[str, Sequence[str]] = field(default_factory=dict)
     strict: Collection[str] = ()
     outside: Mapping[str, Tensor] = field(default_factory=dict)
+    lost: Mapping[str, int] = field(default_factory=dict)
 
     def right(self) -> dict[str, Tensor]:
         """Return whether each query counts as right, bool (m,), by condition, then by worst case."""
@@ -86,10 +88,15 @@ class EpisodeOutcome:
         row: dict[str, object] = {**self.accuracies()}
         for form, temperature in forms.items():
             row |= self.probabilities(form, temperature)
-        row |= self.detection()
+        row |= self.detection() | {lost_field(name): count for name, count in self.lost.items()}
         if self.mixture is not None:
             row["mixture"] = [round(weight, 6) for weight in self.mixture.tolist()]
         return row
+
+
+def lost_field(condition: str) -> str:
+    """Return the field of a record with the queries that an attack counted as broken and that are right here."""
+    return f"{condition} lost"
 
 
 def quality_fields(forms: Iterable[str]) -> dict[str, Field]:

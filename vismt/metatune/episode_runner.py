@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vismt.metatune.episode_outcome import EpisodeOutcome
 from vismt.metatune.features import FeatureStore, number
+from vismt.metatune.functional import answers
 from vismt.metatune.interfaces import (
     FewShotModel,
     OutsidePixels,
@@ -50,6 +52,7 @@ class _Task:
     logits: Tensor
     outside: dict[str, Tensor]
     adversarial: Tensor | None = None
+    lost: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -93,6 +96,7 @@ class EpisodeRunner:
                 self.worst,
                 strict,
                 task.outside,
+                task.lost,
             )
             for task in tasks
         }
@@ -137,14 +141,25 @@ class EpisodeRunner:
         images = torch.cat([task.query for task in group])
         labels = torch.cat([task.episode.query_labels for task in group])
         keys = [key for task in group for key in self._keys(attack.seed, task)]
-        changed = []
+        perturb: Any = getattr(
+            run, "search", run.perturb
+        )  # of an attack on this classifier, what it counts as broken, too
+        changed, found = [], []
         for start in range(0, len(images), self.batch):
             part = slice(start, start + self.batch)
             placed = images[part].to(self.device), labels[part].to(self.device)
-            changed.append(run.perturb(classifier, *placed, num_classes=first.episode.ways, keys=keys[part]))
+            found.append(perturb(classifier, *placed, num_classes=first.episode.ways, keys=keys[part]))
+            changed.append(getattr(found[-1], "adversarial", found[-1]))
+        logits = []
         for task, adversarial in zip(group, torch.cat(changed).split(counts), strict=True):
-            task.predictions[name] = self._logits(task.classifier, adversarial).argmax(1)
+            logits.append(self._logits(task.classifier, adversarial))
+            task.predictions[name] = logits[-1].argmax(1)
             task.adversarial = adversarial if task.adversarial is None else task.adversarial
+        if hasattr(run, "search"):
+            parts = torch.cat(logits).split(self.batch)
+            lost = torch.cat([outcome.lost(part, name).cpu() for outcome, part in zip(found, parts, strict=True)])
+            for task, own in zip(group, lost.split(counts), strict=True):
+                task.lost[name] = int(own.sum())
 
     def _keys(self, seed: int, task: _Task) -> list[tuple[int, int]]:
         """Return the key of each query of a task, of which its random numbers are a function."""
@@ -163,4 +178,4 @@ class EpisodeRunner:
         parts = [part.to(self.device) for part in images.split(self.batch)]
         if index is not None:
             parts = [number(part, store, rows) for part, rows in zip(parts, index.split(self.batch))]
-        return torch.cat([classifier(part).cpu() for part in parts])
+        return torch.cat([answers(classifier, part).cpu() for part in parts])

@@ -13,7 +13,6 @@ is not stored. On a GPU kernels depend on the batch's shape, and features may di
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +21,9 @@ from torch import Tensor, nn
 
 from vismt import console
 from vismt.backbones.vit import Backbone
+from vismt.identity import Identity
 from vismt.metatune.functional import Functional
-from vismt.stored_tensors import path_of, read_stored, write_stored
+from vismt.stored_tensors import has_hooks, machine, path_of, read_stored, write_stored
 
 MARK = "_vismt_rows"
 ROUNDING = 1e-3  # largest difference between two orders of sums, as a share of the largest feature
@@ -73,7 +73,7 @@ class FeatureStore:
 
     def __init__(self, data: str | None = None) -> None:
         self.data = data
-        self._tables: dict[Hashable, _Table] = {}
+        self._tables: dict[str, _Table] = {}
 
     def __enter__(self) -> FeatureStore:
         return self
@@ -83,29 +83,24 @@ class FeatureStore:
             table.save()
 
     def table(self, backbone: nn.Module) -> _Table | None:
-        """Return the features of a backbone's weights; None where they cannot be kept."""
+        """Return the features of a backbone as it is now; None where they cannot be kept."""
         if isinstance(backbone, Functional) and not backbone.lasting:
             return None
-        module = backbone.module if isinstance(backbone, Functional) else backbone
-        tensors = dict(_tensors(backbone))
-        if any(tensor.is_inference() for tensor in tensors.values()):
-            return None  # their changes are not counted
-        precision = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-        key = (id(module), precision, *((value.data_ptr(), value._version) for value in tensors.values()))
+        module, weights = (backbone.module, backbone.weights) if isinstance(backbone, Functional) else (backbone, {})
+        unused = _unused(module)
+        parts = set(module.modules()) - unused
+        if any(part.training for part in parts) or has_hooks(parts):
+            return None
+        model = Identity(module, instead=weights, skip=unused)
+        if model.unknown:
+            return None
+        device = next((tensor.device for tensor in weights.values() or module.parameters()), torch.device("cpu"))
+        key = f"{model} {machine(device)}"
         if key not in self._tables:
-            self._tables[key] = _Table(module, tensors, self.data if precision is None else None)
+            path = path_of(self.data, model, machine(device)) if self.data is not None else None
+            self._tables[key] = _Table(path, device)
         table = self._tables[key]
         return table if table.usable else None
-
-
-def _tensors(backbone: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield every parameter and buffer that a backbone runs on, by name."""
-    weights = backbone.weights if isinstance(backbone, Functional) else {}
-    module = backbone.module if isinstance(backbone, Functional) else backbone
-    unused = {id(tensor) for part in _unused(module) for tensor in (*part.parameters(), *part.buffers())}
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if id(tensor) not in unused:
-            yield name, weights.get(name, tensor)
 
 
 def _unused(module: nn.Module) -> set[nn.Module]:
@@ -115,21 +110,14 @@ def _unused(module: nn.Module) -> set[nn.Module]:
 
 
 class _Table:
-    """Features by row for one state of the weights. tensors: kept, so that their addresses stay theirs."""
+    """Features by row of one identity of a backbone, with those of the file `path` where there is one."""
 
-    def __init__(self, module: nn.Module, tensors: dict[str, Tensor], data: str | None) -> None:
-        self.module = module
-        self.tensors = tensors
-        unused = _unused(module)
-        self.usable = not any(part.training for part in set(module.modules()) - unused)
-        self.path = path_of([module], tensors, data, unused) if self.usable and data is not None else None
-        self.equal: bool | None = (
-            None  # whether features are computed in batches of EQUAL images; None: before the first
-        )
-        self.rows: dict[int, Tensor] = {}
-        if self.path is not None:
-            device = next(iter(tensors.values())).device
-            self.rows = _stored_rows(self.path, device)
+    def __init__(self, path: Path | None, device: torch.device) -> None:
+        self.path = path
+        self.usable = True
+        # Whether features are computed in batches of EQUAL images; None before the first.
+        self.equal: bool | None = None
+        self.rows: dict[int, Tensor] = {} if path is None else _stored_rows(path, device)
         self._saved = len(self.rows)
 
     def look_up(self, backbone: nn.Module, images: Tensor, index: list[int], batch: int | None) -> Tensor:

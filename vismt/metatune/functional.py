@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from vismt import console
 from vismt.errors import UserError, near
 
 
@@ -57,3 +61,36 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for submodule, training in modes:
             submodule.training = training
+
+
+def answers(model: nn.Module, images: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Return what a model gives for images (b, 3, h, w), in the one form that attacks and evaluations share.
+
+    Pixels are float32, whatever the type of the weights: half precision would round small changes away. A model that takes its
+    own type alone gets that. Autocast is off. rows: passed to the model's `rows_of` where it has one (packed.py).
+    """
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    wide = images.to(torch.promote_types(dtype, torch.float32))
+    run: Any = model
+    if rows is not None and hasattr(model, "rows_of"):
+        run = partial(run.rows_of, rows=rows)
+    with torch.autocast(images.device.type, enabled=False):
+        try:
+            return run(wide)
+        except RuntimeError as error:
+            if wide.dtype == dtype or isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            return run(images.to(dtype))
+
+
+def report_lost(rows: Sequence[Mapping], fields: Mapping[str, str]) -> None:
+    """Say on the console how many images attacks counted as broken that are right in the evaluation.
+
+    rows: records. fields: of their counts, by attack.
+    """
+    for attack, field in fields.items():
+        count = sum(row.get(field, 0) for row in rows)
+        if count:
+            console.stage(
+                "attack", f"{attack}: {count} images that it broke are right in another batch, and count as right"
+            )

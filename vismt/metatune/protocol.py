@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from vismt import console, ranks
 from vismt.errors import UserError, near
-from vismt.metatune.episode_outcome import SCALED, UNSCALED, quality_fields, write_panel
+from vismt.metatune.episode_outcome import SCALED, UNSCALED, lost_field, quality_fields, write_panel
 from vismt.metatune.episode_runner import EpisodeRunner
 from vismt.metatune.features import FeatureStore
-from vismt.metatune.functional import evaluating
+from vismt.metatune.functional import evaluating, report_lost
 from vismt.metatune.interfaces import (
     FewShotModel,
     OutsidePixels,
@@ -67,7 +67,8 @@ def run_protocol(
         episodes: Number of episodes, at least 2.
         attacks: Attacks and corruptions of the query images, with different texts.
         records: A JSON-lines file. Its first line holds the protocol and its hash; every episode adds a line when it ends,
-            with the `mixture` (P,) of a classifier that has one. A file of the same protocol is continued (a torn last line
+            with the `mixture` (P,) of a classifier that has one, and under "<condition> lost" the queries that an attack counted
+            as broken and that are right here, by rounding. A file of the same protocol is continued (a torn last line
             is dropped), a file of another protocol is refused.
         panel: An .npz of episode 0's images and predictions, at most 5 support and 5 query images of each class.
         device: Where the classifiers run; by default the device of `proto`.
@@ -114,7 +115,10 @@ def run_protocol(
         **({"ood": list(outside)} if outside else {}),
     }
     module, device = _placed(proto, device)
-    log = Records(records, settings, {**columns, "mixture": Field(several=True, optional=True)}, key="episode")
+    lost = {name: lost_field(name) for name in conditions[1:]}
+    further = {"mixture": Field(several=True, optional=True)}
+    further |= {name: Field(0, whole=True, optional=True) for name in lost.values()}
+    log = Records(records, settings, {**columns, **further}, key="episode")
     missing = [index for index in range(episodes) if index not in log]
     by_name = dict(zip(conditions[1:], attacks, strict=True))
     stores = [_store(images, features, bool(missing)) for images in (pixels, *outside.values())]
@@ -141,6 +145,7 @@ def run_protocol(
         if panel is not None and ranks.rank() == 0 and not panel.exists():
             write_panel(panel, run(range(1))[0], model, getattr(pixels, "classes", None))
     rows = [log[index] for index in range(episodes)]
+    report_lost(rows, lost)
     return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in columns}
 
 

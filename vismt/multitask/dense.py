@@ -6,6 +6,7 @@ Every task sees every image, and EMTAL's router does not depend on the task. Cla
 tasks; its logits are not resized. A task without a valid pixel or labelled image in the batch is left out (partial labels, for
 example when each data set has labels of one task), but its head stays in the graph with a gradient of zero, so that all
 processes of DistributedDataParallel use the same parameters. A balancer takes the weighted losses, so "ew" is the plain sum.
+In a step of several batches L_t is a mean over the pixels of each of them.
 L_QR (retain_dense.py) is computed for semantic segmentation alone, at the resolution of the head, and added to the balanced loss.
 """
 

@@ -12,23 +12,20 @@ Left out: gradient clustering (another ablation of the paper), gated FFNs.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from vismt import console
 from vismt.errors import UserError, near
-from vismt.files import atomic_write, read_tensors
+from vismt.identity import Identity, version
 from vismt.multitask.kmeans import RESTARTS, balanced_kmeans, check_divides
 from vismt.paths import cache_root
+from vismt.stored_tensors import read_stored, write_stored
 
 SOURCES = ("weights", "activations")
-# Part of the cache key: increase it when the same input gives different labels.
-VERSION = 1
 
 
 def cluster_neurons(weight: Tensor, n_experts: int, seed: int = 0, restarts: int = RESTARTS) -> Tensor:
@@ -168,12 +165,12 @@ def cluster_model(
         check_divides(mlp.fc1.out_features, n_experts, "hidden units")
     rows = [mlp.fc1.weight for mlp in mlps] if images is None else _activations(vit, mlps, images, tokens, seed)
     files = [_file(row, n_experts, seed, restarts) for row in rows]
-    cached = [_read(file, len(row), n_experts) for file, row in zip(files, rows)]
-    labels = {number: stored for number, stored in enumerate(cached) if stored is not None}
+    stored = {number: tensors for number, file in enumerate(files) if (tensors := read_stored(file)) is not None}
+    labels = {number: tensors["labels"] for number, tensors in stored.items()}
     missing = [number for number in range(len(rows)) if number not in labels]
     for number in console.track(missing, "experts", "blocks clustered") if missing else ():
         labels[number] = cluster_neurons(rows[number], n_experts, seed, restarts)
-        atomic_write(files[number], safetensors.torch.save({"labels": labels[number]}))
+        write_stored(files[number], {"labels": labels[number]})
     return [labels[number] for number in range(len(rows))]
 
 
@@ -247,20 +244,5 @@ def _activations(vit: nn.Module, mlps: list[nn.Module], images: Tensor, tokens: 
 
 def _file(rows: Tensor, n_experts: int, seed: int, restarts: int) -> Path:
     """Return the cache file of the labels of `rows`."""
-    values = rows.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{VERSION} {tuple(rows.shape)} {rows.dtype} {n_experts} {seed} {restarts} ".encode())
-    digest.update(values.view(torch.uint8).numpy().data)
-    return cache_root() / "experts" / f"{digest.hexdigest()[:32]}.safetensors"
-
-
-def _read(file: Path, hidden: int, n_experts: int) -> Tensor | None:
-    """Return the labels in a cache file; None when it does not exist or is damaged and has to be written again."""
-    if not file.exists():
-        return None
-    try:
-        labels = read_tensors(file, "experts")[1].get("labels")
-    except UserError:
-        return None
-    if labels is None or labels.dtype != torch.int64 or labels.shape != (hidden,):
-        return None
-    return labels if _balanced(labels, n_experts) else None
+    identity = Identity(rows, n_experts, seed, restarts, version("vismt.multitask"))
+    return cache_root() / "experts" / f"{identity}.safetensors"

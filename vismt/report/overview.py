@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from vismt.cache import Deletable
 from vismt.config import read_yaml
 from vismt.engine.run import FACTS, RESOLVED
 from vismt.errors import UserError
@@ -15,6 +16,7 @@ from vismt.report.results import RESULTS, ValuesByExample, read_results
 
 STUB = "nothing done"
 BARE = {RESOLVED, FACTS, LOCK, HOLDER}  # files of a run in which nothing is done
+NOTED = {"command", "config_hash", "versions", "wall_time_s"}  # keys of every run.json; another program's has not all
 
 
 @dataclass(frozen=True)
@@ -55,4 +57,20 @@ def _state(folder: Path, evaluated: bool) -> str:
     facts = read_sealed(folder / FACTS, f"run '{folder}'") if (folder / FACTS).exists() else {}
     if "adapt" in facts:
         return "trained"
-    return STUB if {path.name for path in folder.rglob("*") if path.is_file()} <= BARE else "interrupted"
+    return STUB if stub(folder) else "interrupted"
+
+
+def stub(folder: Path) -> Deletable | None:
+    """Return the files of a run in which nothing is done and nobody works; None for every other folder, also behind a link."""
+    try:
+        paths = () if folder.is_symlink() or not folder.is_dir() else tuple(sorted(folder.iterdir()))
+        names = {path.name for path in paths}
+        if not {RESOLVED} <= names <= BARE or not all(path.is_file() and not path.is_symlink() for path in paths):
+            return None
+        ours = "task" in read_yaml(folder / RESOLVED)
+        facts = read_sealed(folder / FACTS, f"run '{folder}'") if FACTS in names else {}
+    except (OSError, UserError):
+        return None
+    if not ours or (facts and not facts.keys() >= NOTED) or "adapt" in facts or is_locked(folder):
+        return None
+    return Deletable(folder, paths, f"a run in which nothing is done, with its {' and '.join(sorted(names))} alone")

@@ -9,6 +9,7 @@ from typing import Any
 
 from vismt.errors import UserError
 from vismt.files import atomic_write, read_sealed
+from vismt.paths import regular_file
 from vismt.report.comparison import AVERAGE, Comparison
 from vismt.report.html import render_html, render_markdown
 from vismt.report.papers import render_csv, render_latex
@@ -27,7 +28,7 @@ from vismt.report.tables import (
 from vismt.stats import LOWER, SHARE
 
 LEGEND = (
-    "Mean ± half width of the 95 % confidence interval over n. ★ best of the models, ≈ statistical tie with the best: "
+    "Mean ± half width of the 95 % confidence interval over n{seeds}. ★ best of the models, ≈ statistical tie with the best: "
     "the 95 % interval of the paired difference contains zero, or, where a row has no records of the same examples "
     "(marked “unpaired”), the two intervals overlap. Every set weighs the same in the average."
 )
@@ -81,11 +82,15 @@ def run_heading(folder: Path) -> Heading:
     config = folder / CONFIG
     revision = f", git revision {about['git_revision']}" if about.get("git_revision") else ""
     seeds = f", seeds {text}" if (text := _seeds(about)) else ""
+    try:
+        content = regular_file(config).read_text(encoding="utf8", errors="replace") if config.exists() else ""
+    except OSError as error:
+        raise UserError(f"run '{folder}': {CONFIG} cannot be read: {error.strerror}.") from error
     return Heading(
         title=str(about.get("title") or folder.name),
         facts=_facts(about),
         source=f"vismt config {about['config_hash']}{revision}{seeds}",
-        config=config.read_text(encoding="utf8", errors="replace") if config.exists() else "",
+        config=content,
     )
 
 
@@ -113,7 +118,7 @@ def write_report(
         keys=[_key_figure(c) for c in key_comparisons(comparisons)],
         facts=heading.facts,
         tables=result_tables(comparisons),
-        legend=LEGEND + FLAT if flat else LEGEND,
+        legend=LEGEND.format(seeds=_seeds_text(comparisons)) + (FLAT if flat else ""),
         sections=[section for section in sections if section.tables or section.pictures],
         citation=_citation(heading.source, comparisons),
         config=heading.config,
@@ -243,24 +248,38 @@ def _citation(source: str, comparisons: Sequence[Comparison]) -> list[str]:
         sentences.append(
             f"The numbers under {kinds} corruptions are in the table of corruptions, with n and intervals."
         )
-    sentences.append(
-        f"± is the half width of the 95 % confidence interval. {source}; "
-        "intervals cover the drawn test examples, not the spread over training seeds."
-    )
+    covered = "the drawn test examples and, where seeds are counted, the spread over training seeds"
+    if not any(cell.seeds for c in comparisons for cell in c.cells.values()):
+        covered = "the drawn test examples, not the spread over training seeds"
+    sentences.append(f"± is the half width of the 95 % confidence interval. {source}; intervals cover {covered}.")
     return sentences
+
+
+def _seeds_text(comparisons: Sequence[Comparison]) -> str:
+    """Return which models' intervals have the spread over training seeds; "" for none."""
+    arms: dict[int, dict[str, None]] = {}
+    for c in comparisons:
+        for arm, cell in c.cells.items():
+            arms.setdefault(cell.seeds, {})[arm] = None
+    texts = [f"{', '.join(names)}: {count} seeds" for count, names in arms.items() if count]
+    return f" and, for models with several trainings ({'; '.join(texts)}), over the seeds; differences likewise" * bool(
+        texts
+    )
 
 
 def _sentence(c: Comparison, where: str, with_task: bool) -> str:
     """Return the numbers of all arms under one condition as a sentence."""
     row = c.row
     percent = " %" if row.scale == SHARE else ""
-    values = "; ".join(
-        f"{arm} {interval_text(cell.value, cell.half, row.scale)}{percent} (n = {cell.n:,} {row.unit})"
-        for arm, cell in c.cells.items()
-    )
+    values = []
+    for arm, cell in c.cells.items():
+        seeds = f", {cell.seeds} seeds" if cell.seeds else ""
+        values.append(
+            f"{arm} {interval_text(cell.value, cell.half, row.scale)}{percent} (n = {cell.n:,} {row.unit}{seeds})"
+        )
     difference = f"; paired difference {difference_text(c)}" if c.difference else ""
     task = f"{row.task}, " if with_task else ""
-    return f"{task}{row.protocol}, {c.condition}, {row.metric} {where}: {values}{difference}."
+    return f"{task}{row.protocol}, {c.condition}, {row.metric} {where}: {'; '.join(values)}{difference}."
 
 
 def _duration(seconds: float | None) -> str:

@@ -1,4 +1,4 @@
-"""The sections about the scores of a study: by set and by level, arms by seed, paired differences."""
+"""The sections about the scores of a study: by set and by level, clean scores by seed, paired differences."""
 
 from __future__ import annotations
 
@@ -12,26 +12,30 @@ from typing import Any
 
 from vismt.engine.log import record_stem
 from vismt.report import figures, study_figures
-from vismt.report.comparison import AVERAGE, Comparison, ExampleValues, Values, aligned, block
+from vismt.report.comparison import AVERAGE, Comparison, Evidence, ExampleValues, block
 from vismt.report.results import Result
 from vismt.report.sections import Picture, Section
 from vismt.report.study_figures import SeedsPanel
 from vismt.report.tables import Table, interval_text, number_text, scale_text, split_corruptions
-from vismt.stats import LOWER, SHARE, domain_average, seeds_interval
+from vismt.stats import LOWER, SHARE, seeds_interval
 
 MOST_PANELS = 12  # of the figure by seed
 MOST_OPEN = 3  # figures of scores; of more the first is shown and the others on request
 ARROWS = "↓ lower is better, ↑ higher is better."
 SEED_NOTE = (
     f"{ARROWS} Mean over the training seeds ± half width of its 95 % interval (Student's t), and the same of the difference to "
-    "the arm that is named, seed by seed. The tables of results give the uncertainty from the test examples; this one gives "
-    "that from the seeds. Every set weighs the same in the average."
+    "the arm that is named, seed by seed, on these test examples: what other examples would change is not in it. The tables "
+    "of results have both. Every set weighs the same in the average."
 )
-EXAMPLES_NOTE = (
+PAIRS_NOTE = (
     f"{ARROWS} The later arm minus the earlier one on the same examples, each averaged over the seeds, with the 95 % interval "
-    "over the examples. Many pairs: of twenty true zeros one is expected to look like a difference."
+    "{over}. Many pairs: of twenty true zeros one is expected to look like a difference."
 )
-OVER_SEEDS_NOTE = f"{ARROWS} The same differences seed by seed, with the 95 % interval over the seeds (Student's t)."
+OVER_SEEDS_NOTE = (
+    f"{ARROWS} The same differences seed by seed, with the 95 % interval over the seeds alone (Student's t), on these test "
+    "examples. With two or three seeds its t is so large that it can exceed the interval above, which has more degrees of "
+    "freedom."
+)
 SEEDS_CAPTION = (
     "Dots of one seed are joined; bar and number are the mean over seeds. Each panel has its own scale, which does not begin "
     f"at 0. {ARROWS}"
@@ -40,7 +44,7 @@ SEEDS_CAPTION = (
 
 @dataclass(frozen=True)
 class ArmScore:
-    """One clean score of a study.
+    """One score of a study under one condition.
 
     Args:
         row: what the rows of the score have in common; its arm, seed and value are those of the first.
@@ -92,30 +96,38 @@ def score_sections(
         baselines: by task the arm that differences are taken to, "" for none; the first arm that has the score for tasks
             left out.
     """
-    scores = arm_scores(results, compared)
+    conditions = {c.condition for c in split_corruptions(comparisons)[0]}  # many corruptions have tables of their own
+    scores = arm_scores([row for row in results if row.condition in conditions], compared)
+    clean = [score for score in scores if score.row.condition == "clean"]
     bars = _bars(folder, comparisons)
     # Of two models, the result tables have the one difference.
     several = len({row.arm for row in results}) > 2 or any(score.seeds for score in scores)
-    pairs = [*(_over_examples(values, compared, scores) if several else []), *_over_seeds(compared, scores)]
+    evidence = Evidence(results, values)
+    pairs = [*(_over_examples(evidence, compared, scores) if several else []), *_over_seeds(compared, scores)]
     return [
         Section("Scores by set", pictures=bars, folded=len(bars) > MOST_OPEN),
         Section("Scores by level", pictures=_levels(folder, comparisons)),
-        Section("Arms by seed", _by_seed(scores, baselines), _seeds_figure(folder, compared, scores)),
+        Section("Arms by seed", _by_seed(clean, baselines), _seeds_figure(folder, compared, clean)),
         Section("Paired differences", pairs),
     ]
 
 
 def arm_scores(results: Sequence[Result], arms: Sequence[str]) -> list[ArmScore]:
-    """Return the clean scores of the trained arms, block by block, with the average over sets where there are several."""
-    rows = [row for row in results if row.condition == "clean" and row.arm in arms]
+    """Return the scores of the trained arms, block by block, with the average over sets where there are several.
+
+    A condition that some of the sets lack has no average.
+    """
+    rows = [row for row in results if row.arm in arms]
     scores: list[ArmScore] = []
     for key in dict.fromkeys(block(row) for row in rows):
         in_block = [row for row in rows if block(row) == key]
         sets = list(dict.fromkeys(row.data for row in in_block))
-        for data in sets:
-            scores.append(_arm_score(data, [row for row in in_block if row.data == data], rows))
-        if len(sets) > 1:
-            scores.append(_arm_score(AVERAGE, in_block, rows))
+        for condition in dict.fromkeys(row.condition for row in in_block):
+            under = [row for row in in_block if row.condition == condition]
+            found = list(dict.fromkeys(row.data for row in under))
+            scores += [_arm_score(data, [row for row in under if row.data == data], rows) for data in found]
+            if 1 < len(found) == len(sets):
+                scores.append(_arm_score(AVERAGE, under, rows))
     return [score for score in scores if score.arms]
 
 
@@ -247,22 +259,17 @@ def _by_seed(scores: Sequence[ArmScore], baselines: Mapping[str, str]) -> list[t
     return [(Table(f"By seed, {len(seeds)} seeds", heads, rows, best, folded=len(rows) > 40), SEED_NOTE)]
 
 
-def _over_examples(values: ExampleValues, arms: Sequence[str], scores: Sequence[ArmScore]) -> list[tuple[Table, str]]:
+def _over_examples(evidence: Evidence, arms: Sequence[str], scores: Sequence[ArmScore]) -> list[tuple[Table, str]]:
     """Return the difference of every two arms on the same examples."""
-    examples: dict[tuple[Any, ...], Values | None] = {
-        row.key: values.of(row) for score in scores for rows in score.arms.values() for row in rows
-    }
 
     def cell(score: ArmScore, later: str, earlier: str) -> str:
-        differences = {}
-        for a, b in zip(score.arms[later], score.arms[earlier], strict=True):
-            both = aligned(examples[a.key], examples[b.key])
-            if both is None:
-                return "–"
-            differences[a.data] = [x - y for x, y in zip(*both, strict=True)]
-        return interval_text(*domain_average(differences), score.row.scale, sign=True)
+        found = evidence.mean_difference(score.arms[later], score.arms[earlier])
+        return "–" if found is None else interval_text(*found, score.row.scale, sign=True)
 
-    return _pairs("Over examples", arms, scores, cell, EXAMPLES_NOTE)
+    several = any(score.seeds for score in scores)
+    title = "Over examples and seeds" if several else "Over examples"
+    over = "over the examples and the training seeds together" if several else "over the examples"
+    return _pairs(title, arms, scores, cell, PAIRS_NOTE.format(over=over))
 
 
 def _over_seeds(arms: Sequence[str], scores: Sequence[ArmScore]) -> list[tuple[Table, str]]:
@@ -284,11 +291,24 @@ def _over_seeds(arms: Sequence[str], scores: Sequence[ArmScore]) -> list[tuple[T
 def _pairs(
     title: str, arms: Sequence[str], scores: Sequence[ArmScore], cell: Any, note: str
 ) -> list[tuple[Table, str]]:
-    """Return a table with a row for each two arms that share a score; cell(score, later arm, earlier arm) gives a text."""
+    """Return a table with a row for each two arms and condition; cell(score, later arm, earlier arm) gives a text."""
+    conditions = list(dict.fromkeys(score.row.condition for score in scores))
+    columns: dict[tuple[Any, ...], dict[str, ArmScore]] = {}
+    for score in scores:
+        columns.setdefault((*block(score.row), score.data), {})[score.row.condition] = score
     rows = []
     for earlier, later in itertools.combinations(arms, 2):
-        texts = [cell(score, later, earlier) if {later, earlier} <= set(score.arms) else "–" for score in scores]
-        if any(text != "–" for text in texts):
-            rows.append([f"{later} − {earlier}", *texts])
-    heads = ["Arms", *(f"{score.label}, n = {score.count}" for score in scores)]
-    return [(Table(title, heads, rows, set(), texts=1, folded=len(heads) > 12), note)] if rows else []
+        for condition in conditions:
+            found = [column.get(condition) for column in columns.values()]
+            texts = [
+                cell(score, later, earlier) if score is not None and {later, earlier} <= set(score.arms) else "–"
+                for score in found
+            ]
+            if any(text != "–" for text in texts):
+                rows.append([f"{later} − {earlier}", *([condition] if len(conditions) > 1 else []), *texts])
+    heads = ["Arms", *(["Condition"] if len(conditions) > 1 else [])]
+    for column in columns.values():
+        counts = dict.fromkeys(score.count for score in column.values())
+        heads.append(f"{next(iter(column.values())).label}, n = {' / '.join(counts)}")
+    names = len(heads) - len(columns)
+    return [(Table(title, heads, rows, set(), texts=names, folded=len(heads) > 12), note)] if rows else []

@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from vismt.robustness.active_set import Wave
+from vismt.robustness.active_set import Wave, select
 from vismt.robustness.losses import Loss
 from vismt.robustness.norms import column, project, random_start, steepest
 from vismt.robustness.victim import Victim
@@ -40,6 +40,7 @@ class _State:
     best: Tensor
     best_gradient: Tensor
     best_loss: Tensor
+    best_logits: Tensor
     step: Tensor  # (m,)
     rises: Tensor  # (m,) steps with a higher loss since the last checkpoint
     checked_loss: Tensor  # (m,) best loss at the last checkpoint
@@ -72,7 +73,7 @@ def apgd(victim: Victim, wave: Wave, *, epsilon: float, norm: str, steps: int, l
             else:
                 _check_progress(state, window)
             since, window = 0, max(window - shrink, shortest)
-    wave.finish(state.best)
+    wave.finish(state.best, state.best_logits)
 
 
 def _windows(steps: int, norm: str) -> tuple[int, int, int]:
@@ -96,6 +97,7 @@ def _start(victim: Victim, wave: Wave, epsilon: float, norm: str, loss: Loss) ->
         best=images,
         best_gradient=gradient,
         best_loss=value,
+        best_logits=logits,
         step=torch.full_like(value, factor * epsilon),
         rises=zeros,
         checked_loss=value,
@@ -136,8 +138,11 @@ def _evaluate(victim: Victim, wave: Wave, state: _State, loss: Loss, *, last: bo
         logits, value, gradient = victim.gradient(state.images, wave.rows, wave.labels, wave.targets, loss)
     state.rises = state.rises + (value > state.loss)
     state.loss, state.gradient = value, gradient
-    state.keep(wave.settle(state.images, logits))
+    keep = wave.settle(state.images, logits)
+    state.keep(keep)
+    (logits,) = select(keep, logits)
     better = state.loss > state.best_loss
+    state.best_logits = torch.where(better[:, None], logits, state.best_logits)
     state.best = torch.where(column(better), state.images, state.best)
     state.best_gradient = torch.where(column(better), state.gradient, state.best_gradient)
     state.best_loss = torch.where(better, state.loss, state.best_loss)

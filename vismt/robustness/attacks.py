@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError, near
+from vismt.metatune.functional import answers, evaluating
 from vismt.robustness.active_set import Outcome, Round, waves
 from vismt.robustness.apgd import apgd
 from vismt.robustness.checks import check_input, within_budget
 from vismt.robustness.fab import fab
-from vismt.robustness.foreign import PREFIX, attack_class, foreign
+from vismt.robustness.foreign import L2_ENDING, PREFIX, attack_class, foreign
 from vismt.robustness.losses import cross_entropy, dlr, targeted_dlr
 from vismt.robustness.norms import NORMS
 from vismt.robustness.pgd import pgd
@@ -60,6 +61,7 @@ KINDS = {
 }
 ENSEMBLES = ("autoattack", "strong")
 FOREIGN = _Kind("torchattacks", 10, has_step=True)
+FOREIGN_L2 = replace(FOREIGN, norms=("l2",))
 TARGETS = 9
 FEW_WAYS = 4  # below this number of classes the ensembles have other parts
 FEW_WAY_RESTARTS = 5
@@ -72,9 +74,14 @@ RENAMED = {
 }
 
 
+def radius_text(norm: str, epsilon: float) -> str:
+    """Return a radius as in tables, "4.5/255" in linf and "0.5" in the others."""
+    return f"{epsilon * 255:.6g}/255" if norm == "linf" else f"{epsilon:.6g}"
+
+
 def budget_text(norm: str, epsilon: float) -> str:
     """Return a budget as in tables, "linf 4.5/255" or "l2 0.5"."""
-    return f"{norm} " + (f"{epsilon * 255:.6g}/255" if norm == "linf" else f"{epsilon:.6g}")
+    return f"{norm} {radius_text(norm, epsilon)}"
 
 
 @dataclass(frozen=True)
@@ -108,8 +115,8 @@ class AttackSpec:
             raise UserError(f"attack {self.name}: norm '{self.norm}' is not known.{near(self.norm, NORMS)}")
         if self.norm not in self._kind.norms:
             raise UserError(
-                f"attack {self.name}: no {self.norm} form, it has {' and '.join(self._kind.norms)}; take apgd_ce, apgd_t, "
-                "fab or strong."
+                f"attack {self.name}: no {self.norm} form, it has {' and '.join(self._kind.norms)}; change the norm, or "
+                "take apgd_ce, apgd_t, fab or strong."
             )
         if self.steps is None:
             object.__setattr__(self, "steps", self._kind.steps)
@@ -129,7 +136,7 @@ class AttackSpec:
 
     @property
     def _kind(self) -> _Kind:
-        return KINDS.get(self.name, FOREIGN)
+        return KINDS.get(self.name, FOREIGN_L2 if self.name.endswith(L2_ENDING) else FOREIGN)
 
     @property
     def length(self) -> int:
@@ -206,7 +213,21 @@ class AttackSpec:
 
         exhaust: attack every image to the end, broken or not: for images that are evaluated on another model.
         """
-        return _run(model, images, labels, [self], num_classes, keys, exhaust=exhaust).adversarial.to(images.device)
+        outcome = self.search(model, images, labels, num_classes=num_classes, keys=keys, exhaust=exhaust)
+        return outcome.adversarial.to(images.device)
+
+    def search(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        num_classes: int,
+        keys: Sequence[tuple[int, int]],
+        exhaust: bool = False,
+    ) -> Outcome:
+        """Return what the attack finds, with the arguments of `perturb`: the images, and which of them it counts as broken."""
+        return _run(model, images, labels, [self], num_classes, keys, exhaust=exhaust)
 
 
 def attack(model: nn.Module, images: Tensor, labels: Tensor, spec: AttackSpec, *, num_classes: int) -> Tensor:
@@ -224,7 +245,7 @@ def attack(model: nn.Module, images: Tensor, labels: Tensor, spec: AttackSpec, *
 
     Returns:
         float32 (b, 3, h, w) in [0, 1] on the images' device. An image that is wrong when clean is returned unchanged; one
-        that withstands the attack as its last trial left it.
+        that withstands the attack as the trial left it that came closest to another class.
 
     Raises:
         UserError: Pixels outside [0, 1], labels or logits that do not fit num_classes, logits or gradients that are not
@@ -244,6 +265,8 @@ def robust_accuracy(
 ) -> Tensor:
     """Return the worst case over a list of attacks: bool (b,), True where the clean and every attacked image is right.
 
+    The attacked images are evaluated once more, and this answer counts.
+
     An image that one attack broke is not given to the next: list the cheap ones first. Its mean is the robust accuracy.
 
     Args:
@@ -255,10 +278,15 @@ def robust_accuracy(
         batch: Largest number of images in one forward pass.
 
     Raises:
-        UserError: As for `attack`.
+        UserError: As for `attack`, and a model that answers differently from call to call.
     """
     keys = [(0, i) for i in range(len(images))]
-    return ~_run(model, images, labels, specs, num_classes, keys, batch=batch).broken.to(images.device)
+    outcome = _run(model, images, labels, specs, num_classes, keys, batch=batch)
+    with evaluating(model), torch.no_grad():
+        logits = torch.cat([answers(model, part) for part in outcome.adversarial.split(batch)])
+    outcome.lost(logits, _named(specs))
+    right = torch.stack([found.argmax(1) == outcome.labels for found in (outcome.logits, logits)])
+    return right.all(0).to(images.device)
 
 
 def _run(
@@ -274,7 +302,7 @@ def _run(
 ) -> Outcome:
     """Run attacks one after the other on the images that are still right."""
     clean = images.detach().float().clone()
-    what = ", ".join(str(spec) for spec in specs) or "none"
+    what = _named(specs)
     check_input(clean, labels, what, num_classes)
     for spec in specs:
         spec.check_classes(num_classes)
@@ -288,10 +316,15 @@ def _run(
     return outcome
 
 
+def _named(specs: Sequence[AttackSpec]) -> str:
+    return ", ".join(str(spec) for spec in specs) or "none"
+
+
 def _attack(victim: Victim, outcome: Outcome, spec: AttackSpec, batch: int) -> None:
     if spec.epsilon == 0:
         return
-    active = ~outcome.broken
+    active = outcome.active
+    outcome.forget(active)
     for part in _parts(spec, victim.num_classes):
         rounds, trial = _rounds(part, victim.num_classes), _trial(part)
         for wave in waves(outcome, rounds, batch, f"{part.name} {spec.seed}"):
@@ -318,6 +351,8 @@ def _parts(spec: AttackSpec, num_classes: int) -> Iterator[AttackSpec]:
 def _rounds(spec: AttackSpec, num_classes: int) -> list[Round]:
     """Return the restarts of an attack, for each target class where it has targets."""
     restarts = range(spec.restarts or 1)
+    if spec.name.startswith(PREFIX):
+        return [Round(0)]  # with all of its restarts
     if spec.name not in ("apgd_t", "fab"):
         return [Round(restart) for restart in restarts]
     return [Round(restart, rank) for rank in range(1, min(TARGETS, num_classes - 1) + 1) for restart in restarts]
@@ -340,4 +375,5 @@ def _trial(spec: AttackSpec) -> Callable[..., None]:
         return partial(by_name[spec.name], **budget)
     name = spec.name.removeprefix(PREFIX)
     attack_class(name)
-    return partial(foreign, name=name, step=spec.step, steps=spec.steps, seed=spec.seed, **budget)
+    options = {"steps": spec.steps, "seed": spec.seed, "restarts": spec.restarts or 1}
+    return partial(foreign, name=name, step=spec.step, **options, **budget)

@@ -7,9 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from vismt.errors import UserError
-from vismt.robustness.norms import size
-
-TOLERANCE = 1e-6
+from vismt.robustness.norms import TOLERANCE, rounding, size
 
 
 class AttackBudget(Protocol):
@@ -48,8 +46,9 @@ def within_budget(clean: Tensor, adversarial: Tensor, spec: AttackBudget) -> Ten
         float(adversarial.min()),
         float(adversarial.max()),
     )
+    allowed = spec.epsilon + rounding(clean, spec.epsilon, spec.norm)
     # Written so that a NaN fails it.
-    if not (worst <= spec.epsilon + TOLERANCE * max(1.0, spec.epsilon) and low >= -TOLERANCE and high <= 1 + TOLERANCE):
+    if not (worst <= allowed and low >= -TOLERANCE and high <= 1 + TOLERANCE):
         raise RuntimeError(
             f"attack {spec}: left its budget: {spec.norm} {worst:.8g} > {spec.epsilon:.8g}, or pixels {low}..{high}"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from vismt.backbones.any_module import UNKNOWN, size_of
 from vismt.errors import UserError, near
+from vismt.files import parse_json
 
 SUFFIXES = {".safetensors", ".pt", ".pth", ".bin", ".tar"}
 
@@ -48,7 +48,10 @@ class PixelClassifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if tuple(images.shape[-2:]) != self.size:
             images = F.interpolate(images, size=self.size, mode="bilinear", antialias=True, align_corners=False)
-        return self.net((images - self.mean.to(images.dtype)) / self.std.to(images.dtype))
+        normalised = (images - self.mean.to(images.dtype)) / self.std.to(images.dtype)
+        # Of half-precision weights the pixels stay wide until they are normalised.
+        weights = (p.dtype for p in self.net.parameters() if p.is_floating_point())
+        return self.net(normalised.to(next(weights, images.dtype)))
 
 
 def load_classifier(
@@ -180,7 +183,7 @@ def _read_config(path: Path) -> dict:
     """Return config.json beside a checkpoint, as `vismt merge` writes it; empty without one."""
     config = path.parent / "config.json"
     try:
-        return json.loads(config.read_text(encoding="utf8")) if config.is_file() else {}
+        return parse_json(config.read_text(encoding="utf8")) if config.is_file() else {}
     except ValueError as error:
         raise UserError(f"checkpoint '{path}': the config.json beside it is not JSON ({error}).") from error
 

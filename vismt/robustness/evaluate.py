@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from vismt import console, ranks
 from vismt.conformal import set_sizes
 from vismt.errors import UserError
-from vismt.metatune.functional import evaluating
+from vismt.metatune.functional import answers, evaluating, report_lost
 from vismt.proper_scores import proper_scores
 from vismt.records import SHARE, Field, Records
+from vismt.robustness.attacks import AttackSpec
 from vismt.robustness.conditions import DirectPerturbation, Perturbation, condition_of, worst_cases
 from vismt.seeds import mix_seed
 from vismt.stats import CLEAN, Condition, wilson
@@ -107,13 +108,14 @@ def evaluate_examples(
 
     Returns:
         Records with id, label, the predictions "clean" and "<condition>", and the distances "<condition> linf" and
-        "<condition> l2", in the order of the examples. For each form also the answer "<form>", the probability of the answer
+        "<condition> l2", in the order of the examples; of an attack also "<condition> lost", 1 where the attack counted an image
+        as broken that is right here, by rounding. For each form also the answer "<form>", the probability of the answer
         "<form> confidence", "<form> nll" in nats and "<form> brier". With a quantile the same for "clean" and each condition,
         and the number of classes in the set, "<condition> set".
 
     Raises:
         UserError: No example, labels or logits that do not fit num_classes, pixels outside [0, 1], two conditions with the
-            same text, or records of another run.
+            same text, a model that answers differently from call to call, or records of another run.
     """
     conditions = {spec.describe(num_classes): spec for spec in specs}
     if len(conditions) < len(specs):
@@ -128,7 +130,10 @@ def evaluate_examples(
         settings["forms"] = list(forms)
     if quantile is not None:
         settings["quantile"] = quantile
-    log = Records(records, settings, _fields(conditions, forms or {}, num_classes, quantile), key="id")
+    fields = _fields(conditions, forms or {}, num_classes, quantile)
+    lost = {name: f"{name} lost" for name, spec in conditions.items() if isinstance(spec, AttackSpec)}
+    fields |= {name: Field(0, 1, whole=True, optional=True) for name in lost.values()}  # older records have none
+    log = Records(records, settings, fields, key="id")
     evaluate = partial(
         _evaluate_batch, model, conditions=conditions, forms=forms or {}, num_classes=num_classes, quantile=quantile
     )
@@ -154,6 +159,7 @@ def evaluate_examples(
                 log.add(row)
             rows |= {name: log[name] for name in names}
             bar.advance()
+    report_lost(list(rows.values()), lost)
     return list(rows.values())
 
 
@@ -286,9 +292,15 @@ def _evaluate_batch(
         columns |= _probability_columns(name, form(logits.cpu().double()), labels.cpu())
     for condition, spec in conditions.items():
         keys = batch_keys(spec, number, len(images))
-        perturbed = spec.perturb(model, images, labels, num_classes=num_classes, keys=keys)
+        if isinstance(spec, AttackSpec):
+            outcome = spec.search(model, images, labels, num_classes=num_classes, keys=keys)
+            perturbed = outcome.adversarial
+        else:
+            perturbed = spec.perturb(model, images, labels, num_classes=num_classes, keys=keys)
         change = (perturbed - images).flatten(1).float()
         attacked = _logits(model, perturbed, num_classes)
+        if isinstance(spec, AttackSpec):
+            columns[f"{condition} lost"] = outcome.lost(attacked, condition).int().tolist()
         columns[condition] = attacked.argmax(1).tolist()
         columns |= with_sets(condition, attacked)
         columns[f"{condition} linf"] = change.abs().amax(1).tolist()
@@ -316,7 +328,7 @@ def _probability_columns(name: str, logits: Tensor, labels: Tensor) -> dict[str,
 @torch.no_grad()
 def _logits(model: nn.Module, images: Tensor, num_classes: int) -> Tensor:
     with evaluating(model):
-        logits = model(images)
+        logits = answers(model, images)
     if logits.ndim != 2 or logits.shape[1] != num_classes:
         raise UserError(f"evaluate: logits {tuple(logits.shape)} for {num_classes} classes: the head does not fit.")
     return logits

@@ -41,7 +41,7 @@ def fab(victim: Victim, wave: Wave, *, epsilon: float, norm: str, steps: int) ->
             return
         images, crossed = select(keep, images, crossed)
         images = torch.where(column(crossed), wave.clean + PULL_BACK * (images - wave.clean), images)
-    wave.finish(wave.clean)
+    wave.finish(wave.clean, wave.outcome.logits[wave.rows])
 
 
 def _step(clean: Tensor, images: Tensor, value: Tensor, gradient: Tensor, norm: str) -> Tensor:

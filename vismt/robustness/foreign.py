@@ -1,7 +1,8 @@
 """Any attack of torchattacks by its class name (Kim, arXiv 2010.01950), as `torchattacks:NAME`.
 
-It runs on the images that are still right. Budget, step and length are passed where the class takes them; what leaves the
-budget, as the results of minimal-norm attacks may, is put back to the image.
+Such a class draws for a whole batch, so every restart takes all images that are right when clean, and these get the same draws
+when the images are for another model. Budget, step and length are passed where the class takes them; what leaves the budget, as
+the results of minimal-norm attacks may, is put back to the image.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError, near
-from vismt.robustness.active_set import Wave
-from vismt.robustness.norms import column, size
+from vismt.robustness.active_set import Wave, restart_seed
+from vismt.robustness.norms import column, rounding, size
 from vismt.robustness.victim import Victim
 
 PREFIX = "torchattacks:"
-SLACK = 1e-6
+L2_ENDING = "L2"  # of the names of the classes whose radius is of l2; that of the others is of linf, or of their argument `norm`
 
 
 class _Model(nn.Module):
@@ -38,26 +39,44 @@ class _Model(nn.Module):
 
 
 def foreign(
-    victim: Victim, wave: Wave, *, name: str, epsilon: float, norm: str, step: float, steps: int | None, seed: int
+    victim: Victim,
+    wave: Wave,
+    *,
+    name: str,
+    epsilon: float,
+    norm: str,
+    step: float,
+    steps: int | None,
+    seed: int,
+    restarts: int,
 ) -> None:
     """Run the class `name` of torchattacks on a wave. Raises UserError for an unknown class or values that it refuses."""
     kind = attack_class(name)
     takes = inspect.signature(kind.__init__).parameters
-    offered = {"eps": epsilon, "alpha": step, "steps": steps, "norm": norm.capitalize(), "seed": seed % 2**31}
+    if norm != "linf" and "eps" in takes and "norm" not in takes and not name.endswith(L2_ENDING):
+        raise UserError(f"attack {PREFIX}{name}: no {norm} form, its radius is of linf; give norm: linf, or take pgd.")
+    offered = {"eps": epsilon, "alpha": step, "steps": steps, "norm": norm.capitalize()}
     offered |= {"n_classes": victim.num_classes, "n_queries": steps}
-    options = {key: value for key, value in offered.items() if key in takes and value is not None}
+    for restart in range(restarts):
+        drawn = restart_seed(seed, restart)
+        given = {**offered, "seed": drawn % 2**31}
+        options = {key: value for key, value in given.items() if key in takes and value is not None}
+        images = _attacked(victim, wave, kind, options, name, drawn)
+        allowed = epsilon + rounding(wave.clean, epsilon, norm)
+        inside = (size(images - wave.clean, norm) <= allowed) & images.flatten(1).isfinite().all(1)
+        images = torch.where(column(inside), images, wave.clean).clamp(0, 1)
+        with torch.no_grad():
+            wave.finish(images, victim.logits(images, wave.rows))
+
+
+def _attacked(victim: Victim, wave: Wave, kind: Any, options: dict[str, Any], name: str, seed: int) -> Tensor:
     model = _Model(victim, wave.rows).eval()
     with _seeded(seed):
         try:
-            images = kind(model, **options)(wave.clean, wave.labels).detach().float()
+            return kind(model, **options)(wave.clean, wave.labels).detach().float()
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"attack {PREFIX}{name}: torchattacks cannot run it here ({reason}).") from error
-    inside = (size(images - wave.clean, norm) <= epsilon + SLACK) & images.flatten(1).isfinite().all(1)
-    images = torch.where(column(inside), images, wave.clean).clamp(0, 1)
-    with torch.no_grad():
-        keep = wave.settle(images, victim.logits(images, wave.rows))
-    wave.finish(images if keep is None else images[keep])
 
 
 def attack_class(name: str) -> Any:

@@ -1,7 +1,8 @@
 """Checks that an attack is strong enough to measure robustness (Athalye et al., arXiv 1802.00420; Carlini et al., 1902.06705).
 
-Growing radii: nothing can stay right when 64/255 may be added to every pixel, as the images of two classes meet. An attack
-that leaves the accuracy above chance there, or that does worse with a larger budget, follows misleading gradients.
+Growing radii: nothing can stay right when 64/255 may be added to every pixel, as the images of two classes meet. In l2 and l1
+the last radius is that of such a change, 64/255 sqrt(n) and 64/255 n for images of n numbers. An attack that leaves the accuracy
+above chance there, or that does worse with a larger budget, follows misleading gradients.
 Reach: an attack whose steps cannot cross the ball from one side to the other depends on its start.
 Gap: PGD minus `strong` on the same images. Gradients may be honest and PGD weak all the same; only a stronger attack shows it.
 """
@@ -19,11 +20,13 @@ from torch import Tensor, nn
 
 from vismt.metatune.interfaces import FewShotModel, PixelStore, Sampler
 from vismt.metatune.protocol import run_protocol
-from vismt.robustness.attacks import AttackSpec
+from vismt.robustness.attacks import AttackSpec, radius_text
 from vismt.robustness.evaluate import ConditionAccuracy, RepeatableBatches, evaluate_classifier
+from vismt.robustness.norms import size_of_all
 from vismt.stats import mean_interval
 
-RADII = (0.0, 1 / 255, 2 / 255, 4.5 / 255, 8 / 255, 16 / 255, 64 / 255)
+LARGEST = 64 / 255  # change of every pixel
+RADII = (0.0, 1 / 255, 2 / 255, 4.5 / 255, 8 / 255, 16 / 255, LARGEST)
 CROSSING = 2.0  # radii that the steps must add up to
 SLACK = 0.02  # the accuracy may rise by this much from one radius to the next
 
@@ -35,7 +38,7 @@ class MaskingCheck:
     monotone: no increase from one radius to the next beyond noise. reaches_chance: at the largest radius the accuracy is
     not significantly above chance. reach: sum of the attack's steps over the radius; None for attacks that choose their own
     steps. Where one of the three fails, the accuracy under this attack does not measure robustness. gap: accuracy under the
-    attack minus that under `strong` at the attack's own radius `gap_at`; None where it was not measured.
+    attack minus that under `strong` at the attack's own radius `gap_at`; None where it was not measured. norm: of the radii.
     """
 
     epsilons: tuple[float, ...]
@@ -47,6 +50,7 @@ class MaskingCheck:
     reach: float | None = None
     gap: float | None = None
     gap_at: float | None = None
+    norm: str = "linf"
 
     @property
     def crosses(self) -> bool:
@@ -71,10 +75,11 @@ class MaskingCheck:
         text = f"FAIL: {'; '.join(faults)}" if faults else "pass"
         if self.gap is None or self.gap_at is None:
             return text
-        return f"{text}; {round(100 * self.gap, 1) + 0.0:+.1f} points against strong at {255 * self.gap_at:.3g}/255"
+        gap = f"{round(100 * self.gap, 1) + 0.0:+.1f} points against strong"
+        return f"{text}; {gap} at {radius_text(self.norm, self.gap_at)}"
 
     def _point(self, index: int) -> str:
-        return f"{100 * self.accuracies[index]:.1f} % at {255 * self.epsilons[index]:.3g}/255"
+        return f"{100 * self.accuracies[index]:.1f} % at {radius_text(self.norm, self.epsilons[index])}"
 
 
 def check_masking(
@@ -93,14 +98,16 @@ def check_masking(
         batches: As for `evaluate_classifier`, iterated once for each radius.
         spec: The attack. Its step keeps its ratio to the radius.
         num_classes: Number of logits.
-        epsilons: Radii; by default 0, half, once and twice the attack's, and 64/255. In l2 pass others: 64/255 is small.
+        epsilons: Radii; by default 0, half, once and twice the attack's, and that of a change of every pixel by 64/255.
         slack: Rise of the accuracy from one radius to the next that counts as noise.
 
     Returns:
         The check; n counts images.
     """
-    default = (0.0, spec.epsilon / 2, spec.epsilon, 2 * spec.epsilon, 64 / 255)
-    radii = sorted(set(default if epsilons is None else epsilons))
+    if epsilons is None:
+        whole = size_of_all(next(iter(batches))[0], spec.norm)
+        epsilons = (0.0, spec.epsilon / 2, spec.epsilon, min(2 * spec.epsilon, whole), LARGEST * whole)
+    radii = sorted(set(epsilons))
 
     def accuracy(at: AttackSpec) -> ConditionAccuracy:
         return evaluate_classifier(model, batches, [at], num_classes=num_classes, label=str(at))[1]
@@ -117,6 +124,7 @@ def check_masking(
         reach=_reach(spec),
         gap=accuracy(spec).value - accuracy(_strong(spec)).value,
         gap_at=spec.epsilon,
+        norm=spec.norm,
     )
 
 

@@ -21,6 +21,7 @@ from vismt.seeds import mix_seed
 
 NORMS = ("linf", "l2", "l1")
 TINY = 1e-12
+TOLERANCE = 1e-6
 BISECTIONS = 60  # of the threshold of the l1 projection: the interval shrinks below double precision
 SLIDE_SHARE = 0.01
 
@@ -36,6 +37,16 @@ def size(change: Tensor, norm: str) -> Tensor:
     if norm == "linf":
         return flat.abs().amax(1)
     return flat.norm(dim=1) if norm == "l2" else flat.abs().sum(1)
+
+
+def size_of_all(images: Tensor, norm: str) -> float:
+    """Return the norm of a change by 1 of every number of an image; images (b, c, h, w)."""
+    return images[0].numel() ** {"linf": 0.0, "l2": 0.5, "l1": 1.0}[norm]
+
+
+def rounding(images: Tensor, epsilon: float, norm: str) -> float:
+    """Return by how much a change of norm epsilon may seem longer, as float32 rounds every number of the image."""
+    return TOLERANCE * max(1.0, epsilon) + torch.finfo(torch.float32).eps / 2 * size_of_all(images, norm)
 
 
 def project(clean: Tensor, moved: Tensor, epsilon: float, norm: str) -> Tensor:

@@ -27,5 +27,6 @@ def pgd(victim: Victim, wave: Wave, *, epsilon: float, norm: str, step: float, s
             return
         images = project(wave.clean, images + steepest(gradient, images, step, norm), epsilon, norm)
     with torch.no_grad():
-        (images,) = select(wave.settle(images, victim.logits(images, wave.rows)), images)
-    wave.finish(images)
+        logits = victim.logits(images, wave.rows)
+    images, logits = select(wave.settle(images, logits), images, logits)
+    wave.finish(images, logits)

@@ -3,7 +3,7 @@
 A query changes a square window of the image to a corner of the ball and is kept when the margin z_y - max z_j falls. The
 window's share of the pixels starts at 80 % and is halved at nine points of the search. linf starts from vertical stripes of
 +-epsilon; l2 starts from a grid of bumps and moves norm from one window to another. Windows and signs are functions of the
-seed and the query, the same for all images; starts are functions of each image's seed.
+seed, the restart and the query, the same for all images; starts are functions of each image's seed.
 
 Most queries are not kept. So few images ask several queries ahead in one batch, as if none of them were kept; an image that
 keeps one goes on from there and asks the later ones again. The images are those of one query after the other.
@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from vismt.robustness.active_set import Wave, select
+from vismt.robustness.active_set import Wave, restart_seed, select
 from vismt.robustness.losses import margin
 from vismt.robustness.norms import TINY, column, draw, project, size
 from vismt.robustness.victim import Victim
@@ -49,7 +49,10 @@ def square(victim: Victim, wave: Wave, *, epsilon: float, norm: str, queries: in
     """Ask `queries` queries for each image."""
     images = _stripes(wave, epsilon) if norm == "linf" else _bumps(wave, epsilon)
     propose = _propose_linf if norm == "linf" else _propose_l2
-    moves = _draw_moves(wave.clean, norm, queries, torch.Generator().manual_seed(seed))
+    restarts = wave.restart.unique()
+    seeds = [restart_seed(seed, restart) for restart in restarts.tolist()]
+    drawn = [_draw_moves(wave.clean, norm, queries, torch.Generator().manual_seed(start)) for start in seeds]
+    moves = _Moves(*(torch.cat([getattr(part, item.name) for part in drawn]) for item in fields(_Moves)))
     logits = victim.logits(images, wave.rows).clone()  # it is written to, and may be the model's own
     images, logits = select(wave.settle(images, logits), images, logits)
     done = torch.ones_like(wave.rows)  # queries that an image has behind it
@@ -58,7 +61,8 @@ def square(victim: Victim, wave: Wave, *, epsilon: float, norm: str, queries: in
         numbers = done[:, None] + torch.arange(ahead, device=done.device)
         trial, place = (numbers < queries).nonzero(as_tuple=True)
         clean, labels = wave.clean[trial], wave.labels[trial]
-        proposals = propose(clean, images[trial], epsilon, moves.at(numbers[trial, place]))
+        asked = queries * torch.searchsorted(restarts, wave.restart[trial]) + numbers[trial, place]
+        proposals = propose(clean, images[trial], epsilon, moves.at(asked))
         answers = victim.logits(proposals, wave.rows[trial])
         better = torch.zeros_like(numbers, dtype=torch.bool)
         better[trial, place] = margin(answers, labels) > margin(logits[trial], labels)
@@ -68,7 +72,7 @@ def square(victim: Victim, wave: Wave, *, epsilon: float, norm: str, queries: in
         images[trial[kept]], logits[trial[kept]] = proposals[kept], answers[kept]
         done = done + torch.where(keeps, first + 1, ahead)
         images, logits, done = select(wave.settle(images, logits), images, logits, done)
-    wave.finish(images)
+    wave.finish(images, logits)
 
 
 def _share(number: int, queries: int) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.errors import UserError
-from vismt.metatune.functional import evaluating
+from vismt.metatune.functional import answers, evaluating
 from vismt.robustness.losses import Loss
 
 PROBABILITY_SLACK = 1e-4
@@ -29,14 +29,11 @@ class Victim:
 
     def __init__(self, model: nn.Module, num_classes: int, what: str) -> None:
         self.model, self.num_classes, self.what = model, num_classes, what
-        self.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        self.by_row = hasattr(model, "rows_of")
         self.has_gradient = False
 
     def logits(self, images: Tensor, rows: Tensor) -> Tensor:
         """Return float32 logits (b, num_classes) of images (b, 3, h, w); rows (b,) number the attacked images."""
-        inputs = images.to(self.dtype)
-        output = self.model.rows_of(inputs, rows) if self.by_row else self.model(inputs)
+        output = answers(self.model, images, rows)
         fits = isinstance(output, Tensor) and tuple(output.shape) == (len(images), self.num_classes)
         if not fits or not bool(output.isfinite().all()):
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__

@@ -120,7 +120,8 @@ class MultitaskConfig(StudyConfig):
         balancing: how the losses of the tasks are weighed; null for one mean over the batch.
         calibration: images that a method computes options from before the training; null for none.
         evaluate: the evaluation.
-        report: risk adds conformal sets and selective prediction (vismt.jobs.risk); null for none.
+        report: risk adds conformal sets and selective prediction (vismt.jobs.risk); null for none. With tune, half of the
+            validation examples choose the rates and the other half give the thresholds.
         on_bad_sample: error or skip, for images that cannot be decoded.
         download: whether sets that are missing are downloaded.
     """

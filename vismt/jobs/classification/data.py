@@ -130,7 +130,8 @@ class TaskData:
 
     def _chosen(self, task: TaskConfig, images: ImageSet, classes: Sequence[str]) -> Chosen:
         """Return images with their labels within the task, matched by the names of the classes."""
-        numbers = torch.tensor([classes.index(name) if name in classes else -1 for name in images.classes])
+        places = {name: number for number, name in enumerate(classes)}
+        numbers = torch.tensor([places.get(name, -1) for name in images.classes])
         labels = numbers[images.labels]
         if bool((labels < 0).any()):
             unknown = images.classes[int(images.labels[labels < 0][0])]

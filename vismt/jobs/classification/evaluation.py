@@ -23,7 +23,7 @@ from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.models import PixelNet, stored
 from vismt.jobs.fitted import kept
-from vismt.jobs.risk import Thresholds, fit_thresholds, image_measures
+from vismt.jobs.risk import Thresholds, fit_thresholds, image_measures, validation_parts
 from vismt.jobs.variants import ADJUSTED, TEMPERED
 from vismt.lines import read_lines
 from vismt.multitask.class_loss import adjusted
@@ -102,18 +102,23 @@ class Evaluation:
             )
         )
 
+    def parts(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return masks of a task's validation images: those that choose rates and those that give thresholds."""
+        return validation_parts(self.data.part(number, "validation").labels, self.config.report, self.config.tune)
+
     def thresholds(self, net: PixelNet, training: Training, separate: bool) -> list[Thresholds]:
         """Return the thresholds of every task, fitted on its validation images."""
+        halves = not bool(self.parts(0)[1].all())
+        fingerprint = net.fingerprint() + (" half" if halves else "")
 
         def of_task(number: int) -> Thresholds:
             logits, labels = self._validation(net, separate)[number]
-            return fit_thresholds(net.fingerprint(), logits.double().log_softmax(1), labels)
+            _, chosen = self.parts(number)
+            return fit_thresholds(fingerprint, logits[chosen].double().log_softmax(1), labels[chosen])
 
         def of_tasks() -> list[Thresholds]:
             paths = [training.folder / f"risk-{task}.json" for task in self.data.union.tasks]
-            return [
-                kept(path, Thresholds, net.fingerprint(), partial(of_task, number)) for number, path in enumerate(paths)
-            ]
+            return [kept(path, Thresholds, fingerprint, partial(of_task, number)) for number, path in enumerate(paths)]
 
         return ranks.from_first(of_tasks)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from torch import Tensor, nn
 
 from vismt.backbones import vit
 from vismt.data.batching import ShuffledBatches
+from vismt.data.names import card_and_split, row_name
 from vismt.data.transforms import augment
 from vismt.engine.study import Training
+from vismt.errors import UserError
 from vismt.jobs.base import records_folder
 from vismt.jobs.calibrating import calibrated_on_images
 from vismt.jobs.classification import panels
@@ -27,6 +31,7 @@ from vismt.jobs.classification.posterior import laplace_scores
 from vismt.jobs.classification.report import sections
 from vismt.jobs.image_job import ImageJob
 from vismt.jobs.multitask import make_configured_balancer
+from vismt.jobs.risk import check_thresholds
 from vismt.llm.heads import is_variational
 from vismt.lowrank.inject import train_along
 from vismt.multitask.retain import QualityRetaining
@@ -46,8 +51,6 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         "accuracy": "Training accuracy (%)",
         "fade": "Router fade",
     }
-
-    has_risk = True
 
     def __init__(self, config: MultitaskConfig, folder: Path, config_hash: str) -> None:
         check(config)
@@ -83,6 +86,8 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
                 or self.config.report
             ):
                 self.data.check_part(task, "validation")
+            if self.config.report is not None:
+                check_thresholds(self.data.part(task, "validation").labels, self.config.report, self.config.tune)
 
     def skeleton(self, config: MultitaskConfig) -> nn.Module:
         return vit.skeleton(config.model.name, config.model.img_size, num_classes=1)
@@ -160,9 +165,14 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         return scores
 
     def validate(self, training: Training) -> float:
-        """Return the mean accuracy over the tasks."""
-        scores = [score.measure for score in self.score(training, "validation", []) if score.condition == CLEAN]
-        values = [measure.score for measure in scores if measure.metric == "accuracy"]
+        """Return the mean accuracy over the tasks, on the images that choose rates."""
+        values = []
+        for score in self.score(training, "validation", []):
+            if score.condition == CLEAN and score.measure.metric == "accuracy":
+                number = self.data.union.tasks.index(score.data)
+                chooses, _ = self.evaluation.parts(number)
+                names = list(compress(self.data.part(number, "validation").ids, chooses.tolist()))
+                values.append(math.fsum(score.measure.values[name] for name in names) / len(names))
         return sum(values) / len(values)
 
     def temperature(self, training: Training) -> float | None:
@@ -177,6 +187,14 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
 
     def check_conditions(self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig]) -> None:
         check_attacks(attacks, corruptions)
+
+    def check_risk(self) -> None:
+        tune = self.config.tune
+        if self.config.report is None and tune is not None and len(tune.rates) > 1:
+            raise UserError(
+                f"report: risk: the run '{self.folder}' chose its rates on all of its validation images, so none are left for "
+                "the thresholds; add report: risk to that run and train it again."
+            )
 
     def scores_under(
         self,
@@ -214,6 +232,10 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     def classifier(self, arm: str | None = None) -> tuple[nn.Module, list[str], int]:
         net = self.final(self.study.find(arm))
         return net, self.data.label_names, net.backbone.img_size[0]
+
+    def cards_of_tasks(self) -> dict[str, set[str]]:
+        parts = {task.name: (*task.train, *task.validation, *task.test) for task in self.config.tasks}
+        return {name: {row_name(card_and_split(entry)[0]) for entry in entries} for name, entries in parts.items()}
 
     def about(self) -> dict[str, Any]:
         """Return the classes for config.json beside merged weights, with timm's keys."""

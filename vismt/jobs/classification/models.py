@@ -17,12 +17,11 @@ from vismt.data.batching import Gathered
 from vismt.engine import training_files
 from vismt.engine.study import Training
 from vismt.files import atomic_write
+from vismt.identity import weights_digest
 from vismt.jobs.classification.config import MultitaskConfig
-from vismt.llm.heads import SMALLEST, is_variational, make_head
+from vismt.llm.heads import is_variational, make_head
 from vismt.llm.variational import GaussianHead
-from vismt.lowrank.store import fingerprint
 from vismt.metatune.features import FeatureStore, features, number
-from vismt.objects import weights_digest
 
 HEAD = "head.safetensors"
 
@@ -46,9 +45,9 @@ class PixelNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         head: Any = self.head
-        if not isinstance(self.head, GaussianHead):
-            return head(self.features(images)) if self.frozen else self.backbone.logits(images)
-        return head.predict(self.features(images), method="probit").clamp_min(SMALLEST).log()
+        if isinstance(head, GaussianHead):
+            return head.log_probabilities(self.features(images))
+        return head(self.features(images)) if self.frozen else self.backbone.logits(images)
 
     def features(self, images: Tensor) -> Tensor:
         """Return the input (b, d) of the head."""
@@ -77,9 +76,7 @@ class PixelNet(nn.Module):
 
     def fingerprint(self) -> str:
         """Return the fingerprint of the net's weights."""
-        linears = [path for path, module in self.stock.named_modules() if isinstance(module, nn.Linear)]
-        text = fingerprint(self.stock, linears)
-        return f"{text}-{weights_digest(self.head)}" if isinstance(self.head, GaussianHead) else text
+        return weights_digest(self.stock)
 
 
 def fresh(config: MultitaskConfig, num_classes: int, num_train: int) -> PixelNet:

@@ -29,7 +29,7 @@ from vismt.jobs.dense.data import DenseBatches, DenseData
 from vismt.jobs.dense.delta import deltas
 from vismt.jobs.dense.evaluation import Evaluation
 from vismt.jobs.dense.pooled_score import Scored
-from vismt.jobs.dense.predict import check_images, image_files, predict_images
+from vismt.jobs.dense.predict import check_images, image_files, most_pixels, predict_images
 from vismt.jobs.dense.report import sections
 from vismt.jobs.image_job import ImageJob
 from vismt.jobs.multitask import make_configured_balancer
@@ -207,9 +207,9 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
     def predict(self, images: Sequence[Path], target: Path, arm: str | None = None, **options: bool) -> list[Path]:
         """Draw one arm's predictions on images and on those in folders; options: see `predict_images`."""
         images = image_files(images)
-        check_images(images)
         training = self.study.find(arm)
         config = self.study.config_of(training)
+        check_images(images, most_pixels(config) if options.get("own_size") else None)
         size = (config.size[0], config.size[1]) if options.get("own_size") else window_of(self.config)
         net = models.loaded(config, training, size)
         training_files.fold(net.stock, training)

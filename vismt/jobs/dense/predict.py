@@ -39,6 +39,9 @@ from vismt.multitask.tasks.classification import Classification
 from vismt.multitask.tasks.depth import Depth, InverseDepth
 from vismt.report.plotting import GRID, INK, MUTED, axes_at, new_figure, save, short, write
 
+THIN = 16  # a picture's height is in proportion to that of the image: at 1 x 300 pixels it took 4 GB
+VALUES = 2**29  # 2 GiB of predictions, which are there several times
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -76,8 +79,14 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
-def check_images(images: Sequence[Path]) -> None:
-    """Raise UserError for files that cannot be read and two images of one name."""
+def most_pixels(config: DenseConfig) -> int:
+    """Return the pixels of the largest image whose predictions at its own size, for the largest scale, are VALUES numbers."""
+    channels = sum(task.channels for task in trained_tasks(config))
+    return int(VALUES / channels / max(1, *config.evaluate.scales) ** 2)
+
+
+def check_images(images: Sequence[Path], most: int | None = None) -> None:
+    """Raise UserError for files that cannot be read, two images of one name, thin images, and more than `most` pixels."""
     names: dict[str, Path] = {}
     for path in images:
         other = names.setdefault(path.stem, path)
@@ -85,7 +94,16 @@ def check_images(images: Sequence[Path]) -> None:
             raise UserError(
                 f"predict: '{other}' and '{path}' would both become {path.stem}.png; give one of them another --to."
             )
-        decode_file(path)
+        height, width = decode_file(path).shape[-2:]
+        if max(height, width) > THIN * min(height, width):
+            raise UserError(
+                f"predict: '{path}' has {width:,} x {height:,} pixels; one side may be {THIN} times the other. Crop it."
+            )
+        if most is not None and height * width > most:
+            raise UserError(
+                f"predict: '{path}' has {width:,} x {height:,} pixels; at their own size this run predicts images of up to "
+                f"{most:,} pixels. Scale it down, or leave out --own-size."
+            )
 
 
 def predict_images(

@@ -7,7 +7,8 @@ v_ei is the accuracy of expert e on episode i of n, c(i) = argmax_e v_ei:
     oracle, episodes shuffled           E max_e v_{e pi_e(i)},  pi_e independent, with replacement: sum_v v dG(v),
                                         G(v) = prod_e (share of episodes with v_ei <= v)
 
-All are exact; the last has the jackknife's interval. Several training seeds are averaged episode by episode.
+All are exact; the last has the jackknife's interval. Several training seeds are averaged episode by episode, and their spread is
+in the intervals (vismt.stats.with_seeds).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from vismt.lines import read_lines
 from vismt.report.comparison import AVERAGE
 from vismt.report.results import Result
 from vismt.report.tables import MANY_CORRUPTIONS, Table, bounds_text, interval_text
-from vismt.stats import SHARE, domain_average, mean_interval, paired_bootstrap
+from vismt.stats import SHARE, domain_average, paired_bootstrap, with_seeds
 
 BEST = "best expert on validation"
 NOTE = (
@@ -37,9 +38,9 @@ NOTE = (
     "among accuracies of unrelated tasks, so that an oracle which does not exceed that does not show that experts differ "
     "by task. "
     "“average” and “merged:uniform” are the equal soup. Differences to “merged” are paired by episode (95 % bootstrap "
-    "interval; for averages over sets 1.96 standard errors)."
+    "interval; for averages over sets 1.96 standard errors). Several training seeds are in all intervals."
 )
-ByModel = dict[str, Tensor]  # accuracies (n,) of the same episodes
+ByModel = dict[str, Tensor]  # accuracies (n,) of the same episodes, or (seeds, n)
 
 
 def choice_tables(
@@ -59,7 +60,7 @@ def choice_tables(
         for row in merged:
             by_seed = [_of_seed(folder, config, seed, row, [MERGED, *models], experts) for seed in seeds]
             if all(by_seed):
-                cases[row.condition, row.data] = _mean(by_seed)
+                cases[row.condition, row.data] = _stacked(by_seed)
         if cases:
             tables.append((_table(protocol, cases), NOTE))
     return tables
@@ -123,10 +124,16 @@ def _of_seed(
     return {**shown, **choose(torch.stack([values[arm] for arm in experts]))}
 
 
-def _mean(by_seed: Sequence[ByModel]) -> ByModel:
-    """Return the values averaged over seeds, of the models that all seeds have."""
+def _stacked(by_seed: Sequence[ByModel]) -> ByModel:
+    """Return the values (seeds, n) of the models that all seeds have."""
     common = [name for name in by_seed[0] if all(name in values for values in by_seed)]
-    return {name: torch.stack([values[name] for values in by_seed]).mean(0) for name in common}
+    return {name: torch.stack([values[name] for values in by_seed]) for name in common}
+
+
+def _interval(by_set: Mapping[str, Tensor]) -> tuple[float, float]:
+    """Return (mean over sets, half width of its 95 % interval) of values (seeds, n) by set."""
+    mean, half = domain_average({data: values.mean(0) for data, values in by_set.items()})
+    return mean, with_seeds(half, torch.stack([values.mean(1) for values in by_set.values()]).mean(0).tolist())
 
 
 def _table(protocol: str, cases: Mapping[tuple[str, str], ByModel]) -> Table:
@@ -140,8 +147,12 @@ def _table(protocol: str, cases: Mapping[tuple[str, str], ByModel]) -> Table:
             rows += _average_rows(condition, every)
     for (condition, data), values in cases.items():
         for name, accuracies in values.items():
-            difference = None if name == MERGED else paired_bootstrap(accuracies, values[MERGED])[:3]
-            rows.append([data, condition, name, *_texts(mean_interval(accuracies), difference, len(accuracies))])
+            middle, half = _interval({data: accuracies - values[MERGED]})
+            difference = (middle, middle - half, middle + half)
+            if len(accuracies) == 1:
+                difference = paired_bootstrap(accuracies[0], values[MERGED][0])[:3]
+            texts = _texts(_interval({data: accuracies}), None if name == MERGED else difference, accuracies.shape[1])
+            rows.append([data, condition, name, *texts])
     heads = ["Data", "Condition", "Model", "accuracy in %", "Difference to merged", "n (episodes)"]
     return Table(f"Choosing experts, {protocol}", heads, rows, set(), texts=3, folded=len(rows) > 30)
 
@@ -150,10 +161,10 @@ def _average_rows(condition: str, every: Mapping[str, ByModel]) -> Iterable[list
     for name in next(iter(every.values())):
         if not all(name in values for values in every.values()):
             continue
-        interval = domain_average({data: values[name] for data, values in every.items()})
-        middle, half = domain_average({data: values[name] - values[MERGED] for data, values in every.items()})
+        interval = _interval({data: values[name] for data, values in every.items()})
+        middle, half = _interval({data: values[name] - values[MERGED] for data, values in every.items()})
         difference = None if name == MERGED else (middle, middle - half, middle + half)
-        count = sum(len(values[name]) for values in every.values())
+        count = sum(values[name].shape[1] for values in every.values())
         yield [AVERAGE, condition, name, *_texts(interval, difference, count)]
 
 

@@ -47,6 +47,7 @@ from vismt.lowrank.inject import merge
 from vismt.lowrank.record import need_record
 from vismt.lowrank.store import load_adapter
 from vismt.lowrank.targets import check_patterns
+from vismt.lowrank.wrappers import check_mergeable
 from vismt.metatune.amt import AdversarialObjective
 from vismt.metatune.maml import MamlNet
 from vismt.metatune.objective import EpisodeObjective
@@ -136,7 +137,15 @@ class FewShotJob(Job[FewShotConfig, Any]):
     def prepared(self, config: FewShotConfig) -> tuple[Net, str, list[Tensor]]:
         if config.adapt is None:
             raise UserError("adapt: is null; an arm of a few-shot run needs a method.")
-        return self.fresh(config), config.adapt.method, []
+        net = self.fresh(config)
+        if config.meta is None:
+            try:
+                check_mergeable(self.stock(net), "adapt")
+            except UserError as error:
+                raise UserError(
+                    f"{error} Few-shot models are evaluated with merged weights; a router takes adapt.options.fade: 1."
+                ) from error
+        return net, config.adapt.method, []
 
     def stock(self, net: Net) -> nn.Module:
         return net.get_submodule("learner.backbone.vit" if isinstance(net, MamlNet) else "backbone.vit")

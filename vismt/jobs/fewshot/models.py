@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-
-from torch import Tensor, nn
 
 from vismt.backbones.vit import PixelBackbone
 from vismt.data.pixels import Pixels
@@ -14,6 +12,7 @@ from vismt.engine import runtime, training_files
 from vismt.engine.study import ALONE, Study, Training
 from vismt.errors import UserError
 from vismt.files import read_tensors
+from vismt.identity import Identity, weights_digest
 from vismt.jobs.fewshot.arms import (
     split_head,
     strategy_of,
@@ -28,7 +27,6 @@ from vismt.jobs.fewshot.config import (
 )
 from vismt.jobs.fewshot.merge_settings import PoolSettings
 from vismt.lowrank.inject import merge
-from vismt.lowrank.store import fingerprint
 from vismt.metatune.finetune import FineTuned
 from vismt.metatune.interfaces import FewShotModel
 from vismt.metatune.laplace_probe import LaplaceProbe
@@ -40,7 +38,6 @@ from vismt.metatune.pool import ExpertPool, read_pool
 from vismt.metatune.protonet import ProtoNet
 from vismt.metatune.ridge_probe import RidgeProbe
 from vismt.metatune.vbll_probe import VBLLProbe
-from vismt.objects import is_object, weights_digest
 from vismt.seeds import digest
 
 OWN_FILE = "classifier.safetensors"  # the classifier's trained tensors besides the adapter
@@ -112,10 +109,7 @@ class Models:
         """Return a digest of base weights, adapters, and settings of merging and fine-tuning."""
         text = _describe(model)
         vit = next(part for part in model.modules() if isinstance(part, PixelBackbone)).vit
-        linears = [path for path, module in vit.named_modules() if isinstance(module, nn.Linear)]
-        # A model given in Python may have other weights that are trained, convolutions for example.
-        given = weights_digest(vit) if is_object(self.config.model.name) else fingerprint(vit, linears)
-        return f"{given}-{digest(text.encode())}"
+        return f"{weights_digest(vit)}-{digest(text.encode())}"
 
     def pool(self) -> ExpertPool:
         """Return the assembled pool that the configuration names, or else the pool of the seed's trainings."""
@@ -162,14 +156,9 @@ def _describe(model: FewShotModel) -> str:
     if isinstance(model, PoolNet):
         pool = model.pool
         shares = dict(model.settings.shares) or ""
-        return f"{pool.labels} {pool.scale} {model.settings} {_values(pool.banks.state_dict())}{shares}"
+        return f"{pool.labels} {pool.scale} {model.settings} {weights_digest(pool.banks)}{shares}"
     if isinstance(model, MamlNet):
-        return f"{model.settings} {_values(dict(model.learner.named_parameters()) | model.own_tensors())}"
+        return f"{model.settings} {weights_digest(model.learner)} {Identity(sorted(model.own_tensors().items()))}"
     if isinstance(model, ProtoNet):
         return f"{float(model.scale):.6g}"
     raise TypeError(f"{type(model).__name__} has no fingerprint.")
-
-
-def _values(tensors: Mapping[str, Tensor]) -> str:
-    """Return a digest of every value."""
-    return digest(b"".join(tensors[name].detach().cpu().float().numpy().tobytes() for name in sorted(tensors)))

@@ -166,7 +166,7 @@ class LmEvaluateConfig:
         temperature: also evaluate with the temperature that minimises the NLL on validation rows.
         laplace: also evaluate with a Laplace approximation around the trained head; it is Kronecker-factored, and the
             condition is named accordingly, where a linear head has more than 4,096 weights.
-        samples: draws of a Bayesian head.
+        samples: without effect, as Bayesian heads answer without draws; run folders of earlier versions have it.
     """
 
     split: Annotated[str, Names("vismt.jobs.multitask:SPLITS")] = "test"
@@ -193,7 +193,8 @@ class LmConfig(StudyConfig):
             the titles of the history; or as controls random and shuffled-user.
         projector: from item vectors to the LM, mlp or linear.
         evaluate: the evaluation.
-        report: risk adds conformal sets and selective prediction (vismt.jobs.risk); null for none.
+        report: risk adds conformal sets and selective prediction (vismt.jobs.risk); null for none. With tune, half of the
+            validation examples choose the rates and the other half give the thresholds.
     """
 
     task: str = "lm"

@@ -110,7 +110,6 @@ def _check_numbers(config: LmConfig) -> None:
     least = {
         "model.cache_mb": (config.model.cache_mb, 0),
         "evaluate.limit": (config.evaluate.limit, 2),
-        "evaluate.samples": (config.evaluate.samples, 1),
     }
     for name, (value, low) in least.items():
         if value is not None and value < low:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import compress
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from vismt.jobs.lm.config import FROZEN, RECOMMENDERS, REFERENCES, LmConfig
 from vismt.jobs.lm.data import LmData, lm_of
 from vismt.jobs.lm.models import LmModels, fingerprint, load_trained
 from vismt.jobs.lm.recommender import Recommender
-from vismt.jobs.risk import choice_measures, fit_thresholds
+from vismt.jobs.risk import choice_measures, fit_thresholds, validation_parts
 from vismt.jobs.variants import LAPLACE, TEMPERED
 from vismt.lines import read_lines, write_lines
 from vismt.llm.heads import laplace_head, laplace_structure
@@ -35,6 +36,7 @@ from vismt.lowrank.inject import merge
 from vismt.report.results import Score
 from vismt.stats import CLEAN, Condition, Measure
 
+SCORING = "2"  # changes where rows get other scores than in earlier versions, whose records are then not used
 MEANS = Condition("means of the head", "variant", "means")
 
 
@@ -80,12 +82,18 @@ class Evaluation:
 
     def _risk(self, training: Training, records: Sequence[Record]) -> list[Measure]:
         """Return the measures of `report: risk` with the thresholds of the validation rows."""
-        thresholds = fit_thresholds("", *choices(self._validation(training)))
+        thresholds = fit_thresholds("", *choices(self._parts(self._validation(training))[1]))
         return choice_measures(*choices(records), [str(record["id"]) for record in records], thresholds)
 
     def quality(self, training: Training) -> float:
-        """Return the trained task's quality on its validation rows."""
-        return self.data.tasks[self.data.trained].quality(self._validation(training))
+        """Return the trained task's quality on the validation rows that choose rates."""
+        return self.data.tasks[self.data.trained].quality(self._parts(self._validation(training))[0])
+
+    def _parts(self, records: list[Record]) -> tuple[list[Record], list[Record]]:
+        """Return the validation records that choose rates, and those that give the thresholds of `report: risk`."""
+        labels = torch.tensor([record.get("label", 0) for record in records])
+        chooses, thresholds = validation_parts(labels, self.config.report, self.config.tune)
+        return list(compress(records, chooses.tolist())), list(compress(records, thresholds.tolist()))
 
     def _sets(self, training: Training, split: str) -> list[tuple[str, str]]:
         """Return (task, set) of all that a model can be evaluated on; recommenders can only choose from candidates."""
@@ -149,13 +157,13 @@ class Evaluation:
         return records
 
     def _fingerprint(self, training: Training, task: str, split: str, name: str, laplace: str) -> list[str | int]:
-        """Return the digests of the rows and weights that records belong to."""
+        """Return the digests of the rows and weights that records belong to, and the way of scoring."""
         weights = "" if training.arm in REFERENCES else fingerprint(training)
         if training.arm in RECOMMENDERS:
             weights = self._recommender().fingerprint(training.arm)
         # An earlier Laplace approximation around VBLL dropped its noise as well; records of it name no structure.
         around = f"{self.data.training_fingerprint()} {laplace}" if laplace else ""
-        return [self.data.fingerprint(task, split, name), weights, self.config.evaluate.samples, around]
+        return [self.data.fingerprint(task, split, name), weights, SCORING, around]
 
     def _recommender(self) -> Recommender:
         assert self.recommender is not None, "the trained task is not a recommendation"
@@ -180,7 +188,7 @@ class Evaluation:
             features = list(self._features(net, self.data.training())[0].split(256))
             head = laplace_head(net.head, features, validation)
             self._posterior = (training, self.models.given, head.to(validation[0].device))
-        return LmNet(net.lm, self._posterior[2], net.first, net.samples).eval()
+        return LmNet(net.lm, self._posterior[2], net.first).eval()
 
     @torch.no_grad()
     def _features(self, net: LmNet, items: Sequence[Item]) -> tuple[Tensor, Tensor]:

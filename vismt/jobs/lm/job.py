@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vismt import ranks
@@ -27,6 +28,7 @@ from vismt.jobs.lm.evaluation import Evaluation
 from vismt.jobs.lm.models import LmModels
 from vismt.jobs.lm.recommender import Recommender
 from vismt.jobs.lm.report import sections
+from vismt.jobs.risk import check_thresholds
 from vismt.llm.hybrid import Hybrid
 from vismt.llm.net import LmNet, blocks
 from vismt.llm.tasks.alternating import AlternatingObjective
@@ -91,6 +93,10 @@ class LmJob(Job[LmConfig, LmNet]):
             for split in {self.split, "validation"} if validates else {self.split}:
                 for name in self.data.names(task, split):
                     self.data.rows(task, split, name)
+        if self.config.report is not None:
+            names = self.data.names(self.data.trained, "validation")
+            rows = [row for name in names for row in self.data.rows(self.data.trained, "validation", name)]
+            check_thresholds(torch.tensor([row.label for row in rows]), self.config.report, self.config.tune)
         for config in self.study.arms.values():
             self.batches(config)
 

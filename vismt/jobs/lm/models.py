@@ -21,9 +21,10 @@ from vismt.files import atomic_write
 from vismt.jobs.lm.config import LmConfig, LmHeadConfig, task_of, trained_task
 from vismt.jobs.lm.data import LmData
 from vismt.jobs.lm.recommender import Recommender
+from vismt.llm.documents import reach
 from vismt.llm.heads import make_head
 from vismt.llm.hybrid import Hybrid, title_vectors
-from vismt.llm.net import LmNet, check_logits
+from vismt.llm.net import LmNet, check_first_block, check_logits
 from vismt.llm.tasks.classes import Classes
 from vismt.llm.tasks.recommendation import Recommendation
 from vismt.lowrank.named import unadapt
@@ -78,6 +79,10 @@ class LmModels:
                 model.name, gguf_file=model.gguf_file, dtype=dtype, revision=model.revision
             )
             check_logits(self._lm)
+            if model.first_block:
+                check_first_block(self._lm, model.first_block)
+            if any(task_of(task).documents for task in self.config.tasks):
+                reach(self._lm, LmNet(self._lm).states)  # before it has adapters, and parts on several devices
         return self._lm
 
     def forget(self) -> None:
@@ -90,7 +95,7 @@ class LmModels:
         self.given += 1
         lm = self.stock()
         task = task_of(trained_task(config))
-        net = LmNet(lm, first=config.model.first_block, samples=config.evaluate.samples)
+        net = LmNet(lm, first=config.model.first_block)
         if isinstance(task, Classes):
             rows, bias = net.answer_rows(task.tokens(self.tokenizer))
             net.head = make_head(config.head.name, rows, bias, data.num_train, config.seed, config.head.options)

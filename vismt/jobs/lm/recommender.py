@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +27,7 @@ from vismt import console, ranks
 from vismt.config import TrainConfig
 from vismt.data.batching import Passes
 from vismt.engine import loop, runtime, training_files
-from vismt.files import atomic_write
+from vismt.files import atomic_write, is_locked, locked
 from vismt.jobs.lm.config import GRU, RECOMMENDER, LmConfig, LmRecommenderConfig, recommendation_of, trained_task
 from vismt.jobs.lm.data import LmData
 from vismt.llm.gru4rec import GRU4Rec
@@ -70,11 +71,18 @@ class Recommender:
     def _trained(self, name: str, net: Net) -> Net:
         """Return a net with its weights in the run folder, trained where there are none."""
         folder, file = (self.folder / FILES[name][0], FILES[name][1])
-        if (folder / file).exists():
+        trained = (folder / file).exists()
+        if not trained:  # of several processes in one run folder, the first one trains it
+            with ExitStack() as held:
+                if is_locked(folder):
+                    console.stage("wait", f"{type(net).__name__}   another process trains it")
+                ranks.from_first(lambda: held.enter_context(locked(folder, wait_s=-1)))
+                trained = ranks.from_first((folder / file).exists)
+                if not trained:
+                    self._train(net, folder, file)
+        if trained:
             training_files.check_files(folder)
             training_files.load_state(net, folder / file, f"run '{folder}'")
-        else:
-            self._train(net, folder, file)
         return net.cpu().requires_grad_(False).eval()
 
     def head(self, width: int, config: LmConfig, texts: Tensor | None = None) -> Hybrid:

@@ -31,6 +31,7 @@ class ClassifierConfig:
         size: pixels that the images are decoded to; null for the classifier's own. A function needs it.
         quantise: rounds the weights (vismt.robustness.quantise); null leaves them.
         img_size: pixels of the images of a timm model; null for those of its config.json or of timm.
+        task: of a multi-task classifier, the task whose classes the cards have; null where the cards decide.
     """
 
     name: str | None = None
@@ -44,6 +45,7 @@ class ClassifierConfig:
         default=None, metadata=HASHED_IF_SET
     )
     img_size: int | None = field(default=None, metadata=HASHED_IF_SET)
+    task: str | None = field(default=None, metadata=HASHED_IF_SET)
 
 
 @dataclass
@@ -148,6 +150,8 @@ def _check_classifier(config: RobustnessConfig) -> None:
         raise UserError(
             "data: []; name at least one card. Only run folders (classifier.run) have images of their own, of their own size."
         )
+    if classifier.task is not None and not config.data:
+        raise UserError("classifier.task: it chooses among outputs for cards; leave it out with data: [].")
     if classifier.quantise is not None:
         check_scheme(classifier.quantise)
     if classifier.img_size is not None and classifier.name is None:

@@ -11,7 +11,7 @@ from vismt import console
 from vismt.data.images import ImageSet, open_images
 from vismt.data.names import card_and_split, row_name
 from vismt.data.pixels import Pixels
-from vismt.errors import UserError
+from vismt.errors import UserError, near
 from vismt.jobs.robustness.config import RobustnessConfig
 from vismt.jobs.robustness.models import Classifier
 
@@ -84,17 +84,41 @@ class Cards:
         return Batches(self._pixels[key], outputs[images.labels], order, settings.batch)
 
     def outputs(self, name: str, classifier: Classifier) -> list[int]:
-        """Return the output index of each class of a set, by name where the outputs have names, else in the card's order."""
-        classes = self.images(name).classes
-        if classifier.labels is not None:
-            last = [label.rpartition("/")[2] for label in classifier.labels]
-            missing = next((label for label in classes if label not in last), None)
-            if missing is None:
-                return [last.index(label) for label in classes]
-            raise UserError(f"data: '{name}' has class '{missing}', which the classifier was not trained on.")
-        if classifier.num_classes != len(classes):
-            raise UserError(
-                f"data: the classifier has {classifier.num_classes} outputs, '{name}' has {len(classes)} classes; give one that "
-                "was trained on this set's classes in the card's order."
-            )
-        return list(range(len(classes)))
+        """Return the output index of each class of a set, by name where the outputs have names, else in the card's order.
+
+        Of a classifier of several tasks only the task that the configuration names counts, else the tasks with this card.
+        """
+        classes, labels = self.images(name).classes, classifier.labels
+        tasks = self._tasks(name, classifier)
+        if labels is None:
+            if classifier.num_classes != len(classes):
+                raise UserError(
+                    f"data: the classifier has {classifier.num_classes} outputs, '{name}' has {len(classes)} classes; give one "
+                    "that was trained on this set's classes in the card's order."
+                )
+            return list(range(len(classes)))
+        places: dict[str, list[int]] = {}
+        for number, label in enumerate(labels):
+            task, _, of_task = label.partition("/")
+            if task in tasks or not tasks:
+                for text in {of_task} if tasks else {label, of_task}:
+                    places.setdefault(text, []).append(number)
+        for label in classes:
+            if label not in places:
+                raise UserError(f"data: '{name}' has class '{label}', which the classifier was not trained on.")
+            if len(places[label]) > 1:
+                found = ", ".join(labels[number].partition("/")[0] for number in places[label])
+                raise UserError(
+                    f"data: class '{label}' of '{name}' is in the tasks {found}; name one as classifier.task."
+                )
+        return [places[label][0] for label in classes]
+
+    def _tasks(self, name: str, classifier: Classifier) -> list[str]:
+        """Return the tasks whose outputs may be the classes of a set; [] for all outputs."""
+        if classifier.task is None:
+            card = row_name(card_and_split(name)[0])
+            return [task for task, cards in classifier.cards.items() if card in cards]
+        known = dict.fromkeys(label.partition("/")[0] for label in classifier.labels or () if "/" in label)
+        if classifier.task not in known:
+            raise UserError(f"classifier.task: no task '{classifier.task}'.{near(classifier.task, known)}")
+        return [classifier.task]

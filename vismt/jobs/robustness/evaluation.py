@@ -17,6 +17,7 @@ from vismt.jobs.robustness.data import Batches
 from vismt.jobs.robustness.models import Classifier
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
+from vismt.robustness.corruption_error import mean_corruption_error
 from vismt.robustness.evaluate import accuracies, evaluate_examples
 from vismt.stats import LOWER, Condition, Measure, wilson
 
@@ -85,7 +86,7 @@ def _thresholds(classifier: Classifier, images: Batches, folder: Path, data: str
 
 
 def corruption_errors(scores: Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:
-    """Return by arm the mean error of accuracies over all corruptions and severities on each set, image by image."""
+    """Return by arm the mean corruption error on each set, image by image; every corruption has the same weight."""
     errors: dict[str, list[Score]] = {}
     for arm, arm_scores in scores.items():
         groups: dict[tuple[str, str, str], list[Score]] = {}
@@ -93,11 +94,13 @@ def corruption_errors(scores: Mapping[str, Sequence[Score]]) -> dict[str, list[S
             if score.condition.kind == "corruption" and score.measure.metric == ACCURACY:
                 groups.setdefault((score.task, score.data, score.protocol), []).append(score)
         for corrupted in groups.values():
-            first = corrupted[0]
-            values = {
-                name: 1 - sum(score.measure.values[name] for score in corrupted) / len(corrupted)
-                for name in first.measure.values
-            }
+            values = {}
+            for name in corrupted[0].measure.values:
+                wrong: dict[str, dict[int, float]] = {}
+                for score in corrupted:
+                    by_severity = wrong.setdefault(score.condition.family, {})
+                    by_severity[int(score.condition.level or 0)] = 1 - score.measure.values[name]
+                values[name] = mean_corruption_error(wrong)
             measure = Measure(CORRUPTION_ERROR, values, better=LOWER)
-            errors.setdefault(arm, []).append(replace(first, measure=measure, condition=ALL_CORRUPTIONS))
+            errors.setdefault(arm, []).append(replace(corrupted[0], measure=measure, condition=ALL_CORRUPTIONS))
     return errors

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import nn
 
 from vismt.engine import runtime
+from vismt.identity import weights_digest
 from vismt.jobs import open_run
 from vismt.jobs.robustness.config import ClassifierConfig
-from vismt.objects import held, weights_digest
+from vismt.objects import held
 from vismt.robustness.classifier import checkpoint_file, classifier_from_function, classifier_of, load_classifier
 from vismt.robustness.quantise import quantise
 from vismt.robustness.robustbench import PREFIX, load_robustbench
@@ -21,13 +23,16 @@ class Classifier:
     """A classifier of images in [0, 1].
 
     net: images (b, 3, h, w) -> logits (b, k), in eval mode. size: of the decoded images in pixels. labels: names of the k
-    outputs, "task/class" where there are several tasks; None where only their number is known.
+    outputs, "task/class" of a multi-task run; None where only their number is known. cards: of each task, by the name in rows of
+    results. task: the one whose outputs are meant; None where the card decides.
     """
 
     net: nn.Module
     num_classes: int
     size: int
     labels: list[str] | None = None
+    cards: Mapping[str, Collection[str]] = field(default_factory=dict)
+    task: str | None = None
 
     def fingerprint(self) -> str:
         """Return a digest of the weights."""
@@ -45,7 +50,7 @@ def check_exists(config: ClassifierConfig) -> None:
 
 def load(config: ClassifierConfig) -> Classifier:
     """Return the classifier of a configuration on the device of this process, quantised where it asks for that."""
-    classifier = _load(config)
+    classifier = replace(_load(config), task=config.task)
     if config.quantise is not None:
         quantise(classifier.net, f"'{config.run or config.function or config.name}'")
     return classifier
@@ -58,8 +63,9 @@ def _load(config: ClassifierConfig) -> Classifier:
         own = classifier_of(given, config.img_size)
         return Classifier(own.to(device), own.num_classes, config.size or max(own.size), own.labels)
     if config.run is not None:
-        net, labels, size = open_run(Path(config.run)).job.classifier(config.arm)
-        return Classifier(net.eval().to(device), len(labels), config.size or size, labels)
+        job = open_run(Path(config.run)).job
+        net, labels, size = job.classifier(config.arm)
+        return Classifier(net.eval().to(device), len(labels), config.size or size, labels, job.cards_of_tasks())
     if config.function is not None:
         net, classes = classifier_from_function(config.function)
         return Classifier(net.to(device), classes, config.size or 0)

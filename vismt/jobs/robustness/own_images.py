@@ -49,10 +49,8 @@ class TrainedArm:
     ) -> None:
         """Raise UserError for attacks, corruptions and a report that the run's job does not have."""
         check_report(report, self.split)
-        if report is not None and not self.job.has_risk:
-            raise UserError(
-                f"report: {report}: the run '{self.job.folder}' has no class probabilities; name a run of multitask."
-            )
+        if report is not None:
+            self.job.check_risk()
         self.job.check_conditions(attacks, corruptions)
 
     def scores(

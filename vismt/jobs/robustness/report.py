@@ -15,6 +15,7 @@ from vismt.report.plotting import RIGHT, WRONG, axes_at, new_figure, save, short
 from vismt.report.results import Result
 from vismt.report.sections import Picture, Section
 from vismt.report.tables import Table
+from vismt.robustness.attacks import radius_text
 from vismt.robustness.corruption_error import mean_corruption_error
 
 MASKING = "masking.jsonl"  # a file of the run folder
@@ -70,20 +71,16 @@ def _masking(folder: Path) -> list[tuple[Table, str]]:
     lines = read_lines(folder / MASKING, needed, whole=True)
     if not lines:
         return []
-    radii = [f"{255 * radius:.3g}/255" if radius else "clean" for radius in lines[0]["epsilons"]]
-    rows = [
-        [
-            line["arm"],
-            line["data"],
-            *(f"{100 * value:.1f}" for value in line["accuracies"]),
-            f"{100 * line['chance']:.1f}",
-            str(line["n"]),
-            line["verdict"],
-        ]
-        for line in lines
-    ]
-    heads = ["Arm", "Data", *radii, "chance", "n (images)", "Verdict"]
-    return [(Table("By radius, accuracy in %", heads, rows, set()), MASKING_NOTE)]
+    tables: dict[str, Table] = {}  # by their radii, which in l2 and l1 depend on the size of the images
+    for line in lines:
+        norm = line.get("norm", "linf")
+        radii = [radius_text(norm, radius) if radius else "clean" for radius in line["epsilons"]]
+        heads = ["Arm", "Data", *radii, "chance", "n (images)", "Verdict"]
+        values = [f"{100 * value:.1f}" for value in (*line["accuracies"], line["chance"])]
+        empty = Table(f"By {norm} radius, accuracy in %", heads, [], set())
+        row = [line["arm"], line["data"], *values, str(line["n"]), line["verdict"]]
+        tables.setdefault(f"{norm} {radii}", empty).rows.append(row)
+    return [(table, MASKING_NOTE) for table in tables.values()]
 
 
 def broken_figure(panel: Path, path: Path) -> Path:

@@ -16,7 +16,7 @@ from vismt.errors import UserError
 from vismt.files import atomic_write
 from vismt.jobs.robustness.config import ClassifierConfig, RobustnessConfig
 from vismt.report.results import RESULTS, Result, read_results
-from vismt.robustness.attacks import AttackSpec, budget_text
+from vismt.robustness.attacks import AttackSpec, radius_text
 from vismt.robustness.classifier import SUFFIXES
 from vismt.robustness.conditions import condition_of
 from vismt.robustness.robustbench import PREFIX
@@ -43,7 +43,7 @@ def write_model_info(folder: Path, config: RobustnessConfig) -> list[Path]:
     paths = []
     for row, norm in found:
         several = sum(other.data == row.data and other.arm == row.arm and kind == norm for other, kind in found) > 1
-        radius = budget_text(norm, row.level or 0.0).partition(" ")[2]
+        radius = radius_text(norm, row.level or 0.0)
         name = f"{row.arm}-{radius.replace('/', '-')}" if several else row.arm
         dataset = row.data.partition(":")[0]
         path = folder / FOLDER / dataset.replace("/", "-") / THREATS[norm] / f"{name}.json"

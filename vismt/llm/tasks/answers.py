@@ -50,6 +50,8 @@ class Answers(LmTask):
         UserError: no prompt, fewer than two answers, or an unknown value of `normalise`.
     """
 
+    documents = True
+
     def __init__(
         self, prompt: str, answers: dict[str, str], label: str = "{answer}", normalise: str = "token", length: int = 512
     ) -> None:
@@ -73,7 +75,7 @@ class Answers(LmTask):
         return "" if own else fill(self.label, row, "tasks: label")
 
     def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
-        context = self.context(row, tokenizer)
+        context, before = self.context(row, tokenizer)
         templates = {key: text for key, text in self.answers.items() if has_fields(text, row, "tasks: answers")}
         label = fill(self.label, row, "tasks: label")
         if label not in templates or len(templates) < 2:
@@ -82,7 +84,7 @@ class Answers(LmTask):
                 "among them."
             )
         texts = [fill(text, row, "tasks: answers") for text in templates.values()]
-        answers = [answer_tokens(tokenizer, text) for text in texts]
+        answers = [answer_tokens(tokenizer, text, before) for text in texts]
         if not all(answers):
             raise UserError(f"tasks: row '{name}' has an answer without a token.")
         sizes = [max(1, len(text.strip())) for text in texts]

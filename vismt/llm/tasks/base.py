@@ -30,6 +30,7 @@ from vismt.seeds import mix_seed
 from vismt.stats import LOWER, NUMBER, Measure
 
 Record = dict[str, Any]
+BEFORE = 64  # letters before a text that decide how it is tokenised
 ABSENT = -1e6  # log-probability of an absent choice for the fit of a temperature, negligible at any T
 
 
@@ -92,6 +93,7 @@ class LmTask(ABC):
     reads = True  # whether rows are scored without generation, so that the output of frozen blocks can be cached
     labelled = True  # whether a limit on the rows is spread over the labels
     chat = False  # whether the prompt is the user's turn in the tokenizer's chat template
+    documents = False  # whether rows hold several documents, trees or packs (vismt.llm.documents)
     by_user = False  # whether a limit on the rows is spread over users, and batches draw users
 
     def __init__(self, prompt: str, length: int = 512) -> None:
@@ -113,10 +115,17 @@ class LmTask(ABC):
         """Return the class of a row, of which every part of a divided set needs examples; "" where rows have no classes."""
         return ""
 
-    def context(self, row: Mapping[str, Any], tokenizer: Any) -> list[int]:
-        """Return the tokens of the prompt of a row."""
+    def context(self, row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], str]:
+        """Return the tokens of the prompt of a row, and the text that an answer follows."""
         text = fill(self.prompt, row, "tasks: prompt")
-        return chat_tokens(tokenizer, text) if self.chat else context_tokens(tokenizer, text)
+        if self.chat:
+            text = chat_text(tokenizer, text)
+            return list(tokenizer(text, add_special_tokens=False)["input_ids"]), text
+        return context_tokens(tokenizer, text), text
+
+    def prompt_end(self, tokenizer: Any) -> str:
+        """Return the end of every prompt; any letter where it is a field."""
+        return chat_text(tokenizer, self.prompt) if self.chat else self.prompt.rpartition("}")[2] or "a"
 
     def training(self, items: Sequence[Item]) -> list[Item]:
         """Return the items to train on, made from the items of all training rows."""
@@ -133,6 +142,10 @@ class LmTask(ABC):
     @abstractmethod
     def loss(self, net: LmNet, batch: Batch) -> dict[str, Tensor]:
         """Return scalars {"loss", ...} for a batch from `gather`."""
+
+    def examples(self, batch: Batch) -> Tensor:
+        """Return the number of rows or tokens over which the loss of a batch is a mean, a scalar."""
+        return torch.tensor(len(batch["label"]), device=batch["label"].device)
 
     @abstractmethod
     def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
@@ -178,18 +191,26 @@ def context_tokens(tokenizer: Any, text: str) -> list[int]:
     return ids[:-1] if ends else ids
 
 
-def chat_tokens(tokenizer: Any, text: str) -> list[int]:
-    """Return the tokens of a user's turn and of the beginning of the answer, as the chat template writes them."""
+def chat_text(tokenizer: Any, text: str) -> str:
+    """Return a user's turn and the beginning of the answer, as the chat template writes them."""
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
             "tasks: chat: the tokenizer has no chat template; write the turns in the prompt, and leave chat out."
         )
     turns = [{"role": "user", "content": text}]
-    return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False))
+    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
 
 
-def answer_tokens(tokenizer: Any, text: str) -> list[int]:
-    """Return the tokens of a text that follows a prompt, without special tokens."""
+def answer_tokens(tokenizer: Any, text: str, after: str = "a") -> list[int]:
+    """Return the tokens of `text` where it follows `after`, without special tokens.
+
+    Both are tokenised together and split, since SentencePiece tokenizers begin a text of its own with another "▁". Where a token
+    would reach over the border (" " before "word"), the text is split from a new line or a letter.
+    """
+    for before in (after[-BEFORE:], "\n", "a"):
+        start, both = tokenizer([before, before + text], add_special_tokens=False)["input_ids"]
+        if both[: len(start)] == start:
+            return list(both[len(start) :])
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -278,6 +299,10 @@ class LmObjective(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         return self.task.loss(self.net, batch)
+
+    def examples(self, batch: Batch) -> Tensor:
+        """Return the weight of a batch in a step of several (vismt/engine/loop.py)."""
+        return self.task.examples(batch)
 
     def step(self) -> None:
         """Do nothing after an optimiser step."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vismt.errors import UserError
-from vismt.llm.net import Batch, LmNet
+from vismt.llm.net import Batch, LmNet, counted_tokens
 from vismt.llm.tasks import TASKS
 from vismt.llm.tasks.base import (
     Item,
@@ -62,7 +62,7 @@ class Causal(LmTask):
             raise UserError("tasks: answer: is empty; name the field to predict, such as '{text}'.")
         self.answer = answer
         self.end = end
-        self.packed = pack
+        self.documents = pack
         self.windows = windows
 
     @property
@@ -75,8 +75,8 @@ class Causal(LmTask):
         return f"{counted}, context {self.length}"
 
     def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
-        context = self.context(row, tokenizer)
-        answer = answer_tokens(tokenizer, fill(self.answer, row, "tasks: answer"))
+        context, before = self.context(row, tokenizer)
+        answer = answer_tokens(tokenizer, fill(self.answer, row, "tasks: answer"), before)
         if self.end:
             if tokenizer.eos_token_id is None:
                 raise UserError("tasks: end: the tokenizer has no end-of-text token; set the option end to false.")
@@ -92,13 +92,16 @@ class Causal(LmTask):
 
     def training(self, items: Sequence[Item]) -> list[Item]:
         pieces = [part for item in items for part in item.pieces if part.counted]
-        if self.packed:
+        if self.documents:
             pieces = pack(pieces, self.length)
         return [Item(f"piece {number}", [part]) for number, part in enumerate(pieces)]
 
     def loss(self, net: LmNet, batch: Batch) -> dict[str, Tensor]:
         nats, tokens = net.token_nll(batch)
         return {"loss": nats.sum() / tokens.sum()}
+
+    def examples(self, batch: Batch) -> Tensor:
+        return counted_tokens(batch)
 
     def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
         rows = batch["row"].cpu()

@@ -63,7 +63,7 @@ class Classes(LmTask):
         """Return the token of each answer; raise UserError for an answer of several tokens and for equal tokens."""
         tokens: list[int] = []
         for text in self.answers.values():
-            ids = answer_tokens(tokenizer, text)
+            ids = answer_tokens(tokenizer, text, self.prompt_end(tokenizer))
             if len(ids) != 1:
                 raise UserError(
                     f"tasks: answer '{text}' is {tokenizer.convert_ids_to_tokens(ids)}, needed one token; begin it with a "
@@ -78,7 +78,7 @@ class Classes(LmTask):
         return fill(self.label, row, "tasks: label")
 
     def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
-        ids = self.context(row, tokenizer)[-self.length :]
+        ids = self.context(row, tokenizer)[0][-self.length :]
         label = self.class_of(row)
         if label not in self.answers:
             raise UserError(f"tasks: row '{name}' has label '{label}'.{near(label, self.answers)}")
@@ -89,7 +89,7 @@ class Classes(LmTask):
 
     def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
         features = net.features(batch)
-        log_p = log_predictive(net.head, features, net.samples).tolist()
+        log_p = log_predictive(net.head, features).tolist()
         records = [{"id": item.id, "label": item.label, "log_p": values} for item, values in zip(items, log_p)]
         if isinstance(net.head, GaussianHead):
             means = net.head(features).double().log_softmax(1).cpu().tolist()

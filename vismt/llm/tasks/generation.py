@@ -14,8 +14,6 @@ from dataclasses import replace
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-import torch
-
 from vismt.errors import UserError
 from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks import TASKS
@@ -84,7 +82,6 @@ class Generation(Causal):
         gold = row[self.gold] if isinstance(row[self.gold], list) else [row[self.gold]]
         return replace(super().encode(name, row, tokenizer), gold=[str(answer) for answer in gold])
 
-    @torch.no_grad()
     def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
         records = []
         for item, text in zip(items, self.generate(net, items)):
@@ -97,18 +94,13 @@ class Generation(Causal):
         prompts = [
             [token for token, label in zip(item.pieces[0].ids, item.pieces[0].labels) if label < 0] for item in items
         ]
-        batch = collate([piece(prompt, [], self.length) for prompt in prompts])
         device = next(net.lm.parameters()).device
+        batch = {
+            name: value.to(device) for name, value in collate([piece(p, [], self.length) for p in prompts]).items()
+        }
         end = self._tokenizer.eos_token_id
-        generated = net.lm.generate(
-            batch["ids"].to(device),
-            attention_mask=batch["mask"].long().to(device),
-            do_sample=False,
-            max_new_tokens=self.new_tokens,
-            pad_token_id=end if end is not None else 0,
-            eos_token_id=end,
-        )
-        return self._tokenizer.batch_decode(generated[:, batch["ids"].shape[1] :], skip_special_tokens=True)
+        generated = net.generate(batch, self.new_tokens, [] if end is None else [end])
+        return self._tokenizer.batch_decode(generated, skip_special_tokens=True)
 
     def read(self, text: str) -> str:
         """Return the answer in a generated text; empty where the pattern does not match."""

@@ -51,7 +51,7 @@ class ItemPrompt:
         lists: Mapping[str, Sequence[int]],
         titles: Sequence[str] | None,
         slots: bool,
-        begins: bool = True,
+        after: str | None = None,
     ) -> tuple[list[int], list[int]]:
         """Return the tokens and the item number of each token, -1 for none.
 
@@ -60,7 +60,7 @@ class ItemPrompt:
             lists: the items of each place.
             titles: of all items; None to leave titles out.
             slots: whether a slot follows each item.
-            begins: whether the text begins a sequence, with the special tokens for that.
+            after: the end of the text before; None for a text that begins a sequence, with the special tokens for that.
         """
         texts = [""]  # before, between and after the slots
         numbers = []  # the item of each slot
@@ -74,12 +74,12 @@ class ItemPrompt:
                 if slots:
                     numbers.append(number)
                     texts.append("")
-        ids = context_tokens(tokenizer, texts[0]) if begins else answer_tokens(tokenizer, texts[0])
+        ids = context_tokens(tokenizer, texts[0]) if after is None else answer_tokens(tokenizer, texts[0], after)
         items = [-1] * len(ids)
         for number, text in zip(numbers, texts[1:]):
-            after = answer_tokens(tokenizer, text)
-            ids += [single_token(tokenizer, "slot", self.slot), *after]
-            items += [number, *[-1] * len(after)]
+            further = answer_tokens(tokenizer, text)
+            ids += [single_token(tokenizer, "slot", self.slot), *further]
+            items += [number, *[-1] * len(further)]
         return ids, items
 
 

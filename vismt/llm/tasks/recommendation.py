@@ -31,7 +31,7 @@ from torch import Tensor
 from vismt.data.interactions import draw_candidates
 from vismt.errors import UserError, near
 from vismt.llm.hybrid import Hybrid, conditioned
-from vismt.llm.net import Batch, LmNet
+from vismt.llm.net import Batch, LmNet, counted_tokens
 from vismt.llm.tasks import TASKS
 from vismt.llm.tasks.answers import LENGTHS
 from vismt.llm.tasks.base import (
@@ -129,7 +129,7 @@ class Recommendation(LmTask):
         self.normalise = normalise
         self.new_tokens = new_tokens
         self.seed = seed
-        self.reads = answer != "write"
+        self.reads = self.documents = answer != "write"
         self._tokenizer: Any = None
 
     @property
@@ -174,9 +174,10 @@ class Recommendation(LmTask):
         hybrid: bool,
     ) -> tuple[list[list[int]], list[list[int]] | None]:
         """Return the tokens of the branch of each candidate, and the item numbers of these tokens."""
+        end = self.prompt_end(tokenizer)
         if self.question is None:
-            return [answer_tokens(tokenizer, f" {titles[number]}\n") for number in candidates], None
-        asked = [self.question.tokens(tokenizer, {"candidate": [c]}, shown, hybrid, begins=False) for c in candidates]
+            return [answer_tokens(tokenizer, f" {titles[number]}\n", end) for number in candidates], None
+        asked = [self.question.tokens(tokenizer, {"candidate": [c]}, shown, hybrid, after=end) for c in candidates]
         return [ids for ids, _ in asked], [items for _, items in asked]
 
     def training(self, items: Sequence[Item]) -> list[Item]:
@@ -226,6 +227,9 @@ class Recommendation(LmTask):
         with conditioned(net, batch) as given:
             nats, tokens = net.token_nll(given)
         return {"loss": nats.sum() / tokens.sum(), "hybrid": hybrid}
+
+    def examples(self, batch: Batch) -> Tensor:
+        return super().examples(batch) if self.answer == "judge" else counted_tokens(batch)
 
     def _judgements(self, net: LmNet, batch: Batch) -> Tensor:
         """Return the scores (b, k) of the candidates."""

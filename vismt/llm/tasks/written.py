@@ -31,15 +31,8 @@ def written(net: LmNet, items: Sequence[Item], tokenizer: Any, new_tokens: int) 
     if len(line_end) == 1:
         stops += line_end
     with conditioned(net, batch) as given, net.inserted(given):
-        generated = net.lm.generate(
-            batch["ids"],
-            attention_mask=batch["mask"].long(),
-            do_sample=False,
-            max_new_tokens=new_tokens,
-            pad_token_id=end if end is not None else 0,
-            eos_token_id=stops or None,
-        )
-    return tokenizer.batch_decode(generated[:, batch["ids"].shape[1] :], skip_special_tokens=True)
+        generated = net.generate(given, new_tokens, stops)
+    return tokenizer.batch_decode(generated, skip_special_tokens=True)
 
 
 def _prompt(piece: Piece) -> Piece:

@@ -1,6 +1,7 @@
 """Human parts: segmentation into background and 6 parts of PASCAL-Context people, with weight 2 (ASTMT, arXiv 1904.08918; InvPT).
 
-The target is 255 on people without an annotation, and images without people have no target at all.
+As in ASTMT's loader, the target is 0, background, on everything but annotated parts, also on people whose parts nobody annotated.
+Images without annotated parts have no target.
 """
 
 from __future__ import annotations

@@ -1,0 +1,67 @@
+"""Which outputs of a multi-task classifier are the classes of a card in a robustness run."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from torch import nn
+
+from vismt.errors import UserError
+from vismt.jobs.robustness.config import RobustnessConfig
+from vismt.jobs.robustness.data import Cards
+from vismt.jobs.robustness.models import Classifier
+
+LABELS = ["first/0", "first/1", "second/0", "second/1", "scenes/a/abbey", "scenes/a/alley", "scenes/b/alley"]
+CARDS = {"first": {"mnist"}, "second": {"digits"}, "scenes": {"sun397"}}
+
+
+def outputs(name, classes, labels=LABELS, cards=CARDS, task=None):
+    opened = Cards(RobustnessConfig())
+    opened._sets[name] = SimpleNamespace(classes=classes)
+    return opened.outputs(name, Classifier(nn.Identity(), len(labels), 8, labels, cards, task))
+
+
+def test_the_task_with_the_card_is_meant_where_several_have_the_names_of_its_classes():
+    assert outputs("digits:test", ["1", "0"]) == [3, 2] and outputs("mnist:test", ["1", "0"]) == [1, 0]
+
+
+def test_the_key_names_the_task_of_another_card():
+    assert outputs("usps", ["0", "1"], task="second") == [2, 3]
+    assert outputs("mnist", ["0", "1"], task="second") == [2, 3]  # over the card
+
+
+def test_names_of_classes_may_have_slashes():
+    assert outputs("sun397:test", ["b/alley", "a/abbey"]) == [6, 4]
+    assert outputs("other", ["a/abbey"], cards={}) == [4]
+    plain = ["alphabet/1", "alphabet/2"]  # of a classifier without tasks
+    assert outputs("omniglot", plain, labels=plain, cards={}) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "task", "words"),
+    [
+        ("usps", ["0", "1"], None, "class '0' of 'usps' is in the tasks first, second; name one as classifier.task"),
+        ("usps", ["abbey"], None, "has class 'abbey', which the classifier was not trained on"),
+        ("mnist", ["a/abbey"], None, "has class 'a/abbey', which the classifier was not trained on"),
+        ("usps", ["0"], "secnd", "classifier.task: no task 'secnd'. Near: 'second'"),
+        ("usps", ["2"], "second", "has class '2', which the classifier was not trained on"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(name, classes, task, words):
+    with pytest.raises(UserError) as caught:
+        outputs(name, classes, task=task)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_two_tasks_with_one_card_are_ambiguous():
+    with pytest.raises(UserError, match=r"tasks first, second; name one as classifier\.task"):
+        outputs("mnist", ["0"], cards={"first": {"mnist"}, "second": {"mnist"}})
+
+
+def test_a_classifier_without_names_has_no_task():
+    opened = Cards(RobustnessConfig())
+    opened._sets["usps"] = SimpleNamespace(classes=["0", "1"])
+    assert opened.outputs("usps", Classifier(nn.Identity(), 2, 8)) == [0, 1]
+    with pytest.raises(UserError, match=r"classifier\.task: no task 'second'"):
+        opened.outputs("usps", Classifier(nn.Identity(), 2, 8, task="second"))
