@@ -23,6 +23,7 @@ import test_configs
 import test_images
 import test_kills
 import test_run_folders
+import test_stores
 import torch
 from helpers.adapter_folders import state_hash
 from helpers.damage import copied
@@ -48,6 +49,7 @@ KINDS = {
     "bit flips": 400,
     "run folders": 200,
     "images": 200,
+    "stores": 200,
     "kills": 40,
     "pairs": 10,
 }
@@ -121,6 +123,12 @@ def images(count: int, place: Path) -> Iterator[str]:
     """Damage images of every format."""
     for data in drawn(st.sampled_from(test_images.BASES).flatmap(test_images.damaged), count):
         yield tried(lambda data=data: decode_bytes(data, "x.png").dtype == torch.uint8)
+
+
+def stores(count: int, place: Path) -> Iterator[str]:
+    """Damage stores of every kind, shared evenly among them."""
+    for number, store in enumerate(test_stores.STORES):
+        yield from test_stores.trials(store, place / store, range(number, count, len(test_stores.STORES)))
 
 
 def kills(count: int, place: Path) -> Iterator[str]:

@@ -42,9 +42,9 @@ CODE = (types.FunctionType, type)
 OF_MODULE = frozenset(vars(nn.Module()))
 HOOKS = tuple(name for name in sorted(OF_MODULE) if name.endswith("_hooks"))
 # Attributes of a class by which Python describes it.
-DESCRIBING = ("__dict__", "__weakref__", "__doc__", "__module__", "__abstractmethods__", "_abc_impl", "__parameters__")
-DESCRIBING += ("__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__orig_bases__")
-DESCRIBING += ("__dataclass_fields__", "__dataclass_params__", "__firstlineno__", "__static_attributes__")
+DESCRIBING = {"__dict__", "__weakref__", "__doc__", "__module__", "__abstractmethods__", "_abc_impl", "__parameters__"}
+DESCRIBING |= {"__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__orig_bases__"}
+DESCRIBING |= {"__dataclass_fields__", "__dataclass_params__", "__firstlineno__", "__static_attributes__"}
 PACKAGE = Path(__file__).parent
 LIBRARIES = tuple(
     {str(PACKAGE), *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))}
@@ -77,7 +77,7 @@ class Identity:
         self._libraries: set[str] = set()
         for module in values if instead else ():
             named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-            self._instead |= {id(own): instead[name] for name, own in named if name in instead}
+            self._instead |= {id(own): instead[name] for name, own in named if instead and name in instead}
         try:
             for value in values:
                 self._add(value)

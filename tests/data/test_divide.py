@@ -49,7 +49,8 @@ def test_a_group_of_most_of_a_class_leaves_no_part_empty(place: int) -> None:
 
 def test_a_class_with_fewer_groups_than_parts() -> None:
     with pytest.raises(
-        UserError, match="'birds': class 0 has 9 examples in 2 groups of near-duplicates, too few for 3 parts"
+        UserError,
+        match="'birds': class 0 has 9 examples in 2 groups of near-duplicates, too few for 3 parts; take fewer",
     ):
         divide(torch.zeros(9, dtype=torch.int64), {"test": 0.2, "validation": 0.2}, "birds", torch.arange(9) // 5 * 5)
 

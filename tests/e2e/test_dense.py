@@ -294,7 +294,7 @@ def test_exports_have_their_heads_beside_them(study: Path, tmp_path: Path) -> No
         assert torch.equal(heads["edge.predict.bias"], net.heads["edge"].predict.bias)
 
 
-def test_predict_draws_images_of_any_size(study: Path, tmp_path: Path, capsys) -> None:
+def test_predict_draws_images_of_any_size(study: Path, tmp_path: Path, capsys, painted) -> None:
     from torchvision.io import ImageReadMode, decode_image, write_png
 
     generator = torch.Generator().manual_seed(0)

@@ -4,6 +4,8 @@ import pytest
 
 from vismt.errors import UserError
 from vismt.jobs.fewshot.masking_report import summary, tables
+from vismt.jobs.robustness.config import RobustnessConfig
+from vismt.jobs.robustness.report import sections
 from vismt.lines import write_lines
 
 
@@ -49,3 +51,18 @@ def test_broken_masking_lines_are_named(tmp_path, lines, change, words):
     write_lines(tmp_path / "masking.jsonl", [{**lines[0], **change}, lines[1]])
     with pytest.raises(UserError, match=words):
         tables(tmp_path)
+
+
+def test_checks_of_classifiers_are_tables_by_norm_and_radii(tmp_path):
+    about = {"data": "digits", "chance": 0.1, "n": 10, "accuracies": [0.6, 0.1], "verdict": "pass"}
+    radii = {"a": ("l2", 13.9107), "b": ("l2", 97.3742), "c": ("l2", 13.9107), "d": ("linf", 64 / 255)}
+    lines = [{**about, "arm": arm, "norm": norm, "epsilons": [0.0, end]} for arm, (norm, end) in radii.items()]
+    del lines[-1]["norm"]  # as older runs wrote it
+    write_lines(tmp_path / "masking.jsonl", lines)
+    tables = [table for table, _ in sections(tmp_path, RobustnessConfig(), [])[1].tables]
+    assert [(table.title, table.heads[2:4]) for table in tables] == [
+        ("By l2 radius, accuracy in %", ["clean", "13.9107"]),
+        ("By l2 radius, accuracy in %", ["clean", "97.3742"]),
+        ("By linf radius, accuracy in %", ["clean", "64/255"]),
+    ]
+    assert [[row[0] for row in table.rows] for table in tables] == [["a", "c"], ["b"], ["d"]]

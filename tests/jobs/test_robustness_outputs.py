@@ -57,3 +57,11 @@ def test_what_does_not_fit_is_one_line(name, classes, task, words):
 def test_two_tasks_with_one_card_are_ambiguous():
     with pytest.raises(UserError, match=r"tasks first, second; name one as classifier\.task"):
         outputs("mnist", ["0"], cards={"first": {"mnist"}, "second": {"mnist"}})
+
+
+def test_a_classifier_without_names_has_no_task():
+    opened = Cards(RobustnessConfig())
+    opened._sets["usps"] = SimpleNamespace(classes=["0", "1"])
+    assert opened.outputs("usps", Classifier(nn.Identity(), 2, 8)) == [0, 1]
+    with pytest.raises(UserError, match=r"classifier\.task: no task 'second'"):
+        opened.outputs("usps", Classifier(nn.Identity(), 2, 8, task="second"))

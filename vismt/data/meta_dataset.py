@@ -28,7 +28,7 @@ from vismt.files import parse_json
 SPLITS = ("train", "valid", "test")
 HIERARCHIES = ("superclass", "nodes")
 SPEC = "dataset_spec.json"
-MALFORMED = (KeyError, ValueError, TypeError, AttributeError, IndexError)
+MALFORMED = (KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError)
 
 
 @dataclass

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -114,7 +115,8 @@ class Pixels:
             expected = [self._digests[DIGEST * i : DIGEST * (i + 1)] for i in (places % len(self)).tolist()]
             if any(xxhash.xxh3_128_digest(row) != digest for row, digest in zip(rows, expected)):
                 console.stage("cache", f"{self._path.name} is damaged; its images are decoded again")
-                self._path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    self._path.unlink()
                 self.store = self._on_disk()
                 rows = self.store[places]
         return torch.from_numpy(rows)

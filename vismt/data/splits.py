@@ -48,9 +48,11 @@ def divide(
         counts = [max(1, round(share * len(members))) for share in shares.values()]
         if len(members) - sum(counts) < 1 or len(ids) < len(parts):
             shown = f"'{classes[label]}'" if classes else label
-            apart = "" if len(ids) == len(members) else f" in {len(ids)} groups of near-duplicates"
+            grouped = len(ids) < len(members)
+            apart = f" in {len(ids)} groups of near-duplicates" if grouped else ""
+            fix = "take fewer parts, or a card with `groups: none`" if grouped else "lower the shares"
             raise UserError(
-                f"'{name}': class {shown} has {len(members)} examples{apart}, too few for {len(parts)} parts; lower the shares."
+                f"'{name}': class {shown} has {len(members)} examples{apart}, too few for {len(parts)} parts; {fix}."
             )
         ends = torch.tensor([len(members) - sum(counts), *counts]).cumsum(0)
         # A group is in the part that its middle falls into, unless that left a part empty.

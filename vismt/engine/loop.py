@@ -200,9 +200,10 @@ class _Training:
 
     def _shares(self, batches: Sequence[Any]) -> Sequence[Any]:
         """Return the weight of each batch's loss in this process; their mean over the processes adds up to 1."""
-        if not hasattr(self.running, "examples"):
+        examples: Callable[[Any], Tensor] | None = getattr(self.running, "examples", None)
+        if examples is None:
             return [1 / len(batches)] * len(batches)
-        counts = torch.stack([self.running.examples(batch) for batch in batches]).float()
+        counts = torch.stack([examples(batch) for batch in batches]).float()
         return counts / self.accelerator.reduce(counts.sum(), "mean")
 
     def _clip(self) -> Tensor:

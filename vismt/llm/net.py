@@ -136,11 +136,12 @@ class LmNet(nn.Module):
             pad_token_id=ends[0] if ends else 0,
         )
         # What a given configuration leaves open, transformers takes from the checkpoint's: penalties, beams, forbidden words.
-        own, self.lm.generation_config = self.lm.generation_config, greedy
+        lm: Any = self.lm
+        own, lm.generation_config = lm.generation_config, greedy
         try:
-            written = self.lm.generate(batch["ids"], attention_mask=batch["mask"].long(), generation_config=greedy)
+            written = lm.generate(batch["ids"], attention_mask=batch["mask"].long(), generation_config=greedy)
         finally:
-            self.lm.generation_config = own
+            lm.generation_config = own
         return written[:, batch["ids"].shape[1] :]
 
     def _nll(self, states: Tensor, targets: Tensor, at_once: int) -> Tensor:
@@ -249,7 +250,7 @@ def check_logits(lm: nn.Module) -> None:
 
 
 @torch.no_grad()
-def check_first_block(lm: nn.Module, first: int) -> None:
+def check_first_block(lm: Any, first: int) -> None:
     """Raise UserError unless cached states in place of the blocks below `first` lead to the hidden states of all blocks."""
     net = LmNet(lm, first=first)
     part = Piece(tuple(place % lm.config.vocab_size for place in range(5)), (IGNORE,) * 5)

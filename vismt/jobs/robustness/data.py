@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -89,6 +89,7 @@ class Cards:
         Of a classifier of several tasks only the task that the configuration names counts, else the tasks with this card.
         """
         classes, labels = self.images(name).classes, classifier.labels
+        tasks = self._tasks(name, classifier)
         if labels is None:
             if classifier.num_classes != len(classes):
                 raise UserError(
@@ -96,7 +97,6 @@ class Cards:
                     "that was trained on this set's classes in the card's order."
                 )
             return list(range(len(classes)))
-        tasks = self._tasks(name, classifier, labels)
         places: dict[str, list[int]] = {}
         for number, label in enumerate(labels):
             task, _, of_task = label.partition("/")
@@ -113,12 +113,12 @@ class Cards:
                 )
         return [places[label][0] for label in classes]
 
-    def _tasks(self, name: str, classifier: Classifier, labels: Sequence[str]) -> list[str]:
+    def _tasks(self, name: str, classifier: Classifier) -> list[str]:
         """Return the tasks whose outputs may be the classes of a set; [] for all outputs."""
         if classifier.task is None:
             card = row_name(card_and_split(name)[0])
             return [task for task, cards in classifier.cards.items() if card in cards]
-        known = dict.fromkeys(label.partition("/")[0] for label in labels if "/" in label)
+        known = dict.fromkeys(label.partition("/")[0] for label in classifier.labels or () if "/" in label)
         if classifier.task not in known:
             raise UserError(f"classifier.task: no task '{classifier.task}'.{near(classifier.task, known)}")
         return [classifier.task]

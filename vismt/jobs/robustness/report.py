@@ -71,25 +71,16 @@ def _masking(folder: Path) -> list[tuple[Table, str]]:
     lines = read_lines(folder / MASKING, needed, whole=True)
     if not lines:
         return []
-    grouped: dict[tuple[str, ...], list[list[str]]] = {}  # an l2 or l1 check's radii depend on the size of the images
+    tables: dict[str, Table] = {}  # by their radii, which in l2 and l1 depend on the size of the images
     for line in lines:
         norm = line.get("norm", "linf")
         radii = [radius_text(norm, radius) if radius else "clean" for radius in line["epsilons"]]
-        about = [f"{100 * value:.1f}" for value in (*line["accuracies"], line["chance"])]
-        row = [line["arm"], line["data"], *about, str(line["n"]), line["verdict"]]
-        grouped.setdefault((norm, *radii), []).append(row)
-    return [
-        (
-            Table(
-                f"By {norm} radius, accuracy in %",
-                ["Arm", "Data", *radii, "chance", "n (images)", "Verdict"],
-                rows,
-                set(),
-            ),
-            MASKING_NOTE,
-        )
-        for (norm, *radii), rows in grouped.items()
-    ]
+        heads = ["Arm", "Data", *radii, "chance", "n (images)", "Verdict"]
+        values = [f"{100 * value:.1f}" for value in (*line["accuracies"], line["chance"])]
+        empty = Table(f"By {norm} radius, accuracy in %", heads, [], set())
+        row = [line["arm"], line["data"], *values, str(line["n"]), line["verdict"]]
+        tables.setdefault(f"{norm} {radii}", empty).rows.append(row)
+    return [(table, MASKING_NOTE) for table in tables.values()]
 
 
 def broken_figure(panel: Path, path: Path) -> Path:
