@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers.tiny import images, tiny_vit
+from helpers.tiny import built_once, images, tiny_vit
 
 transformers = pytest.importorskip("transformers")
 
@@ -30,10 +30,12 @@ NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 def random_lm(kind: str, seed: int = 0, **changes: object) -> nn.Module:
     """Return a newly initialised causal LM of a model type in eval mode. changes: to SHAPE, which GPT-2 renames."""
-    torch.manual_seed(seed)
     defaults = NO_DROPOUT if kind == "gpt2" else {}
-    config = transformers.AutoConfig.for_model(kind, **{**SHAPE, **defaults, **changes})
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
+    return built_once(_causal_lm, seed, kind, **{**SHAPE, **defaults, **changes})
+
+
+def _causal_lm(kind: str, **shape: object) -> nn.Module:
+    return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **shape))
 
 
 def tiny_lm(kind: str, seed: int = 0) -> nn.Module:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import timm
 import torch
 from torch import Tensor, nn
@@ -17,11 +20,24 @@ DIGITS = {
 }
 
 
+BUILT: dict[str, tuple[nn.Module, Tensor]] = {}
+
+
+def built_once(build: Callable[..., nn.Module], seed: int, *args: object, **options: object) -> nn.Module:
+    """Return a copy of what `build` makes with the random state of `seed`, and leave the random state that it left."""
+    key = repr((build, seed, args, options, torch.get_default_dtype(), torch.get_default_device()))
+    if key not in BUILT:
+        torch.manual_seed(seed)
+        BUILT[key] = build(*args, **options).eval(), torch.get_rng_state()
+    model, state = BUILT[key]
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
+
+
 def tiny_vit(seed: int = 0, num_classes: int = 5, **options: object) -> nn.Module:
     """Return a timm ViT with 2 blocks of width 32, for images of 16 x 16 pixels with 4 x 4 patches."""
-    torch.manual_seed(seed)
     shape = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": num_classes}
-    return timm.create_model("vit_tiny_patch16_224", **{**shape, **options}).eval()
+    return built_once(timm.create_model, seed, "vit_tiny_patch16_224", **{**shape, **options})
 
 
 def images(count: int = 3, size: int = 16, seed: int = 1) -> Tensor:
