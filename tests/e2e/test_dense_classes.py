@@ -194,7 +194,7 @@ def test_merging_is_checked_and_the_file_of_heads_describes_them(study: Path) ->
     assert weight.shape == (2, 64)
 
 
-def test_predict_writes_the_class_and_draws_the_maps(study: Path, room: Path, tmp_path: Path) -> None:
+def test_predict_writes_the_class_and_draws_the_maps(study: Path, room: Path, painted: None, tmp_path: Path) -> None:
     picture = next((room / "data" / "tones" / "test" / "dark").iterdir())
     command = ["predict", str(study), str(picture), "--arm", "both:1", "--maps", "--to", str(tmp_path), "--quiet"]
     assert main(command) == 0
