@@ -273,8 +273,8 @@ def other_picture(place: int, label: int | None = None) -> Pictures:
     [
         (lambda: Features(2.0), Pictures),
         (lambda: late(Features()), Pictures),
-        (Features, lambda: other_picture(13)),
-        (Features, lambda: other_picture(13, 0)),
+        (Features, lambda: other_picture(14)),
+        (Features, lambda: other_picture(14, 0)),
         (Features, lambda: Pictures(as_tensors=True)),
     ],
 )

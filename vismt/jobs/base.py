@@ -185,11 +185,11 @@ class EvaluationJob(ABC, Generic[Config]):
             raise next(iter(failed.values()))
         self._write(scores)
         if failed:
-            arm, error = next(iter(failed.items()))
+            arm, reason = next(iter(failed.items()))
             more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
             raise UserError(
-                f"evaluate: '{arm}'{more} left out: {error} The other arms are in {RESULTS}: vismt report '{self.folder}'."
-            ) from error
+                f"evaluate: '{arm}'{more} left out: {reason} The other arms are in {RESULTS}: vismt report '{self.folder}'."
+            ) from reason
         if attacks is None:
             ranks.from_first(self.write_panels)
 

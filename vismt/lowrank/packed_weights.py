@@ -47,6 +47,7 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 def use_cpu_kernel(model: nn.Module, allowed: bool) -> None:
     """Let the 4-bit modules of bitsandbytes use their CPU kernel without a backward, or keep them from it for training."""
+    module: Any
     for module in model.modules():
         if not hasattr(module, "support_avx512bf16_for_cpu"):
             continue

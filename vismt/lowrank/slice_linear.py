@@ -219,7 +219,7 @@ class SliceLinear(AdapterLayer):
         """Put the values into the weight; p becomes a view of it where that view is contiguous."""
         view = None if self.span is None else take(self.matrix(self.weight.data), self.dim, self.slice_place, self.span)
         self.shares = view is not None and view.dtype == self.slice_values.dtype and view.is_contiguous()
-        if not self.shares:
+        if view is None or not self.shares:
             self._write()
         elif view.data_ptr() != self.slice_values.data_ptr():
             view.copy_(self.slice_values)
