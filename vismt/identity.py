@@ -40,6 +40,7 @@ CONTAINERS = (dict, list, tuple, set, frozenset, deque, OrderedDict)
 INERT = (logging.Logger, type(threading.Lock()), type(threading.RLock()))  # no number depends on them
 CODE = (types.FunctionType, type)
 OF_MODULE = frozenset(vars(nn.Module()))
+NO_NUMBER = OF_MODULE | {"save_pretrained"}  # `training` is the caller's choice; adapted models write merged files
 HOOKS = tuple(name for name in sorted(OF_MODULE) if name.endswith("_hooks"))
 # Attributes of a class by which Python describes it.
 DESCRIBING = {"__dict__", "__weakref__", "__doc__", "__module__", "__abstractmethods__", "_abc_impl", "__parameters__"}
@@ -140,7 +141,7 @@ class Identity:
         self._put("module")
         self._add(type(module))
         for name, value in vars(module).items():
-            if name in OF_MODULE:  # `training` is the caller's choice
+            if name in NO_NUMBER:
                 continue
             if callable(value) and callable(getattr(type(module), name, None)):
                 self.foreign = self.foreign or f"{type(module).__name__}.{name}"

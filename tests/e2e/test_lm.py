@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -34,7 +35,11 @@ from vismt.report.results import RECORDS, read_results
 def home(tmp_path_factory) -> dict[str, object]:
     """Return the folder of a tiny LM, and those of cards."""
     folder = tmp_path_factory.mktemp("lm")
-    return {"lm": str(save_lm(folder / "tiny")), **{name: str(path) for name, path in save_texts(folder).items()}}
+    texts = save_texts(folder)
+    texts["tales"] = shutil.copytree(texts["stories"], folder / "tales")  # a set that no task tests
+    card = texts["tales"] / "card.yaml"
+    card.write_text(card.read_text().replace("name: stories", "name: tales"))
+    return {"lm": str(save_lm(folder / "tiny")), **{name: str(path) for name, path in texts.items()}}
 
 
 def settings(home: dict[str, object], **changes: object) -> dict[str, object]:
@@ -324,7 +329,7 @@ def test_causal_training_with_calibration_and_forgetting(home, tmp_path: Path) -
         home,
         tasks=[{**CAUSAL, "train": [home["sums"]], "test_share": 0.2}, settings(home)["tasks"][1], choices],
         adapt={"method": "corda", "rank": 2, "options": {"mode": "kpm"}},
-        calibration={"data": [home["stories"]], "rows": 3, "batch": 2},
+        calibration={"data": [home["tales"]], "rows": 3, "batch": 2},
         batch=1,
         arms={"kpm": {}, "pissa": {"adapt": {"method": "pissa", "rank": 2}}, "fast": {"train.lr": 0.03}},
     )
@@ -471,7 +476,7 @@ def test_texts_of_a_calibration_predict_their_tokens_but_the_first(home, tmp_pat
 def test_units_of_s2ft_are_chosen_by_the_texts_of_a_calibration(home, tmp_path: Path) -> None:
     films, stories = (
         {"data": [f"{home['films']}:train"], "rows": 24, "batch": 24},
-        {"data": [home["stories"]], "batch": 4},
+        {"data": [home["tales"]], "batch": 4},
     )
     arms = {"random": {}}
     for strategy, section in (("activation", films), ("product", films), ("gradient", stories)):

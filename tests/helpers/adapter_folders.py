@@ -52,6 +52,7 @@ def edit_tensors(folder: Path, change: Change) -> None:
 def state_hash(model: nn.Module) -> str:
     """Return a digest of every tensor of a model, its module types, gradient flags and modes, and what it is adapted with."""
     digest = hashlib.sha256()
+    model.state_dict()  # writes the values of S²FT's slices into their weights, as a forward pass does
     for path, module in model.named_modules():
         digest.update(f"{path} {type(module).__qualname__} {module.training}".encode())
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
