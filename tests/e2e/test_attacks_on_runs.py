@@ -236,9 +236,9 @@ def test_merged_and_unmerged_are_attacked_alike(multitask: Path) -> None:
 
 def test_a_card_of_a_run_with_equal_names_of_classes_is_its_own_task(tmp_path: Path, capsys) -> None:
     for name in ("first", "second"):
-        write_folder(tmp_path / name)
+        write_folder(tmp_path / name, count=4)
     tasks = [{"name": name, "train": [str(tmp_path / name)], "test_share": 0.5} for name in ("first", "second")]
-    trained = run(tmp_path, "twins", {**MULTITASK, "tasks": tasks, "evaluate": {}})
+    trained = run(tmp_path, "twins", {**MULTITASK, "tasks": tasks, "evaluate": {}, "batch": 6})
     assert main(["merge", str(trained), "--quiet"]) == 0
     merged = next(trained.glob("merged-*"))
     arms = {"card": {"classifier.run": str(trained)}, "key": {"classifier.name": str(merged)}}
