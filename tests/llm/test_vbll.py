@@ -209,6 +209,15 @@ def test_jobs_score_close_to_the_exact_predictive(std: float, classes: int, nats
     assert lost.mean() < share
 
 
+def test_the_method_of_a_prediction_can_be_named() -> None:
+    head, x = moved_head("diagonal"), features()
+    assert torch.equal(head.predict(x, 5, method="probit"), head.predict(x))
+    drawn = [head.predict(x, number, torch.Generator().manual_seed(3), method="sample") for number in (None, 20)]
+    assert torch.equal(*drawn) and not torch.equal(drawn[0], head.predict(x))
+    with pytest.raises(UserError, match=r"no method 'probits'.*probit"):
+        head.predict(x, method="probits")
+
+
 def test_error_falls_with_the_root_of_the_samples() -> None:
     head, x = moved_head("diagonal"), features()[:1].expand(200, 6)
     exact = head.predict(x[:1], 400_000, torch.Generator().manual_seed(1))

@@ -160,10 +160,17 @@ class Laplace(GaussianHead):
         return x @ self.mean.mT, _square_root(torch.cat([root, noise_root], 2))
 
     @full_precision
-    def predict(self, features: Tensor, samples: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def predict(
+        self,
+        features: Tensor,
+        samples: int | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        method: str | None = None,
+    ) -> Tensor:
         """Return class probabilities (b, k); arguments as in `VBLLClassifier.predict`."""
         mean, root = self.logit_distribution(features)
-        return predictive(mean, root, samples, generator)
+        return predictive(mean, root, samples, generator, method)
 
     @full_precision
     def uncertainty(

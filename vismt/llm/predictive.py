@@ -1,7 +1,7 @@
 """Class probabilities and uncertainty scores from a Gaussian distribution of logits.
 
     probit     p_c ~ 1 / sum_j exp(-(m_c - m_j) / sqrt(1 + pi V_cj / 8)),   V_cj the variance of z_c - z_j           no draw
-    draws      p = mean_s softmax(m + R eps_s), R R^T the covariance of the k logits     probabilities are averaged, not logits
+    sample     p = mean_s softmax(m + R eps_s), R R^T the covariance of the k logits     probabilities are averaged, not logits
 
 MacKay's approximation (Neural Computation 4(5), 1992) is for two classes, where the probit above equals it. The usual
 extension to more classes, softmax(m / sqrt(1 + pi v / 8)) with the variances v of single logits, changes when a constant is
@@ -22,16 +22,22 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from vismt.errors import UserError
+from vismt.errors import UserError, near
 
+METHODS = ("sample", "probit")
 PAIRS = 2**25  # numbers of a temporary (b, k, k) of the probit
 
 
-def predictive(mean: Tensor, root: Tensor, samples: int | None, generator: torch.Generator | None) -> Tensor:
-    """Return probabilities (b, k): the probit, or the mean over `samples` draws. Arguments as in `draw_logits`."""
-    if samples is None:
+def predictive(
+    mean: Tensor, root: Tensor, samples: int | None, generator: torch.Generator | None, method: str | None
+) -> Tensor:
+    """Return probabilities (b, k) by one of METHODS, the probit where samples is None too. Arguments as in `draw_logits`."""
+    method = method or ("probit" if samples is None else "sample")
+    if method not in METHODS:
+        raise UserError(f"predict: no method '{method}'.{near(str(method), METHODS)}")
+    if method == "probit":
         return probit(mean, root)
-    return draw_logits(mean, root, samples, generator).softmax(-1).mean(0)
+    return draw_logits(mean, root, 20 if samples is None else samples, generator).softmax(-1).mean(0)
 
 
 def draw_logits(mean: Tensor, root: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:

@@ -114,20 +114,28 @@ class VBLLClassifier(VariationalHead):
         return chosen - torch.logsumexp(mean + variance / 2, 1)
 
     @full_precision
-    def predict(self, features: Tensor, samples: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def predict(
+        self,
+        features: Tensor,
+        samples: int | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        method: str | None = None,
+    ) -> Tensor:
         """Return class probabilities (b, k) fp32.
 
         Args:
             features: (b, d) float, from one pass of the backbone for any number of samples.
-            samples: number of draws of the k logits, over which the softmax is averaged; None for the probit, an approximation
-                without draws that 20 draws do not reach (vismt/llm/predictive.py).
+            samples: number of draws of the k logits, over which the softmax is averaged; 20 where None.
             generator: of the draws; None for the global one.
+            method: "sample", or "probit", an approximation without draws that 20 draws do not reach
+                (vismt/llm/predictive.py); None draws where `samples` is given, and takes the probit elsewhere.
 
         Raises:
-            UserError: features that do not fit, or `samples` below 1.
+            UserError: features that do not fit, `samples` below 1, or an unknown method.
         """
         mean, variance = self.logit_distribution(features)
-        return predictive(mean, variance.sqrt(), samples, generator)
+        return predictive(mean, variance.sqrt(), samples, generator, method)
 
     @full_precision
     def uncertainty(
