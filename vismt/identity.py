@@ -61,7 +61,7 @@ class Identity:
         skip: modules that do not compute.
 
     Attributes:
-        unknown: what has no readable content, None where all is known. The digest then is no identity.
+        unknown: what has no readable content, None where all is known. The digest then identifies nothing.
         foreign: code that is not of a library, or that replaces a library's, None where there is none.
     """
 

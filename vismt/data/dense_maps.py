@@ -1,7 +1,7 @@
 """Forms of map files, and how each becomes a target of the dense sample.
 
     label          class index, `first` is class 0 and `void` is unlabelled: 8-bit image or npy of whole numbers
-    depth_mm       16-bit image of millimetres, 0 = none (8 bits, up to 255 mm, are no depth of a scene)
+    depth_mm       16-bit image of millimetres, 0 = none (8 bits, up to 255 mm, cannot hold the depth of a scene)
     depth_512      16-bit image of 1/512 m, 65535 = none (Taskonomy)
     depth_m        npy of metres
     inverse_depth  npy of disparities or other multiples of 1/depth, unchanged

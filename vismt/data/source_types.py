@@ -25,7 +25,7 @@ S = TypeVar("S", bound="DataSource")
 
 PACKAGES = {"sklearn": "scikit-learn", "skimage": "scikit-image"}  # module -> package with images inside
 MOST_CLASSES = 1_000_000  # of a card
-NEAR_DUPLICATES, NONE = "near-duplicates", "none"  # values of `groups` of a card that are no file
+NEAR_DUPLICATES, NONE = "near-duplicates", "none"  # values of `groups` of a card that do not name a file
 SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
 KINDS: Registry[type[DataSource]] = Registry(
     "sources: no kind",

@@ -8,7 +8,7 @@ The trained parameter p (slice_values) holds the values, and the weight W follow
     delta     W stays the stock weight, p is the difference: one more thin product. For FSDP and others that move p
 
 Otherwise p is a tensor of its own, and each forward and state dict writes it into W (k o numbers): columns of W, an fp32 master
-of a half-precision W, and J that is no range. p is contiguous in every mode, because fused and 8-bit optimisers write `numel`
+of a half-precision W, and J that is not a range. p is contiguous in every mode, because fused and 8-bit optimisers write `numel`
 numbers one after the other: on a view of columns they overwrite frozen ones.
 
 Source: S2FT, arXiv 2412.06289. Its package adds a difference and keeps a view of the whole input; this is not followed.
