@@ -142,7 +142,8 @@ def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
     parent = context.Process(target=_parent_of_a_worker, args=(tmp_path / "a",))
     parent.start()
     ends_with(parent.pid, [tmp_path / "a"], signal.SIGKILL)
-    parent.join()
+    parent.join(10)
+    assert parent.exitcode == -signal.SIGKILL
 
 
 def _parent_of_a_worker(path: Path) -> None:
