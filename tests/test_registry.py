@@ -29,12 +29,18 @@ def test_unknown_name_lists_near_names() -> None:
         shapes["circel"]
 
 
-def test_files_are_imported_on_the_first_look_up(tmp_path, monkeypatch) -> None:
+def test_a_module_is_imported_when_its_name_is_looked_up(tmp_path, monkeypatch) -> None:
     (tmp_path / "late_shapes.py").write_text("import test_registry\ntest_registry.LATE.add('late', 1)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setitem(sys.modules, "test_registry", sys.modules[__name__])
-    assert not LATE._items
+    assert list(LATE) == ["late"] and "late" in LATE and not LATE._items
     assert LATE["late"] == 1
 
 
-LATE: Registry[int] = Registry("late: no entry", files=["late_shapes"])
+LATE: Registry[int] = Registry("late: no entry", {"late": "late_shapes"})
+
+
+def test_an_old_name_finds_the_present_one() -> None:
+    shapes: Registry[int] = Registry("shape: no shape", aliases={"ring": "circle"})
+    shapes.add("circle", 1)
+    assert shapes["ring"] == 1 and "ring" in shapes and list(shapes) == ["circle"]

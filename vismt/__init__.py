@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from vismt.methods import adapt, list_methods
     from vismt.study_results import StudyResults
 
+from vismt.registry import PLACES
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -49,6 +51,16 @@ __all__ = [
     "train",
     "unadapt",
 ]
+
+# The modules that hold the parts of an adapter, by the names that adapter files use.
+PLACES["layers"] = {
+    "expert_pairs": "vismt.multitask.expert_pairs",
+    "hosted": "vismt.lowrank.hosted",
+    "low_rank": "vismt.lowrank.linear",
+    "quantized": "vismt.lowrank.quantized",
+    "slice": "vismt.lowrank.slice_linear",
+}
+PLACES["wrappers"] = {"moefied_ffn": "vismt.multitask.moefied", "instance_gate": "vismt.llm.ilora"}
 
 # Public name -> module that defines it; names of __all__ that are not here are packages of this one.
 _MODULES = {

@@ -25,18 +25,6 @@ from vismt.lowrank.record import record_of
 from vismt.lowrank.targets import find_targets, matrix_shape, pattern_value
 from vismt.registry import Registry
 
-METHOD_FILES = (
-    "vismt.llm.corda",
-    "vismt.llm.hosted",
-    "vismt.llm.ilora",
-    "vismt.llm.lisa",
-    "vismt.llm.lora",
-    "vismt.llm.pissa",
-    "vismt.llm.polar",
-    "vismt.llm.s2ft",
-    "vismt.metatune.amt",
-    "vismt.multitask.moe_lora",
-)
 GIVEN = {"model", "targets", "rank", "alpha", "seed"}  # what every method takes
 
 
@@ -126,7 +114,21 @@ class Method:
         return names
 
 
-METHODS: Registry[Method] = Registry("adapt: no method", METHOD_FILES)
+METHODS: Registry[Method] = Registry(
+    "adapt: no method",
+    {
+        "amt": "vismt.metatune.amt",
+        "corda": "vismt.llm.corda",
+        "ilora": "vismt.llm.ilora",
+        "lisa": "vismt.llm.lisa",
+        "lora": "vismt.llm.lora",
+        "moe_lora": "vismt.multitask.moe_lora",
+        "peft:": "vismt.llm.hosted",
+        "pissa": "vismt.llm.pissa",
+        "polar": "vismt.llm.polar",
+        "s2ft": "vismt.llm.s2ft",
+    },
+)
 
 
 def register_method(method: Method) -> Method:

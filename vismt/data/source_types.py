@@ -29,21 +29,22 @@ NEAR_DUPLICATES, NONE = "near-duplicates", "none"  # values of `groups` of a car
 SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
 KINDS: Registry[type[DataSource]] = Registry(
     "sources: no kind",
-    (
-        "vismt.data.arrays",
-        "vismt.data.csv_table",
-        "vismt.data.dense_files",
-        "vismt.data.embedded",
-        "vismt.data.folder",
-        "vismt.data.id_lists",
-        "vismt.data.interaction_files",
-        "vismt.data.json_lists",
-        "vismt.data.meta_dataset",
-        "vismt.data.python_topics",
-        "vismt.data.stereo",
-        "vismt.data.text_files",
-        "vismt.data.torchvision_door",
-    ),
+    {
+        "arrays": "vismt.data.arrays",
+        "dense": "vismt.data.dense_files",
+        "digits": "vismt.data.embedded",
+        "filelist": "vismt.data.json_lists",
+        "folder": "vismt.data.folder",
+        "interactions": "vismt.data.interaction_files",
+        "lists": "vismt.data.id_lists",
+        "meta_dataset": "vismt.data.meta_dataset",
+        "photo_crops": "vismt.data.embedded",
+        "python_topics": "vismt.data.python_topics",
+        "stereo_tiles": "vismt.data.stereo",
+        "table": "vismt.data.csv_table",
+        "text": "vismt.data.text_files",
+        "torchvision": "vismt.data.torchvision_door",
+    },
 )
 
 

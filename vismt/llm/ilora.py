@@ -34,7 +34,7 @@ from vismt.lowrank.per_sample import recompute_gates, unwatch_expansion, watch_e
 from vismt.lowrank.record import refuse_adapted
 from vismt.lowrank.starts import site_generator
 from vismt.lowrank.targets import Targets
-from vismt.lowrank.wrappers import AddedModule
+from vismt.lowrank.wrappers import AddedModule, register_wrapper
 from vismt.methods import Method, register_method
 
 __all__ = ["InstanceGate", "gate_of", "gate_part", "ilora", "instance_gates", "recompute_gates"]
@@ -104,6 +104,7 @@ def gate_part(model: nn.Module) -> InstanceGate | None:
     return gate if isinstance(gate, InstanceGate) else None
 
 
+@register_wrapper("instance_gate")
 class InstanceGate(AddedModule):
     """User representations (b, width) -> gates (b, E), not negative, each row of sum one.
 

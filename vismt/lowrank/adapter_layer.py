@@ -20,7 +20,7 @@ from vismt.lowrank.layer_spec import LayerSpec
 from vismt.lowrank.stand_in import HOOKS, StandIn
 from vismt.lowrank.targets import kind_of, matrix_shape
 from vismt.lowrank.values import check_factor, check_finite
-from vismt.registry import Registry
+from vismt.registry import PLACES, Registry
 
 
 class AdapterLayer(StandIn, ABC):
@@ -176,16 +176,7 @@ class AdapterLayer(StandIn, ABC):
         """Put the update into the weight: the inverse of `remove_update`."""
 
 
-LAYERS: Registry[type[AdapterLayer]] = Registry(
-    "adapter layer: no layer",
-    files=(
-        "vismt.lowrank.hosted",
-        "vismt.lowrank.linear",
-        "vismt.lowrank.quantized",
-        "vismt.lowrank.slice_linear",
-        "vismt.multitask.expert_pairs",
-    ),
-)
+LAYERS: Registry[type[AdapterLayer]] = Registry("adapter layer: no layer", PLACES["layers"])
 
 
 def inner_module(base: nn.Module) -> nn.Module:

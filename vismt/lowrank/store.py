@@ -217,7 +217,7 @@ def _identity(record: AdaptRecord) -> Identity:
 
 
 def _saved_identity(description: Description, specs: list[LayerSpec]) -> Identity:
-    wrappers = {path: {"type": entry.type, "settings": entry.settings} for path, entry in description.parts.items()}
+    wrappers = {path: {"type": wrapper_type(entry.type, path).name, "settings": entry.settings} for path, entry in description.parts.items()}
     return description.method, specs, sorted(description.also_train), wrappers
 
 
@@ -347,7 +347,7 @@ def _check_tensors(
     for path, entry in description.parts.items():
         wrapper = wrapper_type(entry.type, what)
         if path not in modules and not issubclass(wrapper, AddedModule):
-            raise UserError(f"{what}: this model has no '{path}' to put a {entry.type.split(':')[-1]} on.")
+            raise UserError(f"{what}: this model has no '{path}' to put a {wrapper.__name__} on.")
         shapes = wrapper.check(path, modules.get(path), entry.settings)
         of_wrappers[path] = set(shapes)
         needed.update({f"{path}.{name}": shape for name, shape in shapes.items()})

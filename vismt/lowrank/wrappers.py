@@ -7,13 +7,10 @@ what it was. It may keep the tensors below it in another order; files, merging a
 from __future__ import annotations
 
 import copy
-import importlib
-import inspect
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -21,11 +18,13 @@ from vismt.errors import UserError
 from vismt.lowrank.adapter_layer import AdapterLayer
 from vismt.lowrank.stand_in import HOOKS
 from vismt.lowrank.values import check_factor
+from vismt.registry import PLACES, Registry
 
 
 class ModuleWrapper(nn.Module, ABC):
     """Base class. A subclass adds its forward and its tensors, and overrides what differs from the empty defaults."""
 
+    name: ClassVar[str]  # in adapter files
     shell: nn.Module
     stock_children: tuple[str, ...]
 
@@ -132,6 +131,24 @@ class AddedModule(ModuleWrapper):
         delattr(model, path)
 
 
+WRAPPERS: Registry[type[ModuleWrapper]] = Registry(
+    "adapter: no wrapper",
+    PLACES["wrappers"],
+    # Files of earlier versions name the class.
+    {"vismt.multitask.moefied:MoEfiedMlp": "moefied_ffn", "vismt.llm.ilora:InstanceGate": "instance_gate"},
+)
+
+
+def register_wrapper(name: str) -> Callable[[type[Any]], type[Any]]:
+    """Return a decorator that registers a ModuleWrapper class as `name`, the name that adapter files use."""
+
+    def decorate(wrapper: type[Any]) -> type[Any]:
+        wrapper.name = name
+        return WRAPPERS.add(name, wrapper)
+
+    return decorate
+
+
 def uninstall(model: nn.Module) -> None:
     """Put every stock container back in its place and remove added modules."""
     for path, wrapper in wrappers_of(model).items():
@@ -147,19 +164,14 @@ def wrappers_of(model: nn.Module) -> dict[str, ModuleWrapper]:
 
 def described(wrapper: ModuleWrapper) -> dict[str, Any]:
     """Return a wrapper as data: its type and its settings."""
-    return {"type": f"{type(wrapper).__module__}:{type(wrapper).__qualname__}", "settings": wrapper.settings()}
+    return {"type": wrapper.name, "settings": wrapper.settings()}
 
 
 def wrapper_type(name: str, what: str) -> type[ModuleWrapper]:
-    """Return the class that `described` named; only classes of this package are looked up."""
-    module, _, attribute = str(name).partition(":")
-    wrapper = None
-    if re.fullmatch(r"vismt(\.[a-z]\w*)+", module):  # no __main__, which would run the program
-        with suppress(ImportError):
-            wrapper = getattr(importlib.import_module(module), attribute, None)
-    if not (isinstance(wrapper, type) and issubclass(wrapper, ModuleWrapper)) or inspect.isabstract(wrapper):
+    """Return the class that `described` named. what: start of the error for an unknown one."""
+    if name not in WRAPPERS:
         raise UserError(f"{what}: it needs '{name}', which this version of vismt does not have; use a matching vismt.")
-    return wrapper
+    return WRAPPERS[name]
 
 
 def check_mergeable(model: nn.Module, what: str) -> None:

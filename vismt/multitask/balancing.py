@@ -34,7 +34,10 @@ from vismt.registry import Registry
 
 BALANCERS: Registry[type[Balancer]] = Registry(
     "balancing: no method",
-    files=("vismt.multitask.loss_weighting", "vismt.multitask.gradient_balancing"),
+    dict.fromkeys(("dwa", "ew", "famo", "gls", "imtl_l", "rlw", "stch", "uncertainty"), "vismt.multitask.loss_weighting")
+    | dict.fromkeys(
+        "aligned cagrad dbmtl fairgrad gradvac imtl imtl_g mgda nash pcgrad upgrad".split(), "vismt.multitask.gradient_balancing"
+    ),
 )
 
 

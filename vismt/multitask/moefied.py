@@ -24,7 +24,7 @@ from vismt.errors import UserError, near
 from vismt.lowrank.init import working_dtype
 from vismt.lowrank.linear import LowRankLayer, LowRankLinear
 from vismt.lowrank.starts import Initialiser, initialise, site_generator
-from vismt.lowrank.wrappers import ModuleWrapper
+from vismt.lowrank.wrappers import ModuleWrapper, register_wrapper
 from vismt.multitask.expert_pairs import ExpertPairs
 from vismt.multitask.experts import plain_mlp
 from vismt.multitask.routing import expert_weights, gate, idle
@@ -82,6 +82,7 @@ def check_labels(labels: Tensor, hidden: int, n_experts: int) -> None:
         raise UserError(f"moe_lora: labels {tuple(labels.shape)} {labels.dtype}, needed {needed}; use cluster_neurons.")
 
 
+@register_wrapper("moefied_ffn")
 class MoEfiedMlp(ModuleWrapper):
     """A timm Mlp with a LoRA pair in fc1 and in fc2 and a router between fc1 and the activation; x (..., d) -> (..., d).
 

@@ -12,7 +12,7 @@ from vismt.typed_yaml import arguments
 # The type of the values is vismt.llm.tasks.base.LmTask, which importing this package does not load.
 TASKS: Registry[type] = Registry(
     "tasks: no kind",
-    files=[f"vismt.llm.tasks.{name}" for name in ("answers", "causal", "classes", "generation", "recommendation")],
+    {name: f"vismt.llm.tasks.{name}" for name in ("answers", "causal", "classes", "generation", "recommendation")},
 )
 
 
