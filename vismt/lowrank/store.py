@@ -217,7 +217,10 @@ def _identity(record: AdaptRecord) -> Identity:
 
 
 def _saved_identity(description: Description, specs: list[LayerSpec]) -> Identity:
-    wrappers = {path: {"type": wrapper_type(entry.type, path).name, "settings": entry.settings} for path, entry in description.parts.items()}
+    wrappers = {
+        path: {"type": wrapper_type(entry.type, path).name, "settings": entry.settings}
+        for path, entry in description.parts.items()
+    }
     return description.method, specs, sorted(description.also_train), wrappers
 
 

@@ -34,9 +34,12 @@ from vismt.registry import Registry
 
 BALANCERS: Registry[type[Balancer]] = Registry(
     "balancing: no method",
-    dict.fromkeys(("dwa", "ew", "famo", "gls", "imtl_l", "rlw", "stch", "uncertainty"), "vismt.multitask.loss_weighting")
+    dict.fromkeys(
+        ("dwa", "ew", "famo", "gls", "imtl_l", "rlw", "stch", "uncertainty"), "vismt.multitask.loss_weighting"
+    )
     | dict.fromkeys(
-        "aligned cagrad dbmtl fairgrad gradvac imtl imtl_g mgda nash pcgrad upgrad".split(), "vismt.multitask.gradient_balancing"
+        ["aligned", "cagrad", "dbmtl", "fairgrad", "gradvac", "imtl", "imtl_g", "mgda", "nash", "pcgrad", "upgrad"],
+        "vismt.multitask.gradient_balancing",
     ),
 )
 
